@@ -373,9 +373,9 @@ def _gelu_backward(
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Weights side by side in the type of the product; several of them in memory that is used again."""
+    """Weights side by side in the type of the product, in memory that is used again; one alone as it is."""
     if len(parts) == 1:
-        return parts[0].to(dtype)
+        return parts[0]
     place = scratch("joined weights", (sum(len(part) for part in parts), parts[0].shape[1]), dtype)
     for rows, part in zip(place.split([len(part) for part in parts]), parts, strict=True):
         rows.copy_(part)
@@ -383,8 +383,22 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _scaled(dout: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient of a branch but for its LayerScale, in the type of its products."""
-    return (dout if row_scale is None else dout * _of_rows(row_scale, dout)).to(dtype)
+    """The gradient of a branch but for its LayerScale, in the type of its products; maybe in scratch memory."""
+    if row_scale is None:
+        return _rounded("upstream", dout, dtype)
+    return torch.mul(dout, _of_rows(row_scale, dout), out=scratch("upstream", tuple(dout.shape), dtype))
+
+
+def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a type; in scratch memory where it has another one."""
+    return x if x.dtype == dtype else scratch(name, tuple(x.shape), dtype).copy_(x)
+
+
+def _wide(weights: Sequence[Tensor], dtype: torch.dtype, gamma: Tensor | None) -> torch.dtype:
+    """The type of the gradients of weights and biases: the one that they are kept in, if it is wider than products."""
+    for t in (*weights, *([] if gamma is None else [gamma])):
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
 
 
 def _of_rows(row_scale: Tensor, x: Tensor) -> Tensor:
@@ -414,6 +428,9 @@ def _linear_gradients(
     needs: _Needs,
     bias: Tensor | None = None,
     gamma: Tensor | None = None,
+    *,
+    wide: torch.dtype | None = None,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of x, weight, bias and gamma of `gamma · (x W^T + b)` on a CPU, in which the product is not needed.
 
@@ -421,37 +438,48 @@ def _linear_gradients(
     row and of `b · Σ dout`: less work than a sum over all tokens, and nothing of the branch has to be kept for it.
 
     Args:
-        dout, x: `[..., M]` and `[..., K]` of one type; weight: `[M, K]` of that type.
+        dout, x: `[..., M]` and `[..., K]` of one type; weight: `[M, K]` of that type, or to be rounded to it.
+        wide: the type of the gradients of weight and bias; that of x by default.
+        place: memory that the gradient of x may take.
     """
     x = x.reshape(-1, x.shape[-1])
     none = x.new_empty(0)
     known = x.dtype in _CPU_DTYPES
+    wide = x.dtype if wide is None else wide
     dgamma = dweight = dbias = none
-    if needs.weight or needs.gamma:
-        dweight = cpu.weight_gradient(dout, x) if known else dout.flatten(0, -2).t() @ x
-    if needs.bias or needs.gamma:
-        dbias = cpu.bias_gradient(dout)
+    of_weight, of_bias = needs.weight or needs.gamma, needs.bias or needs.gamma
+    if known and of_weight:
+        dbias = torch.empty(dout.shape[-1]) if of_bias else none
+        dweight = cpu.weight_gradient(dout, x, wide, dbias if of_bias else None)
+    else:
+        dweight = (dout.flatten(0, -2).t() @ x).to(wide) if of_weight else none
+        dbias = cpu.bias_gradient(dout) if of_bias else none
+    dbias = dbias.to(wide)
     if gamma is not None:
-        dweight, dbias = (t.to(torch.promote_types(t.dtype, gamma.dtype)) for t in (dweight, dbias))
         if needs.gamma:
-            dgamma = (dweight * weight).sum(1)
+            dgamma = torch.mul(dweight, weight, out=scratch("weights and gradients", tuple(weight.shape), wide)).sum(1)
             dgamma = (dgamma if bias is None else dgamma.addcmul_(bias.to(dgamma.dtype), dbias)).to(gamma.dtype)
         dweight = dweight.mul_(gamma[:, None]) if needs.weight else none
         dbias = dbias.mul_(gamma) if needs.bias else none
-        weight = weight * gamma[:, None].to(weight.dtype) if needs.x else weight
     if not needs.x:
         return none, dweight, dbias, dgamma
-    return cpu.input_gradient(dout, weight) if known else dout @ weight, dweight, dbias, dgamma
+    if known:
+        return cpu.input_gradient(dout, weight, gamma, place), dweight, dbias, dgamma
+    weight = weight if gamma is None else weight * gamma[:, None].to(weight.dtype)
+    return dout @ weight, dweight, dbias, dgamma
 
 
 def _normed(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows behind their norm in the type of a product, and the statistics of its rows; empty where there is no norm."""
+    """Rows behind their norm in the type of a product, and the statistics of its rows; empty where there is no norm.
+
+    The rows may lie in scratch memory.
+    """
     if norm_weight is None:
-        return x.to(dtype), x.new_empty(0), x.new_empty(0)
+        return _rounded("normed", x, dtype), x.new_empty(0), x.new_empty(0)
     normed, mean, rstd = cpu_norms.normalise(x, norm_weight, norm_bias, eps)
-    return normed.to(dtype), mean, rstd
+    return _rounded("normed", normed, dtype), mean, rstd
 
 
 def _through_norm(
@@ -496,7 +524,8 @@ def _linear_backward(
     upstream = _scaled(dout, row_scale, dtype)
     bias = torch.cat([*biases]) if biases else None
     weight = _joined(weights, dtype)
-    dx, *gradients = _linear_gradients(upstream, rows, weight, _Needs(*needs), bias, gamma)
+    wide = _wide(weights, dtype, gamma)
+    dx, *gradients = _linear_gradients(upstream, rows, weight, _Needs(*needs), bias, gamma, wide=wide)
     of_norm = [dx.new_empty(0) for _ in range(2)]
     if needs[0]:
         dx, *of_norm = _through_norm(dx, x, norm_weight, mean, rstd, dout if itself else None)
@@ -508,7 +537,7 @@ def _linear_backward_fake(
 ) -> tuple[Tensor, ...]:
     norm_weight, _, _, _, _, gamma, _, _, need_x, need_weight, need_bias, need_gamma, dtype = given
     outputs = sum(w.shape[0] for w in weights)
-    wide = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+    wide = _wide(weights, dtype, gamma)
 
     def made(need: bool, shape: Sequence[int], kind: torch.dtype) -> Tensor:
         return x.new_empty(shape, dtype=kind) if need else x.new_empty(0, dtype=dtype)
@@ -588,9 +617,9 @@ def _mlp_forward(
     norm_weight, norm_bias, eps, residual, gamma, row_scale, dtype = given
     rows, mean, rstd = _normed(x, norm_weight, norm_bias, eps, dtype)
     bias_in, bias_out = (None if b is None else b.to(dtype) for b in (bias_in, bias_out))
-    kept = cpu.trained_linear(rows, weight_in.to(dtype), bias_in)
+    kept = cpu.trained_linear(rows, weight_in, bias_in)
     hidden = torch.ops.aten.gelu.out(kept, out=scratch("hidden", tuple(kept.shape), dtype))
-    out = cpu.trained_linear(hidden, weight_out.to(dtype), bias_out)
+    out = cpu.trained_linear(hidden, weight_out, bias_out)
     out = out if residual is None else _add_branch(out, residual, gamma, row_scale, 0.0, in_place=True)
     return out, kept, mean, rstd
 
@@ -621,12 +650,15 @@ def _mlp_backward(
     if need_out or need_gamma:
         hidden = torch.ops.aten.gelu.out(kept, out=scratch("hidden", tuple(kept.shape), dtype))
     outer = _Needs(True, need_out, need_bias_out, need_gamma)
-    dhidden, *of_outer = _linear_gradients(upstream, hidden, weight_out.to(dtype), outer, bias_out, gamma)
+    place = scratch("hidden gradient", tuple(kept.shape), dtype)
+    wide = _wide([weight_out], dtype, gamma)
+    dhidden, *of_outer = _linear_gradients(upstream, hidden, weight_out, outer, bias_out, gamma, wide=wide, place=place)
     dhidden = dhidden.view(kept.shape)
     dkept = torch.ops.aten.gelu_backward.grad_input(dhidden, kept, grad_input=dhidden)
     rows = _normed(x, norm_weight, norm_bias, eps, dtype)[0]
     inner = _Needs(need_x, need_in, need_bias_in)
-    dx, dweight_in, dbias_in, _ = _linear_gradients(dkept, rows, weight_in.to(dtype), inner)
+    wide = _wide([weight_in], dtype, None)
+    dx, dweight_in, dbias_in, _ = _linear_gradients(dkept, rows, weight_in, inner, wide=wide)
     of_norm = [dx.new_empty(0) for _ in range(2)]
     if need_x:
         dx, *of_norm = _through_norm(dx, x, norm_weight, mean, rstd, dout if itself else None)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from .workspace import Dropout
+from .workspace import Dropout, scratch
 
 
 class AddLayerNorm(NamedTuple):
@@ -220,8 +220,11 @@ def normalise_backward(
     """Gradients of the sum, in its type, and of weight and bias."""
     rows = summed.reshape(-1, summed.shape[-1])
     wide = weight.to(_wide(summed))
+    upstream = dnormed.reshape(rows.shape)
+    if upstream.dtype != rows.dtype:
+        upstream = scratch("normed gradient", tuple(rows.shape), rows.dtype).copy_(upstream)
     ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dnormed.reshape(rows.shape).to(rows.dtype),
+        upstream,
         rows,
         (rows.shape[1],),
         mean[:, None],

@@ -158,26 +158,58 @@ def mlp_residual(
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`; nothing is kept of the weight."""
-    name = _select("trained linear", _TRAINED, _trained_example, weight)
+    """`x W^T + b` for x `[..., K]`, weight `[M, K]`, rounded to the type of x; nothing is kept of the weight."""
+    name = _select("trained linear", _TRAINED, _trained_example, weight, dtype=x.dtype)
+    weight = _readable(name, weight, x.dtype)
     return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
-    """`dout W`: `[..., M]`, `[M, K]` → `[..., K]`."""
-    name = _select("input gradient", _INPUT, _input_example, weight, turned=True)
-    return _INPUT[name](dout.reshape(-1, dout.shape[-1]), weight).view(*dout.shape[:-1], weight.shape[1])
+def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, place: Tensor | None = None) -> Tensor:
+    """`dout (f · W)`: `[..., M]`, `[M, K]` → `[..., K]`.
+
+    Args:
+        weight: rounded to the type of dout.
+        factors: `[M]`, of the rows of the weight.
+        place: contiguous memory of that size which the result may take.
+    """
+    name = _select("input gradient", _INPUT, _input_example, weight, turned=True, dtype=dout.dtype)
+    rows, found = dout.reshape(-1, dout.shape[-1]), None
+    if name == "llvm":
+        # The kernel rounds and scales the weight where it lays it out.
+        scales = None if factors is None else factors.float().contiguous()
+        place = None if place is None else place.view(len(rows), -1)
+        found = _compiled(rows, weight, None, turned=True, factors=scales, out=place)
+    if found is None:
+        weight = weight.to(dout.dtype)
+        found = _INPUT[name](rows, weight if factors is None else weight * factors[:, None].to(weight.dtype))
+    return found.view(*dout.shape[:-1], weight.shape[1])
 
 
-def weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
-    """`dout^T x`, summed over all rows: `[..., M]`, `[..., K]` → `[M, K]`."""
+def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, sums: Tensor | None = None) -> Tensor:
+    """`dout^T x`, summed over all rows: `[..., M]`, `[..., K]` → `[M, K]`.
+
+    Args:
+        dtype: of the result; that of the factors by default.
+        sums: `[M]` in fp32: receives the gradient of the bias.
+    """
     name = select("weight gradient", _WEIGHT, _weight_example, dout.dtype)
-    return _WEIGHT[name](dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1]))
+    dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
+    if name == "llvm":
+        # The sums of a product are in fp32: no second pass widens them, and none reads dout again for the bias.
+        return _compiled_weight(dout, x, wide=dtype == torch.float32, sums=sums)
+    if sums is not None:
+        sums.copy_(bias_gradient(dout))
+    return _WEIGHT[name](dout, x).to(dtype)
 
 
 def bias_gradient(dout: Tensor) -> Tensor:
-    """`[..., M]` → `[M]`."""
-    return dout.reshape(-1, dout.shape[-1]).sum(0)
+    """`[..., M]` → `[M]`, in fp32 or wider."""
+    return dout.reshape(-1, dout.shape[-1]).sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))
+
+
+def _readable(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as a candidate takes it: our kernel rounds it where it lays it out, others are given a copy."""
+    return weight if name == "llvm" else weight.to(dtype)
 
 
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
@@ -209,12 +241,14 @@ def _select(
     weight: Tensor,
     *,
     turned: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> str:
-    """The choice for a weight `[M, K]`, or `[K, M]` where it is `turned`."""
+    """The choice for a weight `[M, K]`, or `[K, M]` where it is `turned`, in a type, which is its own by default."""
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
-    if not llvm.fits(outputs, inputs, weight.dtype):
+    dtype = dtype or weight.dtype
+    if not llvm.fits(outputs, inputs, dtype):
         operation, candidates = of_odd_sizes(operation, candidates)
-    return select(operation, candidates, example, weight.dtype)
+    return select(operation, candidates, example, dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -307,7 +341,7 @@ def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
 def compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` by a kernel that LLVM compiles here: x `[n, K]`, weight `[M, K]`."""
     found = _compiled(x, weight, bias)
-    return F.linear(x, weight, bias) if found is None else found
+    return F.linear(x, weight.to(x.dtype), bias) if found is None else found
 
 
 def compiled_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -430,13 +464,13 @@ def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(dout, weight) if found is None else found
 
 
-def _compiled_weight(dout: Tensor, x: Tensor) -> Tensor:
-    """`dout^T x` by such a kernel, which takes any sizes."""
+def _compiled_weight(dout: Tensor, x: Tensor, **options: Any) -> Tensor:
+    """`dout^T x` by such a kernel, which takes any sizes; options as it describes them."""
     if (reason := llvm.why_not(x.dtype)) is not None:
         raise NotImplementedError(reason)
     from .llvm.weight_gradient import weight_gradient
 
-    return weight_gradient(dout, x)
+    return weight_gradient(dout, x, **options)
 
 
 _TRAINED: dict[str, Product] = {

@@ -290,6 +290,26 @@ def test_turned_weights(level: llvm.Level, dtype: torch.dtype, shape: tuple[int,
 
 
 @each_case
+@pytest.mark.parametrize("shape", PRODUCTS)
+def test_weights_that_are_wider(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """As training keeps them: rounding and scaling them on their way is what a copy would have been, to the bit."""
+    from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
+    from xfm_fast.kernels.cpu.llvm.linear import takes
+
+    rows, inputs, outputs = shape
+    x, factors = torch.randn(rows, inputs).to(dtype), torch.randn(inputs)
+    weight, turned = torch.randn(outputs, inputs + 3)[:, :inputs], torch.randn(inputs, outputs + 3)[:, :outputs]
+    assert takes(x, weight)
+    for few in (False, True):
+        right = compiled(x, weight.to(dtype).contiguous(), None, few=few, level=level)
+        assert torch.equal(compiled(x, weight, None, few=few, level=level), right)
+    for by in (None, factors):
+        scaled = turned if by is None else turned * by[:, None]
+        right = compiled(x, scaled.to(dtype).contiguous(), None, turned=True, level=level)
+        assert torch.equal(compiled(x, turned, None, turned=True, factors=by, level=level), right)
+
+
+@each_case
 def test_gelu_of_every_number(level: llvm.Level, dtype: torch.dtype) -> None:
     """Large numbers of either sign too, and none."""
     from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
@@ -337,6 +357,11 @@ def test_gradients_of_weights(level: llvm.Level, dtype: torch.dtype, shape: tupl
     assert_as_accurate(found, lambda dout, x: dout.t() @ x, dout, x)
     apart = dout.t().contiguous().t(), x.t().contiguous().t()
     assert torch.equal(weight_gradient(*apart, level=level), found)
+    sums = torch.full((outputs,), torch.nan)
+    wide = weight_gradient(dout, x, wide=True, sums=sums, level=level)
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.to(dtype), found)
+    assert_as_accurate(sums, lambda dout: dout.sum(0, dtype=torch.promote_types(dout.dtype, torch.float32)), dout)
     same = dout[:1].expand(rows, outputs)
     assert torch.equal(weight_gradient(same, x, level=level), weight_gradient(same.contiguous(), x, level=level))
 
@@ -348,7 +373,12 @@ def test_threads_change_no_bit_of_gradients(level: llvm.Level, dtype: torch.dtyp
 
     for outputs in (20, 900):
         dout, x = torch.randn(600, outputs).to(dtype), torch.randn(600, 200).to(dtype)
-        found = by_threads(partial(weight_gradient, dout, x, level=level))
+
+        def gradients(dout: Tensor = dout, x: Tensor = x) -> Tensor:
+            sums = torch.empty(dout.shape[1])
+            return torch.cat([weight_gradient(dout, x, wide=True, sums=sums, level=level), sums[:, None]], 1)
+
+        found = by_threads(gradients)
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
 
@@ -358,7 +388,10 @@ def test_gradients_of_no_rows_and_of_no_numbers(level: llvm.Level, dtype: torch.
     from xfm_fast.kernels.cpu.llvm.weight_gradient import weight_gradient
 
     dout, x = torch.randn(9, 5).to(dtype), torch.randn(9, 40).to(dtype)
-    assert torch.equal(weight_gradient(dout[:0], x[:0], level=level), torch.zeros(5, 40, dtype=dtype))
+    sums = torch.full((5,), torch.nan)
+    nothing = weight_gradient(dout[:0], x[:0], sums=sums, level=level)
+    assert torch.equal(nothing, torch.zeros(5, 40, dtype=dtype))
+    assert not sums.any()
     assert weight_gradient(dout, x[:, :0], level=level).shape == (5, 0)
     dout[8, 3], x[0, 17] = torch.inf, torch.nan
     found = weight_gradient(dout, x, level=level)

@@ -188,6 +188,14 @@ class Builder(ir.IRBuilder):
         kind = self.vector(BF16)
         return self.intrinsic(f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * self.lanes}", kind, x)
 
+    def narrowed_pairs(self, x: Any, y: Any) -> Any:
+        """The elements of two fp32 vectors, one after the other, as pairs in bf16, which are 32-bit integers."""
+        width = 32 * self.lanes
+        kind = self.vector(BF16, 2 * self.lanes)
+        return self.bitcast(
+            self.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{width}", kind, y, x), self.vector(INT32)
+        )
+
     def summed(self, x: Any) -> Any:
         """The sum of the elements of an fp32 vector, by halves."""
         width = self.lanes
@@ -245,18 +253,30 @@ class Builder(ir.IRBuilder):
             rows, step = turned, step // 2
         return rows
 
-    def lay_out(self, rows: Values, units: Any, unit: Any, place: Any, ahead: Any = None) -> None:
+    def lay_out(
+        self, rows: Values, units: Any, unit: Any, place: Any, ahead: Any = None, *, narrowing: bool = False
+    ) -> None:
         """Write rows in columns: a unit of all of them to `place`, the next one two vectors further, and so on.
 
         Args:
             rows: addresses of as many as there are lanes, of `units` units.
-            ahead: units from what is read to what is wanted next.
+            ahead: elements of 32 bits from what is read to what is wanted next.
+            narrowing: the rows are fp32, two elements of which become a unit of bf16.
         """
+        parts = 2 if narrowing else 1
+
+        def some(row: Any, u: Any) -> Any:
+            first = self.at(row, self.mul(u, self.number(parts)), unit)
+            if not narrowing:
+                return self.read(first, unit)
+            return self.narrowed_pairs(self.read(first, FP32), self.read(self.at(first, self.lanes, FP32), FP32))
 
         def square(u: Any) -> None:
             for row in rows if ahead is not None else ():
-                self.fetch(self.at(row, self.add(u, ahead), unit))
-            for i, column in enumerate(self.transposed([self.read(self.at(row, u, unit), unit) for row in rows])):
+                for n in range(parts):
+                    element = self.add(self.mul(u, self.number(parts)), self.number(n * self.lanes))
+                    self.fetch(self.at(row, self.add(element, ahead), unit))
+            for i, column in enumerate(self.transposed([some(row, u) for row in rows])):
                 self.write(
                     column, self.at(place, self.mul(self.add(u, self.number(i)), self.number(2 * self.lanes)), unit)
                 )

@@ -80,12 +80,21 @@ class _Linear:
         turned: the one whose weight is `[K, M]`; of many rows, and not of bytes.
         level: of the processor.
         rounded: how rows in floats become bytes; None where they are bytes.
+        wide: whether the weight is fp32 where the other factor is bf16; of many rows.
     """
 
     def __init__(
-        self, kind: Kind, half: bool, few: bool, turned: bool, level: Level, rounded: Rounded | None = None
+        self,
+        kind: Kind,
+        half: bool,
+        few: bool,
+        turned: bool,
+        level: Level,
+        rounded: Rounded | None = None,
+        wide: bool = False,
     ) -> None:
         self.kind, self.half, self.level, self.turned, self.rounded = kind, half, level, turned, rounded
+        self.wide = wide
         # Rows are read as channels in fp32, pairs of them in bf16 and fours of them in bytes, 32 bits each.
         self.unit, self.element = FP32 if kind == "fp32" else INT32, BF16 if half else FP32
         self.summed = INT32 if kind == "int8" else FP32
@@ -95,7 +104,7 @@ class _Linear:
         self.sums_bytes = 4 * self.height * self.columns
         if rounded is None:
             given["x_row"] = b.ashr(given["x_row"], b.number(_SHIFT[kind]))
-        if not turned:
+        if not turned and not wide:
             given["weight_row"] = b.ashr(given["weight_row"], b.number(_SHIFT[kind]))
         given["inputs"] = b.ashr(given["inputs"], b.number(_SHIFT[kind]))
         if kind == "int8":
@@ -127,7 +136,8 @@ class _Linear:
                 b.loop(0, given["inputs"], 1, lambda u: self._lay_out_turned(at, u, place))
                 return
             rows = [self._row("weight", b.add(at, b.number(i))) for i in range(lanes)]
-            b.lay_out(rows, given["inputs"], self.unit, place, b.mul(given["weight_row"], b.number(lanes)))
+            ahead = b.mul(given["weight_row"], b.number(lanes))
+            b.lay_out(rows, given["inputs"], self.unit, place, ahead, narrowing=self.wide)
 
         b.loop(column, stop, lanes, lay_out)
 
@@ -202,14 +212,26 @@ class _Linear:
                 b.fetch(b.at(place, channel, self.element))
 
     def _lay_out_turned(self, column: Any, unit: Any, place: Any) -> None:
-        """A vector of columns, of one row of the weight in fp32, of two in turn in bf16."""
-        b, lanes, row = self.b, self.level.lanes, self.given["weight_row"]
+        """A vector of columns, of one row of the weight in fp32, of two in turn in bf16; rows times their factors."""
+        b, lanes, given = self.b, self.level.lanes, self.given
         into = b.at(place, b.mul(unit, b.number(2 * lanes)), self.unit)
+        element = FP32 if self.kind == "fp32" or self.wide else BF16
+
+        def scaled(row: Any) -> Any:
+            at = b.at(given["weight"], b.add(b.mul(row, given["weight_row"]), column), element)
+            factor = b.where(
+                b.there(given["scales"]),
+                lambda: b.load(b.at(given["scales"], row, FP32), typ=FP32),
+                ir.Constant(FP32, 1.0),
+            )
+            return b.fmul(b.widened(at, element), b.spread(factor))
+
         if self.kind == "fp32":
-            b.write(b.read(b.at(self.given["weight"], b.add(b.mul(unit, row), column), FP32), FP32), into)
+            b.write(scaled(unit), into)
             return
-        first = b.at(self.given["weight"], b.add(b.mul(b.shl(unit, b.number(1)), row), column), INT16)
-        b.write(b.alternated(b.read(first, INT16), b.read(b.at(first, row, INT16), INT16)), into)
+        first = b.shl(unit, b.number(1))
+        rows = [b.bitcast(b.narrowed(scaled(b.add(first, b.number(n)))), b.vector(INT16)) for n in range(2)]
+        b.write(b.alternated(*rows), into)
 
     def _few(self, task: Any, thread: Any) -> None:
         b, lanes = self.b, self.level.lanes
@@ -468,12 +490,14 @@ class _Bytes:
 
 
 @cache
-def _kernel(kind: Kind, half: bool, few: bool, turned: bool, level: Level, rounded: Rounded | None = None) -> Kernel:
+def _kernel(
+    kind: Kind, half: bool, few: bool, turned: bool, level: Level, rounded: Rounded | None, wide: bool
+) -> Kernel:
     def write() -> Builder:
-        return _Linear(kind, half, few, turned, level, rounded).b
+        return _Linear(kind, half, few, turned, level, rounded, wide).b
 
     name = "linear_of_few_rows" if few else "linear"
-    return Kernel(name, level, (kind, half, turned, rounded), (__file__,), write)
+    return Kernel(name, level, (kind, half, turned, rounded, wide), (__file__,), write)
 
 
 @cache
@@ -499,10 +523,12 @@ def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = Fals
     """
     rows = [t for t in (x, weight, *others) if t is not None]
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
+    wide = weight.dtype == torch.float32
     return (
         fits(outputs, inputs, x.dtype)
-        and all(t.dtype == x.dtype and t.layout == torch.strided and t.stride(-1) == 1 for t in rows)
-        and (x.dtype == torch.float32 or (x.stride(0) % 2 == 0 and weight.stride(0) % 2 == 0))
+        and all(t.dtype == x.dtype or (t is weight and wide) for t in rows)
+        and all(t.layout == torch.strided and t.stride(-1) == 1 for t in rows)
+        and (x.dtype == torch.float32 or (x.stride(0) % 2 == 0 and (wide or weight.stride(0) % 2 == 0)))
     )
 
 
@@ -515,6 +541,7 @@ def linear(
     *,
     gelu: bool = False,
     turned: bool = False,
+    factors: Tensor | None = None,
     out: Tensor | None = None,
     few: bool | None = None,
     level: Level | None = None,
@@ -522,16 +549,21 @@ def linear(
     """`residual + gamma · (x W^T + b)`, or of the product's GELU.
 
     Args:
-        x: `[n, K]`; weight: `[M, K]`; bias, gamma: `[M]`; residual: `[n, M]`; all of one type, as in `takes`.
+        x: `[n, K]`; weight: `[M, K]`; bias, gamma: `[M]`; residual: `[n, M]`; all of one type, as in `takes`, but that
+            the weight may be fp32 where they are bf16: it is rounded on its way, without a copy where rows are many.
         turned: the weight is `[K, M]` and the product `x W`; of many rows.
+        factors: of the rows of a turned weight, `[K]` in fp32.
         out: `[n, M]`, where the result is written.
         few: which kernel runs; by default what is quicker for so many rows.
         level: whose kernel runs; the best of this processor by default.
     """
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
     kind: Kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
-    few = False if turned else few
-    return _run(kind, x, weight, (bias, gamma, residual), out, few, level, gelu=gelu, turned=turned)
+    few = False if turned else x.shape[0] < _FEW if few is None else few
+    if few:
+        weight = weight.to(x.dtype)
+    scales = (0, 0 if factors is None else factors.data_ptr(), 0, 0)
+    return _run(kind, x, weight, (bias, gamma, residual), out, few, level, scales, gelu=gelu, turned=turned)
 
 
 class Panels(NamedTuple):
@@ -629,7 +661,8 @@ def _run(
     if not out.numel():
         return out
     few = rows < _FEW if few is None else few
-    kernel = _kernel(kind, half, few, turned, level, rounded)
+    wide = kind == "bf16" and weight.dtype == torch.float32
+    kernel = _kernel(kind, half, few, turned, level, rounded, wide)
     room, chunks, chunk = 4 * _height(kind, few, level) * _columns(kind, few, level), 1, rows
     columns = 2 * level.lanes if kind == "int8" else _FEW_COLUMNS
     if rounded is not None:

@@ -1,4 +1,4 @@
-"""Gradients of weights: products that sum over the rows of two matrices, in fp32.
+"""Gradients of weights: products that sum over the rows of two matrices, in fp32; and of biases, on the way.
 
 A task is a block of the result. It goes through the rows that are summed over a piece at a time: what a piece has of
 the block's rows is laid out once and stays in the second level of cache, what it has of two vectors of columns is laid
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import TOGETHER, Level, levels
-from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, scratch_address, whole_pages
+from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, Values, scratch_address, whole_pages
 
 # 32-bit units of the longest piece: with them two vectors of columns fill two thirds of the first level of cache.
 _TERMS = 256
@@ -24,7 +24,7 @@ _TERMS = 256
 _HEIGHT = 384
 # Units from what is laid out to what is fetched: the rows of a block lie apart, so that no prefetcher knows the next.
 _AHEAD = 16
-_POINTERS = ("dout", "x", "out", "scratch")
+_POINTERS = ("dout", "x", "out", "sums", "scratch")
 _NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "units", "terms", "height", "width", "across", "room")
 
 
@@ -32,13 +32,14 @@ class _WeightGradient:
     """Writes the kernel.
 
     Args:
-        half: bf16 instead of fp32.
+        half: factors are bf16 instead of fp32.
+        wide: the result is fp32 whatever the factors are.
         level: of the processor.
     """
 
-    def __init__(self, half: bool, level: Level) -> None:
+    def __init__(self, half: bool, wide: bool, level: Level) -> None:
         # Rows are taken one by one in fp32 and in pairs in bf16, so that units of a column have 32 bits.
-        self.half, self.unit, self.element = half, INT32 if half else FP32, BF16 if half else FP32
+        self.half, self.unit, self.narrow = half, INT32 if half else FP32, half and not wide
         self.high, self.lanes, self.columns = level.rows, level.lanes, 2 * level.lanes
         self.b = b = Builder("weight_gradient", _POINTERS, _NUMBERS, level)
         self.given = b.given
@@ -55,13 +56,27 @@ class _WeightGradient:
         self.tile_units = b.add(b.mul(terms, b.number(self.high)), b.number(self.lanes))
         self.sums = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
         self.panel = b.at(self.sums, self.high * self.columns, FP32)
-        self.tiles = b.at(self.panel, b.mul(terms, columns), self.unit)
         tiles = b.sdiv(given["height"], b.number(self.high))
+        # Sums of the block's rows of dout: of the piece, and of all pieces.
+        summed = b.mul(tiles, b.number(self.lanes))
+        self.piece_sums = b.at(self.panel, b.mul(terms, columns), self.unit)
+        self.row_sums = b.at(self.piece_sums, summed, FP32)
+        self.tiles = b.at(self.row_sums, summed, FP32)
         self.before = b.at(self.tiles, b.mul(tiles, self.tile_units), self.unit)
+        # Of blocks that are divided, the first part sums for all.
+        self.sums_wanted = b.and_(b.there(given["sums"]), b.icmp_signed("==", column, b.number(0)))
+
+        def nothing_yet(n: Any) -> None:
+            b.write(b.filled(0.0), b.at(self.piece_sums, n, FP32))
+
+        # Those of all pieces too.
+        b.loop(0, b.shl(summed, b.number(1)), self.lanes, nothing_yet)
 
         def piece(first: Any) -> None:
             count = b.least(b.sub(given["units"], first), terms)
             b.loop(0, count, 1, lambda u: self._lay_out_rows(b.add(first, u), u))
+            with b.if_then(self.sums_wanted):
+                b.loop(row, end, self.high, self._add_piece_sums)
 
             def some_columns(at: Any) -> None:
                 b.loop(0, count, 1, lambda u: self._lay_out_columns(b.add(first, u), u, at))
@@ -79,6 +94,26 @@ class _WeightGradient:
             b.loop(column, stop, self.columns, some_columns)
 
         b.loop(0, given["units"], terms, piece)
+        with b.if_then(self.sums_wanted):
+            b.loop(row, end, self.high, self._finish_sums)
+
+    def _add_piece_sums(self, row: Any) -> None:
+        b, place = self.b, self._sums_place(row)
+        of_piece, of_all = (b.at(base, place, FP32) for base in (self.piece_sums, self.row_sums))
+        b.write(b.fadd(b.read(of_all, FP32), b.read(of_piece, FP32)), of_all)
+        b.write(b.filled(0.0), of_piece)
+
+    def _finish_sums(self, row: Any) -> None:
+        b = self.b
+        there = self._there(b.least(b.sub(self.end, row), self.high))
+        b.write_some(
+            b.read(b.at(self.row_sums, self._sums_place(row), FP32), FP32), b.at(self.given["sums"], row, FP32), there
+        )
+
+    def _sums_place(self, row: Any) -> Any:
+        """A vector for every tile, of which as many elements count as it has rows."""
+        b = self.b
+        return b.mul(b.sdiv(b.sub(row, self.row), b.number(self.high)), b.number(self.lanes))
 
     def _tile(self, row: Any) -> Any:
         """Where the tile of a row is laid out."""
@@ -93,7 +128,12 @@ class _WeightGradient:
         def some(i: Any) -> None:
             # A vector is longer than a tile is high: the next unit, or what lies between tiles, takes what is too much.
             into = b.at(self._tile(i), b.mul(place, b.number(self.high)), self.unit)
-            b.write(self._units("dout", unit, i, self.given["outputs"], ahead), into)
+            parts = self._parts("dout", unit, i, self.given["outputs"], ahead)
+            b.write(self._units(parts), into)
+            with b.if_then(self.sums_wanted):
+                sums = b.at(self.piece_sums, self._sums_place(i), FP32)
+                added = b.fadd(*(b.raised(part) for part in parts)) if self.half else parts[0]
+                b.write(b.fadd(b.read(sums, FP32), added), sums)
 
         b.loop(self.row, self.end, self.high, some)
 
@@ -102,10 +142,14 @@ class _WeightGradient:
         for n in (0, self.lanes):
             into = b.at(self.panel, b.add(b.mul(place, b.number(self.columns)), b.number(n)), self.unit)
             at = b.add(column, b.number(n))
-            b.write(self._units("x", unit, at, self.given["inputs"], b.number(self.columns)), into)
+            b.write(self._units(self._parts("x", unit, at, self.given["inputs"], b.number(self.columns))), into)
 
-    def _units(self, name: str, unit: Any, column: Any, columns: Any, ahead: Any) -> Any:
-        """A vector of them, zeros behind the last column and the last row; what is so far ahead is fetched."""
+    def _units(self, parts: Values) -> Any:
+        """A vector of them."""
+        return self.b.alternated(*parts) if self.half else parts[0]
+
+    def _parts(self, name: str, unit: Any, column: Any, columns: Any, ahead: Any) -> Values:
+        """Vectors of the rows of a unit, zeros behind the last column and row; what is so far ahead is fetched."""
         b = self.b
 
         def some(row: Any, limit: Any, element: Any) -> Any:
@@ -114,11 +158,11 @@ class _WeightGradient:
             return b.read_some(place, self._there(b.sub(limit, column)), element)
 
         if not self.half:
-            return some(unit, columns, FP32)
+            return [some(unit, columns, FP32)]
         first = b.shl(unit, b.number(1))
         second = b.add(first, b.number(1))
         limit = b.select(b.icmp_signed("<", second, self.given["rows"]), columns, b.number(0))
-        return b.alternated(some(first, columns, INT16), some(second, limit, INT16))
+        return [some(first, columns, INT16), some(second, limit, INT16)]
 
     def _there(self, count: Any) -> Any:
         """Which elements of a vector are among so many."""
@@ -127,7 +171,7 @@ class _WeightGradient:
         return b.icmp_signed("<", places, b.spread(b.trunc(b.least(count, self.lanes), INT32)))
 
     def _finish(self, first: Any, row: Any, column: Any) -> None:
-        """The sums of a tile to their place, with those of pieces before; in bf16 they wait in fp32 for the last."""
+        """The sums of a tile to their place, with those of pieces before; for bf16 they wait in fp32 for the last."""
         b, given = self.b, self.given
         later = b.icmp_signed(">", first, b.number(0))
         last = b.icmp_signed(">=", b.add(first, given["terms"]), given["units"])
@@ -135,14 +179,15 @@ class _WeightGradient:
         def of_row(i: Any) -> None:
             sums = b.at(self.sums, b.mul(i, b.number(self.columns)), FP32)
             number = b.add(row, i)
-            out = b.at(given["out"], b.add(b.mul(number, given["inputs"]), column), self.element)
+            element = BF16 if self.narrow else FP32
+            out = b.at(given["out"], b.add(b.mul(number, given["inputs"]), column), element)
             place = b.add(b.mul(b.sub(number, self.row), given["width"]), b.sub(column, self.column))
             before = b.at(self.before, place, FP32)
 
             def vector(n: Any) -> None:
                 count = b.sub(given["inputs"], b.add(column, n))
-                found, into, wide = b.read(b.at(sums, n, FP32), FP32), b.at(out, n, self.element), b.at(before, n, FP32)
-                if not self.half:
+                found, into, wide = b.read(b.at(sums, n, FP32), FP32), b.at(out, n, element), b.at(before, n, FP32)
+                if not self.narrow:
                     added = b.where(later, lambda: b.fadd(found, b.read_some(into, self._there(count))), found)
                     self._write(added, into, count)
                     return
@@ -168,22 +213,28 @@ class _WeightGradient:
 
 
 @cache
-def _kernel(half: bool, level: Level) -> Kernel:
-    return Kernel("weight_gradient", level, half, (__file__,), lambda: _WeightGradient(half, level).b)
+def _kernel(half: bool, wide: bool, level: Level) -> Kernel:
+    return Kernel("weight_gradient", level, (half, wide), (__file__,), lambda: _WeightGradient(half, wide, level).b)
 
 
-def weight_gradient(dout: Tensor, x: Tensor, *, level: Level | None = None) -> Tensor:
-    """`dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, of their type, whatever the sizes.
+def weight_gradient(
+    dout: Tensor, x: Tensor, *, wide: bool = False, sums: Tensor | None = None, level: Level | None = None
+) -> Tensor:
+    """`dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, whatever the sizes.
 
     Args:
         dout, x: both fp32, or both bf16 where the level has it; copied where columns lie apart.
+        wide: the result is fp32 instead of their type.
+        sums: `[M]` in fp32, contiguous: receives the sum of dout over all rows.
         level: whose kernel runs; the best of this processor by default.
     """
     level, threads, half = level or levels()[0], torch.get_num_threads(), x.dtype == torch.bfloat16
     dout, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, x))
     (rows, outputs), inputs = dout.shape, x.shape[1]
-    out = torch.empty(outputs, inputs, dtype=x.dtype)
+    out = torch.empty(outputs, inputs, dtype=torch.float32 if wide else x.dtype)
     if not rows or not out.numel():
+        if sums is not None:
+            torch.sum(dout, 0, dtype=torch.float32, out=sums)
         return out.zero_()
     columns, units = 2 * level.lanes, -(-rows // TOGETHER[x.dtype])
     terms = -(-units // -(-units // _TERMS))
@@ -192,10 +243,10 @@ def weight_gradient(dout: Tensor, x: Tensor, *, level: Level | None = None) -> T
     # Where blocks are fewer than threads they are divided; every part lays out the block's rows.
     width = -(-inputs // (-(-threads // blocks) * columns)) * columns
     blocks, across = -(-outputs // height), -(-inputs // width)
-    laid_out = terms * columns + height // level.rows * (terms * level.rows + level.lanes)
-    room = whole_pages(4 * (level.rows * columns + laid_out + half * height * width))
+    laid_out = terms * columns + height // level.rows * (terms * level.rows + 3 * level.lanes)
+    room = whole_pages(4 * (level.rows * columns + laid_out + (half and not wide) * height * width))
     place = scratch_address("compiled weight gradient", room * threads)
-    addresses = (dout.data_ptr(), x.data_ptr(), out.data_ptr(), place)
+    addresses = (dout.data_ptr(), x.data_ptr(), out.data_ptr(), 0 if sums is None else sums.data_ptr(), place)
     sizes = (rows, outputs, inputs, units, terms, height, width, across, room)
-    _kernel(half, level)((*addresses, dout.stride(0), x.stride(0), *sizes), blocks * across, threads)
+    _kernel(half, wide, level)((*addresses, dout.stride(0), x.stride(0), *sizes), blocks * across, threads)
     return out
