@@ -24,6 +24,7 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import roofline
 from xfm_fast.kernels.cpu import waiting
 from xfm_fast.kernels.cpu.races import compare_all
+from xfm_fast.kernels.cpu.workspace import keeps_freed_memory
 
 # Package -> (import name, the extra that installs it).
 OPTIONAL = {
@@ -246,6 +247,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "threads_wait": waiting.told(os.environ),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "freed_memory_kept": keeps_freed_memory(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],

@@ -2,9 +2,9 @@
 
 Both run on the same parameters and the same batch of photographs with captions, and leave the same gradients; that is
 checked before anything is timed. On a CPU the peak memory of each procedure is measured in a process of its own, which
-has done nothing else: within one process the second would find the heap as the first one left it, and the high-water
-mark would belong to the one that needs more. Run as a program, this file is that process: it reads a folder with the
-configuration and the batch, and prints one line of JSON.
+has done nothing else, with the heap that `pretrain` has: within one process the second would find the heap as the first
+one left it, and the high-water mark would belong to the one that needs more. Run as a program, this file is that
+process: it reads a folder with the configuration and the batch, and prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from xfm_fast.data.masking import block_mask
 from xfm_fast.data.options import TextOptions
 from xfm_fast.data.texts import encode_pair_text
 from xfm_fast.errors import UnavailableError
+from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 from xfm_fast.memory import PeakMemory, resident_bytes
 from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.objectives import pretraining_losses
@@ -531,4 +532,5 @@ def _measured_memory(folder: Path) -> Memory:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     print(_measured_memory(Path(sys.argv[1])).model_dump_json())

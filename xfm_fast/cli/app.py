@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs a command line, by default that of the process, and exits with its code."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] not in (["pretrain"], ["finetune"]):
+        if arguments[:1] not in (["pretrain"], ["finetune"]) and arguments[:2] != ["bench", "train-step"]:
             # PyTorch reads it at its first allocation: large tensors then lie in huge pages where Linux leaves that to
             # programs. Products of matrices that no cache holds take a tenth less time, which is that of finding
             # addresses. Commands that train ask for a whole heap of them, which takes less memory.

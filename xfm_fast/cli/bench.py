@@ -161,7 +161,10 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
     """
     from xfm_fast.benchmarks import files
     from xfm_fast.benchmarks.work import finetuning, training
+    from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
+    # Both procedures get the heap that `pretrain` and `finetune` train with.
+    keep_freed_memory()
     run = training.run if options.task is None else finetuning.run
     document = _measured(lambda progress, command: run(options, progress, command))
     # The file of a GPU's pretraining step is not for those of tasks.
