@@ -621,6 +621,12 @@ def test_a_file_of_choices_settles_them_in_every_mode(choices: Callable[..., Pat
     assert selection.select("test", CANDIDATES, example, torch.float64) == "fast"
 
 
+def chosen(**parts: Any) -> dict[str, Any]:
+    """A file with this choice."""
+    known = {"operation": "test", "dtype": "float32", "chosen": "odd", "seconds": {}, "rejected": {}}
+    return {"choices": [known | parts]}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -628,10 +634,14 @@ def test_a_file_of_choices_settles_them_in_every_mode(choices: Callable[..., Pat
         ({"torch": "1.0"}, "was written for torch '1.0'"),
         ({"schema": 7}, "schema 7"),
         ({"choices": [{"operation": "test"}]}, "no file of choices"),
-        (
-            {"choices": [{"operation": "test", "dtype": "float32", "chosen": "odd", "seconds": {}, "rejected": {}}]},
-            "odd",
-        ),
+        (chosen(), "chooses 'odd'"),
+        (chosen(chosen=["fast"]), "chooses .*fast"),
+        (chosen(dtype="float3"), "no file of choices"),
+        (chosen(rejected="odd"), "no file of choices"),
+        (chosen(seconds="odd"), "no file of choices"),
+        (chosen(seconds={"odd": "long"}), "no file of choices"),
+        (chosen(seconds={"odd": 0}), "no file of choices"),
+        (chosen(seconds={"trusted": 1.0, "fast": 0.5}), "no file of choices .*'odd' of the times"),
     ],
 )
 def test_a_file_of_choices_that_cannot_be_used(
