@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 # PyTorch import it: without a GPU, tests interpret. Those that compile start a process of their own.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+# What a user may have set would decide instead of the tests.
+for _name in ("XFM_API_KEY", "XFM_CPU_CHOICES", "XFM_DEBUG"):
+    os.environ.pop(_name, None)
+
 CASES = ["tiny_a", "tiny_b"]
 PACKED = Path(__file__).parent / "golden"
 
