@@ -218,7 +218,8 @@ def test_the_chosen_gradients_of_attention_run(chosen: str, monkeypatch: pytest.
     attention.attention_backward(dout, q, k, v, 0.3, None, Dropout(0.5, torch.tensor(1)))
     attention.attention_backward(dout, q, k, v, 0.3, torch.zeros(1, 2, 20, 20), hiding=attention.Hiding(mask))
     attention.attention_backward(dout, q, k, v, 0.3, dlse=dlse)
-    attention.attention_backward(dout[..., :8], q[..., :8], k[..., :8], v[..., :8], 0.3)
+    # No vectors of any processor: those of AVX2 have 8 numbers.
+    attention.attention_backward(dout[..., :6], q[..., :6], k[..., :6], v[..., :6], 0.3)
     attention.attention_backward(dout.double(), q.double(), k.double(), v.double(), 0.3)
     long = torch.randn(1, 1041, 1, 16)
     attention.attention_backward(dout[:1, :, :1], q[:1, :, :1], long, long, 0.3)
