@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -212,6 +213,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests of a GPU are collected everywhere, so that a machine without one can count them, and skipped there."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU that PyTorch can use")
+
+
+def pytest_runtest_teardown() -> None:
+    """The code of a layer is compiled eight times in a process at most; a later test would fail, or run uncompiled and
+    say nothing."""
+    if (compiler := sys.modules.get("torch._dynamo")) is not None:
+        compiler.reset()
 
 
 @pytest.fixture(autouse=True)
