@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 # Whoever imports Triton first decides for the whole process whether kernels are compiled or interpreted, and parts of
 # PyTorch import it: without a GPU, tests interpret. Those that compile start a process of their own.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+# What a user may have set would decide instead of the tests.
+for _name in ("XFM_API_KEY", "XFM_CPU_CHOICES", "XFM_DEBUG"):
+    os.environ.pop(_name, None)
 
 CASES = ["tiny_a", "tiny_b"]
 PACKED = Path(__file__).parent / "golden"
@@ -208,6 +213,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests of a GPU are collected everywhere, so that a machine without one can count them, and skipped there."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU that PyTorch can use")
+
+
+def pytest_runtest_teardown() -> None:
+    """The code of a layer is compiled eight times in a process at most; a later test would fail, or run uncompiled and
+    say nothing."""
+    if (compiler := sys.modules.get("torch._dynamo")) is not None:
+        compiler.reset()
 
 
 @pytest.fixture(autouse=True)

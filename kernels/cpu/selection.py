@@ -225,12 +225,17 @@ def _read(path: str) -> dict[tuple[str, torch.dtype], Selection]:
                 raise InputError(f"{path} was written for {what} {document[what]!r} and this is {here!r}; {remedy}")
         found = {}
         for each in document["choices"]:
-            dtype = getattr(torch, each["dtype"])
-            parts = (each["operation"], dtype, each["chosen"], dict(each["seconds"]), dict(each["rejected"]))
+            dtype, chosen = getattr(torch, each["dtype"]), str(each["chosen"])
+            seconds = {name: float(time) for name, time in each["seconds"].items()}
+            if seconds and (chosen not in seconds or not all(0 < time < math.inf for time in seconds.values())):
+                raise ValueError(f"{each['operation']} chooses {chosen!r} of the times {seconds}")
+            parts = (each["operation"], dtype, chosen, seconds, dict(each["rejected"]))
             found[each["operation"], dtype] = Selection(*parts, source="file")
     except OSError as error:
         raise InputError(f"{CHOICES} names {path}, which cannot be read: {error.strerror}; {remedy}") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path} is no file of choices ({type(error).__name__}: {error}); {remedy}") from error
     return found
 

@@ -155,6 +155,12 @@ def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     refused = invoke(["tune", "--cpu", "--out", out])
     assert refused.exit_code == 2
     assert "unset it first" in refused.stderr
+    monkeypatch.delenv(selection.CHOICES)
+    for name in (tmp_path, tmp_path / "absent" / "choices.json"):
+        refused = invoke(["tune", "--cpu", "--out", name])
+        assert refused.exit_code == 2
+        assert not refused.stdout
+        assert f"{name} cannot be written" in refused.stderr
 
 
 def test_convert_reports(

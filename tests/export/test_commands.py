@@ -46,6 +46,8 @@ def _run(*arguments: str, expect: int = 0) -> str:
 def test_help_names_the_commands() -> None:
     shown = _run("--help")
     assert all(command in shown for command in ("onnx", "verify"))
+    # As docs/export.md has them.
+    assert [code for code in "01234" if f"{code}: " in shown] == ["1", "3", "4"]
 
 
 def test_export_and_verify(tmp_path: Path) -> None:

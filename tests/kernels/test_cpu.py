@@ -219,7 +219,8 @@ def test_the_chosen_gradients_of_attention_run(chosen: str, monkeypatch: pytest.
     attention.attention_backward(dout, q, k, v, 0.3, None, Dropout(0.5, torch.tensor(1)))
     attention.attention_backward(dout, q, k, v, 0.3, torch.zeros(1, 2, 20, 20), hiding=attention.Hiding(mask))
     attention.attention_backward(dout, q, k, v, 0.3, dlse=dlse)
-    attention.attention_backward(dout[..., :8], q[..., :8], k[..., :8], v[..., :8], 0.3)
+    # No vectors of any processor: those of AVX2 have 8 numbers.
+    attention.attention_backward(dout[..., :6], q[..., :6], k[..., :6], v[..., :6], 0.3)
     attention.attention_backward(dout.double(), q.double(), k.double(), v.double(), 0.3)
     long = torch.randn(1, 1041, 1, 16)
     attention.attention_backward(dout[:1, :, :1], q[:1, :, :1], long, long, 0.3)
@@ -622,6 +623,12 @@ def test_a_file_of_choices_settles_them_in_every_mode(choices: Callable[..., Pat
     assert selection.select("test", CANDIDATES, example, torch.float64) == "fast"
 
 
+def chosen(**parts: Any) -> dict[str, Any]:
+    """A file with this choice."""
+    known = {"operation": "test", "dtype": "float32", "chosen": "odd", "seconds": {}, "rejected": {}}
+    return {"choices": [known | parts]}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -629,10 +636,14 @@ def test_a_file_of_choices_settles_them_in_every_mode(choices: Callable[..., Pat
         ({"torch": "1.0"}, "was written for torch '1.0'"),
         ({"schema": 7}, "schema 7"),
         ({"choices": [{"operation": "test"}]}, "no file of choices"),
-        (
-            {"choices": [{"operation": "test", "dtype": "float32", "chosen": "odd", "seconds": {}, "rejected": {}}]},
-            "odd",
-        ),
+        (chosen(), "chooses 'odd'"),
+        (chosen(chosen=["fast"]), "chooses .*fast"),
+        (chosen(dtype="float3"), "no file of choices"),
+        (chosen(rejected="odd"), "no file of choices"),
+        (chosen(seconds="odd"), "no file of choices"),
+        (chosen(seconds={"odd": "long"}), "no file of choices"),
+        (chosen(seconds={"odd": 0}), "no file of choices"),
+        (chosen(seconds={"trusted": 1.0, "fast": 0.5}), "no file of choices .*'odd' of the times"),
     ],
 )
 def test_a_file_of_choices_that_cannot_be_used(

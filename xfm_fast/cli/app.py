@@ -92,7 +92,10 @@ app.command(
     "xfm_fast.cli.export:app",
     name="export",
     group=SERVE,
-    help="Export to ONNX and engines, verified against the model. Exit code 1: the export differs from the model.",
+    help="""Export to ONNX and engines, verified against the model.
+
+    Exit code 1: the export differs from the model; 3: no GPU ran the engines, and the graphs behind them agree; 4:
+    nothing could be compared.""",
 )
 app.command(serve.serve, group=SERVE)
 app.command(trial.trial, name="try", group=MEASURE)

@@ -356,6 +356,9 @@ def _tune_cpu(options: TuneOptions) -> None:
     if os.environ.get(CHOICES):
         raise InputError(f"{CHOICES}={os.environ[CHOICES]} settles what --cpu is to measure; unset it first")
     path = options.out or Path("cpu-choices.json")
+    # Before a minute of comparisons, which a second try would make anew.
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise StorageError(f"{path} cannot be written; name a file in a folder that you may write to with --out")
     for found in choose_paths():
         print(f"{found['operation']} {found['dtype']}: {found['reason']}")
     write_bytes({path: (json.dumps(choices(), indent=1) + "\n").encode()})
