@@ -136,8 +136,8 @@ def test_every_head_dimension(head_dim: int) -> None:
 )
 def test_large_shapes(shape: Shape, dtype: torch.dtype) -> None:
     c = case(*shape, dtype, masked=True)
-    # Scores spread as those of a model, whose scale is that of its heads: weights are computed again from a logsumexp in
-    # fp32, whose rounding grows with the largest score, and plain PyTorch keeps the weights.
+    # Scores spread as those of a model, whose scale is that of its heads: weights are computed again from an fp32
+    # logsumexp, whose rounding grows with the largest score, and plain PyTorch keeps the weights.
     c.q.mul_(shape[-1] ** -0.5 / SCALE)
     check(c)
 

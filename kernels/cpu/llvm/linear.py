@@ -560,7 +560,7 @@ def linear(
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
     kind: Kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
     few = False if turned else x.shape[0] < _FEW if few is None else few
-    if few:
+    if few and weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
     scales = (0, 0 if factors is None else factors.data_ptr(), 0, 0)
     return _run(kind, x, weight, (bias, gamma, residual), out, few, level, scales, gelu=gelu, turned=turned)
