@@ -116,7 +116,7 @@ def _measure(
         report = str(accelerate(fast, dtype=given, **model.accelerate)).splitlines()
         runs[f"{OURS} {name}"] = partial(subject.call, fast)
     rows: list[Row] = []
-    if in_int8 and subject.adapted is None:
+    if in_int8 and subject.adapted is None and not subject.trains:
         fast = copy.deepcopy(module)
         try:
             accelerate(fast, dtype="int8", **model.accelerate)

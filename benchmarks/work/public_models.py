@@ -32,12 +32,14 @@ class Subject:
         call: the model, or a copy of it in another type, on the batch; what is compared of its output.
         items: done by one call.
         adapted: for models that an adapter makes fast instead of `accelerate`: it computes what `call` does, in a type.
+        trains: the call is a training step, which multiplies in floats.
     """
 
     model: nn.Module
     call: Callable[[nn.Module], Tensor]
     items: int
     adapted: Callable[[torch.dtype], Tensor] | None = None
+    trains: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _step(subject: Subject) -> Subject:
         named = [p.grad for name, p in model.named_parameters() if "layer.0." in name and p.grad is not None]
         return torch.cat([gradient.float().flatten() for gradient in named])
 
-    return Subject(subject.model, call, subject.items)
+    return Subject(subject.model, call, subject.items, trains=True)
 
 
 def _with_lora(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def test_every_row_says_what_became_of_it() -> None:
     assert not rows["different"].seconds
     assert "nothing in ReLU" in str(rows["unknown"].reason)
     assert not document.ok
+
+
+def test_a_training_step_has_no_row_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be one in floats by another name."""
+    step = case("step", lambda layers: replace(layer_norms(layers), trains=True))
+    monkeypatch.setattr(drop_in, "MODELS", (case("good", layer_norms), step))
+    monkeypatch.setattr(drop_in.int8, "why_not", lambda: None)
+    document = drop_in.run(DropInOptions(quick=True, dtype=("fp32",), threads=torch.get_num_threads()))
+    assert {row.work for row in document.rows if row.dtype == "int8"} == {"good"}
 
 
 def test_an_interruption_keeps_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
