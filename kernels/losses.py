@@ -141,7 +141,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     # Or else zeros are written for results that have no gradient.
     ctx.set_materialize_grads(False)
     if ctx.backend == "cpu":
-        late = ctx.needs[1] and cpu.logits_gradient(h, w) is not None
+        late = ctx.needs[1] and cpu.keeps_logits(h, w)
         ctx.save_for_backward(*output[1:], *((h, target) if late else ()))
     else:
         ctx.save_for_backward(h, w, b, target, output[1], output[2])

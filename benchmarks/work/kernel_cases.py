@@ -201,6 +201,7 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> l
     On a CPU, where a kernel takes a C++ compiler up to a minute, contenders that are compiled are left out of those.
     """
     compiles = device.type == "cuda" or not small
+    in_bytes = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and int8.why_not() is None
     made = [_relpos(window, 2 if small else 8, device, dtype, compiles) for window in ((4,) if small else (14, 24, 30))]
     texts, length, heads = 8 if small else 256, 13, (roofline.HEADS, roofline.HEAD_DIM)
     tokens, packed = texts * length, torch.arange(texts + 1, dtype=torch.int32, device=device) * length
@@ -243,7 +244,7 @@ def cases(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> l
             {"the product alone": F.linear},
         ),
         _vocabulary(32 if small else 1440, 512 if small else roofline.VOCABULARY, device, dtype),
-        *([int8_linear(rows, dtype, compiles)] if _multiplies_bytes(device, dtype) else []),
+        *([int8_linear(rows, dtype, compiles)] if in_bytes else []),
     ]  # fmt: skip
 
 
@@ -424,10 +425,6 @@ def _documents(of_queries: Tensor, of_keys: Tensor) -> Run:
         return out[0].transpose(0, 1)
 
     return run
-
-
-def _multiplies_bytes(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and int8.why_not() is None
 
 
 def int8_linear(rows: int, dtype: torch.dtype, compiles: bool) -> Case:

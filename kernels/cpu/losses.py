@@ -108,15 +108,18 @@ def linear_cross_entropy_forward(
 
 
 def logits_gradient(h: Tensor, w: Tensor) -> Tensor | None:
-    """Memory for the gradient of all logits, `[rows, V]`, where it is one block and no larger than w; None elsewhere.
+    """Memory for the gradient of all logits, `[rows, V]`, where it takes the place of w's; None elsewhere."""
+    return h.new_empty(h.shape[:-1].numel(), w.shape[0]) if keeps_logits(h, w) else None
 
-    Of few rows that is a small part of the vocabulary's gradient, which would lie there from the loss until the
+
+def keeps_logits(h: Tensor, w: Tensor) -> bool:
+    """Whether the gradient of all logits is one block and no larger than w, so that it is kept for the backward.
+
+    Of few rows it is a small part of the vocabulary's gradient, which would lie there from the loss until the
     backward, beside the activations of all that is computed between the two.
     """
-    rows = h.numel() // h.shape[-1] if h.numel() else 0
-    if not rows or rows > h.shape[-1] or len(_row_blocks(h.reshape(-1, h.shape[-1]), w.shape[0])) > 1:
-        return None
-    return h.new_empty(rows, w.shape[0])
+    rows = h.shape[:-1].numel() if h.numel() else 0
+    return 0 < rows <= h.shape[-1] and len(_row_blocks(h.reshape(-1, h.shape[-1]), w.shape[0])) == 1
 
 
 def vocabulary_gradient(h: Tensor, target: Tensor, dlogits: Tensor, ignore_index: int = -100) -> Tensor:

@@ -160,7 +160,8 @@ def mlp_residual(
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`, rounded to the type of x; nothing is kept of the weight."""
     name = _select("trained linear", _TRAINED, _trained_example, weight, dtype=x.dtype)
-    weight = _readable(name, weight, x.dtype)
+    # Our kernel rounds a weight where it lays it out, others are given a copy.
+    weight = weight if name == "llvm" else weight.to(x.dtype)
     return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -205,11 +206,6 @@ def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, s
 def bias_gradient(dout: Tensor) -> Tensor:
     """`[..., M]` → `[M]`, in fp32 or wider."""
     return dout.reshape(-1, dout.shape[-1]).sum(0, dtype=torch.promote_types(dout.dtype, torch.float32))
-
-
-def _readable(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as a candidate takes it: our kernel rounds it where it lays it out, others are given a copy."""
-    return weight if name == "llvm" else weight.to(dtype)
 
 
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
