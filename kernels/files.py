@@ -7,12 +7,20 @@ import tempfile
 from pathlib import Path
 
 
+def is_stream(path: Path) -> bool:
+    """True for a device, pipe or socket: it is written through, since a rename would replace it by a file."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Write a file so that readers, and a failure at any moment, find all of it or what was there before.
 
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
+    if is_stream(path):
+        path.write_bytes(content)
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with open(handle, "wb") as file:

@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from xfm_fast.kernels.files import write_whole
+
 from .journal import Journal, row
 from .stages import Stage
 from .table import table
@@ -92,8 +94,8 @@ def run(plan: Plan) -> int:
             print(f"{stage.name}: {status} in {spent:.0f} s{f', {reason}' if reason else ''}", flush=True)
     document = _document(plan, journal, date, time.monotonic() - begun, interrupted)
     shown = table(document)
-    _write(plan.out / DOCUMENT, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    _write(plan.out / TABLE, shown)
+    write_whole(plan.out / DOCUMENT, f"{json.dumps(document, ensure_ascii=False, indent=1)}\n".encode())
+    write_whole(plan.out / TABLE, shown.encode())
     print(shown, end="", flush=True)
     print(f"saved: {plan.out / DOCUMENT} (xfm-fast bench report shows it), {ROWS}, {TABLE}, {LOG}")
     return 130 if interrupted else int(not fine)
@@ -185,9 +187,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

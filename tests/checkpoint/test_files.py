@@ -34,10 +34,12 @@ from xfm_fast.checkpoint import (
     save_pretrained,
     to_official,
     to_ours,
+    write_bytes,
     write_files,
 )
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError
+from xfm_fast.kernels.files import write_whole
 from xfm_fast.models.xfm import XFM
 
 
@@ -455,6 +457,29 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_files({tmp_path / "a": interrupted})
     assert list(tmp_path.iterdir()) == []
+
+
+def _write_pair(stream: Path) -> None:
+    write_bytes({stream.with_name("beside"): b"new", stream: b"content"})
+
+
+@pytest.mark.parametrize("write", [_write_pair, lambda path: write_whole(path, b"content")])
+def test_streams_are_written_through(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write(pipe)
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    (tmp_path / "beside").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        write(full)
+    assert (tmp_path / "beside").read_bytes() == b"old"
+    assert pipe.is_fifo()
+    assert full.is_char_device()
+    assert len([*tmp_path.iterdir()]) == 3
 
 
 def test_saving_over_the_file_that_is_being_read(tmp_path: Path) -> None:

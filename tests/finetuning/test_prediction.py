@@ -145,6 +145,9 @@ def test_what_is_no_request(run: Path, tmp_path: Path) -> None:
             answer_lines(predictor, path, tmp_path / "out", work)
     with pytest.raises(DataError, match="cannot be read"):
         answer_lines(predictor, tmp_path / "none", tmp_path / "out", work)
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="full"):
+        answer_lines(predictor, path, tmp_path / "full", work)
     assert not (tmp_path / "out").exists()
     assert not work.folder.exists()
     with pytest.raises(InputError, match="two images and a sentence"):

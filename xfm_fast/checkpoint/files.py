@@ -32,6 +32,7 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import parse_json, require_file
 from xfm_fast.errors import CheckpointError, StorageError
+from xfm_fast.kernels.files import is_stream
 
 try:
     import fcntl
@@ -317,6 +318,7 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     Every writer fills a temporary file in the folder of its path, which is flushed to the disk; only when all have
     succeeded are they renamed into place. On any failure the temporary files are removed; a killed process may leave
     one behind, named `.<name>.<process>-<random>.tmp`.
+    Devices and pipes are written through.
 
     Raises:
         StorageError: a file cannot be written; names the path.
@@ -325,17 +327,23 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     replaced: list[str] = []
     current = Path()
     try:
+        streams = {path: writer for path, writer in writers.items() if is_stream(path)}
         for current, writer in writers.items():
+            if current in streams:
+                continue
             temporary = current.with_name(f".{current.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
             finished[temporary] = current
             with temporary.open("xb") as file:
                 writer(file)
                 file.flush()
                 os.fsync(file.fileno())
+        for current, writer in streams.items():
+            with current.open("wb") as file:
+                writer(file)
         for temporary, current in finished.items():
             os.replace(temporary, current)
             replaced.append(current.name)
-        for folder in {path.parent for path in writers}:
+        for folder in {path.parent for path in finished.values()}:
             sync_folder(folder)
     except OSError as error:
         changed = f"{', '.join(replaced)} is already the new one" if replaced else "nothing there was changed"

@@ -25,6 +25,7 @@ from xfm_fast.finetuning.evaluation import Evaluation, Row
 from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, task_of
 from xfm_fast.finetuning.run import load_weights
 from xfm_fast.finetuning.task import Task, TaskOptions
+from xfm_fast.kernels.files import is_stream
 from xfm_fast.models.xfm import XFM, Precision
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -175,9 +176,12 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
         The number of answers.
 
     Raises:
+        InputError: `out` is a device or a pipe.
         DataError: a line is no request, by its number; checked before the first one is answered.
         StorageError: `out` or the folder cannot be written.
     """
+    if is_stream(out):
+        raise InputError(f"{out} is no regular file; name one, or leave it out to print the answers")
     records = work.processes.from_first(lambda: requests_in(predictor.task, lines))
     with torch.no_grad():
         rows = work.rows(predictor.task, predictor.model, records)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
+from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files, write_bytes
 from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
 from xfm_fast.data.images import record_pixels
 from xfm_fast.data.options import ImageOptions
@@ -103,8 +103,8 @@ def image_codes(
             if not path.exists():
                 images = islice(_images(recipe), _IMAGES_TO_LEARN_FROM)
                 learnt = PatchCodebook.learn(images, config.patch_size, wanted.codes, seed=recipe.seed)
-                with _whole_file(path) as temporary:
-                    learnt.save(temporary)
+                _make_parent(path)
+                learnt.save(path)
 
         processes.from_first(learn)
     codebook = PatchCodebook.load(path, config.patch_size).to(processes.device)
@@ -134,8 +134,8 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                     "tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer"
                 )
             vocabulary = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
-            with _whole_file(learnt) as temporary:
-                vocabulary.save(temporary)
+            _make_parent(learnt)
+            write_bytes({learnt: vocabulary.to_json().encode()})
 
     if recipe.tokenizer == "train":
         processes.from_first(learn)
@@ -190,14 +190,9 @@ def undone_where_refused(folder: Path) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when all is written."""
+def _make_parent(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        yield temporary
-        temporary.replace(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written ({error.strerror or error}); free space") from error
 
