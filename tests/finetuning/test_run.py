@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import xfm_fast
+from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from tests.training.small_runs import in_processes, join_group, numbers
 from xfm_fast.checkpoint import hold
@@ -150,6 +151,25 @@ def test_a_run_chains(recipe: Make, tmp_path: Path) -> None:
     assert second.model == first.model
     finetune(second)
     assert recipe_of(tmp_path / "next", ["eval_batch_size=3"]).eval_batch_size == 3
+
+
+def test_a_copied_run_is_evaluated_in_its_own_folder(recipe: Make, tmp_path: Path) -> None:
+    first = recipe(*NLVR2, steps=1)
+    finetune(first)
+    original, copy = Path(first.checkpoint.folder), tmp_path / "copy"
+    shutil.copytree(original, copy)
+    shutil.rmtree(copy / "evaluation")
+    before = sorted(original.rglob("*"))
+    done = invoke(["evaluate", copy, "--split", "test", "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert (copy / "evaluation/test/metrics.json").is_file()
+    said = json.loads((copy / "recipe.json").read_text())
+    said["shapes"] = {"train": 1, "val": 1, "test": 1}
+    for planted in ({"root": str(tmp_path / "planted")}, {"splits": {"../../planted": "nlvr_test.json"}}):
+        (copy / "recipe.json").write_text(json.dumps(said | {"data": said["data"] | planted}))
+        assert invoke(["evaluate", copy]).exit_code == 2
+    assert not (tmp_path / "planted").exists()
+    assert sorted(original.rglob("*")) == before
 
 
 def test_a_second_run_in_the_folder_changes_nothing_of_the_first(recipe: Make) -> None:

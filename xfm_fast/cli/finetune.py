@@ -114,7 +114,7 @@ def evaluate(
     unchosen = "choose=null"
     if options.recipe is None:
         recipe = recipe_of(weights, [*overrides, unchosen])
-        out = options.out or Path(recipe.checkpoint.folder) / "evaluation"
+        out = options.out or weights / "evaluation"
     else:
         given = [*overrides, unchosen, f"init.checkpoint={json.dumps(str(weights))}"]
         recipe = load_finetune_recipe(options.recipe, given)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
+from xfm_fast.documents import is_plain_name
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.kinds import TASKS, TOKENIZER_FILE, AnyTask, model_folder
 from xfm_fast.finetuning.official import from_official, is_official
@@ -31,6 +32,13 @@ class DataSection(Section):
     bad_share: float = Field(
         default=0.01, ge=0, le=1, description="share of unreadable elements of a file at which training stops"
     )
+
+    @field_validator("splits")
+    @classmethod
+    def _splits_name_folders(cls, splits: dict[str, Paths]) -> dict[str, Paths]:
+        if wrong := [name for name in splits if not is_plain_name(name)]:
+            raise ValueError(f"the split {wrong[0]!r} gives its results a folder; name it without slashes or dots")
+        return splits
 
 
 class Choice(Section):

@@ -311,6 +311,8 @@ def evaluate(
 def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
     """The recipe that a run was made by, with some `key=value` put in.
 
+    Its folder is `run`, wherever the run was made or moved from, and it makes no world.
+
     Raises:
         CheckpointError: the folder is none of a run.
         ConfigError: an override is wrong.
@@ -324,4 +326,5 @@ def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
         ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no recipe; copy the run again")
+    values |= {"checkpoint": {"folder": str(run)}, "shapes": None}
     return FinetuneRecipe(**override(values, overrides))
