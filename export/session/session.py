@@ -66,6 +66,7 @@ _WARM_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4, "rows": 2}
 
 # Inputs that are filled up with the token of padding.
 _PADDED = ("input_ids", "packed_ids")
+_IDS = (*_PADDED, "token_ids")
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ class Session:
         made = {}
         for tensor in self.manifest.graph(graph).inputs:
             token = self.config.eos_token_id
-            filling = token if tensor.name in (*_PADDED, "token_ids") else int(tensor.name.endswith("_mask"))
+            filling = token if tensor.name in _IDS else int(tensor.name.endswith("_mask"))
             made[tensor.name] = torch.full(
                 tensor_shape(tensor, sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
             )
@@ -318,8 +319,14 @@ class Session:
             ExportError: the graph is not in this export.
             UnavailableError: the session is not ready.
         """
+        name = self.require(graph)
+        for given, value in inputs.items():
+            if given in _IDS:
+                checks.check_ids(value, self.config, given)
+            elif given == "attention_mask":
+                checks.check_padding(value)
         with torch.inference_mode():
-            return self.call(self.require(graph), inputs)
+            return self.call(name, inputs)
 
     def call(self, name: GraphName, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         record = self.manifest.graph(name)

@@ -85,6 +85,11 @@ REFUSED: dict[str, tuple[Callable[[XFM], object], list[str]]] = {
         lambda m: m.encode_text(ids(), EMPTY_TEXT),
         ["attention_mask of text 1", "all zeros", "leave it out"],
     ),
+    "left padding": (
+        lambda m: m.encode_text(ids([0, 5, 2], [0, 5, 2]), torch.tensor([[1, 1, 0], [0, 1, 1]])),
+        ["attention_mask of text 1", "right"],
+    ),
+    "ids padded on the left": (lambda m: m.encode_text(ids([1, 0, 2])), ["text 0", "right"]),
     "text of padding": (lambda m: m.encode_text(ids([0, 5, 2], [1, 1, 1])), ["text 1", "all zeros", "leave it out"]),
     "text embeddings": (lambda m: fuse(m, torch.zeros(3, 4, 63)), ["text embeddings", "[3, 4, 63]", "[B, tokens, 64]"]),
     "fused mask": (lambda m: fuse(m, None, torch.ones(3, 5)), ["attention_mask", "[3, 5]", "[3, 4]"]),

@@ -258,7 +258,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         reranker.scores(memory, ids, mask)
     with pytest.raises(InputError, match="image_index holds 3"):
         reranker.scores(memory, ids, mask, index + 1)
-    with pytest.raises(InputError, match="hides token 0"):
+    with pytest.raises(InputError, match="right"):
         reranker.scores(memory, ids, mask.flip(1), index)
     with pytest.raises(InputError, match="all zeros"):
         reranker.scores(memory, ids, mask * 0, index)

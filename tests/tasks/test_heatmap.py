@@ -129,7 +129,7 @@ def test_equals_plain_grad_cam(model: XFM, batch: tuple[Tensor, Tensor, Tensor],
 def test_chosen_tokens_and_masks_with_holes(model: XFM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     pixels, ids, mask = batch
     mask = mask.clone()
-    mask[0, 3] = mask[4, 0] = 0
+    mask[0, 3] = mask[4, 1] = 0
     tokens = torch.zeros_like(mask)
     tokens[:, 0] = tokens[:, 1] = 1
     for layer, counted in ((1, None), (1, tokens), (3, tokens | mask)):

@@ -88,25 +88,42 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
             f"input_ids hold {input_ids.shape[1]} tokens per text; the position table ends at "
             f"{config.max_text_length}: truncate the texts"
         )
-    if on_host(input_ids) and input_ids.numel():
-        lowest, highest = host.integer(input_ids.min()), host.integer(input_ids.max())
-        if lowest < 0 or highest >= config.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise InputError(
-                f"input_ids hold {wrong}, outside the vocabulary of {config.vocab_size}; "
-                "check that the tokenizer belongs to this model"
-            )
+    check_ids(input_ids, config)
     mask = input_ids.ne(config.pad_token_id) if attention_mask is None else attention_mask
     return check_attention_mask(mask, [*input_ids.shape])
 
 
+def check_ids(ids: Tensor, config: XFMConfig, name: str = "input_ids") -> None:
+    """Ids within the vocabulary."""
+    _tensor(ids, name)
+    if on_host(ids) and ids.numel():
+        lowest, highest = host.integer(ids.min()), host.integer(ids.max())
+        if lowest < 0 or highest >= config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InputError(
+                f"{name} hold {wrong}, outside the vocabulary of {config.vocab_size}; "
+                "check that the tokenizer belongs to this model"
+            )
+
+
+def check_padding(attention_mask: Tensor) -> None:
+    """No text `[..., L]` is padded on the left: embeddings are read from its first token."""
+    _tensor(attention_mask, "attention_mask")
+    mask = _mask(attention_mask, "attention_mask").reshape(-1, attention_mask.shape[-1])
+    if on_host(mask) and mask.numel() and not host.all_true(mask[:, 0]):
+        fine = mask[:, 0] | ~mask.any(1)
+        if not host.all_true(fine):
+            raise InputError(f"attention_mask of text {_first_false(fine)} hides its first token; pad on the right")
+
+
 def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
-    """Returns the mask as booleans; every text has at least one token."""
+    """Returns the mask as booleans; the first token of every text is real."""
     _tensor(attention_mask, "attention_mask")
     if [*attention_mask.shape] != shape:
         raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
     mask = _mask(attention_mask, "attention_mask")
-    if on_host(mask) and mask.shape[0]:
+    if on_host(mask) and mask.shape[0] and not host.all_true(mask[:, :1].any(1)):
+        check_padding(mask)
         filled = mask.any(1)
         if not host.all_true(filled):
             raise InputError(

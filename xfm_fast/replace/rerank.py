@@ -245,10 +245,7 @@ def _text_mask(given: Tensor | None, shape: torch.Size, device: torch.device) ->
         raise InputError(f"input_ids are {[*shape]}; texts must be [P, L]")
     if given is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    mask = check_attention_mask(given, [*shape])
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(mask[:, 0].all()):
-        raise InputError("attention_mask hides token 0 of a text, which the match is read from; pad on the right")
-    return mask
+    return check_attention_mask(given, [*shape])
 
 
 def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:

@@ -58,7 +58,9 @@ class TritonPythonModel:
         try:
             made = self.session.run(self.graph, joined)
         except Exception as error:  # the model outlives whatever a request does to it
-            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.graph}: {error}")) for _ in given]
+            if len(given) > 1:
+                return [response for each in given for response in self._answers([each])]
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self.graph}: {error}"))]
         rows = [next(iter(tensors.values())).shape[0] for tensors in given]
         parts = {name: made[name].split(rows) for name in self.outputs}
         return [

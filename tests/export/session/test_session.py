@@ -258,6 +258,13 @@ def test_one_graph_pads_and_trims_by_itself(session: Session, small_model: XFM) 
         session.run("text", {"input_ids": ids})
     with pytest.raises(InputError, match=r"attention_mask is \[2, 4\], so length is 4, but another input has 5"):
         session.run("text", {"input_ids": ids, "attention_mask": mask[:, :4]})
+    left = torch.ones_like(mask)
+    left[1, 0] = 0
+    for run in (session.encode_text, lambda i, m: session.run("text", {"input_ids": i, "attention_mask": m})):
+        with pytest.raises(InputError, match=r"text 1 .*right"):
+            run(ids, left)
+        with pytest.raises(InputError, match="-1"):
+            run(torch.full_like(ids, -1), torch.ones_like(mask))
     with pytest.raises(InputError, match=r"pixels is \[1, 3, 8, 8\]; it must be \[batch, 3, "):
         session.run("vision", {"pixels": torch.zeros(1, 3, 8, 8)})
     with pytest.raises(ExportError, match="graph 'decoder' is not in"):
