@@ -41,7 +41,7 @@ from .public_models import MODELS, PublicModel
 _ROUNDS = 5
 _BUDGET_S = 20.0
 # Vectors with the least cosine that products of bytes are taken with are so far apart, as a share of their length.
-_INT8_BAND = math.sqrt(2 - 2 * LEAST_COSINE)
+INT8_BAND = math.sqrt(2 - 2 * LEAST_COSINE)
 _LABELS = {OURS: "accelerated", UNTOUCHED: "untouched"}
 
 
@@ -140,7 +140,7 @@ def _measure(
         contender, name = key.split(" ")
         row = _row(model, contender, name, items=subject.items)
         if contender == OURS:
-            error, band = relative_error(watched[key].output, expected), _INT8_BAND
+            error, band = relative_error(watched[key].output, expected), INT8_BAND
             if name != "int8":
                 own = 0.0 if name == "fp32" else relative_error(watched[f"{UNTOUCHED} {name}"].output, expected)
                 band = parity_band(DTYPES[name], own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, XFMError
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import accelerate
 
 from .. import machine
@@ -33,6 +33,7 @@ from ..measure import (
 )
 from ..options import TryOptions
 from ..record import OURS, UNTOUCHED, Document, Parity, Point, Row, finite
+from .drop_in import INT8_BAND
 
 _ROUNDS, _BUDGET_S = 5, 15.0
 # A gain within what chance makes of two runs of one thing is none.
@@ -45,8 +46,8 @@ class Trial:
 
     Attributes:
         document: every row.
-        line: of Python to paste, with what is worth it here; None where nothing is.
-        told: sentences for the reader.
+        line: Python to paste: the fastest call in fp32 or bf16; None where the untouched model is as fast.
+        told: sentences for the reader, the int8 call among them.
     """
 
     document: Document
@@ -56,15 +57,22 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Way:
-    """One call of `accelerate`, as it would be written, and its options."""
+    """One call of `accelerate` as source code, with its options."""
 
     call: str
     options: dict[str, Any]
+
+    @property
+    def int8(self) -> bool:
+        """Whether linear layers are rounded to 8 bits."""
+        return self.options.get("dtype") == "int8"
 
 
 _PLAIN = _Way("accelerate(model)", {})
 _UNPAD = _Way("accelerate(model, unpad=True)", {"unpad": True})
 _FROZEN = _Way("accelerate(model, unpad=True, freeze=True)", {"unpad": True, "freeze": True})
+_INT8 = _Way('accelerate(model, dtype="int8")', {"dtype": "int8"})
+_INT8_UNPAD = _Way('accelerate(model, unpad=True, dtype="int8")', {"unpad": True, "dtype": "int8"})
 
 
 def run(name: str, options: TryOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Trial:
@@ -92,20 +100,48 @@ def run(name: str, options: TryOptions, progress: Progress | None = None, comman
         probes = MachineProbes(names, torch.device("cpu"))
         document.probes = probes.describe()
         ways = [_PLAIN, *([_UNPAD, _FROZEN] if batch.unit == "texts" else [])]
+        if options.dtype in ((), ("auto",)) and int8.why_not() is None:
+            ways.append(_INT8_UNPAD if batch.unit == "texts" else _INT8)
         for one in (batch, batch.first()):
             progress.stage(one.words)
             document.rows += _measured(opened, one, ways, names, options, probes, progress)
     except KeyboardInterrupt:
         document.interrupted = True
-    best = _best(document, batch.words)
     begins = (f"{len(report.replaced)} modules replaced", "not known: ")
     told += [line for line in str(report).splitlines() if line.startswith(begins)]
-    if best is None:
-        return Trial(document, None, [*told, "nothing is gained here; leave the model as it is"])
-    gain, way, dtype = best
-    convert = "" if dtype == "fp32" else "model.to(torch.bfloat16); "
-    told.append(f"worth it here: {gain:.1f} times as fast as the untouched model in {dtype}")
-    return Trial(document, f"import xfm_fast; {convert}xfm_fast.{way}", told)
+    return Trial(document, *_advice(document, batch.words, told))
+
+
+def _advice(document: Document, words: str, told: list[str]) -> tuple[str | None, list[str]]:
+    """The line to paste and the sentences, by the times of the whole batch in every dtype."""
+    rows = [row for row in document.rows if row.measured and row.name.startswith(f"{words}, ")]
+    untouched = max((row for row in rows if not row.ours), key=_rate, default=None)
+    exact = max((row for row in rows if row.ours and row.dtype != "int8"), key=_rate, default=None)
+    rounded = max((row for row in rows if row.ours and row.dtype == "int8"), key=_rate, default=None)
+    if untouched is None:
+        return None, [*told, "the model was not measured; raise --threads or give a smaller batch"]
+    line, best = None, _rate(untouched)
+    if exact is not None and _rate(exact) >= _WORTH * best:
+        convert = "" if exact.dtype == "fp32" else "import torch; model.to(torch.bfloat16); "
+        line = f"{convert}import xfm_fast; xfm_fast.{exact.work}"
+        told.append(
+            f"{_rate(exact) / best:.2f}× the speed of the untouched model ({exact.dtype} against {untouched.dtype}, "
+            "the fastest dtype of each)"
+        )
+        best = _rate(exact)
+    else:
+        told.append("no gain here; leave the model as it is")
+    if rounded is not None and rounded.parity is not None and _rate(rounded) >= _WORTH * best:
+        told.append(
+            f"int8 is {_rate(rounded) / best:.2f}× as fast as that; outputs differ by up to "
+            f"{rounded.parity.error:.1%} of the largest: xfm_fast.{rounded.work}"
+        )
+    return line, told
+
+
+def _rate(row: Row) -> float:
+    """Items per second."""
+    return row.throughput.value if row.throughput is not None else 0.0
 
 
 def _batch(opened: Opened, options: TryOptions) -> Batch:
@@ -149,7 +185,9 @@ def _measured(
         own = opened.model if name == "fp32" else copy.deepcopy(opened.model).to(dtype)
         runs[f"{UNTOUCHED} {name}"] = partial(_output, batch, own)
         for way in ways:
-            fast = copy.deepcopy(own) if way.options.get("freeze") else _shared_copy(own)
+            if way.int8 and name != names[0]:
+                continue
+            fast = copy.deepcopy(own) if way.options.get("freeze") or way.int8 else _shared_copy(own)
             try:
                 reports[f"{way.call} {name}"] = str(accelerate(fast, **way.options)).splitlines()
             except XFMError as error:
@@ -176,12 +214,16 @@ def _measured(
         untouched = f"{UNTOUCHED} {name}"
         for way in ways:
             key = f"{way.call} {name}"
+            if key not in runs and key not in refused:
+                continue
             title = f"{batch.words}, {way.call}"
             common: dict[str, Any] = {
                 "work": way.call, "name": title, "dtype": name, "unit": batch.unit, "items": batch.items,
                 "point": Point(batch=batch.items),
             }  # fmt: skip
             ours = Row(contender=OURS, label="accelerated", status="measured", **common)
+            if way.int8:
+                ours.dtype = "int8"
             if key in refused:
                 rows.append(ours.model_copy(update={"status": "not offered", "reason": refused[key]}))
                 continue
@@ -190,9 +232,13 @@ def _measured(
             if row.measured:
                 row.against = [other for other in row.against if other.contender == UNTOUCHED]
                 own = 0.0 if name == "fp32" else relative_error(watched[untouched].output, expected)
-                error, band = relative_error(watched[key].output, expected), parity_band(DTYPES[name], own)
+                error = relative_error(watched[key].output, expected)
+                band = INT8_BAND if way.int8 else parity_band(DTYPES[name], own)
                 row.parity = Parity(error=finite(error), band=band, passed=error <= band, against=f"{UNTOUCHED} fp32")
-                if not row.parity.passed:
+                if way.int8 and not row.parity.passed:
+                    why = f"int8 changes the outputs by {error:.1e}, more than {band:.1e}"
+                    row = ours.model_copy(update={"status": "not offered", "reason": why, "parity": None})
+                elif not row.parity.passed:
                     row = row.model_copy(update={**differing(row, error, band), "against": []})
             plain = Row(contender=UNTOUCHED, label="untouched", status="measured", **common)
             rows += agreeing([row, filled(plain, untouched, samples, watched[untouched].memory)])
@@ -213,14 +259,3 @@ def _output(batch: Batch, model: nn.Module) -> Tensor:
         raise InputError(f"{type(model).__name__} returned no numbers that could be compared")
     # Outputs of several sizes count alike: each is compared with its own largest value.
     return torch.cat([part / part.detach().abs().max().clamp(min=torch.finfo(part.dtype).tiny) for part in kept])
-
-
-def _best(document: Document, words: str) -> tuple[float, str, str] | None:
-    """Gain, call and type of the row of the whole batch that gains most over the untouched model in its own type."""
-    found = []
-    for row in document.rows:
-        like = document.like_for_like(row) if row.ours and row.measured else None
-        if like is not None and row.name.startswith(f"{words}, ") and math.isfinite(like.ratio):
-            found.append((like.ratio, row.work, row.dtype))
-    best = max(found, default=None)
-    return best if best is not None and best[0] >= _WORTH else None
