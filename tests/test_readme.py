@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
-from contextlib import redirect_stdout
+import subprocess
+import sys
+from contextlib import redirect_stdout, suppress
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.cli.runner import invoke
 from tests.conftest import load_tensors
@@ -114,6 +120,90 @@ def test_commands_that_are_shown_are_understood(page: Path) -> None:
             assert words[1] in MAKEFILE
         else:
             app.parse_args(words[1:])
+
+
+_RUN_BLOCKS = """
+import json, sys
+absent, blocks = json.load(sys.stdin)
+class Present:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in absent else self.finder.find_spec(name, path, target)
+sys.meta_path = [Present(finder) for finder in sys.meta_path]
+from xfm_fast.cli.app import main
+for language, block in blocks:
+    if language == "python":
+        exec(compile(block, "README.md", "exec"), {})
+    for words in block if language == "bash" else []:
+        try:
+            main(words[1:])
+        except SystemExit as stop:
+            assert not stop.code, words
+"""
+
+
+def _install_line() -> str:
+    (requirement,) = re.findall(r"^pip install '?(\.[^'\s]*)'?", _text(ROOT / "README.md"), flags=re.MULTILINE)
+    return requirement
+
+
+def _readme_blocks() -> list[tuple[str, object]]:
+    return [
+        (language, _small(block) if language == "python" else _commands(block))
+        for language, block, _ in _blocks(ROOT / "README.md")
+    ]
+
+
+def _modules_without(extras: set[str]) -> list[str]:
+    """Top-level modules of installed distributions that the package with these extras does not require."""
+    required, queue = set[str](), [("xfm-fast", frozenset(extras))]
+    while queue:
+        name, chosen = queue.pop()
+        for line in metadata.requires(name) or []:
+            requirement = Requirement(line)
+            environments = [{"extra": extra} for extra in chosen or {""}]
+            key = canonicalize_name(requirement.name)
+            if key in required or (requirement.marker and not any(map(requirement.marker.evaluate, environments))):
+                continue
+            with suppress(metadata.PackageNotFoundError):
+                metadata.version(key)
+                required.add(key)
+                queue.append((key, frozenset(requirement.extras)))
+    modules = metadata.packages_distributions()
+    kept = required | {"xfm-fast", "setuptools"}
+    return [module for module, names in modules.items() if not kept & {canonicalize_name(name) for name in names}]
+
+
+def test_blocks_of_the_readme_need_what_its_install_line_brings(tmp_path: Path) -> None:
+    extras = set(re.findall(r"\w[\w-]*", _install_line()))
+    absent = _modules_without(extras)
+    assert {"pytest", "onnxruntime"} <= set(absent)
+    assert not {"torch", "numpy", "xfm_fast"} & set(absent)
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_BLOCKS], input=json.dumps([absent, _readme_blocks()]), cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_blocks_of_the_readme_run_in_an_environment_of_their_own(tmp_path: Path) -> None:
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [str(python), "-m", "pip", "install", "--quiet", f"{ROOT}{_install_line().removeprefix('.')}"]
+    done = subprocess.run(install, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode and "connection" in done.stderr.lower():
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(
+        [str(python), "-I", "-c", _RUN_BLOCKS], input=json.dumps([[], _readme_blocks()]), cwd=tmp_path,
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_example_of_the_readme_has_its_output_beside_it() -> None:
