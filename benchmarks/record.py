@@ -63,6 +63,7 @@ class Parity(Record):
         error: null where it is not finite.
         band: null where results of an earlier schema did not keep it.
         against: the contender and type that results are compared with.
+        cosine: between the outputs, of rows in int8.
     """
 
     error: float | None
@@ -70,6 +71,7 @@ class Parity(Record):
     passed: bool
     against: str
     note: str = ""
+    cosine: float | None = None
 
 
 class Interval(Record):

@@ -34,7 +34,8 @@ def png(document: Document, path: Path, *, source: str = "") -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UnavailableError("a PNG needs matplotlib; install it with pip install 'xfm-fast[bench]'") from None
-    # One chart for each of the first kinds of work, in the type that gains most; or growth, in a sweep.
+    # One chart per kind of work, in the dtype that gains most, like for like; or growth, in a sweep.
+    document = document.model_copy(update={"rows": [row for row in document.rows if row.dtype != "int8"]})
     best: dict[str, charts.Bars] = {}
     for panel in (*charts.speeds(document), *charts.evaluation(document)):
         if panel.title not in best or _gain(panel) > _gain(best[panel.title]):

@@ -4,8 +4,8 @@
     python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
-page. `<!-- bench:begin FILE gains -->` has one line a model of `bench drop-in`, `<!-- bench:begin FILE columns -->` a
-column for each contender. A further table needs its two markers and nothing else.
+page. The form `gains` has a line per model of `bench drop-in` and, of several files, a column each; `int8` has the
+same in int8, and `columns` has a column per backend: `<!-- bench:begin FILE columns -->`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -22,10 +23,10 @@ from xfm_fast.errors import DataError
 
 from ..files import load
 from .card import png
-from .table import contenders, gains, markdown
+from .table import contenders, gains, int8_gains, markdown
 
 REGION = re.compile(
-    r"(?P<begin><!-- bench:begin (?P<file>\S+)(?: (?P<form>gains|columns))? -->\n)"
+    r"(?P<begin><!-- bench:begin (?P<files>\S+\.json(?: \S+\.json)*)(?: (?P<form>gains|columns|int8))? -->\n)"
     r"(?P<table>.*?)(?P<end><!-- bench:end -->)",
     re.DOTALL,
 )
@@ -69,8 +70,11 @@ def regenerated(page: Path) -> str:
         )
 
     def table(region: re.Match[str]) -> str:
-        draw = {"gains": gains, "columns": contenders}.get(region["form"], markdown)
-        return region["begin"] + draw(load(page.parent / region["file"])) + region["end"]
+        draw: Callable[..., str] = {"gains": gains, "columns": contenders, "int8": int8_gains}.get(
+            region["form"], markdown
+        )
+        documents = (load(page.parent / file) for file in region["files"].split())
+        return region["begin"] + draw(*documents) + region["end"]
 
     return REGION.sub(table, text)
 
@@ -86,7 +90,9 @@ def main(arguments: list[str]) -> int:
         return int(bool(names))
     write_bytes({page: text.encode() for page, text in stale.items()})
     if picture_is_stale():
-        png(load(PICTURED), PICTURE, source=_digest(PICTURED))
+        document = load(PICTURED)
+        document.rows = [row for row in document.rows if row.dtype == "fp32"]
+        png(document, PICTURE, source=_digest(PICTURED))
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from xfm_fast.errors import DataError
 
-from ..record import LEAST_POINTS, OURS, Coco, Comparison, Document, Row, Share
+from ..record import LEAST_POINTS, OURS, UNTOUCHED, Coco, Comparison, Document, Row, Share
 
 
 @dataclass(frozen=True)
@@ -378,24 +378,49 @@ def markdown(document: Document) -> str:
     return "\n".join(drawn)
 
 
-def gains(document: Document) -> str:
-    """A line of Markdown a model of `drop-in`: what it gains over the untouched model in the same type.
+def gains(*documents: Document) -> str:
+    """A Markdown table of `drop-in`: each model's gain over the untouched model in the same dtype.
+
+    One document has a column per dtype; several have one each, in fp32.
 
     Raises:
-        DataError: the document is none of `drop-in`.
+        DataError: a document is not of `drop-in`.
     """
+    found: dict[str, dict[str, str]] = {}
+    for document in documents:
+        for row in _drop_in_rows(document):
+            # No model runs in int8 untouched.
+            if row.dtype == "int8" or (len(documents) > 1 and row.dtype != "fp32"):
+                continue
+            like = document.like_for_like(row) if row.measured else None
+            machine = f"{document.machine['cpu'].replace('(R)', '').removesuffix(' Processor')}, {document.date[:10]}"
+            column = row.dtype if len(documents) == 1 else machine
+            found.setdefault(row.name.split(", ")[0], {})[column] = "" if like is None else times(like.ratio)
+    columns = list(dict.fromkeys(column for gained in found.values() for column in gained))
+    lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(gained.get(c, "") for c in columns) + " |" for name, gained in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def int8_gains(document: Document) -> str:
+    """A Markdown table of `drop-in`: int8 against the untouched model in fp32, with the cosine of the outputs.
+
+    Raises:
+        DataError: the document is not of `drop-in`.
+    """
+    lines = ["| model | int8 against untouched fp32 | cosine |", "|---|---:|---:|"]
+    for row in _drop_in_rows(document):
+        against = next((c for c in row.against if (c.contender, c.dtype) == (UNTOUCHED, "fp32")), None)
+        if row.dtype == "int8" and against is not None and row.parity is not None:
+            cosine = "" if row.parity.cosine is None else f"{row.parity.cosine:.4f}"
+            lines.append(f"| {row.name.split(', ')[0]} | {times(against.ratio)} | {cosine} |")
+    return "\n".join(lines) + "\n"
+
+
+def _drop_in_rows(document: Document) -> list[Row]:
     if document.benchmark != "drop-in":
         raise DataError(f"gains are of bench drop-in, and these are results of {document.benchmark}")
-    found: dict[str, dict[str, str]] = {}
-    for row in document.rows:
-        like = document.like_for_like(row) if row.ours and row.measured else None
-        # No model runs in int8 untouched.
-        if row.ours and row.dtype != "int8":
-            found.setdefault(row.name.split(", ")[0], {})[row.dtype] = "" if like is None else times(like.ratio)
-    types = list(dict.fromkeys(dtype for gained in found.values() for dtype in gained))
-    lines = ["| model | " + " | ".join(types) + " |", "|---|" + "---:|" * len(types)]
-    lines += [f"| {name} | " + " | ".join(gained.get(t, "") for t in types) + " |" for name, gained in found.items()]
-    return "\n".join(lines) + "\n"
+    return [row for row in document.rows if row.ours]
 
 
 def contenders(document: Document) -> str:

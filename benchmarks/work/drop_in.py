@@ -147,6 +147,9 @@ def _measure(
             row.parity = Parity(
                 error=finite(error), band=band, passed=error <= band, against=f"{UNTOUCHED} fp32"
             )  # fmt: skip
+            if name == "int8":
+                pair = (watched[key].output.double().flatten(), expected.double().flatten())
+                row.parity.cosine = finite(float(torch.cosine_similarity(*pair, dim=0)))
             row.replaced = report
             if not row.parity.passed:
                 rows.append(row.model_copy(update=differing(row, error, band)))

@@ -6,11 +6,13 @@ MiniLM has its real weights, which round as real ones do.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -335,6 +337,66 @@ def _cross_encoder(layers: int) -> Subject:
         return model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
 
     return Subject(BertForSequenceClassification(config), call, 32)
+
+
+def _words(count: int, generator: random.Random) -> list[str]:
+    """Texts of 6 to 62 words, one token each, in random order of length."""
+    lengths = [round(length) for length in torch.linspace(6, 62, count).tolist()]
+    generator.shuffle(lengths)
+    return [" ".join(f"w{generator.randrange(1000)}" for _ in range(length)) for length in lengths]
+
+
+def _pretrained_folder(layers: int, folder: Path, **settings: Any) -> str:
+    """A MiniLM of transformers with a tokenizer of whole words, as save_pretrained writes it."""
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=min(layers, 6), num_attention_heads=12, intermediate_size=1536, **settings
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(1000))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    # The first name of the argument is that of transformers 4.
+    vocabulary: Any = {"vocab_file": str(folder / "vocab.txt"), "vocab": str(folder / "vocab.txt")}
+    cast("Any", transformers).BertTokenizerFast(**vocabulary).save_pretrained(folder)
+    return str(folder)
+
+
+@_model(
+    "encode", "SentenceTransformer.encode with all-MiniLM-L6, 192 texts of 8-64 tokens", "sentence_transformers",
+    "texts", unpad=True,
+)  # fmt: skip
+def _encode(layers: int) -> Subject:
+    from sentence_transformers import SentenceTransformer
+
+    with TemporaryDirectory() as folder:
+        model = SentenceTransformer(_pretrained_folder(layers, Path(folder)), device="cpu")
+    texts = _words(192, random.Random(0))
+
+    def call(model: nn.Module) -> Tensor:
+        return cast("Any", model).encode(texts, convert_to_tensor=True, show_progress_bar=False)
+
+    return Subject(model, call, len(texts))
+
+
+@_model(
+    "predict", "CrossEncoder.predict with MiniLM, 96 pairs of 28-84 tokens", "sentence_transformers", "pairs",
+    unpad=True,
+)  # fmt: skip
+def _predict(layers: int) -> Subject:
+    from sentence_transformers import CrossEncoder
+
+    with TemporaryDirectory() as folder:
+        model = CrossEncoder(_pretrained_folder(layers, Path(folder), num_labels=1), device="cpu")
+    generator = random.Random(0)
+    query = " ".join(f"w{generator.randrange(1000)}" for _ in range(19))
+    pairs = [(query, text) for text in _words(96, generator)]
+
+    def call(model: nn.Module) -> Tensor:
+        predict = cast("Any", model).predict
+        return predict(pairs, convert_to_tensor=True, activation_fn=nn.Identity(), show_progress_bar=False)
+
+    return Subject(model, call, len(pairs))
 
 
 @_model("modernbert", "ModernBERT-base, 16 texts of 8-64 tokens padded to 64", "transformers", "texts", unpad=True)

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from tests.cli.runner import invoke
+from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.options import DropInOptions
+from xfm_fast.benchmarks.report.table import gains, int8_gains
 from xfm_fast.benchmarks.work import drop_in, public_models
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
@@ -83,6 +85,7 @@ def test_every_row_says_what_became_of_it() -> None:
     if int8.why_not() is None:
         assert in_int8["good"].parity is not None
         assert 1e-5 < (in_int8["good"].parity.error or 0) < 0.1
+        assert 0.99 < (in_int8["good"].parity.cosine or 0) < 1
     assert "pip install no_such_package" in str(rows["absent"].reason)
     assert "somebody else's model" in str(rows["bad"].reason)
     assert not rows["different"].against
@@ -138,6 +141,10 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     assert gained[0] == "| model | fp32 |"
     assert re.fullmatch(r"\| the model good \| [\d.]+× \|", gained[2])
     assert gained[3] == "| the model bad |  |"
+    document = load(file)
+    cpu, date = document.machine["cpu"], document.date[:10]
+    assert f"{cpu}, {date}".replace("(R)", "").split()[0] in gains(document, document).splitlines()[0]
+    assert len(int8_gains(document).splitlines()) == 1 + len(kinds)
     compared = invoke(["bench", "compare", str(file), str(file)])
     assert compared.exit_code == 0, compared.output
     assert "untouched" in compared.stdout
@@ -165,7 +172,7 @@ def test_real_sizes_and_names() -> None:
     keys = [model.key for model in public_models.MODELS]
     assert len(keys) == len(set(keys))
     assert {"minilm", "mpnet", "bge-small", "xlm-r", "distilbert", "cross-encoder", "modernbert", "clip"} < set(keys)
-    assert {"siglip", "dinov2", "swin"} < set(keys)
+    assert {"siglip", "dinov2", "swin", "encode", "predict"} < set(keys)
     pytest.importorskip("transformers")
     made = next(model for model in public_models.MODELS if model.key == "minilm").make(1)
     assert sum(p.numel() for p in made.model.parameters() if p.ndim == 2) == 13_834_752
