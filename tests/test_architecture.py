@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "errors": 0,
@@ -66,7 +64,6 @@ def _files() -> list[Path]:
 
 FILES = _files()
 SOURCES = [path for path in FILES if not path.is_relative_to(ROOT / "tests")]
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
 def _module(path: Path) -> str:
@@ -165,33 +162,42 @@ def test_kernels_know_nothing_of_models() -> None:
     )
 
 
-@each_file
-def test_linked_folders_are_imported_by_their_package_name(path: Path) -> None:
+def _places(path: Path, lines: Iterator[int]) -> list[str]:
+    return [f"{path.relative_to(ROOT)}:{line}" for line in lines]
+
+
+def test_linked_folders_are_imported_by_their_package_name() -> None:
     """`import kernels` would run the files a second time and register every operator twice."""
-    wrong = [name for name, _ in _imports(path) if name.split(".")[0] in ("kernels", "export", "benchmarks")]
-    assert not wrong, f"write xfm_fast.{wrong[0]}"
+    links = ("kernels", "export", "benchmarks")
+    wrong = [
+        place
+        for path in FILES
+        for place in _places(path, (line for name, line in _imports(path) if name.split(".")[0] in links))
+    ]
+    assert not wrong, f"write xfm_fast.kernels: {wrong}"
 
 
-@each_file
-def test_file_is_named_after_an_idea(path: Path) -> None:
-    assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+def test_files_are_named_after_an_idea() -> None:
+    assert not {path.stem for path in FILES} & {"utils", "util", "helpers", "misc", "common"}
 
 
-@each_file
-def test_comments_are_sober(path: Path) -> None:
+def test_comments_are_sober() -> None:
+    """Neither banners nor to-do notes, for which there are issues."""
     wrong = []
-    with tokenize.open(path) as source:
-        for token in tokenize.generate_tokens(source.readline):
-            if token.type == tokenize.COMMENT and (BANNER.match(token.string) or UNFINISHED.search(token.string)):
-                wrong.append(f"line {token.start[0]}: {token.string}")
-    assert not wrong, "banners and to-do notes (open an issue instead):\n" + "\n".join(wrong)
+    for path in FILES:
+        with tokenize.open(path) as source:
+            comments = [t for t in tokenize.generate_tokens(source.readline) if t.type == tokenize.COMMENT]
+        found = (t.start[0] for t in comments if BANNER.match(t.string) or UNFINISHED.search(t.string))
+        wrong += _places(path, found)
+    assert not wrong
 
 
-@each_file
-def test_torch_load_reads_weights_only(path: Path) -> None:
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert arguments.get("weights_only") == "True", (
-                f"line {node.lineno}: torch.load without weights_only=True runs code from the file"
-            )
+def test_torch_load_reads_weights_only() -> None:
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if arguments.get("weights_only") != "True":
+                    wrong += _places(path, iter([node.lineno]))
+    assert not wrong, "torch.load without weights_only=True runs code from the file"
