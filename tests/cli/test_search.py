@@ -38,17 +38,42 @@ def test_a_model_and_an_index_of_ones_own(folder: Path, tmp_path: Path, monkeypa
     done = invoke(["index", "photos", "--model", "weights", "--index", "found", "--json"])
     assert (done.exit_code, done.stderr) == (0, "")
     assert json.loads(done.stdout)["images"] == 4
-    # From elsewhere, the index knows its model and its images.
     monkeypatch.chdir(folder)
-    done = invoke(["search", tmp_path / "found", "a red circle", "--json"])
+    named = ["--index", tmp_path / "found", "--model", tmp_path / "weights"]
+    done = invoke(["search", folder, "a red circle", "--json", *named])
     assert (done.exit_code, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert not found["random"]
     assert len(found["hits"]) == 4
     assert all(0 <= hit["match"] <= 1 for hit in found["hits"])
-    done = invoke(["search", tmp_path / "found", "2.png", "--json"])
+    done = invoke(["search", folder, "2.png", "--json", *named])
     best = json.loads(done.stdout)["hits"][0]
     assert (Path(best["path"]), best["match"]) == (folder / "2.png", None)
+
+
+def test_an_index_names_no_model_and_no_pictures(folder: Path, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "weights", seed=0)
+    invoke(["index", folder, "--model", weights])
+    invoke(["index", folder, "--random", "tiny", "--index", tmp_path / "elsewhere"])
+    for arguments in (["index", folder], ["search", folder, "a dog"]):
+        done = invoke(arguments)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"--model {weights}" in done.stderr
+    done = invoke(["search", tmp_path / "elsewhere", "a dog"])
+    assert done.exit_code == 2
+    assert str(folder) in done.stderr
+    # A stranger's entries: one outside the folder, one inside it.
+    write_picture(tmp_path / "private.png", 9)
+    entries = next((folder / ".xfm-index").glob("images-*.jsonl"))
+    entries.write_text(entries.read_text().replace('"0.png"', '"../private.png"', 1))
+    sheet = tmp_path / "sheet.html"
+    done = invoke(["search", folder, "a dog", "--model", weights, "--sheet", sheet])
+    assert done.exit_code == 0
+    assert "private.png" in done.stderr
+    assert sheet.read_text().count("data:image") == 3
+    done = invoke(["search", folder, folder / "1.png", "--model", weights, "--sheet", sheet])
+    assert done.exit_code == 0
+    assert sheet.read_text().count("data:image") == 3
 
 
 def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
@@ -60,7 +85,7 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
         (["search", folder, "a dog", "--random", "tiny"], "was made with"),
         (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "exclude each other"),
         (["search", folder, "a dog", "--sheet", "a.gif"], ".html or .png"),
-        (["search", folder, tmp_path / "note.txt"], "in no format that Pillow reads"),
+        (["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"], "in no format that Pillow reads"),
         (["index", folder, "--random", "tiny"], "make another one elsewhere (--index)"),
         (["index", tmp_path / "nowhere"], "does not exist"),
         (["index", folder, "--model", tmp_path / "nothing"], "is no folder"),

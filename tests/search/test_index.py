@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on(
     monkeypatch.setattr(index._Parts, "_write", write)
     assert not (index_folder(photos) / "index.json").exists()
     # Half a part is none.
-    (index_folder(photos) / "part-0-abc.jsonl").write_text('{"of":')
+    (index_folder(photos) / "part-0-0123456789ab.jsonl").write_text('{"of":')
     report = build_index(photos, model)
     assert len(read) == 3
     assert report.images == 7
@@ -137,9 +137,12 @@ def test_a_killed_run_goes_on(
 
 def test_what_a_run_that_was_killed_at_its_end_left_is_removed(photos: Path, model: SearchModel) -> None:
     build_index(photos, model)
-    whole = sorted(path.name for path in index_folder(photos).iterdir())
-    for name in ("part-0-abc.jsonl", "part-0-abc.f32", "features-old.f32", "images-old.jsonl"):
+    foreign = ("part-1.jpg", "images-2024.jsonl", "features-old.f32", "graph-paper.pdf")
+    for name in foreign:
         (index_folder(photos) / name).write_text("")
+    whole = sorted(path.name for path in index_folder(photos).iterdir())
+    for name in ("part-0-{}.jsonl", "part-0-{}.f32", "features-{}.f32", "images-{}.jsonl"):
+        (index_folder(photos) / name.format("0123456789ab")).write_text("")
     build_index(photos, model)
     assert sorted(path.name for path in index_folder(photos).iterdir()) == whole
 

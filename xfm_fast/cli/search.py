@@ -25,8 +25,8 @@ class WeightOptions:
     """The model, and where it runs.
 
     Attributes:
-        model: A run, a folder that save_pretrained wrote, or a name on the Hugging Face Hub. [that of the index, else
-            random weights, with which nothing is found but all can be tried]
+        model: A run, a folder that save_pretrained wrote, or a name on the Hugging Face Hub. [random weights, with
+            which nothing is found but all can be tried]
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the model's folder]
         random: Random weights of this size.
         device: Where the model runs.
@@ -70,12 +70,16 @@ class SearchOptions:
             features.
         sheet: Contact sheet to write, .html or .png.
         exact: Compare all images, although the index has a graph.
+        index: Folder of the index. [in what was indexed, or beside it]
+        images: Folder of the images, where a file lists their paths. [that of the file]
     """
 
     top: Annotated[int, Ge(1)] = 12
     candidates: Annotated[int, Ge(0)] = 64
     sheet: Path | None = None
     exact: bool = False
+    index: Path | None = None
+    images: Path | None = None
 
 
 def index(
@@ -129,12 +133,17 @@ def index(
         note(f"left out {len(report.faults) - _SHOWN:,} more; --json lists all")
     left = f", {len(report.faults):,} left out" if report.faults else ""
     print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
-    print(f"saved: {report.folder}; try it: xfm-fast search {collection if options.index is None else target} ...")
+    named = "".join(
+        f" --{name} {value}"
+        for name, value in (("model", source.weights), ("index", options.index), ("images", options.images))
+        if value is not None
+    )
+    print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{named}")
     return 0
 
 
 def search(
-    where: Annotated[Path, Parameter(name="FOLDER|INDEX")],
+    where: Annotated[Path, Parameter(name="FOLDER|FILE")],
     query: Annotated[str, Parameter(name="TEXT|IMAGE")],
     /,
     *,
@@ -145,7 +154,7 @@ def search(
     """Find the images that a text describes, or that resemble an image, in what was indexed.
 
     Args:
-        where: What was indexed, or the folder of the index.
+        where: What was indexed.
         query: A text; or an image file: what is no existing file is a text.
     """
     from xfm_fast.errors import InputError, UnavailableError
@@ -155,7 +164,7 @@ def search(
 
     if options.sheet is not None and options.sheet.suffix.lower() not in (".html", ".htm", ".png"):
         raise InputError(f"--sheet {options.sheet}: a contact sheet is .html or .png")
-    found_index = open_index(where)
+    found_index = open_index(where, options.index, images=options.images)
     source = _source(weights, found_index.model)
     if source.random:
         _warn(source)
@@ -193,7 +202,7 @@ def search(
 
 
 def _source(weights: WeightOptions, known: ModelSource | None) -> ModelSource:
-    """The weights that are asked for, or those of an index."""
+    """The weights of the options, or the random ones of an index: what else it names, the command line names too."""
     from dataclasses import replace
 
     from xfm_fast.errors import InputError
@@ -202,7 +211,11 @@ def _source(weights: WeightOptions, known: ModelSource | None) -> ModelSource:
     if weights.model is not None and weights.random is not None:
         raise InputError(f"--model {weights.model} and --random {weights.random} exclude each other; give one")
     if weights.model is None and weights.random is None and known is not None:
-        return known if weights.tokenizer is None else replace(known, tokenizer=weights.tokenizer)
+        if known.weights is not None:
+            raise InputError(f"the index was made with {known}; if you trust it, add --model {known}")
+        if known.tokenizer is not None and weights.tokenizer is None:
+            raise InputError(f"the index was made with a tokenizer; if you trust it, add --tokenizer {known.tokenizer}")
+        return replace(known, tokenizer=weights.tokenizer)
     return ModelSource(weights.model, weights.tokenizer, weights.random or "tiny")
 
 

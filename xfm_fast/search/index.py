@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from xfm_fast.checkpoint import write_bytes, write_files
@@ -43,6 +45,7 @@ _PART = 256
 # Batches that are read and decoded while the model computes.
 _AHEAD = 3
 _BLOCK = 1 << 14
+_OURS = re.compile(r"(part-\d+|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)")
 
 Progress = Callable[[int, int], None]
 
@@ -61,6 +64,7 @@ class SearchIndex:
         fingerprint: identifies the weights.
         path, images: the collection; see `open_collection`.
         graph_file, graph_bytes: name and size of the graph of neighbours; None where there is none.
+        root: folder below which pictures are read; None for that of the index, since it may come from anybody.
     """
 
     folder: Path
@@ -74,6 +78,7 @@ class SearchIndex:
     images: Path | None
     graph_file: str | None = None
     graph_bytes: int = 0
+    root: Path | None = None
 
     @cached_property
     def graph(self) -> Any | None:
@@ -89,8 +94,21 @@ class SearchIndex:
 
     @cached_property
     def collection(self) -> Collection:
-        """What was indexed."""
+        """What was indexed.
+
+        Raises:
+            DataError: the index names a place outside its folder, and nobody else does.
+        """
+        if self.root is None and not _is_below(self.path, self.folder):
+            raise DataError(f"{self.folder} is an index of {self.path}; name that, with the index as --index")
         return open_collection(self.path, self.images)
+
+    def load(self, entry: Entry) -> Image.Image:
+        """The picture of an entry; raises `DataError` where it is broken or lies outside `root`."""
+        root = self.root or self.folder
+        if entry.row is None and not _is_below(place := Path(self.collection.location(entry)), root):
+            raise DataError(f"{place} lies outside {root}; name the folder of the images as --images")
+        return self.collection.load(entry)[0]
 
     def check(self, model: SearchModel) -> None:
         """Raise `DataError` unless the index was made with this model."""
@@ -129,22 +147,38 @@ def index_folder(path: str | os.PathLike[str]) -> Path:
     return path / INDEX_FOLDER if path.is_dir() else path.with_name(f"{path.name}{INDEX_FOLDER}")
 
 
-def open_index(path: str | os.PathLike[str]) -> SearchIndex:
-    """Read an index.
+def open_index(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    images: str | os.PathLike[str] | None = None,
+) -> SearchIndex:
+    """Read an index. Pictures are read below `path` and `images` alone, whatever the index names.
 
     Args:
-        path: its folder, or the collection that it lies in or beside.
+        path: what was indexed; or the folder of an index, which then shows no pictures from elsewhere.
+        folder: of the index; by default in or beside `path`.
+        images: folder of the images, where a file lists their paths; by default that of the file.
 
     Raises:
         DataError: there is none, it is damaged, or of another version.
     """
     given = Path(path).expanduser()
-    places = [given, index_folder(given)]
-    folder = next((each for each in places if (each / INDEX_FILE).is_file()), None)
-    if folder is None:
+    places = [given, index_folder(given)] if folder is None else [Path(folder).expanduser()]
+    place = next((each for each in places if (each / INDEX_FILE).is_file()), None)
+    if place is None:
         if not given.exists():
             raise DataError(f"{path} is not there; name what was indexed, or the folder of the index")
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
+    found = _opened(place)
+    if place == given:
+        return found
+    pictures = None if images is None else Path(images).expanduser()
+    root = pictures or (given if given.is_dir() else given.parent)
+    return replace(found, path=given, images=pictures or found.images, root=root)
+
+
+def _opened(folder: Path) -> SearchIndex:
     try:
         return _read(folder)
     except FileNotFoundError:
@@ -355,7 +389,9 @@ def _parts(folder: Path, model: SearchModel) -> list[_Part]:
     """The finished parts of work with this model."""
     found = []
     width = model.model.config.embed_dim
-    for path in sorted(folder.glob("part-*.jsonl")):
+    for path in sorted(_files_of_indexing(folder)):
+        if path.suffix != ".jsonl" or not path.name.startswith("part-"):
+            continue
         try:
             said, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             if said != {"of": model.fingerprint}:
@@ -457,14 +493,17 @@ def _assemble(
 
 
 def _tidy(folder: Path) -> None:
-    """Remove the files that the index does not consist of."""
+    """Remove the files of indexing that the index does not consist of."""
     said = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
-    for path in [
-        each for kind in ("part-*", "features-*.f32", "images-*.jsonl", "graph-*") for each in folder.glob(kind)
-    ]:
+    for path in _files_of_indexing(folder):
         if path.name not in (said["entries"], said["features"], said["graph"]):
             with suppress(OSError):
                 path.unlink()
+
+
+def _files_of_indexing(folder: Path) -> list[Path]:
+    """Regular files that have the names of ours; a folder may hold others."""
+    return [path for path in folder.iterdir() if _OURS.fullmatch(path.name) and path.is_file()]
 
 
 @contextmanager
@@ -523,6 +562,10 @@ def _from(folder: Path, path: Path) -> str:
     """A path as the index keeps it: relative where it holds or adjoins the index, so that both can move together."""
     path, folder = path.resolve(), folder.resolve()
     return os.path.relpath(path, folder) if path == folder.parent or path.parent == folder.parent else str(path)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def _beside(folder: Path, path: str) -> Path:

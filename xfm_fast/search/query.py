@@ -110,7 +110,7 @@ def search(
         opened = []
         for hit in hits[:candidates]:
             try:
-                opened.append(hit._replace(image=index.collection.load(hit.entry)[0]))
+                opened.append(hit._replace(image=index.load(hit.entry)))
             except DataError as error:
                 lost[hit.location] = str(error)
         scores = match_images(xfm, [hit.image for hit in opened if hit.image], query, batch_size)

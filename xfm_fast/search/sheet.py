@@ -64,7 +64,7 @@ def write_sheet(path: str | Path, query: str | Path, found: Found, index: Search
 
 def _thumbnail(hit: Hit, index: SearchIndex, side: int) -> Image.Image | None:
     try:
-        image = (hit.image or index.collection.load(hit.entry)[0]).copy()
+        image = (hit.image or index.load(hit.entry)).copy()
     except DataError:
         # It was there when it was indexed; the sheet shows an empty place.
         return None
