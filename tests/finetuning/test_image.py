@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tests.agreement import EXACT, assert_gradient_norms, inputs_of, tensors, wi
 from tests.cli.runner import invoke
 from tests.conftest import config, load_json
 from tests.finetuning.conftest import Make
+from tests.finetuning.official_data import accept_made_up_files, fer, mnist
 from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import ImageLabelRecord
@@ -213,20 +213,9 @@ def test_images_without_labels_get_predictions(recipe: Make, world: Path, tmp_pa
     assert len(json.loads((tmp_path / "run/evaluation/test/predictions.json").read_text())) == 1
 
 
-def write_mnist(folder: Path) -> None:
-    """Eight images of two digits to train on, and two to test on, as torchvision finds them."""
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, labels in (("train", [0, 1] * 4), ("t10k", [1, 0])):
-        pixels = np.stack([np.full((28, 28), 40 + 170 * label, np.uint8) for label in labels])
-        head = struct.pack(">iiii", 0x803, len(labels), 28, 28)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, len(labels)) + bytes(labels))
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_set_of_torchvision(workers: int, recipe: Make, tmp_path: Path) -> None:
-    write_mnist(tmp_path)
+    mnist(tmp_path)
     data = {"root": str(tmp_path), "train": ".", "splits": {"test": "."}}
     task = {"dataset": "mnist", "view": "probe", "frozen": True}
     made = recipe("image", "", data=data, task=task, steps=2, workers=workers)
@@ -255,6 +244,21 @@ def test_a_set_without_splits_is_split_always_alike(tmp_path: Path) -> None:
     assert test.picture(test.numbers[0]).mode == "RGB"
 
 
+@pytest.mark.parametrize("form", ["fer2013", "icml_face_data"])
+def test_fer2013_is_judged_by_its_private_test(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official code reads 3,589 images of `PrivateTest`; torchvision's split `test` holds 7,178."""
+    accept_made_up_files(monkeypatch)
+    fer(tmp_path)
+    place = tmp_path / "fer2013/fer2013.csv"
+    if form == "icml_face_data":
+        _, *lines = (row.split(",") for row in place.read_text().splitlines())
+        moved = ["emotion, Usage, pixels", *(f"{emotion},{usage},{pixels}" for emotion, pixels, usage in lines)]
+        place.with_name(f"{form}.csv").write_text("\n".join(moved))
+        place.unlink()
+    train, test = (open_torchvision("FER2013", tmp_path, split) for split in ("train", "test"))
+    assert (train.targets, test.targets) == ([0, 1, 2, 3], [0, 1])
+
+
 def test_sets_of_torchvision_that_cannot_be_read(recipe: Make, tmp_path: Path) -> None:
     data = {"root": str(tmp_path), "train": ".", "splits": {"test": "."}}
     with pytest.raises(DataError, match=r"CIFAR10, split 'train', cannot be read from .*nothing is downloaded"):
@@ -263,7 +267,7 @@ def test_sets_of_torchvision_that_cannot_be_read(recipe: Make, tmp_path: Path) -
         finetune(recipe("image", "", data=data, task={"dataset": "FakeData"}))
     with pytest.raises(ConfigError, match=r"task\.dataset=imagenot is no data set of torchvision"):
         finetune(recipe("image", "", data=data, task={"dataset": "imagenot"}))
-    write_mnist(tmp_path)
+    mnist(tmp_path)
     with pytest.raises(DataError, match="MNIST has no split 'val'; choose train or test"):
         finetune(recipe("image", "", data={**data, "splits": {"val": "."}}, task={"dataset": "mnist"}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import json
 from collections.abc import Callable, Collection, Sequence
@@ -272,7 +273,7 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
     """A split of a data set that torchvision knows; nothing is downloaded.
 
     Sets without splits, such as Caltech101, have `train` and `test`: four fifths and one, drawn always alike. (The
-    official code draws them anew in every run.)
+    official code draws them anew in every run.) The test images of FER2013 are those of its `PrivateTest`.
 
     Args:
         name: of torchvision's class, in any case of letters.
@@ -309,7 +310,9 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
         ) from None
     targets = _targets(data)
     numbers = range(len(targets))
-    if not options.keys() & {"split", "train"}:
+    if kind is datasets.FER2013 and split == "test":
+        numbers = _private_test(folder)
+    elif not options.keys() & {"split", "train"}:
         drawn = np.random.default_rng(0).permutation(len(targets)).tolist()
         trained = int(_TRAINED_SHARE * len(drawn))
         numbers = drawn[:trained] if split == "train" else drawn[trained:]
@@ -317,6 +320,16 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
     if len(classes) <= max(targets):
         classes = [str(number) for number in range(max(targets) + 1)]
     return TorchvisionSet(data, [*map(str, classes)], numbers, [targets[number] for number in numbers])
+
+
+def _private_test(folder: Path) -> list[int]:
+    """The rows of torchvision's test split that FER2013 is judged by: `PrivateTest`, not `PublicTest`."""
+    named = (folder / "fer2013" / name for name in ("fer2013.csv", "icml_face_data.csv"))
+    with next(path for path in named if path.exists()).open(newline="") as file:
+        header, *rows = csv.reader(file)
+    place = [column.strip() for column in header].index("Usage")
+    usages = [row[place] for row in rows if row[place] in ("PublicTest", "PrivateTest")]
+    return [number for number, usage in enumerate(usages) if usage == "PrivateTest"]
 
 
 def _targets(data: Any) -> list[int]:
