@@ -144,6 +144,26 @@ def test_probabilities_are_those_of_writing_the_answer(task: VQATask, model: VQA
         assert float((-task.losses_of(model, batch)["loss"]).exp()) == pytest.approx(best["probability"], rel=1e-3)
 
 
+def test_the_official_ranking(task: VQATask, model: VQAModel, world: Path) -> None:
+    """In the order of the file, with its padding, the first token twice, and probabilities among the candidates."""
+    options = task.options.model_copy(update={"official_ranking": True, "k": 5})
+    official = VQATask(options, task.config, task.tokenizer, images=world)
+    records = task.records([world / "vqa_val.json"], "val")[:8]
+    assert official.groups(records) == [[number] for number in range(8)]
+    ids, mask = task.padded([task._asked(each) for each in records])
+    answers, answer_mask = task.padded(task.tokenizer.encode_ids(options.answers or (), 40))
+    with torch.no_grad():
+        rows = official.predict(model, records)
+        pixels = torch.stack([task.pixels(each.image) for each in records])
+        memory = model.encode_questions(pixels, ids, mask, attend_to_padding=True)
+        wanted = model.rank_answers(memory, answers, answer_mask, k=5, count_first_token_twice=True)
+    assert not mask.all()
+    for row, places, shares in zip(rows, wanted.indices, wanted.probabilities, strict=True):
+        found = [row, *row["runners_up"]]
+        assert [each["answer"] for each in found] == [(options.answers or ())[place] for place in places]
+        assert [each["probability"] for each in found] == pytest.approx(shares.tolist(), rel=1e-4)
+
+
 def test_an_image_is_encoded_once(task: VQATask, model: VQAModel, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = task.records([world / "vqa_val.json"], "val")
     group = max(task.groups(records), key=len)

@@ -37,7 +37,7 @@ class VQAOptions(TaskOptions):
     """The task VQA."""
 
     kind: Literal["vqa"] = "vqa"
-    free = ("k", "generate", "test_max_words")
+    free = ("k", "generate", "test_max_words", "official_ranking")
     learns = False
     decoder_layers: int = Field(default=12, gt=0)
     answers: str | tuple[str, ...] | None = Field(
@@ -45,6 +45,11 @@ class VQAOptions(TaskOptions):
     )
     k: int | Literal["all"] = Field(
         default=128, description="answers that are ranked, by how likely their first token is; `all`: every one"
+    )
+    official_ranking: bool = Field(
+        default=False,
+        description="rank as the official code: the first token counts twice, the decoder sees the padding of the "
+        "other questions, batches are in the order of the file, and probabilities are among the k answers",
     )
     generate: bool = Field(default=False, description="answers are written freely, without a list")
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
@@ -165,6 +170,9 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
 
     def groups(self, records: Sequence[VQARecord]) -> list[list[int]]:
         """All questions about an image together, so that it is encoded once."""
+        if self.options.official_ranking:
+            # What pads a question depends on the others of its batch.
+            return super().groups(records)
         of_image: dict[str, list[int]] = {}
         for number, record in enumerate(records):
             of_image.setdefault(record.image, []).append(number)
@@ -176,15 +184,21 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         index = torch.tensor([places[record.image] for record in records], device=model.device)
         pixels = torch.stack([self.pixels(image) for image in places]).to(model.device, model.dtype)
         ids, mask = (each.to(model.device) for each in self.padded([self._asked(record) for record in records]))
-        memory = model.encode_questions(pixels, ids, mask, index)
+        official = self.options.official_ranking
+        memory = model.encode_questions(pixels, ids, mask, index, attend_to_padding=official)
         if self.options.generate:
             return self._written(model, memory)
         answers = self.options.answers or ()
         k = len(answers) if self.options.k == "all" else self.options.k
-        ranking = model.rank_answers(memory, self._trie(model), k=k, best=min(1 + self._runners_up, k))
+        most = min(1 + self._runners_up, k)
+        ranking = model.rank_answers(
+            memory, self._trie(model), k=k, best=k if official else most, count_first_token_twice=official
+        )
+        scores = ranking.scores.double()
+        shares = scores.softmax(-1) if official else scores.exp()
         found = [
             [{"answer": answers[number], "probability": share} for number, share in zip(*best, strict=True)]
-            for best in zip(ranking.indices.tolist(), ranking.scores.double().exp().tolist(), strict=True)
+            for best in zip(ranking.indices[:, :most].tolist(), shares[:, :most].tolist(), strict=True)
         ]
         return [best[0] | ({"runners_up": best[1:]} if self._runners_up else {}) for best in found]
 
