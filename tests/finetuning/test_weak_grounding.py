@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.finetuning.conftest import Make
 from xfm_fast import XFM
+from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import CheckpointError, DataError, InputError
 from xfm_fast.finetuning.kinds import make_task
 from xfm_fast.finetuning.prediction import load
@@ -53,11 +56,20 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, detections: dict[str, An
         assert row["bbox"] in [list(box) for box in record.detected]
     # The definition, one expression at a time.
     record, ids = records[0], task.tokenizer.encode([records[0].text], 32, pad_to_longest=True)
-    heat = cross_attention_heatmap(predictor.model, task.pixels(record.image)[None], *ids)[0]
+    heat = cross_attention_heatmap(predictor.model, task.pixels(record.image)[None], *ids, tokens=ids[1])[0]
     chosen = best_box(heat, torch.tensor(record.detected), (32, 32))
     assert rows[0]["bbox"] == list(record.detected[chosen])
     with pytest.raises(InputError, match="--heatmap OUT"):
         predictor.predict(["a.png"], ["a circle"])
+
+
+def test_training_sees_whole_images(weak: FinetuneRecipe, world: Path) -> None:
+    """The official code resizes, flips and augments; a crop may lose what an expression refers to."""
+    task = open_task(weak.model_copy(update={"task": WeakGroundingOptions()}))
+    (rows,) = task.rows([world / "grounding_train.json"])
+    record = rows.read(0)
+    whole = finetuning_transform(32, None)(Image.open(world / record.image).convert("RGB"), np.random.default_rng(3))
+    assert torch.equal(task.item(record, np.random.default_rng(3)).image, whole)
 
 
 def test_weights_of_retrieval_are_its_own(weak: FinetuneRecipe, recipe: Make, pretrained: Path, tmp_path: Path) -> None:

@@ -153,13 +153,13 @@ def pretraining_transform(size: int) -> TrainingTransform:
     return TrainingTransform(size, (0.2, 1.0), augment=RandAugment())
 
 
-def finetuning_transform(size: int) -> TrainingTransform:
-    """The view of retrieval, NLVR2 (each of the two images), captioning and VQA.
+def finetuning_transform(size: int, crop: tuple[float, float] | None = (0.5, 1.0)) -> TrainingTransform:
+    """The view of retrieval, NLVR2 (each of the two images), captioning and VQA; of weak grounding with crop=None.
 
     For VQA call it with `may_flip=not mentions_side(question, *answers)`. (The official code flips before the crop
     there, which gives the same distribution.)
     """
-    return TrainingTransform(size, (0.5, 1.0), augment=RandAugment())
+    return TrainingTransform(size, crop, augment=RandAugment())
 
 
 _COLOURS = RandAugment("colour")

@@ -25,7 +25,6 @@ from xfm_fast.errors import DataError
 from xfm_fast.finetuning.evaluation import Metrics, Row
 from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, by_image, need
 from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes
-from xfm_fast.tokenizer import pre_caption
 
 # Boxes of COCO reach past the edge by rounding, in pixels.
 _EDGE = 1.0
@@ -53,7 +52,7 @@ class GroundingOptions(TaskOptions):
     )
     careful_flip: bool = Field(default=True, description="do not mirror images whose expression says left or right")
     max_words: int = Field(default=30, gt=0, description="of an expression")
-    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    max_tokens: int | None = Field(default=None, ge=3, description="of an expression in training; null cuts none")
     regions: CaptionedRegions | None = Field(
         default=None, description="train on captions of regions first; splits hold expressions all the same"
     )
@@ -121,7 +120,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
     def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Expression | Regions:
         if not isinstance(record, GroundingRecord):
             return self._regions.item(record, rng)
-        ids = self._ids(record)
+        ids = self.caption_ids(record.text, self.options.max_words, self.options.max_tokens)
         if record.bbox is None:
             raise DataError(
                 f"expression {record.ref_id} has no box; give it a bbox, or name refs(*).p and instances.json of its "
@@ -165,7 +164,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
         pixels, sizes = zip(*map(self._view, number), strict=True)
         index = torch.tensor([number[record.image] for record in records])
-        ids, mask = self.padded([self._ids(record) for record in records])
+        ids, mask = self.padded([self.caption_ids(record.text, self.options.max_words) for record in records])
         given = (each.to(model.device) for each in (torch.stack(pixels), ids, mask, index))
         relative = model.boxes(*given).double().cpu()
         inside = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[index])
@@ -194,10 +193,6 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
             GroundingRecord.model_validate({"image": image, "text": text, "ref_id": number})
             for number, text in enumerate(texts)
         ]
-
-    def _ids(self, record: GroundingRecord) -> list[int]:
-        text = pre_caption(record.text, self.options.max_words)
-        return self.tokenizer.encode_ids([text], self.options.max_tokens)[0]
 
     def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
         """`[3, R, R]`: a whole image as evaluation sees it; and its width and height in pixels."""

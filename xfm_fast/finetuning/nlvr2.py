@@ -17,7 +17,6 @@ from xfm_fast.data.task_files import nlvr2_rows
 from xfm_fast.finetuning.evaluation import Metrics, Row
 from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tokenizer import pre_caption
 
 RESULT_FILE = "nlvr2_result.csv"
 
@@ -34,7 +33,7 @@ class NLVR2Options(TaskOptions):
     kind: Literal["nlvr2"] = "nlvr2"
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
     max_words: int = Field(default=30, gt=0, description="of a sentence")
-    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null cuts none")
 
 
 class Statement(NamedTuple):
@@ -67,12 +66,8 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
             rows.kind = NLVR2Line
         return found
 
-    def _ids(self, sentence: str) -> list[int]:
-        options = self.options
-        return self.tokenizer.encode_ids([pre_caption(sentence, options.max_words)], options.max_tokens)[0]
-
     def item(self, record: NLVR2Record, rng: np.random.Generator) -> Statement:
-        ids = self._ids(record.sentence)
+        ids = self.caption_ids(record.sentence, self.options.max_words, self.options.max_tokens)
         first, second = (self.augmented(image, rng) for image in record.images)
         return Statement((first, second), ids, record.label)
 
@@ -86,7 +81,8 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
         return {"loss": model(batch.image, batch.input_ids, batch.attention_mask, batch.targets)}
 
     def predict(self, model: NLVR2Model, records: Sequence[NLVR2Record]) -> list[Row]:
-        ids, mask = (each.to(model.device) for each in self.padded([self._ids(record.sentence) for record in records]))
+        sentences = [self.caption_ids(record.sentence, self.options.max_words) for record in records]
+        ids, mask = (each.to(model.device) for each in self.padded(sentences))
         pixels = torch.stack([self.pixels(record.images[place]) for place in (0, 1) for record in records])
         shares = model.logits(pixels.to(model.device), ids, mask).double().softmax(-1)[:, 1].tolist()
         return [{"answer": share > 0.5, "probability": share} for share in shares]

@@ -25,7 +25,7 @@ from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task_model import TaskModel
-from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training.recipe_fields import Section
 
 RecordT = TypeVar("RecordT", bound=Annotation)
@@ -83,6 +83,8 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     """Other tasks whose model is the same."""
     large_lr: ClassVar[tuple[str, ...]] = ()
     """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
+    crop: ClassVar[tuple[float, float] | None] = (0.5, 1.0)
+    """Smallest and largest share of an image's area in a random view; None for all of it."""
 
     def __init__(
         self, options: OptionsT, config: XFMConfig, tokenizer: CaptionTokenizer | None = None, *, images: Path = Path()
@@ -217,7 +219,12 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
             return self.pixels(image)
         place = self.images / image
         decoded = decode_pixels(image_at(place), str(place))
-        return finetuning_transform(self.config.image_size)(decoded, rng, may_flip=may_flip)
+        return finetuning_transform(self.config.image_size, self.crop)(decoded, rng, may_flip=may_flip)
+
+    def caption_ids(self, text: str, max_words: int, max_tokens: int | None = None) -> list[int]:
+        """Ids of a caption, cleaned and cut to `max_words`, and to `max_tokens` where it is not None."""
+        cleaned = pre_caption(text, max_words)
+        return self.tokenizer.encode_ids([cleaned], max_tokens or self.config.max_text_length)[0]
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids `[B, L]`, padded to the longest, and the mask of the real ones."""

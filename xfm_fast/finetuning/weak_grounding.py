@@ -39,9 +39,9 @@ class WeakGroundingOptions(TaskOptions):
 
     kind: Literal["weak_grounding"] = "weak_grounding"
     free = ("layer",)
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    augment: bool = Field(default=True, description="flip and RandAugment of whole images; else they are only resized")
     max_words: int = Field(default=30, gt=0, description="of an expression")
-    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    max_tokens: int = Field(default=40, ge=3, description="of an expression in training")
     layer: int | None = Field(
         default=None,
         ge=0,
@@ -53,6 +53,12 @@ class DetectedRecord(GroundingRecord):
     """An expression, with the boxes that a detector found in its image."""
 
     detected: tuple[tuple[float, float, float, float], ...]
+
+
+class _WholeImages(RetrievalTask):
+    """Retrieval without the crop, which may lose what an expression refers to."""
+
+    crop = None
 
 
 class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, PairBatch]):
@@ -67,7 +73,7 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
 
     def prepare(self) -> None:
         values = self.options.model_dump(exclude={"kind", "layer"})
-        self._retrieval = RetrievalTask(RetrievalOptions(**values), self.config, self.tokenizer, images=self.images)
+        self._retrieval = _WholeImages(RetrievalOptions(**values), self.config, self.tokenizer, images=self.images)
 
     def build(self) -> TaskModel:
         return self._retrieval.build()
@@ -111,10 +117,12 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
         number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
         pixels = torch.stack([self.pixels(image) for image in number]).to(model.device)
         index = torch.tensor([number[record.image] for record in records], device=model.device)
-        ids, mask = (
-            each.to(model.device) for each in self.padded([self._retrieval.ids(record.text) for record in records])
-        )
-        heat = cross_attention_heatmap(model, pixels, ids, mask, layer=self.options.layer, image_index=index).cpu()
+        texts = [self.caption_ids(record.text, self.options.max_words) for record in records]
+        ids, mask = (each.to(model.device) for each in self.padded(texts))
+        # All tokens, `<s>` and `</s>` among them, as in the official code.
+        heat = cross_attention_heatmap(
+            model, pixels, ids, mask, layer=self.options.layer, tokens=mask, image_index=index
+        ).cpu()
         sizes = {image: decode_image(self.images / image).size for image in number}
         return [
             {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
