@@ -12,14 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, DistributedSampler
 
 import xfm_fast
 from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from tests.training.small_runs import in_processes, join_group, numbers
 from xfm_fast.checkpoint import hold
+from xfm_fast.data.annotations import AnnotationRows, TextRecord
+from xfm_fast.data.quarantine import Quarantine
+from xfm_fast.data.records import RecordSet
+from xfm_fast.data.streams import ShuffledBatches
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, StorageError
 from xfm_fast.finetuning import run as runs
+from xfm_fast.finetuning.kinds import TASKS
 from xfm_fast.finetuning.recipe import FinetuneRecipe, resumed_steps
 from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
 from xfm_fast.tasks.nlvr2 import NLVR2Model
@@ -133,6 +139,48 @@ def test_steps_of_epochs_are_kept_by_a_change_of_processes(recipe: Make) -> None
     later = {"world_size": 2, "step": 5, "recipe": two.model_dump(mode="json")}
     assert resumed_steps(made, 40, 2, later, 3).steps == two.steps
     assert resumed_steps(recipe(*NLVR2, steps=3), 40, 1, None, 0).steps == 3
+
+
+class Numbers:
+    """Items and batches of rows that are numbers."""
+
+    def item(self, record: Any, rng: Any) -> int:
+        return int(record.text)
+
+    def collate(self, items: list[int], rng: Any) -> Any:
+        return items
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_last_batch_is_kept_where_the_official_loader_keeps_it(world_size: int, tmp_path: Path) -> None:
+    """As torch's DistributedSampler and DataLoader deal rows out: equally many a rank, and none left over."""
+    assert {kind for kind, task in TASKS.items() if not task.drop_last} == {"image", "text"}
+    for count in (1, 7, 11, 12, 13):
+        rows = RecordSet([AnnotationRows(tmp_path, [{"text": str(n), "label": "a"} for n in range(count)], TextRecord)])
+        numbered: Any = range(count)
+        official = DataLoader(numbered, batch_size=2, sampler=DistributedSampler(numbered, world_size, 0))
+        ranks = [
+            ShuffledBatches(
+                rows, Numbers(), rows=2, seed=1, rank=rank, world_size=world_size, drop_last=False,
+                quarantine=Quarantine(None, tolerate_bad=0),
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        assert {len(source) for source in ranks} == {len(official)}
+        for epoch in range(2):
+            numbers = range(epoch * len(official), (epoch + 1) * len(official))
+            dealt: list[Any] = [[source.batch(number) for number in numbers] for source in ranks]
+            for batches in dealt:
+                assert list(map(len, batches)) == [len(batch) for batch in official]
+            seen = [row for batches in dealt for batch in batches for row in batch]
+            assert set(seen) == set(range(count))
+            assert len(seen) - count < world_size
+
+
+@pytest.mark.parametrize(("kind", "files", "steps"), [("text", "text_{}.tsv", 2 * 6), ("nlvr2", "nlvr_{}.json", 2 * 5)])
+def test_steps_of_an_incomplete_epoch(kind: str, files: str, steps: int, recipe: Make) -> None:
+    found = resumed_steps(recipe(kind, files), 43, 1, None, 0)
+    assert (found.steps, found.schedule.steps) == (steps, 2 * 6)
 
 
 def test_an_average_is_what_is_judged(recipe: Make) -> None:

@@ -63,12 +63,18 @@ class ItemMaker(Protocol[B_co]):
         ...
 
 
+def epoch_batches(rows: int, batch: int, *, drop_last: bool) -> int:
+    """Batches in an epoch of some rows, with or without the last, incomplete one; never none."""
+    return max(1, rows // batch if drop_last else -(-rows // batch))
+
+
 class ShuffledBatches(Generic[B_co]):
     """Shuffled batches of some rows.
 
     An epoch visits every row once, in an order of its own, up to the last whole global batch; fewer rows than a global
-    batch make one batch with repeated rows. Where a row is broken, the row at the same place of the next global batch
-    takes its place.
+    batch make one batch with repeated rows. Without `drop_last` the rows that are left make one more batch, of which
+    every rank has equally many: the first rows of the epoch fill it up, as torch's DistributedSampler does. Where a row
+    is broken, the row at the same place of the next global batch takes its place.
 
     Args:
         records: the rows.
@@ -79,6 +85,7 @@ class ShuffledBatches(Generic[B_co]):
         rank: which part of every global batch.
         world_size: parts of a global batch.
         shuffle, window: see `StreamOptions`.
+        drop_last: leave out the rows behind the last whole global batch.
         quarantine: counts broken rows, and lists them in a file.
 
     Raises:
@@ -97,6 +104,7 @@ class ShuffledBatches(Generic[B_co]):
         world_size: int = 1,
         shuffle: bool = True,
         window: int | None = None,
+        drop_last: bool = True,
         quarantine: Quarantine,
     ) -> None:
         if rows < 1 or not 0 <= rank < world_size or seed < 0:
@@ -105,12 +113,12 @@ class ShuffledBatches(Generic[B_co]):
                 "at least 1, seed at least 0 and rank below world_size"
             )
         self.records, self.items, self.quarantine = records, items, quarantine
-        self._rows, self._rank, self._stride = rows, rank, rows * world_size
+        self._rows, self._rank, self._world_size, self._stride = rows, rank, world_size, rows * world_size
         self._seed, self._kind = seed, kind
-        self._shuffle, self._window = shuffle, window
+        self._shuffle, self._window, self._drop_last = shuffle, window, drop_last
 
     def __len__(self) -> int:
-        return max(1, len(self.records) // self._stride)
+        return epoch_batches(len(self.records), self._stride, drop_last=self._drop_last)
 
     def batch(self, number: int) -> B_co:
         """Batch `number` of this rank.
@@ -119,8 +127,11 @@ class ShuffledBatches(Generic[B_co]):
             DataError: more rows of a file are broken than are tolerated.
         """
         epoch, inside = divmod(number, len(self))
-        first = inside * self._stride + self._rank * self._rows
-        items = [self._item(epoch, first + offset) for offset in range(self._rows)]
+        start, rows = inside * self._stride, self._rows
+        if not self._drop_last:
+            rows = min(rows, -(-(len(self.records) - start) // self._world_size))
+        first = start + self._rank * rows
+        items = [self._item(epoch, first + offset) for offset in range(rows)]
         return self.items.collate(items, item_generator(self._seed, self._kind + _OF_BATCH, epoch, first))
 
     def _item(self, epoch: int, position: int) -> Any:

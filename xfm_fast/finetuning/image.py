@@ -114,6 +114,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
     metrics = ("top1", "top5")
     reads_text = False
     large_lr = ("cls_head",)
+    drop_last = False
 
     def prepare(self) -> None:
         options, config = self.options, self.config

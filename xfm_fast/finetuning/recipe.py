@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from xfm_fast.checkpoint.files import CONFIG_FILE
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.streams import epoch_batches
 from xfm_fast.documents import is_plain_name
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.kinds import TASKS, TOKENIZER_FILE, AnyTask, model_folder
@@ -200,9 +201,9 @@ def resumed_steps(
 ) -> FinetuneRecipe:
     """The recipe with the number of steps of its epochs, and of its schedule.
 
-    An epoch has as many steps as whole global batches; the schedule counts the last, incomplete one too, as the
-    official code does although its loader drops that batch. A run that goes on with another number of processes has
-    the steps behind it, and those that the rest of its epochs takes now.
+    The schedule counts the last, incomplete batch of an epoch even where the task drops it, as the official code does.
+    A run that goes on with another number of processes has the steps behind it, and those that the rest of its epochs
+    takes now.
 
     Args:
         recipe: as written.
@@ -214,7 +215,10 @@ def resumed_steps(
     if recipe.steps:
         return recipe
     batch = recipe.batch_size * world_size
-    steps, schedule = recipe.epochs * max(1, rows // batch), recipe.epochs * max(1, -(-rows // batch))
+    steps, schedule = (
+        recipe.epochs * epoch_batches(rows, batch, drop_last=drop)
+        for drop in (TASKS[recipe.task.kind].drop_last, False)
+    )
     if saved is not None and saved["world_size"] != world_size:
         ahead = saved["step"] - batches_done // recipe.accumulate
         steps, schedule = steps + ahead, schedule + ahead

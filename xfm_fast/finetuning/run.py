@@ -15,7 +15,7 @@ from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord, overlap, overlap_of_texts
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
-from xfm_fast.data.streams import ShuffledBatches
+from xfm_fast.data.streams import ShuffledBatches, epoch_batches
 from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, DataError
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics
@@ -150,7 +150,7 @@ def finetune(
         rows = RecordSet(files)
         source = ShuffledBatches(
             rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
-            world_size=processes.world_size, quarantine=quarantine,
+            world_size=processes.world_size, drop_last=task.drop_last, quarantine=quarantine,
         )  # fmt: skip
         found = processes.from_first(lambda: checkpoints.newest(folder / "checkpoints")) if resume else None
         done = 0
@@ -165,7 +165,7 @@ def finetune(
         explained = explanation(task)
         written = json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
-        per_epoch = max(1, len(rows) // (recipe.batch_size * processes.world_size))
+        per_epoch = epoch_batches(len(rows), recipe.batch_size * processes.world_size, drop_last=task.drop_last)
         hook = _EpochEnd(recipe, task, records, processes, per_epoch, explained, show)
         result = train(
             recipe, resume=resume, sources={STREAM: source}, model=model,

@@ -83,6 +83,8 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     """Other tasks whose model is the same."""
     large_lr: ClassVar[tuple[str, ...]] = ()
     """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
+    drop_last: ClassVar[bool] = True
+    """Leave out the last, incomplete batch of an epoch; the official loaders of image classes and of GLUE keep it."""
     crop: ClassVar[tuple[float, float] | None] = (0.5, 1.0)
     """Smallest and largest share of an image's area in a random view; None for all of it."""
 

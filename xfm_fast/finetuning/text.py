@@ -112,6 +112,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
 
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
     large_lr = ("cls_head",)
+    drop_last = False
 
     def prepare(self) -> None:
         self.check_length(self.options.max_tokens)
