@@ -1,7 +1,4 @@
-"""The official configurations as recipes, and what the recipes of the package say of themselves.
-
-The values are those of the published files, written out anew.
-"""
+"""The official configurations as recipes, on made-up data, and what the recipes of the package say of themselves."""
 
 from __future__ import annotations
 
@@ -9,102 +6,40 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
+from tests.finetuning.conftest import SMALL
+from tests.finetuning.official_data import accept_made_up_files, write_image_set, write_official_world
+from tests.finetuning.official_files import (
+    CAPTIONING,
+    DOMAIN,
+    FILES,
+    GROUNDING,
+    MODEL,
+    NLVR,
+    PAIRS,
+    REGIONS,
+    SETS,
+    VQA,
+    trained,
+)
 from xfm_fast.benchmarks.options import FineTuned
 from xfm_fast.benchmarks.work.finetuning_cost import Shape, step_costs
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.annotations import Annotation, GroundingRecord, NLVR2Record
 from xfm_fast.errors import ConfigError
+from xfm_fast.finetuning.grounding import GroundingOptions
+from xfm_fast.finetuning.kinds import AnyTask, make_task
+from xfm_fast.finetuning.nlvr2 import NLVR2Options
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
-from xfm_fast.finetuning.run import finetune
+from xfm_fast.finetuning.run import evaluate, finetune
+from xfm_fast.finetuning.weak_grounding import DetectedRecord
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import FINETUNING, recipe_names
-
-MODEL: dict[str, Any] = {
-    "use_beit_v2": True, "vision_config": "configs/model/config_beit2_base.json", "image_res": 384, "patch_size": 16,
-    "local_attn_depth": -1, "text_encoder": "../data/roberta-base", "text_num_hidden_layers": 12,
-    "text_fusion_start_at": 12, "fusion_num_hidden_layers": 12, "fusion_fusion_start_at": 0,
-}  # fmt: skip
-IMAGE: dict[str, Any] = MODEL | {
-    "image_res": 224, "text_num_hidden_layers": 0, "text_fusion_start_at": 0, "fusion_num_hidden_layers": 0,
-    "batch_size_test": 512, "num_readers": 4, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None, "mixup_prob": 1.0,
-    "mixup_switch_prob": 0.5, "mixup_mode": "batch", "smoothing": 0.1, "num_labels": 1000, "color_jitter": None,
-    "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel", "recount": 1,
-}  # fmt: skip
-
-
-def trained(lr: str, epochs: int) -> dict[str, Any]:
-    # YAML 1.1 reads 3e-5 as text.
-    return {
-        "optimizer": {"opt": "adamW", "lr": lr, "weight_decay": 0.01, "lr_mult": 2},
-        "schedular": {"sched": "linear", "lr": lr, "epochs": epochs, "num_warmup_steps": 0.1},
-    }
-
-
-def files(name: str) -> dict[str, Any]:
-    return {
-        "train_file": [f"d/{name}_train.json"],
-        "val_file": f"d/{name}_val.json",
-        "test_file": f"d/{name}_test.json",
-    }
-
-
-RETRIEVAL = MODEL | trained("3e-5", 20) | files("coco") | {
-    "image_root": "../images/coco/", "batch_size_train": 32, "batch_size_test": 64, "batch_size_test_text": 64,
-    "max_tokens": 40, "embed_dim": 256, "temp": 0.07, "k_test": 256, "accumulation_steps": 1,
-}  # fmt: skip
-VQA = MODEL | trained("2e-5", 10) | {
-    "train_file": ["vqa_train.json", "vg_qa.json"], "test_file": ["vqa_test.json"], "answer_list": "answers.json",
-    "vqa_root": "../images/coco/", "vg_root": "../images/vg/", "image_res": 480, "num_dec_layers": 12,
-    "decoder_fusion_start_at": 0, "batch_size_train": 24, "batch_size_test": 32, "max_tokens": 40, "k_test": 128,
-    "start_eval": 2,
-}  # fmt: skip
-GROUNDING = MODEL | trained("2e-5", 15) | {
-    "train_file": ["rc_train.json"], "test_file": ["rc_val.json", "rc_test.json"], "refcoco_data": "../data/finetune/",
-    "det_file": "dets.json", "coco_file": "cocos.json", "image_root": "../images/coco/", "careful_hflip": True,
-    "batch_size": 20, "max_tokens": 40,
-}  # fmt: skip
-CAPTIONING = MODEL | trained("1e-5", 5) | files("ck") | {
-    "image_root": "../images/coco/", "val_gt_file": "ck_val_gt.json", "test_gt_file": "ck_test_gt.json",
-    "batch_size_train": 32, "batch_size_test": 32, "max_tokens": 40, "label_smoothing": 0.1, "max_length": 20,
-    "min_length": 5, "num_beams": 3, "prompt": "a picture of ",
-}  # fmt: skip
-GLUE = MODEL | {
-    "train_file": None, "validation_file": None, "test_file": None, "glue_datasets": "../glue", "task_name": "mnli",
-    "num_labels": 3, "max_length": 128, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 8,
-    "learning_rate": "2e-5", "weight_decay": 0.0, "num_train_epochs": 5, "lr_scheduler_type": "linear", "seed": 42,
-    "num_warmup_steps": 0, "fusion_num_hidden_layers": 0, "use_xbrain": True,
-}  # fmt: skip
-PROBE = IMAGE | {
-    "task_name": "cifar10", "dataset": "../images/cifar10", "batch_size_train": 256, "is_lp": True,
-    "optimizer": {"opt": "adamW", "lr": "2e-5", "weight_decay": 0.02, "momentum": 0.9},
-    "schedular": {"lr": "2e-5", "min_lr": 0, "epochs": 100, "warmup_epochs": 10},
-}  # fmt: skip
-# The two files of domain pretraining list no data; whoever runs them says where theirs lies.
-DOMAIN: dict[str, Any] = MODEL | trained("3e-5", 2) | {
-    "image_res": 224, "max_words": 40, "max_tokens": 40, "mask_whole_word": True, "mask_prob": 0.25, "max_masks": 8,
-    "skipgram_prb": 0.2, "skipgram_size": 3,
-    "accelerator": {
-        "ACCELERATOR": "ApexDDP", "AUTO_CAST": False, "SYNCBN": False, "FP16_OPT_LEVEL": "O1",
-        "FP16_LOSS_SCALE": "dynamic", "RNG_SEED": 42, "GRAD_ACCUMULATE_STEPS": 1, "CLIP_GRAD_NORM": 1.0,
-    },
-}  # fmt: skip
-REGIONS = DOMAIN | {
-    "train_file_regions": [], "train_dataset_size": 318547, "refcoco_data": "d", "det_file": "d", "coco_file": "d",
-    "image_root": "i", "calc_image_bbox_loss": False,
-    "regions": {
-        "image_key": "binary", "is_image_rpath": False, "caption_key": "caption", "tokenized": True,
-        "careful_hflip": True, "iter_perc": 1.0, "batch_size": 64, "max_images": 28, "max_regions": 5,
-        "min_perc_in_image": 0.5, "num_workers": 4,
-    },
-}  # fmt: skip
-PAIRS = DOMAIN | {
-    "train_file": [], "train_dataset_size": 5114489, "embed_dim": 256,
-    "images": {
-        "image_key": "binary", "is_image_rpath": False, "caption_key": "desc", "tokenized": False, "batch_size": 128,
-        "num_workers": 4,
-    },
-}  # fmt: skip
 
 
 def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRecipe:
@@ -117,13 +52,13 @@ def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRec
     ("values", "ours", "same"),
     [
         # The multiple of lr differs, which nothing of retrieval learns by.
-        (RETRIEVAL, "retrieval_coco", {"task", "model", "epochs", "batch_size", "schedule", "choose"}),
-        (MODEL | trained("1e-5", 15) | files("nlvr") | {"image_root": "i", "batch_size": 8}, "nlvr2",
+        (FILES["Retrieval_coco"], "retrieval_coco", {"task", "model", "epochs", "batch_size", "schedule", "choose"}),
+        (NLVR, "nlvr2",
          {"task", "model", "epochs", "batch_size", "optimizer", "schedule"}),
         (VQA, "vqa2", {"model", "epochs", "batch_size", "optimizer", "schedule"}),
         (GROUNDING, "refcoco_plus", {"task", "model", "epochs", "batch_size", "optimizer", "schedule"}),
         (CAPTIONING, "coco_captioning", {"task", "model", "epochs", "batch_size", "optimizer", "schedule", "choose"}),
-        (GLUE, "glue_mnli", {"task", "epochs", "batch_size", "optimizer", "schedule"}),
+        (FILES["glue_mnli"], "glue_mnli", {"task", "epochs", "batch_size", "optimizer", "schedule"}),
     ],
 )  # fmt: skip
 def test_a_published_file_is_our_recipe(values: dict[str, Any], ours: str, same: set[str], tmp_path: Path) -> None:
@@ -135,29 +70,145 @@ def test_a_published_file_is_our_recipe(values: dict[str, Any], ours: str, same:
 
 
 def test_files_and_folders_are_those_of_the_file(tmp_path: Path) -> None:
-    retrieval = load(RETRIEVAL, tmp_path, "batch_size=4", "init.checkpoint=x.th")
-    assert retrieval.data.train == ("d/coco_train.json",)
-    assert retrieval.data.splits == {"val": ("d/coco_val.json",), "test": ("d/coco_test.json",)}
+    retrieval = load(FILES["Retrieval_coco"], tmp_path, "batch_size=4", "init.checkpoint=x.th")
+    data = "../data/finetune"
+    assert retrieval.data.train == (f"{data}/coco_train.json",)
+    assert retrieval.data.splits == {"val": (f"{data}/coco_val.json",), "test": (f"{data}/coco_test.json",)}
     assert (retrieval.batch_size, retrieval.eval_batch_size, retrieval.tokenizer) == (4, 64, "../data/roberta-base")
     assert str(retrieval.image_folder) == "../images/coco"
     grounding = load(GROUNDING, tmp_path)
-    beside = ("../data/finetune/refcoco+/refs(unc).p", "../data/finetune/refcoco+/instances.json")
-    assert grounding.data.train == ("rc_train.json", *beside)
-    assert grounding.data.splits == {"test": ("rc_val.json", "rc_test.json", *beside)}
-    assert grounding.choose is None
+    beside = (f"{data}/refcoco+/refs(unc).p", f"{data}/refcoco+/instances.json")
+    assert grounding.data.train == (f"{data}/refcoco+_train.json", *beside)
+    assert grounding.data.splits == {"test": (f"{data}/refcoco+_val.json", f"{data}/refcoco+_test.json", *beside)}
     captioning = load(CAPTIONING, tmp_path)
-    assert captioning.data.splits["val"] == ("d/ck_val.json", "ck_val_gt.json")
-    probe = load(PROBE, tmp_path)
+    karpathy = f"{data}/coco_karpathy/coco_karpathy"
+    assert captioning.data.splits["val"] == (f"{karpathy}_val.json", f"{karpathy}_val_gt.json")
+    probe = load(FILES["cifar10_lp"], tmp_path)
     assert probe.task.kind == "image"
     assert (probe.task.dataset, probe.task.frozen, probe.task.mixup, probe.task.view) == ("CIFAR10", True, 0, "probe")
     assert (probe.schedule.kind, probe.schedule.warmup, probe.optimizer.weight_decay) == ("cosine", 0.1, 0.01)
     assert probe.model == XFMConfig.preset("base", text_layers=0, fusion_layers=0)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> None:
+    made = load(FILES[name], tmp_path, "data.train=mine")
+    # Apex's mixed precision is that of domain pretraining alone.
+    assert made.precision == ("bf16" if name.endswith("_O1") else "fp32")
+    # `val_d` over val, testA and testB together; sets of images have no val.
+    chosen = {"Grounding_bbox": ("accuracy_val", "test")} | dict.fromkeys(SETS, ("top1", "test"))
+    if name in chosen:
+        assert made.choose is not None
+        assert (made.choose.by, made.choose.split) == chosen[name]
+    if name in SETS:
+        folder, task = FILES[name]["dataset"], FILES[name]["task_name"]
+        # Split by the code itself, or read from a file.
+        whole = task in ("sun397", "caltech101", "fer2013")
+        assert made.data.splits == {"test": (folder if whole else f"{folder}/val",)}
+        probe = load(FILES[name], tmp_path)
+        assert probe.data.train == (folder if whole else f"{folder}/train",)
+        assert probe.task.kind == "image"
+        assert probe.task.train_split == ("trainval" if task == "oxfordiiitpet" else "train")
+    if made.task.kind == "vqa":
+        assert made.task.official_ranking
+        assert (made.image_folder, made.task.image_folders["vg"]) == (Path(), "../images/visualgenome/")
+    if isinstance(made.task, (NLVR2Options, GroundingOptions)):
+        # The official tokenizer is not told to truncate.
+        assert made.task.max_tokens is None
+
+
+# One for every script of the official code; the others differ from these in numbers and files.
+QUICK = {
+    "Captioning", "Captioning_pretrain_O1", "Grounding_bbox", "Grounding_bbox_pretrain_O1", "NLVR", "Retrieval_coco",
+    "VQA", "glue_rte", "imagenet1k", "oxfordiiitpet_lp",
+}  # fmt: skip
+
+# The two files that list no data, and have no evaluation.
+LIES = "../data/finetune"
+DOMAIN_DATA = {
+    "Captioning_pretrain_O1": [
+        f"data.train={LIES}/pairs_train.jsonl",
+        f"data.splits.val={LIES}/coco_karpathy/coco_karpathy_val*.json",
+        "data.images=../images/coco",
+    ],
+    "Grounding_bbox_pretrain_O1": [
+        f"data.train={LIES}/regions_train.jsonl",
+        f"data.splits.val=[{LIES}/refcoco+_val.json, {LIES}/refcoco+/refs(unc).p, {LIES}/refcoco+/instances.json]",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def official_world(world: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the official code runs in, with a small pretrained model that reads texts as long as RoBERTa."""
+    tokenizer = CaptionTokenizer.from_files(pretrained / "tokenizer.json")
+    folder = write_official_world(tmp_path_factory.mktemp("official"), world, tokenizer)
+    config = XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size, max_positions=514, **SMALL)
+    XFM(config).save_pretrained(folder / "pretrained")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+)
+def test_a_published_file_trains_and_is_evaluated(
+    name: str, official_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step and an evaluation of every file as it is, but for the sizes of the model and of batches."""
+    values = FILES[name]
+    monkeypatch.chdir(official_world)
+    if "dataset" in values:
+        accept_made_up_files(monkeypatch)
+        write_image_set(values, official_world)
+    layers = {f"{part}_layers": min(2, values[f"{part}_num_hidden_layers"]) for part in ("text", "fusion")}
+    vocabulary = XFMConfig.load("pretrained/config.json").vocab_size
+    overrides = [f"model.{size}={value}" for size, value in {**SMALL, **layers, "vocab_size": vocabulary}.items()]
+    overrides += ["init.checkpoint=pretrained", f"checkpoint.folder={tmp_path / 'run'}", "steps=1", "device=cpu"]
+    overrides += ["batch_size=2", "eval_batch_size=4", "workers=0"]
+    if "num_dec_layers" in values:
+        overrides.append("task.decoder_layers=2")
+    recipe = load(values, tmp_path, *overrides, *DOMAIN_DATA.get(name, []))
+    result = finetune(recipe)
+    assert result.step == 1
+    assert result.folder.name == ("model" if recipe.choose is None or not recipe.epochs else "best")
+    assert result.metrics.keys() == recipe.data.splits.keys()
+    for split, metrics in result.metrics.items():
+        assert metrics or (split.startswith("test") and "glue_datasets" in values)
+        assert evaluate(recipe, result.folder, split, tmp_path / split) == pytest.approx(metrics, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("nlvr2", {"images": ["images/val/000000.png"] * 2, "sentence": "TEXT", "label": "True"}),
+        ("grounding", {"image": "images/val/000000.png", "text": "TEXT", "ref_id": 0, "bbox": [1, 2, 9, 8]}),
+        ("weak_grounding", {"image": "images/val/000000.png", "text": "TEXT", "ref_id": 0, "detected": [[1, 2, 9, 8]]}),
+    ],
+)
+def test_texts_to_judge_are_not_cut(
+    kind: str, record: dict[str, Any], official_world: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty words are kept, however many tokens they have; the official evaluation gives the tokenizer no length."""
+    tokenizer = CaptionTokenizer.from_files(official_world / "../data/roberta-base/tokenizer.json")
+    config = XFMConfig.load(official_world / "pretrained/config.json")
+    task = make_task(TypeAdapter(AnyTask).validate_python({"kind": kind}), config, tokenizer, world)
+    text = " ".join(["quixotry"] * 30)
+    known: type[Annotation] = {"nlvr2": NLVR2Record, "grounding": GroundingRecord}.get(kind, DetectedRecord)
+    made = known.model_validate({name: text if value == "TEXT" else value for name, value in record.items()})
+    lengths: list[int] = []
+    monkeypatch.setattr(task, "padded", lambda rows: lengths.extend(map(len, rows)) or tokenizer.pad(rows))
+    task.predict(task.build().eval(), [made])
+    whole = len(tokenizer.encode_ids([text], 500)[0])
+    assert lengths == [whole]
+    assert whole > 40
+    if kind != "weak_grounding":
+        assert len(task.item(made, np.random.default_rng(0)).ids) == whole
+
+
 @pytest.mark.parametrize(("values", "ours"), [(REGIONS, "refcoco_domain"), (PAIRS, "captioning_domain")])
 def test_domain_pretraining_is_our_recipe(values: dict[str, Any], ours: str, tmp_path: Path) -> None:
     official, shipped = load(values, tmp_path, "data.train=mine"), load_finetune_recipe(ours)
-    for section in ("model", "epochs", "steps", "batch_size", "optimizer", "schedule", "workers"):
+    for section in ("model", "epochs", "steps", "batch_size", "optimizer", "schedule", "workers", "precision"):
         assert getattr(official, section) == getattr(shipped, section), section
     for section in ("regions", "pairs"):
         assert getattr(official.task, section, None) == getattr(shipped.task, section, None)
@@ -188,11 +239,11 @@ def test_what_cannot_be_translated_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"images\.is_image_rpath=True is not offered; only False is"):
         load(PAIRS | {"images": PAIRS["images"] | {"is_image_rpath": True}}, tmp_path)
     with pytest.raises(ConfigError, match=r"k_tset is no key of the official .*\(did you mean k_test\?\)"):
-        load(RETRIEVAL | {"k_tset": 3}, tmp_path)
+        load(FILES["Retrieval_coco"] | {"k_tset": 3}, tmp_path)
     with pytest.raises(ConfigError, match=r"mixup_prob=0\.5 is not offered; only 1\.0 is"):
-        load(PROBE | {"mixup_prob": 0.5}, tmp_path)
+        load(FILES["cifar10_lp"] | {"mixup_prob": 0.5}, tmp_path)
     with pytest.raises(ConfigError, match=r"epochs=0 trains nothing; .* xfm-fast evaluate"):
-        finetune(load(RETRIEVAL | trained("3e-5", 0), tmp_path))
+        finetune(load(FILES["Retrieval_coco"] | trained("3e-5", 0), tmp_path))
     with pytest.raises(ConfigError, match="do not tell which task"):
         load(MODEL | {"train_file": ["x"]}, tmp_path)
 

@@ -21,7 +21,6 @@ _SECTIONS = {"schedular", "train_file", "train_file_regions", "glue_datasets"}
 
 # Keys of theirs, `section.key` where they lie in one, and the key of ours that takes their value.
 _KEYS = {
-    "image_root": "data.images",
     "batch_size": "batch_size",
     "batch_size_train": "batch_size",
     "per_device_train_batch_size": "batch_size",
@@ -98,7 +97,7 @@ _IDLE = {
 # Keys that are read together below.
 _READ = {
     "train_file", "val_file", "test_file", "validation_file", "val_gt_file", "test_gt_file", "train_file_regions",
-    "vqa_root", "vg_root", "refcoco_data", "det_file", "coco_file", "dataset", "task_name",
+    "image_root", "vqa_root", "vg_root", "refcoco_data", "det_file", "coco_file", "dataset", "task_name",
     "glue_datasets", "schedular.warmup_epochs",
 }  # fmt: skip
 _TORCHVISION = {
@@ -108,6 +107,8 @@ _TORCHVISION = {
     "gtsrb": "GTSRB", "country211": "Country211", "fer2013": "FER2013", "pcam": "PCAM", "kitti": "Kitti",
     "renderedsst2": "RenderedSST2",
 }  # fmt: skip
+# Sets without folders `train` and `val`: those that the code splits itself, and one that it reads from a file.
+_WHOLE = {"sun397", "caltech101", "caltech256", "fer2013"}
 
 
 def is_official(values: Mapping[str, Any]) -> bool:
@@ -146,6 +147,9 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         elif key == "optimizer.weight_decay" and kind == "image":
             # The image scripts decay by torch's default whatever the file says.
             continue
+        elif key == "max_tokens" and base == "refcoco_plus":
+            # The tokenizer gets this length without `truncation`, and cuts nothing.
+            continue
         if value is not None:
             _put(recipe, ours, float(value) if ours.rpartition(".")[2] in _NUMBERS else value)
     if kind == "vqa":
@@ -161,17 +165,24 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         recipe["batch_size"] = regions["max_images"]
         if "train_dataset_size" in values:
             recipe["steps"] = recipe["epochs"] * math.ceil(values["train_dataset_size"] / (8 * regions["texts"]))
+    if "accelerator" not in values:
+        # Mixed precision is that of domain pretraining alone.
+        recipe["precision"] = "fp32"
     recipe["model"] = XFMConfig.from_official(dict(values)).model_dump()
     recipe["tokenizer"] = values["text_encoder"]
     recipe["init"] = {}
-    recipe["data"] = _data(values, recipe["data"], base) | {"root": "."}
+    # VQA has a root for each data set in its place, relative to where the command runs as all of them are.
+    recipe["data"] = _data(values, recipe["data"], base) | {"root": ".", "images": values.get("image_root", "")}
     if not recipe["data"]["train"]:
         # As the published files of domain pretraining have it; the message about a missing key says how to give it.
         del recipe["data"]["train"]
     recipe["task"] |= _task(values, base)
     recipe["checkpoint"] = recipe["checkpoint"] | {"folder": f"runs/{Path(name).stem}"}
-    if (choice := recipe.get("choose")) is not None and choice["split"] not in recipe["data"]["splits"]:
-        recipe["choose"] = None
+    choice, splits = recipe.get("choose"), recipe["data"].get("splits", {})
+    if choice is not None and choice["split"] not in splits:
+        # The only split, `test`: RefCOCO+ has its val in it (`val_d`), and image sets keep what is best on it.
+        by = "accuracy_val" if base == "refcoco_plus" else choice["by"]
+        recipe["choose"] = {"by": by, "split": "test"} if "test" in splits else None
     return recipe
 
 
@@ -199,10 +210,9 @@ def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict
         folder = f"{values['glue_datasets']}/{values['task_name']}"
         return {**data, "train": folder, "splits": dict.fromkeys(data["splits"], folder)}
     if base.startswith("imagenet"):
-        folder = values["dataset"]
-        if values["task_name"] in _TORCHVISION:
-            return {**data, "train": folder, "splits": {"test": folder}}
-        return {**data, "train": f"{folder}/train", "splits": {"val": f"{folder}/val"}}
+        folder, name = values["dataset"], values["task_name"]
+        train, test = (folder, folder) if name in _WHOLE else (f"{folder}/train", f"{folder}/val")
+        return {**data, "train": train, "splits": {"test" if name in _TORCHVISION else "val": test}}
     if base == "refcoco_domain":
         return {**data, "train": values["train_file_regions"]}
     found = {split: values[key] for split, key in (("val", "val_file"), ("test", "test_file")) if values.get(key)}
@@ -217,10 +227,11 @@ def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict
 
 def _task(values: Mapping[str, Any], base: str) -> dict[str, Any]:
     if base == "vqa2":
-        # Each root is relative to where the command runs, as data.images is.
-        return {"image_folders": {"vqa": values["vqa_root"], "vg": values["vg_root"]}}
-    if base.startswith("imagenet") and values["task_name"] in _TORCHVISION:
-        return {"dataset": _TORCHVISION[values["task_name"]], "view": "probe"}
+        folders = {"vqa": values["vqa_root"], "vg": values["vg_root"]}
+        return {"image_folders": folders, "official_ranking": True}
+    if base.startswith("imagenet") and (name := values["task_name"]) in _TORCHVISION:
+        split = "trainval" if name == "oxfordiiitpet" else "train"
+        return {"dataset": _TORCHVISION[name], "view": "probe", "train_split": split}
     return {}
 
 
