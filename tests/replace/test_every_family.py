@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("timm")
 
 from tests.replace import test_huggingface_vision as plain_vision  # noqa: E402
+from tests.replace import test_look_alikes as look_alikes  # noqa: E402
 from tests.replace import test_timm_vision as timm_vision  # noqa: E402
 from tests.replace.text_models import TRANSFORMERS, batch, make  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
@@ -34,6 +35,8 @@ for _kind in ("BEiT-v2", "BEiT without bias", "ViT", "EVA", "EVA-02", "EVA-02 la
         timm_vision.made(kind, dtype),
         {"x": timm_vision.pixels(dtype)},
     )
+for _kind in look_alikes.KINDS:
+    FAMILIES[_kind] = lambda dtype, kind=_kind: (look_alikes.made(kind, dtype), look_alikes.given(kind, dtype))
 if TRANSFORMERS >= 5:
     from tests.replace import test_text_families as texts
     from tests.replace import test_vision_families as vision
@@ -44,8 +47,19 @@ if TRANSFORMERS >= 5:
         FAMILIES[_kind] = lambda dtype, kind=_kind: (vision.made(kind, dtype), vision.given(kind, dtype))
 # Their code reads the weight and does not call the layer, so peft's adapters have no effect on it either.
 WEIGHT_READ = {"timm's BEiT-v2": "attn.qkv", "timm's EVA": "attn.qkv", "timm's Swin V2": "attn.qkv"}
-SINGLE = ("ModernBERT", "DeBERTa-v3", "DeBERTa-v2")
-QUICK = ("MPNet", "ModernBERT", "DINOv3", "Swin", "CLIP's texts", "timm's BEiT-v2", "timm's EVA-02 large")
+SINGLE = ("ModernBERT", "DeBERTa-v3", "DeBERTa-v2", *look_alikes.SINGLE)
+QUICK = (
+    "ViTMSNLayer",
+    "BlipEncoderLayer",
+    "RobertaPreLayerNormLayer",
+    "MPNet",
+    "ModernBERT",
+    "DINOv3",
+    "Swin",
+    "CLIP's texts",
+    "timm's BEiT-v2",
+    "timm's EVA-02 large",
+)
 
 
 def chosen() -> list[Any]:
@@ -59,7 +73,7 @@ def states(model: nn.Module, given: dict[str, Any]) -> Tensor:
     out: Any = model(**given)
     out = out if isinstance(out, Tensor) else out.last_hidden_state
     mask = given.get("attention_mask")
-    return out if mask is None else out[mask.bool()]
+    return out if mask is None or mask.shape != out.shape[:2] else out[mask.bool()]
 
 
 def multiplied(model: nn.Module) -> list[str]:

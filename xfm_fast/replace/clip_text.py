@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host
 from xfm_fast.packing import Packing, on_host
+from xfm_fast.replace.families import FamilyLayer, run_packed
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -86,7 +87,7 @@ def _run(layers: Iterable[Any], x: Tensor, packing: Packing) -> Tensor:
     """Layers that `_packable` knows, on packed tokens `[T, width]`."""
     attend = Causal(packing)
     for layer in layers:
-        x = layer.run(x, attend)
+        x = run_packed(layer, attend, None, x) if isinstance(layer, FamilyLayer) else layer.run(x, attend)
     return x
 
 
@@ -96,7 +97,10 @@ def _packable(holder: nn.Module | None, layers: nn.Module | None) -> bool:
         return False
     found = list(layers.children())
     return bool(found) and all(
-        isinstance(layer, PreNormBlock) and hasattr(layer, "run") and layer.intact() and not observed(layer)
+        isinstance(layer, (FamilyLayer, PreNormBlock))
+        and hasattr(layer, "run")
+        and layer.intact()
+        and not observed(layer)
         for layer in found
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xfm_fast.packing import Packing
 from xfm_fast.replace.bert_layer import default_positions, plan, run_layer, to_own_tokens
-from xfm_fast.replace.families import FamilyLayer, short_name
+from xfm_fast.replace.families import FamilyLayer, run_packed, short_name
 from xfm_fast.replace.huggingface_text import FusedLayer
 from xfm_fast.replace.masks import Spread
 from xfm_fast.replace.structure import Attend
@@ -186,7 +186,7 @@ class UnpaddedEncoder(CalledByName):
         if isinstance(layer, FusedLayer):
             run: Callable[[Tensor], Tensor] = partial(_run_bert_layer, layer, attend, self.settings)
         else:
-            run = partial(_run_family_layer, layer, attend, rotary)
+            run = partial(run_packed, layer, attend, rotary)
         # transformers 5 keeps activations out of memory layer by layer.
         whole: Any = layer
         checkpointed = getattr(whole, "gradient_checkpointing", False) and whole.training and torch.is_grad_enabled()
@@ -227,11 +227,6 @@ def _run_bert_layer(layer: Any, attend: Attend, settings: Settings, x: Tensor) -
         return attend(q, k, v, dropout_p, settings).view(q.shape)
 
     return run_layer(layer, x, by_heads, settings, intact=True)
-
-
-def _run_family_layer(layer: Any, attend: Attend, rotary: Any, x: Tensor) -> Tensor:
-    with layer.context(x.device) as settings:
-        return layer.run(x, attend, settings, rotary)
 
 
 def is_encoder(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
@@ -43,7 +44,9 @@ from xfm_fast.replace.swap import (
 )
 
 # Arguments that change no number in a layer. Attention weights as output are taken by hooks or asked for by name.
-_WITHOUT_EFFECT = ("position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch")
+_WITHOUT_EFFECT = (
+    *("position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch", "output_hidden_states"),
+)
 _PLAIN = ("eager", "sdpa", "xfm_fast", None)
 _KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -53,7 +56,7 @@ class Mlp(NamedTuple):
 
     Attributes:
         inner: the linear layer to the hidden layer; two where `activation(first) · second` is taken.
-        activation: module or function.
+        activation: module or function; empty for the erf form of GELU, where a layer has none of its own.
         outer: the linear layer back.
         halved: one linear layer makes both factors of the gate, the activated one first.
         dropout: of the hidden layer.
@@ -71,7 +74,8 @@ class Family:
     """Where the layers of one family keep their parts: dotted names, seen from the layer.
 
     Attributes:
-        layer: class of the layer, or `package.Class` for one of `transformers.models.package`.
+        layer: class of the layer, or `package.Class` for one of `transformers.models.package`. Of several rows for one
+            layer, versions of a library, the row applies whose first own class the library has.
         order: norms before the branches, behind the sums, or behind the branches and before the sums.
         attention: the attention module, whose configuration chooses the implementation.
         own: classes beside the layer's that are computed around, or their names in the layer's file.
@@ -128,6 +132,10 @@ class Family:
         library = sys.modules[kind.__module__]
         return tuple(found for name in self.own.split() if (found := getattr(library, name, None)) is not None)
 
+    def fits(self, kind: type[nn.Module]) -> bool:
+        """True unless the row is for another version of the library that a layer's class is of."""
+        return not isinstance(self.own, str) or hasattr(sys.modules[kind.__module__], self.own.split()[0])
+
     @property
     def linears(self) -> tuple[str, ...]:
         """Every linear layer that some form of the family has."""
@@ -146,6 +154,15 @@ class Family:
             return " or ".join(mlp.inner[0] for mlp in self.mlps)
         return absent
 
+    def unread(self, layer: nn.Module) -> str | None:
+        """The first parameter of a layer that is in none of the parts, so that the row cannot be all of its forward."""
+        if self.scores is not None or self.windowed:
+            return None
+        parts = (*self.linears, *self.norms, *(name for name in self.scales if name))
+        read = (*parts, *(f"{part}." for part in parts), "crossattention.")
+        names = (name for name, _ in layer.named_parameters())
+        return next((name for name in names if name not in parts and not name.startswith(read)), None)
+
     def mlp(self, layer: nn.Module) -> Mlp | None:
         """The form of MLP that a layer has."""
         return next(
@@ -159,7 +176,7 @@ class Family:
         yield from sorted(paths)
 
 
-_families: dict[str, Family] = {}
+_families: dict[str, tuple[Family, ...]] = {}
 
 
 def register(*families: Family) -> None:
@@ -174,19 +191,21 @@ def register(*families: Family) -> None:
                 f"a family needs a layer's class or 'package.Class' and at least one Mlp, not {family.layer!r} with "
                 f"{family.mlps!r}"
             )
-        _families[family.name] = family
+        others = (other for other in _families.get(family.name, ()) if other.own != family.own)
+        _families[family.name] = (family, *others)
     family_of.cache_clear()
 
 
 def registered() -> tuple[Family, ...]:
     """All families, in the order in which they were registered."""
-    return tuple(_families.values())
+    return tuple(row for rows in _families.values() for row in rows)
 
 
 @cache
 def family_of(kind: type[nn.Module]) -> Family | None:
     """The family whose layers are of a class."""
-    return _families.get(_full_name(kind)) or _families.get(short_name(kind))
+    rows = _families.get(_full_name(kind)) or _families.get(short_name(kind), ())
+    return next((row for row in rows if row.fits(kind)), rows[-1] if rows else None)
 
 
 def _full_name(kind: type[nn.Module]) -> str:
@@ -234,6 +253,10 @@ class FamilyLayer(CalledByName):
         missing = family.missing(module)
         if missing is not None:
             return f"this version of the library keeps {missing} elsewhere; a Family with its names makes it known"
+        if family.rotary and family.rotary not in adapted["names"]:
+            return f"this version of the library makes {family.rotary} inside of the layer"
+        if (unread := family.unread(module)) is not None:
+            return f"its {unread} is in none of the parts of the row"
         if family.chunks and attrgetter(family.chunks)(module):
             return f"its feed-forward runs in chunks of {attrgetter(family.chunks)(module)}; chunk_size 0 is fused"
         norms: list[Any] = [find(module, name) for name in family.norms]
@@ -286,8 +309,11 @@ class FamilyLayer(CalledByName):
         family, mask = self.layer_family, call.get("attention_mask")
         if family.scores is not None:
             return family.scores(self, call)
-        implementation = getattr(getattr(find(self, family.attention), "config", None), "_attn_implementation", None)
+        implementation = implementation_of(self)
         if implementation not in _PLAIN and not (implementation in _KERNELS and mask is None):
+            return None
+        attention = find(self, family.attention)
+        if mask is None and getattr(attention, "is_causal", getattr(attention, "is_decoder", False)):
             return None
         bias = call.get(family.bias) if family.bias else None
         return Dense.of(mask, bias, implementation)
@@ -298,7 +324,7 @@ class FamilyLayer(CalledByName):
         layers: tuple[Any, ...] = tuple(find(self, name) for name in family.qkv)
         head_size = attrgetter(family.head_size)(self)
         proj: Any = find(self, family.proj)
-        activation = attrgetter(mlp.activation)(self)
+        activation = attrgetter(mlp.activation)(self) if mlp.activation else F.gelu
         inner = [find(self, name) for name in mlp.inner]
         gelu = is_erf_gelu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
         plain = len(inner) == 1 and not mlp.halved and gelu
@@ -312,10 +338,10 @@ class FamilyLayer(CalledByName):
             proj=proj,
             fc1=inner[0],
             inner=tuple(inner),  # pyright: ignore[reportArgumentType]
-            activation=attrgetter(mlp.activation),
+            activation=attrgetter(mlp.activation) if mlp.activation else None,
             fc2=find(self, mlp.outer),  # pyright: ignore[reportArgumentType]
             hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
-            gammas=tuple(attrgetter(name)(self) if name else None for name in family.scales),  # pyright: ignore[reportArgumentType]
+            gammas=(_scale(self, family.scales[0]), _scale(self, family.scales[1])),
             row_scales=drops if any(family.drop_paths) else (),
             attention_p=self._chance(family.weights_p),
             hidden_p=self._chance(mlp.dropout),
@@ -333,6 +359,24 @@ class FamilyLayer(CalledByName):
         if isinstance(found, nn.Module):
             return found.p if isinstance(found, nn.Dropout) and found.training else 0.0
         return found if owner.training else 0.0
+
+
+def implementation_of(layer: FamilyLayer) -> str | None:
+    """Name of the attention implementation that transformers calls in a layer."""
+    config = getattr(find(layer, layer.layer_family.attention), "config", None)
+    return getattr(config, "_attn_implementation", None)
+
+
+def run_packed(layer: FamilyLayer, attend: Attend, rotary: Any, x: Tensor) -> Tensor:
+    """A layer on packed tokens `[T, width]`."""
+    with layer.context(x.device) as settings:
+        return layer.run(x, attend, settings, rotary)
+
+
+def _scale(layer: nn.Module, name: str) -> Tensor | None:
+    """A LayerScale; transformers puts 1 or None where a configuration has none."""
+    scale = attrgetter(name)(layer) if name else None
+    return scale if isinstance(scale, Tensor) else None
 
 
 class _Absent(nn.Module):

@@ -1,26 +1,76 @@
-"""Families of transformers (Hugging Face) as rows of names: text encoders and vision transformers."""
+"""Text encoders of transformers (Hugging Face) as rows of names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from xfm_fast.replace.deberta_attention import disentangled
 from xfm_fast.replace.encoder import Encoder, UnpaddedEncoder, is_encoder, register_encoder
-from xfm_fast.replace.families import Family, Mlp, family_of, register
-from xfm_fast.replace.swap import Rule, original_class
+from xfm_fast.replace.families import Family, FamilyLayer, Mlp, family_of, register
+from xfm_fast.replace.huggingface_vision import BERT_MLP, FC, GATED, VISION, own_parts, projections
+from xfm_fast.replace.masks import Dense
+from xfm_fast.replace.structure import Attend
+from xfm_fast.replace.swap import Rule, Settings, original_class
 from xfm_fast.replace.window_block import WindowLayer
 
-_FC = Mlp(("mlp.fc1",), "mlp.activation_fn", "mlp.fc2")
-_GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.act_fn", "mlp.down_proj")
-_UP_DOWN = Mlp(("mlp.up_proj",), "mlp.act_fn", "mlp.down_proj")
-_BERT_MLP = Mlp(("intermediate.dense",), "intermediate.intermediate_act_fn", "output.dense")
+
+def _rotary(layer: str, mlp: Mlp) -> Family:
+    """A post-norm layer with rotary positions, named as NomicBERT's."""
+    return Family(
+        layer=layer,
+        order="behind sums",
+        attention="self_attn",
+        own=own_parts(layer, "Attention MLP"),
+        qkv=projections("self_attn"),
+        proj="self_attn.o_proj",
+        norms=("post_attention_layernorm", "post_mlp_layernorm"),
+        mlps=(mlp,),
+        head_size="self_attn.head_dim",
+        weights_p="self_attn.attention_dropout",
+        branch_p=("post_attention_dropout", "post_mlp_dropout"),
+        rotary="position_embeddings",
+    )
 
 
-def _projections(attention: str, names: str = "q_proj k_proj v_proj") -> tuple[str, ...]:
-    return tuple(f"{attention}.{name}" for name in names.split())
+def _bert(layer: str, **more: Any) -> Family:
+    """A layer with BERT's names and something of its own."""
+    parts = "Attention SelfAttention SdpaSelfAttention SelfOutput Intermediate Output"
+    row: dict[str, Any] = {
+        "order": "behind sums",
+        "attention": "attention.self",
+        "own": own_parts(layer, parts),
+        "qkv": projections("attention.self", "query key value"),
+        "proj": "attention.output.dense",
+        "norms": ("attention.output.LayerNorm", "output.LayerNorm"),
+        "mlps": (BERT_MLP,),
+        "head_size": "attention.self.attention_head_size",
+        "weights_p": "attention.self.dropout",
+        "branch_p": ("attention.output.dropout", "output.dropout"),
+        "chunks": "chunk_size_feed_forward",
+    }
+    return Family(layer=layer, **row | more)
+
+
+def _interleaved(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
+    """RoFormer's attention: neighbours in a head are rotated together, in values too where it is configured so."""
+    table: Any = call.get("sinusoidal_pos")
+    dense = Dense.of(call.get("attention_mask"), None, None)
+    if dense is None or not isinstance(table, Tensor) or table.shape[:2] != (1, 1):
+        return None
+    sin, cos = (half[0, 0, :, None].repeat_interleave(2, -1) for half in table.chunk(2, -1))
+
+    def turned(x: Tensor) -> Tensor:
+        return (x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin).to(x.dtype)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        v = turned(v) if cast(Any, layer).attention.self.rotary_value else v
+        return dense(turned(q), turned(k), v, dropout_p, settings)
+
+    return attend
 
 
 TEXT = (
@@ -29,10 +79,10 @@ TEXT = (
         order="behind sums",
         attention="attention.attn",
         own="MPNetAttention MPNetSelfAttention MPNetIntermediate MPNetOutput",
-        qkv=_projections("attention.attn", "q k v"),
+        qkv=projections("attention.attn", "q k v"),
         proj="attention.attn.o",
         norms=("attention.LayerNorm", "output.LayerNorm"),
-        mlps=(_BERT_MLP,),
+        mlps=(BERT_MLP,),
         head_size="attention.attn.attention_head_size",
         weights_p="attention.attn.dropout",
         branch_p=("attention.dropout", "output.dropout"),
@@ -43,7 +93,7 @@ TEXT = (
         order="behind sums",
         attention="attention",
         own="DistilBertSelfAttention MultiHeadSelfAttention DistilBertSdpaAttention FFN",
-        qkv=_projections("attention", "q_lin k_lin v_lin"),
+        qkv=projections("attention", "q_lin k_lin v_lin"),
         proj="attention.out_lin",
         norms=("sa_layer_norm", "output_layer_norm"),
         mlps=(Mlp(("ffn.lin1",), "ffn.activation", "ffn.lin2"),),
@@ -57,7 +107,7 @@ TEXT = (
         order="behind sums",
         attention="attention",
         own="AlbertAttention AlbertSdpaAttention",
-        qkv=_projections("attention", "query key value"),
+        qkv=projections("attention", "query key value"),
         proj="attention.dense",
         norms=("attention.LayerNorm", "full_layer_layer_norm"),
         mlps=(Mlp(("ffn",), "activation", "ffn_output"),),
@@ -80,159 +130,39 @@ TEXT = (
         branch_p=("attn.out_drop", ""),
         rotary="position_embeddings",
     ),
-    Family(
-        layer="nomic_bert.NomicBertLayer",
-        order="behind sums",
-        attention="self_attn",
-        own="NomicBertAttention NomicBertMLP",
-        qkv=_projections("self_attn"),
-        proj="self_attn.o_proj",
-        norms=("post_attention_layernorm", "post_mlp_layernorm"),
-        mlps=(_GATED,),
-        head_size="self_attn.head_dim",
-        weights_p="self_attn.attention_dropout",
-        branch_p=("post_attention_dropout", "post_mlp_dropout"),
-        rotary="position_embeddings",
-    ),
-    Family(
-        layer="layoutlmv3.LayoutLMv3Layer",
-        order="behind sums",
-        attention="attention.self",
-        own="LayoutLMv3Attention LayoutLMv3SelfAttention LayoutLMv3SelfOutput LayoutLMv3Intermediate LayoutLMv3Output",
-        qkv=_projections("attention.self", "query key value"),
-        proj="attention.output.dense",
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        mlps=(_BERT_MLP,),
-        head_size="attention.self.attention_head_size",
-        weights_p="attention.self.dropout",
-        branch_p=("attention.output.dropout", "output.dropout"),
-        bias="position_bias",
-        chunks="chunk_size_feed_forward",
-    ),
-    Family(
-        layer="deberta_v2.DebertaV2Layer",
-        order="behind sums",
-        attention="attention.self",
+    _rotary("nomic_bert.NomicBertLayer", GATED),
+    _rotary("jina_embeddings_v3.JinaEmbeddingsV3Layer", FC),
+    _bert("layoutlmv3.LayoutLMv3Layer", bias="position_bias"),
+    _bert(
+        "deberta_v2.DebertaV2Layer",
         own="DebertaV2Attention DisentangledSelfAttention DebertaV2SelfOutput DebertaV2Intermediate DebertaV2Output",
-        qkv=_projections("attention.self", "query_proj key_proj value_proj"),
-        proj="attention.output.dense",
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        mlps=(_BERT_MLP,),
-        head_size="attention.self.attention_head_size",
-        weights_p="attention.self.dropout",
-        branch_p=("attention.output.dropout", "output.dropout"),
+        qkv=projections("attention.self", "query_proj key_proj value_proj"),
+        chunks="",
         pair=True,
         scores=disentangled,
         also_takes=("relative_pos", "rel_embeddings"),
     ),
-)
-
-
-def _encoder_layer(layer: str, own: str) -> Family:
-    """A layer named as CLIP's code names it."""
-    return Family(
-        layer=layer,
+    _bert("megatron_bert.MegatronBertLayer", order="before", norms=("attention.ln", "ln")),
+    _bert(
+        "roberta_prelayernorm.RobertaPreLayerNormLayer",
         order="before",
-        attention="self_attn",
-        own=own,
-        qkv=_projections("self_attn"),
-        proj="self_attn.out_proj",
-        norms=("layer_norm1", "layer_norm2"),
-        mlps=(_FC,),
-        head_size="self_attn.head_dim",
-        weights_p="self_attn.dropout",
-        joins=False,
-    )
-
-
-def _dino(layer: str, own: str, mlps: tuple[Mlp, ...], weights_p: str, rotary: str = "") -> Family:
-    """A layer named as DINOv2's code names it."""
-    return Family(
-        layer=layer,
+        norms=("attention.LayerNorm", "intermediate.LayerNorm"),
+    ),
+    _bert(
+        "xlm_roberta_xl.XLMRobertaXLLayer",
         order="before",
-        attention="attention",
-        own=own,
-        qkv=_projections("attention"),
-        proj="attention.o_proj",
-        norms=("norm1", "norm2"),
-        mlps=mlps,
-        head_size="attention.head_dim",
-        weights_p=weights_p,
-        scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
-        drop_paths=("drop_path", "drop_path"),
-        rotary=rotary,
-        joins=False,
-    )
-
-
-VISION = (
-    _encoder_layer("siglip.SiglipEncoderLayer", "SiglipAttention SiglipMLP"),
-    _encoder_layer("siglip2.Siglip2EncoderLayer", "Siglip2Attention Siglip2MLP"),
-    _dino(
-        "dinov2.Dinov2Layer",
-        "Dinov2Attention Dinov2LayerScale Dinov2MLP Dinov2SwiGLUFFN Dinov2DropPath",
-        (_FC, _GATED),
-        "attention.attention_dropout",
+        norms=("attention.self_attn_layer_norm", "LayerNorm"),
+        branch_p=("attention.output.dropout", ""),
     ),
-    _dino(
-        "dinov2_with_registers.Dinov2WithRegistersLayer",
-        "Dinov2WithRegistersAttention Dinov2WithRegistersLayerScale Dinov2WithRegistersMLP "
-        "Dinov2WithRegistersSwiGLUFFN Dinov2WithRegistersDropPath",
-        (_FC, _GATED),
-        "attention.attention_dropout",
-    ),
-    _dino(
-        "dinov3_vit.DINOv3ViTLayer",
-        "DINOv3ViTAttention DINOv3ViTLayerScale DINOv3ViTMLP DINOv3ViTGatedMLP Dinov3ViTDropPath DINOv3ViTDropPath",
-        (_GATED, _UP_DOWN),
-        "attention.dropout",
-        "position_embeddings",
-    ),
-    Family(
-        layer="vit_mae.ViTMAELayer",
+    _bert(
+        "esm.EsmLayer",
         order="before",
-        attention="attention",
-        own="ViTMAEAttention ViTMAEMLP",
-        qkv=_projections("attention"),
-        proj="attention.o_proj",
-        norms=("layernorm_before", "layernorm_after"),
-        mlps=(_FC,),
-        head_size="attention.head_dim",
-        weights_p="attention.attention_dropout",
-        branch_p=("dropout", "dropout"),
-        joins=False,
+        norms=("attention.LayerNorm", "LayerNorm"),
+        mlps=(Mlp(("intermediate.dense",), "", "output.dense"),),
+        rotary="position_embeddings",
+        chunks="",
     ),
-    Family(
-        layer="swin.SwinLayer",
-        order="before",
-        attention="attention",
-        own="SwinAttention SwinMLP SwinDropPath",
-        qkv=_projections("attention"),
-        proj="attention.o_proj",
-        norms=("layernorm_before", "layernorm_after"),
-        mlps=(_FC,),
-        head_size="attention.head_dim",
-        weights_p="attention.attention_dropout",
-        branch_p=("dropout", "dropout"),
-        drop_paths=("drop_path", ""),
-        joins=False,
-        windowed=True,
-    ),
-    Family(
-        layer="swinv2.Swinv2Layer",
-        order="behind branches",
-        attention="attention.self",
-        own="Swinv2Attention Swinv2SelfAttention Swinv2SelfOutput Swinv2Intermediate Swinv2Output Swinv2DropPath",
-        qkv=_projections("attention.self", "query key value"),
-        proj="attention.output.dense",
-        norms=("layernorm_before", "layernorm_after"),
-        mlps=(_BERT_MLP,),
-        head_size="attention.self.attention_head_size",
-        weights_p="attention.self.dropout",
-        branch_p=("attention.output.dropout", "output.dropout"),
-        drop_paths=("drop_path", "drop_path"),
-        windowed=True,
-    ),
+    _bert("roformer.RoFormerLayer", scores=_interleaved, also_takes=("sinusoidal_pos",)),
 )
 
 
@@ -286,6 +216,13 @@ ENCODERS = (
     ),
     Encoder(
         model="nomic_bert.NomicBertModel",
+        layers="layers",
+        takes=(*_IDS, "position_ids", "token_type_ids"),
+        pooler="pooler",
+        rotary="rotary_emb",
+    ),
+    Encoder(
+        model="jina_embeddings_v3.JinaEmbeddingsV3Model",
         layers="layers",
         takes=(*_IDS, "position_ids", "token_type_ids"),
         pooler="pooler",

@@ -52,6 +52,7 @@ _LAYERS = {
     "electra": "ElectraLayer",
     "ernie": "ErnieLayer",
     "layoutlm": "LayoutLMLayer",
+    "rembert": "RemBertLayer",
     "roberta": "RobertaLayer",
     "roc_bert": "RoCBertLayer",
     "xlm_roberta": "XLMRobertaLayer",

@@ -1,243 +1,79 @@
-"""Layers of Hugging Face's vision transformers: ViT and DeiT, BEiT and Data2Vec-Vision, and both towers of CLIP."""
+"""Vision transformers of transformers (Hugging Face) as rows of names, and the attention of BEiT and CLIP."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import reduce
 from operator import add
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.structure import Attend, Parts
-from xfm_fast.replace.swap import (
-    CalledByName,
-    Rule,
-    Settings,
-    asks_beyond,
-    find,
-    observed,
-    original_class,
-    probability,
-    why_not_bypassed,
-)
-from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters
+from xfm_fast.replace.families import Family, FamilyLayer, Mlp, implementation_of
+from xfm_fast.replace.masks import Dense
+from xfm_fast.replace.structure import Attend
+from xfm_fast.replace.swap import find, observed
+from xfm_fast.replace.vit_block import Bias, PositionTable
 
-# Ways to the same numbers. Any other is a function that was registered by name, and has to be called.
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# Arguments that models hand on to their layers and that change no number there. (Hooks take attention weights.)
-_WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
-# Arguments that a relative position bias depends on.
-_POSITIONS = ("interpolate_pos_encoding", "resolution")
+# Every other attention is a function that was registered by name, and has to be called.
+_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None)
+FC = Mlp(("mlp.fc1",), "mlp.activation_fn", "mlp.fc2")
+GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.act_fn", "mlp.down_proj")
+_UP_DOWN = Mlp(("mlp.up_proj",), "mlp.act_fn", "mlp.down_proj")
+BERT_MLP = Mlp(("intermediate.dense",), "intermediate.intermediate_act_fn", "output.dense")
 
 
-class Names(NamedTuple):
-    """The places of a layer's parts."""
-
-    norms: tuple[str, str]
-    qkv: tuple[str, str, str]
-    proj: str
-    fc1: str
-    activation: str
-    fc2: str
-    classes: dict[str, str]
-    """Parts that are the library's own, and their classes after the layer's prefix."""
-    dropouts: tuple[str, ...]
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        return *self.qkv, self.proj, self.fc1, self.fc2
+def projections(attention: str, names: str = "q_proj k_proj v_proj") -> tuple[str, ...]:
+    """Names of the layers to queries, keys and values in an attention module."""
+    return tuple(f"{attention}.{name}" for name in names.split())
 
 
-class _Layer(PreNormBlock, CalledByName):
-    """The base of the layers.
-
-    Attributes:
-        layout: where the parts are, in which they differ.
-        returns_tuple: whether the layer returns its output in a tuple, and behind it attention weights if asked.
-    """
-
-    layout: ClassVar[Names]
-    returns_tuple: ClassVar[bool] = False
-
-    @classmethod
-    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """The library's own classes, of the family that this layer belongs to."""
-        library, prefix = sys.modules[original.__module__], original.__name__.removesuffix("Layer")
-        prefix = prefix.removesuffix("Encoder")
-        bypassed: dict[str, Any] = dict.fromkeys(cls.layout.norms, nn.LayerNorm)
-        bypassed |= dict.fromkeys(cls.layout.linears, (nn.Linear, Adaptable))
-        for name, suffixes in cls.layout.classes.items():
-            bypassed[name] = tuple(getattr(library, prefix + suffix, _Absent) for suffix in suffixes.split())
-        bypassed |= dict.fromkeys(cls.layout.dropouts, nn.Dropout)
-        bypassed["drop_path"] = (nn.Identity, getattr(library, f"{prefix}DropPath", _Absent))
-        named = super().adapted(original)
-        tuples = "output_attentions" in named["names"]
-        wrapper = getattr(sys.modules.get("transformers.activations"), "GELUActivation", nn.GELU)
-        return {**named, "bypassed": bypassed, "erf_gelus": (nn.GELU, wrapper), "returns_tuple": tuples}
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        missing = [name for name in (*cls.layout.norms, *cls.layout.linears) if find(module, name) is None]
-        if missing:
-            return f"this version of transformers keeps {missing[0]} elsewhere"
-        expected = cls.adapted(original_class(module))["bypassed"]
-        return why_not_bypassed(module, expected) or lacks_parameters(module, cls.layout.norms)
-
-    def asks_only_for(self, call: Mapping[str, Any], known: tuple[str, ...]) -> bool:
-        """True if a call has no argument beside the known ones that says something, such as masks of heads."""
-        weights = self.returns_tuple and call.get("output_attentions")
-        return not weights and not asks_beyond(call, (*known, *_WITHOUT_EFFECT))
-
-    def parts(self, heads: int, attention_p: float, branch_p: tuple[float, float] = (0.0, 0.0)) -> Parts:
-        """The parts where `layout` says.
-
-        Args:
-            heads: of the attention.
-            attention_p, branch_p: dropout of the attention weights and at the end of each branch.
-        """
-        names, layer = self.layout, {name: self.get_submodule(name) for name in self.layout.linears}
-        fc1, width = layer[names.fc1], cast(Any, layer[names.qkv[0]]).out_features
-        drop = partial(row_scale, find(self, "drop_path"))
-        holder, name = names.activation.rsplit(".", 1)
-        activation = getattr(self.get_submodule(holder), name)
-        return Parts(
-            norms=(self.get_submodule(names.norms[0]), self.get_submodule(names.norms[1])),
-            projections=tuple(layer[name] for name in names.qkv),
-            joins=False,
-            heads=heads,
-            scale=(width // heads) ** -0.5,
-            proj=layer[names.proj],
-            fc1=fc1,
-            fc2=layer[names.fc2],
-            hidden=None if self.is_erf_gelu(names.activation) else lambda x, linear: activation(linear(fc1, x)),
-            gammas=(_scale_of(self, "lambda_1"), _scale_of(self, "lambda_2")),
-            row_scales=(drop, drop),
-            attention_p=attention_p,
-            branch_p=branch_p,
-        )
+def own_parts(layer: str, suffixes: str) -> str:
+    """Names of the library's classes that begin as the class of a layer does."""
+    prefix = layer.rpartition(".")[2].removesuffix("Layer").removesuffix("Encoder")
+    return " ".join(prefix + suffix for suffix in suffixes.split())
 
 
-class _Absent(nn.Module):
-    """Stands for a class that this version of the library lacks, so that nothing is one."""
+def _mask_of(*masks: Any) -> tuple[bool, Tensor | None]:
+    """Whether masks are dense, and their sum."""
+    given = [mask for mask in masks if mask is not None]
+    dense = all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in given)
+    if not dense or (len(given) > 1 and any(mask.dtype == torch.bool for mask in given)):
+        return False, None
+    return True, reduce(add, given) if given else None
 
 
-def _encoder_names(norms: tuple[str, str], attention: str, out: str) -> Names:
-    qkv = (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")
-    classes = {attention: "Attention SdpaAttention", "mlp": "MLP"}
-    return Names(norms, qkv, f"{attention}.{out}", "mlp.fc1", "mlp.activation_fn", "mlp.fc2", classes, ("dropout",))
-
-
-class HuggingFaceViTLayer(_Layer):
-    """`ViTLayer` and `DeiTLayer`; with a relative position bias of its own, or shared as a mask, `BeitLayer`."""
-
-    layout = _encoder_names(("layernorm_before", "layernorm_after"), "attention", "o_proj")
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        layer: Any = self
-        attention, positions = layer.attention, find(self, "relative_position_bias")
-        plain = not asks_beyond(kwargs, (*_POSITIONS, *_WITHOUT_EFFECT))
-        if (
-            not (plain and _knows(attention) and _dense(attention_mask) and self.takes(hidden_states))
-            or (positions is not None and _boolean(attention_mask))
-            or (positions is not None and kwargs.get("resolution") is None)
-        ):
-            return super().forward(hidden_states, attention_mask, **kwargs)
-        bias: Bias = attention_mask
-        if positions is not None:
-            bias = _position_bias(positions, attention_mask, layer.patch_size, hidden_states.shape[1], kwargs)
-        attention_p = attention.attention_dropout if attention.training else 0.0
-        branch_p = probability(layer.dropout)
-        parts = self.parts(attention.num_attention_heads, attention_p, (branch_p, branch_p))
-        return self.compute(parts, hidden_states, bias)
-
-
-class HuggingFaceCLIPLayer(_Layer):
-    """`CLIPEncoderLayer` of images and of texts, which are causal: transformers 4 gives the causal mask separately."""
-
-    layout = _encoder_names(("layer_norm1", "layer_norm2"), "self_attn", "out_proj")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.arguments(args, kwargs)
-        layer: Any = self
-        attention, x = layer.self_attn, call["hidden_states"]
-        masks = [mask for mask in map(call.get, ("attention_mask", "causal_attention_mask")) if mask is not None]
-        known = ("hidden_states", "attention_mask", "causal_attention_mask", "is_causal")
-        plain = self.asks_only_for(call, known) and all(_dense(mask) for mask in masks)
-        if len(masks) > 1 and any(_boolean(mask) for mask in masks):
-            plain = False
-        if not (plain and _knows(attention) and self.takes(x)):
-            return super().forward(*args, **kwargs)
-        # A mask holds the causality too, and the eager function looks at nothing else.
-        causal = not masks and attention.config._attn_implementation != "eager"
-        out = self.compute(
-            self._own_parts(),
-            x,
-            reduce(add, masks) if masks else None,
-            causal=causal and bool(call.get("is_causal")),
-        )
-        return (out,) if self.returns_tuple else out
-
-    def run(self, x: Tensor, attend: Attend) -> Tensor:
-        """The layer on packed tokens `[T, width]`."""
-        return self.compute(self._own_parts(), x, packed=attend)
-
-    def _own_parts(self) -> Parts:
-        attention: Any = self.get_submodule("self_attn")
-        return self.parts(attention.num_heads, attention.dropout if attention.training else 0.0)
-
-
-class HuggingFaceBertNamedLayer(_Layer):
-    """Layers that keep their parts as BERT does: all of these models in transformers 4, Data2Vec-Vision in 5 too."""
-
-    layout = Names(
-        ("layernorm_before", "layernorm_after"),
-        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-        "attention.output.dense",
-        "intermediate.dense",
-        "intermediate.intermediate_act_fn",
-        "output.dense",
-        {
-            "attention": "Attention SdpaAttention",
-            "attention.attention": "SelfAttention SdpaSelfAttention",
-            "attention.output": "SelfOutput",
-            "intermediate": "Intermediate",
-            "output": "Output",
-        },
-        ("attention.attention.dropout", "attention.output.dropout", "output.dropout"),
-    )
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.arguments(args, kwargs)
-        layer: Any = self
-        attention, x, shared = layer.attention.attention, call["hidden_states"], call.get("relative_position_bias")
-        positions = find(attention, "relative_position_bias")
-        if (
-            not self.asks_only_for(call, (*_POSITIONS, "hidden_states", "relative_position_bias"))
-            or not (_knows(attention) and _dense(shared) and self.takes(x))
-            or (positions is not None and call.get("resolution") is None)
-        ):
-            return super().forward(*args, **kwargs)
-        bias: Bias = shared
-        if positions is not None:
-            bias = _position_bias(positions, shared, attention.config.patch_size, x.shape[1], call)
-        branch_p = (probability(layer.attention.output.dropout), probability(layer.output.dropout))
-        # ViT has the number where BEiT has a module.
-        weights_p = attention.dropout_prob if find(attention, "dropout") is None else attention.dropout.p
-        parts = self.parts(attention.num_attention_heads, weights_p if attention.training else 0.0, branch_p)
-        out = self.compute(parts, x, bias)
-        return (out,) if self.returns_tuple else out
-
-
-def row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Stochastic depth as one factor per entry, `[B]`: drawn as transformers draws it."""
-    share = getattr(drop_path, "drop_prob", 0.0)
-    if drop_path is None or not drop_path.training or not share:
+def _causal_or_masked(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
+    """CLIP's attention: transformers 4 gives the causal mask separately, 5 may give its name alone."""
+    implementation = implementation_of(layer)
+    dense, mask = _mask_of(call.get("attention_mask"), call.get("causal_attention_mask"))
+    if not dense or implementation not in _ATTENTION:
         return None
-    return torch.floor(torch.rand(x.shape[0], dtype=x.dtype, device=x.device) + (1 - share)) / (1 - share)
+    # A mask holds the causality too, and the eager function looks at nothing else.
+    causal = mask is None and implementation != "eager" and bool(call.get("is_causal"))
+    return Dense(bias=mask, causal=causal)
+
+
+def _unmasked(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
+    """BLIP's attention, which takes a mask for one of heads."""
+    known = implementation_of(layer) in _ATTENTION
+    return Dense() if known and call.get("attention_mask") is None else None
+
+
+def _positioned(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
+    """BEiT's attention: the relative position bias is the layer's own, shared by all as a mask, or both."""
+    attention: Any = find(layer, layer.layer_family.attention)
+    positions = find(layer, "relative_position_bias") or find(attention, "relative_position_bias")
+    dense, shared = _mask_of(call.get("attention_mask"), call.get("relative_position_bias"))
+    if not dense or implementation_of(layer) not in _ATTENTION:
+        return None
+    if positions is None:
+        return Dense(bias=shared)
+    if call.get("resolution") is None or (shared is not None and shared.dtype == torch.bool):
+        return None
+    x = cast(Tensor, call["hidden_states"])
+    return Dense(bias=_position_bias(positions, shared, attention.config.patch_size, x.shape[1], call))
 
 
 def _position_bias(
@@ -258,44 +94,121 @@ def _position_bias(
     return bias if other is None else bias + other
 
 
-def _scale_of(layer: nn.Module, name: str) -> Tensor | None:
-    # Where a configuration has no LayerScale, transformers puts the number 1 or None there.
-    scale = getattr(layer, name, None)
-    return scale if isinstance(scale, Tensor) else None
+def _vit(layer: str, **more: Any) -> Family:
+    """A layer named as transformers 5 names ViT's."""
+    row: dict[str, Any] = {
+        "order": "before",
+        "attention": "attention",
+        "own": own_parts(layer, "MLP Attention DropPath"),
+        "qkv": projections("attention"),
+        "proj": "attention.o_proj",
+        "norms": ("layernorm_before", "layernorm_after"),
+        "mlps": (FC,),
+        "head_size": "attention.head_dim",
+        "weights_p": "attention.attention_dropout",
+        "branch_p": ("dropout", "dropout"),
+        "joins": False,
+    }
+    return Family(layer=layer, **row | more)
 
 
-def _knows(attention: Any) -> bool:
-    # Before transformers had a choice in the configuration, the class of the attention was the choice.
-    config = getattr(attention, "config", None)
-    return config is None or config._attn_implementation in _ATTENTION
+def _bert_named(layer: str, weights_p: str = "attention.attention.dropout_prob", own: str = "", **more: Any) -> Family:
+    """A pre-norm layer with BERT's names: every ViT in transformers 4, and some in 5."""
+    parts = "Intermediate Output Attention SelfAttention SdpaSelfAttention SelfOutput DropPath"
+    row: dict[str, Any] = {
+        "attention": "attention.attention",
+        "own": f"{own_parts(layer, parts)} {own}",
+        "qkv": projections("attention.attention", "query key value"),
+        "proj": "attention.output.dense",
+        "mlps": (BERT_MLP,),
+        "head_size": "attention.attention.attention_head_size",
+        "weights_p": weights_p,
+        "branch_p": ("attention.output.dropout", "output.dropout"),
+    }
+    return _vit(layer, **row | more)
 
 
-def _dense(mask: Any) -> bool:
-    """True if a mask is none, or a tensor with an entry per query and key."""
-    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
+def _clip(layer: str, **more: Any) -> Family:
+    """A layer named as CLIP's code names it."""
+    row: dict[str, Any] = {
+        "attention": "self_attn",
+        "own": own_parts(layer, "MLP Attention SdpaAttention"),
+        "qkv": projections("self_attn"),
+        "proj": "self_attn.out_proj",
+        "norms": ("layer_norm1", "layer_norm2"),
+        "head_size": "self_attn.head_dim",
+        "weights_p": "self_attn.dropout",
+        "branch_p": ("", ""),
+    }
+    return _vit(layer, **row | more)
 
 
-def _boolean(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.bool
+def _blip(layer: str, weights_p: str) -> Family:
+    """A layer of BLIP's images: CLIP's names around one projection to queries, keys and values."""
+    joint: dict[str, Any] = {"qkv": ("self_attn.qkv",), "proj": "self_attn.projection", "joins": True}
+    return _clip(layer, weights_p=f"self_attn.{weights_p}", scores=_unmasked, **joint)
 
 
-def _rule(form: type[_Layer], classes: str, gain: str) -> Rule:
-    names = classes.split()
+def _dino(layer: str, mlps: tuple[Mlp, ...] = (FC, GATED), **more: Any) -> Family:
+    """A layer named as DINOv2's code names it."""
+    row: dict[str, Any] = {
+        "own": own_parts(layer, "MLP Attention LayerScale SwiGLUFFN GatedMLP DropPath"),
+        "norms": ("norm1", "norm2"),
+        "branch_p": ("", ""),
+        "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
+        "drop_paths": ("drop_path", "drop_path"),
+    }
+    return _vit(layer, mlps=mlps, **row | more)
 
-    def recognises(module: nn.Module) -> bool:
-        kind = original_class(module)
-        known = kind.__module__.startswith("transformers.models.") and kind.__name__ in names
-        return known and find(module, form.layout.qkv[0]) is not None
 
-    return Rule(form.__name__, recognises, form, gain)
-
-
-_SUMS = "norms, GELU, LayerScale, DropPath and sums in the products"
-_BIAS = f"position bias expanded once; {_SUMS}"
-RULES: tuple[Rule, ...] = (
-    _rule(HuggingFaceViTLayer, "ViTLayer DeiTLayer", _SUMS),
-    _rule(HuggingFaceViTLayer, "BeitLayer", _BIAS),
-    _rule(HuggingFaceBertNamedLayer, "ViTLayer DeiTLayer", _SUMS),
-    _rule(HuggingFaceBertNamedLayer, "BeitLayer Data2VecVisionLayer", _BIAS),
-    _rule(HuggingFaceCLIPLayer, "CLIPEncoderLayer", "norms and sums in the products"),
+_DROPS: dict[str, Any] = {"drop_paths": ("drop_path", "drop_path")}
+_BEIT: dict[str, Any] = {
+    "scales": ("lambda_1", "lambda_2"),
+    "scores": _positioned,
+    "also_takes": ("relative_position_bias", "resolution", "interpolate_pos_encoding"),
+    **_DROPS,
+}
+_CAUSAL: dict[str, Any] = {"scores": _causal_or_masked, "also_takes": ("causal_attention_mask", "is_causal")}
+_MODULE = "attention.attention.dropout"
+_PLAIN = (
+    *("vit.ViTLayer", "deit.DeiTLayer", "vit_msn.ViTMSNLayer", "ijepa.IJepaLayer", "vit_mae.ViTMAELayer"),
+    *("audio_spectrogram_transformer.ASTLayer", "vivit.VivitLayer"),
+)
+VISION = (
+    *(_vit(layer) for layer in _PLAIN),
+    *(_bert_named(layer) for layer in (*_PLAIN, "videomae.VideoMAELayer", "yolos.YolosLayer")),
+    _bert_named("dpt.DPTViTLayer", own="DPTSelfAttention"),
+    _bert_named("vilt.ViltLayer", _MODULE),
+    _vit("pixio.PixioLayer", **_DROPS),
+    _vit("beit.BeitLayer", **_BEIT),
+    _bert_named("beit.BeitLayer", _MODULE, **_BEIT),
+    _bert_named("data2vec.Data2VecVisionLayer", _MODULE, **_BEIT),
+    _clip("clip.CLIPEncoderLayer", **_CAUSAL),
+    _clip("owlvit.OwlViTEncoderLayer", **_CAUSAL),
+    _clip("owlv2.Owlv2EncoderLayer", **_CAUSAL),
+    _clip("siglip.SiglipEncoderLayer"),
+    _clip("siglip2.Siglip2EncoderLayer"),
+    _blip("blip.BlipEncoderLayer", "dropout"),
+    _blip("blip_2.Blip2EncoderLayer", "attention_dropout"),
+    _blip("instructblip.InstructBlipEncoderLayer", "attention_dropout"),
+    _dino("dinov2.Dinov2Layer"),
+    _dino("dinov2_with_registers.Dinov2WithRegistersLayer"),
+    _dino(
+        "dinov3_vit.DINOv3ViTLayer",
+        (GATED, _UP_DOWN),
+        weights_p="attention.dropout",
+        rotary="position_embeddings",
+    ),
+    _vit("swin.SwinLayer", drop_paths=("drop_path", ""), windowed=True),
+    _bert_named(
+        "swinv2.Swinv2Layer",
+        weights_p="attention.self.dropout",
+        order="behind branches",
+        attention="attention.self",
+        qkv=projections("attention.self", "query key value"),
+        head_size="attention.self.attention_head_size",
+        windowed=True,
+        joins=True,
+        **_DROPS,
+    ),
 )

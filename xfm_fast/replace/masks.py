@@ -14,7 +14,7 @@ from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
 from xfm_fast.replace.bert_layer import Padded, are_few
 from xfm_fast.replace.swap import Settings
-from xfm_fast.replace.vit_block import attention
+from xfm_fast.replace.vit_block import Bias, attention
 
 
 @dataclass
@@ -24,13 +24,15 @@ class Dense:
     Attributes:
         mask: added to the scaled products, or False for what is hidden, `[B, 1 or H, 1 or N, N]`; a padding mask
             `[B, N]` of the keys; or None.
-        bias: added to the scaled products, `[1 or B, H, N, N]`.
+        bias: added to the scaled products, `[1 or B, H, N, N]`; or, without a mask, a table of it.
         scale: of the products; None for the usual one.
+        causal: whether later keys are hidden; without mask and bias only.
     """
 
     mask: Tensor | None = None
-    bias: Tensor | None = None
+    bias: Bias = None
     scale: float | None = None
+    causal: bool = False
 
     @classmethod
     def of(cls, mask: Any, bias: Any, implementation: str | None) -> Dense | None:
@@ -53,12 +55,13 @@ class Dense:
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         if self.mask is not None and self.bias is None and self.scale is None:
             return Padded(self.mask)(q, k, v, dropout_p, settings).flatten(-2)
-        return attention(q, k, v, scale, self._added(q.dtype), settings, dropout_p=dropout_p)
+        added = self._added(q.dtype)
+        return attention(q, k, v, scale, added, settings, dropout_p=dropout_p, causal=self.causal)
 
-    def _added(self, dtype: torch.dtype) -> Tensor | None:
+    def _added(self, dtype: torch.dtype) -> Bias:
         """Bias and mask as one."""
         mask, bias = self.mask, self.bias
-        if mask is None or bias is None:
+        if mask is None or not isinstance(bias, Tensor):
             return mask if bias is None else bias
         if bias.requires_grad and torch.is_grad_enabled():
             return merged(bias, mask, dtype)

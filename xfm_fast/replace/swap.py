@@ -501,7 +501,6 @@ _FAMILIES = (
     ("xfm_fast.replace.huggingface_text", "transformers"),
     ("xfm_fast.replace.huggingface_families", "transformers"),
     ("xfm_fast.replace.families", None),
-    ("xfm_fast.replace.huggingface_vision", "transformers"),
     ("xfm_fast.replace.clip_text", None),
     ("xfm_fast.replace.timm_vision", "timm"),
     ("xfm_fast.replace.open_clip_towers", "open_clip"),
