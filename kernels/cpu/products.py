@@ -406,11 +406,16 @@ _RESIDUAL: dict[str, Product] = {
 }
 
 
+def _weight(value: Tensor) -> nn.Parameter:
+    """An operand that comes from memory when a product is timed, as those of a model do."""
+    return nn.Parameter(value, requires_grad=False)
+
+
 def _example(dtype: torch.dtype, rows: int = _ROWS, outputs: int = _OUTPUTS) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, _INPUTS, generator=generator)
     weight = torch.randn(outputs, _INPUTS, generator=generator) / _INPUTS**0.5
-    return x.to(dtype), weight.to(dtype), torch.randn(outputs, generator=generator).to(dtype)
+    return x.to(dtype), _weight(weight.to(dtype)), torch.randn(outputs, generator=generator).to(dtype)
 
 
 def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
@@ -493,11 +498,13 @@ def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def _trained_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH), (_WIDTH,))
+    x, weight, bias = _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH), (_WIDTH,))
+    return x, _weight(weight), bias
 
 
 def _input_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH))
+    dout, weight = _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH))
+    return dout, _weight(weight)
 
 
 def _weight_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -514,10 +521,17 @@ ANY_SIZES = ("weight gradient",)
 """Those for which our own kernel is written whatever the sizes."""
 
 
+def seconds(dtype: torch.dtype) -> float:
+    """What the chosen products of many rows together take; NaN where they are not timed."""
+    if torch.are_deterministic_algorithms_enabled():
+        return float("nan")
+    return sum(each.seconds.get(each.chosen, float("nan")) for each in _of_many_rows(dtype))
+
+
 def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     """True where weights that are laid out for oneDNN are no slower than as they are, or a product wants them so.
 
-    The comparison is of many rows in cache. Of few rows, most of the time is spent on reading the weight, and there
+    The comparison is of many rows. Of few rows, most of the time is spent on reading the weight, and there
     oneDNN's layout is read up to twice as fast, also where MKL multiplies many rows as well.
 
     Args:

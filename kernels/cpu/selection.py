@@ -2,7 +2,8 @@
 
 PyTorch sends fp32 products to MKL, which is the best choice on some processors and reaches less than half of what
 oneDNN does on others; no flag tells them apart. So the candidates are timed, interleaved, on a product of the model's
-own width. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
+own width, whose weight comes from memory as those of a model do: an argument that is a parameter is another copy at
+each call. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
 
 Candidates round differently, and where they are close the clock may choose another one in the next process. A file of
 choices that `xfm-fast tune --cpu` wrote and XFM_CPU_CHOICES names settles them for every process on such a processor.
@@ -24,11 +25,13 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from xfm_fast.errors import InputError
 
@@ -39,13 +42,14 @@ CHOICES = "XFM_CPU_CHOICES"
 
 # A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
 _MARGIN = 0.96
-# Our own kernels are taken unless another is faster by this factor. They need no second copy of a weight; and products
-# are compared on one weight that stays in cache, where in a model each comes from memory: what libraries take longer
-# then does not show here, nor that our kernels gain with the rows.
-_FAVOURED, _FAVOUR = "llvm", 1.1
+# Our own kernels need no second copy of a weight: one that does (a layout of its own) has to be faster by this factor,
+# and any other by more than the noise of the comparison, which counts up to the same factor.
+_FAVOURED, _COPIES, _FAVOUR = "llvm", "packed", 1.1
+# Weights are read in turn from copies of so many bytes together, more than most caches hold.
+_COLD_BYTES = 32 << 20
 RULE = (
-    f"{_FAVOURED}, where it can be, is taken unless another measured {1 - 1 / _FAVOUR:.0%} faster: it needs no second "
-    "copy of a weight, and gains where weights come from memory; comparisons are made on one that stays in cache. "
+    f"{_FAVOURED}, where it can be, is taken unless another measured faster by more than the noise of the comparison, "
+    f"or by {1 - 1 / _FAVOUR:.0%} where the other needs a second copy of a weight. "
     f"Otherwise the first, aten for most, is taken unless another measured {1 - _MARGIN:.0%} faster."
 )
 """How a choice follows from what was measured, for readers of choices."""
@@ -60,7 +64,7 @@ _SUMMATION = 4e-6
 class Selection:
     """The outcome of one comparison: the chosen candidate, and the seconds (of one thread) of those that passed.
 
-    The first of the seconds are those of the trusted candidate.
+    The first of the seconds are those of the trusted candidate; noise is the share of them that chance explains.
     """
 
     operation: str
@@ -69,6 +73,7 @@ class Selection:
     seconds: dict[str, float]
     rejected: dict[str, str]
     source: Literal["measured", "file", "settled"] = "measured"
+    noise: float = 0.0
 
     @property
     def reason(self) -> str:
@@ -79,7 +84,8 @@ class Selection:
         trusted, own = next(iter(self.seconds)), self.seconds[self.chosen]
         best = min(self.seconds, key=self.seconds.__getitem__)
         if self.chosen == _FAVOURED != best:
-            asked = f"below the {1 - 1 / _FAVOUR:.0%} that justify it"
+            least = _FAVOUR if _COPIES in best else 1 + self.noise
+            asked = f"below the {1 - 1 / least:.0%} that justify it"
             return f"{best} measured {_faster(own, self.seconds[best])} than {self.chosen}, {asked}{where[self.source]}"
         if self.chosen != trusted:
             beaten = dict.fromkeys((trusted, *({_FAVOURED} & {*self.seconds} - {self.chosen})))
@@ -173,8 +179,8 @@ def _among(operation: str, candidates: Collection[str], dtype: torch.dtype) -> S
     seconds = {} if whole is None else {name: time for name, time in whole.seconds.items() if name in candidates}
     if whole is None or not seconds:
         return None
-    chosen = whole.chosen if whole.chosen in candidates else _fastest(seconds)
-    return Selection(operation, dtype, chosen, seconds, whole.rejected, whole.source)
+    chosen = whole.chosen if whole.chosen in candidates else _fastest(seconds, whole.noise)
+    return Selection(operation, dtype, chosen, seconds, whole.rejected, whole.source, whole.noise)
 
 
 def processor() -> str:
@@ -201,6 +207,7 @@ def choices() -> dict[str, Any]:
             "chosen": s.chosen,
             "seconds": {name: value for name, value in s.seconds.items() if value == value},
             "rejected": s.rejected,
+            "noise": s.noise,
         }
         for s in selections()
     ]
@@ -230,7 +237,8 @@ def _read(path: str) -> dict[tuple[str, torch.dtype], Selection]:
             if seconds and (chosen not in seconds or not all(0 < time < math.inf for time in seconds.values())):
                 raise ValueError(f"{each['operation']} chooses {chosen!r} of the times {seconds}")
             parts = (each["operation"], dtype, chosen, seconds, dict(each["rejected"]))
-            found[each["operation"], dtype] = Selection(*parts, source="file")
+            noise = float(each.get("noise", 0.0))
+            found[each["operation"], dtype] = Selection(*parts, source="file", noise=noise)
     except OSError as error:
         raise InputError(f"{CHOICES} names {path}, which cannot be read: {error.strerror}; {remedy}") from error
     except InputError:
@@ -285,32 +293,53 @@ def _compare(
                 usable[name] = candidate
             else:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
-        seconds = _thread_seconds(usable, arguments) if len(usable) > 1 else {trusted_name: float("nan")}
-    return Selection(operation, dtype, _fastest(seconds), seconds, rejected)
+        seconds, noise = {trusted_name: float("nan")}, 0.0
+        if len(usable) > 1:
+            seconds, noise = _thread_seconds(usable, arguments)
+    return Selection(operation, dtype, _fastest(seconds, noise), seconds, rejected, noise=noise)
 
 
-def _fastest(seconds: dict[str, float]) -> str:
+def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
     """The choice among candidates whose first is trusted, by what each takes."""
     trusted, first = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
-    if seconds.get(_FAVOURED, math.inf) < _FAVOUR * seconds[first]:
+    favoured = seconds.get(_FAVOURED, math.inf)
+    if all(favoured <= (_FAVOUR if _COPIES in name else 1 + noise) * time for name, time in seconds.items()):
         return _FAVOURED
     return first if seconds[first] < _MARGIN * seconds[trusted] else trusted
 
 
-def _thread_seconds(candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]) -> dict[str, float]:
-    """The best processor time of each candidate on one thread."""
-    seconds = dict.fromkeys(candidates, float("inf"))
+def _thread_seconds(
+    candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]
+) -> tuple[dict[str, float], float]:
+    """The best processor time of each candidate on one thread, and how far their two best rounds are apart at most."""
+    rounds: dict[str, list[float]] = {name: [] for name in candidates}
+    weights = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Parameter))
+    count = min(_ROUNDS * len(candidates), _COLD_BYTES // weights) if weights else 0
+    copies = [_copied(arguments) for _ in range(count)] or [arguments]
+    calls = cycle(copies)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        for name, candidate in candidates.items():
+            # What is laid out anew for a weight is laid out once in a model.
+            for each in copies if _COPIES in name else ():
+                candidate(*each)
         for _ in range(_ROUNDS):
             for name, candidate in candidates.items():
+                operands = next(calls)
                 start = time.thread_time()
-                candidate(*arguments)
-                seconds[name] = min(seconds[name], time.thread_time() - start)
+                candidate(*operands)
+                rounds[name].append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
-    return seconds
+    best = {name: sorted(times)[:2] for name, times in rounds.items()}
+    noise = max((second - first) / first if first else 0.0 for first, second in best.values())
+    return {name: first for name, (first, _) in best.items()}, min(noise, _FAVOUR - 1)
+
+
+def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments with weights in memory of their own."""
+    return tuple(Parameter(a.detach().clone(), False) if isinstance(a, Parameter) else a for a in arguments)
 
 
 def _error(value: Tensor, truth: Tensor) -> float:

@@ -411,15 +411,63 @@ def test_the_trusted_one_stays_unless_another_is_clearly_faster() -> None:
     assert compare({"only": slow}).chosen == "only"
 
 
-@pytest.mark.parametrize(("other", "chosen"), [(1.05, "llvm"), (0.95, "llvm"), (0.85, "onednn")])
-def test_our_own_kernel_is_taken_unless_another_is_clearly_faster(other: float, chosen: str) -> None:
-    seconds = {"aten": 1.2, "onednn": other, "llvm": 1.0}
-    assert selection._fastest(seconds) == chosen
-    found = selection.Selection("product", torch.float32, chosen, seconds, {})
-    if other == 0.95:
-        assert found.reason == "onednn measured 5.0% faster than llvm, below the 9% that justify it"
-    else:
-        assert found.reason.startswith(f"{chosen} measured")
+@pytest.mark.parametrize(
+    ("name", "other", "noise", "chosen"),
+    [
+        ("onednn", 1.05, 0.0, "llvm"),
+        ("onednn", 0.93, 0.02, "onednn"),
+        ("onednn", 0.99, 0.02, "llvm"),
+        ("aten", 0.93, 0.02, "aten"),
+        ("onednn-packed", 0.95, 0.0, "llvm"),
+        ("onednn-packed", 0.85, 0.0, "onednn-packed"),
+    ],
+)
+def test_our_own_kernel_is_taken_unless_another_is_clearly_faster(
+    name: str, other: float, noise: float, chosen: str
+) -> None:
+    """Faster by more than the noise, or by as much as a second copy of every weight is worth."""
+    seconds = {"aten": 1.2, name: other, "llvm": 1.0}
+    assert selection._fastest(seconds, noise) == chosen
+    found = selection.Selection("product", torch.float32, chosen, seconds, {}, noise=noise)
+    assert found.reason.startswith(f"{name if other < 1 and chosen == 'llvm' else chosen} measured")
+
+
+def test_weights_are_as_cold_as_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which one candidate is quick with the weight that it read last, and slow with any other."""
+    now, last, seen = 0.0, None, []
+
+    def spend(weight: Tensor, warm: float, cold: float) -> Tensor:
+        nonlocal now, last
+        now += warm if weight.data_ptr() == last else cold
+        last = weight.data_ptr()
+        seen.append(last)
+        return weight * 2
+
+    monkeypatch.setattr(selection.time, "thread_time", lambda: now)
+    candidates = {
+        "trusted": lambda x, w: spend(w, 5.0, 5.0),
+        "in cache": lambda x, w: spend(w, 1.0, 9.0),
+    }
+    weight = torch.nn.Parameter(torch.ones(1024, 512), requires_grad=False)
+    found = selection._compare("test", candidates, lambda dtype: (torch.ones(3), weight), torch.float32, alike=True)
+    assert found.chosen == "trusted"
+    assert found.seconds == {"trusted": 5.0, "in cache": 9.0}
+    assert found.noise == 0.0
+    assert len({*seen}) > selection._ROUNDS
+
+
+def test_noise_is_how_far_the_best_rounds_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, times = 0.0, iter([])
+
+    def spend(x: Tensor) -> Tensor:
+        nonlocal now
+        now += next(times, 0.0)
+        return x * 2
+
+    monkeypatch.setattr(selection.time, "thread_time", lambda: now)
+    monkeypatch.setattr(selection, "_ROUNDS", 3)
+    times = iter([0, 0, 0, 1.0, 2.0, 1.04, 2.1, 1.5, 2.02])
+    assert compare({"trusted": spend, "other": spend}).noise == pytest.approx(0.04)
 
 
 @pytest.mark.skipif(llvm.why_not() is not None, reason=str(llvm.why_not()))
