@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -42,15 +43,15 @@ CHOICES = "XFM_CPU_CHOICES"
 
 # A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
 _MARGIN = 0.96
-# Our own kernels need no second copy of a weight: one that does (a layout of its own) has to be faster by this factor,
-# and any other by more than the noise of the comparison, which counts up to the same factor.
+# A candidate that needs a second copy of every weight (a layout of its own) has to be faster by this factor than any
+# that needs none, and these by more than the noise of the comparison, up to the same factor, than our kernels.
 _FAVOURED, _COPIES, _FAVOUR = "llvm", "packed", 1.1
 # Weights are read in turn from copies of so many bytes together, more than most caches hold.
 _COLD_BYTES = 32 << 20
 RULE = (
-    f"{_FAVOURED}, where it can be, is taken unless another measured faster by more than the noise of the comparison, "
-    f"or by {1 - 1 / _FAVOUR:.0%} where the other needs a second copy of a weight. "
-    f"Otherwise the first, aten for most, is taken unless another measured {1 - _MARGIN:.0%} faster."
+    f"{_FAVOURED}, where it can be, is taken unless another measured faster by more than the noise of the comparison. "
+    f"Otherwise the first, aten for most, is taken unless another measured {1 - _MARGIN:.0%} faster. "
+    f"What needs a second copy of a weight ({_COPIES}) has to be {1 - 1 / _FAVOUR:.0%} faster than all that need none."
 )
 """How a choice follows from what was measured, for readers of choices."""
 _ODD = " of odd sizes"
@@ -84,8 +85,7 @@ class Selection:
         trusted, own = next(iter(self.seconds)), self.seconds[self.chosen]
         best = min(self.seconds, key=self.seconds.__getitem__)
         if self.chosen == _FAVOURED != best:
-            least = _FAVOUR if _COPIES in best else 1 + self.noise
-            asked = f"below the {1 - 1 / least:.0%} that justify it"
+            asked = f"below the {_asked(best, self.noise):.0%} that justify it"
             return f"{best} measured {_faster(own, self.seconds[best])} than {self.chosen}, {asked}{where[self.source]}"
         if self.chosen != trusted:
             beaten = dict.fromkeys((trusted, *({_FAVOURED} & {*self.seconds} - {self.chosen})))
@@ -95,8 +95,13 @@ class Selection:
         other = self.seconds[name]
         if other >= own:
             return f"{trusted} measured {_faster(other, own)} than {name}{where[self.source]}"
-        asked = f"below the {1 - _MARGIN:.0%} that justify it"
+        asked = f"below the {_asked(name, 1 / _MARGIN - 1):.0%} that justify it"
         return f"{name} measured {_faster(own, other)} than {trusted}, {asked}{where[self.source]}"
+
+
+def _asked(name: str, noise: float) -> float:
+    """How much faster a candidate has to be than one that is preferred to it."""
+    return 1 - 1 / (_FAVOUR if _COPIES in name else 1 + noise)
 
 
 def _faster(slow: float, fast: float) -> str:
@@ -301,9 +306,9 @@ def _compare(
 
 def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
     """The choice among candidates whose first is trusted, by what each takes."""
-    trusted, first = next(iter(seconds)), min(seconds, key=seconds.__getitem__)
-    favoured = seconds.get(_FAVOURED, math.inf)
-    if all(favoured <= (_FAVOUR if _COPIES in name else 1 + noise) * time for name, time in seconds.items()):
+    worth = {name: time * (_FAVOUR if _COPIES in name else 1.0) for name, time in seconds.items()}
+    trusted, first = next(iter(seconds)), min(worth, key=worth.__getitem__)
+    if seconds.get(_FAVOURED, math.inf) <= (1 + noise) * worth[first]:
         return _FAVOURED
     return first if seconds[first] < _MARGIN * seconds[trusted] else trusted
 
@@ -311,7 +316,7 @@ def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
 def _thread_seconds(
     candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]
 ) -> tuple[dict[str, float], float]:
-    """The best processor time of each candidate on one thread, and how far their two best rounds are apart at most."""
+    """The best processor time of each candidate on one thread, and how far apart the two best rounds of most are."""
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     weights = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Parameter))
     count = min(_ROUNDS * len(candidates), _COLD_BYTES // weights) if weights else 0
@@ -333,7 +338,7 @@ def _thread_seconds(
     finally:
         torch.set_num_threads(threads)
     best = {name: sorted(times)[:2] for name, times in rounds.items()}
-    noise = max((second - first) / first if first else 0.0 for first, second in best.values())
+    noise = median((second - first) / first if first else 0.0 for first, second in best.values())
     return {name: first for name, (first, _) in best.items()}, min(noise, _FAVOUR - 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +15,8 @@ from torch.nn.utils import parametrizations
 
 from xfm_fast import XFM, XFMConfig, accelerate, accelerated
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.replace import Fused, Rule, acceleration
+from xfm_fast.kernels.cpu import selection
+from xfm_fast.replace import Fused, Rule, acceleration, expectation
 from xfm_fast.replace.swap import Settings, is_fused, observed
 
 
@@ -133,6 +135,55 @@ def test_expected_gains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.expected.overall == pytest.approx(1 / (1 - 0.5 + 0.5 / 2.5))
     (line,) = [line for line in str(report).splitlines() if line.startswith("2 ")]
     assert line.split() == ["2", "Odd", "Odd", "50%", "2.5×"]
+
+
+@pytest.mark.parametrize(("after", "gains"), [(1.01, {}), (0.5, {"1": 2.5})])
+def test_no_more_is_expected_than_was_measured(
+    after: float, gains: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which an untouched call takes a second."""
+    now = 0.0
+
+    def taking(seconds: float, forward: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return forward(*args, **kwargs)
+
+        return timed
+
+    monkeypatch.setattr(acceleration.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(Odd, "forward", taking(1.0, Affine.forward), raising=False)
+    fused = type("Timed", (FusedAffine,), {"forward": taking(after, FusedAffine.forward)})
+    monkeypatch.setattr(acceleration, "measured_product", lambda *_: 2.5)
+    monkeypatch.setattr(acceleration, "rules", lambda: (Rule("Odd", lambda m: isinstance(m, Odd), fused, ""),))
+    report = accelerate(nn.Sequential(Affine(), Odd()), verify=torch.ones(2, 5))
+    assert report.expected.overall == pytest.approx(min(1 / after, 1 / (1 - 0.5 + 0.5 / 2.5)))
+    assert report.expected_gains == gains
+
+
+def test_the_product_that_gains_least_counts_less_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(operation: str, chosen: str, noise: float, **seconds: float) -> selection.Selection:
+        return selection.Selection(operation, torch.float32, chosen, seconds, {}, noise=noise)
+
+    races = [race("linear", "llvm", 0.0, aten=1.5, llvm=1.0), race("linear_gelu", "llvm", 0.02, aten=1.1, llvm=1.0)]
+    monkeypatch.setattr(expectation, "selections", lambda: races)
+    assert expectation.measured_product(nn.Linear(2, 2), None, None) == pytest.approx(1.1 / 1.02)
+    races.append(race("linear_residual", "aten", 0.05, aten=1.0, llvm=1.2))
+    assert expectation.measured_product(nn.Linear(2, 2), None, None) == 1.0
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
+def test_slow_bfloat16_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expectation.warn_of_slow_bfloat16.cache_clear()
+    monkeypatch.setattr(expectation.products, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0)
+    with pytest.warns(UserWarning, match=r"bfloat16.*1\.5"):
+        accelerate(model(), dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model(), dtype=torch.bfloat16)
+        accelerate(model())
+    expectation.warn_of_slow_bfloat16.cache_clear()
 
 
 def test_layers_that_nothing_knows_are_named() -> None:

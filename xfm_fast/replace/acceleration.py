@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +26,7 @@ from xfm_fast.replace.expectation import (
     product_parameters,
     shares,
     unknown_layers,
+    warn_of_slow_bfloat16,
 )
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
@@ -45,6 +48,8 @@ from xfm_fast.replace.swap import (
 )
 
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+# What timing the batch given to `verify` may cost.
+_TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
 _ROW = "a row of names makes such a layer known (xfm_fast.replace.Family)"
 
 
@@ -92,7 +97,7 @@ def accelerate(
         cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs: each shape is captured at its
             first call. For models whose sizes do not depend on values; any other raises an error at its first call.
         verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor) that the model is
-            run on before and after, in evaluation mode.
+            run on before and after, in evaluation mode; on a CPU a few times, to measure the gain.
 
     Returns:
         A report that prints as a table and can `revert()`.
@@ -126,6 +131,7 @@ def accelerate(
     if freeze:
         check_freezable(model, settings)
     before = None if verify is None else _outputs(model, verify)
+    seconds = None if verify is None else _seconds(model, verify)
     former = [module for module in model.modules() if isinstance(module, Fused)]
     undo = [(module, fused_form(module), module.settings) for module in former if not isinstance(module, FrozenLinear)]
     frozen = next((module.settings for module in former if isinstance(module, FrozenLinear)), None)
@@ -143,6 +149,7 @@ def accelerate(
             after = _outputs(model, verify)
             report.compare(before, after, verify, dtype)
             report._useful = _useful(verify) if report._packed else 1.0
+            report._measured = None if seconds is None else seconds / (_seconds(model, verify) or seconds)
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -224,6 +231,7 @@ class Report:
     _share: float = 0.0
     _packed: float = 0.0
     _useful: float = 1.0
+    _measured: float | None = None
 
     @property
     def replaced(self) -> list[Entry]:
@@ -253,15 +261,17 @@ class Report:
         # Products in fp8 are none of those that are raced.
         raced = self._eight_bits != "fp8"
         product = measured_product(first, first.settings.backend, first.settings.dtype) if raced else None
-        return Expectation(self._share, product, self._useful, self._packed)
+        return Expectation(self._share, product, self._useful, self._packed, self._measured)
 
     @property
     def expected_gains(self) -> dict[str, float]:
         """How many times faster the products of each replaced module are expected to be, by path, where that is known.
 
-        As `expected` says it of the model: by the race of libraries on this processor, and by the padding left out.
+        By the race of libraries on this processor, and by the padding left out; none where less was measured.
         """
         whole, found, packed = self.expected, {}, _packed_paths(self.replaced)
+        if whole.overall < whole.bound:
+            return {}
         for entry in self.replaced:
             useful = whole.useful if any(_within(entry.path, path) for path in packed) else 1.0
             if entry.share and (whole.product is not None or useful < 1):
@@ -540,6 +550,7 @@ def _require_values(model: nn.Module) -> None:
 def _check_machine(model: nn.Module, settings: Settings) -> None:
     devices = {p.device for p in model.parameters()}
     types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {settings.dtype} - {None}
+    narrow = torch.bfloat16 in (types if settings.dtype is None else {settings.dtype}) and settings.eight_bits is None
     for device in devices:
         try:
             resolve(settings.backend, torch.empty(0, device=device))
@@ -550,6 +561,8 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
                 "bfloat16 on this CPU is emulated and slower than float32 (it lacks AVX-512 or AMX instructions); use "
                 "dtype=None with model.float()"
             )
+        if device.type == "cpu" and narrow and settings.backend in (None, "cpu"):
+            warn_of_slow_bfloat16()
         if device.type == "cpu" and settings.dtype is torch.float16:
             raise UnavailableError("float16 is for GPUs; on a CPU use dtype=torch.bfloat16 or None")
     if settings.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
@@ -601,6 +614,20 @@ def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         for module, training in modes.items():
             module.training = training
     return {name: leaf for name, leaf in _leaves(made, "") if leaf.is_floating_point()}
+
+
+def _seconds(model: nn.Module, batch: Any) -> float | None:
+    """The best time of a few runs on a CPU; None on other devices."""
+    if not all(p.is_cpu for p in model.parameters()):
+        return None
+    best, until = math.inf, time.perf_counter() + _TIMED_SECONDS
+    for _ in range(_TIMED_RUNS):
+        start = time.perf_counter()
+        _outputs(model, batch)
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() > until:
+            break
+    return best
 
 
 def _mask(batch: Any) -> Any:

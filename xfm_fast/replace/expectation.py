@@ -1,24 +1,30 @@
 """The gain to expect of a report: counted products, times how much faster this processor was measured to compute them.
 
-A transformer's time goes by its products with weights. Their shares are counted (a weight is multiplied with every
-token); the factor is that of the libraries' race for products (`kernels/cpu/selection`), which the first call runs; the
-share of real tokens is that of the batch given to `verify`. Attention, norms and what stays unfused count as they were.
+Shares of the products with weights are counted (a weight is multiplied with every token); the factor is that of the
+libraries' race for products (`kernels/cpu/selection`), which the first call runs; the share of real tokens is that of
+the batch given to `verify`. Attention and norms are in none of these, so that this is a bound: where `verify` measured
+less, that is what is expected.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from xfm_fast.kernels.backend import Backend
+from xfm_fast.kernels.cpu import products
 from xfm_fast.kernels.cpu.selection import selections
 
 _RACES = ("linear", "linear_gelu", "linear_residual")
+# Less than this is noise.
+_SLOWER = 1.05
 # Less of a model's products than this is not worth a line.
 _LEAST_SHARE = 0.05
 
@@ -33,18 +39,25 @@ class Expectation:
             devices where they are not raced.
         useful: share of real tokens in a batch whose padding is left out; 1 where none is.
         packed: of the model's products that are spared padding.
+        measured: how many times faster the batch given to `verify` ran; None without one, and on GPUs.
     """
 
     share: float
     product: float | None
     useful: float = 1.0
     packed: float = 0.0
+    measured: float | None = None
+
+    @property
+    def bound(self) -> float:
+        """How many times faster the model would be if its time were that of its products."""
+        computed = self.share - self.packed * (1 - self.useful)
+        return 1 / (1 - self.share + computed / (self.product or 1.0))
 
     @property
     def overall(self) -> float:
-        """How many times faster the model is expected to be."""
-        computed = self.share - self.packed * (1 - self.useful)
-        return 1 / (1 - self.share + computed / (self.product or 1.0))
+        """How many times faster the model is expected to be, never more than was measured."""
+        return self.bound if self.measured is None else min(self.bound, self.measured)
 
     def __str__(self) -> str:
         parts = [f"{self.share:.0%} of the products are in replaced modules (counted)"]
@@ -52,9 +65,12 @@ class Expectation:
             parts.append("products not timed here yet: taken as they were")
         else:
             parts.append(f"these {self.product:.2f}× as fast (measured in this process)")
+        if self.measured is not None:
+            parts.append(f"the batch given to verify ran {self.measured:.2f}× as fast (measured)")
         if self.useful < 1:
             parts.append(f"{1 - self.useful:.0%} of the batch is padding, left out")
-        return f"expected: {self.overall:.2f}×; " + ", ".join(parts)
+        most = "at most " if self.measured is None and self.bound > 1 else ""
+        return f"expected: {most}{self.overall:.2f}×; " + ", ".join(parts)
 
 
 def product_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -146,12 +162,26 @@ def _places(path: str) -> list[str]:
 
 
 def measured_product(model: nn.Module, backend: Backend | None, dtype: torch.dtype | None) -> float | None:
-    """How many times faster the chosen library is at products than PyTorch's default; None where nothing was timed."""
+    """How many times faster chosen libraries are than PyTorch's default at the product that gains least, less the noise
+    of the comparison; None where nothing was timed.
+    """
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     if first is None or first.device.type != "cpu" or backend not in (None, "cpu"):
         return None
     wanted = dtype or first.dtype
     races = [race for race in selections() if race.operation in _RACES and race.dtype == wanted]
-    factors = [next(iter(race.seconds.values())) / race.seconds[race.chosen] for race in races if race.seconds]
-    factors = [factor for factor in factors if factor == factor]
-    return sum(factors) / len(factors) if factors else None
+    factors = [race.seconds[next(iter(race.seconds))] / race.seconds[race.chosen] for race in races if race.seconds]
+    noise = max((race.noise for race in races), default=0.0)
+    # Where the default was chosen, noise changes nothing.
+    return min((max(factor / (1 + noise), min(factor, 1.0)) for factor in factors if factor == factor), default=None)
+
+
+@cache
+def warn_of_slow_bfloat16() -> None:
+    """Warn, once, where products in bfloat16 take longer than in float32 on this processor."""
+    share = products.seconds(torch.bfloat16) / products.seconds(torch.float32)
+    if share > _SLOWER:
+        warnings.warn(
+            f"bfloat16 takes {share:.1f} times as long as float32 on this CPU; use dtype=None with model.float()",
+            stacklevel=3,
+        )
