@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
-from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, load_image
+from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, image_size, load_image, to_rgb
 from xfm_fast.errors import DataError
 
 
@@ -76,11 +76,34 @@ def test_animation_gives_its_first_frame() -> None:
     assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_orientation_is_not_applied() -> None:
-    picture = Image.new("RGB", (20, 10))
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    assert decode_image(_bytes(picture, "JPEG", exif=exif)).size == (20, 10)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = _bytes(_picture(size=(20, 10)), form, exif=exif)
+    stored = Image.open(io.BytesIO(data)).convert("RGB")
+    upright = ImageOps.exif_transpose(stored)
+    for official, expected in ((False, upright), (True, stored)):
+        pixels = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+        assert image_size(data, official=official) == expected.size
+        assert torch.equal(decode_pixels(data, official=official), pixels)
+        decoded = decode_image(data, official=official)
+        assert np.array_equal(np.asarray(decoded), np.asarray(expected))
+    again = to_rgb(decode_image(data), "again")
+    assert np.array_equal(np.asarray(again), np.asarray(upright))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_are_on_white(mode: str) -> None:
+    picture = Image.new("RGBA", (4, 2), (200, 0, 0, 0))
+    picture.putpixel((1, 0), (10, 10, 10, 255))
+    data = _bytes(picture.convert(mode), "PNG")
+    for pixels in (np.asarray(decode_image(data)), decode_pixels(data).permute(1, 2, 0).numpy()):
+        assert pixels[0, 1].tolist() == [10, 10, 10]
+        assert (pixels[1] == 255).all()
+    hidden = Image.open(io.BytesIO(data)).convert("RGB")
+    assert np.array_equal(np.asarray(decode_image(data, official=True)), np.asarray(hidden))
 
 
 def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
@@ -193,7 +216,7 @@ def test_pixels_do_not_depend_on_the_fast_decoder(monkeypatch: pytest.MonkeyPatc
     exif[0x0112] = 6
     data = _bytes(picture, "JPEG", exif=exif)
     fast = decode_pixels(data)
-    assert fast.shape == (3, 10, 20)
+    assert fast.shape == (3, 20, 10)
 
     def absent(*_: object, **__: object) -> None:
         raise RuntimeError("torchvision was built without libjpeg")

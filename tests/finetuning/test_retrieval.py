@@ -10,22 +10,25 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weights
 from tests.conftest import CASES, config, load_json, official_keys
 from tests.training.small_runs import in_processes, join_group
 from xfm_fast.batches import PairBatch
 from xfm_fast.checkpoint import to_official
-from xfm_fast.data.annotations import RetrievalTestRecord
+from xfm_fast.data.annotations import RetrievalRecord, RetrievalTestRecord
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
 from xfm_fast.finetuning.evaluation import Evaluation, fingerprint
-from xfm_fast.finetuning.prediction import load
+from xfm_fast.finetuning.prediction import Predictor, load
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
 from xfm_fast.finetuning.run import evaluate, finetune, open_task
@@ -33,6 +36,10 @@ from xfm_fast.memory import PeakMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import contrastive_loss, matching_loss, step
 from xfm_fast.objectives.losses import HardNegatives, sample_hard_negatives
+from xfm_fast.search import build_index, open_index, open_model
+from xfm_fast.serve.model import Found, Work
+from xfm_fast.serve.model import load as load_served
+from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks import reranking
 from xfm_fast.tasks.retrieval import Retriever
 from xfm_fast.tasks.task_model import TaskModel
@@ -425,3 +432,55 @@ def test_weights_of_another_task_are_refused(recipe: Make, small: FinetuneRecipe
     finetune(other)
     with pytest.raises(CheckpointError, match=r"fine-tuned for the task nlvr2, and this is retrieval"):
         evaluate(small, tmp_path / "nlvr2", "test", tmp_path / "out")
+
+
+def _photo(folder: Path, kind: str) -> tuple[Path, Path]:
+    """A turned or transparent picture, and the upright, opaque one that people see."""
+    seen = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    given, exif = seen, Image.Exif()
+    if kind == "turned":
+        given, exif[0x0112] = seen.transpose(Image.Transpose.ROTATE_90), 6
+    else:
+        given = seen.convert("RGBA")
+        seen.paste("white", (0, 0, 30, 30))
+        given.paste((90, 20, 7, 0), (0, 0, 30, 30))
+    for picture, name in ((given, "given/a.png"), (seen, "seen.png")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        picture.save(folder / name, exif=exif if picture is given else None)
+    return folder / "given/a.png", folder / "seen.png"
+
+
+@pytest.mark.parametrize("kind", ["turned", "transparent"])
+def test_every_way_in_sees_the_same_picture(pretrained: Path, tmp_path: Path, kind: str) -> None:
+    given, seen = _photo(tmp_path, kind)
+    model = XFM.from_pretrained(pretrained).eval()
+    expected = model.encode(seen)
+
+    def of_pixels(pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.project_image(model.encode_image(pixels[None]))[0]
+
+    def task(**options: Any) -> RetrievalTask:
+        return RetrievalTask(RetrievalOptions(augment=False), model.config, model.tokenizer, **options)
+
+    build_index(given.parent, open_model(pretrained))
+    record = RetrievalRecord(image=str(given), caption="a dog", image_id=0)
+    served = load_served(pretrained, SourceOptions(device="cpu"), 1 << 20)
+    read = served.read_image(given.read_bytes(), "a.png", features=True)
+    (answer,) = served.answer([Work(items=(read,))])
+    assert isinstance(answer, Found)
+    assert answer.features is not None
+    ways = {
+        "encode": model.encode(given),
+        "encode open": model.encode(Image.open(given)),
+        "index": torch.from_numpy(open_index(given.parent).features[0].copy()),
+        "finetune": of_pixels(task().item(record, np.random.default_rng(0)).image),
+        "predict": of_pixels(task().pixels(given)),
+        "serve": answer.features[0],
+    }
+    for name, found in ways.items():
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, msg=name)
+    (row,), (plain,) = (Predictor(model, task()).predict([path], ["a red circle"]) for path in (given, seen))
+    assert row["texts"][0]["probability"] == pytest.approx(plain["texts"][0]["probability"], abs=1e-6)
+    official = of_pixels(task(official_pictures=True).pixels(given))
+    assert (official - expected).abs().max() > 1e-4

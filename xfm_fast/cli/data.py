@@ -247,6 +247,8 @@ def _print_report(report: Report, console: Console) -> None:
         medians = "×".join(f"{found[name]['median']:.0f}" for name in ("width", "height"))
         formats = ", ".join(f"{times:,} {name}" for name, times in report.formats.most_common())
         facts.add_row("images", f"{formats}; {', '.join(sides)} pixels, median {medians}")
+        if report.turned or report.transparent:
+            facts.add_row("images read upright, on white", f"{report.turned:,}, {report.transparent:,}")
     if report.regions:
         facts.add_row("regions of an image", _histogram(report.regions))
         facts.add_row("regions that cannot be used", f"{report.unusable_regions:,}")

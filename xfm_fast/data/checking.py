@@ -25,7 +25,14 @@ from xfm_fast.data.annotations import (
     RetrievalTestRecord,
     parse_annotation,
 )
-from xfm_fast.data.images import decode_pixels, image_source, image_values
+from xfm_fast.data.images import (
+    decode_pixels,
+    image_source,
+    image_values,
+    is_transparent,
+    orientation,
+    upright_size,
+)
 from xfm_fast.data.items import ITEMS
 from xfm_fast.data.options import STREAM_KINDS, AnyStreamOptions, ImageOptions, RegionOptions, TextOptions
 from xfm_fast.data.order import item_generator
@@ -193,8 +200,10 @@ class _Reader(ABC):
         if decode:
             decode_pixels(source, None if isinstance(source, Path) else f"in {self.options.image_key!r}")
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
-            size = opened.size
+            size = upright_size(opened)
             self.report.formats[str(opened.format)] += 1
+            self.report.turned += orientation(opened) != 1
+            self.report.transparent += is_transparent(opened)
         if isinstance(source, Path):
             self._sizes[source] = size
         self.report.images += 1
@@ -327,6 +336,8 @@ class Report:
         images: how many images were decoded.
         sizes: histogram of (width, height).
         formats: histogram of their formats.
+        turned: images with an EXIF orientation, which are read upright.
+        transparent: images with transparent pixels, which are read on white.
         regions: histogram of regions in an image.
         unusable_regions: regions that would be skipped.
         batch_bytes: memory of one batch in float32.
@@ -346,6 +357,8 @@ class Report:
     images: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+    turned: int = 0
+    transparent: int = 0
     regions: Counter[int] = field(default_factory=Counter)
     unusable_regions: int = 0
     batch_bytes: int = 0
@@ -398,6 +411,8 @@ class Report:
             "images": {
                 "count": self.images,
                 "formats": dict(self.formats),
+                "turned": self.turned,
+                "transparent": self.transparent,
                 "width": _spread(widths),
                 "height": _spread(heights),
             },

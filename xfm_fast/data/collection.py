@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
@@ -140,7 +139,7 @@ class Folder:
         return Listing(entries, faults)
 
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        return upright(self.path / entry.name), entry.captions
+        return decode_image(self.path / entry.name), entry.captions
 
     def location(self, entry: Entry) -> str:
         return str(self.path / entry.name)
@@ -166,7 +165,7 @@ class Table:
         return Listing([*entries.values()], faults)
 
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        return upright(self.images / entry.name), entry.captions
+        return decode_image(self.images / entry.name), entry.captions
 
     def location(self, entry: Entry) -> str:
         return str(self.images / entry.name)
@@ -195,23 +194,11 @@ class Records:
             raise DataError(f"{entry.name} is no longer there; index the collection again")
         rows, row = self.records.locate(entry.row)
         record = rows.read(row)
-        image = upright(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
+        image = decode_image(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
         return image, _texts(record.get("desc", record.get("caption")))
 
     def location(self, entry: Entry) -> str:
         return entry.name
-
-
-def upright(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """`decode_image`, turned as its EXIF orientation says, without which many photos of telephones lie on their side.
-
-    The official code, whose data sets hold no such photos, does not turn them.
-    """
-    image = decode_image(source, name)
-    # A camera that writes damaged EXIF takes whole pictures.
-    with suppress(Exception):
-        image = ImageOps.exif_transpose(image)
-    return image
 
 
 def _files(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import binascii
 import contextlib
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from xfm_fast.data.options import ImageOptions
@@ -35,6 +36,8 @@ Decoded = TypeVar("Decoded")
 
 # Functions of torchvision.io.
 _FAST = {"JPEG": "decode_jpeg", "PNG": "decode_png"}
+# From this EXIF orientation on, width and height are exchanged.
+_TURNED = 5
 _BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
@@ -56,35 +59,36 @@ def evaluation_transform(image_size: int) -> v2.Compose:
     )
 
 
-def decode_image(source: Source, name: str | None = None) -> Image.Image:
-    """Decode an image to RGB.
+def decode_image(source: Source, name: str | None = None, *, official: bool = False) -> Image.Image:
+    """Decode an image to RGB: upright as its EXIF orientation says, and transparency over white.
 
-    As in the official code, transparency is dropped, an animation gives its first frame, and an EXIF orientation is
-    not applied. 16-bit grey values are scaled to 8 bits (a plain conversion would clip all but the darkest).
+    An animation gives its first frame. 16-bit grey values are scaled to 8 bits (a plain conversion would clip all but
+    the darkest).
 
     Args:
         source: path or content of the file.
         name: what errors call it; the path by default.
+        official: as the official code: no EXIF orientation, and transparency is dropped, which shows hidden colours.
 
     Raises:
         DataError: the file is missing, empty, truncated, no image, without pixels, larger than
             `PIL.Image.MAX_IMAGE_PIXELS`, or holds values without a defined white.
     """
     name, data = _content(source, name)
-    return _decoded(data, name, lambda opened: to_rgb(opened, name))
+    return _decoded(data, name, lambda opened: to_rgb(opened, name, official=official))
 
 
-def image_size(source: Source, name: str | None = None) -> tuple[int, int]:
+def image_size(source: Source, name: str | None = None, *, official: bool = False) -> tuple[int, int]:
     """Width and height of what `decode_image` decodes, by the head of the file.
 
     Raises:
         DataError: see `decode_image`.
     """
     name, data = _content(source, name)
-    return _decoded(data, name, lambda opened: opened.size)
+    return _decoded(data, name, lambda opened: opened.size if official else upright_size(opened))
 
 
-def decode_pixels(source: Source, name: str | None = None) -> Tensor:
+def decode_pixels(source: Source, name: str | None = None, *, official: bool = False) -> Tensor:
     """`decode_image` as 8-bit pixels `[3, H, W]`, the same to the bit, in two thirds of the time for JPEG and PNG.
 
     Raises:
@@ -93,7 +97,7 @@ def decode_pixels(source: Source, name: str | None = None) -> Tensor:
     name, data = _content(source, name)
 
     def pixels(opened: Image.Image) -> Tensor:
-        if opened.format in _FAST and opened.mode in ("RGB", "L"):
+        if opened.format in _FAST and opened.mode in ("RGB", "L") and (official or _is_plain(opened, data)):
             from torchvision import io as fast
 
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
@@ -102,18 +106,18 @@ def decode_pixels(source: Source, name: str | None = None) -> Tensor:
                 found = getattr(fast, _FAST[opened.format])(encoded, mode=fast.ImageReadMode.RGB)
                 if found.dtype == torch.uint8:
                     return found
-        return torch.from_numpy(np.array(to_rgb(opened, name))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(to_rgb(opened, name, official=official))).permute(2, 0, 1)
 
     return _decoded(data, name, pixels)
 
 
-def load_image(source: Source, image_size: int, name: str | None = None) -> Tensor:
+def load_image(source: Source, image_size: int, name: str | None = None, *, official: bool = False) -> Tensor:
     """Decode an image and apply the official test transform: normalised pixels `[3, R, R]`.
 
     Raises:
         DataError: see `decode_image`.
     """
-    return evaluation_transform(image_size)(decode_image(source, name))
+    return evaluation_transform(image_size)(decode_image(source, name, official=official))
 
 
 def record_pixels(record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator) -> Tensor:
@@ -125,7 +129,8 @@ def record_pixels(record: Mapping[str, Any], options: ImageOptions, rng: np.rand
     values = image_values(record, options)
     # A choice of one takes nothing from the generator.
     source = image_source(values[rng.integers(len(values))], options)
-    return decode_pixels(source, f"in {options.image_key!r}" if isinstance(source, bytes) else None)
+    name = f"in {options.image_key!r}" if isinstance(source, bytes) else None
+    return decode_pixels(source, name, official=options.official_pictures)
 
 
 def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
@@ -230,12 +235,43 @@ def _check_png(data: bytes) -> None:
         raise ValueError(f"it holds {found} bytes of pixels instead of {expected}")
 
 
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A decoded image as RGB: transparency is dropped, 16-bit grey values are scaled to 8 bits.
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 is upright."""
+    # A camera that writes damaged EXIF takes whole pictures.
+    with contextlib.suppress(Exception):
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return found if found in range(1, 9) else 1
+    return 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once the EXIF orientation is applied."""
+    width, height = image.size
+    return (width, height) if orientation(image) < _TURNED else (height, width)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """True where a pixel is not opaque."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """True for an upright, opaque image. Pillow decodes a PNG to find its EXIF: search it first."""
+    may_turn = image.format != "PNG" or re.search(rb"eXIf|exif|adobe\.xmp", data) is not None
+    return not image.has_transparency_data and not (may_turn and orientation(image) != 1)
+
+
+def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Image:
+    """A decoded image as RGB; 16-bit grey values are scaled to 8 bits.
+
+    Args:
+        official: see `decode_image`.
 
     Raises:
         DataError: it holds values without a defined white; `name` is what the error calls it.
     """
+    if not official and orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise DataError(f"image {name} holds floating-point values without a defined white; convert it to 8 bits")
     if image.mode.startswith("I"):
@@ -244,4 +280,6 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         deep = image.mode != "I" or int(grey.max(initial=0)) > 255
         eight = np.clip(grey // 257 if deep else grey, 0, 255).astype(np.uint8)
         return Image.fromarray(eight).convert("RGB")
+    if not official and image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

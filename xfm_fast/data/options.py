@@ -41,6 +41,9 @@ class ImageOptions(Options):
         default=None,
         description="folder of the images, where the field holds paths instead; absolute ones stay as they are",
     )
+    official_pictures: bool = Field(
+        default=False, description="as the official code: EXIF orientation and transparency are ignored"
+    )
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
 
 

@@ -148,7 +148,9 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         # The text first: where it is broken the image need not be decoded.
         ids = self._ids(choose_text(record[pairs.caption_key], rng, language=pairs.language))
         root = None if pairs.image_root is None else self.images / pairs.image_root
-        picture = record_pixels(record, pairs.model_copy(update={"image_root": root}), rng)
+        official = pairs.official_pictures or self.official_pictures
+        options = pairs.model_copy(update={"image_root": root, "official_pictures": official})
+        picture = record_pixels(record, options, rng)
         view = pretraining_transform(size)(picture, rng) if pairs.augment else whole_image(picture, size)
         return Captioned(view, ids)
 

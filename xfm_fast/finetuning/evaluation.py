@@ -170,7 +170,8 @@ def fingerprint(task: Judged, model: XFM | Session, records: Sequence[Any], batc
     """A digest of all that decides the rows."""
     kind = model.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    said = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision}"
+    pictures = "official" if getattr(task, "official_pictures", False) else "upright"
+    said = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision} {pictures}"
     digest = hashlib.sha256(said.encode())
     if isinstance(model, Session):
         digest.update(model.fingerprint().encode())

@@ -99,6 +99,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
             values = regions.model_dump(exclude={"texts"})
             if regions.image_root is not None:
                 values["image_root"] = images / regions.image_root
+            values["official_pictures"] |= self.official_pictures
             self._regions = RegionItems(RegionStreamOptions(**values), config, self.tokenizer, regions.texts)
 
     def build(self) -> GroundingModel:
@@ -114,7 +115,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
 
     def records(self, paths: Sequence[Path], split: str) -> list[GroundingRecord]:
         records = super().records(paths, split)
-        check_boxes(records, self.images)
+        check_boxes(records, self.images, official=self.official_pictures)
         return records
 
     def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Expression | Regions:
@@ -130,7 +131,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
             image, (width, height) = self._view(record.image)
             box = box_inside(_without_rounding(record.bbox, width, height), width, height)
             return Expression(image, ids, torch.tensor(relative_box(box, Rectangle(0, 0, width, height))))
-        picture = decode_pixels(self.images / record.image)
+        picture = decode_pixels(self.images / record.image, official=self.official_pictures)
         image, target = sample_grounding(
             picture, _without_rounding(record.bbox, *picture_size(picture)), record.text, rng,
             size=self.config.image_size, careful_flip=self.options.careful_flip,
@@ -196,15 +197,15 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
 
     def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
         """`[3, R, R]`: a whole image as evaluation sees it; and its width and height in pixels."""
-        decoded = decode_image(self.images / image)
+        decoded = decode_image(self.images / image, official=self.official_pictures)
         return evaluation_transform(self.config.image_size)(decoded), decoded.size
 
 
-def check_boxes(records: Sequence[GroundingRecord], images: Path) -> None:
+def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: bool) -> None:
     """Raise `DataError` where a box to evaluate on reaches out of its image: no prediction could find it."""
     # Refer's files say how large images are, and their boxes were held to it.
     unsure = [(record, record.bbox) for record in records if record.width is None and record.bbox is not None]
-    sizes = {image: image_size(images / image) for image in {record.image for record, _ in unsure}}
+    sizes = {image: image_size(images / image, official=official) for image in {record.image for record, _ in unsure}}
     for record, box in unsure:
         size = sizes[record.image]
         try:

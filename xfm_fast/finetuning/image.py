@@ -191,7 +191,8 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         if self.options.grey or isinstance(record, TorchvisionRecord):
             return LabelledImage(self._train_view(self._picture(record), rng), target)
         # In two thirds of the time.
-        return LabelledImage(self._train_view(decode_pixels(self.images / record.image), rng), target)
+        pixels = decode_pixels(self.images / record.image, official=self.official_pictures)
+        return LabelledImage(self._train_view(pixels, rng), target)
 
     def _evaluated(self, record: ImageLabelRecord) -> Tensor:
         return self._test_view(self._picture(record))
@@ -200,7 +201,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         if isinstance(record, TorchvisionRecord):
             picture = self._sets[record.folder, record.split].picture(record.number)
         else:
-            picture = decode_image(self.images / record.image)
+            picture = decode_image(self.images / record.image, official=self.official_pictures)
         return picture.convert("L").convert("RGB") if self.options.grey else picture
 
     def collate(self, items: list[LabelledImage], rng: np.random.Generator) -> LabelledImages:

@@ -84,7 +84,12 @@ def task_of(folder: Path) -> TaskOptions | None:
 
 
 def make_task(
-    options: TaskOptions, config: XFMConfig, tokenizer: CaptionTokenizer | None, images: Path = Path()
+    options: TaskOptions,
+    config: XFMConfig,
+    tokenizer: CaptionTokenizer | None,
+    images: Path = Path(),
+    *,
+    official_pictures: bool = False,
 ) -> Task[Any, Any, Any, Any]:
     """The task of some completed options."""
-    return TASKS[options.kind](options, config, tokenizer, images=images)
+    return TASKS[options.kind](options, config, tokenizer, images=images, official_pictures=official_pictures)

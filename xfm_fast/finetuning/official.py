@@ -172,7 +172,8 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     recipe["tokenizer"] = values["text_encoder"]
     recipe["init"] = {}
     # VQA has a root for each data set in its place, relative to where the command runs as all of them are.
-    recipe["data"] = _data(values, recipe["data"], base) | {"root": ".", "images": values.get("image_root", "")}
+    places: dict[str, Any] = {"root": ".", "images": values.get("image_root", ""), "official_pictures": True}
+    recipe["data"] = _data(values, recipe["data"], base) | places
     if not recipe["data"]["train"]:
         # As the published files of domain pretraining have it; the message about a missing key says how to give it.
         del recipe["data"]["train"]

@@ -30,6 +30,11 @@ class DataSection(Section):
     images: str = Field(default="", description="folder in which the paths of images begin")
     train: Paths = Field(description="files or folders to train on")
     splits: dict[str, Paths] = Field(default={}, description="files or folders to evaluate on, by name: val, test, ...")
+    official_pictures: bool = Field(
+        default=False,
+        description="as the official code: EXIF orientation and transparency are ignored; by default pictures are "
+        "upright and on white",
+    )
     bad_share: float = Field(
         default=0.01, ge=0, le=1, description="share of unreadable elements of a file at which training stops"
     )

@@ -69,7 +69,8 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
         # What learns nothing from the files of training is evaluated without them.
         learns = options.learns and type(options).completed is not TaskOptions.completed
         options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
-    return make_task(options, recipe.model, tokenizer, recipe.image_folder)
+    official = recipe.data.official_pictures
+    return make_task(options, recipe.model, tokenizer, recipe.image_folder, official_pictures=official)
 
 
 def initial_model(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any]) -> TaskModel:

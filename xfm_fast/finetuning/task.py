@@ -68,6 +68,7 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         config: of the model.
         tokenizer: of the model's vocabulary.
         images: folder that relative paths of images lie in.
+        official_pictures: ignore EXIF orientation and transparency, see `xfm_fast.data.images.decode_image`.
 
     Raises:
         ConfigError: the options do not go with the model.
@@ -89,13 +90,20 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     """Smallest and largest share of an image's area in a random view; None for all of it."""
 
     def __init__(
-        self, options: OptionsT, config: XFMConfig, tokenizer: CaptionTokenizer | None = None, *, images: Path = Path()
+        self,
+        options: OptionsT,
+        config: XFMConfig,
+        tokenizer: CaptionTokenizer | None = None,
+        *,
+        images: Path = Path(),
+        official_pictures: bool = False,
     ) -> None:
         if self.reads_text:
             if tokenizer is None:
                 raise ConfigError(f"the task {options.kind} reads text; name its vocabulary by tokenizer=<folder>")
             tokenizer.check(config)
         self.options, self.config, self.images = options, config, images
+        self.official_pictures = official_pictures
         self._tokenizer = tokenizer
         self.prepare()
 
@@ -213,14 +221,14 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def pixels(self, image: str | Path) -> Tensor:
         """`[3, R, R]`: a whole image as evaluation sees it."""
         place = self.images / image
-        return load_image(image_at(place), self.config.image_size, str(place))
+        return load_image(image_at(place), self.config.image_size, str(place), official=self.official_pictures)
 
     def augmented(self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
         """`[3, R, R]`: a random view of an image, as training sees it, or all of it where the options say so."""
         if not getattr(self.options, "augment", True):
             return self.pixels(image)
         place = self.images / image
-        decoded = decode_pixels(image_at(place), str(place))
+        decoded = decode_pixels(image_at(place), str(place), official=self.official_pictures)
         return finetuning_transform(self.config.image_size, self.crop)(decoded, rng, may_flip=may_flip)
 
     def caption_ids(self, text: str, max_words: int, max_tokens: int | None = None) -> list[int]:

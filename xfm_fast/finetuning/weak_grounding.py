@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xfm_fast.batches import PairBatch
 from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, RetrievalRecord, check_images
-from xfm_fast.data.images import decode_image
+from xfm_fast.data.images import image_size
 from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.finetuning.evaluation import Metrics, Row
@@ -73,7 +73,10 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
 
     def prepare(self) -> None:
         values = self.options.model_dump(exclude={"kind", "layer"})
-        self._retrieval = _WholeImages(RetrievalOptions(**values), self.config, self.tokenizer, images=self.images)
+        self._retrieval = _WholeImages(
+            RetrievalOptions(**values), self.config, self.tokenizer, images=self.images,
+            official_pictures=self.official_pictures,
+        )  # fmt: skip
 
     def build(self) -> TaskModel:
         return self._retrieval.build()
@@ -91,7 +94,7 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
         found = {image: boxes for each in detections.values() for image, boxes in each.items()}
         records = [record for rows in expressions for record in expressions_of(rows, training=False).records()]
         check_images(records, self.images)
-        check_boxes(records, self.images)
+        check_boxes(records, self.images, official=self.official_pictures)
         return [
             DetectedRecord.model_validate({**record.model_dump(), "detected": boxes_of(record.image, found).tolist()})
             for record in records
@@ -123,7 +126,7 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
         heat = cross_attention_heatmap(
             model, pixels, ids, mask, layer=self.options.layer, tokens=mask, image_index=index
         ).cpu()
-        sizes = {image: decode_image(self.images / image).size for image in number}
+        sizes = {image: image_size(self.images / image, official=self.official_pictures) for image in number}
         return [
             {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
             for of_text, record in zip(heat, records, strict=True)

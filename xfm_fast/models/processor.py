@@ -1,4 +1,4 @@
-"""Strings, image files and PIL images as the tensors that a model takes, prepared as the official evaluation does."""
+"""Strings, image files and PIL images as the tensors that a model takes, resized as the official evaluation does."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def image_pixels(images: Sequence[Picture], config: XFMConfig, device: torch.dev
 
 
 def open_image(image: Picture) -> Image.Image:
-    """An image as RGB. As in the official code, an EXIF orientation is not applied.
+    """An image as RGB, upright and on white.
 
     Raises:
         InputError: it is something else.

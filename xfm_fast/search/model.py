@@ -20,7 +20,7 @@ from xfm_fast.tokenizer import CaptionTokenizer
 
 Size = Literal["tiny", "base"]
 # A change of how images are prepared would make the features others.
-_PREPARATION = 1
+_PREPARATION = 2
 _OF_FEATURES = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
 _SEED = 0
 

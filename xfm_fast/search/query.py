@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast.data.collection import Entry, upright
-from xfm_fast.data.images import evaluation_transform
+from xfm_fast.data.collection import Entry
+from xfm_fast.data.images import decode_image, evaluation_transform
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.models.processor import batches, text_tokens
 from xfm_fast.models.xfm import XFM
@@ -95,7 +95,7 @@ def search(
         )
     if isinstance(query, Path):
         # Read here, so that a broken one is not taken for one of the collection.
-        features = xfm.encode(upright(query))
+        features = xfm.encode(decode_image(query))
     else:
         features = xfm.encode(query)
     wanted = max(top, candidates) if rerank else top
