@@ -60,7 +60,7 @@ CAPTIONING = MODEL | trained("1e-5", 5) | {
     "label_smoothing": 0.1, "max_length": 20, "min_length": 5, "num_beams": 3, "prompt": "a picture of ",
     "start_eval": 0,
 }  # fmt: skip
-# The two files of domain pretraining list no data; whoever runs them says where theirs lies.
+# The two files of domain pretraining list no data.
 DOMAIN: Values = MODEL | trained("3e-5", 2) | {
     "image_res": 224, "max_words": 40, "max_tokens": 40, "mask_whole_word": True, "mask_prob": 0.25, "max_masks": 8,
     "skipgram_prb": 0.2, "skipgram_size": 3,

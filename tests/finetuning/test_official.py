@@ -93,7 +93,8 @@ def test_files_and_folders_are_those_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> None:
     made = load(FILES[name], tmp_path, "data.train=mine")
-    # Apex's mixed precision is that of domain pretraining alone.
+    assert made.data.official_pictures
+    # Only domain pretraining runs in mixed precision (Apex).
     assert made.precision == ("bf16" if name.endswith("_O1") else "fp32")
     # `val_d` over val, testA and testB together; sets of images have no val.
     chosen = {"Grounding_bbox": ("accuracy_val", "test")} | dict.fromkeys(SETS, ("top1", "test"))
@@ -113,7 +114,7 @@ def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> 
         assert made.task.official_ranking
         assert (made.image_folder, made.task.image_folders["vg"]) == (Path(), "../images/visualgenome/")
     if isinstance(made.task, (NLVR2Options, GroundingOptions)):
-        # The official tokenizer is not told to truncate.
+        # The official tokenizer does not truncate.
         assert made.task.max_tokens is None
 
 

@@ -153,7 +153,7 @@ class Numbers:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_last_batch_is_kept_where_the_official_loader_keeps_it(world_size: int, tmp_path: Path) -> None:
-    """As torch's DistributedSampler and DataLoader deal rows out: equally many a rank, and none left over."""
+    """As torch's DistributedSampler and DataLoader deal rows out: equally many a rank, and every row is in a batch."""
     assert {kind for kind, task in TASKS.items() if not task.drop_last} == {"image", "text"}
     for count in (1, 7, 11, 12, 13):
         rows = RecordSet([AnnotationRows(tmp_path, [{"text": str(n), "label": "a"} for n in range(count)], TextRecord)])

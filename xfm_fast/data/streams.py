@@ -64,7 +64,7 @@ class ItemMaker(Protocol[B_co]):
 
 
 def epoch_batches(rows: int, batch: int, *, drop_last: bool) -> int:
-    """Batches in an epoch of some rows, with or without the last, incomplete one; never none."""
+    """Batches in an epoch of some rows, with or without the last, incomplete one; at least one."""
     return max(1, rows // batch if drop_last else -(-rows // batch))
 
 
@@ -85,7 +85,7 @@ class ShuffledBatches(Generic[B_co]):
         rank: which part of every global batch.
         world_size: parts of a global batch.
         shuffle, window: see `StreamOptions`.
-        drop_last: leave out the rows behind the last whole global batch.
+        drop_last: leave out the incomplete batch at the end of an epoch.
         quarantine: counts broken rows, and lists them in a file.
 
     Raises:

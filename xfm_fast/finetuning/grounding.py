@@ -52,7 +52,7 @@ class GroundingOptions(TaskOptions):
     )
     careful_flip: bool = Field(default=True, description="do not mirror images whose expression says left or right")
     max_words: int = Field(default=30, gt=0, description="of an expression")
-    max_tokens: int | None = Field(default=None, ge=3, description="of an expression in training; null cuts none")
+    max_tokens: int | None = Field(default=None, ge=3, description="of an expression in training; null: no cut")
     regions: CaptionedRegions | None = Field(
         default=None, description="train on captions of regions first; splits hold expressions all the same"
     )

@@ -275,7 +275,7 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
     """A split of a data set that torchvision knows; nothing is downloaded.
 
     Sets without splits, such as Caltech101, have `train` and `test`: four fifths and one, drawn always alike. (The
-    official code draws them anew in every run.) The test images of FER2013 are those of its `PrivateTest`.
+    official code draws them anew in every run.) The test images of FER2013 are its `PrivateTest`.
 
     Args:
         name: of torchvision's class, in any case of letters.

@@ -33,7 +33,7 @@ class NLVR2Options(TaskOptions):
     kind: Literal["nlvr2"] = "nlvr2"
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
     max_words: int = Field(default=30, gt=0, description="of a sentence")
-    max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null cuts none")
+    max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null: no cut")
 
 
 class Statement(NamedTuple):

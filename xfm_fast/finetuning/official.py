@@ -107,7 +107,7 @@ _TORCHVISION = {
     "gtsrb": "GTSRB", "country211": "Country211", "fer2013": "FER2013", "pcam": "PCAM", "kitti": "Kitti",
     "renderedsst2": "RenderedSST2",
 }  # fmt: skip
-# Sets without folders `train` and `val`: those that the code splits itself, and one that it reads from a file.
+# Sets without folders `train` and `val`: split by the official code, or read from one file.
 _WHOLE = {"sun397", "caltech101", "caltech256", "fer2013"}
 
 
@@ -148,7 +148,7 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
             # The image scripts decay by torch's default whatever the file says.
             continue
         elif key == "max_tokens" and base == "refcoco_plus":
-            # The tokenizer gets this length without `truncation`, and cuts nothing.
+            # The official tokenizer gets this length without `truncation`: it does not cut.
             continue
         if value is not None:
             _put(recipe, ours, float(value) if ours.rpartition(".")[2] in _NUMBERS else value)
@@ -166,7 +166,7 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         if "train_dataset_size" in values:
             recipe["steps"] = recipe["epochs"] * math.ceil(values["train_dataset_size"] / (8 * regions["texts"]))
     if "accelerator" not in values:
-        # Mixed precision is that of domain pretraining alone.
+        # Only domain pretraining runs in mixed precision.
         recipe["precision"] = "fp32"
     recipe["model"] = XFMConfig.from_official(dict(values)).model_dump()
     recipe["tokenizer"] = values["text_encoder"]
@@ -181,7 +181,7 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     recipe["checkpoint"] = recipe["checkpoint"] | {"folder": f"runs/{Path(name).stem}"}
     choice, splits = recipe.get("choose"), recipe["data"].get("splits", {})
     if choice is not None and choice["split"] not in splits:
-        # The only split, `test`: RefCOCO+ has its val in it (`val_d`), and image sets keep what is best on it.
+        # The only split is `test`: it includes the val of RefCOCO+ (`val_d`), and image sets choose by it.
         by = "accuracy_val" if base == "refcoco_plus" else choice["by"]
         recipe["choose"] = {"by": by, "split": "test"} if "test" in splits else None
     return recipe
