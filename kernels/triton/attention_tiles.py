@@ -38,7 +38,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Offsets within a tile are 32-bit; a tile has at most this many rows.
 _LARGEST_TILE = 256
-_STATISTICS_BLOCK = 64
+STATISTICS = LaunchConfig({"BLOCK": 64}, num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -311,9 +311,9 @@ def positive_scale(scale: float) -> float:
     return float(scale)
 
 
-def dot_precision(dtype: str) -> str:
-    """How products of fp32 operands are computed; half precision has only one way."""
-    return "ieee" if dtype == "fp32" else "tf32"
+def dot_precision(dtype: str) -> str | None:
+    """The `input_precision` of products: exact in fp32; half precision has one way, and AMD refuses a name for it."""
+    return "ieee" if dtype == "fp32" else None
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -359,10 +359,10 @@ def backward_statistics(out: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor,
     delta, row_lse = torch.empty_like(lse), torch.empty_like(lse)
     d_a, d_b = split_head_dim(head_dim)
     if out.numel():
-        grid = (triton.cdiv(tokens, _STATISTICS_BLOCK) * heads * batch,)
+        grid = (triton.cdiv(tokens, STATISTICS.tiles["BLOCK"]) * heads * batch,)
         backward_statistics_kernel[grid](
             out, dout, lse, delta, row_lse, *out.stride()[:3], *dout.stride()[:3], tokens, heads,
-            D_A=d_a, D_B=d_b, BLOCK=_STATISTICS_BLOCK, num_warps=4,
+            D_A=d_a, D_B=d_b, **STATISTICS.tiles, **STATISTICS.options,
         )  # fmt: skip
     return delta, row_lse
 
@@ -392,6 +392,6 @@ STATISTICS_SPEC = KernelSpec(
     variants=tuple({"head_dim": head_dim} for head_dim in HEAD_DIMS),
     types=_statistics_types,
     constants=_statistics_constants,
-    config=lambda variant, dtype, arch: LaunchConfig({"BLOCK": _STATISTICS_BLOCK}, num_warps=4, num_stages=2),
+    config=lambda variant, dtype, arch: STATISTICS,
     tensor_core=False,
 )

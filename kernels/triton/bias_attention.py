@@ -29,6 +29,7 @@ from .. import checks
 from ..limits import BIAS_HEAD_DIMS, HIDDEN
 from .attention_tiles import (
     LOG2E,
+    STATISTICS,
     argument_types,
     dot_precision,
     dropout_keep,
@@ -44,7 +45,6 @@ from .varlen_attention import dropout_threshold
 __all__ = ["KERNELS", "bias_attention_backward", "bias_attention_forward"]
 
 _HIDDEN = tl.constexpr(HIDDEN)
-_STATISTICS_BLOCK = 64
 # Counts change from call to call; a kernel compiled for one serves all. Strides have few values and decide widths.
 _COUNTS = ["batch", "heads", "period", "queries", "keys"]
 
@@ -587,7 +587,7 @@ def bias_attention_forward(
             q, k, v, bias, _bytes(key_mask, q), q if seed is None else seed, out, lse,
             *_strides(q, k, v, out), *bias.stride()[:3], batch, heads, bias.shape[0], queries, k.shape[1],
             TAIL=tail_size(k.shape[1], config.tiles["BLOCK_N"]), **constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     return out, lse
 
@@ -646,7 +646,7 @@ def bias_attention_backward(
         dkdv_kernel[grid](
             q, k, v, dout, turned, *rest, dk, dv, *operands, *turned.stride()[:3], *counts,
             TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=config.apart, FENCED=config.fenced,
-            **wanted, **constants, num_warps=config.num_warps, num_stages=config.num_stages,
+            **wanted, **constants, **config.options,
         )  # fmt: skip
 
     alone = bias_gradient and period == batch
@@ -656,7 +656,7 @@ def bias_attention_backward(
         *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
         APART=config.apart, FENCED=config.fenced,
         TAIL=tail_size(keys, config.tiles["BLOCK_N"]), **constants,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip
     if alone or not bias_gradient:
         return dq, dk, dv, dbias
@@ -666,24 +666,23 @@ def bias_attention_backward(
     programs = tiles * period * heads
     parts = bias_partials(batch // period, programs)
     partial = dbias if parts == 1 else torch.empty((parts, *dbias.shape), dtype=torch.float32, device=q.device)
-    dbias_kernel[(programs, parts)](
-        *inputs, partial, *strides, keys, *counts, **constants, num_warps=config.num_warps, num_stages=config.num_stages
-    )
+    dbias_kernel[(programs, parts)](*inputs, partial, *strides, keys, *counts, **constants, **config.options)
     return dq, dk, dv, dbias if parts == 1 else partial.sum(0).to(bias.dtype)
 
 
 def _statistics(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, queries, heads, head_dim = out.shape
     delta, row_lse = torch.empty_like(lse), torch.empty_like(lse)
-    statistics_kernel[(triton.cdiv(queries, _STATISTICS_BLOCK) * heads * batch,)](
+    statistics_kernel[(triton.cdiv(queries, STATISTICS.tiles["BLOCK"]) * heads * batch,)](
         out, dout, lse, lse if dlse is None else dlse.float().contiguous(), delta, row_lse,
-        *_strides(out, dout), heads, queries, HAS_DLSE=dlse is not None, **_statistics_constants(head_dim), num_warps=4,
+        *_strides(out, dout), heads, queries, HAS_DLSE=dlse is not None, **_statistics_constants(head_dim),
+        **STATISTICS.options,
     )  # fmt: skip
     return delta, row_lse
 
 
 def _statistics_constants(head_dim: int) -> dict[str, int]:
-    return {"DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), "BLOCK": _STATISTICS_BLOCK}
+    return {"DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), **STATISTICS.tiles}
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -814,7 +813,7 @@ KERNELS: list[KernelSpec] = [
         variants=_HEAD_DIMS[:1],
         types=_statistics_types,
         constants=lambda variant, dtype, config: _statistics_constants(variant["head_dim"]) | {"HAS_DLSE": False},
-        config=lambda variant, dtype, arch: LaunchConfig({"BLOCK": _STATISTICS_BLOCK}, num_warps=4, num_stages=2),
+        config=lambda variant, dtype, arch: STATISTICS,
         tensor_core=False,
     ),
 ]

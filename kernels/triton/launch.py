@@ -40,8 +40,7 @@ class LaunchConfig:
             Hopper's products stay in flight, for registers that other architectures would spend in vain.
         fenced: the last tile of kernels that ask for it stands behind a branch that is always taken, where Hopper's
             compiler would find products under way; see `relpos_attention.forward_kernel`.
-        registers: most that a thread may take, where the compiler has to be told; 0 where it need not. What a table or
-            a search gives says neither.
+        registers: most that a thread may take, where the compiler has to be told; 0 where it need not.
     """
 
     tiles: Mapping[str, int]
@@ -53,8 +52,8 @@ class LaunchConfig:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the launch of a kernel is given beside its arguments."""
-        given = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Compile options of a launch. FMA fusion is explicit: Triton's default changes in 3.10."""
+        given = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return given | ({"maxnreg": self.registers} if self.registers else {})
 
 
@@ -122,9 +121,14 @@ class KernelSpec:
 
 
 def architecture(device: torch.device) -> int:
-    """90 for compute capability 9.0. The interpreter, on a CPU, takes the configurations of the oldest architecture."""
+    """90 for compute capability 9.0 of NVIDIA; 0 for AMD, whose numbers (94 for gfx942) mean other hardware.
+
+    The interpreter, on a CPU, takes the configurations of the oldest architecture.
+    """
     if device.type != "cuda":
         return 80
+    if torch.version.hip is not None:
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -155,7 +159,15 @@ def _tuned(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
 def tuned_config(kernel: str, size: int, dtype: str, arch: int) -> LaunchConfig | None:
     """The entry of the architecture's table for a kernel and its head dimension or width of rows, if there is one."""
     row = _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}")
-    return None if row is None else LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"])
+    if row is None:
+        return None
+    rest = {name: row[name] for name in ("apart", "registers", "fenced") if name in row}
+    return LaunchConfig(dict(row["tiles"]), row["num_warps"], row["num_stages"], **rest)
+
+
+def tuned_backend(kernel: str, size: int, dtype: str, arch: int) -> str:
+    """What the table names as fastest where a kernel would run: `triton`, or `flash_attn`."""
+    return _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}", {}).get("backend", "triton")
 
 
 @cache

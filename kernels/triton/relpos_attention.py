@@ -42,6 +42,7 @@ from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_na
 from .relpos_table import (
     BIAS_SPEC,
     FRAGMENT_HEAD_DIMS,
+    QUOTIENTS_SPEC,
     TABLE_SPEC,
     bias_dtype,
     first_columns,
@@ -135,7 +136,7 @@ def fragments_kernel(
 
     Tiles of keys and values come by descriptors, `[B, N, H·D]`: one thread asks for each, and the products need no
     fence against writes of threads to shared memory. The bias of the next turn is loaded straight into registers, in
-    the order of `fragment_place`: shared memory, whose bandwidth the products need, is spared it.
+    the order of `fragment_rows`: shared memory, whose bandwidth the products need, is spared it.
     """
     # A grid of three dimensions: what one is divided by would delay the first loads.
     start, batch_entry, head = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
@@ -443,17 +444,17 @@ def relpos_attention_backward(
             *operands, turned_bias, row_lse[part], delta[part], dk[part], dv[part], scores,
             *_strides(*operands), turned_bias.stride(1), stride, count, heads, tokens,
             TAIL=tail, STAGES=config_of_keys.num_stages, APART=config_of_keys.apart, **of_keys,
-            num_warps=config_of_keys.num_warps, num_stages=config_of_keys.num_stages,
+            **config_of_keys.options,
         )  # fmt: skip
         dq_kernel[(triton.cdiv(tokens, config_of_queries.tiles["BLOCK_M"]) * count * heads,)](
             k[part], scores, dq[part], *_strides(k), stride, count, heads, tokens,
             STAGES=config_of_queries.num_stages, **of_queries,
-            num_warps=config_of_queries.num_warps, num_stages=config_of_queries.num_stages,
+            **config_of_queries.options,
         )  # fmt: skip
         size = dbias.numel()
         batch_sum_kernel[(triton.cdiv(size, _SUM.tiles["BLOCK"]),)](
             scores, dbias, size, count, FIRST=first == 0, **_SUM.tiles,
-            num_warps=_SUM.num_warps, num_stages=_SUM.num_stages,
+            **_SUM.options,
         )  # fmt: skip
     return dq, dk, dv, table_gradient(dbias, window, turned=True)
 
@@ -549,6 +550,7 @@ KERNELS: list[KernelSpec] = [
         config=lambda variant, dtype, arch: _SUM,
         tensor_core=False,
     ),
+    QUOTIENTS_SPEC,
     BIAS_SPEC,
     TABLE_SPEC,
     STATISTICS_SPEC,

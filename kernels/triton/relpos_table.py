@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import checks
-from ..checks import BIAS_TILE, FRAGMENT_TILE
-from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name
+from ..checks import BIAS_TILE
+from .launch import KernelSpec, LaunchConfig, architecture
 
 
 def _table_config(width: int) -> LaunchConfig:
@@ -34,24 +34,32 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
 # Quotients beyond these are as good as infinite in a softmax, and differences between them stay finite.
 _LARGEST = {torch.float16: 60000.0, torch.float32: 1e30}
 FRAGMENT_HEAD_DIMS = (64,)
-_BIAS = LaunchConfig({"ROWS": 16, "BLOCK": 128}, num_warps=4, num_stages=1)
+_BIAS = LaunchConfig({"ROWS": 32, "BLOCK": 128}, num_warps=4, num_stages=1)
+# A quarter of a tile of fragments, which is contiguous in memory.
+_BIAS_FRAGMENTS = LaunchConfig({"ROWS": 64, "BLOCK": 32}, num_warps=4, num_stages=1)
+_QUOTIENTS = LaunchConfig({"BLOCK": 256}, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def fragment_place(rows, columns):
-    """Where an element of a tile of 128 x 64 scores lies in memory, if the bias is kept in fragments.
+def fragment_rows(quarter, lines):
+    """Rows of the lines `[64]` of a quarter of a tile of 128 x 64 scores that is kept in fragments.
 
     Hopper's tensor cores leave a thread of eight warps rows 16·warp + lane / 4 and 8 more, and in each the columns
     2 · (lane % 4) and 1 more of every eight. Tiles are kept as `[256, 32]`, in an order in which each thread finds its
     32 elements in four times 16 bytes, and the threads of a warp find theirs side by side.
     """
-    line = (rows // 8 % 2 * 2 + columns // 32) * 64 + rows // 16 * 8 + rows % 8
-    return line * 32 + columns // 2 % 4 * 8 + columns // 8 % 4 * 2 + columns % 2
+    return lines // 8 * 16 + quarter // 2 * 8 + lines % 8
+
+
+@triton.jit
+def fragment_columns(quarter, places):
+    """Columns of the elements `[32]` of every line of a quarter; see `fragment_rows`."""
+    return quarter % 2 * 32 + places // 2 % 4 * 8 + places // 8 * 2 + places % 2
 
 
 @triton.jit
 def unfold_fragments(words):
-    """A tile in the order of `fragment_place`, as `[256, 16]` words of two neighbours → `[128, 64]` fp16.
+    """A tile in the order of `fragment_rows`, as `[256, 16]` words of two neighbours → `[128, 64]` fp16.
 
     No element leaves its thread.
     """
@@ -70,40 +78,60 @@ def first_columns(tile, COLUMNS: tl.constexpr):
     return tile
 
 
+@triton.jit(do_not_specialize=["heads", "entries"])
+def quotients_kernel(
+    table_ptr, quotients_ptr, heads, entries, scale, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK table entries of one head over the scale, clamped: `[entries, H]` → `[H, entries]`."""
+    h = tl.program_id(1)
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < entries
+    value = tl.div_rn(tl.load(table_ptr + places * heads + h, mask=inside, other=0.0).to(tl.float32), scale)
+    # Comparisons with NaN are false, so that it stays.
+    value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
+    tl.store(quotients_ptr + h * entries + places, value, mask=inside)
+
+
 @triton.jit(do_not_specialize=["heads", "height", "width"])
 def bias_kernel(
-    table_ptr, bias_ptr, stride_bias, heads, height, width, scale,
-    LARGEST: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    FRAGMENTS: tl.constexpr = False,
+    quotients_ptr, bias_ptr, stride_bias, heads, height, width,
+    TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FRAGMENTS: tl.constexpr = False,
 ):  # fmt: skip
-    """ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias: table entries over the scale.
+    """ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias, out of `quotients_kernel`.
 
     Rows of the table are as in `reference.relative_position_index`; columns beyond the last receive -inf.
     """
     tokens = 1 + height * width
     h = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    row_y, row_x = (rows - 1) // width, (rows - 1) % width
-    column_y, column_x = (columns - 1) // width, (columns - 1) % width
-    dy, dx = row_y[:, None] - column_y[None, :], row_x[:, None] - column_x[None, :]
-    from_class, to_class = (rows == 0)[:, None], (columns == 0)[None, :]
-    if TURNED:
-        dy, dx = -dy, -dx
-        from_class, to_class = to_class, from_class
-    patches = (2 * height - 1) * (2 * width - 1)
-    entry = (dy + height - 1) * (2 * width - 1) + dx + width - 1
-    entry = tl.where(from_class, tl.where(to_class, patches + 2, patches), tl.where(to_class, patches + 1, entry))
-    inside = (rows < tokens)[:, None] & (columns < tokens)[None, :]
-    value = tl.div_rn(tl.load(table_ptr + entry * heads + h, mask=inside, other=0.0).to(tl.float32), scale)
-    # Comparisons with NaN are false, so that it stays.
-    value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
-    value = tl.where((columns < tokens)[None, :], value, float("-inf"))
     if FRAGMENTS:
-        # Rows beyond the last are whole tiles too; what they hold has no effect.
-        tiles = h * tl.cdiv(tokens, 128) + rows[:, None] // 128
-        tiles = tiles * (stride_bias // 64) + columns[None, :] // 64
-        tl.store(bias_ptr + tiles * 8192 + fragment_place(rows[:, None] % 128, columns[None, :] % 64), value)
+        tile, quarter = tl.program_id(0) // 4, tl.program_id(0) % 4
+        lines, places = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+        rows = tile * 128 + fragment_rows(quarter, lines)
+        columns = tl.program_id(2) * 64 + fragment_columns(quarter, places)
+    else:
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    # Rows beyond the last repeat it; what they hold has no effect.
+    present = tl.minimum(rows, tokens - 1)
+    row_y, row_x = (present - 1) // width, (present - 1) % width
+    column_y, column_x = (columns - 1) // width, (columns - 1) % width
+    span = 2 * width - 1
+    patches = (2 * height - 1) * span
+    # The entry of two patches is a number of its row plus one of its column, and those of the class token have none.
+    sign = -1 if TURNED else 1
+    of_row = sign * (row_y * span + row_x) + (height - 1) * span + width - 1
+    of_column = -sign * (column_y * span + column_x)
+    row_class, column_class = patches + (1 if TURNED else 0), patches + (0 if TURNED else 1)
+    patch = (rows > 0).to(tl.int32)
+    entry = tl.where(rows > 0, of_row, row_class)[:, None] + of_column[None, :] * patch[:, None]
+    first = tl.where(rows > 0, column_class, patches + 2)
+    entry = tl.where((columns == 0)[None, :], first[:, None], entry)
+    inside = (columns < tokens)[None, :]
+    value = tl.load(quotients_ptr + h * (patches + 3) + entry, mask=inside, other=float("-inf"))
+    if FRAGMENTS:
+        tiles = (h * tl.cdiv(tokens, 128) + tile) * (stride_bias // 64) + tl.program_id(2)
+        base = bias_ptr + tiles * 8192 + quarter * (ROWS * BLOCK)
+        tl.store(base + (lines[:, None] * BLOCK + places[None, :]), value)
     else:
         base = bias_ptr + h * tokens * stride_bias
         tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
@@ -128,7 +156,7 @@ def materialise_bias(
         scale: of the products of attention, which multiplies their sum with the bias.
         tile: at least the widest tile of keys or queries of any kernel; a multiple of 128.
         turned: rows are keys and columns queries, as the kernel of dk and dv reads it.
-        fragments: tiles of 128 queries and 64 keys, each in the order of `fragment_place`.
+        fragments: tiles of 128 queries and 64 keys, each in the order of `fragment_rows`.
 
     Returns:
         `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`; of fragments, `[H, N_pad / 128, N_pad / 64, 256, 32]`.
@@ -140,22 +168,26 @@ def materialise_bias(
     storage = bias_dtype(dtype)
     padded = triton.cdiv(tokens, tile) * tile
     shape = checks.bias_shape(tokens, heads, fragments=fragments) if tile == BIAS_TILE else (heads, tokens, padded)
-    bias = torch.empty(shape, dtype=storage, device=table.device)
-    rows = padded if fragments else tokens
-    bias_kernel[(triton.cdiv(rows, _BIAS.tiles["ROWS"]), heads, padded // _BIAS.tiles["BLOCK"])](
-        table, bias, padded, heads, *window, scale, LARGEST=_LARGEST[storage], TURNED=turned,
-        FRAGMENTS=fragments, **_BIAS.tiles, num_warps=_BIAS.num_warps, num_stages=_BIAS.num_stages,
+    quotients = torch.empty((heads, table.shape[0]), dtype=storage, device=table.device)
+    quotients_kernel[(triton.cdiv(table.shape[0], _QUOTIENTS.tiles["BLOCK"]), heads)](
+        table, quotients, heads, table.shape[0], scale, LARGEST=_LARGEST[storage],
+        **_QUOTIENTS.tiles, **_QUOTIENTS.options,
     )  # fmt: skip
+    bias = torch.empty(shape, dtype=storage, device=table.device)
+    config = _BIAS_FRAGMENTS if fragments else _BIAS
+    grid = (4 * padded // 128, heads, padded // 64) if fragments else (
+        triton.cdiv(tokens, config.tiles["ROWS"]), heads, padded // config.tiles["BLOCK"]
+    )  # fmt: skip
+    bias_kernel[grid](
+        quotients, bias, padded, heads, *window, TURNED=turned, FRAGMENTS=fragments, **config.tiles, **config.options
+    )
     return bias
 
 
 def takes_fragments(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """True where the forward kernel reads its bias in fragments: on Hopper, with the tiles that these are made for."""
-    arch = architecture(device)
-    if dtype not in (torch.float16, torch.bfloat16) or head_dim not in FRAGMENT_HEAD_DIMS or not 90 <= arch < 100:
-        return False
-    config = config_for("relpos_forward", head_dim, dtype_name(dtype), arch)
-    return (config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]) == FRAGMENT_TILE and config.num_warps == 8
+    """True where the forward kernel reads its bias in fragments: in half precision on Hopper."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return half and head_dim in FRAGMENT_HEAD_DIMS and 90 <= architecture(device) < 100
 
 
 def turn(bias: Tensor) -> Tensor:
@@ -235,28 +267,39 @@ def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = Fal
     programs = (2 * height - 1) * triton.cdiv(2 * width - 1, config.tiles["BLOCK_DX"]) + 1
     table_gradient_kernel[(programs, heads)](
         dbias, dtable, dbias.stride(2), parts, heads, height, width, TURNED=turned,
-        **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.tiles, **config.options,
     )  # fmt: skip
     return dtable
 
 
 def _bias_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    integers = ("stride_bias", "heads", "height", "width")
-    return {"table_ptr": f"*{dtype}", "bias_ptr": "*fp16", **dict.fromkeys(integers, "i32"), "scale": "fp32"}
+    return {"quotients_ptr": "*fp16", "bias_ptr": "*fp16"} | dict.fromkeys(
+        ("stride_bias", "heads", "height", "width"), "i32"
+    )
 
 
+QUOTIENTS_SPEC = KernelSpec(
+    name="relpos_quotients",
+    kernel=quotients_kernel,
+    variants=({},),
+    types=lambda variant, dtype: {
+        "table_ptr": f"*{dtype}", "quotients_ptr": "*fp16", "heads": "i32", "entries": "i32", "scale": "fp32",
+    },
+    constants=lambda variant, dtype, config: {"LARGEST": _LARGEST[torch.float16], **config.tiles},
+    config=lambda variant, dtype, arch: _QUOTIENTS,
+    tensor_core=False,
+)  # fmt: skip
 BIAS_SPEC = KernelSpec(
     name="relpos_bias",
     kernel=bias_kernel,
     variants=({"turned": False}, {"turned": True}, {"turned": False, "fragments": True}),
     types=_bias_types,
     constants=lambda variant, dtype, config: {
-        "LARGEST": _LARGEST[torch.float16],
         "TURNED": variant["turned"],
         "FRAGMENTS": variant.get("fragments", False),
         **config.tiles,
     },
-    config=lambda variant, dtype, arch: _BIAS,
+    config=lambda variant, dtype, arch: _BIAS_FRAGMENTS if variant.get("fragments") else _BIAS,
     tensor_core=False,
 )
 

@@ -33,8 +33,8 @@ def dense(vector: Tensor | None) -> Tensor | None:
 
 
 def launch_options(config: LaunchConfig, **constants: Any) -> dict[str, Any]:
-    """Constants, tiles, warps and stages, as a launch takes them."""
-    return {**constants, **config.tiles, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    """Constants, tiles and compile options, as a launch takes them."""
+    return {**constants, **config.tiles, **config.options}
 
 
 def first_stage_programs(steps: int, device: torch.device) -> int:

@@ -39,7 +39,17 @@ from .attention_tiles import (
     split_head_dim,
     store_pieces,
 )
-from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name, multiprocessors, tuned_config
+from .launch import (
+    TRITON_TYPE,
+    KernelSpec,
+    LaunchConfig,
+    architecture,
+    config_for,
+    dtype_name,
+    multiprocessors,
+    tuned_backend,
+    tuned_config,
+)
 
 __all__ = ["KERNELS", "SHORT", "dropout_threshold", "varlen_attention_backward", "varlen_attention_forward"]
 # Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
@@ -401,7 +411,7 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
             constants, config = _constants("varlen_forward_narrow", q, packed)
         offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
         mask, strides = _bytes(packed.key_mask, q), _strides(q, k, v, out)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "SEARCHED": searched}
+        options = {**config.options, "SEARCHED": searched}
         if "HEADS" in constants:
             heads_forward_kernel[(tiles * triton.cdiv(heads, config.tiles["HEADS"]),)](
                 q, k, v, *offsets, mask, out, lse, *strides, sequences, tiles, total, heads, **constants, **options
@@ -442,16 +452,25 @@ def varlen_attention_backward(
         tiles, searched = _tiles(k.shape[0], packed.max_k, sequences, config.tiles["BLOCK_N"])
         dkdv_kernel[(tiles * heads,)](
             *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     if q.numel():
         constants, config = _constants(_form("varlen_dq", q, packed.max_q, packed), q, packed)
         tiles, searched = _tiles(q.shape[0], packed.max_q, sequences, config.tiles["BLOCK_M"])
         dq_kernel[(tiles * heads,)](
             *inputs, dq, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
     return dq, dk, dv
+
+
+def tuned_backends(q: Tensor, k: Tensor, packed: Packed, dtype: torch.dtype, *, gradient: bool) -> set[str]:
+    """What the architecture's table names as fastest for the forms that these sequences would take."""
+    forms = {_forward_form(q, k, packed)}
+    if gradient:
+        forms.add(_form("varlen_dkdv", k, packed.max_k, packed))
+    name, arch = TRITON_TYPE.get(str(dtype).removeprefix("torch."), ""), architecture(q.device)
+    return {tuned_backend(form, q.shape[-1], name, arch) for form in forms}
 
 
 def dropout_threshold(dropout_p: float) -> int:

@@ -45,6 +45,8 @@ def launches(*cases: str, arch: int = 90, count: bool = False, triton: Path | No
         environment["PYTHONPATH"] = os.pathsep.join((str(triton), environment["PYTHONPATH"]))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
+    # Triton warns of launches that leave its default of FMA fusion open.
+    assert "fp_fusion" not in done.stderr.lower(), done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -61,8 +63,8 @@ def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:
     """One head, of one image: what is 1 becomes a constant, whose methods are not those of a number in a kernel."""
     found = launches("relpos, one head")
     assert {row["kernel"].split(".")[1] for row in found} == {
-        "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel", "batch_sum_kernel",
-        "table_gradient_kernel",
+        "quotients_kernel", "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel",
+        "batch_sum_kernel", "table_gradient_kernel",
     }  # fmt: skip
     check(found, MOST_WAITS)
     for row in found:
@@ -103,3 +105,42 @@ def test_other_tritons_do_not_serialise(case: str, triton: Path) -> None:
     assert found
     assert {Path(row["compiler"]).parent for row in found} == {triton / "triton"}
     check(found, MOST_WAITS)
+
+
+AMD = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from xfm_fast.kernels.audit import shipped_kernels
+
+arch, warp, names = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+for spec in shipped_kernels():
+    if not spec.arches and (not names or spec.name in names):
+        form = next((v for v in spec.variants if v.get("head_dim") == 64), spec.variants[0])
+        made = spec.request(form, spec.dtypes[-1], 0)
+        source = ASTSource(made.kernel, made.signature, made.constexprs, made.attrs)
+        compiled = triton.compile(source, target=GPUTarget("hip", arch, warp), options=made.options)
+        products = sum(compiled.asm["amdgcn"].count(name) for name in ("v_mfma", "v_wmma"))
+        assert bool(products) == spec.tensor_core, spec.name
+        assert compiled.metadata.shared <= 65536, spec.name
+        print(spec.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "warp", "kernels"),
+    [
+        ("gfx942", 64, ("relpos_dq", "varlen_forward_short")),
+        *(
+            pytest.param(arch, warp, (), marks=pytest.mark.slow)
+            for arch, warp in (("gfx942", 64), ("gfx950", 64), ("gfx1100", 32), ("gfx1201", 32))
+        ),
+    ],
+)
+def test_kernels_compile_for_amd(arch: str, warp: int, kernels: tuple[str, ...], tmp_path: Path) -> None:
+    """Half precision multiplies by the matrix cores, within 64 KB of shared memory."""
+    environment = compiling_environment() | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", AMD, arch, str(warp), *kernels]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(done.stdout.split()) >= set(kernels)

@@ -292,7 +292,7 @@ def test_a_seeded_bug_with_fragments_is_noticed(mutation: tuple[str, str, str], 
             fragments_check(module, (11, 13), 32, torch.float16)
 
 
-def test_fragments_are_for_hopper_with_the_tiles_that_they_are_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fragments_are_for_hopper_whatever_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert not relpos_table.takes_fragments(64, torch.bfloat16, cpu)
     monkeypatch.setattr(relpos_table, "architecture", lambda _: 90)
@@ -300,9 +300,18 @@ def test_fragments_are_for_hopper_with_the_tiles_that_they_are_made_for(monkeypa
     assert not relpos_table.takes_fragments(64, torch.float32, cpu)
     assert not relpos_table.takes_fragments(80, torch.bfloat16, cpu)
     assert not relpos_table.takes_fragments(0, torch.bfloat16, cpu)
-    tuned = LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3)
-    monkeypatch.setattr(relpos_table, "config_for", lambda *_: tuned)
-    assert not relpos_table.takes_fragments(64, torch.bfloat16, cpu)
+    tuned = {"relpos_forward": {"bf16/64": {"tiles": {"BLOCK_M": 64, "BLOCK_N": 64}, "num_warps": 4, "num_stages": 3}}}
+    monkeypatch.setattr(launch, "_tuned", lambda _: tuned)
+    assert relpos_table.takes_fragments(64, torch.bfloat16, cpu)
+
+
+def test_amd_is_not_taken_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's compute capability of gfx942 is 9.4."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    assert launch.architecture(torch.device("cuda")) == 0
+    assert not relpos_table.takes_fragments(64, torch.bfloat16, torch.device("cuda"))
+    assert not launch.heuristic_config("relpos_dkdv", 64, "bf16", 0).apart
 
 
 @pytest.mark.parametrize("entry", [1e6, -1e6, torch.inf, -torch.inf])
