@@ -22,6 +22,7 @@ import torch
 import xfm_fast
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import roofline
+from xfm_fast.kernels.backend import compiler_versions
 from xfm_fast.kernels.cpu import waiting
 from xfm_fast.kernels.cpu.races import compare_all
 from xfm_fast.kernels.cpu.workspace import keeps_freed_memory
@@ -204,6 +205,14 @@ def _version(name: str) -> str | None:
         return None
 
 
+def ptxas_version() -> str | None:
+    """Of the assembler of Triton's kernels for the GPU at hand, else for Hopper; None without Triton."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    with suppress(Exception):  # without Triton, without its NVIDIA backend, of a version that has no such function
+        return compiler_versions(10 * capability[0] + capability[1])[1]
+    return None
+
+
 def commit() -> dict[str, Any]:
     """Commit of the source tree that runs, and whether it was changed; nulls outside a git checkout."""
     folder = Path(__file__).resolve().parents[1]
@@ -258,7 +267,7 @@ def describe() -> dict[str, Any]:
         "mkl": torch.backends.mkl.is_available(),
         "onednn": torch.backends.mkldnn.is_available(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: _version(name) for name in names} | {"ptxas": ptxas_version()},
         "xfm_fast": xfm_fast.__version__,
         **commit(),
     }

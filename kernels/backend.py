@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -46,7 +47,8 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     """The backend that runs an operation on these tensors: one of `reference`, `cpu`, `triton`, `flash_attn`.
 
     Args:
-        has_flash: whether the operation is an attention. In a block of `flash_attn`, the others run as with `auto`.
+        has_flash: whether the operation is an attention. In a block of `flash_attn`, the others run as with `auto`;
+            on Hopper, attention needs a compiler without the faults of `hopper_fault`.
 
     Raises:
         ValueError: tensors on several devices, or a backend asked for by name that cannot run here. `auto` falls back
@@ -70,8 +72,15 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     if name == "auto":
         if device.type == "cpu":
             return "cpu"
-        return "reference" if wide or _why_not("triton", device.type, device.index) is not None else "triton"
+        if wide or _why_not("triton", device.type, device.index) is not None:
+            return "reference"
+        if has_flash and (fault := _compiler_fault(device.type, device.index)) is not None:
+            _warn(fault)
+            return "reference"
+        return "triton"
     why_not = _why_not(name, device.type, device.index)
+    if why_not is None and name == "triton" and has_flash:
+        why_not = _compiler_fault(device.type, device.index)
     if wide and name == "triton" and why_not is None:
         why_not = "a tensor is float64 and the kernels compute in fp32 at most"
     if why_not is not None:
@@ -103,9 +112,10 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
         return None
     if name == "cpu":
         return None if device == "cpu" else f"a tensor lives on {device}"
-    package = "triton" if name == "triton" else "flash_attn"
-    if not _installed(package):
-        return f"the package {package} is not installed"
+    if name == "triton" and not _installed("triton"):
+        return "the package triton is not installed"
+    if name == "flash_attn" and not (_installed("flash_attn") or _installed("flash_attn_interface")):
+        return "the package flash_attn is not installed"
     # The interpreter runs Triton kernels on CPU tensors: slow, for tests.
     if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -115,6 +125,48 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
     if capability < OLDEST_GPU:
         return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
     return None
+
+
+@constant_when_compiled
+def _compiler_fault(device: str, index: int | None) -> str | None:
+    """The reason why attention that is compiled for a device would be wrong, or None."""
+    if device != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(index)[0] != 9:
+        return None
+    return hopper_fault(*compiler_versions())
+
+
+def hopper_fault(triton: str, ptxas: str) -> str | None:
+    """A fault of a compiler that makes attention wrong on Hopper, or None.
+
+    Before 3.7.1, Triton orders no asynchronous copy to shared memory before the tensor cores that read it. Before 13.3,
+    ptxas overwrites registers that the tensor cores still read.
+    """
+    remedy = "install triton >= 3.9, or set TRITON_PTXAS_PATH to ptxas >= 13.3 with triton >= 3.7.1"
+    if version_numbers(triton) < (3, 7, 1):
+        return f"Triton {triton} lacks fences before the tensor cores of Hopper; {remedy}"
+    if version_numbers(ptxas) < (13, 3):
+        return f"ptxas {ptxas} overwrites operands of the tensor cores of Hopper; {remedy}"
+    return None
+
+
+@cache
+def compiler_versions(arch: int = 90) -> tuple[str, str]:
+    """Versions of Triton and of the ptxas that it assembles an architecture's code with."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return triton.__version__, str(get_ptxas(arch).version)
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """3.7.1+git → (3, 7, 1)."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
+
+
+@constant_when_compiled
+@cache
+def _warn(fault: str) -> None:
+    warnings.warn(f"attention runs on PyTorch's kernels: {fault}", RuntimeWarning, stacklevel=2)
 
 
 @cache

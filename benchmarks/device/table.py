@@ -11,7 +11,9 @@ def table(document: dict[str, Any]) -> str:
     """Rows of a document as text, grouped by work; a row without numbers says why."""
     machine = document["machine"]
     gpus = ", ".join(gpu["name"] for gpu in machine.get("gpus") or []) or machine.get("cpu") or "an unknown machine"
-    title = f"{gpus}, PyTorch {machine.get('torch')}, Triton {(machine.get('versions') or {}).get('triton')}"
+    versions = machine.get("versions") or {}
+    title = f"{gpus}, PyTorch {machine.get('torch')}, Triton {versions.get('triton')}, "
+    title += f"ptxas {versions.get('ptxas')}"
     lines = [_HEAD, *(_cells(row) for row in document["rows"])]
     widths = [min(64, max(len(line[column]) for line in lines)) for column in range(len(_HEAD) - 1)]
     shown, above = [], ""

@@ -25,6 +25,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from ..backend import compiler_versions, version_numbers
 from ..files import cache_folder, write_whole
 from ..triton.launch import CompileRequest
 from .simulator import Timing
@@ -70,7 +71,15 @@ class Task:
         if not hasattr(kernel, "cache_key"):
             raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
         content = (request.signature, _plain(request.constexprs), request.attrs, request.options)
-        key = _hash(kernel.cache_key, kernel.fn.__qualname__, repr(content), arch, compiler(), _source(*_COMPILING))
+        key = _hash(
+            kernel.cache_key,
+            kernel.fn.__qualname__,
+            repr(content),
+            arch,
+            compiler(),
+            ptxas_version(arch),
+            _source(*_COMPILING),
+        )
         return cls(
             kernel.fn.__module__, kernel.fn.__qualname__, request.signature, request.constexprs,
             request.attrs, request.options, arch, key, programs,
@@ -98,6 +107,8 @@ class Binary:
     shared_bytes: int
     tensor_memory: int
     warps: int
+    unfenced_copies: int = 0
+    unsafe_operands: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,8 @@ class Figures:
     tile_loads: dict[str, int] | None = None
     staged_tiles: int = 0
     unfenced_writes: int = 0
+    unfenced_copies: int = 0
+    unsafe_operands: int = 0
     warnings: list[str] | None = None
     timing: Timing | None = None
     error: str = ""
@@ -149,6 +162,11 @@ def compiler() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     raise RuntimeError("Triton is not installed; the audit compiles kernels with it")
+
+
+def ptxas_version(arch: int) -> tuple[int, ...]:
+    """Of the assembler that Triton takes for an architecture: (13, 4)."""
+    return version_numbers(compiler_versions(arch)[1])
 
 
 def default_cache() -> Path:
@@ -253,7 +271,7 @@ def _plain(constexprs: dict[str, Any]) -> dict[str, str]:
     return {name: repr(value) for name, value in constexprs.items()}
 
 
-_COMPILING = ("worker.py", "sass.py")
+_COMPILING = ("worker.py", "sass.py", "hazards.py")
 _READING = (
     "worker.py", "figures.py", "sass.py", "hazards.py", "simulator.py", "architectures.py", "cards.py", "cards.json",
 )  # fmt: skip

@@ -62,6 +62,8 @@ def measure(binary: Binary, arch: int, programs: int = 0) -> Figures:
         tile_loads=dict(sass.count_loads(i for i in inner if i.line not in rows)),
         staged_tiles=hazards.staged_tiles(loop, rows),
         unfenced_writes=hazards.unfenced_writes(loop, binary.warps),
+        unfenced_copies=binary.unfenced_copies,
+        unsafe_operands=binary.unsafe_operands,
         warnings=binary.warnings,
         timing=timing,
     )

@@ -1,4 +1,6 @@
-"""Faults that machine code shows: products that run one by one, tiles staged in registers, writes without a barrier."""
+"""Faults that PTX and machine code show: products that run one by one, tiles staged in registers, writes without a
+barrier, copies without a fence, operands in registers.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,43 @@ _STORES = ("STS", "STSM", "STG", "ST", "STL", "RED", "REDG")
 _WIDTHS = {"64": 2, "WIDE": 2, "128": 4, "256": 8}
 # Results that are no longer the tile: sums over it, products with it, and what was computed from its values.
 _COPIES = ("MOV", "PRMT", "F2FP", "IMAD", "HADD2", "SEL", "SHF", "LOP3", "MOVM", "SHFL")
+
+
+_PTX_LABEL = re.compile(r"^\s*(\$\w+):")
+_PTX_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+);")
+_PTX_REGISTER_OPERAND = re.compile(r"\bwgmma\.mma_async\.[^{]*\{[^}]*\},\s*\{")
+
+
+def unfenced_copies(ptx: str) -> int:
+    """Products of Hopper's tensor cores that follow an asynchronous copy's wait without a proxy fence between.
+
+    `cp.async` writes by another proxy than the tensor cores read by: without the fence they may read what was there
+    before (triton#9610). Each loop is followed once more from its end.
+    """
+    lines = ptx.splitlines()
+    labels = {found[1]: n for n, text in enumerate(lines) if (found := _PTX_LABEL.match(text))}
+    unfenced: set[int] = set()
+
+    def follow(first: int, last: int, pending: bool, *, again: bool) -> bool:
+        for n in range(first, last):
+            text = lines[n]
+            if "cp.async.wait_" in text and "bulk" not in text:
+                pending = True
+            elif "fence.proxy.async" in text:
+                pending = False
+            elif "wgmma.mma_async" in text and pending:
+                unfenced.add(n)
+            elif again and (branch := _PTX_BRANCH.search(text)) and (start := labels.get(branch[1], n)) < n:
+                follow(start, n, pending, again=False)
+        return pending
+
+    follow(0, len(lines), False, again=True)
+    return len(unfenced)
+
+
+def register_operands(ptx: str) -> int:
+    """Products of Hopper's tensor cores whose left operand is in registers, which ptxas before 13.3 may overwrite."""
+    return len(_PTX_REGISTER_OPERAND.findall(ptx))
 
 
 def tensor_waits(loop: Loop | None) -> int:

@@ -17,11 +17,11 @@ RATCHET = Path(__file__).resolve().parent.parent / "audit_ratchet.json"
 _COUNTS = ("registers", "shared_bytes", "instructions", "loop_instructions", "occupancy")
 _LOWER_IS_BETTER = (
     "registers", "stack_bytes", "shared_bytes", "instructions", "loop_instructions", "waits_per_tensor_core",
-    "staged_tiles", "unfenced_writes", "warnings", "predicted_us",
+    "staged_tiles", "unfenced_writes", "unfenced_copies", "unsafe_operands", "warnings", "predicted_us",
 )  # fmt: skip
 _HIGHER_IS_BETTER = ("occupancy", "wide_share")
 # These say the same whatever compiler made them; counts of registers and instructions do not.
-_ANY_COMPILER = ("stack_bytes", "wide_share", "staged_tiles", "warnings")
+_ANY_COMPILER = ("stack_bytes", "wide_share", "staged_tiles", "unfenced_copies", "unsafe_operands", "warnings")
 # Predictions that differ by less are the same: the model is not that good.
 _NOISE = 0.02
 
@@ -178,7 +178,9 @@ def figures(row: Row) -> dict[str, Any]:
         | {name: getattr(row, name) for name in counts}
         | {"wide_share": None if share is None else round(share, 4), "tensor_core": sorted(row.tensor_core)}
         | {"waits_per_tensor_core": None if waits is None else round(waits, 3)}
-        | {"staged_tiles": row.staged_tiles, "unfenced_writes": row.unfenced_writes, "warnings": list(row.serialised)}
+        | {"staged_tiles": row.staged_tiles, "unfenced_writes": row.unfenced_writes}
+        | {"unfenced_copies": row.unfenced_copies, "unsafe_operands": row.unsafe_operands}
+        | {"warnings": list(row.serialised)}
         | {"predicted_us": None if row.prediction is None else round(row.prediction.microseconds, 2)}
     )
 

@@ -37,7 +37,8 @@ class Row:
         instructions: of the whole kernel; `loop_instructions` and `loop_tensor_core`: of its main loop; `loop_waits`:
             those of them that wait for Hopper's tensor cores.
         register_limit: the most registers that leave the occupancy as it is.
-        staged_tiles, unfenced_writes: see `hazards`.
+        staged_tiles, unfenced_writes, unfenced_copies: see `hazards`.
+        unsafe_operands: `hazards.register_operands`, where the assembler may overwrite them.
         warnings: codes of the assembler's warnings; C7510 to C7519 say that tensor-core products run one by one.
         prediction: time at the model's shape on the architecture's card; none where no shape is known.
         stalls: share of the time that warps wait in the main loop, by cause, as the model of time has it.
@@ -71,6 +72,8 @@ class Row:
     register_limit: int = 255
     staged_tiles: int = 0
     unfenced_writes: int = 0
+    unfenced_copies: int = 0
+    unsafe_operands: int = 0
     warnings: tuple[str, ...] = ()
     prediction: Prediction | None = None
     stalls: dict[str, float] = field(default_factory=dict)
@@ -301,6 +304,8 @@ def _row(form: Form, task: Task, found: Figures, launch: Launch | None) -> Row:
         register_limit=most,
         staged_tiles=found.staged_tiles,
         unfenced_writes=found.unfenced_writes,
+        unfenced_copies=found.unfenced_copies,
+        unsafe_operands=found.unsafe_operands,
         warnings=tuple(found.warnings or ()),
         prediction=prediction,
         stalls=found.timing.stalls if found.timing else {},

@@ -50,6 +50,16 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
             [row for row in rows if row.multiplies],
             lambda row: row.staged_tiles and f"{row.staged_tiles} loads",
         ),
+        _each(
+            "fences between asynchronous copies and Hopper's tensor cores",
+            [row for row in rows if row.tensor_core.get("HGMMA")],
+            lambda row: row.unfenced_copies and f"{row.unfenced_copies} products without one",
+        ),
+        _each(
+            "operands in registers only by an assembler that keeps them, ptxas 13.3 or newer",
+            [row for row in rows if row.tensor_core.get("HGMMA")],
+            lambda row: row.unsafe_operands and f"{row.unsafe_operands} products",
+        ),
         _each("the architecture's own tensor cores", [row for row in rows if row.multiplies], _wrong_tensor_core),
         _each(
             "128-bit loads of tiles in every inner loop",

@@ -17,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from .compiling import Binary, Figures, Task, read_binary, write_binary
+from .compiling import Binary, Figures, Task, ptxas_version, read_binary, write_binary
+from .hazards import register_operands, unfenced_copies
 from .sass import row_lines
 
 _WARNING = re.compile(r"\((C\d{4})\)")
@@ -55,6 +56,8 @@ def compile_task(task: Task) -> Binary:
         shared_bytes=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warps=compiled.metadata.num_warps,
+        unfenced_copies=unfenced_copies(compiled.asm["ptx"]),
+        unsafe_operands=register_operands(compiled.asm["ptx"]) if ptxas_version(task.arch) < (13, 3) else 0,
     )
 
 

@@ -17,7 +17,7 @@ if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from xfm_fast.kernels import tune
-from xfm_fast.kernels.audit import Row, occupancy, ratchet, sass, shipped_kernels, targets, worker
+from xfm_fast.kernels.audit import Row, hazards, occupancy, ratchet, sass, shipped_kernels, targets, worker
 from xfm_fast.kernels.audit.cards import card
 from xfm_fast.kernels.audit.compiling import Binary, Figures, compile_all
 from xfm_fast.kernels.audit.prediction import Prediction
@@ -198,6 +198,8 @@ def _compare(*rows: Row, accepted: ratchet.Accepted, compiler: str = "triton 1")
         ({"warnings": ("C7515",)}, "warnings none → C7515"),
         ({"staged_tiles": 4}, "staged_tiles 0 → 4"),
         ({"unfenced_writes": 2}, "unfenced_writes 0 → 2"),
+        ({"unfenced_copies": 2}, "unfenced_copies 0 → 2"),
+        ({"unsafe_operands": 2}, "unsafe_operands 0 → 2"),
         ({"prediction": Prediction(31.0, 0.3, "memory", 2, "toy")}, "predicted_us 30.0 → 31.0"),
     ],
 )
@@ -435,6 +437,25 @@ def test_damaged_cache_files_are_ignored(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "ab")) == ["abcd.json", "abcd.json.gz"]
 
 
+HOPPER = """
+	cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;
+$L__BB0_1:
+	FENCE
+	wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r3,%r4}, %rd2, %rd3, %p1, 1, 1, 0, 0;
+	wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%r3,%r4}, {%r5,%r6}, %rd3, %p1, 1, 1, 1;
+	cp.async.wait_group 0;
+	@%p2 bra 	$L__BB0_1;
+"""
+
+
+@pytest.mark.parametrize(("fence", "unfenced"), [("fence.proxy.async.shared::cta;", 0), ("bar.sync 0;", 2)])
+def test_copies_without_a_fence_before_hoppers_products_are_counted(fence: str, unfenced: int) -> None:
+    """What is waited for at the end of a turn is read at the beginning of the next."""
+    ptx = HOPPER.replace("FENCE", fence)
+    assert hazards.unfenced_copies(ptx) == unfenced
+    assert hazards.register_operands(ptx) == 1
+
+
 def test_sizes_of_blackwells_products_are_read_from_their_descriptors() -> None:
     ptx = """
 	mov.b32 	%r181, 135267472;
@@ -566,7 +587,9 @@ def test_tuning_saves_what_it_finds_and_goes_on(
     with pytest.raises(KeyboardInterrupt):
         kernels.tune(options=kernels.TuneOptions(head_dim=(64, 80), out=tmp_path))
     table = json.loads((tmp_path / "sm_90.json").read_text())
-    assert table["relpos_forward"].keys() == {"bf16/64", "bf16/80"}
+    # On Hopper the model never launches the plain kernel at 64.
+    assert table["relpos_forward"].keys() == {"bf16/80"}
+    assert table["relpos_forward_fragments"].keys() == {"bf16/64"}
     # Forms with a mask exist for one head dimension, a norm for one width.
     assert table["varlen_dkdv_masked"].keys() == {"bf16/64"}
     assert table["add_layer_norm_forward"].keys() == {"bf16/768"}

@@ -378,3 +378,35 @@ def test_two_types_are_refused_on_a_device_that_has_no_autocast() -> None:
     x, weight = torch.empty(2, 8, device="meta"), torch.empty(6, 8, device="meta", dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"x, weight are .*convert them to one type"):
         ops.linear(x, weight, None, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("triton", "ptxas", "fault"),
+    [
+        ("3.9.0", "13.4", None),
+        ("3.7.1", "13.3", None),
+        ("3.6.0", "13.4", "Triton 3.6.0"),
+        ("3.7.1", "12.9", "ptxas 12.9"),
+        ("3.9.0+git1", "12.8", "ptxas 12.8"),
+    ],
+)
+def test_attention_on_hopper_needs_a_compiler_without_faults(
+    triton: str, ptxas: str, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other operations and other GPUs keep their kernels."""
+    monkeypatch.setattr(backends, "_why_not", lambda name, device, index: None)
+    monkeypatch.setattr(backends, "compiler_versions", lambda arch=90: (triton, ptxas))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    backends._warn.cache_clear()
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    if fault is None:
+        assert resolve("auto", x, has_flash=True) == resolve("triton", x, has_flash=True) == "triton"
+    else:
+        with pytest.warns(RuntimeWarning, match=fault):
+            assert resolve("auto", x, has_flash=True) == "reference"
+        with pytest.raises(InputError, match=fault):
+            resolve("triton", x, has_flash=True)
+    assert resolve("auto", x) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    assert resolve("auto", x, has_flash=True) == "triton"
