@@ -10,8 +10,8 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 
-from . import checks, reference
-from .backend import Backend, named, resolve
+from . import checks, flash, reference
+from .backend import Backend, _why_not, named, resolve
 from .checks import Packed
 from .cpu import attention, varlen
 from .cpu.attention import attention_backward, biased_attention
@@ -111,7 +111,7 @@ def relpos_bias(
     heads = table.shape[-1] if table.ndim else 0
     q = torch.empty((1, 1 + window[0] * window[1], heads, 1), device="meta")
     checks.relpos_arguments(q, q, q, table, window, None)
-    chosen = "triton" if resolve(backend, table) == "triton" else "cpu"
+    chosen = "triton" if resolve(backend, table, has_flash=True) == "triton" else "cpu"
     return _made_bias(table, window, scale, dtype, chosen, head_dim)
 
 
@@ -173,6 +173,8 @@ def varlen_attention(
         if dropout_p and seed is not None:
             raise InputError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
         return _flash_attention(q, k, v, packed)
+    if chosen == "triton" and not named(backend) and _flash_is_faster(q, k, packed):
+        return _flash_attention(q, k, v, packed)
     if chosen == "cpu" and not dropout_p and type(q) is Tensor and runs_cpu_inference(backend, q, k, v):
         # Of one caption, the operator would take as long as the attention.
         return varlen.varlen_attention(q, k, v, *packed.bounds(q, k), scale, None, key_mask)
@@ -193,14 +195,22 @@ def _composed(
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    if packed.key_mask is not None:
-        raise InputError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
     if checks.looked_at(q):
         packed.bounds(q, k)
-    offsets = (packed.cu_seqlens_q.int(), packed.cu_seqlens_k.int(), packed.max_q, packed.max_k)
-    return flash_attn_varlen_func(q, k, v, *offsets, dropout_p=packed.dropout_p, softmax_scale=packed.scale)
+    if (dtype := autocast_dtype(q.device)) is not None:
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    return flash.varlen_attention(q, k, v, packed)
+
+
+def _flash_is_faster(q: Tensor, k: Tensor, packed: Packed) -> bool:
+    """Whether `tune` measured flash-attn to be faster for such sequences on this GPU, and it is still there."""
+    if torch.compiler.is_compiling() or packed.key_mask is not None or packed.dropout_p or not q.numel():
+        return False
+    from .triton.varlen_attention import tuned_backends
+
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    backends = tuned_backends(q, k, packed, autocast_dtype(q.device) or q.dtype, gradient=gradient)
+    return backends == {"flash_attn"} and _why_not("flash_attn", q.device.type, q.device.index) is None
 
 
 def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:

@@ -12,17 +12,20 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import flash
 from .audit import Form, Row, compile_rows
-from .checks import Packed
+from .backend import _why_not
+from .checks import FRAGMENT_TILE, Packed
 from .files import write_whole
 from .triton import launch
 from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
+from .triton.relpos_table import FRAGMENT_HEAD_DIMS, takes_fragments
 
 TUNING = Path(__file__).resolve().parent / "tuning"
 # What is slower by less than this may be the same: timings vary by as much. The configuration in use then stays.
@@ -36,6 +39,9 @@ Timer = Callable[[Callable[[], Any]], float]
 
 Workload = Callable[[str, int, str], Callable[[], Any]]
 """(kernel, head dimension or width, dtype) → a call that runs the kernel at one of the model's shapes."""
+
+Rival = Callable[[str, int, str], Callable[[], Any] | None]
+"""As `Workload`, or None where the other library has nothing to compare."""
 
 # Kernels that pass over rows, and how wide X-FM base makes these.
 _WIDTHS = {
@@ -57,6 +63,7 @@ class Choice:
         seconds: time of the call that was measured; `before`: with the configuration in use until now.
         rejected: candidates that the audit turned down.
         timed: candidates that were timed; `passed_over`: those that were not, being predicted to be slower.
+        flash: seconds of flash-attn in the kernel's place; None where it was not timed.
     """
 
     kernel: str
@@ -68,16 +75,21 @@ class Choice:
     rejected: int
     timed: int
     passed_over: int = 0
+    flash: float | None = None
 
 
-def sizes(spec: KernelSpec, head_dims: Iterable[int]) -> list[int]:
-    """The sizes a kernel is tuned for: those of the head dimensions that it has, or the model's width, or nothing."""
+def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[int]:
+    """The sizes a kernel is tuned for: those of the head dimensions at which an architecture launches it, or the
+    model's width, or nothing.
+    """
     if spec.name in _WIDTHS:
         return [_WIDTHS[spec.name]]
-    # These forms stand in for another one, and only as long as that has the tiles that they are made for.
-    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith(
-        ("_narrow", "_fragments")
-    )
+    if spec.arches and arch not in spec.arches:
+        return []
+    if spec.name == "relpos_forward" and 90 <= arch < 100:
+        head_dims = [d for d in head_dims if d not in FRAGMENT_HEAD_DIMS]
+    # This form stands in for another one, and only as long as that has the tiles that it is made for.
+    attention = all("head_dim" in variant for variant in spec.variants) and not spec.name.endswith("_narrow")
     tiled = attention and set(spec.config(spec.variants[0], "bf16", 80).tiles) >= {"BLOCK_M", "BLOCK_N"}
     return [d for d in head_dims if any(v["head_dim"] == d for v in spec.variants)] if tiled else []
 
@@ -102,6 +114,12 @@ def candidates(kernel: str, size: int) -> list[LaunchConfig]:
             for heads, m, n, num_stages in itertools.product((2, 4, 8), (16, 32), (16, 32, 64), (1, 2))
             for num_warps in (heads // 2, heads)
         ]
+    if kernel.endswith("_fragments"):
+        block_m, block_n = FRAGMENT_TILE
+        return [
+            LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, 8, num_stages, registers=registers)
+            for num_stages, registers in itertools.product((1, 2, 3, 4), (0, 112, 126))
+        ]
     short = kernel.endswith("_short")
     sizes, warps = ((16, 32, 64), (1, 2, 4)) if short else ((32, 64, 128), (4, 8))
     return [
@@ -124,6 +142,7 @@ def search(
     timer: Timer,
     workload: Workload,
     grid: Iterable[LaunchConfig] | None = None,
+    rival: Rival | None = None,
     jobs: int | None = None,
     cache_dir: Path | None = None,
 ) -> Choice:
@@ -134,6 +153,7 @@ def search(
         timer: measures a call, such as `gpu_timer`.
         workload: makes the call, such as `model_workload` does.
         grid: configurations to try besides the one in use; by default `candidates`.
+        rival: makes the call of another library to compare the winner with, such as `flash_workload` does.
         jobs, cache_dir: of the audit.
 
     Raises:
@@ -149,7 +169,11 @@ def search(
         return compile_rows(made, jobs=jobs, cache_dir=cache_dir)
 
     in_use = spec.config(forms[0], dtype, arch)
-    configs = [in_use, *(c for c in (candidates(spec.name, size) if grid is None else grid) if c != in_use)]
+    grid = [
+        replace(c, apart=in_use.apart, fenced=in_use.fenced)
+        for c in (candidates(spec.name, size) if grid is None else grid)
+    ]
+    configs = [in_use, *(c for c in grid if c != in_use)]
     passed = [(c, row) for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
     good = promising(passed, in_use)
     run = workload(spec.name, size, dtype)
@@ -162,9 +186,11 @@ def search(
     for _, number in ranked:
         if all(map(acceptable, examine(forms, [good[number]]))):
             seconds = next(s for s, n in times if n == number)
+            theirs = rival(spec.name, size, dtype) if rival is not None else None
             return Choice(
                 spec.name, dtype, size, good[number], seconds, before,
                 rejected=len(configs) - len(passed), timed=len(good), passed_over=len(passed) - len(good),
+                flash=None if theirs is None else timer(theirs),
             )  # fmt: skip
     raise ValueError(f"kernel {spec.name} at {axis} {size}: every configuration spills or does not fit")
 
@@ -203,7 +229,7 @@ def using(kernel: str, size: int, dtype: str, arch: int, config: LaunchConfig) -
 
 
 def _entry(config: LaunchConfig) -> dict[str, Any]:
-    return {"tiles": dict(config.tiles), "num_warps": config.num_warps, "num_stages": config.num_stages}
+    return {name: value for name, value in asdict(config).items() if value or name in ("num_warps", "num_stages")}
 
 
 def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING) -> Path:
@@ -212,11 +238,12 @@ def write(choices: Iterable[Choice], arch: int, gpu: str, folder: Path = TUNING)
     path = folder / f"sm_{arch}.json"
     table: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
     for choice in choices:
-        measured = f"{choice.seconds * 1e6:.1f} µs, {gpu}"
-        table.setdefault(choice.kernel, {})[f"{choice.dtype}/{choice.size}"] = {
-            **_entry(choice.config),
-            "measured": measured,
-        }
+        entry = _entry(choice.config) | {"measured": f"{choice.seconds * 1e6:.1f} µs, {gpu}"}
+        if choice.flash is not None:
+            entry["measured"] += f"; flash-attn {choice.flash * 1e6:.1f} µs"
+            if choice.flash < choice.seconds * (1 - MARGIN):
+                entry["backend"] = "flash_attn"
+        table.setdefault(choice.kernel, {})[f"{choice.dtype}/{choice.size}"] = entry
     kernels = []
     for kernel, rows in sorted(table.items()):
         lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in sorted(rows.items()))
@@ -242,24 +269,46 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
     Raises:
         ValueError: no shape is known for the kernel.
     """
+    noise = _noise(dtype, device)
+    family, _, part = kernel.partition("_")
+    if family == "relpos":
+        return _relpos(noise, size, forward=part.startswith("forward"))
+    if family == "varlen":
+        return _varlen(noise, size, part)
+    if kernel in _WIDTHS:
+        return _rows(noise, size, kernel)
+    if kernel.startswith("bias_attention_"):
+        return _bias(noise, size, forward=part == "attention_forward")
+    raise ValueError(f"no shape is known at which to time kernel {kernel}")
+
+
+def flash_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any] | None:
+    """The work of `model_workload` by flash-attn: forward passes without a mask or dropout, and whole backward passes.
+
+    None where it is not installed or the kernel does other work.
+    """
+    family, _, part = kernel.partition("_")
+    backward = part in ("dkdv", "dkdv_short")
+    if family != "varlen" or not (backward or part in ("forward", "forward_heads", "forward_heads_many")):
+        return None
+    if _why_not("flash_attn", device, None) is not None:
+        return None
+    q, k, v, dout, packed = _packed(_noise(dtype, device), size, part)
+    if not backward:
+        return lambda: flash.varlen_attention(q, k, v, packed)
+    leaves = tuple(t.requires_grad_() for t in (q, k, v))
+    out = flash.varlen_attention(q, k, v, packed)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+def _noise(dtype: str, device: str) -> Callable[..., torch.Tensor]:
     kind = next(name for name, short in TRITON_TYPE.items() if short == dtype)
     make = torch.Generator(device).manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=make, device=device, dtype=torch.float32).to(getattr(torch, kind))
 
-    family, _, part = kernel.partition("_")
-    if family == "relpos":
-        return _relpos(noise, size, forward=part == "forward")
-    if family == "varlen":
-        few, many = ([13] * 256, [13] * 256), ([13] * 256, [577] * 256)
-        lengths = few if part.endswith(("_short", "_heads")) else many if part.endswith("_many") else ([3328], [577])
-        return _varlen(noise, size, *lengths, part)
-    if kernel in _WIDTHS:
-        return _rows(noise, size, kernel)
-    if kernel.startswith("bias_attention_"):
-        return _bias(noise, size, forward=part == "attention_forward")
-    raise ValueError(f"no shape is known at which to time kernel {kernel}")
+    return noise
 
 
 def _bias(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:
@@ -279,11 +328,13 @@ def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool)
     window, heads, scale = (24, 24), 12, head_dim**-0.5
     tokens, rows = 1 + window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1) + 3
     q, k, v, dout = (noise(8, tokens, heads, head_dim) for _ in range(4))
-    bias = module.materialise_bias(noise(rows, heads).float(), window, q.dtype, scale)
+    table, fragments = noise(rows, heads).float(), takes_fragments(head_dim, q.dtype, q.device)
+    bias = module.materialise_bias(table, window, q.dtype, scale, fragments=fragments)
     if forward:
         return lambda: module.relpos_attention_forward(q, k, v, bias, scale)
     out, lse = module.relpos_attention_forward(q, k, v, bias, scale)
-    return lambda: module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse)
+    turned = module.materialise_bias(table, window, q.dtype, scale, turned=True)
+    return lambda: module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse, turned)
 
 
 def _rows(noise: Callable[..., torch.Tensor], width: int, kernel: str) -> Callable[[], Any]:
@@ -300,11 +351,11 @@ def _rows(noise: Callable[..., torch.Tensor], width: int, kernel: str) -> Callab
     return lambda: layer_norm.add_layer_norm_backward(other, x, summed, weight, mean, rstd, x)
 
 
-def _varlen(
-    noise: Callable[..., torch.Tensor], head_dim: int, queries: list[int], keys: list[int], part: str
-) -> Callable[[], Any]:
-    from .triton import varlen_attention as module
-
+def _packed(
+    noise: Callable[..., torch.Tensor], head_dim: int, part: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Packed]:
+    few, many = ([13] * 256, [13] * 256), ([13] * 256, [577] * 256)
+    queries, keys = few if part.endswith(("_short", "_heads")) else many if part.endswith("_many") else ([3328], [577])
     heads, scale = 12, head_dim**-0.5
     q, dout = noise(sum(queries), heads, head_dim), noise(sum(queries), heads, head_dim)
     k, v = noise(sum(keys), heads, head_dim), noise(sum(keys), heads, head_dim)
@@ -316,7 +367,13 @@ def _varlen(
     seed = torch.zeros(1, dtype=torch.int64, device=q.device)
     # The forward pass without dropout has a kernel of its own.
     dropout = 0.1 if "dropout" in part or part == "forward_short" else 0.0
-    packed = Packed(cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
+    return q, k, v, dout, Packed(cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
+
+
+def _varlen(noise: Callable[..., torch.Tensor], head_dim: int, part: str) -> Callable[[], Any]:
+    from .triton import varlen_attention as module
+
+    q, k, v, dout, packed = _packed(noise, head_dim, part)
     if part.startswith("forward"):
         return lambda: module.varlen_attention_forward(q, k, v, packed)
     out, lse = module.varlen_attention_forward(q, k, v, packed)

@@ -19,8 +19,7 @@ from .. import machine
 from ..timing import one_line
 from .worker import Context
 
-_MOST_PROCESSES = 8
-_MODEL_KERNELS = ("relpos_forward", "relpos_dkdv", "relpos_dq", "varlen_forward")
+_MODEL_KERNELS = ("relpos_forward", "relpos_forward_fragments", "relpos_dkdv", "relpos_dq", "varlen_forward")
 
 
 def compile_launches(context: Context) -> None:
@@ -58,7 +57,7 @@ _CASES = 8
 
 def _in_processes(context: Context, launches: int) -> list[str]:
     """Failures of the processes that shared the launches, each of which runs every n-th."""
-    count = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 2) // 2), launches)
+    count = min(cores(), launches)
     command = [
         sys.executable, "-m", f"{__package__}.worker", context.stage, "--program", "compilation:compile_share",
         "--device", context.device, "--seconds", f"{max(1.0, context.left):.1f}", "--out", str(context.out),
@@ -80,6 +79,11 @@ def _in_processes(context: Context, launches: int) -> list[str]:
         if code:
             failed.append(f"process {number} of {count} ended with exit code {code}")
     return failed
+
+
+def cores() -> int:
+    """Cores that this process may use: the compiler takes one a process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compile_share(context: Context) -> None:
@@ -111,14 +115,21 @@ def tune_kernels(context: Context) -> None:
     specs = {spec.name: spec for spec in shipped_kernels()}
     folder: Path = context.out
     for name in _MODEL_KERNELS:
+        if name in specs and not tune.sizes(specs[name], [64], arch):
+            continue
         if name not in specs or context.left < 5:
             context.out_of_time("tune", name, "searched", dtype="bf16")
             continue
         try:
-            choice: Any = tune.search(specs[name], 64, "bf16", arch, timer=tune.gpu_timer, workload=tune.model_workload)
+            choice: Any = tune.search(
+                specs[name], 64, "bf16", arch, timer=tune.gpu_timer, workload=tune.model_workload,
+                rival=tune.flash_workload,
+            )  # fmt: skip
         except Exception as error:  # the search of one kernel may fail in any way; the next one goes on
             context.add("tune", name, "searched", dtype="bf16", status="failed", reason=one_line(error))
             continue
         tune.write([choice], arch, gpu, folder)
         context.add("tune", name, "in use", dtype="bf16", seconds=[choice.before])
         context.add("tune", name, "searched", dtype="bf16", seconds=[choice.seconds], reason=describe(choice.config))
+        if choice.flash is not None:
+            context.add("tune", name, "flash-attn", dtype="bf16", seconds=[choice.flash])

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .. import machine
+from .compilation import cores
 from .worker import Context
 
 # "FILE::TEST WORD", or with several workers "[gw0] [ 3%] WORD FILE::TEST".
@@ -45,7 +46,7 @@ def run_tests(context: Context) -> None:
         command += ["-m", "gpu and not slow", "--continue-on-collection-errors", *modules, "tests/kernels/test_gpu.py"]
         if importlib.util.find_spec("xdist") is not None:
             # The compiler takes the time, and it takes one core a process.
-            command += ["-n", str(min(8, max(1, (os.cpu_count() or 2) // 2)))]
+            command += ["-n", str(cores())]
         way = "compiled"
     else:
         command += ["-m", "not gpu and not slow", *modules]

@@ -123,11 +123,17 @@ def _run_stage(stage: Stage, plan: Plan, journal: Journal, log: IO[bytes], allow
         sys.executable, "-m", f"{__package__}.worker", stage.name, "--program", stage.program, "--device", plan.device,
         "--seconds", f"{own:.1f}", "--out", str(plan.out.resolve()), *(["--small"] if plan.small else []),
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        # An import of this package must find it where this process did, with or without an installation.
-        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-        "PYTHONUNBUFFERED": "1",
-    }
+    # What one stage compiles the next ones find; named in the environment, the folder travels to another machine.
+    compiled = {"TRITON_CACHE_DIR": str((plan.out / "triton").resolve())}
+    environment = (
+        compiled
+        | {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        | {
+            # An import of this package must find it where this process did, with or without an installation.
+            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
     process = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
     )

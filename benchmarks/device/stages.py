@@ -28,15 +28,15 @@ class Stage:
 
 # What must be known before a time is worth anything comes first; what is dearest and needs the rest, last.
 STAGES = (
-    Stage("machine", 15, "facts:describe", ("torch", "psutil")),
+    Stage("machine", 30, "facts:describe", ("torch", "psutil")),
     Stage("ceilings", 20, "ceilings:measure"),
-    Stage("precompile", 60, "compilation:compile_launches", ("torch", "triton")),
-    Stage("tests", 75, "proofs:run_tests", ("torch", "triton", "pytest")),
+    Stage("precompile", 50, "compilation:compile_launches", ("torch", "triton")),
+    Stage("tests", 150, "proofs:run_tests", ("torch", "triton", "pytest")),
     Stage("sanitizer", 25, "proofs:run_sanitizer", ("torch", "triton"), "compute-sanitizer", True),
-    Stage("operations", 80, "operations:measure"),
-    Stage("counters", 25, "counters:profile", ("torch", "triton"), "ncu", True),
-    Stage("encoder", 65, "encoder:measure", ("torch", "pydantic")),
-    Stage("step", 40, "model:training_step", ("torch", "pydantic")),
-    Stage("coco", 90, "model:rerank_coco", ("torch", "pydantic")),
-    Stage("tune", 45, "compilation:tune_kernels", ("torch", "triton"), None, True),
+    Stage("operations", 75, "operations:measure"),
+    Stage("counters", 20, "counters:profile", ("torch", "triton"), "ncu", True),
+    Stage("encoder", 50, "encoder:measure", ("torch", "pydantic")),
+    Stage("step", 30, "model:training_step", ("torch", "pydantic")),
+    Stage("coco", 50, "model:rerank_coco", ("torch", "pydantic")),
+    Stage("tune", 40, "compilation:tune_kernels", ("torch", "triton"), None, True),
 )

@@ -103,14 +103,14 @@ def bias_kernel(
     """
     tokens = 1 + height * width
     h = tl.program_id(1).to(tl.int64)
+    lines, places = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    tile, quarter = tl.program_id(0) // 4, tl.program_id(0) % 4
     if FRAGMENTS:
-        tile, quarter = tl.program_id(0) // 4, tl.program_id(0) % 4
-        lines, places = tl.arange(0, ROWS), tl.arange(0, BLOCK)
         rows = tile * 128 + fragment_rows(quarter, lines)
         columns = tl.program_id(2) * 64 + fragment_columns(quarter, places)
     else:
-        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+        rows = tl.program_id(0) * ROWS + lines
+        columns = tl.program_id(2) * BLOCK + places
     # Rows beyond the last repeat it; what they hold has no effect.
     present = tl.minimum(rows, tokens - 1)
     row_y, row_x = (present - 1) // width, (present - 1) % width

@@ -93,6 +93,7 @@ def info(*, as_json: Json = False) -> None:
 
     from xfm_fast.benchmarks import machine
     from xfm_fast.benchmarks.machine import choose_paths
+    from xfm_fast.kernels.backend import hopper_fault
     from xfm_fast.kernels.cpu import int8, llvm
     from xfm_fast.kernels.cpu.races import PATHS, SIZES
     from xfm_fast.kernels.cpu.selection import RULE
@@ -117,6 +118,10 @@ def info(*, as_json: Json = False) -> None:
         f"{facts['torch']}, MKL {'yes' if facts['mkl'] else 'no'}, oneDNN {'yes' if facts['onednn'] else 'no'}, "
         f"CPU capability {facts['torch_cpu_capability']}, Python {facts['python']}",
     )
+    if facts["versions"]["ptxas"]:
+        wrong = hopper_fault(facts["versions"]["triton"] or "", facts["versions"]["ptxas"])
+        remark = f"; not for attention on Hopper: {wrong}" if wrong else ""
+        hardware.add_row("Triton", escape(f"{facts['versions']['triton']}, ptxas {facts['versions']['ptxas']}{remark}"))
     console.print(hardware)
     optional = table("optional packages", "package", "version", "")
     for package in packages:
@@ -326,11 +331,12 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     path, folder = None, options.out or library.TUNING
     for spec in specs:
         for kind in options.dtype:
-            for size in library.sizes(spec, options.head_dim):
+            for size in library.sizes(spec, options.head_dim, number):
                 try:
                     choice = library.search(
                         spec, size, kind, number,
-                        timer=library.gpu_timer, workload=library.model_workload, jobs=options.jobs,
+                        timer=library.gpu_timer, workload=library.model_workload, rival=library.flash_workload,
+                        jobs=options.jobs,
                     )  # fmt: skip
                 except ValueError as error:
                     print(f"not tuned: {error}", file=sys.stderr)
@@ -341,6 +347,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
                     remedy = "name another folder with --out"
                     raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
                 times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
+                times += "" if choice.flash is None else f" (flash-attn {choice.flash * 1e6:.1f} µs)"
                 tried = f"{choice.timed} timed, {choice.passed_over} predicted slower, {choice.rejected} rejected"
                 print(f"{spec.name} {kind} {size}: {times}; {tried}")
     if path is None:

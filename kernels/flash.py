@@ -1,0 +1,68 @@
+"""Attention of packed sequences by flash-attn 2, 3 (`flash_attn_interface`) or 4 (`flash_attn.cute`)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfm_fast.errors import InputError
+
+from .checks import Packed
+
+_MODULES = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+# By the first number of the compute capability, the fastest first.
+_ORDER = {8: (2, 4), 9: (3, 4, 2)}
+_NEWER = (4, 2)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """softmax(scale · q kᵀ) v of packed sequences `[T, H, D]`.
+
+    Raises:
+        InputError: a type or mask that flash-attn does not have, or no version that imports here.
+    """
+    if packed.key_mask is not None:
+        raise InputError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise InputError(f"q is {q.dtype}; backend 'flash_attn' has float16 and bfloat16: convert it or use 'auto'")
+    capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 8
+    run = function(capability, dropout=packed.dropout_p > 0)
+    # By name: their positions differ from version to version.
+    given: dict[str, Any] = {
+        "cu_seqlens_q": packed.cu_seqlens_q.int(), "cu_seqlens_k": packed.cu_seqlens_k.int(),
+        "max_seqlen_q": packed.max_q, "max_seqlen_k": packed.max_k, "softmax_scale": packed.scale,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }  # fmt: skip
+    if packed.dropout_p:
+        given["dropout_p"] = packed.dropout_p
+    out = run(_aligned(q), _aligned(k), _aligned(v), **given)
+    # Some versions return the logsumexp too.
+    return out[0] if isinstance(out, tuple) else out
+
+
+@cache
+def function(capability: int, *, dropout: bool = False) -> Callable[..., Any]:
+    """`flash_attn_varlen_func` of the version that is fastest on a GPU; version 2 alone has dropout.
+
+    Raises:
+        InputError: none of them imports.
+    """
+    reasons = []
+    for version in (2,) if dropout else _ORDER.get(capability, _NEWER):
+        try:
+            return importlib.import_module(_MODULES[version]).flash_attn_varlen_func
+        except Exception as error:  # of a build for another PyTorch or GPU, which has errors of its own
+            reasons.append(f"{_MODULES[version]}: {type(error).__name__}: {error}")
+    wanted = "flash-attn 2, which alone has dropout," if dropout else "flash-attn"
+    raise InputError(f"{wanted} cannot be imported; install it or use backend 'auto' ({'; '.join(reasons)})")
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`[T, H, D]` itself if its rows are contiguous and begin at multiples of 16 bytes, else a copy."""
+    starts = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:2]))
+    return tensor if tensor.stride(-1) == 1 and not any(start % 16 for start in starts) else tensor.contiguous()
