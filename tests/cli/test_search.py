@@ -41,11 +41,16 @@ def test_a_model_and_an_index_of_ones_own(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(folder)
     named = ["--index", tmp_path / "found", "--model", tmp_path / "weights"]
     done = invoke(["search", folder, "a red circle", "--json", *named])
-    assert (done.exit_code, done.stderr) == (0, "")
+    # Random weights match everything alike.
+    assert done.exit_code == 0
+    assert "--rank similarity" in done.stderr
     found = json.loads(done.stdout)
     assert not found["random"]
     assert len(found["hits"]) == 4
     assert all(0 <= hit["match"] <= 1 for hit in found["hits"])
+    done = invoke(["search", folder, "a red circle", "--json", *named, "--rank", "similarity"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert {hit["match"] for hit in json.loads(done.stdout)["hits"]} == {None}
     done = invoke(["search", folder, "2.png", "--json", *named])
     best = json.loads(done.stdout)["hits"][0]
     assert (Path(best["path"]), best["match"]) == (folder / "2.png", None)

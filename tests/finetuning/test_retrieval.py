@@ -31,7 +31,7 @@ from xfm_fast.finetuning.evaluation import Evaluation, fingerprint
 from xfm_fast.finetuning.prediction import Predictor, load
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.retrieval import RetrievalOptions, RetrievalTask
-from xfm_fast.finetuning.run import evaluate, finetune, open_task
+from xfm_fast.finetuning.run import evaluate, finetune, open_task, recipe_of
 from xfm_fast.memory import PeakMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import contrastive_loss, matching_loss, step
@@ -41,7 +41,7 @@ from xfm_fast.serve.model import Found, Work
 from xfm_fast.serve.model import load as load_served
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks import reranking
-from xfm_fast.tasks.retrieval import Retriever
+from xfm_fast.tasks.retrieval import Retriever, recall
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -172,13 +172,64 @@ def test_evaluation_is_a_re_ranking_of_all(task: RetrievalTask, model: TaskModel
     assert torch.equal(found["text"].long(), expected.candidates.texts)
     assert torch.equal(found["image"].long(), expected.candidates.images)
     torch.testing.assert_close(found["score"], expected.scores, rtol=1e-5, atol=1e-5)
-    assert metrics == expected.recall(torch.arange(len(records)))
+    images_of_texts = torch.arange(len(records))
+    similarity = images.features @ texts.features.t()
+    unscored = expected.score_i2t == reranking.UNSCORED, expected.score_t2i == reranking.UNSCORED
+    for rank, i2t, t2i in (
+        ("match", expected.score_i2t, expected.score_t2i),
+        ("similarity", similarity, similarity.t()),
+        ("sum", expected.score_i2t + similarity, expected.score_t2i + similarity.t()),
+    ):
+        true = recall(
+            i2t.masked_fill(unscored[0], -torch.inf), t2i.masked_fill(unscored[1], -torch.inf), images_of_texts
+        )
+        assert {name.removeprefix(f"{rank}/"): metrics[name] for name in metrics if name.startswith(rank)} == true
+    assert {name: metrics[name] for name in metrics if "/" not in name} == expected.recall(images_of_texts)
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["flops"] == expected.receipt.flops
     assert receipt["flops_official"] == expected.receipt.flops_official
     assert receipt["pairs_scored"] == len(found["score"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(RESULTS)
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"] == metrics
+
+
+def test_ranking_by_an_untrained_matching_head(
+    small: FinetuneRecipe, pretrained: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its evaluation warns; `auto` ranks by features, and the run records it for `search`, `predict` and `evaluate`."""
+    blank = TaskModel.from_pretrained(pretrained)
+    with torch.no_grad():
+        [*blank.get_submodule("itm_head").parameters()][-2].zero_()
+    blank.save_pretrained(tmp_path / "blank")
+    shutil.copy(pretrained / "tokenizer.json", tmp_path / "blank")
+    found = evaluate(small, tmp_path / "blank", "test", tmp_path / "match")
+    assert found["r_mean"] == found["match/r_mean"] < found["similarity/r_mean"]
+    assert "task.rank=similarity" in capsys.readouterr().err
+
+    values = small.model_dump() | {
+        "task": small.task.model_dump() | {"rank": "auto"}, "init": {"checkpoint": str(tmp_path / "blank")},
+        "choose": {"by": "r_mean"}, "steps": 2, "optimizer": {"lr": 1e-30},
+    }  # fmt: skip
+    recipe = FinetuneRecipe(**values)
+    result = finetune(recipe)
+    assert "lowers recall" not in capsys.readouterr().err
+    assert result.metrics["test"]["r_mean"] == result.metrics["test"]["similarity/r_mean"]
+    run = Path(recipe.checkpoint.folder)
+    for folder in ("best", "model"):
+        assert json.loads((run / folder / "task.json").read_text())["task"]["rank"] == "similarity"
+    assert open_model(run).rank == "similarity"
+    again = recipe_of(run, ["choose=null"])
+    assert evaluate(again, run, "test", tmp_path / "again") == result.metrics["test"]
+    again = recipe_of(run, ["choose=null", "task.rank=match"])
+    assert evaluate(again, run, "test", tmp_path / "again")["r_mean"] == result.metrics["test"]["match/r_mean"]
+    (row,) = load(run).predict([world / "images/test/000000.png"], ["a red circle", "a blue star"])
+    assert [text["score"] for text in row["texts"]] == [text["cosine"] for text in row["texts"]]
+
+
+@pytest.mark.parametrize("by", ["similarity/r_mean", "sum/txt_r1"])
+def test_weights_are_chosen_by_the_metric_of_any_rule(small: FinetuneRecipe, by: str) -> None:
+    recipe = FinetuneRecipe(**small.model_dump() | {"choose": {"by": by}, "steps": 1})
+    assert by in finetune(recipe).metrics["val"]
 
 
 def process_of_an_evaluation(

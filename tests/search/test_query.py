@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from xfm_fast.search import (
     search,
     write_sheet,
 )
+from xfm_fast.search.query import match_images
 
 TEXT = "a red circle"
 
@@ -50,6 +52,23 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
     assert [hit.match for hit in found.hits[4:]] == [None] * 3
     assert [hit.similarity for hit in found.hits[4:]] == sorted((h.similarity for h in found.hits[4:]), reverse=True)
     assert [hit.location for hit in search(indexed, model, TEXT, candidates=4, top=2).hits] == [*map(str, paths[:2])]
+
+
+def test_candidates_are_ordered_by_the_rule_that_is_named_or_recorded(
+    indexed: SearchIndex, model: SearchModel, photos: Path
+) -> None:
+    """`sum` is the match logit + the cosine; what a run recorded is the default."""
+    found = search(indexed, model, TEXT, rank="sum", top=20)
+    paths = [Path(hit.location) for hit in found.hits]
+    with torch.no_grad():
+        logits = match_images(model.model, [Image.open(path).convert("RGB") for path in paths], TEXT, 7)[:, 1]
+    expected = logits + model.model.similarity(paths, TEXT)
+    np.testing.assert_allclose([hit.score for hit in found.hits], expected, atol=1e-5)
+    assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
+    assert search(indexed, replace(model, rank="sum"), TEXT, top=20).hits == found.hits
+    by_features = search(indexed, model, TEXT, candidates=0, top=20)
+    assert search(indexed, model, TEXT, rank="similarity", top=20) == by_features
+    assert search(indexed, replace(model, rank="sum"), TEXT, rank="match") == search(indexed, model, TEXT)
 
 
 def test_without_candidates_features_decide(indexed: SearchIndex, model: SearchModel) -> None:

@@ -229,13 +229,19 @@ def _bars() -> Iterator[ShowProgress]:
 
 
 def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    names = [*dict.fromkeys(name for of_split in metrics.values() for name in of_split)]
+    # The metrics `RULE/NAME` of a split are a column of their own.
+    columns: dict[str, dict[str, float]] = {}
+    for split, of_split in metrics.items():
+        for name, value in of_split.items():
+            rule, slash, short = name.rpartition("/")
+            columns.setdefault(f"{split}{slash}{rule}", {})[short] = value
+    names = [*dict.fromkeys(name for column in columns.values() for name in column)]
     if not names:
         # Nothing to evaluate on, or no truth in it.
         return
-    made = table("", "metric", *metrics, right=tuple(metrics))
+    made = table("", "metric", *columns, right=tuple(columns))
     for name in names:
-        made.add_row(name, *(f"{values[name]:.2f}" if name in values else "" for values in metrics.values()))
+        made.add_row(name, *(f"{values[name]:.2f}" if name in values else "" for values in columns.values()))
     if first_process():
         stdout().print(made)
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from xfm_fast.search import ModelSource
 
 _SHOWN = 5
+# Match probabilities that differ by less and are near neither 0 nor 1 are those of an untrained head.
+_ALIKE = 0.01
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class SearchOptions:
         top: Images to show.
         candidates: Images, nearest by features, that the fusion encoder reads together with the text; 0 leaves it at
             features.
+        rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum (match logit +
+            similarity). [that which the model's run recorded, else match]
         sheet: Contact sheet to write, .html or .png.
         exact: Compare all images, although the index has a graph.
         index: Folder of the index. [in what was indexed, or beside it]
@@ -76,6 +80,7 @@ class SearchOptions:
 
     top: Annotated[int, Ge(1)] = 12
     candidates: Annotated[int, Ge(0)] = 64
+    rank: Literal["match", "similarity", "sum"] | None = None
     sheet: Path | None = None
     exact: bool = False
     index: Path | None = None
@@ -175,14 +180,20 @@ def search(
     device = "cuda" if weights.device != "cpu" and torch.cuda.is_available() else "cpu"
     model = open_model(source, device=device, dtype=PRECISIONS[weights.dtype])
     asked = Path(query) if os.path.isfile(query) else query
-    found = find(found_index, model, asked, top=options.top, candidates=options.candidates, exact=options.exact)
+    found = find(
+        found_index, model, asked, top=options.top, candidates=options.candidates, exact=options.exact,
+        rank=options.rank,
+    )  # fmt: skip
+    matches = [hit.match for hit in found.hits if hit.match is not None]
+    if len(matches) > 1 and 0.1 < min(matches) <= max(matches) < min(0.9, min(matches) + _ALIKE):
+        note("the match scores hardly differ, as of an untrained matching head; try --rank similarity")
     for name, reason in list(found.lost.items())[:_SHOWN]:
         note(f"passed over {name}: {reason}; index again")
     if as_json:
         rows = [
             {
                 "rank": rank, "path": hit.location, "match": hit.match, "similarity": hit.similarity,
-                "caption": hit.entry.caption,
+                "score": hit.score, "caption": hit.entry.caption,
             }
             for rank, hit in enumerate(found.hits, start=1)
         ]  # fmt: skip

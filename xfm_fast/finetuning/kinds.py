@@ -22,6 +22,7 @@ from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.finetuning.text import TextTask, TextTaskOptions
 from xfm_fast.finetuning.vqa import VQAOptions, VQATask
 from xfm_fast.finetuning.weak_grounding import WeakGroundingOptions, WeakGroundingTask
+from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -56,9 +57,9 @@ def model_folder(path: Path) -> Path | None:
     return next((each for each in (path, path / "best", path / "model") if (each / CONFIG_FILE).is_file()), None)
 
 
-def explanation(task: Task[Any, Any, Any, Any]) -> dict[str, bytes]:
-    """The files that say what weights are for, to be saved beside them."""
-    said = {"format": FORMAT_VERSION, "task": task.options.model_dump(mode="json")}
+def explanation(task: Task[Any, Any, Any, Any], options: TaskOptions | None = None) -> dict[str, bytes]:
+    """The files that say what weights are for, to be saved beside them; with other options than the task's."""
+    said = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
     files = {TASK_FILE: (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()}
     return files | ({TOKENIZER_FILE: task.tokenizer.to_json().encode()} if task.reads_text else {})
 
@@ -81,6 +82,12 @@ def task_of(folder: Path) -> TaskOptions | None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path} does not describe a task ({reason}); copy the folder again") from None
+
+
+def rank_of(path: Path) -> Rank:
+    """The rule that ranks candidates by a run, a folder of weights or an export; `match` where it records none."""
+    options = task_of(model_folder(path) or path)
+    return options.settled_rank if isinstance(options, RetrievalOptions) else "match"
 
 
 def make_task(

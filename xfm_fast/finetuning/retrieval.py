@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,14 +31,19 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.packing import Sequences
 from xfm_fast.tasks.reranking import (
+    RANKS,
     UNSCORED,
     Candidates,
     ImageIndex,
+    Rank,
     Receipt,
     ScoreJournal,
     TextIndex,
+    best_rank,
     candidate_recall,
     checksum,
+    pair_similarity,
+    rank_score,
     score_candidates,
     top_candidates,
 )
@@ -48,15 +54,21 @@ from xfm_fast.tokenizer import pre_caption
 T = TypeVar("T")
 
 RECEIPT_FILE, SCORES_FILE = "receipt.json", "scores.safetensors"
+_RECALLS = (*(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")), "r_mean")
 
 
 class RetrievalOptions(TaskOptions):
     """The task retrieval."""
 
     kind: Literal["retrieval"] = "retrieval"
-    free = ("k", "columns")
+    free = ("k", "columns", "rank")
     k: int = Field(
         default=256, gt=0, description="texts of an image, and images of a text, that the fusion encoder ranks"
+    )
+    rank: Rank | Literal["auto"] = Field(
+        default="match",
+        description="score that ranks candidates: match (logit, the official rule), similarity (of features), sum "
+        "(match + similarity, the rule of BLIP), or auto: the best of these on the split that `choose` names",
     )
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
     max_words: int = Field(default=30, gt=0, description="of a text")
@@ -66,6 +78,11 @@ class RetrievalOptions(TaskOptions):
     )
     official_itm_negatives: bool = Field(default=False, description="draw negatives among the pairs of one rank alone")
     official_itc_gradient: bool = Field(default=False, description="scale the gradient of features by 1 / (ranks)")
+
+    @property
+    def settled_rank(self) -> Rank:
+        """`rank`, and `sum` where `auto` was never settled by a validation."""
+        return "sum" if self.rank == "auto" else self.rank
 
 
 class Captioned(NamedTuple):
@@ -79,11 +96,14 @@ class Captioned(NamedTuple):
 class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
     """Fine-tuning by the contrastive and the matching loss, evaluation by re-ranking (see `xfm_fast.tasks.retrieval`).
 
+    Evaluation reports recall by the rule `rank`, and by every rule of `xfm_fast.tasks.reranking.rank_score` as
+    `RULE/METRIC`: `similarity/r_mean` is that of the first stage.
+
     Raises:
         ConfigError: `max_tokens` are more than the model numbers.
     """
 
-    metrics = ("r_mean", *(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")))
+    metrics = tuple(f"{stage}{name}" for stage in ("", *(f"{rank}/" for rank in RANKS)) for name in _RECALLS)
     losses = ("itc", "itm")
 
     def prepare(self) -> None:
@@ -126,25 +146,27 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         )  # fmt: skip
 
     def predict(self, model: XFM, records: Sequence[RetrievalTestRecord]) -> list[Row]:
-        """For each image its texts with the probability that they match, and the cosine of the two features."""
+        """For each image its texts: the probability that they match, the cosine of features, the score by `rank`."""
         place = {text: number for number, text in enumerate(dict.fromkeys(t for r in records for t in r.caption))}
         ids, mask = (each.to(model.device) for each in self.padded([self.ids(text) for text in place]))
         pixels = torch.stack([self.pixels(record.image) for record in records]).to(model.device, model.dtype)
         images, texts = model.encode_image(pixels), model.encode_text(ids, mask)
         of_image = torch.tensor([n for n, record in enumerate(records) for _ in record.caption], device=model.device)
         of_text = torch.tensor([place[text] for record in records for text in record.caption], device=model.device)
-        cosine = (model.project_image(images)[of_image] * model.project_text(texts)[of_text]).double().sum(-1).tolist()
+        cosine = (model.project_image(images)[of_image] * model.project_text(texts)[of_text]).double().sum(-1)
         fused = model.fuse(
             texts[of_text], mask[of_text], model.image_memory(images), of_image, first_token_only=True
         )  # fmt: skip
-        probability = model.match_logits(fused).double().softmax(-1)[:, 1].tolist()
-        values = iter(zip(probability, cosine, strict=True))
+        logits = model.match_logits(fused).double()
+        score = rank_score(self.options.settled_rank, logits[:, 1], cosine)
+        columns = (logits.softmax(-1)[:, 1], cosine, score)
+        values = iter(zip(*(column.tolist() for column in columns), strict=True))
         return [
             {
                 "image": record.image,
                 "texts": [
-                    {"text": text, "probability": p, "cosine": c}
-                    for text, (p, c) in zip(record.caption, values, strict=False)
+                    {"text": text, "probability": p, "cosine": c, "score": s}
+                    for text, (p, c, s) in zip(record.caption, values, strict=False)
                 ],
             }
             for record in records
@@ -153,6 +175,10 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
     def score(self, rows: Sequence[Row], records: Sequence[RetrievalTestRecord]) -> Metrics:
         """Nothing: pairs that were asked for do not say how they rank among all others; `evaluate` does."""
         return {}
+
+    def settled(self, metrics: Metrics) -> RetrievalOptions:
+        rank = self.options.rank
+        return self.options.model_copy(update={"rank": best_rank(metrics) if rank == "auto" else rank})
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RetrievalTestRecord]:
         need(images, texts, "an image and a text, or several of each", ok=bool(images and texts))
@@ -210,19 +236,39 @@ class _Ranking:
                     self._embeddings(number).unlink(missing_ok=True)
         if not self.processes.first:
             return {}, {}
-        scores, _ = self._read(identity, candidates)
+        match, _ = self._read(identity, candidates)
+        similarity = pair_similarity(candidates, features, texts.features.cpu())
         captions = torch.tensor([len(record.caption) for record in self.records])
         image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
         receipt = Receipt.of(self.model.config, candidates, texts.lengths.cpu(), self.model.config.num_image_tokens)
         # How much of it an evaluation found that had been killed is no part of the result.
         said = {name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"}
         said |= {"pairs_saved": receipt.pairs_saved, "flops_ratio": receipt.flops_ratio}
-        pairs = {"image": candidates.images.int(), "text": candidates.texts.int(), "score": scores}
+        pairs = {"image": candidates.images.int(), "text": candidates.texts.int(), "score": match}
+        pairs["similarity"] = similarity
         pairs |= {"for_image": candidates.for_image, "for_text": candidates.for_text}
-        return candidate_recall(candidates, scores, image_of_text), {
+        metrics: Metrics = {}
+        for rank in RANKS:
+            found = candidate_recall(candidates, rank_score(rank, match, similarity), image_of_text)
+            metrics |= {f"{rank}/{name}": value for name, value in found.items()}
+        return self._reported(metrics), {
             RECEIPT_FILE: (json.dumps(said, indent=1) + "\n").encode(),
             SCORES_FILE: save(pairs),
         }
+
+    def _reported(self, metrics: Metrics) -> Metrics:
+        """The metrics of the rule that ranks, followed by those of every rule; warns where features rank better."""
+        best, rank = best_rank(metrics), self.task.options.rank
+        if rank == "auto":
+            rank = best
+        ours, features = metrics[f"{rank}/r_mean"], metrics["similarity/r_mean"]
+        if ours < features:
+            print(
+                f"re-ranking lowers recall: r_mean {ours:.1f} by task.rank={rank}, {features:.1f} by features alone; "
+                f"set task.rank={best} (r_mean {metrics[f'{best}/r_mean']:.1f}), or train the matching head longer",
+                file=sys.stderr,
+            )
+        return {name: metrics[f"{rank}/{name}"] for name in _RECALLS} | metrics
 
     def _embeddings(self, block: int) -> Path:
         return self.folder / f"images-{block:05d}.bin"

@@ -181,10 +181,17 @@ def finetune(
         chosen = best if (best / MODEL_FILE).is_file() else folder / ("model" if recipe.ema is None else "average")
         if result.interrupted:
             return FinetuneResult(result.step, chosen, interrupted=True)
+        task.options = _with_free(task_of(chosen) or task.options, task.options)
         weights = task.build().to(processes.device)
         load_weights(weights, task, chosen)
         metrics = {split: hook.evaluate(split, weights) for split in records}
         return FinetuneResult(result.step, chosen, metrics)
+
+
+def _with_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
+    """The options of weights, with what a recipe may still choose for them."""
+    chosen = {name: value for name in options.free if (value := getattr(recipe, name)) != "auto"}
+    return options.model_copy(update=chosen)
 
 
 def _check_truth(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any], split: str, records: Sequence[Any]) -> None:
@@ -224,7 +231,7 @@ class _EpochEnd:
     records: Mapping[str, list[Any]]
     processes: Processes
     per_epoch: int
-    explained: Mapping[str, bytes]
+    explained: dict[str, bytes]
     show: ShowProgress
 
     def evaluate(self, split: str, model: XFM) -> Metrics:
@@ -246,6 +253,7 @@ class _EpochEnd:
             judged = self.task.build().to(self.processes.device)
             judged.load_state_dict(whole_state(model, None if average is None else average.state_dict()))
         metrics = self.evaluate(choose.split, judged)
+        self.explained |= explanation(self.task, self.task.settled(metrics))
         if choose.by not in metrics:
             raise _no_metric(choose, metrics)
         folder, key = Path(self.recipe.checkpoint.folder), f"{choose.split}/{choose.by}"
@@ -296,8 +304,7 @@ def evaluate(
         options = None if place is None else task_of(place)
         if options is not None and options.kind == recipe.task.kind:
             # The names of classes and answers are those of the weights.
-            chosen = {name: getattr(recipe.task, name) for name in options.free}
-            recipe = recipe.model_copy(update={"task": options.model_copy(update=chosen)})
+            recipe = recipe.model_copy(update={"task": _with_free(options, recipe.task)})
         task = open_task(recipe, complete=options is None)
         records = task.records(recipe.paths_of(split), split)
         model = task.build().to(processes.device)

@@ -185,6 +185,10 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def score(self, rows: Sequence[Row], records: Sequence[RecordT]) -> Metrics:
         """The metrics of all rows of a split, in percent; empty where the records hold no truth."""
 
+    def settled(self, metrics: Metrics) -> OptionsT:
+        """The options, with those that are chosen by the metrics of a validation."""
+        return self.options
+
     def files(self, rows: Sequence[Row], records: Sequence[RecordT]) -> dict[str, bytes]:
         """The results in the form that the benchmark's own evaluation takes, by file name."""
         return {}

@@ -12,10 +12,10 @@ import torch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, UnavailableError
-from xfm_fast.finetuning.kinds import model_folder, task_of
+from xfm_fast.finetuning.kinds import model_folder, rank_of, task_of
 from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import XFM, Precision
-from xfm_fast.tasks.reranking import checksum
+from xfm_fast.tasks.reranking import Rank, checksum
 from xfm_fast.tokenizer import CaptionTokenizer
 
 Size = Literal["tiny", "base"]
@@ -50,11 +50,16 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class SearchModel:
-    """A model in evaluation mode, where it comes from, and a digest of all that decides its features."""
+    """A model in evaluation mode, where it comes from, and a digest of all that decides its features.
+
+    Attributes:
+        rank: the rule that its run recorded; see `xfm_fast.tasks.reranking.rank_score`.
+    """
 
     model: XFM
     source: ModelSource
     fingerprint: str
+    rank: Rank = "match"
 
 
 def open_model(
@@ -84,7 +89,8 @@ def open_model(
         )
     # Of the stored weights, so that an index made in bf16 is that of the same model.
     found = fingerprint(model)
-    return SearchModel(model.to(device).cast(dtype).eval(), source, found)
+    rank = "match" if source.weights is None else rank_of(Path(source.weights).expanduser())
+    return SearchModel(model.to(device).cast(dtype).eval(), source, found, rank)
 
 
 def fingerprint(model: XFM) -> str:

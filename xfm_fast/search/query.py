@@ -18,6 +18,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.model import SearchModel
 from xfm_fast.search.neighbours import nearest
+from xfm_fast.tasks.reranking import Rank, rank_score
 
 
 class Hit(NamedTuple):
@@ -29,6 +30,7 @@ class Hit(NamedTuple):
         match: probability that the text describes it; None where the fusion encoder was not asked.
         entry: its entry of the index.
         image: it, opened; None where that was not needed.
+        score: orders hits; of those that the fusion encoder read, by the rule `rank` of `search`.
     """
 
     location: str
@@ -36,11 +38,7 @@ class Hit(NamedTuple):
     match: float | None
     entry: Entry
     image: Image.Image | None
-
-    @property
-    def score(self) -> float:
-        """What hits are ordered by."""
-        return self.similarity if self.match is None else self.match
+    score: float
 
 
 class Found(NamedTuple):
@@ -59,6 +57,7 @@ def search(
     candidates: int = 64,
     batch_size: int = 16,
     exact: bool = False,
+    rank: Rank | None = None,
 ) -> Found:
     """Find the images that a text describes, or that resemble an image.
 
@@ -74,6 +73,8 @@ def search(
         candidates: images to score together with the text; 0 leaves it at features.
         batch_size: candidates that are computed together.
         exact: compare all features, although there is a graph.
+        rank: `match`: the probability of a match; `similarity`: features alone, no image is read; `sum`: match logit +
+            cosine, see `xfm_fast.tasks.reranking.rank_score`. By default that of the model's run.
 
     Raises:
         DataError: the index is of another model, the image is broken, the text empty.
@@ -88,10 +89,11 @@ def search(
         raise UnavailableError(
             f"{model.source} has no tokenizer to read the text with; give one (--tokenizer), or search by an image"
         )
-    rerank = isinstance(query, str) and candidates > 0
+    rank = rank or model.rank
+    rerank = isinstance(query, str) and candidates > 0 and rank != "similarity"
     if rerank and not ("matching" in xfm.heads and xfm.config.fusion_layers):
         raise UnavailableError(
-            f"{model.source} has no matching head to score candidates with; search by features alone (candidates=0)"
+            f"{model.source} has no matching head to score candidates with; search by features alone (rank=similarity)"
         )
     if isinstance(query, Path):
         # Read here, so that a broken one is not taken for one of the collection.
@@ -102,7 +104,7 @@ def search(
     rows, similarities = nearest(index.features, features.float().cpu(), wanted, None if exact else index.graph)
     entries = [index.entries[row] for row in rows.tolist()]
     hits = [
-        Hit(index.collection.location(entry), similarity, None, entry, None)
+        Hit(index.collection.location(entry), similarity, None, entry, None, similarity)
         for entry, similarity in zip(entries, similarities.tolist(), strict=True)
     ]
     lost: dict[str, str] = {}
@@ -113,8 +115,14 @@ def search(
                 opened.append(hit._replace(image=index.load(hit.entry)))
             except DataError as error:
                 lost[hit.location] = str(error)
-        scores = match_images(xfm, [hit.image for hit in opened if hit.image], query, batch_size)
-        scored = [hit._replace(match=score) for hit, score in zip(opened, scores.tolist(), strict=True)]
+        logits = match_images(xfm, [hit.image for hit in opened if hit.image], query, batch_size)
+        matches = logits.softmax(1)[:, 1]
+        similar = torch.tensor([hit.similarity for hit in opened])
+        scores = matches if rank == "match" else rank_score(rank, logits[:, 1], similar)
+        scored = [
+            hit._replace(match=match, score=score)
+            for hit, match, score in zip(opened, matches.tolist(), scores.tolist(), strict=True)
+        ]
         # Where fewer candidates are scored than hits are wanted, the others follow.
         hits = sorted(scored, key=_order) + sorted(hits[candidates:], key=_order)
     else:
@@ -123,10 +131,10 @@ def search(
 
 
 def match_images(model: XFM, images: Sequence[Image.Image], text: str, batch_size: int) -> Tensor:
-    """The probability that the text describes each image: `[I]`; the text is encoded once."""
+    """Both logits of the matching head for the text with each image: `[I, 2]`; the text is encoded once."""
     device = model.device
     transform = evaluation_transform(model.config.image_size)
-    found = [torch.empty(0)]
+    found = [torch.empty(0, 2)]
     with torch.no_grad():
         input_ids, mask = text_tokens([text], model.tokenizer, model.config, device)
         embeds = model.encode_text(input_ids, mask)
@@ -135,7 +143,7 @@ def match_images(model: XFM, images: Sequence[Image.Image], text: str, batch_siz
             memory = model.image_memory(model.encode_image(pixels))
             count = len(some)
             fused = model.fuse(embeds.expand(count, -1, -1), mask.expand(count, -1), memory, first_token_only=True)
-            found.append(model.match_logits(fused).float().softmax(1)[:, 1].cpu())
+            found.append(model.match_logits(fused).float().cpu())
     return torch.cat(found)
 
 

@@ -11,13 +11,13 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Protocol, Self
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -39,11 +39,16 @@ TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
 _MEMORY_BYTES = 1 << 30
 # Similarities are ranked in slices of this many values, so that a large collection needs no full matrix.
 _SLICE_VALUES = 1 << 26
+# Pairs whose features are gathered at a time: 128 MB at 256 features.
+_SLICE_PAIRS = 1 << 16
 # A journal begins with this line; a record is the image, the number of scores and their CRC-32.
 _MAGIC = b"xfm-fast scores 1\n"
 _RECORD = struct.Struct("<III")
 
 Progress = Callable[[int, int], None]
+Rank = Literal["match", "similarity", "sum"]
+"""A rule that ranks candidate pairs; see `rank_score`."""
+RANKS: tuple[Rank, ...] = get_args(Rank)
 
 
 class PairScorer(Protocol):
@@ -449,6 +454,32 @@ def _top(queries: Tensor, collection: Tensor, k: int) -> Tensor:
     rows = max(1, _SLICE_VALUES // max(1, collection.shape[0]))
     slices = [(part @ collection.t()).topk(k, dim=1).indices for part in queries.split(rows)]
     return torch.cat(slices).cpu() if slices else torch.empty(0, k, dtype=torch.long)
+
+
+def pair_similarity(candidates: Candidates, image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Cosine `[Q]` of the features of every candidate pair."""
+    slices = zip(candidates.images.split(_SLICE_PAIRS), candidates.texts.split(_SLICE_PAIRS), strict=True)
+    parts = [(image_features[images].double() * text_features[texts].double()).sum(-1) for images, texts in slices]
+    return torch.cat(parts).to(torch.promote_types(image_features.dtype, torch.float32))
+
+
+def rank_score(rank: Rank, match: Tensor, similarity: Tensor) -> Tensor:
+    """The score that orders pairs; the larger, the better.
+
+    Args:
+        rank: `match`: the match logit, as the official evaluation of X-FM ranks; `similarity`: the cosine of the
+            features; `sum`: match logit + cosine, as BLIP and LAVIS rank.
+        match: match logits: the second output of the matching head, neither a probability nor log-odds.
+        similarity: cosines of the features, in [-1, 1], not divided by the temperature.
+    """
+    if rank == "sum":
+        return match + similarity
+    return match if rank == "match" else similarity
+
+
+def best_rank(metrics: Mapping[str, float]) -> Rank:
+    """The rule with the highest mean recall among metrics `RULE/r_mean`; of equal ones the first of `RANKS`."""
+    return max(RANKS, key=lambda rank: metrics[f"{rank}/r_mean"])
 
 
 def _contained(values: Tensor, ordered: Tensor) -> Tensor:
