@@ -6,6 +6,7 @@ Paths in the CSV begin in its folder. MODEL_FOLDER is a pretrained model with it
 recipe, such as epochs=3.
 """
 
+import csv
 import sys
 from pathlib import Path
 
@@ -14,14 +15,12 @@ from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import finetune
 
 table, model, *changes = sys.argv[1:]
-root, name = Path(table).parent, Path(table).name
-mine = [f"data.root={root}", "data.images=.", f"data.train=[{name}]", "data.splits={}", "choose=null", "epochs=1"]
-mine += [f"init.checkpoint={model}", "model={}", "tokenizer=null", "checkpoint.folder=runs/my_csv"]
-recipe = load_finetune_recipe("retrieval_flickr30k", [*mine, *changes])
+recipe = load_finetune_recipe("retrieval_csv", [f"data.train={table}", f"init.checkpoint={model}", *changes])
 finetune(recipe)
 print(f"saved: {recipe.checkpoint.folder}")
+with open(table, encoding="utf-8-sig", newline="") as file:
+    rows = [row for row, _ in zip(csv.DictReader(file), range(3), strict=False)]
 predictor = xfm_fast.load(recipe.checkpoint.folder)
-rows = [line.split(",", 1) for line in Path(table).read_text(encoding="utf-8").splitlines()[1:4]]
-(answer,) = predictor.predict([str(root / rows[0][0])], [caption for _, caption in rows])
+(answer,) = predictor.predict([Path(table).parent / rows[0]["image"]], [row["caption"] for row in rows])
 for text in answer["texts"]:
-    print(f"{text['probability']:.1%}  {text['text']}")
+    print(f"{text['score']:.3f}  {text['text']}")

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weights
+from tests.cli.runner import invoke
 from tests.conftest import CASES, config, load_json, official_keys
+from tests.search.conftest import write_picture
 from tests.training.small_runs import in_processes, join_group
 from xfm_fast.batches import PairBatch
 from xfm_fast.checkpoint import to_official
@@ -381,6 +383,68 @@ def test_a_pretrained_model_is_evaluated_as_it_is_without_files_of_training(
     torch.save({"model": to_official(model.state_dict(), model.config)}, tmp_path / "xfm.th")
     recipe = small.model_copy(update={"tokenizer": str(pretrained / "tokenizer.json")})
     assert evaluate(recipe, tmp_path / "xfm.th", "test", tmp_path / "official") == found
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A table of 5 pictures beside it, under other names of columns, with commas in its captions."""
+    for number in range(5):
+        write_picture(tmp_path / f"own/{number}.png", number)
+    rows = "".join(f'{number}.png,"a red circle, {number}"\n' for number in range(5))
+    (tmp_path / "own/train.csv").write_text("File_Name,Text\n" + rows)
+    return tmp_path / "own/train.csv"
+
+
+def test_own_pictures_are_one_command_each(
+    table: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke(["pretrain", "pretrain_csv", "data=own/train.csv", f"init.checkpoint={pretrained}"])
+    assert done.exit_code == 0, done.output
+    done = invoke(["finetune", "retrieval_csv", "data.train=own/train.csv", "init.checkpoint=runs/pretrain_csv"])
+    assert done.exit_code == 0, done.output
+    run = Path("runs/retrieval_csv")
+    recipe = recipe_of(run)
+    assert (recipe.batch_size, recipe.epochs, recipe.steps) == (2, 20, 20 * 2)
+    assert recipe.optimizer.lr == pytest.approx(2e-5 * 24**1.5 * (2 / 64) ** 0.5, rel=0.01)
+    task = open_task(recipe)
+    assert isinstance(task, RetrievalTask)
+    held = {record.image for record in task.records(recipe.paths_of("val"), "val")}
+    (rows,) = task.rows(recipe.paths_of("train"))
+    trained = {record.image for record in rows.records()}
+    assert (len(held), len(trained), held & trained) == (1, 4, set())
+    found = json.loads(invoke(["evaluate", run, "--json"]).stdout)["val"]
+    assert found == json.loads((run / "evaluation/val/metrics.json").read_text())["metrics"]
+    assert load(run).task.options.rank in ("match", "similarity", "sum")
+
+
+def test_what_own_pictures_lack_is_named(table: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(table.parent)
+    model = f"init.checkpoint={pretrained}"
+    for command, needed in (
+        (["finetune", "retrieval_csv"], "init.checkpoint"),
+        (["finetune", "retrieval_csv", "init.checkpoint=xfm.th"], "xfm-fast convert"),
+        (["finetune", "retrieval_csv", "data.train=no.csv", model], "data.train="),
+        (["finetune", "retrieval_csv", "task.columns.image=photo", model], "task.columns.image="),
+        (["finetune", "retrieval_csv", "data.images=elsewhere", model], "data.images"),
+        (["pretrain", "pretrain_csv"], "init.checkpoint"),
+        (["pretrain", "pretrain_csv", "data=no.csv", model], "data="),
+    ):
+        done = invoke(command)
+        assert done.exit_code == 2, done.output
+        assert needed in done.stderr
+        assert not Path("runs").exists()
+
+
+def test_val_is_held_out_unless_one_is_named(table: Path, pretrained: Path) -> None:
+    given = [f"data.train={table}", f"init.checkpoint={pretrained}"]
+    assert load_finetune_recipe("retrieval_csv", given).data.splits == {"val": (str(table),)}
+    for changes in (["data.splits.val=val.csv"], ["task.hold_out=0", "choose=null"]):
+        task = load_finetune_recipe("retrieval_csv", [*given, *changes]).task
+        assert isinstance(task, RetrievalOptions)
+        assert task.hold_out == 0
+    fixed = load_finetune_recipe("retrieval_csv", [*given, "batch_size=4", "epochs=3"])
+    assert (fixed.batch_size, fixed.epochs) == (4, 3)
 
 
 def karpathy(world: Path, folder: Path, splits: dict[str, str]) -> Path:

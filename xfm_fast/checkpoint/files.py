@@ -43,6 +43,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
 TASK_FILE = "task.json"
 """Beside weights, or an export of them: the task that they were fine-tuned for."""
+TOKENIZER_FILE = "tokenizer.json"
 
 _DTYPES = {
     torch.float64: "F64",
@@ -71,6 +72,11 @@ _FOREIGN = (
     (b"%PDF", "a PDF document"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it points to"),
 )
+
+
+def model_folder(path: Path) -> Path | None:
+    """The folder of weights that a path means: itself, or of a run its chosen or last one; None for anything else."""
+    return next((each for each in (path, path / "best", path / "model") if (each / CONFIG_FILE).is_file()), None)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
@@ -18,6 +20,7 @@ from xfm_fast.data.files import Paths, file_of, find_files, read_json, unreadabl
 from xfm_fast.errors import DataError
 
 _SHOWN, _LONGEST = 3, 60
+_LEAST_HELD_OUT, _MOST_HELD_OUT = 10, 1000
 ARRAY = "one JSON array of objects, [{...}, {...}]"
 # Boxes of COCO reach past the edge by rounding.
 _EDGE = 1.0
@@ -328,6 +331,13 @@ class AnnotationRows(Generic[Record]):
     def raw(self, row: int) -> bytes:
         return json.dumps(self.elements[row], default=str, ensure_ascii=False).encode("utf-8", "replace")
 
+    def of_images(self, images: Collection[str], *, others: bool = False) -> AnnotationRows[Record]:
+        """The rows about some images, or all other rows."""
+        rows = [row for row in range(len(self)) if (_image_of(self.elements[row]) in images) != others]
+        found = copy(self)
+        found.elements, found._labels = [self.elements[row] for row in rows], [self.label(row) for row in rows]
+        return found
+
     def read(self, row: int) -> Record:
         """The record of a row.
 
@@ -404,6 +414,10 @@ class Named(NamedTuple):
     first: tuple[str, ...]
 
 
+def _image_of(element: Any) -> Any:
+    return element.get("image") if isinstance(element, dict) else None
+
+
 def image_names(items: Iterable[Any]) -> Iterator[str]:
     """The images of rows (unread), of records, or of paths, in order; an image comes as often as it is named."""
     for item in items:
@@ -433,8 +447,37 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
     if absent:
         raise DataError(
             f"{len(absent)} of {len(names)} images do not exist below {os.fspath(root)}: {_first(absent)}; check the "
-            "image folder"
+            "image folder (data.images)"
         )
+
+
+def held_out(items: Iterable[Any], share: float, root: str | os.PathLike[str]) -> set[str]:
+    """A share of the images that exist: those whose names have the smallest BLAKE2 digests.
+
+    At most 1,000 are held out, and at least 10, or a quarter of fewer than 40. Names are relative to `root`: the choice
+    depends neither on the place of the data nor on their order.
+
+    Args:
+        items: rows, records or paths (see `image_names`).
+        share: of the images.
+        root: folder that their names are below.
+
+    Raises:
+        DataError: fewer than 2 images exist.
+    """
+    names = {name for name in image_names(items) if os.path.isfile(file_of(os.path.join(root, name)))}
+    if len(names) < 2:
+        raise DataError(
+            f"{len(names)} images exist below {os.fspath(root)}, too few to hold some out; name the split val "
+            "(data.splits.val=<file>), or check the image folder (data.images)"
+        )
+
+    def digest(name: str) -> tuple[bytes, str]:
+        relative = os.path.relpath(os.path.join(root, name), root)
+        return hashlib.blake2b(relative.encode(), digest_size=8).digest(), name
+
+    number = max(1, int(share * len(names)), min(_LEAST_HELD_OUT, len(names) // 4))
+    return {*sorted(names, key=digest)[: min(_MOST_HELD_OUT, number)]}
 
 
 def overlap(a: Iterable[Any], b: Iterable[Any]) -> Named:

@@ -24,6 +24,7 @@ from xfm_fast.data.images import image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
+    PAIR_COLUMNS,
     PICTURE_SUFFIXES,
     TABLE_SUFFIXES,
     caption_table,
@@ -419,8 +420,7 @@ class PairRows:
         if table is None:
             elements, folder = read_caption_folder(path), path
         else:
-            names = {IMAGE_COLUMN: IMAGE_COLUMN, CAPTION_COLUMN: CAPTION_COLUMN}
-            elements, folder = read_table(table, names), table.parent
+            elements, folder = read_table(table, PAIR_COLUMNS), table.parent
         self._rows = _by_image(elements, folder)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,12 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 CAPTION_TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.json")
 """The names of a table that tells the captions of the folder it lies in."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+PAIR_COLUMNS: dict[str, Sequence[str]] = {
+    "image": ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "file"),
+    "caption": ("caption", "text", "title", "description", "sentence", "comment"),
+}
+"""Names of the columns of images and captions, of which a table's first counts."""
 
 _SHOWN = 3
 # A cell of megabytes is a quotation mark that nothing closes.
@@ -140,12 +146,12 @@ def image_rows(paths: Paths, *, columns: Mapping[str, str] | None = None) -> lis
     return as_rows(found, ImageLabelRecord)
 
 
-def read_table(path: Path, columns: Mapping[str, str], optional: Sequence[str] = ()) -> Elements:
+def read_table(path: Path, columns: Mapping[str, str | Sequence[str]], optional: Sequence[str] = ()) -> Elements:
     """The lines of a CSV or TSV file with a header, or of line JSON.
 
     Args:
         path: `.csv`, `.tsv`, or `.jsonl`.
-        columns: field → the column, or key, that holds it.
+        columns: field → the column, or key, that holds it, or several names of which the first there counts.
         optional: fields that the file may lack.
 
     Raises:
@@ -154,7 +160,7 @@ def read_table(path: Path, columns: Mapping[str, str], optional: Sequence[str] =
     if path.suffix.lower() in LINE_SUFFIXES:
         found = read_lines(path)
         values = [
-            {field: value[column] for field, column in columns.items() if column in value}
+            {field: value[column] for field, column in _present(value, columns).items()}
             if isinstance(value, dict)
             else value
             for value in found.values
@@ -162,17 +168,30 @@ def read_table(path: Path, columns: Mapping[str, str], optional: Sequence[str] =
         return found._replace(values=values)
     lines = _cells(path)
     _, header = next(lines, (0, []))
-    places = {field: header.index(column) for field, column in columns.items() if column in header}
-    if absent := [columns[field] for field in columns if field not in places and field not in optional]:
+    places = {field: header.index(column) for field, column in _present(header, columns).items()}
+    if absent := [field for field in columns if field not in places and field not in optional]:
+        lacking = [columns[field] for field in absent]
+        lacking = [names if isinstance(names, str) else names[0] for names in lacking]
         raise DataError(
-            f"{path} has no column {', '.join(map(repr, absent))}, but {', '.join(map(repr, header)) or 'no header'}; "
-            "name the columns to read"
+            f"{path} has no column {', '.join(map(repr, lacking))}, but {', '.join(map(repr, header)) or 'no header'}; "
+            f"rename one, or name it: task.columns.{absent[0]}=..."
         )
     values, labels = [], []
     for line, cells in lines:
         labels.append(line)
         values.append(_chosen(cells, places, len(header)))
     return _filled(Elements(str(path), values, labels))
+
+
+def _present(names: Collection[str], columns: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
+    """The column of each field that is among some names, as it is or in small letters."""
+    known = {name.strip().lower(): name for name in reversed([*names])}
+    found: dict[str, str] = {}
+    for field, options in columns.items():
+        for option in (options,) if isinstance(options, str) else options:
+            if (name := option if option in names else known.get(option)) is not None:
+                found.setdefault(field, name)
+    return found
 
 
 def _chosen(cells: Sequence[str], places: Mapping[str, int], width: int) -> dict[str, str] | DataError:

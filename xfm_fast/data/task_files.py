@@ -35,6 +35,7 @@ from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import ShardFile, first_object, holds_shards, open_records
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
+    PAIR_COLUMNS,
     TABLE_SUFFIXES,
     caption_table,
     holds_images,
@@ -222,7 +223,7 @@ def _captions(
 
     `identity` is the `image_id` of an image in tables and folders.
     """
-    names = {"image": "image", "caption": "caption"} | dict(columns or {})
+    names = PAIR_COLUMNS | dict(columns or {})
     for path in find_files(paths, is_captioned):
         suffix = path.suffix.lower()
         if path.is_dir() and (table := caption_table(path)) is not None:
@@ -269,7 +270,7 @@ def holds_pictures(path: Path) -> bool:
 def _below(folder: Path, elements: Elements) -> Elements:
     """The elements of a table, with the paths of images below its folder."""
     values = [
-        {**value, "image": str(folder / value["image"])}
+        {**value, "image": str(folder.absolute() / value["image"])}
         if isinstance(value, dict) and isinstance(value.get("image"), str)
         else value
         for value in elements.values

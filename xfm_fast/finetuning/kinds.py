@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from xfm_fast.checkpoint.files import CONFIG_FILE, TASK_FILE
+from xfm_fast.checkpoint.files import TASK_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError
@@ -25,7 +25,6 @@ from xfm_fast.finetuning.weak_grounding import WeakGroundingOptions, WeakGroundi
 from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 
 TASKS: dict[str, type[Task[Any, Any, Any, Any]]] = {
@@ -50,11 +49,6 @@ AnyTask = Annotated[
     Field(discriminator="kind"),
 ]
 """The section `task` of a recipe: one of these, by its `kind`."""
-
-
-def model_folder(path: Path) -> Path | None:
-    """The folder of weights that a path means: itself, or of a run its chosen or last one; None for anything else."""
-    return next((each for each in (path, path / "best", path / "model") if (each / CONFIG_FILE).is_file()), None)
 
 
 def explanation(task: Task[Any, Any, Any, Any], options: TaskOptions | None = None) -> dict[str, bytes]:

@@ -9,14 +9,13 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from xfm_fast.checkpoint.files import CONFIG_FILE
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.streams import epoch_batches
 from xfm_fast.documents import is_plain_name
 from xfm_fast.errors import ConfigError, DataError
-from xfm_fast.finetuning.kinds import TASKS, TOKENIZER_FILE, AnyTask, model_folder
+from xfm_fast.finetuning.kinds import TASKS, AnyTask, make_task
 from xfm_fast.finetuning.official import from_official, is_official
-from xfm_fast.training.recipe import FINETUNING, Run, override, read_recipe
+from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training.recipe import FINETUNING, Run, fitted, override, read_recipe, vocabulary_of
 from xfm_fast.training.recipe_fields import Paths, Section
 
 STREAM = "train"
@@ -27,7 +26,9 @@ class DataSection(Section):
     """The files of a task. Relative paths lie in `root`, and patterns such as `*.json` are expanded."""
 
     root: str = Field(default=".", description="folder of everything")
-    images: str = Field(default="", description="folder in which the paths of images begin")
+    images: str | None = Field(
+        default="", description="folder in which the paths of images begin; null: that of the file to train on"
+    )
     train: Paths = Field(description="files or folders to train on")
     splits: dict[str, Paths] = Field(default={}, description="files or folders to evaluate on, by name: val, test, ...")
     official_pictures: bool = Field(
@@ -56,10 +57,7 @@ class Choice(Section):
 
 
 class FinetuneRecipe(Run):
-    """A fine-tuning run; see `xfm_fast.training.recipe.Run` for the fields that every run has.
-
-    `model` may leave `preset` out where `init.checkpoint` is a folder, whose sizes then are meant.
-    """
+    """A fine-tuning run; see `xfm_fast.training.recipe.Run` for the fields that every run has."""
 
     task: AnyTask
     tokenizer: str | None = Field(
@@ -74,22 +72,19 @@ class FinetuneRecipe(Run):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_sizes_of_init(cls, values: Any) -> Any:
-        model, init = values.get("model", {}), values.get("init") or {}
-        place = init.get("checkpoint") if isinstance(init, Mapping) else None
-        folder = model_folder(Path(place)) if isinstance(place, str) else None
-        if place is not None and folder is None and "model" not in values:
-            raise ValueError(
-                f"init.checkpoint={place} is no folder of a model, whose sizes would be taken; give one, such as a run "
-                "of xfm-fast pretrain, or the sizes as model.preset=..."
-            )
-        if folder is None or not isinstance(model, Mapping) or "preset" in model:
+    def _with_held_out(cls, values: Any) -> Any:
+        """The split `val` of `train` that `task.hold_out` makes; 0 where another `val` is named."""
+        task, data = values.get("task"), values.get("data")
+        if not (isinstance(task, Mapping) and task.get("hold_out") and isinstance(data, Mapping) and "train" in data):
             return values
-        try:
-            saved = XFMConfig.load(folder / CONFIG_FILE).model_dump()
-        except ConfigError as error:
-            raise ValueError(f"init.checkpoint={place}: {error}") from None
-        return {**values, "model": {**saved, **model}}
+        splits = data.get("splits") or {}
+        if not isinstance(splits, Mapping):
+            return values
+        if "val" not in splits:
+            splits = {"val": data["train"], **splits}
+        elif _listed(splits["val"]) != _listed(data["train"]):
+            task = {**task, "hold_out": 0}
+        return {**values, "task": task, "data": {**data, "splits": splits}}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -132,7 +127,11 @@ class FinetuneRecipe(Run):
     @property
     def image_folder(self) -> Path:
         """The folder in which the paths of images begin."""
-        return Path(self.data.root) / self.data.images
+        root = Path(self.data.root)
+        if self.data.images is not None:
+            return root / self.data.images
+        first = root / self.data.train[0]
+        return first if first.is_dir() else first.parent
 
     def paths_of(self, split: str) -> list[Path]:
         """The files and folders of `train` or of a split; patterns are expanded in sorted order.
@@ -155,11 +154,7 @@ class FinetuneRecipe(Run):
 
     def tokenizer_path(self) -> Path | None:
         """The vocabulary that is named, or the one beside the weights to start from; None where there is neither."""
-        if self.tokenizer is not None:
-            return Path(self.tokenizer)
-        place = None if self.init.checkpoint is None else model_folder(Path(self.init.checkpoint))
-        near = [] if place is None else [place / TOKENIZER_FILE, place.parent / TOKENIZER_FILE]
-        return next((path for path in near if path.is_file()), None)
+        return vocabulary_of(self.init.checkpoint) if self.tokenizer is None else Path(self.tokenizer)
 
     def check_machine(self) -> None:
         """Check all that can only be known where the run starts, without reading data.
@@ -198,7 +193,19 @@ def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()
             f"recipe {name_or_path} has no task, so it is none of fine-tuning; add task.kind=..., one of "
             f"{', '.join(TASKS)}, or run xfm-fast pretrain {name_or_path}"
         )
-    return FinetuneRecipe(**values)
+    keys = {"batch_size": "batch_size", "epochs": "epochs", "lr": "optimizer.lr"}
+    return fitted(FinetuneRecipe, values, keys, _training_rows)
+
+
+def _training_rows(recipe: FinetuneRecipe) -> int:
+    path = recipe.tokenizer_path()
+    tokenizer = None if path is None else CaptionTokenizer.from_files(path)
+    task = make_task(recipe.task, recipe.model, tokenizer, recipe.image_folder)
+    return sum(map(len, task.rows(recipe.paths_of(STREAM))))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, (list, tuple)) else [value]
 
 
 def resumed_steps(

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 from torch import nn
 
-from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
+from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 
@@ -47,7 +47,7 @@ class Download(TypedDict, total=False):
     force_download: bool
 
 
-TOKENIZER_FILE, PREPROCESSOR_FILE, CARD_FILE = "tokenizer.json", "preprocessor_config.json", "README.md"
+PREPROCESSOR_FILE, CARD_FILE = "preprocessor_config.json", "README.md"
 _CARD = """---
 library_name: xfm-fast
 pipeline_tag: zero-shot-image-classification

@@ -190,7 +190,9 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
         losses = {name.split("/", 1)[1]: number for name, number in values.items() if name.startswith("loss/")}
-        shown = "  ".join(f"{name} {number:.4g}" for name, number in (losses or values).items())
+        # Of the metrics by every rule that ranks, the mean.
+        short = {n: v for n, v in (losses or values).items() if n.count("/") < 2 or n.endswith("/r_mean")}
+        shown = "  ".join(f"{name} {number:.4g}" for name, number in short.items())
         if self._bar is not None:
             self._bar.update(self._task, description=shown, refresh=True)
         else:

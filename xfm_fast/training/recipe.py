@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.options import AnyStreamOptions, ImageOptions
+from xfm_fast.data.records import open_records
 from xfm_fast.documents import MOST_YAML_BYTES, advice, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError, DataError, UnavailableError
 from xfm_fast.training.recipe_fields import (
@@ -32,11 +34,18 @@ from xfm_fast.training.recipe_fields import (
     ShapesWorldRecipe,
 )
 
+R = TypeVar("R", bound="Run")
+
+_LARGEST_BATCH = 64
+# Stands for a number that is not known before rows are counted, and passes every check.
+_UNKNOWN = 1 << 20
+
 
 class Run(Section):
     """What every run of training has, whatever it minimises: the recipe of pretraining, and that of fine-tuning.
 
-    Instances are immutable, and every impossible combination raises `ConfigError`.
+    Instances are immutable, and every impossible combination raises `ConfigError`. `model` may leave `preset` out where
+    `init.checkpoint` is a folder, whose sizes it then takes.
     """
 
     large_lr: ClassVar[tuple[str, ...]] = ()
@@ -68,6 +77,28 @@ class Run(Section):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_explain(error, type(self))) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_sizes_of_init(cls, values: Any) -> Any:
+        model, init = values.get("model", {}), values.get("init") or {}
+        place = init.get("checkpoint") if isinstance(init, Mapping) else None
+        folder = model_folder(Path(place)) if isinstance(place, str) else None
+        if folder is None and "model" not in values:
+            fault = (
+                "init.checkpoint is missing" if place is None else f"init.checkpoint={place} is no folder of a model"
+            )
+            raise ValueError(
+                f"{fault}; give a run of xfm-fast pretrain, a folder that xfm-fast convert makes of an official file, "
+                "or sizes to start with random weights: model.preset=tiny"
+            )
+        if folder is None or not isinstance(model, Mapping) or "preset" in model:
+            return values
+        try:
+            saved = XFMConfig.load(folder / CONFIG_FILE).model_dump()
+        except ConfigError as error:
+            raise ValueError(f"init.checkpoint={place}: {error}") from None
+        return {**values, "model": {**saved, **model}}
 
     @field_validator("model", mode="before")
     @classmethod
@@ -314,7 +345,63 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         if gone and isinstance(updates, list):
             kept = [[name for name in update if name not in gone] for update in updates if isinstance(update, list)]
             values["updates"] = [update for update in kept if update]
-    return Recipe(**values)
+    if "tokenizer" in values and values["tokenizer"] is None:
+        init = values.get("init")
+        place = init.get("checkpoint") if isinstance(init, dict) else None
+        found = vocabulary_of(place)
+        if found is None and place is not None:
+            raise ConfigError(f"init.checkpoint={place} has no {TOKENIZER_FILE}; name its vocabulary: tokenizer=<path>")
+        values["tokenizer"] = "train" if found is None else str(found)
+    keys = {"batch_size": "streams.pairs.batch_size", "steps": "steps", "lr": "optimizer.lr"}
+    return fitted(Recipe, values, keys, _pair_rows)
+
+
+def _pair_rows(recipe: Recipe) -> int:
+    if "pairs" not in recipe.streams:
+        raise ConfigError("auto fits the rows of the stream pairs, and there is none; give numbers")
+    return len(open_records(recipe.paths_of("pairs")))
+
+
+def vocabulary_of(checkpoint: object) -> Path | None:
+    """The vocabulary of the weights to start from; None where there is none."""
+    place = model_folder(Path(checkpoint)) if isinstance(checkpoint, str) else None
+    near = [] if place is None else [place / TOKENIZER_FILE, place.parent / TOKENIZER_FILE]
+    return next((path for path in near if path.is_file()), None)
+
+
+def fitted(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], rows: Callable[[R], int]) -> R:
+    """The recipe of `values`, in which `auto` is replaced by what fits the data and the model.
+
+    A batch holds the largest power of two that is at most a quarter of the rows, from 2 to 64; a run has 5 to 20
+    epochs, as many as 2,000 steps take; the learning rate is 2e-5 for 768 channels and a batch of 64, and grows with
+    channels^-1.5 and with the square root of the batch.
+
+    Args:
+        kind: class of the recipe.
+        values: changed in place.
+        keys: the keys that may be `auto`, by `batch_size`, `epochs`, `steps` and `lr`.
+        rows: counts the rows to train on.
+    """
+
+    def value_of(key: str) -> Any:
+        inner: Any = values
+        for part in key.split("."):
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        return inner
+
+    auto = {name: key for name, key in keys.items() if value_of(key) == "auto"}
+    recipe = kind(**override(values, (f"{key}={_UNKNOWN}" for key in auto.values())))
+    if not auto:
+        return recipe
+    count = rows(recipe)
+    batch = int(value_of(keys["batch_size"]))
+    if "batch_size" in auto:
+        batch = min(_LARGEST_BATCH, 1 << max(2, count // 4).bit_length() - 1)
+    per_epoch = max(1, count // batch)
+    epochs = min(20, max(5, -(-2000 // per_epoch)))
+    lr = 2e-5 * (768 / recipe.model.text_width) ** 1.5 * (batch / _LARGEST_BATCH) ** 0.5
+    fit = {"batch_size": batch, "epochs": epochs, "steps": epochs * per_epoch, "lr": f"{lr:.2e}"}
+    return kind(**override(values, (f"{key}={fit[name]}" for name, key in auto.items())))
 
 
 def _shipped(package: str) -> Iterable[Any]:

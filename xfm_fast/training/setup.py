@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files, write_bytes
-from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE
+from xfm_fast.checkpoint.files import MODEL_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.data.images import record_pixels
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.order import item_generator, permuted
@@ -22,7 +22,7 @@ from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
 from xfm_fast.data.transforms import whole_image
 from xfm_fast.errors import DataError, InputError, StorageError, XFMError
-from xfm_fast.models.hub import PREPROCESSOR_FILE, TOKENIZER_FILE
+from xfm_fast.models.hub import PREPROCESSOR_FILE
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes
@@ -57,12 +57,13 @@ def build_model(recipe: Recipe) -> XFM:
     """
     init = recipe.init
     if init.checkpoint is not None:
-        if not (Path(init.checkpoint) / CONFIG_FILE).is_file():
+        place = model_folder(Path(init.checkpoint))
+        if place is None:
             return XFM.from_official(init.checkpoint, recipe.model)
         # Our names are the official ones. The sizes are the recipe's, by which data and masks are made, and so is what
         # may differ: the resolution, dropout, the temperature's bounds.
-        heads = heads_in(load_pretrained_files(init.checkpoint).state)
-        return XFM.from_official(Path(init.checkpoint) / MODEL_FILE, recipe.model, heads=heads)
+        heads = heads_in(load_pretrained_files(place).state)
+        return XFM.from_official(place / MODEL_FILE, recipe.model, heads=heads)
     model = XFM(recipe.model)
     if init.roberta or init.beit2:
         initialise(model, roberta=init.roberta, beit2=init.beit2)
