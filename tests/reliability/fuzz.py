@@ -58,7 +58,6 @@ from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
 from xfm_fast.training.metrics import read_log
 from xfm_fast.training.recipe import read_recipe
-from xfm_fast.training.shards import read_contents
 
 MOST_BYTES = 256 << 20
 # An image may say that it has 89 million pixels, and decoding takes up to 11 bytes of each: twice 4 and the 3 of RGB.
@@ -203,15 +202,6 @@ def _png(chunks: bytes) -> bytes:
     return out
 
 
-def _contents() -> bytes:
-    import torch.distributed.checkpoint as dcp
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save({f"model/{name}": value for name, value in _STATE.items()}, checkpoint_id=folder)
-        return (Path(folder) / ".metadata").read_bytes()
-
-
 def _training_state() -> bytes:
     return json.dumps(
         {
@@ -220,7 +210,6 @@ def _training_state() -> bytes:
             "batches": {"text": 8},
             "world_size": 1,
             "scaler": {},
-            "sharded": False,
             "optimizer": {"groups": [["a"]], "numbers": {}},
             "cpu_kernels": [[["linear", "float32", "aten"]]],
             "recipe": {},
@@ -364,7 +353,6 @@ def _formats() -> list[Format]:
         ),
         Format("a.safetensors", (save(_STATE),), lambda f: read_state_dict(f / "a.safetensors")),
         Format("header.safetensors", (header,), lambda f: read_state_dict(f / "header.safetensors"), _safetensors),
-        Format(".metadata", (_contents(),), read_contents),
         Format("state.json", (_training_state(),), _read_training),
         Format("a.json", (_ARRAY, _CONFIG), lambda f: parse_json((f / "a.json").read_bytes()), refuses=plain),
         Format(

@@ -30,10 +30,10 @@ from tests.training.small_runs import (
     small_recipe,
     without_dropout,
 )
-from xfm_fast.errors import DataError, XFMError
+from xfm_fast.errors import CheckpointError, DataError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.training.checkpoints import load_weights, newest
+from xfm_fast.training.checkpoints import newest, read_state
 from xfm_fast.training.distributed import ParallelModel, Processes, join_processes, run_layers
 from xfm_fast.training.gradient_flow import check, gradient_flow_of
 from xfm_fast.training.loop import train
@@ -94,12 +94,13 @@ def test_two_processes_are_one(tmp_path: Path, alone: Path, parallel: str) -> No
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), name
-    # One process reads the checkpoint, in shards or not.
+    # One process reads the checkpoint, which has the same files for both.
     found = newest(tmp_path / "run/checkpoints")
     assert found is not None
-    model = XFM(recipe.model)
-    load_weights(found.path, model)
-    assert_close(dict(model.named_parameters()), parameters(tmp_path / "run"), 0)
+    assert {path.name for path in found.path.iterdir()} == {
+        "manifest.json", "model", "state.json", "training.safetensors"
+    }  # fmt: skip
+    assert_close(parameters(found.path), parameters(tmp_path / "run"), 0)
     assert check(gradient_flow_of(found.path)) == check(gradient_flow_of(tmp_path / "run")) == []
 
 
@@ -112,10 +113,15 @@ def test_checkpoints_of_shards_and_of_wholes_serve_both(tmp_path: Path, before: 
     assert in_processes(process_of_a_run, 2, tmp_path / "a", drawless(tmp_path / "whole", **whole), {}) == [0, 0]
     recipe = drawless(folder, parallel=before, **settings)
     assert in_processes(process_of_a_run, 2, tmp_path / "b", recipe, {"kill_at": 4}) == [-9, -9]
-    assert (newest(folder / "checkpoints").path / "sharded").is_dir() == (before == "fsdp")
     recipe = drawless(folder, parallel=after, **settings)
     assert in_processes(process_of_a_run, 2, tmp_path / "c", recipe, {}) == [0, 0]
     assert_close(parameters(folder), parameters(tmp_path / "whole"), 5e-5)
+
+
+def test_shards_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"format": 1, "sharded": true}')
+    with pytest.raises(CheckpointError, match="shards"):
+        read_state(tmp_path)
 
 
 def count_reductions(rank: int, world_size: int, meeting_point: Path, folder: Path) -> None:

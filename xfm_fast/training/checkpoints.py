@@ -6,10 +6,9 @@ or not there:
 * `state.json`: step, position in every stream, loss scale, optimizer hyper-parameters, the recipe;
 * `model/`: what `save_pretrained` writes, so `XFM.from_pretrained` reads it;
 * `training.safetensors`: optimizer state, average of the weights, random state of every process;
-* `sharded/`: with FSDP, weights and optimizer state as `torch.distributed.checkpoint` writes them, for any number of
-  processes (all of which must see the folder); opened only where `state.json` says that it is there;
 * `manifest.json`: size and SHA-256 of all the others.
 
+What FSDP shards is gathered by the first process, so that DDP and FSDP write the same files.
 Loader workers have no state that could be lost: a batch is a function of its number.
 
 A checkpoint is not trusted: reading one runs nothing that is in it, whatever its files name. The manifest tells damage
@@ -44,15 +43,15 @@ from xfm_fast.checkpoint import (
     write_files,
     write_safetensors,
 )
+from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.documents import advice, is_plain_name, read_json
 from xfm_fast.errors import CheckpointError, StorageError, XFMError
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
-from xfm_fast.training.shards import read_shards, write_shards
 
 FORMAT_VERSION = 1
-MANIFEST, STATE, TENSORS, SHARDED, MODEL = "manifest.json", "state.json", "training.safetensors", "sharded", "model"
+MANIFEST, STATE, TENSORS, MODEL = "manifest.json", "state.json", "training.safetensors", "model"
 KERNELS = "cpu_kernels.json"
 _PREFIX = "step-"
 CODES = "image_codes"
@@ -134,11 +133,9 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
             (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
     weights = progress.model.state_dict()
-    whole = of_the_model(weights)
-    sharded = any(isinstance(parameter, DTensor) for parameter in progress.model.parameters())
-    tensors |= {f"model/{name}": tensor.detach() for name, tensor in weights.items() if sharded or name not in whole}
-    shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in shards}
+    saved = of_the_model(weights)
+    tensors |= {f"model/{name}": tensor.detach() for name, tensor in weights.items() if name not in saved}
+    tensors, whole = _gathered(tensors, processes), _gathered(saved, processes)
     for rank, state in enumerate(random_states):
         tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
     state = {
@@ -149,7 +146,6 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
         "scaler": progress.scaler.state_dict(),
         "optimizer": {"groups": groups, "numbers": numbers},
         "cpu_kernels": kernels,
-        "sharded": bool(shards),
         "recipe": recipe,
     }
 
@@ -166,8 +162,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
                 temporary / STATE: lambda file: file.write(json.dumps(state, indent=1).encode()),
             }
         )
-        if not shards:
-            save_pretrained(whole, progress.model.config, temporary / MODEL)
+        save_pretrained(whole, progress.model.config, temporary / MODEL)
         _seal(temporary)
         if final.exists():
             final.rename(folder / f".{final.name}.old")
@@ -176,10 +171,6 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
 
     try:
         processes.from_first(begin)
-        if shards:
-            failures = processes.gather(write_shards(shards, temporary / SHARDED))
-            if reason := next(filter(None, failures), None):
-                raise OSError(reason)
         processes.from_first(finish)
     except OSError as error:
         if processes.first:
@@ -264,7 +255,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 class _Later(CheckpointError):
-    """Written by a later version."""
+    """Written by another version, not damaged."""
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -279,6 +270,8 @@ def read_state(path: Path) -> dict[str, Any]:
             raise _Later(
                 f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
             )
+        if isinstance(state, dict) and state.get("sharded"):
+            raise _Later(f"{path} holds shards of FSDP, which this version does not read; set checkpoint.folder anew")
         _State.model_validate_json(json.dumps(state))
         if path.name.startswith(_PREFIX) and state["step"] != _step(path):
             raise ValueError(f"it is of step {state['step']}")
@@ -314,7 +307,7 @@ def reading(path: Path) -> Iterator[None]:
 def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> None:
     """Set `progress` to the state of a checkpoint; random states are left to the caller (`random_states`).
 
-    Sharded and whole checkpoints load into sharded and whole models alike, for any number of processes.
+    It loads into sharded and whole models alike, for any number of processes.
 
     Raises:
         CheckpointError: the checkpoint is of a model or an optimizer with other parameters.
@@ -323,7 +316,8 @@ def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> No
     own = dict(model.state_dict())
     wanted = {f"model/{name}": tensor for name, tensor in own.items()}
     wanted |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    read = _read(path, {**dict(model.named_parameters()), **own}, sharded=_is_sharded(checkpoint.state, path))
+    weights = read_state_dict(path / MODEL / MODEL_FILE)
+    read = read_state_dict(path / TENSORS) | {f"model/{name}": tensor for name, tensor in weights.items()}
     if not any(name.startswith("average/") for name in read):
         # An average that the run did not have before begins now.
         read |= {f"average/{name}": read[f"model/{name}"] for name in progress.average if f"model/{name}" in read}
@@ -390,54 +384,14 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
     )
 
 
-def is_sharded(path: Path) -> bool:
-    """True where `state.json` says that the weights of a checkpoint lie in `sharded/`; False for other folders.
-
-    Raises:
-        CheckpointError: `state.json` is damaged.
-    """
-    try:
-        return _is_sharded(read_json(path / STATE), path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / STATE} cannot be read ({error}); take another checkpoint") from None
-
-
-def _is_sharded(state: Mapping[str, Any], path: Path) -> bool:
-    # Earlier checkpoints do not say it; those that were sharded have no model beside the shards.
-    return bool(state.get("sharded", not (path / MODEL).is_dir()))
-
-
-def load_weights(path: Path, model: XFM) -> None:
-    """Give a model that is not sharded the weights of a checkpoint, whatever it was written by.
-
-    Raises:
-        CheckpointError: it is of another model.
-    """
-    own = model.state_dict()
-    read = _read(path, own, sharded=is_sharded(path), only="model/")
-    if missing := [n for n in own if f"model/{n}" not in read or read[f"model/{n}"].shape != own[n].shape]:
-        raise CheckpointError(f"{path} does not fit the model: {', '.join(missing[:5])} is missing or of another shape")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(read[f"model/{name}"])
-
-
-def _read(path: Path, parameters: Mapping[str, Tensor], *, sharded: bool, only: str = "") -> dict[str, Tensor]:
-    read = read_state_dict(path / TENSORS)
-    if not sharded:
-        weights = read_state_dict(path / MODEL / "model.safetensors")
-        return read | {f"model/{name}": tensor for name, tensor in weights.items()}
-
-    def like(name: str) -> Tensor | None:
-        # model/NAME, average/NAME, optimizer/NAME/KEY
-        kind, _, rest = name.partition("/")
-        return (
-            parameters.get(rest.rpartition("/")[0] if kind == "optimizer" else rest) if name.startswith(only) else None
-        )
-
-    return read | read_shards(path / SHARDED, like)
+def _gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """The tensors with their shards put together on the first process, in its host memory; called by all processes."""
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.first:
+            found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+    return found
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import ImageCodes, pretraining_losses
-from xfm_fast.training.checkpoints import MODEL, STATE, is_sharded, load_weights
+from xfm_fast.training.checkpoints import MODEL, STATE
 from xfm_fast.training.recipe import Recipe, load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
 from xfm_fast.training.setup import build_model
@@ -219,17 +219,12 @@ def gradient_flow_of(
             f"{' '.join(overrides)} would change a recipe, but {folder} holds weights that were made by one; leave "
             "overrides out, or give the recipe"
         )
-    # The folder of `save_pretrained`, or a sharded checkpoint: itself, in a checkpoint, or in the newest of a run.
+    # The folder of `save_pretrained`: itself, in a checkpoint, or in the newest of a run.
     steps = sorted(folder.glob("checkpoints/step-*"), reverse=True)
-    candidates = (folder, *(part for step in steps for part in (step / MODEL, step)), folder / MODEL)
-    found = next((each for each in candidates if (each / CONFIG_FILE).is_file() or is_sharded(each)), None)
+    candidates = (folder, *(step / MODEL for step in steps), folder / MODEL)
+    found = next((each for each in candidates if (each / CONFIG_FILE).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder} holds no model; give a recipe, a folder of save_pretrained, or a run")
-    if is_sharded(found):
-        recipe = _recipe_of(found)
-        model = XFM(recipe.model)
-        load_weights(found, model)
-        return _of_recipe(model, recipe, size=size, seed=seed)
     model = XFM.from_pretrained(found)
     if (found.parent / STATE).is_file():
         return _of_recipe(model, _recipe_of(found.parent), size=size, seed=seed)
