@@ -1,9 +1,12 @@
 """Decoding of real bytes, good and bad, and the official test transform."""
 
+import contextlib
 import io
 import os
 import struct
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
+from tests.serve.bodies import png_with_more, scans
+from xfm_fast.data.headers import read_header
 from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, image_size, load_image, to_rgb
 from xfm_fast.errors import DataError
 
@@ -286,3 +291,35 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         decode_image(tmp_path / "absent.png")
     with pytest.raises(DataError, match="cannot be read"):
         decode_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(png_with_more(8, 20_000), "200 bytes of its pixels"), (scans(256, 100), "scans")],
+    ids=["inflates", "scans"],
+)
+@pytest.mark.parametrize("decode", [decode_image, decode_pixels])
+def test_a_file_that_costs_a_decoder_minutes_is_refused_at_once(
+    decode: Callable[[bytes], object], data: bytes, words: str
+) -> None:  # fmt: skip
+    began = time.process_time()
+    with pytest.raises(DataError, match=words):
+        decode(data)
+    assert time.process_time() - began < 0.5
+
+
+def test_a_header_is_that_of_pillow() -> None:
+    for form, mode in (
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("JPEG", "RGB"),
+        ("JPEG", "CMYK"),
+        ("WEBP", "RGB"),
+        ("WEBP", "RGBA"),
+    ):
+        for options in ({}, {"lossless": True} if form == "WEBP" else {"progressive": True}):
+            data = _bytes(_picture(size=(37, 51)).convert(mode), form, **options)
+            assert read_header(data)[:2] == (37, 51)
+    for data in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF0000WEBPVP8?" + bytes(20)):
+        with contextlib.suppress(ValueError):
+            assert read_header(data)[:2] == (0, 0)

@@ -7,9 +7,7 @@ import contextlib
 import io
 import os
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from xfm_fast.data.headers import check_png, read_header
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.documents import require_file
 from xfm_fast.errors import DataError
@@ -189,7 +188,9 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
                         f"that guards against decompression bombs; {_BOMB_REMEDY}"
                     )
                 if opened.format == "PNG":
-                    _check_png(data)
+                    check_png(data)
+                elif opened.format in ("JPEG", "MPO"):
+                    read_header(data)
                 return decode(opened)
         except (DataError, MemoryError):
             raise
@@ -204,35 +205,6 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
             raise DataError(
                 f"image {name} ({len(data)} bytes) is damaged or truncated ({error}); download or copy it again"
             ) from None
-
-
-def _check_png(data: bytes) -> None:
-    """Refuse a PNG that ends before its pixels do: the libraries leave what is missing black.
-
-    Raises:
-        ValueError, zlib.error: it does, or is damaged.
-    """
-    at, kind, header, inflate, found = 8, b"", b"", zlib.decompressobj(), 0
-    while kind != b"IEND":
-        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        if at + 12 + length > len(data):
-            raise ValueError("it ends within a chunk")
-        rest = memoryview(data)[at + 8 : at + 8 + length]
-        at += 12 + length
-        header = header or bytes(rest)
-        while kind == b"IDAT" and rest:
-            found += len(inflate.decompress(rest, 1 << 20))
-            rest = inflate.unconsumed_tail
-    width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", header[:13])
-    bits = depth * {2: 3, 4: 2, 6: 4}.get(colours, 1)
-    # Rows of one byte more than their pixels; seven small images where it is interlaced (Adam7).
-    passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
-    expected = 0
-    for x, step_x, y, step_y in passes if interlaced else ((0, 1, 0, 1),):
-        columns, rows = len(range(x, width, step_x)), len(range(y, height, step_y))
-        expected += rows * (1 + (columns * bits + 7) // 8) if columns else 0
-    if found < expected:
-        raise ValueError(f"it holds {found} bytes of pixels instead of {expected}")
 
 
 def orientation(image: Image.Image) -> int:
@@ -282,4 +254,8 @@ def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Im
         return Image.fromarray(eight).convert("RGB")
     if not official and image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if image.mode == "RGB":
+        # A conversion would copy the pixels.
+        image.load()
+        return image
     return image.convert("RGB")
