@@ -90,6 +90,62 @@ def test_random_weights_are_said_and_what_is_in_work_is_answered_after_sigterm()
         assert "THE WEIGHTS ARE RANDOM" in line
 
 
+SLOW = """
+import runpy, sys, time
+from xfm_fast.serve.model import ServedModel
+answer, calls, seconds = ServedModel.answer, [], float(sys.argv.pop())
+def slow(model, works):
+    # Weights are warmed up by a first call.
+    calls.append(works)
+    time.sleep(seconds if len(calls) > 1 else 0)
+    return answer(model, works)
+ServedModel.answer = slow
+runpy.run_module("xfm_fast", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "drain", "seconds", "status"),
+    [(["SIGTERM"], 1, 60, 503), (["SIGHUP"], 60, 2, 200), (["SIGINT", "SIGINT"], 60, 60, 503)],
+)
+def test_requests_in_work_at_the_end_are_answered(signals: list[str], drain: int, seconds: int, status: int) -> None:
+    arguments = ("--random", "tiny", "--port", "0", "--device", "cpu", "--drain", drain, seconds)
+    command = [sys.executable, "-c", SLOW, "serve", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as begun:
+        try:
+            assert begun.stdout is not None
+            assert begun.stderr is not None
+            port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", begun.stdout.readline())[0])
+            body = json.dumps({"input": CAPTIONS}).encode()
+            head = "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=60) as computed,
+                socket.create_connection(("127.0.0.1", port), timeout=60) as unread,
+            ):
+                computed.sendall(head.encode() + body)
+                if status == 503:
+                    unread.sendall(head.encode() + body[:-1])
+                active = f"xfm_active_requests {1 + (status == 503)}.0"
+                assert until(lambda: active in _metrics(port))
+                for name in signals:
+                    begun.send_signal(getattr(signal, name))
+                    until(lambda: not listening(port))
+                assert f"HTTP/1.1 {status} ".encode() in computed.recv(4096)
+                if status == 503:
+                    assert b"HTTP/1.1 503 " in unread.recv(4096)
+            assert begun.wait(30) == 0
+            assert "Traceback" not in begun.stderr.read()
+        finally:
+            begun.kill()
+
+
+def _metrics(port: int) -> str:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    return connection.getresponse().read().decode()
+
+
 def test_a_port_in_use_is_found_out_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = invoke(["serve", "nowhere", "--port", taken.getsockname()[1]])
@@ -108,6 +164,8 @@ def test_one_line_and_code_2(tmp_path: Path, weights: Path) -> None:
         ([weights, "--host", "no such host"], "is no address"),
         ([weights, "--config", "x.yaml"], "--config x.yaml gives the sizes"),
         ([weights, "--max-queue", "0"], "max-queue"),
+        ([weights, "--name", ""], "--name"),
+        ([weights, "--memory-mb", "5"], "--memory-mb 5"),
     ):
         done = invoke(["serve", *arguments, *(["--port", 0] if arguments else [])])
         assert done.exit_code == 2

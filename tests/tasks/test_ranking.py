@@ -11,7 +11,7 @@ from PIL import Image
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import load_image
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, InputError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.ranking import MemoryCache, ModelRanks, Picture, Query, Ranker, Ranking
 
@@ -84,12 +84,24 @@ def test_features_are_those_of_the_model_and_are_kept(model: XFM, monkeypatch: p
     pictures = [picture(1), picture(2), picture(1)]
     pixels = torch.stack([load_image(each.content, model.config.image_size) for each in pictures])
     images = model.project_image(model.encode_image(pixels))
-    torch.testing.assert_close(ranker.embed_images(pictures), images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ranker.embed_images(pictures), [*images], rtol=0, atol=1e-6)
     captions = [CAPTIONS[1], CAPTIONS[0], CAPTIONS[1]]
     texts = torch.cat([model.project_text(model.encode_text(torch.tensor([ids]))) for ids in captions])
     torch.testing.assert_close(ranker.embed_captions(captions), texts, rtol=0, atol=1e-6)
     monkeypatch.setattr(model, "encode_image", None)
-    torch.testing.assert_close(ranker.embed_images(pictures[:2]), images[:2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ranker.embed_images(pictures[:2]), [*images[:2]], rtol=0, atol=1e-6)
+
+
+def test_an_image_of_several_tiles_or_of_an_ended_request(model: XFM) -> None:
+    ranker = Ranker(ModelRanks(model), 0)
+    pictures = [picture(seed) for seed in range(40)]
+    features = ranker.embed_images(pictures)
+    assert len({tuple(row.tolist()) for row in features if isinstance(row, torch.Tensor)}) == 40
+    ended = picture(1)._replace(needed=lambda: False)
+    # The same image is decoded for a request that still waits.
+    gone, waits = ranker.rank([Query((ended, picture(2)), CAPTIONS), Query((picture(2),), CAPTIONS)])
+    assert (type(gone), type(waits)) == (InputError, Ranking)
+    assert all(isinstance(each, torch.Tensor) for each in ranker.embed_images([ended, picture(1)]))
 
 
 def test_one_broken_image_fails_its_query_alone(model: XFM) -> None:
@@ -99,7 +111,9 @@ def test_one_broken_image_fails_its_query_alone(model: XFM) -> None:
     assert isinstance(wrong, DataError)
     assert "image 1 of the request" in str(wrong)
     assert isinstance(right, Ranking)
-    with pytest.raises(DataError, match="image 1 of the request"):
-        ranker.embed_images([picture(1), broken])
+    whole, failed = ranker.embed_images([picture(1), broken])
+    assert isinstance(whole, torch.Tensor)
+    assert isinstance(failed, DataError)
+    assert "image 1 of the request" in str(failed)
     with pytest.raises(DataError, match="is no JPEG, PNG or WebP"):
         Ranker.picture(b"%!PS-Adobe-3.0", "image 0")

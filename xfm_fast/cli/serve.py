@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +52,11 @@ def serve(
     def loaded(model: ServedModel, sock: socket.socket) -> None:
         if model.random:
             note(f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Name a model that was trained")
-        print(f"serving {model.name} on {address(sock)} (see /docs); stop with Ctrl-C", flush=True)
+        memory = f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
+        print(f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C", flush=True)
 
     run(model, source, options, loaded=loaded)
+    # Threads may be at work for clients that were answered already, and libraries take seconds to unload.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -84,12 +84,12 @@ class Batcher(Generic[W, A]):
         finally:
             waiting.given_up = True
 
-    def close(self) -> None:
-        """End the thread when the work that waits is done."""
+    def close(self, seconds: float | None = None) -> None:
+        """End the thread when the work that waits is done; wait for that so many seconds at most."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _work(self) -> None:
         while batch := self._next():

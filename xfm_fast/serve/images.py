@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import binascii
-import io
-import warnings
+import struct
 from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
-from PIL import Image
-
+from xfm_fast.data.headers import png_chunks, read_header
 from xfm_fast.errors import DataError
+from xfm_fast.serve.budget import Budget
 from xfm_fast.serve.problem import Problem
 
 
@@ -22,13 +21,16 @@ class Fetcher(Protocol):
         ...
 
 
-def image_content(value: str, name: str, fetcher: Fetcher | None, most_pixels: int) -> bytes:
-    """The file of an image that a request gives as a data URL, as base64 or as a URL.
+def image_content(
+    value: str, name: str, fetcher: Fetcher | None, most_pixels: int, budget: Budget
+) -> tuple[bytes, int]:
+    """The file of an image that a request gives as a data URL, as base64 or as a URL, and what decoding it takes.
 
     Args:
         name: what errors call it.
         fetcher: of URLs; None where they are not allowed.
         most_pixels: limit of width times height.
+        budget: of the request.
 
     Raises:
         Problem: it is none of these, or too large.
@@ -46,8 +48,7 @@ def image_content(value: str, name: str, fetcher: Fetcher | None, most_pixels: i
         content = fetcher.fetch(value)
     else:
         content = _base64(value.encode("utf-8", "replace"), name, value)
-    _check_size(content, name, most_pixels)
-    return content
+    return _check_header(content, name, most_pixels, budget)
 
 
 def is_url(value: str) -> bool:
@@ -69,7 +70,7 @@ def _data_url(value: str, name: str) -> bytes:
 
 def _base64(data: bytes, name: str, shown: str) -> bytes:
     try:
-        content = binascii.a2b_base64(data, strict_mode=True)
+        content = binascii.a2b_base64(data.translate(None, b"\r\n"), strict_mode=True)
     except ValueError as error:
         raise Problem(
             422, f"{name} ({len(data):,} characters, beginning with {shown[:16]!r}) is no base64 ({error})"
@@ -79,21 +80,34 @@ def _base64(data: bytes, name: str, shown: str) -> bytes:
     return content
 
 
-def _check_size(content: bytes, name: str, most_pixels: int) -> None:
-    """Refuse an image of too many pixels by its header, before it is decoded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as opened:
-                width, height = opened.size
-        except Image.DecompressionBombError as error:
-            raise Problem(413, f"{name} is refused: {error}; shrink it") from None
-        except Exception as error:  # a damaged file can make a decoder raise anything
-            raise DataError(
-                f"{name} ({len(content):,} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP that can be "
-                f"read ({type(error).__name__}); convert it, or copy it again"
-            ) from None
-    if width * height > most_pixels:
+def _check_header(content: bytes, name: str, most_pixels: int, budget: Budget) -> tuple[bytes, int]:
+    """The file without text that inflates, and the bytes that decoding it takes; refused where it costs too much."""
+    try:
+        width, height, depth = read_header(content)
+        if content.startswith(b"\x89PNG"):
+            content = _without_compressed_text(content)
+    except (ValueError, IndexError, struct.error) as error:
+        raise DataError(
+            f"{name} ({len(content):,} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP that can be "
+            f"read ({error}); convert it, or copy it again"
+        ) from None
+    pixels = width * height
+    if pixels > most_pixels:
         raise Problem(
-            413, f"{name} is {width}x{height} = {width * height:,} pixels, over the limit of {most_pixels:,}; shrink it"
+            413, f"{name} is {width}x{height} = {pixels:,} pixels, over the limit of {most_pixels:,}; shrink it"
         )
+    budget.take_image(name, pixels, pixels * depth)
+    return content, pixels * depth
+
+
+def _without_compressed_text(content: bytes) -> bytes:
+    """A PNG file without colour profile and compressed texts, up to 64 MB that Pillow inflates and nothing reads."""
+    kept, at, removed = [content[:8]], 8, False
+    for kind, body in png_chunks(content):
+        end = at + 12 + len(body)
+        if kind in (b"iCCP", b"zTXt") or (kind == b"iTXt" and bytes(body[:82]).partition(b"\0")[2][:1] != b"\0"):
+            removed = True
+        else:
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept) if removed else content

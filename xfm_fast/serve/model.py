@@ -114,24 +114,21 @@ class ServedModel:
             raise DataError(f"{name}: {error}") from None
         return Text(tuple(rows[0]))
 
-    def read_image(self, content: bytes, name: str, *, features: bool) -> Picture:
-        """An image, decoded unless its features or its memory are kept.
+    def read_image(self, content: bytes, name: str) -> Picture:
+        """An image, which is decoded when its batch begins: many that wait would be a lot of memory.
 
         Raises:
-            DataError: it is damaged.
+            DataError: it is in no format that is taken from strangers.
         """
-        picture = self.ranker.picture(content, name)
-        if picture.key in (self.ranker.features if features else self.ranker.cache):
-            return picture
-        # The file has served its purpose, and of many that wait it would be a lot of memory.
-        return picture._replace(pixels=self.ranker.decode(picture, name), content=b"")
+        return self.ranker.picture(content, name)._replace(name=name)
 
     def cost(self, work: Work) -> int:
         """Tokens that work takes: those of texts, as often as they are paired, and of images that are not known yet."""
         texts = [ids for query in work.queries for ids in query.captions for _ in query.pictures]
         texts += [item.ids for item in work.items if isinstance(item, Text)]
-        images = {picture.key for query in work.queries for picture in query.pictures if picture.pixels is not None}
-        images |= {item.key for item in work.items if isinstance(item, Picture) and item.pixels is not None}
+        memories, features = self.ranker.cache, self.ranker.features
+        images = {each.key for query in work.queries for each in query.pictures if each.key not in memories}
+        images |= {item.key for item in work.items if isinstance(item, Picture) and item.key not in features}
         return sum(map(len, texts)) + len(images) * self.config.num_image_tokens
 
     def warm_up(self) -> None:
@@ -150,29 +147,21 @@ class ServedModel:
             XFMError: the model failed, which concerns them all.
         """
         rankings = iter(self.ranker.rank([query for work in works for query in work.queries]))
-        features = self._features([item for work in works for item in work.items])
+        features = iter(self._features([item for work in works for item in work.items]))
         found: list[Found | Exception] = []
-        place = 0
         for work in works:
-            made = [next(rankings) for _ in work.queries]
-            mine = features[place : place + len(work.items)] if features is not None and work.items else None
-            place += len(work.items)
-            failed = next((each for each in made if isinstance(each, XFMError)), None)
-            ranked = tuple(each for each in made if isinstance(each, Ranking))
-            found.append(Found(ranked, mine) if failed is None else failed)
+            parts = [next(rankings) for _ in work.queries], [next(features) for _ in work.items]
+            failed = next((each for part in parts for each in part if isinstance(each, XFMError)), None)
+            ranked = tuple(each for each in parts[0] if isinstance(each, Ranking))
+            rows = [each for each in parts[1] if isinstance(each, Tensor)]
+            found.append(Found(ranked, torch.stack(rows) if rows else None) if failed is None else failed)
         return found
 
-    def _features(self, items: Sequence[Read]) -> Tensor | None:
-        if not items:
-            return None
-        features = torch.empty(len(items), self.config.embed_dim)
-        texts = {place: item.ids for place, item in enumerate(items) if isinstance(item, Text)}
-        pictures = {place: item for place, item in enumerate(items) if isinstance(item, Picture)}
-        if texts:
-            features[[*texts]] = self.ranker.embed_captions([*texts.values()])
-        if pictures:
-            features[[*pictures]] = self.ranker.embed_images([*pictures.values()])
-        return features
+    def _features(self, items: Sequence[Read]) -> list[Tensor | XFMError]:
+        texts = [item.ids for item in items if isinstance(item, Text)]
+        of_texts = iter(self.ranker.embed_captions(texts) if texts else ())
+        of_pictures = iter(self.ranker.embed_images([item for item in items if isinstance(item, Picture)]))
+        return [next(of_texts) if isinstance(item, Text) else next(of_pictures) for item in items]
 
 
 def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:
@@ -187,6 +176,8 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
         InputError: both a model and random weights are asked for, or neither.
         CheckpointError, ExportError, DataError, UnavailableError: it cannot be loaded, or cannot be served.
     """
+    if options.name is not None and not options.name.strip():
+        raise InputError(f"--name {options.name!r} is empty; leave it out, or name the model")
     if (path is None) == (options.random is None):
         raise InputError("name one of a model (a run, a checkpoint or an export) and --random tiny, which is to try it")
     if options.device == "cuda" and not torch.cuda.is_available():

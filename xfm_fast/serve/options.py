@@ -50,6 +50,8 @@ class ServiceOptions:
         max_pixels: Pixels of an image.
         max_documents: Documents or inputs of a request.
         max_characters: Characters of a text, before the official cut to 30 words and 40 tokens.
+        memory_mb: Megabytes that requests hold together, bodies in three copies while they are parsed; more are
+            answered with 429.
         max_queue: Requests in work or waiting; more are answered with 429.
         max_connections: Connections at a time.
         batch_tokens: Tokens, of texts and of images that are not known yet, that are computed together; a single
@@ -66,9 +68,10 @@ class ServiceOptions:
     api_key: str | None = None
     allow_urls: bool = False
     max_body_mb: Annotated[int, Ge(1), Le(4096)] = 32
-    max_pixels: Annotated[int, Ge(1)] = 50_000_000
+    max_pixels: Annotated[int, Ge(1)] = 1 << 24
     max_documents: Annotated[int, Ge(1)] = 256
     max_characters: Annotated[int, Ge(1)] = 2000
+    memory_mb: Annotated[int, Ge(1)] = 512
     max_queue: Annotated[int, Ge(1)] = 128
     max_connections: Annotated[int, Ge(1)] = 512
     batch_tokens: Annotated[int | None, Ge(1)] = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from xfm_fast.documents import advice, parse_json
 from xfm_fast.errors import NonFiniteError
+from xfm_fast.serve.budget import Budget
 from xfm_fast.serve.images import image_content, is_url
 from xfm_fast.serve.model import Found, Read, ServedModel, Text, Work
 from xfm_fast.serve.options import ServiceOptions
@@ -61,52 +61,44 @@ class Prepared:
 
 
 class Reader:
-    """Reads requests for a model, within the limits of a service and until a deadline by `time.monotonic()`.
+    """Reads requests for a model, within the limits of a service.
 
     Several threads may call it.
     """
 
     def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
         self.model, self.options = model, options
-        self._threads = ThreadPoolExecutor(8, thread_name_prefix="read")
         # Sites that are slow keep those requests waiting alone that name them.
         self._fetching = ThreadPoolExecutor(32, thread_name_prefix="fetch")
 
-    def rerank(self, body: bytes, deadline: float = math.inf) -> Prepared:
+    def rerank(self, budget: Budget) -> Prepared:
         """Documents to be ordered by their relevance to a query.
 
         Raises:
             Problem, DataError, UnavailableError: the request cannot be answered as it is.
         """
-        request = self._parsed(RerankRequest, body)
-        self._count("documents", request.documents)
+        request = self._parsed(RerankRequest, budget)
         scoring = self._scoring([(request.query, document) for document in request.documents])
         query, *documents = self._read(
-            [("query", request.query), *_named("documents", request.documents)], deadline,
-            features=scoring == "similarity",
-        )  # fmt: skip
+            [("query", request.query), *_named("documents", request.documents)], budget, shown=request.return_documents
+        )
         if scoring == "similarity":
             work = Work(items=(query, *documents))
         elif isinstance(query, Text):
             work = Work(queries=(Query(tuple(_pictures(documents)), (query.ids,)),))
         else:
             work = Work(queries=(Query((query,), tuple(_ids(documents))),))
+        shown = list(map(_shown, request.documents)) if request.return_documents else [None] * len(documents)
+        top_n = request.top_n
 
         def finish(found: Found) -> Answer:
             if found.features is None:
                 scores = found.rankings[0].matches.flatten()
             else:
                 scores = (1 + found.features[1:] @ found.features[0]) / 2
-            order = _finite(scores).argsort(descending=True, stable=True).tolist()[: request.top_n]
+            order = _finite(scores).argsort(descending=True, stable=True).tolist()[:top_n]
             values = scores.tolist()
-            results = [
-                Ranked(
-                    index=index,
-                    relevance_score=values[index],
-                    document=_shown(request.documents[index]) if request.return_documents else None,
-                )
-                for index in order
-            ]
+            results = [Ranked(index=index, relevance_score=values[index], document=shown[index]) for index in order]
             units = -(-len(documents) // _DOCUMENTS_PER_UNIT)
             meta = {"api_version": {"version": "1"}, "billed_units": {"search_units": units}}
             return RerankAnswer(
@@ -115,17 +107,14 @@ class Reader:
 
         return Prepared(work, finish)
 
-    def embeddings(self, body: bytes, deadline: float = math.inf) -> Prepared:
+    def embeddings(self, budget: Budget) -> Prepared:
         """Texts and images to be embedded.
 
         Raises:
             Problem, DataError, UnavailableError: the request cannot be answered as it is.
         """
-        request = self._parsed(EmbeddingsRequest, body)
+        request = self._parsed(EmbeddingsRequest, budget)
         given: Any = request.input if isinstance(request.input, list) else [request.input]
-        if any(isinstance(item, int | list) for item in given):
-            raise Problem(422, "input holds token ids, which mean something in one vocabulary alone; send texts")
-        self._count("input", given)
         size = self.model.config.embed_dim
         if request.dimensions not in (None, size):
             raise Problem(
@@ -134,12 +123,12 @@ class Reader:
                 "anything by itself; leave it out",
             )
         self.model.require("contrastive")
-        items = self._read(_named("input", given), deadline, features=True)
+        as_text = request.encoding_format == "base64"
+        items = self._read(_named("input", given), budget)
 
         def finish(found: Found) -> Answer:
             assert found.features is not None
             rows = _finite(found.features).numpy().astype("<f4")
-            as_text = request.encoding_format == "base64"
             data = [
                 Embedding(
                     index=index,
@@ -151,17 +140,15 @@ class Reader:
 
         return Prepared(Work(items=tuple(items)), finish)
 
-    def score(self, body: bytes, deadline: float = math.inf) -> Prepared:
+    def score(self, budget: Budget) -> Prepared:
         """Pairs to be scored.
 
         Raises:
             Problem, DataError, UnavailableError: the request cannot be answered as it is.
         """
-        request = self._parsed(ScoreRequest, body)
+        request = self._parsed(ScoreRequest, budget)
         sides = [side if isinstance(side, list) else [side] for side in (request.text_1, request.text_2)]
         first, second = sides
-        for name, side in zip(("text_1", "text_2"), sides, strict=True):
-            self._count(name, side)
         if len(first) not in (1, len(second)):
             raise Problem(
                 422, f"text_1 has {len(first)} items and text_2 {len(second)}; give one in text_1, or as many in both"
@@ -171,7 +158,7 @@ class Reader:
         scoring = self._scoring(list(zip(first, second, strict=True)))
         # One of them may stand in many pairs and is read once.
         distinct = {id(item): (name, item) for name, item in [*_named("text_1", first), *_named("text_2", second)]}
-        read = self._read([*distinct.values()], deadline, features=scoring == "similarity")
+        read = self._read([*distinct.values()], budget)
         reads = dict(zip(distinct, read, strict=True))
         pairs = [(reads[id(a)], reads[id(b)]) for a, b in zip(first, second, strict=True)]
         if scoring == "similarity":
@@ -193,16 +180,19 @@ class Reader:
 
     def close(self) -> None:
         """End the threads."""
-        for pool in (self._threads, self._fetching):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._fetching.shutdown(wait=False, cancel_futures=True)
 
-    def _parsed(self, kind: type[R], body: bytes) -> R:
+    def _parsed(self, kind: type[R], budget: Budget) -> R:
         try:
-            value = parse_json(body)
+            value = parse_json(budget.take_json())
         except ValueError as error:
             raise Problem(400, f"the body is no JSON that can be read ({error})") from None
         if not isinstance(value, dict):
             raise Problem(400, f"the body is a {type(value).__name__}; send an object, such as {{...}}")
+        most = self.options.max_documents
+        for name, items in value.items():
+            if isinstance(items, list) and len(items) > most:
+                raise Problem(422, f"{name[:40]} holds {len(items):,} items; give at most {most:,}")
         try:
             request = kind.model_validate(value)
         except ValidationError as error:
@@ -210,11 +200,6 @@ class Reader:
         if request.model is not None and request.model != self.model.name:
             raise Problem(404, f"model {request.model!r} is not served here; ask for {self.model.name!r}, or for none")
         return request
-
-    def _count(self, name: str, items: Sequence[object]) -> None:
-        most = self.options.max_documents
-        if len(items) > most:
-            raise Problem(422, f"{name} holds {len(items):,} items; give at most {most:,}, and the rest in another")
 
     def _scoring(self, pairs: Sequence[tuple[AnyItem, AnyItem]]) -> Scoring:
         """How pairs are compared, which is the same for all of them, and the model able to."""
@@ -229,14 +214,13 @@ class Reader:
         self.model.require("matching" if scoring == "match" else "contrastive")
         return scoring
 
-    def _read(self, items: Sequence[tuple[str, AnyItem]], deadline: float, *, features: bool) -> list[Any]:
+    def _read(self, items: Sequence[tuple[str, AnyItem]], budget: Budget, *, shown: bool = False) -> list[Any]:
         options = self.options
-        fetcher = WebFetcher(options.max_body_mb << 20, deadline=deadline) if options.allow_urls else None
+        fetcher = WebFetcher(options.max_body_mb << 20, budget=budget) if options.allow_urls else None
 
         def read(named: tuple[str, AnyItem]) -> Read:
             name, item = named
-            if time.monotonic() > deadline:
-                raise Problem.late(options.timeout)
+            budget.check()
             text = item if isinstance(item, str) else item.text
             if text is not None:
                 most = options.max_characters
@@ -245,13 +229,14 @@ class Reader:
                 return self.model.read_text(text, name)
             assert isinstance(item, Item)
             assert item.image is not None
-            content = image_content(item.image, name, fetcher, options.max_pixels)
-            return self.model.read_image(content, name, features=features)
+            content, peak = image_content(item.image, name, fetcher, options.max_pixels, budget)
+            return self.model.read_image(content, name)._replace(peak=peak, needed=budget.live)
 
         images = [item.image for _, item in items if isinstance(item, Item) and item.image is not None]
-        if len(images) < 2:
-            return list(map(read, items))
-        return list((self._fetching if any(map(is_url, images)) else self._threads).map(read, items))
+        found = list((self._fetching.map if any(map(is_url, images)) else map)(read, items))
+        if not shown:
+            budget.keep(sum(len(each.content) for each in _pictures(found)))
+        return found
 
     def _facts(self, kind: str, items: Sequence[Read]) -> dict[str, Any]:
         images = self.model.config.num_image_tokens

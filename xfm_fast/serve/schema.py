@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 
 class Request(BaseModel):
@@ -42,12 +51,12 @@ class Item(BaseModel):
 
     text: str | None = None
     image: str | None = Field(None, description="data:image/jpeg;base64,..., or base64")
-    content: list[Part] | None = None
+    content: Annotated[list[Part], Field(max_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Item:
         if self.content is not None:
-            if len(self.content) != 1 or self.text is not None or self.image is not None:
+            if not self.content or self.text is not None or self.image is not None:
                 raise ValueError("give one text or one image; the model reads no mixture of them")
             part = self.content[0]
             self.text, self.image = part.text, part.image_url.url if part.image_url else None
@@ -56,11 +65,24 @@ class Item(BaseModel):
         return self
 
 
-AnyItem = str | Item
+def _no_tokens(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], int | list):
+        raise ValueError("holds token ids, which mean something in one vocabulary alone; send texts")
+    return value
+
+
+# A value's type chooses its validator: one error, not one per type.
+AnyItem = Annotated[
+    Annotated[str, Tag("string")] | Annotated[Item, Tag("object")],
+    Discriminator(lambda value: "string" if isinstance(value, str) else "object"),
+]
 """A string is a text."""
 
 Items = Annotated[list[AnyItem], Field(min_length=1)]
-Tokens = Annotated[list[int], Field(min_length=1)]
+OneOrMore = Annotated[
+    Annotated[AnyItem, Tag("one")] | Annotated[Items, Tag("more")],
+    Discriminator(lambda value: "more" if isinstance(value, list) else "one"),
+]
 
 
 class RerankRequest(Request):
@@ -80,8 +102,7 @@ class RerankRequest(Request):
 class EmbeddingsRequest(Request):
     """Texts and images to be embedded: L2-normalised features, of which dot products are cosine similarities."""
 
-    # Token ids are understood so far that their sender is told why they are not taken.
-    input: AnyItem | Items | Tokens | Annotated[list[Tokens], Field(min_length=1)]
+    input: Annotated[OneOrMore, BeforeValidator(_no_tokens)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="that of the model; the features cannot be shortened")
 
@@ -89,8 +110,8 @@ class EmbeddingsRequest(Request):
 class ScoreRequest(Request):
     """Pairs to be scored as `RerankRequest` says: one with each of the others, or as many with as many."""
 
-    text_1: AnyItem | Items = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))
-    text_2: AnyItem | Items = Field(validation_alias=AliasChoices("text_2", "data_2", "documents", "items"))
+    text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))
+    text_2: OneOrMore = Field(validation_alias=AliasChoices("text_2", "data_2", "documents", "items"))
 
 
 class Usage(BaseModel):

@@ -21,7 +21,7 @@ from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 from xfm_fast.serve.service import Service
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run(
@@ -100,6 +100,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.servers: list[asyncio.Server] = []
         options = service.options
 
         class Patient(PatientProtocol):
@@ -109,7 +110,8 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 service.app, http=Patient, ws="none", lifespan="on", log_config=None, log_level="warning",
                 access_log=False, proxy_headers=False, server_header=False, limit_concurrency=options.max_connections,
-                timeout_keep_alive=max(1, min(30, int(options.read_timeout))), timeout_graceful_shutdown=options.drain,
+                timeout_keep_alive=max(1, min(30, int(options.read_timeout))),
+                timeout_graceful_shutdown=options.drain + 1,
             )
         )  # fmt: skip
 
@@ -123,7 +125,9 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier = {each: signal.signal(each, self.handle_exit) for each in _SIGNALS}
+        # A process that was started to outlive its terminal does so.
+        signals = [each for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        earlier = {each: signal.signal(each, self.handle_exit) for each in signals}
         try:
             yield
         finally:
@@ -132,8 +136,14 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the end; at a second SIGINT do not wait for requests."""
-        self.service.draining = True
-        super().handle_exit(sig, frame)
+        for server in self.servers if self.should_exit and sig == signal.SIGINT else ():
+            server.get_loop().call_soon_threadsafe(self.service.stop)
+        self.service.draining = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let requests in work end, and answer those that do not in time."""
+        asyncio.get_running_loop().call_later(self.service.options.drain, self.service.stop)
+        await super().shutdown(sockets)
 
 
 class PatientProtocol(H11Protocol):

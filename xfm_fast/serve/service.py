@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,8 +20,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from xfm_fast.errors import XFMError
+from xfm_fast.errors import InputError, XFMError
 from xfm_fast.serve.batching import Batcher
+from xfm_fast.serve.budget import COPIES, Budget, Memory
 from xfm_fast.serve.documentation import openapi, page
 from xfm_fast.serve.metrics import CONTENT_TYPE, Metrics
 from xfm_fast.serve.model import Found, ServedModel, Work
@@ -28,8 +30,9 @@ from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.problem import Problem
 from xfm_fast.serve.requests import Prepared, Reader
 
-# Bodies in work together, in bodies of the largest size.
-_BODIES = 8
+_HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
+# For work that cannot be interrupted, at the end of the process.
+_LAST_SECONDS = 0.5
 # Addresses that need no key: what a supervisor asks.
 _OPEN = ("/health", "/ready")
 
@@ -47,10 +50,15 @@ class Service:
     """
 
     def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
+        if options.memory_mb < COPIES * options.max_body_mb:
+            raise InputError(
+                f"--memory-mb {options.memory_mb} holds no body of --max-body-mb {options.max_body_mb}; give at least "
+                f"{COPIES * options.max_body_mb}"
+            )
         self.model, self.options = model, options
         self.draining = False
-        self._active = 0
-        self._bytes = 0
+        self.memory = Memory(options.memory_mb << 20)
+        self._budgets: set[Budget] = set()
         self._reading = 0
         self.reader = Reader(model, options)
         budget = options.batch_tokens or model.default_budget
@@ -58,7 +66,7 @@ class Service:
             model.answer, budget, options.batch_wait_ms / 1e3,
             coming=lambda: self._reading, seen=lambda pieces, cost: self.metrics.batch(pieces, cost),
         )  # fmt: skip
-        self.metrics = Metrics(model, self.batcher.__len__, lambda: self._active)
+        self.metrics = Metrics(model, self.batcher.__len__, lambda: len(self._budgets))
         # Requests that only wait for images of the web must not keep others from being read.
         self._threads = ThreadPoolExecutor(32 if options.allow_urls else 8, thread_name_prefix="request")
         reader = self.reader
@@ -79,16 +87,22 @@ class Service:
         )
         self.app: ASGIApp = _Gate(application, self, {*posts, *gets})
 
-    def close(self) -> None:
-        """End the threads, when what waits is done."""
-        self.batcher.close()
+    def close(self, seconds: float | None = None) -> None:
+        """End the threads when what waits is done; wait for that so many seconds at most."""
+        self.batcher.close(seconds)
         self.reader.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """Answer the requests in work with 503; in the thread of their event loop."""
+        self.draining = True
+        for budget in [*self._budgets]:
+            budget.end(_ending())
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(self.close)
+        await asyncio.to_thread(self.close, _LAST_SECONDS)
 
     def check(self, headers: Headers, path: str) -> None:
         """Refuse a request by its head: another site's, or one without the key.
@@ -111,109 +125,91 @@ class Service:
                 {"www-authenticate": "Bearer"},
             )  # fmt: skip
 
-    def _answering(self, prepare: Callable[[bytes, float], Prepared]) -> Callable[[Request], Awaitable[Response]]:
+    def _answering(self, prepare: Callable[[Budget], Prepared]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             most = self.options.max_queue
             if self.draining:
-                raise Problem(503, "the service is about to end; ask another one", {"connection": "close"})
-            if self._active >= most:
+                raise _ending()
+            if len(self._budgets) >= most:
                 raise Problem(429, f"{most} requests are in work; ask again in a second", {"retry-after": "1"})
-            self._active += 1
+            task = asyncio.current_task()
+            assert task is not None
+            budget = Budget(self.memory, self.options, task)
+            self._budgets.add(budget)
+            timeout = self.options.timeout
+            alarm = asyncio.get_running_loop().call_later(timeout, budget.end, Problem.late(timeout))
             try:
-                return await self._answer(request, prepare)
+                return await self._answer(request, prepare, budget)
+            except asyncio.CancelledError:
+                if budget.ending is None:
+                    raise
+                task.uncancel()
+                if isinstance(budget.ending, ClientDisconnect):
+                    return Response(status_code=499)
+                raise budget.ending from None
             except XFMError as error:
                 raise Problem.of(error) from error
+            except MemoryError:
+                raise Problem(503, "there is no memory left for this request; ask again later") from None
             except ClientDisconnect:
                 # Nobody is there to read it.
                 return Response(status_code=499)
             finally:
-                self._active -= 1
+                alarm.cancel()
+                self._budgets.discard(budget)
+                budget.close()
 
         return endpoint
 
-    async def _answer(self, request: Request, prepare: Callable[[bytes, float], Prepared]) -> Response:
-        loop, deadline = asyncio.get_running_loop(), time.monotonic() + self.options.timeout
+    async def _answer(self, request: Request, prepare: Callable[[Budget], Prepared], budget: Budget) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # Browsers send JSON across sites only where a service says that they may, and this one never does.
             raise Problem(415, f"content-type is {kind[:60] or 'missing'!r}; send application/json")
-        self._reading += 1
-        size = 0
-        try:
+        with ExitStack() as ends:
+            self._reading += 1
             try:
-                body = await self._body(request)
-                size = len(body)
-                prepared = await loop.run_in_executor(self._threads, prepare, body, deadline)
-                del body
+                await self._body(request, budget)
+                ends.callback(asyncio.ensure_future(_watch(request, budget)).cancel)
+                prepared = await budget.run(self._threads, prepare, budget)
             finally:
                 self._reading -= 1
-            found = await self._computed(request, prepared.work, deadline - time.monotonic())
+            found = await self.batcher.submit(prepared.work, self.model.cost(prepared.work))
             if prepared.work.queries:
                 reused = sum(int(ranking.reused.sum()) for ranking in found.rankings)
                 images = sum(len(ranking.reused) for ranking in found.rankings)
                 self.metrics.images(reused, images - reused)
-            content = await loop.run_in_executor(
-                self._threads, lambda: prepared.finish(found).model_dump_json(exclude_none=True)
-            )
-        finally:
-            self._bytes -= size
+            content = await budget.run(self._threads, lambda: prepared.finish(found).model_dump_json(exclude_none=True))
         return Response(content, media_type="application/json")
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, whose size is counted among those in work. Raises `Problem` when it is too large or too slow."""
+    async def _body(self, request: Request, budget: Budget) -> None:
+        """Read the body into the budget; raises `Problem` when it is too large or too slow."""
         most = self.options.max_body_mb << 20
         too_large = Problem(413, f"the body has more than {most:,} bytes; shrink the images, or send fewer")
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > most:
             raise too_large
         body = bytearray()
-        counted = 0
         try:
             async with asyncio.timeout(self.options.read_timeout):
                 async for piece in request.stream():
+                    budget.take(len(piece))
                     body += piece
-                    self._bytes += len(piece)
-                    counted += len(piece)
                     if len(body) > most:
                         raise too_large
-                    if self._bytes > _BODIES * most:
-                        raise Problem(
-                            429, f"requests of {self._bytes:,} bytes are in work; ask again in a second",
-                            {"retry-after": "1"},
-                        )  # fmt: skip
-        except BaseException as error:
-            self._bytes -= counted
-            if isinstance(error, TimeoutError):
-                raise Problem(
-                    408, f"the body did not arrive within {self.options.read_timeout:g} s; send it faster",
-                    {"connection": "close"},
-                ) from None  # fmt: skip
-            raise
-        return bytes(body)
-
-    async def _computed(self, request: Request, work: Work, seconds: float) -> Found:
-        """What the model says; given up where the client goes or time runs out."""
-        answer = asyncio.ensure_future(self.batcher.submit(work, self.model.cost(work)))
-        gone = asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait({answer, gone}, timeout=max(seconds, 0), return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                return answer.result()
-            if gone.done():
-                raise ClientDisconnect
-            raise Problem.late(self.options.timeout)
-        finally:
-            for task in (answer, gone):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
+        except TimeoutError:
+            raise Problem(
+                408, f"the body did not arrive within {self.options.read_timeout:g} s; send it faster",
+                {"connection": "close"},
+            ) from None  # fmt: skip
+        budget.body = bytes(body)
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "model": self.model.name, "random_weights": self.model.random})
 
     async def _ready(self, request: Request) -> Response:
         if self.draining:
-            raise Problem(503, "the service is about to end")
+            raise _ending()
         return JSONResponse({"status": "ready"})
 
     async def _metrics(self, request: Request) -> Response:
@@ -248,6 +244,7 @@ class _Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
             await send(message)
 
         path = scope["path"] if scope["path"] in self._paths else "other"
@@ -263,7 +260,10 @@ class _Gate:
 
 
 def _is_local(host: str) -> bool:
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    parts = _HOST.fullmatch(host)
+    if parts is None:
+        return False
+    name = parts[2] if parts[1] is None else parts[1]
     if name.lower() == "localhost":
         return True
     try:
@@ -272,9 +272,15 @@ def _is_local(host: str) -> bool:
         return False
 
 
-async def _gone(request: Request) -> None:
+async def _watch(request: Request, budget: Budget) -> None:
+    """End the request when its client leaves."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    budget.end(ClientDisconnect())
+
+
+def _ending() -> Problem:
+    return Problem(503, "the service is about to end; ask another one", {"connection": "close"})
 
 
 def _told(problem: Problem) -> JSONResponse:

@@ -9,22 +9,38 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import math
+import queue
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 from urllib.parse import urlsplit
 
+from xfm_fast.serve.budget import Budget
 from xfm_fast.serve.problem import Problem
 
 _PIECE = 1 << 16
 
 
+# Of special use by IANA's registries, which the standard library does not know of in every version.
+_SPECIAL = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.88.99.0/24", "64:ff9b:1::/48", "100::/64", "2001:db8::/32", "3fff::/20", "5f00::/16"),
+    )
+)
+# Names that are being looked up, which nothing can interrupt.
+_LOOKUPS = threading.BoundedSemaphore(64)
+
+
 def is_public(address: str) -> bool:
     """True for an address on the internet, false for those of this machine, of local networks, and of special use."""
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip in network for network in _SPECIAL):
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
         # Addresses that carry one of IPv4, which is where the connection ends.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -41,7 +57,7 @@ class WebFetcher:
     Args:
         most_bytes: of all of them together.
         seconds: until the last byte of a file.
-        deadline: by `time.monotonic()`, for all of them.
+        budget: of the request.
         ports: that may be connected to.
         permitted: addresses that may be connected to.
     """
@@ -51,11 +67,11 @@ class WebFetcher:
         most_bytes: int,
         seconds: float = 10.0,
         *,
-        deadline: float = math.inf,
+        budget: Budget | None = None,
         ports: frozenset[int] | None = frozenset((80, 443)),
         permitted: Callable[[str], bool] = is_public,
     ) -> None:
-        self.most_bytes, self.seconds, self.deadline = most_bytes, seconds, deadline
+        self.most_bytes, self.seconds, self.budget = most_bytes, seconds, budget
         self.ports, self.permitted = ports, permitted
         self._fetched, self._lock = 0, threading.Lock()
 
@@ -78,12 +94,13 @@ class WebFetcher:
         port = port or (443 if secure else 80)
         if self.ports is not None and port not in self.ports:
             raise Problem(422, f"URL {shown} names port {port}; images are fetched from ports 80 and 443")
-        address = self._address(host, port, shown)
+        # Less where the request is nearly out of time, yet never none, which a socket takes for no limit.
+        until = min(time.monotonic() + self.seconds, math.inf if self.budget is None else self.budget.deadline)
+        address = self._address(host, port, shown, until)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not target.isascii() or any(ord(character) <= 32 or ord(character) == 127 for character in target):
             raise Problem(422, f"URL {shown} holds characters that a URL may not; percent-encode them")
-        # Less where the request is nearly out of time, yet never none, which a socket takes for no limit.
-        seconds = max(0.01, min(self.seconds, self.deadline - time.monotonic()))
+        seconds = max(0.01, until - time.monotonic())
         connection = _Pinned(host, port, address, secure, seconds)
         # A socket's timeout is that of one read; a server that sends a byte a second would hold a thread for days.
         alarm = threading.Timer(seconds, connection.abort)
@@ -108,11 +125,26 @@ class WebFetcher:
             alarm.cancel()
             connection.close()
 
-    def _address(self, host: str, port: int, shown: str) -> str:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise Problem(422, f"URL {shown} names a host that is not found ({error})") from None
+    def _address(self, host: str, port: int, shown: str, until: float) -> str:
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def look_up() -> None:
+            try:
+                answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, UnicodeError) as error:
+                answers.put(error)
+            finally:
+                _LOOKUPS.release()
+
+        found = None
+        if _LOOKUPS.acquire(timeout=max(0.01, until - time.monotonic())):
+            threading.Thread(target=look_up, daemon=True).start()
+            with suppress(queue.Empty):
+                found = answers.get(timeout=max(0.01, until - time.monotonic()))
+        if found is None:
+            raise Problem(422, f"URL {shown} names a host that is not found in time; send the image itself")
+        if isinstance(found, Exception):
+            raise Problem(422, f"URL {shown} names a host that is not found ({found})")
         addresses = [str(entry[4][0]) for entry in found]
         # A name with one public and one private address is refused whole.
         if not addresses or not all(map(self.permitted, addresses)):
@@ -125,6 +157,9 @@ class WebFetcher:
             content += piece
             with self._lock:
                 self._fetched += len(piece)
+            if self.budget is not None:
+                self.budget.check()
+                self.budget.take(len(piece), copies=1)
             if self._fetched > self.most_bytes:
                 most = f"{self.most_bytes:,} bytes"
                 raise Problem(413, f"with URL {shown} more than {most} are fetched; shrink the images, or name fewer")

@@ -8,10 +8,11 @@ twice. The model is an `XFM` (`ModelRanks`) or an export (`xfm_fast.export.sessi
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -21,14 +22,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import load_image
-from xfm_fast.errors import DataError, NonFiniteError, XFMError
+from xfm_fast.errors import DataError, InputError, NonFiniteError, XFMError
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets, ragged_rows
 
 # Pillow reads formats that run other programs; from strangers only these are taken.
 _TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
-_DECODING_THREADS = 8
+_DECODING_THREADS = min(8, os.cpu_count() or 1)
+# Bytes to decode, beyond which an image is large.
+_LARGE = 2 << 20
 # Memories that lie side by side in a pass; more of them gain little and take much room.
 _IMAGES_PER_TILE = 16
 # Caption tokens of a pass, and images that are encoded together.
@@ -44,12 +47,16 @@ class Picture(NamedTuple):
     Attributes:
         key: hash of its content.
         content: the file.
-        pixels: `[3, R, R]`, where it is decoded already.
+        name: what errors call it; its place in the request by default.
+        peak: bytes that decoding takes.
+        needed: false once the request that holds it has ended.
     """
 
     key: bytes
     content: bytes
-    pixels: Tensor | None = None
+    name: str = ""
+    peak: int = 0
+    needed: Callable[[], bool] = lambda: True
 
 
 class Query(NamedTuple):
@@ -202,6 +209,12 @@ def _slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
         yield first, len(lengths)
 
 
+def _failure(picture: Picture, number: int, failures: dict[bytes, XFMError]) -> XFMError:
+    """The error of an image that failed, which is named where loading could not."""
+    error = failures[picture.key]
+    return error if picture.name else type(error)(f"image {number} of the request: {error}")
+
+
 class Kept(Protocol):
     """Something whose size is known."""
 
@@ -255,7 +268,7 @@ class MemoryCache(Generic[V]):
 
 
 class Ranker:
-    """Answers queries, several at a time. One thread at a time may call it; any may call `picture` and `decode`.
+    """Answers queries, several at a time. One thread at a time may call it; any may call `picture`.
 
     Args:
         model: see `RankModel`.
@@ -267,6 +280,8 @@ class Ranker:
         self.cache: MemoryCache[Any] = MemoryCache(cache_bytes)
         self.features: MemoryCache[Tensor] = MemoryCache(cache_bytes // _FEATURES_PART)
         self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
+        # One at a time, in one thread, since every thread keeps memory that it had for its largest image.
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
 
     @staticmethod
     def picture(content: bytes, name: str) -> Picture:
@@ -279,19 +294,16 @@ class Ranker:
             raise DataError(f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP")
         return Picture(hashlib.sha256(content).digest(), content)
 
-    def decode(self, picture: Picture, name: str | None = None) -> Tensor:
-        """Pixels `[3, R, R]` of an image.
-
-        Raises:
-            DataError: it is damaged, or too large to decode.
-        """
-        if picture.pixels is not None:
-            return picture.pixels
+    def _decode(self, picture: Picture) -> Tensor | XFMError:
         try:
-            return load_image(picture.content, self.model.config.image_size, name)
+            if not picture.needed():
+                return InputError("the request has ended")
+            return load_image(picture.content, self.model.config.image_size, picture.name or None)
+        except DataError as error:
+            return error
         except MemoryError:
             size = len(picture.content)
-            raise DataError(f"image {size} bytes needs more memory to decode than there is; shrink it") from None
+            return DataError(f"image {size} bytes needs more memory to decode than there is; shrink it")
 
     @torch.inference_mode()
     def rank(self, queries: Sequence[Query]) -> list[Ranking | XFMError]:
@@ -300,24 +312,23 @@ class Ranker:
         Raises:
             XFMError: the model failed, which concerns them all.
         """
-        pictures = {picture.key: picture for query in queries for picture in query.pictures}
-        known = {key for key in pictures if key in self.cache}
-        pixels, failures = self._decoded([picture for key, picture in pictures.items() if key not in known])
-        answers: list[Ranking | XFMError | None] = []
+        known = {picture.key for query in queries for picture in query.pictures if picture.key in self.cache}
+        logits, rows, failures = self._scores(queries, known)
+        answers: list[Ranking | XFMError] = []
         for query in queries:
-            broken = (number for number, picture in enumerate(query.pictures) if picture.key in failures)
-            first = next(broken, None)
-            reason = None if first is None else f"image {first} of the request: {failures[query.pictures[first].key]}"
-            answers.append(None if reason is None else DataError(reason))
-        good = [number for number, answer in enumerate(answers) if answer is None]
-        for number, ranking in zip(good, self._ranked([queries[n] for n in good], pixels, known), strict=True):
-            answers[number] = ranking
-            if not ranking.scores.isfinite().all():
-                answers[number] = NonFiniteError(
+            failed = (number for number, picture in enumerate(query.pictures) if picture.key in failures)
+            if (first := next(failed, None)) is not None:
+                answers.append(_failure(query.pictures[first], first, failures))
+                continue
+            both = torch.tensor([[logits[p.key][rows[ids]] for ids in query.captions] for p in query.pictures])
+            reused = torch.tensor([picture.key in known for picture in query.pictures])
+            answers.append(Ranking(both[..., 1], both.softmax(-1)[..., 1], reused))
+            if not both.isfinite().all():
+                answers[-1] = NonFiniteError(
                     f"the scores are not finite; {self.model.dtype_name} may be too narrow for these weights: "
                     "use fp32 or bf16"
                 )
-        return [answer for answer in answers if answer is not None]
+        return answers
 
     @torch.inference_mode()
     def embed_captions(self, captions: Sequence[tuple[int, ...]]) -> Tensor:
@@ -327,52 +338,66 @@ class Ranker:
         return found[[rows[ids] for ids in captions]]
 
     @torch.inference_mode()
-    def embed_images(self, pictures: Sequence[Picture]) -> Tensor:
-        """Contrastive features of images, those of earlier requests from the cache: `[I, embed_dim]` fp32.
-
-        Raises:
-            DataError: an image is damaged.
-        """
-        distinct = {picture.key: picture for picture in pictures}
-        found = {key: kept for key in distinct if (kept := self.features.get(key)) is not None}
-        pixels, failures = self._decoded([picture for key, picture in distinct.items() if key not in found])
-        for number, picture in enumerate(pictures):
-            if picture.key in failures:
-                raise DataError(f"image {number} of the request: {failures[picture.key]}")
-        if pixels:
+    def embed_images(self, pictures: Sequence[Picture]) -> list[Tensor | XFMError]:
+        """Contrastive features `[embed_dim]` fp32 of images, those of earlier requests from the cache, or errors."""
+        found = {picture.key: kept for picture in pictures if (kept := self.features.get(picture.key)) is not None}
+        new = list(dict.fromkeys(picture.key for picture in pictures if picture.key not in found))
+        tiles = [new[first : first + _IMAGES_PER_TILE] for first in range(0, len(new), _IMAGES_PER_TILE)]
+        failures: dict[bytes, XFMError] = {}
+        for pixels in self._decoded(tiles, pictures, failures):
+            if not pixels:
+                continue
             computed = self.model.image_features(torch.stack([*pixels.values()])).float().cpu()
             for key, row in zip(pixels, computed, strict=True):
                 found[key] = row.clone()
                 self.features.put(key, found[key])
-        return torch.stack([found[picture.key] for picture in pictures])
+        return [
+            _failure(picture, number, failures) if picture.key in failures else found[picture.key]
+            for number, picture in enumerate(pictures)
+        ]
 
     def _padded(self, rows: dict[tuple[int, ...], int]) -> tuple[Tensor, Tensor]:
         ids = pad_sequence([torch.tensor(row) for row in rows], True, self.model.config.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
-    def _decoded(self, pictures: Sequence[Picture]) -> tuple[dict[bytes, Tensor], dict[bytes, str]]:
-        """Pixels `[3, R, R]` of distinct images, and what is wrong with the others."""
+    def _decoded(
+        self, tiles: Sequence[Sequence[bytes]], pictures: Sequence[Picture], failures: dict[bytes, XFMError]
+    ) -> Iterator[dict[bytes, Tensor]]:
+        """Pixels `[3, R, R]` of the images of each tile, one tile ahead; what fails goes to `failures`."""
+        owners: dict[bytes, list[Picture]] = {}
+        for picture in pictures:
+            owners.setdefault(picture.key, []).append(picture)
 
-        def decode(picture: Picture) -> Tensor | str:
-            try:
-                return self.decode(picture)
-            except DataError as error:
-                return str(error)
+        def begin(tile: Sequence[bytes]) -> dict[bytes, Future[Tensor | XFMError]]:
+            # The same image may be in several requests, of which some have ended.
+            needed = (next((each for each in owners[key] if each.needed()), owners[key][0]) for key in tile)
+            return {
+                each.key: (self._large if each.peak > _LARGE else self._threads).submit(self._decode, each)
+                for each in needed
+            }
 
-        pixels: dict[bytes, Tensor] = {}
-        failures: dict[bytes, str] = {}
-        for picture, made in zip(pictures, self._threads.map(decode, pictures), strict=True):
-            if isinstance(made, str):
-                failures[picture.key] = made
-            else:
-                pixels[picture.key] = made
-        return pixels, failures
+        ahead = begin(tiles[0]) if tiles else {}
+        for number in range(len(tiles)):
+            current, ahead = ahead, begin(tiles[number + 1]) if number + 1 < len(tiles) else {}
+            pixels = {}
+            for key, future in current.items():
+                made = future.result()
+                if isinstance(made, XFMError):
+                    failures[key] = made
+                else:
+                    pixels[key] = made
+            yield pixels
 
-    def _ranked(self, queries: Sequence[Query], pixels: dict[bytes, Tensor], known: set[bytes]) -> list[Ranking]:
-        if not queries:
-            return []
+    def _scores(
+        self, queries: Sequence[Query], known: set[bytes]
+    ) -> tuple[dict[bytes, dict[int, list[float]]], dict[tuple[int, ...], int], dict[bytes, XFMError]]:
+        """Logits of every image by row of its captions, the rows of captions, and the images that failed."""
+        failures: dict[bytes, XFMError] = {}
+        logits: dict[bytes, dict[int, list[float]]] = {}
         rows = {ids: row for row, ids in enumerate(dict.fromkeys(ids for query in queries for ids in query.captions))}
+        if not rows:
+            return logits, rows, failures
         ids, mask = self._padded(rows)
         # One after the other, without padding; their lengths stay on the host.
         tokens, lengths = self.model.captions(ids, mask), mask.sum(1)
@@ -381,21 +406,17 @@ class Ranker:
             for picture in query.pictures:
                 wanted.setdefault(picture.key, {}).update(dict.fromkeys(rows[ids] for ids in query.captions))
         pairs = {key: list(texts) for key, texts in wanted.items()}
-        new = [key for key in pairs if key not in known]
-        embeds: dict[bytes, Tensor] = {}
-        if new:
-            encoded = self.model.images(torch.stack([pixels[key] for key in new]))
-            embeds = dict(zip(new, encoded.split(1), strict=True))
-        logits: dict[bytes, dict[int, list[float]]] = {}
         # Known memories come first, while none of them has made room for a new one.
-        for tile in self._tiles(sorted(pairs, key=lambda key: key not in known), pairs, lengths):
-            logits |= self._scored(tile, pairs, embeds, tokens, lengths)
-        answers = []
-        for query in queries:
-            both = torch.tensor([[logits[p.key][rows[ids]] for ids in query.captions] for p in query.pictures])
-            reused = torch.tensor([picture.key in known for picture in query.pictures])
-            answers.append(Ranking(both[..., 1], both.softmax(-1)[..., 1], reused))
-        return answers
+        tiles = self._tiles(sorted(pairs, key=lambda key: key not in known), pairs, lengths)
+        new = [[key for key in tile if key not in known] for tile in tiles]
+        pictures = [picture for query in queries for picture in query.pictures]
+        for tile, pixels in zip(tiles, self._decoded(new, pictures, failures), strict=True):
+            embeds: dict[bytes, Tensor] = {}
+            if pixels:
+                embeds = dict(zip(pixels, self.model.images(torch.stack([*pixels.values()])).split(1), strict=True))
+            if scored := [key for key in tile if key not in failures]:
+                logits |= self._scored(scored, pairs, embeds, tokens, lengths)
+        return logits, rows, failures
 
     def _tiles(self, keys: Sequence[bytes], pairs: dict[bytes, list[int]], lengths: Tensor) -> list[list[bytes]]:
         """Images whose captions fill a pass together."""
