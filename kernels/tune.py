@@ -1,7 +1,7 @@
 """Searches launch configurations on a GPU, offline, and writes them to `kernels/tuning/sm_<arch>.json`.
 
-Candidates come from a grid. The audit rejects those that spill, do not fit or do not compile, and predicts the time of
-the rest; the best few by that are timed. The fastest of these whose every shipped form passes the same audit wins.
+Candidates come from a grid. The audit rejects those that spill, do not fit or do not compile; the rest are timed. The
+fastest of these whose every shipped form passes the same audit wins.
 `launch.config_for` reads the table. What was compiled stays in the audit's cache, so that a second search, or one that
 was interrupted, compiles nothing again.
 """
@@ -30,10 +30,6 @@ from .triton.relpos_table import FRAGMENT_HEAD_DIMS, takes_fragments
 TUNING = Path(__file__).resolve().parent / "tuning"
 # What is slower by less than this may be the same: timings vary by as much. The configuration in use then stays.
 MARGIN = 0.02
-# Candidates that are timed, besides the configuration in use: the model of time is good enough to find the best among
-# so many, not to name it.
-TIMED = 6
-
 Timer = Callable[[Callable[[], Any]], float]
 """Seconds that a call takes."""
 
@@ -62,7 +58,7 @@ class Choice:
         size: head dimension of an attention kernel, width of the rows of another one.
         seconds: time of the call that was measured; `before`: with the configuration in use until now.
         rejected: candidates that the audit turned down.
-        timed: candidates that were timed; `passed_over`: those that were not, being predicted to be slower.
+        timed: candidates that were timed.
         flash: seconds of flash-attn in the kernel's place; None where it was not timed.
     """
 
@@ -74,7 +70,6 @@ class Choice:
     before: float
     rejected: int
     timed: int
-    passed_over: int = 0
     flash: float | None = None
 
 
@@ -174,8 +169,7 @@ def search(
         for c in (candidates(spec.name, size) if grid is None else grid)
     ]
     configs = [in_use, *(c for c in grid if c != in_use)]
-    passed = [(c, row) for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
-    good = promising(passed, in_use)
+    good = [c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
     run = workload(spec.name, size, dtype)
     times: list[tuple[float, int]] = []
     for number, config in enumerate(good):
@@ -189,24 +183,10 @@ def search(
             theirs = rival(spec.name, size, dtype) if rival is not None else None
             return Choice(
                 spec.name, dtype, size, good[number], seconds, before,
-                rejected=len(configs) - len(passed), timed=len(good), passed_over=len(passed) - len(good),
+                rejected=len(configs) - len(good), timed=len(good),
                 flash=None if theirs is None else timer(theirs),
             )  # fmt: skip
     raise ValueError(f"kernel {spec.name} at {axis} {size}: every configuration spills or does not fit")
-
-
-def promising(candidates: Iterable[tuple[LaunchConfig, Row]], in_use: LaunchConfig) -> list[LaunchConfig]:
-    """The configurations that are worth timing: the one in use, then the `TIMED` best predicted ones.
-
-    All of them, in their order, where the model of time does not know the kernel's shapes.
-    """
-    pairs = list(candidates)
-    times = [row.prediction.microseconds for _, row in pairs if row.prediction is not None]
-    if len(times) < len(pairs):
-        return [config for config, _ in pairs]
-    own = [config for config, _ in pairs if config == in_use]
-    others = [(time, n) for n, ((config, _), time) in enumerate(zip(pairs, times, strict=True)) if config != in_use]
-    return own + [pairs[n][0] for _, n in sorted(others)[:TIMED]]
 
 
 @contextmanager

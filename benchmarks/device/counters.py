@@ -1,4 +1,4 @@
-"""Nsight Compute on six kernels of the model: their times, and the file that a model of time can be fitted to."""
+"""Nsight Compute on six kernels of the model: their times and counters."""
 
 from __future__ import annotations
 

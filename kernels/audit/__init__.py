@@ -1,10 +1,8 @@
 """The quality of the kernels' machine code, for architectures that need not be at hand.
 
 Every shipped kernel is compiled for every architecture and type, and its code is read: registers, spills, shared
-memory, occupancy, tensor-core instructions, widths of loads, instructions of the inner loop. From the same code a model
-of one partition of a multiprocessor (`simulator`) predicts its time at the model's shapes (`launches`), with constants
-of one card an architecture (`cards`). `ratchet` compares with what was accepted before, `targets` with what is aimed
-at. `xfm-fast audit` prints all of it.
+memory, occupancy, tensor-core instructions, widths of loads, instructions of the inner loop, hazards. `ratchet`
+compares with what was accepted before, `targets` with what is aimed at. `xfm-fast audit` prints all of it.
 """
 
 from .architectures import ARCHITECTURES, occupancy

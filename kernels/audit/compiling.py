@@ -2,7 +2,7 @@
 
 A process for each core, because Triton's compiler may abort: then one compilation is lost and the process replaced.
 Binaries are cached under a hash of what is compiled, figures under that and a hash of what reads the machine code:
-a better reading, or other constants of a card, need no compilation.
+a better reading needs no compilation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Any
 from ..backend import compiler_versions, version_numbers
 from ..files import cache_folder, write_whole
 from ..triton.launch import CompileRequest
-from .simulator import Timing
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Task:
 
     Attributes:
         key: of the binary.
-        programs: how many are launched, as far as a model of time needs it; 0 if that is not known.
     """
 
     module: str
@@ -48,20 +46,19 @@ class Task:
     options: dict[str, int]
     arch: int
     key: str
-    programs: int = 0
 
     @property
     def figures_key(self) -> str:
         """The key of the figures, which are read from the binary."""
-        return _hash(self.key, self.programs, _source(*_READING))
+        return _hash(self.key, _source(*_READING))
 
     @property
     def made_of(self) -> str:
         """A short hash of all that decides a row of the audit: the kernel, its compiler, and this package."""
-        return _hash(self.key, self.programs, _source(*_PACKAGE))[:16]
+        return _hash(self.key, _source(*_PACKAGE))[:16]
 
     @classmethod
-    def of(cls, request: CompileRequest, arch: int, programs: int = 0) -> Task:
+    def of(cls, request: CompileRequest, arch: int) -> Task:
         """The compilation of a request for one architecture.
 
         Raises:
@@ -82,7 +79,7 @@ class Task:
         )
         return cls(
             kernel.fn.__module__, kernel.fn.__qualname__, request.signature, request.constexprs,
-            request.attrs, request.options, arch, key, programs,
+            request.attrs, request.options, arch, key,
         )  # fmt: skip
 
 
@@ -94,16 +91,13 @@ class Binary:
         listing: the disassembly, with encodings and source lines; `resources`: what the binary needs.
         row_lines: source lines that load a value per row, see `sass.row_lines`.
         warnings: codes of the assembler's warnings, such as `C7515`.
-        products: sizes (M, N) of what Blackwell's tensor cores multiply, and `tile_bytes`: of a copy by a descriptor,
-            on average, neither of which the listing shows.
+        unfenced_copies, unsafe_operands: see `rows.Row`.
     """
 
     listing: str
     resources: str
     row_lines: list[tuple[str, int]]
     warnings: list[str]
-    products: list[tuple[int, int]]
-    tile_bytes: float
     shared_bytes: int
     tensor_memory: int
     warps: int
@@ -139,19 +133,7 @@ class Figures:
     unfenced_copies: int = 0
     unsafe_operands: int = 0
     warnings: list[str] | None = None
-    timing: Timing | None = None
     error: str = ""
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Figures:
-        """The figures that `asdict` made a dictionary of.
-
-        Raises:
-            TypeError: fields are missing or unknown.
-        """
-        timing = fields.get("timing")
-        made: dict[str, Any] = {**fields, "timing": None if timing is None else Timing(**timing)}
-        return cls(**made)
 
 
 def compiler() -> str:
@@ -245,7 +227,7 @@ class _Worker:
             self._process = None
             said = self._log.read_text(errors="replace").strip().splitlines()
             return Figures(error=f"the compiler died with exit code {process.wait()}: {' '.join(said[-1:])}")
-        return Figures.from_dict(json.loads(answer))
+        return Figures(**json.loads(answer))
 
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -272,10 +254,8 @@ def _plain(constexprs: dict[str, Any]) -> dict[str, str]:
 
 
 _COMPILING = ("worker.py", "sass.py", "hazards.py")
-_READING = (
-    "worker.py", "figures.py", "sass.py", "hazards.py", "simulator.py", "architectures.py", "cards.py", "cards.json",
-)  # fmt: skip
-_PACKAGE = sorted(path.name for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".json"))
+_READING = ("worker.py", "figures.py", "sass.py", "hazards.py", "architectures.py")
+_PACKAGE = sorted(path.name for path in Path(__file__).parent.iterdir() if path.suffix == ".py")
 
 
 def _hash(*parts: object) -> str:
@@ -292,8 +272,7 @@ def read_binary(folder: Path, key: str) -> Binary | None:
     """A binary of the cache; none if it is not there, or damaged."""
     try:
         fields = json.loads(gzip.decompress(_place(folder, key, "json.gz").read_bytes()))
-        pairs = {name: [tuple(pair) for pair in fields[name]] for name in ("row_lines", "products")}
-        return Binary(**fields | pairs)
+        return Binary(**fields | {"row_lines": [tuple(pair) for pair in fields["row_lines"]]})
     except (OSError, EOFError, ValueError, TypeError, KeyError):
         return None
 
@@ -309,7 +288,7 @@ def _place(folder: Path, key: str, kind: str) -> Path:
 
 def _read(folder: Path, key: str) -> Figures | None:
     try:
-        return Figures.from_dict(json.loads(_place(folder, key, "json").read_text()))
+        return Figures(**json.loads(_place(folder, key, "json").read_text()))
     except (OSError, ValueError, TypeError):  # absent, or cut short by a full disk
         return None
 

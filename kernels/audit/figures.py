@@ -1,25 +1,20 @@
-"""The figures of a binary: counts of its machine code, the faults that it shows, and its cycles."""
+"""The figures of a binary: counts of its machine code, and the faults that it shows."""
 
 from __future__ import annotations
 
-import math
-
 from . import hazards, sass
 from .architectures import occupancy
-from .cards import card
 from .compiling import Binary, Figures
-from .simulator import simulate
 
 # From Hopper on the disassembler counts the driver's reserve as the kernel's.
 _RESERVED_SHARED = 1024
 
 
-def measure(binary: Binary, arch: int, programs: int = 0) -> Figures:
+def measure(binary: Binary, arch: int) -> Figures:
     """Reads the machine code of a binary.
 
     Args:
         arch: that it was compiled for, such as 90.
-        programs: how many are launched, so that few of them do not fill a multiprocessor; 0 for more than enough.
     """
     code = sass.parse(binary.listing, binary.resources)
     loop = code.main_loop
@@ -35,14 +30,6 @@ def measure(binary: Binary, arch: int, programs: int = 0) -> Figures:
         warps=binary.warps,
         tensor_memory=binary.tensor_memory,
     )
-    chosen = card(arch)
-    resident = min(blocks, math.ceil(programs / chosen.multiprocessors)) if programs else blocks
-    timing = None
-    if resident:
-        timing = simulate(
-            code, chosen, warps=binary.warps, resident=resident, rows=rows, products=binary.products,
-            tile_bytes=binary.tile_bytes,
-        )  # fmt: skip
     return Figures(
         registers=code.registers,
         stack_bytes=code.stack_bytes,
@@ -65,5 +52,4 @@ def measure(binary: Binary, arch: int, programs: int = 0) -> Figures:
         unfenced_copies=binary.unfenced_copies,
         unsafe_operands=binary.unsafe_operands,
         warnings=binary.warnings,
-        timing=timing,
     )

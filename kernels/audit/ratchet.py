@@ -13,17 +13,13 @@ from .rows import Row
 
 RATCHET = Path(__file__).resolve().parent.parent / "audit_ratchet.json"
 
-# A change that makes a kernel quicker by the model of time may pay with these.
-_COUNTS = ("registers", "shared_bytes", "instructions", "loop_instructions", "occupancy")
 _LOWER_IS_BETTER = (
     "registers", "stack_bytes", "shared_bytes", "instructions", "loop_instructions", "waits_per_tensor_core",
-    "staged_tiles", "unfenced_writes", "unfenced_copies", "unsafe_operands", "warnings", "predicted_us",
+    "staged_tiles", "unfenced_writes", "unfenced_copies", "unsafe_operands", "warnings",
 )  # fmt: skip
 _HIGHER_IS_BETTER = ("occupancy", "wide_share")
 # These say the same whatever compiler made them; counts of registers and instructions do not.
 _ANY_COMPILER = ("stack_bytes", "wide_share", "staged_tiles", "unfenced_copies", "unsafe_operands", "warnings")
-# Predictions that differ by less are the same: the model is not that good.
-_NOISE = 0.02
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,6 @@ def figures(row: Row) -> dict[str, Any]:
         | {"staged_tiles": row.staged_tiles, "unfenced_writes": row.unfenced_writes}
         | {"unfenced_copies": row.unfenced_copies, "unsafe_operands": row.unsafe_operands}
         | {"warnings": list(row.serialised)}
-        | {"predicted_us": None if row.prediction is None else round(row.prediction.microseconds, 2)}
     )
 
 
@@ -191,8 +186,6 @@ def _worse(name: str, before: Any, after: Any) -> bool:
         return False
     if name == "warnings":
         return bool(set(after) - set(before))
-    if name == "predicted_us":
-        return after > before * (1 + _NOISE)
     return after < before if name in _HIGHER_IS_BETTER else after > before
 
 
@@ -201,12 +194,11 @@ def _differences(row: Row, old: Mapping[str, Any], names: Iterable[str]) -> tupl
     now = figures(row)
     worse: list[str] = []
     better: list[str] = []
-    quicker = _worse("predicted_us", now["predicted_us"], old.get("predicted_us"))
     for name in names:
         before, after = old.get(name), now[name]
         phrase = f"{name} {_shown(before)} → {_shown(after)}"
         if _worse(name, before, after):
-            (better if quicker and name in _COUNTS else worse).append(phrase)
+            worse.append(phrase)
         elif _worse(name, after, before):
             better.append(phrase)
     if lost := set(old["tensor_core"]) - set(now["tensor_core"]):

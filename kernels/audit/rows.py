@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,7 @@ from ..limits import HEAD_DIMS
 from ..triton.launch import KernelSpec, LaunchConfig
 from . import sass
 from .architectures import ARCHITECTURES, limits, register_limit
-from .cards import card
 from .compiling import Figures, Task, compile_all
-from .launches import Launch, model_launch
-from .prediction import Prediction, predict
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,6 @@ class Row:
         staged_tiles, unfenced_writes, unfenced_copies: see `hazards`.
         unsafe_operands: `hazards.register_operands`, where the assembler may overwrite them.
         warnings: codes of the assembler's warnings; C7510 to C7519 say that tensor-core products run one by one.
-        prediction: time at the model's shape on the architecture's card; none where no shape is known.
-        stalls: share of the time that warps wait in the main loop, by cause, as the model of time has it.
         made_of: a hash of the kernel, its compiler and the audit itself.
         error: what the compiler said, if it failed; then all figures are zero.
     """
@@ -75,8 +70,6 @@ class Row:
     unfenced_copies: int = 0
     unsafe_operands: int = 0
     warnings: tuple[str, ...] = ()
-    prediction: Prediction | None = None
-    stalls: dict[str, float] = field(default_factory=dict)
     made_of: str = ""
     error: str = ""
 
@@ -109,16 +102,9 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """The row for a JSON file."""
-        fields = asdict(self)
-        prediction = fields.pop("prediction") or {}
-        return fields | {
+        return asdict(self) | {
             "instructions_per_tensor_core": self.instructions_per_tensor_core,
             "waits_per_tensor_core": self.waits_per_tensor_core,
-            "predicted_us": prediction.get("microseconds"),
-            "tensor_busy": prediction.get("tensor_busy"),
-            "bound_by": prediction.get("bound_by"),
-            "waves": prediction.get("waves"),
-            "shape": prediction.get("shape"),
         }
 
 
@@ -230,22 +216,20 @@ def compile_rows(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """One row for each form, in their order; the arguments are those of `audit`."""
-    made = [(form, *_task(form)) for form in forms]
-    figures = compile_all([task for _, task, _ in made], jobs=jobs, cache_dir=cache_dir, progress=progress)
-    return [_row(form, task, figures[task.figures_key], launch) for form, task, launch in made]
+    made = [(form, _task(form)) for form in forms]
+    figures = compile_all([task for _, task in made], jobs=jobs, cache_dir=cache_dir, progress=progress)
+    return [_row(form, task, figures[task.figures_key]) for form, task in made]
 
 
 def changed(forms: Iterable[Form], accepted: Mapping[str, Mapping[str, Any]]) -> list[Form]:
     """The forms whose row would be made of something else than the accepted one (by `Row.key`): compiling the others
     again says nothing new.
     """
-    return [form for form in forms if accepted.get(form.key, {}).get("made_of") != _task(form)[0].made_of]
+    return [form for form in forms if accepted.get(form.key, {}).get("made_of") != _task(form).made_of]
 
 
-def _task(form: Form) -> tuple[Task, Launch | None]:
-    launch = model_launch(form.spec.name, form.variant, form.config, form.arch)
-    request = form.spec.request(form.variant, form.dtype, form.arch, form.config)
-    return Task.of(request, form.arch, launch.programs if launch else 0), launch
+def _task(form: Form) -> Task:
+    return Task.of(form.spec.request(form.variant, form.dtype, form.arch, form.config), form.arch)
 
 
 def describe(config: LaunchConfig) -> str:
@@ -262,7 +246,7 @@ def _key(kernel: str, variant: Mapping[str, Any], arch: int, dtype: str) -> str:
     return f"{kernel} | {_describe_variant(variant)} | sm_{arch} | {dtype}"
 
 
-def _row(form: Form, task: Task, found: Figures, launch: Launch | None) -> Row:
+def _row(form: Form, task: Task, found: Figures) -> Row:
     spec, arch = form.spec, form.arch
     tiles = found.tile_loads or {}
     bits = {load: count * sass.load_bits(load) for load, count in tiles.items()}
@@ -276,7 +260,6 @@ def _row(form: Form, task: Task, found: Figures, launch: Launch | None) -> Row:
             warps=found.warps,
             tensor_memory=found.tensor_memory,
         )
-    prediction = predict(found.timing, launch, card(arch)) if found.timing and launch else None
     return Row(
         kernel=spec.name,
         variant=dict(form.variant),
@@ -307,8 +290,6 @@ def _row(form: Form, task: Task, found: Figures, launch: Launch | None) -> Row:
         unfenced_copies=found.unfenced_copies,
         unsafe_operands=found.unsafe_operands,
         warnings=tuple(found.warnings or ()),
-        prediction=prediction,
-        stalls=found.timing.stalls if found.timing else {},
         made_of=task.made_of,
         error=found.error,
     )

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-# /*0120*/  @!P0 BRA `(.L_x_3) ;  /* 0x00000000008c8947 */  and the upper half of the encoding on a line of its own
+# /*0120*/  @!P0 BRA `(.L_x_3) ;  /* 0x00000000008c8947 */
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);")
-_UPPER_HALF = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 _LABEL = re.compile(r"^\s*([.$\w]+):\s*$")
 _LINE = re.compile(r'^\s*//## File "([^"]*)", line (\d+)')
 _RESOURCES = re.compile(r"\bREG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -35,8 +34,6 @@ class Instruction:
         target: the address that a branch goes to.
         line: the place in the source.
         operands: as the disassembler writes them, `R4, [R2.64+0x10]`.
-        encoding: the upper 64 of its 128 bits, which hold what the compiler tells the scheduler; 0 where the listing
-            leaves encodings out.
     """
 
     address: int
@@ -46,7 +43,6 @@ class Instruction:
     target: int | None
     line: Line | None = None
     operands: str = ""
-    encoding: int = 0
 
     @property
     def tensor_core(self) -> bool:
@@ -117,7 +113,7 @@ class MachineCode:
 
 
 def parse(disassembly: str, resources: str) -> MachineCode:
-    """Reads what `nvdisasm -hex -g -c` and `cuobjdump -res-usage` print for a binary of one kernel.
+    """Reads what `nvdisasm -g -c` and `cuobjdump -res-usage` print for a binary of one kernel.
 
     Raises:
         ValueError: the texts hold no kernel, or more than one.
@@ -134,7 +130,6 @@ def parse(disassembly: str, resources: str) -> MachineCode:
 
 def _instructions(disassembly: str) -> list[Instruction]:
     found: list[tuple[re.Match[str], Line | None]] = []
-    encodings: dict[int, int] = {}
     labels: dict[str, int] = {}
     waiting: list[str] = []
     line: Line | None = None
@@ -143,25 +138,21 @@ def _instructions(disassembly: str) -> list[Instruction]:
             found.append((instruction, line))
             labels |= dict.fromkeys(waiting, int(instruction[1], 16))
             waiting = []
-        elif found and (upper := _UPPER_HALF.match(text)):
-            encodings[len(found) - 1] = int(upper[1], 16)
         elif place := _LINE.match(text):
             line = place[1], int(place[2])
         elif label := _LABEL.match(text):
             waiting.append(label[1])
-    return [_instruction(match, labels, line, encodings.get(n, 0)) for n, (match, line) in enumerate(found)]
+    return [_instruction(match, labels, line) for match, line in found]
 
 
-def _instruction(match: re.Match[str], labels: dict[str, int], line: Line | None, encoding: int) -> Instruction:
+def _instruction(match: re.Match[str], labels: dict[str, int], line: Line | None) -> Instruction:
     address, predicate, name, operands = match.groups()
     opcode, *modifiers = name.split(".")
     target = _TARGET.search(operands) if opcode in ("BRA", "CALL") else None
     if opcode == "BRA" and not predicate and "," in operands:
         predicate = operands.split(",")[0]  # BRA.U UP0, `(.L_x_3): the condition is an operand
     place = labels.get(target[1]) if target else None
-    return Instruction(
-        int(address, 16), predicate or "", opcode, tuple(modifiers), place, line, operands.strip(), encoding
-    )
+    return Instruction(int(address, 16), predicate or "", opcode, tuple(modifiers), place, line, operands.strip())
 
 
 def count_loads(instructions: Iterable[Instruction]) -> Counter[str]:

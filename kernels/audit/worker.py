@@ -22,10 +22,6 @@ from .hazards import register_operands, unfenced_copies
 from .sass import row_lines
 
 _WARNING = re.compile(r"\((C\d{4})\)")
-_PRODUCT = re.compile(r"\btcgen05\.mma\.[^;]*, (%r\d+), [^,;]*;")
-_EXPECTED = re.compile(r"\bmbarrier\.arrive\.expect_tx[^;]*, (\d+);")
-_TILE_COPY = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global\b")
-_CONSTANT = re.compile(r"\bmov\.[bus]32\s+(%r\d+), (-?\d+);")
 
 
 def compile_task(task: Task) -> Binary:
@@ -51,29 +47,12 @@ def compile_task(task: Task) -> Binary:
         resources=resources,
         row_lines=sorted(row_lines(compiled.asm["ttgir"], compiled.asm["ptx"])),
         warnings=sorted(set(_WARNING.findall(said.getvalue()))),
-        products=product_sizes(compiled.asm["ptx"]),
-        tile_bytes=tile_bytes(compiled.asm["ptx"]),
         shared_bytes=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warps=compiled.metadata.num_warps,
         unfenced_copies=unfenced_copies(compiled.asm["ptx"]),
         unsafe_operands=register_operands(compiled.asm["ptx"]) if ptxas_version(task.arch) < (13, 3) else 0,
     )
-
-
-def product_sizes(ptx: str) -> list[tuple[int, int]]:
-    """(M, N) of every product of Blackwell's tensor cores, from its instruction descriptor, where that is a constant.
-
-    Source: PTX ISA, "Instruction descriptor": N / 8 in bits 17 to 22, M / 16 in bits 24 to 28.
-    """
-    constants = dict(_CONSTANT.findall(ptx))
-    given = [int(constants[name]) for name in _PRODUCT.findall(ptx) if name in constants]
-    return [((word >> 24 & 0x1F) * 16, (word >> 17 & 0x3F) * 8) for word in given]
-
-
-def tile_bytes(ptx: str) -> float:
-    """Bytes of a copy by a descriptor: what barriers are told to expect, over the copies that arrive at them."""
-    return sum(map(int, _EXPECTED.findall(ptx))) / max(1, len(_TILE_COPY.findall(ptx)))
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -85,7 +64,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         file.flush()
         tools: Any = knobs.nvidia
         # -ndf leaves out an analysis of indirect branches, of which Triton makes none.
-        listing = _output(tools.nvdisasm.path, "-hex", "-g", "-c", "-ndf", file.name)
+        listing = _output(tools.nvdisasm.path, "-g", "-c", "-ndf", file.name)
         return listing, _output(tools.cuobjdump.path, "-res-usage", file.name)
 
 
@@ -107,7 +86,7 @@ def serve(requests: IO[str], answers: IO[str], folder: Path) -> None:
             if binary is None:
                 binary = compile_task(task)
                 write_binary(folder, task.key, binary)
-            figures = measure(binary, task.arch, task.programs)
+            figures = measure(binary, task.arch)
         except Exception as error:
             # The compiler's errors have many types. All mean the same here, and the audit reports every one.
             figures = Figures(error=f"{type(error).__name__}: {error}")

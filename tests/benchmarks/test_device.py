@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from xfm_fast.benchmarks import files
 from xfm_fast.benchmarks.device import counters, proofs, schedule
@@ -20,6 +21,7 @@ from xfm_fast.benchmarks.device.schedule import Plan, run
 from xfm_fast.benchmarks.device.stages import STAGES, Stage
 from xfm_fast.benchmarks.device.table import duration
 from xfm_fast.benchmarks.record import Document, Row
+from xfm_fast.benchmarks.work import kernel_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 # A stage that needs nothing, so that the schedule is tested in milliseconds.
@@ -44,6 +46,9 @@ def hanging(context):
 
 def told(context):
     context.add("made up", f"{context.device} {context.small} {context.left:.0f}", "ours")
+
+def compiling(context):
+    context.add("made up", os.environ["TRITON_CACHE_DIR"], "ours")
 """
 
 
@@ -74,6 +79,33 @@ def ended(process: int) -> bool:
     except OSError:
         return True
     return state == "Z"
+
+
+@pytest.mark.parametrize("carried", [None, "of another machine"])
+def test_stages_share_what_is_compiled(carried: str | None, made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if carried is None:
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_CACHE_DIR", carried)
+    assert run(plan(made_up, stage("compiling"))) == 0
+    assert carried or str(made_up / "triton") in [row["name"] for row in rows_of(made_up)]
+
+
+def test_graphs_replay_attention_with_the_bias_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model gives it: captured graphs would make it anew at each replay."""
+    (case, *_) = kernel_cases.cases(torch.device("cpu"), torch.float32, small=True)
+    given: list[bool] = []
+    attention = kernel_cases.ops.relpos_attention
+
+    def recorded(*args: Any, bias: Any = None) -> Any:
+        given.append(bias is not None)
+        return attention(*args, bias=bias)
+
+    monkeypatch.setattr(kernel_cases.ops, "relpos_attention", recorded)
+    with torch.no_grad():
+        case.ours(*case.inputs)
+    case.ours(*case.inputs)
+    assert given == [True, False]
 
 
 def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(

@@ -17,12 +17,10 @@ if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from xfm_fast.kernels import tune
-from xfm_fast.kernels.audit import Row, hazards, occupancy, ratchet, sass, shipped_kernels, targets, worker
-from xfm_fast.kernels.audit.cards import card
+from xfm_fast.kernels.audit import Row, hazards, occupancy, ratchet, sass, shipped_kernels, targets
+from xfm_fast.kernels.audit.architectures import register_limit
 from xfm_fast.kernels.audit.compiling import Binary, Figures, compile_all
-from xfm_fast.kernels.audit.prediction import Prediction
 from xfm_fast.kernels.audit.sass import row_lines
-from xfm_fast.kernels.audit.simulator import Timing
 from xfm_fast.kernels.triton.launch import LaunchConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +167,6 @@ def _row(**changes: Any) -> Row:
         multiplies=True, loads={"LDGSTS.128": 8},
         inner_loads={"LDGSTS.128": 4}, tile_loads={"LDGSTS.128": 4}, wide_loads=True, wide_share=1.0,
         instructions=900, loop_instructions=300, loop_tensor_core=8, local_loads=0, local_stores=0, loop_waits=2,
-        prediction=Prediction(30.0, 0.3, "memory", 2, "toy"),
     )  # fmt: skip
     return replace(row, **changes)
 
@@ -200,7 +197,6 @@ def _compare(*rows: Row, accepted: ratchet.Accepted, compiler: str = "triton 1")
         ({"unfenced_writes": 2}, "unfenced_writes 0 → 2"),
         ({"unfenced_copies": 2}, "unfenced_copies 0 → 2"),
         ({"unsafe_operands": 2}, "unsafe_operands 0 → 2"),
-        ({"prediction": Prediction(31.0, 0.3, "memory", 2, "toy")}, "predicted_us 30.0 → 31.0"),
     ],
 )
 def test_ratchet_names_what_got_worse(change: dict[str, Any], says: str) -> None:
@@ -218,24 +214,9 @@ def test_ratchet_passes_what_is_as_good_or_better() -> None:
     assert "stages=2 → BLOCK_M=32" in line
 
 
-def _in(microseconds: float) -> Prediction:
-    return Prediction(microseconds, 0.3, "memory", 2, "toy")
-
-
-def test_what_makes_a_kernel_quicker_may_cost_registers() -> None:
-    quicker = _compare(_row(prediction=_in(25.0), registers=140, occupancy=3), accepted=_accepted(_row()))
-    assert not quicker.worse
-    assert "registers 100 → 140" in quicker.better[0]
-    assert "predicted_us 30.0 → 25.0" in quicker.better[0]
-    # Not by what the model cannot tell; never spills.
-    assert _compare(_row(prediction=_in(29.7), registers=140), accepted=_accepted(_row())).worse
-    assert _compare(_row(prediction=_in(25.0), stack_bytes=8), accepted=_accepted(_row())).worse
-    assert not _compare(_row(prediction=_in(30.3)), accepted=_accepted(_row())).worse
-
-
 def test_figures_of_an_older_ratchet_file_are_not_missed() -> None:
     old = ratchet.figures(_row())
-    for name in ("waits_per_tensor_core", "staged_tiles", "unfenced_writes", "warnings", "predicted_us"):
+    for name in ("waits_per_tensor_core", "staged_tiles", "unfenced_writes", "warnings"):
         del old[name]
     accepted = ratchet.Accepted("triton 1", {_row().key: old})
     assert _compare(_row(loop_waits=8, staged_tiles=4), accepted=accepted) == ratchet.Comparison([], [])
@@ -422,19 +403,70 @@ def test_damaged_cache_files_are_ignored(tmp_path: Path) -> None:
     from xfm_fast.kernels.audit import compiling
 
     place = compiling._place(tmp_path, "abcd", "json")
-    timing = Timing(2, 10.0, 5.0, 1.0, 2.0, 100, 50, {"barriers": 1.0})
-    figures = Figures(registers=7, timing=timing, warnings=["C7515"])
+    figures = Figures(registers=7, warnings=["C7515"])
     compiling._write(place, json.dumps(asdict(figures)).encode())
     assert compiling._read(tmp_path, "abcd") == figures
     place.write_text('{"registers"')
     assert compiling._read(tmp_path, "abcd") is None
-    binary = Binary("toy:", "REG:40", [("toy.py", 7)], ["C7515"], [(128, 64)], 8192.0, 0, 0, 4)
+    binary = Binary("toy:", "REG:40", [("toy.py", 7)], ["C7515"], 0, 0, 4)
     compiling.write_binary(tmp_path, "abcd", binary)
     assert compiling.read_binary(tmp_path, "abcd") == binary
     packed = compiling._place(tmp_path, "abcd", "json.gz")
     packed.write_bytes(packed.read_bytes()[:-9])
     assert compiling.read_binary(tmp_path, "abcd") is None
     assert sorted(os.listdir(tmp_path / "ab")) == ["abcd.json", "abcd.json.gz"]
+
+
+def loop(*lines: str) -> sass.MachineCode:
+    """The machine code of a loop over these instructions and a load, without which it would not count as work."""
+    text = [".L_0:", "LDG.E R90, [R92.64]", *lines, "@P0 BRA `(.L_0)", "EXIT"]
+    numbered = [line if line.endswith(":") else f"        /*{16 * n:04x}*/   {line} ;" for n, line in enumerate(text)]
+    return sass.parse("\n".join(["toy:", *numbered]), RESOURCES)
+
+
+class TestHazards:
+    def test_waits_for_the_tensor_cores_are_counted(self) -> None:
+        made = loop(
+            "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.ARRIVE"
+        )
+        assert hazards.tensor_waits(made.main_loop) == 1
+        assert hazards.tensor_waits(None) == 0
+
+    def test_a_tile_that_goes_through_registers_is_found(self) -> None:
+        load, convert, store = "LDG.E.128 R4, [R2.64]", "PRMT R9, R6, 0x5410, R7", "STS.64 [R20+0x10], R8"
+        assert hazards.staged_tiles(loop(load, convert, store).main_loop, []) == 1
+        # Written in the next turn; not at all; and what was computed of it.
+        assert hazards.staged_tiles(loop(store, load, convert).main_loop, []) == 1
+        assert hazards.staged_tiles(loop(load, convert, "STS [R4], R21").main_loop, []) == 0
+        assert hazards.staged_tiles(loop(load, "FFMA R9, R6, R6, R7", store).main_loop, []) == 0
+        # A register that something else overwrites, a copy that needs no register, and a value per row.
+        assert hazards.staged_tiles(loop(load, "MOV R9, R30", "MOV R8, R30", store).main_loop, []) == 0
+        copy = "LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64]"
+        assert hazards.staged_tiles(loop(copy, store).main_loop, []) == 0
+        made = loop(load, convert, store).main_loop
+        assert made is not None
+        lined = replace(made, instructions=tuple(replace(i, line=("a.py", 1)) for i in made.instructions))
+        assert hazards.staged_tiles(lined, [("a.py", 1)]) == 0
+
+    def test_a_write_behind_a_wait_needs_a_barrier_between_groups_of_warps(self) -> None:
+        product, wait, write = (
+            "HGMMA.64x64x16.F32 R24, gdesc[UR8], R24, gsb0",
+            "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+            "STS [R4], R5",
+        )
+        bare, fenced = loop(product, wait, write), loop(product, wait, "BAR.SYNC 0x0", write)
+        assert hazards.unfenced_writes(bare.main_loop, 8) == 1
+        assert hazards.unfenced_writes(bare.main_loop, 4) == 0
+        assert hazards.unfenced_writes(fenced.main_loop, 8) == 0
+        # The wait of a turn and the write of the next; and a wait that leaves a product running.
+        assert hazards.unfenced_writes(loop(write, product, wait).main_loop, 8) == 1
+        assert hazards.unfenced_writes(loop(product, wait.replace("0x0", "0x1"), write).main_loop, 8) == 0
+
+    @pytest.mark.parametrize(
+        ("warps", "registers", "cliff"), [(8, 100, 128), (4, 130, 168), (4, 169, 255), (8, 129, 255)]
+    )
+    def test_register_cliffs(self, warps: int, registers: int, cliff: int) -> None:
+        assert register_limit(90, registers=registers, shared_bytes=0, warps=warps) == cliff
 
 
 HOPPER = """
@@ -456,47 +488,6 @@ def test_copies_without_a_fence_before_hoppers_products_are_counted(fence: str, 
     assert hazards.register_operands(ptx) == 1
 
 
-def test_sizes_of_blackwells_products_are_read_from_their_descriptors() -> None:
-    ptx = """
-	mov.b32 	%r181, 135267472;
-	@%p15 tcgen05.mma.cta_group::1.kind::f16 [ %r946 + 0 ], %rd70, %rd71, %r181, %p14;
-	@%p19 tcgen05.mma.cta_group::1.kind::f16 [ %r1101 + 0 ], [ %r374 + 8 ], %rd99, %r375, %p18;
-"""
-    # The second one's descriptor is no constant.
-    assert worker.product_sizes(ptx) == [(128, 64)]
-
-
-def test_the_docs_have_the_accepted_times() -> None:
-    said = (ROOT / "docs" / "kernels.md").read_text()
-    accepted = json.loads((ROOT / "kernels" / "audit_ratchet.json").read_text())["rows"]
-    row = accepted["relpos_forward_fragments | head_dim=64 tokens=577 | sm_90 | bf16"]
-    assert f"predicted at {row['predicted_us']:.1f} µs forward" in said
-    hopper = card(90)
-    forms = ("head_dim=64 searched=True", "head_dim=64")
-    searched, divided = (accepted[f"varlen_forward_heads | {form} | sm_90 | bf16"]["predicted_us"] for form in forms)
-    assert f"take {searched:.1f} µs instead of {divided:.1f}" in said
-    rate = hopper.l2_bytes * hopper.multiprocessors * hopper.clock_ghz * 1e9
-    assert f"needs {167.6e6 / rate * 1e6:.1f} µs for the 167.6 MB" in said
-
-
-def test_bytes_of_a_copy_are_those_that_its_barrier_expects() -> None:
-    ptx = """
-	@%p5 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r54], 16384;
-	@%p6 cp.async.bulk.tensor.3d.shared::cta.global.mbarrier::complete_tx::bytes [%r57], [%rd85, {%r58, %r60}], [%r54];
-	@%p7 cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%r59], [%rd86, {%r58}], [%r54];
-"""
-    assert worker.tile_bytes(ptx) == 8192
-    assert worker.tile_bytes("ret;") == 0
-
-
-def test_another_reading_needs_no_compilation() -> None:
-    from xfm_fast.kernels.audit.compiling import Task
-
-    one = Task("module", "kernel", {}, {}, {}, {}, 80, "key", programs=100)
-    assert one.figures_key != replace(one, programs=200).figures_key != replace(one, key="other").figures_key
-    assert one.key == replace(one, programs=200).key
-
-
 def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     # The audit compiles even where the tests interpret.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -512,7 +503,7 @@ def test_command(tmp_path: Path) -> None:
     done = _cli(*selection, "--accept", "--json", str(rows))
     assert done.returncode == 0, done.stderr
     assert "target met" in done.stdout
-    assert "H100" in done.stdout
+    assert "H100" in done.stdout  # floors
     written = json.loads(rows.read_text())
     names = {"kernel", "config", "arch", "dtype", "registers", "stack_bytes", "shared_bytes", "tensor_core"}
     assert written
@@ -684,6 +675,21 @@ class TestTuning:
     def test_kernels_are_tuned_for_what_they_have(self, spec: Any) -> None:
         assert tune.sizes(spec, [32, 48, 64]) == [32, 64]
         assert tune.sizes(replace(spec, name="bias_gelu_forward"), [64]) == [3072]
+
+    @pytest.mark.parametrize(("arch", "plain", "fragments"), [(80, [64, 80], []), (90, [80], [64])])
+    def test_hopper_tunes_the_kernel_that_it_launches(self, arch: int, plain: list[int], fragments: list[int]) -> None:
+        specs = {spec.name: spec for spec in shipped_kernels()}
+        assert tune.sizes(specs["relpos_forward"], [64, 80], arch) == plain
+        assert tune.sizes(specs["relpos_forward_fragments"], [64, 80], arch) == fragments
+        grid = tune.candidates("relpos_forward_fragments", 64)
+        assert {(c.tiles["BLOCK_M"], c.tiles["BLOCK_N"], c.num_warps) for c in grid} == {(128, 64, 8)}
+
+    def test_a_table_keeps_the_whole_configuration(self, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from xfm_fast.kernels.triton import launch
+
+        config = LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, apart=True, registers=112)
+        with tune.using("toy", 64, "bf16", 90, config):
+            assert launch.config_for("toy", 64, "bf16", 90) == config
 
     @pytest.mark.parametrize("kernel", ["relpos_forward", "varlen_forward_short", "bias_gelu_forward"])
     def test_candidates_are_distinct(self, kernel: str) -> None:

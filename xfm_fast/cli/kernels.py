@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
-from cyclopts import Parameter
 
 from xfm_fast.cli.console import stdout, table
 from xfm_fast.cli.options import Flat, Json
@@ -51,9 +50,6 @@ class AuditOptions(KernelOptions):
         changed: Of these, only what is not made of the same source, compiler and audit as its accepted figures.
         accept: Make these figures the accepted ones.
         also: With --accept, of another Triton than made the accepted figures: record beside them what is worse with it.
-        what_if: Predict one kernel with other tiles instead: kernel=relpos_forward BLOCK_M=64,128 num_warps=8
-            (architecture 90 unless --arch says otherwise).
-        fit: Fit the model's constants to measurements (CSV of ncu), and keep them with the kernels.
         cache: Folder of cached figures. [~/.cache/xfm-fast/audit]
         ratchet: File of accepted figures. [kernels/audit_ratchet.json]
     """
@@ -64,8 +60,6 @@ class AuditOptions(KernelOptions):
     changed: bool = False
     accept: bool = False
     also: bool = False
-    what_if: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ()
-    fit: Path | None = None
     cache: Path | None = None
     ratchet: Path | None = None
 
@@ -149,8 +143,8 @@ def info(*, as_json: Json = False) -> None:
 
 
 def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
-    """Compile the Triton kernels without a GPU and read their machine code: spills, occupancy, tensor cores, loads, and
-    the time that a model of the processor predicts.
+    """Compile the Triton kernels without a GPU and read their machine code: spills, occupancy, tensor cores, loads,
+    hazards.
 
     Exit code 1: a figure is worse than the accepted one in kernels/audit_ratchet.json. What changed since the last
     audit is compiled, the rest comes from the cache.
@@ -165,10 +159,6 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
         raise InputError(f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}")
     if options.also and not options.accept:
         raise InputError("--also goes with --accept")
-    if options.what_if:
-        return _what_if(specs, options)
-    if options.fit is not None:
-        return _fit(specs, options.fit, options)
     arches = options.arch or library.ARCHITECTURES
     begun = time.perf_counter()
     forms = library.shipped_forms(specs, arches)
@@ -195,8 +185,6 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     shown = stdout(220)
     if rows:
         _print_rows(rows, shown)
-        for arch in arches:
-            shown.print(_constants(arch), soft_wrap=True)
         _print_floors(shown)
         _print_targets(targets.verdicts(rows), shown)
     shown.print(
@@ -226,85 +214,16 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     return 0
 
 
-def _what_if(specs: list[KernelSpec], options: AuditOptions) -> int:
-    from rich.markup import escape
-
-    from xfm_fast.kernels.audit.what_if import what_if
-
-    found = what_if(options.what_if, specs, options.arch or (90,), jobs=options.jobs, cache_dir=options.cache)
-    shown, row = stdout(160), found[0][1]
-    shape = next((row.prediction.shape for _, row in found if row.prediction), "shape unknown")
-    figures = ("µs", "tensor cores busy", "waves", "registers", "blocks")
-    listed = table(
-        f"{row.kernel}, {row.form}, {row.dtype}, {shape}",
-        "",
-        "configuration",
-        "sm",
-        *figures,
-        "bound by",
-        right=figures,
-    )
-    for own, row in found:
-        cells = ["shipped" if own else "", row.config, str(row.arch)]
-        if row.error:
-            listed.add_row(*cells, "–", "–", "–", "–", "–", escape(row.error[:120]), style="red")
-            continue
-        made = row.prediction
-        times = [f"{made.microseconds:.1f}", f"{made.tensor_busy:.0%}", str(made.waves)] if made else ["–"] * 3
-        spilled = f" ({row.stack_bytes} B spilled)" if row.stack_bytes else ""
-        bound = made.bound_by if made else "does not fit a multiprocessor" if not row.occupancy else ""
-        listed.add_row(*cells, *times, f"{row.registers}{spilled}", str(row.occupancy), bound)
-    shown.print(listed)
-    for arch in sorted({row.arch for _, row in found}):
-        shown.print(_constants(arch), soft_wrap=True)
-    if options.json is not None:
-        _write_json(options.json, [{"shipped": own} | row.as_dict() for own, row in found])
-    return 0
-
-
-def _fit(specs: list[KernelSpec], file: Path, options: AuditOptions) -> int:
-    from xfm_fast.kernels.audit import cards
-    from xfm_fast.kernels.audit.fit import fit, read_counters
-
-    measured = read_counters(file)
-    found = fit(measured, specs, cards.card, source=file.name, jobs=options.jobs, cache_dir=options.cache)
-    shown, figures = stdout(160), ("measured, µs", "predicted before", "after")
-    listed = table(f"{found.card.card}, {found.card.source}", "launch", *figures, right=figures)
-    for name, *times in found.launches:
-        listed.add_row(name, *(f"{time:.1f}" for time in times))
-    shown.print(listed)
-    _print_lines("not recognised as a launch at the model's shapes", found.unknown, shown)
-    path = cards.CARDS
-    try:
-        cards.write({**cards.read(path), found.arch: found.card}, path)
-    except OSError as error:
-        remedy = "run this in a checkout that you may write to"
-        raise StorageError(f"cannot write {path}: {error.strerror}; {remedy}") from error
-    shown.print(
-        f"error after the fit: {found.error:.0%}; constants are in {path}. They change predictions: xfm-fast audit"
-        " --accept", soft_wrap=True,
-    )  # fmt: skip
-    return 0
-
-
 def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
     from xfm_fast.checkpoint import write_bytes
 
     write_bytes({path: (json.dumps(rows, indent=1) + "\n").encode()})
 
 
-def _constants(arch: int) -> str:
-    from xfm_fast.kernels.audit.cards import card
-
-    made = card(arch)
-    return f"predicted for sm_{arch}: {made.card}, {made.clock_ghz:g} GHz, {made.date}, {made.source}"
-
-
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     """Search the kernels' launch configurations on this machine's GPU and write them to kernels/tuning.
 
-    Configurations that spill are rejected by the audit before any is timed, and of the rest only the best predicted are
-    timed. Every result is saved as it is found.
+    Configurations that spill are rejected by the audit before any is timed. Every result is saved as it is found.
 
     With --cpu the choices of this processor are written to a file: every process that finds its name in the environment
     variable XFM_CPU_CHOICES takes the same implementations, without timing anything.
@@ -348,7 +267,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
                     raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
                 times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
                 times += "" if choice.flash is None else f" (flash-attn {choice.flash * 1e6:.1f} µs)"
-                tried = f"{choice.timed} timed, {choice.passed_over} predicted slower, {choice.rejected} rejected"
+                tried = f"{choice.timed} timed, {choice.rejected} rejected"
                 print(f"{spec.name} {kind} {size}: {times}; {tried}")
     if path is None:
         raise InputError("none of these kernels has a configuration to tune at these head dimensions")
@@ -399,9 +318,6 @@ def _print_rows(rows: list[Row], console: Console) -> None:
         "variant": lambda row: row.form,
         "configuration": lambda row: row.config,
         "sm": lambda row: str(row.arch),
-        "µs": lambda row: f"{row.prediction.microseconds:.1f}" if row.prediction else "–",
-        "busy": lambda row: f"{row.prediction.tensor_busy:.0%}" if row.prediction and row.multiplies else "–",
-        "bound by": lambda row: row.prediction.bound_by if row.prediction else "–",
         "registers": lambda row: f"{row.registers}/{row.register_limit}",
         "stack": lambda row: f"[red]{row.stack_bytes}[/]" if row.stack_bytes else "0",
         "shared": lambda row: f"{row.shared_bytes / 1024:.1f}/{row.shared_limit // 1024} K",
