@@ -436,6 +436,16 @@ def test_what_own_pictures_lack_is_named(table: Path, pretrained: Path, monkeypa
         assert not Path("runs").exists()
 
 
+def test_images_of_a_folder_with_a_table_are_found(
+    table: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table.rename("own/captions.csv")
+    for own in (["data.train=own"], ["data.root=own", "data.train=."]):
+        recipe = load_finetune_recipe("retrieval_csv", [*own, f"init.checkpoint={pretrained}"])
+        assert len(open_task(recipe).records(recipe.paths_of("val"), "val")) == 1
+
+
 def test_val_is_held_out_unless_one_is_named(table: Path, pretrained: Path) -> None:
     given = [f"data.train={table}", f"init.checkpoint={pretrained}"]
     assert load_finetune_recipe("retrieval_csv", given).data.splits == {"val": (str(table),)}
