@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.serve.conftest import Running, Start, data_url, image, photo
+from tests.serve.conftest import Running, Start, data_url, image, photo, running
+from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.models.xfm import XFM
+from xfm_fast.search.query import match_images
+from xfm_fast.serve.model import load
+from xfm_fast.serve.options import ServiceOptions, SourceOptions
+from xfm_fast.tasks.reranking import RANKS
 
 CAPTIONS = ["a red circle", "Two blue squares, left of a triangle!", "green", "a yellow star above a circle"]
 
@@ -58,6 +65,29 @@ def test_images_of_a_caption_rank_as_offline(served: Running, model: XFM, tmp_pa
         found = [each["relevance_score"] for each in answer["results"]]
         np.testing.assert_allclose(found, [expected[place] for place in best], rtol=0, atol=1e-5)
         assert answer["results"][0]["document"] == image(best[0] + 1)
+
+
+def test_the_rule_that_ranks_is_named_or_recorded(weights: Path, model: XFM, tmp_path: Path) -> None:
+    from xfm_fast.serve import Service
+
+    paths = pictures(tmp_path, 1, 2, 3)
+    logits = match_images(model, [Image.open(path).convert("RGB") for path in paths], CAPTIONS[1], 3)[:, 1]
+    similarity = model.similarity(paths, CAPTIONS[1])
+    expected = {"sum": (logits + similarity).tolist(), "similarity": ((1 + similarity) / 2).tolist()}
+    run = shutil.copytree(weights, tmp_path / "run")
+    (run / TASK_FILE).write_text('{"format": 1, "task": {"kind": "retrieval", "rank": "sum"}}')
+    options = ServiceOptions(port=0, drain=5, cache_mb=64)
+    documents = [image(seed) for seed in (1, 2, 3)]
+    for rank in (None, *RANKS):
+        scoring = rank or "sum"
+        served = load(run, SourceOptions(device="cpu", rank=rank), 64 << 20)
+        with running(Service(served, options)) as service:
+            answer = service.post("/v1/rerank", {"query": CAPTIONS[1], "documents": documents}).json
+            pairs = service.post("/v1/score", {"text_1": CAPTIONS[1], "text_2": documents}).json
+        assert answer["scoring"] == pairs["scoring"] == scoring
+        if scoring in expected:
+            np.testing.assert_allclose(scores(answer), expected[scoring], rtol=0, atol=1e-5)
+            np.testing.assert_allclose([each["score"] for each in pairs["data"]], expected[scoring], rtol=0, atol=1e-5)
 
 
 def test_two_of_a_kind_are_compared_by_features(served: Running, model: XFM, tmp_path: Path) -> None:

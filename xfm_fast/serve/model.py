@@ -20,11 +20,13 @@ from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.session import Session
 from xfm_fast.export.session.ranking import SessionRanks
 from xfm_fast.export.slots import largest
+from xfm_fast.finetuning.kinds import rank_of
 from xfm_fast.models.processor import TOKENIZER_FILE, read_tokenizer
 from xfm_fast.models.xfm import PRECISIONS, XFM
 from xfm_fast.search.model import ModelSource, open_model
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
+from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
@@ -69,6 +71,7 @@ class ServedModel:
         tokenizer: of texts.
         device: where it runs.
         most_tokens: of a text, which is cut to them.
+        rank: the score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`.
     """
 
     name: str
@@ -80,6 +83,7 @@ class ServedModel:
     ranks: RankModel
     cache_bytes: int
     most_tokens: int
+    rank: Rank = "match"
     ranker: Ranker = field(init=False)
 
     def __post_init__(self) -> None:
@@ -186,6 +190,7 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
         return _export(path.expanduser(), options, cache_bytes)
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     dtype = PRECISIONS[options.dtype]
+    rank: Rank = "match"
     words = None if options.tokenizer is None else str(options.tokenizer)
     if path is not None and path.expanduser().is_file():
         file = path.expanduser()
@@ -195,7 +200,7 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
             raise InputError(f"--config {options.config} gives the sizes of an official checkpoint file; leave it out")
         wanted = ModelSource(None if path is None else str(path), words, options.random or "tiny")
         found = open_model(wanted, device=device, dtype=dtype)
-        model, source = found.model, str(found.source)
+        model, source, rank = found.model, str(found.source), found.rank
         name = f"random-{options.random}" if path is None else path.resolve().name if path.exists() else str(path)
     if model.tokenizer is None:
         raise UnavailableError(f"{source} has no tokenizer to read texts with; give the model's with --tokenizer")
@@ -207,6 +212,7 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
     return ServedModel(
         options.name or name, source, path is None, heads, model.tokenizer, device,
         ModelRanks(model.requires_grad_(False)), cache_bytes, min(_MOST_TOKENS, model.config.max_text_length),
+        options.rank or rank,
     )  # fmt: skip
 
 
@@ -250,5 +256,5 @@ def _export(folder: Path, options: SourceOptions, cache_bytes: int) -> ServedMod
     tokens = min(_MOST_TOKENS, session.config.max_text_length, *filter(None, longest))
     return ServedModel(
         options.name or folder.resolve().name, source, random, heads, tokenizer, session.device, SessionRanks(session),
-        cache_bytes, tokens,
+        cache_bytes, tokens, options.rank or rank_of(folder),
     )  # fmt: skip

@@ -24,6 +24,8 @@ class SourceOptions:
         dtype: Number format of the weights, or products in int8 (on a CPU) or fp8 (GPU); an export has its own.
         runtime: Library that runs an export. Packages of AOTInductor are code that runs when it is loaded: they want
             aoti, for packages that you trust.
+        rank: Score of a text with an image: match of the fusion encoder, similarity of features, or sum (match logit +
+            similarity). [that which the run recorded, else match]
         name: The model's name in requests and answers. [that of its folder]
     """
 
@@ -33,6 +35,7 @@ class SourceOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     runtime: RuntimeChoice = "auto"
+    rank: Literal["match", "similarity", "sum"] | None = None
     name: str | None = None
 
 

@@ -8,8 +8,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
@@ -38,9 +39,9 @@ from xfm_fast.serve.schema import (
 )
 from xfm_fast.serve.web import WebFetcher
 from xfm_fast.tasks.ranking import Picture, Query
+from xfm_fast.tasks.reranking import Rank, rank_score
 
 R = TypeVar("R", bound=Request)
-Scoring = Literal["match", "similarity"]
 # Faults of values that are of another kind altogether.
 _KINDS = ("string_type", "model_type", "list_type", "int_type")
 # A Cohere client pays for this many documents at a time.
@@ -82,21 +83,17 @@ class Reader:
         query, *documents = self._read(
             [("query", request.query), *_named("documents", request.documents)], budget, shown=request.return_documents
         )
-        if scoring == "similarity":
-            work = Work(items=(query, *documents))
-        elif isinstance(query, Text):
-            work = Work(queries=(Query(tuple(_pictures(documents)), (query.ids,)),))
+        if isinstance(query, Text):
+            compared = Query(tuple(_pictures(documents)), (query.ids,))
         else:
-            work = Work(queries=(Query((query,), tuple(_ids(documents))),))
+            compared = Query((query,), tuple(_ids(documents)))
+        work = _work(scoring, (compared,), (query, *documents))
         shown = list(map(_shown, request.documents)) if request.return_documents else [None] * len(documents)
         top_n = request.top_n
 
         def finish(found: Found) -> Answer:
-            if found.features is None:
-                scores = found.rankings[0].matches.flatten()
-            else:
-                scores = (1 + found.features[1:] @ found.features[0]) / 2
-            order = _finite(scores).argsort(descending=True, stable=True).tolist()[:top_n]
+            scores = _scores(scoring, found, lambda rows: rows[1:] @ rows[0])
+            order = scores.argsort(descending=True, stable=True).tolist()[:top_n]
             values = scores.tolist()
             results = [Ranked(index=index, relevance_score=values[index], document=shown[index]) for index in order]
             units = -(-len(documents) // _DOCUMENTS_PER_UNIT)
@@ -161,18 +158,12 @@ class Reader:
         read = self._read([*distinct.values()], budget)
         reads = dict(zip(distinct, read, strict=True))
         pairs = [(reads[id(a)], reads[id(b)]) for a, b in zip(first, second, strict=True)]
-        if scoring == "similarity":
-            work = Work(items=tuple(item for pair in pairs for item in pair))
-        else:
-            work = Work(queries=tuple(Query(tuple(_pictures(pair)), tuple(_ids(pair))) for pair in pairs))
+        compared = tuple(Query(tuple(_pictures(pair)), tuple(_ids(pair))) for pair in pairs)
+        work = _work(scoring, compared, tuple(item for pair in pairs for item in pair))
 
         def finish(found: Found) -> Answer:
-            if found.features is None:
-                scores = [float(_finite(ranking.matches)) for ranking in found.rankings]
-            else:
-                rows = _finite(found.features)
-                scores = ((1 + (rows[0::2] * rows[1::2]).sum(1)) / 2).tolist()
-            data = [Score(index=index, score=score) for index, score in enumerate(scores)]
+            scores = _scores(scoring, found, lambda rows: (rows[0::2] * rows[1::2]).sum(1))
+            data = [Score(index=index, score=score) for index, score in enumerate(scores.tolist())]
             facts = self._facts("score", [*reads.values()])
             return ScoreAnswer(**facts, created=int(time.time()), data=data, scoring=scoring)
 
@@ -201,7 +192,7 @@ class Reader:
             raise Problem(404, f"model {request.model!r} is not served here; ask for {self.model.name!r}, or for none")
         return request
 
-    def _scoring(self, pairs: Sequence[tuple[AnyItem, AnyItem]]) -> Scoring:
+    def _scoring(self, pairs: Sequence[tuple[AnyItem, AnyItem]]) -> Rank:
         """How pairs are compared, which is the same for all of them, and the model able to."""
         mixed = {_is_text(a) != _is_text(b) for a, b in pairs}
         if len(mixed) > 1:
@@ -210,8 +201,10 @@ class Reader:
                 "the request compares a text with an image here, and two of a kind there, and such scores cannot be "
                 "compared; send two requests",
             )
-        scoring: Scoring = "match" if mixed == {True} else "similarity"
-        self.model.require("matching" if scoring == "match" else "contrastive")
+        scoring: Rank = self.model.rank if mixed == {True} else "similarity"
+        for head, unneeded in (("matching", "similarity"), ("contrastive", "match")):
+            if scoring != unneeded:
+                self.model.require(head)
         return scoring
 
     def _read(self, items: Sequence[tuple[str, AnyItem]], budget: Budget, *, shown: bool = False) -> list[Any]:
@@ -244,6 +237,22 @@ class Reader:
         warning = "THE WEIGHTS ARE RANDOM: these results mean nothing" if self.model.random else None
         usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
         return {"id": f"{kind}-{uuid.uuid4().hex}", "model": self.model.name, "usage": usage, "warning": warning}
+
+
+def _work(scoring: Rank, queries: tuple[Query, ...], items: tuple[Read, ...]) -> Work:
+    """The stages that a score needs: pairs for the fusion encoder, items for their features."""
+    return Work(() if scoring == "similarity" else queries, () if scoring == "match" else items)
+
+
+def _scores(scoring: Rank, found: Found, cosine: Callable[[Tensor], Tensor]) -> Tensor:
+    """Scores of pairs, whose cosines are those of the features."""
+    if scoring == "match":
+        return _finite(torch.cat([ranking.matches.flatten() for ranking in found.rankings]))
+    assert found.features is not None
+    similar = cosine(found.features)
+    if scoring == "similarity":
+        return _finite((1 + similar) / 2)
+    return _finite(rank_score("sum", torch.cat([ranking.scores.flatten() for ranking in found.rankings]), similar))
 
 
 def _is_text(item: AnyItem) -> bool:

@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from xfm_fast.tasks.reranking import Rank
+
 
 class Request(BaseModel):
     """What all requests have."""
@@ -89,8 +91,9 @@ class RerankRequest(Request):
     """Documents to be ordered by their relevance to a query.
 
     A text and an image are compared by the fusion encoder: `relevance_score` is the probability that the text describes
-    the image. Two texts, or two images, are compared by their features: it is the cosine similarity, from [-1, 1]
-    to [0, 1]. Documents are of one kind, since the two are not comparable.
+    the image; a service with another `--rank` compares them by features, or gives match logit + cosine. Two texts, or
+    two images, are compared by their features: it is the cosine similarity, from [-1, 1] to [0, 1]. Documents are of
+    one kind, since the two are not comparable.
     """
 
     query: AnyItem
@@ -143,7 +146,7 @@ class RerankAnswer(Answer):
 
     object: Literal["list"] = "list"
     results: list[Ranked]
-    scoring: Literal["match", "similarity"]
+    scoring: Rank
     meta: dict[str, Any] = Field(description="as Cohere's clients read it")
 
 
@@ -176,7 +179,7 @@ class ScoreAnswer(Answer):
     object: Literal["list"] = "list"
     created: int
     data: list[Score]
-    scoring: Literal["match", "similarity"]
+    scoring: Rank
 
 
 class ErrorContent(BaseModel):
