@@ -591,7 +591,7 @@ def test_every_way_in_sees_the_same_picture(pretrained: Path, tmp_path: Path, ki
     build_index(given.parent, open_model(pretrained))
     record = RetrievalRecord(image=str(given), caption="a dog", image_id=0)
     served = load_served(pretrained, SourceOptions(device="cpu"), 1 << 20)
-    read = served.read_image(given.read_bytes(), "a.png", features=True)
+    read = served.read_image(given.read_bytes(), "a.png")
     (answer,) = served.answer([Work(items=(read,))])
     assert isinstance(answer, Found)
     assert answer.features is not None
