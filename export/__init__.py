@@ -6,8 +6,8 @@
 
 A request says what is exported. `export_onnx`, `export_engines` and `export_packages` write a folder whose
 `manifest.json` says what lies in it, and whether it was found to agree with the model on examples; `verify_export` and
-`verify` compare later. `quantize_int8`, `refit_engines` and `write_model_repository` make other folders of an export,
-and a `Session` runs it under the names of the model. Names are imported when they are first used.
+`verify` compare later. `quantize_int8` and `write_model_repository` make other folders of an export, and a `Session`
+runs it under the names of the model. Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .aoti import export_packages as export_packages
     from .engines.build import export_engines as export_engines
-    from .engines.refit import refit_engines
     from .expected import Examples as Examples
     from .expected import generated_examples as generated_examples
     from .expected import make_examples as make_examples
@@ -52,7 +51,6 @@ _HOMES = {
     "generated_examples": "expected",
     "make_examples": "expected",
     "quantize_int8": "quantise",
-    "refit_engines": "engines.refit",
     "verify": "verification",
     "verify_export": "verification",
     "write_model_repository": "model_repository.repository",
@@ -74,7 +72,6 @@ __all__ = [
     "generated_examples",
     "make_examples",
     "quantize_int8",
-    "refit_engines",
     "verify",
     "verify_export",
     "write_model_repository",

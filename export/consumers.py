@@ -1,4 +1,4 @@
-"""Consumers: the readers of an exported ONNX file, and the spelling that each of them asks for."""
+"""Consumers: the readers of an exported ONNX file, and how attention is spelt for them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ _NEWEST_OPSET = 24
 
 @dataclass(frozen=True)
 class Profile:
-    """The spelling of graphs for a consumer: the form of attention and the ONNX opset."""
+    """The spelling of graphs: the form of attention and the ONNX opset."""
 
     form: AttentionForm
     opset: int
 
 
 def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
-    """The spelling that a consumer profits from.
+    """The spelling of graphs of a type.
+
+    In fp32 attention is primitives of opset 20, which every consumer reads and fuses by itself; neither TensorRT has an
+    fp32 kernel for the operator. In 16 bits it is the operator of opset 23, which TensorRT has kernels for.
 
     Args:
-        opset: ONNX opset, by default the newest that the consumer profits from; below 23 attention becomes primitives.
+        opset: ONNX opset, by default the oldest that has what the graphs hold; below 23 attention is primitives.
 
     Raises:
         UnavailableError: a consumer or type that is not known, an opset outside 20 to 24, or a type that the consumer
@@ -59,15 +62,10 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
         raise UnavailableError(
             f"opset {opset} has no bf16 convolution; choose {_BF16_OPSET} to {_NEWEST_OPSET}, or --dtype fp16"
         )
-    preferred = Profile("function", _ATTENTION_OPSET)
-    if consumer == "openvino" or (consumer in ("tensorrt", "tensorrt-rtx") and dtype == "fp32"):
-        # OpenVINO fuses the primitives itself; neither TensorRT has an fp32 kernel behind Attention.
-        preferred = Profile("primitives", _GELU_OPSET)
-    elif consumer == "tensorrt-rtx":
-        preferred = Profile("opset23", _ATTENTION_OPSET)
-    if opset is None:
-        return preferred
-    return Profile(preferred.form if opset >= _ATTENTION_OPSET else "primitives", opset)
+    if dtype == "fp32" or consumer == "openvino":
+        return Profile("primitives", opset or _GELU_OPSET)
+    opset = opset or _ATTENTION_OPSET
+    return Profile("opset23" if opset >= _ATTENTION_OPSET else "primitives", opset)
 
 
 def data_type(name: str) -> DType:

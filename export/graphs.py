@@ -79,16 +79,11 @@ class TensorSpec:
         return {place: dim for place, dim in enumerate(self.dims) if isinstance(dim, Axis)}
 
 
-AttentionForm = Literal["function", "opset23", "primitives"]
-"""The spelling of attention in a graph.
+AttentionForm = Literal["opset23", "primitives"]
+"""The spelling of attention in a graph: the node `Attention` of opset 23, or two products and a softmax.
 
-`function`: a node `xfm::Attention` with a body of its own in the model (opset 23 `Attention`), which a runtime inlines
-and a TensorRT plugin of the same name takes over. `opset23`: the standard node, but primitives among the tokens of a
-text, see `_SelfAttention`. `primitives`: two products and a softmax, for opsets below 23 and for runtimes that fuse
-these themselves.
+The tokens of a text attend among each other by primitives in both forms, see `_SelfAttention`.
 """
-
-DOMAIN, OPERATOR = "xfm", "Attention"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: AttentionForm) -> Tensor:
@@ -111,12 +106,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: Attent
     if bias is not None:
         # ONNX Runtime's CPU kernel broadcasts the heads of a mask, and neither its batch nor its queries.
         bias = bias.expand(q.shape[0], -1, q.shape[2], k.shape[2]) if bias.shape[-2] == 1 else bias
-    if form == "opset23":
-        return torch.onnx.ops.attention(q, k, v, bias, scale=scale)[0]
-    inputs = (q, k, v) if bias is None else (q, k, v, bias)
-    return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{OPERATOR}", inputs, {"scale": scale}, dtype=q.dtype, shape=q.shape, version=1
-    )
+    return torch.onnx.ops.attention(q, k, v, bias, scale=scale)[0]
 
 
 class Graph(nn.Module):
@@ -223,7 +213,7 @@ class TextGraph(Graph):
         self.encoder, self.form = model.text_encoder.roberta, form
         self.projection = model.text_proj if "contrastive" in model.heads else None
         self.class_head = _class_head(model, "text")
-        self.attentions = nn.ModuleList(_SelfAttention(layer, form) for layer in _layers(self.encoder.encoder))
+        self.attentions = nn.ModuleList(_SelfAttention(layer) for layer in _layers(self.encoder.encoder))
         self.inputs = (
             TensorSpec("input_ids", "int64", (BATCH, LENGTH)),
             TensorSpec("attention_mask", "int64", (BATCH, LENGTH)),
@@ -336,7 +326,7 @@ class FusionGraph(Graph):
         self.stack, self.form, self.all_tokens = model.fusion_encoder.roberta.encoder, form, all_tokens
         last = len(self.stack) - 1
         self.attentions = nn.ModuleList(
-            _SelfAttention(layer, form, first_only=number == last and not all_tokens)
+            _SelfAttention(layer, first_only=number == last and not all_tokens)
             for number, layer in enumerate(_layers(self.stack))
         )
         self.match_head = model.itm_head if "matching" in model.heads else None
@@ -544,8 +534,7 @@ class DecoderStepGraph(Graph):
         super().__init__()
         config = model.config
         self.decoder: TextDecoder = model.text_decoder
-        # TensorRT for RTX 1.7 builds no attention of one query over a past of any length.
-        self.form, self.heads = "primitives" if form == "opset23" else form, config.text_heads
+        self.heads = config.text_heads
         layers = _layers(self.decoder.roberta.encoder)
         self.products = nn.ModuleList(
             _Joined(parts.query, parts.key, parts.value) for parts in (layer.attention.self for layer in layers)
@@ -598,9 +587,10 @@ class DecoderStepGraph(Graph):
             q, k, v = product(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
             keys, values = (torch.cat([past[:, number, place], new], dim=2) for place, new in enumerate((k, v)))
             present += [k[:, :, 0], v[:, :, 0]]
-            context = attention(q, keys, values, hidden, self.form).transpose(1, 2).flatten(2)
+            # TensorRT for RTX 1.7 builds no attention of one query over a past of any length.
+            context = attention(q, keys, values, hidden, "primitives").transpose(1, 2).flatten(2)
             x = _residual_norm(layer.attention.output, context, x)
-            x = _cross(layer, x, memory[2 * number], memory[2 * number + 1], memory_mask, batch, self.form)
+            x = _cross(layer, x, memory[2 * number], memory[2 * number + 1], memory_mask, batch, "primitives")
             x = _feed_forward(layer, x)
         transformed = _norm(head.layer_norm, F.gelu(head.dense(x)))
         logits = F.linear(transformed, words, head.bias).reshape(batch, texts, -1)
@@ -756,26 +746,24 @@ def _between(own: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
 class _SelfAttention(nn.Module):
     """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some tokens alone."""
 
-    form: AttentionForm
+    weight: Tensor
     output_bias: Tensor
 
-    def __init__(self, layer: TransformerLayer, form: AttentionForm, *, first_only: bool = False) -> None:
+    def __init__(self, layer: TransformerLayer, *, first_only: bool = False) -> None:
         super().__init__()
         parts = layer.attention.self
         self.heads, self.first_only = parts.heads, first_only
-        # Of primitives TensorRT for RTX makes an attention whose result lies as the next product reads it, which costs
-        # a copy behind its operator; and one kernel lays out what it reads, but three where the product has a bias.
-        self.form, self.bare = ("primitives", True) if form == "opset23" else (form, False)
         self.output = layer.attention.output
         self.first = parts.query if first_only else None
-        self.products = _Joined(*(() if first_only else (parts.query,)), parts.key, parts.value)
+        products = (*(() if first_only else (parts.query,)), parts.key, parts.value)
+        self.register_buffer("weight", torch.cat([each.weight.detach() for each in products]), persistent=False)
         dense = self.output.dense
-        if self.bare:
-            # The bias of keys adds the same to all scores of a query, which says nothing. That of values is there in
-            # every mean of values, once, and goes into the next product's.
-            self.query_bias = parts.query.bias
-            bias = (dense.bias + dense.weight @ parts.value.bias).detach()
-            self.register_buffer("output_bias", bias, persistent=False)
+        # Of primitives TensorRT makes an attention whose result lies as the next product reads it, where its operator
+        # costs a copy, and one kernel lays out what it reads, but three where the product has a bias. The bias of keys
+        # adds the same to all scores of a query and changes no result; that of values goes into the next product's.
+        self.query_bias = parts.query.bias
+        bias = (dense.bias + dense.weight @ parts.value.bias).detach()
+        self.register_buffer("output_bias", bias, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor, queries: Tensor | None = None) -> Tensor:
         """Attend among the tokens of a text, where `mask` `[P, 1, Q or 1, L]` is added to the scores.
@@ -785,18 +773,15 @@ class _SelfAttention(nn.Module):
         """
         if queries is None:
             queries = x[:, :1] if self.first_only else x
-        projected = F.linear(x, self.products.weight) if self.bare else self.products(x)
+        projected = F.linear(x, self.weight)
         if self.first is not None:
             projected = projected.unflatten(-1, (2, self.heads, -1))
             q = self.first(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
         else:
             q, k, v = projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-            if self.bare:
-                q = q + self.query_bias.view(self.heads, 1, -1)
-        context = attention(q, k, v, mask, self.form).transpose(1, 2).flatten(2)
-        if not self.bare:
-            return _residual_norm(self.output, context, queries)
+            q = q + self.query_bias.view(self.heads, 1, -1)
+        context = attention(q, k, v, mask, "primitives").transpose(1, 2).flatten(2)
         return _norm(self.output.LayerNorm, F.linear(context, self.output.dense.weight, self.output_bias) + queries)
 
 

@@ -98,11 +98,7 @@ class QuantisationRecord(_Record):
 
 
 class GraphRecord(_Record):
-    """One graph: its file, and how it is called.
-
-    Attributes:
-        weights: of an engine without weights, the ONNX file among `files` that they are read from; None elsewhere.
-    """
+    """One graph: its file, and how it is called."""
 
     name: GraphName
     file: str
@@ -113,12 +109,13 @@ class GraphRecord(_Record):
     build_seconds: float
     profiles: list[ProfileRecord] = []
     quantisation: QuantisationRecord | None = None
-    weights: str | None = None
+    # Of older exports, which could name weights beside an engine.
+    weights: None = Field(None, exclude=True)
 
     @property
     def named(self) -> list[str]:
         """The names of all files that the record speaks of, which a folder from elsewhere may have made up."""
-        return [self.file, *self.files, *filter(None, [self.weights])]
+        return [self.file, *self.files]
 
 
 class EngineTarget(_Record):
@@ -232,7 +229,7 @@ class Manifest(_Record):
     dtype: DType
     consumer: Consumer | Literal["aoti"]
     opset: int | None
-    attention: AttentionForm
+    attention: AttentionForm | Literal["function"] = Field(description="`function` is that of older exports")
     all_tokens: bool
     packed: bool = False
     fixed: dict[str, int]
@@ -266,9 +263,8 @@ class Manifest(_Record):
         listed = {record.name for record in self.files}
         for graph in self.graphs:
             used = {*graph.named}
-            onnx = graph.file if self.kind == "onnx" else graph.weights
-            if onnx in listed:
-                used |= external_files(folder / onnx)
+            if self.kind == "onnx" and graph.file in listed:
+                used |= external_files(folder / graph.file)
             if unlisted := sorted(used - listed):
                 raise ExportError(
                     f"graph {graph.name!r} in {folder} lies in {unlisted[0]!r}, which {MANIFEST_FILE} does not list "

@@ -24,7 +24,7 @@ from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, LARGEST_FILE, DType, Profile, profile
 from .expected import Examples
-from .graphs import DOMAIN, OPERATOR, Graph, check_fixed, frozen, tracing_call
+from .graphs import Graph, check_fixed, frozen, tracing_call
 from .manifest import GraphRecord, Manifest, package_versions
 from .pipeline import Progress, export_graphs, silent
 from .request import OnnxRequest, completed
@@ -183,8 +183,6 @@ def write_onnx(
     # The rules of the optimiser keep the graph that they saw last, and it keeps the weights that they folded away.
     for value in given:
         value.const_value = None
-    if profile.form == "function":
-        _add_attention_function(model, profile.opset)
     _clean(model, path.stem, metadata or {})
     size = model.ByteSize() + sum(weight.nbytes for weight in weights.values())
     external = size > largest_file
@@ -280,22 +278,6 @@ def _operators_read_once() -> Iterator[None]:
 def _operators(read: Callable[..., Any], opset_version: int) -> Any:
     """What the exporter reads of its operators for an opset."""
     return read(opset_version)
-
-
-def _add_attention_function(model: Any, opset: int) -> None:
-    """Give `xfm::Attention` a body, for every runtime that has no kernel of that name."""
-    from onnx import AttributeProto, helper
-
-    inputs, outputs = ["q", "k", "v", "bias"], ["out"]
-    body = helper.make_node("Attention", inputs, outputs)
-    scale = body.attribute.add()
-    scale.name, scale.ref_attr_name, scale.type = "scale", "scale", AttributeProto.FLOAT
-    function = helper.make_function(
-        DOMAIN, OPERATOR, inputs, outputs, [body], [helper.make_opsetid("", opset)], attributes=["scale"]
-    )
-    model.functions.append(function)
-    if all(known.domain != DOMAIN for known in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
 
 def _parted(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:

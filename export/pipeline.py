@@ -12,12 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
 
-from xfm_fast.checkpoint.files import write_bytes, write_files
+from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import InputError, StorageError
 from xfm_fast.memory import give_back
 from xfm_fast.models.xfm import XFM
@@ -279,23 +279,6 @@ def prepare_folder(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.2f} GB free and the export needs about {needed / 1e9:.2f} GB; free space or "
             "choose another folder"
         )
-
-
-def copy_files(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy files from one folder to another, each whole or not at all.
-
-    Raises:
-        StorageError: one cannot be read or written.
-    """
-
-    def copied(path: Path) -> Callable[[BinaryIO], None]:
-        def write(file: BinaryIO) -> None:
-            with path.open("rb") as content:
-                shutil.copyfileobj(content, file, 1 << 20)
-
-        return write
-
-    write_files({folder / name: copied(source / name) for name in names})
 
 
 def companions_of(folder: Path, manifest: Manifest) -> dict[str, bytes]:

@@ -106,7 +106,7 @@ class OnnxRequest(ExportRequest):
 
     Attributes:
         consumer: Library that reads the files.
-        opset: Opset of ONNX, 20 to 24; by default what the consumer profits from.
+        opset: Opset of ONNX, 20 to 24; by default 20 for fp32 and 23, which has attention, for 16 bits.
     """
 
     consumer: Consumer = "onnxruntime"
@@ -140,8 +140,6 @@ class EngineRequest(ExportRequest):
             to --dtype.
         level: How long the builder may search; by default its own.
         keep_onnx: Leave the graphs that the engines are built from in OUT/onnx.
-        refittable: Engines without weights, which lie beside them in OUT as ONNX and are put in when an engine is
-            loaded: xfm-fast export refit gives them those of another fine-tuned model without a build.
     """
 
     dtype: DType = "bf16"
@@ -152,7 +150,6 @@ class EngineRequest(ExportRequest):
     budget: float = BUDGET
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
-    refittable: bool = False
 
     @property
     def complete(self) -> TensorRTRequest:
@@ -168,13 +165,11 @@ class TensorRTRequest(EngineRequest):
         timing_cache: File of kernel timings, read before and written after: later builds are faster.
         version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
         hardware_compatible: More GPUs than this one run the engine.
-        plugins: Attention by this project's kernels, carried in the engine.
     """
 
     timing_cache: Path | None = None
     version_compatible: bool = False
     hardware_compatible: HardwareCompatibility | None = None
-    plugins: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from xfm_fast.checkpoint.files import write_bytes, write_files
-from xfm_fast.errors import ExportError, InputError
+from xfm_fast.errors import ExportError
 from xfm_fast.models.xfm import XFM
 
 from ..consumers import Profile, data_type, profile
@@ -26,7 +26,6 @@ from ..onnx import Rewrite, export_onnx, require_onnx
 from ..pipeline import (
     build_graphs,
     companions_of,
-    copy_files,
     fill_folder,
     graph_bytes,
     graph_records,
@@ -45,8 +44,6 @@ from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
 from ..verification import compare_with_reference, keep_reference
 from .library import EngineConsumer, Library, load_library, message_logger, said, started
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
-from .plugin_graphs import with_plugins
-from .plugins import check_plugins
 from .profiles import graph_profiles, parse_profiles
 
 ONNX_FOLDER = "onnx"
@@ -164,11 +161,8 @@ def engine_graphs(
                 compare_with_reference(content, folder, reference)
 
         def build(progress: BuildProgress | None) -> Manifest:
-            # No CPU runs a plugin, and it has the function of the nodes that it stands for.
             if reference is not None:
                 compare_with_reference(exported, onnx, reference)
-            if wanted.plugins:
-                _rewritten(exported, onnx, with_plugins(library, targets[0], profiles))
             exported.save(onnx)
             return build_engines(
                 exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
@@ -198,19 +192,6 @@ def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Lib
     request = request.complete
     parse_profiles(request.profile, packed=request.packed)
     spelling = profile(consumer, request.dtype, request.opset)
-    if request.plugins and request.packed:
-        raise InputError("the attention of --plugins knows no rows of texts, which --packed has; leave one of them out")
-    if request.plugins and request.quantize:
-        raise InputError("--plugins and --quantize change the same products; choose one of them")
-    if request.refittable and request.quantize:
-        raise InputError(
-            "8-bit products and their scales are chosen on the weights, so other weights want another build; leave out "
-            "--refittable or --quantize"
-        )
-    if request.refittable and request.plugins:
-        raise InputError("the weights of a graph with plugins cannot be changed; leave out --refittable or --plugins")
-    if request.refittable and request.keep_onnx:
-        raise InputError("--refittable keeps the graphs beside the engines already; leave out --keep-onnx")
     require_onnx()
     library = load_library(consumer)
     targets = library.check(request, request.dtype)
@@ -218,8 +199,6 @@ def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Lib
         if request.quantize in QUANTISATIONS:
             library.check(request, request.quantize)
         check_quantisation(request.quantize, data_type(request.dtype), request.budget)
-    if request.plugins:
-        check_plugins(library)
     return library, targets, spelling
 
 
@@ -240,7 +219,7 @@ def build_engines(
         exported: the export's manifest; onnx: its folder.
         folder: an existing one, which receives the engines.
         targets: what the library's `check` returned.
-        request: profiles and settings of the build, and what the graphs hold: 8-bit products, registered plugins.
+        request: profiles and settings of the build.
         compare: see `pipeline.fill_folder`.
 
     Raises:
@@ -253,12 +232,13 @@ def build_engines(
 
     sources = {record.name: onnx / record.file for record in exported.graphs}
 
-    def write(record: GraphRecord, engine: Path) -> None:
+    def write(record: GraphRecord) -> list[str]:
         progress.graph(record.name, numbers[record.name], len(numbers))
         build_engine(
-            library, sources[record.name], engine, wanted, targets, record.profiles, graph=record.name,
+            library, sources[record.name], folder / record.file, wanted, targets, record.profiles, graph=record.name,
             progress=progress,
         )  # fmt: skip
+        return [record.file]
 
     target = EngineTarget(
         library=library.consumer,
@@ -270,50 +250,13 @@ def build_engines(
     options = {
         "profiles": [str(profile) for profile in profiles],
         "optimization_level": wanted.level,
-        "plugins": wanted.plugins,
         "arithmetic": exported.options.get("arithmetic"),
     }
-    return fill_engines(
-        exported, onnx, folder, target, options, shapes, write, compare, weights_beside=wanted.refittable
-    )
-
-
-def fill_engines(
-    exported: Manifest,
-    onnx: Path,
-    folder: Path,
-    target: EngineTarget,
-    options: Mapping[str, Any],
-    profiles: Mapping[str, list[ProfileRecord]],
-    write: Callable[[GraphRecord, Path], None],
-    compare: Callable[[Manifest], None],
-    *,
-    weights_beside: bool,
-) -> Manifest:
-    """Put an engine of every graph of an ONNX export into a folder, and their manifest.
-
-    Args:
-        exported: the export's manifest; onnx: its folder.
-        target: the machines that run the engines.
-        options: of their build.
-        profiles: shapes that each takes.
-        write: writes the engine of a graph to a path.
-        compare: see `pipeline.fill_folder`.
-        weights_beside: the engines have no weights, so the graphs lie beside them.
-    """
-
-    def filled(record: GraphRecord) -> list[str]:
-        write(record, folder / record.file)
-        if record.weights is None:
-            return [record.file]
-        copy_files(onnx, folder, record.files)
-        return [record.file, *record.files]
-
     content = exported.model_copy(
         update={
-            "kind": target.library,
-            "consumer": target.library,
-            "versions": exported.versions | {target.library: target.version},
+            "kind": library.consumer,
+            "consumer": library.consumer,
+            "versions": exported.versions | {library.consumer: library.version},
             "status": "unverified",
             "reason": "it was not compared with the model",
             "verification": None,
@@ -326,13 +269,12 @@ def fill_engines(
         record.model_copy(
             update={
                 "file": f"{record.name}.engine",
-                "profiles": profiles[record.name],
-                "weights": record.file if weights_beside else None,
+                "profiles": shapes[record.name],
             }
         )
         for record in exported.graphs
     ]
-    return fill_folder(content, folder, records, filled, compare, companions_of(onnx, exported))
+    return fill_folder(content, folder, records, write, compare, companions_of(onnx, exported))
 
 
 def build_engine(
@@ -351,7 +293,7 @@ def build_engine(
     Args:
         onnx: the graph; external weights lie beside it.
         engine: the file to write, whole or not at all.
-        request: settings of the build, and whether the graph holds plugins, which are registered.
+        request: settings of the build.
         targets: compute capabilities, as `library.check` returned them.
         profiles: shapes of every input, of each profile; none for a graph of fixed shapes.
         graph: its name in messages; by default that of the file.
@@ -384,7 +326,7 @@ class _Build:
 
     def run(self, engine: Path) -> BuiltEngine:
         started = time.perf_counter()
-        network = self.library.create_network(self.builder, plugins=self.request.plugins)
+        network = self.library.create_network(self.builder)
         if network is None:
             raise ExportError(
                 f"{self.library.label} {self.library.version} makes no network ({said(self.errors)}); see that the "

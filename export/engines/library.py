@@ -140,11 +140,6 @@ class Library:
                 f"engines for Ampere and later are built on such a GPU, and this one is SM{present}; leave out "
                 "--hardware-compatible"
             )
-        if request.plugins and level:
-            raise UnavailableError(
-                f"a plugin carries PTX for the GPU of this machine alone, SM{present}, so its engine runs on no other; "
-                "leave out --hardware-compatible or --plugins"
-            )
         self._check_type((present,), dtype)
         return (present,)
 
@@ -161,12 +156,10 @@ class Library:
                 f"{instead}, or leave out these targets"
             )
 
-    def create_network(self, builder: Any, *, plugins: bool = False) -> Any:
-        """An empty network, strongly typed, with plugins compiled ahead of time where `plugins`."""
-        flags = self.trt.NetworkDefinitionCreationFlag
-        names = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if plugins else [])]
-        # A version that lacks a flag does by itself what the flag asked for.
-        return builder.create_network(sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name)))
+    def create_network(self, builder: Any) -> Any:
+        """An empty network, strongly typed: later versions have no flag for it and make no others."""
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return builder.create_network(0 if flag is None else 1 << int(flag))
 
     def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
         """Set the options on an `IBuilderConfig`."""
@@ -188,10 +181,6 @@ class Library:
         config.clear_flag(self.trt.BuilderFlag.TF32)
         if request.level is not None:
             config.builder_optimization_level = request.level
-        if request.refittable:
-            # Stripping alone would allow the very weights of the build and no others.
-            config.set_flag(self.trt.BuilderFlag.REFIT)
-            config.set_flag(self.trt.BuilderFlag.STRIP_PLAN)
 
     def timing_cache(self, config: Any) -> bytes | None:
         """The timings that a build has gathered, for a file; None where the library has none."""
@@ -256,15 +245,10 @@ class TensorRTForRTX(Library):
                 "TensorRT for RTX times no kernels while it builds, so it has no timing cache; leave out "
                 "--timing-cache. What it compiles when an engine is loaded goes into the session's runtime cache"
             )
-        if request.refittable and present is None:
-            raise UnavailableError(
-                f"TensorRT for RTX {self.version} builds engines for other weights only on a machine with an "
-                "NVIDIA GPU, and there is none here; leave out --refittable"
-            )
         self._check_type(targets, dtype)
         return targets
 
-    def create_network(self, builder: Any, *, plugins: bool = False) -> Any:
+    def create_network(self, builder: Any) -> Any:
         return builder.create_network(0)
 
     def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:

@@ -61,11 +61,10 @@ RULES = (
         "leave out --version-compatible, or install tensorrt_lean",
         everywhere=True,
     ),
-    Rule(r"sm_vers_\.size\(\) == 1", "refitting works for one target only", "build for one --sm", everywhere=True),
     Rule(
         r"Plugin not found",
         "this version of TensorRT knows neither the operator nor a plugin of that name",
-        "export again for this consumer; with --plugins, see that the plugins are registered",
+        "export again for this consumer",
     ),
     Rule(
         r"no optimization profile has been defined|Invalid optimization profiles|profile->isValid",

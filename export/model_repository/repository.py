@@ -312,15 +312,12 @@ def plan_models(
             "the models of a repository take padded texts, and the graphs of this export take them in rows; export "
             "without --packed"
         )
-    # Triton's own backend would run engines without the weights that lie beside them.
-    stripped = any(record.weights is not None for record in manifest.graphs)
-    backend, native = options.backend, None if stripped else _NATIVE.get(manifest.kind)
+    backend, native = options.backend, _NATIVE.get(manifest.kind)
     if backend == "auto":
         backend = native or "python"
     if backend not in ("python", native):
         remedy = f"use {native} or python" if native else "use the python backend"
-        what = "engines without weights" if stripped else f"an export to {manifest.kind}"
-        raise ExportError(f"Triton's {backend} backend does not run {what}; {remedy}")
+        raise ExportError(f"Triton's {backend} backend does not run an export to {manifest.kind}; {remedy}")
     device = _device(manifest, options.device)
     models = []
     for record in manifest.graphs:

@@ -44,8 +44,7 @@ class OpenVinoModels:
             )
         version = openvino.__version__
         known = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
-        newer = known >= _FIRST_WITH_ATTENTION
-        if manifest.attention == "function" or (manifest.attention == "opset23" and not newer):
+        if manifest.attention == "function" or (manifest.attention == "opset23" and known < _FIRST_WITH_ATTENTION):
             raise ExportError(
                 f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
                 "it with --for openvino"

@@ -132,25 +132,7 @@ class TensorRTEngines:
                 f"{self.library.label} {self.library.version} does not load {path.name} ({said(self.errors)}); build "
                 f"it on this machine with xfm-fast export {self.library.consumer}"
             )
-        if record.weights is not None:
-            self._refit(engine, path, path.with_name(record.weights))
         return _Engine(self, engine, record, path)
-
-    def _refit(self, engine: Any, path: Path, weights: Path) -> None:
-        """Put the weights of an ONNX graph into an engine."""
-        trt = self.library.trt
-        refitter = trt.Refitter(engine, self._logger)
-        parser = trt.OnnxParserRefitter(refitter, self._logger)
-        if parser.refit_from_file(str(weights)) and refitter.refit_cuda_engine():
-            return
-        errors = [parser.get_error(number).desc() for number in range(parser.num_errors)]
-        missing = refitter.get_missing_weights()
-        lacking = [f"{weights.name} lacks {', '.join(missing[:3])}"] if missing else []
-        raise ExportError(
-            f"{self.library.label} {self.library.version} does not put the weights of {weights.name} into {path.name} "
-            f"({said([*lacking, *errors, *self.errors])}); build the engine with xfm-fast export "
-            f"{self.library.consumer}, without --refittable where that does not help"
-        )
 
 
 class _Activations:

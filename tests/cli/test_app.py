@@ -307,7 +307,6 @@ def _circle(folder: Path) -> str:
         ["convert", "{}", "out", "--config", "{}"],
         ["gradflow", "{}"],
         ["export", "verify", "{}"],
-        ["export", "report", "{}"],
         ["export", "onnx", "--out", "o", "--checkpoint", "{}"],
         ["bench", "report", "{}"],
         ["bench", "compare", "{}", "{}"],

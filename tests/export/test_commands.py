@@ -337,7 +337,6 @@ def test_tensorrt_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("xfm_fast.export.engines.library.local_capability", lambda: 89)
     for more, message in (
         (("--hardware-compatible", "all"), 'Choose from: "ampere_plus", "same_compute_capability"'),
-        (("--plugins", "--quantize", "int8"), "choose one of them"),
         (("--sm", "80"), "not for SM80"),
     ):
         done = invoke([*command, *more])

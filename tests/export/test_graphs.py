@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 LENGTHS = (1, 7, 3, 12, 5, 12)
 
 # That of TensorRT for RTX has the biases of keys and values elsewhere.
-each_form = pytest.mark.parametrize("form", ["function", "opset23"])
+each_form = pytest.mark.parametrize("form", ["opset23", "primitives"])
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 
 
@@ -39,7 +39,7 @@ def _pixels(model: XFM, images: int) -> Tensor:
 
 
 def _run(
-    name: GraphName, model: XFM, *inputs: Tensor, form: AttentionForm = "function", **options: bool
+    name: GraphName, model: XFM, *inputs: Tensor, form: AttentionForm = "opset23", **options: bool
 ) -> tuple[Tensor, ...]:
     graph = build(name, model, form, **options)
     with torch.no_grad():
@@ -220,13 +220,13 @@ def test_graphs_share_the_parameters(small_model: XFM) -> None:
 
 def test_memory_graph_holds_keys_and_values_alone(small_model: XFM) -> None:
     config = small_model.config
-    numbers = sum(p.numel() for p in build("image_memory", small_model, "function").parameters())
+    numbers = sum(p.numel() for p in build("image_memory", small_model, "opset23").parameters())
     assert numbers == config.fusion_layers * 2 * config.text_width * (config.vision_width + 1)
 
 
 def test_outputs_follow_the_heads(small_model: XFM) -> None:
     def outputs(name: GraphName, *heads: str) -> list[str]:
-        return [spec.name for spec in build(name, XFM(small_model.config, heads=heads), "function").outputs]  # pyright: ignore[reportArgumentType]
+        return [spec.name for spec in build(name, XFM(small_model.config, heads=heads), "opset23").outputs]  # pyright: ignore[reportArgumentType]
 
     assert outputs("vision") == ["image_embeds"]
     assert outputs("text", "contrastive") == ["text_embeds", "text_feature"]
@@ -237,13 +237,13 @@ def test_outputs_follow_the_heads(small_model: XFM) -> None:
 def test_what_a_model_cannot_give_is_named(small_model: XFM) -> None:
     config = small_model.config
     with pytest.raises(UnavailableError, match=r"'match' needs the 'matching' head.*has: boxes"):
-        build("match", XFM(config, heads=("boxes",)), "function")
+        build("match", XFM(config, heads=("boxes",)), "opset23")
     with pytest.raises(UnavailableError, match="'fusion' needs the fusion encoder"):
-        build("fusion", XFM(config, heads=(), encoders=("vision",)), "function")
+        build("fusion", XFM(config, heads=(), encoders=("vision",)), "opset23")
     with pytest.raises(UnavailableError, match="no fusion layers"):
-        build("image_memory", XFM(config.replace(fusion_layers=0), heads=()), "function")
+        build("image_memory", XFM(config.replace(fusion_layers=0), heads=()), "opset23")
     with pytest.raises(UnavailableError, match="'nonsense' is unknown; choose from vision"):
-        build("nonsense", small_model, "function")  # pyright: ignore[reportArgumentType]
+        build("nonsense", small_model, "opset23")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", ["vision", "text"])
@@ -255,14 +255,14 @@ def test_a_feature_of_zeros_is_zeros(make_model: MakeModel, dtype: torch.dtype, 
             projection.weight.zero_()
             projection.bias.zero_()
         inputs = (_pixels(model, 1),) if name == "vision" else _texts(model, (4,))
-        _, feature = build(name, model, "function")(*inputs)
+        _, feature = build(name, model, "opset23")(*inputs)
     assert torch.equal(feature, torch.zeros_like(feature))
 
 
 def test_a_graph_in_another_type_is_converted_weight_by_weight(make_model: MakeModel) -> None:
     """As if the copy of all were converted, with shared weights still shared, and the model left alone."""
     model = make_model()
-    graph = build("match", model, "function")
+    graph = build("match", model, "opset23")
     assert in_dtype(graph, torch.float32) is graph
     made, expected = in_dtype(graph, torch.bfloat16), copy.deepcopy(graph).to(torch.bfloat16)
     for part in ("named_parameters", "named_buffers"):

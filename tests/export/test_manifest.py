@@ -28,7 +28,7 @@ from xfm_fast.models.xfm import XFM
 def _manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "source": "a model", "weights_sha256": "0", "tokenizer_sha256": None, "config": {}, "dtype": "fp32",
-        "consumer": "onnxruntime", "opset": 23, "attention": "function", "all_tokens": False, "fixed": {},
+        "consumer": "onnxruntime", "opset": 20, "attention": "primitives", "all_tokens": False, "fixed": {},
         "versions": {}, "graphs": [], "files": [],
     }  # fmt: skip
     return new_manifest(**fields | changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import getpass
+import importlib.util
 import socket
 import weakref
 from collections import Counter
@@ -12,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.export.conftest import build_model
 from xfm_fast import XFMConfig, __version__
 from xfm_fast.errors import InputError, StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
@@ -37,7 +40,7 @@ NOT_READ = ("openvino", "bf16")
 SPELLINGS = [
     *sorted({(p.form, p.opset, d) for c in CONSUMERS for d in DTYPES if (c, d) != NOT_READ for p in [profile(c, d)]}),
     pytest.param("primitives", 22, "fp32", marks=pytest.mark.slow),
-    pytest.param("function", 24, "fp32", marks=pytest.mark.slow),
+    pytest.param("opset23", 24, "fp32", marks=pytest.mark.slow),
 ]
 
 
@@ -51,9 +54,7 @@ def written(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     """Writes a graph once for each combination of arguments."""
     done: dict[Any, OnnxFile] = {}
 
-    def write(
-        name: GraphName, form: AttentionForm = "function", opset: int = 23, dtype: DType = "fp32", **options: Any
-    ):
+    def write(name: GraphName, form: AttentionForm = "opset23", opset: int = 23, dtype: DType = "fp32", **options: Any):
         key = (name, form, opset, dtype, repr(sorted(options.items())))
         if key not in done:
             graph = in_dtype(build(name, model, form), DTYPES[dtype])
@@ -72,7 +73,7 @@ def _run(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _assert_same(model: XFM, name: GraphName, path: Path, sizes: dict[str, int], dtype: DType = "fp32") -> None:
-    graph = build(name, model, "function")
+    graph = build(name, model, "opset23")
     values = random_inputs(graph, sizes, torch.float32)
     typed = [value.to(DTYPES[dtype]) if value.is_floating_point() else value for value in values]
     found = _run(path, {spec.name: value for spec, value in zip(graph.inputs, typed, strict=True)})
@@ -94,11 +95,11 @@ def test_every_spelling_is_valid_and_the_same_function(
     onnx.checker.check_model(loaded, full_check=True)
     assert {entry.domain: entry.version for entry in loaded.opset_import}[""] == opset == file.opset
     kinds = [(node.domain, node.op_type) for node in loaded.graph.node]
-    attention = {"function": ("xfm", "Attention"), "opset23": ("", "Attention"), "primitives": ("", "Softmax")}[form]
-    # TensorRT for RTX gets the operator where it costs no copy: in the cross-attention.
-    assert kinds.count(attention) == (1 if form == "opset23" else 2)
-    assert kinds.count(("", "Softmax")) == {"function": 0, "opset23": 1, "primitives": 2}[form]
-    assert ("Attention" in {kind for _, kind in kinds}) == (form != "primitives")
+    # The operator stands where it costs TensorRT no copy: in the cross-attention.
+    assert kinds.count(("", "Attention")) == (form == "opset23")
+    assert kinds.count(("", "Softmax")) == (1 if form == "opset23" else 2)
+    assert {domain for domain, _ in kinds} == {""}
+    assert not loaded.functions
     types = {tensor.data_type for tensor in loaded.graph.initializer if len(tensor.dims) == 2}
     assert types == {
         {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}.get(dtype, onnx.TensorProto.BFLOAT16)
@@ -164,7 +165,7 @@ def test_one_fixed_axis_leaves_the_others_dynamic(model: XFM, written: Callable[
 )
 def test_axes_that_cannot_be_fixed(model: XFM, tmp_path: Path, fixed: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        write_onnx(build("text", model, "function"), tmp_path / "x.onnx", Profile("function", 23), "fp32", fixed=fixed)
+        write_onnx(build("text", model, "opset23"), tmp_path / "x.onnx", Profile("opset23", 23), "fp32", fixed=fixed)
     assert not list(tmp_path.iterdir())
 
 
@@ -185,18 +186,8 @@ def test_names_are_clean_and_metadata_is_there(written: Callable[..., OnnxFile])
     assert not [part.name for part in parts if part.doc_string or part.metadata_props]
 
 
-def test_function_has_a_body_and_a_plugin_can_take_over(written: Callable[..., OnnxFile]) -> None:
-    loaded = onnx.load(str(written("fusion").path))
-    (function,) = loaded.functions
-    assert (function.domain, function.name) == ("xfm", "Attention")
-    assert [node.op_type for node in function.node] == ["Attention"]
-    nodes = [node for node in loaded.graph.node if node.domain == "xfm"]
-    assert {len(node.input) for node in nodes} == {3, 4}  # cross-attention has no mask
-    assert all(node.attribute[0].name == "scale" for node in nodes)
-
-
 def test_weights_beyond_the_limit_lie_beside_the_file(model: XFM, tmp_path: Path) -> None:
-    graph, spelling = build("image_memory", model, "function"), Profile("function", 23)
+    graph, spelling = build("image_memory", model, "opset23"), Profile("opset23", 23)
     assert all(parameter.requires_grad for parameter in graph.parameters())
     path = tmp_path / "image_memory.onnx"
     file = write_onnx(graph, path, spelling, "fp32", largest_file=1000)
@@ -268,7 +259,7 @@ def test_failed_write_leaves_what_was_there(model: XFM, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(onnx_files, "_write_whole", full)
     with pytest.raises(StorageError, match=r"image_memory\.onnx could not be written \(No space left.*free 0\.0 GB"):
-        write_onnx(build("image_memory", model, "function"), path, Profile("function", 23), "fp32")
+        write_onnx(build("image_memory", model, "opset23"), path, Profile("opset23", 23), "fp32")
     assert path.read_bytes() == b"earlier"
     assert [part.name for part in tmp_path.iterdir()] == ["image_memory.onnx"]
 
@@ -295,19 +286,16 @@ def test_unsupported_choices(arguments: tuple[str, str, int | None], message: st
 
 
 def test_profiles() -> None:
-    assert profile("onnxruntime", "fp32") == profile("tensorrt", "fp16") == Profile("function", 23)
+    assert {profile(consumer, "fp32") for consumer in CONSUMERS} == {Profile("primitives", 20)}
+    assert profile("onnxruntime", "fp16") == profile("tensorrt", "fp16") == Profile("opset23", 23)
     assert profile("tensorrt-rtx", "bf16") == Profile("opset23", 23)
-    # Neither TensorRT has an fp32 kernel behind Attention.
-    assert profile("tensorrt", "fp32") == profile("tensorrt-rtx", "fp32") == Profile("primitives", 20)
     assert profile("openvino", "fp16") == Profile("primitives", 20)
     assert profile("tensorrt", "fp16", 22) == Profile("primitives", 22)
     forms = {profile(c, d).form for c in CONSUMERS for d in DTYPES if (c, d) != NOT_READ}
     assert forms == {*get_args(AttentionForm)}
 
 
-@pytest.mark.parametrize(
-    "form", ["function", *(pytest.param(form, marks=pytest.mark.slow) for form in ("opset23", "primitives"))]
-)
+@pytest.mark.parametrize("form", ["primitives", pytest.param("opset23", marks=pytest.mark.slow)])
 def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionForm, tmp_path: Path) -> None:
     """As wide as the base model, where exporters no longer fold constants, and two layers deep, which is quick."""
     layers = 2
@@ -330,17 +318,32 @@ def test_graphs_of_base_width_hold_nothing_that_could_be_folded(form: AttentionF
         write_onnx(build(name, model, form), path, spelling, "fp32")
         graph = onnx.load(path).graph
         found = Counter(node.op_type for node in graph.node)
-        own = layers if form == "opset23" and name in ("text", "fusion") else 0
+        own = layers if name in ("text", "fusion") else 0
         inner = 2 * (attentions if form == "primitives" else own)
         assert found["MatMul"] + found["Gemm"] - inner == products, (name, found)
         assert found["GatherND"] == 0, (name, found)
         assert found["Gather"] == gathers, (name, found)
         if form != "primitives":
             assert found["Attention"] == attentions - own
-            if name == "vision" or own:
-                continue
-            # A mask is one for all heads.
-            sizes = {value.name: value.type.tensor_type.shape.dim for value in graph.value_info}
-            masks = [node.input[3] for node in graph.node if node.op_type == "Attention" and len(node.input) > 3]
-            assert len(masks) == min(attentions, layers)
-            assert all(sizes[mask][1].dim_value == 1 for mask in masks)
+
+
+@pytest.mark.parametrize("name", ["vision", "fusion"])
+def test_one_file_for_every_reader(name: GraphName, exported_fp32: Path) -> None:
+    """The default export is read by onnx's own evaluator, by OpenVINO and by TensorRT for RTX as by ONNX Runtime."""
+    from onnx.reference import ReferenceEvaluator
+
+    path = exported_fp32 / f"{name}.onnx"
+    graph = build(name, build_model(), "primitives")
+    sizes = {"batch": 2, "texts": 3, "length": 7}
+    values = dict(zip([spec.name for spec in graph.inputs], random_inputs(graph, sizes, torch.float32), strict=True))
+    expected = _run(path, values)
+    feed = {key: value.numpy() for key, value in values.items()}
+    found = {"onnx": ReferenceEvaluator(str(path)).run(None, feed)}
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found["openvino"] = [*compiled(feed).values()]
+    for results in found.values():
+        for mine, theirs in zip(results, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(np.array(mine)), theirs, rtol=0, atol=1e-5)

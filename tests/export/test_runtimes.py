@@ -7,7 +7,7 @@ import ctypes
 import json
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
-from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS, GraphName
+from xfm_fast.export.request import DEFAULT_GRAPHS
 from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
 from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions, session_options
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
@@ -217,25 +217,7 @@ class Fakes:
                 fakes.engines[name] = FakeEngine(fakes.cuda, self.logger, manifest.graph(name), onnx)
                 return fakes.engines[name]
 
-        class Refitter:
-            def __init__(self, engine: FakeEngine, logger: Any) -> None:
-                self.engine, self.taken = engine, ""
-
-            def refit_cuda_engine(self) -> bool:
-                self.engine.session = onnxruntime.InferenceSession(self.taken, providers=["CPUExecutionProvider"])
-                return True
-
-        class OnnxParserRefitter:
-            def __init__(self, refitter: Refitter, logger: Any) -> None:
-                self.refitter = refitter
-
-            def refit_from_file(self, path: str) -> bool:
-                self.refitter.taken = path
-                return True
-
         trt.ILogger, trt.Runtime = ILogger, Runtime  # pyright: ignore[reportAttributeAccessIssue]
-        trt.Refitter = Refitter  # pyright: ignore[reportAttributeAccessIssue]
-        trt.OnnxParserRefitter = OnnxParserRefitter  # pyright: ignore[reportAttributeAccessIssue]
         strategies = types.SimpleNamespace(USER_MANAGED="user managed")
         trt.ExecutionContextAllocationStrategy = strategies  # pyright: ignore[reportAttributeAccessIssue]
         self.library = Library.__new__(Library)
@@ -350,44 +332,6 @@ def test_requests_between_captured_shapes_are_padded(engines: Path, small_model:
     inputs = session.example_inputs("fusion", slot, {"batch": 1, "texts": 5, "length": 4})
     session._graphs["fusion"].run(inputs, slot, {"batch": 1, "texts": 5, "length": 4})
     assert fusion.runs[-1][1]["attention_mask"] == (1, 8, 4)
-
-
-@pytest.mark.parametrize("graphs", [("text",), pytest.param(GRAPHS, marks=pytest.mark.slow)], ids=["text", "all"])
-def test_engines_without_weights_compute_with_those_beside_them(
-    engines: Path,
-    small_model: XFM,
-    make_model: Callable[..., XFM],
-    fakes: Fakes,
-    tmp_path: Path,
-    graphs: tuple[GraphName, ...],
-) -> None:
-    other = make_model()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    folder = Path(shutil.copytree(engines, tmp_path / "engines"))
-    manifest = Manifest.load(folder)
-    onnx = export_onnx(other, tmp_path / "onnx", graphs=graphs)
-    for record in map(manifest.graph, graphs):
-        record.weights = onnx.graph(record.name).file
-        shutil.copy(tmp_path / "onnx" / record.weights, folder)
-        record.files = [*record.files, record.weights]
-    files = record_files(folder, [name for record in manifest.graphs for name in record.files])
-    manifest.model_copy(update={"files": files}).save(folder)
-    session, (ids, mask), pixels = Session.load(folder), _texts(4, 20), _pixels(small_model, 3)
-    with torch.no_grad():
-        error, changed = (
-            (session.encode_text(ids, mask) - model.encode_text(ids, mask))[mask == 1].abs().max()
-            for model in (other, small_model)
-        )
-        assert error < 1e-4 < 1e-2 < changed
-        if graphs == ("text",):
-            # The other engines have their own.
-            assert (session.encode_image(pixels) - small_model.encode_image(pixels)).abs().max() < 1e-4
-            return
-    _same_retrieval(other, session)
-    with pytest.raises(AssertionError):
-        _same_retrieval(small_model, session)
 
 
 def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: Fakes, monkeypatch) -> None:

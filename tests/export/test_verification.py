@@ -97,7 +97,7 @@ def write_export(
     folder.mkdir(exist_ok=True)
     new_manifest(
         source="a small model", weights_sha256="", tokenizer_sha256=None, config=model.config.model_dump(), dtype=dtype,
-        consumer="onnxruntime", opset=23, attention="function", all_tokens=all_tokens, fixed=fixed, versions={},
+        consumer="onnxruntime", opset=23, attention="opset23", all_tokens=all_tokens, fixed=fixed, versions={},
         graphs=records, files=[],
     ).save(folder)  # fmt: skip
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from annotated_types import Ge
 from cyclopts import Parameter
 from cyclopts import default_name_transform as dashes
 
 from xfm_fast.cli.console import note, say, stdout, table
-from xfm_fast.cli.options import Flat, Json, command_group
+from xfm_fast.cli.options import Flat, command_group
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.export.request import (
     BUDGET,
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from xfm_fast.export.engines.library import EngineConsumer
     from xfm_fast.export.expected import Examples
     from xfm_fast.export.manifest import Manifest, VerificationRecord
-    from xfm_fast.export.session.report import SessionReport
     from xfm_fast.models.xfm import XFM
     from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -156,21 +153,6 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
 
 
 @app.command
-def refit(folder: Path, run: Run = None, /, *, out: Out, source: Flat[ModelSource] = ModelSource()) -> int:
-    """Give engines the weights of another model of the same sizes and heads, without a build.
-
-    Args:
-        folder: Folder of engines that were built with --refittable.
-    """
-    from xfm_fast.export.engines import refit as library
-
-    _, request = library.refittable(folder)
-    subject, examples = load(named(run, source), request)
-    made = library.refit_engines(subject.model, folder, out, **subject.facts, examples=examples, progress=say)
-    return finish(made, out)
-
-
-@app.command
 def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
     """Check the files of an export and compare it once more with what the model computed.
 
@@ -182,36 +164,6 @@ def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
     from xfm_fast.export import verification
 
     return finish(verification.verify(folder, runtime), folder)
-
-
-@app.command
-def report(
-    folder: Path,
-    /,
-    *,
-    runtime: RuntimeChoice = "auto",
-    device: str | None = None,
-    seconds: Annotated[float, Ge(0)] = 2.0,
-    as_json: Json = False,
-) -> None:
-    """Load an export and measure every graph: rates, latencies, transfers, loading, artifacts, memory.
-
-    Args:
-        folder: Folder of an export.
-        runtime: Library that runs the graphs. Packages of AOTInductor are code that runs when it is loaded: they want
-            aoti, for packages that you trust.
-        device: cpu, cuda or cuda:1. [a GPU where runtime and machine have one]
-        seconds: Spent on timing each shape of each graph.
-    """
-    from xfm_fast.export.session import Session
-    from xfm_fast.export.session.report import measure_session
-
-    session = Session.load(folder, runtime, device)
-    found = measure_session(session, seconds=seconds, progress=lambda graph: say(f"measuring {graph}"))
-    if as_json:
-        print(json.dumps(found.as_json(), indent=1))
-    else:
-        _print_report(found, folder)
 
 
 @app.command
@@ -634,38 +586,3 @@ def _print_verification(record: VerificationRecord, console: Console) -> None:
             + ("" if ranks.passed else " [bold red]differs[/]"),
             highlight=False,
         )
-
-
-def _print_report(found: SessionReport, folder: Path) -> None:
-    console = stdout()
-    heads = ("build s", "load s", "warm-up s", "file MB", "loaded MB")
-    title = f"{found.runtime}, {found.dtype}, {found.threads} threads ({folder})"
-    loading = table(title, "graph", *heads, right=heads)
-    for graph in found.graphs:
-        loading.add_row(
-            graph.graph, f"{graph.build_seconds:.1f}", f"{graph.load_seconds:.2f}", f"{graph.warm_seconds:.2f}",
-            f"{graph.artifact_bytes / 1e6:.1f}", f"{graph.memory_bytes / 1e6:.1f}",
-        )  # fmt: skip
-    console.print(loading)
-    # On a CPU nothing is enqueued and nothing transferred.
-    enqueues = any(row.enqueue is not None for graph in found.graphs for row in graph.rows)
-    heads = (
-        "items/s",
-        "p50",
-        "p90",
-        "p99",
-        *(("enqueue", "to device", "to host") if enqueues else ()),
-        "peak MB",
-        "runs",
-    )
-    running = table("times in ms", "graph", "shape", *heads, right=heads)
-    for graph in found.graphs:
-        for row in graph.rows:
-            shape = " ".join(f"{axis}={size}" for axis, size in row.sizes.items())
-            times = [row.p50, row.p90, row.p99]
-            if enqueues:
-                times += [row.enqueue, row.host_to_device, row.device_to_host]
-            milliseconds = ["" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in times]
-            rate, peak = f"{row.throughput:.1f} {row.item}", f"{row.peak_bytes / 1e6:.1f}"
-            running.add_row(graph.graph, shape, rate, *milliseconds, peak, str(row.runs))
-    console.print(running)

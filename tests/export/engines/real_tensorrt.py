@@ -9,14 +9,11 @@ below, because a process can load one version only.
 from __future__ import annotations
 
 import importlib
-import operator
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,7 +189,7 @@ class CheckedModule:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(self._trt, name)
-        if name not in ("Builder", "OnnxParser", "OnnxParserRefitter", "Refitter", "Runtime"):
+        if name not in ("Builder", "OnnxParser", "Runtime"):
             return real
 
         def make(*args: Any) -> Checked:
@@ -261,7 +258,7 @@ def build(trt: Any, scratch: Path) -> None:
     )
     build_engine(library, onnx, scratch / "g.engine", TensorRTRequest(), (89,), [profile])
     assert {*module.calls} <= {*CALLED}
-    for request in (everything, everything, TensorRTRequest(plugins=True), TensorRTRequest(refittable=True)):
+    for request in (everything, everything):
         targets = library.check(request, "bf16")
         build_engine(library, onnx, scratch / "g.engine", request, targets, [profile])
     assert [(scratch / name).read_bytes() for name in ("g.engine", "timings")] == [b"plan", b"timed"]
@@ -281,15 +278,15 @@ def build(trt: Any, scratch: Path) -> None:
 
 
 def run(trt: Any, scratch: Path) -> None:
-    """An engine loaded, captured and run, over two profiles; and one whose weights lie beside it."""
+    """An engine loaded, captured and run, over two profiles."""
     import torch
 
     from tests.export.test_runtimes import FakeCuda
     from xfm_fast.config import XFMConfig
-    from xfm_fast.errors import ExportError
     from xfm_fast.export.engines.library import load_library
     from xfm_fast.export.manifest import AxisRecord, GraphRecord, ProfileRecord, TensorRecord, new_manifest
     from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
+    from xfm_fast.export.slots import choose_slot, graph_slots
 
     module = install(trt)
     shapes = {"inputs": ("image_embeds", [2, 3]), "outputs": ("memory_keys_0", [1, 2, 3])}
@@ -307,38 +304,21 @@ def run(trt: Any, scratch: Path) -> None:
     )  # fmt: skip
     manifest = new_manifest(
         kind="tensorrt", source="", weights_sha256="", tokenizer_sha256=None, dtype="fp32", consumer="tensorrt",
-        config=XFMConfig.preset("tiny").model_dump(), opset=23, attention="function", all_tokens=False, fixed={},
+        config=XFMConfig.preset("tiny").model_dump(), opset=23, attention="opset23", all_tokens=False, fixed={},
         versions={}, graphs=[record], files=[],
     )  # fmt: skip
     (scratch / "g.engine").write_bytes(b"plan")
     cuda: Any = FakeCuda()
     runtime = TensorRTEngines(load_library("tensorrt"), manifest, torch.device("cpu"), cuda)
     graph = runtime.load(record, scratch / "g.engine")
-    assert "Refitter.refit_cuda_engine" not in module.calls
-    refitted = runtime.load(record.model_copy(update={"weights": "g.onnx"}), scratch / "g.engine")
-    for made in (graph, refitted):
-        _run_both_profiles(made, record)
-    for called in (
-        "Runtime.deserialize_cuda_engine", "IExecutionContext.set_device_memory", "IExecutionContext.execute_async_v3",
-        "IExecutionContext.set_optimization_profile_async", "OnnxParserRefitter.refit_from_file",
-        "Refitter.refit_cuda_engine",
-    ):  # fmt: skip
-        assert called in module.calls, (called, module.calls)
-    failing = install(trt, OnnxParserRefitter__refit_from_file=False, Refitter__get_missing_weights=["w"])
-    runtime = TensorRTEngines(load_library("tensorrt"), manifest, torch.device("cpu"), cuda)
-    with pytest.raises(ExportError, match=r"weights of g\.onnx into g\.engine \(g\.onnx lacks w\); build"):
-        runtime.load(record.model_copy(update={"weights": "g.onnx"}), scratch / "g.engine")
-    assert "OnnxParserRefitter.get_error" in failing.calls
-
-
-def _run_both_profiles(graph: Any, record: Any) -> None:
-    import torch
-
-    from xfm_fast.export.slots import choose_slot, graph_slots
-
     for size in (1, 3):
         slot, sizes = choose_slot(record.name, graph_slots(record), {"batch": size})
         graph.run({"image_embeds": torch.zeros(size, 2, 3)}, slot, sizes)
+    for called in (
+        "Runtime.deserialize_cuda_engine", "IExecutionContext.set_device_memory", "IExecutionContext.execute_async_v3",
+        "IExecutionContext.set_optimization_profile_async",
+    ):  # fmt: skip
+        assert called in module.calls, (called, module.calls)
 
 
 def lacking(trt: Any, scratch: Path) -> None:
@@ -350,96 +330,6 @@ def lacking(trt: Any, scratch: Path) -> None:
 
     with pytest.raises(UnavailableError, match="could not start"):
         build_engine(load_library("tensorrt"), tiny_graph(scratch), scratch / "g", TensorRTRequest(), (89,), [])
-
-
-def plugins(trt: Any, scratch: Path) -> None:
-    """The real `tensorrt.plugin` takes our plugins, and makes kernels, launches and shapes of them."""
-    from xfm_fast.errors import UnavailableError
-    from xfm_fast.export.engines import plugin_kernels
-    from xfm_fast.export.engines import plugins as ours
-    from xfm_fast.export.engines.library import load_library
-
-    sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plugin")
-    library = load_library("tensorrt")
-    try:
-        ours.check_plugins(library)
-    except UnavailableError as error:
-        print(f"refused: {error}")
-        return
-    calls: list[str] = []
-    # Of what it is asked for it knows nothing yet.
-    answers = {"IPluginRegistry.get_creator": None}
-    trt.get_plugin_registry = lambda: Checked(trt, trt.IPluginRegistry, answers, calls)
-    ours.register(library, 90)
-    assert calls.count("IPluginRegistry.register_creator") == 2, calls
-    compiled = SimpleNamespace(
-        name="f", ptx="ptx", threads=256, shared_bytes=40960, tiles={"BLOCK_M": 64}, arguments={"batch": "int32"}
-    )
-    sizes = {"heads": 12, "head_dim": 64}
-    plugin_kernels.compile_relpos = lambda *_, **__: compiled
-    q = (8, 12, 197, 64)
-    told = _planned(trt, ours.RELPOS, [q] * 4, {**sizes, "tokens": 197, "columns": 256, "scale": 0.125})
-    assert told.shapes == [q, q[:3]]
-    assert (told.launch.grid_x, told.launch.block_x, told.launch.shared_mem) == (4 * 8 * 12, 256, 40960)
-    assert told.integers == [8]
-    compiled.arguments = dict.fromkeys(("sequences", "tiles", "queries"), "int32")
-    plugin_kernels.compile_varlen = lambda *_, **__: compiled
-    q, k = ((6, length, 12, 64) for length in (40, 577))
-    told = _planned(
-        trt, ours.VARLEN, [q, k, k, (7,), (7,), (6 * 577,)], {**sizes, "masked": 1, "small_tiles": 0, "scale": 0.125}
-    )
-    tiles = 240 // 64 + 6
-    assert told.shapes == [q, (12, 6, 40)]
-    assert (told.launch.grid_x, told.launch.grid_y, told.integers) == (tiles * 12, 1, [6, tiles, 240])
-
-
-@dataclass
-class Size:
-    """Stands for an `IDimensionExpr`, which only a library makes."""
-
-    value: int
-
-
-def _planned(trt: Any, name: str, inputs: list[tuple[int, ...]], attributes: dict[str, Any]) -> Any:
-    """Shapes of results, launch and integer arguments, as the real module's own plugin asks ours for them."""
-    import numpy as np
-
-    from xfm_fast.export.engines import plugins as ours
-
-    lib: Any
-    tensor: Any
-    lib, tensor = (importlib.import_module(f"tensorrt_bindings.plugin.{part}") for part in ("_lib", "_tensor"))
-    trt.IDimensionExpr, trt.DimsExprs = Size, lambda count: [None] * count
-    tensor.SymExprImpl = lambda symbol: symbol._expr.value
-    do = {"SUM": operator.add, "SUB": operator.sub, "PROD": operator.mul, "FLOOR_DIV": operator.floordiv}
-    builder = SimpleNamespace(constant=Size, operation=lambda kind, a, b: Size(do[kind.name](a.value, b.value)))
-    kinds = ours.INTERFACES[name].attributes
-    creator = lib._TemplatePluginCreator(name, ours.NAMESPACE, {key: (True, kind) for key, kind in kinds.items()})
-    fields = [
-        trt.PluginField(key, np.array([value]), lib._built_in_to_plugin_field_type[type(value)])
-        for key, value in attributes.items()
-    ]
-    plugin = creator.create_plugin(
-        name, ours.NAMESPACE, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD,
-        trt.QuickPluginCreationRequest.PREFER_AOT,
-    )  # fmt: skip
-    types = plugin.get_output_data_types([trt.bfloat16] * len(inputs), [*map(len, inputs)])
-    assert types == [trt.bfloat16, trt.float32]
-    results = plugin.get_output_shapes([[*map(Size, shape)] for shape in inputs], [], builder)
-    shapes = [tuple(size.value for size in shape) for shape in results]
-    launch = SimpleNamespace()
-    described = [trt.DynamicPluginTensorDesc() for _ in [*inputs, *results]]
-    for each in described:
-        each.desc.type = trt.bfloat16
-    plugin.set_tactic(0)
-
-    class Arguments(dict):
-        nbSymExprs = 0
-
-    arguments = Arguments()
-    plugin.get_launch_params(None, described, len(inputs), launch, arguments, builder)
-    assert len(arguments) == arguments.nbSymExprs
-    return SimpleNamespace(shapes=shapes, launch=launch, integers=[*arguments.values()])
 
 
 def whole(trt: Any, scratch: Path, dtype: Any) -> None:
@@ -475,7 +365,7 @@ def whole(trt: Any, scratch: Path, dtype: Any) -> None:
             assert (folder / record.file).stat().st_size > 1 << 16
 
 
-SCENARIOS = {made.__name__: made for made in (checking, build, run, lacking, plugins)}
+SCENARIOS = {made.__name__: made for made in (checking, build, run, lacking)}
 
 if __name__ == "__main__":
     (SCENARIOS | {"whole": whole})[sys.argv[2]](load_bindings(sys.argv[1]), Path(sys.argv[3]), *sys.argv[4:])

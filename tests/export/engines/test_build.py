@@ -50,7 +50,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         severities = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
         module.ILogger = type("ILogger", (), {name: number for number, name in enumerate(severities)})
         module.IProgressMonitor, module.IStreamWriter = (type(name, (), {}) for name in ("Monitor", "Writer"))
-        module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1, PREFER_AOT_PYTHON_PLUGINS=3)
+        module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
         builder = module.Builder.return_value
         builder.build_serialized_network_to_stream.side_effect = lambda _, __, writer: writer.write(b"plan of TensorRT")
         network = builder.create_network.return_value
@@ -164,13 +164,13 @@ def test_a_builder_without_a_network_is_no_traceback(tensorrt: Callable[..., Any
 def test_fp16_engines_from_graphs_made_for_everybody(exported_fp16: Path, tmp_path: Path) -> None:
     """Attention as a node with a body of its own, of which TensorRT takes the body."""
     library, exported = rtx(), Manifest.load(exported_fp16)
-    assert exported.attention == "function"
+    assert exported.attention == "opset23"
     exported.graphs = [graph for graph in exported.graphs if graph.name != "match"]
     watcher = Watcher()
     manifest = engines.build_engines(
         exported, exported_fp16, tmp_path, library, TARGETS, request=EngineRequest(profile=PROFILES), progress=watcher
     )
-    assert {path.suffix for path in tmp_path.iterdir()} == {".engine", ".json"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".engine", ".json", ".md"}
     assert watcher.graphs == [(name, n, 4) for n, name in enumerate(manifest.graph_names, 1)]
     whole = [phase for phase in watcher.phases if phase[3] == 0]
     assert whole[0][:2] == ("Building engine", 0)
@@ -422,11 +422,6 @@ def test_engines_of_texts_in_rows(small_model: XFM, tmp_path: Path, monkeypatch:
         assert (tmp_path / record.file).stat().st_size > 10_000
 
 
-def test_plugins_know_no_rows() -> None:
-    with pytest.raises(InputError, match="knows no rows of texts, which --packed has; leave one of them out"):
-        engines.check_request("tensorrt", TensorRTRequest(plugins=True, packed=True))
-
-
 def test_profiles_are_checked_before_anything_is_exported(
     small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,9 +483,6 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
     config.create_timing_cache.assert_called_once_with(b"earlier")
     config.set_timing_cache.assert_called_once_with(config.create_timing_cache.return_value, False)
     assert (tmp_path / "timings").read_bytes() == b"timed"
-    carrying = TensorRTRequest(plugins=True)
-    engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", carrying, targets, list(one_input()))
-    builder.create_network.assert_called_with(1 << 1 | 1 << 3)  # and plugins compiled ahead of time
 
 
 def test_an_engine_of_which_nothing_was_written(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
@@ -532,7 +524,6 @@ def test_versions_without_a_flag_do_it_by_themselves(tensorrt: Callable[..., Any
         ("10.14", 75, {"hardware_compatible": "ampere_plus"}, "this one is SM75"),
         ("8.6.1", 89, {}, "too old"),
         ("10.13.3", 89, {}, r"too old, 10\.14 being the first that reads attention; pip install 'tensorrt>=10\.14'"),
-        ("10.14", 89, {"plugins": True, "hardware_compatible": "ampere_plus"}, "this machine alone, SM89"),
     ],
 )
 def test_what_tensorrt_lacks_is_refused(

@@ -14,9 +14,10 @@ import pytest
 
 from tests.export.conftest import build_model, build_task_model
 from xfm_fast.config import XFMConfig
-from xfm_fast.export.engines.build import export_engines
+from xfm_fast.export.engines.build import build_engines, export_engines
 from xfm_fast.export.engines.library import load_library
 from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.onnx import export_onnx
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
@@ -140,6 +141,22 @@ def rtx() -> None:
 def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
     """Built for three GPUs, they have the schedule of the oldest."""
     assert_no_more(bf16_engines, _BF16)
+
+
+@pytest.mark.parametrize("consumer", ["tensorrt", "onnxruntime"])
+def test_graphs_for_other_readers_make_the_same_kernels(consumer: Any, tmp_path: Path) -> None:
+    exported = export_onnx(build_model(), tmp_path / "onnx", consumer=consumer, dtype="bf16", graphs=("text", "fusion"))
+    library = load_library("tensorrt-rtx")
+    build_engines(exported, tmp_path / "onnx", tmp_path, library, (80,))
+    assert_no_more(tmp_path, {name: _BF16[name] for name in exported.graph_names})
+
+
+@pytest.mark.parametrize("graph", ["vision", "fusion"])
+def test_the_default_export_becomes_engines(graph: str, exported_fp32: Path, tmp_path: Path) -> None:
+    exported = Manifest.load(exported_fp32)
+    exported.graphs = [exported.graph(graph)]
+    made = build_engines(exported, exported_fp32, tmp_path, load_library("tensorrt-rtx"), (80,))
+    assert [record.file for record in made.graphs] == [f"{graph}.engine"]
 
 
 def _named(cases: list[Any]) -> list[Any]:
