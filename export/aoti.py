@@ -1,8 +1,7 @@
 """AOTInductor packages: each graph compiled to machine code by PyTorch's own compiler, without ONNX or TensorRT.
 
-Linear layers stay the operator of this project on a CPU, which takes the faster of two libraries for its products;
-everything else is decomposed, so that the compiler fuses it. A package is native code that runs when it is loaded: load
-only those that you made or whose origin you trust.
+A package holds PyTorch's own operators alone, so that a PyTorch without this project loads it. It is native code that
+runs when it is loaded: load only those that you made or whose origin you trust.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
-from xfm_fast.kernels import ops  # noqa: F401, which registers the operators
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
@@ -134,7 +132,7 @@ def _not_written(path: Path, reason: str) -> StorageError:
 
 
 def traced(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) -> torch.export.ExportedProgram:
-    """The graph, whose parameters are in `dtype`, as a program on a device, with the operators that packages keep."""
+    """The graph, whose parameters are in `dtype`, as a program on a device."""
     inputs, shapes = tracing_call(graph, DTYPES[dtype], fixed)
     with torch.no_grad(), frozen(graph):
         program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
@@ -142,17 +140,7 @@ def traced(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) ->
         from torch.export.passes import move_to_device_pass
 
         return move_to_device_pass(program, device)
-    keep_operators(program)
     return program
-
-
-def keep_operators(program: torch.export.ExportedProgram) -> None:
-    """Give linear layers to this project's operator, in place."""
-    for node in program.graph_module.graph.nodes:
-        if node.target is torch.ops.aten.linear.default:
-            x, weight, bias = (*node.args, None)[:3]
-            node.target, node.args = torch.ops.xfm_fast.linear.default, (x, weight, bias)
-    program.graph_module.recompile()
 
 
 def local_target(device: str) -> PackageTarget:

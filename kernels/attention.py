@@ -166,6 +166,8 @@ def varlen_attention(
     chosen = resolve(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, has_flash=True)
     if chosen == "triton" and not named(backend) and q.shape[-1] not in HEAD_DIMS:
         chosen = "reference"
+    if torch.compiler.is_exporting():
+        return _padded(q, k, v, packed)
     if chosen == "reference":
         packed.bounds(q, k)
         return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask, seed)
@@ -183,6 +185,21 @@ def varlen_attention(
     return _varlen(q, k, v, *packed[:6], seed if dropout_p else None, key_mask, chosen)[0]
 
 
+def _padded(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """Attention of sequences that all have their greatest length: in an exported graph no value decides on a shape."""
+    texts = packed.cu_seqlens_q.shape[0] - 1
+    q = q.view(texts, packed.max_q, *q.shape[1:]).transpose(1, 2)
+    k, v = (t.view(texts, packed.max_k, *t.shape[1:]).transpose(1, 2) for t in (k, v))
+    mask = None if packed.key_mask is None else packed.key_mask.view(texts, 1, 1, packed.max_k)
+    out = F.scaled_dot_product_attention(q, k, v, mask, packed.dropout_p, scale=packed.scale)
+    return _laid_out(out.transpose(1, 2)).flatten(0, 1)
+
+
+def _laid_out(out: Tensor) -> Tensor:
+    """The result of PyTorch's attention; in an exported graph a copy, since its decomposition has other strides."""
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
+
+
 def _composed(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], scale: float, key_mask: Tensor | None
 ) -> Tensor:
@@ -191,7 +208,8 @@ def _composed(
     if key_mask is not None:
         bias = bias.masked_fill(~key_mask[:, None, None, :], -torch.inf)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
+    return _laid_out(out.transpose(1, 2))
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:

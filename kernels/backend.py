@@ -69,6 +69,9 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
             raise InputError(f"tensors live on {device} and {tensor.device}; move them to one device")
         wide = wide or tensor.dtype == torch.float64
     assert device is not None
+    if torch.compiler.is_exporting():
+        # What reads an exported graph does not have this project's operators.
+        return "reference"
     if name == "auto":
         if device.type == "cpu":
             return "cpu"

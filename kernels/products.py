@@ -715,13 +715,6 @@ def _mlp_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 _AROUND = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 _ENDS = "Tensor? gamma, Tensor? row_scale"
-# For packages of AOTInductor, which multiply as a model does that is not compiled.
-operator(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: cpu.trained_linear(x, weight.to(x.dtype), bias),
-    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    autocast=True,
-)
 _linear_grad = operator(
     f"trained_linear_backward(Tensor dout, Tensor x, Tensor[] weights, Tensor[] biases, {_AROUND}, Tensor mean, "
     f"Tensor rstd, {_ENDS}, bool itself, bool need_x, bool need_weight, bool need_bias, bool need_gamma, "

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from xfm_fast.errors import ExportError, UnavailableError
 
-# A package names the operators that it calls; this registers them.
-from xfm_fast.kernels import ops  # noqa: F401
-
 from ..aoti import check_package, local_target
 from ..manifest import GraphRecord, Manifest
 from ..slots import Slot

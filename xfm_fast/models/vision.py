@@ -160,7 +160,7 @@ class VisionEncoder(nn.Module):
         patches = self.patch_embed(pixels)
         if patch_mask is not None:
             patches = torch.where(patch_mask[:, :, None], self.mask_token.to(patches.dtype), patches)
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
 
     def _finish(self, x: Tensor) -> Tensor:
         return self._pooled(ops.layer_norm(x, self.fc_norm.weight, self.fc_norm.bias, self.fc_norm.eps))

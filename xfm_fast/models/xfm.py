@@ -673,8 +673,10 @@ class XFM(nn.Module):
         """
         self.require_encoder("text")
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
-        packing = Packing.from_mask(mask, keep_padding=keep_padding)
-        return packing.unpad(self.text_encoder(input_ids, packing))
+        exporting = torch.compiler.is_exporting()
+        packing = Packing.from_mask(mask, keep_padding=keep_padding or exporting)
+        embeds = packing.unpad(self.text_encoder(input_ids, packing))
+        return embeds if keep_padding or not exporting else embeds * mask.bool()[..., None]
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """Contrastive feature of the image token: `[B, 1 + N, vision_width]` → `[B, embed_dim]`, L2-normalised."""

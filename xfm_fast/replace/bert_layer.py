@@ -211,6 +211,10 @@ def attend_to_real_keys(
     settings: Settings | None = None,
 ) -> Tensor:
     """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
+    if torch.compiler.is_exporting():
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        shown = mask.bool()[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, shown, dropout_p, scale=scale).transpose(1, 2)
     # All layers of a model come with the same mask.
     keys = derived("packed keys", (mask,), lambda: Packing.from_mask(mask))
     texts, length = q.shape[:2]

@@ -254,6 +254,9 @@ class Fused(nn.Module):
         A hook, adapter, quantised layer or parametrization on one of them must go on working, so the original forward
         runs then.
         """
+        if torch.compiler.is_exporting():
+            # The original is what consumers of exported graphs recognise and fuse.
+            return False
         # A compiler looks once, and not into weak references.
         seen = not torch.compiler.is_compiling() and _unchanged(self)
         return seen or why_not_bypassed(self, type(self).bypassed) is None
