@@ -20,6 +20,7 @@ import torch
 
 from xfm_fast import __version__
 from xfm_fast.errors import StorageError, UnavailableError
+from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, LARGEST_FILE, DType, Profile, profile
@@ -85,6 +86,8 @@ def export_onnx(
             "source": content.source,
             "weights_sha256": content.weights_sha256,
             "tokenizer_sha256": content.tokenizer_sha256,
+            "preprocessing": json.dumps(json.loads(preprocessor_json(model.config)), sort_keys=True),
+            "special_tokens": json.dumps(_special_tokens(model)),
         }
         metadata = {f"xfm_fast.{name}": value for name, value in facts.items() if value is not None}
         written = write_onnx(
@@ -98,6 +101,13 @@ def export_onnx(
         versions=package_versions("torch", "onnx", "onnxscript"), source=source, tokenizer_sha256=tokenizer_sha256,
         examples=examples, compared=compared, companions=companions, progress=progress,
     )  # fmt: skip
+
+
+def _special_tokens(model: XFM) -> dict[str, int]:
+    """The ids that begin, end and fill up texts; that of padding where the model has no tokenizer."""
+    words = model.tokenizer
+    ends = {} if words is None else {"bos": words.bos_token_id, "eos": words.eos_token_id}
+    return ends | {"pad": model.config.pad_token_id}
 
 
 def check_spelling(request: OnnxRequest) -> Profile:

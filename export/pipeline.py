@@ -20,6 +20,7 @@ from torch import nn
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import InputError, StorageError
 from xfm_fast.memory import give_back
+from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DTYPES, DType, Profile, data_type
@@ -37,6 +38,7 @@ from .graphs import (
     wants_all_tokens,
 )
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
+from .readme import README_FILE, readme
 from .request import ALL_GRAPHS, ExportRequest, GraphName
 from .verification import compare_with_reference, keep_results
 
@@ -82,11 +84,12 @@ def export_graphs(
         suffix: ending of the graphs' files.
         room: bytes needed, from the estimated sizes of the graphs.
         source: where the weights come from, in words without paths; goes into the manifest.
-        tokenizer_sha256: of the vocabulary that the ids belong to.
+        tokenizer_sha256: of the vocabulary that the ids belong to; by default of the model's tokenizer.
         examples: compare the export with the model on them; without, the manifest says `unverified`.
         compared: False leaves the comparison to `verification.verify`, when the model need not be in memory any more:
             what it computes is in the folder.
         companions: files that lie beside the graphs, by name, such as those that say what a fine-tuned model is for.
+            The model's tokenizer and the preparation of images are always among them.
         facts: further fields of the manifest.
 
     Raises:
@@ -94,6 +97,9 @@ def export_graphs(
         StorageError: the folder cannot be written, or has no room for the files.
     """
     dtype, fixed = data_type(request.dtype), request.sizes
+    companions = XFMProcessor(model.config, model.tokenizer).files() | dict(companions)
+    if tokenizer_sha256 is None and model.tokenizer is not None:
+        tokenizer_sha256 = model.tokenizer.sha256()
     built = build_graphs(
         model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens, packed=request.packed
     )
@@ -172,6 +178,7 @@ def fill_folder(
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
         graphs.append(record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds}))
     content.graphs = graphs
+    companions = {**companions, README_FILE: readme(content).encode()}
     write_bytes({folder / name: data for name, data in companions.items()})
     content.files = record_files(folder, [*companions, *(name for graph in graphs for name in graph.files)])
     try:

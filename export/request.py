@@ -52,7 +52,7 @@ class ModelSource:
         preset: Instead of a checkpoint: random weights of a model of this size.
         config: Official YAML, or a JSON of sizes, of a checkpoint file that is not of base size.
         image_size: Interpolate position tables to this size.
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json.
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the checkpoint]
         data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
 
@@ -133,7 +133,7 @@ class EngineRequest(ExportRequest):
         opset: Opset of ONNX, 20 to 24; by default what the builder profits from.
         profile: Sizes that an engine accepts, name:axis=least..best..most, such as
             latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
-            to 64]
+            to 32]
         sm: Compute capabilities to build for, such as 80,89,120. [this machine's GPU]
         quantize: Products in 8 bits, with scales from --data or the photographs.
         budget: Least cosine of any row of an output with that of the model. Products in 8 bits that cost more go back

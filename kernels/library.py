@@ -1,4 +1,4 @@
-"""Operators registered with PyTorch: one node for `torch.compile` and `torch.export`, with gradient and autocast.
+"""Operators registered with PyTorch: one node for `torch.compile`, with gradient and autocast.
 
 Implementations are registered with define/impl for CPU and CUDA rather than `triton_op`: ahead-of-time autograd
 decomposes a `triton_op` even for CPU tensors and so goes round the CPU implementation.

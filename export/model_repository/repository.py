@@ -20,6 +20,7 @@ from xfm_fast import __version__
 from xfm_fast.checkpoint.files import sync_folder, write_bytes
 from xfm_fast.documents import advice, read_json
 from xfm_fast.errors import ExportError, InputError, StorageError
+from xfm_fast.models.processor import find_tokenizer
 from xfm_fast.tokenizer import CaptionTokenizer
 
 from .. import manifest as manifests
@@ -111,7 +112,7 @@ def write_model_repository(
     Args:
         folder: the export; its files are compared with its manifest first, and copied.
         out: the repository. A failure at any moment leaves what was there before.
-        tokenizer: the model's, for the rank pipeline.
+        tokenizer: the model's, for the rank pipeline; by default that of the export.
         overwrite: replace a repository that was made so. Files in it that are not of its receipt are kept.
 
     Raises:
@@ -127,6 +128,8 @@ def write_model_repository(
     check_free(out, overwrite)
     progress("comparing the export with its manifest")
     manifest = Manifest.load(folder)
+    if tokenizer is None and options.pipeline == "rank":
+        tokenizer = find_tokenizer(folder, manifest.xfm_config)
     models = plan_models(manifest, options, tokenizer)
     served = {name for model in models for record in model.graphs for name in record.files}
     needed = sum(file.bytes for file in manifest.files if file.name in served)

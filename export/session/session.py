@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,6 +27,7 @@ from xfm_fast.documents import read_json
 from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.memory import resident_bytes
 from xfm_fast.models import inputs as checks
+from xfm_fast.models.processor import XFMProcessor, find_tokenizer
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 
 from ..consumers import DTYPES
@@ -240,6 +242,15 @@ class Session:
         from xfm_fast import load
 
         return load(self).predict(images, texts)
+
+    @cached_property
+    def processor(self) -> XFMProcessor:
+        """The tensors of image files and texts, as the exported model prepares them.
+
+        Raises:
+            DataError: the tokenizer of the export is damaged, or belongs to another model.
+        """
+        return XFMProcessor(self.config, find_tokenizer(self.folder, self.config))
 
     @property
     def ready(self) -> bool:

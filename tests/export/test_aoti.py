@@ -57,12 +57,9 @@ def test_a_package_is_verified_like_every_export(memory_package: Path, tmp_path:
     assert (manifest.kind, manifest.status, manifest.reason) == ("aoti", "verified", "")
     assert (manifest.source, manifest.opset) == ("checkpoint model", None)
     assert manifest.package == local_target("cpu")
-    assert {record.name for record in manifest.files} == {"image_memory.pt2", "reference.safetensors"}
-    assert {path.name for path in memory_package.iterdir()} == {
-        "image_memory.pt2",
-        "manifest.json",
-        "reference.safetensors",
-    }
+    files = {"image_memory.pt2", "preprocessor_config.json", "README.md", "reference.safetensors"}
+    assert {record.name for record in manifest.files} == files
+    assert {path.name for path in memory_package.iterdir()} == {*files, "manifest.json"}
     (check,) = [check for check in manifest.verification.checks if check.output == "memory"]
     assert [shape[0] for shape in check.shapes] == [1, 2, 4]
     copied = Path(shutil.copytree(memory_package, tmp_path / "copied"))
@@ -84,7 +81,9 @@ assert "xfm_fast" not in sys.modules
     assert done.returncode == 0, done.stderr
     (graph,) = build_graphs(small_model, aoti._SPELLING, ("image_memory",)).values()
     with torch.no_grad():
-        torch.testing.assert_close(tuple(torch.load(tmp_path / "found.pt")), graph(embeds), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            tuple(torch.load(tmp_path / "found.pt", weights_only=True)), graph(embeds), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.slow

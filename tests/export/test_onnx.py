@@ -289,6 +289,8 @@ def test_profiles() -> None:
     assert {profile(consumer, "fp32") for consumer in CONSUMERS} == {Profile("primitives", 20)}
     assert profile("onnxruntime", "fp16") == profile("tensorrt", "fp16") == Profile("opset23", 23)
     assert profile("tensorrt-rtx", "bf16") == Profile("opset23", 23)
+    for dtype in DTYPES:
+        assert profile("tensorrt", dtype) == profile("tensorrt-rtx", dtype) == profile("onnxruntime", dtype)
     assert profile("openvino", "fp16") == Profile("primitives", 20)
     assert profile("tensorrt", "fp16", 22) == Profile("primitives", 22)
     forms = {profile(c, d).form for c in CONSUMERS for d in DTYPES if (c, d) != NOT_READ}

@@ -179,16 +179,19 @@ def int8(
             fp32.
         data: Images with captions to choose products and scales on; by default those that the export is compared on.
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for the captions of --data.
+            [that of the export]
     """
     from xfm_fast.export.manifest import Manifest
     from xfm_fast.export.quantise import check_quantisation, quantize_int8
+    from xfm_fast.models.processor import find_tokenizer
     from xfm_fast.tokenizer import CaptionTokenizer
 
     check_quantisation("int8", "fp32", budget)
     examples = None
     if data is not None:
         manifest = Manifest.load(folder, check_files=False)
-        vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
+        own = find_tokenizer(folder, manifest.xfm_config)
+        vocabulary = own if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
         if manifest.tokenizer_sha256 not in (None, None if vocabulary is None else vocabulary.sha256()):
             raise InputError(
                 f"the ids of {folder} belong to another vocabulary than the captions of --data would get; name with "
@@ -215,7 +218,8 @@ def model_repository(
     Args:
         folder: Folder of an export.
         out: The repository; must not be there yet, or see --overwrite.
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for rank.
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for rank. [that of the
+            export]
         overwrite: Replace an earlier repository.
     """
     from rich.markup import escape
@@ -320,13 +324,11 @@ def load_subject(source: ModelSource) -> Subject:
             model.set_image_size(source.image_size)
     else:
         model, words = _official(checkpoint, source.config, source.image_size), f"checkpoint {checkpoint.name}"
-    vocabulary = None
     if source.tokenizer is not None:
-        from xfm_fast.tokenizer import CaptionTokenizer
+        from xfm_fast.models.processor import read_tokenizer
 
-        vocabulary = CaptionTokenizer.from_files(source.tokenizer)
-        vocabulary.check(model.config)
-    return Subject(model.requires_grad_(False).eval(), words, vocabulary)
+        model.tokenizer = read_tokenizer(source.tokenizer, model.config)
+    return Subject(model.requires_grad_(False).eval(), words, model.tokenizer)
 
 
 def _fine_tuned(run: Path, kind: str, source: ModelSource) -> Subject:

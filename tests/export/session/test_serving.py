@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from xfm_fast.data.images import MEAN
 from xfm_fast.errors import DataError, ExportError, InputError
+from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -16,8 +20,10 @@ pytest.importorskip("starlette", reason="the extra 'serve'")
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 pytest.importorskip("prometheus_client", reason="the extra 'serve'")
 pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
 
 from tests.serve.conftest import image, photo, running
+from xfm_fast.export import Session, export_onnx, write_model_repository
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
 
@@ -49,6 +55,38 @@ def test_an_export_is_served(exported_fp32: Path, small_model: XFM, words: Path,
     rows = [each["embedding"] for each in embedded["data"]]
     features = [*model.encode(CAPTIONS).tolist(), model.encode(tmp_path / "1.png").tolist()]
     np.testing.assert_allclose(rows, features, rtol=0, atol=1e-4)
+
+
+def test_tokenizer_and_preprocessing_travel_with_an_export(small_model: XFM, words: Path, tmp_path: Path) -> None:
+    model = XFM(small_model.config, heads=small_model.heads).eval()
+    model.load_tokenizer(str(words), tmp_path)
+    assert model.tokenizer is not None
+    manifest = export_onnx(model, tmp_path / "out")
+    assert {"tokenizer.json", "preprocessor_config.json", "README.md"} <= {record.name for record in manifest.files}
+    import onnx
+
+    described = onnx.load(str(tmp_path / "out" / "text.onnx"), load_external_data=False).metadata_props
+    facts = {entry.key: entry.value for entry in described}
+    assert facts["xfm_fast.tokenizer_sha256"] == manifest.tokenizer_sha256 == model.tokenizer.sha256()
+    assert json.loads(facts["xfm_fast.preprocessing"])["image_mean"] == [*MEAN]
+    assert json.loads(facts["xfm_fast.special_tokens"])["eos"] == model.tokenizer.eos_token_id
+    commands = re.findall(
+        r"trtexec --onnx=(\w+)\.onnx .*--maxShapes=(\S+)", (tmp_path / "out" / "README.md").read_text()
+    )
+    assert {name: shapes.count(":") for name, shapes in commands} == {
+        graph.name: len(graph.inputs) for graph in manifest.graphs
+    }
+    served = load(tmp_path / "out", SourceOptions(device="cpu"), 0)
+    assert served.tokenizer.sha256() == model.tokenizer.sha256()
+    (tmp_path / "1.png").write_bytes(photo(1))
+    given = {"images": [tmp_path / "1.png"], "text": CAPTIONS}
+    expected = XFMProcessor(model.config, model.tokenizer)(**given)
+    found = Session(tmp_path / "out").processor(**given)
+    assert {name: value.tolist() for name, value in found.items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
+    receipt = write_model_repository(tmp_path / "out", tmp_path / "models")
+    assert receipt.tokenizer_sha256 == manifest.tokenizer_sha256
 
 
 def test_exports_that_cannot_be_served(exported_fp32: Path, words: Path, tmp_path: Path) -> None:
