@@ -71,10 +71,10 @@ _TOKENS = {"length": AxisRange(1, 16, 40), "past": AxisRange(1, 8, 40)}
 
 DEFAULT_PROFILES = (
     ShapeProfile("latency", {"batch": AxisRange(1, 1, 1), "texts": AxisRange(1, 16, 64), **_TOKENS}),
-    ShapeProfile("bulk", {"batch": AxisRange(1, 16, 64), "texts": AxisRange(1, 16, 32), **_TOKENS}),
+    ShapeProfile("bulk", {"batch": AxisRange(1, 16, 32), "texts": AxisRange(1, 16, 64), **_TOKENS}),
 )
 """One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40, and a decoder
-writes as many."""
+writes as many. The second takes all that the first does, so that a server may put requests together."""
 
 _ROWS = {"length": AxisRange(1, 64, 128), "past": AxisRange(1, 8, 40)}
 

@@ -7,7 +7,9 @@ what the rounding of weights, inputs and outputs costs. That of the arithmetic i
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def session_options() -> Any:
 
 
 class OnnxSessions:
-    """A `Runtime`. Its graphs may be run by several threads at the same time.
+    """A `Runtime`. On a CPU its graphs may be run by several threads at the same time.
 
     Args:
         spare: memory before time, for graphs that run a few times: nothing is kept between runs, and weights stay as
@@ -90,8 +92,11 @@ class OnnxSessions:
     def load(self, record: GraphRecord, path: Path) -> _OnnxGraph:
         """See `Runtime.load`."""
         providers: list[Any] = ["CPUExecutionProvider"]
+        stream = None
         if self.device.type == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self.device.index, "use_tf32": 0}))
+            stream = torch.cuda.Stream(self.device)
+            options = {"device_id": self.device.index, "use_tf32": 0, "user_compute_stream": str(stream.cuda_stream)}
+            providers.insert(0, ("CUDAExecutionProvider", options))
         try:
             session = self._library.InferenceSession(str(path), self._options(record), providers=providers)
         except Exception as error:  # the library's own classes, which share no public base
@@ -99,7 +104,7 @@ class OnnxSessions:
                 f"{self.description} does not load {path.name} ({first_line(error)}); export it with --for "
                 "onnxruntime, or upgrade onnxruntime"
             ) from error
-        return _OnnxGraph(session, record, self.device, self.description)
+        return _OnnxGraph(session, record, self.device, stream, self.description)
 
     def _options(self, record: GraphRecord) -> Any:
         options = session_options()
@@ -117,8 +122,10 @@ class OnnxSessions:
 class _OnnxGraph:
     """A `LoadedGraph`."""
 
-    def __init__(self, session: Any, record: GraphRecord, device: torch.device, description: str) -> None:
+    def __init__(self, session: Any, record: GraphRecord, device: torch.device, stream: Any, description: str) -> None:
         self._session, self._record, self._device, self._description = session, record, device, description
+        # On a GPU calls of a graph follow each other, on the one stream that its session computes on.
+        self._stream, self._turn = stream, contextlib.nullcontext() if stream is None else threading.Lock()
         self._types = {tensor.name: _ELEMENT_TYPES[tensor.dtype] for tensor in (*record.inputs, *record.outputs)}
 
     def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -129,13 +136,14 @@ class _OnnxGraph:
             binding.bind_input(name, *where, self._types[name], [*value.shape], value.data_ptr())
         for name, value in outputs.items():
             binding.bind_output(name, *where, self._types[name], [*value.shape], value.data_ptr())
-        if self._device.type == "cuda":
-            # The provider runs on a stream of its own, which knows nothing of what PyTorch has still to finish.
-            torch.cuda.current_stream(self._device).synchronize()
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:
-            raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
+        with self._turn:
+            if self._stream is not None:
+                # What PyTorch has still to finish is waited for on the GPU, and not by the host.
+                self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:
+                raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
         return outputs
 
 

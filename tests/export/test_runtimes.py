@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.request import DEFAULT_GRAPHS
-from xfm_fast.export.runtimes import choose_runtime, tensorrt_engines
+from xfm_fast.export.runtimes import choose_runtime, onnx_sessions, tensorrt_engines
 from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions, session_options
 from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
 from xfm_fast.export.session import Session
@@ -514,9 +515,18 @@ def test_products_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypa
     manifest, given = Manifest.load(exported_fp32), []
     sessions = OnnxSessions(manifest, torch.device("cpu"))
     sessions.device = torch.device("cuda", 1)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: given.extend(providers))
-    sessions.load(manifest.graph("text"), exported_fp32 / "text.onnx")
-    assert given == [("CUDAExecutionProvider", {"device_id": 1, "use_tf32": 0}), "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: given.extend(providers) or MagicMock())
+    waits: list[Any] = []
+    stream = types.SimpleNamespace(cuda_stream=77, wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    graph = sessions.load(manifest.graph("text"), exported_fp32 / "text.onnx")
+    options = {"device_id": 1, "use_tf32": 0, "user_compute_stream": "77"}
+    assert given == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+    # A run waits on the GPU for what PyTorch has launched, and never stops the host for it.
+    monkeypatch.setattr(onnx_sessions, "empty_outputs", lambda *_: {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    graph.run({}, graph_slots(manifest.graph("text"))[0], {"batch": 1, "length": 1})
+    assert waits == [sessions.device]
 
 
 @pytest.mark.parametrize("supported", [False, True])

@@ -21,6 +21,7 @@ from tests.export.model_repository.fake_triton import FakeServer, MetricFamily, 
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError, ExportError, InputError, StorageError, UnavailableError, XFMError
 from xfm_fast.export import manifest as manifests
+from xfm_fast.export.engines.profiles import DEFAULT_PROFILES
 from xfm_fast.export.manifest import EngineTarget, Manifest, PackageTarget, ProfileRecord
 from xfm_fast.export.model_repository import repository as writing
 from xfm_fast.export.model_repository.configs import Symbol, render
@@ -386,6 +387,16 @@ def test_engines_are_plans_with_a_context_for_each_profile(exported_fp32: Path, 
     assert [each["value"]["dim"] for each in bulk["input"]] == [[16], [16]]
     (first, _) = fusion["optimization"]["cuda"]["graph_spec"]
     assert (sorted(first), first["input"][1]["value"]["dim"]) == (["input"], [1, 16, 16])
+
+
+def test_fusion_is_batched_with_the_default_profiles(exported_fp32: Path) -> None:
+    profiles = {
+        profile.name: {axis: (sizes.least, sizes.best, sizes.most) for axis, sizes in profile.axes.items()}
+        for profile in DEFAULT_PROFILES
+    }
+    for model in plan_models(_engines(exported_fp32, profiles), RepositoryOptions(pipeline="graphs"), None):
+        assert model.config["max_batch_size"] == 32
+        assert model.config["dynamic_batching"]["preferred_batch_size"] == [16]
 
 
 def test_onnx_graphs_are_served_by_onnx_runtime(
