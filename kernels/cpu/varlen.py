@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,9 +25,6 @@ from .workspace import Dropout
 _GROUP_SCORES = 8 * 64 * 64
 # Padding may add this share of the scores that are there.
 _PADDING = 0.25
-# Tokens of a bundle. The products and softmax rows of one caption are too short to be quick; those of a few together,
-# each hidden from the others, are quick enough to pay for their hidden scores.
-_BUNDLE = 32
 
 
 def varlen_attention(
@@ -53,8 +50,7 @@ def varlen_attention(
     """
     if key_mask is not None:
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
-    short = choice(1, 1, q)
-    if short == "llvm" and dropout is None:
+    if dropout is None and choice(1, 1, q) == "llvm":
         # It reads every sequence where it lies. Imported where it runs, because its compiler takes long to load.
         from .llvm.attention import attention, takes
 
@@ -63,8 +59,7 @@ def varlen_attention(
     if len(bounds_q) == 2 and bounds_q[1] and bounds_k[1] and dropout is None:
         # One caption: a plan would take as long as its attention.
         return plain_attention(q[None], k[None], v[None], scale)[0]
-    # Explicit products gain from several texts in one, the fused kernel does not.
-    plan = plan_of(bounds_q, bounds_k, dropout is not None or short != "aten")
+    plan = plan_of(bounds_q, bounds_k)
     if plan.whole and dropout is None:
         group = plan.groups[0]
         padded = (group.queries.padded(q), group.keys.padded(k), group.keys.padded(v))
@@ -105,7 +100,7 @@ def varlen_attention_backward(
         given = (dout[None], q[None], k[None], v[None], scale)
         dq, dk, dv, _ = compiled_backward(*given, bounds=(bounds_q, bounds_k))
         return dq[0], dk[0], dv[0]
-    plan = plan_of(bounds_q, bounds_k, True)
+    plan = plan_of(bounds_q, bounds_k)
     made = (plan.empty, plan.unread, plan.unread)
     whole = [(torch.zeros if z else torch.empty)(t.shape, dtype=t.dtype) for t, z in zip((q, k, v), made, strict=True)]
     for group in plan.groups:
@@ -167,12 +162,12 @@ class Side(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sequences, or bundles of them, that run together."""
+    """Sequences that run together, none of which reads another: a weight of 0 would let a NaN through."""
 
     queries: Side
     keys: Side
     mask: Tensor | None
-    """`[n, 1, 1 or longest queries, longest keys]` fp32: 0, or -inf for a key that a query does not see."""
+    """`[n, 1, 1, longest keys]` fp32: 0, or -inf for a slot without a key."""
 
 
 class Plan(NamedTuple):
@@ -192,94 +187,53 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a plan made by inference serves training too
-def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], bundled: bool) -> Plan:
+def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
     """Groups of similar length: padded until that costs more scores than another group would.
 
     Args:
         bounds_q, bounds_k: S + 1 offsets of the S sequences.
-        bundled: whether neighbours of few tokens are joined to one sequence that a mask divides.
     """
     lengths = [(bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i]) for i in range(len(bounds_q) - 1)]
-    bundles = _bundles(lengths, _BUNDLE if bundled else 0)
-    sizes = [(sum(lengths[i][0] for i in b), sum(lengths[i][1] for i in b)) for b in bundles]
     # Keys ascend, so that the longest of a group are those of its last member.
-    order = sorted(range(len(bundles)), key=lambda i: sizes[i][::-1])
+    order = sorted((i for i, sizes in enumerate(lengths) if all(sizes)), key=lambda i: lengths[i][::-1])
     groups: list[Group] = []
     start = 0
     while start < len(order):
         stop, longest_q, work = start, 0, 0
         while stop < len(order):
-            n, m = sizes[order[stop]]
+            n, m = lengths[order[stop]]
             longest, real = max(longest_q, n), work + n * m
             excess = (stop + 1 - start) * longest * m - real
             if excess > max(_PADDING * real, _GROUP_SCORES):
                 break
             longest_q, work, stop = longest, real, stop + 1
         # In packed order, so that neighbours of one length are one slice.
-        members = [bundles[i] for i in sorted(order[start:stop])]
+        members = sorted(order[start:stop])
         queries, keys = _side(members, bounds_q), _side(members, bounds_k)
-        groups.append(Group(queries, keys, _mask(members, lengths, queries, keys)))
+        groups.append(Group(queries, keys, _mask(keys)))
         start = stop
     return Plan(groups, any(n and not m for n, m in lengths), any(m and not n for n, m in lengths))
 
 
-def _bundles(lengths: list[tuple[int, int]], most: int) -> list[list[int]]:
-    """Sequences with queries and keys, neighbours joined up to `most` tokens on either side.
-
-    Sequences of one length make bundles of one size where their number allows it.
-    """
-    found: list[list[int]] = []
-    tokens = (0, 0)
-    for i, (n, m) in enumerate(lengths):
-        if not n or not m:
-            continue
-        tokens = (tokens[0] + n, tokens[1] + m)
-        if not found or max(tokens) > most:
-            found.append([])
-            tokens = (n, m)
-        found[-1].append(i)
-    if len(found) > 1 and len(set(lengths)) == 1:
-        # Even bundles need no padding: the largest number of sequences that divides theirs.
-        count = next(c for c in range(len(found[0]), 0, -1) if len(lengths) % c == 0)
-        if 2 * count > len(found[0]):
-            found = [list(range(i, i + count)) for i in range(0, len(lengths), count)]
-    return found
-
-
-def _side(members: list[list[int]], bounds: tuple[int, ...]) -> Side:
-    starts = [[bounds[i] for i in bundle] for bundle in members]
-    ends = [[bounds[i + 1] for i in bundle] for bundle in members]
-    sizes = [sum(ends[b]) - sum(starts[b]) for b in range(len(members))]
+def _side(members: list[int], bounds: tuple[int, ...]) -> Side:
+    starts, ends = [bounds[i] for i in members], [bounds[i + 1] for i in members]
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
     longest = max(sizes)
     uniform = min(sizes) == longest
-    flat_starts, flat_ends = list(chain.from_iterable(starts)), list(chain.from_iterable(ends))
-    if uniform and flat_starts[1:] == flat_ends[:-1]:
-        return Side(len(members), longest, slice(flat_starts[0], flat_ends[-1]), None)
+    if uniform and starts[1:] == ends[:-1]:
+        return Side(len(members), longest, slice(starts[0], ends[-1]), None)
     rows: list[int] = []
     slots: list[int] = []
-    for b, size in enumerate(sizes):
-        slots += range(len(rows), len(rows) + size)
-        for first, last in zip(starts[b], ends[b], strict=True):
-            rows += range(first, last)
-        rows += [starts[b][0]] * (longest - size)
+    for start, end in zip(starts, ends, strict=True):
+        slots += range(len(rows), len(rows) + end - start)
+        rows += [*range(start, end), *[start] * (longest - end + start)]
     # One tensor at the end: a plan is made for every batch of new lengths, and a tensor for each sequence shows there.
     return Side(len(members), longest, torch.tensor(rows), None if uniform else torch.tensor(slots))
 
 
-def _mask(members: list[list[int]], lengths: list[tuple[int, int]], queries: Side, keys: Side) -> Tensor | None:
-    if all(len(bundle) == 1 for bundle in members):
-        if keys.slots is None:
-            return None
-        mask = torch.full((len(members), 1, 1, keys.longest), -torch.inf)
-        mask.view(-1)[keys.slots] = 0
-        return mask
-    mask = torch.full((len(members), 1, queries.longest, keys.longest), -torch.inf)
-    for b, bundle in enumerate(members):
-        row = column = 0
-        for i in bundle:
-            n, m = lengths[i]
-            mask[b, 0, row : row + n, column : column + m] = 0
-            row, column = row + n, column + m
-        # Slots without a query see some key, or their softmax would be NaN.
-        mask[b, 0, row:, 0] = 0
+def _mask(keys: Side) -> Tensor | None:
+    if keys.slots is None:
+        return None
+    mask = torch.full((keys.sequences, 1, 1, keys.longest), -torch.inf)
+    mask.view(-1)[keys.slots] = 0
     return mask

@@ -1,4 +1,4 @@
-"""How packed sequences are grouped on CPU, and attention over the groups: bundles, padding, dropout, masked keys."""
+"""How packed sequences are grouped on CPU, and attention over the groups: padding, dropout, masked keys."""
 
 # Attention takes the inputs of a case as one tuple, whose length no checker can know.
 # pyright: reportCallIssue=false
@@ -58,29 +58,24 @@ def check(plan: Plan, lengths_q: list[int], lengths_k: list[int]) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), max_size=9), st.booleans())
-def test_every_query_sees_the_keys_of_its_sequence_once(lengths: list[tuple[int, int]], bundled: bool) -> None:
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), max_size=9))
+def test_every_query_sees_the_keys_of_its_sequence_once(lengths: list[tuple[int, int]]) -> None:
     lengths_q, lengths_k = [n for n, _ in lengths], [m for _, m in lengths]
-    check(plan_of(bounds(lengths_q), bounds(lengths_k), bundled), lengths_q, lengths_k)
+    check(plan_of(bounds(lengths_q), bounds(lengths_k)), lengths_q, lengths_k)
 
 
 def test_sequences_of_one_length_are_views() -> None:
-    plan = plan_of(bounds([13] * 12), bounds([13] * 12), False)
+    plan = plan_of(bounds([13] * 12), bounds([13] * 12))
     assert [type(side.rows) for g in plan.groups for side in (g.queries, g.keys)] == [slice, slice]
     assert plan.groups[0].queries.sequences == 12
     assert plan.whole
-    bundled = plan_of(bounds([13] * 12), bounds([13] * 12), True)
-    assert bundled.groups[0].queries.sequences == 6
-    assert bundled.whole
-    # Seven texts make no even bundles of two: one bundle is padded rather than every text left alone.
-    assert plan_of(bounds([13] * 7), bounds([13] * 7), True).groups[0].queries.sequences == 4
 
 
 def test_unlike_lengths_are_not_padded_to_each_other() -> None:
     lengths = [40] * 10 + [400] * 4
-    plan = plan_of(bounds(lengths), bounds(lengths), True)
+    plan = plan_of(bounds(lengths), bounds(lengths))
     assert sorted((g.queries.sequences, g.queries.longest) for g in plan.groups) == [(4, 400), (10, 40)]
-    cross = plan_of(bounds([30, 44, 39, 36]), bounds([197] * 4), True)
+    cross = plan_of(bounds([30, 44, 39, 36]), bounds([197] * 4))
     assert len(cross.groups) == 1
     assert isinstance(cross.groups[0].keys.rows, slice)
     assert cross.groups[0].mask is None
@@ -130,6 +125,29 @@ def test_attention_and_gradients(name: str, masked: bool, dtype: torch.dtype, li
     found = gradients_of(lambda *given: attend(*given, key_mask=mask), *arguments)
     for i, value in enumerate(found):
         assert_as_accurate(value, lambda *given, i=i: gradients_of(definition, *given)[i], *arguments)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", MIXES)
+@each_library("aten", "tiled", "exp2", "onednn", "llvm")
+def test_no_sequence_reads_another(name: str, bad: float, dropped: bool, library: str) -> None:
+    """A NaN of one request stays out of the answers, and the gradients, of all others."""
+    q, k, v, cu_q, cu_k = packed(name, torch.float32, width=32)
+    options = {"dropout_p": 0.4, "seed": torch.tensor([7])} if dropped else {}
+
+    def results(bad: float) -> tuple[Tensor, ...]:
+        given = [t.clone() for t in (q, k, v)]
+        for tensor, offsets in zip(given, (cu_q, cu_k, cu_k), strict=True):
+            tensor[offsets[3] : offsets[4]] = bad
+        with torch.no_grad():
+            out = attend(*given, cu_q, cu_k, **options)
+        return (out, *gradients_of(lambda *t: attend(*t, **options), *given, cu_q, cu_k))
+
+    for clean, spoilt in zip(results(0.5), results(bad), strict=True):
+        offsets = cu_k if len(clean) == len(k) else cu_q
+        others = [*range(offsets[3]), *range(offsets[4], len(clean))]
+        torch.testing.assert_close(spoilt[others], clean[others])
 
 
 @pytest.mark.parametrize("masked", [False, True])
