@@ -11,7 +11,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import checks, flash, reference
-from .backend import Backend, _why_not, named, resolve
+from .backend import Backend, _why_not, named, resolve, transformed
 from .checks import Packed
 from .cpu import attention, varlen
 from .cpu.attention import attention_backward, biased_attention
@@ -65,7 +65,7 @@ def relpos_attention(
         raise InputError("backend 'flash_attn' has no position bias; use 'auto', 'triton' or 'cpu'")
     if bias is not None:
         checks.position_bias(bias, q, padded=chosen == "triton")
-    if chosen == "reference" and named(backend):
+    if chosen == "reference" and (named(backend) or transformed()):
         return reference.relpos_attention(q, k, v, table, window, scale, key_mask)
     if chosen == "triton" and named(backend):
         if key_mask is not None:

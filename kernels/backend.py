@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from xfm_fast.errors import InputError
 
@@ -52,7 +53,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
 
     Raises:
         ValueError: tensors on several devices, or a backend asked for by name that cannot run here. `auto` falls back
-            to `reference` instead.
+            to `reference` instead, and so it does within `torch.func` and forward-mode differentiation.
     """
     name = _chosen.name if backend is None else _known(backend)
     if name == "flash_attn" and not has_flash:
@@ -71,6 +72,10 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     assert device is not None
     if torch.compiler.is_exporting():
         # What reads an exported graph does not have this project's operators.
+        return "reference"
+    if transformed():
+        if name not in ("auto", "reference"):
+            raise InputError(f"backend {name!r} knows neither torch.func nor forward mode; use 'auto' or 'reference'")
         return "reference"
     if name == "auto":
         if device.type == "cpu":
@@ -106,6 +111,12 @@ def constant_when_compiled(function: _Function) -> _Function:
     """What `torch.compiler.assume_constant_result` does, which would import all of the compiler into every process."""
     setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
     return function
+
+
+@constant_when_compiled
+def transformed() -> bool:
+    """True within the transforms of `torch.func` and forward-mode differentiation: kernels drop what these add."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 @constant_when_compiled

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .backend import transformed
+
 T = TypeVar("T")
 
 _COMPARED_WHOLE = 1 << 15
@@ -40,6 +42,7 @@ def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) ->
     if (
         torch.compiler.is_compiling()
         or _mode.unkept
+        or transformed()
         or any(s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources)
     ):
         # Inference tensors carry no version, so a change could not be seen; traced values must stay in the graph.

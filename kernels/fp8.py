@@ -18,7 +18,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError, UnavailableError
 
 from . import reference
-from .backend import Backend, constant_when_compiled, named, resolve
+from .backend import Backend, constant_when_compiled, named, resolve, transformed
 from .derived import derived
 from .library import autocast_dtype, on_device_of_arguments
 from .marked import kind_of
@@ -102,7 +102,8 @@ def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         return False  # laid out for a library of the CPU, or in 8 bits already
     if not _switch.on and torch.compiler.is_exporting():
         return False  # an exported graph has the weights as they are, and is quantised by its own means
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others)):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others))
+    if wanted or transformed():
         raise InputError(
             "products in fp8 have no gradient, which a parameter or input would want here: run the model under "
             "torch.no_grad(), or without fp8 (ops.use_fp8, dtype='fp8')"

@@ -2,7 +2,7 @@
 
 On CPU they are read through NumPy, which looks at the tensor's own memory. So a test that forbids the methods of a
 tensor that wait for a device (`item`, `tolist`, `nonzero`, truth values) finds the ones that would stop an accelerator,
-and no others.
+and no others. Within `torch.func` a tensor has no memory that NumPy could look at.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import transformed
+
 
 def integers(tensor: Tensor) -> list[int]:
     """The values of an integer vector."""
-    return tensor.detach().cpu().numpy().tolist()
+    return tensor.tolist() if transformed() else tensor.detach().cpu().numpy().tolist()
 
 
 def integer(tensor: Tensor) -> int:
     """The value of an integer tensor with one element."""
-    return int(tensor.detach().cpu().numpy().reshape(()))
+    return int(tensor) if transformed() else int(tensor.detach().cpu().numpy().reshape(()))
 
 
 def number(tensor: Tensor) -> float:

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from xfm_fast.errors import InputError
 
 NAMESPACE = "xfm_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -32,7 +35,7 @@ def operator(
         schema: such as `"name(Tensor x, int n) -> Tensor"`.
         implementation: runs on CPU and CUDA tensors.
         fake: gives shapes, strides and dtypes of the results.
-        setup_context, backward: as in `torch.library.register_autograd`.
+        setup_context, backward: as in `torch.library.register_autograd`; gradients of the gradient are refused.
         autocast: convert floating-point tensor arguments to autocast's type where that is enabled: all, or those at
             the places named; with no place the operator converts them itself. One that does so again for the
             gradient keeps no converted copy of a model's weights between the two.
@@ -47,13 +50,41 @@ def operator(
     _library.impl(name, on_device_of_arguments(implementation), "CUDA")
     torch.library.register_fake(qualified, fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+        torch.library.register_autograd(qualified, _once(name, backward), setup_context=setup_context, lib=_library)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autocast is not False:
         for device, key in _AUTOCAST.items():
             places = None if autocast is True else autocast
             _library.impl(name, _casting(registered, device, key, places), key)
     return registered
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, which has no gradient with respect to what it was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, *_: Tensor | None) -> Tensor:
+        ctx.name = name
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise InputError(f"{ctx.name} has no second derivative; compute it within ops.use_backend('reference')")
+
+
+def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass whose results refuse to be differentiated, since its kernels record no graph."""
+
+    def gradients(ctx: Any, *upstream: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        # With create_graph=True alone.
+        with torch.no_grad():
+            found = backward(ctx, *upstream)
+        sources = (*upstream, *ctx.saved_tensors)
+        return pytree.tree_map_only(Tensor, lambda g: _Once.apply(name, g, *sources), found)
+
+    return gradients
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

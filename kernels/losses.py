@@ -137,13 +137,14 @@ def _forward_fake(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     h, w, b, target, ctx.ignore_index, ctx.label_smoothing, *ctx.needs, ctx.backend = inputs
     ctx.has_bias = b is not None
-    ctx.mark_non_differentiable(*output[1:])
     # Or else zeros are written for results that have no gradient.
     ctx.set_materialize_grads(False)
     if ctx.backend == "cpu":
+        # The gradients depend on the inputs, and a gradient of them has to be refused.
         late = ctx.needs[1] and cpu.keeps_logits(h, w)
         ctx.save_for_backward(*output[1:], *((h, target) if late else ()))
     else:
+        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(h, w, b, target, output[1], output[2])
 
 
@@ -152,7 +153,7 @@ def _gradient(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if dloss is None:
         return (None, None, None, *rest)
     if ctx.backend == "cpu":
-        dh, dw, db, *late = ctx.saved_tensors
+        dh, dw, db, *late = (t.detach() for t in ctx.saved_tensors)
         if late:
             dw = _vocabulary_grad(*late, dw, ctx.ignore_index)
         gradients = tuple(g if need else None for g, need in zip((dh, dw, db), ctx.needs, strict=True))

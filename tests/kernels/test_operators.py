@@ -18,8 +18,10 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.accuracy import assert_accurate, draws
@@ -334,6 +336,78 @@ def test_activation_checkpointing(case: str) -> None:
     checkpoint(function, *again, use_reentrant=False).square().sum().backward()
     for a, b in zip(plain, again, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+DIFFERENTIATED = {
+    **CASES,
+    "linear": (ops.linear, shaped((3, 5, 16), (24, 16), 24)),
+    "mlp": (
+        lambda x, *layers: ops.mlp_residual(x, *layers, x, row_scale=ROW_SCALE.to(x.dtype)),
+        shaped((3, 5, 16), (64, 16), 64, (16, 64), 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED)
+@pytest.mark.parametrize("upstream", ["constant", "learned"])
+def test_second_derivatives_are_refused(case: str, upstream: str) -> None:
+    function, inputs = DIFFERENTIATED[case]
+    leaves = inputs()
+    out = function(*leaves)
+    loss = out.square().sum() if upstream == "learned" else out.sum()
+    plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    for ours, expected in zip(first, plain, strict=True):
+        assert torch.equal(ours, expected)
+    for gradient in first:
+        with pytest.raises(InputError, match="reference"):
+            torch.autograd.grad(gradient.square().sum(), leaves, allow_unused=True, retain_graph=True)
+
+
+def test_every_operator_with_a_gradient_was_asked_for_a_second() -> None:
+    called: set[str] = set()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    for function, inputs in DIFFERENTIATED.values():
+        with Calls():
+            function(*inputs())
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("xfm_fast::")]
+    differentiable = {n for n in registered if torch._C._dispatch_has_kernel_for_dispatch_key(n, "Autograd")}
+    # The norm without a residual is PyTorch's own on a CPU.
+    assert differentiable - called == {"xfm_fast::layer_norm"}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED)
+def test_transforms_and_forward_mode_see_the_definition(case: str) -> None:
+    function, inputs = DIFFERENTIATED[case]
+    given, directions = inputs(torch.float64, grad=False), inputs(torch.float64, grad=False)
+
+    def loss(*given: Tensor) -> Tensor:
+        return function(*given).square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in given]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    places = tuple(range(len(given)))
+    for ours, right in zip(torch.func.grad(loss, places)(*given), expected, strict=True):
+        torch.testing.assert_close(ours, right)
+    slope = sum((g * d).sum() for g, d in zip(expected, directions, strict=True))
+    torch.testing.assert_close(torch.func.jvp(loss, tuple(given), tuple(directions))[1], slope)
+    with forward_ad.dual_level():
+        dual = loss(*(forward_ad.make_dual(t, d) for t, d in zip(given, directions, strict=True)))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, slope)
+        if not case.startswith("linear") and case != "mlp":
+            with pytest.raises(InputError), ops.use_backend("cpu"):
+                loss(*given)
+    with ops.use_backend("reference"):
+        first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    slope = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+    twice = torch.func.jvp(torch.func.grad(loss, places), tuple(given), tuple(directions))[1]
+    for ours, right in zip(twice, torch.autograd.grad(slope, leaves), strict=True):
+        torch.testing.assert_close(ours, right)
 
 
 class Layer(nn.Module):

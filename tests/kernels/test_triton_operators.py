@@ -14,7 +14,8 @@ interpreted_kernels()
 
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
-from tests.kernels.test_operators import CASES, WINDOW  # noqa: E402
+from tests.kernels.test_operators import CASES, WINDOW, shaped  # noqa: E402
+from xfm_fast.errors import InputError  # noqa: E402
 from xfm_fast.kernels import attention, ops, tune  # noqa: E402
 from xfm_fast.kernels.derived import forget  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm, relpos_table  # noqa: E402
@@ -37,6 +38,17 @@ def test_agrees_with_the_definition(case: str) -> None:
     for ours, expected in zip(_run(case, "triton"), _run(case, "reference"), strict=True):
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", [*(case for case in CASES if case != "varlen, long"), "norm"])
+def test_second_derivatives_are_refused(case: str) -> None:
+    function, inputs = (CASES | {"norm": (lambda *t: ops.layer_norm(*t, 1e-5), shaped((5, 16), 16, 16))})[case]
+    arguments = inputs(width=32) if case.startswith(("relpos", "varlen", "bias")) else inputs()
+    with ops.use_backend("triton"):
+        first = torch.autograd.grad(function(*arguments).square().sum(), arguments, create_graph=True)
+    for gradient in first:
+        with pytest.raises(InputError):
+            torch.autograd.grad(gradient.square().sum(), arguments, allow_unused=True, retain_graph=True)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
