@@ -200,10 +200,15 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the products q kᵀ: 1/sqrt(D) by default."""
     if not q.ndim or not q.shape[-1]:
         raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
+    return float(q.shape[-1] ** -0.5) if scale is None else positive_scale(scale)
+
+
+def positive_scale(scale: float) -> float:
+    """The scale, if an online softmax can divide by it and take maxima before it is applied."""
     # A comparison, which compilers can trace, and not isfinite, which they cannot.
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise InputError(f"scale={scale}; it must be finite")
-    return float(q.shape[-1] ** -0.5) if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise InputError(f"scale={scale}; it must be positive and finite")
+    return scale
 
 
 def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tuple[int, ...]:

@@ -171,7 +171,9 @@ def bias_attention(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     repeated = bias.repeat(q.shape[0] // max(1, bias.shape[0]), 1, 1, 1)
     scores = (q * scale) @ k.transpose(-1, -2) + repeated
-    seen = repeated > HIDDEN if key_mask is None else (repeated > HIDDEN) & key_mask[:, None, None, :]
+    # A NaN hides nothing.
+    seen = ~(repeated <= HIDDEN)
+    seen = seen if key_mask is None else seen & key_mask[:, None, None, :]
     weights = _dropout(dropout_p, seed, q.device)(_weights(scores, seen))
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     lse = wide.masked_fill(~seen, -torch.inf).logsumexp(-1)

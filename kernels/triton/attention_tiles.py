@@ -300,17 +300,6 @@ def addressable(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def positive_scale(scale: float) -> float:
-    """The scale, if the online softmax can work with it.
-
-    Raises:
-        InputError: the scale is zero, negative or not finite.
-    """
-    if not 0 < scale < float("inf"):
-        raise InputError(f"scale is {scale}; it must be positive and finite")
-    return float(scale)
-
-
 def dot_precision(dtype: str) -> str | None:
     """The `input_precision` of products: exact in fp32; half precision has one way, and AMD refuses a name for it."""
     return "ieee" if dtype == "fp32" else None

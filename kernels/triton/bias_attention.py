@@ -35,7 +35,6 @@ from .attention_tiles import (
     dropout_keep,
     dropout_stream,
     load_rows,
-    positive_scale,
     product,
 )
 from .bias_config import bias_config
@@ -741,7 +740,9 @@ def _constants(
     if threshold:
         checks.seed_of(dropout_p, seed)
     config = bias_config(kernel, q.shape[-1], dtype, architecture(q.device), bool(threshold))
-    constants = _kernel_constants(q.shape[-1], dtype, positive_scale(scale), threshold, key_mask is not None, config)
+    constants = _kernel_constants(
+        q.shape[-1], dtype, checks.positive_scale(scale), threshold, key_mask is not None, config
+    )
     return constants, config
 
 

@@ -34,7 +34,6 @@ from .attention_tiles import (
     dot_precision,
     forward_tile,
     load_pieces,
-    positive_scale,
     split_head_dim,
     store_pieces,
 )
@@ -474,7 +473,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, fragments: bool = F
 def _constants(kernel: str, q: Tensor, scale: float) -> tuple[dict[str, Any], LaunchConfig]:
     dtype = dtype_name(q.dtype)
     config = config_for(kernel, q.shape[-1], dtype, architecture(q.device))
-    return _kernel_constants(q.shape[-1], dtype, positive_scale(scale), config), config
+    return _kernel_constants(q.shape[-1], dtype, checks.positive_scale(scale), config), config
 
 
 def _kernel_constants(head_dim: int, dtype: str, scale: float, config: LaunchConfig) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from .attention_tiles import (
     dropout_stream,
     forward_tile,
     load_pieces,
-    positive_scale,
     split_head_dim,
     store_pieces,
 )
@@ -549,7 +548,7 @@ def _constants(form: str, q: Tensor, packed: Packed) -> tuple[dict[str, Any], La
     if threshold:
         checks.seed_of(packed.dropout_p, packed.seed)
     config = config_for(form, head_dim, dtype, architecture(q.device))
-    constants = _kernel_constants(head_dim, dtype, positive_scale(packed.scale), threshold, masked, config)
+    constants = _kernel_constants(head_dim, dtype, checks.positive_scale(packed.scale), threshold, masked, config)
     if "HEADS" in constants:
         del constants["THRESHOLD"]
     return constants, config

@@ -114,7 +114,7 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("relpos", {"window": 2}, "window is 2; it must be two positive numbers"),
     ("relpos", {"table": _random(11, 2)}, r"table is torch.float32 \[11, 2\]; .* \[12, 2\]: interpolate it"),
     ("relpos", {"table": torch.ones(12, 2, dtype=torch.long)}, r"table is torch.int64 \[12, 2\]"),
-    ("relpos", {"scale": NAN}, "scale=nan; it must be finite"),
+    *(("relpos|bias|varlen", {"scale": scale}, f"scale={scale}") for scale in (NAN, math.inf, 0.0, -0.5)),
     ("relpos", {"key_mask": torch.ones(2, 5)}, r"key_mask is torch.float32 \[2, 5\]; it must be bool"),
     ("bias", {"k": _random(4, 5, 3, 32)}, r"q must be \[B, Nq, H, D\] and k, v \[B, Nk, H, D\]"),
     ("bias", {"v": _random(4, 6, 2, 32)}, r"\[4, 6, 2, 32\]"),
@@ -125,7 +125,6 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("bias", {"bias": torch.ones(1, 2, 3, 5, dtype=torch.bool)}, "bias is torch.bool .*zeros and -inf"),
     ("bias", {"bias": _random(1, 2, 3, 5).double()}, "bias is torch.float64 and q torch.float32; convert the bias"),
     ("bias", {"key_mask": torch.ones(4, 5)}, r"key_mask is torch.float32 \[4, 5\]; it must be bool"),
-    ("bias", {"scale": NAN}, "scale=nan; it must be finite"),
     ("bias", {"seed": 3, "dropout_p": 0.1}, "seed is 3; it must be one int64"),
     ("varlen", {"q": _random(1, 7, 2, 32)}, r"q must be \[Tq, H, D\]"),
     ("varlen", {"k": _random(9, 2, 64), "v": _random(9, 2, 64)}, r"q must be \[Tq, H, D\]"),
@@ -210,6 +209,17 @@ def test_the_unchanged_arguments_fit(name: str, backend: ops.Backend) -> None:
 def test_refused(name: str, changes: Arguments, message: str, backend: ops.Backend) -> None:
     with pytest.raises(ValueError, match=message):
         _call(name, changes, backend)
+
+
+@each_backend
+def test_a_nan_in_a_bias_reaches_its_query_alone(backend: ops.Backend) -> None:
+    _, arguments = OPERATIONS["bias"]
+    bias = arguments()["bias"].clone()
+    bias[:, 0, 1, 2] = NAN
+    unknown = torch.zeros(4, 3, 2, dtype=torch.bool)
+    unknown[:, 1, 0] = True
+    found = _call("bias", {"bias": bias}, backend)
+    assert torch.equal(found.isnan(), unknown[..., None].expand(found.shape))
 
 
 @each_backend
