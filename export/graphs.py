@@ -165,6 +165,8 @@ class VisionGraph(Graph):
             assert isinstance(block, Block)
             table = block.attn.relative_position_bias_table.detach()
             bias = table.t()[:, index.to(table.device)].view(1, block.attn.heads, tokens, tokens)
+            # Half precision has its digits near 0, and no softmax sees what a row has in common.
+            bias = bias - bias.amax(-1, keepdim=True)
             self.register_buffer(f"position_bias_{number}", bias, persistent=False)
         self.inputs = (TensorSpec("pixels", "compute", (BATCH, 3, size, size)),)
         self.outputs = (TensorSpec("image_embeds", "compute", (BATCH, tokens, config.vision_width)),)

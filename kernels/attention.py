@@ -103,7 +103,7 @@ def relpos_bias(
 
     Returns:
         For Triton `[H, N, N_pad]` of quotients of bias and scale, fp16 unless `dtype` is fp32, or the same elements in
-        tiles `[H, N_pad / 128, N_pad / 64, 256, 32]`; on a CPU `[H, N, N]`.
+        tiles `[H, N_pad / 128, N_pad / 64, 256, 32]`; on a CPU `[H, N, N]`. Less the largest of every query.
 
     Raises:
         InputError: a table that does not go with the window.
@@ -205,6 +205,8 @@ def _composed(
 ) -> Tensor:
     """PyTorch's own attention with the bias as its mask: what `auto` runs where no kernel applies."""
     bias = reference.position_bias(table, window)[None]
+    # Half precision has its digits near 0, and no softmax sees what a row has in common.
+    bias = bias - bias.detach().amax(-1, keepdim=True)
     if key_mask is not None:
         bias = bias.masked_fill(~key_mask[:, None, None, :], -torch.inf)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -433,9 +433,13 @@ def _index(window: tuple[int, int]) -> Tensor:
 
 
 def position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """`[(2wh-1)(2ww-1)+3, H]` → `[H, N, N]`, contiguous: a head's rows of the table stay in cache."""
+    """`[(2wh-1)(2ww-1)+3, H]` → `[H, N, N]`, contiguous: a head's rows of the table stay in cache.
+
+    Less the largest entry of each row, which changes no softmax and leaves the digits of the sums to differences.
+    """
     tokens = 1 + window[0] * window[1]
-    return table.t().contiguous().index_select(1, _index(window)).view(-1, tokens, tokens)
+    bias = table.t().contiguous().index_select(1, _index(window)).view(-1, tokens, tokens)
+    return bias.sub_(bias.amax(-1, keepdim=True))
 
 
 def table_gradient(dbias: Tensor, window: tuple[int, int], rows: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Self-attention with BEiT's relative position bias (arXiv 2106.08254), in the manner of FlashAttention-2 (2307.08691).
 
-The bias is materialised once per layer, `[H, N, N_pad]`, divided by the scale and with -inf in the columns beyond N, so
-that the loop over keys needs neither the table nor a mask, and no arithmetic for the bias. All batch entries read it
-from the second-level cache.
+The bias is materialised once per layer, `[H, N, N_pad]`, less the largest of each query, divided by the scale and with
+-inf in the columns beyond N, so that the loop over keys needs neither the table nor a mask, and no arithmetic for the
+bias. All batch entries read it from the second-level cache. The logsumexp that the backward pass reads is of these
+scores.
 """
 
 
@@ -41,7 +42,6 @@ from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_na
 from .relpos_table import (
     BIAS_SPEC,
     FRAGMENT_HEAD_DIMS,
-    QUOTIENTS_SPEC,
     TABLE_SPEC,
     bias_dtype,
     first_columns,
@@ -549,7 +549,6 @@ KERNELS: list[KernelSpec] = [
         config=lambda variant, dtype, arch: _SUM,
         tensor_core=False,
     ),
-    QUOTIENTS_SPEC,
     BIAS_SPEC,
     TABLE_SPEC,
     STATISTICS_SPEC,

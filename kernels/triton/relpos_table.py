@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,13 +32,12 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-# Quotients beyond these are as good as infinite in a softmax, and differences between them stay finite.
+# Quotients so far below the largest of their query are as good as infinite in a softmax, and stay finite.
 _LARGEST = {torch.float16: 60000.0, torch.float32: 1e30}
 FRAGMENT_HEAD_DIMS = (64,)
 _BIAS = LaunchConfig({"ROWS": 32, "BLOCK": 128}, num_warps=4, num_stages=1)
 # A quarter of a tile of fragments, which is contiguous in memory.
 _BIAS_FRAGMENTS = LaunchConfig({"ROWS": 64, "BLOCK": 32}, num_warps=4, num_stages=1)
-_QUOTIENTS = LaunchConfig({"BLOCK": 256}, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -78,27 +78,16 @@ def first_columns(tile, COLUMNS: tl.constexpr):
     return tile
 
 
-@triton.jit(do_not_specialize=["heads", "entries"])
-def quotients_kernel(
-    table_ptr, quotients_ptr, heads, entries, scale, LARGEST: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """BLOCK table entries of one head over the scale, clamped: `[entries, H]` → `[H, entries]`."""
-    h = tl.program_id(1)
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < entries
-    value = tl.div_rn(tl.load(table_ptr + places * heads + h, mask=inside, other=0.0).to(tl.float32), scale)
-    # Comparisons with NaN are false, so that it stays.
-    value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))
-    tl.store(quotients_ptr + h * entries + places, value, mask=inside)
-
-
 @triton.jit(do_not_specialize=["heads", "height", "width"])
 def bias_kernel(
-    quotients_ptr, bias_ptr, stride_bias, heads, height, width,
-    TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, FRAGMENTS: tl.constexpr = False,
+    entries_ptr, largest_ptr, bias_ptr, stride_bias, heads, height, width, inverse,
+    LARGEST: tl.constexpr, TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    FRAGMENTS: tl.constexpr = False,
 ):  # fmt: skip
-    """ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias, out of `quotients_kernel`.
+    """ROWS queries (keys if TURNED) and BLOCK keys (queries) of one head's bias: `[H, entries]` fp32 over the scale.
 
+    The largest of each query is subtracted, which changes no softmax and leaves the digits to differences: of a patch,
+    that of its window (`largest_ptr`, `[H, N - 1]`) or of its entry for the class token.
     Rows of the table are as in `reference.relative_position_index`; columns beyond the last receive -inf.
     """
     tokens = 1 + height * width
@@ -127,7 +116,17 @@ def bias_kernel(
     first = tl.where(rows > 0, column_class, patches + 2)
     entry = tl.where((columns == 0)[None, :], first[:, None], entry)
     inside = (columns < tokens)[None, :]
-    value = tl.load(quotients_ptr + h * (patches + 3) + entry, mask=inside, other=float("-inf"))
+    entries_ptr += h * (patches + 3)
+    queries = columns if TURNED else present
+    windows = largest_ptr + h * (tokens - 1) + queries - 1
+    largest = tl.load(windows, mask=(queries > 0) & (queries < tokens), other=float("-inf"))
+    largest = tl.maximum(largest, tl.load(entries_ptr + patches + 1))
+    of_class = tl.maximum(tl.load(entries_ptr + patches), tl.load(entries_ptr + patches + 2))
+    largest = tl.where(queries > 0, largest, of_class)
+    value = tl.load(entries_ptr + entry, mask=inside, other=0.0)
+    value = (value - (largest[None, :] if TURNED else largest[:, None])) * inverse
+    # Comparisons with NaN are false, so that it stays.
+    value = tl.where(inside, tl.where(value < -LARGEST, -LARGEST, value), float("-inf"))
     if FRAGMENTS:
         tiles = (h * tl.cdiv(tokens, 128) + tile) * (stride_bias // 64) + tl.program_id(2)
         base = bias_ptr + tiles * 8192 + quarter * (ROWS * BLOCK)
@@ -147,7 +146,7 @@ def materialise_bias(
     turned: bool = False,
     fragments: bool = False,
 ) -> Tensor:
-    """The bias of every (query, key) pair divided by the scale, with columns of -inf up to a multiple of `tile`.
+    """The bias of every (query, key) pair over the scale, at most 0, with columns of -inf up to a multiple of `tile`.
 
     Args:
         table: `[(2wh-1)(2ww-1)+3, H]`, rows as in `reference.relative_position_index`.
@@ -160,27 +159,28 @@ def materialise_bias(
 
     Returns:
         `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`; of fragments, `[H, N_pad / 128, N_pad / 64, 256, 32]`.
-        Quotients beyond ±60000 in fp16 and ±1e30 in fp32 are clamped, -inf with them: a bias of 7500, at head dimension
-        64, is as good as infinite in a softmax.
+        The largest of every query is 0. Quotients below -60000 in fp16 and -1e30 in fp32 are clamped, -inf with them: a
+        bias of 7500 less than another one, at head dimension 64, is as good as infinitely less in a softmax.
     """
-    table = table.detach().contiguous()
+    table = table.detach()
     tokens, heads = 1 + window[0] * window[1], table.shape[1]
     storage = bias_dtype(dtype)
     padded = triton.cdiv(tokens, tile) * tile
     shape = checks.bias_shape(tokens, heads, fragments=fragments) if tile == BIAS_TILE else (heads, tokens, padded)
-    quotients = torch.empty((heads, table.shape[0]), dtype=storage, device=table.device)
-    quotients_kernel[(triton.cdiv(table.shape[0], _QUOTIENTS.tiles["BLOCK"]), heads)](
-        table, quotients, heads, table.shape[0], scale, LARGEST=_LARGEST[storage],
-        **_QUOTIENTS.tiles, **_QUOTIENTS.options,
-    )  # fmt: skip
+    # Entries of a head side by side, from which neighbours are gathered.
+    entries = torch.empty((heads, table.shape[0]), dtype=torch.float32, device=table.device).copy_(table.t())
+    # The window of a query at (y, x) begins there in the table of distances.
+    distances = entries[:, :-3].reshape(heads, 2 * window[0] - 1, 2 * window[1] - 1)
+    largest = F.max_pool2d(F.max_pool2d(distances, (window[0], 1), 1), (1, window[1]), 1)
     bias = torch.empty(shape, dtype=storage, device=table.device)
     config = _BIAS_FRAGMENTS if fragments else _BIAS
     grid = (4 * padded // 128, heads, padded // 64) if fragments else (
         triton.cdiv(tokens, config.tiles["ROWS"]), heads, padded // config.tiles["BLOCK"]
     )  # fmt: skip
     bias_kernel[grid](
-        quotients, bias, padded, heads, *window, TURNED=turned, FRAGMENTS=fragments, **config.tiles, **config.options
-    )
+        entries, largest, bias, padded, heads, *window, 1 / scale, LARGEST=_LARGEST[storage],
+        TURNED=turned, FRAGMENTS=fragments, **config.tiles, **config.options,
+    )  # fmt: skip
     return bias
 
 
@@ -273,28 +273,17 @@ def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = Fal
 
 
 def _bias_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    return {"quotients_ptr": "*fp16", "bias_ptr": "*fp16"} | dict.fromkeys(
-        ("stride_bias", "heads", "height", "width"), "i32"
-    )
+    pointers = {"entries_ptr": "*fp32", "largest_ptr": "*fp32", "bias_ptr": "*fp16"}
+    return pointers | {"inverse": "fp32"} | dict.fromkeys(("stride_bias", "heads", "height", "width"), "i32")
 
 
-QUOTIENTS_SPEC = KernelSpec(
-    name="relpos_quotients",
-    kernel=quotients_kernel,
-    variants=({},),
-    types=lambda variant, dtype: {
-        "table_ptr": f"*{dtype}", "quotients_ptr": "*fp16", "heads": "i32", "entries": "i32", "scale": "fp32",
-    },
-    constants=lambda variant, dtype, config: {"LARGEST": _LARGEST[torch.float16], **config.tiles},
-    config=lambda variant, dtype, arch: _QUOTIENTS,
-    tensor_core=False,
-)  # fmt: skip
 BIAS_SPEC = KernelSpec(
     name="relpos_bias",
     kernel=bias_kernel,
     variants=({"turned": False}, {"turned": True}, {"turned": False, "fragments": True}),
     types=_bias_types,
     constants=lambda variant, dtype, config: {
+        "LARGEST": _LARGEST[torch.float16],
         "TURNED": variant["turned"],
         "FRAGMENTS": variant.get("fragments", False),
         **config.tiles,

@@ -63,7 +63,7 @@ def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:
     """One head, of one image: what is 1 becomes a constant, whose methods are not those of a number in a kernel."""
     found = launches("relpos, one head")
     assert {row["kernel"].split(".")[1] for row in found} == {
-        "quotients_kernel", "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel",
+        "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel",
         "batch_sum_kernel", "table_gradient_kernel",
     }  # fmt: skip
     check(found, MOST_WAITS)

@@ -94,6 +94,33 @@ def test_relpos_attention_with_hidden_keys(dtype: torch.dtype, backend: ops.Back
     assert_as_accurate(found, reference.relpos_attention, q, k, v, table, (3, 5), scale_of(q), mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("offset", "factor"), [(50.0, 1.0), (-1e5, 1.0), (0.0, 1e4)])
+@each_library("aten", "tiled", "exp2", "onednn", "llvm")
+@pytest.mark.usefixtures("library")
+def test_what_a_row_of_the_bias_has_in_common_costs_no_digits(
+    offset: float, factor: float, masked: bool, dtype: torch.dtype
+) -> None:
+    """Entries of quarters, which no constant rounds."""
+    window = (9, 16)
+    q, k, v, table = attention_inputs(window, torch.float32, width=32)
+    q, k, v = (t.to(dtype).requires_grad_() for t in (q, k, v))
+    quarters = ((table * 4).round() / 4 * factor).requires_grad_()
+    mask = torch.arange(145) % 3 != 1 if masked else None
+    mask = None if mask is None else mask.expand(2, -1)
+
+    def attend(table: Tensor) -> list[Tensor]:
+        out = ops.relpos_attention(q, k, v, table, window, key_mask=mask)
+        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, quarters))]
+
+    for found, expected in zip(attend(quarters + offset), attend(quarters), strict=True):
+        assert torch.equal(found, expected)
+    given = [t.detach() for t in (q, k, v, quarters)]
+    found = ops.relpos_attention(*given, window, key_mask=mask)
+    assert_as_accurate(found, reference.relpos_attention, *given, window, scale_of(q), mask)
+
+
 @each_dtype
 @torch.inference_mode()
 def test_relpos_attention_of_views(dtype: torch.dtype) -> None:

@@ -55,7 +55,12 @@ def run(module: Any, args: tuple[Tensor, ...], window: tuple[int, int], scale: f
         out, lse = module.relpos_attention_forward(q, k, v, bias, scale)
         rows = table.shape[0]
         grads = module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse)
-    return out, lse, *grads
+    return out, whole(lse, table, window), *grads
+
+
+def whole(lse: Tensor, table: Tensor, window: tuple[int, int]) -> Tensor:
+    """The logsumexp with what was subtracted from the bias."""
+    return lse + reference.position_bias(table, window).amax(-1)
 
 
 def definition(
@@ -151,7 +156,8 @@ def test_bias_is_the_table_entry_over_the_scale_and_infinite_beyond(dtype: torch
         bias = relpos_table.materialise_bias(table, (3, 4), dtype, 0.3)
     assert bias.shape == (2, 13, 128)
     assert bias.is_contiguous()
-    divided = (reference.position_bias(table, (3, 4)) / 0.3).to(bias.dtype)
+    entries = reference.position_bias(table, (3, 4))
+    divided = ((entries - entries.amax(-1, keepdim=True)) * (1 / 0.3)).to(bias.dtype)
     torch.testing.assert_close(bias[..., :13], divided, rtol=0, atol=0)
     assert (bias[..., 13:] == -torch.inf).all()
 
@@ -204,7 +210,8 @@ def fragments_check(
     scale = head_dim**-0.5
     with poison():
         bias = module.materialise_bias(args[3], window, dtype, scale, fragments=True)
-        actual = module.relpos_attention_forward(*args[:3], bias, scale)
+        out, lse = module.relpos_attention_forward(*args[:3], bias, scale)
+    actual = out, whole(lse, args[3], window)
     plain, truth = draws(lambda: definition(args, window, scale, dtype)), definition(args, window, scale, torch.float64)
     for name, value, true_value, *same in zip(NAMES, actual, truth, *plain, strict=False):
         assert_accurate(value, same, true_value, name)
@@ -314,12 +321,28 @@ def test_amd_is_not_taken_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launch.heuristic_config("relpos_dkdv", 64, "bf16", 0).apart
 
 
-@pytest.mark.parametrize("entry", [1e6, -1e6, torch.inf, -torch.inf])
+@pytest.mark.parametrize("entry", [1e6, -1e6, -torch.inf])
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 60000.0), (torch.float32, 1e30)], ids=["bf16", "fp32"])
 def test_bias_beyond_the_range_stays_finite(entry: float, dtype: torch.dtype, largest: float) -> None:
-    bias = relpos_table.materialise_bias(torch.full((4, 1), entry), (1, 1), dtype, 0.125)
-    expected = max(-largest, min(largest, entry / 0.125))
-    assert (bias[..., :2] == expected).all()
+    bias = relpos_table.materialise_bias(torch.tensor([[0.0], [0.0], [entry], [entry]]), (1, 1), dtype, 0.125)
+    least = max(-largest, -abs(entry) / 0.125)
+    expected = torch.tensor([[least, 0] if entry < 0 else [0, least]] * 2, dtype=bias.dtype)
+    assert torch.equal(bias[0, :, :2], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("offset", "factor"), [(50.0, 1.0), (-1e5, 1.0), (0.0, 1e4)])
+def test_what_a_row_of_the_bias_has_in_common_costs_no_digits(offset: float, factor: float, dtype: torch.dtype) -> None:
+    """Entries of quarters, which no constant rounds."""
+    window = (3, 5)
+    q, k, v, table, dout = inputs(window, 2, 2, 32, dtype)
+    quarters = (table * 4).round() / 4 * factor
+    plain = run(relpos_attention, (q, k, v, quarters, dout), window, 0.2)
+    moved = run(relpos_attention, (q, k, v, quarters + offset, dout), window, 0.2)
+    for name, found, expected in zip(NAMES, moved, plain, strict=True):
+        if name != "lse":
+            assert torch.equal(found, expected), name
+    check((q, k, v, quarters, dout), window, scale=0.2)
 
 
 @pytest.mark.parametrize("window", [(1, 1), (1, 5), (5, 1), (4, 7), (2, 40)])
