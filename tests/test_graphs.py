@@ -297,6 +297,47 @@ def test_sizes_and_branches_that_depend_on_values_are_refused(how: str, named: s
         agree(calls(x)["twice"], module(x)["twice"])
 
 
+def test_a_call_on_another_stream_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both use the buffers of one graph: what is recorded when a call is done, the next waits for before it writes."""
+    happened: list[str] = []
+
+    class Double(graphs.recording.Program[Tensor]):
+        name = "doubling"
+
+        def needs(self, call: Tensor) -> tuple[int, ...]:
+            return ()
+
+        def buffers(self, size: tuple[int, ...]) -> dict[str, Tensor]:
+            return {"x": torch.zeros(3)}
+
+        def run(self, size: tuple[int, ...], buffers: dict[str, Tensor]) -> Tensor:
+            return 2 * buffers["x"]
+
+        def fill(self, call: Tensor, size: tuple[int, ...], buffers: dict[str, Tensor]) -> None:
+            happened.append("filled")
+            buffers["x"].copy_(call)
+
+        def result(self, call: Tensor, outputs: Tensor) -> Tensor:
+            happened.append("copied")
+            return outputs.clone()
+
+    class Stream:
+        def record_event(self) -> str:
+            happened.append("recorded")
+            return "done"
+
+        def wait_event(self, event: str) -> None:
+            happened.append(event)
+
+    weight = nn.Parameter(torch.zeros(1))
+    monkeypatch.setattr(nn.Parameter, "is_cuda", property(lambda _: True), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    sizes = graphs.recording.Sizes(Double(), nn.ParameterList([weight]), [()], StandIn())
+    for value in (1.0, 2.0):
+        assert torch.equal(sizes(torch.full((3,), value)), torch.full((3,), 2 * value))
+    assert happened == ["filled", "copied", "recorded", "done", "filled", "copied", "recorded"]
+
+
 def test_any_module_is_captured_once_a_shape() -> None:
     module, stand_in = Branching().eval(), StandIn()
     calls = CallGraphs(module, module, stand_in, most=2)

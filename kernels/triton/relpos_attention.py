@@ -288,7 +288,7 @@ def batch_sum_kernel(
 
     ENTRIES are read at a time; their loads are under way together.
     """
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    places = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < stride_ds
     acc = tl.zeros([BLOCK], tl.float32)
     if not FIRST:

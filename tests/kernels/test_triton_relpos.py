@@ -475,11 +475,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from xfm_fast.kernels.triton.relpos_attention import KERNELS
 
-request = KERNELS[0].request({"head_dim": 64, "tokens": 577}, "bf16", 90)
-source = ASTSource(request.kernel, request.signature, request.constexprs, request.attrs)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=request.options)
-assert "wgmma.mma_async" in compiled.asm["ptx"]
-assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
+def compiled(spec, variant):
+    request = spec.request(variant, "bf16", 90)
+    source = ASTSource(request.kernel, request.signature, request.constexprs, request.attrs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=request.options).asm
+
+code = compiled(KERNELS[0], {"head_dim": 64, "tokens": 577})["ptx"]
+assert "wgmma.mma_async" in code
+assert "cp.async.cg.shared.global" in code
+# Gradients of 16 heads of 11,600 tokens are more than 32 bits count.
+added = next(spec for spec in KERNELS if spec.name == "relpos_batch_sum")
+products = [line for line in compiled(added, added.variants[0])["ttir"].splitlines() if "arith.muli" in line]
+assert products and all(": i64" in line for line in products), products
 """
 
 

@@ -189,6 +189,8 @@ class Sizes(Generic[Call]):
         self.sizes = sorted(set(sizes), key=lambda size: (size[-1:], size))
         self._parameters = tuple(model.parameters())
         self._lock = threading.Lock()
+        self._device = next((p.device for p in self._parameters if p.is_cuda), None)
+        self._done: torch.cuda.Event | None = None
         self._graphs = {size: self._record(size) for size in self.sizes}
 
     def _stamp(self) -> tuple[int, int]:
@@ -217,12 +219,18 @@ class Sizes(Generic[Call]):
                 f"{needed}; capture a size that holds it, or call the model"
             )
         with self._lock:
+            # The lock orders hosts. On another stream, the last call may still read the buffers.
+            if self._done is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._done)
             graph = self._graphs[size]
             if graph.stamp != self._stamp():
                 graph = self._graphs[size] = self._record(size)
             self.program.fill(call, size, graph.buffers)
             graph.recording.replay()
-            return self.program.result(call, graph.recording.outputs)
+            result = self.program.result(call, graph.recording.outputs)
+            if self._device is not None:
+                self._done = torch.cuda.current_stream(self._device).record_event()
+            return result
 
 
 class CallGraphs:
