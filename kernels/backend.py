@@ -116,7 +116,8 @@ def constant_when_compiled(function: _Function) -> _Function:
 @constant_when_compiled
 def transformed() -> bool:
     """True within the transforms of `torch.func` and forward-mode differentiation: kernels drop what these add."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
+    return level is not None or forward_ad._current_level >= 0
 
 
 @constant_when_compiled

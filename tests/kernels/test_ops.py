@@ -116,9 +116,9 @@ def test_what_a_row_of_the_bias_has_in_common_costs_no_digits(
 
     for found, expected in zip(attend(quarters + offset), attend(quarters), strict=True):
         assert torch.equal(found, expected)
-    given = [t.detach() for t in (q, k, v, quarters)]
-    found = ops.relpos_attention(*given, window, key_mask=mask)
-    assert_as_accurate(found, reference.relpos_attention, *given, window, scale_of(q), mask)
+    q, k, v, quarters = (t.detach() for t in (q, k, v, quarters))
+    found = ops.relpos_attention(q, k, v, quarters, window, key_mask=mask)
+    assert_as_accurate(found, reference.relpos_attention, q, k, v, quarters, window, scale_of(q), mask)
 
 
 @each_dtype

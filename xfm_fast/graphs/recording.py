@@ -190,7 +190,7 @@ class Sizes(Generic[Call]):
         self._parameters = tuple(model.parameters())
         self._lock = threading.Lock()
         self._device = next((p.device for p in self._parameters if p.is_cuda), None)
-        self._done: torch.cuda.Event | None = None
+        self._done: Any = None
         self._graphs = {size: self._record(size) for size in self.sizes}
 
     def _stamp(self) -> tuple[int, int]:
