@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import binascii
 import struct
-from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
 from xfm_fast.data.headers import png_chunks, read_header
 from xfm_fast.errors import DataError
 from xfm_fast.serve.budget import Budget
 from xfm_fast.serve.problem import Problem
-
-
-class Fetcher(Protocol):
-    """Fetches the content of a URL."""
-
-    def fetch(self, url: str) -> bytes:
-        """The content; raises `Problem`."""
-        ...
+from xfm_fast.serve.web import WebFetcher
 
 
 def image_content(
-    value: str, name: str, fetcher: Fetcher | None, most_pixels: int, budget: Budget
+    value: str, name: str, fetcher: WebFetcher | None, most_pixels: int, budget: Budget
 ) -> tuple[bytes, int]:
     """The file of an image that a request gives as a data URL, as base64 or as a URL, and what decoding it takes.
 

@@ -42,8 +42,6 @@ from xfm_fast.tasks.ranking import Picture, Query
 from xfm_fast.tasks.reranking import Rank, rank_score
 
 R = TypeVar("R", bound=Request)
-# Faults of values that are of another kind altogether.
-_KINDS = ("string_type", "model_type", "list_type", "int_type")
 # A Cohere client pays for this many documents at a time.
 _DOCUMENTS_PER_UNIT = 100
 
@@ -285,11 +283,8 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The gravest of the faults that pydantic found, with its place; it lists one for every type of a union."""
-    faults = error.errors(include_url=False)
-    # What a validator of ours said is nearest to what was meant, then what is wrong with a value of the right kind, and
-    # then what lies deepest.
-    fault = max(faults, key=lambda e: (e["type"] == "value_error", e["type"] not in _KINDS, len(e["loc"])))
+    """The first fault that pydantic found, with its place."""
+    fault = error.errors(include_url=False)[0]
     names = {"text", "image", "content", "type", "image_url", "url", *kind.model_fields}
     names |= {"data_1", "data_2", "queries", "items"}
     place = ""
