@@ -41,16 +41,15 @@ from .. import host
 CHOICES = "XFM_CPU_CHOICES"
 """The environment variable that names a file of choices."""
 
-# A challenger has to be faster by this factor: a choice that flips with the noise of the clock is worse than none.
-_MARGIN = 0.96
 # A candidate that needs a second copy of every weight (a layout of its own) has to be faster by this factor than any
-# that needs none, and these by more than the noise of the comparison, up to the same factor, than our kernels.
+# that needs none, and these by more than the noise of the comparison, at least 1%, than our kernels or the first.
 _FAVOURED, _COPIES, _FAVOUR = "llvm", "packed", 1.1
+_LEAST_NOISE = 0.01
 # Weights are read in turn from copies of so many bytes together, more than most caches hold.
 _COLD_BYTES = 32 << 20
 RULE = (
     f"{_FAVOURED}, where it can be, is taken unless another measured faster by more than the noise of the comparison. "
-    f"Otherwise the first, aten for most, is taken unless another measured {1 - _MARGIN:.0%} faster. "
+    "Otherwise the first, aten for most, is taken unless another measured faster by more than that. "
     f"What needs a second copy of a weight ({_COPIES}) has to be {1 - 1 / _FAVOUR:.0%} faster than all that need none."
 )
 """How a choice follows from what was measured, for readers of choices."""
@@ -95,7 +94,7 @@ class Selection:
         other = self.seconds[name]
         if other >= own:
             return f"{trusted} measured {_faster(other, own)} than {name}{where[self.source]}"
-        asked = f"below the {_asked(name, 1 / _MARGIN - 1):.0%} that justify it"
+        asked = f"below the {_asked(name, self.noise):.0%} that justify it"
         return f"{name} measured {_faster(own, other)} than {trusted}, {asked}{where[self.source]}"
 
 
@@ -310,7 +309,7 @@ def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
     trusted, first = next(iter(seconds)), min(worth, key=worth.__getitem__)
     if seconds.get(_FAVOURED, math.inf) <= (1 + noise) * worth[first]:
         return _FAVOURED
-    return first if seconds[first] < _MARGIN * seconds[trusted] else trusted
+    return first if (1 + noise) * worth[first] < seconds[trusted] else trusted
 
 
 def _thread_seconds(
@@ -339,7 +338,7 @@ def _thread_seconds(
         torch.set_num_threads(threads)
     best = {name: sorted(times)[:2] for name, times in rounds.items()}
     noise = median((second - first) / first if first else 0.0 for first, second in best.values())
-    return {name: first for name, (first, _) in best.items()}, min(noise, _FAVOUR - 1)
+    return {name: first for name, (first, _) in best.items()}, min(max(noise, _LEAST_NOISE), _FAVOUR - 1)
 
 
 def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

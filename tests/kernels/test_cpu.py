@@ -433,6 +433,12 @@ def test_our_own_kernel_is_taken_unless_another_is_clearly_faster(
     assert found.reason.startswith(f"{name if other < 1 and chosen == 'llvm' else chosen} measured")
 
 
+def test_the_first_stays_unless_another_is_faster_by_more_than_the_noise() -> None:
+    seconds = {"aten": 1.0, "onednn": 0.977, "onednn-packed": 0.95}
+    assert selection._fastest(seconds, 0.01) == "onednn"
+    assert selection._fastest(seconds, 0.03) == "aten"
+
+
 def test_weights_are_as_cold_as_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock by which one candidate is quick with the weight that it read last, and slow with any other."""
     now, last, seen = 0.0, None, []
@@ -453,7 +459,7 @@ def test_weights_are_as_cold_as_in_a_model(monkeypatch: pytest.MonkeyPatch) -> N
     found = selection._compare("test", candidates, lambda dtype: (torch.ones(3), weight), torch.float32, alike=True)
     assert found.chosen == "trusted"
     assert found.seconds == {"trusted": 5.0, "in cache": 9.0}
-    assert found.noise == 0.0
+    assert found.noise == 0.01
     assert len({*seen}) > selection._ROUNDS
 
 
@@ -711,7 +717,7 @@ def test_a_file_of_choices_that_cannot_be_used(
 
 def test_the_reason_of_a_choice() -> None:
     def reason(chosen: str, **seconds: float) -> str:
-        return selection.Selection("test", torch.float32, chosen, seconds, {}).reason
+        return selection.Selection("test", torch.float32, chosen, seconds, {}, noise=0.04).reason
 
     assert reason("aten", aten=1.0, onednn=0.987) == (
         "onednn measured 1.3% faster than aten, below the 4% that justify it"
