@@ -122,7 +122,7 @@ for spec in shipped_kernels():
         compiled = triton.compile(source, target=GPUTarget("hip", arch, warp), options=made.options)
         products = sum(compiled.asm["amdgcn"].count(name) for name in ("v_mfma", "v_wmma"))
         assert bool(products) == spec.tensor_core, spec.name
-        assert compiled.metadata.shared <= 65536, spec.name
+        assert compiled.metadata.shared <= (163840 if arch == "gfx950" else 65536), spec.name
         print(spec.name)
 """
 
@@ -138,7 +138,7 @@ for spec in shipped_kernels():
     ],
 )
 def test_kernels_compile_for_amd(arch: str, warp: int, kernels: tuple[str, ...], tmp_path: Path) -> None:
-    """Half precision multiplies by the matrix cores, within 64 KB of shared memory."""
+    """Half precision multiplies by the matrix cores, within the shared memory that there is (160 KB on gfx950, else 64)."""
     environment = compiling_environment() | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", AMD, arch, str(warp), *kernels]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
