@@ -151,7 +151,7 @@ def test_what_looks_small_is_refused_cheaply(limited: Limited, body: Any) -> Non
     [
         pytest.param(lambda: _plain(3300, "jpeg"), id="11 megapixels"),
         pytest.param(lambda: _plain(1600, "png-alpha"), id="transparent"),
-        pytest.param(lambda: _plain(1800, "webp"), id="webp"),
+        pytest.param(lambda: _plain(1600, "webp"), id="webp"),
         pytest.param(lambda: _plain(224, "png", 256), id="thumbnails"),
         pytest.param(lambda: _pictures(bodies.FORMS["png-texts"](8, 60), 30), id="texts of PNG"),
     ],

@@ -52,12 +52,12 @@ def read_header(data: bytes) -> Header:
         return _jpeg(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) >= 30:
         if data[12:16] == b"VP8X":
-            return Header(_number(data, 24, 3) + 1, _number(data, 27, 3) + 1, 28 if data[20] & 0x10 else 16)
+            return Header(_number(data, 24, 3) + 1, _number(data, 27, 3) + 1, 32 if data[20] & 0x10 else 20)
         if data[12:16] == b"VP8L" and data[20] == 0x2F:
             sizes = _number(data, 21, 4)
-            return Header((sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1, 28 if sizes >> 28 & 1 else 16)
+            return Header((sizes & 0x3FFF) + 1, (sizes >> 14 & 0x3FFF) + 1, 32 if sizes >> 28 & 1 else 20)
         if data[12:16] == b"VP8 ":
-            return Header(_number(data, 26, 2) & 0x3FFF, _number(data, 28, 2) & 0x3FFF, 16)
+            return Header(_number(data, 26, 2) & 0x3FFF, _number(data, 28, 2) & 0x3FFF, 20)
     raise ValueError("it is no JPEG, PNG or WebP")
 
 
