@@ -138,7 +138,7 @@ for spec in shipped_kernels():
     ],
 )
 def test_kernels_compile_for_amd(arch: str, warp: int, kernels: tuple[str, ...], tmp_path: Path) -> None:
-    """Half precision multiplies by the matrix cores, within the shared memory that there is (160 KB on gfx950, else 64)."""
+    """Half precision multiplies by the matrix cores, in the shared memory that there is (160 KB on gfx950, else 64)."""
     environment = compiling_environment() | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", AMD, arch, str(warp), *kernels]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
