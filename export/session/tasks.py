@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xfm_fast.errors import InputError
+from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.models import inputs as checks
 from xfm_fast.models.decoder import generate
 from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree, rank
@@ -234,21 +234,35 @@ class VQASession(DecodingSession):
         question_ids: Tensor,
         question_mask: Tensor | None = None,
         image_index: Tensor | None = None,
+        *,
+        attend_to_padding: bool = False,
     ) -> SessionStates:
-        """`VQAModel.encode_questions`: the decoder's memory of Q questions that have seen their image."""
+        """`VQAModel.encode_questions`: the decoder's memory of Q questions that have seen their image.
+
+        Raises:
+            UnavailableError: `attend_to_padding`, which graphs hide.
+        """
+        if attend_to_padding:
+            raise UnavailableError("official_ranking reads padding, which no export computes; predict with the run")
         mask = checks.check_tokens(question_ids, question_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
         return self.states(self.fuse(self.encode_text(question_ids, mask), mask, memory, image_index), mask.long())
 
     def rank_answers(
-        self, memory: SessionStates, answers: AnswerTrie, *, k: int = 128, best: int | None = None
+        self,
+        memory: SessionStates,
+        answers: AnswerTrie,
+        *,
+        k: int = 128,
+        best: int | None = None,
+        count_first_token_twice: bool = False,
     ) -> AnswerRanking:
         """`VQAModel.rank_answers`."""
-        return AnswerRanking(
-            *rank(
-                lambda part: SteppedTree(self, part, answers), memory, answers, k=k, best=best, first_token_twice=False
-            )
-        )
+
+        def tree_of(part: SessionStates) -> SteppedTree:
+            return SteppedTree(self, part, answers)
+
+        return AnswerRanking(*rank(tree_of, memory, answers, k=k, best=best, first_token_twice=count_first_token_twice))
 
     def log_likelihoods(self, memory: SessionStates, answer_ids: Tensor) -> Tensor:
         """`VQAModel.log_likelihoods`."""
