@@ -1,4 +1,4 @@
-"""Fused modules for models that others wrote: swapped in on a live instance, verified, and taken out again."""
+"""Fused modules for third-party models: swapped in on a live instance, verified, and reverted."""
 
 from xfm_fast.replace.acceleration import Entry, Report, accelerate, accelerated
 from xfm_fast.replace.attention_interface import register_attention

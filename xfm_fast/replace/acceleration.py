@@ -1,4 +1,4 @@
-"""`accelerate(model)`: fused modules in a live model, verified, with a report that takes them out again."""
+"""`accelerate(model)`: swap fused modules into a live model, verify the outputs, return a report that can revert."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from xfm_fast.replace.swap import (
 )
 
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
-# What timing the batch given to `verify` may cost.
+# Budget for timing the `verify` batch.
 _TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
 _ROW = "a row of names makes such a layer known (xfm_fast.replace.Family)"
 
@@ -66,46 +66,46 @@ def accelerate(
     cuda_graphs: bool = False,
     verify: Any = None,
 ) -> Report:
-    """Make the modules of a live model fast, in place and on this instance only.
+    """Replace the modules of a live model with fused forms, in place and on this instance only.
 
-    Recognised are the transformers of Hugging Face and timm, those of the official X-FM and X²-VLM code, and PyTorch's
-    own. The modules stay the same objects with the same parameters, so state-dict keys, optimizers, hooks and wrappers
-    are unaffected. Calls that the fused form does not cover (attention weights as output, caches, adapters inside) run
+    Supported are the transformers of Hugging Face and timm, the official X-FM and X²-VLM code, and PyTorch's layers.
+    Modules stay the same objects with the same parameters, so state-dict keys, optimizers, hooks and wrappers are
+    unaffected. Calls that the fused form does not cover (attention weights as output, caches, adapters inside) run
     the original code.
 
-    The change is one of classes and is not atomic over a model: no other thread may call, train or copy the model while
-    `accelerate` or `revert` runs. Before and after, threads may share it as they could without.
+    The swap changes classes and is not atomic over a model: no other thread may call, train or copy the model
+    while `accelerate` or `revert` runs. Before and after, the model is as thread-safe as the original.
 
     Args:
         model: any module.
-        kernels: backend of the ops; one asked for by name never falls back.
-        dtype: compute in this type with the parameters as they are stored; None follows the inputs. "int8", on a CPU,
-            rounds what the linear layers of blocks multiply, weights by output channel and activations by token, where
-            no gradient is wanted. "fp8" does so on a GPU of compute capability 8.9 or newer and refuses gradients; a
-            CPU emulates it, slowly, to show what it costs. The rest is computed in bfloat16 where that is fast. With
-            `verify`, blocks that 8 bits cost most stay in floating point until the cosine of every output is at least
-            0.99.
+        kernels: backend of the ops; an explicit backend never falls back.
+        dtype: compute dtype; parameters keep their storage dtype. None follows the inputs. "int8", on a CPU, rounds
+            the linear layers of blocks, weights per output channel and activations per token, where no gradient is
+            needed. "fp8" does the same on a GPU of compute capability 8.9 or newer and refuses gradients; a CPU
+            emulates it, slowly, to show the loss of accuracy. The rest runs in bfloat16 where that is fast. With
+            `verify`, the blocks with the largest error stay in floating point until the cosine of every output is at
+            least 0.99.
         include: only modules under these: qualified names or class names (with * and ?), or classes.
-        exclude: leave these out, and what is in them.
-        unpad: leave padding out of whole encoders. Every real token's output is unchanged; at padding it is zero,
-            where the original leaves values without meaning.
-        skip_logits: masked-language heads in training mode return `logits=None` when they are given labels, so that
-            only the labelled positions meet the vocabulary. By default logits are returned as ever.
-        freeze: for inference on a CPU: lay the weights of layers out for the library that is fastest here, in the
-            place of the parameters instead of beside them. No parameter then takes gradients, state dicts are as ever,
-            and `revert` restores every bit.
-        cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs: each shape is captured at its
-            first call. For models whose sizes do not depend on values; any other raises an error at its first call.
-        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor) that the model is
-            run on before and after, in evaluation mode; on a CPU a few times, to measure the gain.
+        exclude: skip these modules and their submodules.
+        unpad: run whole encoders without padding. Outputs of real tokens are unchanged; padding gets zeros, where the
+            original leaves arbitrary values.
+        skip_logits: masked-language heads in training mode return `logits=None` when labels are passed, so that only
+            labelled positions reach the vocabulary. By default logits are returned.
+        freeze: for inference on a CPU: store the weights of layers in the layout of the library that is fastest here,
+            replacing the parameters. No parameter takes gradients then, state dicts are unchanged, and `revert`
+            restores the weights bit for bit.
+        cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs; each shape is captured at its
+            first call. For models whose sizes do not depend on values; other models raise at their first call.
+        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor). The model runs on
+            it before and after, in evaluation mode; on a CPU a few times, to measure the speedup.
 
     Returns:
         A report that prints as a table and can `revert()`.
 
     Raises:
         InputError: nothing to replace, a selection that matches nothing, parameters without values, or outputs that
-            `verify` finds different. The model is then as it was.
-        UnavailableError: the type or backend cannot run on the model's device.
+            `verify` finds different. The model is unchanged then.
+        UnavailableError: the dtype or backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
@@ -173,7 +173,7 @@ def accelerate(
 
 @contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
-    """`accelerate(model, **options)` for the time of a block."""
+    """Context manager: `accelerate(model, **options)` on entry, `revert()` on exit."""
     report = accelerate(model, **options)
     try:
         yield report
@@ -183,43 +183,30 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module that a rule recognised.
+    """A module that a rule recognised."""
 
-    Attributes:
-        path: its qualified name in the model; empty for the model itself.
-        class_name: its own class.
-        fused: name of the fused form.
-        gain: what the fused form saves.
-        reason: why it was left as it was; None if it was replaced.
-        share: of the model's products with weights that are in it.
-    """
-
-    path: str
+    path: str  # qualified name; empty for the model itself
     class_name: str
-    fused: str
-    gain: str
-    reason: str | None = None
-    share: float = 0.0
+    fused: str  # name of the fused form
+    gain: str  # what the fused form saves
+    reason: str | None = None  # why the module was not replaced; None if it was
+    share: float = 0.0  # share of the model's linear weights in this module
 
 
 @dataclass
 class Report:
-    """The modules of a model that were recognised: what was replaced, what was not and why. Printing it gives a table.
+    """Recognised modules: which were replaced, which were not, and why. Printing it gives a table.
 
-    The table is of the moment: a module whose parts were exchanged or observed since (by adapters, quantisation, hooks)
-    is shown with the reason why its original runs.
-
-    Attributes:
-        entries: in the order of `model.named_modules()`.
-        unknown: layers that are no part of them, and yet a part of the model's products that counts.
-        differences: largest difference of each output that `verify` compared, relative to the output's largest value.
-        rounding: what 8 bits cost each of them.
+    The table shows the current state: a replaced module whose parts were exchanged or hooked since (by adapters,
+    quantisation, hooks) is listed with the reason why its original runs.
     """
 
     entries: list[Entry]
+    # unrecognised layers with a relevant share of the model's linear weights
     unknown: list[Unknown] = field(default_factory=list)
+    # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
-    rounding: dict[str, quantised.Rounding] = field(default_factory=dict)
+    rounding: dict[str, quantised.Rounding] = field(default_factory=dict)  # error of each verified output in 8 bits
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
     _eight_bits: EightBits | None = None
@@ -239,12 +226,12 @@ class Report:
 
     @property
     def left(self) -> list[Entry]:
-        """Recognised and not replaced."""
+        """Recognised modules that were not replaced."""
         return [entry for entry in self.entries if entry.reason is not None]
 
     @property
     def declining(self) -> dict[str, str]:
-        """Replaced modules whose original runs just now, by path, and why."""
+        """Replaced modules that currently run their original forward: path → reason."""
         found = {}
         for entry, module in zip(self.replaced, self._modules, strict=False):
             reason = module.declines() if isinstance(module, Fused) else "it was reverted"
@@ -254,21 +241,18 @@ class Report:
 
     @property
     def expected(self) -> Expectation:
-        """The gain to expect, from counted work and what this process has measured so far."""
+        """Expected speedup, from counted weights and the timings of this process."""
         first = next((module for module in self._modules if isinstance(module, Fused)), None)
         if first is None:
             return Expectation(0.0, None)
-        # Products in fp8 are none of those that are raced.
+        # fp8 GEMMs are not autotuned.
         raced = self._eight_bits != "fp8"
         product = measured_product(first, first.settings.backend, first.settings.dtype) if raced else None
         return Expectation(self._share, product, self._useful, self._packed, self._measured)
 
     @property
     def expected_gains(self) -> dict[str, float]:
-        """How many times faster the products of each replaced module are expected to be, by path, where that is known.
-
-        By the race of libraries on this processor, and by the padding left out; none where less was measured.
-        """
+        """Expected speedup of the linear layers of each replaced module, by path; empty if `verify` measured less."""
         whole, found, packed = self.expected, {}, _packed_paths(self.replaced)
         if whole.overall < whole.bound:
             return {}
@@ -279,10 +263,7 @@ class Report:
         return found
 
     def revert(self) -> None:
-        """Give every replaced module its own forward back: the same objects, as they were. Twice does no harm.
-
-        No other thread may use the model meanwhile.
-        """
+        """Restore the original forward of every module. Idempotent; no other thread may use the model meanwhile."""
         if self._model is not None and _in_graphs(self._model):
             del self._model.__dict__["forward"]
         for module in (*self._modules, *self._frozen):
@@ -299,7 +280,7 @@ class Report:
             )
 
     def quantise(self, model: nn.Module, kind: EightBits) -> None:
-        """Let the products of the replaced modules run in 8 bits."""
+        """Run the linear layers of the replaced modules in 8 bits."""
         self._eight_bits = kind
         self._rounded = quantised.quantise(model, [m for m in self._modules if isinstance(m, Fused)], kind)
         if not self._rounded:
@@ -310,20 +291,14 @@ class Report:
             )
 
     def keep_within(self, cosine: Callable[[], float]) -> None:
-        """Leave the modules in floating point that 8 bits cost most, until the outputs are near enough."""
+        """Move the modules with the largest 8-bit error back to floating point until the cosine is high enough."""
         assert self._eight_bits is not None
         self._exempt = keep_within(cosine, self._rounded, self._eight_bits, quantised.LEAST_COSINE)
 
     def compare(
         self, before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None
     ) -> None:
-        """Note how outputs differ from what they were.
-
-        Padding is left out of outputs with one entry per token: what is there has no meaning.
-
-        Raises:
-            InputError: an output is missing, has another shape, or differs by more than rounding.
-        """
+        """Record the difference of every output, at real tokens only; raise InputError if it exceeds rounding."""
         kind, mask = self._eight_bits, _mask(batch)
         for name, wanted in before.items():
             found = after.get(name)
@@ -357,18 +332,18 @@ class Report:
 
     @property
     def rounded_weights(self) -> int:
-        """How many weights are multiplied in 8 bits."""
+        """Number of weights that run in 8 bits."""
         return sum(kind_of(weight) is not None for group in self._rounded for weight in group)
 
     @property
     def frozen_bytes(self) -> int:
-        """Bytes of the weights that lie packed in place of parameters."""
+        """Size of the weights that are packed in place of their parameters."""
         packs = {id(pack): pack for pack, _ in map(place_of, filter(is_fused, self._frozen))}
         return sum(pack.nbytes for pack in packs.values())
 
     @property
     def _unfrozen_bytes(self) -> int:
-        """Bytes of the weights that replaced modules multiply with and that are parameters still."""
+        """Size of the linear weights in replaced modules that are still parameters."""
         found = {p for module in self._modules for p in product_parameters(module)}
         return sum(p.numel() * p.element_size() for p in found)
 
@@ -415,12 +390,12 @@ class Report:
 
 
 def _in_graphs(model: nn.Module) -> bool:
-    """True if the calls of a model are replayed as graphs."""
+    """True if the model's calls are replayed as CUDA graphs."""
     return isinstance(model.__dict__.get("forward"), CallGraphs)
 
 
 class _InOneType(Fused):
-    """The outermost model when a type to compute in was given: its unfused parts run under autocast."""
+    """Fused form of the root model under an explicit dtype: unfused parts run in autocast."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -440,17 +415,17 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
             continue
         entries.append(entry)
         if rule is None:
-            # Norms are recognised in layers that are not.
+            # Norms inside unrecognised layers are recognised too.
             told.update(module.modules() if product_parameters(module) else ())
         else:
             replaced.append((module, rule.fused))
-            # It computes with the parameters of PyTorch's own norms and attentions in it and calls none of them.
+            # PyTorch's norms and attentions inside a fused module are read, never called.
             parts = _bypassed(module, rule.fused)
             inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
     computing = {module for module, _ in replaced if product_parameters(module)}
     for module, fused in replaced:
         within = [*module.modules()][1:]
-        # An encoder without padding has its products in layers, of which some may be unknown.
+        # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
         told.update(within if computing.isdisjoint(within) else _bypassed(module, fused), [module])
     unknown = unknown_layers(model, chosen, told)
     if not replaced:
@@ -469,19 +444,19 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
 
 
 def _packed_paths(entries: Sequence[Entry]) -> list[str]:
-    """The paths of modules whose padding is left out: encoders, and what hands no padding of theirs to a vocabulary."""
+    """Paths of the modules that run without padding: encoders, and masked-language heads over them."""
     encoders = [entry.path for entry in entries if "npadded" in entry.fused]
     heads = [entry.path for entry in entries if entry.fused == "FusedMaskedLM"]
     return encoders + [path for path in heads if any(_within(encoder, path) for encoder in encoders)]
 
 
 def _within(path: str, other: str) -> bool:
-    """True for a module in another, or the same."""
+    """True if path is other, or inside it."""
     return not other or path == other or path.startswith(f"{other}.")
 
 
 def _bypassed(module: nn.Module, fused: type[Fused]) -> set[nn.Module]:
-    """The parts of a module that its fused form computes around."""
+    """The submodules that the fused form reads without calling."""
     names = fused.adapted(original_class(module)).get("bypassed", fused.bypassed)
     return {part for name in names if (part := find(module, name)) is not None}
 
@@ -489,7 +464,7 @@ def _bypassed(module: nn.Module, fused: type[Fused]) -> set[nn.Module]:
 def _decide(
     path: str, module: nn.Module, known: Sequence[Rule], settings: Settings
 ) -> tuple[Entry | None, Rule | None]:
-    """The first rule that recognises a module and takes it; else the first reason against."""
+    """The first rule that accepts a module; otherwise the entry with the first refusal."""
     left = None
     for rule in known:
         if not rule.recognises(module):
@@ -506,7 +481,7 @@ def _decide(
 
 
 def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:
-    """The reason why the weights that a fused form reads are none that its operations take together."""
+    """Why the ops cannot read the weights of a module (quantised, sharded, mixed dtypes); None if they can."""
     types: dict[torch.dtype, str] = {}
     for name in fused.adapted(original_class(module)).get("bypassed", fused.bypassed):
         part = find(module, name)
@@ -524,7 +499,7 @@ def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -
 
 
 def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -> dict[str, nn.Module]:
-    """Selected modules and everything in them."""
+    """Modules that match a selection, and their submodules."""
     found: dict[str, nn.Module] = {}
     for one in [selection] if isinstance(selection, (str, type)) else selection:
         if isinstance(one, type):
@@ -595,11 +570,7 @@ def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unkno
 
 
 def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """The floating-point outputs of a model by name, in evaluation mode and without gradients.
-
-    Args:
-        batch: keyword arguments as a mapping, positional arguments as a tuple or list, or the only argument.
-    """
+    """Floating-point outputs of a model by name, in evaluation mode, without gradients."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -617,7 +588,7 @@ def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 def _seconds(model: nn.Module, batch: Any) -> float | None:
-    """The best time of a few runs on a CPU; None on other devices."""
+    """Best time of a few runs on a CPU; None on other devices."""
     if not all(p.is_cpu for p in model.parameters()):
         return None
     best, until = math.inf, time.perf_counter() + _TIMED_SECONDS
@@ -631,18 +602,18 @@ def _seconds(model: nn.Module, batch: Any) -> float | None:
 
 
 def _mask(batch: Any) -> Any:
-    """The padding mask of a batch; None without one."""
+    """The attention mask of a batch, or None."""
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
 def _useful(batch: Any) -> float:
-    """Share of real tokens in a batch with a padding mask; 1 without one."""
+    """Share of real tokens in a batch; 1 without a padding mask."""
     mask = _mask(batch)
     return float(mask.bool().float().mean()) if isinstance(mask, Tensor) and mask.ndim == 2 else 1.0
 
 
 def _leaves(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings (transformers' outputs among them), sequences and registered containers."""
+    """Tensors in nested mappings, sequences and pytrees, by dotted name."""
     if isinstance(made, Tensor):
         yield name, made
     elif isinstance(made, Mapping):

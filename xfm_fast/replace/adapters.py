@@ -1,9 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) of the package peft on linear layers that fused forms compute around.
+"""LoRA adapters (arXiv 2106.09685) of peft on linear layers inside fused modules.
 
-A fused form that multiplies by layers (`Settings.products`), not by their weights, takes adapted layers too. Without
-gradients `W + Σ s·BA` is made once and kept until one of its factors changes, so an adapter costs nothing. With
-gradients, or while dropout of the adapter draws, the product by `W` stays one for several layers and each adapter adds
-`s·B(A(dropout(x)))` to its part, as peft does it.
+Without gradients, `W + Σ s·BA` is computed once and cached until a factor changes. With gradients, or with adapter
+dropout, the GEMM with `W` stays fused and each adapter adds `s·B(A(dropout(x)))`.
 """
 
 from __future__ import annotations
@@ -19,34 +17,26 @@ from xfm_fast.kernels.derived import derived
 
 
 class Adaptable(nn.Module):
-    """Stands among the classes that a fused form takes a part for: a linear layer that may carry adapters."""
+    """Marker in `Fused.bypassed`: a linear layer that may carry LoRA adapters."""
 
 
 class Addition(NamedTuple):
-    """One adapter at work: `scaling · (dropout(x) Aᵀ Bᵀ + bias)` is added to a product.
+    """An active adapter: adds `scaling · (dropout(x) Aᵀ Bᵀ + bias)` to the output of a linear layer."""
 
-    Attributes:
-        down: A, `[r, K]`.
-        up: B, `[M, r]`.
-        bias: of B, `[M]`, or None.
-        dropout_p: probability of dropping an element of x just now.
-        casts: x is taken to the type of A first.
-    """
-
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None
+    down: Tensor  # A, `[r, K]`
+    up: Tensor  # B, `[M, r]`
+    bias: Tensor | None  # of B, `[M]`
     scaling: float
     dropout_p: float
-    casts: bool
+    casts: bool  # convert x to the dtype of A first
 
     def __call__(self, x: Tensor, product: Tensor) -> Tensor:
-        """The product `[..., M]` of x `[..., K]` with this added, in the type of the product."""
+        """Add this adapter's output for x `[..., K]` to `[..., M]`, in the dtype of the latter."""
         if self.casts:
             x = x.to(self.down.dtype)
         if self.dropout_p:
             x = F.dropout(x, self.dropout_p)
-        # Scaling the few numbers in the middle spares a pass over the many at the end.
+        # Scale in the middle: rank r is small.
         added = F.linear(F.linear(x, self.down) * self.scaling, self.up)
         if self.bias is not None:
             added = added + self.bias * self.scaling
@@ -54,19 +44,19 @@ class Addition(NamedTuple):
 
 
 def is_adapted(layer: nn.Module) -> bool:
-    """True for a linear layer of peft with LoRA adapters around it, fused or not."""
+    """True for a linear layer of peft with LoRA adapters, fused or not."""
     return any(
         kind.__name__ == "Linear" and kind.__module__ == "peft.tuners.lora.layer" for kind in type(layer).__mro__[:3]
     )
 
 
 def base_layer(layer: nn.Module) -> Any:
-    """The linear layer inside of adapters, or the layer itself."""
+    """The linear layer inside adapters, or the layer itself."""
     return layer.base_layer if "base_layer" in layer._modules else layer
 
 
 def why_not(layer: Any) -> str | None:
-    """The reason why adapters of a layer have to be called; None if what they do is known."""
+    """Why the adapters of a layer must be called as modules; None if they can be computed here."""
     base = layer.base_layer
     if "weight" not in base._parameters:
         return "adapts a frozen layer; accelerate again without freeze=True"
@@ -91,14 +81,14 @@ def why_not(layer: Any) -> str | None:
 
 
 def parts_called(layer: Any) -> Iterator[nn.Module]:
-    """The modules that peft would call for a layer just now, on which hooks may lie."""
+    """The modules that peft would call for this layer now; hooks may be on them."""
     yield layer.base_layer
     for name in () if layer.disable_adapters or layer.merged else _active(layer):
         yield from (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
 
 
 def additions(layer: Any) -> list[Addition]:
-    """The adapters of a layer that add to its product just now; none where they are disabled or merged."""
+    """The active adapters of a layer; empty if disabled or merged."""
     if "base_layer" not in layer._modules or layer.disable_adapters or layer.merged:
         return []
     casts, found = getattr(layer, "cast_input_dtype_enabled", True), []
@@ -110,15 +100,12 @@ def additions(layer: Any) -> list[Addition]:
 
 
 def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[Tensor, Tensor | None] | None:
-    """Weight `[M, K]` and bias `[M]` with adapters added, kept until one of them changes.
-
-    None where they must stay apart: a gradient is wanted, dropout draws, or a compiler, which keeps nothing, looks.
-    """
+    """Weight `[M, K]` and bias `[M]` with merged adapters, cached; None with gradients, dropout or a compiler."""
     factors = [t for one in found for t in (one.down, one.up, one.bias) if t is not None]
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *factors))
     if trained or any(one.dropout_p for one in found) or torch.compiler.is_compiling():
         return None
-    # The numbers are no tensors, so a change of them has to show in the name.
+    # Scalings are numbers, not tensors, so the cache key includes them.
     name = f"adapted by {[one.scaling for one in found]}"
 
     def summed() -> Tensor:
@@ -135,7 +122,7 @@ def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[T
 
 
 def summary(modules: Iterable[nn.Module]) -> str | None:
-    """A line about the adapters in some modules for a report; None without any."""
+    """Report line about the adapters in these modules; None without adapters."""
     inside = dict.fromkeys(part for module in modules for part in module.modules())
     adapted: list[Any] = [part for part in inside if is_adapted(part)]
     if not adapted:

@@ -1,8 +1,6 @@
-"""`attn_implementation="xfm_fast"`: our attention in every model of transformers that lets one choose its own.
+"""`attn_implementation="xfm_fast"`: our attention in any model of transformers that supports custom attention.
 
-Texts attend to real keys only, and biases of position (BEiT, Data2Vec-Vision, Swin, T5) go to `ops.bias_attention` with
-their gradient. Registration is a call and no side effect of an import: it changes tables that all models of a process
-share, and needs transformers.
+Registration is an explicit call: it changes process-wide tables of transformers.
 """
 
 from __future__ import annotations
@@ -23,17 +21,11 @@ NAME = "xfm_fast"
 
 
 def register_attention(name: str = NAME) -> str:
-    """Make an attention implementation known to transformers: `from_pretrained(..., attn_implementation="xfm_fast")`.
+    """Register our attention with transformers and return its name for `attn_implementation`. Idempotent.
 
-    Masks of padding stay `[B, N]`, and keys at padding are left out; biases and masks of numbers are added to the
-    scores by a kernel that also has their gradient; causal masks, grouped heads and what else there is run as in
-    `"sdpa"`. A query whose keys are all hidden receives zeros. Registering twice does no harm.
-
-    Returns:
-        The name, for `attn_implementation` and `model.set_attn_implementation`.
-
-    Raises:
-        UnavailableError: transformers is absent, or older than 4.53, which has no interface for masks.
+    Padding masks stay `[B, N]` and padded keys are skipped; position biases and float masks are added to the scores
+    by a kernel with a gradient; causal masks, grouped heads and the rest run as in `"sdpa"`. A query without visible
+    keys gets zeros. Raises UnavailableError without transformers ≥ 4.53.
     """
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -49,10 +41,7 @@ def register_attention(name: str = NAME) -> str:
 
 
 def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of a batch, as transformers asks for it: `[B, N]` for padding alone, otherwise that of `"sdpa"`.
-
-    Models that add a bias of position to the mask themselves get it as numbers.
-    """
+    """Mask callback of transformers: `[B, N]` for plain padding, otherwise the mask of `"sdpa"` or eager attention."""
     from transformers.masking_utils import bidirectional_mask_function, eager_mask, sdpa_mask
 
     config = kwargs.get("config")
@@ -75,7 +64,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention `[B, H, L, D]` → `[B, L, H, D]`, as transformers calls it."""
+    """Attention `[B, H, L, D]` → `[B, L, H, D]`, with the signature of transformers."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     padding = attention_mask is not None and attention_mask.ndim == 2
@@ -97,7 +86,7 @@ def attention(
 def _bias(
     module: nn.Module, query: Tensor, mask: Tensor | None, position: Tensor | None, causal: bool | None
 ) -> Tensor | None:
-    """What is added to the scores, `[B or 1, H or 1, L or 1, N]`; None where nothing is, or more than that."""
+    """The score bias, `[B or 1, H or 1, L or 1, N]`; None if there is none, or more than a bias is required."""
     numbers = mask if mask is not None and mask.ndim == 4 and mask.is_floating_point() else None
     if position is None:
         added = numbers
@@ -113,7 +102,7 @@ def _bias(
     return added.to(query.dtype) if wide else added
 
 
-# Vision models whose attention is a class by the implementation's name and no function; later versions have no tables.
+# Vision models of transformers 4 that select an attention class, not a function, by implementation name.
 _TABLES = {
     "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
     "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
@@ -132,7 +121,7 @@ def _register_classes(name: str) -> None:
 
 @cache
 def _with_bias_kernel(original: type[nn.Module]) -> type[nn.Module]:
-    """BEiT's attention of older versions, which Data2Vec-Vision has too, with both biases in one kernel."""
+    """BEiT attention of transformers 4 with its position bias in `ops.bias_attention`."""
     plain: Any = original
     signature = inspect.signature(plain.forward)
 

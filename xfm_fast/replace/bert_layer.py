@@ -1,7 +1,6 @@
-"""The post-norm layer of BERT and its two ends (embeddings, vocabulary head) in fused operations, on foreign modules.
+"""The post-norm layer, embeddings and vocabulary head of BERT (arXiv 1810.04805) in fused ops, on third-party modules.
 
-Layers are known by the names of their parts, whatever their classes: BERT's code named them (arXiv 1810.04805), and
-RoBERTa, ALBEF, X-VLM, X²-VLM, BLIP and X-FM kept the names. They run with padding or without it.
+Layers are matched by the names of their submodules, which RoBERTa, ALBEF, X-VLM, X²-VLM, BLIP and X-FM share.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ def _branch(name: str) -> dict[str, Kinds]:
     return {name: nn.Module, **{f"{name}.{part}": kind for part, kind in _BRANCH.items()}}
 
 
-# Parts of a layer by dotted name, with their classes; nn.Module where any will do.
+# Parts of a layer by dotted name with their classes; nn.Module accepts any.
 LAYER_PARTS: dict[str, Kinds] = _branch("attention") | _branch("crossattention") | _MLP
-# Linear layers of one input, which one product serves.
+# Linear layers on one input, computed by one GEMM.
 LAYER_JOINT = (
     ("attention.self.query", "attention.self.key", "attention.self.value"),
     ("crossattention.self.key", "crossattention.self.value"),
@@ -70,9 +69,9 @@ LAYER_JOINT = (
 
 
 def is_layer(module: nn.Module) -> bool:
-    """True if a module has the parts of such a layer, with cross-attention or without."""
+    """True if a module has the submodules of a BERT layer, with or without cross-attention."""
     crosses = has_cross_attention(module)
-    # Stochastic depth is X²-VLM's addition.
+    # Stochastic depth is an addition of X²-VLM.
     required = (name for name in LAYER_PARTS if not name.endswith("drop_path"))
     needed = (name for name in required if crosses or not name.startswith("crossattention"))
     return (
@@ -83,18 +82,18 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def has_cross_attention(layer: nn.Module) -> bool:
-    """True if a layer looks at images, or could."""
+    """True if a layer has cross-attention."""
     return find(layer, "crossattention") is not None
 
 
 def drops_paths(layer: nn.Module) -> bool:
-    """True if stochastic depth is in force, which X²-VLM draws for a position of all texts at once."""
+    """True if stochastic depth is active; X²-VLM draws it per position across all texts."""
     parts = (find(layer, f"{name}output.drop_path") for name in ("attention.", "crossattention.", ""))
     return any(part is not None and part.training and getattr(part, "drop_prob", None) for part in parts)
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
-    """The reason why the attention of a layer is not that of BERT; None if it is."""
+    """Why the attention of a layer differs from BERT's; None if it does not."""
     for name in ("attention.self", "crossattention.self"):
         positions = getattr(find(layer, name), "position_embedding_type", None)
         if positions not in ("absolute", None):
@@ -109,26 +108,21 @@ Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
 
 @dataclass
 class Padded:
-    """Attention of a padded batch, `[B, L, H, D]`.
+    """Attention of a padded batch, `[B, L, H, D]`."""
 
-    Attributes:
-        mask: as `scaled_dot_product_attention` takes it, or a padding mask `[B, L]` of the keys, or None.
-        causal: whether later keys are hidden; without a mask only.
-    """
-
-    mask: Tensor | None = None
-    causal: bool = False
+    mask: Tensor | None = None  # as for `scaled_dot_product_attention`, or a key padding mask `[B, L]`
+    causal: bool = False  # only without a mask
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         mask = self.mask
         if mask is not None and mask.ndim == 2:
             return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings)
         if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
-            # The lowest number of a wide type would become infinite in a narrow one.
+            # The lowest value of a wide dtype would overflow to -inf in a narrow one.
             mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if mask is not None and mask.is_floating_point() and torch.is_grad_enabled():
-            # Where a mask leaves a query no key at all, the fused kernels' gradients are not those of this.
+            # For a query without visible keys the fused kernels have different gradients.
             weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(-1)
             return (F.dropout(weights, dropout_p) @ v).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, self.causal)
@@ -137,11 +131,7 @@ class Padded:
 
 @dataclass
 class Packed:
-    """Attention of packed sequences, `[T, H, D]`: queries with their own keys, or with those of a memory.
-
-    Attributes:
-        cu_q, cu_k, longest_q, longest_k, key_mask: as `ops.varlen_attention` takes them.
-    """
+    """Attention of packed sequences `[T, H, D]` over own keys or a memory; fields as in `ops.varlen_attention`."""
 
     cu_q: Tensor
     cu_k: Tensor
@@ -158,11 +148,7 @@ class Packed:
 
 @dataclass
 class Alike:
-    """Attention of few packed sequences of one length, `[T, H, D]`, which are soonest done as a padded batch.
-
-    Attributes:
-        texts: how many there are.
-    """
+    """Attention of a few packed sequences of equal length `[T, H, D]`, run as a padded batch."""
 
     texts: int
 
@@ -172,12 +158,12 @@ class Alike:
 
 
 def are_few(packing: Packing, settings: Settings) -> bool:
-    """Whether nothing is padding, and so little that the time of attention is that of its call."""
+    """True if there is no padding and so few tokens that attention is bound by call overhead."""
     return packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None
 
 
 def to_own_tokens(packing: Packing, settings: Settings) -> Attend:
-    """Attention of packed texts to their own tokens."""
+    """Self-attention of packed texts."""
     if are_few(packing, settings):
         return Alike(packing.shape[0])
     cu, longest = packing.cu_seqlens, packing.longest
@@ -186,19 +172,12 @@ def to_own_tokens(packing: Packing, settings: Settings) -> Attend:
 
 @dataclass
 class Memory:
-    """The memory that queries attend to in cross-attention.
+    """What cross-attention attends to."""
 
-    Attributes:
-        states: `[..., width]`, projected to keys and values by every layer; or `[..., 2, H, D]`, projected already.
-        attend: the attention of queries over them.
-        shared: whether one memory serves a whole padded batch, whose queries then form a single sequence.
-        projected: whether the states are the keys and values of the layer that is run.
-    """
-
-    states: Tensor
+    states: Tensor  # `[..., width]`, or keys and values `[..., 2, H, D]` if projected
     attend: Attend
-    shared: bool = False
-    projected: bool = False
+    shared: bool = False  # one memory for the whole padded batch, whose queries form one sequence
+    projected: bool = False  # states are the keys and values of the layer that runs
 
 
 def attend_to_real_keys(
@@ -215,7 +194,7 @@ def attend_to_real_keys(
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         shown = mask.bool()[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, v, shown, dropout_p, scale=scale).transpose(1, 2)
-    # All layers of a model come with the same mask.
+    # All layers of a model get the same mask.
     keys = derived("packed keys", (mask,), lambda: Packing.from_mask(mask))
     texts, length = q.shape[:2]
     out = ops.varlen_attention(
@@ -234,21 +213,15 @@ def attend_to_real_keys(
 
 
 def shares_one_memory(states: Tensor) -> bool:
-    """True if `[B, N, width]` states are one memory that was expanded to B, so that it need be projected only once."""
+    """True if `[B, N, width]` states were expanded from one memory, so that projecting it once suffices."""
     return states.shape[0] > 1 and states.stride(0) == 0
 
 
 def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -> tuple[Packing, bool] | None:
-    """The packing that leaves the padding out of a batch, found with one look at the device.
+    """Packing of a mask `[P, L]`, with one device sync, and whether `memory_mask` `[P, N]` hides nothing.
 
-    Args:
-        mask: `[P, L]`, non-zero for real tokens.
-        memory_mask: `[P, N]`, of what the texts attend to.
-        keep_first: keep the first token of every text as a query where it is padding: poolers read it.
-
-    Returns:
-        The packing, and whether the memory's mask hides nothing. None where a text has no token at all: what softmax
-        makes of nothing is the original's own business.
+    With `keep_first`, token 0 of every text stays a query even if it is padding, because poolers read it. None if a
+    text has no token at all.
     """
     mask = mask.bool()
     if torch.compiler.is_compiling():
@@ -272,7 +245,7 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
     if not none_empty:
         return None
     flat = kept.flatten()
-    # A stable sort puts the kept places first, in order, and unlike `nonzero` it need not ask how many there are.
+    # A stable sort moves real tokens to the front, in order, without the device sync of `nonzero`.
     order = host.true_places(flat) if on_host(flat) else flat.logical_not().to(torch.uint8).argsort(stable=True)
     places = order[:total]
     key_mask = None if first_real or not keep_first else mask.flatten()[places]
@@ -284,11 +257,7 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
 
 
 def _traced_plan(mask: Tensor, keep_first: bool) -> Packing:
-    """The packing in a graph, where no value may decide what is computed: only the number of kept tokens is read.
-
-    The first token of a text, kept as a query where it is padding, attends to the real ones; in a text without any, to
-    nothing, which leaves zeros.
-    """
+    """`plan` in a traced graph, without control flow on values: padding at token 0 attends to real tokens."""
     kept = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
     places = kept.flatten().nonzero().flatten()
     return Packing(
@@ -301,7 +270,7 @@ def _traced_plan(mask: Tensor, keep_first: bool) -> Packing:
 
 
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
-    """The memory `[P, N, width]` of packed texts; mask `[P, N]` is non-zero for what they may attend to."""
+    """The memory `[P, N, width]` of packed texts; `mask` `[P, N]` is non-zero for visible tokens."""
     texts, length = states.shape[:2]
     cu, device = packing.cu_seqlens, states.device
     if mask is None and shares_one_memory(states):
@@ -330,18 +299,10 @@ def run_layer(
     reads: Tensor | None = None,
     intact: bool = False,
 ) -> Tensor:
-    """Self-attention, cross-attention where there is a memory, MLP; residual and LayerNorm behind each.
+    """Run a BERT layer on padded `[B, L, width]` or packed `[T, width]` tokens, with cross-attention to a memory.
 
-    The residual stays as wide as it comes in, whatever the products are computed in.
-
-    Args:
-        layer: has the submodules of `BertLayer`, by their names.
-        x: `[B, L, width]` or packed `[T, width]`, as `attend` expects.
-        reads: `[Q]` rows of packed x that are read: the only ones to ask and to be computed.
-        intact: a fused layer, just found intact.
-
-    Returns:
-        In the shape of x; `[Q, width]` with reads.
+    The residual keeps its dtype. With `reads` `[Q]`, only these packed rows are queries: returns `[Q, width]`. `intact`
+    marks a fused layer whose `intact()` was just checked.
     """
     if intact and memory is None and reads is None:
         ready = prepared(layer, lambda: _parts(layer), x, settings, wide=True)
@@ -361,7 +322,7 @@ def run_layer(
         states = memory.states
         k, v = states.unbind(-3) if memory.projected else keys_values(cross, states, settings)
         q = _query(cross.self, x, settings)
-        # One memory for a whole padded batch: its queries form a single sequence.
+        # One memory for the whole padded batch: all queries form one sequence.
         asked = q.flatten(0, 1)[None] if memory.shared else q
         context = memory.attend(asked, k, v, _chance(cross.self), settings).view(q.shape)
         x = _close(cross.output, context.flatten(-2), x, settings)
@@ -375,7 +336,7 @@ def run_layer(
 
 
 def _parts(layer: Any) -> Parts:
-    """The parts of a layer that sees no image."""
+    """`Parts` of a layer without cross-attention."""
     own, ends = layer.attention.self, (layer.attention.output, layer.output)
     activation = layer.intermediate.intermediate_act_fn
     fc1 = layer.intermediate.dense
@@ -395,7 +356,7 @@ def _parts(layer: Any) -> Parts:
 
 
 def keys_values(attention: Any, states: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """`[..., width]` → keys and values, `[..., H, D]` each, with one product."""
+    """`[..., width]` → keys and values, `[..., H, D]` each, with one GEMM."""
     projections = attention.self
     k, v = settings.products("kv", states, projections.key, projections.value)
     heads = projections.num_attention_heads
@@ -408,18 +369,18 @@ def _query(projections: Any, x: Tensor, settings: Settings) -> Tensor:
 
 
 def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
-    """The end of a branch: product, dropout, residual, LayerNorm."""
+    """Linear layer, dropout, residual and LayerNorm at the end of a branch."""
     p = probability(end.dropout)
     return settings.closed(x, end.dense, end.LayerNorm, residual, dropout_p=p, wide=True)[0]
 
 
 def _chance(projections: Any) -> float:
-    """Probability of dropping an attention weight."""
+    """Dropout probability of the attention weights."""
     return projections.dropout.p if projections.training else 0.0
 
 
 class FusedEmbeddings(CalledByName):
-    """Word, position and type embeddings with their LayerNorm in one pass."""
+    """Word, position and type embeddings with LayerNorm in one pass."""
 
     bypassed: ClassVar[Any] = {
         "word_embeddings": nn.Embedding,
@@ -433,7 +394,7 @@ class FusedEmbeddings(CalledByName):
         call = self.arguments(args, kwargs)
         tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
         types = call.get("token_type_ids")
-        # All tokens are of the first type; on an accelerator a look would wait, so there only None is known.
+        # The fused op covers token type 0 only; on an accelerator the check would sync, so only None qualifies.
         first_type = types is None or (on_host(types) and not host.any_true(types.ne(0)))
         plain = call.get("inputs_embeds") is None and first_type
         if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
@@ -445,7 +406,7 @@ class FusedEmbeddings(CalledByName):
             return self.embed(tokens, positions.expand(tokens.shape))
 
     def _exact(self) -> bool:
-        """The operation leaves the same row of both tables without gradient, and this is not BERT's way."""
+        """False where the op's gradient differs from `nn.Embedding`: max_norm, sparse, different padding_idx."""
         module: Any = self
         tables = (module.word_embeddings, module.position_embeddings)
         if any(table.max_norm is not None or table.scale_grad_by_freq or table.sparse for table in tables):
@@ -455,7 +416,7 @@ class FusedEmbeddings(CalledByName):
     def embed(
         self, tokens: Tensor | None, positions: Tensor, types: Tensor | None = None, embeds: Tensor | None = None
     ) -> Tensor:
-        """Ids, or word embeddings `embeds`, of any shape → embeddings, normalised and dropped out."""
+        """Token ids or word embeddings → embeddings after LayerNorm and dropout."""
         module: Any = self
         table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
         word, position = module.word_embeddings, module.position_embeddings
@@ -478,7 +439,7 @@ class FusedEmbeddings(CalledByName):
 
 
 def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
-    """`[P, L]` or `[1, L]`: those that BERT counts by place, or RoBERTa by tokens that are no padding."""
+    """Position ids `[P, L]` or `[1, L]`: BERT counts all tokens, RoBERTa skips padding."""
     pad = getattr(embeddings, "padding_idx", None)
     if pad is None:
         return embeddings.position_ids[:, : tokens.shape[1]]
@@ -487,7 +448,7 @@ def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
 
 
 class VocabularyHead(CalledByName):
-    """Dense, GELU, LayerNorm and the product with the vocabulary."""
+    """Masked-language head: dense, GELU, LayerNorm and vocabulary projection."""
 
     multiplies_in_eight_bits: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
@@ -514,19 +475,19 @@ class VocabularyHead(CalledByName):
         return super().intact() and (transform is None or not observed(transform))
 
     def transformed(self, features: Tensor) -> Tensor:
-        """`[..., width]` → the states that meet the vocabulary."""
+        """`[..., width]` → input of the vocabulary projection."""
         module, settings = cast(Any, self), self.settings
         if "transform" in self._modules:
             dense, norm, activation = (getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn"))
         else:
-            # RoBERTa's head calls the function where BERT's keeps a module.
+            # RoBERTa's head calls F.gelu, BERT's has a module.
             dense, norm, activation = module.dense, module.layer_norm, F.gelu
         x = settings.activated(features, dense, activation)
         scale, shift = settings.affine(norm.weight, norm.bias)
         return ops.layer_norm(x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend)
 
     def vocabulary(self) -> tuple[Tensor, Tensor | None]:
-        """Weight `[V, width]` and bias `[V]` in the type that is computed in."""
+        """Weight `[V, width]` and bias `[V]` in the compute dtype."""
         module: Any = self
         return self.settings.affine(module.decoder.weight, module.decoder.bias)
 

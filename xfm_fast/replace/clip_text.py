@@ -1,9 +1,7 @@
-"""Text towers of CLIP (arXiv 2103.00020): computed as far as the end-of-text of each text, and no further.
+"""CLIP text towers (arXiv 2103.00020) cut at the end-of-text token.
 
-Such a tower is causal and its feature is read at the end-of-text, so nothing behind that can change it; yet tokenizers
-fill every text up to 77 tokens, of which a caption has a dozen. The batch is cut behind its longest text, which is
-exact and leaves all else to the tower's own code; where the texts that remain differ in length and all layers are
-fused, their tokens are packed.
+The tower is causal and its feature is read at the end-of-text, so later tokens cannot change it. The batch is cut after
+its longest text; if the texts differ in length and all layers are fused, they are packed.
 """
 
 from __future__ import annotations
@@ -34,21 +32,15 @@ from xfm_fast.replace.vit_block import PreNormBlock
 
 _GAIN = "nothing computed behind the end-of-text"
 _NOT_ASKED = "its texts are computed at full length; unpad=True cuts them behind the longest end-of-text"
-# Of the tokens that cutting leaves, the share from which packing the rest does not pay for itself.
+# Share of tokens left after the cut above which packing does not pay off.
 _FULL = 0.95
-# CLIP models from before transformers knew their end-of-text say 2, and read the feature at the highest id.
+# CLIP configs that predate transformers' eos_token_id contain 2, and pool at the highest id.
 _LEGACY_END = 2
 _PLAIN = ("eager", "sdpa", None)
 
 
 def _lengths(ends: Tensor, marked: Tensor | None, length: int) -> list[int] | None:
-    """The tokens that each text of a batch needs; None if one has no end, or needs all.
-
-    Args:
-        ends: `[B]` the place where each feature is read, -1 in a text without an end.
-        marked: `[B, L]`, non-zero for tokens that the caller calls real.
-        length: L.
-    """
+    """Length of each text from its end `[B]` (-1: none) and mask `[B, L]`; None if a text has no end or fills L."""
     last = ends
     if marked is not None:
         places = torch.arange(length, device=marked.device)
@@ -58,7 +50,7 @@ def _lengths(ends: Tensor, marked: Tensor | None, length: int) -> list[int] | No
 
 
 def _packing(lengths: list[int], device: torch.device) -> Packing | None:
-    """Places of the tokens in the batch that is cut; None where too little of it would be left out."""
+    """Packing of the cut batch; None if it would save too little."""
     longest = max(lengths)
     if sum(lengths) > _FULL * longest * len(lengths):
         return None
@@ -68,11 +60,7 @@ def _packing(lengths: list[int], device: torch.device) -> Packing | None:
 
 @dataclass
 class Causal:
-    """Causal attention of packed texts `[T, H, D]`, as that of the padded batch: padding is behind, where none looks.
-
-    Attributes:
-        packing: their places.
-    """
+    """Causal attention of packed texts `[T, H, D]` on the padded batch: padding comes last, so no token sees it."""
 
     packing: Packing
 
@@ -84,7 +72,7 @@ class Causal:
 
 
 def _run(layers: Iterable[Any], x: Tensor, packing: Packing) -> Tensor:
-    """Layers that `_packable` knows, on packed tokens `[T, width]`."""
+    """Run layers accepted by `_packable` on packed tokens `[T, width]`."""
     attend = Causal(packing)
     for layer in layers:
         x = run_packed(layer, attend, None, x) if isinstance(layer, FamilyLayer) else layer.run(x, attend)
@@ -92,7 +80,7 @@ def _run(layers: Iterable[Any], x: Tensor, packing: Packing) -> Tensor:
 
 
 def _packable(holder: nn.Module | None, layers: nn.Module | None) -> bool:
-    """True if all layers of a tower can be run on packed tokens now, and nothing observes them or what holds them."""
+    """True if all layers can run on packed tokens now and neither they nor their holder have hooks."""
     if holder is None or layers is None or observed(holder):
         return False
     found = list(layers.children())
@@ -106,7 +94,7 @@ def _packable(holder: nn.Module | None, layers: nn.Module | None) -> bool:
 
 
 def _ends(ids: Tensor, end: int | None) -> Tensor:
-    """`[B, L]` ids → `[B]` place of the first `end`, -1 where there is none; of the highest id if `end` is None."""
+    """`[B, L]` ids → `[B]` position of the first `end`, -1 if absent; of the highest id if `end` is None."""
     if end is None:
         return ids.argmax(-1)
     found = ids == end
@@ -114,10 +102,7 @@ def _ends(ids: Tensor, end: int | None) -> Tensor:
 
 
 class CutTextModel(CalledByName):
-    """The text tower of transformers' CLIP. Its states behind the end of a text are zero, where they have no meaning.
-
-    (Behind that of the longest, where the batch is cut and not packed.)
-    """
+    """CLIP text tower of transformers. States after the end-of-text (or after the cut) are zero."""
 
     _understood: ClassVar[set[str]] = {"input_ids", "attention_mask", "position_ids", "return_dict"}
 
@@ -146,14 +131,14 @@ class CutTextModel(CalledByName):
     def _can_pack(self) -> bool:
         tower: Any = self
         encoder = tower.encoder
-        # Activations are kept out of memory by the encoder or by its layers, as these are called.
+        # Gradient checkpointing works per module call.
         kept_out = torch.is_grad_enabled() and any(
             getattr(part, "gradient_checkpointing", False) for part in (tower, encoder, *encoder.layers)
         )
         return not kept_out and tower.config._attn_implementation in _PLAIN and _packable(encoder, encoder.layers)
 
     def _marks_whole_texts(self, call: dict[str, Any], packing: Packing) -> bool:
-        """True if a mask hides no token in front of an end, so that causality is all that hides one."""
+        """True if the mask hides no token before an end-of-text."""
         mask = call.get("attention_mask")
         if mask is None:
             return True
@@ -165,7 +150,7 @@ class CutTextModel(CalledByName):
 
         tower: Any = self
         longest, positions = packing.shape[1], call.get("position_ids")
-        # Text by text: the embeddings refuse a text that is longer than their positions, as the packed one may be.
+        # Embed the padded texts: a packed text may be longer than the position table.
         embedded = tower.embeddings(
             input_ids=call["input_ids"][:, :longest], position_ids=None if positions is None else positions[:, :longest]
         )
@@ -195,7 +180,7 @@ class CutTextModel(CalledByName):
 
 
 class CutOpenClip(Fused):
-    """`open_clip.CLIP`, which holds its text tower itself."""
+    """`open_clip.CLIP`, which contains its text tower."""
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -211,7 +196,7 @@ class CutOpenClip(Fused):
 
 
 class CutOpenClipText(Fused):
-    """`open_clip.TextTransformer`, the tower of models that keep it apart."""
+    """`open_clip.TextTransformer`, a separate text tower."""
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -229,12 +214,7 @@ class CutOpenClipText(Fused):
 
 
 def _open_clip_feature(tower: Any, text: Tensor, pool: str, end: int | None) -> Tensor | None:
-    """`[B, L]` ids → `[B, E]`, no token computed behind the longest end-of-text, or behind any; None if one has none.
-
-    Args:
-        tower: holds the layers in `transformer`.
-        pool, end: how and where the feature is read.
-    """
+    """`[B, L]` ids → `[B, E]` without computing past the end-of-text; None if a text has no end."""
     if torch.compiler.is_compiling() or text.ndim != 2 or not text.numel():
         return None
     end = end if pool == "eos" else None
@@ -280,7 +260,7 @@ def _is(library: str, *names: str) -> Any:
 
 
 def _is_tower(module: nn.Module) -> bool:
-    # In transformers 4 the model holds the tower, in 5 it is the tower.
+    # In transformers 4 the model contains the tower, in 5 it is the tower.
     named = _is("transformers.models.clip.", "CLIPTextModel", "CLIPTextTransformer")(module)
     return named and find(module, "encoder") is not None and hasattr(module, "eos_token_id")
 

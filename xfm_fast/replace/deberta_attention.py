@@ -1,4 +1,4 @@
-"""DeBERTa's disentangled attention (arXiv 2006.03654): content to position and position to content as a bias."""
+"""DeBERTa's disentangled attention (arXiv 2006.03654) as a score bias."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xfm_fast.replace.vit_block import attention
 
 
 def disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
-    """The attention of a call to a layer of DeBERTa-v2 or v3; None where its relative positions are not given.
+    """Attention of a DeBERTa-v2/v3 layer call; None without relative positions.
 
     Scores are `(q kᵀ + q k_posᵀ[i - j] + (k q_posᵀ)[j - i]) / √(D · terms)`.
     """
@@ -38,7 +38,7 @@ def disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
             for kind in kinds:
                 bias = bias + scale * _toward(kind, module, positions, places, q, k, settings)
         if torch.is_grad_enabled():
-            # A query that sees nothing, as at padding, weighs all keys alike and must get no gradient from them.
+            # A query without visible keys (padding) has uniform weights and must not pass gradients to keys.
             scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + bias
             weights = scores.masked_fill(~mask.bool(), torch.finfo(q.dtype).min).softmax(-1)
             return torch.einsum("bhnm,bmhd->bnhd", F.dropout(weights, dropout_p), v.to(weights.dtype)).flatten(2)
@@ -50,13 +50,7 @@ def disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
 
 
 def _toward(kind: str, module: Any, positions: Tensor, places: Any, q: Tensor, k: Tensor, settings: Settings) -> Tensor:
-    """Scores between contents and relative positions, `[B, H, N, N]`.
-
-    Args:
-        kind: "c2p" for queries to positions, "p2c" for positions to keys.
-        positions: `[2 · span, width]` embeddings of the relative positions.
-        places: `[1, N, N]` relative position of each query and key.
-    """
+    """Scores `[B, H, N, N]` of content and position: "c2p" queries to positions, "p2c" positions to keys."""
     span = module.pos_ebd_size
     if module.share_att_key:
         layer = module.key_proj if kind == "c2p" else module.query_proj

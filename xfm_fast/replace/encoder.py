@@ -1,4 +1,4 @@
-"""Whole text encoders without padding: embeddings, layers of a registered family and last norm on packed tokens."""
+"""Text encoders without padding: embeddings, layers of a registered family and final norm on packed tokens."""
 
 from __future__ import annotations
 
@@ -29,58 +29,41 @@ def _listed(model: Any, path: str) -> Iterable[nn.Module]:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Where the models of one family keep what is around their layers: dotted names, seen from the model.
+    """Where a model keeps the modules around its layers: dotted names relative to the model."""
 
-    Attributes:
-        model: class of the model, as `Family.layer` names that of a layer.
-        layers: list of the layers.
-        takes: arguments of the embeddings that hold an entry per token.
-        embeddings: module from ids or given embeddings to states.
-        project: linear layer behind the embeddings.
-        norm: behind the last layer.
-        pooler: module that reads the first token, of the states `[P, L, width]`, or of the token itself where
-            pooled_by names the function behind it.
-        pooled_by: see pooler.
-        bias: method of the model or of a part that makes the position bias of states `[P, L, width]`.
-        rotary: module that makes cosines and sines from states and positions, for each kind of layer if told its name.
-        kind: attribute of a layer with its kind: "sliding_attention" looks no further than the configuration's
-            sliding_window.
-        sequence: the layers in the order in which they run, where some run more than once.
-        has_pooled: the output has a field for the pooled state.
-    """
-
-    model: str
+    model: str  # class name, in the form of `Family.layer`
     layers: str
-    takes: tuple[str, ...]
-    embeddings: str = "embeddings"
-    project: str = ""
-    norm: str = ""
-    pooler: str = ""
-    pooled_by: str = ""
-    bias: str = ""
-    rotary: str = ""
-    kind: str = ""
+    takes: tuple[str, ...]  # arguments of the embeddings with one entry per token
+    embeddings: str = "embeddings"  # ids or given embeddings → states
+    project: str = ""  # linear layer after the embeddings
+    norm: str = ""  # after the last layer
+    pooler: str = ""  # pools the states `[P, L, width]`, or token 0 if pooled_by is set
+    pooled_by: str = ""  # function after the pooler
+    bias: str = ""  # method that returns the position bias for states `[P, L, width]`
+    rotary: str = ""  # module that returns cos and sin for states, positions and, if kind is set, the kind of layer
+    kind: str = ""  # layer attribute; "sliding_attention" limits attention to the config's sliding_window
+    # layers in execution order, for models that run a layer several times
     sequence: Callable[[Any, str], Iterable[nn.Module]] = _listed
-    has_pooled: bool = True
+    has_pooled: bool = True  # the output has a field for the pooled state
 
 
 _encoders: dict[str, Encoder] = {}
 
 
 def register_encoder(*encoders: Encoder) -> None:
-    """Make models known, so that `accelerate(..., unpad=True)` leaves out their padding."""
+    """Register models for `accelerate(..., unpad=True)`."""
     _encoders.update({encoder.model: encoder for encoder in encoders})
     encoder_of.cache_clear()
 
 
 @cache
 def encoder_of(kind: type[nn.Module]) -> Encoder | None:
-    """The row whose models are of a class."""
+    """The row of a model class, or None."""
     return _encoders.get(f"{kind.__module__}.{kind.__qualname__}") or _encoders.get(short_name(kind))
 
 
 class UnpaddedEncoder(CalledByName):
-    """A whole encoder on packed tokens; at padding its states are zero."""
+    """A whole encoder on packed tokens; states at padding are zero."""
 
     encoder_row: ClassVar[Encoder]
 
@@ -114,7 +97,7 @@ class UnpaddedEncoder(CalledByName):
         return out if wants_named(self, call) else out.to_tuple()
 
     def _planned(self, call: dict[str, Any]) -> tuple[Packing, Tensor] | None:
-        """The packing of a call and its mask; None for calls that keep padding."""
+        """Packing and mask of a call; None for calls that keep padding."""
         row, config, mask = self.encoder_row, self.config, cast(Any, call.get("attention_mask"))
         given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
         if asks_beyond(call, (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT)) or len(given) != 1:
@@ -130,7 +113,7 @@ class UnpaddedEncoder(CalledByName):
         return None if planned is None else (planned[0], mask.bool())
 
     def _ready(self) -> bool:
-        """True if nothing observes a part that is not called, and every layer can be run on packed tokens."""
+        """True if no bypassed part has hooks and every layer can run on packed tokens."""
         row = self.encoder_row
         around = {row.layers.rpartition(".")[0], row.embeddings, row.project} - {""}
         parts = [find(self, name) for name in around]
@@ -160,14 +143,14 @@ class UnpaddedEncoder(CalledByName):
 
         bias = None
         if row.bias:
-            # It reads nothing but the shape of its argument.
+            # The method reads only the shape of its argument.
             bias = attrgetter(row.bias)(module)(x.new_empty(1, packing.shape[1], 1))
         attends: dict[str, tuple[Attend, Any]] = {}
         for layer in row.sequence(module, row.layers):
             kind = getattr(layer, row.kind) if row.kind else ""
             if kind not in attends:
                 window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
-                # Texts no longer than the window see all of themselves, wherever they lie.
+                # Texts no longer than the window attend to all of their tokens.
                 local = window is not None and packing.shape[1] > window + 1
                 attend = to_own
                 if bias is not None or local:
@@ -193,12 +176,12 @@ class UnpaddedEncoder(CalledByName):
         return whole._gradient_checkpointing_func(run, x) if checkpointed else run(x)
 
     def _positions(self, call: dict[str, Any], packing: Packing) -> Tensor:
-        """Positions of the packed tokens."""
+        """Position ids of the packed tokens."""
         positions, embeddings = call.get("position_ids"), attrgetter(self.encoder_row.embeddings)(self)
         if positions is None:
             tokens = call.get("input_ids")
             if tokens is None:
-                # Without ids, RoBERTa takes every token for a real one.
+                # Without ids, RoBERTa treats every token as real.
                 tokens = call["attention_mask"].new_full(packing.shape, -1)
             if hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids"):
                 positions = default_positions(embeddings, tokens)
@@ -207,7 +190,7 @@ class UnpaddedEncoder(CalledByName):
         return packing.pack(positions.expand(packing.shape))
 
     def _embedded(self, call: dict[str, Any], packing: Packing, positions: Tensor) -> Tensor:
-        """Embeddings of the packed tokens `[T, width]`: to the module they are one long text."""
+        """Embeddings `[T, width]`; the embedding module sees one long text."""
         row = self.encoder_row
         inputs: dict[str, Any] = {
             name: packing.pack(call[name])[None] for name in row.takes if call.get(name) is not None
@@ -230,5 +213,5 @@ def _run_bert_layer(layer: Any, attend: Attend, settings: Settings, x: Tensor) -
 
 
 def is_encoder(module: nn.Module) -> bool:
-    """True if a model's padding can be left out by its row."""
+    """True if the model has a registered `Encoder` row."""
     return encoder_of(original_class(module)) is not None

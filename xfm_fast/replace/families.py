@@ -1,8 +1,7 @@
-"""The structural matcher: a transformer layer of any library, known by a row of names, and its one fused form.
+"""Transformer layers of any library, matched by a table of names, and their single fused form.
 
-A `Family` says where a layer keeps its projections, norms and MLP, and in which order it computes with them; an
-`Encoder` says where a model keeps its embeddings, layers and last norm, so that it can run without padding. A new
-family is a row of a table (`huggingface_families` has those of transformers) or a call of `register`, not code.
+A `Family` names a layer's projections, norms and MLP and their order. A new family is a table row
+(`huggingface_families` has those of transformers) or a call of `register`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from xfm_fast.replace.swap import (
     why_not_bypassed,
 )
 
-# Arguments that change no number in a layer. Attention weights as output are taken by hooks or asked for by name.
+# Arguments that do not affect a layer's numbers; requests for attention weights are handled elsewhere.
 _WITHOUT_EFFECT = (
     *("position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch", "output_hidden_states"),
 )
@@ -55,11 +54,11 @@ class Mlp(NamedTuple):
     """One form of a layer's MLP.
 
     Attributes:
-        inner: the linear layer to the hidden layer; two where `activation(first) · second` is taken.
-        activation: module or function; empty for the erf form of GELU, where a layer has none of its own.
-        outer: the linear layer back.
-        halved: one linear layer makes both factors of the gate, the activated one first.
-        dropout: of the hidden layer.
+        inner: linear layer into the hidden layer; two for a gate, `activation(first) · second`.
+        activation: module or function; empty for erf GELU in a layer without an activation module.
+        outer: linear layer out of the hidden layer.
+        halved: one linear layer computes both factors of the gate, the activated one first.
+        dropout: dropout of the hidden layer.
     """
 
     inner: tuple[str, ...]
@@ -71,31 +70,31 @@ class Mlp(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the layers of one family keep their parts: dotted names, seen from the layer.
+    """Where a family of layers keeps its parts: dotted names relative to the layer.
 
     Attributes:
-        layer: class of the layer, or `package.Class` for one of `transformers.models.package`. Of several rows for one
-            layer, versions of a library, the row applies whose first own class the library has.
-        order: norms before the branches, behind the sums, or behind the branches and before the sums.
-        attention: the attention module, whose configuration chooses the implementation.
-        own: classes beside the layer's that are computed around, or their names in the layer's file.
+        layer: class of the layer, or `package.Class` for one of `transformers.models.package`. With several rows for
+            one layer (library versions), the row whose first own class exists in the library applies.
+        order: norms before the branches, after the sums, or after the branches and before the sums.
+        attention: the attention module, whose config selects the implementation.
+        own: classes that are bypassed besides the layer's, or their names in the layer's file.
         qkv: projections to queries, keys and values, or one to all three.
-        proj: the projection behind the attention.
+        proj: projection after the attention.
         norms: of the attention and of the MLP.
-        mlps: forms of the MLP; the first that a layer has.
+        mlps: possible forms of the MLP; the first that a layer has is used.
         head_size: width of an attention head.
-        weights_p: dropout of the attention weights: a module, or a number that holds in training.
+        weights_p: dropout of the attention weights: a module, or a number that applies in training.
         branch_p: dropout modules at the end of the branches; empty for none.
         scales: LayerScale of each branch.
         drop_paths: stochastic depth of each branch.
-        bias: argument with a bias `[B, H, N, N]` that is added to the scaled products.
-        rotary: argument with cosines and sines of rotary positions.
-        chunks: attribute that makes the feed-forward run in chunks.
-        joins: compute queries, keys and values in one product.
+        bias: argument with a bias `[B, H, N, N]` that is added to the scaled scores.
+        rotary: argument with cos and sin of rotary positions.
+        chunks: attribute that runs the feed-forward in chunks.
+        joins: compute queries, keys and values in one GEMM.
         pair: the layer returns its output and None.
-        scores: makes an attention that knows more than a mask and a bias, of the layer and the call; None declines.
-        also_takes: further arguments, which scores understands.
-        windowed: attends within windows of an image; `window_block` has the form.
+        scores: builds a custom attention from the layer and the call; None falls back to the original.
+        also_takes: further arguments that scores handles.
+        windowed: attends within image windows; see `window_block`.
     """
 
     layer: str | type[nn.Module]
@@ -122,28 +121,27 @@ class Family:
 
     @property
     def name(self) -> str:
-        """The class of the layer, as families are looked up."""
+        """Lookup key of the layer class."""
         return self.layer if isinstance(self.layer, str) else _full_name(self.layer)
 
     def own_classes(self, kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-        """The classes that are computed around, of those that the library of a layer's class has."""
+        """The bypassed classes that exist in the library of a layer class."""
         if not isinstance(self.own, str):
             return self.own
         library = sys.modules[kind.__module__]
         return tuple(found for name in self.own.split() if (found := getattr(library, name, None)) is not None)
 
     def fits(self, kind: type[nn.Module]) -> bool:
-        """True unless the row is for another version of the library that a layer's class is of."""
+        """False if the row is for another version of the library."""
         return not isinstance(self.own, str) or hasattr(sys.modules[kind.__module__], self.own.split()[0])
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear layer that some form of the family has."""
+        """Every linear layer in any form of the family."""
         return *self.qkv, self.proj, *(name for mlp in self.mlps for name in (*mlp.inner, mlp.outer))
 
     @property
     def dropouts(self) -> tuple[str, ...]:
-        """Every dropout module."""
         return tuple(n for n in (*self.branch_p, *(mlp.dropout for mlp in self.mlps), self.weights_p) if n)
 
     def missing(self, layer: nn.Module) -> str | None:
@@ -155,7 +153,7 @@ class Family:
         return absent
 
     def unread(self, layer: nn.Module) -> str | None:
-        """The first parameter of a layer that is in none of the parts, so that the row cannot be all of its forward."""
+        """The first parameter that no part covers: the row would not be the layer's whole forward."""
         if self.scores is not None or self.windowed:
             return None
         parts = (*self.linears, *self.norms, *(name for name in self.scales if name))
@@ -164,13 +162,13 @@ class Family:
         return next((name for name in names if name not in parts and not name.startswith(read)), None)
 
     def mlp(self, layer: nn.Module) -> Mlp | None:
-        """The form of MLP that a layer has."""
+        """The MLP form of a layer."""
         return next(
             (mlp for mlp in self.mlps if all(find(layer, n) is not None for n in (*mlp.inner, mlp.outer))), None
         )
 
     def holders(self) -> Iterator[str]:
-        """The modules between the layer and its parts, which are not called."""
+        """Modules between the layer and its parts, which are bypassed."""
         names = (*self.linears, *self.norms, *self.dropouts, *self.scales, self.head_size)
         paths = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
         yield from sorted(paths)
@@ -180,10 +178,10 @@ _families: dict[str, tuple[Family, ...]] = {}
 
 
 def register(*families: Family) -> None:
-    """Make layers of these families known to `accelerate`.
+    """Register families of layers with `accelerate`.
 
     Raises:
-        InputError: a family has no layer's name, or no MLP.
+        InputError: a family without a layer name or without an MLP.
     """
     for family in families:
         if "." not in family.name or not family.mlps:
@@ -197,13 +195,13 @@ def register(*families: Family) -> None:
 
 
 def registered() -> tuple[Family, ...]:
-    """All families, in the order in which they were registered."""
+    """All families, in order of registration."""
     return tuple(row for rows in _families.values() for row in rows)
 
 
 @cache
 def family_of(kind: type[nn.Module]) -> Family | None:
-    """The family whose layers are of a class."""
+    """The family of a layer class, or None."""
     rows = _families.get(_full_name(kind)) or _families.get(short_name(kind), ())
     return next((row for row in rows if row.fits(kind)), rows[-1] if rows else None)
 
@@ -220,15 +218,10 @@ def short_name(kind: type[nn.Module]) -> str:
 
 
 class FamilyLayer(CalledByName):
-    """A whole layer of a registered family: products, activation, residual and norm fused.
-
-    Attributes:
-        layer_family: where its parts are.
-        returns_tuple: whether the output comes in a tuple, with attention weights behind it if asked for.
-    """
+    """A layer of a registered family: linear layers, activation, residual and norm fused."""
 
     layer_family: ClassVar[Family]
-    returns_tuple: ClassVar[bool] = False
+    returns_tuple: ClassVar[bool] = False  # the output is a tuple, with room for attention weights
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -284,7 +277,7 @@ class FamilyLayer(CalledByName):
         super().release()
 
     def context(self, device: torch.device) -> Any:
-        """The context to `run` in, which gives the settings."""
+        """Context manager for `run`; yields the settings."""
         return (
             _own_types(self.settings, device)
             if self.layer_family.order == "behind sums"
@@ -292,7 +285,7 @@ class FamilyLayer(CalledByName):
         )
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None) -> Tensor:
-        """The layer on `[B, N, width]` or packed `[T, width]`, as `attend` expects; rotary positions likewise."""
+        """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
         order = self.layer_family.order
         if order != "behind branches":
             ready = prepared(self, partial(self._parts, None), x, settings, wide=order == "behind sums")
@@ -301,11 +294,10 @@ class FamilyLayer(CalledByName):
         return self.compute(self._parts(rotary), attend, x, settings)
 
     def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:
-        """The parts in the order of the family."""
         return _ORDERS[self.layer_family.order](parts, x, attend, settings)
 
     def _attention(self, call: Mapping[str, Any]) -> Attend | None:
-        """The attention that a call asks for; None where the original has to be asked."""
+        """The attention of a call; None to run the original."""
         family, mask = self.layer_family, call.get("attention_mask")
         if family.scores is not None:
             return family.scores(self, call)
@@ -350,7 +342,7 @@ class FamilyLayer(CalledByName):
         )
 
     def _chance(self, name: str) -> float:
-        """Probability of a dropout in the present mode: that of a module, or a number beside one."""
+        """Probability of a dropout module, or of a number attribute, in the current mode."""
         if not name:
             return 0.0
         holder, _, last = name.rpartition(".")
@@ -362,29 +354,29 @@ class FamilyLayer(CalledByName):
 
 
 def implementation_of(layer: FamilyLayer) -> str | None:
-    """Name of the attention implementation that transformers calls in a layer."""
+    """Name of the attention implementation in a layer of transformers."""
     config = getattr(find(layer, layer.layer_family.attention), "config", None)
     return getattr(config, "_attn_implementation", None)
 
 
 def run_packed(layer: FamilyLayer, attend: Attend, rotary: Any, x: Tensor) -> Tensor:
-    """A layer on packed tokens `[T, width]`."""
+    """Run a layer on packed tokens `[T, width]`."""
     with layer.context(x.device) as settings:
         return layer.run(x, attend, settings, rotary)
 
 
 def _scale(layer: nn.Module, name: str) -> Tensor | None:
-    """A LayerScale; transformers puts 1 or None where a configuration has none."""
+    """A LayerScale; None where transformers stores 1 or None."""
     scale = attrgetter(name)(layer) if name else None
     return scale if isinstance(scale, Tensor) else None
 
 
 class _Absent(nn.Module):
-    """Stands for a class that this version of the library lacks, so that nothing is one."""
+    """Placeholder for a class that this version of the library lacks."""
 
 
 class _own_types:
-    """`Settings.own_types` as a context that gives the settings."""
+    """`Settings.own_types` as a context manager that yields the settings."""
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.context = settings, settings.own_types(device)
@@ -412,12 +404,12 @@ def _hidden(
 
 
 def _rotated(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys `[..., N, H, D]` with rotary positions; tokens before those that have one stay as they are."""
+    """Apply rotary positions to queries and keys `[..., N, H, D]`; prefix tokens without a position are unchanged."""
     return _turned(cos, sin, q, False), _turned(cos, sin, k, False)
 
 
 def _turned(cos: Tensor, sin: Tensor, x: Tensor, both: bool) -> Tensor:
-    """One of them, or both side by side `[..., N, 2, H, D]`."""
+    """The same for one tensor, or for q and k stacked as `[..., N, 2, H, D]`."""
     place = x.ndim - (4 if both else 3)
     prefix = x.shape[place] - cos.shape[-2]
     if both:
@@ -433,7 +425,7 @@ def _are_rotary(given: Any) -> bool:
 
 
 def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Stochastic depth as one factor per entry, `[B]`: drawn as transformers draws it."""
+    """Stochastic depth as one factor per entry, `[B]`, with the random draws of transformers."""
     share = getattr(drop_path, "drop_prob", 0.0)
     if drop_path is None or not drop_path.training or not share:
         return None

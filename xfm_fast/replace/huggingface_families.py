@@ -1,4 +1,4 @@
-"""Text encoders of transformers (Hugging Face) as rows of names."""
+"""Text encoders of transformers (Hugging Face) as table rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xfm_fast.replace.window_block import WindowLayer
 
 
 def _rotary(layer: str, mlp: Mlp) -> Family:
-    """A post-norm layer with rotary positions, named as NomicBERT's."""
+    """A post-norm layer with rotary positions and NomicBERT's names."""
     return Family(
         layer=layer,
         order="behind sums",
@@ -37,7 +37,7 @@ def _rotary(layer: str, mlp: Mlp) -> Family:
 
 
 def _bert(layer: str, **more: Any) -> Family:
-    """A layer with BERT's names and something of its own."""
+    """A layer with BERT's names and a few differences."""
     parts = "Attention SelfAttention SdpaSelfAttention SelfOutput Intermediate Output"
     row: dict[str, Any] = {
         "order": "behind sums",
@@ -56,7 +56,7 @@ def _bert(layer: str, **more: Any) -> Family:
 
 
 def _interleaved(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
-    """RoFormer's attention: neighbours in a head are rotated together, in values too where it is configured so."""
+    """RoFormer's attention: adjacent dimensions are rotated in pairs, optionally in values too."""
     table: Any = call.get("sinusoidal_pos")
     dense = Dense.of(call.get("attention_mask"), None, None)
     if dense is None or not isinstance(table, Tensor) or table.shape[:2] != (1, 1):
@@ -167,7 +167,7 @@ TEXT = (
 
 
 def _shared_layers(model: Any, path: str) -> Iterator[nn.Module]:
-    """ALBERT's layers in the order in which they run: groups, each for several layers of the model."""
+    """ALBERT's layers in execution order: each group serves several layers."""
     groups = model.get_submodule(path)
     count = model.config.num_hidden_layers
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Text models of transformers, BERT, RoBERTa and those built like them: layers, encoders, masked-language heads."""
+"""BERT, RoBERTa and their relatives in transformers: layers, encoders, masked-language heads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from xfm_fast.replace.swap import (
     why_not_bypassed,
 )
 
-# Layers whose forward is BERT's, and encoders whose forward is BERT's or RoBERTa's, by package of transformers.
+# Classes with BERT's layer forward, and with BERT's or RoBERTa's encoder forward, by package of transformers.
 _LAYERS = {
     "align": "AlignTextLayer",
     "altclip": "AltRobertaLayer",
@@ -93,17 +93,17 @@ _HEADS = {
     "roberta": "RobertaLMHead",
     "xlm_roberta": "XLMRobertaLMHead",
 }
-# transformers takes BLIP's mask of the image and drops it; calls with one run the original.
+# transformers drops BLIP's image mask; calls with one run the original.
 _MEMORY_UNMASKED = ("BlipTextLayer", "BlipTextModel")
-# Attention by matrices: what these compute is one function, and the fused form computes it too.
+# Attention implementations that compute the plain function.
 _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
-# Arguments that ask for nothing the fused forms would not do.
+# Arguments without effect on the fused forms.
 _WITHOUT_EFFECT = {"position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch"}
 _IGNORED = -100
 
 
 def is_of(table: dict[str, str], module: nn.Module) -> bool:
-    """True if a module's own class is one that the table names, where names of several versions stand together."""
+    """True if the table names the module's class; names of several versions are separated by spaces."""
     kind = original_class(module)
     package = kind.__module__.split(".")
     known = package[:2] == ["transformers", "models"] and len(package) > 2
@@ -111,7 +111,7 @@ def is_of(table: dict[str, str], module: nn.Module) -> bool:
 
 
 class FusedLayer(CalledByName):
-    """A whole layer: one product for query, key and value, and each branch's end in one pass with its norm."""
+    """A BERT layer: one GEMM for query, key and value; linear, residual and norm in one pass."""
 
     joint = LAYER_JOINT
     returns_tuple: ClassVar[bool] = False
@@ -193,37 +193,37 @@ class FusedLayer(CalledByName):
 
 
 def _covers_mask(attention: Any, mask: Any) -> bool:
-    """True if the fused form takes a mask as the attention's implementation does."""
+    """True if the fused form interprets a mask as the attention implementation does."""
     implementation = _implementation(attention)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return implementation == "xfm_fast"
-    # Eager attention adds a boolean mask as ones and zeros, which is left to the original.
+    # Eager attention adds a boolean mask as ones and zeros; leave that to the original.
     boolean = implementation not in ("eager", None)
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4 and (mask.is_floating_point() or boolean))
 
 
 def _hides_nothing(mask: Any) -> bool:
-    """True if an additive mask is all zeros; transformers 4 makes BLIP one where none was given."""
+    """True if an additive mask is all zeros; transformers 4 passes one to BLIP by default."""
     if not isinstance(mask, Tensor) or not mask.is_floating_point() or torch.compiler.is_compiling():
         return False
-    # All layers of a model come with the same mask, and on an accelerator a look at it waits.
+    # All layers get the same mask, and reading it syncs an accelerator.
     return derived("hides nothing", (mask,), lambda: not mask.any())
 
 
 def _implementation(attention: Any) -> str | None:
-    """Which of transformers' attention implementations a module calls."""
+    """Name of a module's attention implementation in transformers."""
     return getattr(getattr(attention, "config", None), "_attn_implementation", None)
 
 
 def _hides_later_keys(attention: Any) -> bool:
-    """True if attention without a mask is causal: so it is in transformers' SDPA unless a module says otherwise."""
+    """True if attention without a mask is causal, the default of SDPA in transformers."""
     if "SdpaSelfAttention" in original_class(attention).__name__:
         return bool(attention.is_decoder)
     return _implementation(attention) in ("sdpa", "xfm_fast") and bool(getattr(attention, "is_causal", True))
 
 
 class UnpaddedModel(CalledByName):
-    """A whole encoder on packed tokens: padding is left out of the embeddings and every layer."""
+    """A whole encoder on packed tokens, embeddings included."""
 
     _understood: ClassVar[set[str]] = {
         "input_ids",
@@ -263,11 +263,11 @@ class UnpaddedModel(CalledByName):
         return out if wants_named(self, call) else out.to_tuple()
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the original, which computes padding too."""
+        """The original forward, with padding."""
         return super().forward(*args, **kwargs)
 
     def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
-        """Embeddings after the last layer, packed `[T, width]`, and their places; None for calls that keep padding."""
+        """Final states `[T, width]` and their packing; None for calls that keep padding."""
         mask, memory_mask = call.get("attention_mask"), call.get("encoder_attention_mask")
         given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
         if asks_beyond(call, self._understood | _WITHOUT_EFFECT) or not self._can_pack(call):
@@ -283,7 +283,7 @@ class UnpaddedModel(CalledByName):
         if planned is None:
             return None
         packing, whole_memory = planned
-        # Where its mask hides part of the memory, BLIP forgets it, and in transformers 4 all but decoders do.
+        # BLIP ignores the memory mask, and in transformers 4 so does every model that is no decoder.
         if not whole_memory:
             version = int(sys.modules["transformers"].__version__.split(".")[0])
             if version < 5 or original_class(self).__name__ in _MEMORY_UNMASKED:
@@ -311,7 +311,7 @@ class UnpaddedModel(CalledByName):
         tokens, embeds, types = (call.get(name) for name in ("input_ids", "inputs_embeds", "token_type_ids"))
         positions = call.get("position_ids")
         if positions is None:
-            # Without ids, RoBERTa takes every token for a real one.
+            # Without ids, RoBERTa treats every token as real.
             counted = call["attention_mask"].new_full(packing.shape, -1) if tokens is None else tokens
             positions = default_positions(module.embeddings, counted)
         positions = packing.pack(positions.expand(packing.shape))
@@ -331,10 +331,7 @@ class UnpaddedModel(CalledByName):
 
 
 class FusedMaskedLM(CalledByName):
-    """Encoder and head together: only positions with a label reach the loss, and padding no vocabulary.
-
-    Logits are returned as the original returns them, with a gradient, unless `skip_logits` was asked for.
-    """
+    """Encoder and masked-language head: only labelled positions reach the loss, and no padding the vocabulary."""
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -346,7 +343,7 @@ class FusedMaskedLM(CalledByName):
         return super().forward(*args, **kwargs) if made is None else made
 
     def _covered(self, call: dict[str, Any]) -> bool:
-        """True if labels can be looked at, and nothing observes the head."""
+        """True if the labels can be read and the head has no hooks."""
         module: Any = self
         head = _head_of(self)
         watched = [head, *([module.cls] if hasattr(module, "cls") else [])]
@@ -358,7 +355,7 @@ class FusedMaskedLM(CalledByName):
         tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
         if tokens is None or not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
             return False
-        # The mean of no labels at all is for the original to return.
+        # Without any label the mean is undefined: run the original.
         return labels.device == tokens.device and _any(labels.ne(_IGNORED))
 
     def _outputs(self, call: dict[str, Any]) -> Any:
@@ -372,7 +369,7 @@ class FusedMaskedLM(CalledByName):
         if isinstance(base, UnpaddedModel) and not observed(base):
             packed, mask = None, call.get("attention_mask")
             alike = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
-            # Labels at padding count in the loss, whatever they are good for.
+            # Labels at padding count in the loss.
             if alike and _any(cast(Tensor, labels).ne(_IGNORED) & cast(Tensor, mask).eq(0)):
                 run = base.padded
             else:
@@ -403,7 +400,7 @@ class FusedMaskedLM(CalledByName):
     def _loss_and_logits(
         self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """States `[T, width]`; rows that have a label, and the labels."""
+        """Loss and logits of states `[T, width]`; `labelled` holds rows and labels."""
         skip = self.settings.skip_logits and self.training and labelled is not None
         transformed = None if skip else head.transformed(states)
         logits = None if transformed is None else head.logits(transformed)

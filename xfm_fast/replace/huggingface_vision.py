@@ -1,4 +1,4 @@
-"""Vision transformers of transformers (Hugging Face) as rows of names, and the attention of BEiT and CLIP."""
+"""Vision transformers of transformers (Hugging Face) as table rows, and the attention of BEiT, CLIP and BLIP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xfm_fast.replace.structure import Attend
 from xfm_fast.replace.swap import find, observed
 from xfm_fast.replace.vit_block import Bias, PositionTable
 
-# Every other attention is a function that was registered by name, and has to be called.
+# Any other implementation is a registered function that must be called.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None)
 FC = Mlp(("mlp.fc1",), "mlp.activation_fn", "mlp.fc2")
 GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.act_fn", "mlp.down_proj")
@@ -25,18 +25,18 @@ BERT_MLP = Mlp(("intermediate.dense",), "intermediate.intermediate_act_fn", "out
 
 
 def projections(attention: str, names: str = "q_proj k_proj v_proj") -> tuple[str, ...]:
-    """Names of the layers to queries, keys and values in an attention module."""
+    """Names of the query, key and value layers in an attention module."""
     return tuple(f"{attention}.{name}" for name in names.split())
 
 
 def own_parts(layer: str, suffixes: str) -> str:
-    """Names of the library's classes that begin as the class of a layer does."""
+    """Class names that share the prefix of a layer's class."""
     prefix = layer.rpartition(".")[2].removesuffix("Layer").removesuffix("Encoder")
     return " ".join(prefix + suffix for suffix in suffixes.split())
 
 
 def _mask_of(*masks: Any) -> tuple[bool, Tensor | None]:
-    """Whether masks are dense, and their sum."""
+    """Whether all masks are dense, and their sum."""
     given = [mask for mask in masks if mask is not None]
     dense = all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in given)
     if not dense or (len(given) > 1 and any(mask.dtype == torch.bool for mask in given)):
@@ -45,24 +45,24 @@ def _mask_of(*masks: Any) -> tuple[bool, Tensor | None]:
 
 
 def _causal_or_masked(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
-    """CLIP's attention: transformers 4 gives the causal mask separately, 5 may give its name alone."""
+    """CLIP's attention: transformers 4 passes the causal mask separately, 5 may pass only `is_causal`."""
     implementation = implementation_of(layer)
     dense, mask = _mask_of(call.get("attention_mask"), call.get("causal_attention_mask"))
     if not dense or implementation not in _ATTENTION:
         return None
-    # A mask holds the causality too, and the eager function looks at nothing else.
+    # A mask includes causality, and eager attention ignores is_causal.
     causal = mask is None and implementation != "eager" and bool(call.get("is_causal"))
     return Dense(bias=mask, causal=causal)
 
 
 def _unmasked(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
-    """BLIP's attention, which takes a mask for one of heads."""
+    """BLIP's attention, whose mask argument is a head mask."""
     known = implementation_of(layer) in _ATTENTION
     return Dense() if known and call.get("attention_mask") is None else None
 
 
 def _positioned(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
-    """BEiT's attention: the relative position bias is the layer's own, shared by all as a mask, or both."""
+    """BEiT's attention with its own position bias, a shared one passed as a mask, or both."""
     attention: Any = find(layer, layer.layer_family.attention)
     positions = find(layer, "relative_position_bias") or find(attention, "relative_position_bias")
     dense, shared = _mask_of(call.get("attention_mask"), call.get("relative_position_bias"))
@@ -79,10 +79,7 @@ def _positioned(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
 def _position_bias(
     positions: nn.Module, other: Tensor | None, patch: int, tokens: int, call: Mapping[str, Any]
 ) -> Bias:
-    """The relative position bias of a call, with another one added.
-
-    At the resolution of the table, resizing changes nothing. (It takes height for width, so a window has to be square.)
-    """
+    """The position bias of a call plus another bias; the plain table where no resizing is required."""
     height, width = call["resolution"]
     window, module = (height // patch, width // patch), positions
     table: Any = module.relative_position_bias_table
@@ -95,7 +92,7 @@ def _position_bias(
 
 
 def _vit(layer: str, **more: Any) -> Family:
-    """A layer named as transformers 5 names ViT's."""
+    """A layer with the names of ViT in transformers 5."""
     row: dict[str, Any] = {
         "order": "before",
         "attention": "attention",
@@ -129,7 +126,7 @@ def _bert_named(layer: str, weights_p: str = "attention.attention.dropout_prob",
 
 
 def _clip(layer: str, **more: Any) -> Family:
-    """A layer named as CLIP's code names it."""
+    """A layer with CLIP's names."""
     row: dict[str, Any] = {
         "attention": "self_attn",
         "own": own_parts(layer, "MLP Attention SdpaAttention"),
@@ -144,13 +141,13 @@ def _clip(layer: str, **more: Any) -> Family:
 
 
 def _blip(layer: str, weights_p: str) -> Family:
-    """A layer of BLIP's images: CLIP's names around one projection to queries, keys and values."""
+    """A BLIP vision layer: CLIP's names with a joint qkv projection."""
     joint: dict[str, Any] = {"qkv": ("self_attn.qkv",), "proj": "self_attn.projection", "joins": True}
     return _clip(layer, weights_p=f"self_attn.{weights_p}", scores=_unmasked, **joint)
 
 
 def _dino(layer: str, mlps: tuple[Mlp, ...] = (FC, GATED), **more: Any) -> Family:
-    """A layer named as DINOv2's code names it."""
+    """A layer with DINOv2's names."""
     row: dict[str, Any] = {
         "own": own_parts(layer, "MLP Attention LayerScale SwiGLUFFN GatedMLP DropPath"),
         "norms": ("norm1", "norm2"),

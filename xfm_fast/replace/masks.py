@@ -1,4 +1,4 @@
-"""Attention of padded batches under the masks and biases that libraries hand to their layers."""
+"""Attention of padded batches with masks and biases."""
 
 from __future__ import annotations
 
@@ -19,24 +19,16 @@ from xfm_fast.replace.vit_block import Bias, attention
 
 @dataclass
 class Dense:
-    """Attention of `[B, N, H, D]`, all of one length.
+    """Attention of `[B, N, H, D]`."""
 
-    Attributes:
-        mask: added to the scaled products, or False for what is hidden, `[B, 1 or H, 1 or N, N]`; a padding mask
-            `[B, N]` of the keys; or None.
-        bias: added to the scaled products, `[1 or B, H, N, N]`; or, without a mask, a table of it.
-        scale: of the products; None for the usual one.
-        causal: whether later keys are hidden; without mask and bias only.
-    """
-
-    mask: Tensor | None = None
-    bias: Bias = None
+    mask: Tensor | None = None  # additive, boolean (False hides) `[B, 1 or H, 1 or N, N]`, or key padding `[B, N]`
+    bias: Bias = None  # added to the scaled scores, `[1 or B, H, N, N]`; or a position table, without a mask
     scale: float | None = None
-    causal: bool = False
+    causal: bool = False  # only without mask and bias
 
     @classmethod
     def of(cls, mask: Any, bias: Any, implementation: str | None) -> Dense | None:
-        """The attention of a call to a layer of transformers; None for masks that its original must interpret."""
+        """The attention of a call in transformers; None for masks that the original must interpret."""
         if bias is not None and not (isinstance(bias, Tensor) and bias.ndim == 4):
             return None
         if mask is None:
@@ -59,31 +51,24 @@ class Dense:
         return attention(q, k, v, scale, added, settings, dropout_p=dropout_p, causal=self.causal)
 
     def _added(self, dtype: torch.dtype) -> Bias:
-        """Bias and mask as one."""
+        """Bias and mask in one tensor."""
         mask, bias = self.mask, self.bias
         if mask is None or not isinstance(bias, Tensor):
             return mask if bias is None else bias
         if bias.requires_grad and torch.is_grad_enabled():
             return merged(bias, mask, dtype)
-        # All layers of a model come with the same two.
+        # All layers of a model get the same two.
         return derived(f"with mask {dtype}", (bias, mask), lambda: merged(bias, mask, dtype))
 
 
 @dataclass
 class Spread:
-    """Attention of packed tokens `[T, H, D]` that knows their places: spread over the padded batch and gathered again.
-
-    Attributes:
-        packing: the places; the keys are the real tokens.
-        mask: `[P, L]`, True for real tokens.
-        bias: `[1 or P, H, L, L]`, added to the scaled products.
-        window: attend to tokens no further away than this.
-    """
+    """Attention of packed tokens `[T, H, D]` on the padded batch, for biases and windows that depend on positions."""
 
     packing: Packing
-    mask: Tensor
-    bias: Tensor | None = None
-    window: int | None = None
+    mask: Tensor  # `[P, L]`, True for real tokens
+    bias: Tensor | None = None  # `[1 or P, H, L, L]`, added to the scaled scores
+    window: int | None = None  # maximum distance
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         if self.packing.whole:
@@ -93,7 +78,7 @@ class Spread:
         if self.window is not None and q.shape[1] > 3 * self.window:
             out = banded(q, k, v, self.window, self.mask, dropout_p)
         elif self.window is None and self.bias is not None and not are_few(self.packing, settings):
-            # Without a mask the operator looks at the bias alone, and takes a kernel that need not hide anything.
+            # Without a mask the op can choose a kernel that hides no keys.
             keys, backend = None if self.packing.whole else self.mask, settings.backend
             out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
         else:
@@ -102,7 +87,7 @@ class Spread:
         return self.packing.pack(out).flatten(-2)
 
     def _hidden(self, device: torch.device) -> Tensor:
-        """What may be seen, `[P, 1, 1 or L, L]`; every query sees itself, so that none at padding sees nothing."""
+        """Visible keys `[P, 1, 1 or L, L]`; every query sees itself, so that no row is empty."""
         keys = self.mask[:, None, None]
         if self.window is None:
             return keys
@@ -112,7 +97,7 @@ class Spread:
 
 
 def merged(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias with what a mask hides in it."""
+    """A bias with the mask added."""
     bias, lowest = bias.to(dtype), torch.finfo(dtype).min
     if mask.is_floating_point():
         return bias + mask.clamp(min=lowest).to(dtype)
@@ -120,17 +105,7 @@ def merged(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def banded(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """Attention to tokens no further away than a window, in time that grows with the length and not its square.
-
-    Blocks of `window` queries look at their own block of keys and at one on either side.
-
-    Args:
-        q, k, v: `[B, N, H, D]`.
-        mask: `[B, N]`, True for keys that may be seen.
-
-    Returns:
-        `[B, N, H, D]`.
-    """
+    """Attention `[B, N, H, D]` within a window, linear in N: blocks of `window` queries see three blocks of keys."""
     batch, tokens, heads, width = q.shape
     blocks = -(-tokens // window)
     rest = blocks * window - tokens

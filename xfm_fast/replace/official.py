@@ -1,8 +1,7 @@
-"""The modules of the official X-FM and X²-VLM code, and of their ancestors ALBEF, X-VLM and BLIP.
+"""Modules of the official X-FM and X²-VLM code, and of ALBEF, X-VLM and BLIP.
 
-No package holds these, so they are known by structure: the names of their submodules and of the arguments of their
-forward, never the names of classes or files. Where names do not say everything (the activation of a vocabulary head,
-how embeddings count positions), a module is tried out: its fused form has to give what its own forward gives.
+They come from no package, so they are matched by the names of submodules and forward arguments. Where names are not
+enough (activation of a head, position counting), the fused form is compared with the original on an example.
 """
 
 from __future__ import annotations
@@ -67,9 +66,9 @@ _LAYER_ARGUMENTS = {
 }
 _ENCODER_ARGUMENTS = _LAYER_ARGUMENTS - {"past_key_value"} | {"past_key_values", "use_cache", "output_hidden_states"}
 _TENSORS = {"hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"}
-# Modes in which a layer that can look at an image does.
+# Modes in which a layer uses its cross-attention.
 _LOOKING = ("multi_modal", "multimodal", "fusion")
-# The code masks by adding -10000, newer libraries the lowest number of the type: e to the power of either is 0.
+# The code masks by -10000, newer libraries by the dtype's minimum: exp underflows to 0 for both.
 _HIDDEN = -1000.0
 _BLOCK_ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "image_atts")
 _BLOCK_PARTS: dict[str, Kinds] = {
@@ -86,7 +85,7 @@ _BLOCK_PARTS: dict[str, Kinds] = {
     "mlp.fc2": (nn.Linear, Adaptable),
     "mlp.drop": nn.Dropout,
 }
-# Of the attention, beside its submodules.
+# Attributes of the attention.
 _BLOCK_ATTENTION = ("num_heads", "scale", "q_bias", "v_bias", "window_size", "relative_position_bias_table")
 _EMBEDDINGS = {"word_embeddings", "position_embeddings", "LayerNorm", "dropout"}
 _ROBERTA_HEAD, _BERT_HEAD = {"dense", "layer_norm", "decoder"}, {"transform", "decoder"}
@@ -95,13 +94,13 @@ _TRIED_TOKENS = 5
 
 
 def _foreign(module: nn.Module) -> bool:
-    """True for modules of no library that has rules of its own: those call their layers differently."""
+    """True unless the module's library has its own rules."""
     return original_class(module).__module__.partition(".")[0] not in ("transformers", "timm", "xfm_fast")
 
 
 @dataclass(frozen=True)
 class _PackedTexts:
-    """The attention of an encoder's packed texts; it travels where the layers get their attention mask."""
+    """Attention of packed texts, passed to the layers in place of the attention mask."""
 
     packing: Packing
     memory: Memory | None
@@ -112,7 +111,7 @@ class _PackedTexts:
 
 
 class _Keeping:
-    """Attention that keeps keys and values, which a layer returns for generation."""
+    """Attention that records keys and values, which a layer returns for generation."""
 
     def __init__(self, attend: Padded) -> None:
         self._attend = attend
@@ -124,14 +123,14 @@ class _Keeping:
 
 
 class OfficialTextLayer(CalledByName):
-    """A layer of the text or fusion encoder: fused products, attention and norms."""
+    """A layer of the text or fusion encoder."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
     joint = LAYER_JOINT
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        # Layers of transformers' kind know whether they decode, and return keys and values only then.
+        # Layers of transformers have `is_decoder` and return keys and values only as decoders.
         if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
             return False
         return set(_argument_names(module)) >= _LAYER_ARGUMENTS
@@ -163,7 +162,7 @@ class OfficialTextLayer(CalledByName):
             return False
         states, masks = call.get("encoder_hidden_states"), (call.get("attention_mask"),)
         if has_cross_attention(self):
-            # A layer without an image is an error or runs alone: the original decides.
+            # Without an image the original raises or skips the layer.
             if not isinstance(states, Tensor) or ("mode" in self.names and call.get("mode") not in _LOOKING):
                 return False
             if getattr(find(self, "crossattention.self"), "save_attention", False):
@@ -173,7 +172,7 @@ class OfficialTextLayer(CalledByName):
 
 
 class OfficialTextEncoder(CalledByName):
-    """The layers of a text or fusion encoder on packed tokens: padding is taken out before and put back behind."""
+    """The layers of a text or fusion encoder on packed tokens."""
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
@@ -205,8 +204,8 @@ class OfficialTextEncoder(CalledByName):
         return out
 
     def _packed(self, call: dict[str, Any]) -> _PackedTexts | None:
-        """The packed texts of a call; None for calls that keep their padding."""
-        # A list of masks of heads says something if it holds one.
+        """The packed texts of a call; None for calls that keep padding."""
+        # A list of head masks may contain only None.
         head_masks = any(mask is not None for mask in call.get("head_mask") or ())
         if (
             torch.compiler.is_compiling()
@@ -249,7 +248,7 @@ def _argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _visible(mask: Any) -> Tensor | None:
-    """The additive mask `[P, 1, 1, L]` of keys as booleans `[P, L]`; None if it is another kind of mask."""
+    """An additive key mask `[P, 1, 1, L]` as booleans `[P, L]`; None for other masks."""
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1:3] != (1, 1) or not mask.is_floating_point():
         return None
     flat = mask[:, 0, 0]
@@ -259,7 +258,7 @@ def _visible(mask: Any) -> Tensor | None:
 
 
 class OfficialVisionBlock(PreNormBlock):
-    """A pre-norm block with a bias on queries and values, a position table, LayerScale and stochastic depth."""
+    """Pre-norm block with query and value biases, position table, LayerScale and stochastic depth."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _BLOCK_PARTS
 
@@ -302,7 +301,7 @@ class OfficialVisionBlock(PreNormBlock):
         attention = cast(Any, self.attn)
         table = attention.relative_position_bias_table
         bias: Bias = None if table is None else PositionTable(table, tuple(attention.window_size))
-        # Where the MLP drops out depends on the version of the code.
+        # Dropout placement in the MLP depends on the code version.
         drops_hidden = probability(cast(Any, self.mlp).drop)
         covered = not return_attention and not return_qkv and self.takes(x) and not drops_hidden
         if not covered or (isinstance(bias, PositionTable) and not bias.fits(x.shape[1])):
@@ -339,7 +338,7 @@ class OfficialVisionBlock(PreNormBlock):
 
 
 class OfficialEmbeddings(FusedEmbeddings):
-    """Embeddings known by the names of their parts, and tried out."""
+    """Embeddings matched by names and tested on an example."""
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
@@ -355,14 +354,14 @@ class OfficialEmbeddings(FusedEmbeddings):
         words, places = find(module, "word_embeddings"), find(module, "position_embeddings")
         assert isinstance(words, nn.Embedding)
         assert isinstance(places, nn.Embedding)
-        # Paddings among them: RoBERTa counts positions without them.
+        # Include padding ids: RoBERTa's positions skip them.
         count = min(_TRIED_TOKENS, words.num_embeddings, places.num_embeddings // 2)
         ids = torch.arange(count, device=words.weight.device)[None].flip(1)
         return _tried(module, cls, settings, words.weight, ids)
 
 
 class OfficialVocabularyHead(VocabularyHead):
-    """A vocabulary head known by the names of its parts, and tried out."""
+    """Vocabulary head matched by names and tested on an example."""
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
@@ -384,13 +383,13 @@ class OfficialVocabularyHead(VocabularyHead):
         dense: Any = find(module, "dense") if transform is None else find(module, "transform.dense")
         weight = dense.weight
         generator = torch.Generator().manual_seed(0)
-        # Wide enough that another activation, or another form of GELU, shows.
+        # Wide enough to expose another activation or GELU variant.
         features = 3 * torch.randn(2, dense.in_features, generator=generator)
         return _tried(module, cls, settings, weight, features.to(weight.device, weight.dtype))
 
 
 def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor) -> str | None:
-    """The reason why a fused form may not stand for a module: it computes something else from an example."""
+    """Why a fused form cannot replace a module: its output on an example differs. None if it matches."""
     if weight.device.type == "meta":
         return "its parameters have no values yet, so it cannot be tried out"
     modes = {part: part.training for part in module.modules()}

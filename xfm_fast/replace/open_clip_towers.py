@@ -28,7 +28,7 @@ _SCALES = (nn.Identity, transformer.LayerScale)
 
 
 class OpenClipBlock(PreNormBlock, CalledByName):
-    """`open_clip.transformer.ResidualAttentionBlock` as self-attention, with a mask or without."""
+    """`open_clip.transformer.ResidualAttentionBlock` as self-attention, with or without a mask."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = {
         "ln_1": _NORMS,
@@ -61,7 +61,7 @@ class OpenClipBlock(PreNormBlock, CalledByName):
             return super().forward(*args, **kwargs)
         if mask is not None and mask.ndim == 3:
             mask = mask.unflatten(0, (-1, cast(Any, self).attn.num_heads))
-        # Behind the last block a tower multiplies by a bare parameter, which has the type that it is stored in.
+        # After the last block the tower multiplies by a parameter in its storage dtype.
         return self.compute(self._parts(), x, mask).to(x.dtype)
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
@@ -86,7 +86,7 @@ class OpenClipBlock(PreNormBlock, CalledByName):
 
 
 def _added(mask: Any) -> bool:
-    """True for no mask, or one that is added to the scores."""
+    """True for no mask, or an additive one."""
     return mask is None or (isinstance(mask, Tensor) and mask.is_floating_point() and mask.ndim in (2, 3))
 
 

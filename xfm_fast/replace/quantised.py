@@ -1,7 +1,7 @@
-"""Layers whose products run in 8 bits: `accelerate(model, dtype="int8")` on a CPU, `dtype="fp8"` on a GPU.
+"""8-bit linear layers: `accelerate(model, dtype="int8")` on a CPU, `dtype="fp8"` on a GPU.
 
-The weights of fused blocks are marked (see `kernels.marked`) and stay the parameters that they were. Heads over a
-vocabulary, embeddings and whatever no fused form covers keep the floating-point type.
+Weights of fused blocks are flagged (see `kernels.marked`) and stay parameters. Vocabulary heads, embeddings and unfused
+modules stay in floating point.
 """
 
 from __future__ import annotations
@@ -22,21 +22,15 @@ from xfm_fast.replace.swap import Fused, find, observed
 
 LEAST_COSINE = 0.99
 """Between every output before and after, entry by entry of a batch: what 8 bits may cost where they are verified."""
-# Entries of a batch, beyond which to compare each with each takes longer than the model.
+# Above this batch size the pairwise comparison would take longer than the model.
 _MOST_RANKED = 4096
 
 
 class Rounding(NamedTuple):
-    """What 8 bits cost one output.
+    """8-bit error of one output."""
 
-    Attributes:
-        cosine: to what it was, the smallest of all entries of the batch (or tokens).
-        ranks: share of the batch's entries to which the same other entry is most alike as before; None where there
-            are fewer than three.
-    """
-
-    cosine: float
-    ranks: float | None
+    cosine: float  # smallest cosine over batch entries (or tokens)
+    ranks: float | None  # share of entries with the same nearest neighbour; None for fewer than 3
 
     def __str__(self) -> str:
         kept = "" if self.ranks is None else f", {self.ranks:.0%} of the entries keep the one that is most like them"
@@ -44,12 +38,7 @@ class Rounding(NamedTuple):
 
 
 def check(model: nn.Module, kind: str, freeze: bool) -> torch.dtype | None:
-    """Refuse what cannot run in 8 bits; the type of all else, None for that of the inputs.
-
-    Raises:
-        UnavailableError: a device of the model has no fast products of that kind.
-        InputError: there is no such kind, or the model is to be frozen as well.
-    """
+    """Validate 8-bit computation of a model and return the dtype of everything else; None follows the inputs."""
     types = {type_beside(kind, device) for device in {p.device for p in model.parameters()} or {torch.device("cpu")}}
     if freeze:
         raise InputError(
@@ -60,10 +49,10 @@ def check(model: nn.Module, kind: str, freeze: bool) -> torch.dtype | None:
 
 
 def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[list[nn.Parameter]]:
-    """Mark the weights that the fused forms of blocks multiply with; returns those of each form.
+    """Flag the linear weights of the fused blocks; returns the weights of each block.
 
-    Left as they are: adapted, observed, quantised and parametrised layers, weights that another module shares, and for
-    fp8 those of odd sizes.
+    Skips adapted, hooked, quantised and parametrised layers, shared weights, and for fp8 sizes that are no multiple
+    of 16.
     """
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     types = (torch.float32, torch.bfloat16) if kind == "int8" else (torch.float32, torch.bfloat16, torch.float16)
@@ -90,18 +79,18 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
 
 
 def rounding(wanted: Tensor, found: Tensor, mask: Any) -> Rounding:
-    """What 8 bits cost an output `[B, ...]`, of which a mask `[B, L]` may hide tokens."""
+    """8-bit error of an output `[B, ...]`, at the real tokens of mask `[B, L]`."""
     return Rounding(_cosine(*without_padding(wanted, found, mask)), _ranks(wanted, found, mask))
 
 
 def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any) -> float:
-    """The smallest cosine of all outputs; those that are missing or misshapen are found elsewhere."""
+    """Smallest cosine over all outputs; missing or misshapen outputs are skipped."""
     pairs = [(b, after[name]) for name, b in before.items() if name in after and after[name].shape == b.shape]
     return min((_cosine(*without_padding(b, a, mask)) for b, a in pairs), default=1.0)
 
 
 def without_padding(wanted: Tensor, found: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    """Both outputs; only at real tokens, where they have an entry per token."""
+    """Both outputs, at real tokens only if they have an entry per token."""
     if _has_tokens(wanted, mask):
         return wanted[mask.bool()], found[mask.bool()]
     return wanted, found
@@ -112,10 +101,10 @@ def _has_tokens(output: Tensor, mask: Any) -> bool:
 
 
 def _cosine(wanted: Tensor, found: Tensor) -> float:
-    """The smallest cosine between entries of a batch (or tokens); 1 where there is none."""
+    """Smallest cosine over batch entries (or tokens); 1 if empty."""
     if not wanted.numel():
         return 1.0
-    # Scores of one number each are taken together.
+    # One vector of scalar scores.
     each, now = (t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (wanted, found))
     return float(F.cosine_similarity(each, now, dim=1).min())
 
@@ -126,7 +115,7 @@ def _ranks(wanted: Tensor, found: Tensor, mask: Any) -> float | None:
     nearest = []
     for output in (wanted.double(), found.double()):
         if output.ndim > 2 and _has_tokens(output, mask):
-            # A text is the sum of its tokens.
+            # A text is represented by the sum of its tokens.
             output = (output * mask.bool().view(*mask.shape, *[1] * (output.ndim - 2))).sum(1)
         each = F.normalize(output.flatten(1), dim=1)
         nearest.append((each @ each.t()).fill_diagonal_(-2).argmax(1))

@@ -1,9 +1,8 @@
-"""Image-memory re-ranking for cross-encoders that others wrote: ALBEF, X-VLM, X²-VLM, BLIP, BERT with cross-attention.
+"""Image-memory re-ranking for third-party cross-encoders: ALBEF, X-VLM, X²-VLM, BLIP, BERT with cross-attention.
 
-Such a model scores a text and an image by passing the text through layers that attend to the image. Called pair by pair
-it projects the same image tokens to keys and values for every text, layer after layer, and that is most of its work.
-`Reranker` projects an image once, packs the texts without their padding, lets all texts of an image be one long query
-sequence of the cross-attention, and computes in the last layer what is read from it: token 0 of each text.
+Scored pair by pair, the same image tokens are projected to keys and values for every text and layer, which is most of
+the work. `Reranker` projects an image once, packs the texts without padding, treats all texts of an image as one query
+sequence in cross-attention, and computes only token 0 of each text in the last layer.
 """
 
 from __future__ import annotations
@@ -35,26 +34,18 @@ from xfm_fast.replace.swap import Settings, find, observed, original_class, why_
 
 
 class Reranker:
-    """Scores many texts against few images with a foreign cross-encoder; equal to scoring every pair by itself.
+    """Scores many texts against few images with a third-party cross-encoder; equal to scoring each pair separately.
 
-    The text encoder is any module that holds one stack of BERT-shaped layers, of which the last ones or all have a
+    The text encoder is any module with one stack of BERT-shaped layers, of which the last ones or all have a
     `crossattention`: BertModel and RobertaModel of transformers built with `add_cross_attention`, its BlipTextModel,
-    the text and fusion encoders of ALBEF, BLIP, X-VLM, X²-VLM and X-FM. It is read, never changed, and its parameters
-    may go on training. Texts attend to themselves in both directions, as those models do when they match.
+    the text and fusion encoders of ALBEF, BLIP, X-VLM, X²-VLM and X-FM. It is not modified, and its parameters may
+    continue to train. Self-attention is bidirectional, as in matching. `head` maps token 0 `[P, width]` to logits;
+    `scores` requires it. `kernels` and `dtype` as in `accelerate`. Raises InputError for any other encoder.
 
     Example:
         >>> reranker = Reranker(model.text_encoder, head=model.itm_head)
         >>> memory = reranker.image_memory(model.visual_encoder(pixels))
         >>> scores = reranker.scores(memory, input_ids, attention_mask, image_index)
-
-    Args:
-        text_encoder: the module described above, or one that contains it.
-        head: what turns token 0 `[P, width]` into logits; `scores` needs it.
-        kernels: backend of the ops; one asked for by name never falls back.
-        dtype: compute in this type with the parameters as they are stored; None follows the inputs.
-
-    Raises:
-        InputError: no such stack, or one with parts that cannot be computed around.
     """
 
     def __init__(
@@ -81,14 +72,9 @@ class Reranker:
         self._image_width = self._crossing[0].crossattention.self.key.in_features
 
     def image_memory(self, image_embeds: Tensor, token_mask: Tensor | None = None) -> ImageMemory:
-        """Project images for every layer that looks at them.
+        """Project images `[B, M, image width]` for every cross-attention layer: `[B, M, 2, H, D]` each.
 
-        Args:
-            image_embeds: `[B, M, image width]` tokens of B images.
-            token_mask: `[B, M]`, non-zero for tokens that texts may attend to; by default all.
-
-        Returns:
-            Keys and values, `[B, M, 2, H, D]` a layer.
+        `token_mask` `[B, M]` is non-zero for visible tokens; all by default.
         """
         check_embeddings(image_embeds, self._image_width, "image_embeds")
         if token_mask is not None:
@@ -100,15 +86,7 @@ class Reranker:
         return ImageMemory(tuple(layers), token_mask)
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Texts before they meet an image, to be reused for all images: embeddings and the layers without images.
-
-        Args:
-            input_ids: `[P, L]`.
-            attention_mask: `[P, L]`, non-zero for real tokens; by default all.
-
-        Returns:
-            `[P, L, width]`, zeros at padding.
-        """
+        """Text states `[P, L, width]` before the first image layer, reusable for all images; zeros at padding."""
         packing = Packing.from_mask(_text_mask(attention_mask, input_ids.shape, input_ids.device))
         with self._settings.own_types(input_ids.device):
             return packing.unpad(self._embedded(input_ids, packing))
@@ -122,20 +100,10 @@ class Reranker:
         *,
         text_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Token 0 of every text after the last layer.
+        """Token 0 of every text after the last layer, `[P, width]`.
 
-        Args:
-            memory: of B images, from `image_memory`.
-            input_ids: `[P, L]` one text a pair, or
-            text_embeds: `[P, L, width]`, from `text_embeds` or the model's own text encoder.
-            attention_mask: `[P, L]`, non-zero for real tokens, token 0 among them; by default all.
-            image_index: `[P]` the image of each text; may be left out when there is one image.
-
-        Returns:
-            `[P, width]`.
-
-        Raises:
-            InputError: arguments that do not fit together.
+        Texts are `input_ids` `[P, L]` or `text_embeds` `[P, L, width]`. `attention_mask` `[P, L]` is non-zero for real
+        tokens, token 0 included; all by default. `image_index` `[P]` is the image of each text, optional with one.
         """
         if (input_ids is None) == (text_embeds is None):
             raise InputError("texts are given as input_ids or as text_embeds: give one of them")
@@ -172,17 +140,12 @@ class Reranker:
         *,
         text_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The scores of pairs: the head's logit that text and image belong together. Arguments as for `fused`.
-
-        Returns:
-            `[P]`: of a head with two outputs the second one ("they match", as ALBEF and its descendants have it), of a
-            head with one output that.
-        """
+        """Matching scores `[P]`: the last logit of the head. Arguments as for `fused`."""
         if self.head is None:
             raise InputError("scores come from a matching head; give Reranker(text_encoder, head=model.itm_head)")
         fused = self.fused(memory, input_ids, attention_mask, image_index, text_embeds=text_embeds)
         own = next(self.head.parameters(), None) if isinstance(self.head, nn.Module) else None
-        # The type of the head's parameters, unless autocast chooses.
+        # The dtype of the head's parameters, unless autocast decides.
         logits = self.head(fused if own is None else fused.to(own.dtype))
         if logits.ndim != 2 or logits.shape[1] not in (1, 2):
             raise InputError(f"the head gave {[*logits.shape]}; a matching head gives [P, 2] or [P, 1]")
@@ -193,7 +156,7 @@ class Reranker:
             raise InputError("the text encoder is training with stochastic depth; call eval() on it to re-rank")
 
     def _embedded(self, input_ids: Tensor, packing: Packing) -> Tensor:
-        """Packed tokens after the layers that see no image: `[T, width]`."""
+        """Packed tokens `[T, width]` after the layers without cross-attention."""
         if self._embeddings is None:
             raise InputError("this text encoder has no embeddings; give the texts as text_embeds")
         x = packing.pack(self._embeddings(input_ids=input_ids))
@@ -216,7 +179,7 @@ class Reranker:
                 reads = asking.rows
             seen = None
             if has_cross_attention(layer):
-                # All texts of an image are one query sequence: between queries, cross-attention has no mask.
+                # All texts of an image are one query sequence: cross-attention has no mask between queries.
                 cu_queries = groups.token_offsets(asking.cu_seqlens)
                 across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
                 seen = Memory(memory.keys_values(projected), across, projected=True)
@@ -235,7 +198,7 @@ def _keys_values(projections: Any, images: Tensor, settings: Settings) -> Tensor
 
 
 def _within(packing: Packing, asking: Sequences | None = None) -> Packed:
-    """Attention of packed texts to themselves: all their tokens ask, or some."""
+    """Self-attention of packed texts, with all tokens as queries or a subset."""
     asking = packing if asking is None else asking
     return Packed(asking.cu_seqlens, packing.cu_seqlens, asking.longest, packing.longest)
 
@@ -249,7 +212,7 @@ def _text_mask(given: Tensor | None, shape: torch.Size, device: torch.device) ->
 
 
 def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
-    """The layers of a text encoder, and its embeddings where it has any."""
+    """The layers of a text encoder, and its embeddings if there are any."""
     name = original_class(encoder).__name__
     holders = [
         (path, part)
@@ -269,7 +232,7 @@ def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
             reason = "it has hooks"
         if reason is not None:
             raise InputError(f"layer {path}.{number} cannot be re-ranked with: {reason}")
-    # The layers of a model are its `encoder.layer`; its embeddings stand beside the encoder.
+    # Layers are at `encoder.layer`; the embeddings are a sibling of `encoder`.
     *outer, _, _ = ["", *path.split(".")] if "." not in path else path.split(".")
     beside = find(encoder, ".".join(outer)) if outer else encoder
     return list(layers), None if beside is None or "." not in path else beside._modules.get("embeddings")

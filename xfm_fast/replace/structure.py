@@ -1,8 +1,6 @@
-"""The parts that every transformer layer has, and the two orders in which layers compute with them.
+"""The parts of a transformer layer and the three orders in which layers compute with them.
 
-Whatever a library calls them, a layer has projections to queries, keys and values, an attention, a projection behind
-it, an MLP with or without a gate, two norms and two sums. `Parts` names them once; `pre_norm` and `post_norm` are the
-fused computations, on padded `[B, N, width]` and on packed `[T, width]`.
+`Parts` names them once; `pre_norm`, `post_norm` and `norm_behind` run on padded `[B, N, width]` or packed `[T, width]`.
 """
 
 from __future__ import annotations
@@ -26,51 +24,31 @@ Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
 
 
 class Parts(NamedTuple):
-    """The parts that a block computes with, as they are at the moment of a call.
+    """The parts of a block at the time of a call."""
 
-    Attributes:
-        norms: of the attention and of the MLP, before or behind them.
-        qkv: weight and bias of one projection to queries, keys and values, or of three.
-        heads, scale: of the attention.
-        proj: the linear layer behind the attention.
-        hidden: the hidden layer of the MLP from its input and a function that applies a linear layer, where it is not
-            `gelu(fc1(x))`.
-        fc1, fc2: the linear layers of the MLP; fc1 where hidden is None.
-        inner: the linear layers that hidden applies, where it is told them.
-        activation: looks the activation of the hidden layer up, in a layer.
-        gammas: LayerScale of each branch.
-        row_scales: draw the stochastic depth of each branch, for a tensor `[B, …]`: `[B]`, or None for none.
-        attention_p, hidden_p: dropout of the attention weights and of the hidden layer.
-        branch_p: dropout at the end of each branch.
-        adapt: what happens to queries and keys `[..., H, D]` (norms, rotation), if anything.
-        inner_norms: before proj and before fc2; called, whatever they are.
-        windows: cuts an image up before the attention and puts it together behind it.
-        projections: the layers of qkv, where they may carry adapters or packed weights; qkv is not read then.
-        qkv_bias: of the only one of the projections, where it is kept beside the layer.
-        joins: one product for all of them.
-    """
-
-    norms: tuple[nn.Module, nn.Module]
+    norms: tuple[nn.Module, nn.Module]  # of the attention and of the MLP
     heads: int
     scale: float
-    proj: nn.Module
-    fc2: nn.Module
+    proj: nn.Module  # linear layer after the attention
+    fc2: nn.Module  # linear layer out of the MLP
+    # weight and bias of one joint projection, or of three; only without projections
     qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()
-    fc1: nn.Module | None = None
-    inner: tuple[nn.Module, ...] = ()
-    activation: Callable[[nn.Module], Any] | None = None
+    fc1: nn.Module | None = None  # linear layer into the MLP, if hidden is None
+    inner: tuple[nn.Module, ...] = ()  # linear layers that hidden applies, if known
+    activation: Callable[[nn.Module], Any] | None = None  # looks up the activation in a layer
+    # the hidden layer of (x, apply_linear), unless it is `gelu(fc1(x))`
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
-    gammas: tuple[Tensor | None, Tensor | None] = (None, None)
-    row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()
-    attention_p: float = 0.0
-    hidden_p: float = 0.0
-    branch_p: tuple[float, float] = (0.0, 0.0)
-    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
-    windows: Any = None
-    projections: tuple[nn.Module, ...] = ()
-    qkv_bias: Tensor | None = None
-    joins: bool = True
+    gammas: tuple[Tensor | None, Tensor | None] = (None, None)  # LayerScale of each branch
+    row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()  # stochastic depth of each branch: `[B]`, or None
+    attention_p: float = 0.0  # dropout of the attention weights
+    hidden_p: float = 0.0  # dropout of the hidden layer
+    branch_p: tuple[float, float] = (0.0, 0.0)  # dropout at the end of each branch
+    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # norms or rotation of q and k `[..., H, D]`
+    inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)  # before proj and before fc2
+    windows: Any = None  # splits an image into windows before the attention, merges them after it
+    projections: tuple[nn.Module, ...] = ()  # the layers of qkv, where they may carry adapters or packed weights
+    qkv_bias: Tensor | None = None  # bias of a single projection, stored outside the layer
+    joins: bool = True  # one GEMM for all projections
 
 
 Order = Callable[[Parts, Tensor, Attend, Settings], Tensor]
@@ -106,7 +84,7 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
 
 
 def post_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
-    """`x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`. The residual stays as wide as it comes in."""
+    """`x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`. The residual keeps its dtype."""
     first, second = parts.norms
     context = attended(parts, x, attend, settings)
     x = _ended(context, parts.proj, x, first, settings, dropout_p=parts.branch_p[0], wide=True)[0]
@@ -120,7 +98,7 @@ def post_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Te
 
 
 def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
-    """`x += s₁·N₁(Attn(x)); x += s₂·N₂(MLP(x))`: each branch is normalised before it is added (Swin V2)."""
+    """`x += s₁·N₁(Attn(x)); x += s₂·N₂(MLP(x))`: each branch is normalised before the sum (Swin V2)."""
     x = settings.operand(x)
     out = applied(parts.proj, attended(parts, x, attend, settings), settings)
     x = _added(x, normalised(parts.norms[0], _dropped(out, parts.branch_p[0]), settings), parts, 0)
@@ -129,10 +107,10 @@ def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> 
 
 
 def attended(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
-    """Projections and attention of `[..., width]`, before the projection behind it."""
+    """Projections and attention of `[..., width]`, before proj."""
     q, k, v = projected(parts, x if parts.windows is None else parts.windows.split(x), settings)
     context = attend(q, k, v, parts.attention_p, settings)
-    # Put together before the projection behind it, which spares that the filling and lets it add the residual.
+    # Merge windows before proj, which skips the padding and fuses the residual.
     context = context if parts.windows is None else parts.windows.merge(context)
     return context if parts.inner_norms[0] is None else called(parts.inner_norms[0], context)
 
@@ -155,7 +133,7 @@ def projected(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tens
 
 
 def hidden_layer(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
-    """The hidden layer of the MLP, as the last product takes it."""
+    """The hidden layer of the MLP, as input of fc2."""
     if parts.hidden is not None:
         hidden = parts.hidden(x, lambda layer, value: applied(layer, value, settings))
     else:
@@ -165,10 +143,9 @@ def hidden_layer(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) of `[..., N, H, D]` or `[T, H, D]`, halves of a head paired.
+    """Apply rotary positions (arXiv 2104.09864) to `[..., N, H, D]` or `[T, H, D]`, pairing the halves of a head.
 
-    Args:
-        cos, sin: `[..., N, D]` or `[T, D]`; in the last dimension one half repeats the other.
+    `cos` and `sin` are `[..., N, D]` or `[T, D]`; the halves of the last dimension are equal.
     """
     dtype = x.dtype
     wide = torch.promote_types(torch.promote_types(dtype, cos.dtype), torch.float32)
@@ -178,7 +155,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def normalised(norm: nn.Module, x: Tensor, settings: Settings) -> Tensor:
-    """A norm, fused where it is LayerNorm; any other is called."""
+    """A norm, fused if it is a LayerNorm, otherwise called."""
     if isinstance(norm, nn.Identity):
         return x
     if not _is_layer_norm(norm):
@@ -187,23 +164,19 @@ def normalised(norm: nn.Module, x: Tensor, settings: Settings) -> Tensor:
 
 
 def applied(layer: Any, x: Tensor, settings: Settings) -> Tensor:
-    """A linear layer in the type that is computed in, its adapters included."""
+    """A linear layer with its adapters, in the compute dtype."""
     return settings.products("", x, layer)[0]
 
 
 def called(layer: nn.Module, x: Tensor) -> Tensor:
-    """A part that runs as it is, in the type that it is stored in."""
+    """Call a module in its own dtype."""
     dtype = next((p.dtype for p in layer.parameters()), x.dtype)
     return layer(x.to(dtype)).to(x.dtype)
 
 
 @contextmanager
 def branch_types(settings: Settings, device: torch.device) -> Iterator[Settings]:
-    """The settings of a pre-norm block's inside.
-
-    In training, autocast converts: so the sum of all branches stays as wide as the model, and parameters get their
-    gradients in their own types.
-    """
+    """Settings inside a pre-norm block: in training autocast converts, so that residual and gradients stay wide."""
     if settings.dtype not in (torch.bfloat16, torch.float16) or not torch.is_grad_enabled():
         with settings.own_types(device):
             yield settings
@@ -222,11 +195,7 @@ def _ended(
     wide: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The end of a branch and the norm behind it: (normed, summed).
-
-    Args:
-        wide: post-norm; the norm keeps the type of its parameters, since its result is the next residual.
-    """
+    """End of a branch and the next norm: (normed, summed). With `wide` (post-norm) the norm keeps its dtype."""
     x, affine = settings.operand(x), _affine(layer, settings)
     rest["backend"] = settings.backend
     if not _is_layer_norm(norm):
@@ -275,7 +244,7 @@ def _scale_and_shift(norm: Any, settings: Settings) -> tuple[Any, Any, float]:
 
 
 def _shift(norm: Any) -> Tensor:
-    """The bias of a LayerNorm; zeros where it has none."""
+    """The bias of a LayerNorm, or zeros."""
     return _zeros(norm.weight, norm.weight.shape[0]) if norm.bias is None else norm.bias
 
 
@@ -284,5 +253,5 @@ def _zeros(like: Tensor, count: int) -> Tensor:
 
 
 def _affine(layer: Any, settings: Settings) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer; None where the product has to come first, as of adapters in training."""
+    """Weight and bias of a linear layer; None where the GEMM must come first (packed weights, adapters in training)."""
     return None if pack_of((layer,)) is not None else settings.affine_of(layer)

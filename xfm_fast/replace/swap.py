@@ -1,8 +1,8 @@
-"""A live module becomes a fused one by changing its class, so it stays the very same object.
+"""Swap the class of a live module for a fused one; the object stays the same.
 
-Parameters, buffers, hooks, optimizers, wrappers and state-dict keys cannot notice: nothing moves. The new class derives
-from the fused one and from the original, which is therefore still there as `super().forward` for every call that the
-fused computation does not cover. (PyTorch's `fully_shard` changes classes in the same way.)
+Parameters, buffers, hooks, optimizers, wrappers and state-dict keys are unaffected. The new class derives from the
+fused one and the original, so `super().forward` handles every call that the fused form does not cover. (PyTorch's
+`fully_shard` swaps classes in the same way.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xfm_fast.replace import adapters
 from xfm_fast.replace.packed_weight import pack_of
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
-# Relative to the largest value of an output. Rounding differs wherever a sum is taken in another order.
+# Relative to the largest value of an output: summation order changes rounding.
 BANDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
 _SETTINGS = "_xfm_fast"
 _CAPTURING = "transformers.utils.output_capturing"
@@ -45,29 +45,21 @@ _GLOBAL_HOOKS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The wishes of the caller of `accelerate`, as every fused module reads them.
-
-    Attributes:
-        kernels: the backend of every op; "auto" chooses for the device.
-        dtype: compute in this type whatever the parameters are stored in; None keeps the types of the inputs.
-        unpad: leave padding out of whole encoders; their outputs are zero there.
-        skip_logits: masked-language heads in training return no logits when they are given labels.
-        eight_bits: in which 8 bits products of blocks run.
-    """
+    """Options of `accelerate`, as fused modules read them."""
 
     kernels: Backend = "auto"
-    dtype: torch.dtype | None = None
-    unpad: bool = False
-    skip_logits: bool = False
+    dtype: torch.dtype | None = None  # compute dtype; None follows the inputs
+    unpad: bool = False  # run whole encoders without padding; outputs are zero there
+    skip_logits: bool = False  # masked-language heads return no logits in training with labels
     eight_bits: marked.EightBits | None = None
 
     @property
     def backend(self) -> Backend | None:
-        """The backend as the ops take it: None leaves the choice to the device and to `use_backend`."""
+        """The backend for the ops; None leaves the choice to the device and `use_backend`."""
         return None if self.kernels == "auto" else self.kernels
 
     def operand(self, value: Tensor) -> Tensor:
-        """An activation in the type that is computed in."""
+        """An activation in the compute dtype."""
         return value if self.dtype is None or not value.is_floating_point() else value.to(self.dtype)
 
     @overload
@@ -75,7 +67,7 @@ class Settings:
     @overload
     def parameter(self, value: Tensor | None) -> Tensor | None: ...
     def parameter(self, value: Tensor | None) -> Tensor | None:
-        """A parameter in the type that is computed in; without gradients the conversion is done once and kept."""
+        """A parameter in the compute dtype; the conversion is cached without gradients."""
         if value is None or self.dtype is None or value.dtype == self.dtype:
             return value
         if value.ndim > 1 and marked.kind_of(value) is not None:
@@ -86,19 +78,17 @@ class Settings:
         return derived(f"as {dtype}", (value,), lambda: marked.alike(value.detach().to(dtype), value))
 
     def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
-        """Weight and bias of a product or norm, each as `parameter` gives it; no bias stays None."""
+        """Weight and bias in the compute dtype."""
         return self.parameter(weight), self.parameter(bias)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`x Wᵀ + b` in the type that is computed in."""
+        """`x Wᵀ + b` in the compute dtype."""
         return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
 
     def products(self, name: str, x: Tensor, *layers: Any, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The products of x `[..., K]` with layers of one input, `[..., M]` each, by one product; adapters included.
+        """Outputs `[..., M]` of linear layers on one input x `[..., K]`, adapters included, with one GEMM.
 
-        Args:
-            name: of the weights side by side, which are kept under it.
-            bias: of a single layer that has none, kept elsewhere.
+        `name` is the cache key of the concatenated weights. `bias` is that of a single layer, stored outside it.
         """
         packed = pack_of(layers)
         if packed is not None:
@@ -127,7 +117,7 @@ class Settings:
         return tuple(reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True))
 
     def affine_of(self, layer: Any) -> tuple[Tensor, Any] | None:
-        """Weight and bias of a layer with its adapters added; None where these have to be computed apart."""
+        """Weight and bias of a layer with merged adapters; None where adapters run separately."""
         base = adapters.base_layer(layer)
         weight, bias = base.weight, base.bias
         if base is not layer and (found := adapters.additions(layer)):
@@ -138,7 +128,7 @@ class Settings:
         return self.affine(weight, bias)
 
     def activated(self, x: Tensor, dense: Any, activation: Any) -> Tensor:
-        """`activation(dense(x))`, in one pass where the activation is the erf form of GELU; adapters included."""
+        """`activation(dense(x))`, in one pass for erf GELU; adapters included."""
         erf_gelu = is_erf_gelu(activation)
         packed = pack_of((dense,)) if erf_gelu else None
         if packed is not None:
@@ -151,11 +141,7 @@ class Settings:
     def closed(
         self, x: Tensor, dense: Any, norm: Any, residual: Tensor, *, dropout_p: float = 0.0, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The end of a branch and the norm behind it: of `residual + dropout(dense(x))`; adapters included.
-
-        Returns:
-            (normed, summed), both `[..., M]`.
-        """
+        """(normed, summed) of `residual + dropout(dense(x))`, both `[..., M]`; adapters included."""
         packed = pack_of((dense,))
         if packed is not None and not dropout_p:
             summed = packed.residual(self.operand(x), dense.bias, residual)
@@ -167,10 +153,7 @@ class Settings:
         return ops.linear_add_layer_norm(self.operand(x), *affine, residual, *scale, **after)
 
     def rounded_mlp(self, x: Tensor, first: Any, activation: Any, second: Any, norm: Any) -> Tensor | None:
-        """`norm(x + second(gelu(first(x))))` where both products run in int8; None where they do not.
-
-        In one piece, since a hidden layer that is known to be one is rounded to finer levels.
-        """
+        """`norm(x + second(gelu(first(x))))` as one int8 op, which rounds the hidden layer finer; None if not int8."""
         layers = (first, second)
         if (
             norm.bias is None
@@ -192,7 +175,7 @@ class Settings:
 
     @contextmanager
     def own_types(self, device: torch.device) -> Iterator[None]:
-        """Fused modules choose their types themselves: without gradients that is quicker than autocast."""
+        """Disable autocast where fused modules convert themselves, which is faster without gradients."""
         if self.dtype is None or torch.is_grad_enabled():
             yield
             return
@@ -201,7 +184,7 @@ class Settings:
 
 
 def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases of several layers as those of one; kept under the name where no gradient is wanted."""
+    """Concatenated weights and biases of several layers; cached under the name without gradients."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
         return marked.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
@@ -213,7 +196,7 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
 
 
 def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
-    """Biases of several layers as one, zeros for a layer without; None if none has one."""
+    """Concatenated biases, zeros for a layer without one; None if no layer has one."""
     given = [bias for bias in biases if bias is not None]
     if not given:
         return None
@@ -221,27 +204,21 @@ def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | Non
 
 
 class Fused(nn.Module):
-    """Base of the fused forms of foreign modules. Subclasses define `forward`, and call `super().forward` to decline.
+    """Base of fused forms. Subclasses define `forward` and call `super().forward` to decline a call."""
 
-    Attributes:
-        bypassed: submodules whose parameters the fused computation reads without calling them, by dotted name, with
-            the class that it takes each for (nn.Module: any). Where one of them is missing, it is ignored.
-        joint: linear layers of one input, by the same names, that are multiplied together by `Settings.products`.
-        multiplies_in_eight_bits: whether dtype="int8" and "fp8" of `accelerate` concern its linear layers.
-    """
-
+    # submodules that are read without being called: dotted name → expected class
     bypassed: ClassVar[Mapping[str, Kinds]] = {}
-    joint: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    multiplies_in_eight_bits: ClassVar[bool] = True
+    joint: ClassVar[tuple[tuple[str, ...], ...]] = ()  # names of linear layers on one input, computed by one GEMM
+    multiplies_in_eight_bits: ClassVar[bool] = True  # dtype="int8" and "fp8" apply to its linear layers
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """Class attributes that depend on the class being fused: made once for it."""
+        """Class attributes that depend on the original class, computed once per class."""
         return {}
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        """The reason why a module that a rule recognises must stay as it is; None if it need not."""
+        """Why a recognised module must not be replaced; None if it may."""
         return None
 
     @property
@@ -249,20 +226,16 @@ class Fused(nn.Module):
         return self.__dict__[_SETTINGS]
 
     def intact(self) -> bool:
-        """True if the bypassed submodules still are what they were taken for, and nothing observes them.
-
-        A hook, adapter, quantised layer or parametrization on one of them must go on working, so the original forward
-        runs then.
-        """
+        """True if no bypassed submodule was exchanged, hooked, adapted, quantised or parametrised since the swap."""
         if torch.compiler.is_exporting():
-            # The original is what consumers of exported graphs recognise and fuse.
+            # Consumers of exported graphs recognise the original.
             return False
-        # A compiler looks once, and not into weak references.
+        # A compiler cannot trace weak references.
         seen = not torch.compiler.is_compiling() and _unchanged(self)
         return seen or why_not_bypassed(self, type(self).bypassed) is None
 
     def declines(self) -> str | None:
-        """The reason why calls run the original just now, whatever they ask for; None if they need not."""
+        """Why calls run the original now, regardless of arguments; None if they do not."""
         return why_not_bypassed(self, type(self).bypassed)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
@@ -270,25 +243,21 @@ class Fused(nn.Module):
             return super()._apply(fn, recurse)
 
     def release(self) -> None:
-        """Give up what the module holds because it is fused, just before it has its own class again."""
+        """Release derived state just before the original class is restored."""
         for name in type(self).bypassed:
             part = find(self, name)
             if part is not None:
                 marked.unmark(part._parameters.values())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made here and cannot be looked up by name, so it is made again.
+        # The class is created at runtime and cannot be pickled by name.
         return _restored, (fused_form(self), original_class(self)), self.__dict__
 
 
 class CalledByName(Fused):
-    """A fused form that looks at the arguments of a call by name, whichever way they were given.
+    """A fused form that reads call arguments by name, positional ones included."""
 
-    Attributes:
-        names: of the arguments of the original's forward that can be given by position.
-    """
-
-    names: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[tuple[str, ...]] = ()  # positional arguments of the original forward
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -297,12 +266,12 @@ class CalledByName(Fused):
         return {"names": tuple(p.name for p in parameters if p.kind in by_position)}
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call to `forward` by name."""
+        """The arguments of a `forward` call by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
 
 def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
-    """Give a module its fused form."""
+    """Switch a module to its fused class."""
     if _own_forward_left_behind(module):
         del module.__dict__["forward"]
     module.__class__ = _combined(fused, type(module))
@@ -310,7 +279,7 @@ def swap(module: nn.Module, fused: type[Fused], settings: Settings) -> None:
 
 
 def restore(module: nn.Module) -> None:
-    """Give a module its own class back."""
+    """Switch a module back to its original class."""
     if _own_forward_left_behind(module):
         del module.__dict__["forward"]
     original = original_class(module)
@@ -322,11 +291,11 @@ def restore(module: nn.Module) -> None:
 
 @cache
 def _combined(fused: type[Fused], original: type[nn.Module]) -> type[nn.Module]:
-    # Messages and reprs should go on naming the class that people know.
+    # Error messages and reprs show the original name.
     named = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     forward = fused.forward
     if isinstance(forward, FunctionType) and forward is not nn.Module.forward:
-        # Trainers read the names of a batch's columns from the signature, so every class needs a function of its own.
+        # Trainers read column names from the signature of forward, so every class needs its own function.
         own = FunctionType(
             forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
         )
@@ -341,7 +310,7 @@ def _restored(fused: type[Fused], original: type[nn.Module]) -> nn.Module:
 
 
 def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | None:
-    """The reason why the parts of a module must be called and cannot be computed around; None if they can."""
+    """Why submodules must be called instead of read; None if they may be read."""
     if any(getattr(module_internals, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are installed"
     for name, kinds in expected.items():
@@ -364,14 +333,14 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
     return None
 
 
-# Of each fused module, as it was when last found intact: where its parts hang, what they were, their own attributes.
-# To compare these takes a few percent of the time of looking at every part by its name, which a short text would feel.
+# Snapshot of the parts of each intact fused module: (parent's _modules, name, part, class, part's __dict__).
+# Comparing it is much cheaper than looking up every part by name, which matters for short texts.
 _seen: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str, Any, Any, dict[str, Any]]]]
 _seen = weakref.WeakKeyDictionary()
 
 
 def _unchanged(module: Fused) -> bool:
-    """True if a module was found intact before and none of its parts was exchanged or observed since."""
+    """True if a module was intact before and no part was exchanged or hooked since."""
     links = _seen.get(module)
     if links is None:
         return _remember(module)
@@ -393,15 +362,12 @@ def _unchanged(module: Fused) -> bool:
 
 
 def links(module: nn.Module) -> Any:
-    """What stands for the parts of a module that was found intact, another object once one was exchanged or observed.
-
-    None where it is not known without looking at every part.
-    """
+    """Identity token of an intact module's parts: a new object after any part changes; None if unknown."""
     return _seen.get(module)
 
 
 def _remember(module: Fused) -> bool:
-    """Note the parts of a module that is intact, if each is of a class that is known without looking inside."""
+    """Cache the parts of an intact module, unless adapters or hooks need a look at each call."""
     expected = type(module).bypassed
     if why_not_bypassed(module, expected) is not None:
         return False
@@ -425,7 +391,7 @@ def _hooks(module: nn.Module) -> bool:
 
 
 def observed(module: nn.Module) -> bool:
-    """True if something relies on this module being called: hooks, or a `forward` put on the instance."""
+    """True if a module must be called: it has hooks or a `forward` on the instance."""
     if forward_replaced(module):
         return True
     return any(not _idle(hook) for name in _HOOKS for hook in getattr(module, name).values())
@@ -437,12 +403,12 @@ def forward_replaced(module: nn.Module) -> bool:
 
 
 def _own_forward_left_behind(module: nn.Module) -> bool:
-    """True if the instance holds its class's own forward, as transformers 4 leaves it after outputs were recorded."""
+    """True if the instance stores its class's own forward, a leftover of output recording in transformers 4."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
 
 
 def _idle(hook: Any) -> bool:
-    """True for hooks that transformers leaves behind after `output_attentions` was asked for once."""
+    """True for hooks that transformers leaves after a call with `output_attentions`."""
     if getattr(hook, "__module__", None) != _CAPTURING:
         return False
     collected = sys.modules[_CAPTURING]._active_collector.get()
@@ -459,47 +425,47 @@ def find(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def probability(dropout: nn.Module) -> float:
-    """The probability of a dropout module in its present mode."""
+    """The probability of a dropout module in its current mode."""
     return dropout.p if dropout.training else 0.0  # pyright: ignore[reportReturnType]
 
 
 def is_fused(module: nn.Module) -> bool:
-    """True if a module is in its fused form."""
+    """True if a module has its fused class."""
     return isinstance(module, Fused)
 
 
 def asks_beyond(call: Mapping[str, Any], understood: Collection[str]) -> bool:
-    """True if a call has an argument that says something beside those that are understood."""
+    """True if a call sets an argument that is not in `understood`."""
     return any(value is not None and value is not False and name not in understood for name, value in call.items())
 
 
 def wants_named(model: Any, call: dict[str, Any]) -> bool:
-    """True if a call asks for outputs by name rather than as a tuple."""
+    """True if a call returns a named output instead of a tuple."""
     asked = call.get("return_dict")
     return getattr(model.config, "return_dict", True) if asked is None else asked
 
 
 def is_erf_gelu(activation: Any) -> bool:
-    """True for the erf form of GELU: PyTorch's function or module, or transformers' wrapper of it."""
+    """True for erf GELU: PyTorch's function or module, or the wrapper of transformers."""
     if isinstance(activation, nn.GELU):
         return activation.approximate == "none"
-    # GELUActivation calls the function that it keeps here.
+    # GELUActivation stores the function that it calls.
     return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was fused."""
+    """The class of a module before it was fused."""
     return type(module).__bases__[1] if is_fused(module) else type(module)
 
 
 def fused_form(module: nn.Module) -> type[Fused]:
-    """The fused form that a module has."""
+    """The fused class of a fused module."""
     assert isinstance(module, Fused)
     return type(module).__bases__[0]
 
 
-# Families in the order in which they are asked; each module has a tuple RULES. The package named second must be
-# imported already for the family to be looked at: no model of it can exist otherwise.
+# Rule modules in order of precedence, each with a tuple RULES. The module is imported only if the library
+# in the second column already is: no model of it can exist otherwise.
 _FAMILIES = (
     ("xfm_fast.replace.huggingface_text", "transformers"),
     ("xfm_fast.replace.huggingface_families", "transformers"),
@@ -514,28 +480,20 @@ _FAMILIES = (
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of foreign module and its fused form.
+    """A kind of third-party module and its fused form."""
 
-    Attributes:
-        name: what the fused form is called in the report.
-        recognises: whether a module is of the kind, by class or by structure.
-        fused: the fused form.
-        gain: what is saved, in a few words.
-        refusal: why a module of the kind must stay as it is, in place of what the fused form says about that.
-    """
-
-    name: str
-    recognises: Callable[[nn.Module], bool]
+    name: str  # name in the report
+    recognises: Callable[[nn.Module], bool]  # matches a module by class or structure
     fused: type[Fused]
-    gain: str
-    refusal: Callable[[nn.Module, Settings], str | None] | None = None
+    gain: str  # what is saved, in a few words
+    refusal: Callable[[nn.Module, Settings], str | None] | None = None  # overrides `fused.refusal`
 
     def reason_against(self, module: nn.Module, settings: Settings) -> str | None:
-        """The reason why a module of the kind must stay as it is; None if it need not."""
+        """Why a recognised module must not be replaced; None if it may."""
         return (self.refusal or self.fused.refusal)(module, settings)
 
 
 def rules() -> tuple[Rule, ...]:
-    """All rules whose packages are in use."""
+    """Rules of all imported packages."""
     families = [name for name, package in _FAMILIES if package is None or package in sys.modules]
     return tuple(rule for name in families for rule in import_module(name).RULES)

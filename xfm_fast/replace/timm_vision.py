@@ -1,4 +1,4 @@
-"""Blocks of timm's vision transformers: ViT and DeiT, with relative positions, BEiT and BEiT-v2, EVA, Swin."""
+"""Blocks of timm's vision transformers: ViT and DeiT, relative positions, BEiT and BEiT-v2, EVA, Swin."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _BYPASSED: dict[str, Any] = {
 
 
 class _TimmBlock(PreNormBlock):
-    """The base of timm's blocks: the names of their parts."""
+    """Base of timm's blocks: the names of their parts."""
 
     erf_gelus = (nn.GELU, GELU)
 
@@ -100,7 +100,7 @@ class _TimmBlock(PreNormBlock):
         )
 
     def _hidden(self, mlp: Any) -> Callable[..., Tensor] | None:
-        """The hidden layer, where it is not `gelu(fc1(x))`."""
+        """The hidden layer, unless it is `gelu(fc1(x))`."""
         kind = original_class(mlp)
         if kind is SwiGLU:
             return lambda x, linear: mlp.act(linear(mlp.fc1_g, x)) * linear(mlp.fc1_x, x)
@@ -134,7 +134,7 @@ class ViTBlock(_TimmBlock):
 
 
 class BeitBlock(_TimmBlock):
-    """`timm.models.beit.Block`: the relative position bias is the layer's own or shared by all."""
+    """`timm.models.beit.Block`: the position bias is the layer's own or shared."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": beit.Attention}
 
@@ -151,7 +151,7 @@ class BeitBlock(_TimmBlock):
 
 
 class EvaBlock(_TimmBlock):
-    """`timm.models.eva.EvaBlock`, with rotary positions where the model has them."""
+    """`timm.models.eva.EvaBlock`, with optional rotary positions."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": (eva.EvaAttention, eva.AttentionRope)}
 
@@ -163,7 +163,7 @@ class EvaBlock(_TimmBlock):
 
 
 class RelPosBlock(_TimmBlock):
-    """`RelPosBlock` of timm's `vit_relpos`, and `ResPostRelPosBlock`, which normalises behind its branches."""
+    """`RelPosBlock` and `ResPostRelPosBlock` (norms after the branches) of timm's `vit_relpos`."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
         "attn": vision_transformer_relpos.RelPosAttention,
@@ -185,7 +185,7 @@ class RelPosBlock(_TimmBlock):
 
 
 class WindowBlock(_TimmBlock):
-    """`SwinTransformerBlock` and `SwinTransformerV2Block`, whose norms are behind the branches."""
+    """`SwinTransformerBlock`, and `SwinTransformerV2Block` with norms after the branches."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
         "attn": (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
@@ -229,7 +229,7 @@ def _norm_of(part: nn.Module) -> nn.Module | None:
 
 
 def _adaptation(attn: Any, rope: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Norms and rotation of queries and keys; None where there are none."""
+    """Norms and rotation of queries and keys; None without them."""
     norms = [norm for norm in (find(attn, "q_norm"), find(attn, "k_norm")) if not isinstance(norm, nn.Identity | None)]
     if not norms and rope is None:
         return None

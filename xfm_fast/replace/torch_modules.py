@@ -1,4 +1,4 @@
-"""PyTorch's own attention and encoder layers, and LayerNorm where a kernel beats PyTorch's."""
+"""PyTorch's attention and encoder layers, and LayerNorm where a kernel is faster."""
 
 from __future__ import annotations
 
@@ -41,10 +41,9 @@ _LAYER_PARTS: dict[str, Kinds] = {
 
 
 class FusedMultiheadAttention(Fused):
-    """`torch.nn.MultiheadAttention` without attention weights as a result, or with them in inference in another type.
+    """`torch.nn.MultiheadAttention` without attention weights, or with them for inference in another dtype.
 
-    (There the original would run under autocast, which multiplies a sequence that lies in front of its batch, as here,
-    by a copy of the weights for every place of it.)
+    (The original would run in autocast there, which copies the weights for every position of a sequence-first batch.)
     """
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _ATTENTION_PARTS
@@ -76,7 +75,7 @@ class FusedMultiheadAttention(Fused):
         if original or len(given) < 3 or (is_causal and attn_mask is None) or not self.intact():
             return super().forward(query, key, value, *rest)
         with settings.own_types(query.device):
-            # Identity tells self-attention, so it has to be looked at before batch and sequence change places.
+            # Self-attention is detected by identity, which the transpose below would destroy.
             same = (key is query, value is key)
             if not module.batch_first:
                 query = query.transpose(0, 1)
@@ -95,7 +94,7 @@ class FusedMultiheadAttention(Fused):
 
 
 class FusedTransformerEncoderLayer(Fused):
-    """`torch.nn.TransformerEncoderLayer`: one product for q, k, v; activation, residual and norm fused."""
+    """`torch.nn.TransformerEncoderLayer`: one GEMM for q, k, v; activation, residual and norm fused."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = _LAYER_PARTS
 
@@ -129,7 +128,7 @@ class FusedTransformerEncoderLayer(Fused):
             return self.run(src, attend)
 
     def run(self, x: Tensor, attend: Any) -> Tensor:
-        """The layer on `[..., width]` with an attention of q, k, v `[..., H, D]` to `[..., width]`."""
+        """The layer on `[..., width]`; `attend` maps q, k, v `[..., H, D]` to `[..., width]`."""
         layer, settings = cast(Any, self), self.settings
         attention = layer.self_attn
         x = settings.operand(x)
@@ -167,7 +166,7 @@ class FusedTransformerEncoderLayer(Fused):
 
 
 class UnpaddedTransformerEncoder(Fused):
-    """`torch.nn.TransformerEncoder` on packed tokens: padding is left out of all layers, and zero in the result."""
+    """`torch.nn.TransformerEncoder` on packed tokens; outputs at padding are zero."""
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -201,12 +200,12 @@ class UnpaddedTransformerEncoder(Fused):
             for layer in layers:
                 x = layer.run(x, attend)
         norm = cast(Any, self).norm
-        # Padding is put back behind the norm, which would make its bias of it.
+        # Unpack after the norm, which would map padding to its bias.
         out = packing.unpad(x if norm is None else norm(x))
         return out if batch_first else out.transpose(0, 1)
 
     def _layers(self) -> list[FusedTransformerEncoderLayer] | None:
-        """The layers, if they can be run on packed tokens now."""
+        """The layers, if all can run on packed tokens now."""
         layers = find(self, "layers")
         norm = find(self, "norm")
         if torch.compiler.is_compiling() or layers is None or (norm is not None and observed(norm)):
@@ -236,9 +235,9 @@ class FusedLayerNorm(Fused):
 
 
 def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, ...]:
-    """q, k, v `[..., H, D]` of a MultiheadAttention, with as few products as the inputs allow."""
+    """q, k, v `[..., H, D]` of a MultiheadAttention, with as few GEMMs as the inputs allow."""
     heads, width, bias = attention.num_heads, attention.embed_dim, attention.in_proj_bias
-    # One tensor stays one, which spares products.
+    # Convert a shared input once, so that it stays one tensor.
     converted = {id(t): settings.operand(t) for t in (query, key, value)}
     query, key, value = (converted[id(t)] for t in (query, key, value))
     packed = attention.in_proj_weight
@@ -278,7 +277,7 @@ def _attend_with_weights(
 
 
 def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
-    """Both masks of PyTorch's convention (True hides) as one to be added to scores: broadcasts to `[B, H, L, S]`."""
+    """Both masks (True hides) as one additive mask that broadcasts to `[B, H, L, S]`."""
     added = None
     if mask is not None:
         added = _additive(mask, q.dtype)

@@ -1,4 +1,4 @@
-"""The pre-norm block of vision transformers and its attention in fused operations, whatever library it comes from."""
+"""The pre-norm block of vision transformers and its attention in fused ops, for any library."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from xfm_fast.replace.swap import Fused, Settings, find, why_not_bypassed
 
 
 class PositionTable(NamedTuple):
-    """A learned relative position bias (BEiT, arXiv 2106.08254): `[(2wh-1)(2ww-1)+3, H]` and the window (wh, ww)."""
+    """A relative position bias table (BEiT, arXiv 2106.08254), `[(2wh-1)(2ww-1)+3, H]`, and its window (wh, ww)."""
 
     table: Tensor
     window: tuple[int, int]
 
     def fits(self, tokens: int) -> bool:
-        """True if a sequence is this window of patches behind one class token."""
+        """True if a sequence is one class token and this window of patches."""
         height, width = self.window
         return tokens == 1 + height * width and self.table.shape[0] == (2 * height - 1) * (2 * width - 1) + 3
 
@@ -40,18 +40,10 @@ def attention(
     dropout_p: float = 0.0,
     causal: bool = False,
 ) -> Tensor:
-    """Attention of sequences of one length.
+    """Attention of `[B, N, H, D]` → `[B, N, H·D]`.
 
-    Args:
-        q, k, v: `[B, N, H, D]`, any strides.
-        scale: multiplies the products.
-        bias: a position table; or a tensor that broadcasts to `[B, H, N, N]`, added to the scaled products or, if
-            boolean, False for what is hidden; or None.
-        dropout_p: probability of dropping an attention weight.
-        causal: hide later tokens; only without a bias.
-
-    Returns:
-        `[B, N, H·D]`.
+    The bias is a position table, an additive tensor that broadcasts to `[B, H, N, N]`, a boolean one (False hides),
+    or None. `causal` hides later tokens, without a bias only.
     """
     backend = settings.backend
     if isinstance(bias, PositionTable):
@@ -60,7 +52,7 @@ def attention(
             return ops.relpos_attention(q, k, v, table, bias.window, scale=scale, backend=backend).flatten(2)
         bias = reference.position_bias(bias.table, bias.window)
     if bias is None and not causal and (q.device.type == "cpu" or backend is not None):
-        # The operator for packed sequences takes the quickest of several implementations, also for sequences alike.
+        # The varlen op chooses the fastest of several implementations, also for equal lengths.
         batch, tokens = q.shape[:2]
         offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
@@ -79,7 +71,7 @@ def attention(
 
 
 def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
-    """True if the kernel for a bias that all batch entries share applies: on CPU, for what needs no gradient."""
+    """True if the CPU kernel for a bias shared by the batch applies; it has no gradient."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, bias)):
@@ -88,18 +80,12 @@ def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
 
 
 class PreNormBlock(Fused):
-    """`x += s₁·γ₁·Attn(LN(x)); x += s₂·γ₂·MLP(LN(x))`: residual, LayerScale, stochastic depth and norm in one pass.
+    """`x += s₁·γ₁·Attn(LN(x)); x += s₂·γ₂·MLP(LN(x))`. Subclasses provide `Parts` and decide which calls to take."""
 
-    Subclasses say where a library keeps its `Parts`, and in `forward` which calls they take.
-
-    Attributes:
-        erf_gelus: the library's classes of the erf form of GELU.
-    """
-
-    erf_gelus: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU,)
+    erf_gelus: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU,)  # the library's classes of erf GELU
 
     def takes(self, x: Tensor) -> bool:
-        """True if the fused computation applies to a tensor now."""
+        """True if the fused form applies to x now."""
         return x.ndim == 3 and x.numel() > 0 and self.intact()
 
     def compute(
@@ -112,7 +98,7 @@ class PreNormBlock(Fused):
         order: Order = pre_norm,
         packed: Attend | None = None,
     ) -> Tensor:
-        """`[B, N, width]` → `[B, N, width]`; bias and causal as in `attention`. Or `[T, width]`, by its attention."""
+        """Run `[B, N, width]` with bias and causal as in `attention`, or `[T, width]` with the attention `packed`."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
             return attention(q, k, v, parts.scale, bias, settings, dropout_p=dropout_p, causal=causal)
@@ -121,7 +107,7 @@ class PreNormBlock(Fused):
             return order(parts, x, packed or attend, settings)
 
     def is_erf_gelu(self, name: str) -> bool:
-        """True if a part is the erf form of GELU, and may be computed around."""
+        """True if a part is erf GELU and may be bypassed."""
         part = find(self, name)
         if part is None or getattr(part, "approximate", "none") != "none":
             return False
@@ -129,7 +115,7 @@ class PreNormBlock(Fused):
 
 
 def lacks_parameters(module: nn.Module, norms: tuple[str, ...]) -> str | None:
-    """The reason why norms cannot be fused, if they are not affine."""
+    """Why norms cannot be fused: they are not affine. None if they can."""
     for name in norms:
         norm = find(module, name)
         if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
@@ -138,7 +124,7 @@ def lacks_parameters(module: nn.Module, norms: tuple[str, ...]) -> str | None:
 
 
 def row_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """Stochastic depth as one factor per entry, `[B]`, drawn as timm and BEiT draw it; None for none."""
+    """Stochastic depth as one factor per entry, `[B]`, with the random draws of timm and BEiT; None if inactive."""
     dropped: Any = getattr(drop_path, "drop_prob", None)
     if not drop_path.training or not dropped:
         return None

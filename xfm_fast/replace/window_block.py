@@ -1,4 +1,4 @@
-"""Layers that attend within windows of patches, shifted in every other layer: Swin (arXiv 2103.14030) and Swin V2."""
+"""Layers with shifted window attention: Swin (arXiv 2103.14030) and Swin V2."""
 
 from __future__ import annotations
 
@@ -21,23 +21,16 @@ from xfm_fast.replace.swap import Settings, asks_beyond, observed
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the windows of an image lie: one gather cuts it up, shift and filling included, and one puts it together.
+    """Gather indices of an image's windows, with shift and padding."""
 
-    Attributes:
-        index: `[windows · area]` places of the patches in the image, row by row; one more than the last is filling.
-        inverse: `[patches]` places of the image's patches in the windows.
-        count, area: windows of an image and patches of a window.
-        filled: whether the windows reach over the edge of the image.
-    """
-
-    index: Tensor
-    inverse: Tensor
-    count: int
-    area: int
-    filled: bool
+    index: Tensor  # `[windows · area]` patch indices, row by row; `patches` is padding
+    inverse: Tensor  # `[patches]` positions of the patches in the windows
+    count: int  # windows per image
+    area: int  # patches per window
+    filled: bool  # windows exceed the image
 
     def split(self, x: Tensor) -> Tensor:
-        """`[B, patches, width]` → `[B · windows, area, width]`; filling is zero."""
+        """`[B, patches, width]` → `[B · windows, area, width]`; padding is zero."""
         x = F.pad(x, (0, 0, 0, 1)) if self.filled else x
         return x.index_select(1, self.index).view(-1, self.area, x.shape[-1])
 
@@ -49,14 +42,9 @@ class Windows:
 def windows_of(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], x: Tensor, *, fill_first: bool
 ) -> Windows:
-    """The windows of an image of `size` patches, shifted up and left; kept for the next call.
-
-    Args:
-        x: a tensor on the device of the layer.
-        fill_first: fill up to whole windows before the shift (transformers) or behind it (timm).
-    """
+    """Cached windows of an image; `fill_first` pads before the shift (transformers) or after it (timm)."""
     if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
-        # What a trace makes belongs to its graph.
+        # Tensors made during a trace belong to its graph.
         return _made(size, window, shift, fill_first, x.device)
     with torch.inference_mode(False):
         return _kept(size, window, shift, fill_first, x.device)
@@ -84,16 +72,12 @@ _kept = lru_cache(maxsize=64)(_made)
 
 
 def within(parts: Parts, windows: Windows, bias: Callable[[], Tensor]) -> tuple[Parts, Attend]:
-    """The parts and the attention of a layer that attends within windows.
-
-    Args:
-        bias: makes what is added to the scaled products, `[1 or windows, H, area, area]`.
-    """
+    """Parts and attention of a window layer; `bias` returns `[1 or windows, H, area, area]`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         added = bias().to(torch.promote_types(q.dtype, torch.float32))
         backend = settings.backend
-        # Batch entry b takes the bias of window b mod windows.
+        # Batch entry b uses the bias of window b mod windows.
         return ops.bias_attention(q, k, v, added, None, dropout_p, scale=parts.scale, backend=backend).flatten(2)
 
     return parts._replace(windows=windows), attend
@@ -106,12 +90,9 @@ def kept_bias(
     make_bias: Callable[[], Tensor],
     mask: Callable[[], Tensor | None],
 ) -> Tensor:
-    """Position bias `[1, H, N, N]` and mask of shifted windows `[windows, N, N]` as one; kept where no gradient flows.
+    """Position bias `[1, H, N, N]` plus the mask of shifted windows `[windows, N, N]`; cached without gradients.
 
-    Args:
-        name: of the windows' geometry.
-        module: computes the bias; where it is observed, it is called.
-        sources: the parameters that the bias depends on; without one, nothing is kept.
+    `name` identifies the geometry, `sources` are the parameters of the bias; a hooked `module` is called every time.
     """
 
     def made() -> Tensor:
@@ -126,13 +107,13 @@ def kept_bias(
 
 
 def cosine(logit_scale: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys `[..., H, D]` whose products are scaled cosines (Swin V2, arXiv 2111.09883)."""
+    """Queries and keys `[..., H, D]` for scaled cosine attention (Swin V2, arXiv 2111.09883)."""
     scale = logit_scale.clamp(max=math.log(1 / 0.01)).exp().view(-1, 1)
     return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
 
 
 def continuous_bias(mlp: nn.Module, coordinates: Tensor, index: Tensor, heads: int) -> Tensor:
-    """The position bias of Swin V2, `[1, H, N, N]`: a small network of the distance, between 0 and 16."""
+    """Position bias of Swin V2, `[1, H, N, N]`: an MLP of the distance, scaled to 0…16."""
     table = mlp(coordinates).view(-1, heads)
     bias = table[index.view(-1)].view(*index.shape[:2], heads).permute(2, 0, 1)
     return 16 * torch.sigmoid(bias).contiguous()[None]
@@ -166,7 +147,7 @@ class WindowLayer(FamilyLayer):
         return implementation in ("eager", "sdpa", None)
 
     def _scores(self, name: str, mask: Callable[[], Tensor | None]) -> tuple[Parts, Callable[[], Tensor]]:
-        """The layer's parts, and what makes its bias."""
+        """The layer's parts, and a function that returns its bias."""
         parts, module = self._parts(None), self
         tables: Any = getattr(module.attention, "relative_position_bias", None)
         if tables is not None:
