@@ -1,18 +1,14 @@
-"""Checkpoints from which a run goes on as if it had never stopped; a damaged one is told from a whole one.
+"""Exact-resume checkpoints.
 
-A checkpoint is a folder `step-00001000`, made under another name, flushed to the disk and renamed, so that it is whole
-or not there:
+A checkpoint is a folder `step-00001000`, written under a temporary name, flushed and renamed:
 
-* `state.json`: step, position in every stream, loss scale, optimizer hyper-parameters, the recipe;
-* `model/`: what `save_pretrained` writes, so `XFM.from_pretrained` reads it;
-* `training.safetensors`: optimizer state, average of the weights, random state of every process;
-* `manifest.json`: size and SHA-256 of all the others.
+* `state.json`: step, position in every stream, loss scale, optimizer hyper-parameters, recipe;
+* `model/`: a `save_pretrained` folder;
+* `training.safetensors`: optimizer state, weight average, random state of every process;
+* `manifest.json`: size and SHA-256 of the other files.
 
-What FSDP shards is gathered by the first process, so that DDP and FSDP write the same files.
-Loader workers have no state that could be lost: a batch is a function of its number.
-
-A checkpoint is not trusted: reading one runs nothing that is in it, whatever its files name. The manifest tells damage
-and not forgery, for an attacker writes the digests too. The processes of a run trust each other.
+The first process gathers FSDP shards, so DDP and FSDP write the same files. Loader workers have no state: a batch is a
+function of its index. Loading executes nothing from the folder. The manifest detects damage, not tampering.
 """
 
 from __future__ import annotations
@@ -60,13 +56,7 @@ CODES = "image_codes"
 
 @dataclass
 class Progress:
-    """All that changes while a run goes on, besides random states.
-
-    Attributes:
-        step: global steps that are complete.
-        batches: micro-batches that each process has taken from each stream.
-        average: the moving average of the weights, by name; empty without one.
-    """
+    """Mutable state of a run except random states; `batches` counts micro-batches read per process and stream."""
 
     model: XFM
     optimizer: Optimizer
@@ -85,7 +75,7 @@ class _Groups(BaseModel):
 
 
 class _State(BaseModel):
-    """The keys of `state.json` that a run goes on from."""
+    """Keys of `state.json` required to resume."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -101,12 +91,7 @@ class _State(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk.
-
-    Attributes:
-        state: content of `state.json`.
-        rejected: newer ones that are damaged, a sentence each.
-    """
+    """A valid checkpoint on disk; `rejected` describes newer damaged ones."""
 
     path: Path
     state: dict[str, Any]
@@ -114,11 +99,7 @@ class Checkpoint:
 
 
 def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes: Processes, *, keep: int) -> Path:
-    """Write the checkpoint of this step, then delete all but the newest `keep`; called by all processes.
-
-    Raises:
-        StorageError: on every process, when one cannot write; earlier checkpoints are as they were.
-    """
+    """Write the checkpoint of this step, then delete all but the newest `keep`; collective."""
     final = folder / f"{_PREFIX}{progress.step:08d}"
     temporary = folder / f".{final.name}.tmp"
     random_states = processes.gather(random_state(processes.device))
@@ -191,13 +172,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
 
 
 def note_kernels(progress: Progress, folder: Path, processes: Processes) -> None:
-    """Write, behind the first step, which of the CPU's kernels every process has chosen; called by all processes.
-
-    A run that is killed before its first checkpoint then repeats itself, instead of choosing anew by the clock.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Record CPU kernels chosen by timing, so that a run killed early repeats exactly; collective."""
     if progress.step != 1:
         return
     kernels = processes.gather(_chosen_kernels())
@@ -206,7 +181,7 @@ def note_kernels(progress: Progress, folder: Path, processes: Processes) -> None
 
 
 def settle_kernels(folder: Path, processes: Processes) -> None:
-    """Take the kernels that `note_kernels` wrote for as many processes; nothing where there is no such file."""
+    """Use the kernels recorded by `note_kernels`, if for as many processes."""
     try:
         noted = TypeAdapter(_Kernels).validate_python(read_json(folder / KERNELS))
     except (OSError, ValueError):
@@ -226,16 +201,12 @@ def _settle(kernels: Iterable[Sequence[str]]) -> None:
 
 
 def of_the_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the parts that a model has in training only."""
+    """State dict without training-only modules."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{CODES}.")}
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None where there is none at all.
-
-    Raises:
-        CheckpointError: there are checkpoints but all are damaged, or one was written by a later version.
-    """
+    """Newest valid checkpoint; None if there are none, `CheckpointError` if all are damaged."""
     rejected: list[str] = []
     for path in _steps(folder):
         fault = _fault(path)
@@ -255,15 +226,11 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 class _Later(CheckpointError):
-    """Written by another version, not damaged."""
+    """Checkpoint of another version."""
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of `state.json` of the checkpoint `path`, whose keys are of the right kinds.
-
-    Raises:
-        CheckpointError: it is not, or was written by a later version.
-    """
+    """Read and validate `state.json`."""
     try:
         state = read_json(path / STATE)
         if isinstance(state, dict) and isinstance(written := state.get("format"), int) and written > FORMAT_VERSION:
@@ -288,11 +255,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around the use of what a checkpoint holds: what its parts say of each other may be false.
-
-    Raises:
-        CheckpointError: it is.
-    """
+    """Convert errors caused by inconsistent checkpoint contents to `CheckpointError`."""
     try:
         yield
     except XFMError:
@@ -305,13 +268,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> None:
-    """Set `progress` to the state of a checkpoint; random states are left to the caller (`random_states`).
-
-    It loads into sharded and whole models alike, for any number of processes.
-
-    Raises:
-        CheckpointError: the checkpoint is of a model or an optimizer with other parameters.
-    """
+    """Restore `progress`, sharded or not, for any number of processes; random states are restored separately."""
     model, path = progress.model, checkpoint.path
     own = dict(model.state_dict())
     wanted = {f"model/{name}": tensor for name, tensor in own.items()}
@@ -337,10 +294,7 @@ def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> No
 
 
 def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Tensor] | None:
-    """The random state of this process; None when the checkpoint is of another number of processes.
-
-    The CPU's choice among implementations of a product, which is made by timing them, is taken over with it.
-    """
+    """Random state of this process, with its CPU kernel choices; None if the number of processes changed."""
     if checkpoint.state["world_size"] != processes.world_size:
         return None
     prefix = f"random/{processes.rank}/"
@@ -385,7 +339,7 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
 
 
 def _gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """The tensors with their shards put together on the first process, in its host memory; called by all processes."""
+    """Full tensors on the first process in host memory; collective."""
     found = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -395,14 +349,14 @@ def _gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, 
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value`, sharded over processes as `target` is."""
+    """Shard `value` like `target`."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return value
 
 
 def _seal(folder: Path) -> None:
-    """Put the manifest into a folder, and everything in it on the disk."""
+    """Write the manifest and flush the folder to disk."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -415,7 +369,7 @@ def _seal(folder: Path) -> None:
 
 
 def _fault(path: Path) -> str | None:
-    """The damage of a checkpoint in words; None where it is whole."""
+    """Describe the damage; None if valid."""
     try:
         files = read_json(path / MANIFEST)["files"]
         if foreign := [name for name in files if not all(map(is_plain_name, name.split("/")))]:
@@ -441,7 +395,7 @@ def _fault(path: Path) -> str | None:
 
 
 def _steps(folder: Path) -> Iterator[Path]:
-    """Folders of checkpoints, newest first."""
+    """Checkpoint folders, newest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if _step(path) is not None]
     yield from sorted(found, key=lambda path: -(_step(path) or 0))
 
@@ -460,7 +414,7 @@ def _digest(path: Path) -> str:
 
 
 def seed_everything(seed: int, *parts: int) -> None:
-    """Start all generators from a seed and numbers such as rank and step; equal arguments give equal streams."""
+    """Seed all generators from `seed` and e.g. rank and step."""
     words = np.random.SeedSequence([seed, *parts]).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(int(words[1] >> np.uint64(32)))
@@ -468,7 +422,7 @@ def seed_everything(seed: int, *parts: int) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Everything that decides which random numbers come next, for CPU and `device`."""
+    """Random state of the CPU and `device`."""
     version, numbers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -485,7 +439,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Continue where `random_state` was taken."""
+    """Restore a `random_state`."""
     version, *numbers = state["python"].tolist()
     gauss = state["python_gauss"].tolist()
     random.setstate((version, tuple(numbers), gauss[0] if gauss else None))
@@ -498,7 +452,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a model, or their average, put together where FSDP has shards; all processes must ask."""
+    """Full weights or their average, FSDP shards gathered; collective."""
     state = of_the_model(model.state_dict() | dict(average or {}))
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
@@ -511,6 +465,6 @@ def save_whole(
     average: Mapping[str, Tensor] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """`save_pretrained` of a model in training, by the first process; all of them must ask."""
+    """`save_pretrained` of a training model by the first process; collective."""
     state = whole_state(model, average)
     processes.from_first(lambda: save_pretrained(state, model.config, folder, files=files))

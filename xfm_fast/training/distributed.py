@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, how they share a model, how its layers run, and how a run is stopped."""
+"""Distributed training: process group, DDP and FSDP wrapping, activation checkpointing, signals."""
 
 from __future__ import annotations
 
@@ -47,15 +47,7 @@ _ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them.
-
-    Attributes:
-        rank: of this process, from 0.
-        world_size: number of processes.
-        device: that this process computes on.
-        control: group on the CPU, for flags and small objects that must not wait for an accelerator; None for the
-            default one.
-    """
+    """Process group as seen by one rank; `control` is the CPU group for flags and small objects (None: default)."""
 
     rank: int = 0
     world_size: int = 1
@@ -64,11 +56,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """True for the process that writes what is written once."""
+        """True on rank 0."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """True where the flag is set on any process; all of them must ask."""
+        """True if the flag is set on any rank; collective."""
         if self.world_size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.uint8)
@@ -76,7 +68,7 @@ class Processes:
         return bool(flags)
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, by rank; all of them must ask."""
+        """Value of every rank, in rank order; collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -84,14 +76,7 @@ class Processes:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """The result of `action` here, if it succeeds on every process; all of them must ask.
-
-        Where it fails on some only, the others would wait in the next exchange for them.
-
-        Raises:
-            Exception: what this process's `action` raised.
-            XFMError: says what another's did.
-        """
+        """Run `action` on every rank and raise on all ranks if it fails on any; collective."""
         if self.world_size == 1:
             return action()
         failure: Exception | None = None
@@ -106,14 +91,14 @@ class Processes:
         return cast("T", value)
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """The mean over processes, in place, on the device of the run."""
+        """Mean over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
             tensor /= self.world_size
         return tensor
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """The result of `action` on the first process, which alone runs it; an exception is raised on all of them."""
+        """Result of `action` run on the first rank only; its exception is raised on every rank."""
         outcome: Any = (None, None)
         if self.first:
             try:
@@ -130,13 +115,7 @@ class Processes:
 
 @contextmanager
 def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
-    """The processes of this run: this one alone, or the group that `torchrun` or the caller set up.
-
-    A group that the caller initialised is used and left as it is; one that is started here ends with the block.
-
-    Raises:
-        UnavailableError: `device="cuda"` without a GPU for this process.
-    """
+    """The processes of this run; a group initialised by the caller is reused and left open."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     local = _environment("LOCAL_RANK", 0)
     if kind == "cuda":
@@ -172,7 +151,7 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
 
 @cache
 def _rendezvous() -> tuple[dist.Store, int, int]:
-    """The store that the launched processes share, the rank of this one, and their number."""
+    """Store, rank and world size of the launched processes."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         _environment(name)
     if not os.environ.get("MASTER_ADDR"):
@@ -181,7 +160,7 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
 
 
 def _environment(name: str, otherwise: int | None = None) -> int:
-    """A whole number that `torchrun` sets."""
+    """Integer environment variable set by `torchrun`."""
     value = os.environ.get(name)
     if value is None and otherwise is not None:
         return otherwise
@@ -198,11 +177,10 @@ def _started_otherwise(name: str, fault: str) -> UnavailableError:
 
 
 def end_groups() -> None:
-    """Leave all groups, and keep those of gloo in memory for ever.
+    """Destroy all process groups, leaking gloo groups on purpose.
 
-    The destructor of a gloo group joins its threads and holds the GIL meanwhile, which one of them may be waiting for
-    to let go of the tensors of the last exchange: then the process never ends (seen with PyTorch 2.13). A reference
-    that no Python object owns outlives the interpreter, so the destructor never runs.
+    The destructor of a gloo group joins its threads while it holds the GIL, and can deadlock with a thread that
+    releases tensors (PyTorch 2.13). A leaked reference keeps the destructor from running.
     """
     for group, (backend, _) in dist.distributed_c10d._world.pg_map.items():
         if "gloo" in str(backend):
@@ -211,14 +189,7 @@ def end_groups() -> None:
 
 
 def run_layers(model: XFM, *, activation_checkpointing: bool = False, compiled: bool = False) -> None:
-    """Change how the layers of all encoders run, in place; parameters and results stay the same.
-
-    Args:
-        model: whose vision blocks and transformer layers are changed.
-        activation_checkpointing: keep the inputs of a layer's parts alone and compute the rest again in the backward
-            pass, with the same dropout.
-        compiled: run each part through `torch.compile`.
-    """
+    """Enable activation checkpointing and `torch.compile` on all encoder layers in place, with unchanged results."""
     for module in model.modules():
         if not isinstance(module, (Block, TransformerLayer)):
             continue
@@ -235,12 +206,12 @@ def run_layers(model: XFM, *, activation_checkpointing: bool = False, compiled: 
 
 
 def sum_of_losses(losses: Mapping[str, Tensor]) -> Tensor:
-    """The scalar that a batch is trained on."""
+    """The scalar to backpropagate."""
     return torch.stack([*losses.values()]).sum()
 
 
 class _LossSum(nn.Module):
-    """The losses of a batch as one forward pass, which is what DDP and FSDP know how to watch."""
+    """Wraps the losses of a batch in one forward pass, which DDP and FSDP hook."""
 
     def __init__(self, model: XFM, losses: Losses) -> None:
         super().__init__()
@@ -253,11 +224,10 @@ class _LossSum(nn.Module):
 
 
 class ParallelModel:
-    """A model on one process or many, behind one call.
+    """A model under DDP, FSDP2 or a single process, with one call.
 
-    Gradients are averaged over processes in the last backward pass of an update and only there. DDP keeps a copy of
-    everything on every process. FSDP2 shards parameters, gradients and optimizer state: vision blocks are gathered
-    when they run; layers of the other encoders, which run in several parts, stay gathered until the backward pass.
+    Gradients are averaged only in the last backward pass of an update. FSDP2 gathers vision blocks when they run; other
+    encoders' layers stay gathered until the backward pass.
     """
 
     def __init__(self, model: XFM, losses: Losses, processes: Processes, kind: Literal["ddp", "fsdp"]) -> None:
@@ -275,12 +245,12 @@ class ParallelModel:
         self.module: nn.Module = module
 
     def __call__(self, batch: Batch, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the named losses of a batch, and each of them without a graph."""
+        """Sum of the named losses, and each loss detached."""
         return self.module(batch, names)
 
     @contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a batch; that of the `last` one of an update averages gradients."""
+        """Context of one forward and backward pass; only the `last` one of an update averages gradients."""
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
         quiet = isinstance(self.module, DistributedDataParallel) and not last
@@ -292,7 +262,7 @@ class ParallelModel:
                     self._processes.mean_(scalar.grad)
 
     def stepped(self) -> None:
-        """To be called when the optimizer has moved the parameters."""
+        """Call after each optimizer step."""
         if self.sharded:
             # FSDP writes gathered parameters without moving their version, by which cached tensors notice a change.
             derived.clear()
@@ -316,11 +286,7 @@ def _shard(module: _LossSum, processes: Processes, replicated: set[nn.Parameter]
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM, SIGINT or SIGHUP sets, so that a run can end between two steps.
-
-    The second acts as ever. A SIGHUP that is ignored, as `nohup` has it, stays so. Outside of the main thread, where
-    Python handles no signals, the event is never set.
-    """
+    """Event set by the first SIGTERM, SIGINT or SIGHUP; a second signal acts as usual."""
     request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request

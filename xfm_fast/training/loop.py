@@ -1,4 +1,4 @@
-"""The training loop: one for every recipe, from the first step to the last, to be read from top to bottom."""
+"""The training loop of every recipe."""
 
 from __future__ import annotations
 
@@ -49,15 +49,7 @@ _LARGEST_LOSS_SCALE = 1024.0
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run, beside its folder.
-
-    Attributes:
-        step: global steps that are complete.
-        model: with the last weights, in training mode.
-        average: the moving average of the weights, where the recipe wants one.
-        metrics: the last log line.
-        interrupted: a signal ended the run, which goes on from its last checkpoint.
-    """
+    """Result of a run; `average` holds averaged weights, `metrics` the last log line, a signal sets `interrupted`."""
 
     step: int
     model: XFM
@@ -78,33 +70,14 @@ def train(
     on_start: Callable[[], None] | None = None,
     on_step: Callable[[int, XFM, WeightAverage | None], Mapping[str, float] | None] | None = None,
 ) -> TrainResult:
-    """Run a recipe, alone or as one process of those that `torchrun` started.
+    """Run a recipe on one process or on every process that `torchrun` started.
 
-    Everything of the run goes into `recipe.checkpoint.folder`: `checkpoints/`, `log.jsonl` with a line every
-    `log.every` steps and at every checkpoint, and at the end `model/`, which `XFM.from_pretrained` reads, and
-    `average/` where there is one.
-
-    Args:
-        recipe: the run. One that is not of pretraining comes with sources, model and objective.
-        resume: go on from the newest whole checkpoint in the folder, if there is one.
-        sources: batches of every stream, of this process; by default those of the recipe's paths. Batches have
-            `recipe.micro_batch_size(stream)` items.
-        model: to train; by default one with the recipe's sizes and `init`. It stays on the device of the run.
-        image_tokenizer: makes the codes of `method.image_codes`, instead of a codebook of patches: `[B, 3, R, R]`
-            normalised pixels → `[B, N]` integers.
-        objective: gives the losses to minimise, `objective(model, batch, losses=names)` → scalars by name; by default
-            those of pretraining, by the recipe's `method`.
-        explained_by: files by name that are saved beside the weights; by default the tokenizer of the recipe's paths.
-        on_start: called by the first process once the folder is this run's, before anything is written to it.
-        on_step: called with the number of complete steps, the model (with FSDP a sharded one) and its average after
-            every step, on every process; what it returns goes into the log. It need not leave the random state as it
-            found it, but must do the same in every run that is to give the same numbers.
-
-    Raises:
-        ConfigError, DataError, UnavailableError: the recipe cannot run here.
-        CheckpointError: there are checkpoints but none can be used.
-        NonFiniteError: a loss or gradient became NaN or infinite.
-        StorageError: a checkpoint or log could not be written.
+    Writes to `recipe.checkpoint.folder`: `checkpoints/`, `log.jsonl`, and at the end `model/` and `average/` (if any),
+    which `XFM.from_pretrained` reads. Recipes other than pretraining pass `sources`, `model` and `objective`.
+    `image_tokenizer` maps normalised pixels `[B, 3, R, R]` to codes `[B, N]`. `explained_by` maps names of files saved
+    with the weights to their contents. `on_start` runs on the first process before it writes to the folder. `on_step`
+    runs on every process after every step, and its result is logged; it may change the random state if it does so
+    deterministically.
     """
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
@@ -276,7 +249,7 @@ def train(
 
 
 def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list[str], dict[str, Tensor] | None]:
-    """Go on from the newest whole checkpoint; returns messages for the user, and the random state of this process."""
+    """Restore the newest valid checkpoint; returns messages for the user and the random state of this process."""
     found = processes.from_first(lambda: checkpoints.newest(Path(recipe.checkpoint.folder) / "checkpoints"))
     if found is None:
         checkpoints.settle_kernels(Path(recipe.checkpoint.folder), processes)

@@ -1,8 +1,4 @@
-"""The numbers of a run: losses, norms and rates, kept on the device until a log step, and the guard against NaN.
-
-A log step reads them with one transfer and writes JSON lines, boards and a terminal. Where one is not finite, the run
-stops, and the guard says which tensor was the first.
-"""
+"""Training metrics: losses, norms and rates stay on the device until a log step; a guard reports NaN and infinity."""
 
 from __future__ import annotations
 
@@ -51,7 +47,7 @@ _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize", "aten.set_")
 
 
 class Value(NamedTuple):
-    """A number of a step."""
+    """A named scalar of one step."""
 
     step: int
     name: str
@@ -59,20 +55,20 @@ class Value(NamedTuple):
 
 
 class Meter:
-    """Numbers of the steps since the last log line, left on the device so that no step waits for it."""
+    """Accumulates device scalars between log steps without synchronising."""
 
     def __init__(self) -> None:
         self._keys: list[tuple[int, str]] = []
         self._tensors: list[Tensor] = []
 
     def add(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Take scalars without a graph; the same name may come several times in a step."""
+        """Add detached scalars; a name may repeat within a step."""
         for name, tensor in values.items():
             self._keys.append((step, name))
             self._tensors.append(tensor)
 
     def read(self, processes: Processes) -> list[Value]:
-        """All numbers, each averaged over processes, with one transfer; they are then forgotten."""
+        """Return all scalars averaged over processes, in one transfer, and reset."""
         if not self._tensors:
             return []
         numbers = torch.stack([tensor.double() for tensor in self._tensors])
@@ -83,10 +79,7 @@ class Meter:
 
 
 def mean_by_name(values: list[Value]) -> dict[str, float]:
-    """The mean of the numbers of each name, names in the order of their first value.
-
-    Gradients of a scaled loss that overflowed belong to updates that were left out, and so do not count.
-    """
+    """Mean per name, in first-seen order; skips gradient norms of updates that overflowed."""
     grouped: dict[str, list[float]] = {}
     for value in values:
         if math.isfinite(value.number):
@@ -95,23 +88,7 @@ def mean_by_name(values: list[Value]) -> dict[str, float]:
 
 
 class RunLog:
-    """Log lines of a run: `log.jsonl`, TensorBoard and Weights & Biases where wanted, and a progress bar.
-
-    Only the first process writes; to the others every method is empty. A run that goes on from an earlier step first
-    drops the lines behind that step, so that the file never tells a step twice.
-
-    Args:
-        folder: of the run.
-        recipe: the outputs that are wanted.
-        processes: of the run.
-        steps: length of the run.
-        start: steps that are complete.
-        title: of the run on boards.
-
-    Raises:
-        UnavailableError: a board is wanted whose package is missing.
-        StorageError: the file cannot be written.
-    """
+    """Log of the first process: `log.jsonl`, TensorBoard, W&B, progress bar. Drops lines of steps after `start`."""
 
     def __init__(
         self, folder: Path, recipe: LogRecipe, processes: Processes, *, steps: int, start: int, title: str
@@ -164,19 +141,19 @@ class RunLog:
             self._task = self._bar.add_task(title, total=steps, completed=start)
 
     def say(self, message: str) -> None:
-        """Show a sentence to the user."""
+        """Print a message."""
         if self._writes:
             self._console.print(f"xfm-fast: {message}", soft_wrap=True, highlight=False, markup=False)
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._bar is not None:
             due = time.monotonic() - self._drawn > _REDRAW_S
             self._bar.update(self._task, completed=step, refresh=due)
             self._drawn = time.monotonic() if due else self._drawn
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line; it is in the file when this returns."""
+        """Append one line and flush it."""
         if not self._writes:
             return
         try:
@@ -199,7 +176,7 @@ class RunLog:
             print(f"step {step}  {shown}", file=sys.stderr, flush=True)
 
     def sync(self) -> None:
-        """Put the lines so far on the disk: a checkpoint that survives a power cut does not write them again."""
+        """Flush the log to disk, so that it is as durable as a checkpoint."""
         if not self._writes:
             return
         try:
@@ -223,7 +200,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a `log.jsonl`; what a killed process or a power cut left unfinished is passed over."""
+    """Read a `log.jsonl`, skipping incomplete lines."""
     lines: list[dict[str, float]] = []
     for text in path.read_bytes().splitlines():
         with suppress(ValueError):
@@ -234,13 +211,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 class ModelNorms:
-    """Norms over the trainable parameters of a model; nothing here waits for the device.
-
-    With FSDP every process norms its own shards, and the squares are summed over processes.
-
-    Args:
-        model: whose parameters count; as they are sharded when this is made.
-    """
+    """Parameter, gradient and update norms without device synchronisation; sums squares over FSDP shards."""
 
     def __init__(self, model: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -259,12 +230,12 @@ class ModelNorms:
         }
 
     def gradients(self) -> tuple[list[int], Tensor]:
-        """Which parameters have a gradient, and the norm of each."""
+        """Indices of the parameters with gradients, and the norm of each."""
         having = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
         return having, self._each([local(self.parameters[i].grad) for i in having], having)
 
     def clip_(self, norm: Tensor, limit: float) -> None:
-        """Scale all gradients, whose norm is given, by `limit / norm` where that is below one."""
+        """Scale all gradients by `limit / norm` if it is below one."""
         factor = (limit / (norm + 1e-6)).clamp_(max=1.0)
         if norm.device.type == "cpu" and factor == 1:
             return
@@ -273,11 +244,11 @@ class ModelNorms:
             torch._foreach_mul_(gradients, factor)
 
     def copy(self) -> list[Tensor]:
-        """The parameters of now, for `updates` later."""
+        """Copy the parameters, for `updates`."""
         return [local(parameter).detach().clone() for parameter in self.parameters]
 
     def by_part(self, norms: Tensor, having: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """`all`, and each encoder: the norm of norms, of the parameters in `having` (by default of every one)."""
+        """Norm over `all` and over each encoder of the parameters in `having` (default: every parameter)."""
         full = norms
         if having is not None and len(having) < len(self.parameters):
             full = norms.new_zeros(len(self.parameters))
@@ -285,11 +256,11 @@ class ModelNorms:
         return {part: full[index.to(full.device)].norm() for part, index in self._parts.items()}
 
     def values(self) -> dict[str, Tensor]:
-        """Norms of the parameters by part."""
+        """Parameter norms by part."""
         return self.by_part(self._each([local(parameter).detach() for parameter in self.parameters]))
 
     def updates(self, before: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Norms of what was added to the parameters since `copy`, by part."""
+        """Norms of the change since `copy`, by part."""
         now = [local(parameter).detach() for parameter in self.parameters]
         return self.by_part(self._each([*torch._foreach_sub(now, list(before))]))
 
@@ -305,18 +276,13 @@ class ModelNorms:
 
 
 def local(tensor: Tensor | None) -> Tensor:
-    """The part of a tensor that this process holds."""
+    """Local shard of a tensor."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Work:
-    """Counts what a run does.
-
-    Args:
-        recipe: of the run.
-        processes: of the run; the others are taken to do as much as this one.
-    """
+    """Counts images, tokens and FLOPs of a run, assuming that every process does the same amount."""
 
     def __init__(self, recipe: Run, processes: Processes) -> None:
         self._recipe = recipe
@@ -327,7 +293,7 @@ class Work:
         self._images = self._tokens = self._flops = 0
 
     def count(self, stream: str, batch: TensorBatch, *, in_detail: bool) -> None:
-        """Take a batch on the CPU, with its operations if they are to be counted."""
+        """Count a CPU batch; `in_detail` also counts its FLOPs."""
         images, tokens = size_of(batch)
         self._images += images
         self._tokens += tokens
@@ -343,12 +309,7 @@ class Work:
             )
 
     def rates(self, steps: int, seconds: float) -> dict[str, float]:
-        """Rates over the steps since the last call, of all processes; begins anew.
-
-        Returns:
-            `seconds` of a step, `images_per_s`, `tokens_per_s`, and, where the peak of the device is known, `mfu`: the
-            operations of the step that was counted in detail, over what the device could do in the time of a step.
-        """
+        """Global rates since the last call: `seconds`, `images_per_s`, `tokens_per_s`, `mfu` (if the peak is known)."""
         rates = {
             "seconds": seconds / steps,
             "images_per_s": self._images * self._processes.world_size / seconds,
@@ -362,7 +323,7 @@ class Work:
 
 
 def size_of(batch: TensorBatch) -> tuple[int, int]:
-    """Images and real tokens of a batch on the CPU, in its fields `image` and `attention_mask`."""
+    """Number of images and of unpadded tokens in a CPU batch."""
     image, mask = getattr(batch, "image", None), getattr(batch, "attention_mask", None)
     return 0 if image is None else len(image), 0 if mask is None else int(mask.count_nonzero())
 
@@ -370,12 +331,11 @@ def size_of(batch: TensorBatch) -> tuple[int, int]:
 def training_flops(
     config: XFMConfig, batch: Batch, losses: Iterable[str], *, stop_gradient: bool = True, guided: bool = True
 ) -> int:
-    """Operations that the losses of a batch on the CPU and their gradients need.
+    """FLOPs of the losses of a CPU batch, forward and backward.
 
-    A backward pass counts as two forward passes. Text passes whose result is detached have none, and neither has the
-    unmasked pass of images that nothing but MIM reads; MIM that predicts codes needs none (`guided=False`; making them,
-    and their head, are not counted). Of the fusion encoder, the first self-attention is needed once
-    for each text, and the last layer where a head reads.
+    A backward pass counts twice the forward pass. Detached text passes and the MIM target have no backward pass; MIM
+    that predicts codes (`guided=False`) needs no target. The first fusion self-attention counts once per text, and the
+    last layer counts only the tokens that a head reads.
     """
     wanted = set(losses)
     forward, trained = flops.Count(), flops.Count()
@@ -423,7 +383,7 @@ def training_flops(
 
 @cache
 def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
-    """The peak rate of matrix products: of a GPU that is known, or of this CPU, probed once; None otherwise."""
+    """Peak matmul rate of a known GPU or of this CPU (probed once); None if unknown."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = [gpu.flops_per_s for gpu in roofline.GPUS if gpu.name in name]
@@ -438,13 +398,10 @@ def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
 
 
 class Guard:
-    """Remembers the gradient norms of every parameter since the last check, to name the first that was not finite.
+    """Records gradient norms since the last check, to report the first parameter that was not finite.
 
-    Args:
-        model: that is trained.
-        names: of the parameters, in the order in which norms number them.
-        scaled: gradients come from a scaled loss. One that overflows is then no fault: the loss scale is lowered and
-            the update left out; a scale that has fallen below 1 is.
+    `names` are in the order of the norms. With `scaled` losses an overflow lowers the loss scale and skips the update;
+    it is an error only when the scale falls below 1.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, scaled: bool = False) -> None:
@@ -454,22 +411,13 @@ class Guard:
         self._gradients: list[tuple[int, str, list[int], Tensor]] = []
 
     def watch(self, step: int, update: str, having: list[int], norms: Tensor) -> None:
-        """Take the norms `[n]` of the gradients of an update, without looking at them."""
+        """Record gradient norms `[n]` of an update without synchronising."""
         self._gradients.append((step, update, having, norms))
 
     def check(
         self, values: Iterable[Value], batches: Mapping[str, Batch], rerun: Callable[[str, Batch], Tensor] | None = None
     ) -> None:
-        """Look at everything since the last check.
-
-        Args:
-            values: losses (`loss/<stream>/<name>`) and norms, in the order in which they arose.
-            batches: the last batch of each stream of the last update, for the explanation.
-            rerun: gives the loss of a stream's batch once more, for the explanation.
-
-        Raises:
-            NonFiniteError: one of them is NaN or infinite; names it and the first tensor that was not finite.
-        """
+        """Raise `NonFiniteError` naming the first non-finite value since the last check; `rerun` locates the op."""
         watched, self._gradients = self._gradients, []
         bad = next((value for value in values if self._is_bad(value)), None)
         if bad is None:
@@ -528,10 +476,7 @@ class Guard:
 
 
 class _FirstNonFinite(TorchDispatchMode):
-    """Finds the first operation whose result is not finite though what it was given is.
-
-    Negative infinity does not count: attention masks are made of it.
-    """
+    """Finds the first op with finite inputs and a non-finite output; −inf is allowed because attention masks use it."""
 
     def __init__(self, parameters: Mapping[int, str]) -> None:
         super().__init__()

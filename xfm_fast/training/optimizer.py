@@ -1,8 +1,4 @@
-"""The official optimizer, its learning rates over a run, and an average of the weights that it moves.
-
-AdamW decays after its Adam step, over four groups of parameters; learning rates warm up linearly from 0 and decay
-linearly or by a cosine.
-"""
+"""The official AdamW with its parameter groups, learning-rate schedule and weight average."""
 
 from __future__ import annotations
 
@@ -29,22 +25,7 @@ _TABLE = "relative_position_bias_table"
 
 
 def optimizer_groups(model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Iterable[str]) -> list[dict[str, Any]]:
-    """The official groups, {decay, no decay} × {lr, lr·lr_mult} in this order, without those that would be empty.
-
-    Position tables are a fifth one, the last, where the recipe gives them a learning rate of their own.
-
-    Args:
-        model: an XFM or a task model; parameters with `requires_grad=False` are left out.
-        recipe: learning rate, its multiples, weight decay.
-        large_lr: first parts of the names of parameters that learn `lr_mult` times faster. In fine-tuning the official
-            code names none but new heads, such as `cls_head`.
-
-    Returns:
-        Groups with `params`, `lr` and `weight_decay`, for `AdamW`.
-
-    Raises:
-        ConfigError: the model has nothing to train.
-    """
+    """Non-empty groups {decay, no decay} × {lr, lr·lr_mult}, then position tables if they have their own rate."""
     fast = set(large_lr)
     multiples = {"body": 1.0, "heads": recipe.lr_mult, "tables": recipe.table_lr_mult}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {
@@ -72,25 +53,15 @@ def optimizer_groups(model: nn.Module, recipe: OptimizerRecipe, *, large_lr: Ite
 
 
 class AdamW(Optimizer):
-    """AdamW as transformers 4.12.5 has it, which X-FM was trained with.
+    """AdamW as in transformers 4.12.5, which trained X-FM.
 
-        m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²
-        p ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε)
-        p ← p − lr·wd·p
+    m ← β₁m + (1−β₁)g,   v ← β₂v + (1−β₂)g²
+    p ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε)
+    p ← p − lr·wd·p
 
-    `torch.optim.AdamW` differs twice: it decays before the step, and adds ε after the bias correction of √v. A step
-    waits for nothing: t is kept on the host. State has the names and types of torch's, and of FSDP2's sharded
-    parameters each rank updates its own part.
-
-    Args:
-        params: parameters, or groups such as `optimizer_groups` gives.
-        lr, betas, eps, weight_decay: defaults of groups that do not say.
-        zero_grad: `none` drops gradients between updates, so that parameters which an update does not reach rest.
-            `zeros` keeps them as zeros once there was one: these parameters then move on by momentum and decay, which
-            is what the official code does under torch < 2.0.
-
-    Raises:
-        InputError: a number out of range.
+    `torch.optim.AdamW` decays before the step and adds ε after the bias correction of √v. t stays on the host, so a
+    step does not synchronise; each rank updates its own shard. `zero_grad="zeros"` sets gradients to zero, not None:
+    parameters without a gradient then keep moving by momentum and decay, as the official code does under torch < 2.0.
     """
 
     def __init__(
@@ -112,7 +83,7 @@ class AdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Forget the gradients, in the way that the constructor was told unless `set_to_none` says otherwise."""
+        """Reset gradients; `set_to_none` overrides the constructor's `zero_grad`."""
         to_none = self.gradients_rest if set_to_none is None else set_to_none
         super().zero_grad(set_to_none=to_none)
         if not to_none:
@@ -161,7 +132,7 @@ class AdamW(Optimizer):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Adam works element by element, so each rank updates what it holds and no rank asks another."""
+    """Local shard: Adam is elementwise, so ranks need no communication."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -176,7 +147,7 @@ class Moments(NamedTuple):
 
 
 def adam_in_passes(values: list[Tensor], moments: Moments, lr: float, betas: tuple[float, float], eps: float) -> None:
-    """Adam's step of values and moments, in place: six passes over all of them, with room for one more copy."""
+    """Adam step in place with foreach ops: six passes and one temporary copy."""
     gradients, first, second, steps = moments
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(first, gradients, 1 - betas[0])
@@ -191,11 +162,7 @@ def adam_in_passes(values: list[Tensor], moments: Moments, lr: float, betas: tup
 
 
 def adam_in_one_pass(values: list[Tensor], moments: Moments, lr: float, betas: tuple[float, float], eps: float) -> None:
-    """The same by PyTorch's fused kernel, in a third of the time on CPU and without the copy.
-
-    PyTorch adds ε to the bias-corrected √v. Divided by that correction beforehand, it is the ε of this rule; it then
-    depends on the step, so parameters that took equally many go together.
-    """
+    """Adam step with PyTorch's fused kernel, on parameters with equal step counts (ε depends on the step)."""
     alike: dict[int, list[int]] = defaultdict(list)
     for index, taken in enumerate(host.integers(torch.stack(moments.steps).long())):
         alike[taken + 1].append(index)
@@ -212,15 +179,7 @@ def adam_in_one_pass(values: list[Tensor], moments: Moments, lr: float, betas: t
 
 
 def schedule_factor(schedule: ScheduleRecipe, step: int, *, steps: int, lr: float) -> float:
-    """The factor of all learning rates in a step.
-
-    Args:
-        schedule: shape, warm-up and final learning rate.
-        step: 0 for the first one, whose factor is 0 where there is a warm-up (the official choice).
-        steps: length of the run.
-        lr: the learning rate that the factor multiplies, of which `schedule.min_lr` is the end. Groups with a multiple
-            of it end at the same multiple of `min_lr`.
-    """
+    """Learning-rate factor of a 0-based step; with warm-up the first step has factor 0, as in the official code."""
     warmup = schedule.warmup_steps(steps)
     if step < warmup:
         return step / warmup
@@ -232,17 +191,7 @@ def schedule_factor(schedule: ScheduleRecipe, step: int, *, steps: int, lr: floa
 
 
 class WeightAverage:
-    """`average ← decay·average + (1−decay)·weights` after every step, of all parameters of a model.
-
-    Averages begin at the weights they are made from, live beside them (sharded where these are) and in fp32 at least.
-
-    Args:
-        model: whose parameters are followed.
-        decay: in (0, 1); the average looks back about `1 / (1 - decay)` steps.
-
-    Raises:
-        InputError: a decay out of range.
-    """
+    """Exponential moving average of all parameters, in fp32 or wider, sharded like the parameters."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
@@ -256,13 +205,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the weights, once after every step."""
+        """Update the average; call once per step."""
         for name, average in self._averages.items():
             average.lerp_(self._parameters[name].detach().to(average.dtype), 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards, its own again, to the bit."""
+        """Use the averaged weights inside the block, then restore the original weights exactly."""
         own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         try:
             self._put(self._averages)
@@ -276,16 +225,12 @@ class WeightAverage:
             parameter.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, by parameter name."""
+        """Averages by parameter name."""
         return dict(self._averages)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up averages that `state_dict` gave.
-
-        Raises:
-            CheckpointError: averages of other parameters; nothing is then changed.
-        """
+        """Load averages; other parameters raise `CheckpointError` and change no average."""
         absent = sorted(self._averages.keys() - state.keys())
         foreign = sorted(state.keys() - self._averages.keys())
         other = sorted(n for n in self._averages.keys() & state.keys() if self._averages[n].shape != state[n].shape)

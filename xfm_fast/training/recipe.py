@@ -1,4 +1,4 @@
-"""A recipe: everything that defines a run of training, typed and checked, from YAML and `key=value` overrides."""
+"""Training recipes: typed and validated configuration of a run, from YAML and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -42,11 +42,7 @@ _UNKNOWN = 1 << 20
 
 
 class Run(Section):
-    """What every run of training has, whatever it minimises: the recipe of pretraining, and that of fine-tuning.
-
-    Instances are immutable, and every impossible combination raises `ConfigError`. `model` may leave `preset` out where
-    `init.checkpoint` is a folder, whose sizes it then takes.
-    """
+    """Fields of pretraining and fine-tuning recipes; `model` may omit `preset` if `init.checkpoint` is a folder."""
 
     large_lr: ClassVar[tuple[str, ...]] = ()
     """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
@@ -128,31 +124,24 @@ class Run(Section):
         raise NotImplementedError
 
     def losses_of(self, stream: str) -> tuple[str, ...]:
-        """The losses that a stream gives in this run."""
+        """Losses computed on a stream."""
         raise NotImplementedError
 
     def weight_of(self, stream: str) -> float:
-        """What multiplies the sum of a stream's losses."""
+        """Weight of a stream's summed losses."""
         raise NotImplementedError
 
     def micro_batch_size(self, stream: str) -> int:
-        """Items that one rank passes through the model at once."""
+        """Items per forward pass on one rank."""
         raise NotImplementedError
 
     @property
     def folder_of_data(self) -> str:
-        """The folder that relative paths of data lie in."""
+        """Folder that relative data paths refer to."""
         raise NotImplementedError
 
     def make_world(self) -> None:
-        """Write the shapes world into the `data` folder, where the recipe has one and the folder has not.
-
-        One process of a group should do so, before any of them checks or reads.
-
-        Raises:
-            DataError: the folder holds something else.
-            StorageError: it cannot be written.
-        """
+        """Write the shapes dataset into `data` if the recipe defines one and it is missing; run on one process."""
         if self.shapes is None:
             return
         from xfm_fast.data.shapes import Split, write_world
@@ -164,7 +153,7 @@ class Run(Section):
         write_world(self.folder_of_data, seed=world.seed, images=images, resolution=world.resolution)
 
     def check_device(self) -> None:
-        """Raise `UnavailableError` for a device or precision that this machine does not offer."""
+        """Raise `UnavailableError` if this machine lacks the device or precision."""
         import torch
 
         accelerated = torch.cuda.is_available()
@@ -177,11 +166,9 @@ class Run(Section):
 class Recipe(Run):
     """A pretraining run.
 
-    A step makes the `updates` in order; an update sums the gradients of its streams, clips and moves the optimizer
-    once; the schedule moves once per step. The official step without web data is `[[text], [regions, imagenet],
-    [pairs]]`, and with it `[[text], [regions, web, imagenet, pairs]]`.
-
-    Build one with `load_recipe`; as a mapping, `model` takes `preset` and fields of XFMConfig.
+    A step runs the `updates` in order: an update sums the gradients of its streams, clips them and steps the optimizer.
+    The schedule advances once per step. The official step is `[[text], [regions, imagenet], [pairs]]`; with web data
+    `[[text], [regions, web, imagenet, pairs]]`.
     """
 
     large_lr = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
@@ -230,7 +217,7 @@ class Recipe(Run):
         return self
 
     def losses_of(self, stream: str) -> tuple[LossName, ...]:
-        """The losses that a stream gives in this run: its own or those of its kind, less what `method` takes away."""
+        """Losses of a stream: its own or the defaults of its kind, minus losses that `method` disables."""
         chosen = self.streams[stream].losses or LOSSES_OF_KIND[self.streams[stream].kind]
         if self.method.mim_guidance or self.method.image_codes:
             return chosen
@@ -238,7 +225,7 @@ class Recipe(Run):
 
     @property
     def active_updates(self) -> tuple[tuple[str, ...], ...]:
-        """`updates` without streams that give no loss in this run."""
+        """`updates` without streams that compute no loss."""
         updates = (tuple(name for name in update if self.losses_of(name)) for update in self.updates)
         return tuple(update for update in updates if update)
 
@@ -253,13 +240,13 @@ class Recipe(Run):
         return self.streams[stream].batch_size // self.accumulate
 
     def micro_batch_images(self, stream: str) -> int:
-        """Images of a micro-batch of regions, at most."""
+        """Maximum images per micro-batch of a regions stream."""
         source = self.streams[stream]
         assert isinstance(source, RegionStream)
         return -(-source.max_images // self.accumulate)
 
     def options_of(self, stream: str) -> AnyStreamOptions:
-        """The options of a stream, as one rank reads a micro-batch of it."""
+        """Options of a stream with the batch size of one micro-batch on one rank."""
         options, changed = self.streams[stream], {}
         if isinstance(options, ImageOptions) and options.image_root is not None:
             changed["image_root"] = Path(self.data) / options.image_root
@@ -268,11 +255,7 @@ class Recipe(Run):
         return options.model_copy(update=changed)
 
     def paths_of(self, stream: str) -> list[Path]:
-        """The files and folders of a stream; patterns are expanded in sorted order.
-
-        Raises:
-            DataError: a path or pattern of which there is nothing.
-        """
+        """Files and folders of a stream, glob patterns expanded in sorted order."""
         found: list[Path] = []
         for path in self.streams[stream].paths:
             pattern = str(Path(self.data) / path)
@@ -286,13 +269,7 @@ class Recipe(Run):
         return found
 
     def check_machine(self, *, world_size: int = 1) -> None:
-        """Check all that can only be known where the run starts: the data, the device, the size of the group.
-
-        Raises:
-            DataError: a path that does not exist, by its stream.
-            UnavailableError: a device or precision that this machine does not offer.
-            ConfigError: batches that hold no negative.
-        """
+        """Validate data paths, device and process count before the run starts."""
         self.check_device()
         for name in (name for update in self.active_updates for name in update):
             self.paths_of(name)
@@ -317,22 +294,12 @@ PRETRAINING, FINETUNING = "xfm_fast.training", "xfm_fast.finetuning"
 
 
 def recipe_names(package: str = PRETRAINING) -> list[str]:
-    """The recipes that come with the package, of pretraining or of fine-tuning."""
+    """Names of the recipes shipped in `package`."""
     return sorted(entry.name.removesuffix(".yaml") for entry in _shipped(package) if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe of pretraining by name, or a YAML file by path.
-
-    Args:
-        name_or_path: such as `pretrain_tiny_shapes` or `my/recipe.yaml`.
-        overrides: `key=value`, such as `streams.pairs.batch_size=32`; dots go into sections, values are YAML, later
-            ones win. `streams.NAME=null` takes a stream out, of `updates` too.
-
-    Raises:
-        ConfigError: no such recipe, an unknown key (with the nearest known one), a wrong value, or values that cannot
-            go together.
-    """
+    """Load a pretraining recipe by name or YAML path, with `key=value` overrides; `streams.NAME=null` drops one."""
     values = override(read_recipe(name_or_path, PRETRAINING), overrides)
     if "task" in values:
         raise ConfigError(
@@ -363,24 +330,17 @@ def _pair_rows(recipe: Recipe) -> int:
 
 
 def vocabulary_of(checkpoint: object) -> Path | None:
-    """The vocabulary of the weights to start from; None where there is none."""
+    """Vocabulary file next to the initial weights, if any."""
     place = model_folder(Path(checkpoint)) if isinstance(checkpoint, str) else None
     near = [] if place is None else [place / TOKENIZER_FILE, place.parent / TOKENIZER_FILE]
     return next((path for path in near if path.is_file()), None)
 
 
 def fitted(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], rows: Callable[[R], int]) -> R:
-    """The recipe of `values`, in which `auto` is replaced by what fits the data and the model.
+    """Build a recipe, replacing `auto` values in place from the model width and dataset size.
 
-    A batch holds the largest power of two that is at most a quarter of the rows, from 2 to 64; a run has 5 to 20
-    epochs, as many as 2,000 steps take; the learning rate is 2e-5 for 768 channels and a batch of 64, and grows with
-    channels^-1.5 and with the square root of the batch.
-
-    Args:
-        kind: class of the recipe.
-        values: changed in place.
-        keys: the keys that may be `auto`, by `batch_size`, `epochs`, `steps` and `lr`.
-        rows: counts the rows to train on.
+    Batch size: largest power of two up to a quarter of the rows, in [2, 64]. Epochs: as many as 2,000 steps take, in
+    [5, 20]. Learning rate: 2e-5 at 768 channels and batch 64, scaled by channels^-1.5 and sqrt(batch).
     """
 
     def value_of(key: str) -> Any:
@@ -409,11 +369,7 @@ def _shipped(package: str) -> Iterable[Any]:
 
 
 def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
-    """The keys and values of a recipe of a package by name, or of a YAML file by path; not checked yet.
-
-    Raises:
-        ConfigError: there is none, or it is no YAML mapping.
-    """
+    """Raw values of a recipe, by name in `package` or by YAML path."""
     path = Path(name_or_path)
     shipped = {entry.name: entry for entry in _shipped(package)}
     source = shipped.get(f"{name_or_path}.yaml", path)
@@ -440,7 +396,7 @@ def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Values of a recipe with `key=value` put in, in place; see `load_recipe`."""
+    """Apply `key=value` overrides to recipe values in place."""
     for each in overrides:
         _override(values, each)
     return values
@@ -482,10 +438,7 @@ def _unknown(key: str, known: Iterable[str], what: str = "key") -> str:
 
 
 def _inside(hint: Any, part: int | str) -> tuple[Any, bool]:
-    """The type found at a part of pydantic's location in a value of type `hint`, and whether that part is a key.
-
-    It is none where pydantic says which member of a union it took, by its `kind`.
-    """
+    """Type at one component of a pydantic error location, and whether the component is a key (not a union tag)."""
     hint = _plain(hint)
     for option in (hint, *get_args(hint)):
         if getattr(option, "model_fields", {}).get("kind") and option.model_fields["kind"].default == part:
@@ -534,7 +487,7 @@ def _plain(hint: Any) -> Any:
 
 
 def _keys_of(section: Any) -> list[str]:
-    """The keys of a section: a model, a dataclass, or one of these that may also be left out."""
+    """Field names of a model, a dataclass, or an optional one."""
     options = [_plain(section), *get_args(_plain(section))]
     section = next(option for option in options if hasattr(option, "model_fields") or is_dataclass(option))
     return [field.name for field in fields(section)] if is_dataclass(section) else list(section.model_fields)
@@ -547,16 +500,7 @@ _HARMLESS = ("checkpoint.", "log.", "workers", "data")
 
 
 def changes(before: Mapping[str, Any], recipe: Run, world_before: int, world_now: int) -> list[str]:
-    """The differences from the run that a checkpoint belongs to, in words.
-
-    Args:
-        before: the recipe of the checkpoint, as `model_dump(mode="json")` gives it.
-        recipe: of now.
-        world_before, world_now: processes.
-
-    Raises:
-        ConfigError: the model is another one; names its fields and both values.
-    """
+    """Describe how `recipe` differs from the checkpoint's recipe; a different model is a `ConfigError`."""
     old, new = dict(_flat(before)), dict(_flat(recipe.model_dump(mode="json")))
     differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     said = {name: f"{name}: {old.get(name)} → {new.get(name)}" for name in differing}
@@ -581,14 +525,7 @@ def changes(before: Mapping[str, Any], recipe: Run, world_before: int, world_now
 def position_after(
     batches: int, stream: str, before: Mapping[str, Any], recipe: Run, world_before: int, world_now: int
 ) -> int:
-    """The batch at which a stream goes on, so that no item comes twice and less than a batch is left out.
-
-    Args:
-        batches: that each of `world_before` processes took with the recipe `before`.
-        stream: its name.
-        before, recipe: old and new recipe.
-        world_before, world_now: processes.
-    """
+    """Batch index to resume a stream at: repeats no item and skips less than one batch."""
     batch = before["streams"][stream] if "streams" in before else before
     size = batch["batch_size"] // before["accumulate"] * world_before
     return -(-batches * size // (recipe.micro_batch_size(stream) * world_now))

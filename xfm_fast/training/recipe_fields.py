@@ -1,4 +1,4 @@
-"""The sections of a recipe: streams, optimizer, schedule, method, checkpoints, logs. Defaults are the official ones."""
+"""Recipe sections: streams, optimizer, schedule, method, checkpoints, logs. Defaults are the official values."""
 
 from __future__ import annotations
 
@@ -31,16 +31,13 @@ Paths = Annotated[
 
 
 class Section(BaseModel):
-    """Immutable, and closed: a misspelt key is an error."""
+    """Frozen section that rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Stream(StreamOptions):
-    """The keys of every stream, besides the options of its kind.
-
-    Relative paths lie in the recipe's `data` folder, that of `image_root` too.
-    """
+    """Keys of every stream, plus the options of its kind; relative paths refer to the recipe's `data` folder."""
 
     paths: Paths = Field(description="files, folders or glob patterns")
     batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
@@ -64,26 +61,26 @@ class Stream(StreamOptions):
 
 
 class TextStream(Stream, TextStreamOptions):
-    """Texts alone: masked language modelling."""
+    """Text only: masked language modelling."""
 
 
 class PairStream(Stream, PairStreamOptions):
-    """Images with a caption each."""
+    """Image-caption pairs."""
 
 
 class RegionStream(Stream, RegionStreamOptions):
-    """Images with captions of their regions; `batch_size` counts captions, not images."""
+    """Images with region captions; `batch_size` counts captions, not images."""
 
 
 class ImageStream(Stream, ImageStreamOptions):
-    """Images alone: masked image modelling."""
+    """Images only: masked image modelling."""
 
 
 AnyStream = Annotated[TextStream | PairStream | RegionStream | ImageStream, Field(discriminator="kind")]
 
 
 class Init(Section):
-    """The sources of the weights; what is not named starts at random."""
+    """Sources of the initial weights; weights without a source are random."""
 
     roberta: str | None = Field(
         default=None, description="state dict of a Hugging Face RoBERTa, for the language encoder"
@@ -99,7 +96,7 @@ class Init(Section):
 
 
 class OptimizerRecipe(Section):
-    """The official AdamW and its parameter groups."""
+    """AdamW and its parameter groups, as in the official code."""
 
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -146,12 +143,12 @@ class ScheduleRecipe(Section):
         return warmup
 
     def warmup_steps(self, steps: int) -> int:
-        """The number for a run of `steps`."""
+        """Warm-up steps of a run of `steps`."""
         return self.warmup if isinstance(self.warmup, int) else int(self.warmup * steps)
 
 
 class ImageCodesRecipe(Section):
-    """A codebook of patches, whose codes masked image modelling predicts where nothing guides it."""
+    """A codebook of patches that provides MIM targets without guidance."""
 
     source: str = Field(
         default="train",
@@ -161,7 +158,7 @@ class ImageCodesRecipe(Section):
 
 
 class Method(Section):
-    """The training method of X-FM (arXiv 2301.05065), with what its ablations take away."""
+    """The X-FM training method (arXiv 2301.05065) and its ablations."""
 
     stop_gradient: bool = Field(
         default=True, description="ITM, IMLM and BBP do not reach the language encoder; false lets them through"
@@ -189,7 +186,7 @@ class Method(Section):
 
 
 class CheckpointRecipe(Section):
-    """The folder of a run: checkpoints, logs, tokenizer, quarantine."""
+    """Run folder and checkpoint settings."""
 
     folder: str = Field(description="of this run alone")
     every: int = Field(default=1000, gt=0, description="steps")
@@ -197,7 +194,7 @@ class CheckpointRecipe(Section):
 
 
 class LogRecipe(Section):
-    """The logs of a run, beside `log.jsonl`, which always is written."""
+    """Logging settings; `log.jsonl` is always written."""
 
     every: int = Field(default=50, gt=0, description="steps")
     tensorboard: bool = False
@@ -205,7 +202,7 @@ class LogRecipe(Section):
 
 
 class ShapesWorldRecipe(Section):
-    """A shapes world, written into the `data` folder by the first run that needs it."""
+    """A shapes dataset, generated in the `data` folder by the first run that needs it."""
 
     seed: int = Field(default=0, ge=0)
     train: int = Field(default=10_000, gt=0, description="scenes")

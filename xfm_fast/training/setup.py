@@ -1,4 +1,4 @@
-"""The setup of a run: initial weights, vocabulary, codebook and streams of data, as its recipe names them."""
+"""Sets up a run: initial weights, vocabulary, codebook and data streams."""
 
 from __future__ import annotations
 
@@ -43,18 +43,14 @@ _IMAGES_TO_LEARN_FROM = 2_000
 
 
 def autocast(recipe: Run, processes: Processes) -> torch.autocast:
-    """The precision of a run, as a context; entering it anew is allowed."""
+    """Reusable autocast context with the run's precision."""
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     enabled = recipe.precision != "fp32"
     return torch.autocast(processes.device.type, dtype=kinds[recipe.precision], enabled=enabled)
 
 
 def build_model(recipe: Recipe) -> XFM:
-    """The model of a recipe with its initial weights: those that `init` names, and random ones elsewhere.
-
-    Raises:
-        CheckpointError: a source of weights cannot be read or does not fit.
-    """
+    """Build the model, initialised from the sources in `init` and at random elsewhere."""
     init = recipe.init
     if init.checkpoint is not None:
         place = model_folder(Path(init.checkpoint))
@@ -73,19 +69,7 @@ def build_model(recipe: Recipe) -> XFM:
 def image_codes(
     recipe: Recipe, processes: Processes, tokenizer: Callable[[Tensor], Tensor] | None = None
 ) -> ImageCodes | None:
-    """The codes that MIM predicts where it is not guided, on the device of the run; None where it is.
-
-    The first process learns the codebook where the recipe says so, which then lies in the folder of the run.
-
-    Args:
-        tokenizer: instead of the codebook: `[B, 3, R, R]` normalised pixels → `[B, N]` integers below
-            `method.image_codes.codes`.
-
-    Raises:
-        InputError: a tokenizer for a recipe without `method.image_codes`.
-        CheckpointError, DataError: the codebook cannot be read, or the images are too few to learn one.
-        StorageError: it cannot be written.
-    """
+    """MIM target codes without guidance, else None; the first process learns a missing codebook into the run folder."""
     wanted, config = recipe.method.image_codes, recipe.model
     if wanted is None:
         if tokenizer is not None:
@@ -113,15 +97,7 @@ def image_codes(
 
 
 def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[Any]]:
-    """The streams of a recipe, as this process reads them.
-
-    The first process generates the shapes world where the recipe wants one and there is none, and learns the vocabulary
-    where the recipe says `tokenizer: train`, which then lies in the folder of the run.
-
-    Raises:
-        DataError, UnavailableError, ConfigError: as `Recipe.check_machine`, and data that cannot be read.
-        StorageError: the world or the vocabulary cannot be written.
-    """
+    """Streams of this process; the first process generates the shapes dataset and trains the tokenizer if needed."""
     processes.from_first(recipe.make_world)
     recipe.check_machine(world_size=processes.world_size)
     folder = Path(recipe.checkpoint.folder)
@@ -160,12 +136,12 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
 
 
 def preprocessor_file(model: XFM) -> dict[str, bytes]:
-    """The file, by its name, that tells other libraries how the images of a model are prepared."""
+    """`preprocessor_config.json` contents by file name."""
     return {PREPROCESSOR_FILE: preprocessor_json(model.config)}
 
 
 def tokenizer_file(recipe: Recipe) -> dict[str, bytes]:
-    """The file, by its name, of the vocabulary of a recipe whose sources were opened."""
+    """Vocabulary file contents by file name; call after `open_sources`."""
     return {TOKENIZER_FILE: _tokenizer(recipe).to_json().encode()}
 
 
@@ -176,10 +152,7 @@ def _tokenizer(recipe: Recipe) -> CaptionTokenizer:
 
 @contextmanager
 def undone_where_refused(folder: Path) -> Iterator[None]:
-    """Remove the files that a block has put into a folder, where it ends in an error that the user shall mend.
-
-    Its folders stay: a quarantine names the rows that the error is about.
-    """
+    """Delete files that the block created in `folder` if it raises an XFMError; the skipped-samples log stays."""
     before = set(folder.iterdir())
     try:
         yield
@@ -199,7 +172,7 @@ def _make_parent(path: Path) -> None:
 
 
 def _images(recipe: Recipe) -> Iterator[Tensor]:
-    """Whole images of the streams, in an order of their own, resized."""
+    """Resized whole images of all streams, in a fixed order."""
     for name in (name for name, stream in recipe.streams.items() if "mim" in LOSSES_OF_KIND[stream.kind]):
         options = recipe.options_of(name)
         assert isinstance(options, ImageOptions)
