@@ -1,7 +1,6 @@
-"""Reading data: from files, by way of rows and items, to the batches of a stream.
+"""Data loading: files → rows → items → batches.
 
-`files` finds and indexes files, `records` reads any row of them, `options` says how, `texts`, `images`, `regions`,
-`masking` and `transforms` make what a batch holds, `items` puts it together and `streams` orders it. `quarantine` lists
-broken rows, `checking` finds them beforehand, `converting` rewrites files; `annotations` are the files of fine-tuning,
-and `shapes` is a world that needs none.
+`files` finds and indexes files, `records` reads rows, `texts`, `images`, `regions`, `masking` and `transforms` build
+the parts of an item, `items` collates them and `streams` orders them. `quarantine` logs skipped samples, `checking`
+validates files, `converting` rewrites them, `annotations` parses fine-tuning files, `shapes` generates a dataset.
 """

@@ -1,4 +1,4 @@
-"""The elements of fine-tuning files: records of each task, judged one by one as they are read."""
+"""Record schemas of fine-tuning tasks, validated row by row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _no_blank(text: str) -> str:
 
 
 def _answered(value: Any) -> Any:
-    """Answers without the empty ones, which people gave now and then."""
+    """Drop empty answers."""
     if not isinstance(value, (list, tuple)):
         return value
     answers = [each for each in map(answer_text, value) if not isinstance(each, str) or each.strip()]
@@ -43,7 +43,7 @@ def _answered(value: Any) -> Any:
 
 
 def answer_text(value: Any) -> Any:
-    """One of ten answers, which stands in an object of its own or alone."""
+    """Text of an answer, given as a string or an object."""
     return value.get("answer") if isinstance(value, dict) else value
 
 
@@ -64,13 +64,13 @@ Label = Annotated[
 
 
 class Annotation(BaseModel):
-    """One element of a fine-tuning file. Fields that are not named here are not read."""
+    """One element of a fine-tuning file; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=False)
 
 
 class RetrievalRecord(Annotation):
-    """An image and one of its captions, for training: captions of one image share its `image_id`."""
+    """An image and one caption; captions of one image share its `image_id`."""
 
     image: Text = Field(description="path below the image folder")
     caption: Text
@@ -78,7 +78,7 @@ class RetrievalRecord(Annotation):
 
 
 class RetrievalTestRecord(Annotation):
-    """An image and all captions that describe it, for evaluation."""
+    """An image and all its captions."""
 
     image: Text
     caption: Texts
@@ -93,7 +93,7 @@ class NLVR2Record(Annotation):
 
 
 class VQARecord(Annotation):
-    """A question about an image, with its answers where they are known."""
+    """A question about an image, optionally with answers."""
 
     image: Text
     question: Text
@@ -106,10 +106,7 @@ class VQARecord(Annotation):
 
     @property
     def weighted_answers(self) -> list[tuple[str, float]]:
-        """Each distinct answer with its weight in the loss.
-
-        The weight is its share of the answers, so that a single one, as GQA has, weighs 1; Visual Genome's weigh 0.5.
-        """
+        """Distinct answers with loss weights: the share of annotators, or 0.5 for Visual Genome."""
         answers = self.answer or ()
         if self.dataset == "vg":
             return [(answer, 0.5) for answer in answers[:1]]
@@ -117,7 +114,7 @@ class VQARecord(Annotation):
 
     @property
     def scored(self) -> dict[str, Any] | None:
-        """The annotation that `tasks.vqa.vqa_accuracy` scores by; None where people's answers are not known."""
+        """Annotation for `tasks.vqa.vqa_accuracy`; None without annotators' answers."""
         if self.answers is None:
             return None
         kinds = {"question_type": self.question_type, "answer_type": self.answer_type}
@@ -129,10 +126,7 @@ class VQARecord(Annotation):
 
 
 class GroundingRecord(Annotation):
-    """A phrase and the part of the image that it means.
-
-    The official files have no boxes; `grounding_rows` looks them up by `ref_id`.
-    """
+    """A phrase and its box; `grounding_rows` looks up boxes of official files by `ref_id`."""
 
     image: Text
     text: Text
@@ -156,7 +150,7 @@ class GroundingRecord(Annotation):
 
 
 class CaptioningRecord(Annotation):
-    """An image, with a caption where it is for training."""
+    """An image, with a caption for training."""
 
     image: Text
     caption: Text | None = None
@@ -164,12 +158,12 @@ class CaptioningRecord(Annotation):
 
     @property
     def identity(self) -> int | str:
-        """`image_id`, or the digits after the last `_` of the file name, or else the file name."""
+        """`image_id`, else the digits after the last `_` of the file name, else the file name."""
         return self.image_id if self.image_id is not None else identity_of(self.image)
 
 
 class CaptioningTestRecord(Annotation):
-    """An image, with all captions that are known of it."""
+    """An image with all known captions."""
 
     image: Text
     caption: Texts | None = None
@@ -177,12 +171,12 @@ class CaptioningTestRecord(Annotation):
 
     @property
     def identity(self) -> int | str:
-        """`image_id`, or the digits after the last `_` of the file name, or else the file name."""
+        """`image_id`, else the digits after the last `_` of the file name, else the file name."""
         return self.image_id if self.image_id is not None else identity_of(self.image)
 
 
 class TextRecord(Annotation):
-    """A text or a pair of texts, with its class where it is known."""
+    """A text or text pair, optionally with a class."""
 
     text: Text
     text2: Text | None = None
@@ -191,7 +185,7 @@ class TextRecord(Annotation):
 
 
 class TextScoreRecord(Annotation):
-    """A text or a pair of texts, with a number to predict where it is known."""
+    """A text or text pair, optionally with a score."""
 
     text: Text
     text2: Text | None = None
@@ -200,7 +194,7 @@ class TextScoreRecord(Annotation):
 
 
 class ImageLabelRecord(Annotation):
-    """An image, with its class where it is known."""
+    """An image, optionally with a class."""
 
     image: Text
     label: Label | None = None
@@ -210,11 +204,7 @@ Record = TypeVar("Record", bound=Annotation)
 
 
 def read_annotations(paths: Paths, kind: type[Record]) -> list[Record]:
-    """The elements of all files, one after another.
-
-    Raises:
-        DataError: a file is no JSON array, or elements of it lack fields: names the first few.
-    """
+    """Read and validate all elements of JSON arrays; errors name the first broken ones."""
     records = []
     for path in find_files(paths):
         wrong = []
@@ -230,17 +220,13 @@ def read_annotations(paths: Paths, kind: type[Record]) -> list[Record]:
 
 
 def read_array(path: str | os.PathLike[str]) -> Sequence[Any]:
-    """The elements of one file, unchecked.
-
-    Raises:
-        DataError: it cannot be read, or is no JSON array, with line and column where it stops being one.
-    """
+    """Elements of a JSON array file, unvalidated."""
     path = Path(path)
     return array_of(path, read_json(path, ARRAY, lines=", not one object a line as in pretraining"))
 
 
 def array_of(path: Path, content: Any, known: str = "one array of objects, [{...}, {...}]") -> list[Any]:
-    """The content of a file, which must be an array that is not empty; messages say what is `known`."""
+    """Check that content is a non-empty array; `known` describes the expected formats."""
     if not isinstance(content, list):
         raise DataError(f"{path} holds a JSON {type(content).__name__}; expected {known}")
     if not content:
@@ -249,11 +235,7 @@ def array_of(path: Path, content: Any, known: str = "one array of objects, [{...
 
 
 def parse_annotation(element: Any, kind: type[Record]) -> Record:
-    """One element as a record.
-
-    Raises:
-        DataError: says which fields are missing or wrong, and what they hold.
-    """
+    """Validate one element."""
     if isinstance(element, DataError):
         raise DataError(str(element))
     if not isinstance(element, dict):
@@ -273,14 +255,14 @@ def parse_annotation(element: Any, kind: type[Record]) -> Record:
 
 
 class Elements(NamedTuple):
-    """What a file holds, before any of it is judged.
+    """Unvalidated elements of a file.
 
     Attributes:
-        name: the path.
-        values: mappings of fields; a `DataError` stands for an element that is none.
-        labels: what messages call each element; None numbers them from 0.
-        notes: what was left out while reading, for a user to know.
-        others: more files that the values come from.
+        name: path.
+        values: mappings of fields, or a `DataError` for a broken element.
+        labels: element names in messages; None numbers them from 0.
+        notes: what the reader dropped.
+        others: further source files.
     """
 
     name: str
@@ -291,19 +273,7 @@ class Elements(NamedTuple):
 
 
 class AnnotationRows(Generic[Record]):
-    """The elements of a fine-tuning file as `Rows` of records, each of which is judged when it is read.
-
-    Args:
-        path: what messages call the file.
-        elements: mappings of fields; a `DataError` stands for one that is none.
-        kind: of the records.
-        labels: what messages call each element; by default it is numbered from 0.
-        notes: what was left out while reading, for a user to know.
-        others: more files that the elements come from.
-
-    Raises:
-        DataError: a file cannot be found.
-    """
+    """Elements of a fine-tuning file as `Rows`, validated when read."""
 
     def __init__(
         self,
@@ -332,26 +302,18 @@ class AnnotationRows(Generic[Record]):
         return json.dumps(self.elements[row], default=str, ensure_ascii=False).encode("utf-8", "replace")
 
     def of_images(self, images: Collection[str], *, others: bool = False) -> AnnotationRows[Record]:
-        """The rows about some images, or all other rows."""
+        """Rows about the given images, or with `others` all other rows."""
         rows = [row for row in range(len(self)) if (_image_of(self.elements[row]) in images) != others]
         found = copy(self)
         found.elements, found._labels = [self.elements[row] for row in rows], [self.label(row) for row in rows]
         return found
 
     def read(self, row: int) -> Record:
-        """The record of a row.
-
-        Raises:
-            DataError: fields are missing or wrong.
-        """
+        """Validated record of a row."""
         return parse_annotation(self.elements[row], self.kind)
 
     def records(self) -> Iterator[Record]:
-        """All records in order, for files of which each element must be good.
-
-        Raises:
-            DataError: an element is broken: names the file and the element.
-        """
+        """All records in order; a broken element raises `DataError`."""
         for row in range(len(self)):
             try:
                 yield self.read(row)
@@ -367,7 +329,7 @@ def _place(label: int | str) -> str:
 
 
 def as_rows(elements: Iterable[Elements], kind: type[Record]) -> list[AnnotationRows[Record]]:
-    """The rows of several files as records of one kind."""
+    """Wrap elements of several files as rows of one record type."""
     return [
         AnnotationRows(each.name, each.values, kind, labels=each.labels, notes=each.notes, others=each.others)
         for each in elements
@@ -375,11 +337,7 @@ def as_rows(elements: Iterable[Elements], kind: type[Record]) -> list[Annotation
 
 
 def label_names(rows: Iterable[AnnotationRows[Any]]) -> list[str]:
-    """The classes of all rows, sorted by name, as ImageFolder numbers them.
-
-    Raises:
-        DataError: no row has a label.
-    """
+    """Sorted class names of all rows; no labels raise `DataError`."""
     found = {
         str(label)
         for each in rows
@@ -392,11 +350,7 @@ def label_names(rows: Iterable[AnnotationRows[Any]]) -> list[str]:
 
 
 def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
-    """The answers that a VQA model ranks: a JSON array of strings.
-
-    Raises:
-        DataError: it is no such array, an answer is empty, or is there twice.
-    """
+    """Candidate answers of VQA: a JSON array of unique non-empty strings."""
     path = Path(path)
     answers = array_of(path, read_json(path, "one JSON array of strings"), "one array of strings")
     for number, answer in enumerate(answers):
@@ -408,7 +362,7 @@ def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
 
 
 class Named(NamedTuple):
-    """How many things were found, and the first three of them."""
+    """Count and the first three examples."""
 
     number: int
     first: tuple[str, ...]
@@ -419,7 +373,7 @@ def _image_of(element: Any) -> Any:
 
 
 def image_names(items: Iterable[Any]) -> Iterator[str]:
-    """The images of rows (unread), of records, or of paths, in order; an image comes as often as it is named."""
+    """Image names of rows, records or paths, with repetitions."""
     for item in items:
         if isinstance(item, AnnotationRows):
             for element in item.elements:
@@ -433,15 +387,7 @@ def image_names(items: Iterable[Any]) -> Iterator[str]:
 
 
 def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
-    """See that each image exists; none is opened.
-
-    Args:
-        items: rows, records or paths (see `image_names`).
-        root: folder that their names are below.
-
-    Raises:
-        DataError: images are missing: how many, and the first three.
-    """
+    """Check that all images exist below `root`, without opening them."""
     names = dict.fromkeys(image_names(items))
     absent = [name for name in names if not os.path.isfile(file_of(os.path.join(root, name)))]
     if absent:
@@ -452,18 +398,9 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
 
 
 def held_out(items: Iterable[Any], share: float, root: str | os.PathLike[str]) -> set[str]:
-    """A share of the images that exist: those whose names have the smallest BLAKE2 digests.
+    """Choose a validation split by image: the smallest BLAKE2 digests of relative names.
 
-    At most 1,000 are held out, and at least 10, or a quarter of fewer than 40. Names are relative to `root`: the choice
-    depends neither on the place of the data nor on their order.
-
-    Args:
-        items: rows, records or paths (see `image_names`).
-        share: of the images.
-        root: folder that their names are below.
-
-    Raises:
-        DataError: fewer than 2 images exist.
+    At least 10 images (or a quarter of fewer than 40), at most 1,000. The choice is independent of path and order.
     """
     names = {name for name in image_names(items) if os.path.isfile(file_of(os.path.join(root, name)))}
     if len(names) < 2:
@@ -481,12 +418,12 @@ def held_out(items: Iterable[Any], share: float, root: str | os.PathLike[str]) -
 
 
 def overlap(a: Iterable[Any], b: Iterable[Any]) -> Named:
-    """The images that two splits share, in the order of the second (see `image_names`)."""
+    """Images shared by two splits, in the order of `b`."""
     return _shared(map(os.path.normpath, image_names(a)), map(os.path.normpath, image_names(b)))
 
 
 def overlap_of_texts(a: Iterable[Any], b: Iterable[Any]) -> Named:
-    """The texts, or pairs of texts, that two splits share; rows (unread) or records."""
+    """Texts or text pairs shared by two splits."""
     found = _shared(_texts(a), _texts(b))
     return found._replace(first=tuple(text[:_LONGEST] for text in found.first))
 
@@ -505,7 +442,7 @@ def _texts(items: Iterable[Any]) -> Iterator[str]:
 
 
 def unlisted_answers(records: Iterable[VQARecord], answers: Iterable[str]) -> Named:
-    """The most frequent answers of questions that a list of answers lacks, so that ranking cannot find them."""
+    """The most frequent answers missing from the answer list, which ranking cannot predict."""
     listed = set(answers)
     best = (max(Counter(record.answer).items(), key=lambda item: item[1])[0] for record in records if record.answer)
     lacking = [answer for answer in best if answer not in listed]
@@ -513,7 +450,7 @@ def unlisted_answers(records: Iterable[VQARecord], answers: Iterable[str]) -> Na
 
 
 def identity_of(image: str) -> int | str:
-    """The digits after the last `_` of a file name (COCO_val2014_000000000042.jpg is 42), or else the name."""
+    """Digits after the last `_` of a file name (COCO_val2014_000000000042.jpg → 42), else the name."""
     stem = Path(image).stem
     digits = re.fullmatch(r"(?:.*_)?(\d+)", stem, re.ASCII)
     return int(digits[1]) if digits else Path(image).name

@@ -1,4 +1,4 @@
-"""Checks of data files by the readers of training: what is there, what is broken, what it will cost."""
+"""Validates data files with the readers of training, and reports statistics and cost estimates."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Options:
-    """The way that files are read, and the run that estimates are for.
+    """How files are read, and the run that estimates refer to.
 
     Attributes:
-        config: of the model; its image size counts.
-        batch_size: of the memory estimate.
-        tokenizer: to count tokens; None counts words alone.
+        config: model configuration; determines the image size.
+        batch_size: batch size of the memory estimate.
+        tokenizer: counts tokens; None counts words only.
         image_key, caption_key, tokenized: as in a recipe's stream; not for fine-tuning files.
-        image_root: folder of the images where files hold paths. In fine-tuning files, by default that of the file.
-        tolerate_bad: largest share of broken rows in a file.
-        most_problems: how many broken rows are listed.
+        image_root: image folder for files with paths; for fine-tuning files by default that of the file.
+        tolerate_bad: maximum share of broken rows per file.
+        most_problems: maximum number of listed broken rows.
     """
 
     config: XFMConfig
@@ -84,7 +84,7 @@ class Options:
     most_problems: int = 20
 
     def stream(self, kind: str) -> AnyStreamOptions:
-        """The options of a recipe's stream that reads these files."""
+        """Recipe stream options for these files."""
         made, names = STREAM_KINDS[kind], ("image_key", "caption_key", "image_root", "tokenized")
         return made(**{name: getattr(self, name) for name in names if name in made.model_fields})
 
@@ -92,16 +92,7 @@ class Options:
 def check(
     data: Any, task: str, options: Options, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Report:
-    """Read every row as the task would, decode every image, and count.
-
-    Args:
-        data: paths (see `find_files`).
-        task: one of `TASKS`.
-        progress: called now and then with the rows that are done, and all.
-
-    Raises:
-        DataError: the task is unknown, or files cannot be read at all.
-    """
+    """Read and count every row as `task` would, decoding every image; `progress` receives (rows done, total)."""
     if task not in TASKS:
         raise DataError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
     report = Report(task, tolerate_bad=options.tolerate_bad, batch_size=options.batch_size)
@@ -134,7 +125,7 @@ def check(
 
 
 def _seconds_per_item(records: RecordSet, reader: _Reader) -> float | None:
-    """The time that a worker takes for an item, of rows spread over all files."""
+    """Time per item in one worker, measured on rows spread over all files."""
     made, spent = 0, 0.0
     for number in np.linspace(0, len(records) - 1, min(_TIMED_ROWS, len(records))).astype(int):
         rows, row = records.locate(int(number))
@@ -151,11 +142,7 @@ def _seconds_per_item(records: RecordSet, reader: _Reader) -> float | None:
 
 
 class _Reader(ABC):
-    """The records of a task, read and counted.
-
-    Attributes:
-        row_bytes: memory that a record takes in a batch.
-    """
+    """Reads and counts the records of a task; `row_bytes` is the memory of a record in a batch."""
 
     row_bytes: int
 
@@ -164,19 +151,19 @@ class _Reader(ABC):
         self._sizes: dict[Path, tuple[int, int]] = {}
 
     def record(self, rows: Rows, row: int) -> Any:
-        """A row as the task reads it; raises `DataError` when it is broken."""
+        """Parse a row; a broken one raises `DataError`."""
         return rows.read(row)
 
     @abstractmethod
     def item(self, record: Any, file: Path) -> None:
-        """Read a record as training does."""
+        """Process a record as training does."""
 
     @abstractmethod
     def inspect(self, record: Any, file: Path) -> None:
-        """Add what a record holds to the report; raises `DataError` when it is broken."""
+        """Add a record to the report; a broken one raises `DataError`."""
 
     def count_text(self, text: str, options: TextOptions) -> None:
-        """Count a text before it is cut; raises `DataError` when it is empty."""
+        """Count a text before truncation; an empty one raises `DataError`."""
         limit = options.max_words
         cleaned = clean_text(text, options.model_copy(update={"max_words": None if limit is None else len(text) + 1}))
         words = len(cleaned.split())
@@ -194,7 +181,7 @@ class _Reader(ABC):
         self.report.cut += cut or count > options.max_tokens
 
     def count_image(self, source: Path | bytes, *, decode: bool = True) -> tuple[int, int]:
-        """Count an image, once if it is a file; raises `DataError` when it cannot be decoded."""
+        """Count an image, once per file; an undecodable one raises `DataError`."""
         if isinstance(source, Path) and source in self._sizes:
             return self._sizes[source]
         if decode:
@@ -212,7 +199,7 @@ class _Reader(ABC):
 
 
 class _StreamReader(_Reader):
-    """Rows of pretraining: broken is what the items of a stream refuse, by any draw."""
+    """Pretraining rows; a row is broken if any random draw rejects it."""
 
     def __init__(self, report: Report, options: Options) -> None:
         super().__init__(report, options)
@@ -313,7 +300,7 @@ class Problem:
 
 @dataclass
 class FileCount:
-    """Rows of a file, and how many of them are broken."""
+    """Rows of a file and how many are broken."""
 
     file: str
     rows: int = 0
@@ -322,28 +309,28 @@ class FileCount:
 
 @dataclass
 class Report:
-    """The findings of a check.
+    """Results of a check.
 
     Attributes:
-        task: what the files were checked for.
-        files: counts of each.
+        task: task that the files were checked for.
+        files: row counts.
         problems: the first broken rows.
-        duplicates: rows that repeat an earlier one to the byte.
-        texts: how many texts there are.
-        words: histogram of their words after cleaning, before cutting.
-        tokens: histogram of their ids with `<s>` and `</s>`, where there was a tokenizer; before cutting.
-        cut: texts that are longer than the task reads.
-        images: how many images were decoded.
+        duplicates: rows identical to an earlier one.
+        texts: number of texts.
+        words: histogram of words after cleaning, before truncation.
+        tokens: histogram of token counts with `<s>` and `</s>`, before truncation; needs a tokenizer.
+        cut: truncated texts.
+        images: decoded images.
         sizes: histogram of (width, height).
-        formats: histogram of their formats.
-        turned: images with an EXIF orientation, which are read upright.
-        transparent: images with transparent pixels, which are read on white.
-        regions: histogram of regions in an image.
-        unusable_regions: regions that would be skipped.
-        batch_bytes: memory of one batch in float32.
+        formats: histogram of image formats.
+        turned: images with an EXIF orientation.
+        transparent: images with transparent pixels, composited on white.
+        regions: histogram of regions per image.
+        unusable_regions: skipped regions.
+        batch_bytes: memory of a batch in float32.
         batch_size: rows of that batch.
-        seconds_per_item: of one worker, measured on some of the rows.
-        tolerate_bad: the limit that `ok` is judged by.
+        seconds_per_item: of one worker, measured on a sample.
+        tolerate_bad: limit used by `ok`.
     """
 
     task: str
@@ -376,17 +363,17 @@ class Report:
 
     @property
     def over_limit(self) -> list[FileCount]:
-        """Files that would stop a run: as in `Quarantine`, one broken row alone does not."""
+        """Files with too many broken rows for a run; one broken row is always tolerated, as in `Quarantine`."""
         return [each for each in self.files if each.broken > max(1, self.tolerate_bad * each.rows)]
 
     @property
     def ok(self) -> bool:
-        """True if training on these files would run through."""
+        """True if no file exceeds the limit."""
         return not self.over_limit and self.broken < self.rows
 
     @property
     def hours_per_epoch(self) -> float | None:
-        """The hours that one worker takes for an epoch."""
+        """Hours per epoch with one worker."""
         return None if self.seconds_per_item is None else self.seconds_per_item * (self.rows - self.broken) / 3600
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""Images with captions, wherever they lie: folders, lists of paths (CSV, JSON, line JSON), shards and lines that hold
-the images. `docs/data.md` says the forms; search, benchmarks and exports read them here, training row by row.
-"""
+"""Image collections: folders, lists of paths (CSV, JSON, line JSON), shards and lines with embedded images."""
 
 from __future__ import annotations
 
@@ -24,14 +22,14 @@ _IMAGES = ImageOptions()
 
 @dataclass(frozen=True)
 class Entry:
-    """An image of a collection, as it was found.
+    """An image of a collection.
 
     Attributes:
         name: unique in the collection: a path below its folder, or `FILE#ROW`.
-        size: of its file in bytes; -1 where there is none.
-        modified: time of the file's last change, in nanoseconds.
-        row: where it is one of many in a file, its number.
-        captions: the texts that go with it; of images that a file holds, none before it is loaded.
+        size: file size in bytes; -1 for embedded images.
+        modified: modification time of the file in nanoseconds.
+        row: row number of an embedded image.
+        captions: captions; empty for embedded images until they are loaded.
     """
 
     name: str
@@ -42,49 +40,49 @@ class Entry:
 
     @property
     def caption(self) -> str | None:
-        """The first of its captions."""
+        """First caption."""
         return self.captions[0] if self.captions else None
 
     @property
     def version(self) -> tuple[str, int, int, int | None]:
-        """What tells that an image is the same as before."""
+        """Key that changes with the image."""
         return self.name, self.size, self.modified, self.row
 
 
 class Listing(NamedTuple):
-    """The images of a collection by name, and the reasons why rows of its files are none."""
+    """Images by name, and errors of broken rows."""
 
     entries: list[Entry]
     faults: dict[str, str]
 
 
 class Collection(Protocol):
-    """Images that can be listed and opened."""
+    """Images that can be listed and loaded."""
 
     def listing(self) -> Listing:
-        """All images as they are now, in the order of their names or rows."""
+        """All images, in order of names or rows."""
         ...
 
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        """An image as RGB, and its captions. Raises `DataError` when it is broken; may be called by several threads."""
+        """RGB image and its captions; thread-safe, a broken image raises `DataError`."""
         ...
 
     def location(self, entry: Entry) -> str:
-        """The path of an image, or its name where it has none."""
+        """Path of an image, or its name if embedded."""
         ...
 
 
 def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> Collection:
-    """The images of a folder, and of those below it; or of a file that lists or holds them.
+    """Open a folder tree of images, or a file that lists or embeds images.
 
     Args:
-        path: a folder, with captions in `a.txt` beside `a.jpg` or in a `captions.csv` (`.tsv`, `.jsonl`, `.json`); a
-            CSV, TSV, JSON or JSON-lines file with `image` and, where there is one, `caption`; JSON lines with `binary`
-            (base64) and `desc`; a WebDataset shard, or a folder of such.
+        path: a folder, with captions in `a.txt` next to `a.jpg` or in a `captions.csv` (`.tsv`, `.jsonl`, `.json`); a
+            CSV, TSV, JSON or JSON-lines file with `image` and optionally `caption`; JSON lines with `binary` (base64)
+            and `desc`; a WebDataset shard, or a folder of shards.
         images: folder of the paths in a list; by default that of the file.
 
     Raises:
-        DataError: there is nothing there, or no images.
+        DataError: the path does not exist or has no images.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -105,7 +103,7 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
 
 
 class Folder:
-    """The images in a folder and below it, with the captions beside them or in a table; what is hidden is left out."""
+    """Images in a folder tree, with captions in text files or a table; hidden files are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,7 +144,7 @@ class Folder:
 
 
 class Table:
-    """The images that a file lists by their paths, each once, with its captions."""
+    """Images listed by path in a file, each once, with all captions."""
 
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.images = path, images
@@ -172,7 +170,7 @@ class Table:
 
 
 class Records:
-    """The images that shards or lines hold. A file that has changed counts as new, whole."""
+    """Images embedded in shards or lines; a changed file invalidates all its images."""
 
     def __init__(self, path: Path, records: RecordSet) -> None:
         self.path, self.records = path, records
@@ -202,7 +200,7 @@ class Records:
 
 
 def _files(folder: Path) -> list[str]:
-    """Images in a folder and below, as paths with slashes, sorted."""
+    """Sorted relative POSIX paths of images in a folder tree."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [each for each in folders if not each.startswith(".")]

@@ -1,4 +1,4 @@
-"""Line JSON to WebDataset shards and back. Either is read as the same rows, to the byte of every image."""
+"""Converts between line JSON and WebDataset shards, preserving image bytes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,7 @@ _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp
 
 @dataclass
 class Conversion:
-    """The files and rows that were written.
-
-    Attributes:
-        files: in order.
-        rows: that they hold.
-        skipped: broken rows that were left out.
-        ignored: files of samples that line JSON has no place for, by suffix.
-    """
+    """Files and rows written; `skipped` counts broken rows, `ignored` unsupported sample files by suffix."""
 
     files: list[Path]
     rows: int = 0
@@ -57,22 +50,10 @@ def to_shards(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     bytes_per_shard: int = BYTES_PER_SHARD,
 ) -> Conversion:
-    """Write rows as WebDataset shards `<folder>/000000.tar`, ...
+    """Write rows as WebDataset shards `<folder>/000000.tar`, ..., atomically and deterministically.
 
-    The image becomes a file of its own, named after its format (a quarter smaller than base64); a caption that is a
-    string becomes `.txt`; all else goes to `.json`, lists of images or captions too. Same rows give same bytes.
-
-    Args:
-        data: line-JSON files, or shards to be cut anew.
-        folder: appears complete or not at all, and must not hold anything yet.
-        image_root: folder of the images if `image_key` holds paths; the shards then hold the images themselves.
-        quarantine: lists the rows that are left out because they are broken.
-        samples_per_shard: a shard ends when it holds so many,
-        bytes_per_shard: or so many bytes.
-
-    Raises:
-        DataError: the folder is in use, or too many rows are broken.
-        StorageError: a shard cannot be written.
+    The image becomes a binary file (25% smaller than base64), a string caption becomes `.txt`, everything else goes to
+    `.json`. With `image_root` images are read from paths. `quarantine` logs broken rows, which are skipped.
     """
     folder = Path(folder)
     if samples_per_shard < 1 or bytes_per_shard < 1:
@@ -121,16 +102,7 @@ def to_lines(
     image_root: str | os.PathLike[str] | None = None,
     quarantine: Quarantine | None = None,
 ) -> Conversion:
-    """Write rows as one file of line JSON with base64 images.
-
-    Args:
-        data: shards, or line-JSON files to be put together.
-        file: appears complete or not at all, and must not exist yet. The others are as in `to_shards`.
-
-    Raises:
-        DataError: the file exists, or too many rows are broken.
-        StorageError: it cannot be written.
-    """
+    """Write rows as one line-JSON file with base64 images, atomically."""
     file = Path(file)
     if file.exists():
         raise DataError(f"{file} exists and would be overwritten; choose another name or remove it")
@@ -192,7 +164,7 @@ def _content(source: Path | bytes) -> bytes:
 
 
 def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[str, bytes]:
-    """The files of a sample."""
+    """Files of a sample."""
     fields = dict(record)
     members: dict[str, bytes] = {}
     content = value = fields.get(image_key)

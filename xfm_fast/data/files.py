@@ -1,7 +1,6 @@
-"""The files that a user's paths name, any part of them from any process, and where each row of a file begins.
+"""Finds data files, reads byte ranges and caches row indexes.
 
-An index of rows is found by one fast pass over the file and kept beside it for the next time: a flat array of int64,
-which is mapped into memory, so that the workers of a loader share it.
+A row index is a flat int64 array, cached on disk and memory-mapped, so that loader workers share it.
 """
 
 from __future__ import annotations
@@ -55,26 +54,23 @@ _HEAD = 3
 
 
 def row_of(image: str) -> tuple[str, int] | None:
-    """File and row of an image that lies in a row of it, such as `SHARD.tar#3`; None for an image's own file."""
+    """File and row of an embedded image, e.g. `SHARD.tar#3`; None for an image file."""
     found = _ROW.fullmatch(image)
     return None if found is None else (found[1], int(found[2]))
 
 
 def file_of(image: str) -> str:
-    """The path of an image's file, or of the file that holds it (see `row_of`)."""
+    """Path of an image file, or of the file that embeds it (see `row_of`)."""
     found = row_of(image)
     return image if found is None else found[0]
 
 
 def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: False) -> list[Path]:
-    """The data files that paths name, in an order that does not depend on the file system.
+    """Data files named by paths, in deterministic order.
 
-    A string may hold several paths, separated by commas. Each is a file, a pattern (`*`, `?`, `[...]`; sorted) or a
-    folder, of which all files count that are not hidden (sorted). Names that contain `_SUCCESS` are left out, as in
-    the official reader. Folders for which `whole` is true stay as they are: they are a data set each.
-
-    Raises:
-        DataError: a path names nothing, or the same file is named twice.
+    A string may contain several comma-separated paths: files, glob patterns (sorted) or folders, whose visible files
+    all count (sorted). Names with `_SUCCESS` are skipped, as in the official reader. Folders that satisfy `whole` are
+    returned as they are.
     """
     found: list[Path] = []
     for part in _parts(paths):
@@ -117,10 +113,7 @@ def _parts(paths: Paths) -> list[str]:
 
 
 def check_plain(path: Path, start: bytes) -> None:
-    """Raise `DataError` if the first bytes of a file are those of a compressed or UTF-16 file.
-
-    Rows are read by their place in the file, which a compressed file does not have.
-    """
+    """Raise `DataError` for compressed or UTF-16 files, which have no row offsets."""
     for magic, name in _PACKED.items():
         if start.startswith(magic):
             raise DataError(f"{path} is compressed ({name}) and cannot be read from the middle; decompress it first")
@@ -131,17 +124,7 @@ def check_plain(path: Path, start: bytes) -> None:
 def read_json(
     path: Path, expected: str, object_hook: Callable[[dict[str, Any]], Any] | None = None, *, lines: str | None = None
 ) -> Any:
-    """The content of a JSON file, read whole.
-
-    Args:
-        path: UTF-8, with or without a byte-order mark.
-        expected: what should stand there, for messages.
-        object_hook: replaces each object as it is parsed (see `json.loads`), so that large files take less memory.
-        lines: what to add to the message if the file holds an object a line.
-
-    Raises:
-        DataError: it cannot be read, or is no JSON, with line and column where it stops being so.
-    """
+    """Read a JSON file, with or without BOM; `expected` and `lines` complete error messages."""
     try:
         data = require_file(path).read_bytes()
     except OSError as error:
@@ -166,11 +149,7 @@ def read_json(
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """The content of a pickle of containers, strings and numbers; strings of Python 2 are read as Latin-1.
-
-    Raises:
-        DataError: it holds anything else, or is damaged.
-    """
+    """Read a pickle of containers, strings and numbers without executing it; Python 2 strings are Latin-1."""
     try:
         data = require_file(path).read_bytes()
     except OSError as error:
@@ -188,7 +167,7 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 class _NotPlain(Exception):
-    """An opcode that names or calls something."""
+    """A pickle opcode that imports or calls something."""
 
 
 class _PlainOpcodes(dict[int, Any]):
@@ -208,15 +187,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 @contextmanager
 def new_folder(folder: Path, name: str) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` when all is written; else nothing is left of it.
-
-    Args:
-        folder: must hold nothing yet.
-        name: of the content, for messages.
-
-    Raises:
-        StorageError: something cannot be written.
-    """
+    """Temporary folder, renamed to `folder` on success and deleted on failure."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -237,7 +208,7 @@ def new_folder(folder: Path, name: str) -> Iterator[Path]:
 
 
 class _OpenFiles(threading.local):
-    """Each thread has its own, so that none closes what another reads."""
+    """Open file handles per thread, so that threads do not close each other's files."""
 
     def __init__(self) -> None:
         # By device and inode: a file that was replaced is another one, and a relative name may come to mean another.
@@ -248,13 +219,7 @@ _open_files = _OpenFiles()
 
 
 def read_range(path: Path, start: int, size: int) -> bytes:
-    """`size` bytes of a file from `start`; fewer only where the file ends.
-
-    Safe after a fork: reading moves no position that processes could share.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Read `size` bytes from `start` (fewer at the end of the file), with positional reads that are fork-safe."""
     try:
         found, handles = os.stat(path), _open_files.handles
         key = found.st_dev, found.st_ino
@@ -274,17 +239,14 @@ def read_range(path: Path, start: int, size: int) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The error to raise when the operating system refuses a data file."""
+    """`DataError` for an OS error on a data file."""
     return DataError(f"{path} cannot be read ({error.strerror or error}); check that it is a readable file")
 
 
 class IndexedFile:
-    """A data file and its index, which begins with the number of its rows and is made when first needed.
+    """A data file with a cached row index, built on first use.
 
-    Args:
-        path: the data file.
-        build: scans the file and returns the index; only called when there is no valid one yet.
-        version: of what `build` returns, so that indexes of another format are made anew.
+    `build` scans the file; the index starts with the row count. A changed `version` invalidates cached indexes.
     """
 
     def __init__(self, path: str | os.PathLike[str], build: Callable[[Path], np.ndarray], version: int) -> None:
@@ -304,16 +266,12 @@ class IndexedFile:
 
     @property
     def modified(self) -> int:
-        """The time of the file's last change, as its index was made, in nanoseconds."""
+        """Modification time at indexing, in nanoseconds."""
         return int(self._loaded[_HEAD - 1])
 
     @property
     def index(self) -> np.ndarray:
-        """The array that `build` returned, int64.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
+        """int64 array returned by `build`."""
         return self._loaded[_HEAD:]
 
     @cached_property

@@ -1,7 +1,6 @@
-"""Headers and structure of JPEG, PNG and WebP files, read before a decoder sees them.
+"""Validates the structure of JPEG, PNG and WebP files before decoding, against decompression bombs.
 
-A small file can cost a decoder minutes or gigabytes: zeros that inflate without end, hundreds of scans over the same
-pixels, a size in the header alone. Everything here raises `ValueError` after work in proportion to the file.
+All functions raise `ValueError`, in time linear in the file size.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _PIECE, _INFLATED = 1 << 16, 1 << 20
 
 
 class Header(NamedTuple):
-    """Size of an image, and the bytes per pixel that decoding it takes at its peak."""
+    """Image size, and peak decoder memory in bytes per pixel."""
 
     width: int
     height: int
@@ -37,7 +36,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """Header of a JPEG, PNG or WebP file; raises `ValueError` where it has none, or is made to cost a decoder."""
+    """Parse the header of a JPEG, PNG or WebP file; an invalid or abusive file raises `ValueError`."""
     if data.startswith(_PNG):
         kinds = set()
         width = height = bits = colours = 0
@@ -62,7 +61,7 @@ def read_header(data: bytes) -> Header:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """Kinds and bodies of the chunks of a PNG file, up to its end; raises `ValueError` where it is cut."""
+    """Types and bodies of the chunks of a PNG file; a truncated file raises `ValueError`."""
     view, at = memoryview(data), len(_PNG)
     most = _MOST_PARTS + len(data) // _PART_BYTES
     for number in range(most):
@@ -79,11 +78,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def check_png(data: bytes) -> None:
-    """Refuse a PNG file with fewer pixels than its header says, which decoders leave black, or with more.
-
-    Raises:
-        ValueError, zlib.error: it has, or is damaged.
-    """
+    """Reject a PNG file whose pixel data is shorter or longer than its header states."""
     inflate, found, expected = zlib.decompressobj(), 0, 0
     for kind, body in png_chunks(data):
         if kind == b"IHDR":

@@ -1,4 +1,4 @@
-"""Images of records and files as pixels: decoding refuses what would poison a result."""
+"""Image decoding with strict validation."""
 
 from __future__ import annotations
 
@@ -41,11 +41,7 @@ _BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you tru
 
 
 def evaluation_transform(image_size: int) -> v2.Compose:
-    """The official transform of evaluation: a PIL image to normalised pixels `[3, R, R]`.
-
-    Both sides are resized to R, so the aspect ratio is not kept; bicubic, antialiased
-    as PIL always does.
-    """
+    """Official evaluation transform: resize to R × R (bicubic, antialiased), normalise to `[3, R, R]`."""
     from torchvision.transforms import InterpolationMode, v2
 
     return v2.Compose(
@@ -59,40 +55,23 @@ def evaluation_transform(image_size: int) -> v2.Compose:
 
 
 def decode_image(source: Source, name: str | None = None, *, official: bool = False) -> Image.Image:
-    """Decode an image to RGB: upright as its EXIF orientation says, and transparency over white.
+    """Decode an image to RGB: EXIF orientation applied, transparency on white, first frame, 16-bit grey scaled to 8.
 
-    An animation gives its first frame. 16-bit grey values are scaled to 8 bits (a plain conversion would clip all but
-    the darkest).
-
-    Args:
-        source: path or content of the file.
-        name: what errors call it; the path by default.
-        official: as the official code: no EXIF orientation, and transparency is dropped, which shows hidden colours.
-
-    Raises:
-        DataError: the file is missing, empty, truncated, no image, without pixels, larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`, or holds values without a defined white.
+    `official` ignores EXIF orientation and drops transparency. `name` is the name in errors. An image that is missing,
+    truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white level raises `DataError`.
     """
     name, data = _content(source, name)
     return _decoded(data, name, lambda opened: to_rgb(opened, name, official=official))
 
 
 def image_size(source: Source, name: str | None = None, *, official: bool = False) -> tuple[int, int]:
-    """Width and height of what `decode_image` decodes, by the head of the file.
-
-    Raises:
-        DataError: see `decode_image`.
-    """
+    """Width and height of the decoded image, from the header."""
     name, data = _content(source, name)
     return _decoded(data, name, lambda opened: opened.size if official else upright_size(opened))
 
 
 def decode_pixels(source: Source, name: str | None = None, *, official: bool = False) -> Tensor:
-    """`decode_image` as 8-bit pixels `[3, H, W]`, the same to the bit, in two thirds of the time for JPEG and PNG.
-
-    Raises:
-        DataError: see `decode_image`.
-    """
+    """`decode_image` as 8-bit pixels `[3, H, W]`, bit-identical and faster for JPEG and PNG."""
     name, data = _content(source, name)
 
     def pixels(opened: Image.Image) -> Tensor:
@@ -111,20 +90,12 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
 
 
 def load_image(source: Source, image_size: int, name: str | None = None, *, official: bool = False) -> Tensor:
-    """Decode an image and apply the official test transform: normalised pixels `[3, R, R]`.
-
-    Raises:
-        DataError: see `decode_image`.
-    """
+    """Decode an image and apply the evaluation transform: normalised pixels `[3, R, R]`."""
     return evaluation_transform(image_size)(decode_image(source, name, official=official))
 
 
 def record_pixels(record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator) -> Tensor:
-    """8-bit pixels `[3, H, W]` of the image of a record, or of one of its images.
-
-    Raises:
-        DataError: there is no image, or it is broken.
-    """
+    """8-bit pixels `[3, H, W]` of a record's image, or of a random one of its images."""
     values = image_values(record, options)
     # A choice of one takes nothing from the generator.
     source = image_source(values[rng.integers(len(values))], options)
@@ -133,7 +104,7 @@ def record_pixels(record: Mapping[str, Any], options: ImageOptions, rng: np.rand
 
 
 def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
-    """The values that stand for the images of a record; raises `DataError` when they are an empty list."""
+    """Image values of a record; an empty list raises `DataError`."""
     value = record.get(options.image_key)
     if value == []:
         raise DataError(f"the list in {options.image_key!r} is empty; give at least one image")
@@ -141,7 +112,7 @@ def image_values(record: Mapping[str, Any], options: ImageOptions) -> list[Any]:
 
 
 def image_source(value: Any, options: ImageOptions) -> Path | bytes:
-    """The encoded image, or its path, that a value stands for; raises `DataError` when it is neither."""
+    """Encoded bytes or path of an image value."""
     key = options.image_key
     if isinstance(value, (bytes, Path)):
         return value
@@ -208,7 +179,7 @@ def _decoded(data: bytes, name: str, decode: Callable[[Image.Image], Decoded]) -
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1 is upright."""
+    """EXIF orientation; 1 is upright."""
     # A camera that writes damaged EXIF takes whole pictures.
     with contextlib.suppress(Exception):
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -217,31 +188,24 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once the EXIF orientation is applied."""
+    """Width and height after EXIF orientation."""
     width, height = image.size
     return (width, height) if orientation(image) < _TURNED else (height, width)
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """True where a pixel is not opaque."""
+    """True if any pixel is not opaque."""
     return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """True for an upright, opaque image. Pillow decodes a PNG to find its EXIF: search it first."""
+    """True for an upright, opaque image; scans PNG chunks for EXIF because Pillow would decode the image."""
     may_turn = image.format != "PNG" or re.search(rb"eXIf|exif|adobe\.xmp", data) is not None
     return not image.has_transparency_data and not (may_turn and orientation(image) != 1)
 
 
 def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Image:
-    """A decoded image as RGB; 16-bit grey values are scaled to 8 bits.
-
-    Args:
-        official: see `decode_image`.
-
-    Raises:
-        DataError: it holds values without a defined white; `name` is what the error calls it.
-    """
+    """Convert a decoded image to RGB; 16-bit grey is scaled to 8 bits."""
     if not official and orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":

@@ -1,4 +1,4 @@
-"""Items of batches, each made of a record and random numbers, and batches of items: one class for each stream."""
+"""Builds items from records and batches from items: one class per stream kind."""
 
 from __future__ import annotations
 
@@ -36,14 +36,7 @@ BatchT = TypeVar("BatchT", bound=Batch, covariant=True)
 
 @dataclass(frozen=True)
 class Items(ABC, Generic[Options, Item, BatchT]):
-    """The way from records of a kind to items, and from items to a batch.
-
-    Attributes:
-        options: of the stream.
-        config: of the model.
-        tokenizer: of its vocabulary; images alone do without.
-        batch_size: pairs, images or texts in a batch of one rank.
-    """
+    """Converts records to items and items to batches of `batch_size` pairs, images or texts per rank."""
 
     options: Options
     config: XFMConfig
@@ -52,20 +45,20 @@ class Items(ABC, Generic[Options, Item, BatchT]):
 
     @property
     def rows(self) -> int:
-        """Records that a batch is made of."""
+        """Records per batch."""
         return self.batch_size
 
     @abstractmethod
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Item:
-        """One item; raises `DataError` when the record is broken."""
+        """Convert a record to an item; a broken record raises `DataError`."""
 
     @abstractmethod
     def collate(self, items: list[Item], rng: np.random.Generator) -> BatchT:
-        """The batch of some items; the generator is that of the batch."""
+        """Collate items to a batch, with the batch's generator."""
 
 
 class Pair(NamedTuple):
-    """An image, its caption and the patches to hide."""
+    """An image, its caption and its patch mask."""
 
     image: Tensor
     text: EncodedText
@@ -73,21 +66,21 @@ class Pair(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """An image and the patches to hide."""
+    """An image and its patch mask."""
 
     image: Tensor
     patch_mask: NDArray[np.bool_]
 
 
 class Regions(NamedTuple):
-    """A crop, what was found in it, and the texts encoded."""
+    """A region sample and its encoded texts."""
 
     sample: RegionSample
     texts: Sequence[EncodedText]
 
 
 class ImageItems(Items[ImageStreamOptions, Picture, ImageBatch]):
-    """Images alone; other fields of the records are not read."""
+    """Images only; other fields are not read."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Picture:
         return _picture(record, self.options, self.config, rng)
@@ -98,7 +91,7 @@ class ImageItems(Items[ImageStreamOptions, Picture, ImageBatch]):
 
 
 class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
-    """Images with captions: the official image-text records."""
+    """Image-caption records."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> Pair:
         # The text first: it is cheap, and where it is broken the image need not be decoded.
@@ -116,7 +109,7 @@ class PairItems(Items[PairStreamOptions, Pair, PairBatch]):
 
 
 class TextItems(Items[TextStreamOptions, EncodedText, TextBatch]):
-    """Text alone."""
+    """Text only."""
 
     def item(self, record: Mapping[str, Any], rng: np.random.Generator) -> EncodedText:
         text = text_of(record, self.options.caption_key, self.tokenizer)
@@ -169,18 +162,7 @@ def _picture(record: Mapping[str, Any], options: ImageOptions, config: XFMConfig
 def collate_texts(
     texts: Sequence[EncodedText], *, pad_token_id: int, width: int | None = None, most: int | None = None
 ) -> TextBatch:
-    """Pad B texts to one length.
-
-    No loss depends on the padding, so the default is as little of it as possible; the official code pads to
-    `max_tokens` and `max_masks`, for which `width` and `most` ask.
-
-    Args:
-        width: of the ids; the longest text by default.
-        most: places for masked tokens; the largest number in a text by default.
-
-    Raises:
-        InputError: there is no text, or one is longer than `width` or has more masked tokens than `most`.
-    """
+    """Pad B texts to the longest, or to `width` tokens and `most` masked positions as the official code does."""
     return TextBatch(**_padded(texts, pad_token_id, width, most))
 
 
@@ -194,7 +176,7 @@ def collate_pairs(
     width: int | None = None,
     most: int | None = None,
 ) -> PairBatch:
-    """B images `[3, R, R]`, a text of each, and the `[N]` patches of each to hide; texts as in `collate_texts`."""
+    """Collate B images `[3, R, R]`, their texts and `[N]` patch masks."""
     if len(images) != len(texts):
         raise InputError(f"there are {len(images)} images and {len(texts)} texts; a pair has one of each")
     return PairBatch(
@@ -206,7 +188,7 @@ def collate_pairs(
 
 
 def collate_images(images: Sequence[Tensor], *, patch_masks: Sequence[NDArray[np.bool_]] | None = None) -> ImageBatch:
-    """B images `[3, R, R]` and the `[N]` patches of each to hide."""
+    """Collate B images `[3, R, R]` and `[N]` patch masks."""
     if not images:
         raise InputError("a batch of 0 images holds nothing to learn from; it needs at least 1")
     return ImageBatch(image=torch.stack(list(images)), patch_mask=_patch_masks(patch_masks, len(images)))
@@ -222,18 +204,9 @@ def collate_regions(
     width: int | None = None,
     most: int | None = None,
 ) -> RegionBatch:
-    """Exactly `batch_size` texts about regions of some images.
+    """Collate exactly `batch_size` texts about regions, grouped by image.
 
-    Of too many texts a random subset stays; of too few, random ones are repeated. Texts of an image stand together.
-    Images of which no text stays are left out: nothing would read them.
-
-    Args:
-        samples: as `sample_regions` gives them; at most `max_images` of them in the official code.
-        texts: the encoded texts of every sample.
-
-    Raises:
-        DataError: no sample has a text.
-        InputError: texts and samples do not belong together.
+    Excess texts are dropped at random, missing ones repeated at random; images without texts are dropped.
     """
     counts = [len(sample.texts) for sample in samples]
     if [len(each) for each in texts] != counts:
@@ -266,7 +239,7 @@ def _patch_masks(masks: Sequence[NDArray[np.bool_]] | None, images: int) -> Tens
 
 
 class _Texts(TypedDict):
-    """The fields that every batch of texts has."""
+    """Fields of every batch of texts."""
 
     input_ids: Tensor
     attention_mask: Tensor

@@ -1,4 +1,4 @@
-"""Masks of masked modelling: tokens of a text, single or in short runs; patches of an image, in rectangles."""
+"""Masks of masked language modelling (tokens, short runs) and masked image modelling (blocks of patches)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _LOWEST_ASPECT = math.log(0.3)
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """The amount of masking. Images' captions: `MaskingOptions(0.5, 15)`; text alone: `MaskingOptions(0.15, 20)`.
+    """Masking rates. Captions: `MaskingOptions(0.5, 15)`; text: `MaskingOptions(0.15, 20)`.
 
     Attributes:
-        probability: share of a text's tokens, special tokens counted in.
-        most: largest number of masked tokens in a text.
-        skipgram_probability: how often a run of tokens is taken instead of one.
-        skipgram_size: the longest run; runs of 2 to this many tokens are equally likely.
-        whole_word: hide words whole, never a part of one. Runs are then runs of words. The official option of that
-            name does nothing for RoBERTa's vocabulary.
+        probability: share of a text's tokens, including special tokens.
+        most: maximum masked tokens per text.
+        skipgram_probability: probability of masking a run of tokens instead of one.
+        skipgram_size: maximum run length; lengths from 2 are equally likely.
+        whole_word: mask whole words, and runs of words. The official option of that name has no effect with
+            RoBERTa's vocabulary.
     """
 
     probability: float
@@ -46,12 +46,12 @@ class MaskingOptions:
             raise InputError(f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]")
 
     def count(self, length: int) -> int:
-        """The number of masked tokens among `length`: at least one, at most `most` and all but the first token."""
+        """Number of masked tokens: at least one, at most `most` and all but the first."""
         return min(self.most, max(1, round(length * self.probability)), length - 1)
 
 
 class MaskedText(NamedTuple):
-    """A text with some tokens hidden."""
+    """A text with some tokens masked."""
 
     ids: list[int]
     """The tokens that the model reads."""
@@ -70,23 +70,13 @@ def mask_tokens(
     mask_token_id: int,
     word_starts: Sequence[bool] | None = None,
 ) -> MaskedText:
-    """Hide tokens of a text and say what they were.
+    """Mask exactly `options.count(len(ids))` tokens.
 
-    Exactly `options.count(len(ids))` tokens are chosen: starting places in random order, at each one token or, with
-    `skipgram_probability`, a run that the end of the text cuts off, until there are enough; of too many a random
-    subset stays. The first token is never chosen, the last may be. A chosen token becomes `<mask>` in 80% of cases,
-    a random one of the whole vocabulary in 10% and stays as it is in 10%.
-
-    Whole words are chosen likewise, and those that do not fit into the count are left out: fewer tokens may be masked,
-    by less than the longest word, and more only if the one word taken is longer than the count.
-
-    Args:
-        ids: `<s>` and at least one token more.
-        vocab_size: random tokens are drawn from [0, vocab_size).
-        word_starts: `[len(ids)]`, True where a word begins; needed by `whole_word` and ignored without it.
-
-    Raises:
-        InputError: fewer than two tokens, or whole words are asked for without word starts of that length.
+    Start positions come in random order, each masks one token or, with `skipgram_probability`, a run truncated at the
+    end of the text; a random subset of any excess is dropped. The first token is never masked. A chosen token becomes
+    `<mask>` in 80% of cases, a random token of the vocabulary in 10%, and is unchanged in 10%. Whole words that exceed
+    the count are left out, so fewer tokens may be masked (more only if the first word is longer than the count).
+    `word_starts` `[len(ids)]` is required for `whole_word`.
     """
     if len(ids) < 2:
         raise InputError(f"a text of {len(ids)} token(s) has none to mask after <s>; it must have at least 2")
@@ -143,23 +133,11 @@ def _choose(units: list[tuple[int, int]], wanted: int, options: MaskingOptions, 
 
 
 def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """A mask with exactly `count` ones (BEiT, arXiv 2106.08254).
+    """BEiT block mask `[grid * grid]` with exactly `count` ones (arXiv 2106.08254).
 
-    Rectangles are added while patches are wanted: area uniform between `least` and the number still wanted, log of the
-    aspect ratio uniform in ±log(0.3), place uniform. A rectangle counts if it is smaller than the grid in both
-    directions, hides at least one patch more and no more than wanted; if `ATTEMPTS` in a row do not, uniformly random
-    patches make up the rest.
-
-    Args:
-        grid: patches per side.
-        count: patches to hide.
-        least: smallest area that is drawn.
-
-    Returns:
-        `[grid * grid]`, row by row.
-
-    Raises:
-        InputError: more patches are to be hidden than there are, or the smallest area is not positive.
+    Rectangles: area uniform between `least` and the number of patches left, log aspect ratio uniform in ±log(0.3),
+    position uniform; one counts if it is smaller than the grid, masks at least one new patch and not too many. After
+    `ATTEMPTS` failures in a row uniformly random patches fill the rest.
     """
     if not 0 <= count <= grid * grid:
         raise InputError(f"count={count} patches cannot be hidden among {grid * grid}; lower it")
@@ -193,5 +171,5 @@ def block_mask(grid: int, count: int, least: int, rng: np.random.Generator) -> N
 
 @lru_cache
 def _columns(grid: int) -> list[int]:
-    """A column of patches for every height, at the left upper corner."""
+    """Bit masks of a column of patches for every height, at the top left corner."""
     return [sum(1 << (row * grid) for row in range(height)) for height in range(grid)]

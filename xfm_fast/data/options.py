@@ -1,4 +1,4 @@
-"""Options of streams, each said once, for recipes, readers and checks alike."""
+"""Stream options, shared by recipes, readers and checks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from xfm_fast.data.masking import MaskingOptions
 
 
 class Options(BaseModel):
-    """Immutable, and closed: a misspelt key is an error."""
+    """Frozen options that reject unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TextOptions(Options):
-    """The way of a text to ids. The defaults are those of captions and regions in pretraining."""
+    """Text encoding; defaults are those of captions and regions in pretraining."""
 
     max_tokens: int = Field(default=30, ge=3, description="`<s>` and `</s>` counted in")
     max_words: int | None = Field(
@@ -31,7 +31,7 @@ class TextOptions(Options):
 
 
 class ImageOptions(Options):
-    """The image of a record: where it is, and what is done to it."""
+    """Location and processing of a record's image."""
 
     image_key: str = Field(
         default="binary",
@@ -48,7 +48,7 @@ class ImageOptions(Options):
 
 
 class RegionOptions(TextOptions, ImageOptions):
-    """The choice of regions of an image, as in pretraining; for grounding pretraining sets `careful_flip`."""
+    """Region sampling in pretraining; grounding pretraining sets `careful_flip`."""
 
     max_images: int = Field(default=80, gt=0, description="images of a batch, at most")
     max_regions: int = Field(default=5, gt=0, description="captions of an image, its own counted in, at most")
@@ -59,7 +59,7 @@ class RegionOptions(TextOptions, ImageOptions):
 
 
 class StreamOptions(Options):
-    """Options that streams of every kind have."""
+    """Options of streams of every kind."""
 
     shuffle: bool = Field(default=True, description="an order of its own for each epoch; else rows come as they lie")
     window: int | None = Field(
@@ -71,12 +71,12 @@ class StreamOptions(Options):
 
     @property
     def record_keys(self) -> dict[str, str]:
-        """The fields that `open_records` puts a shard's images and texts under."""
+        """Keyword arguments of `open_records`."""
         return {name: getattr(self, name) for name in ("image_key", "caption_key") if name in type(self).model_fields}
 
 
 class PairStreamOptions(StreamOptions, TextOptions, ImageOptions):
-    """Images with a caption each."""
+    """Image-caption pairs."""
 
     kind: Literal["pairs"] = "pairs"
     caption_key: str = Field(
@@ -86,19 +86,19 @@ class PairStreamOptions(StreamOptions, TextOptions, ImageOptions):
 
 
 class RegionStreamOptions(StreamOptions, RegionOptions):
-    """Images with captions of their regions."""
+    """Images with region captions."""
 
     kind: Literal["regions"] = "regions"
 
 
 class ImageStreamOptions(StreamOptions, ImageOptions):
-    """Images alone; other fields of the records are not read."""
+    """Images only; other fields are not read."""
 
     kind: Literal["images"] = "images"
 
 
 class TextStreamOptions(StreamOptions, TextOptions):
-    """Texts alone."""
+    """Text only."""
 
     kind: Literal["text"] = "text"
     caption_key: str = Field(default="desc", description="field of the text")

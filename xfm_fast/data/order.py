@@ -1,4 +1,4 @@
-"""The order in which an epoch visits rows: a pure function of (seed, epoch, position), kept nowhere."""
+"""Shuffling as a pure function of (seed, epoch, position), without stored state."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 
 
 def permuted(position: int, count: int, *key: int) -> int:
-    """The place to which a random permutation of `count` elements takes `position`; the key says which permutation.
+    """Position after a keyed random permutation of `count` elements.
 
-    The generalised Feistel cipher of Black and Rogaway (2002): positions become pairs of residues, each is shifted in
-    turn by a random function of the other, and the rare result beyond `count` goes through again. It costs no memory,
-    so that a loader of a billion rows is as small as one of ten, and any position can be asked for, which is what makes
-    resuming exact.
+    The generalised Feistel cipher of Black and Rogaway (2002), with cycle walking for results beyond `count`. It uses
+    no memory and gives random access, so resuming is exact.
     """
     width = math.isqrt(count - 1) + 1
     height = -(-count // width)
@@ -36,16 +34,10 @@ def permuted(position: int, count: int, *key: int) -> int:
 
 
 def shuffled(position: int, count: int, seed: int, epoch: int, window: int | None = None) -> int:
-    """The row at a position of an epoch that visits each of `count` rows once.
+    """Row at a position of an epoch that visits each of `count` rows once.
 
-    Args:
-        position: 0 ... count - 1.
-        count: rows of all files together.
-        seed: of the stream.
-        epoch: each has an order of its own.
-        window: None shuffles all rows, which asks a disk for rows in random places: right for memory, SSDs and what
-            the system has cached. A number of rows serves disks that seek slowly: runs of consecutive rows
-            (`window` / 32 of them) come in random order, and rows are shuffled within windows of so many.
+    `window=None` shuffles all rows. A number of rows limits seeks on slow disks: runs of `window` / 32 consecutive rows
+    come in random order, and rows are shuffled within windows.
     """
     if window is None or window >= count:
         return permuted(position, count, seed, epoch)
@@ -62,17 +54,17 @@ def shuffled(position: int, count: int, seed: int, epoch: int, window: int | Non
 
 
 def replacement(position: int, attempt: int, count: int, stride: int) -> int:
-    """The position of a row that stands in for a broken one: `attempt` 0 is the row itself.
+    """Position of the row that replaces a broken one (`attempt` 0 is the row itself).
 
-    Rows come from the same place of the following batches (`stride` positions apart), so that no batch holds a row
-    twice while there is more than one batch, and every position is tried once in `count` attempts.
+    Replacements come from the same place of the following batches (`stride` positions apart), so that no batch repeats
+    a row, and `count` attempts try every position once.
     """
     cycle = count // math.gcd(count, stride)
     return (position + attempt * stride + attempt // cycle) % count
 
 
 def item_generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
-    """The random numbers of one item, the same in every worker and after every restart."""
+    """Random generator of one item, independent of workers and restarts."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, epoch, position])))
 
 

@@ -1,4 +1,4 @@
-"""The list of rows that could not be used: one line of JSON each, written by all workers and ranks together."""
+"""A log of skipped samples, written by all workers and ranks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,12 @@ _REASON = 400
 
 
 class Quarantine:
-    """Counts and lists broken rows, and stops a run that would silently train on half of its data.
+    """Logs broken rows, and stops a run if a file has too many.
 
-    Each broken row is listed once, however many workers, ranks, epochs and restarts meet it: writers take turns by a
-    lock on the file and first read what the others wrote. A file that was mended (its time of change differs) starts
-    with a clean sheet.
-
-    Args:
-        path: the list, extended if it exists. None keeps it in a temporary file while the process lives, so that the
-            workers of one loader still count together.
-        tolerate_bad: largest share of broken rows in each file. One broken row alone never stops a run, so in files of
-            fewer than 200 rows it takes two to be over 1%.
-        setting: where a user sets this share, for the message that it is exceeded.
+    Each row is logged once across workers, ranks, epochs and restarts: writers lock the file and first read new
+    entries. A changed file starts at zero. `path=None` uses a temporary file shared by the workers of one loader.
+    `tolerate_bad` is the maximum share of broken rows per file, but one broken row never stops a run. `setting` names
+    the option in errors.
     """
 
     def __init__(
@@ -60,12 +54,7 @@ class Quarantine:
         self._forget()
 
     def add(self, rows: Rows, row: int, error: Exception) -> None:
-        """List a broken row, unless it is listed already.
-
-        Raises:
-            DataError: the file that it is of has more broken rows than are tolerated.
-            StorageError: the list cannot be written.
-        """
+        """Log a broken row unless it is listed; too many of them raise `DataError`."""
         key = (rows.name, rows.label(row), rows.modified)
         if key in self._known:
             return
@@ -111,7 +100,7 @@ class Quarantine:
             )
 
     def count(self, rows: Rows) -> int:
-        """The number of rows of a file that are known to be broken, to any process."""
+        """Known broken rows of a file, over all processes."""
         with suppress(OSError):
             handle = os.open(self.path, os.O_RDONLY)
             try:
@@ -127,7 +116,7 @@ class Quarantine:
         self._tail = b""
 
     def _catch_up(self, handle: int) -> None:
-        """Read what was added to the list since the last look at it."""
+        """Read entries appended since the last read."""
         if os.fstat(handle).st_size < self._read:
             self._forget()
         while part := os.pread(handle, 1 << 20, self._read):

@@ -1,12 +1,11 @@
-"""RandAugment (arXiv 1909.13719) as X-FM uses it: two random operations, each applied half of the time.
+"""RandAugment (arXiv 1909.13719) of X-FM: two random operations, each applied with probability 1/2.
 
-Every draw comes from the generator that is passed in, so an augmented image is a function of the image and the
-generator's state. The operations are PIL's, whose 8-bit arithmetic the official NumPy/OpenCV code reproduces, except
+Augmentation is a pure function of the image and the generator. Operations are PIL's, which match the official
+NumPy/OpenCV code except
 
-- shear and rotation: OpenCV rounds source places to 1/32 pixel and blends with the fill over the image's border. Here
-  they are exact, a pixel is either inside or filled, and interpolated values are rounded down;
-- sharpness: the official code lets values beyond 0 and 255 wrap around, so that white specks turn black; here they
-  are clipped.
+- shear and rotation: OpenCV rounds source positions to 1/32 pixel and blends with the fill at the border; here they are
+  exact, without blending, and interpolated values are rounded down;
+- sharpness: the official code lets values overflow, so that white specks become black; here they are clipped.
 """
 
 from __future__ import annotations
@@ -34,11 +33,9 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Warping:
-    """A way to move images: interpolation, and the colour of what comes in from outside.
+    """Affine image warps: interpolation and fill colour; `centre` is added to the origin of rotation and shear.
 
-    Attributes:
-        centre: added to the places about which images are turned and sheared. OpenCV counts from the centre of a pixel,
-            which lies half a pixel further for PIL.
+    OpenCV counts from the centre of a pixel, half a pixel further than PIL.
     """
 
     interpolation: Resampling
@@ -46,22 +43,22 @@ class Warping:
     centre: float = 0.0
 
     def _apply(self, image: Image.Image, a: float, b: float, d: float, e: float, about: Point) -> Image.Image:
-        """Take the pixel at (x, y) from (a·x + b·y, d·x + e·y), both relative to `about`."""
+        """Map the pixel at (x, y) to (a·x + b·y, d·x + e·y), both relative to `about`."""
         x, y = about[0] + self.centre, about[1] + self.centre
         matrix = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)
         return image.transform(image.size, Transform.AFFINE, matrix, self.interpolation, fillcolor=self.fill)
 
     def shear(self, image: Image.Image, horizontal: float, vertical: float) -> Image.Image:
-        """About the left upper corner."""
+        """Shear about the top left corner."""
         return self._apply(image, 1, horizontal, vertical, 1, (0, 0))
 
     def rotate(self, image: Image.Image, degrees: float) -> Image.Image:
-        """Counter-clockwise, about the middle."""
+        """Rotate counter-clockwise about the centre."""
         sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
         return self._apply(image, cosine, -sine, sine, cosine, (image.width / 2, image.height / 2))
 
     def translate(self, image: Image.Image, right: float, down: float) -> Image.Image:
-        """By pixels."""
+        """Translate by pixels."""
         # Whole pixels need no interpolation, which takes 20 times as long.
         whole = float(right).is_integer() and float(down).is_integer()
         matrix = (1, 0, -right, 0, 1, -down)
@@ -95,10 +92,7 @@ _OFFICIAL: dict[str, Operation] = {
 
 
 def _increasing() -> dict[str, Operation]:
-    """The higher the level, the more an image changes. Operations and magnitudes are timm's, which uses PIL too.
-
-    (torchvision's RandAugment steps through other magnitudes, always applies what it draws and keeps the level.)
-    """
+    """timm's operations and magnitudes: a higher level changes the image more."""
     warping = Warping(Resampling.BICUBIC, IMAGENET_FILL)
 
     def factor(level: float, rng: np.random.Generator) -> float:
@@ -147,14 +141,14 @@ the 15 of timm's `rand-...-inc1`, with which ImageNet fine-tuning trains."""
 
 @dataclass(frozen=True)
 class RandAugment:
-    """A fixed number of random operations on an 8-bit RGB image.
+    """Random operations on an 8-bit RGB image.
 
     Attributes:
-        operations: name of the set in `OPERATIONS` that is drawn from, with replacement.
-        draws: operations drawn for an image.
-        probability: with which a drawn operation is applied.
+        operations: name of the operation set in `OPERATIONS`, drawn with replacement.
+        draws: operations per image.
+        probability: of applying a drawn operation.
         level: strength, 0 to 10.
-        deviation: standard deviation of the strength; 0 keeps it fixed.
+        deviation: standard deviation of the strength; 0 fixes it.
     """
 
     operations: str = "all"
@@ -170,7 +164,7 @@ class RandAugment:
             raise ConfigError(f"level={self.level} of RandAugment is out of range; use 0 to {MOST:g}")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The image itself where nothing was applied, or a changed copy."""
+        """The image or an augmented copy."""
         operations = list(OPERATIONS[self.operations].values())
         for choice in rng.integers(len(operations), size=self.draws):
             if rng.random() < self.probability:

@@ -1,9 +1,7 @@
-"""Rows of many files under one numbering, any of them by its number: line JSON, WebDataset shards, tables and folders
-of images with captions, or memory.
+"""Random access to rows of line JSON, WebDataset shards, tables, image folders and in-memory lists.
 
-WebDataset's convention: files of an archive that follow each other and share their path up to the first dot of the name
-are one sample, and what follows that dot says what a file is. Shards that the `webdataset` library wrote can be read
-and the other way round; reading needs the standard library alone.
+WebDataset convention: consecutive archive members that share their path up to the first dot of the name are one sample;
+the rest of the name is the field.
 """
 
 from __future__ import annotations
@@ -56,59 +54,47 @@ _COUNTS = 4
 
 
 class Rows(Protocol):
-    """The rows of one file."""
+    """Rows of one file."""
 
     @property
     def name(self) -> str:
-        """The name that messages give the file."""
+        """File name in error messages."""
         ...
 
     @property
     def modified(self) -> int:
-        """The time of its last change, in nanoseconds."""
+        """Modification time in nanoseconds."""
         ...
 
     def __len__(self) -> int: ...
 
     def label(self, row: int) -> int | str:
-        """The name that messages give a row: its line, the key of a sample, or an index from 0 in a list."""
+        """Name of a row in error messages: line, sample key or index."""
         ...
 
     def raw(self, row: int) -> bytes:
-        """A row as it is stored, for excerpts."""
+        """Stored bytes of a row, for excerpts."""
         ...
 
     def read(self, row: int) -> Any:
-        """A row as a mapping of its fields, or as an `Annotation`. Raises `DataError` when it is broken."""
+        """Parse a row to a mapping or `Annotation`; a broken row raises `DataError`."""
         ...
 
 
 class LineFile(IndexedFile):
-    """The rows of one file of line-delimited JSON. Blank lines are no rows.
-
-    Args:
-        path: UTF-8, with or without a byte-order mark; lines end in LF or CRLF, the last one may lack it.
-
-    Raises:
-        DataError: (when rows are first counted or read) the file cannot be read, is empty, compressed, UTF-16, or a
-            JSON array.
-    """
+    """Rows of a line-delimited JSON file (UTF-8, LF or CRLF); blank lines are skipped."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path, _scan_lines, _LINES_VERSION)
 
     def label(self, row: int) -> int:
-        """The line of a row, counted from 1 and with blank lines, as editors count."""
+        """Line number of a row, counting from 1."""
         count = len(self)
         values = self.index
         return int(values[2 + count + row]) if len(values) > 2 + count else row + 1
 
     def raw(self, row: int) -> bytes:
-        """The bytes of a row, without those that surround the object.
-
-        Raises:
-            DataError: the line is too long to be one.
-        """
+        """Bytes of a row without surrounding whitespace."""
         start, end = (int(value) for value in self.index[1 + row : 3 + row])
         if end - start > MOST_LINE_BYTES:
             raise DataError(
@@ -117,11 +103,7 @@ class LineFile(IndexedFile):
         return read_range(self.path, start, end - start).strip()
 
     def read(self, row: int) -> dict[str, Any]:
-        """The object of a row.
-
-        Raises:
-            DataError: the line is no JSON object.
-        """
+        """Parse a row to a dict."""
         line = self.raw(row)
         try:
             record = json.loads(line)
@@ -141,7 +123,7 @@ class LineFile(IndexedFile):
 
 
 def _scan_lines(path: Path) -> np.ndarray:
-    """Number of rows, where each begins, the size of the file; then the line of each row if there are blank lines."""
+    """Index: row count, row offsets, file size, then line numbers if there are blank lines."""
     buffer = bytearray(_CHUNK)
     view = np.frombuffer(buffer, np.uint8)
     ends = []
@@ -176,18 +158,10 @@ def _scan_lines(path: Path) -> np.ndarray:
 
 
 class ShardFile(IndexedFile):
-    """The samples of one tar file as records, in the form of line-JSON rows.
+    """Samples of an uncompressed tar file as records.
 
-    The fields of a sample's `.json` come first; an image file (`.jpg`, `.png`, ...) is put under `image_key` as bytes,
-    a text file (`.txt`) under `caption_key`. Files of other kinds (`.cls`, `.seg.png`, ...) are left alone.
-
-    Args:
-        path: an uncompressed tar file.
-        image_key: field that receives an image file.
-        caption_key: field that receives a text file.
-
-    Raises:
-        DataError: (when samples are first counted or read) the file cannot be read, or is no tar file of samples.
+    The fields of the sample's `.json` come first; an image (`.jpg`, `.png`, ...) is stored under `image_key` as bytes,
+    `.txt` under `caption_key`. Other files (`.cls`, `.seg.png`, ...) are ignored.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, image_key: str = "binary", caption_key: str = "desc") -> None:
@@ -196,7 +170,7 @@ class ShardFile(IndexedFile):
         self._caption_key = caption_key
 
     def label(self, row: int) -> str:
-        """The key of a sample: the path that its files share."""
+        """Key of a sample: the path prefix shared by its files."""
         values = self.index
         rows, members, keys, _ = (int(count) for count in values[:_COUNTS])
         start = _COUNTS + (rows + 1) + 3 * members
@@ -205,15 +179,11 @@ class ShardFile(IndexedFile):
         return text[first:last].tobytes().decode("utf-8", "surrogateescape")
 
     def suffixes(self, row: int) -> list[str]:
-        """The ends of the names of a sample's files."""
+        """Suffixes of the files of a sample."""
         return [suffix for suffix, _, _ in self._files(row)]
 
     def members(self, row: int) -> dict[str, bytes]:
-        """Suffix and content of each file of a sample.
-
-        Raises:
-            DataError: the shard ends within the sample.
-        """
+        """Contents of a sample's files by suffix."""
         return self._contents(self._files(row))
 
     def _contents(self, files: Iterable[tuple[str, int, int]]) -> dict[str, bytes]:
@@ -226,15 +196,11 @@ class ShardFile(IndexedFile):
         return out
 
     def texts(self, row: int) -> dict[str, Any]:
-        """`read` without the image.
-
-        Raises:
-            DataError: as `read`.
-        """
+        """`read` without the image."""
         return self._record(self._contents(each for each in self._files(row) if each[0] not in IMAGE_SUFFIXES))
 
     def _files(self, row: int) -> list[tuple[str, int, int]]:
-        """Suffix, place in the shard and size of each file of a sample."""
+        """Suffix, offset and size of each file of a sample."""
         values = self.index
         rows, count, keys, _ = (int(count) for count in values[:_COUNTS])
         first, last = (int(value) for value in values[_COUNTS + row : _COUNTS + row + 2])
@@ -244,16 +210,12 @@ class ShardFile(IndexedFile):
         return [(names[suffix], start, size) for start, size, suffix in table.T.tolist()]
 
     def raw(self, row: int) -> bytes:
-        """The files of a sample one after another, those that can be read in a report first."""
+        """Concatenated files of a sample, text files first."""
         files = sorted(self.members(row).items(), key=lambda item: item[0] not in ("json", *TEXT_SUFFIXES))
         return b" ".join(f".{suffix} ".encode() + content for suffix, content in files)
 
     def read(self, row: int) -> dict[str, Any]:
-        """A sample as a record.
-
-        Raises:
-            DataError: a file of it is incomplete, or its `.json` holds no object.
-        """
+        """Parse a sample to a record."""
         return self._record(self.members(row))
 
     def _record(self, files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -281,7 +243,7 @@ class ShardFile(IndexedFile):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case suffix of a member: `a/b.seg.png` is (`a/b`, `seg.png`); None for names without a suffix."""
+    """Key and lower-case suffix of a member, e.g. `a/b.seg.png` → (`a/b`, `seg.png`); None without a suffix."""
     folder, slash, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
     return (folder + slash + stem, suffix.lower()) if stem and dot and suffix else None
@@ -333,7 +295,7 @@ def _scan_shard(path: Path) -> np.ndarray:
 
 
 def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a shard up to where it was cut, the cut one included: its sample fails when it is read."""
+    """Members of a shard, including a truncated last one, which fails when read."""
     while True:
         # The list that the library keeps of all members is not needed.
         setattr(archive, "members", [])  # noqa: B010, the type stubs leave it out
@@ -361,7 +323,7 @@ def _as_int64(text: bytes) -> np.ndarray:
 
 
 class ListRows:
-    """Records in memory, read as the rows of a file are."""
+    """In-memory records with the interface of a file."""
 
     modified = 0
 
@@ -386,7 +348,7 @@ class ListRows:
 
 
 class RecordSet:
-    """The rows of several files as one sequence, in the order of the files."""
+    """Rows of several files as one sequence."""
 
     def __init__(self, files: Sequence[Rows]) -> None:
         self.files = list(files)
@@ -398,20 +360,13 @@ class RecordSet:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def locate(self, number: int) -> tuple[Rows, int]:
-        """The file of a row, and its number there."""
+        """File of a row and the row number in it."""
         file = int(np.searchsorted(self._ends, number, side="right"))
         return self.files[file], number - (int(self._ends[file - 1]) if file else 0)
 
 
 class PairRows:
-    """The images of a table or folder, in the order in which they come first, each with all its captions.
-
-    The path of an image is a `Path` under `image_key`, below the folder of the table; a single caption is a string
-    under `caption_key`, several are a list.
-
-    Raises:
-        DataError: the table or folder cannot be read, or lacks a column.
-    """
+    """Images of a table or folder in first-seen order, each with all its captions (a list if several)."""
 
     def __init__(self, path: Path, *, image_key: str, caption_key: str) -> None:
         self.name = str(path)
@@ -425,7 +380,7 @@ class PairRows:
 
     @property
     def modified(self) -> int:
-        """As of `Rows`."""
+        """Modification time in nanoseconds."""
         return os.stat(self.name).st_mtime_ns
 
     def __len__(self) -> int:
@@ -465,11 +420,7 @@ def _by_image(elements: Elements, folder: Path) -> list[tuple[int | str, tuple[P
 
 
 def image_at(path: Path) -> Path | bytes:
-    """An image's file; or, of `SHARD.tar#3` and `LINES.jsonl#3`, the content of the image in the row of that number.
-
-    Raises:
-        DataError: there is no such row, or no image in it.
-    """
+    """Image path, or the image bytes in row 3 of `SHARD.tar#3` or `LINES.jsonl#3`."""
     found = row_of(os.fspath(path))
     if found is None or path.exists():
         return path
@@ -494,15 +445,12 @@ def _modified(path: str) -> int:
 
 
 def holds_shards(folder: Path) -> bool:
-    """True for a folder of WebDataset shards; tables and other data files beside images are about these."""
+    """True for a folder of WebDataset shards."""
     return any(each.is_file() for each in folder.glob("*.tar"))
 
 
 def is_image_folder(folder: Path) -> bool:
-    """True for a folder of images, in it or below it, with texts beside them or a table of `CAPTION_TABLES` about them.
-
-    With other files in it, such as shards and lines, it is a folder of these.
-    """
+    """True for a folder tree of images with captions in text files or a table, and no other data files."""
     if caption_table(folder) is not None:
         return True
     beside = (*PICTURE_SUFFIXES, ".txt")
@@ -511,7 +459,7 @@ def is_image_folder(folder: Path) -> bool:
 
 
 def first_object(path: Path) -> Mapping[str, Any]:
-    """The first line of line JSON, which decides what the file holds; empty where it is no object."""
+    """First object of a line-JSON file, for format detection; empty if it is not an object."""
     try:
         with path.open("rb") as file:
             found = json.loads(file.readline(MOST_LINE_BYTES))
@@ -521,18 +469,18 @@ def first_object(path: Path) -> Mapping[str, Any]:
 
 
 def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "desc") -> RecordSet:
-    """The rows of files, or of a list of records.
+    """Open files, or a list of records, as one indexed sequence of rows.
 
-    Files are `.tar` shards, line JSON with the image in it, CSV, TSV or line JSON with `image` and `caption`, or
-    folders of images with their captions beside them, or in a table of `CAPTION_TABLES`.
+    Files are `.tar` shards, line JSON with embedded images, CSV, TSV or line JSON with `image` and `caption`, or
+    folders of images with captions in text files or in a table of `CAPTION_TABLES`.
 
     Args:
         data: paths (see `find_files`) or records.
-        image_key: field of line JSON with the image; under it the images of shards, tables and folders appear.
-        caption_key: field under which their texts appear.
+        image_key: field of the image, in line JSON and in the records returned.
+        caption_key: field of the captions.
 
     Raises:
-        DataError: nothing is there, or a file can be read in neither form.
+        DataError: no data, or an unknown file format.
     """
     if not isinstance(data, (str, os.PathLike)) and data and isinstance(data[0], Mapping):
         return RecordSet([ListRows(data)])  # type: ignore[arg-type]

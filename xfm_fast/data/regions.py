@@ -1,4 +1,4 @@
-"""Regions of an image and what is said about them: one crop, the boxes in it, and the patches under them."""
+"""Region captions of an image: one random crop, with boxes and patch masks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRETRAINING = RegionOptions()
 
 
 class Rectangle(NamedTuple):
-    """A box in pixels: left upper corner and sides."""
+    """A box in pixels: x, y, width, height."""
 
     x: float
     y: float
@@ -32,15 +32,15 @@ class Rectangle(NamedTuple):
 
 @dataclass(frozen=True)
 class RegionSample:
-    """One crop and K texts about it.
+    """One crop with K texts.
 
     Attributes:
         image: `[3, R, R]` normalised pixels.
         texts: K cleaned captions.
         boxes: `[K, 4]` (cx, cy, w, h) relative to the crop; (0.5, 0.5, 1, 1) for a caption of the whole image.
-        region_mask: `[K, 1 + N]` boolean, True for token 0 and the patches that the box touches.
+        region_mask: `[K, 1 + N]` boolean, True for token 0 and patches that intersect the box.
         is_image: `[K]` boolean, True for a caption of the whole image.
-        skipped: elements that cannot be used, and why.
+        skipped: reasons for skipped elements.
     """
 
     image: Tensor
@@ -60,23 +60,12 @@ def sample_regions(
     patch_size: int,
     options: RegionOptions = PRETRAINING,
 ) -> RegionSample:
-    """Crop around a random region, and describe what of the others is still seen.
+    """Crop around a random region and return the texts of all visible regions.
 
-    The crop contains one random element whole; each of its borders is uniform between the element's and the image's.
-    Elements stay, in random order, if more than `least_visible` of their box is inside; the box is cut to the crop,
-    moved with the flip and scaled with the resize.
-
-    An element whose box or caption cannot be used is skipped and named in the result. (In the official code it costs
-    the whole image, or is skipped without a word.)
-
-    Args:
-        record: `elems`, a list of `{"bb": [x, y, w, h], "caption": ..., "attributes": ...}`, and optionally `caption`.
-            Attributes, if given, are put before the caption of their element.
-        picture: the decoded image of the record.
-        size: side of the result in pixels, a multiple of `patch_size`.
-
-    Raises:
-        DataError: no element lies inside the image, so there is nothing to crop around.
+    Each crop border is uniform between the chosen element's border and the image's. Other elements follow in random
+    order if more than `least_visible` of their box is inside; boxes are clipped, flipped and scaled with the crop.
+    Elements with an unusable box or caption are skipped and reported. `elems` of the record is a list of `{"bb": [x, y,
+    w, h], "caption": ..., "attributes": ...}`; attributes precede the caption.
     """
     width, height = picture_size(picture)
     usable, whole, skipped = _usable(record, width, height)
@@ -112,7 +101,7 @@ def sample_regions(
 
 
 def crop_around(box: Rectangle, width: int, height: int, rng: np.random.Generator) -> Box:
-    """A crop that contains the box: each border uniform over the pixels from the box's border to the image's."""
+    """Random crop that contains the box: each border uniform between the box's and the image's."""
     left, top = int(rng.integers(math.floor(box.x) + 1)), int(rng.integers(math.floor(box.y) + 1))
     right = int(rng.integers(min(math.ceil(box.x + box.w), width), width + 1))
     bottom = int(rng.integers(min(math.ceil(box.y + box.h), height), height + 1))
@@ -120,19 +109,19 @@ def crop_around(box: Rectangle, width: int, height: int, rng: np.random.Generato
 
 
 def visible_part(box: Rectangle, crop: Box, flip: bool) -> Rectangle:
-    """The part of a box inside a crop, in pixels of the crop; its sides are not positive if there is none."""
+    """Part of a box inside a crop, in crop pixels; non-positive sides if there is no overlap."""
     left, top = max(box.x, crop[0]), max(box.y, crop[1])
     w, h = min(box.x + box.w, crop[2]) - left, min(box.y + box.h, crop[3]) - top
     return Rectangle(crop[2] - left - w if flip else left - crop[0], top - crop[1], w, h)
 
 
 def relative_box(box: Rectangle, frame: Rectangle) -> tuple[float, float, float, float]:
-    """(cx, cy, w, h) relative to the frame that the box's pixels are counted in."""
+    """(cx, cy, w, h) relative to `frame`."""
     return (box.x + box.w / 2) / frame.w, (box.y + box.h / 2) / frame.h, box.w / frame.w, box.h / frame.h
 
 
 def patch_mask(box: Rectangle, frame: Rectangle, grid: int) -> Tensor:
-    """`[1 + grid * grid]` boolean: token 0, and every patch that shares area with the box; there is at least one."""
+    """`[1 + grid * grid]` boolean: token 0 and every patch that intersects the box, at least one."""
     # Whole numbers are multiplied before they are divided, so that a border between patches is met exactly.
     rows, columns = (
         slice(
@@ -156,18 +145,10 @@ def sample_grounding(
     size: int,
     careful_flip: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The training view of grounding: a random crop that contains the box, flipped half of the time.
+    """Training view of grounding: random crop containing the box, flipped with probability 1/2.
 
-    Args:
-        picture: the decoded image.
-        box: (x, y, w, h) in pixels, fractions allowed.
-        caption: what the box shows; with `careful_flip` nothing is flipped if it says 'left' or 'right'.
-
-    Returns:
-        Normalised pixels `[3, size, size]`, and the box as `[4]`: (cx, cy, w, h) relative to them.
-
-    Raises:
-        DataError: the box has no area or is not inside the image.
+    `box` is (x, y, w, h) in pixels. With `careful_flip` a caption that mentions left or right disables the flip.
+    Returns normalised pixels `[3, size, size]` and the box `[4]` as (cx, cy, w, h) relative to them.
     """
     width, height = picture_size(picture)
     rectangle = box_inside(box, width, height)
@@ -179,7 +160,7 @@ def sample_grounding(
 
 
 def elements_of(record: Mapping[str, Any]) -> list[Any]:
-    """The regions of a record; raises `DataError` when there are none."""
+    """Regions of a record; an empty list raises `DataError`."""
     elements = record.get("elems")
     if not isinstance(elements, list) or not elements:
         raise DataError(
@@ -191,14 +172,7 @@ def elements_of(record: Mapping[str, Any]) -> list[Any]:
 def every_region_text(
     record: Mapping[str, Any], width: int, height: int, options: RegionOptions
 ) -> tuple[list[str], list[list[str]], list[str]]:
-    """The texts that `sample_regions` draws from for an image of that size, before they are cleaned.
-
-    Returns:
-        Captions of the whole image; for every element that a crop can show, its texts; and why others are never used.
-
-    Raises:
-        DataError: no element lies inside the image.
-    """
+    """Captions of the image, texts of each visible element, and reasons for unusable ones, before cleaning."""
     usable, _, skipped = _usable(record, width, height)
     captions: list[str] = []
     elements: list[list[str]] = []
@@ -228,7 +202,7 @@ def every_region_text(
 def _usable(
     record: Mapping[str, Any], width: int, height: int
 ) -> tuple[list[tuple[Rectangle, Mapping[str, Any]]], list[Rectangle], list[str]]:
-    """Elements whose box has an area that the image shows, boxes that lie inside it, and why there are no others."""
+    """Elements with a visible box, boxes fully inside the image, and reasons for the rest."""
     usable: list[tuple[Rectangle, Mapping[str, Any]]] = []
     skipped: list[str] = []
     for number, element in enumerate(elements_of(record)):
@@ -266,7 +240,7 @@ def _say(
     text: TextOptions,
     rng: np.random.Generator,
 ) -> None:
-    """Append the words of these fields and their box, or to `skipped` why there are none."""
+    """Append the cleaned text and its box to `said`, or the reason to `skipped`."""
     try:
         words = " ".join(choose_text(field, rng, language=text.language) for field in fields)
         said.append((clean_text(words, text), box))
@@ -275,7 +249,7 @@ def _say(
 
 
 def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
-    """Every caption and attribute that a record can give."""
+    """All captions and attributes of a record."""
     todo = [part.get(field) for part in (record, *record["elems"]) for field in ("caption", "attributes")]
     while todo:
         value = todo.pop()
@@ -288,7 +262,7 @@ def _all_texts(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
-    """A box of four numbers; raises `DataError` when it has no area or is not inside an image of that size."""
+    """Parse a box; one without area or outside the image raises `DataError`."""
     rectangle = _four_numbers(box)
     if not _inside(rectangle, width, height):
         raise DataError(f"box {_numbers(rectangle)} is not inside the {width}x{height} image; correct or remove it")

@@ -1,10 +1,8 @@
-"""Endless batches of pretraining: batch n of a rank is a function of (seed, world size, rank, n) and of nothing else.
+"""Infinite pretraining batches: batch n is a pure function of (seed, world size, rank, n).
 
-So a run resumes exactly by remembering one number, and gives the same batches with any number of workers. A global
-batch is the same rows for any number of ranks that divides it.
-
-The official reader deals whole files out to ranks and workers and reads their lines in order; its order is not
-reproduced here, nor could it be: it depends on the number of workers and on the state of Python's random module.
+A run resumes exactly from one number and reads the same batches with any number of workers. A global batch has the same
+rows for any rank count that divides it. The order of the official reader is not reproduced: it depends on the number of
+workers and on global random state.
 """
 
 from __future__ import annotations
@@ -40,56 +38,41 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class BatchSource(Protocol[B_co]):
-    """Batches by their number."""
+    """Random access to batches."""
 
     def __len__(self) -> int:
-        """Batches in an epoch of this rank."""
+        """Batches per epoch on this rank."""
         ...
 
     def batch(self, number: int) -> B_co:
-        """Batch `number` >= 0; epochs follow each other."""
+        """Batch `number` >= 0, counted across epochs."""
         ...
 
 
 class ItemMaker(Protocol[B_co]):
-    """The way from records to items, and from items to a batch."""
+    """Converts records to items and items to a batch."""
 
     def item(self, record: Any, rng: np.random.Generator) -> Any:
-        """One item; raises `DataError` when the record is broken."""
+        """Convert a record to an item; a broken record raises `DataError`."""
         ...
 
     def collate(self, items: list[Any], rng: np.random.Generator) -> B_co:
-        """The batch of some items; the generator is that of the batch."""
+        """Collate items to a batch, with the batch's generator."""
         ...
 
 
 def epoch_batches(rows: int, batch: int, *, drop_last: bool) -> int:
-    """Batches in an epoch of some rows, with or without the last, incomplete one; at least one."""
+    """Batches per epoch, at least one."""
     return max(1, rows // batch if drop_last else -(-rows // batch))
 
 
 class ShuffledBatches(Generic[B_co]):
-    """Shuffled batches of some rows.
+    """Shuffled batches of a record sequence, `rows` per rank.
 
-    An epoch visits every row once, in an order of its own, up to the last whole global batch; fewer rows than a global
-    batch make one batch with repeated rows. Without `drop_last` the rows that are left make one more batch, of which
-    every rank has equally many: the first rows of the epoch fill it up, as torch's DistributedSampler does. Where a row
-    is broken, the row at the same place of the next global batch takes its place.
-
-    Args:
-        records: the rows.
-        items: made of them, and batches.
-        rows: that a batch of one rank is made of.
-        seed: of the order and of all random numbers.
-        kind: sources of one seed and different kinds draw different numbers.
-        rank: which part of every global batch.
-        world_size: parts of a global batch.
-        shuffle, window: see `StreamOptions`.
-        drop_last: leave out the incomplete batch at the end of an epoch.
-        quarantine: counts broken rows, and lists them in a file.
-
-    Raises:
-        ConfigError: numbers that describe no batches.
+    An epoch visits every row once, up to the last full global batch; fewer rows than a global batch are repeated to
+    fill one. Without `drop_last` the remainder is filled with the first rows of the epoch, as in torch's
+    DistributedSampler. A broken row is replaced by the row at the same place of the next global batch and added to
+    `quarantine`. Sources with equal seeds and different `kind` draw different random numbers.
     """
 
     def __init__(
@@ -121,11 +104,7 @@ class ShuffledBatches(Generic[B_co]):
         return epoch_batches(len(self.records), self._stride, drop_last=self._drop_last)
 
     def batch(self, number: int) -> B_co:
-        """Batch `number` of this rank.
-
-        Raises:
-            DataError: more rows of a file are broken than are tolerated.
-        """
+        """Batch `number` of this rank; too many broken rows in a file raise `DataError`."""
         epoch, inside = divmod(number, len(self))
         start, rows = inside * self._stride, self._rows
         if not self._drop_last:
@@ -151,22 +130,10 @@ class ShuffledBatches(Generic[B_co]):
 
 
 class Stream(ShuffledBatches[BatchT]):
-    """Shuffled batches of pretraining; see `ShuffledBatches`.
+    """Shuffled pretraining batches; `number` separates streams of the same kind and seed.
 
-    Args:
-        data: files of line JSON, WebDataset shards (see `find_files`), or a list of records.
-        options: of the kind of stream.
-        config: of the model.
-        tokenizer: of its vocabulary; images alone do without.
-        batch_size: pairs, images or texts of one rank. Texts about regions are a random selection of those of
-            `max_images` images, repeated if there are too few.
-        seed, rank, world_size: as for `ShuffledBatches`.
-        number: distinguishes streams of the same kind and seed.
-        quarantine: counts broken rows, and lists them in a file.
-
-    Raises:
-        DataError: files cannot be read, or the vocabulary is not the model's.
-        ConfigError: the options do not go with the model, or describe no batches.
+    `batch_size` counts pairs, images or texts per rank. Region texts are a random subset of the texts of `max_images`
+    images, repeated if there are too few.
     """
 
     items: Items[Any, Any, BatchT]
@@ -205,16 +172,9 @@ class Stream(ShuffledBatches[BatchT]):
 
 
 def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[B]:
-    """Batches `start`, `start + 1`, ... without end, prepared (see `xfm_fast.batches`), the same for any `workers`.
+    """Yield batches `start`, `start + 1`, ... (see `xfm_fast.batches`), identical for any number of `workers`.
 
-    Close the iterator, or drop it, to stop the workers.
-
-    Args:
-        workers: processes that prepare batches ahead, two each; 0 prepares each when it is asked for.
-        pin_memory: batches in page-locked memory, where there is a GPU to copy to.
-
-    Raises:
-        XFMError: whatever the source raises, from a worker as from this process.
+    Each worker process prepares two batches ahead. Closing the iterator stops the workers.
     """
     pin_memory = pin_memory and torch.cuda.is_available()
     if workers == 0:

@@ -1,4 +1,4 @@
-"""Tables, line files and folders (CSV, TSV, line JSON, GLUE, images, `datasets`), and the tasks that have no others."""
+"""Reads CSV, TSV, line JSON, GLUE, image folders and `datasets` folders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MOST_CELL = 1 << 22
 
 
 class Columns(Sequence[dict[str, Any]]):
-    """Elements kept as a list per field, for millions of them."""
+    """Column-wise storage of elements, to save memory."""
 
     def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
         self._columns = dict(columns)
@@ -47,10 +47,7 @@ class Columns(Sequence[dict[str, Any]]):
 
 
 class GlueSet(NamedTuple):
-    """A set of the GLUE benchmark as its zip holds it: names of columns, and the labels in the order of their classes.
-
-    `classes` is None where the label is a number to predict.
-    """
+    """Columns and labels of a GLUE task; `classes` is None for regression."""
 
     text: str
     text2: str | None
@@ -91,19 +88,11 @@ def text_rows(
     columns: Mapping[str, str] | None = None,
     scores: bool = False,
 ) -> list[AnnotationRows[TextRecord]] | list[AnnotationRows[TextScoreRecord]]:
-    """Texts, or pairs of them, with their classes or scores.
+    """Texts or text pairs with classes or scores.
 
-    Args:
-        paths: CSV, TSV or line JSON with `text` and, where there are, `text2`, `label`, `index`; files or folders of
-            GLUE's zips; folders that `datasets` saved (`save_to_disk`).
-        glue: the set of GLUE that the files are of (see `GLUE`).
-        split: in a folder: `train`, `val`, `test`, and of MNLI `val_mismatched`, `test_mismatched`.
-        columns: field → column, where it is called otherwise.
-        scores: labels are numbers to predict; those of `stsb` are.
-
-    Raises:
-        DataError: a file cannot be read, or is in none of these formats.
-        UnavailableError: a folder needs `datasets`, which is not installed.
+    Formats: CSV, TSV or line JSON with `text` and optionally `text2`, `label`, `index`; GLUE files or folders (`glue`
+    names the task); folders of `datasets.save_to_disk`. `split` selects a file or split of a folder, including
+    `val_mismatched` and `test_mismatched` of MNLI; `columns` maps fields to columns; `scores` reads labels as numbers.
     """
     classes = glue_set(glue).classes if glue is not None else None
     names = {name: name for name in ("text", "text2", "label", "index")} | dict(columns or {})
@@ -124,16 +113,7 @@ def text_rows(
 
 
 def image_rows(paths: Paths, *, columns: Mapping[str, str] | None = None) -> list[AnnotationRows[ImageLabelRecord]]:
-    """Images with their classes.
-
-    Args:
-        paths: folders with a folder of images for each class, or CSV, TSV or line JSON with `image` and, where it is
-            known, `label`.
-        columns: field → column, where it is called otherwise.
-
-    Raises:
-        DataError: a file cannot be read, is in none of these formats, or a class folder holds no images.
-    """
+    """Images with classes: class folders, or CSV, TSV or line JSON with `image` and optionally `label`."""
     names = {"image": "image", "label": "label"} | dict(columns or {})
     found = []
     for path in find_files(paths, lambda _: True):
@@ -147,16 +127,7 @@ def image_rows(paths: Paths, *, columns: Mapping[str, str] | None = None) -> lis
 
 
 def read_table(path: Path, columns: Mapping[str, str | Sequence[str]], optional: Sequence[str] = ()) -> Elements:
-    """The lines of a CSV or TSV file with a header, or of line JSON.
-
-    Args:
-        path: `.csv`, `.tsv`, or `.jsonl`.
-        columns: field → the column, or key, that holds it, or several names of which the first there counts.
-        optional: fields that the file may lack.
-
-    Raises:
-        DataError: the file cannot be read, or lacks a column.
-    """
+    """Rows of a CSV or TSV file with a header, or of line JSON; the first existing column of each field is read."""
     if path.suffix.lower() in LINE_SUFFIXES:
         found = read_lines(path)
         values = [
@@ -184,7 +155,7 @@ def read_table(path: Path, columns: Mapping[str, str | Sequence[str]], optional:
 
 
 def _present(names: Collection[str], columns: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
-    """The column of each field that is among some names, as it is or in small letters."""
+    """Column of each field, matched exactly or in lower case."""
     known = {name.strip().lower(): name for name in reversed([*names])}
     found: dict[str, str] = {}
     for field, options in columns.items():
@@ -207,7 +178,7 @@ def _filled(elements: Elements) -> Elements:
 
 
 def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]]:
-    """The line and the cells of each row of a table that is not blank, in the dialect that its suffix says."""
+    """Line number and cells of each non-blank row of a CSV or TSV file."""
     previous = csv.field_size_limit(_MOST_CELL)
     try:
         with open(path, "rb") as file:
@@ -234,11 +205,7 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
 
 
 def read_lines(path: Path) -> Elements:
-    """Line JSON, read whole; a line that is no object becomes a `DataError`.
-
-    Raises:
-        DataError: the file cannot be read, is empty, compressed or UTF-16.
-    """
+    """Read line JSON; a line that is not an object becomes a `DataError` element."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -258,13 +225,7 @@ def read_lines(path: Path) -> Elements:
 
 
 def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
-    """A file of GLUE as the official zips hold it, or the file of a split in a folder of them.
-
-    Lines of MNLI whose annotators did not agree (`-`) are left out and counted in the notes.
-
-    Raises:
-        DataError: no such set or split, or the file lacks the columns of the set.
-    """
+    """Read an official GLUE file, or the split's file in a folder; MNLI lines labelled `-` are dropped and counted."""
     form = glue_set(name)
     if path.is_dir():
         files = _MNLI_FILES if name == "mnli" else _SPLIT_FILES
@@ -306,11 +267,7 @@ def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
 
 
 def glue_set(name: str) -> GlueSet:
-    """A set of GLUE by its name.
-
-    Raises:
-        DataError: there is none of that name.
-    """
+    """A GLUE task by name."""
     if name not in GLUE:
         raise DataError(f"{name!r} is no set of GLUE that is known; choose one of {', '.join(GLUE)}")
     return GLUE[name]
@@ -324,23 +281,12 @@ def _glue_value(value: dict[str, Any], form: GlueSet, index: int | str) -> dict[
 
 
 def on_disk(path: Path) -> bool:
-    """True for a folder that `datasets` wrote with `save_to_disk`."""
+    """True for a folder written by `datasets.save_to_disk`."""
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
 
 
 def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = None, glue: str | None = None) -> Elements:
-    """The rows of a folder that `datasets` wrote with `save_to_disk`; numbered classes get their names.
-
-    Args:
-        path: the folder, of one set or of several splits.
-        columns: field → column; those of a set of GLUE are known.
-        split: which of several. `val` also finds `validation`.
-        glue: the set of GLUE, whose labels are called as in the official files.
-
-    Raises:
-        UnavailableError: `datasets` is not installed.
-        DataError: the folder cannot be read, the split is not there, or a column is not.
-    """
+    """Rows of a `datasets.save_to_disk` folder, class ids replaced by names; `val` also matches `validation`."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -385,11 +331,7 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images in a folder and in those below it, sorted; hidden files are left out.
-
-    Raises:
-        DataError: the folder cannot be read.
-    """
+    """Sorted images in a folder tree, without hidden files."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename or folder), error)
@@ -407,7 +349,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def holds_images(folder: Path) -> bool:
-    """True for a folder with an image in it, or in a folder below it."""
+    """True if a folder tree contains an image."""
     return any(
         os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith(".")
         for _, _, names in os.walk(folder, followlinks=True)
@@ -416,16 +358,12 @@ def holds_images(folder: Path) -> bool:
 
 
 def caption_table(folder: Path) -> Path | None:
-    """The table in a folder of images that tells their captions; None where they stand beside the images."""
+    """Caption table of an image folder; None if captions are in text files."""
     return next((folder / name for name in CAPTION_TABLES if (folder / name).is_file()), None)
 
 
 def captions_beside(image: Path) -> list[tuple[int, str]] | None:
-    """The captions in `a.txt` beside `a.jpg`, one a line, with their lines; None where there is no such file.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8.
-    """
+    """Captions in `a.txt` next to `a.jpg`, one per line, with line numbers; None if there is no such file."""
     path = image.with_suffix(".txt")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -439,15 +377,7 @@ def captions_beside(image: Path) -> list[tuple[int, str]] | None:
 
 
 def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
-    """A folder of images with their captions beside them: `a.txt` holds those of `a.jpg`, one a line.
-
-    Args:
-        folder: looked through with the folders below it.
-        bare: images without captions count too; else they are left out, and counted in the notes.
-
-    Raises:
-        DataError: no image has captions, or they are not UTF-8.
-    """
+    """Folder tree of images with captions in `a.txt` next to `a.jpg`; `bare` includes images without captions."""
     values, labels, left_out = [], [], []
     for image in find_images(folder):
         captions = captions_beside(image)
@@ -473,11 +403,7 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
 
 
 def read_class_folder(folder: Path) -> Elements:
-    """A folder with a folder of images for each class (torchvision's ImageFolder); classes and images sorted by name.
-
-    Raises:
-        DataError: there is no class folder, or one of them holds no image.
-    """
+    """Folder with one subfolder of images per class, sorted by name (torchvision's ImageFolder)."""
     classes: list[Path] = []
     with suppress(NotADirectoryError):
         classes = sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))

@@ -1,8 +1,7 @@
-"""The files of vision-language tasks: official arrays, tables and folders, and what authors publish (Karpathy's splits,
-COCO captions, VQA v2, NLVR2, RefCOCO) brought into the form of the official ones.
+"""Readers of vision-language task files: official arrays, tables, folders, Karpathy splits, COCO, VQA v2, RefCOCO.
 
-A reader (`retrieval_rows`, `vqa_rows`, ...) takes any mix of files in the formats that it knows and gives the rows of
-each. It looks at no element until that is read, so that a broken one can be set aside.
+A reader (`retrieval_rows`, `vqa_rows`, ...) accepts any mix of supported formats. Elements are validated when read, so
+that broken ones can be skipped.
 """
 
 from __future__ import annotations
@@ -59,15 +58,9 @@ def retrieval_rows(
 ) -> list[AnnotationRows[RetrievalRecord]]:
     """Image-caption pairs for training.
 
-    Args:
-        paths: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and `caption`, folders
-            of images with their captions beside them (`a.jpg`, `a.txt`) or in `captions.csv`, and what pretraining
-            reads: WebDataset shards, and line JSON with the images in it.
-        split: of Karpathy's files: `train` (takes `restval` in), `val`, `test`, or `all`.
-        columns: field → column of tables, where it is called otherwise.
-
-    Raises:
-        DataError: a file cannot be read, or is in none of these formats.
+    Formats: official JSON, Karpathy's `dataset_*.json`, CSV, TSV or line JSON with `image` and `caption`, image folders
+    with `a.txt` next to `a.jpg` or with `captions.csv`, WebDataset shards, line JSON with embedded images. `split`
+    selects a Karpathy split (`train` includes `restval`); `columns` maps fields to table columns.
     """
     # The whole name: images of two folders may be called alike, and captions of one image must be known as such.
     return as_rows(_captions(paths, split, columns, identity=str), RetrievalRecord)
@@ -76,7 +69,7 @@ def retrieval_rows(
 def retrieval_test_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[RetrievalTestRecord]]:
-    """Images with all their captions, in the order in which images come first; arguments as of `retrieval_rows`."""
+    """Images with all their captions, in first-seen order; arguments as in `retrieval_rows`."""
     return as_rows(map(_grouped, _captions(paths, split, columns)), RetrievalTestRecord)
 
 
@@ -87,16 +80,7 @@ def captioning_rows(
     columns: Mapping[str, str] | None = None,
     image_name: str = COCO_IMAGE,
 ) -> list[AnnotationRows[CaptioningRecord]]:
-    """Images and captions for training, a pair each.
-
-    Args:
-        paths: as of `retrieval_rows`, or COCO's captions (`{images, annotations}`).
-        split, columns: as of `retrieval_rows`.
-        image_name: where an image of COCO's file lies below the image folder, such as `train2014/{file_name}`.
-
-    Raises:
-        DataError: a file cannot be read, or is in none of these formats.
-    """
+    """Image-caption pairs; formats of `retrieval_rows` and COCO captions, whose image paths follow `image_name`."""
     return as_rows(_captions(paths, split, columns, image_name), CaptioningRecord)
 
 
@@ -107,19 +91,12 @@ def captioning_test_rows(
     columns: Mapping[str, str] | None = None,
     image_name: str = COCO_IMAGE,
 ) -> list[AnnotationRows[CaptioningTestRecord]]:
-    """Images to caption, each once, with the captions that are known; also of a folder of images alone.
-
-    Arguments as of `captioning_rows`.
-    """
+    """Each image once with all known captions; also accepts a folder of images without captions."""
     return as_rows(map(_grouped, _captions(paths, split, columns, image_name, bare=True)), CaptioningTestRecord)
 
 
 def read_coco_captions(path: str | os.PathLike[str]) -> dict[int | str, list[str]]:
-    """The captions of each image of a ground-truth file in COCO's format: `image_id` → captions.
-
-    Raises:
-        DataError: it is no such file, or one of its captions is broken.
-    """
+    """Captions by `image_id` of a COCO ground-truth file."""
     path = Path(path)
     content = read_json(path, "COCO captions, {images, annotations}")
     if not is_coco(content) or "annotations" not in content:
@@ -132,15 +109,7 @@ def read_coco_captions(path: str | os.PathLike[str]) -> dict[int | str, list[str
 
 
 def vqa_rows(paths: Paths, *, image_name: str = VQA_IMAGE) -> list[AnnotationRows[VQARecord]]:
-    """Questions about images.
-
-    Args:
-        paths: official JSON, or VQA v2's `*_questions.json` with their `*_annotations.json` beside them in any order.
-        image_name: where an image of VQA v2 lies below the image folder.
-
-    Raises:
-        DataError: a file cannot be read, or is in none of these formats.
-    """
+    """Questions: official JSON, or VQA v2's `*_questions.json` and `*_annotations.json` (paths as in `image_name`)."""
     arrays, documents = [], []
     for path in find_files(paths):
         content = read_json(path, "official JSON or VQA v2 questions and annotations", people_answer)
@@ -154,15 +123,7 @@ def vqa_rows(paths: Paths, *, image_name: str = VQA_IMAGE) -> list[AnnotationRow
 
 
 def nlvr2_rows(paths: Paths, *, image_name: str = NLVR2_IMAGE) -> list[AnnotationRows[NLVR2Record]]:
-    """Statements about two images.
-
-    Args:
-        paths: official JSON, or the lines of NLVR2.
-        image_name: where an image of NLVR2's lines lies below the image folder.
-
-    Raises:
-        DataError: a file cannot be read, or is in none of these formats.
-    """
+    """Statements about two images: official JSON, or NLVR2's lines, whose image paths follow `image_name`."""
     found = [
         nlvr2_elements(path, image_name) if _first_byte(path) == b"{" else Elements(str(path), read_array(path))
         for path in find_files(paths)
@@ -173,16 +134,11 @@ def nlvr2_rows(paths: Paths, *, image_name: str = NLVR2_IMAGE) -> list[Annotatio
 def grounding_rows(
     paths: Paths, *, split: str | None = None, image_name: str = COCO_IMAGE
 ) -> list[AnnotationRows[GroundingRecord]]:
-    """Expressions and their boxes.
+    """Referring expressions with boxes.
 
-    Args:
-        paths: JSON arrays with `image`, `text`, `ref_id` and, where it is known, `bbox`; refer's `refs(*).p` and
-            `instances.json`, which give boxes to arrays without, or are read alone, every sentence of every reference.
-        split: of refer's files: `train`, `val`, `testA`, `testB`; None for all.
-        image_name: where an image lies below the image folder, such as `train2014/{file_name}`; of refer's files alone.
-
-    Raises:
-        DataError: a file cannot be read, or one of refer's two is missing.
+    Formats: JSON arrays with `image`, `text`, `ref_id` and optionally `bbox`; `refs(*).p` with `instances.json`, which
+    add boxes to arrays or are read as data. `split` (`train`, `val`, `testA`, `testB`) and `image_name` apply to
+    refer's files.
     """
     arrays: list[Elements] = []
     refs: list[Path] = []
@@ -219,10 +175,7 @@ def _captions(
     identity: Callable[[str], int | str] = identity_of,
     bare: bool = False,
 ) -> Iterator[Elements]:
-    """The captions of files in the formats of retrieval and captioning; images without where they may be `bare`.
-
-    `identity` is the `image_id` of an image in tables and folders.
-    """
+    """Elements of retrieval and captioning files; `bare` includes images without captions."""
     names = PAIR_COLUMNS | dict(columns or {})
     for path in find_files(paths, is_captioned):
         suffix = path.suffix.lower()
@@ -258,17 +211,17 @@ def _captions(
 
 
 def is_captioned(folder: Path) -> bool:
-    """True for a folder that is one data set: of images, of a table about them, or of shards."""
+    """True for a folder that is one dataset: images, a table of them, or shards."""
     return caption_table(folder) is not None or holds_shards(folder) or holds_images(folder)
 
 
 def holds_pictures(path: Path) -> bool:
-    """True for line JSON with images in it, as pretraining reads it."""
+    """True for line JSON with embedded images."""
     return path.suffix.lower() in LINE_SUFFIXES and ImageOptions().image_key in first_object(path)
 
 
 def _below(folder: Path, elements: Elements) -> Elements:
-    """The elements of a table, with the paths of images below its folder."""
+    """Elements of a table with image paths relative to its folder."""
     values = [
         {**value, "image": str(folder.absolute() / value["image"])}
         if isinstance(value, dict) and isinstance(value.get("image"), str)
@@ -279,11 +232,7 @@ def _below(folder: Path, elements: Elements) -> Elements:
 
 
 def stored_elements(path: Path) -> Elements:
-    """The images in a shard or in line JSON, by `FILE#ROW` (see `image_at`), with their captions.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Images in a shard or line JSON as `FILE#ROW` (see `image_at`), with captions."""
     (rows,) = open_records(path).files
     values: list[Any] = []
     labels: list[int | str] = []
@@ -304,7 +253,7 @@ def stored_elements(path: Path) -> Elements:
 
 
 def _grouped(elements: Elements) -> Elements:
-    """One element an image, with all its captions, at the place of its first one."""
+    """Group captions by image, in first-seen order."""
     first: dict[str, dict[str, Any]] = {}
     values, labels = [], []
     for number, value in enumerate(elements.values):
@@ -324,7 +273,7 @@ def _grouped(elements: Elements) -> Elements:
 
 
 def _empty_answers(elements: Elements) -> tuple[str, ...]:
-    """A note of the answers that were empty; the official code trains on them."""
+    """A note that counts empty answers, which are dropped (the official code trains on them)."""
     found = [
         str(element.get("question_id"))
         for element in elements.values
@@ -346,11 +295,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def image_path(pattern: str, **fields: str | int) -> str:
-    """The name of an image below the image folder, by a pattern such as `train2014/{file_name}`.
-
-    Raises:
-        DataError: the pattern has a field that is not known.
-    """
+    """Format an image name from a pattern, e.g. `train2014/{file_name}`."""
     try:
         return pattern.format(**fields)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
@@ -359,20 +304,13 @@ def image_path(pattern: str, **fields: str | int) -> str:
 
 
 def is_karpathy(content: Any) -> bool:
-    """True for the content of a `dataset_*.json` of Karpathy's splits."""
+    """True for the content of a Karpathy `dataset_*.json`."""
     images = content.get("images") if isinstance(content, dict) else None
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
 
 
 def karpathy_elements(path: Path, content: Mapping[str, Any], split: str | None) -> Elements:
-    """The captions of a split, one an element; `train` takes `restval` in, as everyone does.
-
-    Args:
-        split: `train`, `val` or `test`; `all` for every caption.
-
-    Raises:
-        DataError: there is no such split.
-    """
+    """Captions of a Karpathy split, one per element; `train` includes `restval`, `all` is every caption."""
     images = content["images"]
     wanted = {"train", "restval"} if split == "train" else {split}
     values, labels = [], []
@@ -396,13 +334,13 @@ def karpathy_elements(path: Path, content: Mapping[str, Any], split: str | None)
 
 
 def is_coco(content: Any) -> bool:
-    """True for the content of a file in COCO's format: `images`, each with its `file_name`."""
+    """True for the content of a COCO file: `images` with `file_name`."""
     images = content.get("images") if isinstance(content, dict) else None
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "file_name" in images[0]
 
 
 def coco_elements(path: Path, content: Mapping[str, Any], pattern: str = COCO_IMAGE) -> Elements:
-    """The captions of a file in COCO's format, one an element; images alone (a test file) have none."""
+    """Captions of a COCO file, one per element; test files have images only."""
     names = {
         image["id"]: image_path(pattern, file_name=image["file_name"], image_id=image["id"])
         for image in content["images"]
@@ -421,20 +359,12 @@ def coco_elements(path: Path, content: Mapping[str, Any], pattern: str = COCO_IM
 
 
 def people_answer(fields: dict[str, Any]) -> Any:
-    """For `object_hook`: one of ten answers of VQA v2 as its text; four million of them as objects take gigabytes."""
+    """`object_hook` that reduces a VQA v2 answer to its text, to save gigabytes."""
     return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
 
 
 def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]], pattern: str = VQA_IMAGE) -> list[Elements]:
-    """The questions of VQA v2 with their answers, one `Elements` a file of questions.
-
-    Args:
-        documents: paths and contents of files of questions, and of annotations where they are known.
-        pattern: of image names, with `{split}` and `{image_id}`.
-
-    Raises:
-        DataError: there is no file of questions.
-    """
+    """VQA v2 questions joined with their annotations, one `Elements` per question file."""
     documents = list(documents)
     answers: dict[Any, Mapping[str, Any]] = {}
     sets, files = set(), []
@@ -485,14 +415,10 @@ def _question(
 
 
 def nlvr2_elements(path: Path, pattern: str = NLVR2_IMAGE) -> Elements:
-    """The lines of NLVR2 (`train.json`, `dev.json`, `test1.json`).
+    """Lines of NLVR2 (`train.json`, `dev.json`, `test1.json`).
 
-    Args:
-        pattern: of image names, with `{stem}` (the identifier without its last number), `{side}` (0 or 1) and
-            `{folder}`: `train/DIRECTORY` for lines with a `directory`, else the split of the identifier.
-
-    Raises:
-        DataError: the file cannot be read.
+    `pattern` may use `{stem}` (identifier without its last number), `{side}` (0 or 1) and `{folder}` (`train/DIRECTORY`
+    for lines with a `directory`, else the split).
     """
     found = read_lines(path)
     values = [_statement(value, pattern) if isinstance(value, dict) else value for value in found.values]
@@ -513,7 +439,7 @@ def _statement(line: Mapping[str, Any], pattern: str) -> Mapping[str, Any] | Dat
 
 
 class Referred(NamedTuple):
-    """An expression set of RefCOCO: the box that it means, in pixels, and where."""
+    """A RefCOCO reference: its box in pixels, image and split."""
 
     image_id: int
     annotation: int
@@ -522,18 +448,12 @@ class Referred(NamedTuple):
 
 
 def is_pickle(path: Path) -> bool:
-    """True for the names of refer's files, such as `refs(unc).p`."""
+    """True for names of refer's files, e.g. `refs(unc).p`."""
     return path.suffix.lower() in (".p", ".pkl", ".pickle")
 
 
 def read_refs(path: Path) -> dict[int, Referred]:
-    """The references of a `refs(*).p` by their `ref_id`.
-
-    The pickle may hold containers, strings and numbers alone; nothing in it is looked up or called.
-
-    Raises:
-        DataError: it holds something else, or is too large, truncated, or no list of references.
-    """
+    """References by `ref_id` of a `refs(*).p`; the pickle may contain only containers, strings and numbers."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -564,7 +484,7 @@ def _refs(path: Path, modified: int, size: int) -> dict[int, Referred]:
 
 
 class Instances(NamedTuple):
-    """A file of COCO instances: boxes by annotation, and file name, width and height by image."""
+    """COCO instances: boxes by annotation, and file name, width and height by image."""
 
     path: Path
     boxes: dict[int, Sequence[float]]
@@ -572,17 +492,13 @@ class Instances(NamedTuple):
 
 
 def without_outline(fields: dict[str, Any]) -> dict[str, Any]:
-    """For `object_hook`: an object of COCO without its outline, which is most of the file."""
+    """`object_hook` that drops segmentations, which are most of the file."""
     fields.pop("segmentation", None)
     return fields
 
 
 def read_instances(path: Path, content: Any) -> Instances:
-    """The boxes and images in the content of a file of COCO instances.
-
-    Raises:
-        DataError: it holds no images and annotations.
-    """
+    """Boxes and images of a COCO instances file."""
     try:
         return Instances(
             path,
@@ -596,11 +512,7 @@ def read_instances(path: Path, content: Any) -> Instances:
 def referring_elements(
     refs_path: Path, instances: Instances, split: str | None = None, pattern: str = COCO_IMAGE
 ) -> Elements:
-    """Every sentence of every reference, with its box.
-
-    Raises:
-        DataError: the references cannot be read, or none is of the split.
-    """
+    """Every sentence of every reference, with its box."""
     refs = read_refs(refs_path)
     values, labels = [], []
     for identity, ref in refs.items():
@@ -619,11 +531,7 @@ def referring_elements(
 
 
 def with_boxes(elements: Elements, refs_path: Path, instances: Instances, split: str | None = None) -> Elements:
-    """Official elements with the boxes that their `ref_id` means, their split, and the size of their image.
-
-    Raises:
-        DataError: the references cannot be read, or none of the elements is of the split.
-    """
+    """Official elements joined with box, split and image size by `ref_id`."""
     refs = read_refs(refs_path)
     values, labels = [], []
     for number, element in enumerate(elements.values):
@@ -641,7 +549,7 @@ def with_boxes(elements: Elements, refs_path: Path, instances: Instances, split:
 
 
 def _place(identity: Any, refs: Mapping[int, Referred], instances: Instances) -> dict[str, Any] | DataError:
-    """The box, split and image size that a reference means."""
+    """Box, split and image size of a reference."""
     try:
         ref = refs[identity]
     except (KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""One text of a record: chosen, cleaned, cut and masked, as the ids that a step of pretraining reads."""
+"""Caption selection, cleaning, tokenisation, truncation and masking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS_KEY = "input_ids"
 
 
 class EncodedText(NamedTuple):
-    """A text as ids, and its masked copy."""
+    """Token ids of a text and their masked copy."""
 
     ids: list[int]
     """`<s> tokens </s>`, not padded."""
@@ -32,11 +32,7 @@ class EncodedText(NamedTuple):
 
 
 def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) -> Any:
-    """The text of a record: its token ids without `<s>` and `</s>` if it has any, and otherwise the field `key`.
-
-    Raises:
-        DataError: the ids are not those of this vocabulary, or there is no such field.
-    """
+    """Token ids of a pre-tokenised record (without `<s>` and `</s>`), or its field `key`."""
     ids = record.get(IDS_KEY)
     if ids is None:
         if key not in record:
@@ -51,15 +47,7 @@ def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) ->
 
 
 def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = None) -> str:
-    """The text that a caption field holds, or one of its texts.
-
-    Args:
-        value: a string; a list, of which an element is drawn; or a mapping of languages to strings, of which
-            `language` or else any is taken. Lists may hold mappings.
-
-    Raises:
-        DataError: it is none of these, or empty.
-    """
+    """The text of a caption field: a string, a random element of a list, or a language of a mapping."""
     listed = _elements(value)
     # A choice of one takes nothing from the generator.
     texts = _translations(listed[rng.integers(len(listed))], language)
@@ -67,7 +55,7 @@ def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = 
 
 
 def every_text(value: Any, *, language: str | None = None) -> list[str]:
-    """The texts of which `choose_text` gives one; raises `DataError` where it would for any of them."""
+    """All texts that `choose_text` can return; any broken one raises `DataError`."""
     return [_words(text) for each in _elements(value) for text in _translations(each, language)]
 
 
@@ -92,11 +80,7 @@ def _words(value: Any) -> str:
 
 
 def clean_text(text: str, options: TextOptions) -> str:
-    """The text that the tokenizer reads.
-
-    Raises:
-        DataError: nothing is left.
-    """
+    """Clean a text for the tokenizer; an empty result raises `DataError`."""
     if options.tokenized:
         text = text.replace(" ##", "")
     if options.max_words is not None:
@@ -115,15 +99,7 @@ def encode_text(
     *,
     cleaned: bool = False,
 ) -> EncodedText:
-    """Clean, tokenise, cut and mask a text.
-
-    Args:
-        text: a string, or token ids without `<s>` and `</s>`, which are cut and masked alike.
-        cleaned: the string is what `clean_text` returned.
-
-    Raises:
-        DataError: nothing is left of it.
-    """
+    """Clean (unless `cleaned`), tokenise, truncate and mask a text; ids are only truncated and masked."""
     if isinstance(text, str):
         (ids,) = tokenizer.encode_ids([text if cleaned else clean_text(text, options)], options.max_tokens)
     else:
@@ -149,13 +125,7 @@ def encode_pair_text(
     *,
     one_of_many: bool = False,
 ) -> EncodedText:
-    """The text of a record, encoded.
-
-    Args:
-        caption: see `choose_text`; or a tuple of ids, see `encode_text`.
-        one_of_many: the image was drawn from a list of images, which the caption describes together; a random one of
-            `PREFIXES` then begins it.
-    """
+    """Encode a caption; with `one_of_many` a random prefix marks it as shared by several images."""
     if isinstance(caption, tuple):
         return encode_text(caption, tokenizer, options, rng)
     text = choose_text(caption, rng, language=options.language)

@@ -1,7 +1,6 @@
-"""Views of decoded images as normalised pixels, with the official parameters of every use.
+"""Image transforms with the official parameters of each task.
 
-A training transform is a function of the image and a NumPy generator: `transform(image, rng)`. Global random states are
-neither read nor changed, so any item of an epoch can be made again alone.
+A training transform is a pure function `transform(image, rng)` of the image and a NumPy generator.
 """
 
 from __future__ import annotations
@@ -51,9 +50,9 @@ def picture_size(picture: Picture) -> tuple[int, int]:
 
 
 def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """The crop of RandomResizedCrop: a share `scale` of the area, log aspect ratio uniform between 3/4 and 4/3.
+    """RandomResizedCrop box: area fraction in `scale`, log aspect ratio uniform between 3/4 and 4/3.
 
-    If ten draws do not fit, the central crop that is as large as those aspect ratios allow.
+    After ten failed draws it is the largest central crop within the aspect limits.
     """
     area = width * height
     for share, aspect, left, top in rng.random((_ATTEMPTS, 4)).tolist():
@@ -70,10 +69,9 @@ def random_crop_box(width: int, height: int, scale: tuple[float, float], rng: np
 
 
 def resize_crop(picture: Picture, box: Box, size: int, *, flip: bool = False) -> Tensor:
-    """Cut out a box and resize both sides, bicubic and antialiased: 8-bit pixels `[3, size, size]`.
+    """Crop and resize to 8-bit pixels `[3, size, size]`, bicubic and antialiased.
 
-    torchvision's 8-bit kernel; its values are PIL's up to rounding (at most 2 of 255, in a few of 1,000 pixels) at a
-    third of the time.
+    torchvision's 8-bit kernel: matches PIL up to rounding (at most 2 of 255), three times faster.
     """
     left, top, right, bottom = box
     if isinstance(picture, Image.Image):
@@ -91,13 +89,13 @@ def resize_crop(picture: Picture, box: Box, size: int, *, flip: bool = False) ->
 
 
 def normalise(pixels: Tensor, mean: tuple[float, float, float] = MEAN, std: tuple[float, float, float] = STD) -> Tensor:
-    """8-bit pixels `[3, H, W]` to float32, scaled to [0, 1] and normalised per channel."""
+    """8-bit pixels `[3, H, W]` to normalised float32."""
     shift, scale = _affine(mean, std)
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
 
 
 def whole_image(picture: Picture, size: int) -> Tensor:
-    """Normalised pixels `[3, size, size]` of all of a picture: without augmentation."""
+    """Normalised pixels `[3, size, size]` of the whole image, without augmentation."""
     return normalise(resize_crop(picture, (0, 0, *picture_size(picture)), size))
 
 
@@ -116,14 +114,14 @@ def augmented(pixels: Tensor, augment: RandAugment, rng: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """Random crop, flip and RandAugment: an image and a generator to normalised pixels `[3, size, size]`.
+    """Random crop, flip and RandAugment: image and generator to normalised pixels `[3, size, size]`.
 
     Attributes:
-        size: side of the result.
-        scale: smallest and largest share of the area that a crop keeps; None resizes the whole image.
+        size: output side in pixels.
+        scale: range of the crop's area fraction; None resizes the whole image.
         flip: probability of a horizontal flip.
-        augment: applied to the 8-bit pixels after the resize; None for nothing.
-        grey: make the three channels equal.
+        augment: applied to the 8-bit pixels after the resize; None disables it.
+        grey: convert to greyscale with three equal channels.
     """
 
     size: int
@@ -149,15 +147,14 @@ class TrainingTransform:
 
 @lru_cache
 def pretraining_transform(size: int) -> TrainingTransform:
-    """The view of image-text pairs and of images alone. Captions play no part in the flip."""
+    """Transform of pretraining images; the flip ignores captions."""
     return TrainingTransform(size, (0.2, 1.0), augment=RandAugment())
 
 
 def finetuning_transform(size: int, crop: tuple[float, float] | None = (0.5, 1.0)) -> TrainingTransform:
-    """The view of retrieval, NLVR2 (each of the two images), captioning and VQA; of weak grounding with crop=None.
+    """Transform of retrieval, NLVR2, captioning and VQA; of weak grounding with crop=None.
 
-    For VQA call it with `may_flip=not mentions_side(question, *answers)`. (The official code flips before the crop
-    there, which gives the same distribution.)
+    For VQA set `may_flip=not mentions_side(question, *answers)`.
     """
     return TrainingTransform(size, crop, augment=RandAugment())
 
@@ -167,9 +164,9 @@ _COLOURS = RandAugment("colour")
 
 @dataclass(frozen=True)
 class RegionTransform:
-    """The steps after the crop around a region: flip, resize (aspect not kept), colour operations, normalisation.
+    """Flip, resize (aspect ratio not preserved), colour augmentation and normalisation of a region crop.
 
-    Boxes stay valid: `flip` is the caller's, and no operation moves a pixel.
+    Boxes stay valid: the caller chooses `flip`, and no augmentation moves pixels.
     """
 
     size: int
@@ -180,19 +177,19 @@ class RegionTransform:
 
 
 def mentions_side(*texts: str | Iterable[str]) -> bool:
-    """True if 'left' or 'right' is anywhere in the texts, in either case: a flipped image would make them false."""
+    """True if a text contains 'left' or 'right', so that flipping the image would falsify it."""
     lower = (text.lower() for given in texts for text in ((given,) if isinstance(given, str) else given))
     return any("left" in text or "right" in text for text in lower)
 
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Replace a random rectangle of a normalised image by normal noise (arXiv 1708.04896, timm's mode `pixel`).
+    """Replace a random rectangle with normal noise (arXiv 1708.04896, timm's mode `pixel`).
 
     Attributes:
-        probability: with which a rectangle is erased.
-        area: smallest and largest share of the image; uniform between them.
-        aspect: lowest ratio of the sides, the highest is its inverse; the logarithm is uniform.
+        probability: of erasing a rectangle.
+        area: range of the rectangle's share of the image, uniform.
+        aspect: minimum aspect ratio, its inverse is the maximum; log-uniform.
     """
 
     probability: float = 0.25
@@ -200,7 +197,7 @@ class RandomErasing:
     aspect: float = 0.3
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """The image `[C, H, W]` itself or a changed copy."""
+        """The image `[C, H, W]` or a modified copy."""
         if rng.random() >= self.probability:
             return image
         channels, height, width = image.shape
@@ -219,7 +216,7 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class ImageNetTransform:
-    """The view of ImageNet fine-tuning: `view`, then `erase`."""
+    """Transform of ImageNet fine-tuning: `view`, then `erase`."""
 
     view: TrainingTransform
     erase: RandomErasing = RandomErasing()
@@ -229,23 +226,18 @@ class ImageNetTransform:
 
 
 def imagenet_training_transform(size: int) -> ImageNetTransform:
-    """Random crop, flip, `rand-m9-mstd0.5-inc1`, ImageNet's normalisation and erasing."""
+    """Random crop, flip, `rand-m9-mstd0.5-inc1`, ImageNet normalisation and random erasing."""
     augment = RandAugment("imagenet", level=9, deviation=0.5)
     return ImageNetTransform(TrainingTransform(size, _SCALE, augment=augment, mean=IMAGENET_MEAN, std=IMAGENET_STD))
 
 
 def imagenet_evaluation_transform(size: int) -> v2.Compose:
-    """PIL image to `[3, size, size]`: shorter side to 256/224 of the size (over 224: to the size), centre crop."""
+    """PIL image to `[3, size, size]`: shorter side to 256/224 of the size (over 224: the size), centre crop."""
     return _centre(int(size / (224 / 256)) if size <= 224 else size, size, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def probe_training_transform(size: int, dataset: str) -> TrainingTransform:
-    """Random crop and flip for the linear probe.
-
-    Args:
-        dataset: official name of the set: images of `mnist` and `fer2013` are resized whole and made grey, those of
-            `caltech101` made grey.
-    """
+    """Random crop and flip of the linear probe, with the official per-dataset exceptions."""
     small = dataset in GREY_SETS
     return TrainingTransform(
         size, None if small else _SCALE, grey=small or dataset == "caltech101", mean=HALF, std=HALF
@@ -253,13 +245,7 @@ def probe_training_transform(size: int, dataset: str) -> TrainingTransform:
 
 
 def probe_evaluation_transform(size: int, dataset: str) -> v2.Compose:
-    """PIL image to `[3, size, size]` for the linear probe: shorter side to 288 pixels, centre crop.
-
-    (For sun397, caltech101 and caltech256 the official code evaluates on randomly cropped training views.)
-
-    Raises:
-        ConfigError: the size exceeds 288, so that the crop would have a black border.
-    """
+    """PIL image to `[3, size, size]` of the linear probe: shorter side to 288 pixels, centre crop."""
     if dataset in GREY_SETS:
         return _centre(size, size, HALF, HALF, v2.Grayscale(3))
     if size > _PROBE_SIDE:

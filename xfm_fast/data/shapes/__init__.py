@@ -1,9 +1,9 @@
-"""The shapes world: a generated, seeded, offline dataset with everything that X-FM trains on.
+"""A generated, seeded, offline dataset with everything that X-FM trains on.
 
     python -c "from xfm_fast.data.shapes import write_world; write_world('shapes-world', seed=0)"
 
-writes 10,000 training, 500 validation and 500 test scenes in the official formats; without files,
-`render_batch([scene(seed, index, split) for index in ...])` and `captions(scene)` give the same data.
+writes 10,000 training, 500 validation and 500 test scenes in the official formats; `render_batch([scene(seed, index,
+split) for index in ...])` and `captions(scene)` give the same data in memory.
 """
 
 from xfm_fast.data.shapes.language import (

@@ -1,10 +1,7 @@
-"""The language of scenes: captions, expressions that mean one object, questions, and statements that are true or false.
+"""Texts about scenes: captions, referring expressions, questions, and true or false statements.
 
-`caption_facts` reads captions, those of a model too, and says which of their claims are true.
-
-The grammar is small and deterministic, and everything it says has a truth value: an expression is a `Reference`, which
-can be resolved against a scene, so one is handed out only if it means exactly one object. Questions and statements
-mention no combination that the split may not contain, not even to deny it.
+`caption_facts` parses captions and checks their claims. Questions and statements never mention a combination that is
+held out from the split.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ _OPENING = re.compile("(?:there is |the image contains |a picture of )?")
 
 @dataclass(frozen=True)
 class Reference:
-    """Attributes, and at most one relation to another object: "small red circle left of the star"."""
+    """Attributes and at most one relation to another object: "small red circle left of the star"."""
 
     size: str | None = None
     colour: str | None = None
@@ -58,7 +55,7 @@ class Reference:
 
     @property
     def adjectives(self) -> str:
-        """The attributes without the shape; may be empty."""
+        """Attributes without the shape; may be empty."""
         return " ".join(part for part in (self.size, self.colour, self.texture) if part is not None)
 
     @property
@@ -67,12 +64,12 @@ class Reference:
         return " ".join((*self.adjectives.split(), self.shape or "object"))
 
     def fits(self, thing: Thing) -> bool:
-        """True if the attributes are those of the object; the relation is not looked at."""
+        """True if the attributes match the object; ignores the relation."""
         wanted = (self.size, self.colour, self.texture, self.shape)
         return all(want in (None, has) for want, has in zip(wanted, thing.looks, strict=True))
 
     def resolve(self, scene: Scene) -> list[int]:
-        """Indices of the objects that the expression means."""
+        """Indices of matching objects."""
         fitting = [i for i, thing in enumerate(scene.things) if self.fits(thing)]
         if self.other is None or self.relation is None:
             return fitting
@@ -85,13 +82,13 @@ class Reference:
 
 
 def holds(relation: str, a: Thing, b: Thing) -> bool:
-    """True if a is left of, right of, above or below b: their centres differ by `MARGIN` or more that way."""
+    """True if a is left of, right of, above or below b: centres differ by at least `MARGIN`."""
     axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
     return sign * (_doubled_centre(b, axis) - _doubled_centre(a, axis)) >= 2 * MARGIN
 
 
 def main_relation(a: Thing, b: Thing) -> str:
-    """The relation of a to b along the axis on which they are farther apart."""
+    """Relation of a to b along the axis of larger distance."""
     dx, dy = (_doubled_centre(a, axis) - _doubled_centre(b, axis) for axis in (0, 1))
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -104,16 +101,13 @@ def with_article(noun: str) -> str:
 
 
 def full(thing: Thing) -> Reference:
-    """All that can be said of an object apart from its place."""
+    """All attributes of an object."""
     size, colour, texture, shape = thing.looks
     return Reference(size, colour, texture, shape)
 
 
 def captions(scene: Scene) -> list[str]:
-    """Four paraphrases, the plainest first; each names every object and its relation to the next.
-
-    The first two coincide where a scene with twins reads the same from both ends.
-    """
+    """Four paraphrases, the plainest first; each names every object and its relation to the next."""
     nouns = [with_article(full(thing).noun) for thing in scene.things]
     forward = [main_relation(a, b) for a, b in zip(scene.things, scene.things[1:], strict=False)]
     backward = [OPPOSITE[relation] for relation in reversed(forward)]
@@ -125,12 +119,7 @@ def captions(scene: Scene) -> list[str]:
 
 
 def references(scene: Scene, index: int) -> list[Reference]:
-    """Expressions that mean this object of the scene and no other.
-
-    First the attributes, wherever a set of them suffices, the shortest first; then relations to objects that can
-    themselves be named. Between twins only a relation decides, and two twins alone cannot be told apart: then the list
-    is empty.
-    """
+    """Referring expressions that match this object only: shortest attributes first, then relations; may be empty."""
     thing = scene.things[index]
     found = [reference for reference in _attribute_sets(thing) if reference.resolve(scene) == [index]]
     for other, anchor in enumerate(scene.things):
@@ -146,7 +135,7 @@ def references(scene: Scene, index: int) -> list[Reference]:
 
 
 def _attribute_sets(thing: Thing) -> Iterator[Reference]:
-    """Every non-empty set of attributes, small sets first."""
+    """Non-empty attribute sets, small sets first."""
     names = ("shape", "colour", "texture", "size")
     for count in range(1, len(names) + 1):
         for chosen in combinations(names, count):
@@ -154,7 +143,7 @@ def _attribute_sets(thing: Thing) -> Iterator[Reference]:
 
 
 def _chain(nouns: Sequence[str], relations: Sequence[str]) -> str:
-    """Nouns joined by the relations of neighbours: "a circle left of a square above a star"."""
+    """Nouns joined by relations: "a circle left of a square above a star"."""
     return " ".join([nouns[0], *(f"{relation} {noun}" for relation, noun in zip(relations, nouns[1:], strict=True))])
 
 
@@ -164,7 +153,7 @@ def _doubled_centre(thing: Thing, axis: int) -> int:
 
 
 def questions(scene: Scene, split: Split) -> list[tuple[str, str]]:
-    """Questions and their answers: number, attributes, existence, relations."""
+    """Question-answer pairs: count, attributes, existence, relations."""
     asked = [("how many objects are there", NUMBERS[len(scene.things)])]
     for index, thing in enumerate(scene.things):
         named = references(scene, index)
@@ -183,7 +172,7 @@ def questions(scene: Scene, split: Split) -> list[tuple[str, str]]:
 
 
 def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, bool]]:
-    """Statements about a left image (`first`) and a right image, with their truth."""
+    """Statements about a left image (`first`) and a right image (`second`), with their truth."""
     both = (first, second)
     left, right = len(first.things), len(second.things)
     made = [
@@ -207,19 +196,10 @@ def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, boo
 
 
 def entailments(first: Scene, second: Scene, index: int) -> list[tuple[str, str, bool]]:
-    """Pairs of a caption and a statement that follows from it or does not: (caption, statement, truth).
+    """Two (caption, statement, truth) triples, the true one first; empty if the scenes are indistinguishable.
 
-    They come two by two, the true one first, and neither half betrays the answer: both pairs have the same statement
-    and captions of different scenes, or they have captions of one scene and statements that are each other's opposite,
-    of which each is as often true as false. Whatever is denied is false of the scene, not merely unsaid.
-
-    Args:
-        first, second: any two scenes of a split.
-        index: a number that chooses the kind of statement (an object, how many there are, a relation) and the
-            paraphrases; consecutive ones give all kinds.
-
-    Returns:
-        Two pairs, or none where nothing tells the scenes apart.
+    Neither half reveals the answer: the triples share a statement and have captions of different scenes, or share a
+    scene and have opposite statements. `index` selects the kind of statement and the paraphrases.
     """
     # The numbers of kinds and paraphrases have no common factor, so no kind goes with a paraphrase.
     kind, paraphrase = index % 3, index % 4
@@ -248,7 +228,7 @@ def entailments(first: Scene, second: Scene, index: int) -> list[tuple[str, str,
 
 @dataclass(frozen=True)
 class Fact:
-    """One claim of a caption: an attribute of an object ("red"), or a relation of two ("left of")."""
+    """One claim of a caption: an attribute of an object ("red") or a relation ("left of")."""
 
     kind: Attribute | Literal["relation"]
     claim: str
@@ -257,28 +237,22 @@ class Fact:
 
 @dataclass(frozen=True)
 class CaptionFacts:
-    """The claims of a caption, in its order; none where it is not understood."""
+    """Claims of a caption in order; empty if it cannot be parsed."""
 
     understood: bool
     facts: tuple[Fact, ...] = ()
 
     @property
     def all_true(self) -> bool:
-        """True if the caption claims something, and nothing false."""
+        """True if the caption makes at least one claim and all are true."""
         return bool(self.facts) and all(fact.true for fact in self.facts)
 
 
 def caption_facts(text: str, scene: Scene) -> CaptionFacts:
-    """The claims of a caption, and which of them are true of a scene.
+    """Parse a caption and check its claims against a scene.
 
-    Understood are chains as `captions` makes them: an opening or none, then nouns joined by relations, each noun with
-    any of its attributes in their order. A caption may leave objects out. Each noun means another object, the
-    assignment being the one under which most attributes, then most relations are true; of a noun that finds no object
-    every claim is false.
-
-    Args:
-        text: a caption of any origin; capitals, surplus spaces and a full stop at the end do not matter.
-        scene: that it describes.
+    Accepts chains as produced by `captions`, with any subset of attributes. Nouns are assigned to distinct objects to
+    maximise true attributes, then true relations; all claims about an unassigned noun are false.
     """
     words = " ".join(text.lower().split()).removesuffix(".").rstrip()
     parts = _RELATION.split(_OPENING.sub("", words, count=1))
@@ -292,7 +266,7 @@ def caption_facts(text: str, scene: Scene) -> CaptionFacts:
 
 
 def _assignments(things: Sequence[Thing], nouns: int) -> Iterator[tuple[Thing | None, ...]]:
-    """Every way to give each noun an object of its own, or each object a noun where there are more nouns."""
+    """Injective assignments of nouns to objects (or of objects to nouns if there are more nouns)."""
     if nouns <= len(things):
         yield from permutations(things, nouns)
         return
@@ -318,20 +292,15 @@ def _judge(
 
 
 def _likeness(facts: Sequence[Fact]) -> tuple[int, int]:
-    """True attributes, true claims: of objects that changed places the relation is false, not the colours."""
+    """Sort key of an assignment: true attributes, then true claims."""
     return sum(fact.true for fact in facts if fact.kind != "relation"), sum(fact.true for fact in facts)
 
 
 def true_shares(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
-    """What is true of what captions say, each of its scene.
+    """Fractions of true claims over captions.
 
-    Returns:
-        `true_captions`: the share of captions that state at least one fact and nothing false; one not understood is
-        wrong. `true_colours`, `true_shapes`, `true_relations` and so on: the share of claims of this kind, 0 where
-        there is none.
-
-    Raises:
-        DataError: no captions, or another number of scenes.
+    `true_captions`: captions with at least one claim and no false one; `true_colours`, `true_relations`, ...: claims by
+    kind.
     """
     if not texts or len(texts) != len(scenes):
         raise DataError(
@@ -347,7 +316,7 @@ def true_shares(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, floa
 
 
 def _related(scene: Scene, x: Reference, relation: str, y: Reference) -> bool:
-    """True if some object that x fits is in this relation to another that y fits."""
+    """True if an object matching x has the relation to one matching y."""
     fitting = product(filter(x.fits, scene.things), filter(y.fits, scene.things))
     return any(one is not other and holds(relation, one, other) for one, other in fitting)
 
@@ -385,7 +354,7 @@ def _contents(both: tuple[Scene, Scene], split: Split) -> Iterator[tuple[str, bo
 
 
 def _pairs(scene: Scene, split: Split) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Pairs of a colour and a shape that the scene has, and those of the split that it lacks."""
+    """Colour-shape pairs in the scene, and pairs of the split that it lacks."""
     present = {(thing.colour, thing.shape) for thing in scene.things}
     return sorted(present), sorted(allowed_pairs(split) - present)
 
@@ -395,6 +364,6 @@ def _pick(scenes: Sequence[Scene], purpose: str, values: Sequence[str]) -> str:
 
 
 def _choice(scenes: Sequence[Scene], purpose: str, count: int) -> int:
-    """A number below `count`, arbitrary but always the same for these scenes."""
+    """Deterministic pseudo-random number below `count` for these scenes."""
     looks = " ".join(str(full(thing)) + str(thing.box) for scene in scenes for thing in scene.things)
     return zlib.crc32(f"{purpose}: {looks}".encode()) % count

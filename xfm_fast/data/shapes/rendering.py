@@ -1,4 +1,4 @@
-"""Pictures of scenes: anti-aliased masks, made once for every shape, texture and size, and blended in place."""
+"""Renders scenes with cached anti-aliased masks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LEAST = 16
 
 
 def pixel_box(thing: Thing, resolution: int = CANVAS) -> tuple[int, int, int, int]:
-    """(x, y, w, h) of an object in whole pixels of an image of this resolution."""
+    """(x, y, w, h) of an object in pixels."""
     if resolution == CANVAS:
         return thing.box
     left, top, right, bottom = (
@@ -40,16 +40,12 @@ def pixel_box(thing: Thing, resolution: int = CANVAS) -> tuple[int, int, int, in
 
 
 def render(scene: Scene, resolution: int = CANVAS) -> NDArray[np.uint8]:
-    """The picture of a scene: uint8 RGB `[R, R, 3]`."""
+    """Image of a scene: uint8 RGB `[R, R, 3]`."""
     return render_batch([scene], resolution)[0]
 
 
 def render_batch(scenes: Sequence[Scene], resolution: int = CANVAS) -> NDArray[np.uint8]:
-    """Pictures of B scenes: uint8 RGB `[B, R, R, 3]`.
-
-    Raises:
-        DataError: a resolution too low to tell the shapes apart.
-    """
+    """Images of B scenes: uint8 RGB `[B, R, R, 3]`."""
     if resolution < _LEAST:
         raise DataError(f"resolution={resolution} shows no shapes; use at least {_LEAST} pixels")
     light = _light(resolution)
@@ -67,11 +63,7 @@ def render_batch(scenes: Sequence[Scene], resolution: int = CANVAS) -> NDArray[n
 
 @cache
 def _light(resolution: int) -> NDArray[np.int16]:
-    """The light on the ground `[R, R, 3]`: redder to the right, bluer downwards, green against both.
-
-    It tells a place by its colour, as the sky and the horizon of photographs do. BEiT has no absolute positions, and on
-    an even ground every empty patch would look like every other.
-    """
+    """Background gradient `[R, R, 3]`, which encodes position by colour (BEiT has no absolute positions)."""
     across = np.linspace(-LIGHT, LIGHT, resolution)
     red, blue = np.broadcast_to(across, (resolution, resolution)), np.broadcast_to(across[:, None], (resolution,) * 2)
     return np.rint(np.stack([red, -(red + blue) / 2, blue], axis=2)).astype(np.int16)
@@ -81,7 +73,7 @@ def _light(resolution: int) -> NDArray[np.int16]:
 def _mask(
     shape: str, texture: str, colour: str, width: int, height: int
 ) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
-    """The share of an object in each pixel `[h, w, 3]`, and the weight, of `_WHOLE`, of the ground `[h, w, 1]`."""
+    """Foreground `[h, w, 3]` and background weight `[h, w, 1]` in units of `_WHOLE`."""
     rows, columns = (np.arange(n * _SAMPLES) + 0.5 for n in (height, width))
     v, u = 2 * rows / (height * _SAMPLES) - 1, 2 * columns / (width * _SAMPLES) - 1
     inside = _inside(shape, u[None, :], v[:, None])
@@ -94,7 +86,7 @@ def _mask(
 
 
 def _inside(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Points of the square from -1 to 1 (u to the right, v downwards) that a shape covers; it touches all sides."""
+    """Points of [-1, 1]² (u right, v down) covered by a shape that touches all sides."""
     match shape:
         case "circle":
             return u**2 + v**2 <= 1
@@ -127,7 +119,7 @@ def _in_star(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bool_
 
 
 def _gaps(texture: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Points (in pixels from the corner of the box) that lie between stripes, or in dots."""
+    """Points between stripes or in dots, in pixels from the box corner."""
     match texture:
         case "plain":
             return np.zeros(np.broadcast_shapes(x.shape, y.shape), bool)

@@ -1,9 +1,7 @@
-"""Scenes of the shapes world: which objects there are, where they lie, and what a split may contain.
+"""Scenes of the shapes dataset, each a pure function of (seed, split, index).
 
-A scene is a pure function of (seed, split, index). Generalisation to combinations is tested by construction: of the 48
-pairs of a colour and a shape, 8 occur in the test split only and 8 others in the validation split only, and every scene
-of these splits holds at least one of its own. Each colour and each shape is common in training. The split `known` has
-new scenes of the pairs of training: what a model does there, and not in the test split, it learnt by combination.
+Of the 48 colour-shape pairs, 8 occur only in the test split and 8 others only in the validation split; every scene of
+these splits contains at least one of its own. The split `known` has new scenes with the pairs of training.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ _TWIN_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. Its box (x, y, side, side) is tight, in units of `CANVAS`."""
+    """One object with a tight box (x, y, side, side) in units of `CANVAS`."""
 
     shape: str
     colour: str
@@ -68,29 +66,25 @@ class Thing:
 
     @property
     def looks(self) -> tuple[str, str, str, str]:
-        """All that can be said of it apart from its place."""
+        """All attributes except position."""
         return self.size, self.colour, self.texture, self.shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects on a grey ground of some brightness, all in the same uneven light."""
+    """One to three objects on a grey background."""
 
     things: tuple[Thing, ...]
     ground: int
 
 
 def allowed_pairs(split: Split) -> frozenset[Pair]:
-    """The pairs of a colour and a shape that pictures and texts of a split may contain."""
+    """Colour-shape pairs that may occur in a split."""
     return frozenset(_COMMON) | HELD_OUT[split]
 
 
 def scene(seed: int, index: int, split: Split = "train") -> Scene:
-    """Scene `index` of a split of the world with this seed; the same arguments give the same scene on every machine.
-
-    Raises:
-        DataError: an unknown split, or a negative seed or index.
-    """
+    """Scene `index` of a split, identical on every machine."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if seed < 0 or index < 0:
@@ -110,7 +104,7 @@ def scene(seed: int, index: int, split: Split = "train") -> Scene:
 
 
 class _Draws:
-    """Uniform numbers in blocks: one call of the generator costs as much as a hundred numbers."""
+    """Uniform random numbers, drawn in blocks for speed."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self._generator = generator
@@ -122,7 +116,7 @@ class _Draws:
         return self._block.pop()
 
     def between(self, low: int, high: int) -> int:
-        """A whole number, both ends included."""
+        """Random integer, both ends included."""
         return low + int(self.uniform() * (high - low + 1))
 
     def one_of(self, values: tuple[T, ...]) -> T:
@@ -148,7 +142,7 @@ def _looks(number: int, split: Split, draws: _Draws) -> list[tuple[str, str, str
 
 
 def _places(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
-    """Places without overlap, such that every two objects are clearly beside or above each other."""
+    """Random non-overlapping positions with a clear relation between every two objects."""
     while True:
         places: list[tuple[int, int]] = []
         for side in sides:

@@ -1,7 +1,4 @@
-"""The shapes world on disk, in the official formats.
-
-Line-JSON for pretraining; JSON arrays, a tab-separated table and a CSV for fine-tuning.
-"""
+"""Writes the shapes dataset in the official file formats: line JSON, JSON arrays, TSV and CSV."""
 
 from __future__ import annotations
 
@@ -48,37 +45,20 @@ def write_world(
     images: Mapping[Split, int] = DEFAULT_IMAGES,
     resolution: int = CANVAS,
 ) -> dict[str, Any]:
-    """Write a world; the same arguments give the same bytes (with the same version of Pillow, which packs the PNGs).
+    """Write a dataset folder atomically; the same arguments give the same bytes (with the same Pillow version).
 
     For every split: `images/<split>/*.png`, and
 
     - `pairs_<split>.jsonl` (`binary`, `desc`: four paraphrases), `regions_<split>.jsonl` (`binary`, `caption`, `elems`)
       and the fine-tuning files `vqa_`, `nlvr_`, `retrieval_`, `grounding_` and `captioning_<split>.json`,
-      `text_<split>.tsv` and `image_<split>.csv`: all of the same scenes;
-    - `captioning_<split>_gt.json` for all but train, the references as the COCO evaluation reads them;
-    - `images_<split>.jsonl` (`binary`) and `texts_<split>.jsonl` (`desc`): as many scenes again, different ones.
+      `text_<split>.tsv` and `image_<split>.csv`, all of the same scenes;
+    - `captioning_<split>_gt.json` except for train: references in COCO's format;
+    - `images_<split>.jsonl` (`binary`) and `texts_<split>.jsonl` (`desc`): the same number of other scenes.
 
-    Captioning has an element for every paraphrase in training, and one for every image with all four of them in other
-    splits; an image's id is its number. The text task (`sentence1`, `sentence2`, `label`) asks if a statement follows
-    from a caption: half of the answers are yes, and neither sentence alone says which (`entailments`). The image task
-    (`image`, `label`) asks for the shape of the largest object, in scenes with one object or exactly one large one; all
-    splits but train have equally many of all labels that occur, so chance is one in six.
-
-    `answers.json` lists the answers, and `world.json` says what the world holds: seed, counts, vocabulary, labels, the
-    combinations that each split holds out, and the SHA-256 of every file.
-
-    Args:
-        folder: appears complete or not at all. If it is a world of the same arguments already, nothing is done.
-        seed: of the world.
-        images: number of scenes by split.
-        resolution: of the images, in pixels.
-
-    Returns:
-        The content of `world.json`.
-
-    Raises:
-        DataError: the folder holds something else, or the counts are not positive.
-        StorageError: a file cannot be written.
+    The text task (`entailments`) is balanced, and neither sentence reveals the label. The image task is the shape of
+    the largest object, balanced in all splits but train. `answers.json` lists the answers; `world.json` (returned)
+    records seed, counts, vocabulary, labels, held-out combinations and the SHA-256 of every file. An identical existing
+    dataset is reused.
     """
     folder = Path(folder)
     for split, count in images.items():
@@ -115,7 +95,7 @@ def write_world(
 
 
 def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The world that lies there already, if it is the wanted one."""
+    """Metadata of an existing identical dataset."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
@@ -131,7 +111,7 @@ def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: int) -> dict[str, tuple[int, str]]:
-    """Writes the files of a split; returns rows and digest of each."""
+    """Write the files of a split; returns row count and digest of each."""
     pictures = folder / "images" / split
     pictures.mkdir(parents=True)
     rows: dict[str, list[Any]] = {name: [] for name in ("pairs", "regions", "images", "texts")}
@@ -236,12 +216,7 @@ def _png(made: Scene, resolution: int) -> bytes:
 
 
 def region_elements(made: Scene, resolution: int = CANVAS) -> list[dict[str, Any]]:
-    """The regions of a scene in the official form: for every object its attributes, and its relations, if they mean it.
-
-    Returns:
-        Elements with `bb` (x, y, w, h in pixels) and `caption`, either a shape with `attributes` before it or a list
-        of relations such as "circle left of the red star".
-    """
+    """Region annotations: `bb` (x, y, w, h in pixels) and `caption`, a shape with `attributes` or relations."""
     elements: list[dict[str, Any]] = []
     for index, thing in enumerate(made.things):
         named = references(made, index)
