@@ -1,1 +1,1 @@
-"""The tasks that X-FM is fine-tuned for: each task joins a head, a loss, inference and its metric."""
+"""Fine-tuning tasks: head, loss, inference and metric."""

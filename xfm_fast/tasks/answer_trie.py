@@ -1,13 +1,11 @@
-"""A list of answers as a prefix trie: what answers begin with in common is decoded once per question.
+"""VQA answer ranking over a prefix trie: shared prefixes of the answers are decoded once per question.
 
-The 3,129 answers of VQA v2 in RoBERTa's tokens have 6,334 tokens between `<s>` and `</s>`, and 4,075 distinct prefixes.
-A decoded prefix of the base model costs 0.28 GFLOP: 0.20 in twelve layers, 0.08 for the normaliser of its softmax over
-the vocabulary, which every prefix needs whole. (Of the vocabulary's logits only those of the tokens that follow in some
-answer are needed besides.) All answers of a question are 1.1 TFLOP, 1.8 if each is decoded for itself, and 7.8 if each
-is padded to the longest and given its own keys and values of the question as well.
+The 3,129 answers of VQA v2 have 6,334 tokens between `<s>` and `</s>`, but 4,075 distinct prefixes. A prefix of the
+base model costs 0.28 GFLOP (0.20 decoder layers, 0.08 softmax normaliser), so ranking all answers of a question costs
+1.1 TFLOP, against 1.8 without sharing and 7.8 with padding and separate keys and values.
 
-Nodes of the trie are the prefixes that are decoded: every answer without its last token, and all that they begin with.
-Edges are the tokens that follow, so an answer is a path of edges, and its log-likelihood the sum along it.
+Nodes are decoded prefixes: every answer without its last token, and all shorter prefixes. Edges are next tokens; the
+log-likelihood of an answer is the sum along its path.
 """
 
 from __future__ import annotations
@@ -36,16 +34,16 @@ _SEEDS = 16
 
 @dataclass(frozen=True)
 class AnswerTrie:
-    """N answers as a trie of `nodes` prefixes and `edges` tokens behind them; node 0 is `<s>`, on which all begin.
+    """N answers as a trie of `nodes` prefixes and `edges` next tokens; node 0 is `<s>`.
 
     Attributes:
         tokens: `[nodes]` last token of each prefix.
-        paths: `[nodes, D]` the nodes that a prefix begins with, `<s>` first, itself last; then 0 up to D.
-        depths: `[nodes]` tokens of the prefix before its last one; ascending.
-        edge_starts: `[nodes + 1]`: the edges of node i are those from `edge_starts[i]` to `edge_starts[i + 1]`.
+        paths: `[nodes, D]` ancestors of a node, from `<s>` to the node itself, padded with 0.
+        depths: `[nodes]` tokens before the last one; ascending.
+        edge_starts: `[nodes + 1]`: edges of node i are `edge_starts[i]` to `edge_starts[i + 1]`.
         edge_tokens: `[edges]`.
-        answer_nodes: `[N, D]` the nodes that an answer needs, in order; then 0.
-        answer_edges: `[N, D]` its edges, in order; then `edges`, which stands for none.
+        answer_nodes: `[N, D]` nodes of an answer in order, padded with 0.
+        answer_edges: `[N, D]` edges of an answer in order, padded with `edges`.
     """
 
     tokens: Tensor
@@ -58,17 +56,7 @@ class AnswerTrie:
 
     @classmethod
     def of(cls, answer_ids: Tensor, answer_mask: Tensor | None, config: XFMConfig) -> AnswerTrie:
-        """Build the trie, once for all batches of questions.
-
-        Args:
-            answer_ids: `[N, La]` the answer list, tokenised with `<s> ... </s>` and padded.
-            answer_mask: `[N, La]`, real tokens first; by default everything but padding.
-            config: of the model that is to rank them.
-
-        Raises:
-            InputError: no answers, answers that do not start alike or hold fewer than two tokens, tokens that the
-                model does not have, or a mask with gaps.
-        """
+        """Build the trie from tokenised answers `[N, La]` (`<s> ... </s>`, padded) and an optional mask."""
         mask = check_answers(answer_ids, answer_mask, config)
         lengths = mask.sum(1).tolist()
         answers = [ids[:length] for ids, length in zip(answer_ids.tolist(), lengths, strict=True)]
@@ -116,7 +104,7 @@ class AnswerTrie:
 
 
 def check_answers(answer_ids: Tensor, answer_mask: Tensor | None, config: XFMConfig) -> Tensor:
-    """Returns the boolean mask of answers that start with the same token and have another one to predict."""
+    """Boolean mask of valid answers: same first token and at least one more."""
     mask = inputs.check_tokens(answer_ids, answer_mask, config)
     if not answer_ids.shape[0]:
         raise InputError("the answer list is empty; give at least one answer")
@@ -135,20 +123,20 @@ def check_answers(answer_ids: Tensor, answer_mask: Tensor | None, config: XFMCon
 
 
 class Ranked(NamedTuple):
-    """Rows of the answer list and their log-likelihoods, best first: both `[Q, best]`."""
+    """Answer indices and log-likelihoods, best first: both `[Q, best]`."""
 
     indices: Tensor
     scores: Tensor
 
 
 class Questions(Protocol):
-    """The memory of Q questions."""
+    """Decoder memory of Q questions."""
 
     @property
     def states(self) -> int: ...
 
     def part(self, start: int, stop: int) -> Any:
-        """That of the questions from `start` to `stop`."""
+        """Memory of questions `start` to `stop`."""
         ...
 
 
@@ -161,15 +149,10 @@ def rank(
     best: int | None,
     first_token_twice: bool,
 ) -> Ranked:
-    """The `best` likeliest of the k answers whose first token is likeliest, for the Q questions of the memory.
+    """Rank the k answers with the likeliest first tokens and return the `best`, for Q questions.
 
-    `tree_of` begins the tree of some of the questions, whose nodes are decoded as they are wanted.
-
-    With best = k (or None) all of them are decoded, in one pass. With fewer a prefix is left out once it is less likely
-    than `best` whole answers, because the answers that begin with it are less likely still: the result is the same.
-
-    Raises:
-        InputError: k outside 1..N, or best outside 1..k.
+    With best = k (or None) all are decoded in one pass. With fewer, a prefix less likely than `best` complete answers
+    is pruned; the result is the same.
     """
     if not 1 <= k <= trie.answers:
         raise InputError(f"k={k}; with {trie.answers} answers it must be 1 to {trie.answers}")
@@ -216,18 +199,13 @@ def _rank_part(tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_tok
 
 
 class DecodedTree(ABC):
-    """The nodes of a trie that were decoded for each of Q questions, and the log-likelihoods of their edges.
-
-    Args:
-        trie: of the answers.
-        questions: Q.
-        dtype: of likelihoods.
+    """Decoded trie nodes of Q questions with the log-likelihoods of their edges.
 
     Attributes:
         none: `[Q, nodes]`, False.
         places: `[Q, nodes]` row of a node in the keys and values; -1 before it is decoded.
-        rows: nodes that are kept.
-        log_likelihoods: `[Q, edges + 1]` of an edge given its node; 0 for the edges of nodes that were not decoded.
+        rows: number of stored nodes.
+        log_likelihoods: `[Q, edges + 1]` of an edge given its node; 0 until the node is decoded.
     """
 
     def __init__(self, trie: AnswerTrie, questions: int, dtype: torch.dtype) -> None:
@@ -238,11 +216,7 @@ class DecodedTree(ABC):
         self.log_likelihoods = torch.zeros(questions, trie.edges + 1, dtype=dtype, device=device)
 
     def decode(self, chosen: Tensor, *, keep: bool) -> None:
-        """Decode the nodes that are True in `chosen` `[Q, nodes]`; those before them are there, or chosen as well.
-
-        Args:
-            keep: whether nodes of later calls continue these.
-        """
+        """Decode nodes chosen in `[Q, nodes]` whose ancestors are decoded or chosen; `keep` stores keys and values."""
         questions, nodes = chosen.nonzero(as_tuple=True)
         if not len(nodes):
             return
@@ -252,28 +226,24 @@ class DecodedTree(ABC):
 
     @abstractmethod
     def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
-        """Decode `nodes` `[n]` of `questions` `[n]`, sorted by question, whose places are new, and note the
-        log-likelihoods of their edges.
-        """
+        """Decode new `nodes` `[n]` of `questions` `[n]` (sorted) and store the log-likelihoods of their edges."""
 
     def by_depth(self, questions: Tensor, nodes: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For every depth of some nodes, the shallowest first: which of them are `[m]`, and `[m, depth + 1]` places of
-        the prefixes that each begins with, itself the last.
-        """
+        """Per depth, shallowest first: which nodes `[m]`, and rows of their prefixes `[m, depth + 1]`, own row last."""
         depths = self.trie.depths[nodes]
         for depth in depths.unique().tolist():
             rows = (depths == depth).nonzero().flatten()
             yield depth, rows, self.places[questions[rows, None], self.trie.paths[nodes[rows], : depth + 1]]
 
     def edges_of(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """The edges of nodes `[n]`, node after node, and how many each has `[n]`."""
+        """Concatenated edges of nodes `[n]`, and edge counts `[n]`."""
         first = self.trie.edge_starts[nodes]
         counts = self.trie.edge_starts[nodes + 1] - first
         return ragged_rows(first, counts), counts
 
 
 class PackedTree(DecodedTree):
-    """The tree as the packed decoder grows it: all nodes of a call in one pass, whatever their depth."""
+    """Tree of the packed decoder: all nodes of a call in one pass, at any depth."""
 
     def __init__(self, decoder: TextDecoder, memory: DecoderMemory, trie: AnswerTrie) -> None:
         super().__init__(trie, memory.states, torch.promote_types(decoder.word_embeddings.dtype, torch.float32))
@@ -281,7 +251,7 @@ class PackedTree(DecodedTree):
         self._layers: list[Tensor] = []  # [rows, 2, H, D]
 
     def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
-        """See `DecodedTree`."""
+        """See `DecodedTree.decode_nodes`."""
         trie, memory, decoder = self.trie, self._memory, self._decoder
         depths = trie.depths[nodes]
         visible = [(rows, places) for _, rows, places in self.by_depth(questions, nodes)]
@@ -302,7 +272,7 @@ class PackedTree(DecodedTree):
         self._read_edges(decoder.lm_head.transform(x), questions, nodes)
 
     def _read_edges(self, hidden: Tensor, questions: Tensor, nodes: Tensor) -> None:
-        """Log-likelihoods of all edges of the nodes, whose states before the vocabulary are `hidden` `[n, width]`."""
+        """Store log-likelihoods of all edges of nodes with final hidden states `[n, width]`."""
         trie, words, bias = self.trie, self._decoder.word_embeddings, self._decoder.lm_head.bias
         edges, counts = self.edges_of(nodes)
         # One edge of a node tells the normaliser of its softmax; the others differ from it by their logits.
@@ -320,15 +290,7 @@ class PackedTree(DecodedTree):
 
 
 def _attend(q: Tensor, known: Tensor, visible: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Every query over the keys and values of its own prefix.
-
-    Args:
-        q: `[n, H, D]`; known: `[rows, 2, H, D]`.
-        visible: for prefixes of equal length, which queries they are `[m]` and the rows that each sees `[m, length]`.
-
-    Returns:
-        `[n, H, D]`.
-    """
+    """Attention of queries `[n, H, D]` over the rows `[m, length]` of `known` `[rows, 2, H, D]` visible to each."""
     context = torch.empty_like(q, memory_format=torch.contiguous_format)
     for queries, rows in visible:
         # One to eight keys a query: matrix products of such a shape are slower than a pass for each key.

@@ -1,9 +1,7 @@
-"""Metrics of generated captions against the references of their images: BLEU (ACL 2002), ROUGE-L (WAS 2004) and CIDEr-D
-(arXiv 1411.5726), with the conventions of the COCO caption evaluation.
+"""Caption metrics of the COCO evaluation: BLEU (ACL 2002), ROUGE-L (WAS 2004) and CIDEr-D (arXiv 1411.5726).
 
-METEOR and SPICE are not offered: they need WordNet and a scene-graph parser. Texts are cut into words as the COCO
-evaluation's Java tokeniser does it (lower case, contractions apart, no punctuation), for all that captions are likely
-to contain; it knows more abbreviations and dialect.
+METEOR and SPICE are missing: they need WordNet and a scene-graph parser. Tokenisation follows the Java tokeniser of the
+COCO evaluation for typical captions; it knows more abbreviations and dialect.
 """
 
 from __future__ import annotations
@@ -55,24 +53,16 @@ _WRITTEN = {
 
 
 def words(text: str) -> Words:
-    """The words of a caption: lower case, `isn't` as `is n't`, `dog's` as `dog 's`, without punctuation."""
+    """Tokens of a caption: lower case, `isn't` as `is n't`, `dog's` as `dog 's`, no punctuation."""
     found: Words = _WORD.findall(_SEAM.sub(" ", text.lower().replace("’", "'")))
     return [_WRITTEN.get(word, word) for word in found]
 
 
 def caption_metrics(candidates: Mapping[T, str], references: Mapping[T, Sequence[str]]) -> dict[str, float]:
-    """Scores of one caption for each image.
+    """Corpus scores of one caption per image id against its references.
 
-    Args:
-        candidates: the caption of every image, by image id.
-        references: its references, one or more; images without a candidate are refused.
-
-    Returns:
-        `BLEU-1` … `BLEU-4` and `ROUGE-L` in [0, 1], `CIDEr-D` in [0, 10], over all images. CIDEr-D weights n-grams by
-        how few images have them, so that it depends on the collection.
-
-    Raises:
-        InputError: no images, ids that differ, or an image without a reference.
+    `BLEU-1` … `BLEU-4` and `ROUGE-L` are in [0, 1], `CIDEr-D` in [0, 10] (it weights n-grams by their rarity in the
+    corpus).
     """
     found, known = dict(candidates), dict(references)
     if not found:
@@ -87,9 +77,7 @@ def caption_metrics(candidates: Mapping[T, str], references: Mapping[T, Sequence
 
 
 def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> dict[str, float]:
-    """`BLEU-1` … `BLEU-4` of a corpus: precisions are pooled over captions, and lengths compared with the nearest
-    reference's, the shorter one of two that are equally near.
-    """
+    """Corpus BLEU-1 to BLEU-4, with the closest reference length (the shorter on a tie)."""
     right, all_of = [0] * _ORDER, [0] * _ORDER
     length = nearest = 0
     for said, meant in zip(candidates, references, strict=True):
@@ -113,9 +101,7 @@ def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
 
 
 def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """Mean over images of the F-measure of the longest common subsequence, whose precision and recall are each those of
-    the best reference.
-    """
+    """Mean ROUGE-L F-measure, with the best reference for precision and for recall."""
     total = 0.0
     for said, meant in zip(candidates, references, strict=True):
         common = [_common_subsequence(said, text) for text in meant]
@@ -127,9 +113,7 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
 
 
 def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> float:
-    """Mean over images of CIDEr-D: similarity of TF-IDF weighted n-grams to every reference, clipped so that repeating
-    a word does not pay, times a penalty on a difference in length.
-    """
+    """Mean CIDEr-D: clipped TF-IDF n-gram similarity to all references with a length penalty."""
     counted = [[_ngrams(text) for text in meant] for meant in references]
     images_with = Counter(gram for of_image in counted for gram in set().union(*of_image))
     images = math.log(max(len(references), 1))

@@ -1,8 +1,8 @@
-"""Image captioning: a decoder on the vision encoder continues a prompt such as "a picture of".
+"""Image captioning: a decoder over vision features continues a prompt, e.g. "a picture of".
 
-Recipe of the official configuration: 384 pixels, 32 images per GPU, lr 1e-5, 5 epochs, label smoothing 0.1, captions of
-at most 20 tokens and at least 5, 3 beams. The official model cannot be constructed (its decoder does not know label
-smoothing); this is what it means to be, and its parts were run to check it.
+Official recipe: 384 pixels, 32 images per GPU, lr 1e-5, 5 epochs, label smoothing 0.1, captions of 5 to 20 tokens, 3
+beams. The official model class cannot be constructed (its decoder lacks label smoothing); this is its intended
+behaviour, verified by parts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ from xfm_fast.tasks.task_model import TaskModel
 
 
 class CaptioningModel(TaskModel):
-    """The vision encoder of X-FM and a decoder; language and fusion encoder are not built.
+    """Vision encoder with a text decoder; the language and fusion encoders are not built.
 
-    Args:
-        config: sizes.
-        decoder_layers: by default as many as the encoder has whose weights the decoder starts from.
-        decoder_from: that encoder. The fusion encoder has learnt to look at images, as the decoder must; the text
-            encoder, the official choice, has no cross-attention, so that the decoder's starts at random.
+    The decoder is initialised from `decoder_from`: the fusion encoder, or the text encoder (official), which leaves
+    cross-attention random. `decoder_layers` defaults to the depth of that encoder.
     """
 
     own_parts = ("text_decoder.",)
@@ -49,14 +46,14 @@ class CaptioningModel(TaskModel):
         self.text_decoder = TextDecoder(config, layers, config.vision_width)
 
     def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Start the decoder from `decoder_from` of a pretraining state dict; see `TextDecoder.initialise_from`."""
+        """Initialise the decoder from `decoder_from` of a pretraining state dict."""
         return self.text_decoder.initialise_from(state, f"{self.decoder_from}_encoder")
 
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
         return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
 
     def decoder_memory(self, pixels: Tensor) -> DecoderMemory:
-        """The decoder's memory of images `[B, 3, R, R]`, projected once for all steps and beams."""
+        """Keys and values of images `[B, 3, R, R]`, projected once for all steps and beams."""
         return self.text_decoder.memory(self.encode_image(pixels))
 
     def token_losses(
@@ -68,19 +65,7 @@ class CaptioningModel(TaskModel):
         prompt_length: int,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross-entropy of every caption token: `[B, L - 1]`, zero for the prompt and for padding.
-
-        Args:
-            pixels: `[B, 3, R, R]`.
-            caption_ids: `[B, L]`: `<s>`, prompt, caption, `</s>`, padding.
-            caption_mask: `[B, L]`, real tokens first; by default everything but padding.
-            prompt_length: tokens of `<s>` and prompt, which are given and not learnt; those that
-                `CaptionTokenizer.encode_prompt` returns.
-            label_smoothing: share of the target probability that is spread over the vocabulary.
-
-        Raises:
-            InputError: a caption without a token to predict, or anything the encoder cannot accept.
-        """
+        """Cross-entropy per caption token `[B, L - 1]`, zero for the prompt (`prompt_length` tokens) and padding."""
         mask = inputs.check_tokens(caption_ids, caption_mask, self.config)
         images, length = caption_ids.shape
         if pixels.shape[0] != images:
@@ -103,7 +88,7 @@ class CaptioningModel(TaskModel):
         prompt_length: int,
         label_smoothing: float = 0.1,
     ) -> Tensor:
-        """Training loss: mean of `token_losses` over the tokens to predict. A scalar."""
+        """Mean of `token_losses` over predicted tokens."""
         mask = inputs.check_tokens(caption_ids, caption_mask, self.config)
         losses = self.token_losses(
             pixels, caption_ids, mask, prompt_length=prompt_length, label_smoothing=label_smoothing
@@ -121,17 +106,7 @@ class CaptioningModel(TaskModel):
         length_penalty: float = 1.0,
         early_stopping: bool = False,
     ) -> Tensor:
-        """Write captions; greedy with one beam.
-
-        Args:
-            pixels: `[B, 3, R, R]`.
-            prompt_ids: `[S]` or `[B, S]`: `<s>` and the prompt, without `</s>` and padding, such as
-                `CaptionTokenizer.encode_prompt` returns.
-            max_length, min_length: in tokens, prompt included; see `models.decoder.generate`.
-
-        Returns:
-            `[B, length]` ids with prompt and `</s>`, padded.
-        """
+        """Generate captions `[B, length]` from prompt ids `[S]` or `[B, S]`; lengths include the prompt."""
         if prompt_ids.ndim == 1:
             prompt_ids = prompt_ids.expand(pixels.shape[0], -1)
         inputs.check_tokens(prompt_ids, None, self.config)

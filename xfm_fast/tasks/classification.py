@@ -1,7 +1,7 @@
-"""Classification and regression: of images, of texts (GLUE), and of texts with their image.
+"""Classification and regression of images, texts (GLUE) and image-text pairs.
 
-Recipes of the official code: ImageNet at 224 pixels, 128 images per GPU, lr 4e-5, 100 epochs, Mixup and CutMix; linear
-probes with the encoder frozen; GLUE with lr 1e-5 to 5e-5, 3 to 20 epochs, batches of 32.
+Official recipes: ImageNet at 224 pixels, 128 images per GPU, lr 4e-5, 100 epochs, Mixup and CutMix; linear probes with
+a frozen encoder; GLUE with lr 1e-5 to 5e-5, 3 to 20 epochs, batch size 32.
 """
 
 from __future__ import annotations
@@ -33,26 +33,17 @@ _ENCODERS: dict[Modality, tuple[Encoder, ...]] = {
 
 
 class ClassificationModel(TaskModel):
-    """A head on the image token, on text token 0, or on token 0 of the text fused with its image.
-
-    Only the encoders that the modality reads are built.
+    """A classification head on the image token, text token 0, or fused token 0; unused encoders are not built.
 
     Args:
-        config: sizes.
-        labels: number of classes; 1 makes it a regression.
-        modality: of the items that are classified.
-        head: `linear`; `mlp`, Linear·LayerNorm·GELU·Linear, which the official code uses for texts and pairs; or
-            `official_image`, the head that it puts on images: five linear layers on the image token beside the mean of
-            the patches. These two vectors are *identical* unless `local_attn_depth > 0`, so the head does five layers'
-            work on one vector. By default `linear` on a frozen encoder and `mlp` otherwise.
-            (Except for ImageNet the official code sizes it by the text width, so there the two widths must agree.)
-        frozen: a linear probe: the encoders compute no gradient and stay in evaluation mode. The official "linear
-            probe", whose published ImageNet accuracy is 81.2, trains the five-layer head (`head="official_image"`) and
-            leaves the frozen encoder's DropPath on in training, so that its features are noisy there; here they are
-            those of evaluation, and its number need not be this one's.
-
-    Raises:
-        InputError: no labels, or the image head on something else.
+        config: model configuration.
+        labels: number of classes; 1 for regression.
+        modality: input kind.
+        head: `linear`; `mlp` (Linear·LayerNorm·GELU·Linear, official for texts and pairs); or `official_image`: five
+            linear layers on the image token concatenated with the mean of the patches, which are *identical* unless
+            `local_attn_depth > 0`. Default: `linear` if frozen, else `mlp`.
+        frozen: linear probe: encoders stay in evaluation mode without gradients. The official "linear probe" (81.2 on
+            ImageNet) trains `official_image` and leaves DropPath active in the frozen encoder.
     """
 
     own_parts = ("cls_head.",)
@@ -92,7 +83,7 @@ class ClassificationModel(TaskModel):
             self.train(self.training)
 
     def train(self, mode: bool = True) -> ClassificationModel:
-        """Training mode; for a frozen encoder that of the head alone, so that no dropout disturbs the features."""
+        """Set the mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             for name, part in self.named_children():
@@ -102,16 +93,7 @@ class ClassificationModel(TaskModel):
     def features(
         self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """The features that the head reads: `[B, width]`, or `[B, 2 · vision_width]` for the official image head.
-
-        Args:
-            pixels: `[B, 3, R, R]`, for images and pairs.
-            input_ids: `[B, L]`, for texts and pairs.
-            attention_mask: `[B, L]`, non-zero for real tokens; by default everything but padding.
-
-        Raises:
-            InputError: an input that the modality needs is missing, or one that it does not read is given.
-        """
+        """Head inputs: `[B, width]`, or `[B, 2 · vision_width]` for the official image head."""
         for name, value, modality in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
             needed = self.modality != modality
             if needed != (value is not None):
@@ -135,7 +117,7 @@ class ClassificationModel(TaskModel):
     def logits(
         self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """`[B, labels]`; arguments as for `features`."""
+        """`[B, labels]`; arguments as in `features`."""
         return self.cls_head(self.features(pixels, input_ids, attention_mask))
 
     def forward(
@@ -147,16 +129,7 @@ class ClassificationModel(TaskModel):
         targets: Tensor,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Training loss.
-
-        Args:
-            pixels, input_ids, attention_mask: as for `features`.
-            targets: `[B]` classes, `[B, labels]` probabilities (Mixup), or for a regression `[B]` values.
-            label_smoothing: for classes.
-
-        Returns:
-            Mean cross-entropy, or mean squared error for a regression.
-        """
+        """Mean cross-entropy of `[B]` classes or `[B, labels]` probabilities; mean squared error for regression."""
         logits = self.logits(pixels, input_ids, attention_mask)
         if self.labels == 1:
             return F.mse_loss(logits[:, 0], targets.to(logits.dtype))
@@ -164,29 +137,26 @@ class ClassificationModel(TaskModel):
 
 
 def top_k_accuracy(logits: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """For every k, the share of rows whose target `[B]` is among the k largest logits `[B, C]`.
-
-    k beyond C counts every row. (What the official ImageNet script prints as "Acc@5" is top-2.)
-    """
+    """Top-k accuracy by k; the official ImageNet script's "Acc@5" is top-2."""
     order = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
     hits = order == targets[:, None]
     return {k: hits[:, :k].any(1).float().mean().item() for k in ks}
 
 
 def matthews_correlation(predicted: Tensor, targets: Tensor) -> float:
-    """Matthews correlation of two binary `[B]` tensors (GLUE's CoLA); 0 when either is constant."""
+    """Matthews correlation of two binary `[B]` tensors (CoLA); 0 if either is constant."""
     return correlations(predicted, targets)[0]
 
 
 def f1_score(predicted: Tensor, targets: Tensor) -> float:
-    """F1 of class 1 for two binary `[B]` tensors (GLUE's MRPC and QQP); 0 without any positive."""
+    """F1 of class 1 for two binary `[B]` tensors (MRPC, QQP); 0 without positives."""
     hits = int((predicted.bool() & targets.bool()).sum())
     positives = int(predicted.bool().sum()) + int(targets.bool().sum())
     return 2 * hits / positives if positives else 0.0
 
 
 def correlations(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Pearson and Spearman correlation of two `[B]` tensors (GLUE's STS-B); 0 when either is constant."""
+    """Pearson and Spearman correlation of two `[B]` tensors (STS-B); 0 if either is constant."""
     # SciPy's statistics take a second to import.
     from scipy import stats
 

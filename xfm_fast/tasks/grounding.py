@@ -1,7 +1,7 @@
-"""Visual grounding: which box of the image does an expression refer to?
+"""Visual grounding: predict the box of a referring expression.
 
-Recipe of the official code (RefCOCO+): 384 pixels, 20 expressions per GPU, lr 2e-5, 15 epochs; before it optionally two
-epochs on region captions at 224 pixels, where several expressions share an image.
+Official recipe (RefCOCO+): 384 pixels, 20 expressions per GPU, lr 2e-5, 15 epochs, optionally after two epochs on
+region captions at 224 pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class GroundingLosses(NamedTuple):
-    """The two terms of the loss; training minimises their sum."""
+    """The two loss terms, to be summed."""
 
     l1: Tensor
     giou: Tensor
@@ -41,7 +41,7 @@ class GroundingLosses(NamedTuple):
 
 
 class GroundingModel(TaskModel):
-    """X-FM with its box head; trained from the first step, in pretraining on regions, by the same two losses."""
+    """X-FM with its box head, trained with the box losses of pretraining."""
 
     def __init__(self, config: XFMConfig) -> None:
         super().__init__(config, heads=("boxes",))
@@ -53,17 +53,7 @@ class GroundingModel(TaskModel):
         attention_mask: Tensor | None = None,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Predict boxes.
-
-        Args:
-            pixels: `[B, 3, R, R]`.
-            input_ids: `[P, L]` expressions.
-            attention_mask: `[P, L]`, non-zero for real tokens; by default everything but padding.
-            image_index: `[P]` image of each expression; by default expression b belongs to image b.
-
-        Returns:
-            `[P, 4]` boxes (cx, cy, w, h) relative to the image.
-        """
+        """Predict boxes `[P, 4]` (cx, cy, w, h) of expressions `[P, L]`; `image_index` `[P]` maps them to images."""
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
         text = self.encode_text(input_ids, mask)
@@ -81,17 +71,16 @@ class GroundingModel(TaskModel):
         image_index: Tensor | None = None,
         is_image: Tensor | None = None,
     ) -> GroundingLosses:
-        """Training losses against `target` `[P, 4]`; captions of whole images (`is_image` `[P]`) do not count."""
+        """Losses against `target` `[P, 4]`; whole-image captions (`is_image` `[P]`) are excluded."""
         predicted = self.boxes(pixels, input_ids, attention_mask, image_index)
         return GroundingLosses(box_l1_loss(predicted, target, is_image), box_giou_loss(predicted, target, is_image))
 
 
 def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union in the pixel convention of the RefCOCO evaluation.
+    """IoU `[P]` of (x, y, w, h) boxes in the pixel convention of the RefCOCO evaluation.
 
-    The right and bottom edges are the last pixels inside (x + w - 1), and boxes that share a single row or column of
-    pixels do not overlap. `a`, `b`: `[P, 4]` (x, y, w, h); returns `[P]`. Boxes of one pixel have IoU 0 even with
-    themselves, and two boxes without area have 0 (the official code divides by zero).
+    Right and bottom edges are inclusive (x + w - 1), so boxes that share one row or column do not overlap, and one-
+    pixel boxes have IoU 0. Boxes without area have IoU 0 (the official code divides by zero).
     """
     low = torch.maximum(a[:, :2], b[:, :2])
     high = torch.minimum(a[:, :2] + a[:, 2:], b[:, :2] + b[:, 2:]) - 1
@@ -104,7 +93,7 @@ def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
 def grounding_accuracy(
     boxes: Tensor, sizes: Tensor, reference: Tensor, splits: Sequence[str] | None = None, *, threshold: float = 0.5
 ) -> dict[str, float]:
-    """`box_accuracy` of predictions (cx, cy, w, h) `[P, 4]` relative to images of `sizes` (width, height) `[P, 2]`."""
+    """`box_accuracy` of relative (cx, cy, w, h) predictions `[P, 4]` on images of `sizes` (width, height) `[P, 2]`."""
     count = boxes.shape[0]
     if sizes.shape != (count, 2):
         raise InputError(
@@ -116,18 +105,7 @@ def grounding_accuracy(
 def box_accuracy(
     boxes: Tensor, reference: Tensor, splits: Sequence[str] | None = None, *, threshold: float = 0.5
 ) -> dict[str, float]:
-    """Share of expressions whose box has at least `threshold` IoU with the reference.
-
-    Args:
-        boxes, reference: `[P, 4]` (x, y, w, h) in pixels.
-        splits: `[P]` names such as `val`, `testA`, `testB`.
-
-    Returns:
-        Accuracy of `all`, or of each split.
-
-    Raises:
-        InputError: lengths that differ, or no expressions.
-    """
+    """Share of (x, y, w, h) boxes with IoU of at least `threshold`: `all`, or by split."""
     count = boxes.shape[0]
     names = ["all"] * count if splits is None else list(splits)
     if not count or reference.shape != (count, 4) or len(names) != count:

@@ -1,8 +1,7 @@
-"""Heat maps: which patches of an image a model's answer about a text rests on; and boxes chosen by them.
+"""Grad-CAM heat maps of fusion cross-attention, and box selection with them.
 
-Gradient times attention (Grad-CAM, arXiv 1610.02391, on cross-attention as in ALBEF, arXiv 2107.07651): of one layer of
-the fusion encoder, the attention of every text token to every patch, times what more of it would add to the output.
-Given the boxes of a detector, the one with most heat grounds a text without the model ever having seen a box.
+Gradient times attention (Grad-CAM, arXiv 1610.02391; on cross-attention in ALBEF, arXiv 2107.07651) of one fusion
+layer. With detector boxes it grounds texts without box supervision.
 """
 
 from __future__ import annotations
@@ -43,33 +42,12 @@ def cross_attention_heatmap(
     tokens: Tensor | None = None,
     image_index: Tensor | None = None,
 ) -> Tensor:
-    """The heat of every patch, for P texts.
+    """Heat maps `[P, grid, grid]` of P texts: non-negative, detached.
 
-    With the matching head, it is the positive gradient of the logit of "text describes image" times the attention
-    probability, mean over heads and text tokens. A `GroundingModel` has no such head, and a box coordinate has no
-    direction that speaks for the text (more of cx is further right), so there it is the sum over the four coordinates
-    of the gradient's magnitude, times the probability: the patches that the box depends on.
-
-    The chosen layer's attention is computed by its definition, since the fused one never has the probabilities; dropout
-    is off meanwhile. The model, its gradients included, is left as it was.
-
-    Args:
-        model: with the matching head, or else the box head.
-        pixels: `[B, 3, R, R]`.
-        input_ids: `[P, L]`.
-        attention_mask: `[P, L]`, non-zero for real tokens; by default everything but padding.
-        layer: of the fusion encoder, from 0; by default the last of its first half, as in ALBEF. Of the last layer the
-            heads read token 0 alone.
-        tokens: `[P, L]`, non-zero for the text tokens that count; by default all but the first and last of each text,
-            which are `<s>` and `</s>`.
-        image_index: `[P]` image of each text; by default text b belongs to image b.
-
-    Returns:
-        `[P, grid, grid]` not negative, without gradient: rows from the top, columns from the left.
-
-    Raises:
-        InputError: a layer that does not exist, or texts without a token that counts.
-        UnavailableError: a model without fusion layers, or with neither head.
+    With the matching head: positive gradient of the match logit times attention probability, averaged over heads and
+    text tokens. A `GroundingModel` uses the gradient magnitude summed over the four box coordinates instead. `layer`
+    defaults to the last of the first half (as in ALBEF); `tokens` `[P, L]` defaults to all but the first and last
+    token; `image_index` `[P]` maps texts to images. Dropout is disabled; the model and its gradients are unchanged.
     """
     config = model.config
     if "boxes" not in model.heads:
@@ -104,16 +82,10 @@ def cross_attention_heatmap(
 
 @contextmanager
 def explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
-    """Run the cross-attention of one fusion layer by its plain definition, and record its probabilities.
+    """Run one fusion layer's cross-attention unfused, and yield a list that records its probabilities.
 
-    Gradients end at the probabilities, which are a leaf: what comes before them is not part of the graph.
-
-    Yields:
-        A list that every pass of the fusion encoder appends to: `[H, T, M]` probabilities of H heads, T packed text
-        tokens in the order of their images, and the M tokens of the image that each one sees.
-
-    Raises:
-        InputError: a layer that does not exist.
+    Each pass appends `[H, T, M]`: heads, packed text tokens in image order, image tokens. The probabilities are leaves
+    of the graph.
     """
     layers = model.config.fusion_layers
     if not 0 <= layer < layers:
@@ -152,7 +124,7 @@ def _attend(
     key_mask: Tensor | None,
     recorded: list[Tensor],
 ) -> Tensor:
-    """`TransformerLayer.cross_attention`, image by image; every image has the same number of tokens."""
+    """`TransformerLayer.cross_attention` image by image, with an equal number of tokens per image."""
     attention = block.crossattention
     q = attention.self.project_query(x)
     k, v = keys_values.unbind(-3)
@@ -176,7 +148,7 @@ def _attend(
 
 
 def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Tensor:
-    """The text tokens that count, `[P, L]` boolean."""
+    """Text tokens that count, `[P, L]` boolean."""
     length = mask.shape[1]
     first = mask.long().argmax(1)
     if tokens is None:
@@ -200,19 +172,7 @@ def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Ten
 
 
 def overlay(picture: Image.Image, heatmap: Tensor | NDArray[Any]) -> Image.Image:
-    """The heat map over the picture it is of, at the picture's own size.
-
-    Args:
-        picture: of any mode and size; the whole image that the model saw, whose aspect the square input did not keep.
-        heatmap: `[h, w]`, not negative; scaled to its largest value.
-
-    Returns:
-        An RGB picture, half of it the given one and half the heat's colour: black is cold, white is hottest, and
-        brightness grows evenly between.
-
-    Raises:
-        InputError: no two-dimensional map, or values that are not finite.
-    """
+    """Blend a heat map `[h, w]` over its picture at full size; black is cold, white is hot."""
     heat = torch.as_tensor(heatmap).detach().float().cpu()
     if heat.ndim != 2 or not heat.numel() or not bool(torch.isfinite(heat).all()):
         raise InputError(f"heatmap is {[*heat.shape]}; it must be [h, w] of finite values, the map of one text")
@@ -226,7 +186,7 @@ def overlay(picture: Image.Image, heatmap: Tensor | NDArray[Any]) -> Image.Image
 
 @cache
 def _colours() -> NDArray[np.uint8]:
-    """`[256, 3]` RGB from black to white, by even steps of brightness: cubehelix (Green 2011, BASI 39, 289)."""
+    """Cubehelix colour map `[256, 3]` from black to white, linear in brightness (Green 2011, BASI 39, 289)."""
     level = np.linspace(0, 1, 256)
     angle = 2 * np.pi * (0.5 / 3 - 1.5 * level)
     radius = level * (1 - level) / 2
@@ -236,21 +196,10 @@ def _colours() -> NDArray[np.uint8]:
 
 
 def best_box(heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]) -> int:
-    """The detection that a text means: the box with the largest sum of heat over the square root of its area.
+    """Index of the (x, y, w, h) box with the largest heat sum over the square root of its area.
 
-    This is the rule of ALBEF's RefCOCO+ evaluation: the map is scaled bicubically to the picture, and a box counts the
-    pixels from its corner to its opposite corner, both rounded down.
-
-    Args:
-        heatmap: `[h, w]` of the whole picture.
-        boxes: `[N, 4]` (x, y, w, h) in pixels of the picture.
-        size: (width, height) of the picture in pixels.
-
-    Returns:
-        Index of the box, the first one among equals.
-
-    Raises:
-        InputError: no boxes, boxes without area, or a map or size that is none.
+    As in ALBEF's RefCOCO+ evaluation: the map is upsampled bicubically to `size` (width, height); box corners are
+    floored.
     """
     found = torch.as_tensor(boxes, dtype=torch.float64).cpu()
     width, height = size
@@ -275,31 +224,17 @@ def best_box(heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: t
 
 
 def detection_accuracy(chosen: Tensor, reference: Tensor, *, threshold: float = 0.5) -> float:
-    """Share of texts whose chosen box has at least `threshold` IoU (`pixel_iou`) with the reference.
-
-    Args:
-        chosen, reference: `[P, 4]` (x, y, w, h) in pixels.
-
-    Raises:
-        InputError: shapes that differ, or no texts.
-    """
+    """Share of chosen boxes with IoU (`pixel_iou`) of at least `threshold`."""
     if chosen.shape != reference.shape or chosen.ndim != 2 or not chosen.shape[0]:
         raise InputError(f"chosen is {[*chosen.shape]} and reference {[*reference.shape]}; both must be [P, 4], P > 0")
     return float((pixel_iou(chosen.double(), reference.double()) >= threshold).double().mean())
 
 
 def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Boxes of a detector, by image.
+    """Detector boxes `[N, 4]` float64 (x, y, w, h in pixels) by image id or path.
 
-    The file is JSON of one of two forms: a list of `{"image_id" or "image": …, "box": [x, y, w, h]}`, as MAttNet writes
-    it for RefCOCO (category and score are not read); or an object `{image: [[x, y, w, h], …]}`, as ALBEF reads it
-    (numbers behind the first four of a box are not read). Boxes are in pixels of the picture.
-
-    Returns:
-        `[N, 4]` float64 of every image, in the order of the file; the name is the id or path as text.
-
-    Raises:
-        DataError: a file that cannot be read or has neither form, or a box that is none: says which.
+    Formats: MAttNet's list of `{"image_id" or "image": …, "box": [x, y, w, h]}`, or ALBEF's object `{image: [[x, y, w,
+    h], …]}`; further numbers are ignored.
     """
     path = Path(path)
     try:

@@ -1,6 +1,6 @@
-"""NLVR2: does a sentence describe a pair of images?
+"""NLVR2: is a sentence true of a pair of images?
 
-Recipe of the official code: 384 pixels, 8 pairs per GPU, lr 1e-5 (twice that for the head), 15 epochs.
+Official recipe: 384 pixels, 8 pairs per GPU, lr 1e-5 (twice for the head), 15 epochs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from xfm_fast.tasks.task_model import TaskModel
 
 
 class NLVR2Model(TaskModel):
-    """X-FM with a two-way head on the sentence fused with the first image and with the second one."""
+    """X-FM with a binary head on the sentence fused with each image."""
 
     own_parts = ("cls_head.",)
 
@@ -27,21 +27,9 @@ class NLVR2Model(TaskModel):
         self.cls_head = MLPHead(2 * config.text_width, 2, config.head_layer_norm_eps)
 
     def logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Scores of "false" and "true".
+        """Logits `[B, 2]` (false, true); `pixels` `[2B, 3, R, R]` holds all first images, then all second ones.
 
-        The sentence is encoded once, and the part of the fusion encoder that no image has touched runs once; then both
-        images' halves are one packed pass.
-
-        Args:
-            pixels: `[2B, 3, R, R]`: the first images of all pairs, then the second ones.
-            input_ids: `[B, L]`.
-            attention_mask: `[B, L]`, non-zero for real tokens; by default everything but padding.
-
-        Returns:
-            `[B, 2]`.
-
-        Raises:
-            InputError: not two images per sentence, or anything the encoders cannot accept.
+        The sentence and the image-independent part of fusion run once; both images share one packed pass.
         """
         mask = inputs.check_tokens(input_ids, attention_mask, self.config)
         pairs = input_ids.shape[0]
@@ -58,10 +46,10 @@ class NLVR2Model(TaskModel):
         return self.cls_head(torch.cat(fused.split(pairs), dim=-1))
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor) -> Tensor:
-        """Training loss: cross-entropy with `targets` `[B]`, 1 where the sentence is true. A scalar."""
+        """Cross-entropy with `targets` `[B]`, 1 if the sentence is true."""
         return F.cross_entropy(self.logits(pixels, input_ids, attention_mask), targets.long())
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of pairs `[B]` whose larger logit `[B, 2]` is the target's."""
+    """Accuracy of logits `[B, 2]`."""
     return (logits.argmax(-1) == targets).float().mean().item()

@@ -1,8 +1,8 @@
-"""From encoded images and captions of several requests to match scores, together: what servers do with their requests.
+"""Batched image-caption scoring for servers.
 
-An image is decoded and encoded once, however many captions and requests name it; its memory is kept for later requests.
-Pairs of all requests that came together run image by image in passes of a budget of caption tokens, nothing scored
-twice. The model is an `XFM` (`ModelRanks`) or an export (`xfm_fast.export.session.ranking.SessionRanks`).
+Images are decoded and encoded once across captions and requests, and cached. Pairs of concurrent requests run image by
+image within a token budget, without duplicates. The model is an `XFM` (`ModelRanks`) or an export
+(`xfm_fast.export.session.ranking.SessionRanks`).
 """
 
 from __future__ import annotations
@@ -42,15 +42,7 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Picture(NamedTuple):
-    """An encoded image.
-
-    Attributes:
-        key: hash of its content.
-        content: the file.
-        name: what errors call it; its place in the request by default.
-        peak: bytes that decoding takes.
-        needed: false once the request that holds it has ended.
-    """
+    """An encoded image: content hash `key`, bytes `peak` to decode it; `needed` is false once its request ended."""
 
     key: bytes
     content: bytes
@@ -60,7 +52,7 @@ class Picture(NamedTuple):
 
 
 class Query(NamedTuple):
-    """Images and captions of which every pair is to be scored; captions are token ids."""
+    """Images and tokenised captions to score pairwise."""
 
     pictures: tuple[Picture, ...]
     captions: tuple[tuple[int, ...], ...]
@@ -68,12 +60,12 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """The answer to a query of I images and C captions.
+    """Result of a query of I images and C captions.
 
     Attributes:
-        scores: `[I, C]` fp32 match logits; the higher, the better a caption describes an image.
-        matches: `[I, C]` fp32 probabilities that a caption describes an image, as `XFM.match` gives them.
-        reused: `[I]` boolean: the memory of the image was there from an earlier request.
+        scores: `[I, C]` fp32 match logits.
+        matches: `[I, C]` fp32 match probabilities, as `XFM.match` returns them.
+        reused: `[I]` boolean: the image was cached.
     """
 
     scores: Tensor
@@ -82,58 +74,58 @@ class Ranking:
 
     @property
     def caption_order(self) -> Tensor:
-        """`[I, C]`: for every image the numbers of the captions, the best first."""
+        """`[I, C]` caption indices per image, best first."""
         return self.scores.argsort(dim=1, descending=True, stable=True)
 
     @property
     def image_order(self) -> Tensor:
-        """`[C, I]`: for every caption the numbers of the images, the best first."""
+        """`[C, I]` image indices per caption, best first."""
         return self.scores.t().argsort(dim=1, descending=True, stable=True)
 
 
 class RankModel(Protocol):
-    """The part of a model that ranking needs. M stands for the memory of one image, which has `nbytes`."""
+    """Model interface of `Ranker`; M is the memory of one image, with `nbytes`."""
 
     @property
     def config(self) -> XFMConfig: ...
 
     @property
     def dtype_name(self) -> str:
-        """The type that scores are computed in, such as `fp32`."""
+        """Compute dtype, e.g. `fp32`."""
         ...
 
     @property
     def token_budget(self) -> int:
-        """Caption tokens of a pass."""
+        """Caption tokens per pass."""
         ...
 
     def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embeddings of captions `[T, L]`, one after the other without padding: `[sum(lengths), width]`."""
+        """Packed embeddings of captions `[T, L]`: `[sum(lengths), width]`."""
         ...
 
     def images(self, pixels: Tensor) -> Tensor:
-        """Embeddings of images: `[B, 3, R, R]` → `[B, 1 + N, width]`."""
+        """Image embeddings: `[B, 3, R, R]` → `[B, 1 + N, width]`."""
         ...
 
     def memories(self, embeds: Tensor) -> list[Any]:
-        """The memory of each of B images, which owns its storage."""
+        """Memories of B images, each with its own storage."""
         ...
 
     def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[Any], counts: Sequence[int]) -> Tensor:
-        """Match logits `[P, 2]` of P captions that lie one after the other, `counts[b]` of them with image b."""
+        """Match logits `[P, 2]` of P packed captions, `counts[b]` of them with image b."""
         ...
 
     def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """L2-normalised contrastive features of captions: `[T, embed_dim]`."""
+        """L2-normalised contrastive caption features `[T, embed_dim]`."""
         ...
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """L2-normalised contrastive features of images: `[B, embed_dim]`."""
+        """L2-normalised contrastive image features `[B, embed_dim]`."""
         ...
 
 
 class ModelRanks:
-    """A `RankModel` over an `XFM` in evaluation mode."""
+    """`RankModel` of an `XFM` in evaluation mode."""
 
     def __init__(self, model: XFM) -> None:
         self.model = model
@@ -197,7 +189,7 @@ class ModelRanks:
 
 
 def _slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Runs of neighbouring texts that hold no more tokens than the budget; a single text may."""
+    """Ranges of consecutive texts within the token budget; a single text may exceed it."""
     first = room = 0
     for place, length in enumerate(lengths):
         if length > room:
@@ -210,13 +202,13 @@ def _slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
 
 
 def _failure(picture: Picture, number: int, failures: dict[bytes, XFMError]) -> XFMError:
-    """The error of an image that failed, which is named where loading could not."""
+    """Error of a failed image, with its name."""
     error = failures[picture.key]
     return error if picture.name else type(error)(f"image {number} of the request: {error}")
 
 
 class Kept(Protocol):
-    """Something whose size is known."""
+    """A value with `nbytes`."""
 
     @property
     def nbytes(self) -> int: ...
@@ -226,14 +218,7 @@ V = TypeVar("V", bound=Kept)
 
 
 class MemoryCache(Generic[V]):
-    """Values by the hash of what they were made from; the one not used for longest makes room.
-
-    Args:
-        most_bytes: limit of all values together. One that is larger by itself is not kept; 0 keeps none.
-
-    Attributes:
-        nbytes: size of the values that are kept.
-    """
+    """LRU cache limited to `most_bytes`; larger values are not cached, 0 disables it."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -247,14 +232,14 @@ class MemoryCache(Generic[V]):
         return key in self._kept
 
     def get(self, key: bytes) -> V | None:
-        """The value of a key, which is then the one used last."""
+        """Value of a key, marked as most recently used."""
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
         return found
 
     def put(self, key: bytes, value: V) -> None:
-        """Keep a value. It should own its storage, of which a view would keep the whole."""
+        """Cache a value, which should own its storage."""
         earlier = self._kept.pop(key, None)
         if earlier is not None:
             self.nbytes -= earlier.nbytes
@@ -268,11 +253,9 @@ class MemoryCache(Generic[V]):
 
 
 class Ranker:
-    """Answers queries, several at a time. One thread at a time may call it; any may call `picture`.
+    """Answers batches of queries; `picture` is thread-safe, other methods need one thread at a time.
 
-    Args:
-        model: see `RankModel`.
-        cache_bytes: room for image memories between requests; a sixteenth of it again is for features.
+    `cache_bytes` limits cached image memories; a sixteenth of it is added for features.
     """
 
     def __init__(self, model: RankModel, cache_bytes: int) -> None:
@@ -285,11 +268,7 @@ class Ranker:
 
     @staticmethod
     def picture(content: bytes, name: str) -> Picture:
-        """An encoded image by its hash, not decoded yet.
-
-        Raises:
-            DataError: it is in no format that is taken from strangers; `name` is what the error calls it.
-        """
+        """Hash an image file without decoding it; a format that is not accepted from clients raises `DataError`."""
         if not _TAKEN.match(content):
             raise DataError(f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP")
         return Picture(hashlib.sha256(content).digest(), content)
@@ -307,11 +286,7 @@ class Ranker:
 
     @torch.inference_mode()
     def rank(self, queries: Sequence[Query]) -> list[Ranking | XFMError]:
-        """Answer queries together; one with an image that cannot be decoded gets the error, the others do not.
-
-        Raises:
-            XFMError: the model failed, which concerns them all.
-        """
+        """Answer queries together; a query with a broken image gets an error, and the others a ranking."""
         known = {picture.key for query in queries for picture in query.pictures if picture.key in self.cache}
         logits, rows, failures = self._scores(queries, known)
         answers: list[Ranking | XFMError] = []
@@ -332,14 +307,14 @@ class Ranker:
 
     @torch.inference_mode()
     def embed_captions(self, captions: Sequence[tuple[int, ...]]) -> Tensor:
-        """Contrastive features of captions as token ids, each distinct one computed once: `[C, embed_dim]` fp32."""
+        """Contrastive features `[C, embed_dim]` fp32 of token-id captions, duplicates computed once."""
         rows = {ids: row for row, ids in enumerate(dict.fromkeys(captions))}
         found = self.model.caption_features(*self._padded(rows)).float().cpu()
         return found[[rows[ids] for ids in captions]]
 
     @torch.inference_mode()
     def embed_images(self, pictures: Sequence[Picture]) -> list[Tensor | XFMError]:
-        """Contrastive features `[embed_dim]` fp32 of images, those of earlier requests from the cache, or errors."""
+        """Contrastive features `[embed_dim]` fp32 of images from cache or model, or errors."""
         found = {picture.key: kept for picture in pictures if (kept := self.features.get(picture.key)) is not None}
         new = list(dict.fromkeys(picture.key for picture in pictures if picture.key not in found))
         tiles = [new[first : first + _IMAGES_PER_TILE] for first in range(0, len(new), _IMAGES_PER_TILE)]
@@ -364,7 +339,7 @@ class Ranker:
     def _decoded(
         self, tiles: Sequence[Sequence[bytes]], pictures: Sequence[Picture], failures: dict[bytes, XFMError]
     ) -> Iterator[dict[bytes, Tensor]]:
-        """Pixels `[3, R, R]` of the images of each tile, one tile ahead; what fails goes to `failures`."""
+        """Pixels `[3, R, R]` per tile, prefetching one tile; errors go to `failures`."""
         owners: dict[bytes, list[Picture]] = {}
         for picture in pictures:
             owners.setdefault(picture.key, []).append(picture)
@@ -392,7 +367,7 @@ class Ranker:
     def _scores(
         self, queries: Sequence[Query], known: set[bytes]
     ) -> tuple[dict[bytes, dict[int, list[float]]], dict[tuple[int, ...], int], dict[bytes, XFMError]]:
-        """Logits of every image by row of its captions, the rows of captions, and the images that failed."""
+        """Logits by image and caption row, caption rows, and failed images."""
         failures: dict[bytes, XFMError] = {}
         logits: dict[bytes, dict[int, list[float]]] = {}
         rows = {ids: row for row, ids in enumerate(dict.fromkeys(ids for query in queries for ids in query.captions))}
@@ -419,7 +394,7 @@ class Ranker:
         return logits, rows, failures
 
     def _tiles(self, keys: Sequence[bytes], pairs: dict[bytes, list[int]], lengths: Tensor) -> list[list[bytes]]:
-        """Images whose captions fill a pass together."""
+        """Groups of images whose captions fill one pass."""
         tiles: list[list[bytes]] = []
         room = 0
         for key in keys:
@@ -439,7 +414,7 @@ class Ranker:
         tokens: Tensor,
         lengths: Tensor,
     ) -> dict[bytes, dict[int, list[float]]]:
-        """Both logits of the captions of each image, by caption."""
+        """Both logits by image and caption."""
         texts = torch.tensor([text for key in tile for text in pairs[key]])
         starts = lengths.cumsum(0) - lengths
         chosen = tokens.index_select(0, ragged_rows(starts[texts], lengths[texts]).to(tokens.device))

@@ -1,8 +1,7 @@
-"""Re-ranking: candidate pairs, their scores image by image, the metric R@k, and a journal of the scores.
+"""Re-ranking of candidate pairs, the R@k metric and a score journal for resuming.
 
-The pairs are the union of both directions' candidates. An image has one memory, all its captions are one query
-sequence, and nothing is padded; passes are cut by a budget of caption tokens. With a journal, the scores of finished
-images outlive the process.
+Pairs are the union of both directions' candidates. All captions of an image are one packed query sequence over one
+memory; passes are limited by a caption token budget.
 """
 
 from __future__ import annotations
@@ -52,37 +51,37 @@ RANKS: tuple[Rank, ...] = get_args(Rank)
 
 
 class PairScorer(Protocol):
-    """The part of a model that re-ranking needs; an exported engine can offer it too."""
+    """Model interface of re-ranking."""
 
     config: XFMConfig
 
     def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """The part of fusion that does not depend on the image, once per text: `[T, width]` → `[T, width]`."""
+        """Image-independent part of fusion, once per text: `[T, width]` → `[T, width]`."""
         ...
 
     def preparation_flops(self, lengths: Tensor) -> flops.Count:
-        """The cost of `prepare` for texts of these lengths."""
+        """FLOPs of `prepare` for texts of these lengths."""
         ...
 
     def memory(self, image_embeds: Tensor) -> Any:
-        """The memory of images `[B, 1 + N, width]`, which all their texts share."""
+        """Memory of images `[B, 1 + N, width]`, shared by their texts."""
         ...
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups) -> Tensor:
-        """Match score of every prepared text with its image: `[P]`."""
+        """Match score `[P]` of every prepared text with its image."""
         ...
 
     def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
-        """The cost of `scores` for texts of these lengths."""
+        """FLOPs of `scores` for texts of these lengths."""
         ...
 
     def fingerprint(self) -> str:
-        """Identifies the weights that decide the scores."""
+        """Digest of the weights that determine scores."""
         ...
 
 
 class ModelScorer:
-    """Scores pairs with an `XFM` in memory."""
+    """Scores pairs with an in-memory `XFM`."""
 
     def __init__(self, model: XFM) -> None:
         self.model = model
@@ -116,7 +115,7 @@ class ModelScorer:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Embedded images: `embeds` `[I, 1 + N, vision_width]` (in memory or in a file) and `features` `[I, embed_dim]`."""
+    """Embedded images: `embeds` `[I, 1 + N, vision_width]` (may be memory-mapped), `features` `[I, embed_dim]`."""
 
     embeds: Tensor
     features: Tensor
@@ -138,12 +137,12 @@ class TextIndex:
 
 
 class Receipt(NamedTuple):
-    """The cost of a re-ranking, beside that of the official procedure.
+    """Cost of a re-ranking against the official procedure.
 
     Attributes:
-        pairs_official: of both directions, as the official procedure scores them.
-        pairs_resumed: scores that were in a journal.
-        tokens: of the scored texts, each as often as it is scored; `padded_tokens` those of the official procedure.
+        pairs_official: pairs scored officially, both directions separately.
+        pairs_resumed: scores read from a journal.
+        tokens: text tokens over all scored pairs; `padded_tokens` those of the official procedure.
     """
 
     images: int
@@ -158,12 +157,12 @@ class Receipt(NamedTuple):
 
     @property
     def pairs_saved(self) -> int:
-        """Pairs that are candidates in both directions and were scored once."""
+        """Pairs that are candidates in both directions."""
         return self.pairs_official - self.pairs_scored
 
     @property
     def flops_ratio(self) -> float:
-        """The FLOPs of the official procedure over those spent here."""
+        """Official FLOPs over FLOPs spent."""
         return self.flops_official / self.flops if self.flops else 1.0
 
     @classmethod
@@ -177,16 +176,7 @@ class Receipt(NamedTuple):
         resumed: int = 0,
         spent: flops.Count | None = None,
     ) -> Receipt:
-        """The receipt for scoring some candidates.
-
-        Args:
-            config: of the model.
-            candidates: all of them.
-            lengths: `[T]` tokens of every text.
-            image_tokens: of every image.
-            resumed: pairs whose scores were there.
-            spent: by default what scoring all of them takes where no image memory is computed twice.
-        """
+        """Receipt of scoring candidates with `lengths` `[T]`; `spent` defaults to one memory per image."""
         of_pairs, images = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1
         padded = int(lengths.max()) if len(lengths) else 0
         official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
@@ -208,7 +198,7 @@ class Receipt(NamedTuple):
 
 @dataclass(frozen=True)
 class RerankResult:
-    """Scores of the candidate pairs, as a list and as the official matrices."""
+    """Candidate scores as a list and as the official matrices."""
 
     candidates: Candidates
     scores: Tensor
@@ -221,21 +211,21 @@ class RerankResult:
 
     @cached_property
     def score_i2t(self) -> Tensor:
-        """`[I, T]` image-to-text scores (raw match logits), -100 where the text is no candidate of the image."""
+        """`[I, T]` image-to-text match logits, -100 for non-candidates."""
         return self._matrix(self.candidates.for_image)
 
     @cached_property
     def score_t2i(self) -> Tensor:
-        """`[T, I]` text-to-image scores, -100 where the image is no candidate of the text."""
+        """`[T, I]` text-to-image match logits, -100 for non-candidates."""
         return self._matrix(self.candidates.for_text).t().contiguous()
 
     def recall(self, image_of_text: Tensor) -> dict[str, float]:
-        """R@1/5/10 both ways, given the image `[T]` that each text describes."""
+        """R@1/5/10 in both directions, given the image `[T]` of each text."""
         return recall(self.score_i2t, self.score_t2i, image_of_text)
 
 
 class _Piece(NamedTuple):
-    """Pairs `start:stop` of one image that run in one pass."""
+    """Pairs `start:stop` of one image in one pass."""
 
     image: int
     start: int
@@ -243,7 +233,7 @@ class _Piece(NamedTuple):
 
 
 def _tiles(candidates: Candidates, lengths: Tensor, skip: set[int], budget: int, most: int) -> Iterator[list[_Piece]]:
-    """Passes of at most `budget` tokens over at most `most` images; an image with more tokens is cut into several."""
+    """Split candidates into passes of at most `budget` tokens and `most` images; large images span several."""
     cu_tokens = offsets(lengths[candidates.texts]).tolist()
     cu_pairs = candidates.cu_pairs.tolist()
     tile: list[_Piece] = []
@@ -278,11 +268,7 @@ def score_candidates(
     *,
     prepared: bool = False,
 ) -> RerankResult:
-    """Score every candidate pair once; see `xfm_fast.tasks.retrieval.rerank` for the arguments.
-
-    Args:
-        prepared: the tokens of the texts are those that `prepare_texts` made, for several calls.
-    """
+    """Score every candidate pair once (see `rerank`); `prepared` texts come from `prepare_texts`."""
     with ExitStack() as stack:
         journal = None
         if resume is not None:
@@ -342,14 +328,14 @@ def score_candidates(
 
 
 def _score_dtype(texts: TextIndex) -> torch.dtype:
-    """Half-precision models keep fp32 scores: they are ranked and compared."""
+    """fp32 for half-precision models, since scores are compared."""
     return torch.promote_types(texts.tokens.dtype, torch.float32)
 
 
 def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
-    """The image-independent part of fusion for all texts, in slices of about `budget` tokens: `[sum(lengths), width]`.
+    """Image-independent part of fusion `[sum(lengths), width]`, in slices of about `budget` tokens.
 
-    Which texts share a slice can change the last bit.
+    The slicing can change the last bit.
     """
     known = texts.lengths.cpu()
     bounds = offsets(known).tolist()
@@ -380,7 +366,7 @@ def _restore(journal: ScoreJournal, candidates: Candidates, scores: Tensor) -> s
 
 
 def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates) -> str:
-    """A digest of all that decides the scores, patch embeddings included: a pass over them is nothing beside fusion."""
+    """Digest of everything that determines the scores, including patch embeddings."""
     digest = hashlib.sha256(scorer.fingerprint().encode())
     digest.update(f"{[*images.embeds.shape]} {images.embeds.dtype} {texts.tokens.dtype}".encode())
     embeds = 0
@@ -394,19 +380,19 @@ def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candi
 
 
 def checksum(tensor: Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, behind those that gave `start`."""
+    """CRC-32 of a tensor's bytes, continuing from `start`."""
     data = tensor.detach().cpu().contiguous().flatten()
     return zlib.crc32(data.view(torch.uint8).numpy().data, start) if data.numel() else start
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The pairs to score, ordered by image and then by text, each once.
+    """Unique pairs to score, ordered by image, then text.
 
     Attributes:
-        cu_pairs: `[I + 1]` offsets of the images in the list of pairs.
+        cu_pairs: `[I + 1]` offsets of images in the pair list.
         texts: `[Q]` text of each pair.
-        for_image, for_text: `[Q]` boolean: the text is a candidate of the image; the image is a candidate of the text.
+        for_image, for_text: `[Q]` boolean: candidate of the image direction; of the text direction.
     """
 
     cu_pairs: Tensor
@@ -424,7 +410,7 @@ class Candidates:
         return torch.arange(self.cu_pairs.shape[0] - 1).repeat_interleave(self.cu_pairs.diff())
 
     def of_images(self, start: int, stop: int) -> Candidates:
-        """The pairs of the images `start:stop`, which then are numbered from 0."""
+        """Pairs of images `start:stop`, renumbered from 0."""
         cu_pairs = self.cu_pairs[start : stop + 1]
         pairs = slice(int(cu_pairs[0]), int(cu_pairs[-1]))
         return Candidates(cu_pairs - cu_pairs[0], self.texts[pairs], self.for_image[pairs], self.for_text[pairs])
@@ -432,12 +418,7 @@ class Candidates:
 
 @torch.no_grad()
 def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int, per_text: int) -> Candidates:
-    """The most similar texts of every image and the most similar images of every text.
-
-    Args:
-        image_features: `[I, E]`, text_features: `[T, E]`; L2-normalised.
-        per_image, per_text: texts per image and images per text, cut to as many as there are; 0 for none.
-    """
+    """Most similar texts per image and images per text, from L2-normalised features `[I, E]` and `[T, E]`."""
     images, texts = image_features.shape[0], text_features.shape[0]
     texts_of_image = _top(image_features, text_features, min(per_image, texts))
     images_of_text = _top(text_features, image_features, min(per_text, images))
@@ -450,7 +431,7 @@ def top_candidates(image_features: Tensor, text_features: Tensor, per_image: int
 
 
 def _top(queries: Tensor, collection: Tensor, k: int) -> Tensor:
-    """`[Q, k]` indices of the collection's most similar rows."""
+    """`[Q, k]` indices of the most similar rows of the collection."""
     rows = max(1, _SLICE_VALUES // max(1, collection.shape[0]))
     slices = [(part @ collection.t()).topk(k, dim=1).indices for part in queries.split(rows)]
     return torch.cat(slices).cpu() if slices else torch.empty(0, k, dtype=torch.long)
@@ -464,13 +445,9 @@ def pair_similarity(candidates: Candidates, image_features: Tensor, text_feature
 
 
 def rank_score(rank: Rank, match: Tensor, similarity: Tensor) -> Tensor:
-    """The score that orders pairs; the larger, the better.
+    """Score that orders pairs (higher is better).
 
-    Args:
-        rank: `match`: the match logit, as the official evaluation of X-FM ranks; `similarity`: the cosine of the
-            features; `sum`: match logit + cosine, as BLIP and LAVIS rank.
-        match: match logits: the second output of the matching head, neither a probability nor log-odds.
-        similarity: cosines of the features, in [-1, 1], not divided by the temperature.
+    `match`: match logit, the official X-FM rule; `similarity`: feature cosine; `sum`: both added, as in BLIP and LAVIS.
     """
     if rank == "sum":
         return match + similarity
@@ -478,7 +455,7 @@ def rank_score(rank: Rank, match: Tensor, similarity: Tensor) -> Tensor:
 
 
 def best_rank(metrics: Mapping[str, float]) -> Rank:
-    """The rule with the highest mean recall among metrics `RULE/r_mean`; of equal ones the first of `RANKS`."""
+    """The rule with the highest `RULE/r_mean`; ties go to the first of `RANKS`."""
     return max(RANKS, key=lambda rank: metrics[f"{rank}/r_mean"])
 
 
@@ -490,18 +467,10 @@ def _contained(values: Tensor, ordered: Tensor) -> Tensor:
 
 
 def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """The official retrieval metric, in percent.
+    """The official retrieval metric in percent, with ties counted against the true answer.
 
-    Ties count against the true answer, so that a pair that was never scored is never a hit; the official code leaves
-    their order to an unstable sort.
-
-    Args:
-        score_i2t: `[I, T]`; score_t2i: `[T, I]`.
-        image_of_text: `[T]` the image that each text describes.
-
-    Returns:
-        `txt_r1/5/10` (image to text: the best rank of an image's texts), `img_r1/5/10` (text to image), their means
-        `txt_r_mean`, `img_r_mean`, and `r_mean`, the mean of both.
+    From `score_i2t` `[I, T]`, `score_t2i` `[T, I]` and `image_of_text` `[T]`: `txt_r1/5/10` (image to text, best rank
+    of an image's texts), `img_r1/5/10` (text to image), `txt_r_mean`, `img_r_mean` and `r_mean`.
     """
     images, texts = score_i2t.shape
     if score_t2i.shape != (texts, images) or image_of_text.shape != (texts,):
@@ -523,7 +492,7 @@ def recall(score_i2t: Tensor, score_t2i: Tensor, image_of_text: Tensor) -> dict[
 
 
 def candidate_recall(candidates: Candidates, scores: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """`recall` from the scores `[Q]` of the candidates alone, without a matrix of images and texts."""
+    """`recall` from candidate scores `[Q]`, without the full matrices."""
     images, true = candidates.images, image_of_text[candidates.texts] == candidates.images
     ranks = []
     for queries, chosen, number in (
@@ -540,7 +509,7 @@ def candidate_recall(candidates: Candidates, scores: Tensor, image_of_text: Tens
 
 
 def _shares(text_rank: Tensor, image_rank: Tensor) -> dict[str, float]:
-    """The metric, from how many wrong texts stand before the best true one of each image, and images of each text."""
+    """Recalls from the number of wrong items ranked before the first true one."""
     result: dict[str, float] = {}
     for name, ranks in (("txt", text_rank), ("img", image_rank)):
         for depth in (1, 5, 10):
@@ -551,12 +520,9 @@ def _shares(text_rank: Tensor, image_rank: Tensor) -> dict[str, float]:
 
 
 class ScoreJournal:
-    """Append-only records `(image, scores)`. Opening it drops a torn record at the end; what precedes it is kept.
+    """Append-only `(image, scores)` records; opening it truncates an incomplete last record.
 
-    Args:
-        path: the file; created when absent.
-        fingerprint: of the work (weights, embeddings, candidates). A file made for other work is refused.
-        dtype: of the scores; part of the fingerprint.
+    A file with another `fingerprint` (weights, embeddings, candidates, dtype) is rejected.
     """
 
     def __init__(self, path: str | Path, fingerprint: str, dtype: torch.dtype = torch.float32) -> None:
@@ -588,7 +554,7 @@ class ScoreJournal:
             raise self._failure(error) from None
 
     def records(self) -> Iterator[tuple[int, Tensor]]:
-        """Every whole record, in the order written; the file is cut behind the last one."""
+        """All complete records in order; truncates the file after the last one."""
         self._file.seek(len(self._header))
         end = self._file.tell()
         size = os.fstat(self._file.fileno()).st_size
@@ -606,7 +572,7 @@ class ScoreJournal:
         self._file.truncate()
 
     def append(self, image: int, scores: Tensor) -> None:
-        """Record the scores `[n]` of one image."""
+        """Append the scores `[n]` of one image."""
         body = scores.to("cpu", self.dtype).contiguous().numpy().tobytes()
         try:
             self._file.write(_RECORD.pack(image, len(scores), zlib.crc32(body, image)) + body)
@@ -614,7 +580,7 @@ class ScoreJournal:
             raise self._failure(error) from None
 
     def sync(self) -> None:
-        """Make everything appended so far durable."""
+        """Flush to disk."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -1,9 +1,8 @@
-"""Image-text retrieval: embed, rank by feature similarity, re-rank with the fusion encoder image by image.
+"""Image-text retrieval: embed, rank by feature similarity, re-rank with the fusion encoder.
 
-The official evaluation re-projects an image's tokens to keys and values for every caption, runs every caption padded,
-and scores the pairs of both directions separately. Here the union of both directions' pairs is scored once, in
-image-major order: an image's memory is computed once, all its captions are one query sequence, and nothing is padded.
-The scores are the same; the receipt says what it cost.
+The official evaluation re-projects image keys and values for every caption, pads captions, and scores both directions
+separately. Here the union of both directions' pairs is scored once in image-major order: one memory per image, packed
+captions. Scores are identical.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ __all__ = [
 
 
 class RetrievalModel(Protocol):
-    """The part of a model that retrieval needs where it is no `XFM`, such as a session over exported graphs."""
+    """Model interface of retrieval for models other than `XFM`, e.g. export sessions."""
 
     @property
     def config(self) -> XFMConfig: ...
@@ -69,7 +68,7 @@ class RetrievalModel(Protocol):
     def project_text(self, text_embeds: Tensor) -> Tensor: ...
 
     def pair_scorer(self) -> PairScorer:
-        """The scorer of pairs."""
+        """Scorer of pairs."""
         ...
 
 
@@ -77,7 +76,7 @@ class Retriever:
     """Embeds collections and searches them.
 
     Args:
-        model: an `XFM` with the contrastive and matching heads, which is put into evaluation mode, or an exported one
+        model: an `XFM` with the contrastive and matching heads, switched to evaluation mode, or an exported one
             (`xfm_fast.export.session.Session`).
         token_budget: caption tokens per pass of the fusion encoder; chosen for the device by default.
     """
@@ -99,8 +98,8 @@ class Retriever:
 
         Args:
             batches: in the order of the collection.
-            path: file that receives the embeddings, for a collection that does not fit into memory.
-            count: number of images, needed with `path`.
+            path: output file for embeddings that exceed memory.
+            count: number of images, required with `path`.
         """
         config, stored = self.model.config, None
         if path is not None:
@@ -159,13 +158,13 @@ class Retriever:
         return score_candidates(self.scorer, images, texts, candidates, self.token_budget, resume, progress)
 
     def search_images(self, texts: TextIndex, images: ImageIndex, k: int = 16) -> tuple[Tensor, Tensor]:
-        """For every text the k most similar images, best match first: indices and match scores, `[T, k]` each."""
+        """The k best images of every text, best first: indices and match scores, `[T, k]` each."""
         candidates = top_candidates(images.features, texts.features, 0, _positive(k))
         result = score_candidates(self.scorer, images, texts, candidates, self.token_budget, None, None)
         return _best(result.score_t2i, k)
 
     def search_texts(self, images: ImageIndex, texts: TextIndex, k: int = 16) -> tuple[Tensor, Tensor]:
-        """For every image the k most similar texts, best match first: indices and match scores, `[I, k]` each."""
+        """The k best texts of every image, best first: indices and match scores, `[I, k]` each."""
         candidates = top_candidates(images.features, texts.features, _positive(k), 0)
         result = score_candidates(self.scorer, images, texts, candidates, self.token_budget, None, None)
         return _best(result.score_i2t, k)
@@ -186,19 +185,9 @@ def rerank(
 ) -> RerankResult:
     """Re-rank the union of both directions' top-k pairs, each pair once, image by image.
 
-    Args:
-        image_embeds: `[I, 1 + N, vision_width]` from `encode_image`; may be memory-mapped (`xfm_fast.memory`).
-        text_embeds: `[T, L, text_width]` from `encode_text`.
-        attention_mask: `[T, L]`, non-zero for real tokens.
-        model: with the contrastive and matching heads.
-        k: candidates per image and per text (the official `k_test`), at most as many as there are.
-        image_features, text_features: `[I, E]`, `[T, E]`; projected from the embeddings when not given.
-        token_budget: caption tokens per pass of the fusion encoder.
-        resume: folder that keeps the scores of finished images. A later call with the same work continues there.
-        progress: called with (pairs done, pairs in all).
-
-    Returns:
-        Scores as the official evaluation has them, and a receipt.
+    `image_embeds` `[I, 1 + N, vision_width]` may be memory-mapped; `text_embeds` is `[T, L, text_width]`; `k` is the
+    official `k_test`. `resume` is a folder with the scores of finished images, from which an identical call continues.
+    `progress` receives (pairs done, total).
     """
     model.eval()
     with torch.inference_mode():

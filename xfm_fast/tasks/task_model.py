@@ -1,4 +1,4 @@
-"""The base of the fine-tuning models: where their weights come from."""
+"""Base class of fine-tuning models: loading of weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xfm_fast.tokenizer import CaptionTokenizer
 
 
 class TaskModel(XFM):
-    """An X-FM with the encoders and heads that a task reads, and a part of its own that pretraining does not have."""
+    """X-FM with the encoders and heads of a task, and new task-specific parts."""
 
     if TYPE_CHECKING:
         # A task takes what it needs, and returns its loss.
@@ -28,19 +28,10 @@ class TaskModel(XFM):
     """Prefixes of the parameters that a pretraining checkpoint lacks."""
 
     def load_official(self, source: str | Path | Mapping[str, Tensor]) -> checkpoint.LoadResult:
-        """Load an official checkpoint, of pretraining or of this task, in place.
+        """Load an official pretraining or task checkpoint in place, atomically.
 
-        Weights that the task does not read are left out, and position tables are interpolated to this model's size.
-        From a pretraining checkpoint the part that it lacks starts as the official fine-tuning starts it.
-
-        Args:
-            source: a `.th`/`.pth`/`.bin` file (read with `weights_only=True`), a `.safetensors` file, or a state dict.
-
-        Returns:
-            `fresh`: parameters that the checkpoint does not determine; `surplus`: entries that were left out.
-
-        Raises:
-            CheckpointError: the file cannot be read, or does not fit; nothing was loaded then.
+        Unused weights are dropped, position tables are interpolated, and new parts are initialised as in the official
+        code. The result lists `fresh` parameters and `surplus` entries.
         """
         what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
         official = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
@@ -60,7 +51,7 @@ class TaskModel(XFM):
         return checkpoint.load_into(self, state, what=what, fresh=() if fine_tuned else self.own_parts, surplus=surplus)
 
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
-        """Initialise what the checkpoint lacks; returns the names that stay as they are."""
+        """Initialise new parts; returns the names of parameters that stay random."""
         return fresh
 
     @classmethod
@@ -74,13 +65,7 @@ class TaskModel(XFM):
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **options: Any,
     ) -> Self:
-        """Build the model and `load_official`.
-
-        Args:
-            source, config, dtype, tokenizer: as for `XFM.from_official`.
-            heads: without effect; a task has the heads that it needs.
-            options: of the constructor, such as `labels` or `decoder_layers`.
-        """
+        """Build the model and `load_official`; `options` go to the constructor, `heads` is ignored."""
         model = cls(config, **options)
         model.tokenizer = None if tokenizer is None else read_tokenizer(tokenizer, config)
         model.load_official(source)
@@ -96,13 +81,10 @@ class TaskModel(XFM):
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **options: Any,
     ) -> Self:
-        """Load a folder that `save_pretrained` wrote, of this task or of a pretraining model.
+        """Load a `save_pretrained` folder of this task or a pretraining model.
 
-        Args:
-            folder, dtype, tokenizer: as for `XFM.from_pretrained`.
-            heads: without effect; a task has the heads that it needs.
-            options: of the Hub, as for `XFM.from_pretrained`; the others are those of the constructor, such as `labels`
-                or `decoder_layers`, with which the model was saved.
+        `options` are Hub options of `XFM.from_pretrained` and the constructor arguments of the saved model; `heads` is
+        ignored.
         """
         download = {name: options.pop(name) for name in Download.__annotations__ if name in options}
         place = local_folder(folder, **download)

@@ -1,8 +1,7 @@
-"""Visual question answering: a decoder is trained to write answers, and ranks a list of known answers at inference.
+"""Visual question answering: a decoder trained to generate answers, which ranks an answer list at inference.
 
-Recipe of the official code (VQA v2 with Visual Genome): 480 pixels, 12 decoder layers that start from the fusion
-encoder, 24 questions per GPU, lr 2e-5, 10 epochs; 128 candidates out of 3,129 answers. Accuracies are the consensus
-accuracy of VQA v2, and exact match.
+Official recipe (VQA v2 with Visual Genome): 480 pixels, 12 decoder layers initialised from the fusion encoder, 24
+questions per GPU, lr 2e-5, 10 epochs; 128 candidates out of 3,129 answers.
 """
 
 from __future__ import annotations
@@ -77,17 +76,12 @@ class AnswerRanking(NamedTuple):
 
     @property
     def probabilities(self) -> Tensor:
-        """`[Q, best]`: softmax over the answers that are here, which is not the probability over all answers."""
+        """`[Q, best]`: softmax over the returned answers only."""
         return self.scores.softmax(-1)
 
 
 class VQAModel(TaskModel):
-    """X-FM with an answer decoder on top of the fusion encoder.
-
-    Args:
-        config: sizes.
-        decoder_layers: layers of the decoder, all with cross-attention (official `num_dec_layers`).
-    """
+    """X-FM with an answer decoder of `decoder_layers` (official `num_dec_layers`) on the fusion encoder."""
 
     own_parts = ("text_decoder.",)
 
@@ -96,7 +90,7 @@ class VQAModel(TaskModel):
         self.text_decoder = TextDecoder(config, decoder_layers, config.text_width)
 
     def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Start the decoder from the fusion encoder of a pretraining state dict; see `TextDecoder.initialise_from`."""
+        """Initialise the decoder from the fusion encoder of a pretraining state dict."""
         return self.text_decoder.initialise_from(state, "fusion_encoder")
 
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
@@ -111,16 +105,10 @@ class VQAModel(TaskModel):
         *,
         attend_to_padding: bool = False,
     ) -> DecoderMemory:
-        """The decoder's memory: keys and values of Q questions that have seen their image.
+        """Decoder memory of Q questions `[Q, L]` fused with their images (`image_index` `[Q]`).
 
-        Args:
-            pixels: `[B, 3, R, R]`.
-            question_ids: `[Q, L]`.
-            question_mask: `[Q, L]`, non-zero for real tokens; by default everything but padding.
-            image_index: `[Q]` image of each question, so that an image with several questions is encoded once; by
-                default question b belongs to image b.
-            attend_to_padding: the official evaluation (not its training) lets the decoder attend to padded question
-                tokens, so that an answer depends on the other questions of the batch. True reproduces it.
+        `attend_to_padding` reproduces the official evaluation, whose decoder attends to padding, so that an answer
+        depends on the rest of the batch.
         """
         mask = inputs.check_tokens(question_ids, question_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
@@ -139,20 +127,10 @@ class VQAModel(TaskModel):
         answer_weights: Tensor,
         image_index: Tensor | None = None,
     ) -> Tensor:
-        """Training loss: weighted negative log-likelihoods of the answers, summed and divided by the questions.
+        """Weighted negative log-likelihood of the answers, summed and divided by the number of questions.
 
-        Args:
-            pixels, question_ids, question_mask, image_index: as in `encode_questions`.
-            answer_ids: `[A, La]` the answers of question 0, then of question 1, ...: `<s> ... </s>`, padded.
-            answer_mask: `[A, La]`, real tokens first; by default everything but padding.
-            answers_per_question: `[Q]` integers that sum to A.
-            answer_weights: `[A]`.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            InputError: numbers that do not add up, or anything the encoders cannot accept.
+        `answer_ids` `[A, La]` holds the answers of question 0, then of question 1, ... (`answers_per_question` `[Q]`
+        sums to A).
         """
         mask = check_answers(answer_ids, answer_mask, self.config)
         questions, answers = question_ids.shape[0], answer_ids.shape[0]
@@ -181,29 +159,11 @@ class VQAModel(TaskModel):
         best: int | None = None,
         count_first_token_twice: bool = False,
     ) -> AnswerRanking:
-        """The likeliest answers out of N: k candidates by their first token, ranked by their exact log-likelihood.
+        """Rank k candidates, chosen by their first token, by exact log-likelihood; returns `[Q, best]`.
 
-        What candidates begin with in common is decoded once per question (see `answer_trie`); the official code decodes
-        every candidate whole and padded.
-
-        Args:
-            memory: from `encode_questions`.
-            answers: the answer list as `AnswerTrie.of` makes it, once for all batches; or its ids `[N, La]`, tokenised
-                with `<s> ... </s>` and padded.
-            answer_mask: of ids, `[N, La]`, real tokens first; by default everything but padding.
-            k: number of candidates; N ranks all answers exactly.
-            best: how many of the candidates are wanted, by default all k. Candidates that cannot be among the best are
-                not decoded to their end: the answer out of all N (k = N, best = 1) then costs less than 128 candidates
-                do officially, and with a model that knows what it says, a few prefixes.
-            count_first_token_twice: the official score adds the log-probability of the first answer token once more,
-                which favours answers whose first token is likely. True reproduces it.
-
-        Returns:
-            Indices and scores `[Q, best]`.
-
-        Raises:
-            InputError: k outside 1..N, best outside 1..k, or answers that do not start alike or hold fewer than two
-                tokens.
+        `answers` is an `AnswerTrie`, built once for all batches, or ids `[N, La]`. k = N ranks all answers exactly;
+        `best` < k prunes candidates that cannot be among the best, with the same result. `count_first_token_twice`
+        reproduces the official score, which adds the log-probability of the first answer token twice.
         """
         trie = answers if isinstance(answers, AnswerTrie) else AnswerTrie.of(answers, answer_mask, self.config)
 
@@ -214,7 +174,7 @@ class VQAModel(TaskModel):
 
     @torch.no_grad()
     def log_likelihoods(self, memory: DecoderMemory, answer_ids: Tensor) -> Tensor:
-        """How likely the model is to write answers `[Q, La]`, one for each question: `[Q]` log-likelihoods."""
+        """Log-likelihood `[Q]` of one answer `[Q, La]` per question."""
         each = ImageGroups(torch.arange(len(answer_ids) + 1, device=answer_ids.device))
         mask = answer_ids != self.config.pad_token_id
         return -self.text_decoder.token_losses(answer_ids, mask, memory, each).double().sum(1)
@@ -223,19 +183,7 @@ class VQAModel(TaskModel):
     def generate(
         self, memory: DecoderMemory, *, max_length: int = 20, num_beams: int = 1, length_penalty: float = 1.0
     ) -> Tensor:
-        """Answers written freely, without a list; questions of different lengths share a batch.
-
-        Args:
-            memory: from `encode_questions`, of Q questions.
-            max_length: of an answer in tokens, `<s>` and `</s>` included.
-            num_beams, length_penalty: see `models.decoder.generate`.
-
-        Returns:
-            `[Q, length]` ids: `<s>`, the answer, `</s>`, then padding; without `</s>` where `max_length` cut it off.
-
-        Raises:
-            InputError: a length that the decoder has no positions for, or no beams.
-        """
+        """Generate answers freely: `[Q, length]` ids with `<s>` and `</s>`, padded."""
         config = self.config
         prompt = torch.full((memory.states, 1), config.bos_token_id, device=memory.cu_seqlens.device)
         return generate(
@@ -245,9 +193,7 @@ class VQAModel(TaskModel):
 
 
 def strip_punctuation(answer: str) -> str:
-    """Remove punctuation that stands beside a space (or anywhere, if the answer has a number like 1,000), replace the
-    rest by spaces, and remove full stops that are no decimal points.
-    """
+    """Remove punctuation next to a space (or anywhere after a number like 1,000), else replace it by a space."""
     number = _DIGIT_COMMA_DIGIT.search(answer) is not None
     out = answer
     for mark in _PUNCTUATION:
@@ -257,16 +203,14 @@ def strip_punctuation(answer: str) -> str:
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer as the VQA protocol compares it: no punctuation, lower case, digits for numbers, no articles, and
-    contractions with their apostrophe.
-    """
+    """Normalise an answer as the VQA protocol does: punctuation, case, number words, articles, contractions."""
     words = [_NUMBERS.get(word, word) for word in strip_punctuation(answer).lower().split()]
     return " ".join(_SPELLINGS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 @dataclass(frozen=True)
 class VQAAccuracy:
-    """Accuracies in percent, rounded to two digits as the protocol rounds them."""
+    """Accuracies in percent, rounded to two digits as in the protocol."""
 
     overall: float
     per_question: dict[int, float]
@@ -275,16 +219,7 @@ class VQAAccuracy:
 
 
 def vqa_accuracy(predictions: Mapping[int, str], annotations: Iterable[Mapping[str, Any]]) -> VQAAccuracy:
-    """The VQA v2 accuracy: an answer is right to the extent that three people out of the other nine gave it.
-
-    Args:
-        predictions: question id → answer.
-        annotations: of the annotated questions, in the official format: `question_id`, `answers` (a list of mappings
-            with `answer`), and optionally `question_type` and `answer_type`.
-
-    Raises:
-        DataError: a question without a prediction, or no questions.
-    """
+    """VQA v2 consensus accuracy of answers by question id: full credit for agreement with three of nine annotators."""
     scores: dict[int, float] = {}
     kinds: dict[str, dict[str, list[float]]] = {"question_type": {}, "answer_type": {}}
     for annotation in annotations:
@@ -319,15 +254,7 @@ def _percent(scores: Sequence[float]) -> float:
 
 
 def exact_match(predictions: Mapping[int, str], answers: Mapping[int, str]) -> float:
-    """Share of questions whose prediction is the answer, outer whitespace aside, as the official script prints it.
-
-    Args:
-        predictions: question id → answer.
-        answers: question id → the right answer.
-
-    Raises:
-        DataError: a question without a prediction, or no questions.
-    """
+    """Share of predictions equal to the answer up to outer whitespace, as in the official script."""
     missing = [question for question in answers if question not in predictions]
     if missing or not answers:
         raise DataError(f"{len(missing)} of {len(answers)} questions have no prediction; predict an answer for each")
