@@ -1,1 +1,1 @@
-"""Fine-tuning, evaluation and prediction: the tasks of the paper, each from its files to its metric."""
+"""Fine-tuning, evaluation and prediction of the paper's tasks."""

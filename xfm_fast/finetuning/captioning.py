@@ -1,4 +1,4 @@
-"""Captioning: write what an image shows."""
+"""Captioning."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from xfm_fast.tokenizer import pre_caption
 
 
 class CaptionedImages(ImageOptions):
-    """Images with captions as pretraining reads them, in line JSON or shards, in place of the files of captioning."""
+    """Image-caption pairs in pretraining formats (line JSON, shards), instead of captioning files."""
 
     caption_key: str = Field(
         default="desc",
@@ -45,7 +45,7 @@ class CaptionedImages(ImageOptions):
 
 
 class CaptioningOptions(TaskOptions):
-    """The task of captioning."""
+    """Captioning."""
 
     kind: Literal["captioning"] = "captioning"
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
@@ -66,7 +66,7 @@ class CaptioningOptions(TaskOptions):
 
 
 class Captioned(NamedTuple):
-    """A view of an image, and `<s> prompt caption </s>` as ids."""
+    """An image view and the ids of `<s> prompt caption </s>`."""
 
     image: Tensor
     ids: list[int]
@@ -74,14 +74,14 @@ class Captioned(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptioningBatch(PairInput):
-    """`image` `[B, 3, R, R]` and a caption of each with its prompt, `input_ids` `[B, L]`."""
+    """`image` `[B, 3, R, R]` and one prompted caption per image, `input_ids` `[B, L]`."""
 
 
 class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, CaptioningBatch]):
-    """See `xfm_fast.tasks.captioning`.
+    """Captioning; see `xfm_fast.tasks.captioning`.
 
-    The files of a split name images with all their captions; or images alone, with a file of COCO captions beside them
-    whose captions have the images' ids. Folders of images can be captioned too, and are not scored.
+    Splits list images with all captions, or images plus a COCO captions file with the images' ids. A folder of images
+    without captions is captioned without metrics.
     """
 
     metrics = (
@@ -166,7 +166,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         return {"loss": loss}
 
     def predict(self, model: CaptioningModel, records: Sequence[CaptioningTestRecord]) -> list[Row]:
-        """Rows of `image`, its path, and `caption`, without the prompt."""
+        """Rows of `image` (path) and `caption` (without the prompt)."""
         options = self.options
         pixels = torch.stack([self.pixels(record.image) for record in records])
         written = model.generate(
@@ -191,10 +191,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         return [name for name in self.metrics if self.options.facts or not name.startswith("true_")]
 
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
-        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D`, times 100; see `tasks.caption_metrics`.
-
-        With the option `facts` also what is true of them, see `true_shares`.
-        """
+        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D` times 100; with the option `facts` also `true_shares`."""
         if not self.metrics_of(records):
             return {}
         said = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
@@ -205,7 +202,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         return {name: 100 * value for name, value in found.items()}
 
     def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:
-        """`captions.json`, as the COCO evaluation takes it."""
+        """`captions.json` for the COCO evaluation."""
         found = [
             {"image_id": record.identity, "caption": row["caption"]} for row, record in zip(rows, records, strict=True)
         ]
@@ -223,12 +220,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
 
 
 def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
-    """The captions of a ground-truth file in COCO's format by image id, which need not name the images; None for any
-    other file.
-
-    Raises:
-        DataError: it is damaged.
-    """
+    """Captions by image id of a COCO ground-truth file; None for any other file."""
     if path.suffix.lower() != ".json":
         return None
     content = read_json(path, "one JSON array of objects, or COCO captions")
@@ -245,11 +237,7 @@ def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
 
 
 def _scene_of(image: Path) -> Scene:
-    """The scene that an image of a shapes world shows.
-
-    Raises:
-        DataError: it is in no such world.
-    """
+    """Scene of an image in a shapes dataset; any other image raises `DataError`."""
     try:
         seed = _seed_of(image.parents[2] / WORLD_FILE)
         return scene(seed, int(image.stem), cast(Split, image.parent.name))

@@ -1,4 +1,4 @@
-"""The classes of a classification: their names, the truth of records, and a result of logits."""
+"""Class names, labels and result rows of classification tasks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,13 @@ _SHOWN = 3
 
 
 def check_columns(columns: Iterable[str], kind: type[Annotation]) -> None:
-    """Raise `ValueError`, for a recipe to report, unless `columns` names fields of a kind of records alone."""
+    """Raise `ValueError`, for the recipe, if `columns` has keys that are not fields of `kind`."""
     if unknown := [field for field in columns if field not in kind.model_fields]:
         raise ValueError(f"columns: {unknown[0]} is no field; known here: {', '.join(kind.model_fields)}")
 
 
 def class_names(given: Sequence[str], rows: Iterable[AnnotationRows[Any]]) -> tuple[str, ...]:
-    """The classes in their order: those that are given, or else those of the rows to train on, sorted by name.
-
-    Raises:
-        DataError: there are none, or one only.
-    """
+    """Ordered class names: `given`, else the sorted labels of the training rows; fewer than two raise `DataError`."""
     names = tuple(given or label_names(rows))
     if len(names) < 2:
         raise DataError(f"there is one class only, {', '.join(names)!r}; a classifier needs at least two")
@@ -36,11 +32,7 @@ def class_names(given: Sequence[str], rows: Iterable[AnnotationRows[Any]]) -> tu
 
 
 def class_number(label: str | None, names: Sequence[str]) -> int:
-    """The place of a label among the classes.
-
-    Raises:
-        DataError: there is no label, or it is none of them.
-    """
+    """Index of a label; a missing or unknown label raises `DataError`."""
     if label is None:
         raise DataError("'label' is missing; training needs the class")
     if label not in names:
@@ -50,15 +42,7 @@ def class_number(label: str | None, names: Sequence[str]) -> int:
 
 
 def have_truth(records: Sequence[Any], names: Sequence[str] | None) -> bool:
-    """True where every record to evaluate on has a label, false where none has.
-
-    Args:
-        records: with `label`.
-        names: the classes, or None where labels are numbers.
-
-    Raises:
-        DataError: a label is none of the classes, or some records have one and others not.
-    """
+    """True if all records have a label, false if none has; mixed or unknown labels raise `DataError`."""
     labels = [record.label for record in records]
     known = set(labels) if names is None else {None, *names}
     if foreign := Counter(label for label in labels if label not in known):
@@ -76,7 +60,7 @@ def have_truth(records: Sequence[Any], names: Sequence[str] | None) -> bool:
 
 
 def class_rows(logits: Tensor, names: Sequence[str], most: int = 5) -> list[Row]:
-    """A result for each row of logits `[B, classes]`: `answer`, and the `probabilities` of the likeliest classes."""
+    """Rows of `answer` and the `most` largest `probabilities` from logits `[B, classes]`."""
     shares, places = logits.double().softmax(-1).topk(min(most, len(names)))
     rows = []
     for values, numbers in zip(shares.tolist(), places.tolist(), strict=True):

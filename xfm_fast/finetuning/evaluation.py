@@ -1,9 +1,8 @@
-"""Evaluation of a model on a split, on any number of processes, that goes on where it was killed.
+"""Distributed, resumable evaluation of a split.
 
-Records are cut into batches that do not depend on the number of processes, and every batch is predicted by one of them,
-which appends the rows to a journal of its own. So the rows, and with them the metrics, are the same for any number of
-processes, an image never travels, and what a killed evaluation has done is not done again. All processes must see the
-folder of the journals.
+Records are split into batches independently of the number of processes; each process predicts some of them and appends
+the rows to its own journal. So rows and metrics are the same for any number of processes, and a killed evaluation
+resumes. All processes need access to the journal folder.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ Metrics = dict[str, float]
 
 
 class Judged(Protocol):
-    """The part of a task that evaluation needs; see `xfm_fast.finetuning.task.Task`."""
+    """Task interface of evaluation; see `xfm_fast.finetuning.task.Task`."""
 
     @property
     def options(self) -> Any: ...
 
     def groups(self, records: Sequence[Any]) -> list[list[int]]:
-        """The numbers of records that are predicted together."""
+        """Indices of records to predict together."""
         ...
 
     def predict(self, model: Any, records: Sequence[Any]) -> list[Row]:
-        """The results of records, one row for each."""
+        """One result row per record."""
         ...
 
     def evaluate(self, model: Any, records: Sequence[Any], work: Evaluation) -> tuple[Metrics, dict[str, bytes]]:
@@ -57,14 +56,14 @@ class Judged(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Where and how a split is evaluated.
+    """Settings of an evaluation.
 
     Attributes:
-        folder: of the results, and of journals while it goes on.
-        processes: that share the work.
-        batch_size: records that are predicted together, up to the group that is begun.
-        autocast: what predictions run in.
-        progress: called with records done by this process and in all.
+        folder: output folder, which also holds the journals.
+        processes: process group that shares the work.
+        batch_size: minimum records per batch; batches contain whole groups.
+        autocast: autocast context of predictions.
+        progress: called with (records done by this process, total).
     """
 
     folder: Path
@@ -74,13 +73,9 @@ class Evaluation:
     progress: Callable[[int, int], None] = lambda done, of: None
 
     def run(self, task: Judged, model: XFM, records: Sequence[Any]) -> Metrics:
-        """The metrics of a split, the same on every process; they and the files of the task then lie in the folder.
+        """Evaluate a split, write metrics and task files to the folder, and return the metrics on every process.
 
-        The model is in evaluation mode meanwhile, and afterwards in the mode that it was in.
-
-        Raises:
-            DataError: there are no records, or one cannot be predicted, such as for want of its image.
-            StorageError: the folder cannot be written.
+        The model runs in evaluation mode, and its mode is restored.
         """
         if not records:
             raise DataError("the split holds no records; a metric needs at least one")
@@ -101,7 +96,7 @@ class Evaluation:
         return self.processes.from_first(save)
 
     def make_folder(self) -> None:
-        """Make the folder of the results."""
+        """Create the output folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,7 +105,7 @@ class Evaluation:
             ) from error
 
     def rows(self, task: Judged, model: XFM | Session, records: Sequence[Any]) -> list[Row]:
-        """The rows of all records on the first process, and none on the others."""
+        """Rows of all records on the first process, empty on the others."""
         batches = _batches(task.groups(records), self.batch_size)
         identity = fingerprint(task, model, records, self.batch_size)
         with ExitStack() as alone:
@@ -138,7 +133,7 @@ class Evaluation:
         return rows
 
     def _begin(self, identity: str, alone: ExitStack) -> set[int]:
-        """The batches that journals of the same work hold; journals of other work are deleted."""
+        """Batches completed in journals with the same fingerprint; other journals are deleted."""
         self.make_folder()
         alone.enter_context(hold(self.folder / ".lock", f"the evaluation in {self.folder}"))
         for path in self.folder.glob("rows-*.jsonl"):
@@ -155,11 +150,7 @@ class Evaluation:
 
 
 def delete(path: Path) -> None:
-    """Delete a file of other work.
-
-    Raises:
-        StorageError: it stays.
-    """
+    """Delete a file; failure raises `StorageError`."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -167,7 +158,7 @@ def delete(path: Path) -> None:
 
 
 def fingerprint(task: Judged, model: XFM | Session, records: Sequence[Any], batch_size: int) -> str:
-    """A digest of all that decides the rows."""
+    """Digest of everything that determines the rows."""
     kind = model.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     pictures = "official" if getattr(task, "official_pictures", False) else "upright"
@@ -184,7 +175,7 @@ def fingerprint(task: Judged, model: XFM | Session, records: Sequence[Any], batc
 
 
 def _batches(groups: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Whole groups together until there are at least `batch_size` records."""
+    """Concatenate whole groups to batches of at least `batch_size` records."""
     batches: list[list[int]] = []
     for group in groups:
         if not batches or len(batches[-1]) >= batch_size:
@@ -194,7 +185,7 @@ def _batches(groups: Sequence[Sequence[int]], batch_size: int) -> list[list[int]
 
 
 class _Journal:
-    """Rows of finished batches, a line each, behind a line that says what they are of."""
+    """Rows of finished batches, one line each, after a header with the fingerprint."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
@@ -210,7 +201,7 @@ class _Journal:
         return self
 
     def append(self, batch: int, rows: list[Row]) -> None:
-        """A finished batch; it is in the file when this returns."""
+        """Append a batch and flush it."""
         try:
             self._file.write(json.dumps({"batch": batch, "rows": rows}) + "\n")
             self._file.flush()
@@ -229,7 +220,7 @@ class _Journal:
 
 
 def _lines(path: Path, identity: str) -> list[dict[str, Any]]:
-    """The whole lines of a journal, the first one included; none where it is not of this work."""
+    """Complete lines of a journal, including the header; empty if the fingerprint differs."""
     lines: list[dict[str, Any]] = []
     try:
         # Not splitlines, which also ends lines within a JSON string. Behind the last line feed there is nothing.

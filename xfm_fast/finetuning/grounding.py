@@ -1,4 +1,4 @@
-"""Grounding: which box of the image does an expression refer to?"""
+"""Visual grounding."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _EDGE = 1.0
 
 
 class CaptionedRegions(RegionOptions):
-    """Regions of images in place of expressions: line JSON as pretraining reads it.
+    """Image regions in pretraining's line JSON, instead of expressions.
 
-    A row is an image, so `batch_size` of the recipe counts images; of their texts a random selection makes the batch.
+    A row is an image, so the recipe's `batch_size` counts images; a random subset of their texts makes the batch.
     """
 
     careful_flip: bool = Field(default=True, description="do not mirror images whose captions say left or right")
@@ -44,7 +44,7 @@ class CaptionedRegions(RegionOptions):
 
 
 class GroundingOptions(TaskOptions):
-    """The task of grounding."""
+    """Grounding."""
 
     kind: Literal["grounding"] = "grounding"
     augment: bool = Field(
@@ -59,7 +59,7 @@ class GroundingOptions(TaskOptions):
 
 
 class Expression(NamedTuple):
-    """A view of an image, an expression as ids, and its box `[4]`: (cx, cy, w, h) relative to the view."""
+    """An image view, expression ids and the box `[4]` (cx, cy, w, h) relative to the view."""
 
     image: Tensor
     ids: list[int]
@@ -68,13 +68,12 @@ class Expression(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingBatch(PairInput):
-    """Images and the texts about them.
+    """Images and their texts.
 
     Attributes:
         boxes: `[T, 4]` (cx, cy, w, h) relative to the image.
-        image_index: `[T]` image of each text; None where text t belongs to image t.
-        is_image: `[T]`, true where a text describes the whole image and there is no box to predict; None where none
-            does.
+        image_index: `[T]` image of each text; None for one text per image.
+        is_image: `[T]`, true for captions of the whole image, which have no box; None if there are none.
     """
 
     boxes: Tensor
@@ -83,11 +82,10 @@ class GroundingBatch(PairInput):
 
 
 class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions, GroundingBatch]):
-    """See `xfm_fast.tasks.grounding`.
+    """Grounding; see `xfm_fast.tasks.grounding`.
 
-    The files of a split are arrays of expressions with a box each; or arrays without boxes and, beside them, refer's
-    `refs(*).p` and `instances.json`, which may also stand alone. Of elements that say which split they are of,
-    training takes those of `train`, and evaluation all others.
+    Splits list arrays of expressions with boxes, or arrays without boxes plus refer's `refs(*).p` and `instances.json`,
+    which can also be read without arrays. Expressions marked with a split are used for training only if it is `train`.
     """
 
     metrics = ("accuracy", "accuracy_val", "accuracy_testA", "accuracy_testB")
@@ -157,11 +155,11 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         return {"bbox_l1": losses.l1, "bbox_giou": losses.giou}
 
     def groups(self, records: Sequence[GroundingRecord]) -> list[list[int]]:
-        """The expressions of an image together, so that it is encoded once."""
+        """Group expressions by image, so that each image is encoded once."""
         return by_image(records)
 
     def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:
-        """Rows of `bbox`: (x, y, w, h) in pixels of the image; `relative`: (cx, cy, w, h) as shares of its sides."""
+        """Rows of `bbox` (x, y, w, h in pixels) and `relative` (cx, cy, w, h)."""
         number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
         pixels, sizes = zip(*map(self._view, number), strict=True)
         index = torch.tensor([number[record.image] for record in records])
@@ -180,7 +178,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         return grounding_metrics(rows, records)
 
     def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
-        """`boxes.json`: `pred` is the relative box, as the official evaluation takes it."""
+        """`boxes.json` for the official evaluation; `pred` is the relative box."""
         found = [
             {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]}
             for row, record in zip(rows, records, strict=True)
@@ -196,13 +194,13 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         ]
 
     def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
-        """`[3, R, R]`: a whole image as evaluation sees it; and its width and height in pixels."""
+        """Whole image `[3, R, R]` as in evaluation, and its (width, height) in pixels."""
         decoded = decode_image(self.images / image, official=self.official_pictures)
         return evaluation_transform(self.config.image_size)(decoded), decoded.size
 
 
 def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: bool) -> None:
-    """Raise `DataError` where a box to evaluate on reaches out of its image: no prediction could find it."""
+    """Raise `DataError` for reference boxes outside their image."""
     # Refer's files say how large images are, and their boxes were held to it.
     unsure = [(record, record.bbox) for record in records if record.width is None and record.bbox is not None]
     sizes = {image: image_size(images / image, official=official) for image in {record.image for record, _ in unsure}}
@@ -215,11 +213,7 @@ def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: b
 
 
 def grounding_metric_names(records: Sequence[GroundingRecord]) -> list[str]:
-    """`accuracy`, and `accuracy_<split>` by split where records say theirs; none where they have no boxes.
-
-    Raises:
-        DataError: some expressions have a box and others do not.
-    """
+    """`accuracy`, or `accuracy_<split>` if records have splits; empty without boxes, mixed raise `DataError`."""
     lacking = sum(record.bbox is None for record in records)
     if lacking == len(records):
         return []
@@ -230,7 +224,7 @@ def grounding_metric_names(records: Sequence[GroundingRecord]) -> list[str]:
 
 
 def grounding_metrics(rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
-    """Share of boxes with an intersection over union of .5 or more, see `grounding_metric_names`."""
+    """Share of boxes with IoU of at least 0.5, by `grounding_metric_names`."""
     if not grounding_metric_names(records):
         return {}
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
@@ -243,7 +237,7 @@ def grounding_metrics(rows: Sequence[Row], records: Sequence[GroundingRecord]) -
 
 
 def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:
-    """The rows without those that say they are of another split."""
+    """Rows without expressions marked with another split."""
 
     def kept(element: Any) -> bool:
         split = element.get("split") if isinstance(element, dict) else None
@@ -262,7 +256,7 @@ def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> 
 
 
 def _without_rounding(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """A box without what reaches past the edge of the image by rounding; one that is outside stays so."""
+    """Clip a box that exceeds the image by a rounding error; others are unchanged."""
     x, y, w, h = box
     left, top, right, below = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     past = max(left - x, top - y, x + w - right, y + h - below)

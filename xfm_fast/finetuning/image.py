@@ -1,4 +1,4 @@
-"""Images and their class: folders of classes, tables, and the data sets of torchvision."""
+"""Image classification: class folders, tables and torchvision datasets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TRAINED_SHARE = 0.8
 
 
 class ImageTaskOptions(TaskOptions):
-    """The task of classifying images."""
+    """Image classification."""
 
     kind: Literal["image"] = "image"
     dataset: str | None = Field(
@@ -72,7 +72,7 @@ class ImageTaskOptions(TaskOptions):
         return self
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
-        """The options with the classes."""
+        """Options with class names."""
         if self.dataset is not None:
             found = open_torchvision(self.dataset, train[0], self.train_split)
             return self.model_copy(update={"labels": class_names(self.labels or found.classes, ())})
@@ -81,7 +81,7 @@ class ImageTaskOptions(TaskOptions):
 
 
 class LabelledImage(NamedTuple):
-    """An image `[3, R, R]` and the number of its class."""
+    """An image `[3, R, R]` and its class index."""
 
     pixels: Tensor
     target: int
@@ -93,7 +93,7 @@ class LabelledImages(TensorBatch):
 
     Attributes:
         image: `[B, 3, R, R]` normalised pixels.
-        targets: `[B]` int64 classes; `[B, classes]` probabilities where images were mixed.
+        targets: `[B]` int64 classes, or `[B, classes]` probabilities after Mixup or CutMix.
     """
 
     image: Tensor
@@ -101,7 +101,7 @@ class LabelledImages(TensorBatch):
 
 
 class TorchvisionRecord(ImageLabelRecord):
-    """An image by its number in a data set of torchvision."""
+    """An image of a torchvision dataset by index."""
 
     folder: str
     split: str
@@ -109,7 +109,7 @@ class TorchvisionRecord(ImageLabelRecord):
 
 
 class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, LabelledImages]):
-    """See `xfm_fast.tasks.classification`."""
+    """Image classification; see `xfm_fast.tasks.classification`."""
 
     metrics = ("top1", "top5")
     reads_text = False
@@ -245,14 +245,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """A split of a data set of torchvision.
-
-    Attributes:
-        data: the data set.
-        classes: their names.
-        numbers: images of the split.
-        targets: the class of each of them.
-    """
+    """A split of a torchvision dataset: `numbers` are image indices, `targets` their classes."""
 
     data: Any
     classes: Sequence[str]
@@ -260,11 +253,7 @@ class TorchvisionSet:
     targets: Sequence[int]
 
     def picture(self, number: int) -> Image.Image:
-        """The image of a number, as RGB.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """RGB image of an index."""
         try:
             return self.data[number][0].convert("RGB")
         except (OSError, ValueError) as error:
@@ -272,19 +261,10 @@ class TorchvisionSet:
 
 
 def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
-    """A split of a data set that torchvision knows; nothing is downloaded.
+    """Open a split of a torchvision dataset (class `name`, case-insensitive) in `folder`, without download.
 
-    Sets without splits, such as Caltech101, have `train` and `test`: four fifths and one, drawn always alike. (The
-    official code draws them anew in every run.) The test images of FER2013 are its `PrivateTest`.
-
-    Args:
-        name: of torchvision's class, in any case of letters.
-        folder: its `root`.
-        split: what the class calls it; `train` and `test` where it only tells these two apart.
-
-    Raises:
-        ConfigError: torchvision has no such set, or it is none of images with a class each.
-        DataError: the folder does not hold it, or it has no such split.
+    Datasets without splits, e.g. Caltech101, get a fixed random 80/20 `train` and `test` split (the official code
+    redraws it in every run). The test split of FER2013 is `PrivateTest`.
     """
     kinds: dict[str, type[Any]] = {
         kind.lower(): value
@@ -325,7 +305,7 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
 
 
 def _private_test(folder: Path) -> list[int]:
-    """The rows of torchvision's test split that FER2013 is judged by: `PrivateTest`, not `PublicTest`."""
+    """Rows of `PrivateTest` in torchvision's FER2013 test split."""
     named = (folder / "fer2013" / name for name in ("fer2013.csv", "icml_face_data.csv"))
     with next(path for path in named if path.exists()).open(newline="") as file:
         header, *rows = csv.reader(file)
@@ -335,7 +315,7 @@ def _private_test(folder: Path) -> list[int]:
 
 
 def _targets(data: Any) -> list[int]:
-    """The classes of all images, which most sets hold ready under one name or another."""
+    """Classes of all images; datasets store them under different names."""
     held = next(
         (value for name in ("targets", "_labels", "labels", "y") if (value := getattr(data, name, None)) is not None),
         None,

@@ -1,4 +1,4 @@
-"""The tasks that there are, and what a folder says about the one that its weights were made for."""
+"""Registry of tasks, and task metadata in weight folders."""
 
 from __future__ import annotations
 
@@ -52,18 +52,14 @@ AnyTask = Annotated[
 
 
 def explanation(task: Task[Any, Any, Any, Any], options: TaskOptions | None = None) -> dict[str, bytes]:
-    """The files that say what weights are for, to be saved beside them; with other options than the task's."""
+    """Metadata files to save with the weights, optionally with other options."""
     said = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
     files = {TASK_FILE: (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()}
     return files | ({TOKENIZER_FILE: task.tokenizer.to_json().encode()} if task.reads_text else {})
 
 
 def task_of(folder: Path) -> TaskOptions | None:
-    """The task that a folder of weights says it is for; None for a pretrained model.
-
-    Raises:
-        CheckpointError: `task.json` is damaged, or of a later version.
-    """
+    """Task of a folder of weights; None for a pretrained model."""
     path = folder / TASK_FILE
     try:
         content = read_json(path)
@@ -79,7 +75,7 @@ def task_of(folder: Path) -> TaskOptions | None:
 
 
 def rank_of(path: Path) -> Rank:
-    """The rule that ranks candidates by a run, a folder of weights or an export; `match` where it records none."""
+    """Ranking rule of a run, weight folder or export; `match` if not recorded."""
     options = task_of(model_folder(path) or path)
     return options.settled_rank if isinstance(options, RetrievalOptions) else "match"
 
@@ -92,5 +88,5 @@ def make_task(
     *,
     official_pictures: bool = False,
 ) -> Task[Any, Any, Any, Any]:
-    """The task of some completed options."""
+    """Create the task of completed options."""
     return TASKS[options.kind](options, config, tokenizer, images=images, official_pictures=official_pictures)

@@ -1,4 +1,4 @@
-"""NLVR2: does a sentence describe a pair of images?"""
+"""NLVR2."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ RESULT_FILE = "nlvr2_result.csv"
 
 
 class NLVR2Line(NLVR2Record):
-    """A statement as the benchmark publishes it, with its name."""
+    """A statement in the benchmark's format, with its identifier."""
 
     identifier: str | None = Field(default=None, description="such as test1-0-1-0: split, set, pair, sentence")
 
 
 class NLVR2Options(TaskOptions):
-    """The task NLVR2."""
+    """NLVR2."""
 
     kind: Literal["nlvr2"] = "nlvr2"
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
@@ -37,7 +37,7 @@ class NLVR2Options(TaskOptions):
 
 
 class Statement(NamedTuple):
-    """Two images, a sentence as ids, and whether it is true."""
+    """Two images, sentence ids and the label."""
 
     images: tuple[Tensor, Tensor]
     ids: list[int]
@@ -46,13 +46,13 @@ class Statement(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NLVR2Batch(PairInput):
-    """`image` `[2B, 3, R, R]` holds the first images of all statements, then the second ones; `targets` `[B]`."""
+    """`image` `[2B, 3, R, R]`: all first images, then all second ones; `targets` `[B]`."""
 
     targets: Tensor
 
 
 class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
-    """See `xfm_fast.tasks.nlvr2`."""
+    """NLVR2; see `xfm_fast.tasks.nlvr2`."""
 
     metrics = ("accuracy",)
     large_lr = ("cls_head",)
@@ -92,7 +92,7 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
         return {"accuracy": 100 * sum(right) / len(right)}
 
     def files(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> dict[str, bytes]:
-        """Lines `identifier,label` for the benchmark's script; a number stands for an identifier that is not there."""
+        """Lines `identifier,label` for the benchmark's script, numbered if there are no identifiers."""
         names = [getattr(record, "identifier", None) or number for number, record in enumerate(records)]
         lines = [f"{name},{row['answer']}\n" for name, row in zip(names, rows, strict=True)]
         return {RESULT_FILE: "".join(lines).encode()}

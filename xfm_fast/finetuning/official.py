@@ -1,8 +1,8 @@
-"""Configurations of the official code as recipes.
+"""Converts configurations of the official code to recipes.
 
-A file of the official code is our recipe of the same task with the file's values put in. Every key of the published
-files has a place here: a key of ours, one of the model's, a value that it must have, or none where it changes nothing.
-Any other key is named. Paths stay as they are, relative to where the command runs; weights come by `init.checkpoint`.
+Values override our recipe of the same task. Every published key maps to a recipe key, a model field, a required value,
+or is ignored because it has no effect; other keys are errors. Paths stay relative to the working directory, and weights
+are set by `init.checkpoint`.
 """
 
 from __future__ import annotations
@@ -112,20 +112,12 @@ _WHOLE = {"sun397", "caltech101", "caltech256", "fer2013"}
 
 
 def is_official(values: Mapping[str, Any]) -> bool:
-    """True of a mapping with the sections of the official files."""
+    """True for a mapping with the sections of official files."""
     return "task" not in values and bool(_SECTIONS & values.keys())
 
 
 def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The values of a recipe.
-
-    Args:
-        values: of the file.
-        name: of the file, for messages and for the folder of the run.
-
-    Raises:
-        ConfigError: keys that have no meaning here, or values that are not offered.
-    """
+    """Recipe values from an official configuration; `name` is used in messages and as the run folder."""
     known, flat = [*_KEYS, *_MODEL, *_ONLY, *_IDLE, *_READ], _flat(values)
     if unknown := [key for key in flat if key not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -206,7 +198,7 @@ def _base(values: Mapping[str, Any], name: str) -> str:
 
 
 def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """The section `data`: their files, beside what the recipe says of its own."""
+    """The section `data`: official files merged into the recipe's own."""
     if base.startswith("glue_"):
         folder = f"{values['glue_datasets']}/{values['task_name']}"
         return {**data, "train": folder, "splits": dict.fromkeys(data["splits"], folder)}
@@ -241,7 +233,7 @@ def _list(value: Any) -> list[str]:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of sections by `section.key`, beside those that lie in none."""
+    """Values of sections as `section.key`, plus top-level values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}

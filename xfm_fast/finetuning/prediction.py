@@ -1,4 +1,4 @@
-"""A model, or an export of one, with all that it needs to take files and strings."""
+"""Prediction from files and strings with a fine-tuned model or export."""
 
 from __future__ import annotations
 
@@ -33,33 +33,22 @@ from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model of a task that answers for files and strings.
+    """A task model that predicts from files and strings.
 
     Attributes:
-        model: of the right class, in evaluation mode; or the session of an export.
-        task: its tokenizer, transforms and options among the rest.
+        model: task model in evaluation mode, or the session of an export.
+        task: tokenizer, transforms and options.
     """
 
     model: XFM | Session
     task: Task[Any, Any, Any, Any]
 
     def predict(self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()) -> list[Row]:
-        """The results for some image files and some texts, as the task pairs them: `predict(["a.jpg"], ["a dog"])`.
-
-        Raises:
-            InputError: they are not what the task needs.
-            DataError: an image cannot be read.
-        """
+        """Predict from image files and texts, paired by the task: `predict(["a.jpg"], ["a dog"])`."""
         return self.answer(self.task.requests([Path(image) for image in images], list(texts)))
 
     def heatmap(self, image: str | Path, text: str) -> Tensor:
-        """The patches of an image that a text is about, `[grid, grid]`; see `xfm_fast.tasks.heatmap`.
-
-        Raises:
-            InputError: the model has neither the matching head nor the box head, or is an export, which has no
-                gradients.
-            DataError: the image cannot be read, or the text is empty.
-        """
+        """Relevance `[grid, grid]` of an image's patches to a text; see `xfm_fast.tasks.heatmap`."""
         if isinstance(self.model, Session):
             raise InputError("a heat map needs gradients, which no export computes; name the run that was exported")
         device = self.model.device
@@ -71,7 +60,7 @@ class Predictor:
 
     @torch.no_grad()
     def answer(self, records: Sequence[Any]) -> list[Row]:
-        """The results of records of the task."""
+        """Result rows of task records."""
         return self.task.predict(self.model, records)
 
 
@@ -82,19 +71,18 @@ def load(
     dtype: Precision = torch.float32,
     runtime: RuntimeChoice = "auto",
 ) -> Predictor:
-    """A fine-tuned model with its tokenizer and its transforms, or an export of one.
+    """Load a fine-tuned model, or an export of one, with its tokenizer and transforms.
 
     Args:
-        folder: a run, a folder of weights with `task.json`, which runs write, or an export of either, which may be
-            open as a session already.
-        device, dtype: of the model; by default the CPU, of an export what its runtime prefers. dtype may be "int8" or
-            "fp8", see `XFM.quantise`; that of an export is settled.
+        folder: a run, a folder of weights with `task.json`, an export of either, or an open session.
+        device: of the model; default: CPU, for exports the runtime's preference.
+        dtype: of the model, or "int8" or "fp8" (see `XFM.quantise`); an export has a fixed dtype.
         runtime: of an export, see `Session.load`.
 
     Raises:
-        CheckpointError: the folder holds no such model, or a damaged one.
+        CheckpointError: the folder holds no task model, or a damaged one.
         ExportError: the export is damaged, has no task, or cannot be run here.
-        InputError: an export in another type, or a runtime for a model.
+        InputError: another dtype for an export, or a runtime for a model.
     """
     if isinstance(folder, Session):
         if device is not None or runtime != "auto":
@@ -127,7 +115,7 @@ def load(
 
 
 def is_export(folder: str | Path) -> bool:
-    """True of a folder that `xfm-fast export` wrote."""
+    """True for a folder written by `xfm-fast export`."""
     return Path(folder, MANIFEST_FILE).is_file()
 
 
@@ -139,7 +127,7 @@ def _load_export(
 
 
 def _session_kind(folder: Path) -> tuple[TaskOptions, type[Session]]:
-    """The task of an export, and the class of the sessions that answer for it."""
+    """Task options and session class of an export."""
     options = task_of(folder)
     if options is None:
         raise ExportError(
@@ -164,21 +152,10 @@ def _answering(session: Session, options: TaskOptions, dtype: Precision) -> Pred
 
 
 def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation) -> int:
-    """Answer a file of requests, a line of JSON each, in its order; called by all processes of a group.
+    """Answer a JSON-lines file of requests in order; collective, returns the number of answers.
 
-    Args:
-        predictor: the model.
-        lines: the requests; see `Task.request`.
-        out: receives the answers, a line each, when all are made.
-        work: whose folder keeps answers until then, so that a killed command goes on, and then is removed.
-
-    Returns:
-        The number of answers.
-
-    Raises:
-        InputError: `out` is a device or a pipe.
-        DataError: a line is no request, by its number; checked before the first one is answered.
-        StorageError: `out` or the folder cannot be written.
+    `out` is written when all answers are complete. The folder of `work` stores progress, so that a killed command
+    resumes, and is removed at the end. All lines are validated before the first prediction.
     """
     if is_stream(out):
         raise InputError(f"{out} is no regular file; name one, or leave it out to print the answers")
@@ -199,7 +176,7 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
 
 
 def requests_in(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
-    """The records of a file of requests, a line of JSON each."""
+    """Records of a JSON-lines request file."""
     try:
         # Not splitlines, which also ends lines within a JSON string.
         texts = path.read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning run: a task, its data, and the fields of every run."""
+"""Fine-tuning recipes: a task, its data and the run fields."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STREAM = "train"
 
 
 class DataSection(Section):
-    """The files of a task. Relative paths lie in `root`, and patterns such as `*.json` are expanded."""
+    """Data files of a task. Relative paths refer to `root`; glob patterns such as `*.json` are expanded."""
 
     root: str = Field(default=".", description="folder of everything")
     images: str | None = Field(
@@ -49,7 +49,7 @@ class DataSection(Section):
 
 
 class Choice(Section):
-    """How the weights are chosen that a run keeps as its best."""
+    """Selection of the best weights."""
 
     by: str = Field(description="metric of the task, the larger the better")
     split: str = Field(default="val", description="split; `test` is the official choice of retrieval")
@@ -57,7 +57,7 @@ class Choice(Section):
 
 
 class FinetuneRecipe(Run):
-    """A fine-tuning run; see `xfm_fast.training.recipe.Run` for the fields that every run has."""
+    """A fine-tuning run; fields of every run are in `xfm_fast.training.recipe.Run`."""
 
     task: AnyTask
     tokenizer: str | None = Field(
@@ -73,7 +73,7 @@ class FinetuneRecipe(Run):
     @model_validator(mode="before")
     @classmethod
     def _with_held_out(cls, values: Any) -> Any:
-        """The split `val` of `train` that `task.hold_out` makes; 0 where another `val` is named."""
+        """Add the split `val` created by `task.hold_out`, or set it to 0 if another `val` is given."""
         task, data = values.get("task"), values.get("data")
         if not (isinstance(task, Mapping) and task.get("hold_out") and isinstance(data, Mapping) and "train" in data):
             return values
@@ -126,7 +126,7 @@ class FinetuneRecipe(Run):
 
     @property
     def image_folder(self) -> Path:
-        """The folder in which the paths of images begin."""
+        """Folder that relative image paths refer to."""
         root = Path(self.data.root)
         if self.data.images is not None:
             return root / self.data.images
@@ -134,12 +134,7 @@ class FinetuneRecipe(Run):
         return first if first.is_dir() else first.parent
 
     def paths_of(self, split: str) -> list[Path]:
-        """The files and folders of `train` or of a split; patterns are expanded in sorted order.
-
-        Raises:
-            ConfigError: there is no such split.
-            DataError: a path or pattern of which there is nothing.
-        """
+        """Files and folders of `train` or a split, glob patterns expanded in sorted order."""
         if split != STREAM and split not in self.data.splits:
             raise ConfigError(f"there is no split {split}; data.splits has {', '.join(self.data.splits) or 'none'}")
         key = "data.train" if split == STREAM else f"data.splits.{split}"
@@ -153,16 +148,11 @@ class FinetuneRecipe(Run):
         return found
 
     def tokenizer_path(self) -> Path | None:
-        """The vocabulary that is named, or the one beside the weights to start from; None where there is neither."""
+        """Vocabulary in the recipe, or next to the initial weights, if any."""
         return vocabulary_of(self.init.checkpoint) if self.tokenizer is None else Path(self.tokenizer)
 
     def check_machine(self) -> None:
-        """Check all that can only be known where the run starts, without reading data.
-
-        Raises:
-            DataError: a path that does not exist, by its key.
-            UnavailableError: a device or precision that this machine does not offer.
-        """
+        """Validate data paths and device before the run starts, without reading data."""
         self.check_device()
         for split in (STREAM, *self.data.splits):
             self.paths_of(split)
@@ -174,16 +164,7 @@ class FinetuneRecipe(Run):
 
 
 def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
-    """A recipe of fine-tuning by name, a YAML file by path, or a configuration of the official code.
-
-    Args:
-        name_or_path: such as `vqa2` or `my/recipe.yaml`.
-        overrides: `key=value`, such as `data.root=/data`; see `xfm_fast.training.recipe.load_recipe`.
-
-    Raises:
-        ConfigError: no such recipe, an unknown key (with the nearest known one), a wrong value, or values that cannot
-            go together.
-    """
+    """Load a fine-tuning recipe by name, YAML path or official configuration, with `key=value` overrides."""
     values = read_recipe(name_or_path, FINETUNING)
     if is_official(values):
         values = from_official(values, str(name_or_path))
@@ -211,18 +192,11 @@ def _listed(value: Any) -> list[Any]:
 def resumed_steps(
     recipe: FinetuneRecipe, rows: int, world_size: int, saved: Mapping[str, Any] | None, batches_done: int
 ) -> FinetuneRecipe:
-    """The recipe with the number of steps of its epochs, and of its schedule.
+    """Set the number of steps from the epochs.
 
-    The schedule counts the last, incomplete batch of an epoch even where the task drops it, as the official code does.
-    A run that goes on with another number of processes has the steps behind it, and those that the rest of its epochs
-    takes now.
-
-    Args:
-        recipe: as written.
-        rows: to train on.
-        world_size: processes.
-        saved: `state.json` of the checkpoint that the run goes on from.
-        batches_done: micro-batches of this world size that it has behind it.
+    The schedule counts the last partial batch of an epoch even if it is dropped, as in the official code. A run resumed
+    with another number of processes keeps its completed steps and adds those of its remaining epochs. `saved` is the
+    checkpoint's `state.json`, `batches_done` its micro-batches in this world size.
     """
     if recipe.steps:
         return recipe

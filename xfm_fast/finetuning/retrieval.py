@@ -1,4 +1,4 @@
-"""Retrieval: which texts describe an image, and which image does a text mean?"""
+"""Image-text retrieval."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _RECALLS = (*(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r1
 
 
 class RetrievalOptions(TaskOptions):
-    """The task retrieval."""
+    """Retrieval."""
 
     kind: Literal["retrieval"] = "retrieval"
     free = ("k", "columns", "rank", "hold_out")
@@ -87,12 +87,12 @@ class RetrievalOptions(TaskOptions):
 
     @property
     def settled_rank(self) -> Rank:
-        """`rank`, and `sum` where `auto` was never settled by a validation."""
+        """`rank`, or `sum` if `auto` was not resolved by validation."""
         return "sum" if self.rank == "auto" else self.rank
 
 
 class Captioned(NamedTuple):
-    """An image, one of its captions, and the number that all its captions share."""
+    """An image, a caption and the image's id."""
 
     image: Tensor
     text: EncodedText
@@ -100,13 +100,10 @@ class Captioned(NamedTuple):
 
 
 class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
-    """Fine-tuning by the contrastive and the matching loss, evaluation by re-ranking (see `xfm_fast.tasks.retrieval`).
+    """Fine-tuning with ITC and ITM losses, evaluation by re-ranking (see `xfm_fast.tasks.retrieval`).
 
-    Evaluation reports recall by the rule `rank`, and by every rule of `xfm_fast.tasks.reranking.rank_score` as
-    `RULE/METRIC`: `similarity/r_mean` is that of the first stage.
-
-    Raises:
-        ConfigError: `max_tokens` are more than the model numbers.
+    Evaluation reports recall by the rule `rank`, and for every rule of `xfm_fast.tasks.reranking.rank_score` as
+    `RULE/METRIC`: `similarity/r_mean` is the first stage.
     """
 
     metrics = tuple(f"{stage}{name}" for stage in ("", *(f"{rank}/" for rank in RANKS)) for name in _RECALLS)
@@ -126,14 +123,14 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         return self._divided(found, held=True) if split == "val" else found
 
     def _divided(self, files: list[AnnotationRows[R]], *, held: bool) -> list[AnnotationRows[R]]:
-        """The rows about images that `hold_out` takes out of training, or those about the others."""
+        """Rows of images in the held-out split, or rows of all others."""
         if not self.options.hold_out:
             return files
         images = held_out(files, self.options.hold_out, self.images)
         return [each.of_images(images, others=not held) for each in files]
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a text. Training cuts too long ones as evaluation does, which the official code leaves whole."""
+        """Truncated ids of a text, in training too (the official code does not truncate there)."""
         options = self.options
         return self.tokenizer.encode_ids([pre_caption(text, options.max_words)], options.max_tokens)[0]
 
@@ -160,7 +157,7 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         )  # fmt: skip
 
     def predict(self, model: XFM, records: Sequence[RetrievalTestRecord]) -> list[Row]:
-        """For each image its texts: the probability that they match, the cosine of features, the score by `rank`."""
+        """Per image and text: match probability, feature cosine and the score by `rank`."""
         place = {text: number for number, text in enumerate(dict.fromkeys(t for r in records for t in r.caption))}
         ids, mask = (each.to(model.device) for each in self.padded([self.ids(text) for text in place]))
         pixels = torch.stack([self.pixels(record.image) for record in records]).to(model.device, model.dtype)
@@ -187,7 +184,7 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         ]
 
     def score(self, rows: Sequence[Row], records: Sequence[RetrievalTestRecord]) -> Metrics:
-        """Nothing: pairs that were asked for do not say how they rank among all others; `evaluate` does."""
+        """Empty: ranking metrics need all pairs; see `evaluate`."""
         return {}
 
     def settled(self, metrics: Metrics) -> RetrievalOptions:
@@ -211,11 +208,10 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
 
 @dataclass
 class _Ranking:
-    """The evaluation of a split, whose images are shared over processes in blocks.
+    """Evaluation of a split with images distributed in blocks.
 
-    A block is embedded and scored by one process, in which its embeddings stay, in a file. Blocks are the same for any
-    number of processes, and nothing is computed from two of them at once, so that every score is the same to the last
-    bit. Texts are embedded once, shared in blocks too, and then held by every process.
+    One process embeds and scores a block, and stores its embeddings in a file. Blocks are independent of the number of
+    processes, so scores are bit-identical. Texts are embedded once and shared by all processes.
     """
 
     task: RetrievalTask
@@ -231,7 +227,7 @@ class _Ranking:
         self.own = range(self.processes.rank, len(self.blocks), self.processes.world_size)
 
     def run(self) -> tuple[Metrics, dict[str, bytes]]:
-        """The metrics and the files of the split, on the first process."""
+        """Metrics and files of the split, on the first process."""
         identity = fingerprint(self.task, self.model, self.records, self.work.batch_size)
         self.processes.from_first(self._make_room)
         k = self.task.options.k
@@ -271,7 +267,7 @@ class _Ranking:
         }
 
     def _reported(self, metrics: Metrics) -> Metrics:
-        """The metrics of the rule that ranks, followed by those of every rule; warns where features rank better."""
+        """Metrics of the selected rule, then of every rule; warns if the first stage ranks better."""
         best, rank = best_rank(metrics), self.task.options.rank
         if rank == "auto":
             rank = best
@@ -293,13 +289,13 @@ class _Ranking:
             delete(left)
 
     def _merged(self, values: dict[int, T]) -> list[T]:
-        """The values of all blocks, in order."""
+        """Values of all blocks in order."""
         found = {number: value for part in self.processes.gather(values) for number, value in part.items()}
         return [found[number] for number in sorted(found)]
 
     @torch.inference_mode()
     def _texts(self) -> TextIndex:
-        """All texts, with tokens as `prepare_texts` makes them."""
+        """All texts, with tokens from `prepare_texts`."""
         ids = [self.task.ids(caption) for record in self.records for caption in record.caption]
         size, device, scorer = self.work.batch_size, self.model.device, self.retriever.scorer
 
@@ -315,7 +311,7 @@ class _Ranking:
         return TextIndex(*(torch.cat(each).to(device) for each in zip(*parts, strict=True)))
 
     def _embed(self, block: int) -> Tensor:
-        """Features `[B, embed_dim]` of a block of images, whose embeddings go into its file."""
+        """Features `[B, embed_dim]` of a block of images; embeddings are written to its file."""
         start, stop = self.blocks[block]
         pixels = torch.stack([self.task.pixels(record.image) for record in self.records[start:stop]])
         batches = [pixels.to(self.model.device, self.model.dtype)]
@@ -326,7 +322,7 @@ class _Ranking:
     def _score(
         self, identity: str, candidates: Candidates, finished: Tensor, texts: TextIndex, features: Tensor
     ) -> None:
-        """Score the blocks of this process that are not finished."""
+        """Score the unfinished blocks of this process."""
         config, model, done = self.model.config, self.model, 0
         with self._journal(self.processes.rank, identity) as journal:
             # Half a record that a killed process left would spoil the next one.
@@ -352,7 +348,7 @@ class _Ranking:
         return ScoreJournal(self.folder / f"rows-{rank:05d}.bin", identity, dtype)
 
     def _read(self, identity: str, candidates: Candidates) -> tuple[Tensor, Tensor]:
-        """Scores `[Q]` of the pairs in all journals, and which images are finished; other work is deleted."""
+        """Scores `[Q]` from all journals and the finished images; other journals are deleted."""
         cu_pairs = candidates.cu_pairs.tolist()
         scores = torch.full((candidates.pairs,), UNSCORED, dtype=torch.promote_types(self.model.dtype, torch.float32))
         finished = candidates.cu_pairs.diff() == 0

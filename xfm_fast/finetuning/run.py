@@ -1,4 +1,4 @@
-"""A fine-tuning run from its recipe to the metrics of its splits, and the evaluation of weights that exist."""
+"""Fine-tuning runs, and evaluation of existing weights."""
 
 from __future__ import annotations
 
@@ -41,14 +41,7 @@ ShowProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run came to.
-
-    Attributes:
-        step: that are complete.
-        folder: of the weights that were chosen.
-        metrics: of every split, by its name, of these weights; empty where the run was interrupted.
-        interrupted: a signal ended the run, which goes on from its last checkpoint.
-    """
+    """Result of a run: `folder` of the selected weights, their `metrics` on every split; a signal sets `interrupted`."""
 
     step: int
     folder: Path
@@ -57,11 +50,7 @@ class FinetuneResult:
 
 
 def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any, Any, Any]:
-    """The task of a recipe, with what its training files say about it.
-
-    Args:
-        complete: read these files; false where the options are complete already.
-    """
+    """Task of a recipe; `complete` reads missing options from the training files."""
     path = recipe.tokenizer_path()
     tokenizer = None if path is None else CaptionTokenizer.from_files(path)
     options = recipe.task
@@ -74,11 +63,7 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
 
 
 def initial_model(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any]) -> TaskModel:
-    """The model of a task with the weights that `init` names.
-
-    Raises:
-        CheckpointError: a source of weights cannot be read, does not fit, or is of another task.
-    """
+    """Task model initialised as in `init`."""
     model, init = task.build(), recipe.init
     if init.checkpoint is not None:
         load_weights(model, task, Path(init.checkpoint))
@@ -88,14 +73,7 @@ def initial_model(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any]) -> Tas
 
 
 def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: Path) -> bool:
-    """Load a folder of ours, of this task or pretrained, or an official checkpoint, in place.
-
-    Returns:
-        True where the weights are those of the task, false where its own part was begun anew.
-
-    Raises:
-        CheckpointError: it cannot be read, does not fit, or is of another task.
-    """
+    """Load our folder or an official checkpoint in place; false if the task's own parts stay random."""
     folder = model_folder(place)
     kinds = (task.options.kind, *task.takes_weights_of)
     if folder is not None and (found := task_of(folder)) is not None and found.kind not in kinds:
@@ -112,19 +90,12 @@ def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: Path) 
 def finetune(
     recipe: FinetuneRecipe, *, resume: bool = True, show: ShowProgress = lambda split, done, of: None
 ) -> FinetuneResult:
-    """Run a recipe, alone or as one process of those that `torchrun` started.
+    """Run a recipe on one process or on every process that `torchrun` started.
 
-    In `recipe.checkpoint.folder` lie `recipe.json`; what `xfm_fast.training.loop.train` writes, `model/` with the last
-    weights among it; `best/`, the weights that `recipe.choose` prefers; and `evaluation/<split>/` with `metrics.json`
-    and the benchmark's own file for these. Folders of weights say what they are for, and `xfm_fast.load` reads them.
-
-    Args:
-        recipe: the run.
-        resume: go on from the newest whole checkpoint in the folder, if there is one.
-        show: told how far the evaluation of a split is.
-
-    Raises:
-        XFMError: as `train`; and data that cannot be read, before the first step.
+    `recipe.checkpoint.folder` receives `recipe.json`, the files of `xfm_fast.training.loop.train` (`model/`: last
+    weights), `best/` (weights selected by `recipe.choose`) and `evaluation/<split>/` with `metrics.json` and the
+    benchmark's files. `xfm_fast.load` reads the weight folders. Data is validated before the first step; `show`
+    receives evaluation progress.
     """
     if not recipe.epochs and not recipe.steps:
         raise ConfigError(
@@ -189,13 +160,13 @@ def finetune(
 
 
 def _with_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
-    """The options of weights, with what a recipe may still choose for them."""
+    """Options of weights, updated with those that a recipe may change."""
     chosen = {name: value for name in options.free if (value := getattr(recipe, name)) != "auto"}
     return options.model_copy(update=chosen)
 
 
 def _check_truth(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any], split: str, records: Sequence[Any]) -> None:
-    """Raise, before a step is made, what the evaluation of a split would raise behind it."""
+    """Validate evaluation data before training starts."""
     if not records:
         raise DataError(f"data.splits.{split} holds no records; a metric needs at least one")
     known, choose = task.metrics_of(records), recipe.choose
@@ -209,7 +180,7 @@ def _no_metric(choose: Choice, known: Iterable[str]) -> ConfigError:
 
 
 def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]) -> None:
-    """Say which splits hold images or texts of training; a run may mean to, such as one that learns a few by heart."""
+    """Warn of splits that share images or texts with training."""
     for split, records in splits.items():
         texts = isinstance(records[0], (TextRecord, TextScoreRecord))
         what, shared = ("texts", overlap_of_texts(files, records)) if texts else ("images", overlap(files, records))
@@ -224,7 +195,7 @@ def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, 
 
 @dataclass
 class _EpochEnd:
-    """The evaluation at the end of an epoch, and the choice of the best weights."""
+    """Evaluation after an epoch and selection of the best weights."""
 
     recipe: FinetuneRecipe
     task: Task[Any, Any, Any, Any]
@@ -271,7 +242,7 @@ class _EpochEnd:
 def evaluation(
     recipe: FinetuneRecipe, folder: Path, processes: Processes, progress: Callable[[int, int], None]
 ) -> Evaluation:
-    """The way in which a recipe evaluates."""
+    """Evaluation settings of a recipe."""
     precision = partial(autocast, recipe, processes)
     return Evaluation(folder, processes, recipe.eval_batch_size, autocast=precision, progress=progress)
 
@@ -284,18 +255,10 @@ def evaluate(
     *,
     show: ShowProgress = lambda split, done, of: None,
 ) -> Metrics:
-    """The metrics of some weights on a split of a recipe, alone or as one process of those that `torchrun` started.
+    """Metrics of weights on a split of a recipe, on one process or under `torchrun`.
 
-    Args:
-        recipe: data, sizes and options; its own weights are not read.
-        weights: a run, a folder of weights, or an official checkpoint. A pretrained one is evaluated as it is, where
-            the task has no part of its own, such as retrieval.
-        split: name of `recipe.data.splits`.
-        folder: receives `metrics.json` and the benchmark's own file. A killed evaluation goes on there.
-        show: told how far it is.
-
-    Raises:
-        XFMError: the data or the weights cannot be read, or are of another task.
+    `weights` is a run, a weight folder or an official checkpoint (pretrained ones only for tasks without new parts,
+    e.g. retrieval). `folder` receives `metrics.json` and the benchmark's files; a killed evaluation resumes there.
     """
     with join_processes(recipe.device) as processes:
         processes.from_first(recipe.make_world)
@@ -317,14 +280,7 @@ def evaluate(
 
 
 def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:
-    """The recipe that a run was made by, with some `key=value` put in.
-
-    Its folder is `run`, wherever the run was made or moved from, and it makes no world.
-
-    Raises:
-        CheckpointError: the folder is none of a run.
-        ConfigError: an override is wrong.
-    """
+    """Recipe of a run with overrides; its folder is `run`, and it generates no dataset."""
     path = run / RECIPE_FILE
     try:
         values = read_json(path)

@@ -1,8 +1,7 @@
-"""A task as the loop, the evaluation and the prediction see it: a file a task, with the functions that are named here.
+"""Task interface: one subclass per task for training, evaluation and prediction.
 
-Training asks a task for rows of its files, items of rows, batches of items and losses of a batch; evaluation for
-records, groups of records that belong together, rows of results and metrics of these; prediction for records that
-stand for files and strings of a user.
+Training: files → rows → items → batches → losses. Evaluation: records → groups → result rows → metrics. Prediction:
+requests → records → result rows.
 """
 
 from __future__ import annotations
@@ -35,10 +34,9 @@ ItemT = TypeVar("ItemT")
 
 
 class TaskOptions(Section):
-    """The section `task` of a recipe, whose `kind` says which task it is.
+    """The section `task` of a recipe; `kind` selects the task.
 
-    What a task learns about itself from its data, such as the names of its classes, is an option too, so that
-    `task.json` in a folder of weights says all of it.
+    Options read from the data, e.g. class names, are saved in `task.json` with the weights.
     """
 
     kind: Any
@@ -48,31 +46,14 @@ class TaskOptions(Section):
     """False where `completed` does not read the files of training, which then need not be there for an evaluation."""
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
-        """The options with what the files say that training reads.
-
-        Args:
-            train: the files.
-            root: folder that relative paths in options lie in.
-
-        Raises:
-            DataError: a file cannot be read, or does not hold what the task needs.
-        """
+        """Options completed from the training files; `root` is the folder of relative paths in options."""
         return self
 
 
 class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
-    """A task: its model, its data, what it minimises, and what it is judged by.
+    """A task: model, data, losses and metrics.
 
-    Args:
-        options: completed ones.
-        config: of the model.
-        tokenizer: of the model's vocabulary.
-        images: folder that relative paths of images lie in.
-        official_pictures: ignore EXIF orientation and transparency, see `xfm_fast.data.images.decode_image`.
-
-    Raises:
-        ConfigError: the options do not go with the model.
-        DataError: the vocabulary is not the model's.
+    `images` is the folder of relative image paths. `official_pictures` ignores EXIF orientation and transparency.
     """
 
     reads_text: ClassVar[bool] = True
@@ -108,10 +89,10 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         self.prepare()
 
     def prepare(self) -> None:
-        """Check the options against the model, and make what all items need; the end of the constructor."""
+        """Validate options and precompute shared state; called at the end of the constructor."""
 
     def check_length(self, max_tokens: int) -> None:
-        """Raise `ConfigError` unless the model can number so many tokens of a text."""
+        """Raise `ConfigError` if the model has fewer positions than `max_tokens`."""
         config = self.config
         if max_tokens > config.max_text_length:
             raise ConfigError(
@@ -121,97 +102,75 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
     @property
     def tokenizer(self) -> CaptionTokenizer:
-        """The tokenizer of a task that reads text."""
+        """Tokenizer of a text task."""
         assert self._tokenizer is not None
         return self._tokenizer
 
     @abstractmethod
     def build(self) -> TaskModel:
-        """The model of the task, with random weights."""
+        """Model of the task with random weights."""
 
     @abstractmethod
     def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
-        """The rows of the files to train on; reading one gives a record, or raises `DataError` where it is broken."""
+        """Training rows; reading a broken one raises `DataError`."""
 
     def test_rows(self, paths: Sequence[Path], split: str) -> Sequence[AnnotationRows[Any]]:
-        """The rows of files to evaluate on, where these have another form than those to train on.
-
-        Args:
-            paths: the files.
-            split: its name in the recipe, for files that hold several splits.
-        """
+        """Evaluation rows, if their format differs; `split` is the name in the recipe."""
         return cast("Sequence[AnnotationRows[Any]]", self.rows(paths))
 
     def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
-        """The records of files to evaluate on; arguments as of `test_rows`.
-
-        Raises:
-            DataError: one of them is broken, or its image missing: a metric over the others would be one of something
-                else.
-        """
+        """Evaluation records; a broken one or a missing image raises `DataError`."""
         records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
         check_images(records, self.images)
         return records
 
     @abstractmethod
     def item(self, record: RecordT, rng: np.random.Generator) -> ItemT:
-        """A training item of a record; raises `DataError` when it cannot be made, such as for want of the image."""
+        """Training item of a record; a broken record raises `DataError`."""
 
     @abstractmethod
     def collate(self, items: list[ItemT], rng: np.random.Generator) -> BatchT:
-        """The batch of some items."""
+        """Collate items to a batch."""
 
     @abstractmethod
     def losses_of(self, model: Any, batch: BatchT) -> dict[str, Tensor]:
-        """The scalars that `losses` names, whose sum is minimised."""
+        """Losses listed in `losses`, to be summed."""
 
     def groups(self, records: Sequence[RecordT]) -> list[list[int]]:
-        """The numbers of records that are predicted together, such as all questions about an image."""
+        """Indices of records to predict together, e.g. all questions about an image."""
         return [[number] for number in range(len(records))]
 
     @abstractmethod
     def predict(self, model: Any, records: Sequence[RecordT]) -> list[Row]:
-        """The results of records, one row for each, in their order."""
+        """One result row per record, in order."""
 
     def metrics_of(self, records: Sequence[RecordT]) -> Collection[str]:
-        """The names of what `score` gives for some records, so that a run need not evaluate to know them.
-
-        Raises:
-            DataError: some of them hold the truth and others do not.
-        """
+        """Names of the metrics that `score` returns for these records; partly labelled records raise `DataError`."""
         return self.metrics
 
     @abstractmethod
     def score(self, rows: Sequence[Row], records: Sequence[RecordT]) -> Metrics:
-        """The metrics of all rows of a split, in percent; empty where the records hold no truth."""
+        """Metrics of a split in percent; empty for unlabelled records."""
 
     def settled(self, metrics: Metrics) -> OptionsT:
-        """The options, with those that are chosen by the metrics of a validation."""
+        """Options updated by validation metrics."""
         return self.options
 
     def files(self, rows: Sequence[Row], records: Sequence[RecordT]) -> dict[str, bytes]:
-        """The results in the form that the benchmark's own evaluation takes, by file name."""
+        """Result files for the benchmark's evaluation, by name."""
         return {}
 
     def evaluate(self, model: Any, records: Sequence[RecordT], work: Evaluation) -> tuple[Metrics, dict[str, bytes]]:
-        """Metrics and files of a split; all processes must ask, and the first one is answered."""
+        """Metrics and files of a split, on the first process; collective."""
         rows = work.rows(self, model, records)
         return (self.score(rows, records), self.files(rows, records)) if work.processes.first else ({}, {})
 
     @abstractmethod
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RecordT]:
-        """The records that a user means who names some images and some texts.
-
-        Raises:
-            InputError: they are not what the task needs.
-        """
+        """Records of a user's images and texts; invalid ones raise `InputError`."""
 
     def request(self, line: Mapping[str, Any]) -> RecordT:
-        """The record of a line of requests: `image` (or `images`) and `text`, which may be a list each.
-
-        Raises:
-            InputError: the line is not what the task needs, or asks for several results.
-        """
+        """Record of a request line with `image` (or `images`) and `text`, each a string or a list."""
         images, texts = ([] if value is None else value if isinstance(value, list) else [value] for value in (
             line.get("images", line.get("image")), line.get("text")
         ))  # fmt: skip
@@ -223,12 +182,12 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         return records[0]
 
     def pixels(self, image: str | Path) -> Tensor:
-        """`[3, R, R]`: a whole image as evaluation sees it."""
+        """Whole image `[3, R, R]` as in evaluation."""
         place = self.images / image
         return load_image(image_at(place), self.config.image_size, str(place), official=self.official_pictures)
 
     def augmented(self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
-        """`[3, R, R]`: a random view of an image, as training sees it, or all of it where the options say so."""
+        """Training view `[3, R, R]` of an image, or the whole image without augmentation."""
         if not getattr(self.options, "augment", True):
             return self.pixels(image)
         place = self.images / image
@@ -236,12 +195,12 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         return finetuning_transform(self.config.image_size, self.crop)(decoded, rng, may_flip=may_flip)
 
     def caption_ids(self, text: str, max_words: int, max_tokens: int | None = None) -> list[int]:
-        """Ids of a caption, cleaned and cut to `max_words`, and to `max_tokens` where it is not None."""
+        """Ids of a caption, cleaned and truncated to `max_words` and `max_tokens`."""
         cleaned = pre_caption(text, max_words)
         return self.tokenizer.encode_ids([cleaned], max_tokens or self.config.max_text_length)[0]
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids `[B, L]`, padded to the longest, and the mask of the real ones."""
+        """Ids padded to `[B, L]`, and their mask."""
         return self.tokenizer.pad(rows)
 
 
@@ -261,7 +220,7 @@ class PairInput(TensorBatch):
 
 
 def by_image(records: Sequence[Any]) -> list[list[int]]:
-    """The numbers of the records of each image, so that it is encoded once."""
+    """Record indices grouped by image, so that each image is encoded once."""
     of_image: dict[str, list[int]] = {}
     for number, record in enumerate(records):
         of_image.setdefault(record.image, []).append(number)
@@ -269,7 +228,7 @@ def by_image(records: Sequence[Any]) -> list[list[int]]:
 
 
 def need(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
-    """Raise `InputError` unless a request is `ok` and none of its texts blank, saying `what` the task needs."""
+    """Raise `InputError` for a blank text, or unless `ok`; `what` names the required input."""
     if not ok:
         raise InputError(f"{len(images)} images and {len(texts)} texts were given; this model needs {what}")
     if blank := [number for number, text in enumerate(texts) if not text.strip()]:

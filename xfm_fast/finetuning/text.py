@@ -1,4 +1,4 @@
-"""Texts, or pairs of them: their class, or a number. The sets of GLUE, and tables of one's own."""
+"""Text and text-pair classification and regression: GLUE and tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MOST_SIMILAR = 5.0
 
 
 class TextTaskOptions(TaskOptions):
-    """The task of classifying texts, or of giving them a number."""
+    """Text classification or regression."""
 
     kind: Literal["text"] = "text"
     glue: GlueName | None = Field(
@@ -65,12 +65,12 @@ class TextTaskOptions(TaskOptions):
     def rows(
         self, paths: Sequence[Path], split: str, columns: Mapping[str, str] | None = None
     ) -> list[AnnotationRows[Any]]:
-        """The rows of files, or of a split in folders that hold several; `columns` instead of the options'."""
+        """Rows of files, or of a split in folders; `columns` overrides the option."""
         columns = self.columns if columns is None else columns
         return [*text_rows(paths, glue=self.glue, split=split, columns=columns, scores=self.regression)]
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
-        """The options with classes, and with whether texts come in pairs."""
+        """Options with class names and whether texts are pairs."""
         classes = None if self.glue is None else GLUE[self.glue].classes
         regression = self.regression or (self.glue is not None and classes is None)
         rows = self.rows(train, "train")
@@ -83,7 +83,7 @@ class TextTaskOptions(TaskOptions):
 
 
 class LabelledText(NamedTuple):
-    """A text, or a pair, as ids, with the number of its class or the value to predict."""
+    """Ids of a text or pair, with its class index or value."""
 
     ids: list[int]
     target: float
@@ -91,12 +91,12 @@ class LabelledText(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledTexts(TensorBatch):
-    """B texts and what is to be said of them.
+    """B texts with targets.
 
     Attributes:
         input_ids: `[B, L]` int64, padded.
         attention_mask: `[B, L]`, non-zero for real tokens.
-        targets: `[B]` classes (int64), or numbers (float32).
+        targets: `[B]` classes (int64), or values (float32).
     """
 
     input_ids: Tensor
@@ -108,7 +108,7 @@ AnyTextRecord = TextRecord | TextScoreRecord
 
 
 class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
-    """See `xfm_fast.tasks.classification`. Texts are read as they are, not cleaned like captions."""
+    """Text classification; see `xfm_fast.tasks.classification`. Texts are not cleaned like captions."""
 
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
     large_lr = ("cls_head",)
@@ -195,7 +195,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
         return metrics
 
     def files(self, rows: Sequence[Row], records: Sequence[AnyTextRecord]) -> dict[str, bytes]:
-        """The table that GLUE's server takes, by the name that it wants: `index` and `prediction`."""
+        """GLUE submission table (`index`, `prediction`) by file name."""
         table = io.StringIO()
         writer = csv.writer(table, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", "prediction"])

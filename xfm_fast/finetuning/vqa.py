@@ -1,4 +1,4 @@
-"""Visual question answering: a question about an image is answered out of a list of answers, or freely."""
+"""Visual question answering from an answer list or by generation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PEOPLE = 10
 
 
 class VQAOptions(TaskOptions):
-    """The task VQA."""
+    """VQA."""
 
     kind: Literal["vqa"] = "vqa"
     free = ("k", "generate", "test_max_words", "official_ranking")
@@ -69,7 +69,7 @@ class VQAOptions(TaskOptions):
         return self
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
-        """The options with the answers instead of the file that holds them."""
+        """Options with the answers read from the answer file."""
         if not isinstance(self.answers, str):
             return self
         path = root / self.answers
@@ -79,7 +79,7 @@ class VQAOptions(TaskOptions):
 
 
 class Question(NamedTuple):
-    """An image, a question as ids, and its answers as ids, each with its weight in the loss."""
+    """An image, question ids and answer ids with loss weights."""
 
     image: Tensor
     ids: list[int]
@@ -89,7 +89,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VQABatch(PairInput):
-    """B questions with an image each, and their answers.
+    """B questions with one image each, and their answers.
 
     Attributes:
         answer_ids: `[A, La]` int64: the answers of question 0, then of question 1, ...; padded.
@@ -105,7 +105,7 @@ class VQABatch(PairInput):
 
 
 class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
-    """See `xfm_fast.tasks.vqa`."""
+    """VQA; see `xfm_fast.tasks.vqa`."""
 
     metrics = ("accuracy", "exact_match", "accuracy_yes_no", "accuracy_number", "accuracy_other")
     # A start from the fusion encoder leaves the decoder far from what it is to say; the official list is empty.
@@ -169,7 +169,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return {"loss": loss}
 
     def groups(self, records: Sequence[VQARecord]) -> list[list[int]]:
-        """All questions about an image together, so that it is encoded once."""
+        """Group questions by image, so that each image is encoded once."""
         if self.options.official_ranking:
             # What pads a question depends on the others of its batch.
             return super().groups(records)
@@ -179,7 +179,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return list(of_image.values())
 
     def predict(self, model: VQAModel, records: Sequence[VQARecord]) -> list[Row]:
-        """Answers with their probabilities: that of the model writing this answer, whatever else is in the list."""
+        """Answers with the probability of generating them, independent of the answer list."""
         places = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
         index = torch.tensor([places[record.image] for record in records], device=model.device)
         pixels = torch.stack([self.pixels(image) for image in places]).to(model.device, model.dtype)
@@ -203,7 +203,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return [best[0] | ({"runners_up": best[1:]} if self._runners_up else {}) for best in found]
 
     def _asked(self, record: VQARecord) -> list[int]:
-        """The ids of a question to answer, of which nothing may be left but `<s> </s>`."""
+        """Question ids; an empty question is `<s> </s>`."""
         question = pre_question(record.question, self.options.test_max_words)
         if not question.strip():
             return [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
@@ -216,7 +216,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return [{"answer": text.strip(), "probability": share} for text, share in zip(texts, shares, strict=True)]
 
     def _trie(self, model: VQAModel) -> AnswerTrie:
-        """The answers as `VQAModel.rank_answers` takes them, made once for each device."""
+        """Answer trie for `VQAModel.rank_answers`, cached per device."""
         if model.device not in self._tries:
             rows = self.tokenizer.encode_ids(self.options.answers or (), self.config.max_text_length)
             ids, mask = (each.to(model.device) for each in self.padded(rows))
@@ -236,7 +236,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return [name for name in self.metrics if (answered if name == "exact_match" else people)]
 
     def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
-        """`accuracy`: consensus of ten people, of each type of answer too; `exact_match` with the most frequent one."""
+        """`accuracy`: VQA consensus, also by answer type; `exact_match` with the most frequent answer."""
         # By place: question ids are those of one data set, and a split may have several.
         given: dict[int, str] = {number: row["answer"] for number, row in enumerate(rows)}
         people = {number: said for number, record in enumerate(records) if (said := _people(record))}
@@ -249,7 +249,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return metrics | ({"exact_match": 100 * exact_match(given, truths)} if truths else {})
 
     def files(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> dict[str, bytes]:
-        """The results as EvalAI takes them."""
+        """Submission file for EvalAI."""
         found = [
             {"question_id": record.question_id, "answer": row["answer"]}
             for row, record in zip(rows, records, strict=True)
@@ -271,9 +271,7 @@ def _readable(rows: AnnotationRows[VQARecord]) -> Iterator[VQARecord]:
 
 
 def _people(record: VQARecord) -> dict[str, Any] | None:
-    """What ten people answered, as the annotation that accuracy is computed by; the official files have them in
-    `answer`.
-    """
+    """Annotators' answers as an annotation for `vqa_accuracy`; official files store them in `answer`."""
     if record.scored is None and record.dataset == "vqa" and len(record.answer or ()) == _PEOPLE:
         return record.model_copy(update={"answers": record.answer}).scored
     return record.scored

@@ -1,7 +1,6 @@
-"""Grounding without boxes: a model that has learnt which texts describe an image points at what they mean.
+"""Weakly supervised grounding: heat maps of a retrieval model select among detector boxes.
 
-Training is that of retrieval, on images and expressions. At evaluation the heat of an expression (gradient times
-cross-attention, see `xfm_fast.tasks.heatmap`) chooses among the boxes that a detector found.
+Training is that of retrieval on images and expressions; see `xfm_fast.tasks.heatmap`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from xfm_fast.tasks.task_model import TaskModel
 
 
 class WeakGroundingOptions(TaskOptions):
-    """The task of grounding without boxes to learn from."""
+    """Weakly supervised grounding."""
 
     kind: Literal["weak_grounding"] = "weak_grounding"
     free = ("layer",)
@@ -50,21 +49,21 @@ class WeakGroundingOptions(TaskOptions):
 
 
 class DetectedRecord(GroundingRecord):
-    """An expression, with the boxes that a detector found in its image."""
+    """An expression with the detector boxes of its image."""
 
     detected: tuple[tuple[float, float, float, float], ...]
 
 
 class _WholeImages(RetrievalTask):
-    """Retrieval without the crop, which may lose what an expression refers to."""
+    """Retrieval without random crops, which may remove the referred object."""
 
     crop = None
 
 
 class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, PairBatch]):
-    """A split lists files of expressions as grounding does, and beside them the JSON of detections.
+    """Splits list expression files as in grounding, plus a JSON file of detections.
 
-    Detections name an image by its path, its file name or its number in COCO.
+    Detections name an image by path, file name or COCO id.
     """
 
     metrics = GroundingTask.metrics
@@ -112,11 +111,11 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
         return self._retrieval.losses_of(model, batch)
 
     def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
-        """The expressions of an image together, so that it is encoded once."""
+        """Group expressions by image, so that each image is encoded once."""
         return by_image(records)
 
     def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:
-        """Rows of `bbox`: the detection that is chosen, (x, y, w, h) in pixels of the image."""
+        """Rows of `bbox`: the selected detection, (x, y, w, h) in pixels."""
         number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
         pixels = torch.stack([self.pixels(image) for image in number]).to(model.device)
         index = torch.tensor([number[record.image] for record in records], device=model.device)
@@ -152,11 +151,7 @@ def _detections(path: Path) -> dict[str, Tensor] | None:
 
 
 def boxes_of(image: str, detections: Mapping[str, Tensor]) -> Tensor:
-    """The detections of an image, `[N, 4]`.
-
-    Raises:
-        DataError: there are none: says by which names they were looked for.
-    """
+    """Detections of an image, `[N, 4]`; none raise `DataError` with the names tried."""
     path = Path(image)
     names = (image, path.name, path.stem.rpartition("_")[2].lstrip("0") or "0")
     boxes = next((detections[name] for name in names if name in detections), None)
