@@ -92,7 +92,7 @@ _OFFICIAL: dict[str, Operation] = {
 
 
 def _increasing() -> dict[str, Operation]:
-    """timm's operations and magnitudes: a higher level changes the image more."""
+    """Operations and magnitudes of timm: a higher level changes the image more."""
     warping = Warping(Resampling.BICUBIC, IMAGENET_FILL)
 
     def factor(level: float, rng: np.random.Generator) -> float:

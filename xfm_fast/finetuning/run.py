@@ -41,7 +41,7 @@ ShowProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Result of a run: `folder` of the selected weights, their `metrics` on every split; a signal sets `interrupted`."""
+    """Result of a run: `folder` of the selected weights, their `metrics` per split; a signal sets `interrupted`."""
 
     step: int
     folder: Path
