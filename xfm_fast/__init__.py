@@ -1,6 +1,6 @@
 """X-FM, the general foundation model for language, vision and vision-language, several times faster.
 
-Names are imported when they are first used, so that the command line answers before PyTorch is loaded.
+Public names are imported on first use, so the command line answers before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# The folder lies beside this one and is reached by a link, or by where an installation says that it is.
+# Found by a link in a checkout, or by the package configuration of an installation.
 if find_spec(f"{__name__}.kernels") is None:
     raise ImportError(
         f"{__file__} lies in a checkout that is not installed and whose links to kernels, export and benchmarks are no "

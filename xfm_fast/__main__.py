@@ -1,4 +1,4 @@
-"""`python -m xfm_fast`, which is `python -m xfm_fast.cli`."""
+"""`python -m xfm_fast`, the same as `python -m xfm_fast.cli`."""
 
 from runpy import run_module
 

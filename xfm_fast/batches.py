@@ -1,8 +1,7 @@
-"""Batches of one step of pretraining, of four kinds, as loaders make them and losses take them.
+"""The four kinds of pretraining batches, as data loaders build them and losses take them.
 
-A batch also knows its layout: how many tokens, targets and visible patches there are, and where. Loaders, which run on
-the host anyway, find that out (`prepare`; `to` and `pin_memory` do it by themselves), so that a step on an accelerator
-never has to ask the device for a number.
+A prepared batch carries its layout: how many tokens, targets and visible patches it has, and where. Loaders compute it
+on the host (`prepare`; `to` and `pin_memory` call it), so a step on an accelerator never synchronises for a size.
 """
 
 from __future__ import annotations
@@ -24,31 +23,18 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TextLayout:
-    """The places of the tokens and the targets of B texts once padding is left out.
-
-    Attributes:
-        packing: of the real tokens.
-        lengths: `[B]` int64 numbers of real tokens.
-        targets: `[M]` int64, the masked tokens as places among the real tokens of their text; text by text.
-        target_counts: `[B]` int64 of each text.
-        labels: `[M]` their original ids.
-        most_targets: of any text.
-    """
+    """Positions of the tokens and masked-LM targets of B unpadded sequences."""
 
     packing: Packing
-    lengths: Tensor
-    targets: Tensor
-    target_counts: Tensor
-    labels: Tensor
-    most_targets: int
+    lengths: Tensor  # [B] int64 real tokens
+    targets: Tensor  # [M] int64 masked positions within their sequence, counting real tokens only
+    target_counts: Tensor  # [B] int64
+    labels: Tensor  # [M] original ids
+    most_targets: int  # largest count in the batch
 
     @classmethod
     def of(cls, batch: TextBatch) -> TextLayout:
-        """The layout of a batch.
-
-        Raises:
-            InputError: shapes that disagree; on CPU also a target outside of its text.
-        """
+        """Compute the layout of a batch; `InputError` for mismatched shapes and, on CPU, targets outside of a text."""
         texts, length = batch.check_texts()
         real = batch.attention_mask.bool()
         packing = _with_longest(Packing.from_mask(real))
@@ -60,7 +46,7 @@ class TextLayout:
             most = host.integer(counts.max()) if texts else 0
             row_of = rows // max(wanted.shape[1], 1)
         else:
-            # Unprepared batches on an accelerator carry the padding of the targets along: their number is known.
+            # Unprepared batches on an accelerator keep the padding of the targets, so their number is known.
             rows = torch.arange(wanted.numel(), device=real.device)
             most = wanted.shape[1]
             counts = torch.full((texts,), most, device=real.device)
@@ -78,7 +64,7 @@ class TextLayout:
 
     @property
     def cu_targets(self) -> Tensor:
-        """`[B + 1]` int32 offsets of the texts in the targets."""
+        """`[B + 1]` int32 offsets of the sequences in the targets."""
         return offsets(self.target_counts)
 
     @property
@@ -93,25 +79,15 @@ class TextLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionLayout:
-    """The patches that the texts of R regions see, and those texts that have a box to predict.
+    """The patches that R region captions attend to, and the captions with a box to predict."""
 
-    Attributes:
-        visible: of the `[R, 1 + N]` tokens that each region sees.
-        boxed: `[Q]` int64 texts that describe a region, not a whole image.
-        boxed_tokens: real tokens of these texts.
-    """
-
-    visible: Packing
-    boxed: Tensor
-    boxed_tokens: int
+    visible: Packing  # of the [R, 1 + N] tokens that each region sees
+    boxed: Tensor  # [Q] int64 captions of a region rather than a whole image
+    boxed_tokens: int  # real tokens of the boxed captions
 
     @classmethod
     def of(cls, batch: RegionBatch) -> RegionLayout:
-        """The layout of a batch.
-
-        Raises:
-            InputError: shapes that disagree.
-        """
+        """Compute the layout of a batch; raises `InputError` for mismatched shapes."""
         texts, _ = batch.check_texts()
         mask = batch.region_mask
         if mask.ndim != 2 or mask.shape[0] != texts:
@@ -159,51 +135,38 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBatch:
-    """What a training loop needs of a batch. Its tensors are fields, or fields of dataclasses in fields."""
+    """Base of all batches. Tensors are fields, or fields of dataclasses in fields."""
 
     def prepare(self) -> Self:
-        """The batch with its layout, which it then carries from device to device.
-
-        Raises:
-            InputError: tensors that do not belong together.
-        """
+        """Return the batch with its layout; raises `InputError` for tensors that do not fit together."""
         return self
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Self:
-        """The batch on another device; one that leaves the CPU is prepared first."""
+        """Move the batch to a device; it is prepared before it leaves the CPU."""
         batch = self if torch.device(device).type == "cpu" else self.prepare()
         return _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The batch, prepared, in page-locked memory, from which copies to a GPU do not block."""
+        """Prepare the batch and copy it to page-locked memory, so copies to a GPU do not block."""
         return _map_tensors(self.prepare(), Tensor.pin_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextBatch(TensorBatch):
-    """B texts and their masked copies.
+    """B captions and their masked copies."""
 
-    Attributes:
-        input_ids: `[B, L]` int64.
-        attention_mask: `[B, L]`, non-zero for real tokens.
-        masked_input_ids: `[B, L]` ids in which some tokens were replaced.
-        masked_positions: `[B, M]` where to predict, 0 where there is nothing more to predict.
-        masked_labels: `[B, M]` original ids at those places, -100 where there is nothing to predict.
-        layout: see `prepare`; None again where one of the tensors is replaced.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    masked_input_ids: Tensor
-    masked_positions: Tensor
-    masked_labels: Tensor
-    layout: TextLayout | None = None
+    input_ids: Tensor  # [B, L] int64
+    attention_mask: Tensor  # [B, L], non-zero for real tokens
+    masked_input_ids: Tensor  # [B, L] ids, some of them replaced
+    masked_positions: Tensor  # [B, M] positions to predict, 0 where unused
+    masked_labels: Tensor  # [B, M] original ids at these positions, -100 where unused
+    layout: TextLayout | None = None  # set by `prepare`; reset to None when a tensor is replaced
 
     def prepare(self) -> Self:
         return self if self.layout is not None else replace(self, layout=TextLayout.of(self))
 
     def check_texts(self) -> tuple[int, int]:
-        """(B, L), when the shapes of the text tensors agree."""
+        """Return (B, L) after checking the shapes of the text tensors."""
         if self.input_ids.ndim != 2:
             raise InputError(f"input_ids are {[*self.input_ids.shape]}; texts must be [B, L]")
         texts, length = self.input_ids.shape
@@ -222,38 +185,23 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size, like: str) -> Non
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(TextBatch):
-    """B images and a caption of each.
+    """B images with one caption each."""
 
-    Attributes:
-        image: `[B, 3, R, R]` normalised pixels.
-        image_ids: `[B]`, equal for captions of the same image; None when all images differ.
-        patch_mask: `[B, N]` boolean, the patches that masked image modelling hides.
-    """
-
-    image: Tensor
-    image_ids: Tensor | None = None
-    patch_mask: Tensor | None = None
+    image: Tensor  # [B, 3, R, R] normalised pixels
+    image_ids: Tensor | None = None  # [B], equal for captions of the same image; None when all images differ
+    patch_mask: Tensor | None = None  # [B, N] boolean, patches hidden by masked image modelling
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionBatch(TextBatch):
-    """R texts about regions of B images.
+    """R captions of regions in B images."""
 
-    Attributes:
-        image: `[B, 3, R, R]` normalised pixels.
-        image_index: `[R]` image of each text.
-        region_mask: `[R, 1 + N]`, non-zero for token 0 and the patches of the region.
-        boxes: `[R, 4]` (cx, cy, w, h) relative to the image.
-        is_image: `[R]`, non-zero where the text describes the whole image and there is no box to predict.
-        regions: see `prepare` and `layout`.
-    """
-
-    image: Tensor
-    image_index: Tensor
-    region_mask: Tensor
-    boxes: Tensor
-    is_image: Tensor
-    regions: RegionLayout | None = None
+    image: Tensor  # [B, 3, R, R] normalised pixels
+    image_index: Tensor  # [R] image of each caption
+    region_mask: Tensor  # [R, 1 + N], non-zero for token 0 and the patches of the region
+    boxes: Tensor  # [R, 4] (cx, cy, w, h) relative to the image
+    is_image: Tensor  # [R], non-zero for captions of the whole image, which have no box
+    regions: RegionLayout | None = None  # set by `prepare`, like `layout`
 
     def prepare(self) -> Self:
         return super().prepare() if self.regions is not None else replace(self, regions=RegionLayout.of(self)).prepare()
@@ -261,15 +209,10 @@ class RegionBatch(TextBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch(TensorBatch):
-    """B images without text.
+    """B images without captions."""
 
-    Attributes:
-        image: `[B, 3, R, R]` normalised pixels.
-        patch_mask: `[B, N]` boolean, the patches that masked image modelling hides.
-    """
-
-    image: Tensor
-    patch_mask: Tensor | None = None
+    image: Tensor  # [B, 3, R, R] normalised pixels
+    patch_mask: Tensor | None = None  # [B, N] boolean, patches hidden by masked image modelling
 
 
 Batch = TextBatch | PairBatch | RegionBatch | ImageBatch

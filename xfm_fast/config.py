@@ -1,4 +1,4 @@
-"""XFMConfig: every number that defines an X-FM model, validated, from presets or from the official files."""
+"""XFMConfig: the validated hyper-parameters of an X-FM model, from presets or from the official files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PresetName = Literal["tiny", "base"]
 
 MODEL_TYPE = "xfm"
 
-# The sizes that the official constructors hard-code by name, and those of the published roberta-base config.json.
+# The sizes hard-coded in the official constructors, and the published roberta-base config.json.
 _BEIT_SIZES = {
     "base": {"vision_width": 768, "vision_depth": 12, "vision_heads": 12},
     "large": {"vision_width": 1024, "vision_depth": 24, "vision_heads": 16},
@@ -66,9 +66,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
 class XFMConfig(BaseModel):
     """The hyper-parameters of an X-FM model (arXiv 2301.05065). The defaults are the base model.
 
-    Build one with `XFMConfig.preset`, `XFMConfig.from_official` or by keyword; instances are immutable, and
-    `replace` makes a changed copy. Every impossible combination raises `ConfigError`, one whose weights do not fit into
-    the memory of this machine included: numbers from a file are believed only as far as they can be built.
+    Build one with `XFMConfig.preset`, `XFMConfig.from_official` or by keyword. Instances are immutable; `replace`
+    returns a changed copy. An impossible combination raises `ConfigError`, and so does a model whose weights do not fit
+    into the memory of this machine, because the numbers may come from an untrusted file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -174,9 +174,9 @@ class XFMConfig(BaseModel):
         return self
 
     def _check_memory(self) -> None:
-        """Refuse what cannot be built here, by a lower bound of its bytes in fp32, before anything is allocated."""
+        """Refuse a model that exceeds memory, by a lower bound of its fp32 size, before anything is allocated."""
         text, vision, inner = self.text_width, self.vision_width, self.text_intermediate
-        # Whole numbers of Python have no largest one, but fractions have.
+        # Python integers are unbounded, floats are not.
         mlp = int(min(vision * self.vision_mlp_ratio, 1e30))
         side = 2 * self.grid - 1
         parts = {
@@ -214,31 +214,31 @@ class XFMConfig(BaseModel):
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens that the vision encoder returns: the image token and the patches."""
+        """Output tokens of the vision encoder: the image token and the patches."""
         return self.num_patches + 1
 
     @property
     def mask_token_id(self) -> int:
-        """The id of the token that stands for a hidden word, which RoBERTa keeps as the last of its vocabulary."""
+        """Id of the mask token, the last one of RoBERTa's vocabulary."""
         return self.vocab_size - 1 if self.mask_token is None else self.mask_token
 
     @property
     def max_text_length(self) -> int:
-        """Longest text that the position table can number."""
+        """Longest sequence that the position table covers."""
         return self.max_positions - self.pad_token_id - 1
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' Trainer switches a cache off on every model's config; there is none here that it could mean.
+        # transformers' Trainer disables the cache on every model's config; this model has no such field.
         if name != "use_cache":
             super().__setattr__(name, value)
 
     def replace(self, **changes: Any) -> XFMConfig:
-        """A copy with some fields changed, validated again."""
+        """Return a copy with some fields changed, validated again."""
         return XFMConfig(**(self.model_dump() | changes))
 
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> XFMConfig:
-        """`base` (the published model) or `tiny` (same structure, runs in milliseconds), with fields overridden."""
+        """Return `base` (the published model) or `tiny` (same structure, runs in milliseconds), overriding fields."""
         if name not in _PRESETS:
             raise ConfigError(f"preset {name!r} is unknown; choose one of {', '.join(sorted(_PRESETS))}")
         return cls(**(_PRESETS[name] | overrides))
@@ -254,12 +254,11 @@ class XFMConfig(BaseModel):
         """Read the official description of a model.
 
         Args:
-            source: a mapping, or the path of a YAML or JSON file, in one of two forms: the official training YAML
-                (`image_res`, `use_beit_v2`, `vision_config`, `text_encoder`, ...), or the flat form in which
-                `vision_width`, `text_width`, ... are spelt out.
-            roberta: RoBERTa's `config.json` (mapping or path) for the YAML form. Without it the folder that
-                `text_encoder` names is read; if that does not exist and is called `roberta-base`, its published
-                numbers are used.
+            source: a mapping, or the path of a YAML or JSON file. Either the official training YAML (`image_res`,
+                `use_beit_v2`, `vision_config`, `text_encoder`, ...) or the flat form with `vision_width`, `text_width`,
+                ...
+            roberta: RoBERTa's `config.json` (mapping or path), for the YAML form. By default it is read from the folder
+                in `text_encoder`; if that folder is missing and called `roberta-base`, the published sizes are used.
             overrides: fields of this class that take precedence.
         """
         base = Path.cwd()
@@ -271,7 +270,7 @@ class XFMConfig(BaseModel):
         except ConfigError:
             raise
         except (TypeError, ValueError) as error:
-            # A value of another kind, such as a list where a number belongs.
+            # A value of another type, for example a list for a number.
             raise ConfigError(
                 f"the official configuration holds a value of a wrong kind ({error}); correct it"
             ) from None
@@ -279,7 +278,7 @@ class XFMConfig(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> XFMConfig:
-        """Read a `config.json` that `save_pretrained` wrote."""
+        """Read a `config.json` written by `save_pretrained`."""
         values = _read_mapping(Path(path))
         kind = values.pop("model_type", MODEL_TYPE)
         if kind != MODEL_TYPE:
@@ -290,16 +289,16 @@ class XFMConfig(BaseModel):
         return cls(**values)
 
     def to_json(self) -> str:
-        """The content of a `config.json` that `load` reads; `model_type` tells other libraries what it describes."""
+        """Serialise to a `config.json` that `load` reads; `model_type` identifies it to other libraries."""
         return json.dumps({"model_type": MODEL_TYPE, **self.model_dump()}, indent=2) + "\n"
 
 
 @cache
 def _memory() -> int:
-    """Memory that this process may have, in bytes."""
+    """Memory available to this process, in bytes."""
     found = [psutil.virtual_memory().total]
     with suppress(OSError, ValueError):
-        # The limit of a container, where there is one; else it says "max".
+        # The container's limit, or "max".
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(found)
 
@@ -343,7 +342,7 @@ def _require(source: dict[str, Any], name: str) -> Any:
 
 
 def _check_fusion_split(source: dict[str, Any], text_layers: int) -> None:
-    """X-FM keeps language and fusion apart; the X-VLM layouts that the same keys can express are other models."""
+    """Refuse X-VLM layouts, where language and fusion layers share a stack: the same keys describe other models."""
     text_start = source.get("text_fusion_start_at", text_layers)
     if text_start < text_layers:
         raise ConfigError(

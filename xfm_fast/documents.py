@@ -1,7 +1,7 @@
-"""JSON and YAML that anyone may have written: of bounded size, depth and numbers, refused with a sentence or read.
+"""Readers for untrusted JSON and YAML, with limits on size, depth and number range.
 
-Whatever stands in a file, reading it raises `OSError` or `ValueError` and nothing else, in seconds and in memory of a
-few times its size. The caller, who knows what the file is for, makes an error of `xfm_fast.errors` out of either.
+Reading a file raises `OSError` or `ValueError` and no other error, in seconds and in memory of a few times its size.
+The caller converts either into an error of `xfm_fast.errors`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ _MOST_VALUES = 1 << 24
 
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a regular file of at most so many bytes.
-
-    Raises:
-        OSError: it cannot be read, or is a pipe or a device, which might never end.
-        ValueError: it is larger.
-    """
+    """Read a regular file of at most `most` bytes; raises `OSError` (also for pipes and devices) or `ValueError`."""
     path = require_file(path)
     with path.open("rb") as file:
         content = file.read(most + 1)
@@ -40,11 +35,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def require_file(path: str | os.PathLike[str]) -> Path:
-    """The path, of a regular file.
-
-    Raises:
-        OSError: it is none: reading a pipe or a device might never end.
-    """
+    """Return the path of a regular file; raises `OSError` for others: reading a pipe or a device may never end."""
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is a folder or a device, not a file", str(path))
@@ -52,21 +43,15 @@ def require_file(path: str | os.PathLike[str]) -> Path:
 
 
 def read_json(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> Any:
-    """The value of a JSON file in UTF-8 of at most `most` bytes.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is too large, or not what `parse_json` takes.
-    """
+    """Parse a UTF-8 JSON file of at most `most` bytes; raises `OSError`, or `ValueError` as `parse_json` does."""
     return parse_json(read_bytes(path, most))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
-    Raises:
-        ValueError: it is no JSON (then a `json.JSONDecodeError`) or no UTF-8, is nested more than 64 deep, or holds a
-            number of more than 64 bits or half of a surrogate pair, which no file or tokenizer takes.
+    Raises `ValueError` for text that is not JSON (a `json.JSONDecodeError`) or not UTF-8, is nested more than 64 deep,
+    or holds a number of more than 64 bits or half of a surrogate pair.
     """
     try:
         value = json.loads(_decoded(text))
@@ -77,11 +62,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """The value of a YAML text of at most 1 MiB; no tag makes anything but plain values.
+    """Parse a YAML text of at most 1 MiB into plain values.
 
-    Raises:
-        yaml.YAMLError: it is no YAML.
-        ValueError: as for `parse_json`, or its references refer to themselves or stand for too many values.
+    Raises `yaml.YAMLError` for text that is not YAML, and `ValueError` as `parse_json` does, or for aliases that are
+    cyclic or expand to too many values.
     """
     if len(text) > MOST_YAML_BYTES:
         raise ValueError(f"it has more than {MOST_YAML_BYTES:,} bytes")
@@ -92,19 +76,15 @@ def parse_yaml(text: str | bytes) -> Any:
     except (yaml.YAMLError, ValueError):
         raise
     except Exception as error:
-        # A tag on a text that it does not fit, such as `!!timestamp x`, raises whatever the library comes upon.
+        # A tag that does not fit its text, for example `!!timestamp x`, raises any exception.
         raise ValueError(f"a tag does not fit its value ({type(error).__name__})") from None
     _check(value)
     return value
 
 
 def check_text(value: Any, text: str | bytes) -> None:
-    """Refuse half a surrogate pair in the value that was parsed from a JSON text: it cannot be written as UTF-8.
-
-    Raises:
-        ValueError: there is one.
-    """
-    # Only an escape can bring one in, and only few texts hold such an escape at all.
+    """Raise `ValueError` if the parsed value contains half of a surrogate pair, which cannot be written as UTF-8."""
+    # Only an escape can add a surrogate, and such escapes are rare.
     if (b"\\ud" in text or b"\\uD" in text) if isinstance(text, bytes) else ("\\ud" in text or "\\uD" in text):
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
@@ -113,15 +93,12 @@ def check_text(value: Any, text: str | bytes) -> None:
 
 
 def is_plain_name(name: str) -> bool:
-    """True for the name of a file in a folder, which leads nowhere else: no path, nor a name that no system takes."""
+    """Return True for a plain file name: no path separators, and no name that an operating system refuses."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(os.fsencode(name)) <= 255
 
 
 def advice(problem: Mapping[str, Any]) -> str:
-    """The words of a problem that pydantic found (an element of `ValidationError.errors()`), as what to write instead.
-
-    What a validator of ours said stays as it is.
-    """
+    """Rephrase one of pydantic's `ValidationError.errors()` as what to write; messages of our validators stay."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind in _ADVICE:
         return _ADVICE[kind].format(**context)

@@ -1,19 +1,19 @@
-"""The errors that xfm-fast raises on purpose: each names the thing, its value and the remedy.
+"""Errors of the public API. Each message names the thing, its value and the remedy.
 
-The command line turns every `XFMError` into one line and exit code 2, and a bug into one and exit code 70.
+The command line prints an `XFMError` in one line and exits with code 2; a bug exits with code 70.
 """
 
 
 class XFMError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base of all errors that a user can cause and fix."""
 
 
 class ConfigError(XFMError, ValueError):
-    """A configuration that cannot describe a model."""
+    """A configuration that does not describe a valid model."""
 
 
 class InputError(XFMError, ValueError):
-    """A tensor whose shape, dtype or content the called function cannot accept."""
+    """An argument whose type, shape, dtype or values the function does not accept."""
 
 
 class CheckpointError(XFMError, RuntimeError):
@@ -25,16 +25,16 @@ class DataError(XFMError, ValueError):
 
 
 class StorageError(XFMError, OSError):
-    """A result that could not be written; nothing half-written is left behind."""
+    """A result that could not be written. No partial file is left."""
 
 
 class UnavailableError(XFMError, RuntimeError):
-    """A path that was asked for by name but that this machine does not offer."""
+    """An explicitly requested feature that this machine or installation does not offer."""
 
 
 class NonFiniteError(XFMError, ArithmeticError):
-    """A loss or gradient of a training step that is NaN or infinite."""
+    """A NaN or infinite loss or gradient in a training step."""
 
 
 class ExportError(XFMError, RuntimeError):
-    """An export that is incomplete, edited, made for another machine, or cannot be made as asked."""
+    """An export that is incomplete, edited, made for another machine, or not possible."""

@@ -1,9 +1,8 @@
-"""Exact counts of the floating-point operations of matrix products, for receipts and shares of a machine's peak.
+"""Exact FLOP counts of X-FM's GEMMs, for reports and utilisation figures.
 
-A product of `[M, K]` with `[K, N]` counts 2·M·N·K; the two products of attention count like any other; elementwise work
-(norms, softmax, GELU, biases) does not count. These are the operations that the result needs: tiles that an
-implementation pads are its own loss. Everywhere `lengths` are the tokens of each text, padded or not, as the caller
-means them: `[40] * 64` is what 64 captions cost where they are padded to 40.
+A GEMM of `[M, K]` with `[K, N]` counts 2·M·N·K, the two GEMMs of attention included; elementwise work (norms, softmax,
+GELU, biases) does not count, nor does tile padding of an implementation. `lengths` are tokens per sequence, with or
+without padding: `[40] * 64` is the cost of 64 captions padded to 40.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Lengths = Tensor | Iterable[int]
 
 @dataclass(frozen=True)
 class Count:
-    """Operations of linear layers, and of the products with keys and values inside attention."""
+    """FLOPs of linear layers, and of the score and value GEMMs in attention."""
 
     linear: int = 0
     attention: int = 0
@@ -47,7 +46,7 @@ def linear(rows: int, inputs: int, outputs: int) -> Count:
 
 
 def image_encoder(config: XFMConfig, images: int) -> Count:
-    """Pixels to embeddings."""
+    """Vision encoder: pixels to embeddings."""
     tokens, width = config.num_image_tokens, config.vision_width
     hidden = int(width * config.vision_mlp_ratio)
     block = linear(tokens, width, 4 * width + 2 * hidden) + Count(attention=4 * tokens**2 * width)
@@ -56,7 +55,7 @@ def image_encoder(config: XFMConfig, images: int) -> Count:
 
 
 def text_encoder(config: XFMConfig, lengths: Lengths, *, first_token_only: bool = False) -> Count:
-    """Token ids to embeddings; with `first_token_only` the last layer computes token 0 of each text alone."""
+    """Language encoder; with `first_token_only` the last layer computes only token 0 of each sequence."""
     sizes = _sizes(lengths)
     layer = _self_attention(config, sizes) + _feed_forward(config, sum(sizes))
     if not first_token_only or not config.text_layers:
@@ -66,13 +65,13 @@ def text_encoder(config: XFMConfig, lengths: Lengths, *, first_token_only: bool 
 
 
 def contrastive_features(config: XFMConfig, images: int, texts: int) -> Count:
-    """The projections into the contrastive space."""
+    """Projections into the contrastive space."""
     embed = config.embed_dim
     return linear(images, config.vision_width, embed) + linear(texts, config.text_width, embed)
 
 
 def matching_head(config: XFMConfig, texts: int) -> Count:
-    """Fused token 0 to the two match logits."""
+    """Matching head: fused token 0 to two logits."""
     width = config.text_width
     return linear(texts, width, 2 * width) + linear(texts, 2 * width, 2)
 
@@ -84,13 +83,13 @@ def image_memory(config: XFMConfig, images: int, image_tokens: int | None = None
 
 
 def image_memory_values(config: XFMConfig, image_tokens: int | None = None) -> int:
-    """Numbers that the memory of one image holds."""
+    """Elements in the memory of one image."""
     tokens = config.num_image_tokens if image_tokens is None else image_tokens
     return config.fusion_layers * tokens * 2 * config.text_width
 
 
 def first_self_attention(config: XFMConfig, lengths: Lengths) -> Count:
-    """Self-attention of the first fusion layer, which all images of a text share."""
+    """Self-attention of the first fusion layer, shared by all images of a text."""
     return _self_attention(config, _sizes(lengths))
 
 
@@ -103,14 +102,10 @@ def fusion(
     reads: Lengths | None = None,
     self_attended: bool = False,
 ) -> Count:
-    """Texts with the memory of their image.
+    """Fusion encoder on sequences with the memory of their image.
 
-    Args:
-        lengths: tokens of each text.
-        image_tokens: of every image.
-        first_token_only: the last layer computes token 0 of each text alone.
-        reads: how many tokens of each text the last layer computes; by default all.
-        self_attended: the texts come from `first_self_attention`.
+    `reads` are the tokens per sequence that the last layer computes (default: all; token 0 with `first_token_only`);
+    `self_attended` leaves out `first_self_attention`.
     """
     memory = config.num_image_tokens if image_tokens is None else image_tokens
     sizes = _sizes(lengths)
@@ -128,34 +123,30 @@ def fusion(
 
 
 def official_fusion(config: XFMConfig, pairs: int, padded_length: int, image_tokens: int | None = None) -> Count:
-    """Pairs as the official code scores them: padded, and with keys and values of the image for every one."""
+    """Pairs as the official code scores them: padded, with keys and values of the image computed for every pair."""
     alone = image_memory(config, 1, image_tokens) + fusion(config, [padded_length], image_tokens)
     return pairs * (alone + matching_head(config, 1))
 
 
 def official_pairs(images: int, texts: int, k: int) -> int:
-    """Pairs that the official evaluation scores: k texts for every image, then k images for every text."""
+    """Pairs scored by the official evaluation: k texts for every image, then k images for every text."""
     return images * min(k, texts) + texts * min(k, images)
 
 
 def lm_head(config: XFMConfig, positions: int) -> Count:
-    """Hidden states to the vocabulary logits of masked language modelling."""
+    """Hidden states to vocabulary logits."""
     width = config.text_width
     return linear(positions, width, width) + linear(positions, width, config.vocab_size)
 
 
 def pretraining_step(config: XFMConfig, lengths: Lengths, masked: Lengths) -> Count:
-    """Operations that ITC, ITM, IMLM and MIM of B pairs need, forward and backward.
+    """Minimal FLOPs of ITC, ITM, IMLM and MIM on B pairs, forward and backward.
 
-    A product costs two more in the backward pass, one for the gradient of each operand. Less is needed where a gradient
-    stops: masked captions pass through the text encoder forward only, and neither pixels nor the text embeddings that
-    enter the fusion encoder receive one. Keys and values are projected once per image, the first self-attention of the
-    fusion encoder is done once per text, and its last layer only where a head reads: at token 0 of matching pairs, at
-    the masked positions of masked captions. What an implementation computes twice to save memory is its own affair.
-
-    Args:
-        lengths: tokens of each of the B captions. Negatives are counted as if every caption were drawn once.
-        masked: tokens to predict in each of them.
+    The backward pass of a GEMM costs two more, one per operand. It is smaller where a gradient stops: masked captions
+    pass through the text encoder forward only, and neither pixels nor the text embeddings that enter the fusion encoder
+    get one. Keys and values are projected once per image, the first self-attention of the fusion encoder runs once per
+    text, and its last layer only on the tokens that a head reads. Recomputation does not count, and every caption
+    counts as drawn once as a negative. `lengths` and `masked` are tokens and prediction targets per caption.
     """
     sizes, reads = _sizes(lengths), _sizes(masked)
     pairs = len(sizes)
@@ -169,9 +160,7 @@ def pretraining_step(config: XFMConfig, lengths: Lengths, masked: Lengths) -> Co
 def official_pretraining_step(config: XFMConfig, pairs: int, padded_length: int, slots: int) -> Count:
     """The same losses of B pairs as the official code computes them: padded, with an image memory for every pair.
 
-    Args:
-        padded_length: tokens of every caption.
-        slots: positions of every caption that reach the vocabulary, used or not.
+    `slots` are the positions per caption that reach the vocabulary, used or not.
     """
     sizes = [padded_length] * pairs
     trained = _encoders_and_features(config, sizes) + lm_head(config, slots * pairs)
@@ -183,14 +172,14 @@ def official_pretraining_step(config: XFMConfig, pairs: int, padded_length: int,
 
 
 def _encoders_and_features(config: XFMConfig, sizes: list[int]) -> Count:
-    """B images whole and masked, B texts, their features and similarities."""
+    """B images, whole and masked, and B captions with their features and similarities."""
     pairs = len(sizes)
     encoders = image_encoder(config, 2 * pairs) + text_encoder(config, sizes)
     return encoders + contrastive_features(config, pairs, pairs) + linear(pairs, config.embed_dim, pairs)
 
 
 def _stopped(config: XFMConfig, images: int, tokens: int) -> Count:
-    """Input gradients that are never needed: of pixels, whole and masked, and of text tokens in the fusion encoder."""
+    """Unneeded input gradients: of pixels, whole and masked, and of text tokens in the fusion encoder."""
     patches = linear(2 * images * config.num_patches, 3 * config.patch_size**2, config.vision_width)
     return patches + linear(tokens, config.text_width, 3 * config.text_width)
 

@@ -1,4 +1,4 @@
-"""Memory: how much this process holds and held at most, and tensors in files for what does not fit into it."""
+"""Resident memory of this process, and memory-mapped tensors for data larger than it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def resident_bytes() -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system where the C library keeps it, which glibc does below what is still in use."""
+    """Return freed memory to the system; glibc otherwise keeps it below the highest block in use."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
 
 class PeakMemory:
-    """The most resident memory inside the block, `peak`, in bytes, and that at its begin, `start`.
+    """Context manager that measures peak resident memory: `start` and `peak` in bytes.
 
-    The kernel's own high-water mark is reset and read where the system allows it (Linux); elsewhere a thread looks
-    every few milliseconds, which can miss a short peak. `method` says which.
+    On Linux the kernel's high-water mark is reset and read; elsewhere a thread samples every few milliseconds and can
+    miss a short peak. `method` names which one was used.
     """
 
     def __enter__(self) -> Self:
@@ -67,10 +67,9 @@ class PeakMemory:
 
 
 def create_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new file-backed tensor of zeros; what is written to it reaches the file.
+    """Create a file-backed tensor of zeros; writes reach the file.
 
-    The space is reserved first: a disk that is too small raises `StorageError` here, instead of killing the process
-    with a bus error at some later write.
+    Disk space is reserved first, so a full disk raises `StorageError` here instead of a bus error at a later write.
     """
     path = Path(path)
     size = math.prod(shape) * dtype.itemsize
@@ -89,7 +88,7 @@ def create_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 def open_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Map a file that `create_mapped` made."""
+    """Map a file written by `create_mapped`."""
     path = Path(path)
     expected = math.prod(shape) * dtype.itemsize
     size = path.stat().st_size if path.is_file() else None

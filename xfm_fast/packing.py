@@ -1,4 +1,4 @@
-"""Padding-free batches: texts packed one after the other, and grouped by the image they are paired with."""
+"""Unpadded (varlen) batches: sequences packed one after another, and grouped by their image."""
 
 from __future__ import annotations
 
@@ -15,33 +15,27 @@ from xfm_fast.kernels import host
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Texts that lie one after the other in a packed tensor `[T, ...]`.
+    """Offsets of the sequences in a packed tensor `[T, ...]`."""
 
-    Attributes:
-        cu_seqlens: `[P + 1]` int32 offsets of the texts.
-        key_mask: `[T]` boolean, False for tokens that are queries only (padding that was kept). None otherwise.
-        max_seqlen: an upper bound of the lengths where the host knows one, so that it need not ask the device.
-    """
-
-    cu_seqlens: Tensor
-    key_mask: Tensor | None = None
-    max_seqlen: int | None = None
+    cu_seqlens: Tensor  # [P + 1] int32 offsets
+    key_mask: Tensor | None = None  # [T] boolean, False for padding tokens that are queries only
+    max_seqlen: int | None = None  # upper bound of the lengths; avoids a device synchronisation
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, longest: int | None = None) -> Sequences:
-        """Texts of the given lengths `[P]`; `longest` is an upper bound of them where the host knows one."""
+        """Sequences of the lengths `[P]`; `longest` is an upper bound, where the host knows one."""
         return cls(cu_seqlens=offsets(lengths), max_seqlen=longest)
 
     def repeated(self, times: int) -> Sequences:
-        """The layout of `times` copies of such texts behind each other."""
+        """The layout of `times` concatenated copies."""
         copies = self.cu_seqlens.diff().repeat(times)
         mask = None if self.key_mask is None else self.key_mask.repeat(times)
         return Sequences(cu_seqlens=offsets(copies), key_mask=mask, max_seqlen=self.max_seqlen)
 
     @property
     def longest(self) -> int:
-        """Length of the longest text in tokens; `max_seqlen` where that is given."""
-        # A compiler cannot enter the lock of a cached property, and need not where this is known.
+        """Length of the longest sequence in tokens, or `max_seqlen` if given."""
+        # A compiler cannot enter the lock of a cached property.
         return self._measured if self.max_seqlen is None else self.max_seqlen
 
     @cached_property
@@ -54,19 +48,16 @@ class Sequences:
 
 @dataclass(frozen=True, kw_only=True)
 class Reads(Sequences):
-    """The tokens of packed texts that are read, text by text: all that a last layer has to compute.
+    """The tokens of packed sequences that the last layer computes, sequence by sequence.
 
-    `cu_seqlens` are the offsets of the texts in the list of reads.
-
-    Attributes:
-        rows: `[Q]` int64 rows of the packed tensor, those of a text together.
+    `cu_seqlens` are offsets of the sequences in `rows`.
     """
 
-    rows: Tensor
+    rows: Tensor  # [Q] int64 rows of the packed tensor, grouped by sequence
 
     @classmethod
     def first_tokens(cls, sequences: Sequences) -> Reads:
-        """Token 0 of every text."""
+        """Token 0 of every sequence."""
         cu = sequences.cu_seqlens
         ones = torch.arange(cu.shape[0], dtype=cu.dtype, device=cu.device)
         return cls(cu_seqlens=ones, max_seqlen=1, rows=cu[:-1])
@@ -74,19 +65,12 @@ class Reads(Sequences):
 
 @dataclass(frozen=True, kw_only=True)
 class Packing(Sequences):
-    """The positions of a padded batch `[P, L]` whose tokens are packed. `pack` and `unpad` move data.
+    """Positions of the packed tokens in a padded batch `[P, L]`. `pack` and `unpad` move data."""
 
-    Attributes:
-        positions: `[T]` flat positions in the padded batch, in packed order.
-        shape: (P, L) of the padded batch.
-        order: `[P]` the text at each position of the packed sequence; None when they keep their order.
-        whole: whether there is no padding, so that nothing moves.
-    """
-
-    positions: Tensor
-    shape: tuple[int, int]
-    order: Tensor | None = None
-    whole: bool = False
+    positions: Tensor  # [T] flat positions in the padded batch, in packed order
+    shape: tuple[int, int]  # (P, L) of the padded batch
+    order: Tensor | None = None  # [P] index of the sequence at each packed position; None for the original order
+    whole: bool = False  # True without padding: nothing moves
 
     @classmethod
     def from_mask(
@@ -97,18 +81,12 @@ class Packing(Sequences):
         keep_padding: bool = False,
         lengths: Sequence[int] | None = None,
     ) -> Packing:
-        """Pack the tokens whose mask is non-zero (any pattern of them, not only prefixes).
+        """Pack the tokens whose mask `[P, L]` is non-zero, in any pattern, with the sequences in `order` `[P]`.
 
-        Args:
-            attention_mask: `[P, L]`, non-zero for real tokens.
-            order: `[P]` permutation in which the texts are to lie.
-            keep_padding: keep padding tokens as queries that no query attends to. The official code computes them; only
-                its VQA decoder reads them.
-            lengths: how many tokens of each text are real, in the order of the mask, where the host knows it: then
-                nothing waits for a GPU. The host is believed, but for their number.
-
-        Raises:
-            InputError: not one length for each text, or none between 0 and L.
+        `keep_padding` packs padding tokens too, as queries that no query attends to (only the official VQA decoder
+        reads them). `lengths` are the real tokens per sequence, where the host knows them: then a GPU is not
+        synchronised, and only their number and sum are checked. Raises `InputError` for lengths that do not fit the
+        mask.
         """
         mask = attention_mask.bool()
         rows = mask if order is None else mask[order]
@@ -124,7 +102,7 @@ class Packing(Sequences):
             if lengths is not None and sum(lengths) != len(positions):
                 raise InputError(f"lengths add up to {sum(lengths)}; the mask shows {len(positions)} tokens")
         else:
-            # Sorting leaves the number of tokens to the host, which `nonzero` asks the device for.
+            # Unlike `nonzero`, sorting does not synchronise for the number of tokens.
             positions = kept.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(lengths)]
         if lengths is not None and not keep_padding:
             longest = max(lengths, default=0)
@@ -140,7 +118,7 @@ class Packing(Sequences):
         )
 
     def to(self, device: torch.device) -> Packing:
-        """The same layout on another device."""
+        """Move the layout to another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
@@ -151,7 +129,7 @@ class Packing(Sequences):
         return padded.flatten(0, 1).index_select(0, self.positions)
 
     def unpad(self, packed: Tensor) -> Tensor:
-        """The inverse of `pack`: `[T, ...]` → `[P, L, ...]`, zeros where there is padding."""
+        """`[T, ...]` → `[P, L, ...]`, zeros at padding: the inverse of `pack`."""
         texts, length = self.shape
         if self.whole:
             return packed.view(texts, length, *packed.shape[1:])
@@ -159,7 +137,7 @@ class Packing(Sequences):
         return padded.index_copy(0, self.positions, packed).view(texts, length, *packed.shape[1:])
 
     def restore(self, per_text: Tensor) -> Tensor:
-        """Rows in packed order back into the order of the padded batch: `[P, ...]` → `[P, ...]`."""
+        """Reorder rows `[P, ...]` from packed order to the order of the padded batch."""
         if self.order is None:
             return per_text
         return torch.empty_like(per_text).index_copy(0, self.order, per_text)
@@ -167,24 +145,16 @@ class Packing(Sequences):
 
 @dataclass(frozen=True)
 class ImageGroups:
-    """Texts grouped by image: all texts of an image are one long query sequence of the cross-attention.
+    """Sequences grouped by image: the texts of an image form one long query sequence in cross-attention."""
 
-    Attributes:
-        cu_texts: `[B + 1]` offsets of the images in the (ordered) list of texts.
-        order: `[P]` the permutation that groups the texts; None when they are grouped already.
-    """
-
-    cu_texts: Tensor
-    order: Tensor | None = None
+    cu_texts: Tensor  # [B + 1] offsets of the images in the ordered sequences
+    order: Tensor | None = None  # [P] permutation that groups the sequences; None if they are grouped already
 
     @classmethod
     def from_index(cls, image_index: Tensor, images: int, device: torch.device | None = None) -> ImageGroups:
-        """Group P texts by their image.
+        """Group P texts by image: `image_index` `[P]` integers below `images`, on the host to avoid a synchronisation.
 
-        Args:
-            image_index: `[P]` integers below `images`. On the host it is read without waiting for a GPU.
-            images: B.
-            device: where the texts are, by default where the index is.
+        `device` is where the texts are, by default the device of the index.
         """
         index = image_index.long()
         if index.is_cpu and device is not None and device.type != "cpu":
@@ -195,7 +165,7 @@ class ImageGroups:
         return cls(offsets(torch.bincount(index, minlength=images)), order)
 
     def token_offsets(self, cu_seqlens: Tensor) -> Tensor:
-        """Offsets of the images in the packed tokens, from the offsets of the texts: `[B + 1]`."""
+        """`[B + 1]` offsets of the images in the packed tokens, from the offsets of the sequences."""
         return cu_seqlens.index_select(0, self.cu_texts)
 
 
@@ -207,14 +177,14 @@ def offsets(lengths: Tensor) -> Tensor:
 
 
 def ragged_rows(starts: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
-    """Rows `starts[i], ..., starts[i] + lengths[i] - 1` for every i, one after the other: `[sum(lengths)]` int64.
+    """Concatenate the ranges `starts[i] ... starts[i] + lengths[i] - 1`: `[sum(lengths)]` int64.
 
-    `total` is that sum; to give it spares an accelerator a synchronisation.
+    `total`, the sum of the lengths, avoids a synchronisation on an accelerator.
     """
     first = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths, output_size=total)
     return first + torch.arange(first.shape[0], device=starts.device)
 
 
 def on_host(tensor: Tensor) -> bool:
-    """True if Python may look at the values without waiting for a device or breaking a trace."""
+    """Return True if Python can read the values without synchronising a device or breaking a trace."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

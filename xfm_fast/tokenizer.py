@@ -1,4 +1,4 @@
-"""Captions to token ids: the official cleaning, and RoBERTa's byte-level BPE, or BERT's word pieces of X²-VLM."""
+"""Caption cleaning and tokenization: RoBERTa's byte-level BPE, or BERT's WordPiece for X²-VLM."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ _WHITE = frozenset("ĠĉĊčċČ▁")
 
 
 def pre_caption(caption: str, max_words: int = 30) -> str:
-    """The official cleaning of captions: lower case, punctuation to spaces, the first `max_words` words.
+    """Clean a caption as the official code does: lower case, punctuation to spaces, the first `max_words` words.
 
-    Raises:
-        DataError: nothing is left. Readers skip such captions, count and list them.
+    Raises `DataError` for a caption that is empty after cleaning; readers skip, count and list it.
     """
     cleaned = caption.lower().translate(_TO_SPACE).replace("<person>", "person")
     cleaned = _SPACES.sub(" ", cleaned).strip()
@@ -43,22 +42,19 @@ def pre_caption(caption: str, max_words: int = 30) -> str:
 
 
 def pre_question(question: str, max_words: int = 30) -> str:
-    """The official cleaning of questions: as of captions, but inner and leading spaces stay as they are.
+    """Clean a question as the official code does: like captions, but inner and leading spaces stay. May return "".
 
-    An empty result is possible. Words are what lies between single spaces, so that a run of spaces counts as words.
-
-    Args:
-        max_words: 30 in training, 50 in testing.
+    A run of spaces counts as words. The official `max_words` is 30 in training and 50 in testing.
     """
     cleaned = question.lower().translate(_TO_SPACE).rstrip(" ")
     return " ".join(cleaned.split(" ")[:max_words])
 
 
 class CaptionTokenizer:
-    """Byte-level BPE as RoBERTa uses it: `<s> tokens </s>`, cut to a length and padded; or BERT's `[CLS] pieces [SEP]`.
+    """Byte-level BPE as in RoBERTa, `<s> tokens </s>`, or BERT's WordPiece, `[CLS] pieces [SEP]`; truncated and padded.
 
     Attributes:
-        origin: where the vocabulary comes from, for reports.
+        origin: path of the vocabulary, for reports.
     """
 
     def __init__(self, tokenizer: Tokenizer, origin: str) -> None:
@@ -89,7 +85,8 @@ class CaptionTokenizer:
 
     @classmethod
     def from_files(cls, path: str | os.PathLike[str]) -> CaptionTokenizer:
-        """Read a `tokenizer.json`, or a folder that holds one, `vocab.json` and `merges.txt`, or BERT's `vocab.txt`.
+        """Read a `tokenizer.json`, or a folder with one, with `vocab.json` and `merges.txt`, or with BERT's
+        `vocab.txt`.
 
         Raises:
             DataError: files are missing or damaged, or the vocabulary lacks the special tokens of RoBERTa and of BERT.
@@ -111,9 +108,9 @@ class CaptionTokenizer:
 
     @classmethod
     def train_on_texts(cls, texts: Iterable[str], vocab_size: int) -> CaptionTokenizer:
-        """Learn a vocabulary, for use where the official one is not at hand. The same texts give the same vocabulary.
+        """Train a vocabulary, for use with random weights only. The same texts give the same vocabulary.
 
-        A model with trained weights needs the vocabulary it was trained with; this one suits random weights alone.
+        Trained weights need the vocabulary that they were trained with.
 
         Args:
             texts: cleaned captions.
@@ -143,7 +140,7 @@ class CaptionTokenizer:
         """The id of `<mask>`.
 
         Raises:
-            DataError: the vocabulary has none, so nothing can be masked.
+            DataError: the vocabulary has no mask token.
         """
         mask = self._special[-1]
         number = self._tokenizer.token_to_id(mask)
@@ -152,7 +149,7 @@ class CaptionTokenizer:
         return number
 
     def check(self, config: XFMConfig) -> None:
-        """Raise `DataError` unless a model of this configuration can read the ids."""
+        """Raise `DataError` unless the ids fit a model of this configuration."""
         if self.vocab_size > config.vocab_size:
             raise DataError(
                 f"the vocabulary in {self.origin} has {self.vocab_size} entries and the model {config.vocab_size}; "
@@ -168,12 +165,12 @@ class CaptionTokenizer:
     def encode(
         self, texts: Sequence[str], max_tokens: int = 40, *, pad_to_longest: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """`<s> tokens </s>`, cut to `max_tokens` and padded to it.
+        """Encode as `<s> tokens </s>`, truncated and padded to `max_tokens`.
 
         Args:
-            texts: cleaned captions, such as `pre_caption` returns.
+            texts: cleaned captions, as `pre_caption` returns them.
             max_tokens: special tokens included.
-            pad_to_longest: pad to the longest of these texts only.
+            pad_to_longest: pad only to the longest of these texts.
 
         Returns:
             input_ids and attention_mask, int64 `[B, L]`; the mask is 1 for real tokens.
@@ -182,7 +179,7 @@ class CaptionTokenizer:
         return self.pad(rows, None if pad_to_longest else max_tokens)
 
     def pad(self, rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask `[B, L]` of texts as ids, padded to `width`, or to the longest of them."""
+        """Pad lists of ids to `width`, or to the longest: ids and attention mask `[B, L]`."""
         width = max(map(len, rows), default=0) if width is None else width
         ids = torch.full((len(rows), width), self.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -192,10 +189,10 @@ class CaptionTokenizer:
         return ids, mask
 
     def encode_ids(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """`<s> tokens </s>` of every text, cut to `max_tokens` ids and not padded: what pretraining reads and masks.
+        """Encode as `<s> tokens </s>`, truncated to `max_tokens` and not padded, as pretraining reads and masks them.
 
         Raises:
-            DataError: a text has no tokens, or `max_tokens` no room for any.
+            DataError: a text has no tokens, or `max_tokens` leaves no room for any.
         """
         if max_tokens < 3:
             raise DataError(f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3")
@@ -207,13 +204,13 @@ class CaptionTokenizer:
         return rows
 
     def encode_pair(self, first: str, second: str, max_tokens: int = 128) -> list[int]:
-        """`<s> first </s></s> second </s>`, as RoBERTa reads two texts, not padded.
+        """Encode as `<s> first </s></s> second </s>`, RoBERTa's form of two texts, not padded.
 
-        Of a pair that is longer than `max_tokens` ids, the longer text loses its last token until it fits, and of two
-        equally long ones the second. One of the texts may be empty.
+        Pairs longer than `max_tokens` lose the last token of the longer text until they fit, of the second text if both
+        are equally long. One of the texts may be empty.
 
         Raises:
-            DataError: both are, or `max_tokens` has no room for a token of each.
+            DataError: both texts are empty, or `max_tokens` has no room for a token of each.
         """
         if max_tokens < 6:
             raise DataError(
@@ -233,10 +230,10 @@ class CaptionTokenizer:
         return [self.bos_token_id, *a[:of_a], *end, *end, *b[: room - of_a], *end]
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """`<s> tokens` of a prompt that a caption continues: `[S]` int64, the first ids of the whole text's.
+        """Encode a prompt that a caption continues as `<s> tokens`: `[S]` int64, the first ids of the whole text.
 
-        White space at its end is left out. Byte-level tokens carry the space before them, so a last space of its own
-        is no token of the whole text: a model that is given one never learns, nor writes, the word that belongs there.
+        Trailing white space is dropped. Byte-level tokens include the space before them, so a trailing space would be a
+        token that never occurs before a word in training.
         """
         ids = self._encoded([prompt.rstrip()])[0].ids
         return torch.tensor([self.bos_token_id, *ids])
@@ -245,7 +242,7 @@ class CaptionTokenizer:
         try:
             return self._tokenizer.encode_batch(texts, add_special_tokens=False)
         except (TypeError, UnicodeError):
-            # The library does not say which.
+            # The library does not name the text.
             for number, text in enumerate(texts):
                 if not isinstance(text, str):
                     raise DataError(f"text {number} is a {type(text).__name__}; give strings") from None
@@ -256,25 +253,24 @@ class CaptionTokenizer:
             raise
 
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
-        """A mark for each id that begins a word, for whole-word masking: `<s> tokens </s>` as `encode_ids` makes them.
+        """Mark the ids that begin a word, for whole-word masking of `<s> tokens </s>` from `encode_ids`.
 
-        Byte-level tokens carry the white space before them, so a token that begins with some begins a word; so do
-        special tokens, and the first token of a text, which has nothing before it.
+        Byte-level tokens that begin with white space begin a word; so do special tokens and the first token of a text.
         """
         starts = [self._starts_word[number] for number in ids]
         starts[:2] = [True] * len(starts[:2])
         return starts
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Decode ids to text, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def sha256(self) -> str:
-        """Identifies the vocabulary and how it is applied."""
+        """Hash of the vocabulary and its settings."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The content of a `tokenizer.json` that `from_files` reads."""
+        """Serialise to a `tokenizer.json` that `from_files` reads."""
         return self._tokenizer.to_str(pretty=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -294,7 +290,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _word_pieces(vocabulary: Path) -> Tokenizer:
-    """BERT's tokenizer without case, as X²-VLM reads captions."""
+    """BERT's uncased tokenizer, as X²-VLM uses it."""
     tokenizer = Tokenizer(models.WordPiece.from_file(str(vocabulary), unk_token=_OF_BERT[3]))
     setattr(tokenizer, "normalizer", normalizers.BertNormalizer(lowercase=True))  # noqa: B010
     setattr(tokenizer, "pre_tokenizer", pre_tokenizers.BertPreTokenizer())  # noqa: B010

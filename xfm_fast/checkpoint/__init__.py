@@ -1,4 +1,4 @@
-"""Checkpoints: official files and other people's encoders in, ours out, and back."""
+"""Checkpoints: load official files and third-party encoders, save ours, and convert back."""
 
 from xfm_fast.checkpoint.files import (
     PretrainedFiles,

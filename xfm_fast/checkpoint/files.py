@@ -1,7 +1,4 @@
-"""State dicts in files: read without running anything that a file contains, written whole or not at all.
-
-A failure at any moment of a write leaves what was there before.
-"""
+"""State dicts in files: read without executing any of their content, written atomically."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ except ImportError:  # not every system has it
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
 TASK_FILE = "task.json"
-"""Beside weights, or an export of them: the task that they were fine-tuned for."""
+"""Next to weights or their export: the task that they were fine-tuned for."""
 TOKENIZER_FILE = "tokenizer.json"
 
 _DTYPES = {
@@ -75,23 +72,17 @@ _FOREIGN = (
 
 
 def model_folder(path: Path) -> Path | None:
-    """The folder of weights that a path means: itself, or of a run its chosen or last one; None for anything else."""
+    """The weights folder of a path: the path itself, or the chosen or last one of a run; None for other paths."""
     return next((each for each in (path, path / "best", path / "model") if (each / CONFIG_FILE).is_file()), None)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights in `path`, a safetensors file or a PyTorch checkpoint (`.th`, `.pth`, `.pt`, `.bin`).
+    """Read a safetensors file or a PyTorch checkpoint (`.th`, `.pth`, `.pt`, `.bin`) as name → CPU tensor.
 
-    The content decides the format, not the name. PyTorch checkpoints are read with `weights_only=True`, so a file that
-    wants to run code is refused. Weights inside `{"model": ...}`, `{"module": ...}` or `{"state_dict": ...}` are
-    unwrapped, and a `module.` prefix on every name is removed.
-
-    Returns:
-        Name to CPU tensor. The tensors are backed by the file where the format allows it, so memory is used only for
-        what is read; keep the file in place while they live.
-
-    Raises:
-        CheckpointError: missing, empty, truncated, unsafe or foreign file, or one that holds something else.
+    The content decides the format, not the name. PyTorch checkpoints are read with `weights_only=True`, which refuses
+    code. `{"model": ...}`, `{"module": ...}` and `{"state_dict": ...}` are unwrapped, and a `module.` prefix is
+    removed. Tensors are memory-mapped where the format allows it: keep the file in place while they live. Raises
+    `CheckpointError`.
     """
     path = Path(path)
     form = _format(path)
@@ -109,7 +100,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
-    """The format of a checkpoint by its first bytes, whatever its name."""
+    """Detect the format of a checkpoint by its first bytes."""
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a folder, not a checkpoint file; name the file in it, or use from_pretrained for a folder that "
@@ -133,7 +124,7 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
                 f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint: its end is missing; {_AGAIN}"
             )
         return "zip"
-    # A safetensors file begins with the length of its JSON header. In text those eight bytes are a huge number.
+    # A safetensors file begins with the length of its JSON header. Eight bytes of text would be a huge number.
     header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
     if header or (path.suffix == ".safetensors" and (len(head) < 9 or head[8:9] == b"{")):
         return "safetensors"
@@ -156,16 +147,16 @@ def _ends_as_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
-        # Of several disks, as its end says. What else is wrong with it is found where it is read.
+        # A multi-disk archive. Other faults are found when it is read.
         return True
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse an archive whose files are not those that were saved: PyTorch does not look at the archive's checksums."""
+    """Verify the archive's checksums, which PyTorch does not."""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                # PyTorch compresses nothing, and a packed file may unfold to any size.
+                # PyTorch does not compress, and a compressed file may expand to any size.
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
                     raise CheckpointError(
                         f"{path} holds {entry.filename} in packed form, as no program that saves weights writes it; "
@@ -206,7 +197,7 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
 
 def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     where = ""
-    # A mapping may hold itself.
+    # A mapping may contain itself.
     while isinstance(content, Mapping) and where.count("[") < _MOST_NESTINGS:
         inner = next((name for name in _NESTINGS if isinstance(content.get(name), Mapping)), None)
         if inner is None:
@@ -244,7 +235,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class PretrainedFiles(NamedTuple):
-    """The content of a folder that `save_pretrained` wrote."""
+    """The content of a folder written by `save_pretrained`."""
 
     config: XFMConfig
     state: dict[str, Tensor]
@@ -259,17 +250,13 @@ def save_pretrained(
     unused: Mapping[str, Tensor] | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `config.json` and `model.safetensors`, `unused.safetensors` when there are `unused`, and other `files` by
-    name, such as a tokenizer, into `dir`.
+    """Write `config.json`, `model.safetensors`, `unused.safetensors` (when there are `unused`) and other `files` to
+    `dir`.
 
-    All files are complete on disk under temporary names before the first one takes its place, so a full disk or a
-    killed process leaves an earlier save as it was (only between two renames, which take no space, could one of the
-    files be new and another old). An `unused.safetensors` of an earlier save is removed where there are no `unused`,
-    since it belongs to other weights. Tensors are written one at a time without a second copy of the model.
-
-    Raises:
-        StorageError: the folder or a file cannot be written.
-        CheckpointError: a tensor has a dtype that safetensors cannot hold.
+    All files are complete on disk under temporary names before the first rename, so a full disk or a killed process
+    leaves an earlier save intact. An `unused.safetensors` of an earlier save is removed, since it belongs to other
+    weights. Tensors are streamed without a second copy of the model. Raises `StorageError`, or `CheckpointError` for a
+    dtype that safetensors cannot hold.
     """
     folder = Path(dir)
     try:
@@ -296,15 +283,9 @@ def save_pretrained(
 
 
 def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
-    """Read a folder that `save_pretrained` wrote.
+    """Read a folder written by `save_pretrained`: configuration, memory-mapped state dict, and dead weights or None.
 
-    Returns:
-        The configuration, the state dict (file-backed CPU tensors), and the dead weights, or None if they were not
-        saved.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or written by a later version.
-        ConfigError: `config.json` describes no model.
+    Raises `CheckpointError` for a missing, damaged or newer file, `ConfigError` for an invalid `config.json`.
     """
     folder = Path(dir)
     if not folder.is_dir():
@@ -319,15 +300,11 @@ def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
 
 
 def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
-    """Write several files so that each appears complete or not at all.
+    """Write several files atomically: each appears complete or not at all.
 
-    Every writer fills a temporary file in the folder of its path, which is flushed to the disk; only when all have
-    succeeded are they renamed into place. On any failure the temporary files are removed; a killed process may leave
-    one behind, named `.<name>.<process>-<random>.tmp`.
-    Devices and pipes are written through.
-
-    Raises:
-        StorageError: a file cannot be written; names the path.
+    Every writer fills a temporary file next to its target, which is flushed to disk; renames follow when all have
+    succeeded. On failure the temporary files are removed; a killed process may leave one, named
+    `.<name>.<process>-<random>.tmp`. Devices and pipes are written directly. Raises `StorageError` with the path.
     """
     finished: dict[Path, Path] = {}
     replaced: list[str] = []
@@ -364,17 +341,17 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
 
 
 def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
-    """`write_files` of contents that are in memory."""
+    """`write_files` for in-memory contents."""
     write_files({path: lambda file, content=content: _write(file, content) for path, content in contents.items()})
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     """Stream `tensors` in the safetensors format.
 
-    The library's writer is not used because it wraps a full disk into an error without a number, cannot flush to the
-    disk, and wants all tensors contiguous on the CPU at once.
+    The library's own writer hides the errno of a full disk, does not flush, and needs all tensors contiguous on the
+    CPU.
     """
-    # Wide types first keeps every tensor aligned to its own size.
+    # Wide dtypes first, so that every tensor is aligned to its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     package = "unknown"
     with suppress(PackageNotFoundError):
@@ -422,17 +399,12 @@ _held_guard = threading.Lock()
 
 @contextmanager
 def hold(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, alone among all processes that can see it, until the block ends or the process does.
+    """Hold an exclusive lock file until the block or the process ends.
 
-    The file says who holds it and goes with the block. Processes that are forked inside the block do not hold it. Where
-    the file system has no locks the file itself is one, which a holder on this machine that has died has left.
-
-    Args:
-        lock: the file; its folder is made where it is missing.
-        what: the thing that is held, for the message, such as `the run in runs/a`.
-
-    Raises:
-        StorageError: another process, or another part of this one, holds it, and which; or the file cannot be written.
+    The file names its holder and is deleted with the block. Processes forked inside the block do not inherit the lock.
+    On file systems without locks the existence of the file is the lock; one left by a dead process on this machine is
+    reused. `what` names the locked thing in the message, such as `the run in runs/a`. Raises `StorageError` if it is
+    locked already or cannot be written.
     """
     me = {
         "process": os.getpid(),
@@ -443,7 +415,7 @@ def hold(lock: Path, what: str) -> Iterator[None]:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         key = lock.parent.resolve() / lock.name
-        # The system's locks are of a process as a whole, and are lost when it closes the file anywhere.
+        # The system's locks belong to the process, and are lost when it closes the file anywhere.
         with _held_guard:
             if key in _held:
                 raise _in_use(what, me)
@@ -461,7 +433,7 @@ def hold(lock: Path, what: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.unlink(missing_ok=True)
-            # What was refused inside leaves no empty folder.
+            # Do not leave an empty folder after an error.
             if made:
                 lock.parent.rmdir()
         with _held_guard:
@@ -481,12 +453,12 @@ def _locked(lock: Path, what: str) -> FileIO:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.close()
                 raise _in_use(what, holder) from None
-            # Another machine's process may live, and one of this machine has left its file if it does not.
+            # A process on another machine may be alive; on this machine a dead one left the file.
             if holder and (holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])):
                 file.close()
                 raise _in_use(what, holder) from None
         try:
-            # It may have been that of a holder that went, and removed it, in between.
+            # The former holder may have removed it in between.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                 return file
         except FileNotFoundError:
@@ -508,8 +480,8 @@ def _in_use(what: str, holder: Mapping[str, Any]) -> StorageError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk: a rename survives a power cut only then."""
-    # Not every system can open a folder.
+    """Flush a folder's entries to disk: a rename survives a power cut only then."""
+    # Some systems cannot open a folder.
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

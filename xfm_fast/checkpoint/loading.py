@@ -1,4 +1,4 @@
-"""Put a state dict into a module: everything is compared first, then everything is written, or nothing."""
+"""Load a state dict into a module: everything is compared first, then all is written, or nothing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SHOWN = 8
 
 @dataclass
 class LoadResult:
-    """The names that `load_into` was allowed to leave alone."""
+    """Names that `load_into` was allowed to skip."""
 
     fresh: list[str] = field(default_factory=list)
-    """Parameters of the module that the state dict lacks; they keep their values."""
+    """Parameters of the module that the state dict lacks; unchanged."""
     surplus: list[str] = field(default_factory=list)
-    """Entries of the state dict that the module lacks; they were ignored."""
+    """Entries of the state dict that the module lacks; ignored."""
 
 
 _IN_PLACE = ("__iadd__", "__imul__", "__isub__", "__itruediv__")
@@ -38,7 +38,7 @@ class _Uninitialised(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
         kwargs = kwargs or {}
-        # The functions of torch.nn.init are called by name.
+        # Initialisers are looked up in torch.nn.init by name.
         target = args[0] if args else kwargs.get("tensor")
         if writes and isinstance(target, Tensor) and target.is_meta:
             return target
@@ -47,9 +47,9 @@ class _Uninitialised(TorchFunctionMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Within the block, modules are built on the meta device and what would initialise them is not run.
+    """Context in which modules are built on the meta device and initialisers are skipped.
 
-    PyTorch would run it even there, to no effect, and import its compiler and sympy for it.
+    PyTorch would run them there without effect, and import its compiler and sympy for it.
     """
     with torch.device("meta"), _Uninitialised():
         yield
@@ -63,18 +63,11 @@ def load_into(
     fresh: Collection[str] = (),
     surplus: Collection[str] = (),
 ) -> LoadResult:
-    """Copy `state` into `module`, or raise one error that lists everything that does not fit and write nothing.
+    """Copy `state` into `module`, or write nothing and raise one `CheckpointError` that lists every mismatch.
 
-    Values are converted to the dtype and device of the module.
-
-    Args:
-        what: names the source in the error, such as `"checkpoint model.th"`.
-        fresh: prefixes of parameters that `state` may lack (a new task head); `("",)` allows all.
-        surplus: prefixes of entries that `module` may lack.
-
-    Raises:
-        CheckpointError: missing, unexpected or mis-shaped entries, non-floating dtypes, or values that are NaN or
-            infinite.
+    Values are converted to the dtype and device of the module. Missing, unexpected, mis-shaped, non-floating, NaN and
+    infinite entries are refused. `what` names the source in the error; `fresh` are prefixes of parameters that `state`
+    may lack (`("",)` for all), `surplus` of entries that `module` may lack.
     """
     own = module.state_dict()
     on_meta = [name for name, tensor in own.items() if tensor.is_meta]
@@ -92,13 +85,10 @@ def load_into(
 
 
 def assign_into(module: nn.Module, state: Mapping[str, Tensor], *, what: str) -> None:
-    """Let the parameters of a module on the meta device be the tensors of `state`, which are nobody else's.
+    """Use the tensors of `state`, which nothing else may own, as the parameters of a module on the meta device.
 
-    Tensors that are backed by a file stay so: nothing is copied, and a page is read when it is first needed. A type
-    other than the module's is converted.
-
-    Raises:
-        CheckpointError: as `load_into`.
+    Memory-mapped tensors stay mapped: pages are read on first use. A different dtype is converted. Raises as
+    `load_into`.
     """
     own = module.state_dict()
     compare(module, state, what=what, finite=True)
@@ -106,7 +96,7 @@ def assign_into(module: nn.Module, state: Mapping[str, Tensor], *, what: str) ->
     taken: set[int] = set()
     for name, parameter in own.items():
         value = state[name].detach().to(parameter.dtype).contiguous()
-        # What lies in one place under two names would be one parameter, and training would tie them.
+        # Two names of one tensor would become one parameter, and training would tie them.
         values[name] = value.clone() if value.data_ptr() in taken else value
         taken.add(value.data_ptr())
     module.load_state_dict(values, assign=True)
@@ -121,9 +111,9 @@ def compare(
     surplus: Collection[str] = (),
     finite: bool = False,
 ) -> LoadResult:
-    """The first half of `load_into`, which changes nothing; the module may be on the meta device.
+    """The comparison of `load_into`, without changes; the module may be on the meta device.
 
-    Values are looked at where the module has memory for them, or with `finite` all.
+    Values are checked where the module has memory for them, or all of them with `finite`.
     """
     own = module.state_dict()
     absent = [name for name in own if name not in state]
@@ -164,11 +154,7 @@ def compare(
 
 
 def require_depth(config: XFMConfig, state: Mapping[str, Tensor], *, what: str) -> None:
-    """Refuse a configuration of more layers than there are weights for, before a layer is built.
-
-    Raises:
-        CheckpointError: names the fields, and the numbers of the weights.
-    """
+    """Refuse a configuration with more layers than the checkpoint, before building any; raises `CheckpointError`."""
     found = {name: _depth(state, prefix) for prefix, name in _STACKS}
     if not any(0 < depth < getattr(config, name) for name, depth in found.items()):
         return
@@ -259,7 +245,7 @@ def _remedies(
 
 
 def _settings(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """The configuration of the checkpoint where it differs from the model, as far as shapes tell: `field=value`."""
+    """Where the shapes of the checkpoint imply another configuration than the model's: `field=value`."""
     found: dict[str, int] = {}
     for name, dimension, setting in _SIZES:
         ours, theirs = own.get(name), state.get(name)

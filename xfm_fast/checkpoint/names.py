@@ -1,7 +1,7 @@
-"""The official parameter names and ours: what is tied, what is dead, and the way there and back.
+"""The mapping between official parameter names and ours: tied tensors, dead weights, and the conversion both ways.
 
-Our names are the official pretraining names. What an official checkpoint has beyond them is either a second name of a
-tied tensor, an integer buffer that the configuration determines, or a weight that no output depends on.
+Our names are the official pretraining names. Everything else in an official checkpoint is a second name of a tied
+tensor, an integer buffer that the configuration determines, or a weight that no output depends on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LANGUAGE_MODELS = ("text_encoder", "fusion_encoder", "text_decoder")
 TIED = {f"{part}.lm_head.decoder.bias": f"{part}.lm_head.bias" for part in _LANGUAGE_MODELS} | {
     f"{part}.lm_head.decoder.weight": f"{part}.roberta.embeddings.word_embeddings.weight" for part in _LANGUAGE_MODELS
 }
-# Nothing depends on these, so a checkpoint in which they disagree is still good.
+# No output depends on these, so a checkpoint may disagree in them.
 _TIED_DEAD = {f"{part}.lm_cap_head.decoder.bias": f"{part}.lm_cap_head.bias" for part in _LANGUAGE_MODELS}
 
 _CAPTION_HEAD = ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias", "decoder.weight")
@@ -61,7 +61,7 @@ HEAD_PREFIXES: dict[Head, tuple[str, ...]] = {
 
 @dataclass
 class LoadReport:
-    """The changes that `to_ours` made to an official state dict."""
+    """What `to_ours` changed in an official state dict."""
 
     naming: Naming = "pretraining"
     """The naming of the checkpoint's text encoder; pass it to `to_official` for the way back."""
@@ -70,7 +70,7 @@ class LoadReport:
     interpolated: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Table -> (window in the checkpoint, window of the configuration), in patches per side."""
     duplicates: dict[str, str] = field(default_factory=dict)
-    """Dropped second name of a tied tensor -> the name that was kept."""
+    """Dropped name of a tied tensor -> its remaining name."""
     buffers: list[str] = field(default_factory=list)
     """Dropped integer buffers, which the configuration determines."""
     unused: dict[str, Tensor] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class LoadReport:
 
 
 def is_dead(name: str) -> bool:
-    """True if a weight of this (pretraining) name influences no output of the model."""
+    """Return True if no output of the model depends on the weight of this (pretraining) name."""
     return name.startswith(_DEAD)
 
 
@@ -106,13 +106,13 @@ def head_of(name: str) -> Head | None:
 
 
 def heads_in(state: Iterable[str]) -> tuple[Head, ...]:
-    """The heads of which a state dict has at least one parameter, in the order of `HEAD_PREFIXES`."""
+    """Heads with at least one parameter in a state dict, in the order of `HEAD_PREFIXES`."""
     present = {head_of(name) for name in state}
     return tuple(head for head in HEAD_PREFIXES if head in present)
 
 
 def select_heads(state: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
-    """`state` without the parameters of heads that are not in `heads`."""
+    """Drop the parameters of all heads but `heads`."""
     keep = {None, *heads}
     return {name: value for name, value in state.items() if head_of(name) in keep}
 
@@ -124,14 +124,12 @@ def our_name(name: str) -> str:
 
 
 def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, Tensor], LoadReport]:
-    """Turn the state dict of an official model into ours.
+    """Convert the state dict of an official model to our names.
 
-    Fine-tuned names become pretraining names, second names of tied tensors, integer buffers and dead weights are left
-    out, and relative-position tables are interpolated to the window of `cfg`. Every other name, such as those of a
-    task head, passes through. Nothing is copied but interpolated tables.
-
-    Raises:
-        CheckpointError: two names of one tensor disagree, a name occurs in both forms, or a table fits no window.
+    Fine-tuning names become pretraining names; duplicates of tied tensors, integer buffers and dead weights are
+    dropped; relative-position tables are interpolated to the window of `cfg`. Other names, such as a task head, pass
+    through. Only interpolated tables are copied. Raises `CheckpointError` if two names of one tensor disagree or a
+    table fits no window.
     """
     state: dict[str, Tensor] = {}
     report = LoadReport()
@@ -160,7 +158,7 @@ def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, T
 
 
 def fit_table(name: str, table: Tensor, grid: int, interpolated: dict[str, tuple[int, int]] | None = None) -> Tensor:
-    """`interpolate_table` for a table of a checkpoint: errors name it, and a change of window is noted."""
+    """`interpolate_table` for a checkpoint: errors name the table, and `interpolated` records a change of window."""
     try:
         fitted = interpolate_table(table, (grid, grid))
     except InputError as error:
@@ -171,10 +169,9 @@ def fit_table(name: str, table: Tensor, grid: int, interpolated: dict[str, tuple
 
 
 def merge_tied(state: dict[str, Tensor]) -> dict[str, str]:
-    """Leave one name of each tied tensor in `state`, in place; returns dropped name -> kept name.
+    """Keep one name of each tied tensor, in place; returns dropped name → remaining name.
 
-    Raises:
-        CheckpointError: the two names hold different values.
+    Raises `CheckpointError` if the two names have different values.
     """
     return _merge(state, TIED, strict=True)
 
@@ -203,7 +200,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_meta or b.is_meta or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()):
         return True
-    # NaN differs from itself; that both tensors hold it is for the loader to complain about, not for this check.
+    # NaN differs from itself; the loader reports NaN, not this check.
     return torch.equal(a, b) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
@@ -219,22 +216,13 @@ def to_official(
     integer_buffers: bool = True,
     naming: Naming = "pretraining",
 ) -> dict[str, Tensor]:
-    """Turn one of our state dicts into that of the official model; the inverse of `to_ours`.
+    """Convert one of our state dicts to that of the official model; the inverse of `to_ours`.
 
-    Args:
-        state: names as `XFM` and its subclasses use them.
-        unused: the dead weights that `to_ours` set aside (`LoadReport.unused`). Without them the result lacks what
-            `underivable` lists, which is logged as a warning; the official code loads such a checkpoint with
-            `strict=False` and leaves those weights, which nothing reads, at their random initialisation.
-        integer_buffers: include `position_ids` and `relative_position_index`.
-        naming: which official classes the result is for: their text encoder is `text_encoder.roberta.*` in
-            pretraining and `text_encoder.*` in fine-tuning.
-
-    Returns:
-        Official name -> tensor. Tied names refer to the same tensor, as equal buffers do; `torch.save` keeps that.
-
-    Raises:
-        CheckpointError: `unused` holds something that is not a dead weight.
+    `unused` are the dead weights from `LoadReport.unused`; without them the result lacks what `underivable` lists,
+    which is logged, and the official code loads it with `strict=False`. `integer_buffers` includes `position_ids` and
+    `relative_position_index`. `naming` is the official class: the text encoder is `text_encoder.roberta.*` in
+    pretraining and `text_encoder.*` in fine-tuning. Tied names and equal buffers share one tensor, which `torch.save`
+    preserves. Raises `CheckpointError` if `unused` holds a weight that is not dead.
     """
     out = dict(state)
     for name, value in (unused or {}).items():
@@ -271,7 +259,7 @@ def to_official(
 
 
 def underivable(state: Iterable[str], cfg: XFMConfig) -> list[str]:
-    """The dead weights that the official model has beside `state` and that `state` (pretraining names) lacks."""
+    """Dead weights of the official model that `state` (pretraining names) lacks."""
     present = set(state)
     wanted: list[str] = []
     if "text_encoder.lm_head.bias" in present:

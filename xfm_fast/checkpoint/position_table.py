@@ -1,4 +1,4 @@
-"""Relative-position tables of the vision encoder: their size, their index, and interpolation to another window.
+"""Relative-position tables of the vision encoder: size, index, and interpolation to another window.
 
 A table has `(2w - 1)^2 + 3` rows for a window of `w` x `w` patches: one row per offset, row-major, then class query,
 class key, and class to class.
@@ -22,12 +22,12 @@ _SMALLEST_SOURCE = 3
 
 
 def table_rows(window: int) -> int:
-    """Rows of the table of a `window` x `window` grid of patches."""
+    """Rows of the table for a `window` x `window` grid of patches."""
     return (2 * window - 1) ** 2 + CLASS_ROWS
 
 
 def window_of(table: Tensor) -> int:
-    """The window that a table of shape `[(2w - 1)^2 + 3, heads]` belongs to. Raises `InputError` if there is none."""
+    """The window of a table `[(2w - 1)^2 + 3, heads]`; raises `InputError` if its shape fits none."""
     if table.dim() != 2:
         raise InputError(
             f"a relative-position table has shape {list(table.shape)}; expected [(2w-1)^2+3, heads], two dimensions"
@@ -43,31 +43,18 @@ def window_of(table: Tensor) -> int:
 
 
 def relative_position_index(window: int) -> Tensor:
-    """The row of the table for every pair of tokens, `int64 [w*w + 1, w*w + 1]`, token 0 being the class token.
-
-    Entry `[i, j]` is the row for query `i` and key `j`.
-    """
+    """Row of the table for query i and key j, `int64 [w*w + 1, w*w + 1]`; token 0 is the class token."""
     return reference.relative_position_index((window, window))
 
 
 def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
-    """Resample a relative-position table to another window, as the official loaders do.
+    """Resample a relative-position table to a square window `(rows, columns)`, as the official loaders do.
 
-    The offsets of the source sit on a grid whose spacing grows geometrically from the centre, chosen so that the
-    outermost source offset meets the outermost target offset; a bicubic spline through them is read at the integers.
-    The three class rows are copied.
-
-    Args:
-        table: `[(2w - 1)^2 + 3, heads]`, floating point.
-        target_window: `(rows, columns)` of patches of the wanted window; must be square.
-
-    Returns:
-        `table` itself when it already has the wanted window. Otherwise a new `[(2t - 1)^2 + 3, heads]` tensor on the
-        same device in float32, or in float64 for a float64 table: the arithmetic is float64 in any case, and a
-        half-precision table need not be rounded a second time.
-
-    Raises:
-        InputError: a table that fits no square window, or a window that cannot be reached.
+    The source offsets lie on a grid whose spacing grows geometrically from the centre, so that the outermost source
+    offset meets the outermost target offset; a bicubic spline through them is evaluated at the integers. The three
+    class rows are copied. Returns `table` itself if the window is the same, otherwise a new float32 table (float64 for
+    float64) on the same device, computed in float64. Raises `InputError` for a table or window that is not square, or
+    cannot be reached.
     """
     rows, columns = target_window
     if rows != columns:
@@ -98,7 +85,7 @@ def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
 
 
 def source_positions(side_from: int, side_to: int) -> np.ndarray:
-    """The places of the `side_from` source offsets on the axis of the target offsets `-(side_to // 2) ...`, float64."""
+    """Positions of the `side_from` source offsets on the axis of the target offsets `-(side_to // 2) ...`, float64."""
     steps, reach = side_from // 2, side_to // 2
     low, high = 1.01, 1.5
     ratio = low
@@ -114,7 +101,7 @@ def source_positions(side_from: int, side_to: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _spline_matrix(side_from: int, side_to: int) -> np.ndarray:
-    """The float64 `[side_to, side_from]` matrix that maps values at the source offsets to values at the integers."""
+    """Float64 `[side_to, side_from]` matrix that maps values at the source offsets to values at the integers."""
     # scipy costs more to import than the rest of this package, and most runs never interpolate.
     from scipy.interpolate import make_interp_spline
 

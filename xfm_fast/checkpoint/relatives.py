@@ -1,9 +1,9 @@
-"""Checkpoints of X-FM's relatives: those that compute what X-FM computes are renamed, the others refused with reasons.
+"""Checkpoints of related models: compatible ones are renamed, others are refused with a reason.
 
-X²-VLM (arXiv 2211.12402) has X-FM's vision encoder, and keeps language and fusion in one stack of BERT layers of which
-the last ones see the image; CCLM-X²-VLM (arXiv 2206.00621) keeps them apart, with XLM-R for language. Both start fusion
-from the output of the language layers, as X-FM does. X-VLM (arXiv 2111.08276), ALBEF (arXiv 2107.07651) and BLIP
-(arXiv 2201.12086) look at images in other ways.
+X²-VLM (arXiv 2211.12402) has X-FM's vision encoder, with language and fusion in one stack of BERT layers of which the
+last ones attend to the image; CCLM-X²-VLM (arXiv 2206.00621) has two stacks, with XLM-R for language. Both start fusion
+from the output of the language layers, as X-FM does. X-VLM (arXiv 2111.08276), ALBEF (arXiv 2107.07651) and BLIP (arXiv
+2201.12086) have other vision encoders or fusion inputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ALIKE = ("vision_encoder.", "vision_proj.", "text_proj.", "itm_head.", "bbox_he
 _BUFFERS = (".position_ids", ".relative_position_index")
 _POSITIONS = "text_encoder.roberta.embeddings.position_embeddings.weight"
 _MASK_TOKEN = "vision_encoder.mask_token"
-# Read for videos alone.
+# Used for videos only.
 _FRAMES = "absolute_frame_pos_embed"
 # BERT's [PAD], [CLS], [SEP] and [MASK]; its LayerNorms, which the cross encoder of CCLM has too.
 _BERT: dict[str, Any] = {
@@ -51,7 +51,7 @@ _KEEP = (
 
 
 class Relative(NamedTuple):
-    """A relative's checkpoint as one of X-FM."""
+    """A related checkpoint, converted to X-FM."""
 
     config: XFMConfig
     state: dict[str, Tensor]
@@ -59,7 +59,7 @@ class Relative(NamedTuple):
 
 
 def relative_of(names: Iterable[str]) -> str | None:
-    """The name of the relative whose checkpoint has these parameters; None for X-FM's, and for what is not known."""
+    """Name of the related model with these parameters; None for X-FM and unknown models."""
     names = set(names)
     if any(name.startswith("fusion_encoder.") for name in names):
         return None
@@ -73,13 +73,13 @@ def relative_of(names: Iterable[str]) -> str | None:
     if "vision_encoder.pos_embed" in names and looks:
         return "X-VLM"
     if "visual_encoder.pos_embed" in names and looks:
-        # BLIP's first layer looks at the image, ALBEF's language layers do not.
+        # BLIP's first layer attends to the image, ALBEF's language layers do not.
         return "BLIP" if any(".layer.0.crossattention." in name for name in names) else "ALBEF"
     return None
 
 
 def refuse_relative(names: Iterable[str], what: str) -> None:
-    """Raise `CheckpointError` for a relative's checkpoint, which says how else it can be used."""
+    """Raise `CheckpointError` for a related model's checkpoint, with the way to use it."""
     names = set(names)
     if (name := relative_of(names)) is None:
         return
@@ -95,7 +95,7 @@ def refuse_relative(names: Iterable[str], what: str) -> None:
 
 
 def _difference(names: set[str], name: str) -> str | None:
-    """The reason why X-FM does not compute the same; None where it does."""
+    """Why X-FM computes something else; None if it computes the same."""
     if f"vision_encoder.blocks.0{TABLE}" in names:
         return None
     found = "its images go through a vision transformer with absolute positions"
@@ -109,20 +109,12 @@ def _difference(names: set[str], name: str) -> str | None:
 def read_x2vlm(
     state: Mapping[str, Tensor], *, what: str, image_size: int | None = None, text_heads: int | None = None
 ) -> Relative:
-    """Turn a checkpoint of X²-VLM or CCLM-X²-VLM, of pretraining, retrieval or grounding, into one of X-FM.
+    """Convert a pretraining, retrieval or grounding checkpoint of X²-VLM or CCLM-X²-VLM to X-FM.
 
-    The sizes are read off the weights, except the number of attention heads. BERT's positions move up by one row, since
-    row `pad_token_id` is that of padding here. A vocabulary head is that of fusion: X²-VLM's language layers have none.
-    The token of masked patches, which X²-VLM lacks, is zero; the positions of video frames are set aside.
-
-    Args:
-        state: names as the code of X²-VLM saves them.
-        what: names the checkpoint in errors.
-        image_size: in pixels; by default that of the weights. Position tables are interpolated.
-        text_heads: of the language and fusion layers; by default one for each 64 columns, as in BERT and XLM-R.
-
-    Raises:
-        CheckpointError: it is another model's, or one of a task that has no counterpart here, or incomplete.
+    Sizes are inferred from the weights, except `text_heads` (default: one per 64 columns) and, if given, `image_size`,
+    to which position tables are interpolated. BERT's positions move up by one row, since row `pad_token_id` is padding
+    here. A vocabulary head belongs to fusion: X²-VLM's language layers have no such head. The mask token, which X²-VLM
+    lacks, is zero; video frame positions are dropped. `what` names the checkpoint in errors. Raises `CheckpointError`.
     """
     name = relative_of(state)
     if name is None:
@@ -183,7 +175,7 @@ def _our_name(name: str, first_looking: int) -> str | None:
 
 
 def _first_looking(state: Iterable[str], name: str) -> int:
-    """The first layer of the one stack that sees the image; more than there are where fusion is a stack of its own."""
+    """First layer of the single stack that attends to the image; beyond the last one if fusion has its own stack."""
     found = [each for each in map(_LAYER.fullmatch, state) if each and each[1] == "text"]
     looking = [int(each[2]) for each in found if each[3].startswith("crossattention.")]
     return min(looking) if looking and name == "X²-VLM" else 1 << 30
@@ -211,7 +203,7 @@ def _config(
         raise CheckpointError(f"{what}: {first_table}: {error}") from None
     if text_heads is None and width % _HEAD_WIDTH:
         raise CheckpointError(f"{what}: layers of {width} columns do not tell their number of heads; give text_heads=")
-    # BERT numbers two types of tokens, RoBERTa and XLM-R one.
+    # BERT has two token types, RoBERTa and XLM-R one.
     of_bert = size(f"{text}embeddings.token_type_embeddings.weight", 0) > 1
     positions = size(_POSITIONS, 0)
     fusion = depth("fusion_encoder.roberta.encoder.layer.")

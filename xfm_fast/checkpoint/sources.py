@@ -1,4 +1,4 @@
-"""Start a model from published encoders: RoBERTa for language, BEiT-v2 for vision, as X-FM's pretraining does."""
+"""Initialise a model from published encoders, as X-FM's pretraining does: RoBERTa and BEiT-v2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xfm_fast.errors import CheckpointError
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 _SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
-# Heads and final norms of BEiT-v2's own pretraining and classification; X-FM pools normalised patches with fc_norm.
+# Heads and final norms of BEiT-v2; X-FM pools normalised patches with fc_norm.
 _BEIT_DROPPED = ("head.", "lm_head.", "cls_pt_layers.", "norm.", _SHARED_TABLE)
 _BEIT_KEPT = ("cls_token", "mask_token", "patch_embed.proj.", "blocks.", "fc_norm.")
 _ROBERTA_DROPPED = (".pooler.", ".position_ids", ".token_type_ids")
@@ -28,14 +28,14 @@ _ROBERTA_DROPPED = (".pooler.", ".position_ids", ".token_type_ids")
 
 @dataclass
 class InitialisationReport:
-    """The parameters that `initialise` filled, and those that it did not."""
+    """Parameters that `initialise` filled, and parameters that it did not."""
 
     loaded: list[str] = field(default_factory=list)
     """Parameters that received pretrained values."""
     fresh: list[str] = field(default_factory=list)
     """Parameters that keep their random initialisation."""
     ignored: list[str] = field(default_factory=list)
-    """Pretrained values, under our names, that the model has no place for."""
+    """Pretrained entries, under our names, that the model lacks."""
 
     def __str__(self) -> str:
         text = f"{len(self.loaded)} parameters pretrained, {len(self.fresh)} at their random initialisation"
@@ -44,14 +44,10 @@ class InitialisationReport:
 
 
 def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our `text_encoder.*` entries from a Hugging Face RoBERTa.
+    """Convert a Hugging Face `RobertaForMaskedLM` or `RobertaModel` state dict to our `text_encoder.*` names.
 
-    Args:
-        hf_state: state dict of `RobertaForMaskedLM` or of `RobertaModel`, with or without the `roberta.` prefix. The
-            pooler and `position_ids` are left out; the language-model head is taken where there is one.
-
-    Raises:
-        CheckpointError: an entry that RoBERTa does not have, or input and output embeddings that differ.
+    The `roberta.` prefix is optional; the pooler and `position_ids` are dropped, a language-model head is included.
+    Raises `CheckpointError` for an entry that RoBERTa does not have, or untied input and output embeddings.
     """
     state: dict[str, Tensor] = {}
     foreign = []
@@ -72,18 +68,13 @@ def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def beit2_state(state: Mapping[str, Any], cfg: XFMConfig) -> dict[str, Tensor]:
-    """Our `vision_encoder.*` entries from a BEiT-v2 state dict.
+    """Convert a BEiT-v2 state dict, also inside `{"model": ...}` or `{"module": ...}`, to our `vision_encoder.*` names.
 
-    A table shared by all blocks is given to each block, tables are interpolated to the window of `cfg`, index buffers
-    and the heads are left out. A final `norm` is left out too, as the official loader does: X-FM normalises pooled
-    patches with `fc_norm`, which fine-tuned BEiT-v2 checkpoints have and pretrained ones lack, so with the latter
-    `fc_norm` stays at its initialisation.
-
-    Args:
-        state: BEiT-v2 names (`blocks.0.attn.qkv.weight`, ...), possibly inside `{"model": ...}` or `{"module": ...}`.
-
-    Raises:
-        CheckpointError: an entry that BEiT-v2 does not have, such as absolute positions, or a table of no window.
+    A shared table is copied to each block, tables are interpolated to the window of `cfg`, index buffers, heads and a
+    final `norm` are dropped, as in the official loader: X-FM normalises pooled patches with `fc_norm`, which fine-tuned
+    BEiT-v2 checkpoints have and pretrained ones lack, so `fc_norm` then stays at its initialisation. Raises
+    `CheckpointError` for an entry that BEiT-v2 does not have, such as absolute positions, or a table that fits no
+    window.
     """
     return _beit2(state, depth=cfg.vision_depth, grid=cfg.grid)
 
@@ -115,18 +106,10 @@ def _beit2(state: Mapping[str, Any], *, depth: int, grid: int) -> dict[str, Tens
 
 
 def initialise(module: nn.Module, roberta: Source | None = None, beit2: Source | None = None) -> InitialisationReport:
-    """Load pretrained encoders into an X-FM model, in place; everything else stays as it is.
+    """Load pretrained encoders into an `XFM`, in place, and report which parameters were filled.
 
-    Args:
-        module: an `XFM` or a subclass of it.
-        roberta: file or state dict for `roberta_state`.
-        beit2: file or state dict for `beit2_state`; tables are interpolated to the window of `module`.
-
-    Returns:
-        Which parameters were filled and which stay at their random initialisation.
-
-    Raises:
-        CheckpointError: a source cannot be read or does not fit; the module is then unchanged.
+    `roberta` and `beit2` are files or state dicts for `roberta_state` and `beit2_state`. Raises `CheckpointError` for a
+    source that cannot be read or does not fit; the module is then unchanged.
     """
     own = module.state_dict()
     state: dict[str, Tensor] = {}
@@ -137,7 +120,7 @@ def initialise(module: nn.Module, roberta: Source | None = None, beit2: Source |
         if not tables:
             raise CheckpointError("the model has no vision encoder with relative positions; leave beit2 out")
         state |= _beit2(_opened(beit2), depth=len(tables), grid=window_of(own[tables[0]]))
-    # The model may be built without its masked-language head; that is no reason to refuse RoBERTa.
+    # A model without the masked-language head accepts RoBERTa too.
     result = load_into(module, state, what="the pretrained encoder", fresh=("",), surplus=("text_encoder.lm_head.",))
     return InitialisationReport([name for name in own if name in state], result.fresh, result.surplus)
 

@@ -1,4 +1,4 @@
-"""The one command, `xfm-fast`."""
+"""The command line, `xfm-fast`."""
 
 from xfm_fast.cli.app import main
 

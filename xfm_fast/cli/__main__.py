@@ -1,4 +1,4 @@
-"""`python -m xfm_fast.cli`, which torchrun starts."""
+"""`python -m xfm_fast.cli`, for torchrun."""
 
 from xfm_fast.cli.app import main
 

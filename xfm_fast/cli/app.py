@@ -1,11 +1,9 @@
-"""The tree of commands, and the one place where a command line becomes a call, a message and an exit code.
+"""The command tree, and the entry point that maps a command line to a call, a message and an exit code.
 
-The parser is derived by cyclopts from the configs that the library functions take: frozen dataclasses (or pydantic
-models) whose annotations are the types and choices and whose docstring is the help. Of the two kept libraries that do
-so, tyro wants the functions of all commands, and so imports what they import, PyTorch included, before it answers
-`--help`; it names no nearest command for a misspelt one, and a list of positionals before a last one swallows that when
-an option follows. cyclopts imports a command when it is asked for, completes in four shells, groups the help, and
-answers what is misspelt with the nearest name. What it lacks is `read_values`.
+cyclopts derives the parser from the configs of the library functions: frozen dataclasses or pydantic models, with
+annotations as types and choices and the docstring as help. It imports a command only when it is used, so `--help` runs
+without PyTorch (tyro imports the functions of all commands), completes in four shells, groups the help, and suggests
+the nearest name for a typo. `read_values` adds what it lacks.
 """
 
 from __future__ import annotations
@@ -48,8 +46,8 @@ INTERRUPTED = 130
 
 
 def read_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Split the values of tuples at commas, refuse a fraction for a whole number, and have bounds checked."""
-    # cyclopts lets it check bounds such as `Annotated[int, Ge(1)]`, once it is imported.
+    """Split tuple values at commas, refuse fractions for integers, and enable bounds."""
+    # cyclopts checks bounds such as `Annotated[int, Ge(1)]` if pydantic is imported.
     import pydantic  # noqa: F401
 
     for argument in arguments:
@@ -62,7 +60,7 @@ def read_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
             ]
         if options.mentions(argument.hint, int) and not options.mentions(argument.hint, float):
             for token in argument.tokens:
-                # cyclopts would take 2.5 for 2.
+                # cyclopts would read 2.5 as 2.
                 if "." in token.value:
                     raise CoercionError(argument=argument, token=token, target_type=int)
 
@@ -79,7 +77,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-# These groups bring much with them and are imported when one of their commands is asked for, hence their help is here.
+# These groups are imported lazily, so their help is here.
 app.command(
     "xfm_fast.cli.bench:app",
     name="bench",
@@ -120,11 +118,11 @@ def version() -> None:
 def install_completion(
     *, shell: Literal["bash", "zsh", "fish", "powershell"] | None = None, output: Path | None = None
 ) -> None:
-    """Complete commands, options and choices in your shell from now on.
+    """Install shell completion of commands, options and choices.
 
     Args:
-        shell: The shell. [that which runs this command]
-        output: File of the script, which is then yours to load. [loaded when the shell starts]
+        shell: Shell to complete in. [detected]
+        output: File that receives the script, to load yourself. [loaded at shell startup]
     """
     from cyclopts.completion import ShellDetectionError
 
@@ -138,22 +136,22 @@ def install_completion(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: runs a command line, by default that of the process, and exits with its code."""
+    """Run a command line, by default the process's, and exit with its code."""
     if arguments is None:
         arguments = sys.argv[1:]
         if arguments[:1] not in (["pretrain"], ["finetune"]) and arguments[:2] != ["bench", "train-step"]:
-            # PyTorch reads it at its first allocation: large tensors then lie in huge pages where Linux leaves that to
-            # programs. Products of matrices that no cache holds take a tenth less time, which is that of finding
-            # addresses. Commands that train ask for a whole heap of them, which takes less memory.
+            # PyTorch reads this at its first allocation and puts large tensors in huge pages, if Linux leaves that to
+            # programs: GEMMs larger than the cache take 10% less time. Training commands put the whole heap in huge
+            # pages, which takes less memory.
             os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         if arguments[:1] not in (["bench"], ["try"]):
-            # What is measured is measured as PyTorch is.
+            # Benchmarks measure PyTorch with its own waiting.
             wait_briefly(os.environ)
     _make_writable()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(run(arguments))
-    # One of several processes, whose threads may wait for the interpreter while it is taken down: it ends at once, when
-    # all is written and the modules have had their say.
+    # Threads of one of several processes may deadlock at interpreter shutdown, so exit at once after the exit handlers
+    # and a flush.
     code = 1
     try:
         code = run(arguments)
@@ -167,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit code of a command line.
+    """Run a command line and return its exit code.
 
-    Errors that a user can mend are one message on standard error and code 2, and what is a bug is one and code 70. With
-    `XFM_DEBUG=1` in the environment what is not an error of ours keeps its traceback.
+    User errors print one message on standard error and return 2; a bug prints one and returns 70, or with `XFM_DEBUG=1`
+    in the environment raises with its traceback.
     """
     try:
         if sys.stdout is None:
@@ -188,7 +186,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has enough, as in `xfm-fast info | head`; what is left to flush at exit goes nowhere.
+        # The reader closed the pipe, as in `xfm-fast info | head`; discard the rest.
         _drop_output()
         return BROKEN_PIPE
     except Exception as error:
@@ -196,13 +194,13 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _told(error)
     if getattr(command, "__name__", "") == "help_print" and not {"--help", "-h"} & set(arguments):
-        # A group without a command, which shows what there is.
+        # A group without a command printed its help.
         return USAGE_ERROR
     return code or 0
 
 
 def _make_writable() -> None:
-    """Have every character printed, by its number where the terminal does not know it, and messages go somewhere."""
+    """Escape characters that the terminal cannot encode, and discard messages if standard error is closed."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it stays for the rest of the process
     for stream in (sys.stdout, sys.stderr):
@@ -215,7 +213,7 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# What to do about a refusal of the operating system.
+# Remedies for operating system errors.
 _REMEDIES = {
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
@@ -234,13 +232,13 @@ _REMEDIES = {
 
 
 def _told(error: Exception) -> int:
-    """Say in a sentence what is no error of ours; returns the exit code."""
+    """Report an exception that is not an XFMError in one line; returns the exit code."""
     said = " ".join(str(error).split())[:300]
     if isinstance(error, RuntimeError) and said.startswith("Symlink loop"):
-        # As Python up to 3.12 puts it.
+        # The wording of Python up to 3.12.
         error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), said.partition("'")[2].rstrip("'"))
     if isinstance(error, OSError):
-        # Our own writers raise errors of ours, so this is what was printed.
+        # Our writers raise our own errors, so this came from printing.
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
             _drop_output()
             console.note(f"standard output cannot be written ({error.strerror}); results were lost: free space")
@@ -262,7 +260,7 @@ def _told(error: Exception) -> int:
 
 
 def _usage(error: CycloptsError) -> str:
-    """The fault of a command line, in one line, with the nearest name where one is near."""
+    """Format a usage error in one line, with the nearest name for a typo."""
     from pydantic import ValidationError
 
     from xfm_fast.documents import advice
@@ -270,14 +268,14 @@ def _usage(error: CycloptsError) -> str:
     error.verbose = False
     text = str(error)
     if isinstance(error, UnknownCommandError):
-        # It ends with the commands that there are.
+        # The message ends with the list of commands.
         return " ".join(text.split())
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         word = error.unused_tokens[0]
         near = get_close_matches(word, [*error.app] if error.app else [], n=1)
         text = f'Unexpected "{word}".' + (f' Did you mean "{near[0]}"?' if near else "")
     elif isinstance(error.__cause__, ValidationError):
-        # The argument is an option, or `*`, a whole model, whose field it then is.
+        # The argument is an option, or `*`, a whole model; then the field is the option.
         wrong, option = error.__cause__.errors()[0], error.argument.name if error.argument else "*"
         if option == "*":
             option = f"--{default_name_transform(str(wrong['loc'][0]))}"

@@ -1,4 +1,4 @@
-"""`xfm-fast bench`: this machine measured, xfm-fast against the official algorithm and whatever else is installed."""
+"""`xfm-fast bench`: benchmarks of xfm-fast against the official algorithm and other installed libraries."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ _MEANINGS = {
 
 @app.default
 def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Path = _RESULTS) -> int:
-    """Measure this machine: xfm-fast against the official algorithm, in one process, on real photographs.
+    """Benchmark this machine: xfm-fast against the official algorithm, in one process, on real photographs.
 
-    Without a sub-command the whole suite runs: image and text embedding, re-ranking, a retrieval from end to end, and
-    fine-tuned tasks: VQA, NLVR2, grounding, captioning. It takes about five minutes on two cores, with --quick, which
+    Without a sub-command the whole suite runs: image and text embedding, re-ranking, end-to-end retrieval, and the
+    fine-tuned tasks VQA, NLVR2, grounding and captioning. It takes about five minutes on two cores; with --quick, which
     leaves out the tasks, about one (a minute and a half of processor time). Results go to a JSON file and a
     self-contained HTML page.
 
@@ -70,11 +70,11 @@ def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Path = _RESULTS)
 def bench_scenario(
     scenario: str, /, *, options: Flat[ScenarioOptions] = ScenarioOptions(), out: Path | None = None
 ) -> int:
-    """Latency of one request, throughput of many, and the rate of random arrivals that a server can bear.
+    """Measure latency, throughput, and maximum QPS under a latency SLO (Poisson arrivals).
 
-    Every contender answers the same requests from the same weights, compared first, then interleaved. One that raises
-    an error becomes a failed row and the others go on. Ctrl-C keeps what was measured and marks it. Results go to a
-    JSON file and a self-contained HTML page.
+    Every backend answers the same requests with the same weights; results are compared first, then timed in interleaved
+    rounds. A backend that fails becomes a failed row and the others continue. Ctrl-C saves what was measured, marked as
+    interrupted. Results go to a JSON file and a self-contained HTML page.
 
     Args:
         scenario: embed-image, embed-text, rerank, retrieve, or a task; see xfm-fast bench list.
@@ -88,9 +88,9 @@ def bench_scenario(
 
 @app.command(name="sweep")
 def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | None = None) -> int:
-    """Cost as work grows: a scenario at several sizes; from four sizes on with the fitted exponent and its interval.
+    """Measure how cost scales: a scenario at several sizes, with a fitted exponent and its interval from four sizes on.
 
-    Of embedding also what threads gain, and what is lost where several processes want the same cores.
+    For embedding also the speed-up from threads, and the slowdown when several processes compete for the same cores.
 
     Args:
         scenario: embed-image, embed-text, rerank, retrieve, or a task; see xfm-fast bench list.
@@ -104,9 +104,9 @@ def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | No
 
 @app.command(name="coco")
 def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESULTS / "coco") -> int:
-    """The cost of COCO's 5k retrieval evaluation on this machine: officially, with xfm-fast, and why.
+    """Estimate the cost of COCO's 5k retrieval evaluation on this machine, official and xfm-fast, part by part.
 
-    Projected from the times of all its parts; with --data run on your own images and captions.
+    Projected from the times of its parts; with --data, run on your own images and captions.
 
     Args:
         out: Folder that receives the results.
@@ -120,10 +120,10 @@ def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESUL
 def bench_cold_start(
     *, options: Flat[ColdStartOptions] = ColdStartOptions(), out: Path = _RESULTS / "cold-start"
 ) -> int:
-    """Time processes from their start to their first caption: imports, weights from a safetensors folder, one text.
+    """Measure cold-start cost: import, load weights from a safetensors folder, encode the first caption.
 
-    Every sample is a process of its own. The base model takes about two minutes, and 2 GB in the folder of temporary
-    files. Results go to a JSON file and a self-contained HTML page.
+    Every sample is a new process. The base model takes about two minutes, and 2 GB in the folder of temporary files.
+    Results go to a JSON file and a self-contained HTML page.
 
     Args:
         out: Folder that receives the results.
@@ -135,10 +135,10 @@ def bench_cold_start(
 
 @app.command(name="serve")
 def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RESULTS / "serve") -> int:
-    """Load the HTTP service with clients that re-rank, against the same service taking one request at a time.
+    """Load the HTTP service with re-ranking clients, against the same service with one request at a time.
 
-    Every contender is a process of its own, and answers are compared with the model's first. Results go to a JSON file
-    and a self-contained HTML page; exit code 1 says that an answer differed, a request failed, or memory grew.
+    Every backend is a process of its own, and its answers are compared with the model's first. Results go to a JSON
+    file and a self-contained HTML page. Exit code 1: an answer differed, a request failed, or memory grew.
 
     Args:
         out: Folder that receives the results.
@@ -150,11 +150,11 @@ def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RE
 
 @app.command(name="train-step")
 def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = _RESULTS / "train-step") -> int:
-    """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task: ours against the official procedure.
+    """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task, against the official procedure.
 
-    Both leave the same gradients, which is checked first. The base model takes several minutes on two cores and 9 GB of
-    memory. Results go to a JSON file and a self-contained HTML page; those of pretraining on a GPU, in a checkout, also
-    to benchmarks/results, to be committed.
+    The gradients are compared first. The base model takes several minutes on two cores and 9 GB of memory. Results go
+    to a JSON file and a self-contained HTML page; pretraining results on a GPU, in a checkout, also to
+    benchmarks/results, to be committed.
 
     Args:
         out: Folder that receives the results.
@@ -163,11 +163,11 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
     from xfm_fast.benchmarks.work import finetuning, training
     from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
-    # Both procedures get the heap that `pretrain` and `finetune` train with.
+    # Both procedures use the heap settings of `pretrain` and `finetune`.
     keep_freed_memory()
     run = training.run if options.task is None else finetuning.run
     document = _measured(lambda progress, command: run(options, progress, command))
-    # The file of a GPU's pretraining step is not for those of tasks.
+    # The file of a GPU's pretraining step holds no task rows.
     code, folder = _finish(document, out), files.reference_folder() if options.task is None else None
     if folder is not None and document.device == "cuda" and code == 0:
         stdout().print(f"to be committed: {files.save_reference(document, folder)}", soft_wrap=True)
@@ -176,10 +176,10 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
 
 @app.command(name="drop-in")
 def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonFile = None) -> int:
-    """Time what accelerate(model) gains on models with random weights, against the same models untouched.
+    """Time models with random weights before and after accelerate(model).
 
-    Three minutes for each of the first models on two quiet cores at most; --only takes some of them. A model whose
-    outputs are not equal is not timed. In int8, where this CPU has it, as near as products of bytes have to be.
+    At most three minutes for each of the first models on two idle cores; --only selects some of them. A model with
+    different outputs is not timed. Includes int8 where this CPU has it, compared within the tolerance of 8 bits.
     """
     from xfm_fast.benchmarks.work import drop_in
 
@@ -189,11 +189,10 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
 
 @app.command(name="sessions")
 def bench_sessions(*, options: Flat[SessionOptions] = SessionOptions(), json: JsonFile = None) -> int:
-    """Time exports on the CPU: sessions against their libraries by themselves, and against xfm-fast.
+    """Time exports on the CPU: export sessions against their libraries alone, and against xfm-fast.
 
-    ONNX Runtime, OpenVINO and AOTInductor in fp32, bf16 and int8, each on the files of the same export, in turns in one
-    process. Rows of other --work that the file of --json holds already are kept. With --exports what was exported is
-    there for the next run.
+    ONNX Runtime, OpenVINO and AOTInductor in fp32, bf16 and int8, on the files of one export, in interleaved rounds of
+    one process. Rows of other --work in the file of --json stay. --exports keeps the exported files for the next run.
     """
     from xfm_fast.benchmarks.work import sessions
 
@@ -203,10 +202,10 @@ def bench_sessions(*, options: Flat[SessionOptions] = SessionOptions(), json: Js
 
 @app.command(name="kernels")
 def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonFile = None) -> int:
-    """Time every operation against eager PyTorch, SDPA, FlexAttention, flash-attn and Liger, as far as installed.
+    """Time every operation against eager PyTorch, SDPA, FlexAttention, flash-attn and Liger, if installed.
 
-    A contender that is less accurate than the same precision allows is not timed. Rows are saved as they are measured,
-    and Ctrl-C keeps those that are.
+    A backend that is less accurate than its precision allows is not timed. Rows are saved as they are measured, also on
+    Ctrl-C.
     """
     from xfm_fast.benchmarks import files
     from xfm_fast.benchmarks.work import kernels
@@ -220,7 +219,7 @@ def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonF
 
 @app.command(name="list")
 def bench_list() -> None:
-    """List the scenarios, and the baselines with the reason where one is absent here."""
+    """List the scenarios, and the baselines with the reason if one is not available here."""
     from rich.markup import escape
 
     from xfm_fast.benchmarks.contenders.registry import ALL, SCENARIOS
@@ -253,9 +252,9 @@ def bench_report(
     """Show saved results: a table here, Markdown, a page, or a picture.
 
     Args:
-        results: JSON file that xfm-fast bench wrote.
+        results: JSON file written by xfm-fast bench.
         markdown: Print Markdown, for a README or an issue.
-        gains: Print Markdown of one line a model with what it gains, of bench drop-in.
+        gains: Print Markdown with one line and speed-up per model, for bench drop-in.
         html: File that receives a self-contained page with charts.
         png: File that receives a picture of 1200 by 630 to share.
     """
@@ -281,17 +280,17 @@ def bench_report(
 
 @app.command(name="compare")
 def bench_compare(a: Path, b: Path, /) -> int:
-    """Compare two results files row by row: how many times as fast B is, and whether that is more than chance.
+    """Compare two results files row by row: the speed-up of B, and whether it is significant.
 
-    Faster and slower are said where a Mann-Whitney U test of the samples gives p < 0.05 after Benjamini-Hochberg over
-    all rows, the medians differ by more than 2%, and neither row was contended. Other machines and versions are named.
+    Faster and slower need p < 0.05 in a Mann-Whitney U test of the samples, after Benjamini-Hochberg over all rows,
+    medians that differ by more than 2%, and no contention in either row. Different machines and versions are listed.
 
     Exit codes: 0, no row of xfm-fast is slower; 1, at least one is, or lost its numbers; 2, the files cannot be read or
     compared.
 
     Args:
-        a: Results of before.
-        b: Results of after, of the same benchmark.
+        a: Results before.
+        b: Results after, of the same benchmark.
     """
     from xfm_fast.benchmarks import files, report
 
@@ -302,7 +301,7 @@ def bench_compare(a: Path, b: Path, /) -> int:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """One line on a terminal: the stage, whose turn it is, and how long it still takes; silence elsewhere."""
+    """Show the stage, the backend and the time left in one line on a terminal; print nothing elsewhere."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -330,7 +329,7 @@ def progress() -> Iterator[Progress]:
 
 
 def _measured(run: Callable[[Progress, list[str]], Document]) -> Document:
-    """Measure under a progress display, and print the results."""
+    """Run a measurement with a progress display, and print its results."""
     from xfm_fast.benchmarks import report
 
     with progress() as told:
@@ -340,7 +339,7 @@ def _measured(run: Callable[[Progress, list[str]], Document]) -> Document:
 
 
 def _finish(document: Document, out: Path) -> int:
-    """Save the document with its page; the exit code says what a script wants to know."""
+    """Save the document with its page, and return the exit code."""
     from xfm_fast.benchmarks import files, report
 
     saved = files.save(document, out, report.html(document))
@@ -349,7 +348,7 @@ def _finish(document: Document, out: Path) -> int:
 
 
 def _keep(document: Document, file: Path | None) -> int:
-    """Save the document alone, where that is wanted."""
+    """Save the document only, if a file is given."""
     from xfm_fast.benchmarks import files
 
     if file is not None:

@@ -1,4 +1,4 @@
-"""The output of commands: tables, progress, and messages beside the results."""
+"""Console output of commands: tables, progress bars, and messages."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _REDRAW_S = 0.1
 
 
 def first_process() -> bool:
-    """True alone, and in the first of the processes that `torchrun` started."""
+    """True in a single process, and on rank 0 of torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def stdout(width: int = 140) -> Console:
-    """Standard output, for the results. A pipe or a log file has no width, and tables need some."""
+    """Console on standard output, for results. Pipes and log files have no width, and tables need one."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table of the house's looks, its title plain text, these of its columns aligned to the right."""
+    """An empty table in the common style, with a plain-text title and the columns `right` aligned to the right."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -42,9 +42,9 @@ def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, where it is a terminal; advanced by calling with what is done and of how much.
+    """A progress bar on standard error, if it is a terminal; call it with (done, total).
 
-    It does not redraw itself: a run that evaluates has a bar of its own, and they take turns on the one line.
+    It has no refresh thread: an evaluating run has a bar of its own on the same line.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -63,9 +63,9 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def note(message: str) -> None:
-    """A message on standard error. Reports of checkpoints list what does not fit; everything else is one line.
+    """Print a message on standard error. Checkpoint reports have several lines, everything else one.
 
-    A name with a line feed or a colour in it is shown with its escapes, and makes no line or colour of its own.
+    Line feeds and escape codes in names are escaped.
     """
     if "\n-> " not in message:
         message = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message.strip())
@@ -73,6 +73,6 @@ def note(message: str) -> None:
 
 
 def say(message: str) -> None:
-    """Progress in words, for a person at a terminal."""
+    """Print progress on a terminal only."""
     if sys.stderr.isatty():
         note(message)

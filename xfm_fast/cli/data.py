@@ -1,4 +1,4 @@
-"""`xfm-fast data` and `convert`: data files checked and converted, the shapes world written, checkpoints converted."""
+"""`xfm-fast data` and `convert`: check and convert data files, write the shapes world, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ data = command_group("data", group=DATA, help="Check data files against a task, 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The fields of line JSON and shards that hold image and text, and the share of rows that may be broken.
+    """Fields of JSON lines and shards, and the tolerated share of broken rows.
 
     Attributes:
-        image_key: Field of the image in line JSON.
-        caption_key: Field of the text in line JSON.
-        image_root: Folder of the images, where files hold paths instead of base64.
+        image_key: Field of the image in JSON lines.
+        caption_key: Field of the text in JSON lines.
+        image_root: Folder of the images, if files contain paths instead of base64.
         tolerate_bad: Largest share of broken rows in a file.
     """
 
@@ -41,15 +41,15 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """The task whose reader looks at the rows, and the sizes of the estimates.
+    """The task to read the rows for, and the sizes of the estimates.
 
     Attributes:
         task: pairs, regions, images, text; or retrieval, vqa, nlvr2, grounding, captioning (JSON arrays).
-        tokenizer: To count tokens: RoBERTa's vocab.json and merges.txt, or a tokenizer.json.
-        image_size: Of the model, for the estimates.
-        batch_size: Of the memory estimate.
-        list_first: How many broken rows to list.
-        tokenized: Texts hold WordPiece's ' ##', which is removed.
+        tokenizer: For token counts: RoBERTa's vocab.json and merges.txt, or a tokenizer.json.
+        image_size: Image size of the model, for the estimates.
+        batch_size: Batch size of the memory estimate.
+        list_first: Number of broken rows to list.
+        tokenized: Texts contain WordPiece's ' ##', which is removed.
     """
 
     task: str
@@ -62,13 +62,13 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """The form that rows are converted to.
+    """The format to convert rows to.
 
     Attributes:
-        to: Form of the destination.
-        samples: Most samples in a shard.
-        megabytes: A shard ends when it is this large.
-        quarantine: File that lists the broken rows, which are left out.
+        to: Format of the destination.
+        samples: Maximum samples per shard.
+        megabytes: Maximum size of a shard.
+        quarantine: File that lists skipped samples.
     """
 
     to: Literal["webdataset", "lines"]
@@ -82,10 +82,10 @@ class WorldOptions:
     """The size of a shapes world.
 
     Attributes:
-        seed: Another seed is another world.
-        train: Scenes to train on.
-        val: Scenes to choose by.
-        test: Scenes to report on; their combinations occur nowhere else.
+        seed: Random seed of the world.
+        train: Training scenes.
+        val: Validation scenes.
+        test: Test scenes; their combinations occur nowhere else.
     """
 
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
@@ -96,10 +96,10 @@ class WorldOptions:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """The form and size that a checkpoint is converted to.
+    """The format and size to convert a checkpoint to.
 
     Attributes:
-        to: official or xfm; by default the other one than the source.
+        to: official or xfm; by default the one that the source is not.
         image_size: Interpolate position tables to this size.
         config: Official YAML, or a JSON of sizes, of the checkpoint.
         preset: Sizes of the checkpoint when no --config is given.
@@ -122,9 +122,9 @@ def check(
     rows: Flat[RowOptions] = RowOptions(),
     as_json: Json = False,
 ) -> int:
-    """Read every row and decode every image as a task would; say what is there, what is broken, what it will cost.
+    """Read every row and decode every image as a task would; report content, broken rows and cost estimates.
 
-    Exit code 1: a file has more broken rows than are tolerated, and training on it would stop.
+    Exit code 1: a file has more broken rows than tolerated, and training on it would stop.
 
     Args:
         paths: Files, folders, patterns, or several with commas.
@@ -133,7 +133,7 @@ def check(
     from xfm_fast.data import checking
     from xfm_fast.tokenizer import CaptionTokenizer
 
-    # The official share of hidden patches, at any size.
+    # The official ratio of hidden patches, at any size.
     hidden = max(1, 75 * (options.image_size // 16) ** 2 // 196)
     settings = checking.Options(
         config=XFMConfig.preset(
@@ -161,11 +161,11 @@ def check(
 def convert_rows(
     source: list[str], destination: Path, /, *, options: Flat[ShardOptions], rows: Flat[RowOptions] = RowOptions()
 ) -> None:
-    """Turn line JSON into WebDataset shards, or shards into line JSON; there and back is the identity.
+    """Convert JSON lines to WebDataset shards, or shards to JSON lines, without loss.
 
     Args:
-        source: Line-JSON files or WebDataset shards; folders, patterns.
-        destination: Folder of the shards, or file of the lines; must not exist.
+        source: JSON-lines files or WebDataset shards; folders, patterns.
+        destination: Folder of the shards, or JSON-lines file; must not exist.
     """
     from xfm_fast.data.converting import to_lines, to_shards
     from xfm_fast.data.quarantine import Quarantine
@@ -192,7 +192,7 @@ def shapes(out: Path, /, *, options: Flat[WorldOptions] = WorldOptions()) -> Non
     """Write the shapes world: scenes, captions, regions, questions and statements in the official formats.
 
     Args:
-        out: Folder of the world; must not hold anything else.
+        out: Folder of the world; must not contain anything else.
     """
     from xfm_fast.data.shapes import write_world
 
@@ -203,10 +203,10 @@ def shapes(out: Path, /, *, options: Flat[WorldOptions] = WorldOptions()) -> Non
 
 
 def convert(source: Path, destination: Path, /, *, options: Flat[ConvertOptions] = ConvertOptions()) -> None:
-    """Convert a checkpoint between the official form and ours; there and back is the identity.
+    """Convert a checkpoint between the official format and ours, without loss.
 
     Args:
-        source: Official checkpoint file, one of X²-VLM, or a folder that xfm-fast wrote.
+        source: Official checkpoint file, one of X²-VLM, or a folder written by xfm-fast.
         destination: Folder (to xfm) or .safetensors/.th/.pth file (to official).
     """
     from xfm_fast.config import XFMConfig
@@ -271,7 +271,7 @@ def _print_report(report: Report, console: Console) -> None:
 
 
 def _histogram(counts: Counter[int]) -> str:
-    """Median and range, and the middle nine tenths, of a histogram."""
+    """Median, range, and the middle nine tenths of a histogram."""
     total, below, marks = counts.total(), 0, []
     for value, times in sorted(counts.items()):
         while len(marks) < 3 and below + times > (0.05, 0.5, 0.95)[len(marks)] * total:

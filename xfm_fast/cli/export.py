@@ -1,4 +1,4 @@
-"""`xfm-fast export`: graphs of a model for other runtimes, each compared with the model before it is called done."""
+"""`xfm-fast export`: export a model for other runtimes, verified against the model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Out = Annotated[Path, Parameter(help="Folder that receives the files and manifes
 Verbose = Annotated[bool, Parameter(help="Show the builder's own messages.")]
 
 
-# The reader of ONNX files is asked for by --for, a word that Python keeps for itself.
+# `for` is a Python keyword, so the option --for is called consumer here.
 OnnxOptions = Annotated[
     OnnxRequest, Parameter(name="*", name_transform=lambda name: "for" if name == "consumer" else dashes(name))
 ]
@@ -68,9 +68,9 @@ def onnx(
     source: Flat[ModelSource] = ModelSource(),
     request: OnnxOptions = OnnxRequest(),
 ) -> int:
-    """Write ONNX files, run them, and compare them with the model.
+    """Export to ONNX and verify the graphs against the model.
 
-    What a run exports answers `xfm-fast predict` as the run does.
+    An exported run answers `xfm-fast predict` as the run does.
     """
     from xfm_fast.export import onnx as library
     from xfm_fast.export import verification
@@ -78,7 +78,7 @@ def onnx(
     library.check_spelling(request)
     subject, examples = load(named(run, source), request)
     library.export_onnx(subject.model, out, request, **subject.facts, examples=examples, compared=False, progress=say)
-    # The runtime that is compared has all the weights once more.
+    # The compared runtime holds a second copy of the weights.
     del subject
     return finish(verification.verify(out, check_files=False), out)
 
@@ -92,9 +92,9 @@ def aoti(
     source: Flat[ModelSource] = ModelSource(),
     request: Flat[PackageRequest] = PackageRequest(),
 ) -> int:
-    """Compile AOTInductor packages, run them, and compare them with the model.
+    """Compile AOTInductor packages and verify them against the model.
 
-    A package is native code that runs when it is loaded; the commands that load one want `--runtime aoti`.
+    A package is native code that runs when it is loaded; commands that load one need `--runtime aoti`.
     """
     from xfm_fast.export import aoti as library
 
@@ -128,7 +128,7 @@ def tensorrt_rtx(
     request: Flat[EngineRequest] = EngineRequest(),
     verbose: Verbose = False,
 ) -> int:
-    """Build engines of TensorRT for RTX, on any machine, for the GPUs that are named."""
+    """Build engines of TensorRT for RTX, on any machine, for the GPUs given."""
     return _engines("tensorrt-rtx", out, named(run, source), request, verbose)
 
 
@@ -146,7 +146,7 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
             subject.model, out, consumer, request, **subject.facts, examples=examples, calibration=calibration
         ) as build_engines,
     ):
-        # The builder has all the weights of a graph several times more.
+        # The builder holds several copies of a graph's weights.
         del subject
         made = build_engines(progress)
     return finish(made, out)
@@ -154,11 +154,11 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
 
 @app.command
 def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
-    """Check the files of an export and compare it once more with what the model computed.
+    """Check the files of an export and compare it again with the model's recorded results.
 
     Args:
         folder: Folder of an export.
-        runtime: Library that runs the graphs. Packages of AOTInductor are code that runs when it is loaded: they want
+        runtime: Library that runs the graphs. AOTInductor packages are code that runs when it is loaded: they need
             aoti, for packages that you trust.
     """
     from xfm_fast.export import verification
@@ -170,16 +170,15 @@ def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
 def int8(
     folder: Path, /, *, out: Path, budget: float = BUDGET, data: Path | None = None, tokenizer: Path | None = None
 ) -> int:
-    """Quantise an fp32 export to int8 for the CPU, and measure what that costs in accuracy.
+    """Quantise an fp32 export to int8 for the CPU, and measure the cost in accuracy.
 
     Args:
         folder: Folder of an fp32 export to ONNX.
         out: Folder that receives the int8 export.
-        budget: Least cosine of any row of an output with that of the model. Products in 8 bits that cost more stay in
-            fp32.
-        data: Images with captions to choose products and scales on; by default those that the export is compared on.
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for the captions of --data.
-            [that of the export]
+        budget: Minimum cosine between any output row and the model's. GEMMs that cost more stay in fp32.
+        data: Images with captions for calibration. [the examples of the export]
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json, for the captions of --data.
+            [the export's]
     """
     from xfm_fast.export.manifest import Manifest
     from xfm_fast.export.quantise import check_quantisation, quantize_int8
@@ -211,16 +210,15 @@ def model_repository(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model repository of NVIDIA's Triton Inference Server from an export.
+    """Write a model repository for NVIDIA's Triton Inference Server from an export.
 
-    Its Python models, and packages of AOTInductor in it, are code that the server runs: serve what you trust.
+    Its Python models, and AOTInductor packages, are code that the server runs: serve only what you trust.
 
     Args:
         folder: Folder of an export.
-        out: The repository; must not be there yet, or see --overwrite.
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json; for rank. [that of the
-            export]
-        overwrite: Replace an earlier repository.
+        out: The repository; must not exist without --overwrite.
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json, for rank. [the export's]
+        overwrite: Replace an existing repository.
     """
     from rich.markup import escape
 
@@ -234,7 +232,7 @@ def model_repository(
     receipt = write_model_repository(folder, out, wanted, tokenizer=vocabulary, overwrite=overwrite, progress=say)
     console = stdout()
     title = escape(f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})")
-    # The title of a table is folded to the table's width, and this one is narrow.
+    # A table wraps its title to its width, and this one is narrow.
     console.print(f"[bold]{title}[/]", soft_wrap=True, highlight=False)
     shown = table("", "model", "backend", "most rows", "MB", right=("most rows", "MB"))
     for model in receipt.models:
@@ -246,32 +244,23 @@ def model_repository(
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to export.
-
-    Attributes:
-        source: where its weights come from, without paths of this machine.
-        tokenizer: of its captions, where one was given.
-        companions: files that say what a fine-tuned model is for, by name.
-    """
+    """A model to export."""
 
     model: XFM
-    source: str
-    tokenizer: CaptionTokenizer | None
+    source: str  # origin of its weights, without local paths
+    tokenizer: CaptionTokenizer | None  # tokenizer of its captions, if given
+    # sidecar files that describe a fine-tuned model, by name
     companions: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Entries of the manifest of an export, and files that lie beside it."""
+        """Manifest entries of an export, and its sidecar files."""
         sha256 = self.tokenizer.sha256() if self.tokenizer else None
         return {"source": self.source, "tokenizer_sha256": sha256, "companions": self.companions}
 
 
 def named(run: Path | None, source: ModelSource) -> ModelSource:
-    """The source with a run as its checkpoint.
-
-    Raises:
-        InputError: it names another one beside.
-    """
+    """The source with a run as its checkpoint; raises `InputError` if it names another one too."""
     if run is None:
         return source
     if source.checkpoint is not None or source.preset is not None:
@@ -280,9 +269,9 @@ def named(run: Path | None, source: ModelSource) -> ModelSource:
 
 
 def load(source: ModelSource, request: ExportRequest) -> tuple[Subject, Examples]:
-    """The model of an export and what it is compared on; says so where that is not photographs."""
+    """Load the model to export and its examples; prints a note if these are not photographs."""
     if source.data is not None:
-        # What cannot be used is said before a checkpoint is read.
+        # Validate before a checkpoint is read.
         from xfm_fast.benchmarks.material import photographs
 
         photographs.from_files(source.data, most=1)
@@ -294,11 +283,8 @@ def load(source: ModelSource, request: ExportRequest) -> tuple[Subject, Examples
 
 
 def load_subject(source: ModelSource) -> Subject:
-    """The model that the options name: weights of a checkpoint, or random ones of a preset.
-
-    Raises:
-        InputError: both or neither of checkpoint and preset are given.
-        XFMError: a file cannot be read or does not fit.
+    """Load the model of the options: a checkpoint, or random weights of a preset; raises `InputError` for both or
+    neither.
     """
     checkpoint, preset = source.checkpoint, source.preset
     if (checkpoint is None) == (preset is None):
@@ -332,7 +318,7 @@ def load_subject(source: ModelSource) -> Subject:
 
 
 def _fine_tuned(run: Path, kind: str, source: ModelSource) -> Subject:
-    """The model of a run, with what `xfm-fast predict` reads beside an export of it."""
+    """Load the model of a run, with the sidecar files that `xfm-fast predict` needs for an export."""
     from xfm_fast.export.session.tasks import TASK_SESSIONS
     from xfm_fast.finetuning.kinds import explanation
     from xfm_fast.finetuning.prediction import load as load_run
@@ -366,7 +352,7 @@ def _random(preset: Any, image_size: int | None) -> XFM:
     heads = ("contrastive", "matching", "boxes")
     with torch.device("meta"):
         model = XFM(config, heads=heads)
-    # Unlike in a fresh model nothing is zero, so that a comparison sees every term.
+    # No parameter is zero, unlike in a fresh model, so that a comparison covers every term.
     model.load_state_dict(random_state(config, heads, seed=0), assign=True)
     return model
 
@@ -390,17 +376,14 @@ def _official(file: Path, sizes: Path | None, image_size: int | None) -> XFM:
 def _resized(config: XFMConfig, image_size: int | None) -> XFMConfig:
     if image_size is None or image_size == config.image_size:
         return config
-    # Masking is of no concern to an export, and its numbers need not fit every size.
+    # An export does not mask, and the number of masked patches need not fit every size.
     return config.replace(image_size=image_size, num_masking_patches=1, min_num_patches=1)
 
 
 def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int]) -> tuple[Examples, str]:
-    """Photographs and captions to compare on, and a note for the user (empty when there is nothing to say).
+    """Load photographs and captions to compare on, and a note for the user ("" if there is none).
 
-    Args:
-        data: images with captions; by default the bundled photographs, and generated images where those
-            are not installed.
-        sizes: of the axes that the export fixes.
+    By default the bundled photographs, or generated images if these are not installed. `sizes` are the fixed axes.
     """
     from xfm_fast.benchmarks.material import photographs
     from xfm_fast.export.expected import LONGEST, generated_examples
@@ -433,17 +416,15 @@ def _ids(
     from xfm_fast.tokenizer import CaptionTokenizer
 
     if tokenizer is None:
-        # Any ids serve to compare an export with its model.
+        # Any ids can compare an export with its model.
         tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
     return tokenizer.encode_ids(captions, max(longest, 3))
 
 
 def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data: Path | None) -> Examples:
-    """Photographs and captions to choose 8-bit products on: others than those that exports are compared on.
+    """Load photographs and captions for calibration, different from those that exports are compared on.
 
-    Args:
-        data: images with captions; by default the bundled photographs, and generated images where those are not
-            installed. Where there are too few to divide, they serve for both, and the origin says so.
+    With too few to divide, the same ones serve for both, and the origin notes it.
     """
     from xfm_fast.benchmarks.material import photographs
     from xfm_fast.export.expected import LONGEST, Examples, generated_examples, padded_texts
@@ -468,7 +449,7 @@ def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data
 
 
 class Bars:
-    """A bar for all graphs, and one for each phase of the builder that is under way."""
+    """A progress bar for all graphs, and one per running phase of the builder."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
@@ -495,7 +476,7 @@ class Bars:
 
 @contextmanager
 def _showing(verbose: bool) -> Iterator[BuildProgress]:
-    """Bars on a terminal, or the builder's messages."""
+    """Progress bars on a terminal, or the builder's messages."""
     from rich.console import Console
 
     from xfm_fast.export.engines.build import Silent
@@ -522,11 +503,9 @@ def _showing(verbose: bool) -> Iterator[BuildProgress]:
 
 
 def finish(manifest: Manifest, folder: Path) -> int:
-    """Show an export, its comparison and the verdict.
+    """Print an export with its comparison and verdict, and return the exit code.
 
-    Returns:
-        The exit code: 0 verified, 1 it differs from the model, 3 its graphs agree and its engines could not run here,
-        4 nothing could be compared.
+    0: verified; 1: differs from the model; 3: the graphs agree and the engines could not run here; 4: not compared.
     """
     from rich.markup import escape
 

@@ -1,4 +1,4 @@
-"""`xfm-fast finetune`, `evaluate` and `predict`: the tasks of the paper, and those of users."""
+"""`xfm-fast finetune`, `evaluate` and `predict`: the paper's tasks, and custom ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is evaluated.
+    """What to evaluate.
 
     Attributes:
-        recipe: Recipe whose task, data and sizes are meant. [that of the run]
-        split: One of its data.splits. [every one]
+        recipe: Recipe with the task, data and sizes. [the run's]
+        split: One of its data.splits. [all]
         out: Folder of the results. [RUN/evaluation, or runs/evaluate_RECIPE]
     """
 
@@ -43,15 +43,15 @@ class PredictOptions:
     """Where requests come from, and how they are answered.
 
     Attributes:
-        lines: JSON lines to answer, each with "image" and "text", or lists of them; a FILE behind it receives the
-            answers, a line each, and a stopped command goes on. [answers go to standard output]
-        heatmap: PNG of where a FILE shows what a TEXT says: gradient times attention of the fusion encoder.
+        lines: JSON lines to answer, each with "image" and "text", or lists of them. A FILE after it receives the
+            answers, one per line, and an interrupted command resumes. [answers go to standard output]
+        heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the fusion encoder.
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
-        batch_size: Requests that are answered together.
-        device: Where the model runs.
-        dtype: Number format of the weights, or products of 8 bits: int8 on a CPU, fp8 on a GPU.
-        runtime: Library that runs the graphs of an export. Packages of AOTInductor are code that runs when it is
-            loaded: they want aoti, for packages that you trust.
+        batch_size: Requests per batch.
+        device: Device to run on.
+        dtype: Dtype of the weights, or 8-bit linear layers: int8 on a CPU, fp8 on a GPU.
+        runtime: Library that runs the graphs of an export. AOTInductor packages are code that runs when it is loaded:
+            they need aoti, for packages that you trust.
     """
 
     lines: Path | None = None
@@ -64,13 +64,13 @@ class PredictOptions:
 
 
 def finetune(recipe: str, /, *overrides: str) -> int:
-    """Fine-tune a model for a task as a recipe says, and evaluate it; a run that was stopped goes on.
+    """Fine-tune a model for a task from a recipe, and evaluate it; an interrupted run resumes.
 
     On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli finetune RECIPE. SIGTERM or Ctrl-C ends the run after
-    the step, with a checkpoint and exit code 75.
+    the current step, with a checkpoint and exit code 75.
 
     Args:
-        recipe: Recipe of the package by name, path of a YAML file, or a configuration of the official code.
+        recipe: Name of a packaged recipe, path of a YAML file, or an official configuration.
         overrides: key=value, such as init.checkpoint=xfm_1b3.th data.root=/data batch_size=16.
     """
     from xfm_fast.finetuning.recipe import load_finetune_recipe
@@ -97,9 +97,9 @@ def evaluate(
     options: Flat[EvaluateOptions] = EvaluateOptions(),
     as_json: Json = False,
 ) -> int:
-    """Evaluate a run, or a checkpoint by a recipe, and write the benchmark's own result file.
+    """Evaluate a run, or a checkpoint with a recipe, and write the benchmark's own result file.
 
-    Works under torchrun too, with the same result on any number of processes. A killed evaluation goes on.
+    Works under torchrun too, with the same result on any number of processes. An interrupted evaluation resumes.
 
     Args:
         weights: A run, a folder of weights, or an official checkpoint.
@@ -110,7 +110,7 @@ def evaluate(
     from xfm_fast.finetuning.run import evaluate as run
     from xfm_fast.finetuning.run import recipe_of
 
-    # The weights are there: the split that would choose them may be left out.
+    # The weights exist already, so the validation split is optional.
     unchosen = "choose=null"
     if options.recipe is None:
         recipe = recipe_of(weights, [*overrides, unchosen])
@@ -138,13 +138,13 @@ def predict(
     *items: Annotated[str, Parameter(name="FILE|TEXT")],
     options: Flat[PredictOptions] = PredictOptions(),
 ) -> int:
-    """Answer for image files and texts: a caption, an answer, a box, a class or a score, as JSON lines.
+    """Predict for image files and texts: a caption, an answer, a box, a class or a score, as JSON lines.
 
     Under torchrun the processes share the requests of --lines.
 
     Args:
-        run: A run, a folder of weights that one wrote, or an export of either.
-        items: Image files, folders of such, and texts: what is neither a file nor a folder is a text.
+        run: A run, a folder of its weights, or an export of either.
+        items: Image files, folders of images, and texts: an argument that is neither a file nor a folder is a text.
     """
     from xfm_fast.errors import InputError
     from xfm_fast.finetuning.evaluation import Evaluation
@@ -157,11 +157,11 @@ def predict(
     if len(items) > 1 if options.lines else not items:
         raise InputError("give image files and texts, or --lines with a file of requests and one for the answers")
     with join_processes(options.device) as processes:
-        # What an export prefers where nothing is asked for.
+        # The default runtime of the export.
         device = None if options.device == "auto" and is_export(run) else processes.device
         predictor = load(run, device=device, dtype=PRECISIONS[options.dtype], runtime=options.runtime)
         if options.lines is None:
-            # There is too little to share.
+            # Too few requests to share.
             return _predict(predictor, items, options) if processes.first else 0
         if not items:
             for records in _parts(requests_in(predictor.task, options.lines), options.batch_size):
@@ -200,7 +200,7 @@ def _images(path: Path) -> list[Path]:
 def _heatmap(
     predictor: Predictor, images: Sequence[str], texts: Sequence[str], path: Path, detections: Path | None
 ) -> int:
-    """Draw the heat of one text over one image, and name the detection that it chooses."""
+    """Draw the heatmap of one text on one image, and print the detection that it selects."""
     from xfm_fast.checkpoint import write_bytes
     from xfm_fast.data.images import decode_image
     from xfm_fast.errors import InputError
@@ -229,7 +229,7 @@ def _bars() -> Iterator[ShowProgress]:
 
 
 def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    # The metrics `RULE/NAME` of a split are a column of their own.
+    # The metrics `RULE/NAME` of a split get their own column.
     columns: dict[str, dict[str, float]] = {}
     for split, of_split in metrics.items():
         for name, value in of_split.items():
@@ -237,7 +237,7 @@ def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:
             columns.setdefault(f"{split}{slash}{rule}", {})[short] = value
     names = [*dict.fromkeys(name for column in columns.values() for name in column)]
     if not names:
-        # Nothing to evaluate on, or no truth in it.
+        # No data to evaluate on, or no ground truth in it.
         return
     made = table("", "metric", *columns, right=tuple(columns))
     for name in names:

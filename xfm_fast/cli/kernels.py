@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """The kernels that are compiled.
+    """The kernels to compile.
 
     Attributes:
         kernel: Kernel, by name; may be repeated. [all]
@@ -41,17 +41,17 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class AuditOptions(KernelOptions):
-    """The targets that kernels are compiled for, and the figures that they are held against.
+    """The compile targets, and the baseline to compare with.
 
     Attributes:
         arch: Architecture, such as 90; may be repeated. [all four]
         json: File that receives the rows.
         all: Every form of every kernel, not a quarter of them.
-        changed: Of these, only what is not made of the same source, compiler and audit as its accepted figures.
-        accept: Make these figures the accepted ones.
-        also: With --accept, of another Triton than made the accepted figures: record beside them what is worse with it.
+        changed: Only forms whose source, compiler or audit changed since the baseline.
+        accept: Update the baseline with these figures.
+        also: With --accept, for another Triton version than the baseline's: record the figures that are worse with it.
         cache: Folder of cached figures. [~/.cache/xfm-fast/audit]
-        ratchet: File of accepted figures. [kernels/audit_ratchet.json]
+        ratchet: Baseline file. [kernels/audit_ratchet.json]
     """
 
     arch: tuple[int, ...] = ()
@@ -66,13 +66,13 @@ class AuditOptions(KernelOptions):
 
 @dataclass(frozen=True)
 class TuneOptions(KernelOptions):
-    """The kernels whose launch configurations are searched.
+    """The kernels whose launch configurations are tuned.
 
     Attributes:
         dtype: May be repeated.
         head_dim: Of the attention kernels; may be repeated.
-        out: Folder of the table, with --cpu the file. [that of the kernels; cpu-choices.json]
-        cpu: Compare the implementations for this CPU instead, for a file that XFM_CPU_CHOICES names.
+        out: Folder of the table, with --cpu the file. [the kernels' folder; cpu-choices.json]
+        cpu: Compare the implementations for this CPU instead, for the file in XFM_CPU_CHOICES.
     """
 
     dtype: tuple[Literal["bf16", "fp16"], ...] = ("bf16",)
@@ -82,7 +82,7 @@ class TuneOptions(KernelOptions):
 
 
 def info(*, as_json: Json = False) -> None:
-    """Say what this machine offers and which paths xfm-fast will take on it."""
+    """Show what this machine offers and which code paths xfm-fast takes on it."""
     from rich.markup import escape
 
     from xfm_fast.benchmarks import machine
@@ -146,8 +146,8 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     """Compile the Triton kernels without a GPU and read their machine code: spills, occupancy, tensor cores, loads,
     hazards.
 
-    Exit code 1: a figure is worse than the accepted one in kernels/audit_ratchet.json. What changed since the last
-    audit is compiled, the rest comes from the cache.
+    Exit code 1: a figure is worse than the baseline in kernels/audit_ratchet.json. Kernels that changed since the last
+    audit are compiled, the rest comes from the cache.
     """
     specs = _kernels(options.kernel)
     from xfm_fast.kernels import audit as library
@@ -221,12 +221,12 @@ def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
-    """Search the kernels' launch configurations on this machine's GPU and write them to kernels/tuning.
+    """Tune the kernels' launch configurations on this machine's GPU and write them to kernels/tuning.
 
-    Configurations that spill are rejected by the audit before any is timed. Every result is saved as it is found.
+    Configurations that spill are rejected by the audit before any is timed. Every result is saved immediately.
 
-    With --cpu the choices of this processor are written to a file: every process that finds its name in the environment
-    variable XFM_CPU_CHOICES takes the same implementations, without timing anything.
+    With --cpu the choices for this processor are written to a file: processes with its name in the environment variable
+    XFM_CPU_CHOICES use the same implementations, without timing.
     """
     import torch
 
@@ -282,7 +282,7 @@ def _tune_cpu(options: TuneOptions) -> None:
     if os.environ.get(CHOICES):
         raise InputError(f"{CHOICES}={os.environ[CHOICES]} settles what --cpu is to measure; unset it first")
     path = options.out or Path("cpu-choices.json")
-    # Before a minute of comparisons, which a second try would make anew.
+    # Fail before a minute of comparisons.
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise StorageError(f"{path} cannot be written; name a file in a folder that you may write to with --out")
     for found in choose_paths():
@@ -293,7 +293,7 @@ def _tune_cpu(options: TuneOptions) -> None:
 
 
 def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
-    """The shipped kernels, or those of these names, compiled and not interpreted whatever the environment says."""
+    """The shipped kernels, or the named ones, compiled even if the environment asks for the interpreter."""
     os.environ.pop("TRITON_INTERPRET", None)
     from importlib.util import find_spec
 
@@ -313,7 +313,7 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
 
 
 def _print_rows(rows: list[Row], console: Console) -> None:
-    """One table a kernel; types whose figures agree share a line."""
+    """Print one table per kernel; dtypes with equal figures share a line."""
     heads = {
         "variant": lambda row: row.form,
         "configuration": lambda row: row.config,
@@ -342,7 +342,7 @@ def _print_rows(rows: list[Row], console: Console) -> None:
 
 
 def _waits(row: Row) -> str:
-    """Waits for each product of Hopper's tensor cores, and what the assembler says of it."""
+    """Waits per wgmma on Hopper, and the assembler's remarks."""
     waits = row.waits_per_tensor_core
     said = " ".join(row.serialised)
     return "–" if waits is None else f"[yellow]{waits:.2f} {said}[/]" if said else f"{waits:.2f}"

@@ -1,4 +1,4 @@
-"""`xfm-fast index` and `search`: one's own images, found by text or by image."""
+"""`xfm-fast index` and `search`: find your own images by text or by image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xfm_fast.search import ModelSource
 
 _SHOWN = 5
-# Match probabilities that differ by less and are near neither 0 nor 1 are those of an untrained head.
+# Match probabilities that differ by less, away from 0 and 1, indicate an untrained head.
 _ALIKE = 0.01
 
 
@@ -27,12 +27,12 @@ class WeightOptions:
     """The model, and where it runs.
 
     Attributes:
-        model: A run, a folder that save_pretrained wrote, or a name on the Hugging Face Hub. [random weights, with
-            which nothing is found but all can be tried]
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the model's folder]
+        model: A run, a folder written by save_pretrained, or a name on the Hugging Face Hub. [random weights, for a
+            trial without meaningful results]
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [the model folder's]
         random: Random weights of this size.
-        device: Where the model runs.
-        dtype: Number format of the weights, or products of 8 bits: int8 on a CPU, fp8 on a GPU.
+        device: Device to run on.
+        dtype: Dtype of the weights, or 8-bit linear layers: int8 on a CPU, fp8 on a GPU.
     """
 
     model: str | None = None
@@ -44,15 +44,14 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The index and the work on it.
+    """The index and how it is built.
 
     Attributes:
-        index: Folder of the index. [.xfm-index in the folder, or beside the file]
-        images: Folder of the images, where a file lists their paths. [that of the file]
-        batch_size: Images that are computed together.
+        index: Folder of the index. [.xfm-index in the folder, or next to the file]
+        images: Folder of the images, if a file lists their paths. [the file's]
+        batch_size: Images per batch.
         workers: Threads that read and decode images.
-        graph: Of neighbours, by which many images are searched; auto makes one beyond 200,000 images if usearch is
-            installed.
+        graph: Neighbour graph for approximate search; auto builds one above 200,000 images if usearch is installed.
     """
 
     index: Path | None = None
@@ -64,18 +63,17 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How much is looked for, and how it is shown.
+    """What to search for, and how to show it.
 
     Attributes:
         top: Images to show.
-        candidates: Images, nearest by features, that the fusion encoder reads together with the text; 0 leaves it at
-            features.
+        candidates: Nearest images that the fusion encoder re-ranks; 0 ranks by features only.
         rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum (match logit +
-            similarity). [that which the model's run recorded, else match]
+            similarity). [as recorded by the model's run, else match]
         sheet: Contact sheet to write, .html or .png.
-        exact: Compare all images, although the index has a graph.
-        index: Folder of the index. [in what was indexed, or beside it]
-        images: Folder of the images, where a file lists their paths. [that of the file]
+        exact: Compare all images, even if the index has a graph.
+        index: Folder of the index. [in the indexed folder, or next to it]
+        images: Folder of the images, if a file lists their paths. [the file's]
     """
 
     top: Annotated[int, Ge(1)] = 12
@@ -95,14 +93,14 @@ def index(
     weights: Flat[WeightOptions] = WeightOptions(),
     as_json: Json = False,
 ) -> int:
-    """Make images searchable, or renew their index: only new and changed ones are read.
+    """Index images for search, or update the index: only new and changed images are read.
 
-    A stopped command goes on where it was. Images that cannot be read are listed and left out. On several processes:
-    torchrun --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
+    An interrupted command resumes. Unreadable images are listed and skipped. On several processes: torchrun
+    --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
 
     Args:
-        collection: Folder of images, with captions beside them or in captions.csv; CSV, JSON or JSON lines with image
-            and, if known, caption; JSON lines with binary and desc; WebDataset shard.
+        collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or JSON lines with image
+            and optional caption; JSON lines with binary and desc; WebDataset shard.
     """
     from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.search import build_index, index_folder, open_index, open_model
@@ -156,11 +154,11 @@ def search(
     weights: Flat[WeightOptions] = WeightOptions(),
     as_json: Json = False,
 ) -> int:
-    """Find the images that a text describes, or that resemble an image, in what was indexed.
+    """Search indexed images by a text, or by a similar image.
 
     Args:
-        where: What was indexed.
-        query: A text; or an image file: what is no existing file is a text.
+        where: The indexed folder or file.
+        query: A text or an image file; an argument that is not an existing file is a text.
     """
     from xfm_fast.errors import InputError, UnavailableError
     from xfm_fast.models.xfm import PRECISIONS
@@ -213,7 +211,7 @@ def search(
 
 
 def _source(weights: WeightOptions, known: ModelSource | None) -> ModelSource:
-    """The weights of the options, or the random ones of an index: what else it names, the command line names too."""
+    """The weights of the options, or the random ones of the index; other weights of an index need a matching option."""
     from dataclasses import replace
 
     from xfm_fast.errors import InputError

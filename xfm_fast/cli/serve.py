@@ -28,9 +28,9 @@ def serve(
     source: Flat[SourceOptions] = SourceOptions(),
     options: Flat[ServiceOptions] = ServiceOptions(),
 ) -> None:
-    """Serve a model by HTTP: /v1/rerank, /v1/embeddings and /v1/score, as clients of Cohere and OpenAI ask for them.
+    """Serve a model over HTTP: /v1/rerank, /v1/embeddings and /v1/score, for clients of Cohere and OpenAI.
 
-    It listens on this machine alone unless --host says otherwise, and ends in order on SIGTERM. /docs describes it.
+    It listens on this machine only unless --host is given, and shuts down cleanly on SIGTERM. /docs describes the API.
 
     Args:
         model: A run or a folder of weights, a name on the Hugging Face Hub, an official checkpoint, or an export.
@@ -56,7 +56,7 @@ def serve(
         print(f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C", flush=True)
 
     run(model, source, options, loaded=loaded)
-    # Threads may be at work for clients that were answered already, and libraries take seconds to unload.
+    # Worker threads may still run, and libraries take seconds to unload.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

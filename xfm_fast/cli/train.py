@@ -26,8 +26,8 @@ class AblationOptions:
     Attributes:
         seeds: Runs of each variant; intervals need at least 2.
         variants: full, no-stop-gradient, no-mim-guidance, neither, joined by commas; or all.
-        minutes: Begin no run after so many minutes. [no limit]
-        out: Folder of the study; it goes on with what is there.
+        minutes: Start no run after this many minutes. [no limit]
+        out: Folder of the study; finished runs in it are reused.
     """
 
     seeds: Annotated[int, Ge(1)] = 3
@@ -37,13 +37,13 @@ class AblationOptions:
 
 
 def pretrain(recipe: str, /, *overrides: str) -> int:
-    """Train a model as a recipe says; a run that was stopped goes on from its newest whole checkpoint.
+    """Train a model from a recipe; an interrupted run resumes from its newest complete checkpoint.
 
     On several GPUs: torchrun --nproc-per-node=8 -m xfm_fast.cli pretrain RECIPE. SIGTERM or Ctrl-C ends the run after
-    the step, with a checkpoint and exit code 75.
+    the current step, with a checkpoint and exit code 75.
 
     Args:
-        recipe: Recipe of the package by name, or path of a YAML file.
+        recipe: Name of a packaged recipe, or path of a YAML file.
         overrides: key=value, such as steps=100 streams.pairs.batch_size=32.
     """
     from xfm_fast.training.recipe import load_recipe
@@ -67,12 +67,12 @@ def gradflow(
     check: bool = False,
     as_json: Json = False,
 ) -> int:
-    """Report which loss trains which encoder: gradient norms, and zeros where the method of X-FM stops gradients.
+    """Report which loss trains which encoder: gradient norms, and zeros where X-FM stops gradients.
 
     Args:
-        subject: Recipe, a run, a folder that save_pretrained wrote, or an official .th/.pth file.
+        subject: Recipe, run, folder written by save_pretrained, or official .th/.pth file.
         overrides: key=value for a recipe, such as model.preset=tiny.
-        check: Exit with 1 where the method is violated.
+        check: Exit with 1 if the gradients violate the method.
     """
     from xfm_fast.training import gradient_flow
 
@@ -97,7 +97,7 @@ def ablations(*, options: Flat[AblationOptions] = AblationOptions()) -> int:
     """Train tiny models on the shapes world with and without stop-gradient and MIM guidance, and compare them.
 
     Reports linear probes, zero-shot retrieval and grounding on held-out combinations, with intervals over seeds, in a
-    table and in ablations.md, .json and .svg. Finished runs are kept and not repeated, whatever stops the study.
+    table and in ablations.md, .json and .svg. Finished runs are reused when the study is restarted.
     """
     from xfm_fast.reproduce import report
     from xfm_fast.reproduce.ablations import VARIANTS, run_ablations
@@ -131,7 +131,7 @@ class DownstreamOptions:
     Attributes:
         seeds: Runs of each task.
         jobs: Runs at a time. [one a core]
-        out: Folder of the study; it goes on with what is there.
+        out: Folder of the study; finished runs in it are reused.
     """
 
     seeds: Annotated[int, Ge(1)] = 1
@@ -143,11 +143,11 @@ class DownstreamOptions:
 def downstream(*overrides: str, options: Flat[DownstreamOptions] = DownstreamOptions()) -> int:
     """Pretrain a tiny model on the shapes world and fine-tune it for every task of the paper.
 
-    Reports the metric of each on new scenes, of combinations of colour and shape that training knows and of others that
-    no training file holds, beside what an answer without looking gets. Finished runs are kept and not repeated.
+    Reports the metric of each task on new scenes, with combinations of colour and shape from training and with held-out
+    ones, next to a baseline without images. Finished runs are reused.
 
     Args:
-        overrides: key=value for the recipe of pretraining, in place of what the study says to it.
+        overrides: key=value for the pretraining recipe, in place of the study's.
     """
     from xfm_fast.reproduce.downstream import TOLD, Table, markdown, run_downstream, save
 

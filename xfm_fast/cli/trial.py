@@ -1,4 +1,4 @@
-"""`xfm-fast try`: the worth of `accelerate` for one's own model, on this machine."""
+"""`xfm-fast try`: the speed-up of `accelerate` for your own model, on this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from xfm_fast.errors import InputError
 def trial(
     model: str, /, *, options: Flat[TryOptions] = TryOptions(), png: Path | None = None, as_json: Json = False
 ) -> int:
-    """Measure what accelerate(model) is worth for your model here: verified, timed in turns, with the line to paste.
+    """Measure the speed-up of accelerate(model) for your model: verified, timed in interleaved rounds, with the code.
 
-    Weights are read from safetensors or as plain values, never run; nothing is written unless --png asks for it.
+    Weights are read from safetensors or as plain values, never executed; only --png writes a file.
 
     Exit code 1: an accelerated form differs from the model, and is not timed.
 
     Args:
-        model: A folder that save_pretrained wrote, a name on the Hugging Face Hub, or timm:NAME.
+        model: A folder written by save_pretrained, a name on the Hugging Face Hub, or timm:NAME.
         png: File that receives a picture of 1200 by 630 to share.
     """
     from xfm_fast.benchmarks import report

@@ -1,4 +1,4 @@
-"""The encoders of an X-FM as programs of fixed sizes: how images and packed texts fill one, and which part is real."""
+"""The encoders of an X-FM as programs of fixed sizes, filled with images and packed texts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from xfm_fast.packing import ImageGroups, Packing, Sequences
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes that an X-FM is captured at. Each kind may be empty.
+    """The sizes to capture an X-FM at. Each kind may be empty.
 
     Attributes:
-        images: batches of images, for `encode_image` and `image_memory`.
-        texts: (texts, length, tokens), for `encode_text`: that many texts of at most this length, and together of at
-            most so many tokens. 32 captions of 40 with padding are about 512 tokens without it.
+        images: batch sizes, for `encode_image` and `image_memory`.
+        texts: (texts, length, tokens), for `encode_text`: up to `texts` texts of up to `length` tokens, and up to
+            `tokens` in total without padding. 32 captions padded to 40 have about 512 tokens.
         pairs: (images, texts, length, tokens), for `fuse`.
-        matches: the same for `fuse` with `first_token_only`, which is all that a score or a box reads.
+        matches: the same for `fuse` with `first_token_only`, for match scores and boxes.
     """
 
     images: tuple[int, ...] = ()
@@ -102,10 +102,10 @@ class _Memories(Program[Tensor]):
 
 @dataclass(frozen=True)
 class _PackedRows:
-    """The layout of packed texts in buffers for `texts` of them, of at most `length`, of at most `tokens` in all.
+    """Layout of packed texts in buffers for `texts` texts of at most `length`, and at most `tokens` in total.
 
-    Behind the real tokens lie tokens of nothing, one at least, in texts of their own that are no longer than a real one
-    may be. Those of them without a token come first: a read of token 0 of any text must find a token there.
+    Real tokens are followed by at least one padding token, in texts of at most `length`. Empty padding texts come
+    first: a read of token 0 of any text must find a token.
     """
 
     texts: int
@@ -118,7 +118,7 @@ class _PackedRows:
 
     @property
     def spare(self) -> int:
-        """Texts of nothing."""
+        """Number of padding texts."""
         return -(-self.rows // self.length)
 
     @property
@@ -152,7 +152,7 @@ class _Texts(Program[_TextCall]):
         positions = torch.arange(layout.rows, device=device)
         first = torch.zeros(1, dtype=torch.int32, device=device)
         return {
-            # Token 0 is real in every vocabulary of this kind (<s>), so that texts of nothing have positions.
+            # Token 0 (<s>) is a real token, so padding texts have positions.
             "ids": torch.zeros(layout.sequences, layout.length, dtype=torch.int64, device=device),
             "positions": layout.texts * layout.length + positions,
             "cu_seqlens": layout.offsets(first, 0),
@@ -209,7 +209,7 @@ class _Pairs(Program[_PairCall]):
         return {
             "tokens": torch.zeros(layout.rows, config.text_width, **like),
             "cu_seqlens": layout.offsets(nothing[:1], 0),
-            # Texts of nothing look at the last image.
+            # Padding texts attend to the last image.
             "cu_texts": torch.cat([nothing, nothing.new_full((1,), layout.sequences)]),
             **layers,
         }
@@ -226,7 +226,7 @@ class _Pairs(Program[_PairCall]):
         buffers["tokens"][:used].copy_(call.tokens)
         buffers["cu_seqlens"].copy_(layout.offsets(call.packing.cu_seqlens, used))
         cu_texts = buffers["cu_texts"]
-        # A text's place in the order says its image; those that are not there come before the texts of nothing.
+        # The order of the texts determines their image; empty slots come before the padding texts.
         cu_texts[:images].copy_(call.groups.cu_texts[:-1])
         cu_texts[images:-1].fill_(call.packing.shape[0])
         for number, layer in enumerate(call.memory.layers):
@@ -241,9 +241,9 @@ class _Pairs(Program[_PairCall]):
 
 @dataclass
 class XFMGraphs:
-    """The encoders of an X-FM, captured. Its methods are those of the model, and take what these take.
+    """The captured encoders of an X-FM, with the methods and arguments of the model.
 
-    One call after another, also from several threads: results are copied out before the next replay.
+    Thread-safe: results are copied out before the next replay.
     """
 
     model: XFM
@@ -253,11 +253,7 @@ class XFMGraphs:
     _pairs: dict[bool, Sizes[_PairCall]] = field(default_factory=dict)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`.
-
-        Raises:
-            InputError: not the pixels that the model takes, or more images than were captured.
-        """
+        """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`; raises `InputError` for more images than captured."""
         inputs.check_pixels(pixels, self.model.config)
         return self._images(pixels)
 
@@ -272,7 +268,7 @@ class XFMGraphs:
         return self._memories(image_embeds)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`[P, L]` → `[P, L, text_width]`, zeros at padded positions. A mask on the CPU spares a wait for the GPU."""
+        """`[P, L]` → `[P, L, text_width]`, zeros at padded positions. A mask on the CPU avoids a synchronisation."""
         mask = inputs.check_tokens(input_ids, attention_mask, self.model.config)
         return self._texts(_TextCall(input_ids, Packing.from_mask(mask).to(self.model.device)))
 
@@ -285,10 +281,9 @@ class XFMGraphs:
         *,
         first_token_only: bool = False,
     ) -> Tensor:
-        """`[P, L, text_width]` with the images that `image_index` `[P]` names → as `XFM.fuse`.
+        """`[P, L, text_width]` with the images of `image_index` `[P]` → as `XFM.fuse`.
 
-        Raises:
-            InputError: more pairs than were captured, an image whose tokens are masked, or texts without an image.
+        Raises `InputError` for more pairs than captured, masked image tokens, or texts that do not match the images.
         """
         if memory.token_mask is not None:
             raise InputError("the memory hides tokens of its images, which was not captured; call model.fuse")
@@ -308,16 +303,16 @@ class XFMGraphs:
 def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> XFMGraphs:
     """Capture the encoders of an X-FM at some sizes, for inference.
 
-    Weights may be written to in place afterwards: the next call captures again.
+    Weights may be changed in place later: the next call captures again.
 
     Args:
         model: on a GPU, in evaluation mode.
-        shapes: the sizes; each takes the memory of its inputs and outputs.
+        shapes: the sizes; each takes memory for its inputs and outputs.
         recorder: records the work; by default as a CUDA graph.
 
     Raises:
-        InputError: the model cannot be captured; the reason and the remedy are named.
-        UnavailableError: it is not on a GPU.
+        InputError: the model cannot be captured, with the reason and the remedy.
+        UnavailableError: the model is not on a GPU.
     """
     if not isinstance(model, XFM):
         raise InputError(

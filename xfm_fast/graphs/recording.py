@@ -1,4 +1,4 @@
-"""Work recorded and replayed: what a graph can hold, the graphs of one program by size, and those of any module."""
+"""Record and replay: what a graph can contain, the graphs of one program by size, and of any module."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from xfm_fast.kernels.derived import held, remembered
 Size = tuple[int, ...]
 Call = TypeVar("Call")
 _WARM_UPS = 3
-# Graphs of one module that are kept when sizes are met as they come; the one that was used longest ago is dropped.
+# Cached graphs per module; the least recently used is dropped.
 _MOST_CALLS = 16
 
 
 class Recording(Protocol):
-    """Work that was recorded, and the memory in which each replay leaves its results."""
+    """Recorded work, and the memory that each replay writes its results to."""
 
     outputs: Any
 
     def replay(self) -> None:
-        """Do the work again, on what lies in the memory of the inputs now."""
+        """Run the work again on the current content of the inputs' memory."""
         ...
 
 
 Recorder = Callable[[Callable[[], Any]], Recording]
-"""Runs the work and records it."""
+"""Runs and records the work."""
 
 
 class _CudaRecording:
@@ -46,13 +46,10 @@ class _CudaRecording:
 
 
 def record(run: Callable[[], Any], pool: Any = None) -> Recording:
-    """Record work as a CUDA graph, after a few runs in which kernels are compiled and weights are laid out.
+    """Record work as a CUDA graph, after warm-up runs that compile kernels and prepare weights.
 
-    Args:
-        pool: `torch.cuda.graph_pool_handle()`, for graphs that share the memory of what they compute on the way.
-
-    Raises:
-        InputError: CUDA refuses to record the work; its reason is named.
+    `pool` (`torch.cuda.graph_pool_handle()`) is for graphs that share their temporary memory. Raises `InputError` with
+    the reason if CUDA cannot record the work.
     """
     # Work on the default stream cannot be recorded, and the warm-up has to be over before recording begins.
     side = torch.cuda.Stream()
@@ -76,10 +73,10 @@ def record(run: Callable[[], Any], pool: Any = None) -> Recording:
 
 
 class NoHostReads(TorchDispatchMode):
-    """Within the block, operations that no graph can hold raise an error that names them.
+    """Context in which operations that a graph cannot contain raise an error with their name.
 
-    They are those whose result the host reads (`item`, `equal`, a truth value), whose size follows from values
-    (`nonzero`, indexing by a mask) and copies between devices. Our own operators count as one operation each.
+    These are operations whose result the host reads (`item`, `equal`, a truth value) or whose size depends on values
+    (`nonzero`, indexing by a mask), and copies between devices. Our own operators count as one operation each.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,10 +91,10 @@ class NoHostReads(TorchDispatchMode):
 
 
 def _needs_the_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The reason why an operation waits for the host, or None."""
+    """Why an operation synchronises with the host, or None."""
     aten = torch.ops.aten
     if func is aten.equal.default and args[0].device.type == "cpu":
-        # What is derived from weights is compared with them on a CPU alone, where nobody waits.
+        # Cached weights are compared with their source on a CPU only, without a synchronisation.
         return None
     if torch.Tag.data_dependent_output in func.tags:
         return "lets the host read a tensor"
@@ -115,7 +112,7 @@ def _needs_the_host(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def why_not_captured(module: nn.Module) -> str | None:
-    """The reason why a module cannot be captured on any device, with the remedy; None if it can."""
+    """Why a module cannot be captured on any device, with the remedy; None if it can."""
     for path, part in module.named_modules():
         if part.training:
             dropout = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
@@ -131,11 +128,7 @@ def why_not_captured(module: nn.Module) -> str | None:
 
 
 def require_gpu(module: nn.Module) -> None:
-    """Refuse a module that is not on a GPU.
-
-    Raises:
-        UnavailableError: it is elsewhere.
-    """
+    """Raise `UnavailableError` unless the module is on a GPU."""
     devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
     if devices != {"cuda"}:
         where = ", ".join(sorted(devices)) or "no device"
@@ -145,9 +138,9 @@ def require_gpu(module: nn.Module) -> None:
 
 
 class Program(ABC, Generic[Call]):
-    """Work of one kind, at any of some sizes.
+    """Work of one kind, at several sizes.
 
-    A call is what the caller gave, looked at by the host. The buffers of a size are the memory that its graph reads.
+    A call is the caller's input after validation. The buffers of a size are the memory that its graph reads.
     """
 
     name: str
@@ -158,19 +151,19 @@ class Program(ABC, Generic[Call]):
 
     @abstractmethod
     def buffers(self, size: Size) -> dict[str, Tensor]:
-        """Memory for calls up to a size, with values that can be computed with."""
+        """Memory for calls up to a size, initialised with valid values."""
 
     @abstractmethod
     def run(self, size: Size, buffers: dict[str, Tensor]) -> Any:
-        """The work, on what lies in the buffers."""
+        """Compute on the content of the buffers."""
 
     @abstractmethod
     def fill(self, call: Call, size: Size, buffers: dict[str, Tensor]) -> None:
-        """Put a call into the buffers, and nothing of consequence into what it leaves of them."""
+        """Copy a call into the buffers, and padding into the rest."""
 
     @abstractmethod
     def result(self, call: Call, outputs: Any) -> Any:
-        """The part of the outputs that belongs to the call, in memory of its own."""
+        """Copy the call's part of the outputs."""
 
 
 class _Graph(NamedTuple):
@@ -185,7 +178,7 @@ class Sizes(Generic[Call]):
 
     def __init__(self, program: Program[Call], model: nn.Module, sizes: Iterable[Size], recorder: Recorder) -> None:
         self.program, self.model, self.recorder = program, model, recorder
-        # The smallest that fits is the first that fits: fewest rows of the largest dimension come first.
+        # Sorted so that the first size that fits is the smallest.
         self.sizes = sorted(set(sizes), key=lambda size: (size[-1:], size))
         self._parameters = tuple(model.parameters())
         self._lock = threading.Lock()
@@ -194,14 +187,14 @@ class Sizes(Generic[Call]):
         self._graphs = {size: self._record(size) for size in self.sizes}
 
     def _stamp(self) -> tuple[int, int]:
-        # Graphs read weights where they lie, but not those that were derived from weights before recording.
+        # Graphs read weights in place, but not tensors cached from weights before recording.
         parameters = self._parameters
         return sum(p._version for p in parameters), sum(p.data_ptr() for p in parameters)
 
     @torch.no_grad()
     def _record(self, size: Size) -> _Graph:
         buffers = self.program.buffers(size)
-        # What is derived from weights is made at the first run, and may be copied from the host then.
+        # The first run caches tensors computed from weights, with copies from the host.
         self.program.run(size, buffers)
         with NoHostReads():
             self.program.run(size, buffers)
@@ -234,14 +227,10 @@ class Sizes(Generic[Call]):
 
 
 class CallGraphs:
-    """Any module, captured for the shapes that it meets, each at its first call; others than tensors are constants.
+    """Any module, captured at its first call for each input shape; arguments other than tensors are constants.
 
-    Calls with gradients or in training mode run the module itself.
-
-    Args:
-        run: calls the module.
-        module: the module, whose parameters and mode are watched.
-        most: graphs that are kept.
+    Calls with gradients or in training mode run the module itself. At most `most` graphs are kept; the least recently
+    used is dropped.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""X-FM among transformers' automatic classes: configuration, model and processor."""
+"""Registration of X-FM with transformers' auto classes: configuration, model and processor."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
-# What automatic classes pass on of its own accord.
+# Options that the auto classes add.
 _BOOKKEEPING = frozenset({"adapter_kwargs", "code_revision", "trust_remote_code", "_commit_hash", "_from_auto"})
 
 
 def register_auto_classes() -> None:
-    """Let `transformers.AutoModel.from_pretrained` load X-FM, `AutoProcessor` what it needs, and `AutoConfig` its
-    `config.json`.
+    """Register X-FM with `transformers.AutoModel`, `AutoProcessor` and `AutoConfig`.
 
-    The results are an `XFM`, not a `PreTrainedModel`, which takes `dtype`, `heads`, `tokenizer` and what is about the
-    Hub, and refuses the rest, such as `device_map`; and an `XFMProcessor`, whose tensors it takes.
+    `AutoModel.from_pretrained` then returns an `XFM`, not a `PreTrainedModel`; it accepts `dtype`, `heads`, `tokenizer`
+    and the Hub's options, and refuses others, such as `device_map`. `AutoProcessor` returns an `XFMProcessor`.
 
     Raises:
         UnavailableError: `transformers` is not installed.
@@ -35,7 +34,7 @@ def register_auto_classes() -> None:
         model_type = MODEL_TYPE
 
     class XFMAutoModel:
-        # transformers 4 compares it with that of the text part, which there is none of.
+        # transformers 4 compares it with the config of the text part, which does not exist here.
         config_class = XFMAutoConfig
 
         @staticmethod
@@ -49,10 +48,10 @@ def register_auto_classes() -> None:
         def from_pretrained(cls, folder: str | Path, **options: Any) -> XFMProcessor:
             return XFMProcessor.from_pretrained(folder, **_asked(options))
 
-    # `preprocessor_config.json` names the class, by which the library finds it.
+    # The library finds the class by its name in `preprocessor_config.json`.
     XFMAutoProcessor.__name__ = XFMProcessor.__name__
     transformers.AutoConfig.register(MODEL_TYPE, XFMAutoConfig, exist_ok=True)
-    # It asks for nothing but `from_pretrained`.
+    # It calls only `from_pretrained`.
     transformers.AutoModel.register(XFMAutoConfig, XFMAutoModel, exist_ok=True)
     transformers.AutoProcessor.register(XFMAutoConfig, XFMAutoProcessor, exist_ok=True)
 

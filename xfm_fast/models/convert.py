@@ -1,4 +1,4 @@
-"""Checkpoints between the official form and ours, file to file, with a report of what changed."""
+"""Convert checkpoints between the official format and ours, file to file, with a report of the changes."""
 
 from __future__ import annotations
 
@@ -37,22 +37,13 @@ class _Source:
 def to_xfm_folder(
     source: Path, destination: Path, config: XFMConfig, *, image_size: int | None = None, keep_unused: bool = True
 ) -> list[str]:
-    """Convert a checkpoint into a folder that `XFM.from_pretrained` loads.
+    """Convert an official, X²-VLM or CCLM-X²-VLM file, or one of our folders, to a folder for `XFM.from_pretrained`.
 
-    Args:
-        source: official file, one of X²-VLM or CCLM-X²-VLM, or a folder of ours (to change its image size).
-        destination: folder to write.
-        config: sizes of an official checkpoint; its image size is read off the position tables, and all sizes of
-            X²-VLM off its weights.
-        image_size: interpolate the position tables to this size.
-        keep_unused: keep weights that no output depends on in a file of their own, so that the way back is exact.
-
-    Returns:
-        Lines that say what was renamed, interpolated, dropped and written.
-
-    Raises:
-        CheckpointError: the source cannot be read or does not fit; nothing is written.
-        StorageError: the destination cannot be written; what was there before is unchanged.
+    `config` gives the sizes of an official checkpoint (its image size is read from the position tables, and all sizes
+    of X²-VLM from its weights); position tables are interpolated to `image_size`. `keep_unused` stores dead weights in
+    a file of their own, so that the way back is exact. Returns the lines of a report. Raises `CheckpointError` if the
+    source cannot be read or does not fit, `StorageError` if the destination cannot be written; both leave the
+    destination unchanged.
     """
     if destination.is_file() or destination.suffix in _SUFFIXES:
         raise InputError(f"destination {destination} is a file name; our form is a folder: name one")
@@ -69,19 +60,10 @@ def to_xfm_folder(
 def to_official_file(
     source: Path, destination: Path, *, image_size: int | None = None, keep_unused: bool = True
 ) -> list[str]:
-    """Convert a folder of ours into an official checkpoint.
+    """Convert one of our folders to an official `.th`, `.pth` or `.safetensors` file; returns the lines of a report.
 
-    Args:
-        source: folder that `save_pretrained` or `to_xfm_folder` wrote.
-        destination: `.th` or `.pth` (weights under `model`, as the official code saves them), or `.safetensors`.
-        image_size: interpolate the position tables to this size.
-        keep_unused: include the weights that no output depends on, if the folder holds them.
-
-    Returns:
-        Lines that say what was interpolated, left out and written.
-
-    Raises:
-        CheckpointError, StorageError: as for `to_xfm_folder`.
+    Position tables are interpolated to `image_size`; `keep_unused` includes the dead weights, if the folder has them.
+    Raises as `to_xfm_folder`.
     """
     if destination.suffix not in _SUFFIXES or destination.is_dir():
         raise InputError(f"destination {destination} must be a file that ends in one of {', '.join(_SUFFIXES)}")
@@ -142,7 +124,7 @@ def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _
 
 
 def _from_relative(source: Path, theirs: Mapping[str, Tensor], name: str, image_size: int | None) -> _Source:
-    """A checkpoint of X²-VLM, whose weights say its sizes."""
+    """Convert an X²-VLM checkpoint, whose weights determine the sizes."""
     config, state, told = checkpoint.read_x2vlm(theirs, what=f"checkpoint {source}", image_size=image_size)
     report = [f"read {source}: {name}, {_amount(theirs)}"]
     old, new = next(iter(told.renamed.items()))
@@ -154,14 +136,14 @@ def _from_relative(source: Path, theirs: Mapping[str, Tensor], name: str, image_
 
 
 def _at(config: XFMConfig, image_size: int) -> XFMConfig:
-    """The configuration at another image size; masked image modelling cannot hide more patches than there are."""
+    """Change the image size; masked image modelling cannot hide more patches than there are."""
     patches = (image_size // config.patch_size) ** 2
     hidden = max(1, min(config.num_masking_patches, patches))
     return config.replace(image_size=image_size, num_masking_patches=hidden)
 
 
 def _check(found: _Source, source: Path) -> None:
-    """Refuse what is not the whole of an X-FM model; a task head of its own is welcome."""
+    """Refuse an incomplete X-FM model; a task head is allowed."""
     names = list(found.state)
     encoders: list[Encoder] = [name for name in ALL_ENCODERS if any(key.startswith(_ENCODERS[name]) for key in names)]
     if not encoders:
@@ -187,7 +169,7 @@ def _check(found: _Source, source: Path) -> None:
 def _writer(state: Mapping[str, Tensor], suffix: str) -> Callable[[BinaryIO], None]:
     def write(file: BinaryIO) -> None:
         if suffix == ".safetensors":
-            # The format has no second names: tied tensors are written twice.
+            # The format has no aliases: tied tensors are written twice.
             file.write(save({name: tensor.clone() for name, tensor in state.items()}))
             return
         try:

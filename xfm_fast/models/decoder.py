@@ -1,6 +1,6 @@
-"""The RoBERTa decoder that writes answers and captions: causal self-attention, cross-attention to a shared memory.
+"""RoBERTa decoder for answers and captions: causal self-attention, cross-attention to a shared memory.
 
-`generate` searches greedily or by beams, step for step as transformers 4.12.5 does.
+`generate` implements greedy and beam search, step for step as transformers 4.12.5.
 """
 
 from __future__ import annotations
@@ -19,23 +19,17 @@ from xfm_fast.models.heads import LMHead
 from xfm_fast.models.text import TextTransformer, initialise_text
 from xfm_fast.packing import ImageGroups, Packing
 
-# Rows of vocabulary logits that exist at a time when only likelihoods are wanted: 200 MB in fp32 at base size.
+# Rows of vocabulary logits per chunk in inference: 200 MB in fp32 at base size.
 _LOGIT_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class DecoderMemory:
-    """Keys and values of every decoder layer for what B sequences are decoded from (questions, or images).
+    """Keys and values of every decoder layer for B packed encoder outputs (of questions or images)."""
 
-    Attributes:
-        layers: one `[T, 2, H, D]` tensor per layer, the B states packed one after the other.
-        cu_seqlens: `[B + 1]` int32 offsets of the states.
-        longest: tokens of the longest one, or an upper bound.
-    """
-
-    layers: tuple[Tensor, ...]
-    cu_seqlens: Tensor
-    longest: int
+    layers: tuple[Tensor, ...]  # one [T, 2, H, D] tensor per layer
+    cu_seqlens: Tensor  # [B + 1] int32 offsets of the encoder outputs
+    longest: int  # longest output in tokens, or an upper bound
 
     @property
     def states(self) -> int:
@@ -43,11 +37,11 @@ class DecoderMemory:
 
     @property
     def even(self) -> bool:
-        """True if all states have the same length."""
+        """True if all encoder outputs have the same length."""
         return self.layers[0].shape[0] == self.states * self.longest
 
     def part(self, start: int, stop: int) -> DecoderMemory:
-        """The memory of the states from `start` to `stop`; nothing is copied."""
+        """The memory of outputs `start` to `stop`, without a copy."""
         if (start, stop) == (0, self.states):
             return self
         first, last = self.cu_seqlens[[start, stop]].tolist()
@@ -56,47 +50,45 @@ class DecoderMemory:
 
 
 class Past(Protocol):
-    """What texts have behind them, as a decoder keeps it."""
+    """The decoder's cache of previous tokens."""
 
     def select(self, rows: Tensor) -> Any:
-        """That of the texts `rows` `[A']`, which may repeat and be in any order."""
+        """The cache of the texts `rows` `[A']`, with repeats, in any order."""
         ...
 
 
 class Writer(Protocol):
-    """A decoder as `generate` sees it; its memories and its pasts are its own."""
+    """The interface of a decoder to `generate`, with memories and caches of its own."""
 
     @property
     def positions(self) -> int:
-        """Tokens of the longest text that there are positions for."""
+        """Longest text in tokens that the position table covers."""
         ...
 
     def begin(self, prompt_ids: Tensor, memory: Any, capacity: int) -> tuple[Tensor, Any]:
-        """The hidden state `[B, ...]` of the last token of prompts `[B, S]`, one for every state of the memory, and
-        their `Past`, with room for `capacity` tokens in all.
-        """
+        """Run prompts `[B, S]`, one per state: last hidden state `[B, ...]`, and a cache for `capacity` tokens."""
         ...
 
     def step(self, input_ids: Tensor, memory: Any, past: Any) -> Tensor:
-        """Hidden state `[A, ...]` of one more token of every text, which `past` receives; A / B texts a state."""
+        """Append one token to every text and to `past`: hidden states `[A, ...]`, A / B texts per memory state."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[A, vocabulary]` of hidden states."""
+        """Hidden states to logits `[A, vocabulary]`."""
         ...
 
 
 class States(Protocol):
-    """A memory, of which `generate` only wants to know how many states it holds."""
+    """A memory, of which `generate` uses only the number of states."""
 
     @property
     def states(self) -> int: ...
 
 
 class DecoderCache:
-    """Keys and values of the tokens that A texts have behind them, for every layer.
+    """Keys and values of the previous tokens of A texts of equal length, for every layer.
 
-    Room for `capacity` tokens is allocated once per layer; the texts of a cache have the same length.
+    Memory for `capacity` tokens is allocated once per layer.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -105,7 +97,7 @@ class DecoderCache:
         self._layers: list[Tensor] = []  # [A, capacity, 2, H, D]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put n new `[A, n, H, D]` behind those of layer number `layer`; returns all length + n of them."""
+        """Append n keys and values `[A, n, H, D]` to a layer; returns all length + n of them."""
         rows, new = keys.shape[:2]
         if layer == len(self._layers):
             self._layers.append(keys.new_empty(rows, self.capacity, 2, *keys.shape[2:]))
@@ -126,7 +118,7 @@ class DecoderCache:
         return keys, values
 
     def select(self, rows: Tensor) -> DecoderCache:
-        """The cache of the texts `rows` `[A']`, which may repeat and be in any order."""
+        """The cache of the texts `rows` `[A']`, with repeats, in any order."""
         chosen = DecoderCache(self.capacity)
         for layer in range(len(self._layers)):
             chosen.extend(layer, *self.known(layer, rows))
@@ -135,13 +127,7 @@ class DecoderCache:
 
 
 class TextDecoder(nn.Module):
-    """Causal language model over a memory; the vocabulary matrix of its head is its word embedding.
-
-    Args:
-        config: sizes of a layer, of the vocabulary and of the position table.
-        layers: number of layers, all with cross-attention.
-        memory_width: width of the states that the memory is projected from.
-    """
+    """Causal language model with cross-attention to a memory in every layer; its head shares the word embedding."""
 
     def __init__(self, config: XFMConfig, layers: int, memory_width: int) -> None:
         super().__init__()
@@ -155,12 +141,12 @@ class TextDecoder(nn.Module):
 
     @property
     def positions(self) -> int:
-        """See `Writer`."""
+        """Longest text in tokens that the position table covers."""
         embeddings = self.roberta.embeddings
         return embeddings.position_embeddings.num_embeddings - embeddings.pad_token_id - 1
 
     def begin(self, prompt_ids: Tensor, memory: DecoderMemory, capacity: int) -> tuple[Tensor, DecoderCache]:
-        """See `Writer`."""
+        """Run the prompts, as `Writer.begin`."""
         states, length = prompt_ids.shape
         past = DecoderCache(capacity)
         packing = Packing.from_mask(torch.ones_like(prompt_ids))
@@ -170,8 +156,7 @@ class TextDecoder(nn.Module):
     def memory(self, states: Tensor, token_mask: Tensor | None = None) -> DecoderMemory:
         """Project `[B, M, memory_width]` for every layer, once for all answers, beams and steps.
 
-        Args:
-            token_mask: `[B, M]`, False for states that do not exist for the decoder; they are not even projected.
+        Tokens where `token_mask` `[B, M]` is False are not projected.
         """
         if token_mask is None:
             count, length = states.shape[:2]
@@ -192,18 +177,11 @@ class TextDecoder(nn.Module):
         *,
         past: DecoderCache | None = None,
     ) -> Tensor:
-        """Hidden states of A texts.
+        """Hidden states of the texts `[A, L]`, packed: `[T, width]` for `packing.unpad` or `logits`.
 
-        Args:
-            input_ids: `[A, L]`.
-            packing: of these texts, in the order of `groups`.
-            memory: of the B states.
-            groups: which texts are decoded from which state.
-            past: tokens before `input_ids`, the same number for every text, in the order of `input_ids`; receives the
-                new ones. Needs a packing that keeps the order of the texts.
-
-        Returns:
-            Packed `[T, width]`, to be unpacked by `packing`, or to be put through `logits` as it is.
+        `packing` lies in the order of `groups`, which assigns texts to memory states. `past` holds the previous tokens,
+        equally many per text, in the order of `input_ids`, and receives the new ones; the packing then has to keep the
+        order of texts.
         """
         behind = 0 if past is None else past.length
         positions = self._positions(input_ids, behind)
@@ -223,15 +201,9 @@ class TextDecoder(nn.Module):
         return x
 
     def step(self, input_ids: Tensor, memory: DecoderMemory, past: DecoderCache) -> Tensor:
-        """Hidden state of one more token of every text, in generation.
+        """Append one token `[A]` to every text and to `past`: hidden states `[A, width]`.
 
-        Args:
-            input_ids: `[A]`, A a multiple of B: the first A / B texts belong to state 0, and so on.
-            memory: of the B states.
-            past: of the A texts; receives the new token.
-
-        Returns:
-            `[A, width]`.
+        A is a multiple of B: the first A / B texts belong to memory state 0, and so on.
         """
         texts, states = input_ids.shape[0], memory.states
         x = self.roberta.embeddings(input_ids, self._positions(input_ids[:, None], past.length)[:, 0])
@@ -240,7 +212,7 @@ class TextDecoder(nn.Module):
             q, k, v = layer.attention.self.project_all(x)
             k, v = past.extend(number, k[:, None], v[:, None])
             x = layer.attention.output(_attention(q[:, None], k, v, layer.attention.self.dropout_p)[:, 0], x)
-            # The texts of a state are the queries of one attention over its keys, which are read where they lie.
+            # The texts of a state are the queries of one attention over its keys, without copies.
             if memory.even:
                 projections = layer.crossattention.self
                 q = projections.project_query(x).unflatten(0, (states, -1))
@@ -253,7 +225,7 @@ class TextDecoder(nn.Module):
         return x
 
     def _positions(self, input_ids: Tensor, behind: int) -> Tensor:
-        """Position ids behind `behind` tokens; padding, numbered `pad`, keeps its number."""
+        """Position ids after `behind` tokens; padding keeps the id `pad`."""
         embeddings = self.roberta.embeddings
         return embeddings.position_ids(input_ids) + behind * input_ids.ne(embeddings.pad_token_id)
 
@@ -271,33 +243,25 @@ class TextDecoder(nn.Module):
         given: int = 1,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross-entropy of every token given those before it.
+        """Cross-entropy of every token given its predecessors: `[A, L - 1]`, entry j for token j + 1.
 
-        Args:
-            input_ids: `[A, L]`.
-            token_mask: `[A, L]` boolean, real tokens first.
-            memory: of the B states.
-            groups: which texts are decoded from which state.
-            given: tokens at the start of every text that are not to be predicted: `<s>`, or a prompt.
-            label_smoothing: share of the target probability that is spread over the vocabulary.
-
-        Returns:
-            `[A, L - 1]`, entry j for token j + 1; zero where that is padding or given.
+        Zero for padding (`token_mask` `[A, L]` boolean, real tokens first) and for the first `given` tokens, which are
+        `<s>` or a prompt.
         """
         targets = input_ids[:, 1:].long()
         packing = Packing.from_mask(token_mask[:, 1:], order=groups.order)
         hidden, positions = self(input_ids[:, :-1], packing, memory, groups), packing.positions
         if given > 1:
-            # Only what is predicted reaches the vocabulary.
+            # Only predicted tokens reach the vocabulary.
             predicted = (positions % targets.shape[1] >= given - 1).nonzero().flatten()
             hidden, positions = hidden.index_select(0, predicted), positions.index_select(0, predicted)
         losses = self.cross_entropy(hidden, targets.flatten().index_select(0, positions), label_smoothing)
         return losses.new_zeros(targets.numel()).index_copy(0, positions, losses).view(targets.shape)
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy of `targets` `[T]` after `hidden` `[T, width]`: `[T]`, without all logits existing at once.
+        """Cross-entropy `[T]` of `targets` `[T]` after `hidden` `[T, width]`, in chunks of logits.
 
-        (When a gradient is wanted, they are kept for it.)
+        With gradients all logits are stored for the backward pass.
         """
         pieces = [
             F.cross_entropy(self.logits(h), t, reduction="none", label_smoothing=label_smoothing)
@@ -306,15 +270,12 @@ class TextDecoder(nn.Module):
         return torch.cat(pieces)
 
     def initialise_from(self, state: Mapping[str, Tensor], encoder: str) -> list[str]:
-        """Start from a pretrained encoder, as fine-tuning does.
+        """Initialise from a pretrained encoder; returns the names of the parameters that stay as they are.
 
-        Args:
-            state: a pretraining state dict; official files hold fusion embeddings that our pretraining models lack.
-            encoder: `fusion_encoder`, or `text_encoder` (the official choice for captions).
-
-        Returns:
-            Names of the parameters that the encoder does not have or has in another shape, such as projections of a
-            memory of another width (there the official loader fails). They keep their values.
+        `state` is a pretraining state dict; official files include fusion embeddings that our pretraining models lack.
+        `encoder` is `fusion_encoder`, or `text_encoder` (the official choice for captions). Parameters stay where the
+        encoder lacks them or has another shape, such as projections of a memory of another width, where the official
+        loader fails.
         """
         fresh = []
         for name, parameter in self.state_dict().items():
@@ -327,10 +288,10 @@ class TextDecoder(nn.Module):
 
 
 def _visible_keys(packing: Packing, behind: int) -> Tensor:
-    """Boolean `[A, 1, L, behind + L]`: keys that a query attends to, on the padded grid of the texts.
+    """Boolean `[A, 1, L, behind + L]` mask of the keys that a query attends to, on the padded grid.
 
-    A query that would see nothing (padding before any real token) sees itself: its result is not read, but NaN in it
-    would reach the keys' gradients.
+    A query without visible keys (padding before any real token) sees itself, because NaN would reach the keys'
+    gradients.
     """
     texts, length = packing.shape
     positions = packing.positions
@@ -346,7 +307,7 @@ def _visible_keys(packing: Packing, behind: int) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, visible: Tensor | None = None) -> Tensor:
     """`[B, Nq, H, D]` over `[B, Nk, H, D]` → `[B, Nq, H·D]`.
 
-    Answers and captions are a few tokens long: on the padded grid, a cache of past keys is simply put in front.
+    Padded, because answers and captions are a few tokens long, and cached keys are then simply concatenated.
     """
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p)
@@ -373,18 +334,18 @@ class _Hypotheses:
             return
         self.finished.append((score, tokens))
         if len(self.finished) > self.beams:
-            # Of equal scores the oldest goes.
+            # Among equal scores the oldest is dropped.
             self.finished.remove(min(self.finished, key=lambda hypothesis: hypothesis[0]))
 
     def update_done(self, best_log_probability: float, length: int) -> None:
-        """Done when no running beam can still get better than the worst finished sequence."""
+        """Set `done` when no running beam can beat the worst finished sequence."""
         if len(self.finished) < self.beams:
             return
         attainable = best_log_probability / length**self.length_penalty
         self.done = self.done or self.early_stopping or self._worst() >= attainable
 
     def best(self) -> list[int]:
-        # The last of the best, as a stable sort followed by pop() has it.
+        # The last of equal scores, like a stable sort followed by pop().
         return sorted(self.finished, key=lambda hypothesis: hypothesis[0])[-1][1]
 
     def _worst(self) -> float:
@@ -405,27 +366,13 @@ def generate(
     pad_token_id: int = 1,
     eos_token_id: int = 2,
 ) -> Tensor:
-    """Continue a prompt for every state of the memory.
+    """Continue the prompts `[B, S]`, without padding, for every state of the memory: `[B, length]` ids, padded.
 
-    The prompt runs once per state, and beams share the state's keys and values instead of copies of them.
-
-    Args:
-        decoder: in evaluation mode, unless dropout is wanted.
-        memory: of B states.
-        prompt_ids: `[B, S]`, without padding.
-        max_length: of the result in tokens, prompt included.
-        min_length: the end token cannot come before this many tokens, prompt included.
-        num_beams: 1 takes the likeliest token at every step.
-        length_penalty: sequences are compared by log-probability divided by length to this power.
-        early_stopping: stop a state as soon as it has `num_beams` finished sequences, instead of when no running one
-            can beat them.
-        pad_token_id, eos_token_id: of the tokenizer.
-
-    Returns:
-        `[B, length]` ids, prompt first, end token included, padded; length is at most `max_length`.
-
-    Raises:
-        InputError: numbers that contradict each other, or a prompt with padding.
+    The result has the prompt first and the end token included. The prompt runs once per state, and beams share its keys
+    and values. `max_length` and `min_length` (no end token before it) include the prompt; one beam is greedy search;
+    scores are log-probabilities divided by length to the power `length_penalty`; with `early_stopping` a state ends
+    with its `num_beams` finished sequences, otherwise when no running beam can beat them. Raises `InputError` for
+    contradictory numbers or a padded prompt.
     """
     room = decoder.positions
     if prompt_ids.ndim != 2 or prompt_ids.shape[0] != memory.states or not prompt_ids.shape[1]:
@@ -464,16 +411,10 @@ def beam_search(
     min_length: int, num_beams: int, length_penalty: float = 1.0, early_stopping: bool = False, pad_token_id: int = 1,
     eos_token_id: int = 2,
 ) -> Tensor:  # fmt: skip
-    """The search of `generate` by itself, over whatever computes logits.
+    """The search of `generate`, over any function that computes logits.
 
-    Args:
-        logits: `[B · num_beams, vocabulary]` after the prompts, which the beams of a state share.
-        advance: given which of the texts `[B · num_beams]` each beam goes on from, and its next token, the logits that
-            follow.
-        prompt_ids: `[B, S]`; the other arguments are those of `generate`.
-
-    Returns:
-        As `generate`.
+    `logits` `[B · num_beams, vocabulary]` follow the prompts; `advance` maps (row that each beam continues, its next
+    token) to the next logits. Other arguments and result as `generate`.
     """
     states = prompt_ids.shape[0]
     hypotheses = [_Hypotheses(num_beams, length_penalty, early_stopping) for _ in range(states)]
@@ -485,7 +426,7 @@ def beam_search(
         if ids.shape[1] < min_length:
             log_probs[:, eos_token_id] = -torch.inf
         totals = (log_probs.view(states, num_beams, -1) + scores[:, :, None]).flatten(1)
-        # Twice as many as there are beams, so that enough remain when every beam proposes to end.
+        # Two candidates per beam, so that enough remain if every beam ends.
         best = totals.topk(2 * num_beams, dim=1)
         beams, tokens = best.indices // log_probs.shape[1], best.indices % log_probs.shape[1]
         chosen = _choose(
@@ -542,7 +483,7 @@ def _choose(
     pad: int,
     eos: int,
 ) -> list[tuple[int, int, float]]:
-    """Set finished sequences aside and pick what the beams go on with: (row of `ids`, next token, score) for each."""
+    """Store finished sequences and pick the (row of `ids`, next token, score) that each beam continues with."""
     chosen: list[tuple[int, int, float]] = []
     for state, hypothesis in enumerate(hypotheses):
         first = state * hypothesis.beams

@@ -1,9 +1,9 @@
-"""Encoders whose weights lie as the CPU's fastest products read them, in place of their parameters: `XFM.freeze`.
+"""Weights stored in the CPU's fastest GEMM layout, in place of the parameters: `XFM.freeze`.
 
-oneDNN multiplies a weight fastest in a layout of its own: of one caption, which is mostly reading weights, in half the
-time. Kept beside the parameter it would be a second copy of the model; here it takes the parameter's place. Kernels
-that LLVM compiles here read a weight as it is, and are given it so where they are as quick. What reads weights in other
-ways than `ops` does, as exports and trainers do, needs them as they were: `unfreeze`.
+oneDNN multiplies fastest in a blocked layout: a single caption, which is bound by reading weights, takes half the time.
+The layout replaces the parameter, because a copy would double the memory. Our LLVM-compiled kernels read weights as
+they are, and get them so where they are as fast. Code that reads weights without `ops`, such as exports and trainers,
+needs `unfreeze` first.
 """
 
 from __future__ import annotations
@@ -27,20 +27,16 @@ _HOOKS = "_xfm_fast_frozen_hooks"
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """True between `freeze` and `unfreeze`."""
+    """Return True between `freeze` and `unfreeze`."""
     return _HOOKS in model.__dict__
 
 
 def freeze(model: nn.Module) -> None:
-    """Lay out the weights of all blocks and layers of a model.
+    """Convert the weights of all blocks and layers, in place; state dicts stay the same to the bit.
 
-    State dicts still hold them as they were, to the bit. No parameter takes gradients until they are given back.
-
-    Left as they are: weights that several modules share, layers with hooks or of another class, and everything where
-    PyTorch's own products are faster.
-
-    Raises:
-        InputError: the model is not on a CPU, in a type that oneDNN does not multiply, or in training mode.
+    Parameters take no gradients until `unfreeze`. Weights shared by modules, layers with hooks or of another class, and
+    layers where PyTorch's own GEMMs are faster, stay. Raises `InputError` unless the model is on a CPU, in float32 or
+    bfloat16, and in evaluation mode.
     """
     if is_frozen(model):
         return
@@ -60,14 +56,14 @@ def freeze(model: nn.Module) -> None:
         apart = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
         if not apart:
             continue
-        # A text may be alone and short; an image has some hundred rows.
+        # A batch may be one short text; an image has some hundred rows.
         blocked = products.prefers_onednn(weights[0].dtype, few_rows=of_texts)
         if not blocked and not products.reads_as_quickly(weights[0].dtype, few_rows=of_texts):
             continue
         packed = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         packed = products.laid_out(packed) if blocked else packed
         for layer, weight in zip(group, weights, strict=True):
-            # The parameter stays the one that optimizers know, without its memory.
+            # Optimizers keep their parameter object, without its memory.
             layer.__dict__[_KEPT] = weight
             derived.forget(weight)
             weight.data = weight.data.new_empty(0)
@@ -79,7 +75,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Give the weights back as they were, to the bit; nothing happens to a model that is not frozen."""
+    """Restore the weights to the bit; does nothing to a model that is not frozen."""
     if not is_frozen(model):
         return
     for group, _ in _groups(model):
@@ -96,10 +92,7 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def _groups(model: nn.Module) -> Iterator[tuple[list[nn.Linear], bool]]:
-    """Linear layers that `ops` alone multiplies with; keys and values, which are always wanted together, as one.
-
-    Beside each, whether it is a layer of texts.
-    """
+    """Yield linear layers that only `ops` multiplies with, keys and values as one group, and whether they read text."""
     for part in model.modules():
         if not isinstance(part, Block | TransformerLayer):
             continue
@@ -115,7 +108,7 @@ def _plain(layer: nn.Linear) -> bool:
 
 
 def _dense(group: list[nn.Linear]) -> list[Tensor]:
-    """The weights of a group, each in memory of its own."""
+    """The weights of a group, each in its own memory."""
     parts = group[0].weight.data.to_dense().split([layer.out_features for layer in group])
     return list(parts) if len(parts) == 1 else [part.clone() for part in parts]
 

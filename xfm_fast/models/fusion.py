@@ -1,4 +1,4 @@
-"""The fusion encoder: texts attend to images whose keys and values were projected once."""
+"""The fusion encoder: texts attend to images whose keys and values are projected once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,10 @@ from xfm_fast.packing import ImageGroups, Reads, Sequences
 
 @dataclass(frozen=True)
 class ImageMemory:
-    """Keys and values of every fusion layer for B images.
+    """Keys and values of every fusion layer for B images."""
 
-    Attributes:
-        layers: one `[B, M, 2, H, D]` tensor per fusion layer, M image tokens.
-        token_mask: `[B, M]` boolean, False for image tokens that no text attends to; None when all are visible.
-    """
-
-    layers: tuple[Tensor, ...]
-    token_mask: Tensor | None = None
+    layers: tuple[Tensor, ...]  # one [B, M, 2, H, D] tensor per fusion layer, M image tokens
+    token_mask: Tensor | None = None  # [B, M] boolean, False for masked image tokens; None when all are visible
 
     @property
     def images(self) -> int:
@@ -64,21 +59,15 @@ class ImageMemory:
 
 @dataclass(frozen=True)
 class PackedMemory:
-    """Keys and values for groups of texts that see different numbers of image tokens, some of them the same ones.
+    """Keys and values for groups of texts with different and overlapping sets of image tokens.
 
-    A region sees its own patches and its token, and shares the projected patches with all other regions of its image.
-
-    Attributes:
-        layers: one `[K, 2, H, D]` tensor per fusion layer; a token that several groups see was projected once.
-        cu_keys: `[G + 1]` int32 offsets of the groups in `rows`.
-        longest: the largest group.
-        rows: tokens that each group sees, as rows of the layers; None when these lie group by group already.
+    A region attends to its own token and patches; projected patches are shared by all regions of the image.
     """
 
-    layers: tuple[Tensor, ...]
-    cu_keys: Tensor
-    longest: int
-    rows: Tensor | None = None
+    layers: tuple[Tensor, ...]  # one [K, 2, H, D] tensor per fusion layer, each token projected once
+    cu_keys: Tensor  # [G + 1] int32 offsets of the groups in `rows`
+    longest: int  # size of the largest group
+    rows: Tensor | None = None  # rows of the layers that each group attends to; None if they lie group by group
     key_mask: None = None
 
     def keys_values(self, layer: int) -> Tensor:
@@ -87,7 +76,7 @@ class PackedMemory:
 
 
 class FusionTransformer(nn.Module):
-    """Layers under the official name `roberta`. Of the official embeddings only the word matrix has a use."""
+    """Layers under the official name `roberta`. Of the official embeddings only the word matrix is used."""
 
     def __init__(self, config: XFMConfig, *, lm_head: bool) -> None:
         super().__init__()
@@ -99,7 +88,7 @@ class FusionTransformer(nn.Module):
 
 
 class WordEmbeddings(nn.Module):
-    """The vocabulary matrix of the fusion encoder's LM head, which no input ever passes through."""
+    """The vocabulary matrix of the fusion encoder's LM head, which no input passes through."""
 
     def __init__(self, config: XFMConfig) -> None:
         super().__init__()
@@ -129,7 +118,7 @@ class FusionEncoder(nn.Module):
         return tuple(layer.crossattention.self.project_memory(image_tokens) for layer in self.roberta.encoder)
 
     def first_self_attention(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """Layer 0 before its cross-attention. It does not depend on the image, so re-ranking does it once per text."""
+        """Layer 0 up to its cross-attention, independent of the image: re-ranking computes it once per text."""
         return self.roberta.encoder[0].self_attention(
             tokens, sequences.cu_seqlens, sequences.longest, sequences.key_mask
         )
@@ -145,22 +134,13 @@ class FusionEncoder(nn.Module):
         reads: Reads | None = None,
         self_attended: bool = False,
     ) -> Tensor:
-        """Fuse packed texts with their images.
+        """Fuse packed texts `[T, width]`, in the order of `groups`, with their images: `[T, width]`.
 
-        Args:
-            tokens: `[T, width]` text embeddings, packed in the order of `groups`.
-            sequences: where each text lies.
-            memory: of the B images.
-            groups: which texts belong to which image.
-            first_token_only: compute token 0 of each text alone in the last layer.
-            reads: the tokens that the last layer is to compute; by default all, or those of `first_token_only`.
-            self_attended: `tokens` come from `first_self_attention`.
-
-        Returns:
-            `[T, width]`, or in packed order `[P, width]` with `first_token_only` and `[Q, width]` with Q reads.
+        With `reads` (default: all tokens) the last layer computes only these, `[Q, width]`; with `first_token_only`
+        token 0 of each text, `[P, width]` in packed order. `self_attended` tokens come from `first_self_attention`.
         """
         texts = Texts(tokens, sequences, groups)
-        # Masks of keys lie over all texts or images, and are not cut with them.
+        # Key masks span all texts or images and cannot be chunked.
         whole = isinstance(memory, ImageMemory) and memory.token_mask is None and sequences.key_mask is None
         if reads is not None or not whole:
             return self._fuse(texts, memory, reads, first_token_only, self_attended)

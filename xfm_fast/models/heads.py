@@ -1,4 +1,4 @@
-"""The small networks on top of the encoders."""
+"""The heads on top of the encoders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MLPHead(nn.Sequential):
 
 
 class DeepMLPHead(nn.Sequential):
-    """The five-layer head (d → 2d → 4d → 2d → d → classes) that the official code puts on images."""
+    """The official five-layer image classification head (d → 2d → 4d → 2d → d → classes)."""
 
     def __init__(self, inputs: int, outputs: int, eps: float = 1e-5) -> None:
         layers: list[nn.Module] = []
@@ -28,7 +28,7 @@ class DeepMLPHead(nn.Sequential):
 
 
 class LMHead(nn.Module):
-    """Masked or causal language modelling head; its vocabulary matrix is the word embedding that it is given."""
+    """Masked or causal language modelling head; the word embedding passed to `forward` is its vocabulary matrix."""
 
     def __init__(self, width: int, vocabulary: int, eps: float) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(self.dense.bias.new_zeros(vocabulary))
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """The states that meet the vocabulary: `[..., width]` → `[..., width]`."""
+        """Hidden states before the vocabulary projection: `[..., width]` → `[..., width]`."""
         activated = ops.linear_gelu(hidden, self.dense.weight, self.dense.bias)
         return ops.layer_norm(activated, self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps)
 

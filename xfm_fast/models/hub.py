@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub, fetched by name and pushed as `save_pretrained` writes them, and AutoModel."""
+"""Download models from the Hugging Face Hub by name, and upload what `save_pretrained` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 
 
 class Saves(Protocol):
-    """A model that writes its folder."""
+    """A model with `save_pretrained`."""
 
     config: XFMConfig
 
@@ -25,25 +25,17 @@ class Saves(Protocol):
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters."""
+        """The model's parameters."""
         ...
 
 
 class Download(TypedDict, total=False):
-    """How a model is fetched from the Hub; the names are those of `huggingface_hub`.
+    """Options of a download, with the names of `huggingface_hub`."""
 
-    Attributes:
-        revision: branch, tag or commit.
-        token: of the user, for what is not public; True for that of `hf auth login`.
-        cache_dir: where copies lie.
-        local_files_only: take the copy that is there, and ask nobody.
-        force_download: fetch it anew.
-    """
-
-    revision: str | None
-    token: str | bool | None
+    revision: str | None  # branch, tag or commit
+    token: str | bool | None  # user token for private models; True for the one of `hf auth login`
     cache_dir: str | Path | None
-    local_files_only: bool
+    local_files_only: bool  # use the cached copy, without a request
     force_download: bool
 
 
@@ -67,11 +59,10 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
-    """A folder as it is; of a model on the Hub, such as `"org/name"`, the copy in the Hub's cache, fetched if need be.
+    """Return a folder as it is; for a Hub name such as `"org/name"`, its copy in the cache, downloaded if missing.
 
-    Raises:
-        CheckpointError: there is neither a folder nor a model of that name, or the Hub cannot be reached.
-        TypeError: there is no such argument.
+    Raises `CheckpointError` if there is no folder or model of that name, or the Hub cannot be reached, and `TypeError`
+    for an unknown option.
     """
     if unknown := download.keys() - Download.__annotations__.keys():
         raise TypeError(
@@ -87,7 +78,7 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
             f"{name} is no folder here; if it is a model on the Hugging Face Hub, install huggingface_hub"
         ) from None
     try:
-        # Nothing else is fetched, whatever lies there.
+        # Only these files are downloaded.
         wanted = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **download))
     except (OSError, ValueError) as error:
@@ -107,13 +98,10 @@ def push(
     branch: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Make the model `name`, such as `"org/name"`, on the Hub hold what `save_pretrained` writes; returns its address.
+    """Upload what `save_pretrained` writes as the model `name`, such as `"org/name"`; returns the commit's address.
 
-    A card that says how to load it is added where there is none. Arguments as of `PyTorchModelHubMixin.push_to_hub`.
-
-    Raises:
-        UnavailableError: `huggingface_hub` is not installed.
-        StorageError: the Hub cannot be reached, or refuses.
+    A model card is added if there is none. Arguments as `PyTorchModelHubMixin.push_to_hub`. Raises `UnavailableError`
+    without `huggingface_hub`, `StorageError` if the Hub cannot be reached or refuses.
     """
     try:
         import huggingface_hub

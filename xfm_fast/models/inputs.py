@@ -1,7 +1,7 @@
-"""Checks of the model's inputs: a bad one gets one error that names the thing, its value and the remedy.
+"""Validation of the model's inputs; errors name the thing, its value and the remedy.
 
-Shapes and dtypes are always checked. Looking at the values costs a pass over them and, on a GPU, a synchronisation, so
-contents are checked on CPU tensors and skipped on accelerators and under compilation.
+Shapes and dtypes are always checked. Values are checked on CPU tensors only: on accelerators that would synchronise,
+and under compilation break the graph.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def _tensor(value: Tensor, name: str) -> None:
 
 
 def _mask(mask: Tensor, name: str) -> Tensor:
-    """The mask as booleans, where it holds what can only be meant so."""
-    # Of an additive mask every number that hides a token would count as "real".
+    """Convert a mask to booleans if its dtype and values allow only that meaning."""
+    # In an additive mask the numbers that hide tokens would count as "real".
     looked_at = mask.is_floating_point() and on_host(mask) and mask.numel()
     if looked_at and not host.all_true(mask >= 0):
         raise InputError(
@@ -60,7 +60,7 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
             f"pixels are {height}x{width} but this model was built for {size}x{size}; resize the images, or the model "
             "with model.set_image_size(...)"
         )
-    # Of a finite sum no term is infinite or NaN: one pass, where to look at every value takes five.
+    # A finite sum has no infinite or NaN terms: one pass in place of five.
     if on_host(pixels) and not math.isfinite(host.number(pixels.detach().sum())):
         finite = torch.isfinite(pixels).flatten(1).all(1)
         if not host.all_true(finite):
@@ -68,7 +68,7 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
 
 
 def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> Tensor:
-    """Returns the `[B, N]` mask of hidden patches as booleans."""
+    """Return the `[B, N]` mask of hidden patches as booleans."""
     _tensor(patch_mask, "patch_mask")
     expected = (pixels.shape[0], config.num_patches)
     if patch_mask.shape != expected:
@@ -77,7 +77,7 @@ def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> T
 
 
 def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMConfig) -> Tensor:
-    """Returns the boolean attention mask; without one, everything but padding is real."""
+    """Return the boolean attention mask; by default everything but padding is real."""
     _tensor(input_ids, "input_ids")
     if input_ids.ndim != 2:
         raise InputError(f"input_ids are {[*input_ids.shape]}; texts must be [B, L]")
@@ -107,7 +107,7 @@ def check_ids(ids: Tensor, config: XFMConfig, name: str = "input_ids") -> None:
 
 
 def check_padding(attention_mask: Tensor) -> None:
-    """No text `[..., L]` is padded on the left: embeddings are read from its first token."""
+    """No left padding in a mask `[..., L]`: embeddings are read from the first token."""
     _tensor(attention_mask, "attention_mask")
     mask = _mask(attention_mask, "attention_mask").reshape(-1, attention_mask.shape[-1])
     if on_host(mask) and mask.numel() and not host.all_true(mask[:, 0]):
@@ -117,7 +117,7 @@ def check_padding(attention_mask: Tensor) -> None:
 
 
 def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
-    """Returns the mask as booleans; the first token of every text is real."""
+    """Return the mask as booleans; the first token of every text is real."""
     _tensor(attention_mask, "attention_mask")
     if [*attention_mask.shape] != shape:
         raise InputError(f"attention_mask is {[*attention_mask.shape]}; the texts are {shape}")
@@ -141,7 +141,7 @@ def check_embeddings(embeds: Tensor, width: int, name: str) -> None:
 
 
 def check_image_index(image_index: Tensor, images: int, rows: int, what: str) -> Tensor:
-    """Returns `[rows]` int64 below `images`."""
+    """Return `[rows]` int64 below `images`."""
     _tensor(image_index, "image_index")
     if image_index.ndim != 1 or image_index.shape[0] != rows or image_index.dtype not in _INTEGERS:
         raise InputError(
@@ -157,7 +157,7 @@ def check_image_index(image_index: Tensor, images: int, rows: int, what: str) ->
 
 
 def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> Tensor:
-    """Returns the mask as booleans."""
+    """Return the mask as booleans."""
     _tensor(token_mask, name)
     if token_mask.shape != shape:
         raise InputError(f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for the tokens that count")
@@ -165,7 +165,7 @@ def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> T
 
 
 def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> Tensor:
-    """Returns the `[R, 1 + N]` mask as booleans; every region covers at least one patch."""
+    """Return the `[R, 1 + N]` mask as booleans; every region covers at least one patch."""
     mask = check_token_mask(region_mask, (regions, config.num_image_tokens), "region_mask")
     if on_host(mask) and regions:
         filled = mask[:, 1:].any(1)

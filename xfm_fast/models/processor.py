@@ -1,4 +1,4 @@
-"""Strings, image files and PIL images as the tensors that a model takes, resized as the official evaluation does."""
+"""Preprocessing of strings, image files and PIL images to model inputs, resized as in the official evaluation."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 T = TypeVar("T")
 Picture = str | os.PathLike[str] | Image.Image
-"""An image file, or an image that is open."""
+"""An image file, or an open image."""
 
-# As Pillow and transformers number bicubic interpolation.
+# Pillow's and transformers' number of bicubic interpolation.
 _BICUBIC = 3
-# Of captions in the official retrieval.
+# Caption limits of the official retrieval.
 _MAX_WORDS, _MAX_TOKENS = 30, 40
 
 
 class XFMProcessor:
-    """The tensors of `XFM.forward` from strings and images: `model(**processor(images=[...], text=[...]))`.
+    """The inputs of `XFM.forward` from strings and images: `model(**processor(images=[...], text=[...]))`.
 
     Args:
-        config: of the model.
-        tokenizer: of its texts; without one it prepares images alone.
+        config: configuration of the model.
+        tokenizer: tokenizer of the model; without one only images can be processed.
     """
 
     model_input_names = ("pixels", "input_ids", "attention_mask")
@@ -45,15 +45,15 @@ class XFMProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:
-        """Read what `XFM.save_pretrained` wrote.
+        """Load from a folder written by `XFM.save_pretrained`, or from the Hub.
 
         Args:
             folder: as for `XFM.from_pretrained`.
-            options: `tokenizer`, and those of the Hub, as for `XFM.from_pretrained`.
+            options: `tokenizer` and the Hub's options, as for `XFM.from_pretrained`.
 
         Raises:
-            CheckpointError: there is no such folder.
-            ConfigError: it describes no model.
+            CheckpointError: the folder does not exist.
+            ConfigError: its `config.json` is not a valid model configuration.
             DataError: its tokenizer cannot be read, or belongs to another model.
         """
         given = options.pop("tokenizer", None)
@@ -64,19 +64,19 @@ class XFMProcessor:
     def __call__(
         self, images: Picture | Sequence[Picture] | None = None, text: str | Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Prepare images, texts, or both, side by side.
+        """Prepare images, texts, or both.
 
         Args:
-            images: image files, as strings or paths, or PIL images; one or a list.
-            text: one or a list.
+            images: one or a list of image files (strings or paths) or PIL images.
+            text: one or a list of texts.
 
         Returns:
-            `pixels` `[B, 3, R, R]`; `input_ids` and `attention_mask` `[T, L]`, L as long as the longest text needs.
+            `pixels` `[B, 3, R, R]`; `input_ids` and `attention_mask` `[T, L]`, L the length of the longest text.
 
         Raises:
-            InputError: there is neither, or an empty list.
+            InputError: both are missing, or a list is empty.
             UnavailableError: there is text, and no tokenizer.
-            DataError: an image is broken, a text empty after cleaning.
+            DataError: an image is broken, or a text is empty after cleaning.
         """
         found: dict[str, Tensor] = {}
         if images is not None:
@@ -94,7 +94,7 @@ class XFMProcessor:
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `preprocessor_config.json` and, where there is a tokenizer, `tokenizer.json` into a folder of a model.
+        """Write `preprocessor_config.json` and, if there is a tokenizer, `tokenizer.json` to a folder.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -102,16 +102,13 @@ class XFMProcessor:
         write_bytes({Path(folder) / name: content for name, content in self.files().items()})
 
     def files(self) -> dict[str, bytes]:
-        """The content of the files that describe it, by their names."""
+        """Return the contents of the files that `save_pretrained` writes, by name."""
         found = {PREPROCESSOR_FILE: preprocessor_json(self.config)}
         return found if self.tokenizer is None else found | {TOKENIZER_FILE: self.tokenizer.to_json().encode()}
 
 
 def preprocessor_json(config: XFMConfig) -> bytes:
-    """The content of `preprocessor_config.json`, from which other libraries prepare the same pixels.
-
-    XFM itself needs `config.json` alone.
-    """
+    """The content of `preprocessor_config.json`, for other libraries; XFM itself reads only `config.json`."""
     side = config.image_size
     said = {
         "processor_class": XFMProcessor.__name__, "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True,
@@ -123,24 +120,18 @@ def preprocessor_json(config: XFMConfig) -> bytes:
 
 
 def find_tokenizer(folder: Path, config: XFMConfig) -> CaptionTokenizer | None:
-    """The tokenizer that lies with the weights in `folder`; None where there is none.
-
-    Raises:
-        DataError: it is damaged, or belongs to another model.
-    """
+    """Load the tokenizer stored with the weights in `folder`, or None; raises `DataError` if it does not fit."""
     places = [folder]
     if folder.name in ("model", "average"):
-        # A run keeps the vocabulary that it learnt beside the folders of its weights.
+        # A run stores its trained vocabulary in the parent of the weight folders.
         places.append(folder.parent)
     path = next((each / TOKENIZER_FILE for each in places if (each / TOKENIZER_FILE).is_file()), None)
     return None if path is None else read_tokenizer(path, config)
 
 
 def read_tokenizer(source: CaptionTokenizer | str | os.PathLike[str], config: XFMConfig) -> CaptionTokenizer:
-    """A tokenizer, or that of a `tokenizer.json` or a folder with `vocab.json` and `merges.txt`, for a model.
-
-    Raises:
-        DataError: there is none, it is damaged, or belongs to another model.
+    """Load a tokenizer from a `tokenizer.json` or vocabulary folder and check it; raises `DataError` if it does not
+    fit.
     """
     tokenizer = source if isinstance(source, CaptionTokenizer) else CaptionTokenizer.from_files(source)
     tokenizer.check(config)
@@ -150,13 +141,10 @@ def read_tokenizer(source: CaptionTokenizer | str | os.PathLike[str], config: XF
 def text_tokens(
     texts: Sequence[str], tokenizer: CaptionTokenizer | None, config: XFMConfig, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ids and mask of texts, `[T, L]` each, L as long as the longest of them needs.
+    """Encode texts for retrieval: ids and mask `[T, L]` each, L the length of the longest text.
 
-    Texts are cleaned as captions are: lower case, no punctuation, the first 30 words; then cut to 40 tokens.
-
-    Raises:
-        UnavailableError: there is no tokenizer.
-        DataError: a text is empty after cleaning.
+    Texts are cleaned as captions: lower case, no punctuation, the first 30 words, at most 40 tokens. Raises
+    `UnavailableError` without a tokenizer, and `DataError` for a text that is empty after cleaning.
     """
     if tokenizer is None:
         raise UnavailableError(
@@ -170,22 +158,13 @@ def text_tokens(
 
 
 def image_pixels(images: Sequence[Picture], config: XFMConfig, device: torch.device | None = None) -> Tensor:
-    """Normalised pixels `[B, 3, R, R]` of images, each resized whole to the model's square.
-
-    Raises:
-        DataError: a file is no image, or a broken one.
-    """
+    """Normalised pixels `[B, 3, R, R]`, each image resized whole to the model's square; raises `DataError`."""
     transform = evaluation_transform(config.image_size)
     return torch.stack([transform(open_image(image)) for image in images]).to(device)
 
 
 def open_image(image: Picture) -> Image.Image:
-    """An image as RGB, upright and on white.
-
-    Raises:
-        InputError: it is something else.
-        DataError: the file is no image, or a broken one.
-    """
+    """Open an image as RGB, upright and on white; raises `InputError` for another type, `DataError` for a bad file."""
     if not isinstance(image, Image.Image):
         if not isinstance(image, (str, os.PathLike)):
             raise InputError(
@@ -196,18 +175,14 @@ def open_image(image: Picture) -> Image.Image:
     try:
         return to_rgb(image, name)
     except (OSError, ValueError, SyntaxError) as error:
-        # Pillow reads the file of an image when its pixels are asked for.
+        # Pillow reads image files lazily.
         if isinstance(error, DataError):
             raise
         raise DataError(f"image {name} cannot be read ({error}); open it again") from None
 
 
 def listed(items: object) -> list[Any]:
-    """A list of what was given, which may be one text or image.
-
-    Raises:
-        InputError: it is neither one of them nor several.
-    """
+    """Return a list from one text or image, or from several; raises `InputError` for other types."""
     if isinstance(items, str) or is_picture(items):
         return [items]
     if not isinstance(items, Iterable) or isinstance(items, (bytes, Mapping, Tensor)):
@@ -219,11 +194,7 @@ def listed(items: object) -> list[Any]:
 
 
 def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
-    """True for strings, false for images.
-
-    Raises:
-        InputError: both are there, or something else, or a string that names a file.
-    """
+    """Return True for strings, False for images; raises `InputError` for mixed or other types, and names of files."""
     if not items:
         raise InputError("the list is empty; give at least one text or image")
     kinds = {str if isinstance(item, str) else Path if is_picture(item) else type(item) for item in items}
@@ -238,23 +209,19 @@ def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
             "go to encode_image and encode_text)"
         )
     for item in items:
-        # What it names is meant, more often than its name; "a dog" rarely is a file.
+        # The name of an existing file more likely means the image than a caption.
         if isinstance(item, str) and Path(item).suffix and os.path.isfile(item):
             raise InputError(f"{item!r} is a file, and strings are texts here; write Path({item!r}) for the image")
     return True
 
 
 def is_picture(item: object) -> TypeGuard[Picture]:
-    """True for a path or a PIL image; a string is a text."""
+    """Return True for a path or a PIL image; a string is a text."""
     return isinstance(item, (os.PathLike, Image.Image))
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Slices of a sequence.
-
-    Raises:
-        InputError: the size is not positive.
-    """
+    """Slice a sequence; raises `InputError` for a size below 1."""
     if size < 1:
         raise InputError(f"batch_size={size}; it must be at least 1")
     for start in range(0, len(items), size):
@@ -263,11 +230,7 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients inside the block; afterwards every part trains again that did.
-
-    Raises:
-        InputError: the model is on the meta device.
-    """
+    """Context without dropout and gradients, which restores training mode; raises `InputError` on the meta device."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             f"{type(model).__name__} is on the meta device, where weights have no values; load them with "
@@ -284,8 +247,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def pixel_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes (cx, cy, w, h) relative to an image `[P, 4]` and sizes (width, height) in pixels `[P, 2]` → (x, y, w, h)
-    in pixels of the original image, whose aspect the square input did not keep: `[P, 4]`.
+    """Boxes (cx, cy, w, h) relative to an image `[P, 4]` and sizes (width, height) in pixels `[P, 2]` → (x, y, w, h) in
+    pixels of the original image, whose aspect ratio the square input did not preserve: `[P, 4]`.
     """
     centre, sides = boxes[:, :2] * sizes, boxes[:, 2:] * sizes
     return torch.cat([centre - sides / 2, sides], dim=1)

@@ -1,8 +1,8 @@
-"""A batch in shares, one for each thread, which computes it alone.
+"""Inference of a batch in one chunk per thread.
 
-Threads that divide every operation among them wait for each other at its end, several hundred times a batch, and read
-each other's part of the result from a cache further away. Whether shares are faster depends on the processor, on the
-number of its threads and on what they share, so the first calls take turns, and the faster way stays.
+Intra-op parallelism synchronises threads at the end of every operation, several hundred times per batch, and each reads
+the others' results from a farther cache. Which way is faster depends on the processor, its number of threads and the
+batch, so the first calls time both, and the faster one stays.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _TURNS = 2
 # The larger share may exceed the mean by this factor.
 _UNEVEN = 1.1
 LEAST_TOKENS = 160
-"""Of texts for each thread: with fewer, shares were measured to be slower, as each reads all weights by itself."""
-# Kinds of calls whose timings are kept; beyond that those that were not asked for the longest go, to be timed again.
+"""Minimum tokens per thread: smaller chunks measured slower, because each thread reads all weights."""
+# Kinds of calls with stored timings; beyond that the least recently used are dropped and timed again.
 _MOST_KINDS = 256
 _seconds: dict[Any, tuple[list[float], list[float]]] = {}
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -44,7 +44,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Divisible(Protocol):
-    """A batch that can be cut, as a tensor is along its first dimension; its length is the work that it makes."""
+    """A batch that can be cut, like a tensor along its first dimension; its length measures its work."""
 
     def __len__(self) -> int: ...
 
@@ -56,27 +56,23 @@ Batch = TypeVar("Batch", bound=Divisible)
 
 @dataclass(frozen=True)
 class Texts:
-    """Packed texts `[T, width]`, cut between two texts; their length is that in tokens.
-
-    Attributes:
-        groups: their images, in the order of the texts; None of texts alone.
-    """
+    """Packed texts `[T, width]`, cut between texts; the length is in tokens."""
 
     tokens: Tensor
     sequences: Sequences
-    groups: ImageGroups | None = None
+    groups: ImageGroups | None = None  # images of the texts, in order; None without images
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Equal for batches that take about as long for a token."""
+        """Equal for batches with about the same time per token."""
         images = 0 if self.groups is None else len(self.groups.cu_texts)
         return round(4 * math.log2(len(self.tokens))), images, self.tokens.shape[1], self.tokens.dtype
 
     def chunk(self, chunks: int, /) -> Sequence[Texts]:
-        """As many parts of about the same number of tokens; fewer, where there are no more texts."""
+        """Split into parts of about the same number of tokens, at most one per text."""
         starts = host.integers(self.sequences.cu_seqlens)
         cuts = [0]
         for number in range(1, chunks):
@@ -89,15 +85,13 @@ class Texts:
     def _part(self, first: int, last: int, starts: list[int]) -> Texts:
         cu_seqlens = self.sequences.cu_seqlens[first : last + 1] - starts[first]
         sequences = Sequences(cu_seqlens=cu_seqlens, max_seqlen=self.sequences.longest)
-        # An image whose texts are all elsewhere has none here.
+        # The texts of an image may all be in other chunks.
         groups = None if self.groups is None else ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
         return Texts(self.tokens[starts[first] : starts[last]], sequences, groups)
 
 
 def serves(weight: Tensor) -> bool:
-    """True where weights like this one are laid out, or made bytes, for inference on a CPU, and nothing chooses what is
-    done.
-    """
+    """Return True for weights that are frozen or int8, in inference on a CPU, without autocast, tracing or modes."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_inference_mode_enabled()
@@ -108,10 +102,9 @@ def serves(weight: Tensor) -> bool:
 
 
 def stand_alone(parts: Iterable[nn.Module], *methods: str) -> bool:
-    """False where one is watched, sharded, checkpointed or compiled: then it has to be called as one module.
+    """Return False if a module is hooked, sharded, checkpointed or compiled, and has to be called as a whole.
 
-    Args:
-        methods: that are called; one that belongs to the instance is not the module's own.
+    `methods` are called directly; an override on the instance counts too.
     """
     return not any(
         part._forward_hooks
@@ -124,10 +117,9 @@ def stand_alone(parts: Iterable[nn.Module], *methods: str) -> bool:
 
 
 def in_shares(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tensor:
-    """`run(batch)` in inference mode, whole or in shares of its first dimension, over which `run` maps.
+    """Run `run(batch)` in inference mode, whole or in chunks of its first dimension.
 
-    Args:
-        kind: hashable; calls of one kind are timed together, by the length of their batches.
+    Calls of the same hashable `kind` are timed together, by the length of their batches.
     """
     threads = torch.get_num_threads()
     if threads == 1 or not len(batch) or torch.are_deterministic_algorithms_enabled():
@@ -146,9 +138,9 @@ def in_shares(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tensor
 
 
 def _timings(key: Any) -> tuple[list[float], list[float]]:
-    """Seconds of the calls so far, whole and in shares."""
+    """Seconds of the calls so far, whole and in chunks."""
     with _lock:
-        # Behind all others: dictionaries keep the order.
+        # Move to the end: dictionaries are ordered.
         found = _seconds[key] = _seconds.pop(key, ([], []))
         if len(_seconds) > _MOST_KINDS:
             del _seconds[next(iter(_seconds))]
@@ -157,7 +149,7 @@ def _timings(key: Any) -> tuple[list[float], list[float]]:
 
 def _shared(run: Callable[[Batch], Tensor], parts: Sequence[Batch], threads: int) -> Tensor:
     def alone(part: Batch) -> Tensor:
-        # The mode is a thread's own.
+        # Inference mode is thread-local.
         with torch.inference_mode():
             return run(part)
 
@@ -172,13 +164,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             ready = threading.Barrier(threads)
             for waiting in [found.submit(_work_alone, ready) for _ in range(threads)]:
                 waiting.result()
-            # What a thread sets is also what later threads begin with, and how many MKL takes in all of them.
+            # The number set in a thread is the default of later threads, and MKL's number in all of them.
             torch.set_num_threads(threads)
         return found
 
 
 def _work_alone(ready: threading.Barrier) -> None:
-    # Asked first: PyTorch gives a new thread the number of the others when it is first needed.
+    # PyTorch sets the number of a new thread at first use; query it before setting it.
     torch.get_num_threads()
     torch.set_num_threads(1)
     ready.wait()

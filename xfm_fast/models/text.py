@@ -1,4 +1,4 @@
-"""RoBERTa on packed tokens: the post-norm layer that all language modules share, and the text encoder made of it."""
+"""RoBERTa on packed tokens: the post-norm layer shared by all language modules, and the text encoder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from xfm_fast.models.shares import LEAST_TOKENS, Texts, in_shares, serves, stand
 from xfm_fast.packing import Packing, Reads
 
 _METHODS = ("self_attention", "cross_attention", "feed_forward")
-# Tokens of a text whose products take the time of reading their weights, and whose calls of Python count beside it.
+# Tokens up to which reading weights and Python calls dominate a text's time.
 _SHORT = 64
 
 
 def concatenated(name: str, *parts: Tensor) -> Tensor:
-    """Parameters side by side along the first dimension, so that one product does the work of several."""
+    """Concatenate parameters along the first dimension, so one GEMM computes several layers."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
         return torch.cat(parts)
     return derived(name, parts, lambda: side_by_side(parts))
 
 
 def _product(name: str, x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The results of several layers side by side: `[..., inputs]` → `[..., Σ outputs]`."""
+    """Outputs of several linear layers, concatenated: `[..., inputs]` → `[..., Σ outputs]`."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if x.device.type == "cpu" and torch.is_grad_enabled() and any(p.requires_grad for p in (*weights, *biases)):
         return ops.joined_linear(x, weights, biases)
@@ -58,7 +58,7 @@ class AttentionProjections(nn.Module):
         return self.dropout if self.training else 0.0
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[T, width]` → q, k, v `[T, H, D]` with one product, or two where the model is frozen."""
+        """`[T, width]` → q, k, v `[T, H, D]` in one GEMM, or two if the model is frozen."""
         if products.is_frozen(self.key.weight):
             k, v = self.project_memory(x).unbind(-3)
             return self.project_query(x), k, v
@@ -71,9 +71,9 @@ class AttentionProjections(nn.Module):
         return ops.linear(x, self.query.weight, self.query.bias).unflatten(-1, (self.heads, -1))
 
     def project_memory(self, memory: Tensor) -> Tensor:
-        """`[..., memory_width]` → keys and values `[..., 2, H, D]` with one product."""
+        """`[..., memory_width]` → keys and values `[..., 2, H, D]` in one GEMM."""
         if products.is_frozen(self.key.weight):
-            # Frozen, the weight of the keys is that of both.
+            # The frozen key weight contains the values too.
             bias = concatenated("kv bias", self.key.bias, self.value.bias)
             joined = ops.linear(memory, self.key.weight, bias)
         else:
@@ -82,7 +82,7 @@ class AttentionProjections(nn.Module):
 
 
 class ResidualNorm(nn.Module):
-    """The end of a post-norm branch: `LayerNorm(residual + dropout(dense(x)))`, as wide as the residual."""
+    """The end of a post-norm branch: `LayerNorm(residual + dropout(dense(x)))`."""
 
     def __init__(self, config: XFMConfig, inputs: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         longest_k: int,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attention of the projected `qkv`, its output projection, and residual and norm behind: `[T, width]`."""
+        """Attention of the projected `qkv`, output projection, residual and norm: `[T, width]`."""
         context = ops.varlen_attention(
             *qkv, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, dropout_p=self.self.dropout_p, key_mask=key_mask
         )
@@ -133,12 +133,7 @@ class Intermediate(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention, optional cross-attention, MLP; residual and LayerNorm behind each (post-norm, RoBERTa).
-
-    Args:
-        config: sizes of the text encoder, which all layers of this kind have.
-        memory_width: of the states that cross-attention sees; None for a layer without it.
-    """
+    """Post-norm RoBERTa layer: self-attention, cross-attention (with a `memory_width`), MLP."""
 
     def __init__(self, config: XFMConfig, memory_width: int | None = None) -> None:
         super().__init__()
@@ -157,7 +152,7 @@ class TransformerLayer(nn.Module):
         *,
         reads: Reads | None = None,
     ) -> Tensor:
-        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, `[Q, width]` for Q reads alone."""
+        """Packed self-attention with residual and norm: `[T, width]` → `[T, width]`, or `[Q, width]` for Q reads."""
         projections = self.attention.self
         if reads is None:
             qkv = projections.project_all(x)
@@ -176,24 +171,24 @@ class TransformerLayer(nn.Module):
         longest_keys: int,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """Queries `[T, width]` grouped over memories whose projections `[M, 2, H, D]` are given."""
+        """Queries `[T, width]`, grouped over memories with projections `[M, 2, H, D]`."""
         k, v = keys_values.unbind(-3)
         qkv = (self.crossattention.self.project_query(x), k, v)
-        # All queries bound the longest group: to know a tighter bound, the host would have to wait for the device.
+        # All queries bound the longest group: a tighter bound would synchronise.
         return self.crossattention.attend(x, qkv, cu_queries, cu_keys, x.shape[0], longest_keys, key_mask)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """MLP with residual and norm: `[T, width]` → `[T, width]`."""
         first, second, norm = self.intermediate.dense, self.output.dense, self.output.LayerNorm
         if x.device.type != "cpu" or (self.training and self.output.dropout):
-            # A GPU passes once over the sum and its norm; a CPU adds the sum within the product.
+            # A GPU fuses the sum with the norm, a CPU with the GEMM.
             return self.output(ops.linear_gelu(x, first.weight, first.bias), x)
         summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
         return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
 
     def _parts(self) -> _Parts | None:
-        """The parts of a layer without cross-attention, if nothing watches them."""
-        # By their dictionaries: to ask modules for two dozen names would take a third of the time of the products.
+        """The parameters of a layer without cross-attention, or None if a module has hooks or another class."""
+        # Module attribute lookups would take a third of the time of the GEMMs; dictionaries are faster.
         parts: dict[str, Any] = self._modules
         attention, out = parts["attention"]._modules, parts["output"]._modules
         inner, joined = attention["self"]._modules, attention["output"]._modules
@@ -208,7 +203,7 @@ class TransformerLayer(nn.Module):
         return _Parts(attention["self"].heads, eps, *(each._parameters for each in (*linears, *norms)))
 
     def frozen_parts(self) -> FrozenParts | None:
-        """The parts of a layer without cross-attention, if all are frozen and nothing watches them."""
+        """The parameters of a layer without cross-attention, if all are frozen and no module has hooks."""
         found = self._parts()
         if found is None:
             return None
@@ -216,7 +211,7 @@ class TransformerLayer(nn.Module):
         return FrozenParts(found) if all(products.is_frozen(own["weight"]) for own in linears) else None
 
     def int8_parts(self) -> Int8Parts | None:
-        """The same, if all are in int8."""
+        """The parameters of a layer without cross-attention, if all are int8 and no module has hooks."""
         found = self._parts()
         if found is None or any(kind_of(own["weight"]) != "int8" for own in found[2:8]):
             return None
@@ -230,7 +225,7 @@ class TransformerLayer(nn.Module):
 
 
 class _Parts(NamedTuple):
-    """Sizes of a layer, and its parameters by their names."""
+    """Sizes of a layer, and its parameters by name."""
 
     heads: int
     eps: tuple[float, float]
@@ -245,18 +240,16 @@ class _Parts(NamedTuple):
 
 
 class FrozenParts(NamedTuple):
-    """What a frozen layer computes with; the weight of the keys is that of keys and values side by side."""
+    """Parameters of a frozen layer; the key weight contains keys and values, concatenated."""
 
     parts: _Parts
 
     def of_short_text(self, x: Tensor, chosen: products.Chosen) -> Tensor:
-        """Self-attention and MLP of one text `[T, width]`, with nothing left to check or to choose.
-
-        Args:
-            chosen: what multiplies so many tokens with weights like these.
+        """Self-attention and MLP of one text `[T, width]`, without checks; `chosen` are the fastest GEMMs for its
+        length.
         """
         (tokens, width), own = x.shape, self.parts
-        # To make the bias anew takes less time than to see whether one that is kept is still right.
+        # Concatenating the bias is faster than validating a cached one.
         keys_values = chosen.linear(x, own.key["weight"], torch.cat((own.key["bias"], own.value["bias"])))
         k, v = keys_values.view(1, tokens, 2, own.heads, -1).unbind(2)
         q = chosen.linear(x, own.query["weight"], own.query["bias"]).view(1, tokens, own.heads, -1)
@@ -269,7 +262,7 @@ class FrozenParts(NamedTuple):
 
 
 class Int8Parts(NamedTuple):
-    """What a layer in int8 computes with."""
+    """Parameters of an int8 layer."""
 
     parts: _Parts
     qkv: int8.Prepared
@@ -289,7 +282,7 @@ class Int8Parts(NamedTuple):
 
 
 class Embeddings(nn.Module):
-    """Word + position + type embeddings, LayerNorm, dropout; on packed tokens."""
+    """Word, position and type embeddings, LayerNorm, dropout; on packed tokens."""
 
     def __init__(self, config: XFMConfig) -> None:
         super().__init__()
@@ -341,18 +334,16 @@ class LayerStack(nn.Module):
         return layer
 
     def in_shares(self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()) -> Tensor:
-        """`run(texts)`, by each thread for its share of them where the layers are frozen and nothing looks into them.
-
-        Args:
-            kind: of calls that take the same time for texts of the same size.
+        """Run `run(texts)` in one chunk per thread if the layers are frozen without hooks; `kind` as in
+        `shares.in_shares`.
         """
-        # Few rows are mostly reading weights, which every thread would do by itself.
+        # With few rows, each thread would read all weights by itself.
         if len(texts) < LEAST_TOKENS * torch.get_num_threads() or not self.serves():
             return run(texts)
         return in_shares(run, texts, (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind))
 
     def of_short_text(self, x: Tensor, count: int) -> Tensor | None:
-        """The first so many layers of one text `[T, width]`; None where they are neither all frozen nor all in int8."""
+        """The first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
         layers = [self[number] for number in range(count)]
         if self._in_int8(x):
             in_int8 = [found for layer in layers if (found := layer.int8_parts())]
@@ -369,7 +360,7 @@ class LayerStack(nn.Module):
         return x
 
     def _in_int8(self, x: Tensor) -> bool:
-        """True where compiled products in int8 are the quickest way for tokens `[T, width]`."""
+        """True if compiled int8 GEMMs are fastest for tokens `[T, width]`."""
         layer = self[0]
         dense, first, second = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
         weights = dense.weight, first.weight, second.weight
@@ -381,7 +372,7 @@ class LayerStack(nn.Module):
         )
 
     def serves(self) -> bool:
-        """True where the layers are frozen, in inference on a CPU, and nothing looks into them."""
+        """True if the layers are frozen, in inference on a CPU, and have no hooks."""
         return (
             len(self.layer) > 0
             and serves(self[0].intermediate.dense.weight)
@@ -403,7 +394,7 @@ def initialise_text(module: nn.Module) -> None:
 
 
 class TextTransformer(nn.Module):
-    """Embeddings and layers, under the official name `roberta`; with a `memory_width` they attend to a memory too."""
+    """Embeddings and layers, under the official name `roberta`; with cross-attention if there is a `memory_width`."""
 
     def __init__(self, config: XFMConfig, layers: int, memory_width: int | None = None) -> None:
         super().__init__()
@@ -428,9 +419,9 @@ class TextEncoder(nn.Module):
     def forward(
         self, input_ids: Tensor, packing: Packing, *, first_token_only: bool = False, reads: Reads | None = None
     ) -> Tensor:
-        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` where only Q tokens are read.
+        """Ids `[P, L]` → packed embeddings `[T, width]`, or `[Q, width]` for Q reads.
 
-        With `first_token_only` these are token 0 of every text, `[P, width]` in packed order.
+        With `first_token_only`, token 0 of every text, `[P, width]` in packed order.
         """
         embeddings = self.roberta.embeddings
         x = embeddings(packing.pack(input_ids).long(), packing.pack(embeddings.position_ids(input_ids)))
@@ -444,7 +435,7 @@ class TextEncoder(nn.Module):
         x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
         if first_token_only:
             reads = Reads.first_tokens(packing)
-        # The last layer computes what is read, and there may be nothing else to compute.
+        # The last layer computes only the reads.
         whole = len(stack) - (reads is not None)
         alone = packing.key_mask is None and len(packing.cu_seqlens) == 2 and len(x) <= _SHORT
         done = 0
@@ -454,5 +445,5 @@ class TextEncoder(nn.Module):
             layer, read = stack[number], reads if number == len(stack) - 1 else None
             x = layer.self_attention(x, packing.cu_seqlens, packing.longest, packing.key_mask, reads=read)
             x = layer.feed_forward(x)
-        # Without layers nothing has selected the reads yet.
+        # Without layers the reads are not selected yet.
         return x if reads is None or len(stack) else x.index_select(0, reads.rows)

@@ -13,13 +13,12 @@ from xfm_fast.kernels.marked import kind_of
 from xfm_fast.models.shares import in_shares, serves, stand_alone
 from xfm_fast.nn import RelPosAttention
 
-# Devices that pass once over the sum of a branch and the norm behind it, the next block's or not. A CPU adds the sum
-# within the product instead.
+# Devices that fuse the residual sum with the next norm, across blocks too. A CPU fuses the sum with the GEMM.
 _JOINING = ("cuda",)
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, projected. The parameters are those of a convolution, the computation is one product."""
+    """Projection of non-overlapping patches: the parameters of a convolution, computed as one GEMM."""
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
@@ -36,7 +35,7 @@ class PatchEmbed(nn.Module):
 
 
 class MLP(nn.Module):
-    """The two linear layers as BEiT initialises them; `Block` fuses them with activation and residual."""
+    """The two linear layers, with BEiT's initialisation; `Block` fuses them with activation and residual."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """`[B, N, width]` → `[B, N, width]`; key_mask `[B, N]` hides tokens from all queries of its row."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        # Where gradients are wanted, or bytes, the norms belong to the products behind them.
+        # With gradients or int8, norms are fused with the GEMMs that follow them.
         if x.device.type == "cpu" and (torch.is_grad_enabled() or kind_of(fc1.weight) == "int8"):
             context, proj, norm = self.attn.attend(x, key_mask, norm=self.norm1), self.attn.proj, self.norm2
             x = ops.linear_residual(
@@ -87,15 +86,9 @@ class Block(nn.Module):
         )
 
     def into_norm(self, normed: Tensor, x: Tensor, norm: nn.LayerNorm, *, wide: bool = False) -> tuple[Tensor, Tensor]:
-        """The block between two norms: from `norm1` of its input to `norm`, the first thing behind it, of its output.
+        """Fused with the next norm: (`norm1(x)`, x) → (`norm(out)`, out), all `[B, N, width]`.
 
-        Args:
-            normed, x: `[B, N, width]` input of the block, normalised and as it is.
-            norm: of the next block, or behind the last.
-            wide: as in `ops.add_layer_norm`.
-
-        Returns:
-            The output, normalised and as it is.
+        `norm` is `norm1` of the next block, or the final norm; `wide` as in `ops.add_layer_norm`.
         """
         normed, x = self._attend(normed, x, None)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
@@ -114,7 +107,7 @@ class Block(nn.Module):
         )
 
     def _attend(self, normed: Tensor, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        # The output projection is fused with what follows it, so attention stops before it.
+        # The output projection is fused with the next op, so attention stops before it.
         context, proj = self.attn.attend(normed, key_mask), self.attn.proj
         return ops.linear_add_layer_norm(
             context,
@@ -132,8 +125,8 @@ class Block(nn.Module):
 class VisionEncoder(nn.Module):
     """Images to tokens: `[B, 3, R, R]` → `[B, 1 + N, width]`.
 
-    Token 0 is the mean of the normalised patches. With `local_attn_depth > 0` it is the normalised class token
-    instead, and a region is computed by restricting the attention of the last blocks to its own patches.
+    Token 0 is the mean of the normalised patches. With `local_attn_depth > 0` it is the normalised class token, and a
+    region is computed by restricting the attention of the last blocks to its own patches.
     """
 
     def __init__(self, config: XFMConfig) -> None:
@@ -156,7 +149,7 @@ class VisionEncoder(nn.Module):
                 block.mlp.fc2.weight /= math.sqrt(2 * number)
 
     def embed(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """Class token and patch embeddings `[B, 1 + N, width]`; masked patches (`[B, N]` boolean) hold `mask_token`."""
+        """Class token and patch embeddings `[B, 1 + N, width]`; masked patches (`[B, N]` boolean) are `mask_token`."""
         patches = self.patch_embed(pixels)
         if patch_mask is not None:
             patches = torch.where(patch_mask[:, :, None], self.mask_token.to(patches.dtype), patches)
@@ -185,7 +178,7 @@ class VisionEncoder(nn.Module):
         return isinstance(first, Block) and serves(first.mlp.fc1.weight) and self._blocks_alone() is not None
 
     def _blocks_alone(self) -> list[Block] | None:
-        """The blocks, where each may be computed by its parts."""
+        """The blocks, if each can be computed by its parts; otherwise None."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         return blocks if len(blocks) == len(self.blocks) and stand_alone(blocks, "forward") else None
 
@@ -199,31 +192,24 @@ class VisionEncoder(nn.Module):
         norms = [*(block.norm1 for block in blocks), self.fc_norm]
         normed = ops.layer_norm(x, norms[0].weight, norms[0].bias, norms[0].eps)
         for block, norm in zip(blocks, norms[1:], strict=True):
-            # Under autocast the last norm gives what it would give by itself.
+            # Under autocast the last norm has the dtype of a single norm.
             normed, x = block.into_norm(normed, x, norm, wide=norm is self.fc_norm)
         return self._pooled(normed)
 
     def regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """R regions of B images.
+        """Encode R regions of B images; `region_mask` `[R, 1 + N]` is True for the patches of a region.
 
-        Args:
-            pixels: `[B, 3, R, R]`.
-            image_index: `[R]` image of each region.
-            region_mask: `[R, 1 + N]` boolean, True for the patches of the region.
-
-        Returns:
-            Two `[R, 1 + N, width]`: token 0 for the region, the image's patches behind it; and the whole image.
+        Returns two `[R, 1 + N, width]`: the region's token 0 with the image's patches, and the whole image.
         """
         local, images = self.region_tokens(pixels, image_index, region_mask)
         whole = images[image_index]
         return local if local.shape[1] > 1 else torch.cat([local, whole[:, 1:]], dim=1), whole
 
     def region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`regions` without the copies; arguments as there.
+        """`regions` without copies of the image.
 
-        Returns:
-            The tokens that regions have to themselves, `[R, 1, width]` (or `[R, 1 + N, width]` with
-            `local_attn_depth > 0`), and the images `[B, 1 + N, width]`.
+        Returns the regions' own tokens, `[R, 1, width]` (`[R, 1 + N, width]` with `local_attn_depth > 0`), and the
+        images `[B, 1 + N, width]`.
         """
         if self.config.local_attn_depth <= 0:
             images = self(pixels)

@@ -1,6 +1,6 @@
 """XFM: language encoder, vision encoder and fusion encoder with their heads (arXiv 2301.05065).
 
-`encode`, `match`, `ground` and `similarity` take strings and images; what they are made of takes tensors.
+`encode`, `match`, `ground` and `similarity` take strings and images; the methods below them take tensors.
 """
 
 from __future__ import annotations
@@ -50,31 +50,29 @@ ALL_HEADS: tuple[Head, ...] = get_args(Head)
 Encoder = Literal["vision", "text", "fusion"]
 ALL_ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
 Precision = torch.dtype | EightBits
-"""A type of parameters; or products of the layers in int8 (on a CPU) or fp8, and all else in its fastest float type."""
+"""A dtype of the parameters; or linear layers in int8 (on a CPU) or fp8, and the rest in the fastest float dtype."""
 PRECISIONS: dict[str, Precision] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": "int8", "fp8": "fp8",
 }  # fmt: skip
-"""As the command line spells them."""
+"""Names on the command line."""
 
 
 def float_type(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of parameters and of all that is not multiplied in 8 bits.
+    """The floating-point dtype of a precision; int8 and fp8 apply to linear layers only.
 
-    Raises:
-        UnavailableError: these 8 bits are not to be had on the device.
-        InputError: another word.
+    Raises `UnavailableError` for an 8-bit type that the device lacks, and `InputError` for an unknown precision.
     """
     if isinstance(precision, torch.dtype):
         return precision
     return type_beside(precision, device) or torch.float32
 
 
-# What inference mode makes carries no version, so that nothing could be kept of such parameters from call to call.
+# Inference tensors have no version counter, so tensors computed from such parameters could not be cached.
 _outside_inference = torch.inference_mode(False)
 
 
 class XFMOutput(NamedTuple):
-    """The results of `XFM.forward`; None where there was no such input, or the model has no such head.
+    """The results of `XFM.forward`; None if the input or the head is missing.
 
     Attributes:
         image_embeds: `[B, 1 + N, vision_width]`.
@@ -97,19 +95,19 @@ class XFMOutput(NamedTuple):
 class XFM(nn.Module):
     """The pretraining model; fine-tuning models are subclasses with fewer heads and one of their own.
 
-    Parameter names are those of the official code, so its checkpoints, optimizer groups and tools apply as they are.
+    Parameter names are the official ones, so official checkpoints, optimizer groups and tools apply unchanged.
 
     Args:
-        config: sizes.
-        heads: which heads to build: `mlm` (language), `imlm` (fusion), `contrastive`, `matching`, `boxes`.
-        encoders: which encoders to build; a task that reads one modality has no use for the others.
+        config: sizes of the model.
+        heads: heads to build: `mlm` (language), `imlm` (fusion), `contrastive`, `matching`, `boxes`.
+        encoders: encoders to build; a task with one modality needs only one.
     """
 
     load_report: checkpoint.LoadReport | None = None
-    """Changes and omissions of loading an official checkpoint."""
+    """What was changed or dropped when an official checkpoint was loaded."""
 
     tokenizer: CaptionTokenizer | None = None
-    """Reads the texts of `encode`, `match` and `ground`; saved with the model."""
+    """Tokenizer of `encode`, `match` and `ground`; saved with the model."""
 
     def __init__(
         self, config: XFMConfig, *, heads: Iterable[Head] = ALL_HEADS, encoders: Iterable[Encoder] = ALL_ENCODERS
@@ -155,21 +153,20 @@ class XFM(nn.Module):
         dtype: Precision = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
     ) -> Self:
-        """Load an official checkpoint, of pretraining or fine-tuning.
+        """Load an official checkpoint of pretraining or fine-tuning.
 
-        Position tables are interpolated to `config.image_size`, dead weights are left out; `load_report` of the model
-        says so.
+        Position tables are interpolated to `config.image_size` and dead weights are dropped, as `load_report` lists.
 
         Args:
             source: a `.th`/`.pth`/`.bin` file (read with `weights_only=True`), a `.safetensors` file, or a state dict.
             config: sizes of the model.
-            heads: heads to load; a fine-tuned checkpoint lacks some. Those not named are left out.
-            dtype: of the parameters; or "int8" or "fp8", see `quantise`.
-            tokenizer: reads texts; or a folder with RoBERTa's `vocab.json` and `merges.txt`, or a `tokenizer.json`.
+            heads: heads to load; a fine-tuned checkpoint lacks some. Others are dropped.
+            dtype: dtype of the parameters; or "int8" or "fp8", see `quantise`.
+            tokenizer: a tokenizer, or a folder with RoBERTa's `vocab.json` and `merges.txt`, or a `tokenizer.json`.
 
         Raises:
             DataError: the tokenizer cannot be read, or belongs to another model.
-            CheckpointError: the file cannot be read, or lists every parameter that is missing, unexpected or misshapen.
+            CheckpointError: the file cannot be read, or has missing, unexpected or misshapen parameters, all listed.
         """
         what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
         vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, config)
@@ -193,22 +190,22 @@ class XFM(nn.Module):
         dtype: Precision = torch.float32,
         tokenizer: CaptionTokenizer | str | Path | None = None,
     ) -> Self:
-        """Load a checkpoint of X²-VLM or of CCLM-X²-VLM, which compute what this model computes, in other names.
+        """Load a checkpoint of X²-VLM or CCLM-X²-VLM, which are the same model with other parameter names.
 
-        The sizes and the heads are those of the weights. Masked image modelling, which X²-VLM does not do, starts from
-        a zero token; language layers have no vocabulary head there, and none here.
+        Sizes and heads are those of the weights. The mask token of masked image modelling, which X²-VLM lacks, is zero,
+        and there is no vocabulary head on the language layers.
 
         Args:
             source: as for `from_official`.
             image_size: in pixels; by default that of the weights.
-            text_heads: attention heads of language and fusion; by default one for each 64 columns.
-            dtype: of the parameters; or "int8" or "fp8", see `quantise`.
+            text_heads: attention heads of language and fusion; by default one per 64 columns.
+            dtype: dtype of the parameters; or "int8" or "fp8", see `quantise`.
             tokenizer: a folder with BERT's `vocab.txt`, or a `tokenizer.json` (of XLM-R for CCLM).
 
         Raises:
             DataError: the tokenizer cannot be read, or belongs to another model.
-            CheckpointError: the file cannot be read, is of another model (X-VLM, ALBEF and BLIP look at images in other
-                ways, and the error says in which), of a task without a counterpart here, or incomplete.
+            CheckpointError: the file cannot be read, is incomplete, of an unsupported task, or of an incompatible model
+                (X-VLM, ALBEF, BLIP).
         """
         what = "state dict" if isinstance(source, Mapping) else f"checkpoint {source}"
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
@@ -231,21 +228,21 @@ class XFM(nn.Module):
         tokenizer: CaptionTokenizer | str | Path | None = None,
         **download: Unpack[hub.Download],
     ) -> Self:
-        """Load a folder that `save_pretrained` wrote, with the tokenizer that lies there.
+        """Load a folder written by `save_pretrained`, or a model on the Hugging Face Hub, with its tokenizer.
 
-        In the type that they are stored in, parameters are backed by the file and read when they are first needed:
-        replace that file as `save_pretrained` does, and do not write into it while the model lives.
+        Parameters in their stored dtype are memory-mapped: replace the file only as `save_pretrained` does, and do not
+        write into it while the model lives.
 
         Args:
-            folder: the folder, or a model on the Hugging Face Hub by its name, `"org/name"`.
-            heads: heads to load; by default those that it holds.
-            dtype: of the parameters; or "int8" or "fp8", see `quantise`.
-            tokenizer: instead of that of the folder; see `from_official`.
+            folder: the folder, or the Hub name `"org/name"`.
+            heads: heads to load; by default all in the folder.
+            dtype: dtype of the parameters; or "int8" or "fp8", see `quantise`.
+            tokenizer: replaces the tokenizer of the folder; see `from_official`.
             download: `revision`, `token`, `cache_dir`, `local_files_only` and `force_download` of the Hub.
 
         Raises:
-            CheckpointError: the folder is not there, or holds no such model, or a damaged one.
-            ConfigError: its `config.json` describes no model.
+            CheckpointError: the folder is missing, or its model is missing or damaged.
+            ConfigError: its `config.json` is not a valid model configuration.
             DataError: the tokenizer cannot be read, or belongs to another model.
         """
         place = hub.local_folder(folder, **download)
@@ -256,7 +253,7 @@ class XFM(nn.Module):
         return model
 
     def load_tokenizer(self, source: CaptionTokenizer | str | Path | None, folder: Path) -> None:
-        """Take a tokenizer, or without one that of a folder of weights, if there is one."""
+        """Set the tokenizer from `source`, or from a folder of weights if it has one."""
         self.tokenizer = find_tokenizer(folder, self.config) if source is None else read_tokenizer(source, self.config)
 
     @classmethod
@@ -269,11 +266,11 @@ class XFM(nn.Module):
         dtype: Precision,
         shared: bool = False,
     ) -> Self:
-        """A model with the values of a state dict, which are copied where they are shared with the caller."""
+        """Build a model from a state dict; tensors shared with the caller are copied."""
         kind = dtype if isinstance(dtype, str) else None
         dtype = float_type(dtype, torch.device("cpu"))
         checkpoint.require_depth(config, state, what=what)
-        # Drawing 300 million random numbers only to overwrite them would take longer than reading the file.
+        # Drawing 300 million random numbers would take longer than reading the file.
         with checkpoint.without_values():
             model = cls(config, heads=heads)
         model = model.to(dtype)
@@ -288,10 +285,10 @@ class XFM(nn.Module):
         return model.eval() if kind is None else model.quantise(kind).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and, where there is a tokenizer,
+        """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and, if there is a tokenizer,
         `tokenizer.json`.
 
-        Each appears whole or not at all.
+        Files are written atomically.
         """
         files = XFMProcessor(self.config, self.tokenizer).files()
         checkpoint.save_pretrained(self.state_dict(), self.config, folder, files=files)
@@ -306,10 +303,9 @@ class XFM(nn.Module):
         branch: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Put what `save_pretrained` writes on the Hugging Face Hub, as `"org/name"`; returns the commit's address.
+        """Upload what `save_pretrained` writes to the Hugging Face Hub as `"org/name"`; returns the commit's address.
 
-        A card that says how to load it is added where there is none. `from_pretrained` and this take the arguments of
-        `huggingface_hub.PyTorchModelHubMixin`, which need not be installed.
+        A model card is added if there is none. Arguments are those of `huggingface_hub.PyTorchModelHubMixin`.
 
         Raises:
             UnavailableError: `huggingface_hub` is not installed.
@@ -322,25 +318,25 @@ class XFM(nn.Module):
     def quantise(
         self, kind: EightBits = "int8", agreement: Callable[[], float] | None = None, *, least: float = 0.97
     ) -> Self:
-        """Let the linear layers of all blocks run in 8 bits; in place.
+        """Run the linear layers of all blocks in 8 bits; in place.
 
-        Weights are rounded once for each output channel, activations for each token as they come. Patch embedding,
-        embeddings, attention, norms and heads stay as they are. The parameters keep their values beside the bytes, so
-        that the model can be saved, trained and dequantised as before.
+        Weights are quantised once per output channel, activations per token at run time. Patch embedding, embeddings,
+        attention, norms and heads keep their dtype. The original parameters stay beneath, so that the model can be
+        saved, trained and dequantised as before.
 
         Args:
-            kind: "int8", on a CPU, wherever no gradient is wanted; "fp8", on a GPU of compute capability 8.9 or newer,
-                and gradients are refused. A CPU emulates fp8, slowly, to show what it does to results. A model in fp8
-                may be moved; moved to a GPU, one in int8 computes in floats.
-            agreement: how near this model's results on data of yours are, when it is called, to those in floats: a
-                cosine, or a share of rankings that stay. Where it is below `least`, the blocks that cost most of it
-                keep the type of their parameters, as many as are needed. It is called at most twice for each block.
-            least: that agreement has to be.
+            kind: "int8" on a CPU, for inference; "fp8" on a GPU of compute capability 8.9 or newer, for inference only.
+                A CPU emulates fp8, slowly, to show its effect on results. A model in fp8 may be moved; a model in int8
+                computes in floating point on a GPU.
+            agreement: a function that scores this model's results on your data against those in floating point, as a
+                cosine or a share of equal rankings. While the score is below `least`, the blocks that cost most of it
+                return to floating point. It is called at most twice per block.
+            least: minimum agreement.
 
         Raises:
-            UnavailableError: this processor or GPU has no fast products of that kind.
-            InputError: the model is in 8 bits already, frozen, or its parameters are in a type without such products;
-                or no block can be in 8 bits within `least`, and the model is in floats then.
+            UnavailableError: this processor or GPU has no fast GEMMs of that kind.
+            InputError: the model is quantised already, frozen, or in a dtype without such GEMMs; or no block fits
+                `least`, and the model stays in floating point.
         """
         if self.quantised:
             raise InputError(
@@ -366,18 +362,18 @@ class XFM(nn.Module):
         return self
 
     def cast(self, precision: Precision) -> Self:
-        """Convert parameters to a type, in place; 8 bits are the fastest type beside them, and `quantise`."""
+        """Convert parameters to a precision, in place; for int8 and fp8, to the fastest dtype, then `quantise`."""
         model = self.to(float_type(precision, self.device))
         return model if isinstance(precision, torch.dtype) else model.quantise(precision)
 
     def dequantise(self) -> Self:
-        """Undo `quantise`: every product in the type of the parameters again; in place. Twice does no harm."""
+        """Undo `quantise`, in place; does nothing to a model in floating point."""
         marked.unmark([*self._block_weights(), *self._block_weights(nn.LayerNorm)])
         return self
 
     @property
     def quantised(self) -> EightBits | None:
-        """In which 8 bits the blocks multiply: after `quantise`, or when loaded so. None for a model in floats."""
+        """The 8-bit kind of the blocks, or None for a model in floating point."""
         for weight in self._block_weights():
             if (kind := marked.kind_of(weight)) is not None:
                 return kind
@@ -413,17 +409,18 @@ class XFM(nn.Module):
         return next(self.parameters()).device
 
     def freeze(self) -> Self:
-        """Lay the weights of the encoders out for the CPU's fastest library, in place: for inference, at no memory.
+        """Convert the encoders' weights to the CPU's fastest GEMM layout, in place and without extra memory, for
+        inference.
 
-        Most is gained for a few tokens, where nearly all the time is spent on reading weights. State dicts and
-        `save_pretrained` are as before, to the bit; training, autocast, compilers and exports need `unfreeze` first.
-        Moved or converted, the model is unfrozen.
+        The gain is largest for few tokens, where most of the time is spent reading weights. State dicts and
+        `save_pretrained` are the same to the bit; training, autocast, compilers and exports need `unfreeze` first.
+        Moving or converting the model unfreezes it.
 
         Returns:
             The model.
 
         Raises:
-            InputError: it is not on a CPU, in another type than float32 and bfloat16, in int8, or in training mode.
+            InputError: the model is not on a CPU, not in float32 or bfloat16, in int8, or in training mode.
         """
         if self.quantised:
             raise InputError(
@@ -438,7 +435,7 @@ class XFM(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode or, with False, evaluation.
+        """Set training mode or, with False, evaluation mode.
 
         Raises:
             InputError: training mode of a frozen model.
@@ -448,7 +445,7 @@ class XFM(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What moves or converts a model reads its weights as they were.
+        # Moving or converting needs the original weights.
         frozen.unfreeze(self)
         with marked.following(self):
             return super()._apply(fn, recurse)
@@ -468,7 +465,7 @@ class XFM(nn.Module):
             )
 
     def encode(self, items: str | Picture | Sequence[str] | Sequence[Picture], *, batch_size: int = 32) -> Tensor:
-        """Contrastive features of texts or images, on which the cosine similarity is a dot product.
+        """Contrastive features of texts or images; their dot product is the cosine similarity.
 
             >>> model.encode("a dog on a beach").shape
             torch.Size([256])
@@ -476,17 +473,17 @@ class XFM(nn.Module):
             torch.Size([2, 256])
 
         Args:
-            items: a string is a text, a `Path` or PIL image an image; or a list of either kind. Texts are cleaned as
-                captions are and cut to 40 tokens, images resized whole.
-            batch_size: items that are computed together.
+            items: one or a list of strings (texts), or of `Path`s or PIL images (images). Texts are cleaned as captions
+                and truncated to 40 tokens, images resized whole.
+            batch_size: items per forward pass.
 
         Returns:
             `[embed_dim]` of one, `[N, embed_dim]` of a list; L2-normalised.
 
         Raises:
-            InputError: something else, both kinds in one list, or a string that names a file.
+            InputError: items of another type, both kinds in one list, or a string that names a file.
             UnavailableError: the model lacks the contrastive head, or has no tokenizer for texts.
-            DataError: an image is broken, a text empty after cleaning.
+            DataError: an image is broken, or a text is empty after cleaning.
         """
         single = isinstance(items, str) or is_picture(items)
         every: Sequence[str] | Sequence[Picture] = listed(items)
@@ -504,11 +501,11 @@ class XFM(nn.Module):
         return features[0][0] if single else torch.cat(features)
 
     def similarity(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Tensor:
-        """Cosine similarity of images and texts: `[I, T]`, without the dimension of what is one and no list.
+        """Cosine similarity of images and texts: `[I, T]`, without the dimension of a single image or text.
 
         Args:
-            images: image files, as strings or paths, or PIL images.
-            texts: as of `encode`, which also says what it raises.
+            images: image files (strings or paths) or PIL images.
+            texts: as for `encode`, whose errors this raises.
         """
         single = isinstance(images, str) or is_picture(images)
         many: list[Picture] = listed(images)
@@ -518,17 +515,17 @@ class XFM(nn.Module):
         return found[0] if single else found
 
     def match(self, image: Picture, texts: str | Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """The probability that each text describes the image, which is encoded once: `[T]`, or a scalar of one text.
+        """Probability that each text describes the image: `[T]`, or a scalar for one text.
 
         Args:
-            image: image file, as a string or path, or PIL image.
-            texts: as of `encode`.
-            batch_size: texts that are computed together.
+            image: image file (string or path) or PIL image, encoded once.
+            texts: as for `encode`.
+            batch_size: texts per forward pass.
 
         Raises:
             InputError: there are no texts.
             UnavailableError: the model lacks the matching head, or has no tokenizer.
-            DataError: the image is broken, a text empty after cleaning.
+            DataError: the image is broken, or a text is empty after cleaning.
         """
         self.require_head("matching")
         with evaluating(self):
@@ -537,9 +534,10 @@ class XFM(nn.Module):
         return found[0] if isinstance(texts, str) else found
 
     def ground(self, image: Picture, text: str | Sequence[str], *, batch_size: int = 256) -> Tensor:
-        """The boxes of what texts refer to, in pixels of the image: `[T, 4]` (x, y, w, h), or `[4]` of one text.
+        """Boxes of the objects that texts refer to, in pixels of the image: `[T, 4]` (x, y, w, h), or `[4]` for one
+        text.
 
-        Arguments and errors as of `match`, with the head `boxes`. An EXIF orientation of the image is not applied.
+        Arguments and errors as for `match`, with the head `boxes`. An EXIF orientation of the image is not applied.
         """
         self.require_head("boxes")
         picture = open_image(image)
@@ -550,7 +548,7 @@ class XFM(nn.Module):
         return found[0] if isinstance(text, str) else found
 
     def _fuse_texts(self, image: Picture, texts: str | Sequence[str], batch_size: int) -> Iterator[Tensor]:
-        """`[T, 1, text_width]` of the next T texts with the image, whose memory is made once."""
+        """Yield `[T, 1, text_width]` for chunks of T texts fused with the image, whose memory is computed once."""
         every = listed(texts)
         if not are_texts(every):
             raise InputError("texts are images; give the image first, then strings")
@@ -565,9 +563,10 @@ class XFM(nn.Module):
     def forward(
         self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> XFMOutput:
-        """All that the model says about B images, B texts, or B pairs of them: what DDP, `torch.compile` and trainers
-        call. It computes no loss; `xfm_fast.objectives` does, of its result or of a batch. Heads that the loss does
-        not read get no gradient, so DDP needs `find_unused_parameters=True`.
+        """All results for B images, B texts, or B pairs: the entry point of DDP, `torch.compile` and trainers.
+
+        Losses are in `xfm_fast.objectives`. Heads that a loss does not read get no gradient, so DDP needs
+        `find_unused_parameters=True`.
 
         Args:
             pixels: `[B, 3, R, R]` normalised images.
@@ -575,7 +574,7 @@ class XFM(nn.Module):
             attention_mask: `[B, L]`, non-zero for real tokens; by default everything but the padding id.
 
         Raises:
-            InputError: there are neither images nor texts, or they are not what the encoders take.
+            InputError: images and texts are both missing, or not what the encoders accept.
         """
         if pixels is None and input_ids is None:
             raise InputError("neither pixels nor input_ids were given; pass one or both")
@@ -617,7 +616,7 @@ class XFM(nn.Module):
         return self.vision_encoder(self._cast(pixels), patch_mask)
 
     def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """R regions of B images.
+        """Encode R regions of B images.
 
         Args:
             pixels: `[B, 3, R, R]`.
@@ -633,11 +632,11 @@ class XFM(nn.Module):
         return self.vision_encoder.regions(*checked)
 
     def encode_region_tokens(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode_regions` without a copy of its image for every region; arguments as there.
+        """`encode_regions` without a copy of the image for every region; the arguments are the same.
 
         Returns:
-            The tokens that regions have to themselves, `[R, 1, vision_width]` (`[R, 1 + N, vision_width]` with
-            `local_attn_depth > 0`), and the images `[B, 1 + N, vision_width]`.
+            The regions' own tokens, `[R, 1, vision_width]` (`[R, 1 + N, vision_width]` with `local_attn_depth > 0`),
+            and the images `[B, 1 + N, vision_width]`.
         """
         checked = self._checked_regions(pixels, image_index, region_mask)
         if not region_mask.shape[0]:
@@ -661,7 +660,7 @@ class XFM(nn.Module):
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, keep_padding: bool = False
     ) -> Tensor:
-        """Language encoder. Texts run without their padding; padded positions of the result are zero.
+        """Language encoder. Texts run unpadded; padded positions of the result are zero.
 
         Args:
             input_ids: `[B, L]`.
@@ -708,9 +707,9 @@ class XFM(nn.Module):
         return self.fusion_encoder.memory(image_embeds, token_mask)
 
     def packed_memory(self, tokens: Tensor, cu_keys: Tensor, longest: int, rows: Tensor | None = None) -> PackedMemory:
-        """Keys and values of image tokens `[K, vision_width]`, projected once each, for groups that see some of them.
+        """Keys and values of image tokens `[K, vision_width]`, each projected once, for groups with overlapping tokens.
 
-        The other arguments are attributes of the `PackedMemory` that comes back.
+        The other arguments are attributes of the returned `PackedMemory`.
         """
         if not self.config.fusion_layers:
             raise UnavailableError("this model has no fusion layers (fusion_layers=0)")
@@ -731,9 +730,9 @@ class XFM(nn.Module):
         Args:
             text_embeds: `[P, L, text_width]` from `encode_text`.
             attention_mask: `[P, L]`, non-zero for real tokens.
-            memory: of the B images.
+            memory: of the B images, from `image_memory`.
             image_index: `[P]` image of each text, in any order; by default text b belongs to image b.
-            first_token_only: compute only what heads on token 0 read; the last layer is then nearly free.
+            first_token_only: compute only token 0, which most heads read; the last layer is then nearly free.
             keep_padding: compute padded positions too, as the official code does.
 
         Returns:
@@ -785,22 +784,19 @@ class XFM(nn.Module):
 
 @dataclass
 class HiddenStates:
-    """The intermediate results of a model's encoders, in the order in which they were computed.
+    """Intermediate results of the encoders, in the order of computation."""
 
-    Attributes:
-        vision: `[B, 1 + N, vision_width]` embeddings, class token first, and the output of every block.
-        text: `[B, L, text_width]` embeddings and the output of every layer, zeros at padded positions.
-        fusion: `[P, L, text_width]` output of every layer that computes whole texts, zeros at padded positions.
-    """
-
+    # [B, 1 + N, vision_width] embeddings, class token first, and the output of every block
     vision: list[Tensor] = field(default_factory=list)
+    # [B, L, text_width] embeddings and the output of every layer, zeros at padding
     text: list[Tensor] = field(default_factory=list)
+    # [P, L, text_width] output of every layer that computes whole texts, zeros at padding
     fusion: list[Tensor] = field(default_factory=list)
 
 
 @contextmanager
 def record_hidden_states(model: XFM) -> Iterator[HiddenStates]:
-    """Record what `encode_image`, `encode_text` and `fuse` compute on the way, for the time of a block.
+    """Record the intermediate results of `encode_image`, `encode_text` and `fuse` in a `with` block.
 
     Example:
         >>> with record_hidden_states(model) as states:
@@ -830,7 +826,7 @@ def _record_texts(encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo
 
     def keep(module: nn.Module, args: object, packed: Tensor) -> None:
         packing = packings[-1]
-        # A last layer that computes only what is read has no place for it in a padded batch.
+        # The output of a last layer that computes only reads does not fit the padded batch.
         if isinstance(packing, Packing) and packed.shape[0] == packing.positions.shape[0]:
             kept.append(packing.unpad(packed))
 
@@ -843,7 +839,7 @@ def _record_texts(encoder: TextEncoder | FusionEncoder, kept: list[Tensor], undo
     if isinstance(encoder, TextEncoder):
         undo.callback(encoder.roberta.embeddings.register_forward_hook(keep).remove)
     for layer in encoder.roberta.encoder:
-        # Hooks see whole modules only, and a layer of texts is called by its parts, of which this is the last.
+        # Hooks fire on whole modules only, and text layers are called by their parts; this is the last one.
         own = vars(layer)
         former = own.get("feed_forward")
         undo.callback(own.pop, "feed_forward") if former is None else undo.callback(own.update, feed_forward=former)

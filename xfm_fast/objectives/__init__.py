@@ -1,7 +1,7 @@
-"""The losses of X-FM (arXiv 2301.05065), each a pure function: tensors in, scalar out; and a whole step of them.
+"""The losses of X-FM (arXiv 2301.05065) as pure functions from tensors to a scalar, and a whole pretraining step.
 
-Only `pretraining_losses` knows the model. Gradients stop where a docstring says so and nowhere else; before the fusion
-encoder it is `pretraining_losses` that detaches text embeddings.
+Only `pretraining_losses` knows the model; it also detaches the text embeddings before the fusion encoder. Elsewhere
+gradients stop only where a docstring mentions it.
 """
 
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TextBatch

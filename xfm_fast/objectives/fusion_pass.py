@@ -1,7 +1,7 @@
 """One packed pass of the fusion encoder for all pairs of a step: true pairs, negatives, masked captions, boxes.
 
-Texts lie image by image, so that all texts of an image are one query sequence over its memory, and the last layer
-computes nothing but the tokens that a head reads.
+Texts are grouped by image, so all texts of an image are one query sequence over its memory, and the last layer computes
+only the tokens that a head reads.
 """
 
 from __future__ import annotations
@@ -23,31 +23,21 @@ from xfm_fast.packing import ImageGroups, Reads, Sequences, offsets, ragged_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """P texts, each with the group of image tokens that it attends to, and the tokens of it that are read.
+    """P texts, each with the group of image tokens that it attends to and the tokens that heads read.
 
-    Sizes are numbers of the host: a pass asks the device for nothing.
-
-    Attributes:
-        starts: `[P]` int64 rows of the texts' first tokens in a table of token embeddings.
-        lengths: `[P]` int64 tokens that a text takes up.
-        groups: `[P]` int64 groups of the memory.
-        read_starts, read_counts: `[P]` int64 which entries of a table of positions are read of a text. Its entry 0
-            holds position 0: the first token.
-        tokens, reads: sums of `lengths` and `read_counts`.
-        longest, most_reads: bounds of them.
-        real: `[P]` int64 tokens that are attended to, where a text may take up more; None where all are.
+    Sizes are Python numbers, so a pass never synchronises.
     """
 
-    starts: Tensor
-    lengths: Tensor
-    groups: Tensor
-    read_starts: Tensor
-    read_counts: Tensor
-    tokens: int
-    reads: int
-    longest: int
-    most_reads: int
-    real: Tensor | None = None
+    starts: Tensor  # [P] int64 rows of the first tokens in a table of token embeddings
+    lengths: Tensor  # [P] int64 rows per text
+    groups: Tensor  # [P] int64 groups of the memory
+    read_starts: Tensor  # [P] int64 first entry of a text in a table of read positions; entry 0 is the first token
+    read_counts: Tensor  # [P] int64 entries per text
+    tokens: int  # sum of `lengths`
+    reads: int  # sum of `read_counts`
+    longest: int  # upper bound of `lengths`
+    most_reads: int  # upper bound of `read_counts`
+    real: Tensor | None = None  # [P] int64 attended tokens, if fewer than `lengths`; None for all
 
     @classmethod
     def first_token(
@@ -60,7 +50,7 @@ class Pairs:
         longest: int,
         real: Tensor | None = None,
     ) -> Pairs:
-        """Pairs of which heads read the first token."""
+        """Pairs whose heads read the first token."""
         return cls(
             starts=starts,
             lengths=lengths,
@@ -76,7 +66,7 @@ class Pairs:
 
     @classmethod
     def joined(cls, parts: Sequence[Pairs]) -> Pairs:
-        """Several kinds of pairs as one list."""
+        """Concatenate several kinds of pairs."""
 
         def cat(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts])
@@ -105,19 +95,11 @@ def fuse_pairs(
     memory: ImageMemory | PackedMemory,
     texts: Sequences | None = None,
 ) -> Tensor:
-    """Fuse texts with what they are paired with.
+    """Fuse texts with their groups of image tokens: `[pairs.reads, width]`, the read tokens in the order of the pairs.
 
-    Args:
-        encoder: the fusion encoder.
-        table: `[S, width]` token embeddings, those of a text one after the other.
-        pairs: which texts with which groups.
-        positions: `[...]` int64 positions within a text that are read; see `Pairs.read_starts`.
-        memory: keys and values of the groups.
-        texts: how the table divides into texts; the first self-attention, which does not depend on the image, is then
-            done once per text of the table, and not for every pair. In training its dropout is shared, too.
-
-    Returns:
-        `[pairs.reads, width]`: what is read of the pairs, in their order.
+    `table` `[S, width]` holds token embeddings, text by text; `positions` are the read positions within a text (see
+    `Pairs.read_starts`). With `texts`, the layout of the table, the first self-attention runs once per text of the
+    table rather than per pair, since it is independent of the image; in training its dropout is then shared too.
     """
     groups, order = pairs.groups.sort(stable=True)
     lengths, read_counts = pairs.lengths[order], pairs.read_counts[order]
@@ -125,7 +107,7 @@ def fuse_pairs(
     rows = ragged_rows(pairs.starts[order], lengths, pairs.tokens)
     key_mask = None
     if pairs.real is not None:
-        # What a text takes up beyond its real tokens are tokens of its neighbours, or of the last text.
+        # Rows beyond the real tokens of a text are tokens of its neighbours, or of the last text.
         rows = rows.clamp_max(table.shape[0] - 1)
         within = ragged_rows(torch.zeros_like(lengths), lengths, pairs.tokens)
         key_mask = within < torch.repeat_interleave(pairs.real[order], lengths, output_size=pairs.tokens)
@@ -150,22 +132,18 @@ def fuse_pairs(
 
 @dataclass(frozen=True)
 class TextTable:
-    """Token embeddings of texts, and where each text lies.
+    """Token embeddings of texts, and the rows of each text."""
 
-    Attributes:
-        tokens: `[S, width]`.
-        starts, lengths: `[G]` int64 of the texts of all processes.
-        first: number of this process's first text.
-    """
-
-    tokens: Tensor
-    starts: Tensor
-    lengths: Tensor
-    first: int = 0
+    tokens: Tensor  # [S, width]
+    starts: Tensor  # [G] int64, texts of all processes
+    lengths: Tensor  # [G] int64
+    first: int = 0  # index of this process's first text
 
     @classmethod
     def of(cls, packed: Tensor, layout: TextLayout, world: World) -> TextTable:
-        """The texts of all processes, with a gradient if `packed` has one. They travel so that no image has to."""
+        """Gather the texts of all processes, with a gradient if `packed` has one. Texts are smaller to send than
+        images.
+        """
         if world.size == 1:
             return cls(packed, layout.starts, layout.lengths)
         texts, length = layout.packing.shape
@@ -183,26 +161,19 @@ class TextTable:
 
 
 def fixed_capacity(device: torch.device, world: World) -> bool:
-    """True if texts drawn as negatives take up as much as the longest text, so that no size depends on the draw.
+    """Return True if negative texts occupy as many rows as the longest text, so sizes are independent of the draw.
 
-    That is so on an accelerator, where the host would have to wait for the draw. Several processes have no such bound
-    (any number of texts may draw an image of the same process): there the draw is copied to the host while other work
-    is under way.
+    That avoids a synchronisation on an accelerator. With several processes no such bound exists (any number of texts
+    may draw an image of the same process), and the draw is copied to the host asynchronously.
     """
     return device.type != "cpu" and world.size == 1
 
 
 def matching_pairs(layout: TextLayout, table: TextTable, negatives: HardNegatives, world: World) -> Callable[[], Pairs]:
-    """Positives, every text with its negative image, every image with its negative text: those that belong here.
+    """Return a function that builds the ITM pairs of this process: positives, negative images, negative texts.
 
-    Args:
-        layout: of this process's texts.
-        table: the texts of all processes.
-        negatives: one for each of this process's pairs, or for each of all, numbered over all.
-        world: the processes.
-
-    Returns:
-        A function that makes the pairs, to be called as late as possible: the draw may be on its way to the host.
+    `negatives` are numbered over all processes, one for each of this process's pairs or of all. Call the function as
+    late as possible: the draw may still be on its way to the host.
     """
     if fixed_capacity(table.starts.device, world):
         return partial(_bounded_pairs, layout, table, negatives)
@@ -217,7 +188,7 @@ def matching_pairs(layout: TextLayout, table: TextTable, negatives: HardNegative
 
 
 def _bounded_pairs(layout: TextLayout, table: TextTable, negatives: HardNegatives) -> Pairs:
-    """Sizes do not depend on the negatives: texts drawn as such take up as much as the longest one."""
+    """Pairs whose sizes are independent of the draw: negative texts occupy as many rows as the longest text."""
     texts, longest = layout.lengths.shape[0], layout.packing.longest
     own = torch.arange(texts, device=table.starts.device)
     drawn = Pairs.first_token(
@@ -233,7 +204,7 @@ def _bounded_pairs(layout: TextLayout, table: TextTable, negatives: HardNegative
 
 
 def _exact_pairs(draw: HostCopy, table: TextTable, texts: int) -> Pairs:
-    """The pairs whose image this process owns, each text in its own length."""
+    """Pairs whose image belongs to this process, each text in its own length."""
     images, negative_texts, lengths = draw.wait()
     own = torch.arange(table.first, table.first + texts)
     drawn_here = host.true_places((images >= table.first) & (images < table.first + texts))

@@ -1,6 +1,6 @@
-"""The losses of X-FM, each a pure function of tensors: contrastive, matching, masked language, masked images, boxes.
+"""The losses of X-FM as pure functions: contrastive, matching, masked language, masked images, boxes.
 
-The in-batch negatives of matching are drawn here too.
+Sampling of hard negatives for matching is here too.
 """
 
 from __future__ import annotations
@@ -21,16 +21,10 @@ from xfm_fast.kernels.losses import race
 def contrastive_loss(
     image_features: Tensor, text_features: Tensor, temperature: Tensor | float, image_ids: Tensor | None = None
 ) -> Tensor:
-    """Image-text contrastive loss: cross-entropy over the batch in both directions, averaged.
+    """Image-text contrastive loss (ITC) of L2-normalised features `[B, E]`, averaged over both directions.
 
-    Args:
-        image_features, text_features: `[B, E]`, L2-normalised; pair b is (image b, text b). For several processes see
-            `contrastive_rows`.
-        temperature: divides the similarities.
-        image_ids: `[B]`, equal for texts of the same image. All texts of an image then share the target probability.
-
-    Raises:
-        InputError: shapes that do not describe B pairs.
+    Texts with equal `image_ids` `[B]` share the target probability of their image. For several processes see
+    `contrastive_rows`. Raises `InputError` for mismatched shapes.
     """
     check_features(image_features, text_features, image_ids)
     logits = image_features @ text_features.t() / temperature
@@ -49,19 +43,9 @@ def contrastive_rows(
     gathered: AllPairs,
     image_ids: Tensor | None = None,
 ) -> Tensor:
-    """This process's rows of `contrastive_loss` over the pairs of all processes: two `[B, G]` products, never `[G, G]`.
+    """This process's rows of `contrastive_loss` over the pairs of all processes: two `[B, G]` GEMMs, never `[G, G]`.
 
-    Args:
-        image_features, text_features: `[B, E]` of this process.
-        temperature: divides the similarities.
-        gathered: the pairs of all processes.
-        image_ids: `[B]`; see `contrastive_loss`.
-
-    Returns:
-        A scalar, whose mean over processes is the loss of the global batch.
-
-    Raises:
-        InputError: shapes that do not describe pairs.
+    The mean of the result over processes is the loss of the global batch. Raises `InputError` for mismatched shapes.
     """
     check_features(image_features, text_features, image_ids)
     check_features(gathered.image_features, gathered.text_features, gathered.image_ids)
@@ -77,19 +61,19 @@ def contrastive_rows(
 
 
 class AllPairs(NamedTuple):
-    """The pairs of all processes, as each of them sees them."""
+    """The pairs of all processes, as seen by each of them."""
 
     image_features: Tensor
     """`[G, E]`, rank by rank, gathered by an operation whose gradient is summed over processes."""
     text_features: Tensor
     """`[G, E]`."""
     first: int
-    """Place of this process's first pair."""
+    """Index of this process's first pair."""
     image_ids: Tensor | None = None
     """`[G]`; None when all images differ."""
 
     def same_image(self, image_ids: Tensor | None, rows: int) -> Tensor:
-        """`[B, G]` boolean: which pairs share their image with each of this process's."""
+        """`[B, G]` boolean: pairs that share their image with each of this process's pairs."""
         if image_ids is not None and self.image_ids is not None:
             return image_ids[:, None] == self.image_ids[None, :]
         columns = torch.arange(self.image_features.shape[0], device=self.image_features.device)
@@ -97,7 +81,7 @@ class AllPairs(NamedTuple):
 
 
 def check_features(image_features: Tensor, text_features: Tensor, image_ids: Tensor | None) -> None:
-    """Raise InputError unless these are features `[B, E]` of B pairs, and their ids."""
+    """Raise InputError unless the features are `[B, E]` of B pairs, with B ids."""
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise InputError(
             f"image features are {[*image_features.shape]} and text features {[*text_features.shape]}; "
@@ -110,22 +94,14 @@ def check_features(image_features: Tensor, text_features: Tensor, image_ids: Ten
 
 
 def matching_loss(logits: Tensor, matches: Tensor) -> Tensor:
-    """Image-text matching: two-way cross-entropy, averaged over P pairs.
-
-    Args:
-        logits: `[P, 2]`; column 1 scores "text describes image".
-        matches: `[P]` boolean or integer, 1 where it does.
-
-    Raises:
-        InputError: shapes that do not belong together.
-    """
+    """Image-text matching loss (ITM): cross-entropy of logits `[P, 2]`, column 1 for `matches` `[P]`, averaged."""
     if logits.ndim != 2 or logits.shape[1] != 2 or matches.shape != logits.shape[:1]:
         raise InputError(f"logits are {[*logits.shape]} and matches {[*matches.shape]}; they must be [P, 2] and [P]")
     return F.cross_entropy(logits, matches.long())
 
 
 class HardNegatives(NamedTuple):
-    """One negative for every pair of a batch."""
+    """One negative image and one negative text for every pair of a batch."""
 
     images: Tensor
     """`[B]` int64: the image that text b does not describe."""
@@ -141,21 +117,10 @@ def hard_negative_weights(
     image_ids: Tensor | None = None,
     gathered: AllPairs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unnormalised probabilities with which negatives are drawn; the more similar, the likelier.
+    """Unnormalised sampling weights of negatives, `softmax + 1e-5` of the similarities: two `[B, G]` without gradient.
 
-    Args:
-        image_features, text_features: `[B, E]`, L2-normalised.
-        temperature: of the softmax.
-        image_ids: `[B]`; pairs with equal ids are never each other's negative. Without ids only the pair itself is
-            excluded.
-        gathered: the G pairs of all processes, among which negatives are found; by default the given B.
-
-    Returns:
-        Two `[B, G]` tensors without gradient: row b of the first weighs the images for text b, row b of the second
-        the texts for image b. Entries are `softmax + 1e-5`, and zero where excluded.
-
-    Raises:
-        InputError: shapes that do not describe B pairs.
+    Row b of the first weighs images for text b, row b of the second texts for image b. The pair itself and pairs with
+    equal `image_ids` `[B]` have weight zero. `gathered` are the G pairs of all processes; by default the given B.
     """
     check_features(image_features, text_features, image_ids)
     if gathered is None:
@@ -177,19 +142,12 @@ def sample_hard_negatives(
     gathered: AllPairs | None = None,
     generator: torch.Generator | None = None,
 ) -> HardNegatives:
-    """Draw one negative image per text and one negative text per image, in one batched step.
+    """Draw one negative image per text and one negative text per image, with `hard_negative_weights`.
 
-    The first arguments are those of `hard_negative_weights`. All rows are drawn at once by an exponential race
-    (`argmax(weight / Exp(1))` has the distribution of `torch.multinomial`) and stay on the device: no row waits for
-    the host.
-
-    Args:
-        gathered: the pairs of all processes, among which negatives are drawn and numbered; by default the given ones.
-        generator: source of the randomness, on the device of the features.
-
-    Raises:
-        InputError: a pair has nothing to be drawn from: the batch holds one pair, or, with ids, texts of a single
-            image. On an accelerator the second case is asserted on the device, since looking would synchronise.
+    All rows are drawn at once by an exponential race (`argmax(weight / Exp(1))` has the distribution of
+    `torch.multinomial`), without a synchronisation. `gathered` are the pairs of all processes, over which negatives are
+    numbered. Raises `InputError` if a pair has no candidate (a batch of one pair, or of a single image); on an
+    accelerator the second case is a device-side assertion.
     """
     weights = hard_negative_weights(image_features, text_features, temperature, image_ids, gathered)
     if weights[0].shape[1] < 2:
@@ -209,17 +167,9 @@ def sample_hard_negatives(
 
 
 def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy at the masked positions, averaged over them; of language or of the fusion encoder.
+    """Mean cross-entropy of logits `[..., vocabulary]` at `targets` `[...]` other than -100; zero without targets.
 
-    Args:
-        logits: `[..., vocabulary]`.
-        targets: `[...]` original ids, -100 where there is nothing to predict.
-
-    Returns:
-        A scalar; zero (the official code: NaN) when there is no target at all.
-
-    Raises:
-        InputError: shapes that do not belong together.
+    The official code gives NaN without targets.
     """
     if logits.shape[:-1] != targets.shape:
         raise InputError(f"logits are {[*logits.shape]} and targets {[*targets.shape]}; there must be a target per row")
@@ -228,15 +178,9 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def masked_token_loss(hidden: Tensor, word_embeddings: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """`masked_lm_loss` of the logits `hidden word_embeddings^T + bias`, which never exist in full.
+    """`masked_lm_loss` of `hidden word_embeddings^T + bias`, without storing all logits.
 
-    Args:
-        hidden: `[..., width]`, transformed by the head.
-        word_embeddings: `[vocabulary, width]`; bias: `[vocabulary]`.
-        targets: `[...]` original ids, -100 where there is nothing to predict.
-
-    Raises:
-        InputError: shapes that do not belong together, or, on CPU, a target outside of the vocabulary.
+    `hidden` `[..., width]` is transformed by the head. On CPU, targets outside of the vocabulary raise `InputError`.
     """
     if hidden.shape[:-1] != targets.shape:
         raise InputError(f"hidden is {[*hidden.shape]} and targets {[*targets.shape]}; there must be a target per row")
@@ -249,35 +193,24 @@ def masked_token_loss(hidden: Tensor, word_embeddings: Tensor, bias: Tensor | No
 def masked_image_loss(
     masked_embeds: Tensor, target_embeds: Tensor, patch_mask: Tensor, *, patches_only: bool = False
 ) -> Tensor:
-    """Masked image modelling: mean squared error to what the same encoder makes of the whole image.
+    """Masked image modelling: mean squared error between the encodings of the masked and the whole image.
 
-    The target is detached: this is how vision-language training guides the vision encoder.
-
-    Args:
-        masked_embeds: `[B, 1 + N, D]` of images in which the patches of `patch_mask` were hidden.
-        target_embeds: `[B, 1 + N, D]` of the images themselves.
-        patch_mask: `[B, N]`, non-zero where the patch was hidden.
-        patches_only: leave out the second term, the error of the image token. (The official option for this is called
-            `mim_cls_only`, the opposite of what it does.)
-
-    Returns:
-        Mean over hidden patches and channels, plus mean over image tokens and channels. Without any hidden patch the
-        first term is zero (the official code: NaN).
-
-    Raises:
-        InputError: shapes that do not belong together.
+    The target is detached: this is how vision-language training guides the vision encoder. Embeddings are `[B, 1 + N,
+    D]`, `patch_mask` `[B, N]` is non-zero at hidden patches. The result is the mean over hidden patches (zero without
+    any; NaN in the official code) plus the mean over image tokens, which `patches_only` omits; the official option for
+    that is called `mim_cls_only`, the opposite of what it does.
     """
     patches, token = masked_image_terms(masked_embeds, target_embeds, patch_mask)
     return patches if patches_only else patches + token
 
 
 def masked_image_terms(masked_embeds: Tensor, target_embeds: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The two terms of `masked_image_loss`, arguments as there: of the hidden patches, and of the image tokens."""
+    """The two terms of `masked_image_loss`: of the hidden patches, and of the image tokens."""
     _check_patches(masked_embeds, patch_mask)
     if masked_embeds.shape != target_embeds.shape:
         raise InputError(f"embeddings are {[*masked_embeds.shape]} and {[*target_embeds.shape]}; both must be the same")
     target = target_embeds.detach()
-    # A weighted mean instead of boolean indexing, whose result has a size that the host would have to wait for.
+    # A weighted mean: boolean indexing would synchronise for the size of its result.
     hidden = patch_mask.bool()[:, :, None]
     squared = (masked_embeds[:, 1:] - target[:, 1:]).square()
     count = hidden.sum().clamp_min(1) * masked_embeds.shape[-1]
@@ -287,19 +220,11 @@ def masked_image_terms(masked_embeds: Tensor, target_embeds: Tensor, patch_mask:
 def masked_code_loss(
     masked_embeds: Tensor, codes: Tensor, patch_mask: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Masked image modelling against a codebook (BEiT, arXiv 2106.08254): which code belongs to a hidden patch?
+    """Masked image modelling against a codebook (BEiT, arXiv 2106.08254): predict the code of each hidden patch.
 
-    Args:
-        masked_embeds: `[B, 1 + N, D]` of images in which the patches of `patch_mask` were hidden.
-        codes: `[B, N]` integers below V, that a tokenizer of the caller's made of the images themselves.
-        patch_mask: `[B, N]`, non-zero where the patch was hidden.
-        weight: `[V, D]` and bias `[V]` of a linear head of the caller's.
-
-    Returns:
-        Cross-entropy averaged over hidden patches; zero without any. The `[M, V]` logits never exist in full.
-
-    Raises:
-        InputError: shapes that do not belong together, or, on CPU, a code that the head does not have.
+    `codes` `[B, N]` are integers below V from an image tokenizer, `weight` `[V, D]` and `bias` `[V]` a linear head.
+    Averaged over hidden patches, zero without any; the `[M, V]` logits are never stored in full. On CPU, a code outside
+    of the codebook raises `InputError`.
     """
     _check_patches(masked_embeds, patch_mask)
     if codes.shape != patch_mask.shape or codes.is_floating_point():
@@ -312,23 +237,20 @@ def masked_code_loss(
 
 
 class ImageCodes(nn.Module):
-    """The target of masked image modelling where nothing guides it: codes of the image itself.
+    """The target of unguided masked image modelling: codes of the image itself.
 
-    Args:
-        tokenizer: the caller's; makes `[B, 3, R, R]` normalised pixels to `[B, N]` integers below `codes`. It is called
-            without gradient, and is no part of the parameters and the state of this module.
-        width: of the vision encoder.
-        codes: V, the size of the codebook.
+    `tokenizer` maps normalised pixels `[B, 3, R, R]` to `[B, N]` integers below `codes`. It is called without gradient,
+    and its parameters and state are not part of this module.
     """
 
     def __init__(self, tokenizer: Callable[[Tensor], Tensor], *, width: int, codes: int) -> None:
         super().__init__()
         self.head = nn.Linear(width, codes)
-        # As an attribute a tokenizer that is a module would be trained and saved.
+        # A module attribute would be trained and saved with this one.
         self._tokenizer = (tokenizer,)
 
     def forward(self, masked_embeds: Tensor, image: Tensor, patch_mask: Tensor) -> Tensor:
-        """`masked_code_loss` of the codes of `image` `[B, 3, R, R]`; the others are as there."""
+        """`masked_code_loss` of the codes of `image` `[B, 3, R, R]`."""
         with torch.no_grad():
             codes = self._tokenizer[0](image)
         return masked_code_loss(masked_embeds, codes, patch_mask, self.head.weight, self.head.bias)
@@ -352,7 +274,7 @@ def _check_boxes(predicted: Tensor, target: Tensor, is_image: Tensor | None) -> 
 
 
 def _mean_over_boxes(loss: Tensor, is_image: Tensor | None) -> Tensor:
-    """Sum over boxes divided by their number, without those that are whole images."""
+    """Sum over boxes divided by their number, excluding whole images."""
     if is_image is None:
         return loss.sum() / max(loss.shape[0], 1)
     whole = is_image.bool()
@@ -360,42 +282,29 @@ def _mean_over_boxes(loss: Tensor, is_image: Tensor | None) -> Tensor:
 
 
 def box_l1_loss(predicted: Tensor, target: Tensor, is_image: Tensor | None = None) -> Tensor:
-    """L1 distance of boxes, summed over the four coordinates, averaged over boxes.
+    """L1 distance of boxes `[R, 4]` (cx, cy, w, h), summed over coordinates, averaged over boxes.
 
-    Args:
-        predicted, target: `[R, 4]` boxes (cx, cy, w, h) relative to the image.
-        is_image: `[R]`, non-zero for captions of a whole image, which have no box to predict and do not count.
-
-    Returns:
-        A scalar; zero (the official code: NaN) when no box counts.
-
-    Raises:
-        InputError: shapes that do not belong together.
+    Captions of whole images (`is_image` `[R]` non-zero) do not count; zero if no box counts (NaN in the official code).
     """
     _check_boxes(predicted, target, is_image)
     return _mean_over_boxes((predicted - target).abs().sum(1), is_image)
 
 
 def box_giou_loss(predicted: Tensor, target: Tensor, is_image: Tensor | None = None) -> Tensor:
-    """`1 - GIoU` (arXiv 1902.09630), averaged over boxes; arguments and result as for `box_l1_loss`.
+    """`1 - GIoU` (arXiv 1902.09630), averaged over boxes; arguments and result as `box_l1_loss`.
 
-    Every box gets its own loss, the degenerate ones too (see `generalized_iou`). The official code sets the loss of
-    the *whole batch* to zero as soon as one box has a negative side, and gives NaN for two coinciding boxes without
-    area.
+    Degenerate boxes get their own loss (see `generalized_iou`). The official code sets the loss of the *whole batch* to
+    zero as soon as one box has a negative side, and gives NaN for two coinciding boxes without area.
     """
     _check_boxes(predicted, target, is_image)
     return _mean_over_boxes(1 - generalized_iou(predicted, target), is_image)
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised intersection over union of boxes, pair by pair.
+    """Generalised IoU of boxes (cx, cy, w, h), pair by pair: `[R]` in [-1, 1].
 
-    Args:
-        a, b: `[R, 4]` boxes (cx, cy, w, h).
-
-    Returns:
-        `[R]` in [-1, 1]. A side that is negative counts as zero. Two boxes without area have intersection over union
-        0, and where even their hull has no area, GIoU 0; gradients stay finite in all these cases.
+    Negative sides count as zero. Two boxes without area have IoU 0, and GIoU 0 if their hull has no area; gradients
+    stay finite in all cases.
     """
     low_a, high_a, area_a = _corners(a)
     low_b, high_b, area_b = _corners(b)
@@ -413,6 +322,6 @@ def _corners(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """0 where the denominator is 0, with a finite gradient: the division never sees the zero."""
+    """Divide, with 0 and a finite gradient where the denominator is 0."""
     empty = denominator <= 0
     return (numerator / denominator.masked_fill(empty, 1)).masked_fill(empty, 0)

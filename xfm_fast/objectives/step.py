@@ -1,4 +1,4 @@
-"""One step of pretraining: the losses that apply to a batch, with nothing computed twice or in vain."""
+"""One pretraining step: the losses that apply to a batch, without redundant computation."""
 
 from __future__ import annotations
 
@@ -71,44 +71,44 @@ def pretraining_losses(
 ) -> dict[str, Tensor]:
     """The losses of X-FM (arXiv 2301.05065) on one batch.
 
-    An image passes the vision encoder once (once more with hidden patches for `mim`) and is projected to keys and
-    values once per fusion layer; true pairs, negatives, masked captions and boxes share one pass of the fusion encoder.
-    ITM, IMLM and boxes see detached text embeddings (IMLM's not with `detach_text_for_mlm=False` in the configuration).
-    On multimodal batches the temperature is first clamped, in place, to its range.
+    An image passes the vision encoder once (once more with hidden patches for `mim`), and its keys and values are
+    projected once per fusion layer; true pairs, negatives, masked captions and boxes share one pass of the fusion
+    encoder. ITM, IMLM and boxes see detached text embeddings (IMLM's not with `detach_text_for_mlm=False` in the
+    configuration). On multimodal batches the temperature is first clamped, in place, to its range.
 
-    A step reads no number back from an accelerator, given a batch that was prepared on the host (`batch.to(device)`
-    does it). Texts drawn as negatives then take up as many tokens as the longest text of the batch; with several
-    processes, the draw itself is copied to the host while the next encoder pass is under way.
+    A step never synchronises an accelerator if the batch was prepared on the host (`batch.to(device)` does that).
+    Negative texts then occupy as many tokens as the longest text of the batch; with several processes, the draw is
+    copied to the host during the next encoder pass.
 
-    In a process group every process passes its part of the global batch, equally large for all. ITC and ITM range over
-    all of it, and every value is this process's share, whose mean over processes is the loss of the global batch: the
-    mean of gradients that DDP takes is then the true gradient. Text embeddings travel, image embeddings never do: a
-    pair is matched where its image lies.
+    In a process group every process passes its part of the global batch, equally large on all. ITC and ITM range over
+    all of it, and every value is this process's share, whose mean over processes is the loss of the global batch, so
+    that DDP's mean of gradients is the true gradient. Text embeddings are exchanged, image embeddings never: a pair is
+    matched on the process of its image.
 
     Args:
         model: with the heads that the losses need.
-        batch: `PairBatch` (itc, itm, imlm, mim), `RegionBatch` (itc, itm, imlm, bbox_l1, bbox_giou), `ImageBatch`
-            (mim) or `TextBatch` (mlm).
+        batch: `PairBatch` (itc, itm, imlm, mim), `RegionBatch` (itc, itm, imlm, bbox_l1, bbox_giou), `ImageBatch` (mim)
+            or `TextBatch` (mlm).
         hard_negatives: (`[B]` negative image of each text, `[B]` negative text of each image) for `itm`, numbered over
             all processes. Drawn by `sample_hard_negatives` when None.
         patch_mask: `[B, N]`, non-zero for patches that `mim` hides; by default the mask of the batch, or a new one.
-        losses: names, to compute only these.
-        generator: source of the negatives, on the device of the batch.
-        group: the processes that share a global batch; by default all, where torch.distributed is initialised.
+        losses: names of the losses to compute; by default all that apply.
+        generator: random generator of the negatives, on the device of the batch.
+        group: process group that shares a global batch; by default all processes, if torch.distributed is initialised.
         official_itc_gradient: scale the gradient of the contrastive features by 1 / (number of processes), as the
             official gathering does.
-        official_itm_negatives: draw the negatives among the pairs of this process alone, as the official code does;
-            then no text travels. Without effect on `hard_negatives` that are given.
-        stop_gradient: False lets ITM, IMLM and the box losses through to the language encoder: the ablation of the
-            method, not fine-tuning.
-        image_codes: what `mim` predicts instead of what the encoder makes of the whole image: MIM without guidance.
+        official_itm_negatives: draw the negatives among the pairs of this process only, as the official code does; no
+            text is exchanged then. Without effect on given `hard_negatives`.
+        stop_gradient: False passes the gradients of ITM, IMLM and the box losses to the language encoder: for ablations
+            of the method, not fine-tuning.
+        image_codes: the target of `mim` in place of the encoding of the whole image: MIM without guidance.
 
     Returns:
         Scalars by name.
 
     Raises:
-        InputError: a batch of another kind, tensors that do not belong together, labels, ids or indices out of range,
-            nothing to draw a negative from, processes with batches of different sizes.
+        InputError: a batch of another kind, tensors that do not fit together, labels, ids or indices out of range, no
+            candidate for a negative, or processes with batches of different sizes.
         UnavailableError: the model lacks a head.
     """
     names = losses_of(batch, losses)
@@ -128,20 +128,20 @@ def pretraining_losses(
         check_pairs(batch)
         step = Step(model, batch.prepare(), names, world, options)
         packed = step.encode_texts()
-        # Alone, `mim` takes the whole image as a target, which has no gradient.
+        # Without other losses the target of `mim` needs no gradient.
         with torch.set_grad_enabled(torch.is_grad_enabled() and names != {"mim"}):
             image = model.encode_image(batch.image)
         found, texts = step.contrast(packed, image, batch.image_ids)
         masks_last = image.device.type == "cpu" and step.fuses
         if "mim" in names and not masks_last:
-            # Between draw and fusion: the host needs the draw only then.
+            # Between draw and fusion, while the draw is copied to the host.
             found["mim"] = _image_loss(model, batch, image, world, options)
         if not step.fuses:
             return found
         fused = step.fuse(texts, model.image_memory(image))
         if "mim" in names and masks_last:
-            # A CPU has the draw at once. What is done last is undone first: the activations of a whole encoder are gone
-            # before there are gradients of the others. They are the most that a step holds.
+            # A CPU has the draw at once. The backward pass frees the activations of the last encoder first, before the
+            # gradients of the others exist; together they are the peak memory of a step.
             found["mim"] = _image_loss(model, batch, image, world, options)
         return found | fused
     if isinstance(batch, RegionBatch):
@@ -158,7 +158,7 @@ def pretraining_losses(
 
 
 def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
-    """`mlm`, whose last layer computes the masked positions alone."""
+    """`mlm`; the last layer computes only the masked positions."""
     model.require_head("mlm")
     layout, encoder = batch.layout, model.text_encoder
     assert layout is not None
@@ -173,11 +173,13 @@ def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
 def _image_loss(
     model: XFM, batch: PairBatch | ImageBatch, target: Tensor | None, world: World, options: Options
 ) -> Tensor:
-    """`mim`: of codes where there are some, else of `target`, the embeddings of whole images (computed if None)."""
+    """`mim` against codes if there are any, otherwise against `target`, the embeddings of whole images (computed if
+    None).
+    """
     config, codes = model.config, options.image_codes
     mask = batch.patch_mask if options.patch_mask is None else options.patch_mask
     if mask is None:
-        # The host draws, from its own generator, so that no device has to be waited for.
+        # The host draws from its own generator, without a synchronisation.
         rng = np.random.default_rng(host.integer(torch.randint(1 << 62, ())))
         drawn = [
             block_mask(config.grid, config.num_masking_patches, config.min_num_patches, rng)
@@ -199,7 +201,7 @@ def _image_loss(
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `pretraining_losses` that say how losses are computed."""
+    """The arguments of `pretraining_losses` that change how losses are computed."""
 
     hard_negatives: tuple[Tensor, Tensor] | None
     patch_mask: Tensor | None
@@ -212,24 +214,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Texts:
-    """The unmasked texts, encoded.
+    """The unmasked texts, encoded."""
 
-    Attributes:
-        tokens: `[T, width]` packed, as the fusion encoder sees them.
-        table: the same of all processes, for matching.
-        matching: makes the pairs to match.
-    """
-
-    tokens: Tensor
-    table: TextTable | None = None
-    matching: Callable[[], Pairs] | None = None
+    tokens: Tensor  # [T, width] packed, as the fusion encoder sees them
+    table: TextTable | None = None  # the texts of all processes, for matching
+    matching: Callable[[], Pairs] | None = None  # builds the pairs to match
 
 
 class Step:
     """The multimodal losses of one batch: `encode_texts`, the images, `contrast`, then `fuse`.
 
-    Text b belongs to group b of the memory, its true image or region; the groups that boxes are predicted from (whole
-    images) come behind.
+    Text b belongs to group b of the memory, its image or region; groups of whole images, for boxes, follow.
     """
 
     def __init__(
@@ -244,14 +239,14 @@ class Step:
         # More than the first token of every text.
         self.whole = self.boxes or "itm" in names
         self.draws = "itm" in names and options.hard_negatives is None
-        # Those whose texts may become negatives here.
+        # Pairs whose texts may become negatives here.
         self.matched = World() if self.draws and options.official_itm_negatives else world
         for name, head in _HEADS.items():
             if name in names:
                 model.require_head(head)
         if self.draws:
             model.require_head("contrastive")
-        # Those counts of the processes have to be equal that decide the sizes of what they send each other.
+        # Counts that determine message sizes must be equal on all processes.
         sizes = {
             "texts": self.texts,
             "tokens per padded text": batch.input_ids.shape[1],
@@ -268,10 +263,10 @@ class Step:
                 model.temp.clamp_(model.config.min_temperature, model.config.max_temperature)
 
     def encode_texts(self) -> Tensor | None:
-        """The unmasked texts `[T, width]`, or their first tokens `[B, width]`, if any loss needs them.
+        """The unmasked texts `[T, width]`, or their first tokens `[B, width]`, if a loss needs them.
 
-        Before the images, so that the backward pass ends with them: few tokens of many weights, they leave many bytes
-        of gradients for few of activations, and by then those of the images are gone.
+        They run before the images, so that the backward pass ends with them: their gradients are large relative to
+        their activations, and the activations of the images are free by then.
         """
         if self.names.isdisjoint({"itc", "itm", *BOXES}):
             return None
@@ -281,15 +276,10 @@ class Step:
     def contrast(
         self, packed: Tensor | None, image_tokens: Tensor, image_ids: Tensor | None
     ) -> tuple[dict[str, Tensor], Texts | None]:
-        """Compute `itc` and draw the negatives of `itm`.
+        """Compute `itc` and draw the negatives of `itm`; returns the losses, and the texts if `fuse` needs them.
 
-        Args:
-            packed: from `encode_texts`.
-            image_tokens: `[B, >= 1, vision_width]`, token 0 of which stands for the image or region.
-            image_ids: `[B]`, equal for texts of the same image.
-
-        Returns:
-            The losses, and for `fuse` the texts, if any loss needs them unmasked.
+        `image_tokens` are `[B, >= 1, vision_width]`, token 0 for the image or region; `image_ids` `[B]` are equal for
+        texts of the same image.
         """
         if packed is None:
             return {}, None
@@ -299,7 +289,7 @@ class Step:
             image, text = self.model.project_image(image_tokens), self.model.project_text(first[:, None])
             if self.options.official_itc_gradient and self.world.size > 1:
                 image, text = (ScaleGradient.apply(f, 1 / self.world.size) for f in (image, text))
-            # A later step clamps the temperature in place; a graph that is still waiting for its backward keeps a copy.
+            # A later step clamps the temperature in place; a pending backward pass needs a copy.
             pairs = (image, text, self.model.temp.clone())
             gathered = None
             if self.world.size > 1 and ("itc" in self.names or self.matched.size > 1):
@@ -327,7 +317,7 @@ class Step:
     def _encode(self, ids: Tensor, *, graph: bool, first_only: bool = False) -> Tensor:
         packing = self.layout.packing
         model_inputs.check_tokens(ids, self.batch.attention_mask, self.model.config)
-        # What is joined of weights for a pass without a graph would lie beside them until the next step changes them.
+        # Concatenated weights of a pass without a graph would occupy memory until the next update.
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()), unkept():
             return self.model.text_encoder(ids, packing, reads=Reads.first_tokens(packing) if first_only else None)
 
@@ -343,7 +333,7 @@ class Step:
             if self.boxes:
                 parts.append(self._boxed(texts.table))
         if "imlm" in self.names:
-            # Masked texts lie behind the others and meet their own image.
+            # Masked texts follow the others and attend to their own image.
             behind = sum(table.shape[0] for table in tables)
             layout = self.layout
             parts.append(
@@ -362,7 +352,7 @@ class Step:
             detach = self.options.stop_gradient and self.model.config.detach_text_for_mlm
             tables.append(self._encode(self.batch.masked_input_ids, graph=not detach))
             positions = torch.cat([positions, self.layout.targets])
-        # With several processes a table holds the texts of all, most of which this one has no pair with.
+        # With several processes most texts of the table have no pair here.
         each_once = self.layout.packing.repeated(len(tables)) if self.matched.size == 1 else None
         encoder, table = self.model.fusion_encoder, torch.cat(tables)
         read = fuse_pairs(encoder, table, Pairs.joined(parts), positions, memory, each_once)
@@ -374,7 +364,7 @@ class Step:
             if self.matched.size == 1:
                 losses["itm"] = matching_loss(logits, matches)
             else:
-                # 3B pairs per process on average; how many lie here is a matter of which images were drawn.
+                # 3B pairs per process on average; the number here depends on the drawn images.
                 losses["itm"] = F.cross_entropy(logits, matches.long(), reduction="sum") / (3 * self.texts)
         if self.boxes:
             assert isinstance(self.batch, RegionBatch)
@@ -391,7 +381,7 @@ class Step:
         return losses
 
     def _boxed(self, table: TextTable | None) -> Pairs:
-        """Texts that describe a region, with the whole image."""
+        """Region captions, paired with the whole image."""
         layout, batch = self.layout, self.batch
         assert isinstance(batch, RegionBatch)
         assert batch.regions is not None
@@ -403,11 +393,9 @@ class Step:
 
 
 def region_memory(model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *, boxes: bool) -> PackedMemory:
-    """A group of visible tokens for every region and, for boxes, of all tokens of every image behind them.
+    """A memory group of visible tokens for every region, then with `boxes` one of all tokens for every image.
 
-    Args:
-        own, images: from `encode_region_tokens`.
-        boxes: whether whole images are attended to.
+    `own` and `images` come from `encode_region_tokens`.
     """
     assert batch.regions is not None
     visible = batch.regions.visible
@@ -432,7 +420,7 @@ def region_memory(model: XFM, batch: RegionBatch, own: Tensor, images: Tensor, *
 
 
 def losses_of(batch: Batch, losses: object) -> frozenset[str]:
-    """Names of the losses to compute: those that apply to the batch, or the given ones among them."""
+    """Names of the losses that apply to the batch, restricted to the given ones."""
     if type(batch) not in APPLICABLE:
         kinds = ", ".join(kind.__name__ for kind in APPLICABLE)
         raise InputError(f"batch is a {type(batch).__name__}; it must be one of {kinds}")

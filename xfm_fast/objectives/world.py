@@ -1,4 +1,4 @@
-"""The processes that share a global batch, and their messages: features with gradients, detached texts, and counts."""
+"""The process group of a global batch, and its communication: features with gradients, detached texts, and counts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,15 @@ from xfm_fast.kernels import host
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share a global batch; alone, nothing is sent.
+    """The processes that share a global batch; a single process sends no messages."""
 
-    Attributes:
-        group: their process group; None for the default one.
-        size: W, their number.
-        rank: number of this one.
-    """
-
-    group: dist.ProcessGroup | None = None
-    size: int = 1
+    group: dist.ProcessGroup | None = None  # None for the default process group
+    size: int = 1  # W processes
     rank: int = 0
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None = None) -> World:
-        """The given group, or the default one where processes were started."""
+        """Wrap the given group, or the default one if torch.distributed is initialised."""
         if group is None and not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(group, dist.get_world_size(group), dist.get_rank(group))
@@ -40,13 +34,13 @@ class World:
             return rows.detach()
         rows = rows.detach().contiguous()
         gathered = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        # Newer versions of PyTorch have another name for it and warn of this one.
+        # Newer versions of PyTorch rename it and warn about this name.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(gathered, rows, group=self.group)
         return gathered
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
-        """`gather` whose gradient is the true one: the sum of what all processes have for this one's rows."""
+        """`gather` with the true gradient: the sum of all processes' gradients of this process's rows."""
         return rows if self.size == 1 else _Gather.apply(rows, self)
 
     def counts(self, **local: Tensor) -> dict[str, Tensor]:
@@ -55,12 +49,7 @@ class World:
         return dict(zip(local, gathered.unbind(1), strict=True))
 
     def mean(self, mean: Tensor, counts: Tensor) -> Tensor:
-        """A mean over this process's targets, weighed so that the mean over processes is the mean over all targets.
-
-        Args:
-            mean: scalar.
-            counts: `[W]` targets of every process.
-        """
+        """Weigh a mean over this process's targets so that the mean over processes is the mean over all `counts`."""
         if self.size == 1:
             return mean
         # Integers divided by integers would be rounded to fp32.
@@ -68,10 +57,9 @@ class World:
 
 
 def check_equal(counts: dict[str, Tensor]) -> None:
-    """Every process has the same counts (each `[W]`), on which the sizes of what they exchange depend.
+    """Every process has the same counts (each `[W]`), on which the sizes of messages depend.
 
-    Raises:
-        InputError: they differ. On an accelerator this is asserted on the device, since looking would synchronise.
+    Raises `InputError`; on an accelerator it is a device-side assertion, which does not synchronise.
     """
     advice = "give every process equally many of equal width, and drop the incomplete batch at the end of an epoch"
     for name, of_all in counts.items():
@@ -90,7 +78,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        # A sum over all processes of features alone is small, and unlike a reduce-scatter every backend has it.
+        # An all-reduce of features is small, and unlike reduce-scatter every backend has it.
         total = gradients[0].contiguous()
         if total is gradients[0]:
             total = total.clone()
@@ -99,7 +87,7 @@ class _Gather(torch.autograd.Function):
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied with a number."""
+    """The identity, with its gradient multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -112,7 +100,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class HostCopy:
-    """Values of a device on their way to the host, which goes on launching work until it needs them."""
+    """An asynchronous copy of device values to the host."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
