@@ -65,8 +65,7 @@ def test_floor_of_an_image_encoder_as_the_docs_have_it() -> None:
     gelus = 12 * 2 * rows * roofline.HIDDEN * 2 / H100.bytes_per_s
     attention = 12 * roofline.relpos_attention(images, 197).floor(H100)
     whole = products + norms + gelus + attention
-    for seconds in (products / 1.5, products, norms, gelus, attention, whole, whole - gelus, images / 17_000):
+    for seconds in (products / 1.5, products, norms, gelus, attention, whole):
         assert f"{1e3 * seconds:.2f} ms" in said
     assert f"{flops / 1e12:.2f} TFLOP" in said
     assert f"{round(images / whole, -2):,.0f} images a second" in said
-    assert f"leave {1e3 * (images / 17_000 - products):.2f} ms" in said

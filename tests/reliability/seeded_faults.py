@@ -159,10 +159,10 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("inverse = (1.0 / row_sum)[:, None]", "inverse = (0.0 * row_sum + 1.0)[:, None]"),
     ),
     "kernels/triton/relpos_table.py": (
-        ("tl.where(to_class, patches + 2, patches)", "tl.where(to_class, patches + 1, patches)"),
-        ("(dy + height - 1) * (2 * width - 1)", "(dy + height - 1) * (2 * height - 1)"),
+        ("tl.where(rows > 0, column_class, patches + 2)", "tl.where(rows > 0, column_class, patches + 1)"),
+        ("(height - 1) * span + width - 1", "(width - 1) * span + width - 1"),
         ("tl.where(value < -LARGEST, -LARGEST, value)", "value"),
-        ("        dy, dx = -dy, -dx\n", ""),
+        ("sign = -1 if TURNED else 1", "sign = 1"),
         ("of_first_row += tl.load(base + patch,", "of_first_row = tl.load(base + patch,"),
     ),
     "kernels/triton/bias_attention.py": (
