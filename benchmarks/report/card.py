@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from xfm_fast.errors import UnavailableError
 
 from ..record import OURS, Document
 from . import charts, findings
+from .table import processor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +87,43 @@ def png(document: Document, path: Path, *, source: str = "") -> None:
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False)
         picture.savefig(content, format="png", metadata={"Source": source})
+    write_bytes({path: content.getvalue()})
+
+
+def gains_png(documents: Sequence[Document], path: Path, *, source: str = "") -> None:
+    """Draw what `accelerate` gains in fp32 over the untouched model: the models that all documents measured.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    gained: list[dict[str, float]] = []
+    for document in documents:
+        rows = [row for row in document.rows if row.ours and row.measured and row.dtype == "fp32"]
+        pairs = [(row.name.split(", ")[0], document.like_for_like(row)) for row in rows]
+        gained.append({name: like.ratio for name, like in pairs if like is not None})
+    models = [name for name in gained[0] if all(name in each for each in gained)]
+    picture = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), dpi=100, facecolor=_GROUND)
+    picture.text(_MARGIN / _WIDTH, 0.9, OURS, fontsize=15, weight="bold", color=_OURS)
+    picture.text(_MARGIN / _WIDTH, 0.82, "accelerate(model) over the untouched model, fp32", fontsize=24, weight="bold")
+    axes = picture.add_axes((0.3, 0.08, 0.64, 0.66), facecolor=_GROUND)
+    height = 0.8 / len(documents)
+    for place, (document, each) in enumerate(zip(documents, gained, strict=True)):
+        positions = [row + place * height for row in range(len(models))]
+        values = [each[name] for name in models]
+        label = f"{processor(document)}, {document.date[:10]}"
+        axes.barh(positions, values, height * 0.9, color=(_OURS, _SOFT, _OTHER)[place % 3], label=label)
+        for position, value in zip(positions, values, strict=True):
+            axes.text(value, position, f" {value:.2f}×", va="center", fontsize=11, color=_INK)
+    axes.axvline(1, color=_INK, linewidth=1)
+    axes.set_xlim(0, 1.1 * max(max(each.values()) for each in gained))
+    axes.set_yticks([row + height * (len(documents) - 1) / 2 for row in range(len(models))], models, fontsize=12)
+    axes.invert_yaxis()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=11)
+    content = io.BytesIO()
+    picture.savefig(content, format="png", metadata={"Source": source})
     write_bytes({path: content.getvalue()})
 
 

@@ -22,7 +22,7 @@ from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import DataError
 
 from ..files import load
-from .card import png
+from .card import gains_png
 from .table import contenders, gains, int8_gains, markdown
 
 REGION = re.compile(
@@ -33,7 +33,10 @@ REGION = re.compile(
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURE, PICTURED = ROOT / "docs/accelerate.png", ROOT / "benchmarks/results/drop-in-cpu-avx512-2threads.json"
+PICTURE = ROOT / "docs/accelerate.png"
+PICTURED = tuple(
+    ROOT / f"benchmarks/results/drop-in-cpu-{name}-2threads.json" for name in ("avx512", "avx512-zen4", "amx")
+)
 """The README's picture, and the results that it shows."""
 
 
@@ -46,13 +49,14 @@ def picture_is_stale() -> bool:
     """True where the picture does not say that it shows the results of now."""
     try:
         with Image.open(PICTURE) as picture:
-            return picture.info.get("Source") != _digest(PICTURED)
+            return picture.info.get("Source") != _digest()
     except OSError:
         return True
 
 
-def _digest(path: Path) -> str:
-    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+def _digest() -> str:
+    content = b"".join(path.read_bytes() for path in PICTURED)
+    return f"sha256 {hashlib.sha256(content).hexdigest()}"
 
 
 def regenerated(page: Path) -> str:
@@ -90,9 +94,7 @@ def main(arguments: list[str]) -> int:
         return int(bool(names))
     write_bytes({page: text.encode() for page, text in stale.items()})
     if picture_is_stale():
-        document = load(PICTURED)
-        document.rows = [row for row in document.rows if row.dtype == "fp32"]
-        png(document, PICTURE, source=_digest(PICTURED))
+        gains_png([load(path) for path in PICTURED], PICTURE, source=_digest())
     return 0
 
 

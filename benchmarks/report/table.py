@@ -393,13 +393,21 @@ def gains(*documents: Document) -> str:
             if row.dtype == "int8" or (len(documents) > 1 and row.dtype != "fp32"):
                 continue
             like = document.like_for_like(row) if row.measured else None
-            machine = f"{document.machine['cpu'].replace('(R)', '').removesuffix(' Processor')}, {document.date[:10]}"
-            column = row.dtype if len(documents) == 1 else machine
+            column = row.dtype if len(documents) == 1 else f"{processor(document)}, {document.date[:10]}"
             found.setdefault(row.name.split(", ")[0], {})[column] = "" if like is None else times(like.ratio)
     columns = list(dict.fromkeys(column for gained in found.values() for column in gained))
     lines = ["| model | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {name} | " + " | ".join(gained.get(c, "") for c in columns) + " |" for name, gained in found.items()]
     return "\n".join(lines) + "\n"
+
+
+def processor(document: Document) -> str:
+    """The processor with what tells its generation."""
+    flags = document.machine.get("cpu_flags", ())
+    name = document.machine["cpu"].replace("(R)", "").removesuffix(" Processor")
+    if "AMD" in name and "avx512f" in flags:
+        return f"{name} ({'Zen 5' if 'avx512_vp2intersect' in flags else 'Zen 4'})"
+    return f"{name} (AMX)" if "amx_tile" in flags else name
 
 
 def int8_gains(document: Document) -> str:
