@@ -1,25 +1,20 @@
-"""The quality of the kernels' machine code, for architectures that need not be at hand.
+"""Audit of the kernels' machine code, compiled without a GPU: spills, registers, occupancy, waits and hazards.
 
-Every shipped kernel is compiled for every architecture and type, and its code is read: registers, spills, shared
-memory, occupancy, tensor-core instructions, widths of loads, instructions of the inner loop, hazards. `ratchet`
-compares with what was accepted before, `targets` with what is aimed at. `xfm-fast audit` prints all of it.
+`baseline` compares the figures with the accepted ones; `xfm-fast audit` prints them.
 """
 
-from .architectures import ARCHITECTURES, occupancy
-from .compiling import compiler, default_cache
-from .rows import Form, Row, audit, changed, compile_rows, describe, representative, shipped_forms, shipped_kernels
+from .architectures import ARCHITECTURES
+from .rows import Form, Row, changed, compile_rows, describe, representative, shipped_forms, shipped_kernels
+from .task import compiler
 
 __all__ = [
     "ARCHITECTURES",
     "Form",
     "Row",
-    "audit",
     "changed",
     "compile_rows",
     "compiler",
-    "default_cache",
     "describe",
-    "occupancy",
     "representative",
     "shipped_forms",
     "shipped_kernels",

@@ -29,7 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from xfm_fast.kernels.audit import hazards, sass
-from xfm_fast.kernels.audit.worker import disassemble
+from xfm_fast.kernels.audit.task import disassemble
 from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.limits import BIAS_HEAD_DIMS
 from xfm_fast.kernels.triton import (

@@ -1,10 +1,10 @@
-"""The audit: reading machine code, occupancy, the ratchet, the targets, the cache, and the command."""
+"""The audit: parsing machine code, occupancy, hazards, the baseline, the cache, and the command."""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from xfm_fast.kernels import tune
-from xfm_fast.kernels.audit import Row, hazards, occupancy, ratchet, sass, shipped_kernels, targets
-from xfm_fast.kernels.audit.architectures import register_limit
-from xfm_fast.kernels.audit.compiling import Binary, Figures, compile_all
-from xfm_fast.kernels.audit.sass import row_lines
-from xfm_fast.kernels.triton.launch import LaunchConfig
+from xfm_fast.kernels.audit import Row, baseline, hazards, sass, shipped_kernels
+from xfm_fast.kernels.audit.architectures import occupancy, register_limit
+from xfm_fast.kernels.audit.compiling import compile_all, read_figures, write_figures
+from xfm_fast.kernels.audit.task import Figures, Task
+from xfm_fast.kernels.triton.launch import CompileRequest, LaunchConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,68 +69,27 @@ def test_listing_is_read() -> None:
     code = sass.parse(LISTING, RESOURCES)
     assert (code.registers, code.stack_bytes, code.static_shared_bytes) == (40, 16, 1024)
     assert len(code.instructions) == 15  # without the trap and the padding
-    assert code.count("STL") == 1
-    assert sass.count_loads(code.instructions) == {"LDG.32": 1, "LDGSTS.128": 1, "LDG.16": 1}
     assert code.instructions[4].tensor_core
     assert code.instructions[6].predicate == "UP1"
     assert code.instructions[8].target == 0xD0
-    assert [i.line for i in code.instructions[1:3]] == [("toy.py", 7), ("toy.py", 9)]
+    assert code.instructions[2].operands == "[R95+0x8000], desc[UR36][R36.64], !P0"
 
 
 def test_loops_are_natural_loops() -> None:
     code = sass.parse(LISTING, RESOURCES)
     # The jump from 0xc0 back to 0x40 makes no loop: 0x40 is also reached from 0x30.
-    assert [loop.start for loop in sass.natural_loops(code.instructions)] == [0x10, 0x20, 0xA0]
+    assert [loop.instructions[0].address for loop in sass.natural_loops(code.instructions)] == [0x10, 0x20, 0xA0]
     # The loop at 0x10 contains another, that at 0xa0 only waits.
-    assert [loop.start for loop in code.inner_loops] == [0x20]
+    assert [loop.instructions[0].address for loop in code.inner_loops] == [0x20]
     main = code.main_loop
     assert main is not None
     assert [i.address for i in main.instructions] == [0x20, 0x30, 0x40, 0x50, 0x60, 0xA0, 0xB0, 0xC0]
     assert main.tensor_core == 1
-    assert main.loads == {"LDGSTS.128": 1, "LDG.16": 1}
 
 
 def test_listing_without_a_kernel_is_refused() -> None:
-    with pytest.raises(ValueError, match="one kernel"):
+    with pytest.raises(ValueError):
         sass.parse("no code here", RESOURCES)
-
-
-def test_loads_of_tiles_are_told_from_loads_of_a_value_per_row() -> None:
-    ttgir = """
-  %a = tt.load %p, %m : tensor<64x64x!tt.ptr<bf16>, #blocked> loc(#loc3)
-  %b = ttg.async_copy_global_to_local %p, %m : tensor<64x!tt.ptr<f32>, #s> -> <64xf32, #shared, mutable> loc(#loc4)
-  %c = tt.load %p : !tt.ptr<i32> loc(#loc5)
-  %d = tt.load %p : tensor<64x1x!tt.ptr<i32>, #blocked> loc(#loc)
-  %e = tt.load %p : tensor<64x!tt.ptr<i32>, #blocked> loc(#loc1)
-  %f = tt.load %p : tensor<64x!tt.ptr<i32>, #blocked> loc(#loc6)
-#loc = loc("toy.py":5:1)
-#loc1 = loc("toy.py":10:1)
-#loc2 = loc("toy.py":20:1)
-#loc3 = loc(callsite(#loc1 at #loc2))
-#loc4 = loc("name"(#loc2))
-#loc5 = loc("toy.py":30:14)
-#loc6 = loc(unknown)
-"""
-    ptx = """
-	.loc	1 10 1
-	ld.global.v4.b32 	{%r1, %r2, %r3, %r4}, [%rd1];
-	// begin inline asm
-	.loc	1 20 1
-	mov.u32 %r1, 0x0;
-	.loc	1 21 1
-	@%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];
-	// end inline asm
-	.loc	1 30 14
-	// begin inline asm
-	ld.global.b32 { %r1 }, [ %rd1 + 0 ];
-	// end inline asm
-	.loc	1 40 1
-	cp.async.ca.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x4, %r7;
-	.file	1 "toy.py"
-"""
-    # Line 10 loads a tile in one place and a row in another: what is loaded there counts as a tile. The load of line 20
-    # is at 21 in the machine code. Nothing is known about line 40.
-    assert row_lines(ttgir, ptx) == {("toy.py", 21), ("toy.py", 30)}
 
 
 @pytest.mark.parametrize(
@@ -162,21 +121,20 @@ def test_occupancy_by_hand(arch: int, figures: dict[str, int], blocks: int) -> N
 
 def _row(**changes: Any) -> Row:
     row = Row(
-        kernel="toy", variant={"head_dim": 64}, config="BLOCK_M=64 warps=4 stages=2", arch=90, dtype="bf16",
-        registers=100, stack_bytes=0, shared_bytes=1024, shared_limit=232448, occupancy=4, tensor_core={"HGMMA": 8},
-        multiplies=True, loads={"LDGSTS.128": 8},
-        inner_loads={"LDGSTS.128": 4}, tile_loads={"LDGSTS.128": 4}, wide_loads=True, wide_share=1.0,
-        instructions=900, loop_instructions=300, loop_tensor_core=8, local_loads=0, local_stores=0, loop_waits=2,
+        key="", kernel="toy", variant="head_dim=64", config="BLOCK_M=64 warps=4 stages=2", arch=90, dtype="bf16",
+        registers=100, shared_bytes=1024, shared_limit=232448, occupancy=4, tensor_core={"HGMMA": 8},
+        instructions=900, loop_instructions=300, loop_tensor_core=8, loop_waits=2,
     )  # fmt: skip
-    return replace(row, **changes)
+    row = replace(row, **changes)
+    return replace(row, key=f"toy | {row.variant} | sm_{row.arch} | {row.dtype}")
 
 
-def _accepted(*rows: Row, compiler: str = "triton 1") -> ratchet.Accepted:
-    return ratchet.Accepted(compiler, {row.key: ratchet.figures(row) for row in rows})
+def _accepted(*rows: Row, compiler: str = "triton 1") -> baseline.Accepted:
+    return baseline.Accepted(compiler, {row.key: baseline.figures(row) for row in rows})
 
 
-def _compare(*rows: Row, accepted: ratchet.Accepted, compiler: str = "triton 1") -> ratchet.Comparison:
-    return ratchet.compare(rows, accepted, compiler=compiler, shipped={row.key for row in rows})
+def _compare(*rows: Row, accepted: baseline.Accepted, compiler: str = "triton 1") -> baseline.Comparison:
+    return baseline.compare(rows, accepted, compiler=compiler, shipped={row.key for row in rows})
 
 
 @pytest.mark.parametrize(
@@ -188,25 +146,23 @@ def _compare(*rows: Row, accepted: ratchet.Accepted, compiler: str = "triton 1")
         ({"instructions": 901}, "instructions 900 → 901"),
         ({"loop_instructions": 310}, "loop_instructions 300 → 310"),
         ({"occupancy": 3}, "occupancy 4 → 3"),
-        ({"wide_share": 0.5, "wide_loads": False}, "wide_share 1.0 → 0.5"),
         ({"tensor_core": {"HMMA": 8}}, "no HGMMA any more"),
         ({"error": "CompilationError: no"}, "does not compile: CompilationError: no"),
         ({"loop_waits": 8}, "waits_per_tensor_core 0.25 → 1.0"),
-        ({"warnings": ("C7515",)}, "warnings none → C7515"),
-        ({"staged_tiles": 4}, "staged_tiles 0 → 4"),
+        ({"warnings": ["C7515"]}, "warnings none → C7515"),
         ({"unfenced_writes": 2}, "unfenced_writes 0 → 2"),
         ({"unfenced_copies": 2}, "unfenced_copies 0 → 2"),
         ({"unsafe_operands": 2}, "unsafe_operands 0 → 2"),
     ],
 )
-def test_ratchet_names_what_got_worse(change: dict[str, Any], says: str) -> None:
+def test_worse_figures_are_named(change: dict[str, Any], says: str) -> None:
     comparison = _compare(_row(**change), accepted=_accepted(_row()))
     assert comparison.worse == [f"toy | head_dim=64 | sm_90 | bf16: {says}"]
     assert not comparison.better
 
 
-def test_ratchet_passes_what_is_as_good_or_better() -> None:
-    assert _compare(_row(), accepted=_accepted(_row())) == ratchet.Comparison([], [])
+def test_equal_and_better_figures_pass() -> None:
+    assert _compare(_row(), accepted=_accepted(_row())) == baseline.Comparison([], [])
     comparison = _compare(_row(registers=90, occupancy=5, config="BLOCK_M=32"), accepted=_accepted(_row()))
     assert not comparison.worse
     (line,) = comparison.better
@@ -214,15 +170,15 @@ def test_ratchet_passes_what_is_as_good_or_better() -> None:
     assert "stages=2 → BLOCK_M=32" in line
 
 
-def test_figures_of_an_older_ratchet_file_are_not_missed() -> None:
-    old = ratchet.figures(_row())
-    for name in ("waits_per_tensor_core", "staged_tiles", "unfenced_writes", "warnings"):
+def test_figures_absent_from_an_older_file_are_not_compared() -> None:
+    old = baseline.figures(_row())
+    for name in ("waits_per_tensor_core", "unfenced_writes", "warnings"):
         del old[name]
-    accepted = ratchet.Accepted("triton 1", {_row().key: old})
-    assert _compare(_row(loop_waits=8, staged_tiles=4), accepted=accepted) == ratchet.Comparison([], [])
+    accepted = baseline.Accepted("triton 1", {_row().key: old})
+    assert _compare(_row(loop_waits=8), accepted=accepted) == baseline.Comparison([], [])
 
 
-def test_ratchet_reports_new_and_missing_forms() -> None:
+def test_new_and_missing_forms_are_reported() -> None:
     comparison = _compare(_row(), accepted=_accepted(_row(dtype="fp16")))
     assert comparison.worse == [
         "toy | head_dim=64 | sm_90 | bf16: is new",
@@ -239,98 +195,39 @@ def test_another_compiler_is_held_to_what_does_not_depend_on_it() -> None:
     assert len(spills.worse) == 1
 
 
-def test_another_compilers_faults_are_recorded_beside_the_accepted_figures(tmp_path: Path) -> None:
-    path = tmp_path / "ratchet.json"
-    with pytest.raises(ValueError, match="no figures of another compiler"):
-        ratchet.accept_compiler([_row()], compiler="triton 2", path=path)
-    ratchet.accept([_row(), _row(arch=80)], compiler="triton 1", path=path)
-    spilling, same = _row(stack_bytes=8, registers=200), _row(arch=80, registers=200)
-    unknown = _compare(spilling, same, accepted=ratchet.read(path), compiler="triton 2")
-    assert "never examined" in unknown.note
-    assert unknown.worse == [f"{spilling.key}: stack_bytes 0 → 8"]
-    assert ratchet.accept_compiler([spilling, same], compiler="triton 2", path=path) == 1
-    accepted = ratchet.read(path)
-    assert accepted.rows[spilling.key] == ratchet.figures(_row())
-    assert accepted.others == {"triton 2": {spilling.key: {"stack_bytes": 8}}}
-    known = _compare(spilling, same, accepted=accepted, compiler="triton 2")
-    assert not known.worse
-    assert "1 exceptions are accepted" in known.note
-    assert _compare(replace(spilling, stack_bytes=16), same, accepted=accepted, compiler="triton 2").worse
-    # Others of the file survive what is accepted later, of this compiler and of the first one.
-    assert ratchet.accept_compiler([_row()], compiler="triton 2", path=path) == 0
-    ratchet.accept([_row(registers=90)], compiler="triton 1", path=path)
-    assert ratchet.read(path).others == {"triton 2": {}}
-
-
 def test_accepting_keeps_other_rows(tmp_path: Path) -> None:
-    path = tmp_path / "ratchet.json"
+    path = tmp_path / "accepted.json"
     other, gone = _row(arch=80), _row(dtype="fp16")
-    ratchet.accept([_row(), other, gone], compiler="triton 1", path=path)
-    ratchet.accept([_row(registers=120)], compiler="triton 1", forget={gone.key}, path=path)
-    accepted = ratchet.read(path)
+    baseline.accept([_row(), other, gone], compiler="triton 1", path=path)
+    baseline.accept([_row(registers=120)], compiler="triton 1", forget={gone.key}, path=path)
+    accepted = baseline.read(path)
     assert accepted.rows.keys() == {_row().key, other.key}
     assert accepted.rows[_row().key]["registers"] == 120
-    assert ratchet.in_scope(accepted, kernels=(), arches=(80,)).rows.keys() == {other.key}
-    assert not ratchet.in_scope(accepted, kernels=("else",), arches=(80,)).rows
-    with pytest.raises(ValueError, match="do not compile"):
-        ratchet.accept([_row(error="no")], compiler="triton 1", path=path)
-    with pytest.raises(ValueError, match="mixed"):
-        ratchet.accept([_row()], compiler="triton 2", path=path)
+    assert baseline.in_scope(accepted, kernels=(), arches=(80,)).rows.keys() == {other.key}
+    assert not baseline.in_scope(accepted, kernels=("else",), arches=(80,)).rows
+    with pytest.raises(ValueError, match="toy"):
+        baseline.accept([_row(error="no")], compiler="triton 1", path=path)
+    with pytest.raises(ValueError, match="triton 2"):
+        baseline.accept([_row()], compiler="triton 2", path=path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="no ratchet file"):
-        ratchet.read(path)
-    assert ratchet.read(tmp_path / "absent.json").rows == {}
-
-
-def test_targets() -> None:
-    def missed(*rows: Row) -> dict[str, list[str]]:
-        return {verdict.target: verdict.missed for verdict in targets.verdicts(rows) if verdict.missed}
-
-    assert not missed(_row())
-    (line,) = missed(_row(stack_bytes=8))["no spills"]
-    assert line.endswith("bf16: 8 B of stack")
-    (line,) = missed(_row(tensor_core={"HMMA": 3}))["the architecture's own tensor cores"]
-    assert line.endswith("HMMA instead of HGMMA")
-    narrow = _row(wide_loads=False, wide_share=0.9, tile_loads={"LDG.32": 2, "LDGSTS.128": 4})
-    (line,) = missed(narrow)["128-bit loads of tiles in every inner loop"]
-    assert line.endswith("2 LDG.32; 90% of the bytes are wide")
-    (line,) = missed(_row(loop_waits=8))["at most 0.35 waits per product of Hopper's tensor cores"]
-    assert line.endswith("bf16: 1.00")
-    (line,) = missed(_row(warnings=("C7515", "C7600")))[
-        "products of the tensor cores are not serialised, by the assembler's word"
-    ]
-    assert line.endswith("bf16: C7515")
-    (line,) = missed(_row(staged_tiles=4))["tiles of inner loops reach shared memory without going through registers"]
-    assert line.endswith("4 loads")
-    assert missed(_row(registers=255))["registers to spare"]
-    assert missed(_row(occupancy=1))["two blocks a multiprocessor at head dimension 64"]
-    assert not missed(_row(occupancy=1, variant={"head_dim": 128}))
-
-
-def test_bias_is_compared_with_the_form_without() -> None:
-    plain = _row(variant={"head_dim": 64, "bias": False}, loop_instructions=200)
-    cheap = targets.verdicts([_row(loop_instructions=224), plain])[-1]
-    assert (cheap.checked, cheap.missed) == (1, [])
-    dear = targets.verdicts([_row(loop_instructions=230), plain])[-1]
-    assert dear.missed[0].endswith("230 instructions in the loop, 200 without bias: +15%")
-    untested = targets.verdicts([_row()])[-1]
-    assert not untested.met
-    assert not untested.checked
+    with pytest.raises(ValueError, match=path.name):
+        baseline.read(path)
+    assert baseline.read(tmp_path / "absent.json").rows == {}
 
 
 _COMPILE_TWICE = """
 import json, sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from tests.kernels import toy_kernels
-from xfm_fast.kernels.audit import audit, compile_rows, shipped_forms
+from xfm_fast.kernels.audit import compile_rows, shipped_forms
 
 folder = Path(sys.argv[1])
 specs = [toy_kernels.PRODUCT, toy_kernels.REJECTED]
 counts = []
-rows = audit(specs, (80, 90), ("bf16",), cache_dir=folder, jobs=1, progress=lambda done, of: counts.append(of))
+forms = shipped_forms(specs, (80, 90), ("bf16",))
+rows = compile_rows(forms, cache_dir=folder, jobs=1, progress=lambda done, of: counts.append(of))
 written = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-again = audit(specs[:1], (80, 90), ("bf16",), cache_dir=folder, progress=lambda done, of: counts.append(of))
+again = compile_rows(forms[:2], cache_dir=folder, progress=lambda done, of: counts.append(of))
 kept = written == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} != {}
 found = {"rows": [row.as_dict() for row in rows], "same": rows[:2] == again}
 print(json.dumps(found | {"counts": counts, "kept": kept}))
@@ -354,9 +251,6 @@ def test_a_matrix_product_is_measured(compiled: dict[str, Any]) -> None:
         assert row["stack_bytes"] == 0
         # Two stages of a 64 × 64 tile of each operand.
         assert 16 * 1024 <= row["shared_bytes"] <= 33 * 1024
-        assert row["wide_loads"] is True
-        assert row["tile_loads"] == row["inner_loads"]
-        assert set(row["tile_loads"]) == {"LDGSTS.128"}
         assert 0 < row["loop_instructions"] < row["instructions"]
         assert row["occupancy"] >= 2
     assert list(ampere["tensor_core"]) == ["HMMA"]
@@ -378,43 +272,29 @@ def test_what_was_compiled_comes_from_the_cache(compiled: dict[str, Any]) -> Non
 
 
 def test_interpreted_kernels_are_refused() -> None:
-    from xfm_fast.kernels.audit.compiling import Task
-    from xfm_fast.kernels.triton.launch import CompileRequest
-
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         Task.of(CompileRequest(object(), {}, {}, {}, {}), 80)
 
 
 def test_a_compiler_that_dies_loses_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xfm_fast.kernels.audit.compiling import Task
-
     def task(key: str, module: str) -> Task:
-        return Task(module, "kernel", {}, {}, {}, {}, 80, key)
+        return Task(module, "kernel", CompileRequest(None, {}, {}, {}, {}), 80, key)
 
-    (tmp_path / "toy_fatal.py").write_text("import os\nprint('taken for an answer?')\nos._exit(7)\n")
+    (tmp_path / "toy_fatal.py").write_text("import os\nos._exit(7)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     tasks = [task("one", "toy_fatal"), task("two", "no_such_module")]
     fatal, absent = compile_all(tasks, jobs=1, cache_dir=tmp_path / "cache").values()
-    assert "died with exit code 7" in fatal.error
+    assert "compiler died" in fatal.error
     assert "no_such_module" in absent.error
 
 
 def test_damaged_cache_files_are_ignored(tmp_path: Path) -> None:
-    from xfm_fast.kernels.audit import compiling
-
-    place = compiling._place(tmp_path, "abcd", "json")
+    path = tmp_path / "folder" / "key.json"
     figures = Figures(registers=7, warnings=["C7515"])
-    compiling._write(place, json.dumps(asdict(figures)).encode())
-    assert compiling._read(tmp_path, "abcd") == figures
-    place.write_text('{"registers"')
-    assert compiling._read(tmp_path, "abcd") is None
-    binary = Binary("toy:", "REG:40", [("toy.py", 7)], ["C7515"], 0, 0, 4)
-    compiling.write_binary(tmp_path, "abcd", binary)
-    assert compiling.read_binary(tmp_path, "abcd") == binary
-    packed = compiling._place(tmp_path, "abcd", "json.gz")
-    packed.write_bytes(packed.read_bytes()[:-9])
-    assert compiling.read_binary(tmp_path, "abcd") is None
-    assert sorted(os.listdir(tmp_path / "ab")) == ["abcd.json", "abcd.json.gz"]
+    write_figures(path, figures)
+    assert read_figures(path) == figures
+    path.write_text('{"registers"')
+    assert read_figures(path) is None
 
 
 def loop(*lines: str) -> sass.MachineCode:
@@ -431,22 +311,6 @@ class TestHazards:
         )
         assert hazards.tensor_waits(made.main_loop) == 1
         assert hazards.tensor_waits(None) == 0
-
-    def test_a_tile_that_goes_through_registers_is_found(self) -> None:
-        load, convert, store = "LDG.E.128 R4, [R2.64]", "PRMT R9, R6, 0x5410, R7", "STS.64 [R20+0x10], R8"
-        assert hazards.staged_tiles(loop(load, convert, store).main_loop, []) == 1
-        # Written in the next turn; not at all; and what was computed of it.
-        assert hazards.staged_tiles(loop(store, load, convert).main_loop, []) == 1
-        assert hazards.staged_tiles(loop(load, convert, "STS [R4], R21").main_loop, []) == 0
-        assert hazards.staged_tiles(loop(load, "FFMA R9, R6, R6, R7", store).main_loop, []) == 0
-        # A register that something else overwrites, a copy that needs no register, and a value per row.
-        assert hazards.staged_tiles(loop(load, "MOV R9, R30", "MOV R8, R30", store).main_loop, []) == 0
-        copy = "LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64]"
-        assert hazards.staged_tiles(loop(copy, store).main_loop, []) == 0
-        made = loop(load, convert, store).main_loop
-        assert made is not None
-        lined = replace(made, instructions=tuple(replace(i, line=("a.py", 1)) for i in made.instructions))
-        assert hazards.staged_tiles(lined, [("a.py", 1)]) == 0
 
     def test_a_write_behind_a_wait_needs_a_barrier_between_groups_of_warps(self) -> None:
         product, wait, write = (
@@ -496,14 +360,12 @@ def _cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_command(tmp_path: Path) -> None:
-    accepted, rows = tmp_path / "ratchet.json", tmp_path / "rows.json"
+    accepted, rows = tmp_path / "accepted.json", tmp_path / "rows.json"
     selection = ["audit", "--kernel", "ordered_sum", "--arch", "80"]
     # A second process would load PyTorch for half of a second's work.
     selection += ["--cache", str(tmp_path), "--ratchet", str(accepted), "--jobs", "1"]
     done = _cli(*selection, "--accept", "--json", str(rows))
     assert done.returncode == 0, done.stderr
-    assert "target met" in done.stdout
-    assert "H100" in done.stdout  # floors
     written = json.loads(rows.read_text())
     names = {"kernel", "config", "arch", "dtype", "registers", "stack_bytes", "shared_bytes", "tensor_core"}
     assert written
@@ -519,7 +381,7 @@ def test_command(tmp_path: Path) -> None:
     assert "xfm-fast audit --accept" in done.stdout
     assert "(0 compiled" in done.stdout
 
-    # What is made of the same as its accepted figures is not looked at, and what is not is.
+    # A form with the hash of its accepted figures is skipped.
     done = _cli(*selection, "--changed")
     assert done.returncode == 0, done.stdout
     assert "0 of" in done.stdout
@@ -653,7 +515,7 @@ class TestTuning:
         assert choice.config.tiles["BLOCK_M"] == 64
 
     def test_nothing_acceptable_is_an_error(self, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(ValueError, match="every configuration"):
+        with pytest.raises(ValueError, match="toy"):
             self._search(spec, monkeypatch, {64: 2.0}, {(64, False)})
 
     def test_tables_are_what_launches_read(self, spec: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

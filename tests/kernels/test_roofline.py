@@ -18,8 +18,6 @@ def test_attention_by_hand() -> None:
     assert work.bytes == 4 * operand + 12 * 577 * 577 * 2 + 8 * 577 * 12 * 4
     backward = roofline.relpos_attention(8, 577, backward=True)
     assert backward.flops == 2.5 * work.flops
-    assert "attention_backward_statistics" in backward.kernels
-    assert "attention_backward_statistics" not in work.kernels
 
 
 def test_packed_queries_share_an_image() -> None:
@@ -32,12 +30,10 @@ def test_floor_is_the_slower_of_the_two() -> None:
     loss = roofline.linear_cross_entropy(1440, 50_265)
     assert loss.flops == 3 * 2 * 1440 * 768 * 50_265
     assert loss.floor(H100) == pytest.approx(337.2e-6, rel=1e-3)
-    assert loss.bound(H100) == "compute"
     norm = roofline.add_layer_norm(8 * 577)
     # Four tensors of 8 × 577 × 768 in bf16, and mean and deviation of each row.
     assert norm.bytes == 4 * 8 * 577 * 768 * 2 + 8 * 577 * 8
     assert norm.floor(A100) == norm.bytes / 2.04e12
-    assert norm.bound(A100) == "memory"
 
 
 def test_linear_gelu_saves_the_pre_activation_once() -> None:
@@ -45,15 +41,6 @@ def test_linear_gelu_saves_the_pre_activation_once() -> None:
     forward = roofline.linear_gelu(rows)
     assert forward.bytes == 2 * (rows * 768 + 768 * 3072 + 2 * rows * 3072)
     assert roofline.linear_gelu(rows, backward=True).flops == 2 * forward.flops
-
-
-def test_every_shape_of_the_model_has_a_floor() -> None:
-    work = roofline.model_shapes()
-    assert len({(w.op, w.shape) for w in work}) == len(work)
-    for tokens in (197, 577, 901):
-        assert any(str(tokens) in w.shape for w in work)
-    for w in work:
-        assert 1e-7 < w.floor(H100) < w.floor(A100) < 2e-3
 
 
 def test_floor_of_an_image_encoder_as_the_docs_have_it() -> None:

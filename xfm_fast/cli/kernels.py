@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from xfm_fast.kernels.audit import Row
-    from xfm_fast.kernels.audit.targets import Verdict
     from xfm_fast.kernels.triton.launch import KernelSpec
 
 
@@ -49,9 +48,8 @@ class AuditOptions(KernelOptions):
         all: Every form of every kernel, not a quarter of them.
         changed: Only forms whose source, compiler or audit changed since the baseline.
         accept: Update the baseline with these figures.
-        also: With --accept, for another Triton version than the baseline's: record the figures that are worse with it.
         cache: Folder of cached figures. [~/.cache/xfm-fast/audit]
-        ratchet: Baseline file. [kernels/audit_ratchet.json]
+        ratchet: Baseline file. [kernels/audit_baseline.json]
     """
 
     arch: tuple[int, ...] = ()
@@ -59,7 +57,6 @@ class AuditOptions(KernelOptions):
     all: bool = False
     changed: bool = False
     accept: bool = False
-    also: bool = False
     cache: Path | None = None
     ratchet: Path | None = None
 
@@ -143,29 +140,26 @@ def info(*, as_json: Json = False) -> None:
 
 
 def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
-    """Compile the Triton kernels without a GPU and read their machine code: spills, occupancy, tensor cores, loads,
-    hazards.
+    """Compile the Triton kernels without a GPU and measure their machine code: registers, spills, occupancy, hazards.
 
-    Exit code 1: a figure is worse than the baseline in kernels/audit_ratchet.json. Kernels that changed since the last
+    Exit code 1: a figure is worse than the baseline in kernels/audit_baseline.json. Kernels that changed since the last
     audit are compiled, the rest comes from the cache.
     """
     specs = _kernels(options.kernel)
     from xfm_fast.kernels import audit as library
-    from xfm_fast.kernels.audit import ratchet, targets
+    from xfm_fast.kernels.audit import baseline
     from xfm_fast.kernels.audit.architectures import LIMITS
 
     if unknown := set(options.arch) - set(LIMITS):
         known = ", ".join(map(str, LIMITS))
         raise InputError(f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}")
-    if options.also and not options.accept:
-        raise InputError("--also goes with --accept")
     arches = options.arch or library.ARCHITECTURES
     begun = time.perf_counter()
     forms = library.shipped_forms(specs, arches)
     chosen = forms if options.all else library.representative(forms)
-    path, shipped = options.ratchet or ratchet.RATCHET, {form.key for form in forms}
+    path, shipped = options.ratchet or baseline.BASELINE, {form.key for form in forms}
     try:
-        accepted = ratchet.in_scope(ratchet.read(path), kernels=options.kernel, arches=arches)
+        accepted = baseline.in_scope(baseline.read(path), kernels=options.kernel, arches=arches)
     except ValueError as error:
         raise InputError(str(error)) from error
     if options.changed:
@@ -185,24 +179,18 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     shown = stdout(220)
     if rows:
         _print_rows(rows, shown)
-        _print_floors(shown)
-        _print_targets(targets.verdicts(rows), shown)
     shown.print(
         f"{len(rows)} of {len(forms)} shipped forms in {seconds:.0f} s ({compiled} compiled, the rest cached),"
         f" {library.compiler()}"
     )
     try:
-        if options.also:
-            count = ratchet.accept_compiler(rows, compiler=library.compiler(), path=path)
-            shown.print(f"{library.compiler()}: {count} rows with exceptions in {path}", soft_wrap=True)
-            return 0
         if options.accept:
-            ratchet.accept(rows, compiler=library.compiler(), forget=set(accepted.rows) - shipped, path=path)
+            baseline.accept(rows, compiler=library.compiler(), forget=set(accepted.rows) - shipped, path=path)
             shown.print(f"accepted {len(rows)} rows in {path}", soft_wrap=True)
             return 0
     except ValueError as error:
         raise InputError(str(error)) from error
-    comparison = ratchet.compare(rows, accepted, compiler=library.compiler(), shipped=shipped)
+    comparison = baseline.compare(rows, accepted, compiler=library.compiler(), shipped=shipped)
     if comparison.note:
         shown.print(f"note: {comparison.note}", soft_wrap=True)
     _print_lines("better than accepted; xfm-fast audit --accept keeps it so", comparison.better, shown)
@@ -315,18 +303,17 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
 def _print_rows(rows: list[Row], console: Console) -> None:
     """Print one table per kernel; dtypes with equal figures share a line."""
     heads = {
-        "variant": lambda row: row.form,
+        "variant": lambda row: row.variant,
         "configuration": lambda row: row.config,
         "sm": lambda row: str(row.arch),
         "registers": lambda row: f"{row.registers}/{row.register_limit}",
         "stack": lambda row: f"[red]{row.stack_bytes}[/]" if row.stack_bytes else "0",
         "shared": lambda row: f"{row.shared_bytes / 1024:.1f}/{row.shared_limit // 1024} K",
         "blocks": lambda row: str(row.occupancy),
-        "tensor core": lambda row: " ".join(f"{n} {name}" for name, n in row.tensor_core.items()) or "–",
+        "tensor core": lambda row: " ".join(f"{n} {name}" for name, n in (row.tensor_core or {}).items()) or "–",
         "loop": lambda row: str(row.loop_instructions or "–"),
         "waits": _waits,
         "per t.c.": lambda row: f"{row.instructions_per_tensor_core:.1f}" if row.loop_tensor_core else "–",
-        "loads (of inner loops, if any)": _loads,
     }  # fmt: skip
     for name, group in groupby(rows, key=lambda row: row.kernel):
         figures = table(name, *heads, "dtype")
@@ -342,40 +329,9 @@ def _print_rows(rows: list[Row], console: Console) -> None:
 
 
 def _waits(row: Row) -> str:
-    """Waits per wgmma on Hopper, and the assembler's remarks."""
-    waits = row.waits_per_tensor_core
-    said = " ".join(row.serialised)
-    return "–" if waits is None else f"[yellow]{waits:.2f} {said}[/]" if said else f"{waits:.2f}"
-
-
-def _loads(row: Row) -> str:
-    text = " ".join(f"{n} {load}" for load, n in sorted((row.inner_loads or row.loads).items()))
-    return f"[yellow]{text}[/]" if row.wide_loads is False else text
-
-
-def _print_floors(console: Console) -> None:
-    from xfm_fast.kernels.roofline import A100, H100, model_shapes
-
-    figures = ("GFLOP", "MB", f"{H100.name}, µs", f"{A100.name}, µs")
-    title = "floors, bf16: the least time that the arithmetic and the traffic of an operation take"
-    listed = table(title, "operation", "shape", *figures, "kernels", right=figures)
-    for work in model_shapes():
-        floors = [f"{work.floor(gpu) * 1e6:.1f} {work.bound(gpu)}" for gpu in (H100, A100)]
-        kernels = " ".join(f"{prefix}*" if prefix.endswith("_") else prefix for prefix in work.kernels)
-        listed.add_row(work.op, work.shape, f"{work.flops / 1e9:.2f}", f"{work.bytes / 1e6:.1f}", *floors, kernels)
-    console.print(listed)
-
-
-def _print_targets(verdicts: list[Verdict], console: Console) -> None:
-    for verdict in verdicts:
-        if not verdict.checked:
-            console.print(f"[dim]target not tested[/]  {verdict.target}")
-            continue
-        good = verdict.checked - len(verdict.missed)
-        word = "[green]target met[/]   " if verdict.met else "[yellow]target missed[/]"
-        console.print(f"{word}  {verdict.target}: {good} of {verdict.checked}")
-        _print_lines("", verdict.missed, console, most=40)
-    console.print()
+    """Waits per HGMMA, and the assembler's warnings about them."""
+    waits, warnings = row.waits_per_tensor_core, " ".join(row.warnings or ())
+    return "–" if waits is None else f"[yellow]{waits:.2f} {warnings}[/]" if warnings else f"{waits:.2f}"
 
 
 def _print_lines(title: str, lines: list[str], console: Console, most: int = 200) -> None:
