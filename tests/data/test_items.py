@@ -162,13 +162,13 @@ def test_what_does_not_belong_together_is_refused() -> None:
         collate_texts([], pad_token_id=PAD)
     with pytest.raises(InputError, match="0 images"):
         collate_images([])
-    with pytest.raises(InputError, match=r"3 tokens .* width=2"):
+    with pytest.raises(InputError, match="width=2"):
         collate_texts([text], pad_token_id=PAD, width=2)
-    with pytest.raises(InputError, match="2 images and 1 texts"):
+    with pytest.raises(InputError, match=r"2 .* 1 "):
         collate_pairs([image, image], [text], pad_token_id=PAD)
-    with pytest.raises(InputError, match="1 images and 0 patch masks"):
+    with pytest.raises(InputError, match=r"1 .* 0 "):
         collate_images([image], patch_masks=[])
-    with pytest.raises(InputError, match=r"samples have \[2, 1\] texts and \[2\]"):
+    with pytest.raises(InputError, match=r"\[2, 1\].*\[2\]"):
         collate_regions(samples, texts[:1], 4, rng, pad_token_id=PAD)
-    with pytest.raises(DataError, match="none of 2 images has a usable region"):
+    with pytest.raises(DataError, match="2 images"):
         collate_regions(*_samples([0, 0]), 4, rng, pad_token_id=PAD)

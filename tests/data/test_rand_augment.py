@@ -292,7 +292,7 @@ def test_every_operation_works_at_every_level(operations: str, level: float) -> 
 
 
 def test_what_there_is_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="operations='colours' are unknown; use one of all, colour, imagenet"):
+    with pytest.raises(ConfigError, match=r"operations='colours'.*imagenet"):
         RandAugment("colours")
     with pytest.raises(ConfigError, match="level=11"):
         RandAugment(level=11)

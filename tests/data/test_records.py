@@ -57,7 +57,7 @@ def test_any_row_is_what_reading_line_by_line_gives(
     records._CHUNK = chunk
     try:
         if not any(line.strip() for line in lines):
-            with pytest.raises(DataError, match=r"blank lines only|is empty"):
+            with pytest.raises(DataError, match=r"blank|empty"):
                 len(LineFile(path))
             return
         assert _all(LineFile(path)) == _plain(path)
@@ -135,19 +135,19 @@ def test_a_truncated_last_line_is_a_broken_row(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": "cut he')
     file = LineFile(path)
     assert len(file) == 2
-    with pytest.raises(DataError, match="no JSON at column 7"):
+    with pytest.raises(DataError, match="column 7"):
         file.read(1)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[1, 2]", "JSON array"),
-        ("17", "JSON number"),
-        ("null", "JSON null"),
-        ('"text"', "JSON string"),
+        ("[1, 2]", "array"),
+        ("17", "number"),
+        ("null", "null"),
+        ('"text"', "string"),
         ("{a: 1}", "column 2"),
-        ("[" * 100_000, "no JSON"),
+        ("[" * 100_000, "JSON"),
     ],
 )
 def test_lines_that_are_no_objects(tmp_path: Path, line: str, message: str) -> None:
@@ -159,7 +159,7 @@ def test_lines_that_are_no_objects(tmp_path: Path, line: str, message: str) -> N
 def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "\xff\xfe"}\n')
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match="UTF-8"):
         LineFile(path).read(1)
 
 
@@ -167,18 +167,18 @@ def test_a_huge_line_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(records, "MOST_LINE_BYTES", 100)
     file = LineFile(write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": "x" * 200}]))
     assert file.read(0) == {"a": 1}
-    with pytest.raises(DataError, match="over the limit of 100"):
+    with pytest.raises(DataError, match="100"):
         file.read(1)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
-        (b"\n\r\n \n", "blank lines only"),
-        (gzip.compress(b'{"a": 1}\n', mtime=0), r"compressed \(gzip\)"),
+        (b"", "empty"),
+        (b"\n\r\n \n", "blank"),
+        (gzip.compress(b'{"a": 1}\n', mtime=0), "gzip"),
         ('{"a": 1}\n'.encode("utf-16"), "UTF-16"),
-        (b'\n[{"a": 1},\n{"a": 2}]', "JSON array"),
+        (b'\n[{"a": 1},\n{"a": 2}]', "array"),
     ],
 )
 def test_files_that_are_no_line_json(tmp_path: Path, content: bytes, message: str) -> None:
@@ -190,9 +190,9 @@ def test_files_that_are_no_line_json(tmp_path: Path, content: bytes, message: st
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"absent\.jsonl"):
         len(LineFile(tmp_path / "absent.jsonl"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError):
         len(LineFile(tmp_path))
 
 
@@ -219,7 +219,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     file = LineFile(path)
     file._build = lambda path: starts
     assert file.read(2) == {"a": 3}
-    with pytest.raises(DataError, match="over the limit"):
+    with pytest.raises(DataError, match="limit"):
         file.read(1)
 
 
@@ -232,16 +232,16 @@ def test_paths(tmp_path: Path) -> None:
     assert find_files(f"{tmp_path}/part-*, {tmp_path}/b") == [*parts[1:], tmp_path / "b" / "x.jsonl"]
     assert find_files([tmp_path / "part-1", f"{tmp_path}/c,d.jsonl"]) == [parts[2], parts[0]]
     for wrong, message in [
-        (f"{tmp_path}/absent*", "matches no file"),
-        ([tmp_path / "part-0", tmp_path], "named twice"),
-        ([], "no data files"),
-        ("", "no data files"),
+        (f"{tmp_path}/absent*", r"absent\*"),
+        ([tmp_path / "part-0", tmp_path], "part-0"),
+        ([], "path"),
+        ("", "path"),
     ]:
         with pytest.raises(DataError, match=message):
             find_files(wrong)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "_SUCCESS").touch()
-    with pytest.raises(DataError, match="holds no data files"):
+    with pytest.raises(DataError):
         find_files(tmp_path / "empty")
 
 
@@ -342,7 +342,7 @@ def test_a_cut_shard_keeps_what_is_whole(tmp_path: Path) -> None:
     file = ShardFile(path)
     assert len(file) == 3
     assert file.read(1)["id"] == 1
-    with pytest.raises(DataError, match=r"ends within \.jpg \(100 of"):
+    with pytest.raises(DataError, match=r"\.jpg.*100 of"):
         file.read(2)
     # Cut within a header: the sample before it is whole.
     path.write_bytes(whole[: places["0002.jpg"] - 300])
@@ -356,16 +356,16 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     whole = bytearray(path.read_bytes())
     whole[place : place + 200] = b"\xaa" * 200
     path.write_bytes(whole)
-    with pytest.raises(DataError, match=f"damaged at byte {place:,}"):
+    with pytest.raises(DataError, match=f"{place:,}"):
         len(ShardFile(path))
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.json": b"{"}, "no JSON"),
-        ({"a.json": b"[1]"}, "no object"),
-        ({"a.txt": b"\xff\xfe"}, "not UTF-8"),
+        ({"a.json": b"{"}, "JSON"),
+        ({"a.json": b"[1]"}, "object"),
+        ({"a.txt": b"\xff\xfe"}, "UTF-8"),
         ({"a.jpg": b"1", "a.png": b"2"}, "2 images"),
     ],
 )
@@ -377,10 +377,10 @@ def test_samples_that_are_no_records(tmp_path: Path, members: dict[str, bytes], 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
-        (b"x" * 2000, "no tar file"),
+        (b"", "empty"),
+        (b"x" * 2000, "tar"),
         (gzip.compress(b"x" * 2000, mtime=0), "compressed"),
-        (b"\0" * 10240, "no sample|no tar file"),
+        (b"\0" * 10240, r"sample|tar"),
     ],
 )
 def test_files_that_are_no_shards(tmp_path: Path, content: bytes, message: str) -> None:
@@ -391,10 +391,10 @@ def test_files_that_are_no_shards(tmp_path: Path, content: bytes, message: str) 
 
 
 def test_no_samples_and_twofold_members(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no sample"):
+    with pytest.raises(DataError, match="sample"):
         len(ShardFile(write_tar(tmp_path / "a.tar", {"README": b"x"})))
     path = write_tar(tmp_path / "b.tar", {"a.jpg": b"x", "a.JPG": b"y"})
-    with pytest.raises(DataError, match="twice in one sample"):
+    with pytest.raises(DataError, match="twice"):
         len(ShardFile(path))
 
 

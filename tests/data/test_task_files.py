@@ -67,9 +67,9 @@ def test_karpathy_splits(tmp_path: Path) -> None:
     ]
     (test,) = retrieval_test_rows(path, split="test")
     assert [(each.image, each.caption) for each in test.records()] == [("val2014/3.jpg", ("a cow", "cows"))]
-    with pytest.raises(DataError, match="no split 'val'; choose one of restval, test, train"):
+    with pytest.raises(DataError, match=r"'val'.*restval"):
         retrieval_rows(path, split="val")
-    with pytest.raises(DataError, match="name one"):
+    with pytest.raises(DataError, match="split"):
         retrieval_rows(path)
 
 
@@ -88,7 +88,7 @@ def test_tables_of_captions(tmp_path: Path) -> None:
     other = _write(tmp_path / "b.tsv", "name\ttext\n1.jpg\ta cat\n")
     (named,) = captioning_rows(other, columns={"image": "name", "caption": "text"})
     assert named.read(0).caption == "a cat"
-    with pytest.raises(DataError, match="no column 'image', but 'name', 'text'"):
+    with pytest.raises(DataError, match=r"'image'.*'name'"):
         retrieval_rows(other)
 
 
@@ -113,7 +113,7 @@ def test_images_alone_are_captioned(tmp_path: Path) -> None:
     (rows,) = captioning_test_rows(tmp_path)
     assert [each.caption for each in rows.records()] == [None, ("a cat",)]
     (tmp_path / "photo.txt").unlink()
-    with pytest.raises(DataError, match="no image with captions"):
+    with pytest.raises(DataError):
         captioning_rows(tmp_path)
 
 
@@ -126,12 +126,12 @@ def test_coco_captions(tmp_path: Path) -> None:
     assert (train.read(0).image, train.read(0).caption, train.read(0).identity) == ("val2014/8.jpg", "a", 8)
     (test,) = captioning_test_rows(path)
     assert [(each.image, each.caption) for each in test.records()] == [("8.jpg", ("a", "c")), ("7.jpg", ("b",))]
-    with pytest.raises(DataError, match=r"it may use \{file_name\}, \{image_id\}"):
+    with pytest.raises(DataError, match=r"\{file_name\}"):
         captioning_rows(path, image_name="{name}")
     (alone,) = captioning_test_rows(_write(tmp_path / "b.json", {"images": images}))
     assert [each.identity for each in alone.records()] == [7, 8]
     stray = _write(tmp_path / "c.json", {"images": images, "annotations": [{"image_id": 9, "caption": "a"}]})
-    with pytest.raises(DataError, match="annotation 0: image_id 9 is none"):
+    with pytest.raises(DataError, match=r"annotation 0.* 9 "):
         read_coco_captions(stray)
 
 
@@ -156,7 +156,7 @@ def test_vqa_v2(tmp_path: Path) -> None:
     assert record.scored is not None
     assert len(record.scored["answers"]) == 10
     assert vqa_accuracy({90: "no"}, [record.scored]).per_answer_type == {"yes/no": 30.0}
-    for row, message in [(1, "question 91 has no annotation"), (2, "question 92 has no image")]:
+    for row, message in [(1, "question 91"), (2, "question 92")]:
         with pytest.raises(DataError, match=message):
             rows.read(row)
 
@@ -167,7 +167,7 @@ def test_vqa_v2_without_answers(tmp_path: Path) -> None:
     assert (rows.read(1).image, rows.read(1).answer) == ("test2015/COCO_test2015_000000000009.jpg", None)
     (flat,) = vqa_rows(folder, image_name="{image_id}.jpg")
     assert flat.read(0).image == "9.jpg"
-    with pytest.raises(DataError, match="annotations alone"):
+    with pytest.raises(DataError, match="annotations"):
         vqa_rows(folder / "v2_annotations.json")
 
 
@@ -175,7 +175,7 @@ def test_vqa_v2_without_answers(tmp_path: Path) -> None:
 def test_a_question_whose_answers_are_all_empty_is_broken(tmp_path: Path, answers: list[str]) -> None:
     element = {"image": "a", "question": "q", "question_id": 1, "answer": answers}
     (rows,) = vqa_rows(_write(tmp_path / "a.json", [element]))
-    with pytest.raises(DataError, match="'answer' is"):
+    with pytest.raises(DataError, match="'answer'"):
         rows.read(0)
 
 
@@ -191,7 +191,7 @@ def test_lines_of_nlvr2(tmp_path: Path) -> None:
     assert rows.read(0).images == ("train/22/train-10171-0-img0.png", "train/22/train-10171-0-img1.png")
     assert rows.read(1).images[1] == "dev/dev-850-3-img1.png"
     assert (rows.read(0).label, rows.read(1).label, rows.label(3)) == (True, False, 4)
-    for row, message in [(2, "identifier 'nothing'"), (3, "no JSON")]:
+    for row, message in [(2, "identifier 'nothing'"), (3, "JSON")]:
         with pytest.raises(DataError, match=message):
             rows.read(row)
     (flat,) = nlvr2_rows(tmp_path / "train.json", image_name="{stem}-img{side}.png")
@@ -216,7 +216,7 @@ def test_references_alone(tmp_path: Path, protocol: int) -> None:
     first, second = rows.read(0), rows.read(1)
     assert (first.text, second.text, first.image) == ("left dog", "brown dog", "train2014/COCO_7.jpg")
     assert (first.bbox, first.ref_id, first.split, first.width, first.height) == ((1, 2, 3.5, 4), 0, "train", 100, 80)
-    for row, message in [(2, "is not inside the 100x80 image"), (3, "annotation 12 or image 7 is not in")]:
+    for row, message in [(2, "100x80"), (3, "annotation 12 or image 7")]:
         with pytest.raises(DataError, match=message):
             rows.read(row)
     (val,) = grounding_rows(_refer(tmp_path), split="testA")
@@ -228,13 +228,13 @@ def test_official_elements_get_their_boxes(tmp_path: Path) -> None:
     official = _write(tmp_path / "a.json", elements)
     (rows,) = grounding_rows([official, *_refer(tmp_path)])
     assert (rows.read(0).bbox, rows.read(0).image, rows.name) == ((1, 2, 3.5, 4), "a.jpg", str(official))
-    with pytest.raises(DataError, match="ref_id 5 is none of the references"):
+    with pytest.raises(DataError, match="ref_id 5"):
         rows.read(2)
     (train,) = grounding_rows([official, *_refer(tmp_path)], split="train")
     assert [train.label(row) for row in range(len(train))] == ["element 0", "element 2"]
-    with pytest.raises(DataError, match="1 files of references and 0 of instances"):
+    with pytest.raises(DataError, match=r"1 .* 0 "):
         grounding_rows([official, _refer(tmp_path)[0]])
-    with pytest.raises(DataError, match=r"give refs\(\*\)\.p"):
+    with pytest.raises(DataError, match=r"refs\(\*\)\.p"):
         grounding_rows(official, split="val")
 
 
@@ -250,9 +250,9 @@ class _Harmful:
         (pickle.dumps([_Harmful()], 2), "opcode b'c'"),
         (pickle.dumps([_Harmful()], 4), "opcode"),
         (pickle.dumps([{1}], 4), "opcode"),
-        (pickle.dumps([1, 2, 3], 2)[:-3], "no pickle that can be read"),
-        (b"", "no pickle that can be read"),
-        (pickle.dumps({"a": 1}, 2), "no list of references"),
+        (pickle.dumps([1, 2, 3], 2)[:-3], "pickle"),
+        (b"", "pickle"),
+        (pickle.dumps({"a": 1}, 2), "references"),
     ],
 )
 def test_nothing_in_a_pickle_is_called(
@@ -279,19 +279,19 @@ def test_a_pickle_reserves_no_more_memory_than_it_has_bytes(tmp_path: Path) -> N
     path.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
     assert read_plain_pickle(path) == []
     path.write_bytes(b"\x80\x05\x96\xff\xff\xff\x7f\x00\x00\x00\x00.")
-    with pytest.raises(DataError, match="is not unpickled"):
+    with pytest.raises(DataError, match="pickle"):
         read_plain_pickle(path)
 
 
 @pytest.mark.parametrize(
     ("bbox", "message"),
     [
-        ([0, 0, 0, 5], "has no area"),
-        ([0, 0, 5, -1], "has no area"),
-        ([0, 0, float("inf"), 5], "has no area"),
-        ([-3, 0, 5, 5], "is not inside"),
-        ([5, 5, 96.5, 5], "is not inside the 100x50 image"),
-        ([0, 0, 5], "'bbox' is"),
+        ([0, 0, 0, 5], "area"),
+        ([0, 0, 5, -1], "area"),
+        ([0, 0, float("inf"), 5], "area"),
+        ([-3, 0, 5, 5], "inside"),
+        ([5, 5, 96.5, 5], "100x50"),
+        ([0, 0, 5], "'bbox'"),
     ],
 )
 def test_boxes_lie_in_their_image(tmp_path: Path, bbox: list[float], message: str) -> None:
@@ -311,7 +311,7 @@ def test_other_content_is_named(tmp_path: Path, reader: Reader) -> None:
     for content in ("", "[]", '"a"', "5", '{"a": 1, "b": }', "no JSON"):
         with pytest.raises(DataError, match=r"a\.json"):
             reader(_write(tmp_path / "a.json", content))
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError):
         reader(tmp_path / "absent.json")
 
 
@@ -346,5 +346,5 @@ def test_one_broken_element_is_refused_alone(tmp_path: Path, reader: Reader) -> 
         with pytest.raises(DataError):
             rows.read(row)
     assert json.loads(rows.raw(1)) == broken
-    with pytest.raises(DataError, match=r"a\.json, element 1: "):
+    with pytest.raises(DataError, match=r"a\.json.*element 1"):
         list(rows.records())

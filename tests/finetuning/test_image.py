@@ -165,7 +165,7 @@ def test_folders_of_classes(recipe: Make, folders: Path) -> None:
     predictor = xfm_fast.load(result.folder)
     first, second = predictor.predict([folders / "val/dark/0.png", folders / "val/light/1.png"])
     assert set(first["probabilities"]) == set(second["probabilities"]) == {"dark", "light"}
-    with pytest.raises(InputError, match="needs images, and no text"):
+    with pytest.raises(InputError, match="images"):
         predictor.predict([], ["a"])
 
 
@@ -186,20 +186,20 @@ def test_bad_data(recipe: Make, folders: Path) -> None:
         assert not (folders / "run/checkpoints").exists()
 
     (folders / "train/empty").mkdir()
-    refused("class folder .*empty holds no images")
+    refused("empty ")
     (folders / "train/empty").rmdir()
     shutil.copytree(folders / "val/dark", folders / "val/dim")
-    refused(r"4 of 12 records .* such as 'dim' \(4\)")
+    refused(r"4 of 12.*'dim'")
     shutil.rmtree(folders / "val/dim")
     shutil.rmtree(folders / "train/light")
-    refused("one class only, 'dark'")
+    refused(r"class.*'dark'")
     (folders / "train.csv").write_text("image,label\na.png,x\nb.png,y\n")
     data = {"root": str(folders), "train": "train.csv", "splits": {"val": "train.csv"}}
-    with pytest.raises(DataError, match="2 of 2 images do not exist below"):
+    with pytest.raises(DataError, match="2 of 2"):
         finetune(recipe("image", "", data=data))
-    with pytest.raises(DataError, match="no column 'file', but 'image', 'label'"):
+    with pytest.raises(DataError, match=r"'file'.*'image'"):
         finetune(recipe("image", "", data=data, task={"columns": {"image": "file"}}))
-    with pytest.raises(ConfigError, match="columns: file is no field; known here: image, label"):
+    with pytest.raises(ConfigError, match=r"columns.*file.*image, label"):
         recipe("image", "", data=data, task={"columns": {"file": "image"}})
 
 
@@ -261,14 +261,14 @@ def test_fer2013_is_judged_by_its_private_test(form: str, tmp_path: Path, monkey
 
 def test_sets_of_torchvision_that_cannot_be_read(recipe: Make, tmp_path: Path) -> None:
     data = {"root": str(tmp_path), "train": ".", "splits": {"test": "."}}
-    with pytest.raises(DataError, match=r"CIFAR10, split 'train', cannot be read from .*nothing is downloaded"):
+    with pytest.raises(DataError, match=r"CIFAR10.*'train'"):
         finetune(recipe("image", "", data=data, task={"dataset": "cifar10"}))
-    with pytest.raises(ConfigError, match=r"task\.dataset=FakeData is no data set"):
+    with pytest.raises(ConfigError, match=r"task\.dataset=FakeData"):
         finetune(recipe("image", "", data=data, task={"dataset": "FakeData"}))
-    with pytest.raises(ConfigError, match=r"task\.dataset=imagenot is no data set of torchvision"):
+    with pytest.raises(ConfigError, match=r"task\.dataset=imagenot"):
         finetune(recipe("image", "", data=data, task={"dataset": "imagenot"}))
     mnist(tmp_path)
-    with pytest.raises(DataError, match="MNIST has no split 'val'; choose train or test"):
+    with pytest.raises(DataError, match=r"MNIST.*'val'.*train"):
         finetune(recipe("image", "", data={**data, "splits": {"val": "."}}, task={"dataset": "mnist"}))
 
 

@@ -504,17 +504,17 @@ def test_tables_and_folders(small: FinetuneRecipe, world: Path, tmp_path: Path) 
 def test_bad_input(small: FinetuneRecipe, task: RetrievalTask, world: Path, tmp_path: Path) -> None:
     path = tmp_path / "test.json"
     path.write_text(json.dumps([{"image": "images/test/nowhere.png", "caption": ["a circle"]}]))
-    with pytest.raises(DataError, match=r"1 of 1 images do not exist.*nowhere\.png"):
+    with pytest.raises(DataError, match=r"1 of 1 .*nowhere\.png"):
         task.records([path], "test")
     (rows,) = task.rows([world / "retrieval_train.json"])
     record = rows.read(0).model_copy(update={"image": "images/train/nowhere.png"})
     with pytest.raises(DataError, match=r"nowhere\.png"):
         task.item(record, np.random.default_rng(0))
-    with pytest.raises(InputError, match="1 images and 0 texts"):
+    with pytest.raises(InputError, match=r"1 images.*0 texts"):
         task.requests([Path("a.png")], [])
-    with pytest.raises(InputError, match="empty after cleaning"):
+    with pytest.raises(InputError, match="empty"):
         task.requests([Path("a.png")], ["..."])
-    with pytest.raises(InputError, match="give a line each"):
+    with pytest.raises(InputError, match="line"):
         task.request({"images": ["a.png", "b.png"], "text": "a dog"})
     assert task.request({"image": "a.png", "text": ["a dog", "a cat"]}).caption == ("a dog", "a cat")
     with pytest.raises(ConfigError, match=r"task\.max_tokens=900"):
@@ -555,7 +555,7 @@ def test_base_size_names_and_shapes_are_the_official_ones() -> None:
 def test_weights_of_another_task_are_refused(recipe: Make, small: FinetuneRecipe, tmp_path: Path) -> None:
     other = recipe("nlvr2", "nlvr_{}.json", steps=1, checkpoint={"folder": str(tmp_path / "nlvr2")})
     finetune(other)
-    with pytest.raises(CheckpointError, match=r"fine-tuned for the task nlvr2, and this is retrieval"):
+    with pytest.raises(CheckpointError, match=r"nlvr2.*retrieval"):
         evaluate(small, tmp_path / "nlvr2", "test", tmp_path / "out")
 
 

@@ -233,24 +233,24 @@ def test_a_second_run_in_the_folder_changes_nothing_of_the_first(recipe: Make) -
 
 
 def test_what_is_refused_before_the_first_step(recipe: Make, pretrained: Path, world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"choose\.split=dev is no split"):
+    with pytest.raises(ConfigError, match=r"choose\.split=dev"):
         recipe(*NLVR2, choose={"by": "accuracy", "split": "dev"})
-    with pytest.raises(ConfigError, match=r"choose\.by=bleu is no metric of the task nlvr2; it has accuracy"):
+    with pytest.raises(ConfigError, match=r"choose\.by=bleu.*nlvr2.*accuracy"):
         recipe(*NLVR2, choose={"by": "bleu", "split": "val"})
-    with pytest.raises(ConfigError, match=r"task\.max_word is no key of a recipe \(did you mean max_words\?\)"):
+    with pytest.raises(ConfigError, match=r"task\.max_word .*max_words"):
         recipe(*NLVR2, task={"max_word": 3})
-    with pytest.raises(ConfigError, match=r"task: .* needs kind: one of .*nlvr2"):
+    with pytest.raises(ConfigError, match=r"task.*kind.*nlvr2"):
         recipe("nlvr3", "x")
-    with pytest.raises(DataError, match=r"data\.train: there is no .*absent\.json"):
+    with pytest.raises(DataError, match=r"data\.train.*absent\.json"):
         finetune(recipe("nlvr2", "absent.json"))
     other = tmp_path / "other"
     shutil.copytree(pretrained, other)
     (other / "task.json").write_text('{"format": 1, "task": {"kind": "nlvr2", "surprise": 1}}')
-    with pytest.raises(CheckpointError, match=r"task\.json does not describe a task"):
+    with pytest.raises(CheckpointError, match=r"task\.json"):
         finetune(recipe(*NLVR2, init={"checkpoint": str(other)}))
-    with pytest.raises(CheckpointError, match=r"lacks cls_head.*fine-tune it first"):
+    with pytest.raises(CheckpointError, match="cls_head"):
         evaluate(recipe(*NLVR2), pretrained, "test", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="pretrained model, which has no task yet"):
+    with pytest.raises(CheckpointError, match="task"):
         xfm_fast.load(pretrained)
     assert not (tmp_path / "out").exists()
 

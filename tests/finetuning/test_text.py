@@ -208,13 +208,13 @@ TRAIN = "text,label\ngood,up\nbad,down\nfine,up\n"
 @pytest.mark.parametrize(
     ("train", "val", "options", "said"),
     [
-        (TRAIN, "text,label\nso,sideways\n", {}, r"1 of 1 records .* such as 'sideways' \(1\)"),
-        (TRAIN, "text,label\nso,up\nlala,\n", {}, r"line 3: 'label' is '' \(it holds no text\)"),
-        ("text,label\na,up\nb,up\n", TRAIN, {}, "one class only, 'up'"),
-        (TRAIN, TRAIN, {"columns": {"text": "review"}}, "no column 'review', but 'text', 'label'"),
-        (TRAIN, TRAIN, {"columns": {"label": "stars"}}, "no column 'stars'"),
-        ("text\na\n", TRAIN, {}, "no row has a label; name the column"),
-        (TRAIN, TRAIN, {"labels": ["up", "down", "up"]}, "'up' is named twice"),
+        (TRAIN, "text,label\nso,sideways\n", {}, r"1 of 1.*'sideways'"),
+        (TRAIN, "text,label\nso,up\nlala,\n", {}, "line 3: 'label' is ''"),
+        ("text,label\na,up\nb,up\n", TRAIN, {}, r"class.*'up'"),
+        (TRAIN, TRAIN, {"columns": {"text": "review"}}, r"'review'.*'text', 'label'"),
+        (TRAIN, TRAIN, {"columns": {"label": "stars"}}, "'stars'"),
+        ("text\na\n", TRAIN, {}, "label"),
+        (TRAIN, TRAIN, {"labels": ["up", "down", "up"]}, "'up'"),
     ],
 )
 def test_bad_data(train: str, val: str, options: dict[str, Any], said: str, recipe: Make, tmp_path: Path) -> None:
@@ -224,13 +224,13 @@ def test_bad_data(train: str, val: str, options: dict[str, Any], said: str, reci
 
 
 def test_bad_options(recipe: Make) -> None:
-    with pytest.raises(ConfigError, match="columns: sentence is no field; known here: text, text2, label, index"):
+    with pytest.raises(ConfigError, match=r"columns.*sentence.*text, text2, label, index"):
         recipe(*WORLD, task={"columns": {"sentence": "text"}})
-    with pytest.raises(ConfigError, match="leave columns out"):
+    with pytest.raises(ConfigError, match="columns"):
         recipe(*WORLD, task={"glue": "rte", **COLUMNS})
-    with pytest.raises(ConfigError, match="regression has no classes"):
+    with pytest.raises(ConfigError, match="classes"):
         recipe(*WORLD, task={"regression": True, "labels": ["a", "b"]})
-    with pytest.raises(ConfigError, match="max_tokens=99 exceeds the 64 tokens"):
+    with pytest.raises(ConfigError, match=r"max_tokens=99.* 64 "):
         open_task(recipe(*WORLD, task={**COLUMNS, "max_tokens": 99}))
 
 
@@ -269,7 +269,7 @@ def test_a_broken_line_is_quarantined(recipe: Make, tmp_path: Path, capsys: pyte
 
 def test_some_labels_are_none(recipe: Make, tmp_path: Path) -> None:
     lines = [json.dumps({"text": "a", "label": label}) + "\n" for label in ("x", "y", None)]
-    with pytest.raises(DataError, match="1 of 3 records to evaluate on have no label"):
+    with pytest.raises(DataError, match="1 of 3"):
         run_on(recipe, tmp_path, "".join(lines), "".join(lines), "jsonl")
     run_on(recipe, tmp_path, "".join(lines), "".join(lines[:2]), "jsonl")
     (line,) = (tmp_path / "run/quarantine/train.jsonl").read_text().splitlines()
@@ -303,9 +303,9 @@ def test_commands(world: Path, pretrained: Path, tmp_path: Path) -> None:
 
 def test_requests(recipe: Make) -> None:
     task = open_task(recipe(*WORLD, task=COLUMNS))
-    with pytest.raises(InputError, match="needs two texts, and no image"):
+    with pytest.raises(InputError, match="two texts"):
         task.requests([], ["a"])
-    with pytest.raises(InputError, match="needs two texts, and no image"):
+    with pytest.raises(InputError, match="two texts"):
         task.requests([Path("a.png")], ["a", "b"])
     task.options = task.options.model_copy(update={"pairs": False})
     assert [record.text for record in task.requests([], ["a", "b"])] == ["a", "b"]

@@ -222,8 +222,8 @@ def test_exact_match_and_the_file_of_evalai(task: VQATask) -> None:
     [
         (0, ["what"], "0 images and 1 texts"),
         (2, ["what"], "2 images"),
-        (1, [], "1 images and 0 texts were given; this model needs an image and questions about it"),
-        (1, ["what", " "], "text 1 of 2 is blank"),
+        (1, [], "1 images and 0 texts"),
+        (1, ["what", " "], "text 1 of 2"),
     ],
 )
 def test_requests_that_are_none(task: VQATask, images: int, texts: list[str], message: str) -> None:
@@ -234,10 +234,10 @@ def test_requests_that_are_none(task: VQATask, images: int, texts: list[str], me
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ({"a": 1}, "holds a JSON dict; expected one array of strings"),
-        (["a", "b", "a"], "'a' stand there more than once"),
-        (["a", " "], "answer 1 is ' '"),
-        (["a", 2], "answer 1 is 2"),
+        ({"a": 1}, "dict"),
+        (["a", "b", "a"], "'a'"),
+        (["a", " "], r"answer 1.*' '"),
+        (["a", 2], r"answer 1.* 2"),
     ],
 )
 def test_answer_lists_that_are_none(recipe: Make, tmp_path: Path, answers: Any, message: str) -> None:
@@ -249,9 +249,9 @@ def test_answer_lists_that_are_none(recipe: Make, tmp_path: Path, answers: Any, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 25}, r"task\.k=25, but there are 2\d answers"),
-        ({"k": 0}, "k=0 ranks nothing"),
-        ({"answers": None}, "there are no answers to rank"),
+        ({"k": 25}, r"task\.k=25.* 2\d "),
+        ({"k": 0}, "k=0"),
+        ({"answers": None}, "answers"),
     ],
 )
 def test_options_that_do_not_go(recipe: Make, options: dict[str, Any], message: str) -> None:
@@ -265,9 +265,9 @@ def test_questions_without_image_or_answers(task: VQATask, tmp_path: Path) -> No
         {"image": "a.png", "question": "?", "question_id": 4},
     ]
     (rows,) = task.rows([written(tmp_path / "train.json", elements)])
-    with pytest.raises(DataError, match="'image' is missing"):
+    with pytest.raises(DataError, match="'image'"):
         rows.read(0)
-    with pytest.raises(DataError, match="question 4 has no answer"):
+    with pytest.raises(DataError, match="question 4"):
         task.item(rows.read(1), np.random.default_rng(0))
 
 
@@ -303,9 +303,9 @@ def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys
 
 def test_a_choice_that_no_answer_judges_is_refused_before_the_first_step(recipe: Make, tmp_path: Path) -> None:
     """The world's questions have one answer each, and not those of ten people."""
-    with pytest.raises(ConfigError, match=r"choose\.by=accuracy is no metric of val; it has exact_match"):
+    with pytest.raises(ConfigError, match=r"choose\.by=accuracy.*val.*exact_match"):
         finetune(recipe(*FILES, task=TINY, choose={"by": "accuracy", "split": "val"}))
-    with pytest.raises(DataError, match=r"task\.answers: there is no .*none\.json; give task\.answers="):
+    with pytest.raises(DataError, match=r"task\.answers.*none\.json"):
         finetune(recipe(*FILES, task=TINY | {"answers": "none.json"}))
     assert not (tmp_path / "run").exists()
 

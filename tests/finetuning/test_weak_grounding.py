@@ -78,7 +78,7 @@ def test_weights_of_retrieval_are_its_own(weak: FinetuneRecipe, recipe: Make, pr
     assert "accuracy" in evaluate(weak, tmp_path / "retrieval", "val", tmp_path / "a")
     assert "accuracy" in evaluate(weak, pretrained, "val", tmp_path / "b")
     finetune(recipe("nlvr2", "nlvr_{}.json", steps=1, checkpoint={"folder": str(tmp_path / "nlvr2")}))
-    with pytest.raises(CheckpointError, match=r"was fine-tuned for the task nlvr2"):
+    with pytest.raises(CheckpointError, match="nlvr2"):
         evaluate(weak, tmp_path / "nlvr2", "val", tmp_path / "c")
 
 
@@ -86,9 +86,9 @@ def test_detections_are_found_or_named(weak: FinetuneRecipe, world: Path) -> Non
     box = torch.ones(1, 4)
     for name in ("a/COCO_train2014_000000000123.jpg", "COCO_train2014_000000000123.jpg", "123"):
         assert boxes_of("a/COCO_train2014_000000000123.jpg", {name: box}) is box
-    with pytest.raises(DataError, match=r"no box for the image x/7\.png or 7\.png or 7"):
+    with pytest.raises(DataError, match=r"x/7\.png.* 7\.png.* 7"):
         boxes_of("x/7.png", {"8": box})
     task = open_task(weak)
     assert make_task(WeakGroundingOptions(), weak.model, task.tokenizer).losses == ("itc", "itm")
-    with pytest.raises(DataError, match=r"data\.splits\.val lists no detections"):
+    with pytest.raises(DataError, match=r"data\.splits\.val"):
         task.records([world / "grounding_val.json"], "val")

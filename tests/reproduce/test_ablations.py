@@ -86,7 +86,7 @@ def test_a_stopped_run_leaves_the_others(
 
 def test_runs_of_another_recipe_are_refused(trained: list[tuple[str, int]], tmp_path: Path) -> None:
     run_ablations(tmp_path, seeds=1, variants=["full"])
-    with pytest.raises(DataError, match="other steps"):
+    with pytest.raises(DataError, match="steps"):
         run_ablations(tmp_path, seeds=1, variants=["full"], overrides=["steps=3"])
     # Where a run lies and how often it logs changes no result.
     run_ablations(tmp_path, seeds=1, variants=["full"], overrides=["log.every=7", "checkpoint.every=9"])
@@ -96,16 +96,16 @@ def test_runs_of_another_recipe_are_refused(trained: list[tuple[str, int]], tmp_
 def test_a_damaged_result_is_named(trained: list[tuple[str, int]], tmp_path: Path) -> None:
     run_ablations(tmp_path, seeds=1, variants=["full"])
     (tmp_path / "full" / "seed-0" / RESULT_FILE).write_text("{")
-    with pytest.raises(DataError, match="delete it"):
+    with pytest.raises(DataError, match="delete"):
         run_ablations(tmp_path, seeds=1, variants=["full"])
 
 
 def test_impossible_studies_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="half is unknown"):
+    with pytest.raises(ConfigError, match="half"):
         run_ablations(tmp_path, variants=["half"])
     with pytest.raises(ConfigError, match="seeds=0"):
         run_ablations(tmp_path, seeds=0)
-    with pytest.raises(ConfigError, match="no shapes world"):
+    with pytest.raises(ConfigError, match="shapes"):
         run_ablations(tmp_path, recipe="pretrain_base_4m")
 
 

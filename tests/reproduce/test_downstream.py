@@ -71,7 +71,7 @@ def test_the_study_evaluates_on_both_kinds_of_combinations_and_repeats_nothing(
     assert "`model.patch_size=4`" in markdown(table)
     run_downstream(tmp_path, jobs=1, pretraining=["model.patch_size=4"])
     assert len(calls) == 1 + len(RECIPES)
-    with pytest.raises(XFMError, match=r"told model\.patch_size=4, not nothing"):
+    with pytest.raises(XFMError, match=r"model\.patch_size=4"):
         run_downstream(tmp_path, jobs=1, pretraining=())
     # Only what is lacking: another seed, and a run that was never evaluated on known combinations.
     (tmp_path / "seed-0/vqa_tiny_shapes/evaluation/known/metrics.json").unlink()
@@ -96,7 +96,7 @@ def test_the_page_says_what_was_asked_of_which_combinations(calls: list[dict[str
 def test_what_a_command_takes_of_its_core_is_kept_and_what_it_says_when_it_fails(tmp_path: Path) -> None:
     downstream._run(tmp_path, "image_tiny_shapes", 1, ["--version"])
     assert 0 < json.loads((tmp_path / "seconds/image_tiny_shapes/1.json").read_text()) < 60
-    with pytest.raises(XFMError, match=r"xfm-fast finetune no_such_recipe ended with .*or give the path of a YAML"):
+    with pytest.raises(XFMError, match="no_such_recipe"):
         downstream._run(tmp_path, "no_such_recipe", 0, ["finetune", "no_such_recipe"])
     assert not (tmp_path / "seconds/no_such_recipe").exists()
 

@@ -48,5 +48,5 @@ def test_impossible_intervals_are_refused() -> None:
         mean_interval([])
     with pytest.raises(InputError):
         mean_interval([1.0, 2.0], confidence=1)
-    with pytest.raises(InputError, match="2 and 1 runs"):
+    with pytest.raises(InputError, match=r"2 .* 1 "):
         paired_difference([1.0, 2.0], [1.0])

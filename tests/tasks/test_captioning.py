@@ -192,25 +192,25 @@ def test_loss_is_the_mean_over_predicted_tokens(model: CaptioningModel, x: dict[
 
 def test_what_is_refused(model: CaptioningModel, x: dict[str, Tensor]) -> None:
     pixels, prompt = x["image"], x["prompt_ids"]
-    with pytest.raises(InputError, match="max_length=3 must exceed the 3 tokens of the prompt"):
+    with pytest.raises(InputError, match="max_length=3"):
         model.generate(pixels, prompt, max_length=3)
-    with pytest.raises(InputError, match="at most 29, where the position table ends"):
+    with pytest.raises(InputError, match="29"):
         model.generate(pixels, prompt, max_length=45)
     with pytest.raises(InputError, match="num_beams=0"):
         model.generate(pixels, prompt, num_beams=0)
-    with pytest.raises(InputError, match=r"prompt_ids are \[2, 3\]"):
+    with pytest.raises(InputError, match=r"prompt_ids.*\[2, 3\]"):
         model.generate(pixels, prompt[:2])
-    with pytest.raises(InputError, match="prompt_ids hold padding"):
+    with pytest.raises(InputError, match="prompt_ids"):
         generate(
             model.text_decoder, model.decoder_memory(pixels), prompt.index_fill(1, torch.tensor([2]), PAD), max_length=9
         )
-    with pytest.raises(InputError, match="2 images for 3 captions"):
+    with pytest.raises(InputError, match=r"2 images.* 3 "):
         model(pixels[:2], x["text_ids"], prompt_length=3)
     with pytest.raises(InputError, match="prompt_length=9"):
         model(pixels, x["text_ids"], prompt_length=9)
     holes = x["text_atts"].clone()
     holes[0, 4] = 0
-    with pytest.raises(InputError, match="caption_mask has gaps"):
+    with pytest.raises(InputError, match="caption_mask"):
         model(pixels, x["text_ids"], holes, prompt_length=3)
 
 
@@ -226,7 +226,7 @@ def test_decoder_starts_from_the_fusion_encoder() -> None:
 
 
 def test_a_decoder_starts_from_no_other_encoder() -> None:
-    with pytest.raises(InputError, match="decoder_from='vision' is no encoder to start from"):
+    with pytest.raises(InputError, match="decoder_from='vision'"):
         CaptioningModel(config("tiny_b"), decoder_from="vision")  # type: ignore[arg-type]
 
 

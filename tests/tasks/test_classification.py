@@ -147,16 +147,16 @@ def test_soft_targets_and_regression() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(InputError, match="modality 'audio' is unknown"):
+    with pytest.raises(InputError, match="'audio'"):
         ClassificationModel(CONFIG, 2, modality="audio")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="labels=0"):
         ClassificationModel(CONFIG, 0, modality="image")
-    with pytest.raises(InputError, match="'official_image' reads an image"):
+    with pytest.raises(InputError, match="'official_image'"):
         ClassificationModel(CONFIG, 2, modality="text", head="official_image")
     model = ClassificationModel(CONFIG, 2, modality="image")
-    with pytest.raises(InputError, match="pixels is missing"):
+    with pytest.raises(InputError, match="pixels"):
         model.logits(input_ids=TEXT)
-    with pytest.raises(InputError, match="input_ids is given"):
+    with pytest.raises(InputError, match="input_ids"):
         model.logits(pixels(), TEXT)
 
 
@@ -185,5 +185,5 @@ def test_nlvr2_accuracy_and_pairs() -> None:
     stored = np.load(golden("metrics/nlvr.npz"))
     logits, targets = torch.from_numpy(stored["logits"]), torch.from_numpy(stored["targets"])
     assert accuracy(logits, targets) == pytest.approx(load_json("metrics/metrics")["nlvr"]["accuracy"], rel=1e-6)
-    with pytest.raises(InputError, match="3 images for 2 sentences"):
+    with pytest.raises(InputError, match=r"3 images.* 2 "):
         NLVR2Model(CONFIG).logits(pixels(3), TEXT)

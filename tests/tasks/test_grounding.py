@@ -36,7 +36,7 @@ def test_accuracy_without_splits() -> None:
     boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
     sizes, reference = torch.tensor([[100, 50], [100, 50]]), torch.tensor([[0.0, 0, 100, 50], [50, 25, 50, 25]])
     assert grounding_accuracy(boxes, sizes, reference) == {"all": 0.5}
-    with pytest.raises(InputError, match="do not belong together"):
+    with pytest.raises(InputError):
         grounding_accuracy(boxes, sizes[:1], reference)
     # Half of the pixels is enough.
     assert box_accuracy(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[0.0, 0, 4, 2]])) == {"all": 1.0}

