@@ -96,28 +96,22 @@ def gradflow(
 def ablations(*, options: Flat[AblationOptions] = AblationOptions()) -> int:
     """Train tiny models on the shapes world with and without stop-gradient and MIM guidance, and compare them.
 
-    Reports linear probes, zero-shot retrieval and grounding on held-out combinations, with intervals over seeds, in a
-    table and in ablations.md, .json and .svg. Finished runs are reused when the study is restarted.
+    Reports linear probes, zero-shot retrieval and grounding on held-out combinations, with intervals over seeds, and
+    writes ablations.md and .json. An interrupted study resumes, and finished runs are not repeated.
     """
     from xfm_fast.reproduce import report
     from xfm_fast.reproduce.ablations import VARIANTS, run_ablations
 
-    console = stdout()
-
-    def keep(study: Study) -> None:
+    def save(study: Study) -> None:
         if study.runs:
             report.save(study, options.out)
-            console.print(f"{len(study.runs)} runs finished, {len(study.missing)} to go", highlight=False)
+            note(f"{len(study.runs)} runs finished, {len(study.missing)} to go")
 
     variants = [*VARIANTS] if options.variants == ("all",) else options.variants
-    study = run_ablations(options.out, seeds=options.seeds, variants=variants, minutes=options.minutes, on_change=keep)
+    study = run_ablations(options.out, seeds=options.seeds, variants=variants, minutes=options.minutes, on_change=save)
     if study.runs:
-        console.print(report.table(study))
-        for line in report.findings(study):
-            console.print(f"- {line}", highlight=False, soft_wrap=True)
-        console.print(report.LIMITS, highlight=False)
-        saved = ", ".join(str(path) for path in report.save(study, options.out))
-        console.print(f"saved: {saved}", highlight=False, soft_wrap=True)
+        print(report.markdown(study))
+        print("saved: " + ", ".join(str(path) for path in report.save(study, options.out)))
     if study.missing:
         note(f"{len(study.missing)} runs are missing; the same command goes on there")
         return UNFINISHED

@@ -1,1 +1,1 @@
-"""The paper's experiments in miniature, as far as a laptop can reproduce them."""
+"""The paper's experiments on tiny models and generated data."""

@@ -1,7 +1,6 @@
-"""The ablations of the training method: the same run with and without stop-gradient and MIM guidance, seed by seed.
+"""Ablations of stop-gradient and MIM guidance, over seeds.
 
-Every run has a folder of its own and leaves `result.json` there, so a study that was interrupted goes on where it
-stopped, and one that is repeated with more seeds trains only what is new.
+Every run has its own folder with `result.json`, so that an interrupted or extended study trains only missing runs.
 """
 
 from __future__ import annotations
@@ -44,11 +43,10 @@ class Run:
     """A finished run.
 
     Attributes:
-        variant: of `VARIANTS`.
-        seed: of its initial weights and of the order of its data.
+        variant: key of `VARIANTS`.
+        seed: of the initial weights and the data order.
         metrics: percent, see `evaluation.evaluate`.
-        cost: `steps` of the recipe; `seconds` and `cpu_seconds` of the process that finished the run, from its start or
-            last resumption, evaluation included.
+        cost: `steps`; `seconds` and `cpu_seconds` since the start or last resumption, evaluation included.
     """
 
     variant: str
@@ -59,7 +57,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Finished runs, and those that are still missing."""
+    """Finished and missing runs."""
 
     runs: tuple[Run, ...]
     missing: tuple[tuple[str, int], ...]
@@ -71,7 +69,7 @@ class Study:
 
     @property
     def variants(self) -> list[str]:
-        """Those with a finished run, in the order of `VARIANTS`."""
+        """Variants with a finished run, in the order of `VARIANTS`."""
         return [variant for variant in VARIANTS if any(run.variant == variant for run in self.runs)]
 
 
@@ -85,25 +83,10 @@ def run_ablations(
     overrides: Iterable[str] = (),
     on_change: Callable[[Study], None] | None = None,
 ) -> Study:
-    """Train and evaluate every variant with every seed.
+    """Train and evaluate every variant with every seed, seed by seed.
 
-    Seeds come one after the other with all their variants, so that a study cut short compares like with like.
-
-    Args:
-        out: folder of the study: the world, a folder for every run.
-        seeds: 0, 1, ... of each variant.
-        variants: names out of `VARIANTS`.
-        minutes: no run begins later than this after the call; None for no limit.
-        recipe: that the variants change; it must have a `shapes` section.
-        overrides: `key=value` for the recipe of all runs.
-        on_change: called with the study at the beginning and after every run.
-
-    Returns:
-        The finished runs; others are missing if the time was up or a signal stopped the training.
-
-    Raises:
-        ConfigError: unknown variants, no seeds, or a recipe without a shapes world.
-        DataError: `out` holds runs of another recipe.
+    `minutes` limits when the last run starts; `on_change` receives the study at the start and after every run. Folders
+    of another recipe raise `DataError`.
     """
     if seeds < 1 or not variants:
         raise ConfigError(f"seeds={seeds} of {len(variants)} variants; at least one of each is needed")
@@ -148,7 +131,7 @@ def _recipe(out: Path, variant: str, seed: int, recipe: str | Path, overrides: t
 
 
 def _train(variant: str, seed: int, recipe: Recipe) -> Run | None:
-    """Train, from the newest checkpoint if there is one, and evaluate; None if a signal stopped it."""
+    """Train and evaluate a run, from its newest checkpoint; None if a signal stopped it."""
     assert recipe.shapes is not None
     clocks = time.perf_counter(), time.process_time()
     trained = train(recipe)
@@ -173,7 +156,7 @@ def _train(variant: str, seed: int, recipe: Recipe) -> Run | None:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """The part of a recipe that a result depends on: not where it lies, nor how it is logged and loaded."""
+    """Recipe fields that a result depends on: no paths, logging or loading."""
     described = recipe.model_dump(mode="json")
     return {name: value for name, value in described.items() if name not in ("data", "checkpoint", "log", "workers")}
 

@@ -1,7 +1,7 @@
-"""Every task of the paper in miniature: a pretrained tiny model, fine-tuned for each on the shapes world, by seeds.
+"""All fine-tuning tasks on a tiny pretrained model and the shapes dataset, over seeds.
 
-Runs are processes of their own, one thread each and as many at a time as there are cores, started by the commands that
-a user types. A run that is finished is not repeated, and one that was killed goes on.
+Runs are single-threaded subprocesses of the command line, as many in parallel as there are cores. Finished runs are
+reused, and killed ones resume.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _BOXES = 500
 
 
 class Twin(NamedTuple):
-    """A task in miniature: its recipe, the metric that stands for it, and where that should arrive on which split."""
+    """A tiny task: recipe, metric, and target on the split `asked`."""
 
     recipe: str
     metric: str
@@ -79,15 +79,14 @@ TWINS = (
 
 @dataclass(frozen=True)
 class Table:
-    """What a study came to.
+    """Results of a study.
 
     Attributes:
         values: of every twin, by split and seed.
-        chance: what an answer without looking gets, by twin and split.
-        seconds: of one core, taken by the process that finished a recipe, by recipe and seed; the pretraining's under
-            its own name.
-        missing: recipes and seeds that are not finished.
-        pretraining: what its recipe was told.
+        chance: metric of a constant or random answer, by twin and split.
+        seconds: core seconds by recipe (or pretraining) and seed.
+        missing: unfinished recipes and seeds.
+        pretraining: overrides of the pretraining recipe.
     """
 
     values: dict[Twin, dict[str, dict[int, float]]]
@@ -105,19 +104,10 @@ def run_downstream(
     pretraining: Sequence[str] = TOLD,
     on_change: Callable[[Table], None] = lambda table: None,
 ) -> Table:
-    """Pretrain once, probe what its images tell of shapes, then fine-tune and evaluate every twin with every seed.
+    """Pretrain once, probe the image tokens, then fine-tune and evaluate every twin with every seed.
 
-    A run is evaluated on the combinations that it never saw, and on new scenes of those that it did.
-
-    Args:
-        out: folder of the study.
-        seeds: 0, 1, ... of each twin; the pretrained model is the same.
-        jobs: runs at a time; by default as many as this process may use cores.
-        pretraining: `key=value` for its recipe, such as `model.patch_size=4`.
-        on_change: called with the table after every run.
-
-    Raises:
-        XFMError: a run failed, and says which, and what it said; or the folder is that of another pretraining.
+    Runs are evaluated on new scenes with held-out and with known combinations. `jobs` runs execute in parallel
+    (default: one per core). A failed run raises `XFMError` with its output.
     """
     if seeds < 1:
         raise XFMError(f"seeds={seeds}; at least one is needed")
@@ -152,7 +142,7 @@ def run_downstream(
 
 
 def _pretraining(out: Path) -> tuple[str, ...] | None:
-    """What the recipe of pretraining was told in this folder; None where nothing has begun."""
+    """Pretraining overrides recorded in the folder; None for a new folder."""
     path = out / PRETRAINING_FILE
     return tuple(read_json(path)) if path.is_file() else None
 
@@ -166,7 +156,7 @@ def _metrics_file(out: Path, recipe: str, seed: int, split: str) -> Path:
 
 
 def _overrides(out: Path, recipe: str) -> list[str]:
-    """What the study says to a recipe of fine-tuning: its own model and world, with the known combinations too."""
+    """Recipe overrides: pretrained model, dataset, and the split of known combinations."""
     init = f"init.checkpoint={out / PRETRAINING}"
     (test,) = load_finetune_recipe(recipe, [init]).data.splits[HELD_OUT]
     known = f"data.splits.{KNOWN}={test.replace(HELD_OUT, KNOWN)}"
@@ -174,7 +164,7 @@ def _overrides(out: Path, recipe: str) -> list[str]:
 
 
 def _probed(world: Path, pretrained: Path) -> dict[str, float]:
-    """What the image tokens of the pretrained model tell of shapes, before any task has changed them."""
+    """Shape probe of the pretrained image tokens."""
     made = read_json(world / WORLD_FILE)
     model = XFM.from_pretrained(pretrained / "model").eval()
     return shape_probe(model, HeldOut(made["seed"], made["resolution"]))
@@ -198,7 +188,7 @@ def _run(out: Path, recipe: str, seed: int, command: Sequence[str]) -> None:
 
 
 def read_table(out: Path, seeds: int) -> Table:
-    """The table of what is finished in the folder of a study."""
+    """Results of all finished runs in a folder."""
     values: dict[Twin, dict[str, dict[int, float]]] = {twin: {split: {} for split in COLUMNS} for twin in TWINS}
     missing: list[tuple[str, int]] = []
     for twin, seed, split in product(TWINS, range(seeds), COLUMNS):
@@ -217,7 +207,7 @@ def read_table(out: Path, seeds: int) -> Table:
 
 @cache
 def _chance(out: Path, twin: Twin) -> dict[str, float]:
-    """By split the metric of the best answer that does not look at what it answers for, chosen on training files."""
+    """Metric by split of a random ranking or of the best constant answer of the training files."""
     recipe = load_finetune_recipe(twin.recipe, _overrides(out, twin.recipe))
     task = open_task(recipe)
     records = {split: task.records(recipe.paths_of(split), split) for split in COLUMNS}
@@ -228,12 +218,12 @@ def _chance(out: Path, twin: Twin) -> dict[str, float]:
 
 
 def random_recall(captions: Sequence[int]) -> float:
-    """Mean of R@1, R@5 and R@10 both ways, in percent, of a ranking at random; `captions` of each image."""
+    """Expected mean of R@1, R@5 and R@10 in both directions, in percent, for `captions` per image."""
     images, texts = len(captions), sum(captions)
     of_texts = [100 * min(1.0, k / images) for k in (1, 5, 10)]
 
     def missed(right: int, k: int) -> float:
-        """The chance that none of the `right` among all texts is in the first `k`."""
+        """Probability that none of the `right` texts is in the first `k`."""
         share = 1.0
         for place in range(k):
             share *= max(0, texts - right - place) / max(1, texts - place)
@@ -244,7 +234,7 @@ def random_recall(captions: Sequence[int]) -> float:
 
 
 def constant_answer(task: Task[Any, Any, Any, Any], recipe: FinetuneRecipe) -> dict[str, Any]:
-    """The most frequent answer, label or caption of the training files, or a box that meets many of theirs."""
+    """The most frequent answer, label or caption of the training files, or the box that overlaps most."""
     rows = task.rows(recipe.paths_of(STREAM))
     records = [record for each in rows for record in map(each.read, range(len(each)))]
     kind = recipe.task.kind
@@ -262,7 +252,7 @@ def constant_answer(task: Task[Any, Any, Any, Any], recipe: FinetuneRecipe) -> d
 
 
 def markdown(table: Table) -> str:
-    """The table as a page."""
+    """The table as Markdown."""
     heads = ["recipe", "metric", *COLUMNS.values(), "target", "without looking", "minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for twin in (twin for twin in TWINS if any(table.values[twin].values())):
@@ -289,11 +279,7 @@ def markdown(table: Table) -> str:
 
 
 def save(table: Table, folder: Path) -> list[Path]:
-    """Write the page and its numbers, both new or both old.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
+    """Write the Markdown page and the JSON atomically."""
     numbers = [
         {
             "recipe": twin.recipe, "metric": twin.metric, "target": twin.target, "asked": twin.asked,

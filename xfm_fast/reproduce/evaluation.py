@@ -1,7 +1,7 @@
-"""The evaluation of a model trained on the shapes world, on held-out combinations and without further training.
+"""Zero-shot evaluation and linear probes of a model trained on the shapes dataset, on held-out combinations.
 
-Retrieval and grounding are the official procedures. A linear probe is ridge regression onto the classes, in closed
-form: it has no learning rate, no seed and no epochs, so two encoders differ by their embeddings alone.
+Retrieval and grounding follow the official procedures. Probes are closed-form ridge regressions, without learning rate,
+seed or epochs.
 """
 
 from __future__ import annotations
@@ -49,13 +49,7 @@ _PROBE_SCENES: dict[Split, int] = {"train": 1000, "val": 300, "test": 400}
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The scenes that models are evaluated on.
-
-    Attributes:
-        seed: of the world.
-        resolution: of its images.
-        scenes: number of test scenes for retrieval and grounding.
-    """
+    """Evaluation scenes: dataset `seed`, image `resolution`, and number of `scenes` for retrieval and grounding."""
 
     seed: int
     resolution: int
@@ -63,7 +57,7 @@ class HeldOut:
 
     @cached_property
     def retrieval(self) -> list[Scene]:
-        """Test scenes, the first of every description: with two of the same, one of two right answers would count."""
+        """Test scenes with distinct descriptions."""
         found: dict[str, Scene] = {}
         index = 0
         while len(found) < self.scenes:
@@ -74,10 +68,10 @@ class HeldOut:
 
 
 def evaluate(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict[str, float]:
-    """All numbers of a model, in percent; those of `METRICS`, and behind a slash what they are made of.
+    """All metrics in percent: `METRICS`, and their parts after a slash.
 
-    Nothing is trained but the linear probes, on frozen embeddings of scenes that the model has not seen. Retrieval is
-    the official zero-shot procedure: all candidates are scored by the matching head.
+    Only linear probes are trained, on frozen embeddings of unseen scenes. Retrieval scores all pairs with the matching
+    head.
     """
     training = model.training
     model.eval()
@@ -94,7 +88,7 @@ def evaluate(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict
 
 
 def _pixels(model: XFM, scenes: Sequence[Scene], resolution: int) -> Iterator[Tensor]:
-    """Batches `[B, 3, R, R]`, as the evaluation of every task makes them from files."""
+    """Batches `[B, 3, R, R]` with the evaluation transform."""
     transform = evaluation_transform(model.config.image_size)
     for start in range(0, len(scenes), _BATCH):
         images = [Image.fromarray(render(made, resolution)) for made in scenes[start : start + _BATCH]]
@@ -163,7 +157,7 @@ def _probe_scenes(held_out: HeldOut, split: Split) -> list[Scene]:
 
 
 def _text_probe(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> dict[str, float]:
-    """Probes of token 0 of a caption for the order and the attributes of the objects that it names."""
+    """Probes of text token 0 for the order and attributes of the objects."""
     rows: dict[str, Rows] = {}
     for split in _PROBE_SCENES:
         scenes = [made for made in _probe_scenes(held_out, split) if len(made.things) > 1]
@@ -181,7 +175,7 @@ def _text_probe(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> d
 
 
 def _image_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
-    """Probes of the image token for the number of objects and for the colours and shapes that are there."""
+    """Probes of the image token for the number, colours and shapes of objects."""
     rows: dict[str, Rows] = {}
     for split in _PROBE_SCENES:
         scenes = _probe_scenes(held_out, split)
@@ -199,16 +193,11 @@ def _image_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
 
 
 def shape_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
-    """How well the shape of an object is read off the image tokens that lie on it: balanced accuracy, in percent.
+    """Balanced accuracy in percent of linear probes for an object's shape, on the image tokens that cover it.
 
-    Two probes are fitted. One sees scenes of training, and may learn which shapes never have a colour, if the tokens
-    tell colours better than shapes; the other sees scenes whose shapes are drawn anew, so that colours say nothing.
-    What the second reads better on combinations that training never shows is in the tokens, and lost by learning from
-    the training split alone. It sees these combinations itself, so it explains a model and does not judge it.
-
-    Returns:
-        `training/held_out`, `training/common`, `all_pairs/held_out`, `all_pairs/common`: by what the probe was fitted
-        on, and by the objects of the test, whose shapes are drawn anew too. `chance` is one by the number of shapes.
+    The probe `training` is fitted on training scenes, where colours predict shapes; `all_pairs` on scenes with random
+    shapes. Returns `training/held_out`, `training/common`, `all_pairs/held_out`, `all_pairs/common` (fitted on / tested
+    on) and `chance`. `all_pairs` has seen the held-out combinations: it explains a model and does not rank it.
     """
     rng = np.random.default_rng(held_out.seed)
 
@@ -238,7 +227,7 @@ def shape_probe(model: XFM, held_out: HeldOut) -> dict[str, float]:
 
 
 def _object_tokens(model: XFM, held_out: HeldOut, scenes: Sequence[Scene]) -> Rows:
-    """The mean of the image tokens whose centre lies on an object, or a little beside it, for every object."""
+    """Mean of the image tokens on or near each object."""
     side = model.config.image_size // model.config.patch_size
     centres = (torch.arange(side) + 0.5) * CANVAS / side
     near, seen = CANVAS / side / 4, allowed_pairs("train")
@@ -264,7 +253,7 @@ def _rows(features: Sequence[Tensor], targets: dict[str, list[int]]) -> Rows:
 
 
 def _probed(name: str, accuracies: dict[str, float], groups: Sequence[str]) -> dict[str, float]:
-    """Percent by group of tasks, and the mean of the groups."""
+    """Percent per task group, and the mean over groups."""
     parts = {}
     for group in groups:
         members = [accuracy for task, accuracy in accuracies.items() if task == group or task.startswith(f"{group} ")]
@@ -274,7 +263,7 @@ def _probed(name: str, accuracies: dict[str, float], groups: Sequence[str]) -> d
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A linear map from standardised features to class scores."""
+    """Linear map from standardised features to class scores."""
 
     mean: Tensor
     scale: Tensor
@@ -286,24 +275,14 @@ class LinearProbe:
         return (features.double() - self.mean) / self.scale @ self.weight + self.bias
 
     def predict(self, features: Tensor) -> Tensor:
-        """The class of every row: `[N, D]` → `[N]`."""
+        """Class per row: `[N, D]` → `[N]`."""
         return self.scores(features).argmax(1)
 
 
 def fit_probe(features: Tensor, targets: Tensor, *, classes: int, strength: float) -> LinearProbe:
-    """Ridge regression of one-hot targets, every class weighing the same however rare it is.
+    """Class-balanced ridge regression of one-hot targets `[N]` on features `[N, D]`, in fp64.
 
-    Args:
-        features: `[N, D]`.
-        targets: `[N]` int64 below `classes`.
-        classes: number of classes; those without a row are never predicted before others.
-        strength: of the penalty, relative to the mean variance of the features.
-
-    Returns:
-        The minimiser of `Σ wₙ |onehotₙ - xₙW - b|² + strength |W|²`, with weights summing to 1, in fp64.
-
-    Raises:
-        InputError: shapes that do not belong together, no rows, or a strength that is not positive.
+    Minimises `Σ wₙ |onehotₙ - xₙW - b|² + strength |W|²`; `strength` is relative to the mean feature variance.
     """
     if features.ndim != 2 or targets.shape != features.shape[:1] or not len(features):
         raise InputError(
@@ -326,7 +305,7 @@ def fit_probe(features: Tensor, targets: Tensor, *, classes: int, strength: floa
 
 
 def balanced_accuracy(predicted: Tensor, targets: Tensor) -> float:
-    """Mean over the classes that occur of the share of their rows that is right; chance is one by their number."""
+    """Mean recall over the classes that occur."""
     if predicted.shape != targets.shape or not len(targets):
         raise InputError(f"{[*predicted.shape]} predictions and {[*targets.shape]} targets; one each, and some")
     right = predicted == targets
@@ -335,7 +314,7 @@ def balanced_accuracy(predicted: Tensor, targets: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Rows:
-    """Features `[N, D]` of some rows, and what is to be read off them, by task: `[N]` classes."""
+    """Features `[N, D]`, and target classes `[N]` by task."""
 
     features: Tensor
     targets: dict[str, Tensor]
@@ -344,10 +323,7 @@ class Rows:
 def probe(
     train: Rows, validation: Rows, test: Rows, classes: dict[str, int], *, strengths: Sequence[float] = STRENGTHS
 ) -> dict[str, float]:
-    """Balanced accuracy on the test rows for every task.
-
-    The strength of the penalty is the one that is best on the validation rows, task by task; test rows choose nothing.
-    """
+    """Balanced test accuracy per task, with the ridge strength chosen on the validation rows."""
     accuracies = {}
     for task, count in classes.items():
         fitted = [

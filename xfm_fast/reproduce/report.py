@@ -1,4 +1,4 @@
-"""The report of a study: intervals over seeds, as a table, Markdown, JSON and a plot, and their limits."""
+"""Report of an ablation study: intervals over seeds as Markdown and JSON, with their limits."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scipy import stats
 
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import InputError
-from xfm_fast.reproduce.ablations import TITLES, VARIANTS, Study
+from xfm_fast.reproduce.ablations import TITLES, Study
 from xfm_fast.reproduce.evaluation import METRICS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 STEM = "ablations"
 TARGETS = {"image_to_text_r1": 60.0, "text_to_image_r1": 60.0, "grounding": 60.0}
@@ -36,21 +32,11 @@ VARIANTS_EXPLAINED = (
     "loss at all: the target of MIM is the guidance. Differences are paired: runs of one seed share initial weights "
     "and batches."
 )
-# Of the plot, in pixels.
-_COLOURS = dict(zip(VARIANTS, ("#1f5fa8", "#c4561c", "#3b8a4e", "#7b4aa0"), strict=True))
-_PANEL, _HEIGHT, _TOP, _LEFT, _GAP = 150, 240, 40, 44, 16
-_STEP = _PANEL / len(VARIANTS)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the interval that holds the true mean with some confidence, if values are normal around it.
-
-    Attributes:
-        mean: of the values.
-        half: half the width of the interval; infinite for a single value.
-        count: number of values.
-    """
+    """Mean with a confidence interval under normality; `half` is infinite for a single value."""
 
     mean: float
     half: float
@@ -73,11 +59,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean.
-
-    Raises:
-        InputError: no values, or a confidence outside (0, 1).
-    """
+    """Student's t interval of the mean."""
     if not values or not 0 < confidence < 1:
         raise InputError(f"{len(values)} values and confidence={confidence}; give some values and a number in (0, 1)")
     count = len(values)
@@ -90,11 +72,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Interval of the mean of `a - b`, run by run: runs of one seed share their data and initial weights.
-
-    Raises:
-        InputError: different numbers of runs.
-    """
+    """Interval of the mean of `a - b`, paired by seed."""
     if len(a) != len(b):
         raise InputError(f"{len(a)} and {len(b)} runs do not pair up; compare the seeds that both have")
     return mean_interval([x - y for x, y in zip(a, b, strict=True)], confidence)
@@ -109,7 +87,7 @@ def summary(study: Study) -> dict[str, dict[str, Interval]]:
 
 
 def differences(study: Study) -> dict[str, dict[str, Interval]]:
-    """Variant minus full method, paired by seed, for the seeds that both have."""
+    """Variant minus full method by variant and metric, paired over common seeds."""
     found: dict[str, dict[str, Interval]] = {}
     for variant in study.variants:
         if variant == "full":
@@ -124,7 +102,7 @@ def differences(study: Study) -> dict[str, dict[str, Interval]]:
 
 
 def findings(study: Study) -> list[str]:
-    """The findings, a sentence each: targets, differences beyond noise, those within it, and missing runs."""
+    """One sentence per finding: targets, significant differences, the rest, missing runs."""
     lines = []
     if "full" in study.variants:
         for metric, target in TARGETS.items():
@@ -161,7 +139,7 @@ def findings(study: Study) -> list[str]:
 
 
 def markdown(study: Study) -> str:
-    """The report as a page."""
+    """The report as Markdown."""
     heads = ["variant", "seeds", *METRICS.values(), "CPU min per run"]
     rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     rows += ["| " + " | ".join(cells) + " |" for cells in _cells(study)]
@@ -176,8 +154,6 @@ def markdown(study: Study) -> str:
         "",
         *rows,
         "",
-        f"![ablations]({STEM}.svg)",
-        "",
         *(f"- {line}" for line in findings(study)),
         "",
         LIMITS,
@@ -188,24 +164,8 @@ def markdown(study: Study) -> str:
     return "\n".join(lines)
 
 
-def table(study: Study) -> Table:
-    """The report for a terminal."""
-    from rich import box
-    from rich.table import Table
-
-    made = Table(
-        title="ablations on held-out scenes, % (mean ± half the 95% interval over seeds)",
-        title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
-    )  # fmt: skip
-    for head in ("variant", "seeds", *METRICS.values(), "CPU min"):
-        made.add_column(head, justify="left" if head == "variant" else "right")
-    for cells in _cells(study):
-        made.add_row(*cells)
-    return made
-
-
 def as_json(study: Study) -> dict[str, Any]:
-    """Every number of the report and of the runs behind it. An infinite interval (one seed) is null."""
+    """All numbers of the report and its runs; an infinite interval is null."""
     return {
         "recipe": study.recipe,
         "runs": [asdict(run) for run in study.runs],
@@ -217,15 +177,10 @@ def as_json(study: Study) -> dict[str, Any]:
 
 
 def save(study: Study, folder: Path) -> list[Path]:
-    """Write `ablations.md`, `.json` and `.svg`, all new or all old.
-
-    Raises:
-        StorageError: they cannot be written.
-    """
+    """Write `ablations.md` and `.json` atomically."""
     contents = {
         folder / f"{STEM}.md": markdown(study),
         folder / f"{STEM}.json": json.dumps(as_json(study), indent=1, allow_nan=False) + "\n",
-        folder / f"{STEM}.svg": plot(study),
     }
     write_bytes({path: text.encode() for path, text in contents.items()})
     return list(contents)
@@ -247,53 +202,3 @@ def _plain(by_metric: dict[str, Interval]) -> dict[str, Any]:
         metric: {"mean": one.mean, "half": one.half if one.count > 1 else None, "seeds": one.count}
         for metric, one in by_metric.items()
     }
-
-
-def plot(study: Study) -> str:
-    """A self-contained SVG; metrics run from 0 to 100%."""
-    width = _LEFT + len(METRICS) * (_PANEL + _GAP)
-    height = _TOP + _HEIGHT + 30 + 18 * len(study.variants)
-    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12" fill="#222">',
-        '<rect width="100%" height="100%" fill="#fff"/>',
-    ]
-    for percent in range(0, 101, 20):
-        parts.append(f'<text x="{_LEFT - 8}" y="{_y(percent) + 4:.1f}" text-anchor="end">{percent}%</text>')
-    for number, (metric, title) in enumerate(METRICS.items()):
-        parts += _panel(study, metric, title, _LEFT + number * (_PANEL + _GAP))
-    for number, variant in enumerate(study.variants):
-        y = _TOP + _HEIGHT + 26 + 18 * number
-        parts.append(f'<circle cx="{_LEFT + 6}" cy="{y}" r="5" fill="{_COLOURS[variant]}"/>')
-        parts.append(f'<text x="{_LEFT + 18}" y="{y + 4}">{escape(TITLES[variant])}</text>')
-    note = "dots: runs (one a seed); bars: mean and 95% interval over seeds"
-    parts.append(f'<text x="{width - _GAP}" y="{_TOP + _HEIGHT + 30}" text-anchor="end" fill="#666">{note}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _panel(study: Study, metric: str, title: str, left: float) -> list[str]:
-    parts = [f'<text x="{left + _PANEL / 2}" y="{_TOP - 14}" text-anchor="middle">{escape(title)}</text>']
-    for percent in range(0, 101, 20):
-        y = _y(percent)
-        parts.append(f'<path d="M{left} {y:.1f}h{_PANEL}" stroke="#ddd"/>')
-    for place, variant in enumerate(VARIANTS):
-        values = study.values(variant, metric)
-        if not values:
-            continue
-        x, colour = left + (place + 0.5) * _STEP, _COLOURS[variant]
-        interval = mean_interval([*values.values()])
-        parts.append(f'<path d="M{x - 11:.1f} {_y(interval.mean):.1f}h22" stroke="{colour}" stroke-width="3"/>')
-        if interval.count > 1:
-            low, high = (_y(min(100.0, max(0.0, edge))) for edge in (interval.low, interval.high))
-            parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="1.5"/>')
-        for number, (seed, value) in enumerate(sorted(values.items())):
-            shift = 4 * (number - (len(values) - 1) / 2)
-            parts.append(
-                f'<circle cx="{x + shift:.1f}" cy="{_y(value):.1f}" r="3.5" fill="{colour}" fill-opacity="0.6">'
-                f"<title>{escape(TITLES[variant])}, seed {seed}: {value:.1f}%</title></circle>"
-            )
-    return parts
-
-
-def _y(percent: float) -> float:
-    return _TOP + _HEIGHT * (1 - percent / 100)
