@@ -87,7 +87,7 @@ def test_grey_images(view: str, recipe: Make, world: Path) -> None:
     assert isinstance(task, ImageTask)
     record = ImageLabelRecord(image="images/train/000000.png", label=task.options.labels[0])
     values = []
-    for pixels in (task.item(record, rng()).pixels, task._evaluated(record)):
+    for pixels in (task.item(record, rng()).pixels, task._test_pixels(record)):
         mean, std = (MEAN, STD) if view == "whole" else (HALF, HALF)
         values.append(pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
     for colours in values:
@@ -224,7 +224,7 @@ def test_a_set_of_torchvision(workers: int, recipe: Make, tmp_path: Path) -> Non
     assert opened.options.labels[:2] == ("0 - zero", "1 - one")
     records = opened.records([tmp_path], "test")
     assert [(record.image, record.label) for record in records] == [("test/0", "1 - one"), ("test/1", "0 - zero")]
-    pixels = opened._evaluated(records[0])
+    pixels = opened._test_pixels(records[0])
     assert pixels.shape == (3, 32, 32)
     assert float(pixels.mean()) == pytest.approx((210 / 255 - 0.5) / 0.5, abs=0.01)
     assert "top1" in finetune(made).metrics["test"]

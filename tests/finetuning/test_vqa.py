@@ -118,8 +118,8 @@ def test_questions_are_cut_in_training_alone(task: VQATask, monkeypatch: pytest.
     many, long = (record(question=" ".join([word] * 60)) for word in ("cyan", "quixotry"))
     assert task.item(many, np.random.default_rng(0)).ids == encode([" ".join(["cyan"] * 30)], 40)[0]
     assert len(task.item(long, np.random.default_rng(0)).ids) == 40
-    assert task._asked(many) == encode([" ".join(["cyan"] * 50)], 500)[0]
-    assert task._asked(record(question="?!")) == [0, 2]
+    assert task._question_ids(many) == encode([" ".join(["cyan"] * 50)], 500)[0]
+    assert task._question_ids(record(question="?!")) == [0, 2]
 
 
 def test_predictions_do_not_depend_on_the_batch(task: VQATask, model: VQAModel, world: Path) -> None:
@@ -150,7 +150,7 @@ def test_the_official_ranking(task: VQATask, model: VQAModel, world: Path) -> No
     official = VQATask(options, task.config, task.tokenizer, images=world)
     records = task.records([world / "vqa_val.json"], "val")[:8]
     assert official.groups(records) == [[number] for number in range(8)]
-    ids, mask = task.padded([task._asked(each) for each in records])
+    ids, mask = task.padded([task._question_ids(each) for each in records])
     answers, answer_mask = task.padded(task.tokenizer.encode_ids(options.answers or (), 40))
     with torch.no_grad():
         rows = official.predict(model, records)

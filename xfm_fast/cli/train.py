@@ -143,13 +143,13 @@ def downstream(*overrides: str, options: Flat[DownstreamOptions] = DownstreamOpt
     Args:
         overrides: key=value for the pretraining recipe, in place of the study's.
     """
-    from xfm_fast.reproduce.downstream import TOLD, Table, markdown, run_downstream, save
+    from xfm_fast.reproduce.downstream import OVERRIDES, Table, markdown, run_downstream, save
 
     def keep(table: Table) -> None:
         save(table, options.out)
         note(f"{len(table.missing)} runs to go")
 
-    told = overrides or TOLD
+    told = overrides or OVERRIDES
     result = run_downstream(options.out, seeds=options.seeds, jobs=options.jobs, pretraining=told, on_change=keep)
     print(markdown(result))
     print("saved: " + ", ".join(str(path) for path in save(result, options.out)))

@@ -32,7 +32,7 @@ def _no_blank(text: str) -> str:
     return text
 
 
-def _answered(value: Any) -> Any:
+def _drop_empty(value: Any) -> Any:
     """Drop empty answers."""
     if not isinstance(value, (list, tuple)):
         return value
@@ -52,7 +52,7 @@ Identity = int | Text
 Texts = Annotated[
     tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
 ]
-Answers = Annotated[Texts, BeforeValidator(_answered)]
+Answers = Annotated[Texts, BeforeValidator(_drop_empty)]
 # What ten people said, to score by: an empty answer is one of ten.
 PeopleAnswers = Annotated[
     tuple[str, ...],

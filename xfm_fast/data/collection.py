@@ -13,8 +13,8 @@ from PIL import Image
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import RecordSet, open_records
-from xfm_fast.data.tables import LINE_SUFFIXES, PICTURE_SUFFIXES, TABLE_SUFFIXES, caption_table, captions_beside
-from xfm_fast.data.task_files import captioning_test_rows, holds_pictures
+from xfm_fast.data.tables import LINE_SUFFIXES, PICTURE_SUFFIXES, TABLE_SUFFIXES, caption_table, sidecar_captions
+from xfm_fast.data.task_files import captioning_test_rows, has_embedded_images
 from xfm_fast.errors import DataError
 
 _IMAGES = ImageOptions()
@@ -94,7 +94,7 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
     suffix = path.suffix.lower()
     if ".tar" in path.suffixes:
         return Records(path, open_records(path))
-    if holds_pictures(path):
+    if has_embedded_images(path):
         return Records(path, open_records(path))
     if suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json"):
         return Table(path, path.parent if images is None else Path(images).expanduser())
@@ -130,7 +130,7 @@ class Folder:
         for name in names:
             captions: Iterable[tuple[int, str]] = ()
             try:
-                captions = captions_beside(self.path / name) or ()
+                captions = sidecar_captions(self.path / name) or ()
             except DataError as error:
                 faults[str(Path(name).with_suffix(".txt"))] = str(error)
             entries.append(_entry(name, self.path / name, tuple(caption for _, caption in captions)))

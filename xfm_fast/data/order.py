@@ -26,8 +26,8 @@ def permuted(position: int, count: int, *key: int) -> int:
     while True:
         left, right = divmod(position, width)
         for even, odd in words:
-            left = (left + _mixed(even, right)) % height
-            right = (right + _mixed(odd, left)) % width
+            left = (left + _splitmix64(even, right)) % height
+            right = (right + _splitmix64(odd, left)) % width
         position = left * width + right
         if position < count:
             return position
@@ -70,10 +70,10 @@ def item_generator(seed: int, stream: int, epoch: int, position: int) -> np.rand
 
 @lru_cache(maxsize=1024)
 def _round_keys(key: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(_mixed(*key, 2 * number), _mixed(*key, 2 * number + 1)) for number in range(_ROUNDS)]
+    return [(_splitmix64(*key, 2 * number), _splitmix64(*key, 2 * number + 1)) for number in range(_ROUNDS)]
 
 
-def _mixed(*words: int) -> int:
+def _splitmix64(*words: int) -> int:
     """SplitMix64's finaliser (Steele et al., 2014) over a sequence of integers."""
     value = 0x9E3779B97F4A7C15
     for word in words:

@@ -26,7 +26,7 @@ from xfm_fast.data.tables import (
     PICTURE_SUFFIXES,
     TABLE_SUFFIXES,
     caption_table,
-    holds_images,
+    has_images,
     read_caption_folder,
     read_table,
 )
@@ -444,7 +444,7 @@ def _modified(path: str) -> int:
         return 0
 
 
-def holds_shards(folder: Path) -> bool:
+def has_shards(folder: Path) -> bool:
     """True for a folder of WebDataset shards."""
     return any(each.is_file() for each in folder.glob("*.tar"))
 
@@ -455,7 +455,7 @@ def is_image_folder(folder: Path) -> bool:
         return True
     beside = (*PICTURE_SUFFIXES, ".txt")
     files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
-    return all(each.suffix.lower() in beside for each in files) and holds_images(folder)
+    return all(each.suffix.lower() in beside for each in files) and has_images(folder)
 
 
 def first_object(path: Path) -> Mapping[str, Any]:

@@ -79,7 +79,7 @@ def sample_regions(
     said: list[tuple[str, Rectangle]] = []
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
     if "caption" in record:
-        _say(said, skipped, "the caption of the image", [record["caption"]], frame, options, rng)
+        _append_text(said, skipped, "the caption of the image", [record["caption"]], frame, options, rng)
     images = len(said)
     for choice in rng.permutation(len(usable)).tolist():
         if len(said) >= options.max_regions:
@@ -87,7 +87,7 @@ def sample_regions(
         box, element = usable[choice]
         seen = visible_part(box, crop, flip)
         if _enough(seen, box, options):
-            _say(said, skipped, f"the element at {_numbers(box)}", _fields(element), seen, options, rng)
+            _append_text(said, skipped, f"the element at {_numbers(box)}", _fields(element), seen, options, rng)
     grid = size // patch_size
     masks = [patch_mask(box, frame, grid) for _, box in said]
     return RegionSample(
@@ -231,7 +231,7 @@ def _enough(seen: Rectangle, box: Rectangle, options: RegionOptions) -> bool:
     return seen.w > 0 and seen.h > 0 and seen.w * seen.h > options.least_visible * box.w * box.h
 
 
-def _say(
+def _append_text(
     said: list[tuple[str, Rectangle]],
     skipped: list[str],
     name: str,

@@ -151,7 +151,7 @@ def read_table(path: Path, columns: Mapping[str, str | Sequence[str]], optional:
     for line, cells in lines:
         labels.append(line)
         values.append(_chosen(cells, places, len(header)))
-    return _filled(Elements(str(path), values, labels))
+    return _require_rows(Elements(str(path), values, labels))
 
 
 def _present(names: Collection[str], columns: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
@@ -171,7 +171,7 @@ def _chosen(cells: Sequence[str], places: Mapping[str, int], width: int) -> dict
     return {field: cells[place] for field, place in places.items()}
 
 
-def _filled(elements: Elements) -> Elements:
+def _require_rows(elements: Elements) -> Elements:
     if not len(elements.values):
         raise DataError(f"{elements.name} holds no elements; give at least one")
     return elements
@@ -221,7 +221,7 @@ def read_lines(path: Path) -> Elements:
                 values.append(DataError(f"the line is no JSON ({error}); expected one object a line, such as {{...}}"))
     if values and all(isinstance(value, DataError) for value in values):
         raise DataError(f"{path}: none of {len(values)} lines can be read; of the first: {values[0]}")
-    return _filled(Elements(str(path), values, labels))
+    return _require_rows(Elements(str(path), values, labels))
 
 
 def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
@@ -263,7 +263,7 @@ def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
     if dropped:
         shown = ", ".join(map(str, dropped[:_SHOWN]))
         notes = (f"{path}: {len(dropped)} lines without an agreed label were left out (line {shown})",)
-    return _filled(Elements(str(path), values, labels, notes))
+    return _require_rows(Elements(str(path), values, labels, notes))
 
 
 def glue_set(name: str) -> GlueSet:
@@ -327,7 +327,7 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
             ]
         elif glue is not None:
             values["label"] = [None if label == -1 else label for label in values["label"]]
-    return _filled(Elements(str(path), Columns(values)))
+    return _require_rows(Elements(str(path), Columns(values)))
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -348,7 +348,7 @@ def find_images(folder: Path) -> list[Path]:
     return found
 
 
-def holds_images(folder: Path) -> bool:
+def has_images(folder: Path) -> bool:
     """True if a folder tree contains an image."""
     return any(
         os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith(".")
@@ -362,7 +362,7 @@ def caption_table(folder: Path) -> Path | None:
     return next((folder / name for name in CAPTION_TABLES if (folder / name).is_file()), None)
 
 
-def captions_beside(image: Path) -> list[tuple[int, str]] | None:
+def sidecar_captions(image: Path) -> list[tuple[int, str]] | None:
     """Captions in `a.txt` next to `a.jpg`, one per line, with line numbers; None if there is no such file."""
     path = image.with_suffix(".txt")
     try:
@@ -380,7 +380,7 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
     """Folder tree of images with captions in `a.txt` next to `a.jpg`; `bare` includes images without captions."""
     values, labels, left_out = [], [], []
     for image in find_images(folder):
-        captions = captions_beside(image)
+        captions = sidecar_captions(image)
         if captions is None:
             if bare:
                 values.append({"image": str(image)})

@@ -31,13 +31,13 @@ from xfm_fast.data.annotations import (
 )
 from xfm_fast.data.files import Paths, find_files, read_json, read_plain_pickle, unreadable
 from xfm_fast.data.options import ImageOptions
-from xfm_fast.data.records import ShardFile, first_object, holds_shards, open_records
+from xfm_fast.data.records import ShardFile, first_object, has_shards, open_records
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
     PAIR_COLUMNS,
     TABLE_SUFFIXES,
     caption_table,
-    holds_images,
+    has_images,
     read_caption_folder,
     read_lines,
     read_table,
@@ -95,24 +95,11 @@ def captioning_test_rows(
     return as_rows(map(_grouped, _captions(paths, split, columns, image_name, bare=True)), CaptioningTestRecord)
 
 
-def read_coco_captions(path: str | os.PathLike[str]) -> dict[int | str, list[str]]:
-    """Captions by `image_id` of a COCO ground-truth file."""
-    path = Path(path)
-    content = read_json(path, "COCO captions, {images, annotations}")
-    if not is_coco(content) or "annotations" not in content:
-        raise DataError(f"{path} is no file of COCO captions; expected an object with images and annotations")
-    found: dict[int | str, list[str]] = {}
-    (rows,) = as_rows([coco_elements(path, content)], CaptioningRecord)
-    for record in rows.records():
-        found.setdefault(record.identity, []).append(record.caption or "")
-    return found
-
-
 def vqa_rows(paths: Paths, *, image_name: str = VQA_IMAGE) -> list[AnnotationRows[VQARecord]]:
     """Questions: official JSON, or VQA v2's `*_questions.json` and `*_annotations.json` (paths as in `image_name`)."""
     arrays, documents = [], []
     for path in find_files(paths):
-        content = read_json(path, "official JSON or VQA v2 questions and annotations", people_answer)
+        content = read_json(path, "official JSON or VQA v2 questions and annotations", answer_only)
         if isinstance(content, dict) and ("questions" in content or "annotations" in content):
             documents.append((path, content))
         else:
@@ -147,7 +134,7 @@ def grounding_rows(
         if is_pickle(path):
             refs.append(path)
             continue
-        content = read_json(path, f"{ARRAY}, or COCO instances", without_outline)
+        content = read_json(path, f"{ARRAY}, or COCO instances", drop_segmentation)
         if isinstance(content, dict):
             instances.append(read_instances(path, content))
         else:
@@ -158,7 +145,7 @@ def grounding_rows(
             "instances.json of one data set, or neither"
         )
     if refs and arrays:
-        arrays = [with_boxes(each, refs[0], instances[0], split) for each in arrays]
+        arrays = [join_boxes(each, refs[0], instances[0], split) for each in arrays]
     elif refs:
         arrays = [referring_elements(refs[0], instances[0], split, image_name)]
     elif split is not None:
@@ -177,14 +164,14 @@ def _captions(
 ) -> Iterator[Elements]:
     """Elements of retrieval and captioning files; `bare` includes images without captions."""
     names = PAIR_COLUMNS | dict(columns or {})
-    for path in find_files(paths, is_captioned):
+    for path in find_files(paths, is_dataset_folder):
         suffix = path.suffix.lower()
         if path.is_dir() and (table := caption_table(path)) is not None:
-            found = [_below(path, each) for each in _captions(table, split, columns, image_name, bare=bare)]
-        elif path.is_dir() and not holds_shards(path):
+            found = [_resolve_images(path, each) for each in _captions(table, split, columns, image_name, bare=bare)]
+        elif path.is_dir() and not has_shards(path):
             found = [read_caption_folder(path, bare=bare)]
-        elif path.is_dir() or ".tar" in path.suffixes or holds_pictures(path):
-            yield from map(stored_elements, sorted(path.glob("*.tar")) if path.is_dir() else [path])
+        elif path.is_dir() or ".tar" in path.suffixes or has_embedded_images(path):
+            yield from map(embedded_elements, sorted(path.glob("*.tar")) if path.is_dir() else [path])
             continue
         elif suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES):
             found = [read_table(path, names, ["caption"] if bare else [])]
@@ -210,17 +197,17 @@ def _captions(
             yield each._replace(values=values)
 
 
-def is_captioned(folder: Path) -> bool:
+def is_dataset_folder(folder: Path) -> bool:
     """True for a folder that is one dataset: images, a table of them, or shards."""
-    return caption_table(folder) is not None or holds_shards(folder) or holds_images(folder)
+    return caption_table(folder) is not None or has_shards(folder) or has_images(folder)
 
 
-def holds_pictures(path: Path) -> bool:
+def has_embedded_images(path: Path) -> bool:
     """True for line JSON with embedded images."""
     return path.suffix.lower() in LINE_SUFFIXES and ImageOptions().image_key in first_object(path)
 
 
-def _below(folder: Path, elements: Elements) -> Elements:
+def _resolve_images(folder: Path, elements: Elements) -> Elements:
     """Elements of a table with image paths relative to its folder."""
     values = [
         {**value, "image": str(folder.absolute() / value["image"])}
@@ -231,7 +218,7 @@ def _below(folder: Path, elements: Elements) -> Elements:
     return elements._replace(values=values)
 
 
-def stored_elements(path: Path) -> Elements:
+def embedded_elements(path: Path) -> Elements:
     """Images in a shard or line JSON as `FILE#ROW` (see `image_at`), with captions."""
     (rows,) = open_records(path).files
     values: list[Any] = []
@@ -358,7 +345,7 @@ def coco_elements(path: Path, content: Mapping[str, Any], pattern: str = COCO_IM
     return Elements(str(path), values, [f"annotation {number}" for number in range(len(values))])
 
 
-def people_answer(fields: dict[str, Any]) -> Any:
+def answer_only(fields: dict[str, Any]) -> Any:
     """`object_hook` that reduces a VQA v2 answer to its text, to save gigabytes."""
     return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
 
@@ -491,7 +478,7 @@ class Instances(NamedTuple):
     images: dict[int, tuple[str, int | None, int | None]]
 
 
-def without_outline(fields: dict[str, Any]) -> dict[str, Any]:
+def drop_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
     """`object_hook` that drops segmentations, which are most of the file."""
     fields.pop("segmentation", None)
     return fields
@@ -530,7 +517,7 @@ def referring_elements(
     return Elements(str(refs_path), values, labels, others=(instances.path,))
 
 
-def with_boxes(elements: Elements, refs_path: Path, instances: Instances, split: str | None = None) -> Elements:
+def join_boxes(elements: Elements, refs_path: Path, instances: Instances, split: str | None = None) -> Elements:
     """Official elements joined with box, split and image size by `ref_id`."""
     refs = read_refs(refs_path)
     values, labels = [], []

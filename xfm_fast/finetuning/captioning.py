@@ -21,12 +21,12 @@ from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import Rows, open_records
 from xfm_fast.data.shapes import Scene, Split, scene, true_shares
 from xfm_fast.data.shapes.world import WORLD_FILE
-from xfm_fast.data.task_files import captioning_rows, captioning_test_rows, is_captioned
+from xfm_fast.data.task_files import captioning_rows, captioning_test_rows, is_dataset_folder
 from xfm_fast.data.texts import choose_text
 from xfm_fast.data.transforms import pretraining_transform, whole_image
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, require_inputs
 from xfm_fast.tasks.caption_metrics import caption_metrics
 from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tokenizer import pre_caption
@@ -112,7 +112,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         return captioning_test_rows(paths, split=split)
 
     def records(self, paths: Sequence[Path], split: str) -> list[CaptioningTestRecord]:
-        files = find_files(paths, is_captioned)
+        files = find_files(paths, is_dataset_folder)
         truth = {path: captions for path in files if (captions := _coco_captions(path)) is not None}
         images = [path for path in files if path not in truth]
         # A file of COCO captions alone names its images itself.
@@ -209,7 +209,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         return {"captions.json": (json.dumps(found, ensure_ascii=False) + "\n").encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[CaptioningTestRecord]:
-        need(images, texts, "one image or several, and no text", ok=len(images) > 0 and not texts)
+        require_inputs(images, texts, "one image or several, and no text", ok=len(images) > 0 and not texts)
         return [CaptioningTestRecord(image=str(image)) for image in images]
 
     def _ids(self, caption: str) -> list[int]:

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 Metrics = dict[str, float]
 
 
-class Judged(Protocol):
+class EvaluationTask(Protocol):
     """Task interface of evaluation; see `xfm_fast.finetuning.task.Task`."""
 
     @property
@@ -72,7 +72,7 @@ class Evaluation:
     autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast("cpu", enabled=False)
     progress: Callable[[int, int], None] = lambda done, of: None
 
-    def run(self, task: Judged, model: XFM, records: Sequence[Any]) -> Metrics:
+    def run(self, task: EvaluationTask, model: XFM, records: Sequence[Any]) -> Metrics:
         """Evaluate a split, write metrics and task files to the folder, and return the metrics on every process.
 
         The model runs in evaluation mode, and its mode is restored.
@@ -104,7 +104,7 @@ class Evaluation:
                 f"folder {self.folder} cannot be made ({error.strerror or error}); choose another"
             ) from error
 
-    def rows(self, task: Judged, model: XFM | Session, records: Sequence[Any]) -> list[Row]:
+    def rows(self, task: EvaluationTask, model: XFM | Session, records: Sequence[Any]) -> list[Row]:
         """Rows of all records on the first process, empty on the others."""
         batches = _batches(task.groups(records), self.batch_size)
         identity = fingerprint(task, model, records, self.batch_size)
@@ -157,7 +157,7 @@ def delete(path: Path) -> None:
         raise StorageError(f"{path} cannot be deleted ({error.strerror or error}); check its permissions") from error
 
 
-def fingerprint(task: Judged, model: XFM | Session, records: Sequence[Any], batch_size: int) -> str:
+def fingerprint(task: EvaluationTask, model: XFM | Session, records: Sequence[Any], batch_size: int) -> str:
     """Digest of everything that determines the rows."""
     kind = model.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype

@@ -23,7 +23,7 @@ from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.data.transforms import picture_size
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, by_image, need
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, group_by_image, require_inputs
 from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes
 
 # Boxes of COCO reach past the edge by rounding, in pixels.
@@ -127,11 +127,11 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
             )
         if not self.options.augment:
             image, (width, height) = self._view(record.image)
-            box = box_inside(_without_rounding(record.bbox, width, height), width, height)
+            box = box_inside(_clip_rounding(record.bbox, width, height), width, height)
             return Expression(image, ids, torch.tensor(relative_box(box, Rectangle(0, 0, width, height))))
         picture = decode_pixels(self.images / record.image, official=self.official_pictures)
         image, target = sample_grounding(
-            picture, _without_rounding(record.bbox, *picture_size(picture)), record.text, rng,
+            picture, _clip_rounding(record.bbox, *picture_size(picture)), record.text, rng,
             size=self.config.image_size, careful_flip=self.options.careful_flip,
         )  # fmt: skip
         return Expression(image, ids, target)
@@ -156,7 +156,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
 
     def groups(self, records: Sequence[GroundingRecord]) -> list[list[int]]:
         """Group expressions by image, so that each image is encoded once."""
-        return by_image(records)
+        return group_by_image(records)
 
     def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:
         """Rows of `bbox` (x, y, w, h in pixels) and `relative` (cx, cy, w, h)."""
@@ -186,7 +186,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         return {"boxes.json": (json.dumps(found) + "\n").encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[GroundingRecord]:
-        need(images, texts, "an image and one expression or several", ok=len(images) == 1 and len(texts) > 0)
+        require_inputs(images, texts, "an image and one expression or several", ok=len(images) == 1 and len(texts) > 0)
         image = str(images[0])
         return [
             GroundingRecord.model_validate({"image": image, "text": text, "ref_id": number})
@@ -207,7 +207,7 @@ def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: b
     for record, box in unsure:
         size = sizes[record.image]
         try:
-            box_inside(_without_rounding(box, *size), *size)
+            box_inside(_clip_rounding(box, *size), *size)
         except DataError as error:
             raise DataError(f"expression {record.ref_id} of {record.image}: {error}") from None
 
@@ -255,7 +255,7 @@ def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> 
     )  # fmt: skip
 
 
-def _without_rounding(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+def _clip_rounding(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
     """Clip a box that exceeds the image by a rounding error; others are unchanged."""
     x, y, w, h = box
     left, top, right, below = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))

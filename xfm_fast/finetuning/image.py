@@ -32,7 +32,7 @@ from xfm_fast.data.transforms import (
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
 from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.task import Task, TaskOptions, need
+from xfm_fast.finetuning.task import Task, TaskOptions, require_inputs
 from xfm_fast.tasks.classification import ClassificationModel, HeadKind
 
 _TRAINED_SHARE = 0.8
@@ -187,14 +187,14 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
     def item(self, record: ImageLabelRecord, rng: np.random.Generator) -> LabelledImage:
         target = class_number(record.label, self.options.labels)
         if self._train_view is None:
-            return LabelledImage(self._evaluated(record), target)
+            return LabelledImage(self._test_pixels(record), target)
         if self.options.grey or isinstance(record, TorchvisionRecord):
             return LabelledImage(self._train_view(self._picture(record), rng), target)
         # In two thirds of the time.
         pixels = decode_pixels(self.images / record.image, official=self.official_pictures)
         return LabelledImage(self._train_view(pixels, rng), target)
 
-    def _evaluated(self, record: ImageLabelRecord) -> Tensor:
+    def _test_pixels(self, record: ImageLabelRecord) -> Tensor:
         return self._test_view(self._picture(record))
 
     def _picture(self, record: ImageLabelRecord) -> Image.Image:
@@ -220,7 +220,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         return {"loss": model(batch.image, targets=batch.targets, label_smoothing=smoothing)}
 
     def predict(self, model: ClassificationModel, records: Sequence[ImageLabelRecord]) -> list[Row]:
-        pixels = torch.stack([self._evaluated(record) for record in records])
+        pixels = torch.stack([self._test_pixels(record) for record in records])
         return class_rows(model.logits(pixels.to(model.device)), self.options.labels)
 
     def metrics_of(self, records: Sequence[ImageLabelRecord]) -> Collection[str]:
@@ -239,7 +239,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         return {"predictions.json": (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[ImageLabelRecord]:
-        need(images, texts, "images, and no text", ok=bool(images) and not texts)
+        require_inputs(images, texts, "images, and no text", ok=bool(images) and not texts)
         return [ImageLabelRecord(image=str(image)) for image in images]
 
 

@@ -77,7 +77,7 @@ def task_of(folder: Path) -> TaskOptions | None:
 def rank_of(path: Path) -> Rank:
     """Ranking rule of a run, weight folder or export; `match` if not recorded."""
     options = task_of(model_folder(path) or path)
-    return options.settled_rank if isinstance(options, RetrievalOptions) else "match"
+    return options.resolved_rank if isinstance(options, RetrievalOptions) else "match"
 
 
 def make_task(

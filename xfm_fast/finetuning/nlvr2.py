@@ -15,7 +15,7 @@ from torch import Tensor
 from xfm_fast.data.annotations import AnnotationRows, NLVR2Record
 from xfm_fast.data.task_files import nlvr2_rows
 from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, require_inputs
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 
 RESULT_FILE = "nlvr2_result.csv"
@@ -98,6 +98,6 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
         return {RESULT_FILE: "".join(lines).encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[NLVR2Record]:
-        need(images, texts, "two images and a sentence about both", ok=len(images) == 2 and len(texts) == 1)
+        require_inputs(images, texts, "two images and a sentence about both", ok=len(images) == 2 and len(texts) == 1)
         pair = (str(images[0]), str(images[1]))
         return [NLVR2Record(images=pair, sentence=texts[0], label=False)]

@@ -15,7 +15,7 @@ from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.kinds import TASKS, AnyTask, make_task
 from xfm_fast.finetuning.official import from_official, is_official
 from xfm_fast.tokenizer import CaptionTokenizer
-from xfm_fast.training.recipe import FINETUNING, Run, fitted, override, read_recipe, vocabulary_of
+from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of
 from xfm_fast.training.recipe_fields import Paths, Section
 
 STREAM = "train"
@@ -175,7 +175,7 @@ def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()
             f"{', '.join(TASKS)}, or run xfm-fast pretrain {name_or_path}"
         )
     keys = {"batch_size": "batch_size", "epochs": "epochs", "lr": "optimizer.lr"}
-    return fitted(FinetuneRecipe, values, keys, _training_rows)
+    return fit_auto(FinetuneRecipe, values, keys, _training_rows)
 
 
 def _training_rows(recipe: FinetuneRecipe) -> int:

@@ -25,7 +25,7 @@ from xfm_fast.data.task_files import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row, delete, fingerprint
-from xfm_fast.finetuning.task import Task, TaskOptions, need
+from xfm_fast.finetuning.task import Task, TaskOptions, require_inputs
 from xfm_fast.memory import open_mapped
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
@@ -86,7 +86,7 @@ class RetrievalOptions(TaskOptions):
     official_itc_gradient: bool = Field(default=False, description="scale the gradient of features by 1 / (ranks)")
 
     @property
-    def settled_rank(self) -> Rank:
+    def resolved_rank(self) -> Rank:
         """`rank`, or `sum` if `auto` was not resolved by validation."""
         return "sum" if self.rank == "auto" else self.rank
 
@@ -116,13 +116,13 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         return TaskModel(self.config, heads=("contrastive", "matching"))
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[RetrievalRecord]]:
-        return self._divided(retrieval_rows(paths, split="train", columns=_columns(self.options)), held=False)
+        return self._split_rows(retrieval_rows(paths, split="train", columns=_columns(self.options)), held=False)
 
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[RetrievalTestRecord]]:
         found = retrieval_test_rows(paths, split=split, columns=_columns(self.options))
-        return self._divided(found, held=True) if split == "val" else found
+        return self._split_rows(found, held=True) if split == "val" else found
 
-    def _divided(self, files: list[AnnotationRows[R]], *, held: bool) -> list[AnnotationRows[R]]:
+    def _split_rows(self, files: list[AnnotationRows[R]], *, held: bool) -> list[AnnotationRows[R]]:
         """Rows of images in the held-out split, or rows of all others."""
         if not self.options.hold_out:
             return files
@@ -169,7 +169,7 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
             texts[of_text], mask[of_text], model.image_memory(images), of_image, first_token_only=True
         )  # fmt: skip
         logits = model.match_logits(fused).double()
-        score = rank_score(self.options.settled_rank, logits[:, 1], cosine)
+        score = rank_score(self.options.resolved_rank, logits[:, 1], cosine)
         columns = (logits.softmax(-1)[:, 1], cosine, score)
         values = iter(zip(*(column.tolist() for column in columns), strict=True))
         return [
@@ -192,7 +192,7 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         return self.options.model_copy(update={"rank": best_rank(metrics) if rank == "auto" else rank})
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RetrievalTestRecord]:
-        need(images, texts, "an image and a text, or several of each", ok=bool(images and texts))
+        require_inputs(images, texts, "an image and a text, or several of each", ok=bool(images and texts))
         for text in texts:
             try:
                 self.ids(text)
@@ -234,7 +234,7 @@ class _Ranking:
         try:
             texts = self._texts()
             embedded = self.processes.together(lambda: {number: self._embed(number) for number in self.own})
-            features = torch.cat(self._merged(embedded))
+            features = torch.cat(self._in_order(embedded))
             candidates = self.processes.from_first(lambda: top_candidates(features, texts.features.cpu(), k, k))
             # Features that another machine computed may differ in the last bit, and then other pairs may be meant.
             identity += f" {checksum(candidates.texts):08x} {checksum(candidates.cu_pairs):08x}"
@@ -261,12 +261,12 @@ class _Ranking:
         for rank in RANKS:
             found = candidate_recall(candidates, rank_score(rank, match, similarity), image_of_text)
             metrics |= {f"{rank}/{name}": value for name, value in found.items()}
-        return self._reported(metrics), {
+        return self._all_metrics(metrics), {
             RECEIPT_FILE: (json.dumps(said, indent=1) + "\n").encode(),
             SCORES_FILE: save(pairs),
         }
 
-    def _reported(self, metrics: Metrics) -> Metrics:
+    def _all_metrics(self, metrics: Metrics) -> Metrics:
         """Metrics of the selected rule, then of every rule; warns if the first stage ranks better."""
         best, rank = best_rank(metrics), self.task.options.rank
         if rank == "auto":
@@ -288,7 +288,7 @@ class _Ranking:
         for left in self.folder.glob("images-*.bin"):
             delete(left)
 
-    def _merged(self, values: dict[int, T]) -> list[T]:
+    def _in_order(self, values: dict[int, T]) -> list[T]:
         """Values of all blocks in order."""
         found = {number: value for part in self.processes.gather(values) for number, value in part.items()}
         return [found[number] for number in sorted(found)]
@@ -307,7 +307,7 @@ class _Ranking:
                 made[start] = tuple(part.cpu() for part in (tokens, index.lengths, index.features))
             return made
 
-        parts = self._merged(self.processes.together(embed))
+        parts = self._in_order(self.processes.together(embed))
         return TextIndex(*(torch.cat(each).to(device) for each in zip(*parts, strict=True)))
 
     def _embed(self, block: int) -> Tensor:

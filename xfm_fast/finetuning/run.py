@@ -152,14 +152,14 @@ def finetune(
         chosen = best if (best / MODEL_FILE).is_file() else folder / ("model" if recipe.ema is None else "average")
         if result.interrupted:
             return FinetuneResult(result.step, chosen, interrupted=True)
-        task.options = _with_free(task_of(chosen) or task.options, task.options)
+        task.options = _update_free(task_of(chosen) or task.options, task.options)
         weights = task.build().to(processes.device)
         load_weights(weights, task, chosen)
         metrics = {split: hook.evaluate(split, weights) for split in records}
         return FinetuneResult(result.step, chosen, metrics)
 
 
-def _with_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
+def _update_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
     """Options of weights, updated with those that a recipe may change."""
     chosen = {name: value for name in options.free if (value := getattr(recipe, name)) != "auto"}
     return options.model_copy(update=chosen)
@@ -267,7 +267,7 @@ def evaluate(
         options = None if place is None else task_of(place)
         if options is not None and options.kind == recipe.task.kind:
             # The names of classes and answers are those of the weights.
-            recipe = recipe.model_copy(update={"task": _with_free(options, recipe.task)})
+            recipe = recipe.model_copy(update={"task": _update_free(options, recipe.task)})
         task = open_task(recipe, complete=options is None)
         records = task.records(recipe.paths_of(split), split)
         model = task.build().to(processes.device)

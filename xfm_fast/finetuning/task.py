@@ -219,7 +219,7 @@ class PairInput(TensorBatch):
     attention_mask: Tensor
 
 
-def by_image(records: Sequence[Any]) -> list[list[int]]:
+def group_by_image(records: Sequence[Any]) -> list[list[int]]:
     """Record indices grouped by image, so that each image is encoded once."""
     of_image: dict[str, list[int]] = {}
     for number, record in enumerate(records):
@@ -227,7 +227,7 @@ def by_image(records: Sequence[Any]) -> list[list[int]]:
     return [*of_image.values()]
 
 
-def need(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
+def require_inputs(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
     """Raise `InputError` for a blank text, or unless `ok`; `what` names the required input."""
     if not ok:
         raise InputError(f"{len(images)} images and {len(texts)} texts were given; this model needs {what}")

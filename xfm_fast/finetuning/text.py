@@ -20,7 +20,7 @@ from xfm_fast.data.tables import GLUE, text_rows
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
 from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
-from xfm_fast.finetuning.task import Task, TaskOptions, need
+from xfm_fast.finetuning.task import Task, TaskOptions, require_inputs
 from xfm_fast.tasks.classification import ClassificationModel, correlations, f1_score, matthews_correlation
 
 GlueName = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
@@ -218,7 +218,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[Any]:
         if self.options.pairs:
-            need(images, texts, "two texts, and no image", ok=not images and len(texts) == 2)
+            require_inputs(images, texts, "two texts, and no image", ok=not images and len(texts) == 2)
             return [TextRecord(text=texts[0], text2=texts[1], index=None)]
-        need(images, texts, "texts, and no image", ok=not images and bool(texts))
+        require_inputs(images, texts, "texts, and no image", ok=not images and bool(texts))
         return [TextRecord(text=text, index=None) for text in texts]

@@ -19,7 +19,7 @@ from xfm_fast.data.annotations import AnnotationRows, VQARecord, read_answer_lis
 from xfm_fast.data.task_files import vqa_rows
 from xfm_fast.data.transforms import mentions_side
 from xfm_fast.errors import ConfigError, DataError
-from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, need
+from xfm_fast.finetuning.task import PairInput, Task, TaskOptions, require_inputs
 from xfm_fast.models.decoder import DecoderMemory
 from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.vqa import VQAModel, exact_match, vqa_accuracy
@@ -183,7 +183,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         places = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
         index = torch.tensor([places[record.image] for record in records], device=model.device)
         pixels = torch.stack([self.pixels(image) for image in places]).to(model.device, model.dtype)
-        ids, mask = (each.to(model.device) for each in self.padded([self._asked(record) for record in records]))
+        ids, mask = (each.to(model.device) for each in self.padded([self._question_ids(record) for record in records]))
         official = self.options.official_ranking
         memory = model.encode_questions(pixels, ids, mask, index, attend_to_padding=official)
         if self.options.generate:
@@ -202,7 +202,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         ]
         return [best[0] | ({"runners_up": best[1:]} if self._runners_up else {}) for best in found]
 
-    def _asked(self, record: VQARecord) -> list[int]:
+    def _question_ids(self, record: VQARecord) -> list[int]:
         """Question ids; an empty question is `<s> </s>`."""
         question = pre_question(record.question, self.options.test_max_words)
         if not question.strip():
@@ -232,14 +232,14 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return super(VQATask, task).evaluate(model, records, work)
 
     def metrics_of(self, records: Sequence[VQARecord]) -> Collection[str]:
-        people, answered = any(map(_people, records)), any(record.answer for record in records)
+        people, answered = any(map(_annotators, records)), any(record.answer for record in records)
         return [name for name in self.metrics if (answered if name == "exact_match" else people)]
 
     def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
         """`accuracy`: VQA consensus, also by answer type; `exact_match` with the most frequent answer."""
         # By place: question ids are those of one data set, and a split may have several.
         given: dict[int, str] = {number: row["answer"] for number, row in enumerate(rows)}
-        people = {number: said for number, record in enumerate(records) if (said := _people(record))}
+        people = {number: said for number, record in enumerate(records) if (said := _annotators(record))}
         truths = {number: Counter(r.answer).most_common(1)[0][0] for number, r in enumerate(records) if r.answer}
         metrics: Metrics = {}
         if people:
@@ -257,7 +257,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return {RESULT_FILE: (json.dumps(found, ensure_ascii=False) + "\n").encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[VQARecord]:
-        need(images, texts, "an image and questions about it", ok=len(images) == 1 and bool(texts))
+        require_inputs(images, texts, "an image and questions about it", ok=len(images) == 1 and bool(texts))
         return [VQARecord(image=str(images[0]), question=text, question_id=n) for n, text in enumerate(texts)]
 
 
@@ -270,7 +270,7 @@ def _readable(rows: AnnotationRows[VQARecord]) -> Iterator[VQARecord]:
             continue
 
 
-def _people(record: VQARecord) -> dict[str, Any] | None:
+def _annotators(record: VQARecord) -> dict[str, Any] | None:
     """Annotators' answers as an annotation for `vqa_accuracy`; official files store them in `answer`."""
     if record.scored is None and record.dataset == "vqa" and len(record.answer or ()) == _PEOPLE:
         return record.model_copy(update={"answers": record.answer}).scored

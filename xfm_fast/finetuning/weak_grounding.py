@@ -28,7 +28,7 @@ from xfm_fast.finetuning.grounding import (
     grounding_metrics,
 )
 from xfm_fast.finetuning.retrieval import Captioned, RetrievalOptions, RetrievalTask
-from xfm_fast.finetuning.task import Task, TaskOptions, by_image
+from xfm_fast.finetuning.task import Task, TaskOptions, group_by_image
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
 from xfm_fast.tasks.task_model import TaskModel
 
@@ -112,7 +112,7 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
 
     def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
         """Group expressions by image, so that each image is encoded once."""
-        return by_image(records)
+        return group_by_image(records)
 
     def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:
         """Rows of `bbox`: the selected detection, (x, y, w, h) in pixels."""

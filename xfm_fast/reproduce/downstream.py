@@ -36,7 +36,7 @@ from xfm_fast.tasks.grounding import pixel_iou
 from xfm_fast.training.recipe import load_recipe
 
 PRETRAINING = "pretrain_tiny_shapes"
-TOLD = (
+OVERRIDES = (
     "model.patch_size=4", "model.num_masking_patches=24", "model.min_num_patches=4", "steps=1600", "optimizer.lr=3e-3",
     "optimizer.table_lr_mult=10",
 )  # fmt: skip
@@ -101,7 +101,7 @@ def run_downstream(
     *,
     seeds: int = 1,
     jobs: int | None = None,
-    pretraining: Sequence[str] = TOLD,
+    pretraining: Sequence[str] = OVERRIDES,
     on_change: Callable[[Table], None] = lambda table: None,
 ) -> Table:
     """Pretrain once, probe the image tokens, then fine-tune and evaluate every twin with every seed.

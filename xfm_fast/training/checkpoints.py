@@ -114,9 +114,9 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
             (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
     weights = progress.model.state_dict()
-    saved = of_the_model(weights)
+    saved = inference_state(weights)
     tensors |= {f"model/{name}": tensor.detach() for name, tensor in weights.items() if name not in saved}
-    tensors, whole = _gathered(tensors, processes), _gathered(saved, processes)
+    tensors, whole = _gather_shards(tensors, processes), _gather_shards(saved, processes)
     for rank, state in enumerate(random_states):
         tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
     state = {
@@ -200,7 +200,7 @@ def _settle(kernels: Iterable[Sequence[str]]) -> None:
         settle(operation, getattr(torch, dtype), chosen)
 
 
-def of_the_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def inference_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict without training-only modules."""
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{CODES}.")}
 
@@ -338,7 +338,7 @@ def _load_optimizer(progress: Progress, checkpoint: Checkpoint, read: Mapping[st
     )
 
 
-def _gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+def _gather_shards(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
     """Full tensors on the first process in host memory; collective."""
     found = {}
     for name, tensor in tensors.items():
@@ -453,7 +453,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Full weights or their average, FSDP shards gathered; collective."""
-    state = of_the_model(model.state_dict() | dict(average or {}))
+    state = inference_state(model.state_dict() | dict(average or {}))
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 

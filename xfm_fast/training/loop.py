@@ -84,7 +84,7 @@ def train(
         processes = stack.enter_context(join_processes(recipe.device))
         processes.from_first(lambda: stack.enter_context(hold(folder / ".lock", f"checkpoint.folder={folder}")))
         opening = stack.enter_context(ExitStack())
-        processes.from_first(lambda: opening.enter_context(setup.undone_where_refused(folder)))
+        processes.from_first(lambda: opening.enter_context(setup.rollback_on_error(folder)))
         processes.from_first(on_start or (lambda: None))
         stop = stack.enter_context(stop_on_signal())
         if isinstance(recipe, Recipe):

@@ -320,7 +320,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
             raise ConfigError(f"init.checkpoint={place} has no {TOKENIZER_FILE}; name its vocabulary: tokenizer=<path>")
         values["tokenizer"] = "train" if found is None else str(found)
     keys = {"batch_size": "streams.pairs.batch_size", "steps": "steps", "lr": "optimizer.lr"}
-    return fitted(Recipe, values, keys, _pair_rows)
+    return fit_auto(Recipe, values, keys, _pair_rows)
 
 
 def _pair_rows(recipe: Recipe) -> int:
@@ -336,7 +336,7 @@ def vocabulary_of(checkpoint: object) -> Path | None:
     return next((path for path in near if path.is_file()), None)
 
 
-def fitted(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], rows: Callable[[R], int]) -> R:
+def fit_auto(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], rows: Callable[[R], int]) -> R:
     """Build a recipe, replacing `auto` values in place from the model width and dataset size.
 
     Batch size: largest power of two up to a quarter of the rows, in [2, 64]. Epochs: as many as 2,000 steps take, in

@@ -151,7 +151,7 @@ def _tokenizer(recipe: Recipe) -> CaptionTokenizer:
 
 
 @contextmanager
-def undone_where_refused(folder: Path) -> Iterator[None]:
+def rollback_on_error(folder: Path) -> Iterator[None]:
     """Delete files that the block created in `folder` if it raises an XFMError; the skipped-samples log stays."""
     before = set(folder.iterdir())
     try:
