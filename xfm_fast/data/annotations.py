@@ -53,7 +53,7 @@ Texts = Annotated[
     tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
 ]
 Answers = Annotated[Texts, BeforeValidator(_drop_empty)]
-# What ten people said, to score by: an empty answer is one of ten.
+# Answers of ten annotators for scoring; an empty answer counts.
 PeopleAnswers = Annotated[
     tuple[str, ...],
     BeforeValidator(lambda value: list(map(answer_text, value)) if isinstance(value, list) else value),

@@ -54,7 +54,7 @@ _ANNOTATIONS: dict[str, Callable[[Any], Sequence[AnnotationRows[Any]]]] = {
 TASKS = (*STREAM_KINDS, *_ANNOTATIONS)
 
 _FINETUNING = TextOptions(max_tokens=40)
-# Reading this many rows in the way of training says how fast a worker is.
+# Number of rows to time like a training worker.
 _TIMED_ROWS = 64
 _FLOAT = 4
 
@@ -134,7 +134,7 @@ def _seconds_per_item(records: RecordSet, reader: _Reader) -> float | None:
             reader.item(reader.record(rows, row), Path(rows.name))
         except DataError:
             continue
-        # What is set up for the first item is not what an item costs.
+        # Skip the one-time setup of the first item.
         if made:
             spent += time.perf_counter() - begun
         made += 1
@@ -205,13 +205,13 @@ class _StreamReader(_Reader):
         super().__init__(report, options)
         kind, config = report.task, options.config
         self.stream = stream = options.stream(kind)
-        # Any vocabulary tells what is broken, and takes about as long.
+        # Any vocabulary detects broken rows and takes about as long.
         self._tokenizer = options.tokenizer or CaptionTokenizer.train_on_texts(["a picture of a thing"], 300)
         self._items = self._plain = ITEMS[kind](stream, config, self._tokenizer, options.batch_size)
         self._generator = item_generator(0, 0, 0, 0)
         self.row_bytes = 0
         if isinstance(stream, ImageOptions):
-            # Augmentation costs the most time and refuses nothing.
+            # Augmentation is slow and rejects no row.
             self._plain = replace(self._items, options=stream.model_copy(update={"augment": False}))
             self.row_bytes += 3 * config.image_size**2 * _FLOAT + config.num_patches
         if isinstance(stream, TextOptions):

@@ -86,7 +86,7 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        # Shards lie in folders, too. Data files beside images are about these.
+        # A folder may hold shards. Data files next to images describe the images.
         shards = sorted(path.glob("*.tar"))
         return Records(path, open_records(shards)) if shards and not _files(path) else Folder(path)
     if not path.exists():
@@ -115,16 +115,16 @@ class Folder:
         table = caption_table(self.path)
         if table is not None:
             listed, faults = Table(table, self.path).listing()
-            told: dict[str, tuple[str, ...]] = {}
+            by_name: dict[str, tuple[str, ...]] = {}
             for entry in listed:
                 name = os.path.normpath(entry.name)
-                told[name] = told.get(name, ()) + entry.captions
+                by_name[name] = by_name.get(name, ()) + entry.captions
             faults |= {
                 name: f"image {self.path / name} does not exist; correct {table.name}"
-                for name in told.keys() - map(os.path.normpath, names)
+                for name in by_name.keys() - map(os.path.normpath, names)
             }
             return Listing(
-                [_entry(name, self.path / name, told.get(os.path.normpath(name), ())) for name in names], faults
+                [_entry(name, self.path / name, by_name.get(os.path.normpath(name), ())) for name in names], faults
             )
         entries, faults = [], {}
         for name in names:

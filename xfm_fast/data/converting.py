@@ -135,7 +135,7 @@ def _good_rows(
         for row in range(len(rows)):
             try:
                 record = dict(rows.read(row))
-                # Paths become images, and base64 is tried, so that broken ones stay behind.
+                # Read paths and decode base64, so that broken images are skipped.
                 value = record.get(key)
                 several = isinstance(value, list)
                 values = value if several else [] if value is None else [value]

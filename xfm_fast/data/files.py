@@ -162,7 +162,7 @@ def read_plain_pickle(path: Path) -> Any:
             "its authors"
         ) from None
     except Exception as error:
-        # Damaged bytes raise whatever they come upon.
+        # Damaged bytes can raise any exception.
         raise DataError(f"{path} is no pickle that can be read ({error!r}); download it again") from None
 
 
@@ -175,7 +175,7 @@ class _PlainOpcodes(dict[int, Any]):
         raise _NotPlain(f"opcode {bytes([opcode])!r}")
 
 
-# The C unpickler cannot be told which opcodes to take, and a crafted memo index makes it reserve gigabytes.
+# The C unpickler cannot restrict opcodes, and a crafted memo index makes it allocate gigabytes.
 class _PlainUnpickler(pickle._Unpickler):
     dispatch = _PlainOpcodes(
         {code: pickle._Unpickler.dispatch[code] for code in (ord(getattr(pickle, name)) for name in _PLAIN.split())}

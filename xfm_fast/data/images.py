@@ -22,7 +22,7 @@ from xfm_fast.data.options import ImageOptions
 from xfm_fast.documents import require_file
 from xfm_fast.errors import DataError
 
-# torchvision imports PyTorch's compiler, so whoever reads texts alone would wait for it.
+# torchvision imports PyTorch's compiler, which is slow and not needed for text.
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
@@ -97,7 +97,7 @@ def load_image(source: Source, image_size: int, name: str | None = None, *, offi
 def record_pixels(record: Mapping[str, Any], options: ImageOptions, rng: np.random.Generator) -> Tensor:
     """8-bit pixels `[3, H, W]` of a record's image, or of a random one of its images."""
     values = image_values(record, options)
-    # A choice of one takes nothing from the generator.
+    # A single option draws no random number.
     source = image_source(values[rng.integers(len(values))], options)
     name = f"in {options.image_key!r}" if isinstance(source, bytes) else None
     return decode_pixels(source, name, official=options.official_pictures)

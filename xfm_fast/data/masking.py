@@ -121,7 +121,7 @@ def _choose(units: list[tuple[int, int]], wanted: int, options: MaskingOptions, 
                 collected += units[unit][1] - units[unit][0]
     kept = sorted(chosen)
     if collected > wanted:
-        # A random subset of units that together are no longer than wanted, or one unit if the first drawn is.
+        # A random subset of units no longer than the count in total, or one unit if the first is longer.
         fitting, total = [], 0
         for place in rng.permutation(len(kept)).tolist():
             length = units[kept[place]][1] - units[kept[place]][0]

@@ -36,7 +36,7 @@ from xfm_fast.errors import DataError
 Record = Mapping[str, Any]
 Data = Paths | Sequence[Record]
 
-# Nothing that a loader should hold in memory; usually a file whose line ends were lost.
+# More than a loader should hold in memory; usually a file with broken line ends.
 MOST_LINE_BYTES = 256 << 20
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img", "image")
 TEXT_SUFFIXES = ("txt", "text", "caption")
@@ -49,7 +49,7 @@ _NEWLINE = 10
 _MARK = b"\xef\xbb\xbf"
 _SHORT = 8
 _SHARD_VERSION = 1
-# Rows, members, bytes of the sample keys, bytes of the suffixes, then five arrays and those two texts.
+# Rows, members, bytes of the sample keys, bytes of the suffixes, then five arrays and the two texts.
 _COUNTS = 4
 
 
@@ -112,9 +112,9 @@ class LineFile(IndexedFile):
             raise DataError(f"the line is not UTF-8 (byte {error.start}: {error.reason}); convert the file") from None
         except (ValueError, RecursionError) as error:
             place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise DataError(
-                f"the line is no JSON{place} ({said}); expected one object a line, such as {{...}}"
+                f"the line is no JSON{place} ({reason}); expected one object a line, such as {{...}}"
             ) from None
         if not isinstance(record, dict):
             names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
@@ -405,12 +405,12 @@ def _by_image(elements: Elements, folder: Path) -> list[tuple[int | str, tuple[P
     known: dict[Path, list[str]] = {}
     for number, value in enumerate(elements.values):
         label = number if elements.labels is None else elements.labels[number]
-        image, said = (value.get(IMAGE_COLUMN), value.get(CAPTION_COLUMN)) if isinstance(value, dict) else (None, None)
-        captions = [said] if isinstance(said, str) else said
+        image, text = (value.get(IMAGE_COLUMN), value.get(CAPTION_COLUMN)) if isinstance(value, dict) else (None, None)
+        captions = [text] if isinstance(text, str) else text
         if isinstance(value, DataError):
             rows.append((label, value))
         elif not (isinstance(image, str) and image and isinstance(captions, list) and captions):
-            rows.append((label, DataError(f"expected the path of an image and a caption, not {image!r} and {said!r}")))
+            rows.append((label, DataError(f"expected the path of an image and a caption, not {image!r} and {text!r}")))
         elif (path := folder / image) in known:
             known[path].extend(captions)
         else:

@@ -76,26 +76,26 @@ def sample_regions(
     else:
         crop, flip, image = (0, 0, width, height), False, whole_image(picture, size)
 
-    said: list[tuple[str, Rectangle]] = []
+    found: list[tuple[str, Rectangle]] = []
     frame = Rectangle(0, 0, crop[2] - crop[0], crop[3] - crop[1])
     if "caption" in record:
-        _append_text(said, skipped, "the caption of the image", [record["caption"]], frame, options, rng)
-    images = len(said)
+        _append_text(found, skipped, "the caption of the image", [record["caption"]], frame, options, rng)
+    images = len(found)
     for choice in rng.permutation(len(usable)).tolist():
-        if len(said) >= options.max_regions:
+        if len(found) >= options.max_regions:
             break
         box, element = usable[choice]
         seen = visible_part(box, crop, flip)
         if _enough(seen, box, options):
-            _append_text(said, skipped, f"the element at {_numbers(box)}", _fields(element), seen, options, rng)
+            _append_text(found, skipped, f"the element at {_numbers(box)}", _fields(element), seen, options, rng)
     grid = size // patch_size
-    masks = [patch_mask(box, frame, grid) for _, box in said]
+    masks = [patch_mask(box, frame, grid) for _, box in found]
     return RegionSample(
         image=image,
-        texts=tuple(text for text, _ in said),
-        boxes=torch.tensor([relative_box(box, frame) for _, box in said], dtype=torch.float32).reshape(-1, 4),
+        texts=tuple(text for text, _ in found),
+        boxes=torch.tensor([relative_box(box, frame) for _, box in found], dtype=torch.float32).reshape(-1, 4),
         region_mask=torch.stack(masks) if masks else torch.zeros(0, 1 + grid * grid, dtype=torch.bool),
-        is_image=torch.arange(len(said)) < images,
+        is_image=torch.arange(len(found)) < images,
         skipped=tuple(skipped),
     )
 
@@ -178,7 +178,7 @@ def every_region_text(
     elements: list[list[str]] = []
     whole = (0, 0, width, height)
 
-    def said(fields: list[Any]) -> list[str]:
+    def strings(fields: list[Any]) -> list[str]:
         choices = product(*(every_text(field, language=options.language) for field in fields))
         texts = [" ".join(words) for words in choices]
         for text in texts:
@@ -186,14 +186,14 @@ def every_region_text(
         return texts
 
     try:
-        captions = said([record["caption"]]) if "caption" in record else []
+        captions = strings([record["caption"]]) if "caption" in record else []
     except DataError as error:
         skipped.append(f"the caption of the image: {error}")
     for box, element in usable:
         try:
             if not _enough(visible_part(box, whole, False), box, options):
                 raise DataError(f"too little of it lies inside the {width}x{height} image")
-            elements.append(said(_fields(element)))
+            elements.append(strings(_fields(element)))
         except DataError as error:
             skipped.append(f"the element at {_numbers(box)}: {error}")
     return captions, elements, skipped
@@ -232,7 +232,7 @@ def _enough(seen: Rectangle, box: Rectangle, options: RegionOptions) -> bool:
 
 
 def _append_text(
-    said: list[tuple[str, Rectangle]],
+    found: list[tuple[str, Rectangle]],
     skipped: list[str],
     name: str,
     fields: list[Any],
@@ -240,10 +240,10 @@ def _append_text(
     text: TextOptions,
     rng: np.random.Generator,
 ) -> None:
-    """Append the cleaned text and its box to `said`, or the reason to `skipped`."""
+    """Append the cleaned text and its box to `found`, or the reason to `skipped`."""
     try:
         words = " ".join(choose_text(field, rng, language=text.language) for field in fields)
-        said.append((clean_text(words, text), box))
+        found.append((clean_text(words, text), box))
     except DataError as error:
         skipped.append(f"{name}: {error}")
 

@@ -31,7 +31,7 @@ from xfm_fast.tokenizer import CaptionTokenizer
 B = TypeVar("B", bound=TensorBatch)
 B_co = TypeVar("B_co", bound=TensorBatch, covariant=True)
 
-# The random numbers of batches are others than those of items.
+# Batches draw other random numbers than items.
 _OF_BATCH = 1 << 16
 # What schedulers and closing terminals send to all processes of a run.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -191,7 +191,7 @@ def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pi
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
-    # A signal that comes before a worker has said what it does with it waits until it has: workers inherit the mask.
+    # Block signals until a worker has installed its handlers: workers inherit the mask.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         batches = iter(loader)

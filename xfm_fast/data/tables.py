@@ -27,7 +27,7 @@ PAIR_COLUMNS: dict[str, Sequence[str]] = {
 """Names of the columns of images and captions, of which a table's first counts."""
 
 _SHOWN = 3
-# A cell of megabytes is a quotation mark that nothing closes.
+# A cell of megabytes is an unclosed quotation mark.
 _MOST_CELL = 1 << 22
 
 
@@ -320,7 +320,7 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
     values = {field: list(found[column]) for field, column in present.items()}
     if "label" in values:
         names = classes or getattr(found.features[present["label"]], "names", None)
-        # Test sets of the hub say -1 where the label is not told.
+        # Test sets of the Hub have the label -1 if it is hidden.
         if names is not None:
             values["label"] = [
                 (names[label] if label >= 0 else None) if isinstance(label, int) else label for label in values["label"]

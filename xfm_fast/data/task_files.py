@@ -62,7 +62,7 @@ def retrieval_rows(
     with `a.txt` next to `a.jpg` or with `captions.csv`, WebDataset shards, line JSON with embedded images. `split`
     selects a Karpathy split (`train` includes `restval`); `columns` maps fields to table columns.
     """
-    # The whole name: images of two folders may be called alike, and captions of one image must be known as such.
+    # The full path: images in two folders may share a name, and captions are grouped by image.
     return as_rows(_captions(paths, split, columns, identity=str), RetrievalRecord)
 
 
@@ -149,7 +149,7 @@ def grounding_rows(
     elif refs:
         arrays = [referring_elements(refs[0], instances[0], split, image_name)]
     elif split is not None:
-        raise DataError(f"split={split!r} is told by refer's files; give refs(*).p and instances.json too")
+        raise DataError(f"split={split!r} needs refer's files; give refs(*).p and instances.json")
     return as_rows(arrays, GroundingRecord)
 
 
@@ -368,7 +368,7 @@ def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]], pattern: s
     for path, content in documents:
         if "questions" in content:
             annotated = content.get("data_subtype") in sets
-            # The questions of test-dev2015 are a part of those about the images of test2015.
+            # test-dev2015 is a subset of the questions about test2015 images.
             split = str(content.get("data_subtype", "")).replace("-dev", "")
             values = [
                 _question(each, answers, annotated, split, pattern) if isinstance(each, dict) else each

@@ -49,7 +49,7 @@ def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) ->
 def choose_text(value: Any, rng: np.random.Generator, *, language: str | None = None) -> str:
     """The text of a caption field: a string, a random element of a list, or a language of a mapping."""
     listed = _elements(value)
-    # A choice of one takes nothing from the generator.
+    # A single option draws no random number.
     texts = _translations(listed[rng.integers(len(listed))], language)
     return _words(texts[rng.integers(len(texts))])
 

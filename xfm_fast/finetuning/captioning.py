@@ -115,14 +115,14 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         files = find_files(paths, is_dataset_folder)
         truth = {path: captions for path in files if (captions := _coco_captions(path)) is not None}
         images = [path for path in files if path not in truth]
-        # A file of COCO captions alone names its images itself.
+        # Without images, a COCO captions file names them itself.
         records = super().records(images or files, split)
         if images:
-            said = {identity: captions for each in truth.values() for identity, captions in each.items()}
+            by_identity = {identity: captions for each in truth.values() for identity, captions in each.items()}
             records = [
                 record
-                if record.caption is not None or record.identity not in said
-                else record.model_copy(update={"caption": tuple(said[record.identity])})
+                if record.caption is not None or record.identity not in by_identity
+                else record.model_copy(update={"caption": tuple(by_identity[record.identity])})
                 for record in records
             ]
         first: dict[int | str, str] = {}
@@ -174,7 +174,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
             min_length=options.min_length, num_beams=options.num_beams,
         )  # fmt: skip
         texts = [self.tokenizer.decode(ids) for ids in written[:, len(self.prompt) :].tolist()]
-        # The first token carries the space behind the prompt.
+        # The first token includes the space after the prompt.
         return [
             {"image": record.image, "caption": " ".join(text.split())}
             for record, text in zip(records, texts, strict=True)
@@ -194,8 +194,8 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Ca
         """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D` times 100; with the option `facts` also `true_shares`."""
         if not self.metrics_of(records):
             return {}
-        said = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
-        found = caption_metrics(said, {record.identity: record.caption or () for record in records})
+        candidates = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
+        found = caption_metrics(candidates, {record.identity: record.caption or () for record in records})
         if self.options.facts:
             scenes = [_scene_of(self.images / record.image) for record in records]
             found |= true_shares([row["caption"] for row in rows], scenes)

@@ -83,8 +83,8 @@ class Evaluation:
             metrics, files = task.evaluate(model, records, self)
 
         def save() -> Metrics:
-            said = {"metrics": metrics, "records": len(records), "task": task.options.kind}
-            content = {**files, METRICS_FILE: (json.dumps(said, indent=1) + "\n").encode()}
+            summary = {"metrics": metrics, "records": len(records), "task": task.options.kind}
+            content = {**files, METRICS_FILE: (json.dumps(summary, indent=1) + "\n").encode()}
             self.make_folder()
             write_bytes({self.folder / name: data for name, data in content.items()})
             # A task may keep journals of another form under the same name.
@@ -162,8 +162,8 @@ def fingerprint(task: EvaluationTask, model: XFM | Session, records: Sequence[An
     kind = model.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     pictures = "official" if getattr(task, "official_pictures", False) else "upright"
-    said = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision} {pictures}"
-    digest = hashlib.sha256(said.encode())
+    key = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision} {pictures}"
+    digest = hashlib.sha256(key.encode())
     if isinstance(model, Session):
         digest.update(model.fingerprint().encode())
     else:
@@ -223,7 +223,7 @@ def _lines(path: Path, identity: str) -> list[dict[str, Any]]:
     """Complete lines of a journal, including the header; empty if the fingerprint differs."""
     lines: list[dict[str, Any]] = []
     try:
-        # Not splitlines, which also ends lines within a JSON string. Behind the last line feed there is nothing.
+        # Not splitlines, which also splits within JSON strings. The part after the last line feed is empty.
         for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
             lines.append(parse_json(text))
     except FileNotFoundError:

@@ -209,7 +209,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         targets = torch.tensor([item.target for item in items])
         if self._mix is not None:
             # torchvision draws from the CPU's global state, which here is the batch's for so long. (torch.manual_seed
-            # would seed the GPU's too, and dropout would begin anew at every batch.)
+            # would seed the GPU's too, and repeat the same dropout in every batch.)
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(rng.integers(1 << 63)))
                 image, targets = self._mix(image, targets)
@@ -235,8 +235,8 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         return {"top1": 100 * first / len(pairs), "top5": 100 * among / len(pairs)}
 
     def files(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> dict[str, bytes]:
-        said = [{"image": record.image, **row} for row, record in zip(rows, records, strict=True)]
-        return {"predictions.json": (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()}
+        entries = [{"image": record.image, **row} for row, record in zip(rows, records, strict=True)]
+        return {"predictions.json": (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode()}
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[ImageLabelRecord]:
         require_inputs(images, texts, "images, and no text", ok=bool(images) and not texts)

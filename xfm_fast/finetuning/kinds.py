@@ -53,8 +53,8 @@ AnyTask = Annotated[
 
 def explanation(task: Task[Any, Any, Any, Any], options: TaskOptions | None = None) -> dict[str, bytes]:
     """Metadata files to save with the weights, optionally with other options."""
-    said = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
-    files = {TASK_FILE: (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()}
+    document = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
+    files = {TASK_FILE: (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()}
     return files | ({TOKENIZER_FILE: task.tokenizer.to_json().encode()} if task.reads_text else {})
 
 

@@ -137,7 +137,7 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         elif base == "refcoco_domain" and key in ("max_words", "max_tokens"):
             ours = f"task.regions.{key}"
         elif key == "optimizer.weight_decay" and kind == "image":
-            # The image scripts decay by torch's default whatever the file says.
+            # The image scripts ignore the file and use torch's default weight decay.
             continue
         elif key == "max_tokens" and base == "refcoco_plus":
             # The official tokenizer gets this length without `truncation`: it does not cut.
@@ -211,7 +211,7 @@ def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict
     found = {split: values[key] for split, key in (("val", "val_file"), ("test", "test_file")) if values.get(key)}
     beside: list[str] = []
     if base == "refcoco_plus":
-        # The refer toolkit finds these below its folder; `det_file` and `coco_file` serve detections alone.
+        # The refer toolkit finds these below its folder; `det_file` and `coco_file` are only for detections.
         beside = [str(Path(values["refcoco_data"]) / "refcoco+" / name) for name in ("refs(unc).p", "instances.json")]
     truth = {split: values.get(f"{split}_gt_file") for split in ("val", "test")}
     splits = {split: [*_list(paths), *beside, *_list(truth[split])] for split, paths in found.items()}

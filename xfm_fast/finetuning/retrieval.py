@@ -136,7 +136,7 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
 
     def item(self, record: RetrievalRecord, rng: np.random.Generator) -> Captioned:
         ids = self.ids(record.caption)
-        # A digest is the same on every rank, whatever it has read before.
+        # A digest is the same on every rank.
         digest = hashlib.blake2b(json.dumps(record.image_id).encode(), digest_size=8).digest()
         image_id = int.from_bytes(digest, "big", signed=True)
         return Captioned(self.augmented(record.image, rng), EncodedText(ids, ids, [], []), image_id)
@@ -252,8 +252,8 @@ class _Ranking:
         image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
         receipt = Receipt.of(self.model.config, candidates, texts.lengths.cpu(), self.model.config.num_image_tokens)
         # How much of it an evaluation found that had been killed is no part of the result.
-        said = {name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"}
-        said |= {"pairs_saved": receipt.pairs_saved, "flops_ratio": receipt.flops_ratio}
+        costs = {name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"}
+        costs |= {"pairs_saved": receipt.pairs_saved, "flops_ratio": receipt.flops_ratio}
         pairs = {"image": candidates.images.int(), "text": candidates.texts.int(), "score": match}
         pairs["similarity"] = similarity
         pairs |= {"for_image": candidates.for_image, "for_text": candidates.for_text}
@@ -262,7 +262,7 @@ class _Ranking:
             found = candidate_recall(candidates, rank_score(rank, match, similarity), image_of_text)
             metrics |= {f"{rank}/{name}": value for name, value in found.items()}
         return self._all_metrics(metrics), {
-            RECEIPT_FILE: (json.dumps(said, indent=1) + "\n").encode(),
+            RECEIPT_FILE: (json.dumps(costs, indent=1) + "\n").encode(),
             SCORES_FILE: save(pairs),
         }
 

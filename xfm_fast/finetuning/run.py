@@ -55,7 +55,7 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
     tokenizer = None if path is None else CaptionTokenizer.from_files(path)
     options = recipe.task
     if complete:
-        # What learns nothing from the files of training is evaluated without them.
+        # Tasks without options from training files are evaluated without them.
         learns = options.learns and type(options).completed is not TaskOptions.completed
         options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
     official = recipe.data.official_pictures
@@ -175,8 +175,8 @@ def _check_truth(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any], split: 
 
 
 def _no_metric(choose: Choice, known: Iterable[str]) -> ConfigError:
-    said = ", ".join(known) or "none: its records hold no truth"
-    return ConfigError(f"choose.by={choose.by} is no metric of {choose.split}; it has {said}; choose another, or null")
+    names = ", ".join(known) or "none: its records hold no truth"
+    return ConfigError(f"choose.by={choose.by} is no metric of {choose.split}; it has {names}; choose another, or null")
 
 
 def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, Sequence[Any]]) -> None:
@@ -266,7 +266,7 @@ def evaluate(
         place = model_folder(Path(weights))
         options = None if place is None else task_of(place)
         if options is not None and options.kind == recipe.task.kind:
-            # The names of classes and answers are those of the weights.
+            # Class names and answers come from the weights.
             recipe = recipe.model_copy(update={"task": _update_free(options, recipe.task)})
         task = open_task(recipe, complete=options is None)
         records = task.records(recipe.paths_of(split), split)

@@ -211,7 +211,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
         self, model: ClassificationModel, records: Sequence[AnyTextRecord], work: Evaluation
     ) -> tuple[Metrics, dict[str, bytes]]:
         metrics, files = super().evaluate(model, records, work)
-        # The two halves of MNLI are two files, and only the name of the split tells them apart.
+        # The two halves of MNLI are two files, distinguished only by the split name.
         if self.options.glue == "mnli" and "mismatched" in work.folder.name:
             files = {name.replace("MNLI-m.", "MNLI-mm."): content for name, content in files.items()}
         return metrics, files

@@ -133,8 +133,8 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
             lacking = unlisted_answers(_readable(rows), self.options.answers or ())
             if lacking.number:
                 shown = ", ".join(map(repr, lacking.first))
-                said = f"the answers of {lacking.number} questions are not in task.answers, so that ranking cannot give"
-                rows.notes += (f"{rows.name}: {said} them ({shown}, ...)",)
+                note = f"the answers of {lacking.number} questions are not in task.answers, so that ranking cannot give"
+                rows.notes += (f"{rows.name}: {note} them ({shown}, ...)",)
         return found
 
     def item(self, record: VQARecord, rng: np.random.Generator) -> Question:
@@ -226,7 +226,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
     def evaluate(
         self, model: VQAModel, records: Sequence[VQARecord], work: Evaluation
     ) -> tuple[Metrics, dict[str, bytes]]:
-        # The best answer alone is found without decoding most of the others to their end.
+        # Only the best answer: most others need not be decoded to the end.
         task = copy.copy(self)
         task._runners_up = 0
         return super(VQATask, task).evaluate(model, records, work)
@@ -237,13 +237,13 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
 
     def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
         """`accuracy`: VQA consensus, also by answer type; `exact_match` with the most frequent answer."""
-        # By place: question ids are those of one data set, and a split may have several.
+        # By position: question ids are unique per dataset, and a split may have several datasets.
         given: dict[int, str] = {number: row["answer"] for number, row in enumerate(rows)}
-        people = {number: said for number, record in enumerate(records) if (said := _annotators(record))}
+        people = {number: annotation for number, record in enumerate(records) if (annotation := _annotators(record))}
         truths = {number: Counter(r.answer).most_common(1)[0][0] for number, r in enumerate(records) if r.answer}
         metrics: Metrics = {}
         if people:
-            found = vqa_accuracy(given, [said | {"question_id": number} for number, said in people.items()])
+            found = vqa_accuracy(given, [annotation | {"question_id": number} for number, annotation in people.items()])
             metrics["accuracy"] = found.overall
             metrics |= {f"accuracy_{kind.replace('/', '_')}": each for kind, each in found.per_answer_type.items()}
         return metrics | ({"exact_match": 100 * exact_match(given, truths)} if truths else {})

@@ -48,7 +48,7 @@ PRETRAINING_FILE = "pretraining.json"
 HELD_OUT, KNOWN = "test", "known"
 COLUMNS = {KNOWN: "known combinations", HELD_OUT: "held-out combinations"}
 """The splits that runs are evaluated on: new scenes either way."""
-# What the study says to every recipe.
+# Overrides of every recipe.
 _WORLD = "shapes.known=500"
 # Training boxes among which the best constant one is looked for.
 _BOXES = 500
@@ -113,13 +113,13 @@ def run_downstream(
         raise XFMError(f"seeds={seeds}; at least one is needed")
     # What the recipe does not know is refused before anything is written.
     load_recipe(PRETRAINING, pretraining)
-    if (said := _pretraining(out)) is None:
+    if (recorded := _pretraining(out)) is None:
         out.mkdir(parents=True, exist_ok=True)
         write_bytes({out / PRETRAINING_FILE: json.dumps(pretraining).encode()})
-    elif said != tuple(pretraining):
+    elif recorded != tuple(pretraining):
         raise XFMError(
-            f"{out} holds a study whose pretraining was told {' '.join(said) or 'nothing'}, not "
-            f"{' '.join(pretraining) or 'nothing'}; say the same, or give another folder"
+            f"{out} holds a study with the pretraining overrides {' '.join(recorded) or '(none)'}, not "
+            f"{' '.join(pretraining) or '(none)'}; repeat these, or give another folder"
         )
     world, pretrained = out / "shapes_world", out / PRETRAINING
     if not (pretrained / "model").is_dir():
@@ -173,14 +173,14 @@ def _probed(world: Path, pretrained: Path) -> dict[str, float]:
 def _run(out: Path, recipe: str, seed: int, command: Sequence[str]) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     arguments = [sys.executable, "-m", "xfm_fast", *command]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=said)
-        # What it takes of its core is the same beside other work, which the time on the clock is not.
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        # CPU time does not depend on other load, wall time does.
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            said.seek(0)
-            last = said.read().decode(errors="replace").strip()[-400:]
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip()[-400:]
             raise XFMError(f"xfm-fast {' '.join(command)} ended with {process.returncode}: {last}")
     folder = out / "seconds" / recipe
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ def markdown(table: Table) -> str:
             ", ".join(f"{of_split[split]:.1f}" for split in COLUMNS if split in of_split),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "",
         ]) + " |")  # fmt: skip
-    said = (
+    text = (
         "One tiny model pretrained on the shapes world, fine-tuned for every task, a number for each seed; percent "
         "(CIDEr-D × 100) on new scenes, with the combinations of colour and shape of the training files, and with "
         'others, which no training file holds. "Without looking" is a random ranking for retrieval, and elsewhere the '
@@ -274,8 +274,8 @@ def markdown(table: Table) -> str:
         "core."
     )
     if table.pretraining:
-        said += f" The recipe of pretraining was told `{' '.join(table.pretraining)}`."
-    return "\n".join(["# The tasks of the paper in miniature", "", said, "", *lines, ""])
+        text += f" Overrides of the pretraining recipe: `{' '.join(table.pretraining)}`."
+    return "\n".join(["# The tasks of the paper in miniature", "", text, "", *lines, ""])
 
 
 def save(table: Table, folder: Path) -> list[Path]:

@@ -127,9 +127,9 @@ def _grounding(model: XFM, tokenizer: CaptionTokenizer, held_out: HeldOut) -> di
     owners: list[int] = []
     for index, made in enumerate(held_out.retrieval):
         for element in region_elements(made, held_out.resolution):
-            said = element["caption"]
+            caption = element["caption"]
             by_looks = "attributes" in element
-            texts.append(f"{element['attributes']} {said}" if by_looks else said[0])
+            texts.append(f"{element['attributes']} {caption}" if by_looks else caption[0])
             boxes.append(element["bb"])
             kinds.append("attributes" if by_looks else "relations")
             owners.append(index)

@@ -60,7 +60,7 @@ class AnswerTrie:
         mask = check_answers(answer_ids, answer_mask, config)
         lengths = mask.sum(1).tolist()
         answers = [ids[:length] for ids, length in zip(answer_ids.tolist(), lengths, strict=True)]
-        # Shorter prefixes come first, so that a node's number is larger than those of all that it begins with.
+        # Shorter prefixes come first, so that a node's index is larger than its ancestors'.
         prefixes = sorted({tuple(ids[:n]) for ids in answers for n in range(1, len(ids))}, key=len)
         nodes = {prefix: number for number, prefix in enumerate(prefixes)}
         following: list[list[int]] = [[] for _ in prefixes]
@@ -275,7 +275,7 @@ class PackedTree(DecodedTree):
         """Store log-likelihoods of all edges of nodes with final hidden states `[n, width]`."""
         trie, words, bias = self.trie, self._decoder.word_embeddings, self._decoder.lm_head.bias
         edges, counts = self.edges_of(nodes)
-        # One edge of a node tells the normaliser of its softmax; the others differ from it by their logits.
+        # One edge of a node gives the softmax normaliser; the others differ from it by their logits.
         one = ops.token_log_likelihood(hidden, words, bias, trie.edge_tokens[trie.edge_starts[nodes]])
         rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
         wide = self.log_likelihoods.dtype
@@ -293,7 +293,7 @@ def _attend(q: Tensor, known: Tensor, visible: list[tuple[Tensor, Tensor]]) -> T
     """Attention of queries `[n, H, D]` over the rows `[m, length]` of `known` `[rows, 2, H, D]` visible to each."""
     context = torch.empty_like(q, memory_format=torch.contiguous_format)
     for queries, rows in visible:
-        # One to eight keys a query: matrix products of such a shape are slower than a pass for each key.
+        # One to eight keys per query: a GEMM of this shape is slower than a pass per key.
         query = q[queries] * q.shape[-1] ** -0.5
         keys = [known.index_select(0, place) for place in rows.unbind(1)]
         weights = torch.stack([(query * key[:, 0]).sum(-1) for key in keys], -1).softmax(-1)

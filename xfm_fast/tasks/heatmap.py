@@ -52,7 +52,7 @@ def cross_attention_heatmap(
     config = model.config
     if "boxes" not in model.heads:
         model.require_head("matching")
-    # The caller may be in inference mode, whose tensors take part in no gradient.
+    # The caller may be in inference mode, where tensors have no gradients.
     with torch.inference_mode(False), evaluating(model):
         mask = inputs.check_tokens(input_ids, attention_mask, config)
         memory = model.image_memory(model.encode_image(pixels))
@@ -61,7 +61,7 @@ def cross_attention_heatmap(
         chosen = _chosen(mask, tokens, number, config.fusion_layers)
         with torch.enable_grad(), explicit_cross_attention(model, number) as recorded:
             fused = model.fuse(text, mask, memory, image_index)
-            # Not `first_token_only`: of a last layer that is the chosen one, the other tokens are wanted as well.
+            # Not `first_token_only`: if the last layer is chosen, all its tokens are needed.
             fused = fused[torch.arange(len(fused), device=fused.device), mask.long().argmax(1), None]
             (probabilities,) = recorded
             if "matching" in model.heads:

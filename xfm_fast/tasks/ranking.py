@@ -36,7 +36,7 @@ _LARGE = 2 << 20
 _IMAGES_PER_TILE = 16
 # Caption tokens of a pass, and images that are encoded together.
 _BUDGETS = {"cpu": (2048, 8), "cuda": (32768, 64)}
-# Features are small beside memories: this part of the room for those holds those of many more images.
+# Features are small compared with memories: this share holds features of many more images.
 _FEATURES_PART = 16
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

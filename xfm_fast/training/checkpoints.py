@@ -185,7 +185,7 @@ def settle_kernels(folder: Path, processes: Processes) -> None:
     try:
         noted = TypeAdapter(_Kernels).validate_python(read_json(folder / KERNELS))
     except (OSError, ValueError):
-        # What is damaged decides nothing: the choice is made anew.
+        # Ignore damaged choices and time the kernels again.
         return
     if len(noted) == processes.world_size:
         _settle(noted[processes.rank])
@@ -301,7 +301,7 @@ def random_states(checkpoint: Checkpoint, processes: Processes) -> dict[str, Ten
     read = read_state_dict(checkpoint.path / TENSORS)
     state = {name.removeprefix(prefix): tensor for name, tensor in read.items() if name.startswith(prefix)}
     with reading(checkpoint.path):
-        # Tried out here, where a false one can be told from a fault of the run.
+        # Validate here, where a bad state is distinguishable from an error of the run.
         set_random_state(state, processes.device)
         _settle(checkpoint.state["cpu_kernels"][processes.rank])
     return state
@@ -401,7 +401,7 @@ def _steps(folder: Path) -> Iterator[Path]:
 
 
 def _step(path: Path) -> int | None:
-    # `isdigit` alone takes a superscript for a digit.
+    # `isdigit` accepts superscripts.
     digits = path.name.removeprefix(_PREFIX)
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
 

@@ -37,7 +37,7 @@ Losses = Callable[..., dict[str, Tensor]]
 """`losses(model, batch, losses=names)`, such as `pretraining_losses`."""
 
 _GROUPS = count()
-# The model calls these instead of `forward`, so whatever wraps a layer has to wrap them.
+# The model calls these instead of `forward`, so wrappers must wrap them.
 _ENTRANCES: dict[type[nn.Module], tuple[str, ...]] = {
     Block: ("forward",),
     TransformerLayer: ("self_attention", "cross_attention", "feed_forward"),
@@ -85,8 +85,8 @@ class Processes:
         except Exception as error:
             failure, value = error, None
         if self.any(failure is not None):
-            told = None if failure is None else str(failure) or type(failure).__name__
-            rank, reason = next((r, reason) for r, reason in enumerate(self.gather(told)) if reason is not None)
+            message = None if failure is None else str(failure) or type(failure).__name__
+            rank, reason = next((r, reason) for r, reason in enumerate(self.gather(message)) if reason is not None)
             raise failure or XFMError(f"process {rank} of {self.world_size} has failed: {reason}")
         return cast("T", value)
 
@@ -234,7 +234,7 @@ class ParallelModel:
         self.model = model
         self.sharded = kind == "fsdp" and processes.world_size > 1
         self._processes = processes
-        # FSDP cannot shard a tensor without dimensions, such as the temperature.
+        # FSDP cannot shard a 0-dim tensor like the temperature.
         self._scalars = [p for p in model.parameters() if self.sharded and p.ndim == 0]
         module = _LossSum(model, losses)
         if self.sharded:
@@ -291,8 +291,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    wanted = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = {number: signal.getsignal(number) for number in wanted}
+    signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.getsignal(number) for number in signals}
     if before.get(signal.SIGHUP) == signal.SIG_IGN:
         del before[signal.SIGHUP]
 

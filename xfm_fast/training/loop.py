@@ -163,7 +163,7 @@ def train(
             with precision:
                 return sum_of_losses(losses_of(model, batch, losses=recipe.losses_of(stream)))
 
-        # Where looking costs nothing, or every step is looked at anyway, bad gradients never reach the weights.
+        # Where checking is free or happens every step anyway, bad gradients never reach the weights.
         look = processes.device.type == "cpu" or recipe.log.every == 1
         work, metrics, logged, clock = Work(recipe, processes), {}, progress.step, time.perf_counter()
         interrupted = False
@@ -234,12 +234,12 @@ def train(
                 metrics |= work.rates(step - logged, seconds)
                 log.write(step, metrics)
                 logged, clock = step, time.perf_counter()
-            if on_step is not None and (told := on_step(step, model, average)):
-                log.write(step, told)
+            if on_step is not None and (extra := on_step(step, model, average)):
+                log.write(step, extra)
             if step % recipe.checkpoint.every == 0 or step == recipe.steps or interrupted:
                 log.sync()
-                said, place = recipe.model_dump(mode="json"), folder / "checkpoints"
-                checkpoints.save(progress, said, place, processes, keep=recipe.checkpoint.keep)
+                dump, place = recipe.model_dump(mode="json"), folder / "checkpoints"
+                checkpoints.save(progress, dump, place, processes, keep=recipe.checkpoint.keep)
 
         if not interrupted:
             save_whole(model, folder / "model", processes, files=explained_by)

@@ -42,7 +42,7 @@ ENCODERS = ("vision_encoder", "text_encoder", "fusion_encoder")
 _PROBE = 1024
 _REDRAW_S = 0.1
 _BOXES = {"bbox_l1", "bbox_giou"}
-# The results of these operations hold whatever was in memory.
+# These ops return uninitialised memory.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize", "aten.set_")
 
 
@@ -131,7 +131,7 @@ class RunLog:
             self._wandb = wandb.init(
                 project=recipe.wandb, name=title, id=identity.read_text(), resume="allow", dir=folder
             )
-        # Into a file or a pipe, a line at every log step says more than a bar that redraws itself.
+        # A file or pipe gets a line per log step instead of a progress bar.
         self._console = Console(stderr=True)
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -503,15 +503,15 @@ def changes(before: Mapping[str, Any], recipe: Run, world_before: int, world_now
     """Describe how `recipe` differs from the checkpoint's recipe; a different model is a `ConfigError`."""
     old, new = dict(_flat(before)), dict(_flat(recipe.model_dump(mode="json")))
     differing = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
-    said = {name: f"{name}: {old.get(name)} → {new.get(name)}" for name in differing}
-    if fixed := [said[name] for name in differing if name.startswith(_FIXED)]:
+    changed = {name: f"{name}: {old.get(name)} → {new.get(name)}" for name in differing}
+    if fixed := [changed[name] for name in differing if name.startswith(_FIXED)]:
         raise ConfigError(
             f"the checkpoint in checkpoint.folder={recipe.checkpoint.folder} is of another run ({'; '.join(fixed)}); "
             "set these as they were, or set checkpoint.folder to a new folder"
         )
     notes = []
-    if told := [said[name] for name in differing if not name.startswith(_HARMLESS)]:
-        notes.append(f"the recipe has changed since the checkpoint: {'; '.join(told)}")
+    if noted := [changed[name] for name in differing if not name.startswith(_HARMLESS)]:
+        notes.append(f"the recipe has changed since the checkpoint: {'; '.join(noted)}")
     if world_before != world_now:
         notes.append(
             f"the checkpoint is of {world_before} processes and this run has {world_now}: an update now sees "

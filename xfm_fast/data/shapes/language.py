@@ -154,21 +154,21 @@ def _doubled_centre(thing: Thing, axis: int) -> int:
 
 def questions(scene: Scene, split: Split) -> list[tuple[str, str]]:
     """Question-answer pairs: count, attributes, existence, relations."""
-    asked = [("how many objects are there", NUMBERS[len(scene.things)])]
+    pairs = [("how many objects are there", NUMBERS[len(scene.things)])]
     for index, thing in enumerate(scene.things):
         named = references(scene, index)
         for attribute, word in (("colour", "color"), ("shape", "shape"), ("size", "size")):
             silent = [ref for ref in named if getattr(ref, attribute) is None]
             # The shortest expression that does not give the answer away.
             if silent:
-                asked.append((f"what {word} is the {silent[0]}", getattr(thing, attribute)))
+                pairs.append((f"what {word} is the {silent[0]}", getattr(thing, attribute)))
     present, absent = _pairs(scene, split)
-    asked += [(f"is there {with_article(f'{colour} {shape}')}", "yes") for colour, shape in present[:1]]
+    pairs += [(f"is there {with_article(f'{colour} {shape}')}", "yes") for colour, shape in present[:1]]
     if absent:
         colour, shape = absent[_choice((scene,), "absent", len(absent))]
-        asked.append((f"is there {with_article(f'{colour} {shape}')}", "no"))
-    asked += _relation_questions(scene)
-    return asked
+        pairs.append((f"is there {with_article(f'{colour} {shape}')}", "no"))
+    pairs += _relation_questions(scene)
+    return pairs
 
 
 def statements(first: Scene, second: Scene, split: Split) -> list[tuple[str, bool]]:
@@ -203,7 +203,7 @@ def entailments(first: Scene, second: Scene, index: int) -> list[tuple[str, str,
     """
     # The numbers of kinds and paraphrases have no common factor, so no kind goes with a paraphrase.
     kind, paraphrase = index % 3, index % 4
-    said, other = captions(first)[paraphrase], captions(second)[(paraphrase + 1) % 4]
+    caption, other = captions(first)[paraphrase], captions(second)[(paraphrase + 1) % 4]
     if kind == 2:
         again = captions(first)[(paraphrase + 1) % 4]
         for a, b in pairwise(first.things):
@@ -212,18 +212,18 @@ def entailments(first: Scene, second: Scene, index: int) -> list[tuple[str, str,
             opposite = OPPOSITE[relation]
             if not _related(first, x, opposite, y):
                 left, right = with_article(x.noun), with_article(y.noun)
-                return [(said, f"{left} is {relation} {right}", True), (again, f"{left} is {opposite} {right}", False)]
+                return [(caption, f"{left} is {relation} {right}", True), (again, f"{left} is {opposite} {right}", False)]
     number = len(first.things)
     if kind == 1 and number != len(second.things):
         claim = f"there {'is' if number == 1 else 'are'} exactly {NUMBERS[number]} object{'s' * (number > 1)}"
-        return [(said, claim, True), (other, claim, False)]
+        return [(caption, claim, True), (other, claim, False)]
     elsewhere = {(thing.colour, thing.shape) for thing in second.things}
     only = sorted({(thing.colour, thing.shape) for thing in first.things} - elsewhere)
     if not only:
         return []
     colour, shape = only[index % len(only)]
     claim = f"there is {with_article(f'{colour} {shape}')}"
-    return [(said, claim, True), (other, claim, False)]
+    return [(caption, claim, True), (other, claim, False)]
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,9 @@ def caption_facts(text: str, scene: Scene) -> CaptionFacts:
     nouns = [_NOUN.fullmatch(part) for part in parts[::2]]
     if None in nouns:
         return CaptionFacts(understood=False)
-    said = [dict(zip(ATTRIBUTES, noun.groups(), strict=True)) for noun in nouns if noun is not None]
+    parsed = [dict(zip(ATTRIBUTES, noun.groups(), strict=True)) for noun in nouns if noun is not None]
     relations = [_CANONICAL.get(relation, relation) for relation in parts[1::2]]
-    readings = (_judge(said, relations, meant) for meant in _assignments(scene.things, len(said)))
+    readings = (_judge(parsed, relations, meant) for meant in _assignments(scene.things, len(parsed)))
     return CaptionFacts(understood=True, facts=max(readings, key=_likeness))
 
 
@@ -276,10 +276,10 @@ def _assignments(things: Sequence[Thing], nouns: int) -> Iterator[tuple[Thing | 
 
 
 def _judge(
-    said: Sequence[Mapping[Attribute, str | None]], relations: Sequence[str], meant: Sequence[Thing | None]
+    parsed: Sequence[Mapping[Attribute, str | None]], relations: Sequence[str], meant: Sequence[Thing | None]
 ) -> tuple[Fact, ...]:
     facts: list[Fact] = []
-    for place, (attributes, thing) in enumerate(zip(said, meant, strict=True)):
+    for place, (attributes, thing) in enumerate(zip(parsed, meant, strict=True)):
         if place:
             before, relation = meant[place - 1], relations[place - 1]
             true = before is not None and thing is not None and holds(relation, before, thing)
@@ -306,9 +306,9 @@ def true_shares(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, floa
         raise DataError(
             f"{len(texts)} captions and {len(scenes)} scenes: give one scene for each caption, at least one"
         )
-    said = [caption_facts(text, made) for text, made in zip(texts, scenes, strict=True)]
-    claims = [fact for each in said for fact in each.facts]
-    shares = {"true_captions": sum(each.all_true for each in said) / len(said)}
+    results = [caption_facts(text, made) for text, made in zip(texts, scenes, strict=True)]
+    claims = [fact for each in results for fact in each.facts]
+    shares = {"true_captions": sum(each.all_true for each in results) / len(results)}
     for kind in (*ATTRIBUTES, "relation"):
         of_kind = [fact.true for fact in claims if fact.kind == kind]
         shares[f"true_{kind}s"] = sum(of_kind) / max(1, len(of_kind))

@@ -134,7 +134,7 @@ def _looks(number: int, split: Split, draws: _Draws) -> list[tuple[str, str, str
         held = bool(own) and (place == 0 or draws.uniform() < _OWN_SHARE)
         colour, shape = draws.one_of(own if held else _COMMON)
         looks.append((draws.one_of(SIZES), colour, draws.one_of(TEXTURES), shape))
-    # Which place in the list carries it must say nothing.
+    # Its position in the list must be uninformative.
     for i in range(number - 1, 0, -1):
         j = draws.between(0, i)
         looks[i], looks[j] = looks[j], looks[i]
@@ -147,7 +147,7 @@ def _places(sides: list[int], draws: _Draws) -> list[tuple[int, int]]:
         places: list[tuple[int, int]] = []
         for side in sides:
             place = draws.between(1, CANVAS - 1 - side), draws.between(1, CANVAS - 1 - side)
-            # Both axes of a pair overlap, a gap counted in: the scene is drawn anew.
+            # Both axes of a pair overlap (with a gap): redraw the scene.
             if any(
                 all(place[i] + side + _GAP > other[i] and other[i] + its_side + _GAP > place[i] for i in range(2))
                 for other, its_side in zip(places, sides, strict=False)

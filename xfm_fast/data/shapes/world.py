@@ -125,11 +125,11 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
         png = _png(made, resolution)
         _write(folder / path, png)
         binary = base64.b64encode(png).decode()
-        said = captions(made)
+        texts = captions(made)
         elements = region_elements(made, resolution)
-        rows["pairs"].append({"binary": binary, "desc": said, "image_id": index})
+        rows["pairs"].append({"binary": binary, "desc": texts, "image_id": index})
         if elements:
-            rows["regions"].append({"binary": binary, "caption": said, "elems": elements})
+            rows["regions"].append({"binary": binary, "caption": texts, "elems": elements})
         arrays["vqa"] += [
             {"image": path, "question": question, "answer": [answer], "question_id": number, "dataset": "vqa"}
             for number, (question, answer) in enumerate(questions(made, split), len(arrays["vqa"]))
@@ -146,13 +146,13 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
             text = f"{element['attributes']} {text}" if "attributes" in element else text[first % len(text)]
             arrays["grounding"].append({"image": path, "text": text, "bbox": element["bb"], "ref_id": number})
         if split == "train":
-            arrays["retrieval"] += [{"image": path, "caption": text, "image_id": path} for text in said]
-        elif said[0] not in described:
+            arrays["retrieval"] += [{"image": path, "caption": text, "image_id": path} for text in texts]
+        elif texts[0] not in described:
             # Evaluation counts one right answer: a second image with the same description would be another.
-            described.add(said[0])
-            arrays["retrieval"].append({"image": path, "caption": said[:1]})
+            described.add(texts[0])
+            arrays["retrieval"].append({"image": path, "caption": texts[:1]})
         arrays["captioning"] += [
-            {"image": path, "caption": caption, "image_id": index} for caption in (said if split == "train" else [said])
+            {"image": path, "caption": caption, "image_id": index} for caption in (texts if split == "train" else [texts])
         ]
         tables["text"] += [
             [caption, statement, LABELS["text"][truth]]
