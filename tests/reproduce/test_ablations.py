@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from xfm_fast.errors import ConfigError, DataError
-from xfm_fast.reproduce import ablations, report
-from xfm_fast.reproduce.ablations import RESULT_FILE, VARIANTS, Run, Study, run_ablations
+from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.reproduce import ablations
+from xfm_fast.reproduce.ablations import (
+    RESULT_FILE,
+    VARIANTS,
+    Run,
+    Study,
+    mean_interval,
+    paired_difference,
+    run_ablations,
+)
 from xfm_fast.reproduce.evaluation import METRICS
 
 SMALL = (
@@ -79,7 +89,7 @@ def test_a_stopped_run_leaves_the_others(
     assert [run.variant for run in study.runs] == ["full", "no-stop-gradient"]
     assert seen == [0, 1, 2]
     assert ("no-mim-guidance", 0) in study.missing
-    assert any("not finished" in line and "without MIM guidance seed 0" in line for line in report.findings(study))
+    assert any("not finished" in line and "without MIM guidance seed 0" in line for line in ablations.findings(study))
 
 
 def test_runs_of_another_recipe_are_refused(trained: list[tuple[str, int]], tmp_path: Path) -> None:
@@ -131,7 +141,7 @@ def _study(seeds: int = 3, variants: tuple[str, ...] = tuple(VARIANTS)) -> Study
 
 
 def test_only_differences_beyond_noise_are_claimed() -> None:
-    lines = report.findings(_study())
+    lines = ablations.findings(_study())
     claimed = [line for line in lines if "lower than" in line or "higher than" in line]
     # Without stop-gradient every seed loses exactly 5 points; without MIM guidance the mean is the same.
     assert sum(line.startswith("without stop-gradient") for line in claimed) == len(METRICS)
@@ -141,21 +151,21 @@ def test_only_differences_beyond_noise_are_claimed() -> None:
 
 
 def test_one_seed_claims_nothing() -> None:
-    lines = report.findings(_study(seeds=1))
+    lines = ablations.findings(_study(seeds=1))
     assert not any("lower than" in line or "higher than" in line for line in lines)
     assert any("one seed gives no interval" in line for line in lines)
-    assert "±" not in report.markdown(_study(seeds=1)).split("|", 1)[1].split("\n\n")[0]
+    assert "±" not in ablations.markdown(_study(seeds=1)).split("|", 1)[1].split("\n\n")[0]
 
 
 def test_targets_are_judged() -> None:
-    lines = report.findings(_study())
+    lines = ablations.findings(_study())
     assert sum("target 60% reached" in line for line in lines) == 3
     low = Study(tuple(Run(r.variant, r.seed, dict.fromkeys(METRICS, 10.0), r.cost) for r in _study().runs), (), "x")
-    assert sum("target 60% MISSED" in line for line in report.findings(low)) == 3
+    assert sum("target 60% MISSED" in line for line in ablations.findings(low)) == 3
 
 
 def test_the_files(tmp_path: Path) -> None:
-    paths = report.save(_study(), tmp_path)
+    paths = ablations.save(_study(), tmp_path)
     assert [path.name for path in paths] == ["ablations.md", "ablations.json"]
     content = json.loads(paths[1].read_text())
     assert content["summary"]["full"]["grounding"]["mean"] == pytest.approx(68)
@@ -163,7 +173,7 @@ def test_the_files(tmp_path: Path) -> None:
     assert len(content["runs"]) == 12
     page = paths[0].read_text()
     assert "| without both | 3 |" in page
-    assert report.LIMITS in page
+    assert ablations.LIMITS in page
 
 
 @pytest.mark.slow
@@ -174,7 +184,48 @@ def test_a_real_study_trains_evaluates_and_reports(tmp_path: Path) -> None:
     for run in study.runs:
         assert set(METRICS) <= set(run.metrics)
         assert run.cost["steps"] == 2
-    report.save(study, tmp_path)
+    ablations.save(study, tmp_path)
     before = (tmp_path / "full" / "seed-0" / RESULT_FILE).read_bytes()
     assert run_ablations(tmp_path, seeds=1, variants=["full", "neither"], overrides=SMALL).runs == study.runs
     assert (tmp_path / "full" / "seed-0" / RESULT_FILE).read_bytes() == before
+
+
+def test_the_textbook_example() -> None:
+    """Three values around 10 with standard deviation 1: t(0.975, 2) = 4.3027, so 10 ± 4.3027/√3."""
+    interval = mean_interval([9, 10, 11])
+    assert interval.mean == 10
+    assert interval.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert not interval.excludes_zero or interval.low > 0
+
+
+def test_intervals_hold_the_true_mean_as_often_as_they_say() -> None:
+    draws = np.random.default_rng(0).normal(5, 2, size=(2000, 3))
+    held = [interval.low <= 5 <= interval.high for interval in (mean_interval([*row]) for row in draws)]
+    assert 0.935 < sum(held) / len(held) < 0.965
+
+
+def test_one_value_says_nothing() -> None:
+    interval = mean_interval([3.0])
+    assert interval.half == math.inf
+    assert not interval.excludes_zero
+
+
+def test_pairs_cancel_what_they_share() -> None:
+    shared = [10.0, 40.0, 90.0]
+    a, b = [value + bonus for value, bonus in zip(shared, (5.1, 5.0, 4.9), strict=True)], shared
+    assert paired_difference(a, b).excludes_zero
+    assert paired_difference(b, a).mean == pytest.approx(-5)
+    assert mean_interval(a).low < mean_interval(b).mean
+
+
+def test_a_difference_within_noise_includes_zero() -> None:
+    assert not paired_difference([1.0, 2, 3], [2.0, 2, 2]).excludes_zero
+
+
+def test_impossible_intervals_are_refused() -> None:
+    with pytest.raises(InputError):
+        mean_interval([])
+    with pytest.raises(InputError):
+        mean_interval([1.0, 2.0], confidence=1)
+    with pytest.raises(InputError, match=r"2 .* 1 "):
+        paired_difference([1.0, 2.0], [1.0])

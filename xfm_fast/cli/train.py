@@ -99,19 +99,18 @@ def ablations(*, options: Flat[AblationOptions] = AblationOptions()) -> int:
     Reports linear probes, zero-shot retrieval and grounding on held-out combinations, with intervals over seeds, and
     writes ablations.md and .json. An interrupted study resumes, and finished runs are not repeated.
     """
-    from xfm_fast.reproduce import report
-    from xfm_fast.reproduce.ablations import VARIANTS, run_ablations
+    from xfm_fast.reproduce.ablations import VARIANTS, markdown, run_ablations, save
 
-    def save(study: Study) -> None:
+    def keep(study: Study) -> None:
         if study.runs:
-            report.save(study, options.out)
+            save(study, options.out)
             note(f"{len(study.runs)} runs finished, {len(study.missing)} to go")
 
     variants = [*VARIANTS] if options.variants == ("all",) else options.variants
-    study = run_ablations(options.out, seeds=options.seeds, variants=variants, minutes=options.minutes, on_change=save)
+    study = run_ablations(options.out, seeds=options.seeds, variants=variants, minutes=options.minutes, on_change=keep)
     if study.runs:
-        print(report.markdown(study))
-        print("saved: " + ", ".join(str(path) for path in report.save(study, options.out)))
+        print(markdown(study))
+        print("saved: " + ", ".join(str(path) for path in save(study, options.out)))
     if study.missing:
         note(f"{len(study.missing)} runs are missing; the same command goes on there")
         return UNFINISHED
