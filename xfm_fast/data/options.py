@@ -19,15 +19,15 @@ class Options(BaseModel):
 class TextOptions(Options):
     """Text encoding; defaults are those of captions and regions in pretraining."""
 
-    max_tokens: int = Field(default=30, ge=3, description="`<s>` and `</s>` counted in")
+    max_tokens: int = Field(default=30, ge=3, description="including `<s>` and `</s>`")
     max_words: int | None = Field(
-        default=30, gt=0, description="texts are cleaned and cut to this many words; null leaves a text as it is"
+        default=30, gt=0, description="clean texts and truncate to this many words; null disables both"
     )
     masking: MaskingOptions = MaskingOptions(0.5, 15)
     language: str | None = Field(
-        default=None, description="which text to take where there is one for each of several languages; null draws one"
+        default=None, description="language to select from multilingual captions; null draws one"
     )
-    tokenized: bool = Field(default=False, description="texts hold WordPiece's ' ##', which is removed")
+    tokenized: bool = Field(default=False, description="remove WordPiece's ' ##' from texts")
 
 
 class ImageOptions(Options):
@@ -35,38 +35,38 @@ class ImageOptions(Options):
 
     image_key: str = Field(
         default="binary",
-        description="field of the image: base64 (bytes, in shards), or a list of such, of which one is drawn",
+        description="field of the image: base64 (bytes in shards), or a list to draw from",
     )
     image_root: Path | None = Field(
         default=None,
-        description="folder of the images, where the field holds paths instead; absolute ones stay as they are",
+        description="image folder if the field holds paths; absolute paths are unchanged",
     )
     official_pictures: bool = Field(
-        default=False, description="as the official code: EXIF orientation and transparency are ignored"
+        default=False, description="ignore EXIF orientation and transparency, as the official code does"
     )
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
 
 
 class RegionOptions(TextOptions, ImageOptions):
     """Region sampling in pretraining; grounding pretraining sets `careful_flip`."""
 
-    max_images: int = Field(default=80, gt=0, description="images of a batch, at most")
-    max_regions: int = Field(default=5, gt=0, description="captions of an image, its own counted in, at most")
+    max_images: int = Field(default=80, gt=0, description="maximum images per batch")
+    max_regions: int = Field(default=5, gt=0, description="maximum captions per image, including its own")
     least_visible: float = Field(
-        default=0.5, ge=0, lt=1, description="a region stays if more than this share of its box lies inside the crop"
+        default=0.5, ge=0, lt=1, description="minimum share of a region's box inside the crop"
     )
-    careful_flip: bool = Field(default=False, description="do not mirror images whose captions say left or right")
+    careful_flip: bool = Field(default=False, description="do not flip images with left or right in the captions")
 
 
 class StreamOptions(Options):
     """Options of streams of every kind."""
 
-    shuffle: bool = Field(default=True, description="an order of its own for each epoch; else rows come as they lie")
+    shuffle: bool = Field(default=True, description="shuffle every epoch; false reads in file order")
     window: int | None = Field(
-        default=None, gt=0, description="shuffle within so many rows, for disks that seek slowly; null shuffles all"
+        default=None, gt=0, description="shuffle window in rows, for slow disks; null shuffles all rows"
     )
     bad_share: float = Field(
-        default=0.01, ge=0, le=1, description="share of unreadable rows of a file at which a run stops"
+        default=0.01, ge=0, le=1, description="share of broken rows per file at which the run stops"
     )
 
     @property
@@ -81,7 +81,7 @@ class PairStreamOptions(StreamOptions, TextOptions, ImageOptions):
     kind: Literal["pairs"] = "pairs"
     caption_key: str = Field(
         default="desc",
-        description="field of the caption: a string, or a list or mapping of such, of which one is drawn",
+        description="field of the caption: a string, or a list or mapping to draw from",
     )
 
 
@@ -102,8 +102,8 @@ class TextStreamOptions(StreamOptions, TextOptions):
 
     kind: Literal["text"] = "text"
     caption_key: str = Field(default="desc", description="field of the text")
-    max_tokens: int = Field(default=128, ge=3, description="`<s>` and `</s>` counted in")
-    max_words: int | None = Field(default=None, gt=0, description="clean texts and cut them to this many words")
+    max_tokens: int = Field(default=128, ge=3, description="including `<s>` and `</s>`")
+    max_words: int | None = Field(default=None, gt=0, description="clean texts and truncate to this many words")
     masking: MaskingOptions = MaskingOptions(0.15, 20)
 
 

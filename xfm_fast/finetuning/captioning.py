@@ -37,10 +37,10 @@ class CaptionedImages(ImageOptions):
 
     caption_key: str = Field(
         default="desc",
-        description="field of the caption: a string, or a list or mapping of such, of which one is drawn",
+        description="field of the caption: a string, or a list or mapping to draw from",
     )
     language: str | None = Field(
-        default=None, description="which text to take where there is one for each of several languages; null draws one"
+        default=None, description="language to select from multilingual captions; null draws one"
     )
 
 
@@ -48,20 +48,20 @@ class CaptioningOptions(TaskOptions):
     """Captioning."""
 
     kind: Literal["captioning"] = "captioning"
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
-    prompt: str = Field(default="a picture of ", description="that captions continue; it is given, and not learnt")
-    max_words: int = Field(default=40, gt=0, description="of a caption to learn")
-    max_tokens: int = Field(default=40, ge=3, description="`<s>`, prompt and `</s>` counted in, of a caption to learn")
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    prompt: str = Field(default="a picture of ", description="prefix of captions, excluded from the loss")
+    max_words: int = Field(default=40, gt=0, description="of a training caption")
+    max_tokens: int = Field(default=40, ge=3, description="of a training caption, including `<s>`, prompt and `</s>`")
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    max_length: int = Field(default=20, gt=0, description="tokens of a caption that is written, as in max_tokens")
-    min_length: int = Field(default=5, ge=0, description="tokens before `</s>` may be written, prompt counted in")
-    num_beams: int = Field(default=3, gt=0, description="1 takes the likeliest token at every step")
+    max_length: int = Field(default=20, gt=0, description="maximum tokens of a generated caption, as in max_tokens")
+    min_length: int = Field(default=5, ge=0, description="minimum tokens before `</s>`, including the prompt")
+    num_beams: int = Field(default=3, gt=0, description="1 is greedy decoding")
     facts: bool = Field(
-        default=False, description="also score by what is true, which is known of images of a shapes world alone"
+        default=False, description="also score the truth of captions (shapes dataset only)"
     )
     pairs: CaptionedImages | None = Field(
         default=None,
-        description="train on the pairs of pretraining first; splits hold files of captioning all the same",
+        description="train on pretraining pairs; splits still list captioning files",
     )
 
 

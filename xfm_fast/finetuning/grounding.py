@@ -36,11 +36,11 @@ class CaptionedRegions(RegionOptions):
     A row is an image, so the recipe's `batch_size` counts images; a random subset of their texts makes the batch.
     """
 
-    careful_flip: bool = Field(default=True, description="do not mirror images whose captions say left or right")
-    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
-    max_words: int | None = Field(default=40, gt=0, description="texts are cleaned and cut to this many words")
-    max_images: int = Field(default=28, gt=0, description="images of `texts` texts")
-    texts: int = Field(default=64, gt=0, description="texts of a batch of `max_images` images, and so in proportion")
+    careful_flip: bool = Field(default=True, description="do not flip images with left or right in the captions")
+    max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
+    max_words: int | None = Field(default=40, gt=0, description="clean texts and truncate to this many words")
+    max_images: int = Field(default=28, gt=0, description="images per `texts` texts")
+    texts: int = Field(default=64, gt=0, description="texts per `max_images` images, in proportion to the batch")
 
 
 class GroundingOptions(TaskOptions):
@@ -48,13 +48,13 @@ class GroundingOptions(TaskOptions):
 
     kind: Literal["grounding"] = "grounding"
     augment: bool = Field(
-        default=True, description="random crop around the box, flip and RandAugment; else images are only resized"
+        default=True, description="random crop around the box, flip and RandAugment; false only resizes"
     )
-    careful_flip: bool = Field(default=True, description="do not mirror images whose expression says left or right")
+    careful_flip: bool = Field(default=True, description="do not flip images with left or right in the expression")
     max_words: int = Field(default=30, gt=0, description="of an expression")
-    max_tokens: int | None = Field(default=None, ge=3, description="of an expression in training; null: no cut")
+    max_tokens: int | None = Field(default=None, ge=3, description="of an expression in training; null: unlimited")
     regions: CaptionedRegions | None = Field(
-        default=None, description="train on captions of regions first; splits hold expressions all the same"
+        default=None, description="train on region captions; splits still list expressions"
     )
 
 

@@ -44,27 +44,27 @@ class ImageTaskOptions(TaskOptions):
     kind: Literal["image"] = "image"
     dataset: str | None = Field(
         default=None,
-        description="set of torchvision, such as CIFAR10; data.train is the folder that it lies in, and so is each of "
-        "data.splits, by the set's names: {test: cifar}",
+        description="torchvision dataset, e.g. CIFAR10; data.train is its folder, and so is each of data.splits, "
+        "named by the dataset: {test: cifar}",
     )
-    train_split: str = Field(default="train", description="of the set of torchvision; trainval of OxfordIIITPet")
+    train_split: str = Field(default="train", description="torchvision split, e.g. trainval of OxfordIIITPet")
     columns: dict[str, str] = Field(
-        default={}, description="columns of a table that are called otherwise: {image: file}"
+        default={}, description="renamed table columns: {image: file}"
     )
-    labels: tuple[str, ...] = Field(default=(), description="classes; by default those of the training files, sorted")
+    labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
     view: Literal["imagenet", "probe", "whole"] = Field(
         default="imagenet",
         description="imagenet: crop, flip, RandAugment, erasing, and a centre crop to evaluate; probe: crop, flip; "
-        "whole: the image resized, as other tasks evaluate",
+        "whole: resize only, as in the evaluation of other tasks",
     )
-    grey: bool = Field(default=False, description="images lose their colours, where these must not tell the class")
+    grey: bool = Field(default=False, description="convert images to greyscale")
     head: HeadKind | None = Field(
         default=None, description="linear, mlp, or official_image with its five layers; linear if frozen, else mlp"
     )
-    frozen: bool = Field(default=False, description="train the head alone; with head=linear a linear probe")
+    frozen: bool = Field(default=False, description="train only the head; with head=linear a linear probe")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0, description="alpha of Mixup; 0 for none")
-    cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix; with mixup, half of the batches take each")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix; with mixup each is used in half the batches")
 
     @model_validator(mode="after")
     def _columns_exist(self) -> Self:

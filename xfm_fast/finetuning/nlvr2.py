@@ -24,16 +24,16 @@ RESULT_FILE = "nlvr2_result.csv"
 class NLVR2Line(NLVR2Record):
     """A statement in the benchmark's format, with its identifier."""
 
-    identifier: str | None = Field(default=None, description="such as test1-0-1-0: split, set, pair, sentence")
+    identifier: str | None = Field(default=None, description="split-set-pair-sentence, e.g. test1-0-1-0")
 
 
 class NLVR2Options(TaskOptions):
     """NLVR2."""
 
     kind: Literal["nlvr2"] = "nlvr2"
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
     max_words: int = Field(default=30, gt=0, description="of a sentence")
-    max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null: no cut")
+    max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null: unlimited")
 
 
 class Statement(NamedTuple):

@@ -25,19 +25,19 @@ STREAM = "train"
 class DataSection(Section):
     """Data files of a task. Relative paths refer to `root`; glob patterns such as `*.json` are expanded."""
 
-    root: str = Field(default=".", description="folder of everything")
+    root: str = Field(default=".", description="folder of all relative paths")
     images: str | None = Field(
-        default="", description="folder in which the paths of images begin; null: that of the file to train on"
+        default="", description="folder of relative image paths; null: that of the training file"
     )
     train: Paths = Field(description="files or folders to train on")
     splits: dict[str, Paths] = Field(default={}, description="files or folders to evaluate on, by name: val, test, ...")
     official_pictures: bool = Field(
         default=False,
-        description="as the official code: EXIF orientation and transparency are ignored; by default pictures are "
+        description="ignore EXIF orientation and transparency, as the official code does; by default images are "
         "upright and on white",
     )
     bad_share: float = Field(
-        default=0.01, ge=0, le=1, description="share of unreadable elements of a file at which training stops"
+        default=0.01, ge=0, le=1, description="share of broken elements per file at which training stops"
     )
 
     @field_validator("splits")
@@ -51,9 +51,9 @@ class DataSection(Section):
 class Choice(Section):
     """Selection of the best weights."""
 
-    by: str = Field(description="metric of the task, the larger the better")
-    split: str = Field(default="val", description="split; `test` is the official choice of retrieval")
-    every: int = Field(default=1, gt=0, description="epochs between two evaluations; the last one always has one")
+    by: str = Field(description="metric of the task; higher is better")
+    split: str = Field(default="val", description="split to evaluate; retrieval officially uses `test`")
+    every: int = Field(default=1, gt=0, description="epochs between evaluations; the last epoch is always evaluated")
 
 
 class FinetuneRecipe(Run):
@@ -61,14 +61,14 @@ class FinetuneRecipe(Run):
 
     task: AnyTask
     tokenizer: str | None = Field(
-        None, description="folder or file of the vocabulary; by default that in the folder of init.checkpoint"
+        None, description="vocabulary file or folder; default: that in init.checkpoint"
     )
     data: DataSection
-    epochs: int = Field(ge=0, description="0 is for zero-shot evaluation alone")
-    steps: int = Field(0, ge=0, description="0: as many as the epochs have")
-    batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
-    eval_batch_size: int = Field(64, gt=0, description="records of a rank that are predicted together")
-    choose: Choice | None = Field(None, description="null keeps the last weights and evaluates at the end only")
+    epochs: int = Field(ge=0, description="0 for zero-shot evaluation only")
+    steps: int = Field(0, ge=0, description="0: set by epochs")
+    batch_size: int = Field(gt=0, description="per rank and update, before accumulation splits it")
+    eval_batch_size: int = Field(64, gt=0, description="records per prediction batch and rank")
+    choose: Choice | None = Field(None, description="null: keep the last weights and evaluate only at the end")
 
     @model_validator(mode="before")
     @classmethod

@@ -64,26 +64,26 @@ class RetrievalOptions(TaskOptions):
     kind: Literal["retrieval"] = "retrieval"
     free = ("k", "columns", "rank", "hold_out")
     k: int = Field(
-        default=256, gt=0, description="texts of an image, and images of a text, that the fusion encoder ranks"
+        default=256, gt=0, description="candidate texts per image and images per text for re-ranking"
     )
     rank: Rank | Literal["auto"] = Field(
         default="match",
-        description="score that ranks candidates: match (logit, the official rule), similarity (of features), sum "
-        "(match + similarity, the rule of BLIP), or auto: the best of these on the split that `choose` names",
+        description="ranking score: match (logit, official), similarity (of features), sum (match + similarity, "
+        "as in BLIP), or auto (the best on the split of `choose`)",
     )
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
     max_words: int = Field(default=30, gt=0, description="of a text")
-    max_tokens: int = Field(default=40, ge=3, description="`<s>` and `</s>` counted in")
+    max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
     columns: dict[Literal["image", "caption"], str] = Field(
-        default={}, description="columns of tables, where they are called otherwise"
+        default={}, description="renamed table columns"
     )
     hold_out: float = Field(
         default=0, ge=0, lt=1,
-        description="share of the images of `data.train` that become the split val where none is named: those whose "
-        "names, from the image folder on, have the smallest BLAKE2 digests; at most 1,000, at least 10 of 40 or more",
+        description="share of `data.train` images held out as the split val if there is none, chosen by the smallest "
+        "BLAKE2 digest of the relative name; at most 1,000, at least 10 of 40 or more",
     )  # fmt: skip
-    official_itm_negatives: bool = Field(default=False, description="draw negatives among the pairs of one rank alone")
-    official_itc_gradient: bool = Field(default=False, description="scale the gradient of features by 1 / (ranks)")
+    official_itm_negatives: bool = Field(default=False, description="draw hard negatives within one rank")
+    official_itc_gradient: bool = Field(default=False, description="scale the contrastive gradient by 1 / world size")
 
     @property
     def resolved_rank(self) -> Rank:

@@ -43,15 +43,15 @@ class TextTaskOptions(TaskOptions):
 
     kind: Literal["text"] = "text"
     glue: GlueName | None = Field(
-        default=None, description="set of GLUE whose files are read, from its zip or datasets"
+        default=None, description="GLUE task, read from its zip or from datasets"
     )
     columns: dict[str, str] = Field(
-        default={}, description="columns that are called otherwise: {text: sentence1, text2: sentence2}"
+        default={}, description="renamed columns: {text: sentence1, text2: sentence2}"
     )
-    regression: bool = Field(default=False, description="labels are numbers to predict, as those of stsb are")
-    labels: tuple[str, ...] = Field(default=(), description="classes; by default those of the training files, sorted")
-    pairs: bool = Field(default=False, description="texts come in pairs; the training files say so too")
-    max_tokens: int = Field(default=128, ge=6, description="special tokens included; the longer text of a pair is cut")
+    regression: bool = Field(default=False, description="predict numbers, as in stsb")
+    labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
+    pairs: bool = Field(default=False, description="texts are pairs; detected from the training files")
+    max_tokens: int = Field(default=128, ge=6, description="with special tokens; the longer text of a pair is truncated")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

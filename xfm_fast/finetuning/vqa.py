@@ -41,23 +41,23 @@ class VQAOptions(TaskOptions):
     learns = False
     decoder_layers: int = Field(default=12, gt=0)
     answers: str | tuple[str, ...] | None = Field(
-        default=None, description="JSON array of the answers that are ranked, in data.root; or the answers themselves"
+        default=None, description="JSON array of candidate answers in data.root, or the answers"
     )
     k: int | Literal["all"] = Field(
-        default=128, description="answers that are ranked, by how likely their first token is; `all`: every one"
+        default=128, description="number of answers to rank, preselected by their first token; `all` ranks every answer"
     )
     official_ranking: bool = Field(
         default=False,
-        description="rank as the official code: the first token counts twice, the decoder sees the padding of the "
-        "other questions, batches are in the order of the file, and probabilities are among the k answers",
+        description="rank as the official code does: count the first token twice, attend to question padding, keep "
+        "the file order, and normalise probabilities over the k answers",
     )
-    generate: bool = Field(default=False, description="answers are written freely, without a list")
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; else images are only resized")
+    generate: bool = Field(default=False, description="generate answers without a list")
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
     max_words: int = Field(default=30, gt=0, description="of a question in training")
-    max_tokens: int = Field(default=40, ge=3, description="of a question in training, `<s>` and `</s>` counted in")
-    test_max_words: int = Field(default=50, gt=0, description="of a question to answer, whose tokens are not cut")
+    max_tokens: int = Field(default=40, ge=3, description="of a question in training, including `<s>` and `</s>`")
+    test_max_words: int = Field(default=50, gt=0, description="of a question in evaluation, with unlimited tokens")
     image_folders: dict[str, str] = Field(
-        default={}, description="folders in data.images that the images of a `dataset` lie in, such as {vg: vg}"
+        default={}, description="folders in data.images by `dataset`, e.g. {vg: vg}"
     )
 
     @model_validator(mode="after")

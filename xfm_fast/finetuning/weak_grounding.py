@@ -38,13 +38,13 @@ class WeakGroundingOptions(TaskOptions):
 
     kind: Literal["weak_grounding"] = "weak_grounding"
     free = ("layer",)
-    augment: bool = Field(default=True, description="flip and RandAugment of whole images; else they are only resized")
+    augment: bool = Field(default=True, description="flip and RandAugment of whole images; false only resizes")
     max_words: int = Field(default=30, gt=0, description="of an expression")
     max_tokens: int = Field(default=40, ge=3, description="of an expression in training")
     layer: int | None = Field(
         default=None,
         ge=0,
-        description="fusion layer whose attention is looked at; by default the end of the first half",
+        description="fusion layer of the heat map; default: the last of the first half",
     )
 
 

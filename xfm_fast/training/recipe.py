@@ -52,10 +52,10 @@ class Run(Section):
     shapes: ShapesWorldRecipe | None = None
 
     steps: int
-    accumulate: int = Field(1, gt=0, description="micro-batches into which every batch is split")
+    accumulate: int = Field(1, gt=0, description="micro-batches per batch")
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of an average of the weights")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the weight average (EMA)")
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -63,7 +63,7 @@ class Run(Section):
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = Field(0, ge=0, lt=2**63)
-    workers: int = Field(0, ge=0, le=1024, description="loader processes of each stream and rank")
+    workers: int = Field(0, ge=0, le=1024, description="loader processes per stream and rank")
 
     checkpoint: CheckpointRecipe
     log: LogRecipe = LogRecipe()
@@ -174,9 +174,9 @@ class Recipe(Run):
     large_lr = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
 
     tokenizer: str = Field(
-        "train", description="folder or file of a vocabulary, or `train`: learn one from the streams"
+        "train", description="vocabulary file or folder, or `train` to learn one from the streams"
     )
-    data: str = Field(".", description="folder that relative stream paths lie in")
+    data: str = Field(".", description="folder of relative stream paths")
     streams: dict[str, AnyStream] = Field(min_length=1)
     updates: tuple[tuple[str, ...], ...] = Field(min_length=1)
     steps: int = Field(gt=0, lt=2**31)

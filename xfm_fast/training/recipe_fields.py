@@ -40,14 +40,14 @@ class Stream(StreamOptions):
     """Keys of every stream, plus the options of its kind; relative paths refer to the recipe's `data` folder."""
 
     paths: Paths = Field(description="files, folders or glob patterns")
-    batch_size: int = Field(gt=0, description="of one rank and one update, before it is split for accumulation")
+    batch_size: int = Field(gt=0, description="per rank and update, before accumulation splits it")
     weight: float = Field(
         default=1.0,
         ge=0,
-        description="multiplies the sum of the stream's losses, those of boxes too (the official code leaves the box "
-        "losses out, which is the same at its published weights of 1)",
+        description="factor of the stream's summed losses, including box losses (the official code excludes "
+        "them; its published weights are 1)",
     )
-    losses: tuple[LossName, ...] = Field(default=(), description="by default all that the kind can give")
+    losses: tuple[LossName, ...] = Field(default=(), description="default: all losses of the kind")
 
     @model_validator(mode="after")
     def _losses_exist(self) -> Self:
@@ -83,10 +83,10 @@ class Init(Section):
     """Sources of the initial weights; weights without a source are random."""
 
     roberta: str | None = Field(
-        default=None, description="state dict of a Hugging Face RoBERTa, for the language encoder"
+        default=None, description="Hugging Face RoBERTa state dict for the language encoder"
     )
-    beit2: str | None = Field(default=None, description="BEiT-v2 checkpoint, for the vision encoder")
-    checkpoint: str | None = Field(default=None, description="official X-FM file, or a folder of save_pretrained")
+    beit2: str | None = Field(default=None, description="BEiT-v2 checkpoint for the vision encoder")
+    checkpoint: str | None = Field(default=None, description="official X-FM file, or a save_pretrained folder")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -101,22 +101,22 @@ class OptimizerRecipe(Section):
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     decay_all: bool = Field(
-        default=False, description="decay biases and norms too, as the official code does in ImageNet fine-tuning alone"
+        default=False, description="decay biases and norms too (official for ImageNet fine-tuning only)"
     )
-    lr_mult: float = Field(default=2.0, gt=0, description="learning rate of heads and temperature, as a multiple of lr")
+    lr_mult: float = Field(default=2.0, gt=0, description="learning-rate factor of heads and temperature")
     table_lr_mult: float = Field(
         default=1.0,
         gt=0,
-        description="that of the position tables of images, which begin at zero: from scratch they have "
-        "much farther to go than a matrix",
+        description="learning-rate factor of image position tables, which start at zero and need a larger rate "
+        "from scratch",
     )
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
-    clip_norm: float | None = Field(default=1.0, gt=0, description="of all gradients together, before every update")
+    clip_norm: float | None = Field(default=1.0, gt=0, description="maximum global gradient norm per update")
     zero_grad: Literal["none", "zeros"] = Field(
         default="none",
-        description="zeros: parameters that an update does not reach keep moving by momentum and decay, "
-        "as the official code does under torch < 2.0",
+        description="zeros: parameters without a gradient keep moving by momentum and decay, as in the official "
+        "code under torch < 2.0",
     )
 
     @field_validator("betas")
@@ -131,9 +131,9 @@ class ScheduleRecipe(Section):
     """Linear warm-up from 0, then decay."""
 
     kind: Literal["linear", "cosine"] = "linear"
-    steps: int | None = Field(default=None, gt=0, description="length of the schedule; by default that of the run")
-    warmup: int | float = Field(default=0, ge=0, description="a whole number of steps, or a fraction of them below 1")
-    min_lr: float = Field(default=0.0, ge=0, description="where the decay of `lr` ends")
+    steps: int | None = Field(default=None, gt=0, description="length of the schedule; default: length of the run")
+    warmup: int | float = Field(default=0, ge=0, description="number of steps, or a fraction below 1")
+    min_lr: float = Field(default=0.0, ge=0, description="final learning rate")
 
     @field_validator("warmup")
     @classmethod
@@ -152,30 +152,30 @@ class ImageCodesRecipe(Section):
 
     source: str = Field(
         default="train",
-        description="safetensors file with `centres` [codes, 3·P·P], or `train`: learn one from the streams' images",
+        description="safetensors file with `centres` [codes, 3·P·P], or `train` to learn one from the streams",
     )
-    codes: int = Field(default=256, gt=1, description="size of a codebook that is learnt, or of a tokenizer of yours")
+    codes: int = Field(default=256, gt=1, description="size of the learnt codebook or of the custom tokenizer")
 
 
 class Method(Section):
     """The X-FM training method (arXiv 2301.05065) and its ablations."""
 
     stop_gradient: bool = Field(
-        default=True, description="ITM, IMLM and BBP do not reach the language encoder; false lets them through"
+        default=True, description="block gradients of ITM, IMLM and BBP to the language encoder"
     )
     mim_guidance: bool = Field(
         default=True,
-        description="MIM towards the unmasked output of the encoder that vision-language training shapes; false leaves "
-        "MIM out of every stream: the target is the guidance, on images without captions too",
+        description="MIM predicts the unmasked output of the guided vision encoder; false removes MIM from every "
+        "stream unless image_codes are set",
     )
     image_codes: ImageCodesRecipe | None = Field(
-        default=None, description="with mim_guidance=false: MIM stays, and predicts codes of the image itself"
+        default=None, description="with mim_guidance=false: MIM predicts codes of image patches"
     )
     official_itc_gradient: bool = Field(
-        default=False, description="1 / world size of the contrastive gradient, as the official gathering gives"
+        default=False, description="scale the contrastive gradient by 1 / world size, as the official gathering does"
     )
     official_itm_negatives: bool = Field(
-        default=False, description="hard negatives out of the pairs of one process, as in the official code, not of all"
+        default=False, description="draw hard negatives from one process, as in the official code, not from all"
     )
 
     @model_validator(mode="after")
@@ -188,9 +188,9 @@ class Method(Section):
 class CheckpointRecipe(Section):
     """Run folder and checkpoint settings."""
 
-    folder: str = Field(description="of this run alone")
+    folder: str = Field(description="run folder, not shared with other runs")
     every: int = Field(default=1000, gt=0, description="steps")
-    keep: int = Field(default=2, gt=0, description="newest checkpoints that stay; older ones are deleted")
+    keep: int = Field(default=2, gt=0, description="number of newest checkpoints to keep")
 
 
 class LogRecipe(Section):
@@ -208,5 +208,5 @@ class ShapesWorldRecipe(Section):
     train: int = Field(default=10_000, gt=0, description="scenes")
     val: int = Field(default=500, gt=0, description="scenes")
     test: int = Field(default=500, gt=0, description="scenes")
-    known: int = Field(default=0, ge=0, description="new scenes with the combinations of training, a split of its own")
-    resolution: int = Field(default=64, gt=0, description="of the images, in pixels")
+    known: int = Field(default=0, ge=0, description="scenes of the extra split with training combinations")
+    resolution: int = Field(default=64, gt=0, description="image side in pixels")
