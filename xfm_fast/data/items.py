@@ -149,7 +149,7 @@ ITEMS: dict[str, Callable[..., Items[Any, Any, Any]]] = {
     "images": ImageItems,
     "text": TextItems,
 }
-"""The items of each kind of stream. The place of a kind is part of its random numbers."""
+"""Items of each stream kind. The position of a kind seeds its random numbers."""
 
 
 def _picture(record: Mapping[str, Any], options: ImageOptions, config: XFMConfig, rng: np.random.Generator) -> Picture:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from xfm_fast.errors import InputError
 
 ATTEMPTS = 10
-"""Draws of a rectangle before the rest is filled with single patches."""
+"""Failed rectangle draws before the rest is filled with single patches."""
 _LOWEST_ASPECT = math.log(0.3)
 
 
@@ -54,11 +54,11 @@ class MaskedText(NamedTuple):
     """A text with some tokens masked."""
 
     ids: list[int]
-    """The tokens that the model reads."""
+    """Token ids with masks, the model input."""
     positions: list[int]
-    """The places to predict at, ascending."""
+    """Masked positions, ascending."""
     labels: list[int]
-    """The original ids there."""
+    """Original ids at these positions."""
 
 
 def mask_tokens(

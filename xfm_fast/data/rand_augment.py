@@ -21,11 +21,11 @@ from PIL.Image import Resampling, Transform
 from xfm_fast.errors import ConfigError
 
 MOST = 10.0
-"""The level at which an operation is strongest."""
+"""Maximum level."""
 GREY = (128, 128, 128)
-"""The colour that the official operations fill with."""
+"""Fill colour of the official operations."""
 IMAGENET_FILL = (124, 116, 104)
-"""The mean colour of ImageNet."""
+"""Mean colour of ImageNet."""
 
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 Point = tuple[float, float]

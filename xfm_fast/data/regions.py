@@ -18,7 +18,7 @@ from xfm_fast.data.transforms import Box, Picture, RegionTransform, mentions_sid
 from xfm_fast.errors import DataError
 
 PRETRAINING = RegionOptions()
-"""Regions as in pretraining."""
+"""Default region options."""
 
 
 class Rectangle(NamedTuple):

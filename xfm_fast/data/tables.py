@@ -17,14 +17,14 @@ from xfm_fast.errors import DataError, UnavailableError
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 CAPTION_TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.json")
-"""The names of a table that tells the captions of the folder it lies in."""
+"""File names of a caption table in an image folder."""
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 PAIR_COLUMNS: dict[str, Sequence[str]] = {
     "image": ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "file"),
     "caption": ("caption", "text", "title", "description", "sentence", "comment"),
 }
-"""Names of the columns of images and captions, of which a table's first counts."""
+"""Accepted column names of images and captions; the first existing one is read."""
 
 _SHOWN = 3
 # A cell of megabytes is an unclosed quotation mark.

@@ -13,10 +13,10 @@ from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 PREFIXES = ("A image of ", "The image contains ", "We can see ", "A picture of ")
-"""The official code puts one of these before a caption that belongs to a list of images (its spelling)."""
+"""Official prefixes (and spelling) of captions shared by a list of images."""
 
 IDS_KEY = "input_ids"
-"""Field of a record with the token ids of its text, which then is not cleaned and not tokenised."""
+"""Record field with pre-tokenised text."""
 
 
 class EncodedText(NamedTuple):
@@ -26,9 +26,9 @@ class EncodedText(NamedTuple):
     """`<s> tokens </s>`, not padded."""
     masked_ids: list[int]
     positions: list[int]
-    """The places to predict at, ascending."""
+    """Masked positions, ascending."""
     labels: list[int]
-    """The original ids there."""
+    """Original ids at these positions."""
 
 
 def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) -> Any:

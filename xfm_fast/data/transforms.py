@@ -26,14 +26,14 @@ Picture = Image.Image | Tensor | NDArray[np.uint8]
 """A PIL image, or 8-bit pixels: a tensor `[3, H, W]` or an array `[H, W, 3]`."""
 
 Box = tuple[int, int, int, int]
-"""(left, top, right, bottom) in pixels; right and bottom are outside."""
+"""(left, top, right, bottom) in pixels, right and bottom exclusive."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 """Mean and standard deviation of the linear probe."""
 GREY_SETS = frozenset({"mnist", "fer2013"})
-"""Sets of small square grey images, which the linear probe resizes whole."""
+"""Datasets of small grey images, resized whole in the linear probe."""
 
 _SCALE = (0.08, 1.0)
 _PROBE_SIDE = 288

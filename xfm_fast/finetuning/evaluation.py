@@ -31,7 +31,7 @@ from xfm_fast.training.distributed import Processes
 METRICS_FILE = "metrics.json"
 
 Row = dict[str, Any]
-"""A result, as a line of JSON holds it."""
+"""A result as a JSON object."""
 Metrics = dict[str, float]
 
 

@@ -48,7 +48,7 @@ AnyTask = Annotated[
     | WeakGroundingOptions,
     Field(discriminator="kind"),
 ]
-"""The section `task` of a recipe: one of these, by its `kind`."""
+"""The section `task` of a recipe, discriminated by `kind`."""
 
 
 def explanation(task: Task[Any, Any, Any, Any], options: TaskOptions | None = None) -> dict[str, bytes]:

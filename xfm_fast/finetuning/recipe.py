@@ -19,7 +19,7 @@ from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_r
 from xfm_fast.training.recipe_fields import Paths, Section
 
 STREAM = "train"
-"""The name of the one stream of a fine-tuning run."""
+"""Name of the only stream of a fine-tuning run."""
 
 
 class DataSection(Section):

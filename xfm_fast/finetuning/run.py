@@ -36,7 +36,7 @@ from xfm_fast.training.setup import autocast
 
 RECIPE_FILE = "recipe.json"
 ShowProgress = Callable[[str, int, int], None]
-"""Called with a split, records done and records in all."""
+"""Callback (split, records done, total records)."""
 
 
 @dataclass(frozen=True)

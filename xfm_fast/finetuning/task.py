@@ -41,9 +41,9 @@ class TaskOptions(Section):
 
     kind: Any
     free: ClassVar[tuple[str, ...]] = ()
-    """Options that a recipe may still choose for weights that exist, such as how many answers are ranked."""
+    """Options that a recipe may change for existing weights, e.g. the number of ranked answers."""
     learns: ClassVar[bool] = True
-    """False where `completed` does not read the files of training, which then need not be there for an evaluation."""
+    """False if `completed` needs no training files, so that evaluation works without them."""
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """Options completed from the training files; `root` is the folder of relative paths in options."""
@@ -58,17 +58,17 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
     reads_text: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ()
-    """Names of what `score` may give, by one of which a recipe chooses."""
+    """Metrics that `score` may return and `choose.by` may name."""
     losses: ClassVar[tuple[str, ...]] = ("loss",)
-    """Names of what is minimised, as a sum."""
+    """Names of the losses, which are summed."""
     takes_weights_of: ClassVar[tuple[str, ...]] = ()
-    """Other tasks whose model is the same."""
+    """Other tasks with the same model."""
     large_lr: ClassVar[tuple[str, ...]] = ()
-    """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
+    """Name prefixes of parameters with the learning rate `lr * optimizer.lr_mult`."""
     drop_last: ClassVar[bool] = True
-    """Leave out the last, incomplete batch of an epoch; the official loaders of image classes and of GLUE keep it."""
+    """Drop the last partial batch; the official loaders of image classification and GLUE keep it."""
     crop: ClassVar[tuple[float, float] | None] = (0.5, 1.0)
-    """Smallest and largest share of an image's area in a random view; None for all of it."""
+    """Range of the random crop's area fraction; None: whole image."""
 
     def __init__(
         self,

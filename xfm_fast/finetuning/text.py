@@ -51,7 +51,7 @@ class TextTaskOptions(TaskOptions):
     regression: bool = Field(default=False, description="predict numbers, as in stsb")
     labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
     pairs: bool = Field(default=False, description="texts are pairs; detected from the training files")
-    max_tokens: int = Field(default=128, ge=6, description="with special tokens; the longer text of a pair is truncated")
+    max_tokens: int = Field(default=128, ge=6, description="with special tokens; truncates the longer text of a pair")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no-mim-guidance": ("method.mim_guidance=false",),
     "neither": ("method.stop_gradient=false", "method.mim_guidance=false"),
 }
-"""The changes of each variant to the recipe."""
+"""Recipe overrides by variant."""
 TITLES = {
     "full": "full method",
     "no-stop-gradient": "without stop-gradient",
@@ -41,7 +41,7 @@ TITLES = {
 }
 STEM = "ablations"
 TARGETS = {"image_to_text_r1": 60.0, "text_to_image_r1": 60.0, "grounding": 60.0}
-"""The means over seeds that the full method must reach, in percent."""
+"""Target means of the full method, in percent."""
 
 LIMITS = (
     "These are tiny models on generated pictures with a vocabulary of some sixty words. The paper's gains come from a "

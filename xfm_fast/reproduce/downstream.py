@@ -40,14 +40,13 @@ OVERRIDES = (
     "model.patch_size=4", "model.num_masking_patches=24", "model.min_num_patches=4", "steps=1600", "optimizer.lr=3e-3",
     "optimizer.table_lr_mult=10",
 )  # fmt: skip
-"""What the study says to its recipe: patches of four pixels show what shape something has, and tables of positions,
-which begin at zero, must learn fast for boxes to be found."""
+"""Pretraining overrides: 4-pixel patches resolve shapes, and position tables need a large rate to learn boxes."""
 STEM = "downstream-tiny-shapes"
 PROBE_FILE = "shape-probe-tiny-shapes.json"
 PRETRAINING_FILE = "pretraining.json"
 HELD_OUT, KNOWN = "test", "known"
 COLUMNS = {KNOWN: "known combinations", HELD_OUT: "held-out combinations"}
-"""The splits that runs are evaluated on: new scenes either way."""
+"""Evaluation splits, both of new scenes."""
 # Overrides of every recipe.
 _WORLD = "shapes.known=500"
 # Training boxes among which the best constant one is looked for.

@@ -36,9 +36,9 @@ METRICS = {
     "text_to_image_r1": "text → image R@1",
     "grounding": "box IoU > 0.5",
 }
-"""The metrics that the ablations compare, all in percent."""
+"""Metrics of the ablations, in percent."""
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties, relative to the mean variance of the features, out of which the validation rows choose."""
+"""Ridge penalties, relative to the mean feature variance, selected on validation rows."""
 
 _BATCH = 64
 # Scenes of the training split that no run trains on; worlds are smaller than this.

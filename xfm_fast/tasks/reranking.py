@@ -46,7 +46,7 @@ _RECORD = struct.Struct("<III")
 
 Progress = Callable[[int, int], None]
 Rank = Literal["match", "similarity", "sum"]
-"""A rule that ranks candidate pairs; see `rank_score`."""
+"""Ranking rule of candidate pairs; see `rank_score`."""
 RANKS: tuple[Rank, ...] = get_args(Rank)
 
 

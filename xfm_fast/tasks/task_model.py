@@ -25,7 +25,7 @@ class TaskModel(XFM):
         forward: Callable[..., Any]
 
     own_parts: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the parameters that a pretraining checkpoint lacks."""
+    """Prefixes of parameters missing in pretraining checkpoints."""
 
     def load_official(self, source: str | Path | Mapping[str, Tensor]) -> checkpoint.LoadResult:
         """Load an official pretraining or task checkpoint in place, atomically.

@@ -70,7 +70,7 @@ class AnswerRanking(NamedTuple):
     """The best answers of Q questions, best first."""
 
     indices: Tensor
-    """`[Q, best]` rows of the answer list."""
+    """`[Q, best]` indices into the answer list."""
     scores: Tensor
     """`[Q, best]` log-likelihood of each answer given the question."""
 

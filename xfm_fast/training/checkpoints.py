@@ -51,7 +51,7 @@ MANIFEST, STATE, TENSORS, MODEL = "manifest.json", "state.json", "training.safet
 KERNELS = "cpu_kernels.json"
 _PREFIX = "step-"
 CODES = "image_codes"
-"""Submodule of a model in training whose MIM predicts codes; see `xfm_fast.objectives.ImageCodes`."""
+"""Training-only submodule of MIM with image codes; see `xfm_fast.objectives.ImageCodes`."""
 
 
 @dataclass

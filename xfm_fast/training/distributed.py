@@ -34,7 +34,7 @@ from xfm_fast.models.xfm import XFM
 T = TypeVar("T")
 
 Losses = Callable[..., dict[str, Tensor]]
-"""`losses(model, batch, losses=names)`, such as `pretraining_losses`."""
+"""`losses(model, batch, losses=names)`, e.g. `pretraining_losses`."""
 
 _GROUPS = count()
 # The model calls these instead of `forward`, so wrappers must wrap them.

@@ -143,7 +143,7 @@ class Moments(NamedTuple):
     first: list[Tensor]
     second: list[Tensor]
     steps: list[Tensor]
-    """Steps taken before this one: fp32 scalars on the host."""
+    """Completed steps: fp32 scalars on the host."""
 
 
 def adam_in_passes(values: list[Tensor], moments: Moments, lr: float, betas: tuple[float, float], eps: float) -> None:

@@ -45,7 +45,7 @@ class Run(Section):
     """Fields of pretraining and fine-tuning recipes; `model` may omit `preset` if `init.checkpoint` is a folder."""
 
     large_lr: ClassVar[tuple[str, ...]] = ()
-    """First parts of the names of parameters that learn `optimizer.lr_mult` times faster."""
+    """Name prefixes of parameters with the learning rate `lr * optimizer.lr_mult`."""
 
     model: XFMConfig = Field(description="`preset: tiny | base`, and fields of XFMConfig")
     init: Init = Init()
@@ -290,7 +290,7 @@ class Recipe(Run):
 
 
 PRETRAINING, FINETUNING = "xfm_fast.training", "xfm_fast.finetuning"
-"""The packages whose `recipes` come with this one."""
+"""Packages with a `recipes` folder."""
 
 
 def recipe_names(package: str = PRETRAINING) -> list[str]:

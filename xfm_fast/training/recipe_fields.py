@@ -22,7 +22,7 @@ LOSSES_OF_KIND: dict[str, tuple[LossName, ...]] = {
     "images": ("mim",),
     "text": ("mlm",),
 }
-"""What each kind of batch can give, in the order of the official sums."""
+"""Losses of each stream kind, in the order of the official sums."""
 
 
 Paths = Annotated[

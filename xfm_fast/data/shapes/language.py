@@ -25,12 +25,12 @@ _FUNCTION_WORDS = (
     *("picture", "object", "objects", "color", "shape", "size"),
 )
 VOCABULARY = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:], *_FUNCTION_WORDS}))
-"""Every word of every caption, expression, question and statement."""
+"""Vocabulary of all texts."""
 ANSWERS = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:4], "yes", "no"}))
-"""Every answer to a question."""
+"""All answers."""
 Attribute = Literal["size", "colour", "texture", "shape"]
 ATTRIBUTES: tuple[Attribute, ...] = ("size", "colour", "texture", "shape")
-"""What can be said of an object, in the order in which a noun says it."""
+"""Attributes of an object in noun-phrase order."""
 
 _CANONICAL = {other: relation for relation, other in _OTHER_WORDS.items()}
 _ADJECTIVES = "".join(f"(?:({'|'.join(words)}) )?" for words in (SIZES, COLOURS, TEXTURES))

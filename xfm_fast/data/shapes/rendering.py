@@ -22,7 +22,7 @@ RGB: dict[str, tuple[int, int, int]] = {
     "black": (24, 24, 24),
 }
 LIGHT = 44
-"""Levels of 255 by which the light moves the colours of the ground at the edges of the image; objects half that."""
+"""Background gradient amplitude at the image edges, in levels of 255; half on objects."""
 _WHOLE = 1 << 7  # times a level of 255, it still fits 16 bits
 _SAMPLES = 4  # per pixel and axis
 _GAP_SHARE = 0.75  # how much of the ground shows through the gaps of stripes and dots

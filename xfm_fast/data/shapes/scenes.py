@@ -24,9 +24,9 @@ SIZES = ("small", "large")
 TEXTURES = ("plain", "striped", "dotted")
 
 CANVAS = 64
-"""Side of the square that scenes are laid out in; boxes are whole units of it."""
+"""Side of the layout grid in units; boxes are integers."""
 MARGIN = 8
-"""Least distance of two centres along an axis for one object to be left of, or above, the other."""
+"""Minimum centre distance along an axis for a relation."""
 
 PAIRS: frozenset[Pair] = frozenset((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT: dict[Split, frozenset[Pair]] = {
@@ -35,7 +35,7 @@ HELD_OUT: dict[Split, frozenset[Pair]] = {
     "val": frozenset((colour, SHAPES[(i + 3) % len(SHAPES)]) for i, colour in enumerate(COLOURS)),
     "test": frozenset((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)),
 }
-"""Pairs of a colour and a shape that occur in this split alone."""
+"""Colour-shape pairs exclusive to a split."""
 _COMMON = tuple(sorted(PAIRS - HELD_OUT["val"] - HELD_OUT["test"]))
 _OWN = {split: tuple(sorted(HELD_OUT[split])) for split in SPLITS}
 

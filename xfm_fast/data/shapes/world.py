@@ -34,7 +34,7 @@ from xfm_fast.errors import DataError, StorageError
 FORMAT_VERSION = 2
 WORLD_FILE = "world.json"
 LABELS = {"text": ("no", "yes"), "image": SHAPES}
-"""The classes of the two classification tasks: the most frequent one is half and a sixth of val and test."""
+"""Classes of the two classification tasks, balanced in val and test."""
 DEFAULT_IMAGES: Mapping[Split, int] = {"train": 10_000, "val": 500, "test": 500}
 
 
