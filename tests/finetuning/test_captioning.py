@@ -106,17 +106,6 @@ def test_lengths_that_cannot_be(task: Open, name: str, value: int) -> None:
         task(**{name: value})
 
 
-@torch.no_grad()
-def test_predictions_do_not_depend_on_the_batch(task: Open, world: Path) -> None:
-    made = task(**LONG)
-    records = made.records([world / "captioning_test.json"], "test")[:5]
-    torch.manual_seed(1)
-    model = made.build().eval()
-    together = made.predict(model, records)
-    assert together == [row for each in records for row in made.predict(model, [each])]
-    assert [row["image"] for row in together] == [each.image for each in records]
-
-
 def test_written_text_is_clean(task: Open, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt, special tokens and padding are no part of a caption, and it does not begin with a space."""
     made = task()
@@ -240,15 +229,6 @@ def test_the_decoder_begins_as_the_fusion_encoder(task: Open, pretrained: Path) 
     started = model.text_decoder.state_dict()
     assert all(torch.equal(started[name], value) for name, value in fusion.items() if name in started)
     assert any("crossattention" in name for name in set(fusion) & set(started))
-
-
-def test_requests(task: Open) -> None:
-    made = task()
-    assert [each.image for each in made.requests([Path("a.png"), Path("b.png")], [])] == ["a.png", "b.png"]
-    for images, texts in (([], []), (["a.png"], ["a star"])):
-        with pytest.raises(InputError, match="image"):
-            made.requests([Path(each) for each in images], texts)
-    assert made.request({"image": "a.png"}).image == "a.png"
 
 
 @pytest.mark.parametrize("name", ["coco_captioning", "captioning_domain", "captioning_tiny_shapes"])

@@ -122,16 +122,6 @@ def test_half_of_the_batches_are_cut() -> None:
     assert 30 <= sum(cut) <= 70
 
 
-def test_predictions_do_not_depend_on_the_batch(recipe: Make) -> None:
-    made = recipe(*WORLD, task=WHOLE)
-    task = open_task(made)
-    model, records = task.build().eval(), task.records(made.paths_of("val"), "val")[:4]
-    for row, record in zip(task.predict(model, records), records, strict=True):
-        (alone,) = task.predict(model, [record])
-        assert row["answer"] == alone["answer"]
-        assert row["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
-
-
 def test_scores() -> None:
     task = ImageTask(ImageTaskOptions(labels=tuple("abcdefg")), XFMConfig.preset("tiny"))
     records = [ImageLabelRecord(image="x", label=label) for label in "abg"]

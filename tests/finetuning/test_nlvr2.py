@@ -56,17 +56,6 @@ def test_recipes_path_gives_the_official_loss_and_gradients(tmp_path: Path, monk
     assert_gradient_norms(found, expected, "loss", zero_is_none=True)
 
 
-def test_predictions_do_not_depend_on_the_batch(recipe: Make, task: NLVR2Task, world: Path) -> None:
-    model = initial_model(recipe(*FILES), task).eval()
-    assert isinstance(model, NLVR2Model)
-    records = task.records([world / "nlvr_val.json"], "val")
-    with torch.no_grad():
-        together = task.predict(model, records)
-        alone = [task.predict(model, [each])[0] for each in records]
-    assert [row["answer"] for row in together] == [row["answer"] for row in alone]
-    assert [row["probability"] for row in together] == pytest.approx([row["probability"] for row in alone], rel=1e-4)
-
-
 def test_accuracy_is_the_official_one(task: NLVR2Task) -> None:
     stored = np.load(golden("metrics/nlvr.npz"))
     rows = [{"answer": bool(false < true)} for false, true in stored["logits"]]
@@ -85,29 +74,6 @@ def test_the_file_of_the_benchmark(task: NLVR2Task, tmp_path: Path) -> None:
     assert records[1].images == ("test1/test1-0-1-img0.png", "test1/test1-0-1-img1.png")
     given: list[dict[str, Any]] = [{"answer": True}, {"answer": False}, {"answer": True}]
     assert task.files(given, records) == {RESULT_FILE: b"test1-0-0-0,True\ntest1-0-1-0,False\n2,True\n"}
-
-
-@pytest.mark.parametrize(
-    ("images", "texts", "message"),
-    [
-        (1, ["a dog"], "1 images and 1 texts"),
-        (2, ["a dog", "a cat"], "2 images and 2 texts"),
-        (2, [" "], "text 0 of 1"),
-    ],
-)
-def test_requests_that_are_none(task: NLVR2Task, images: int, texts: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        task.requests([Path("a.png")] * images, texts)
-
-
-def test_official_fine_tuned_weights_come_back_whole(task: NLVR2Task, tmp_path: Path) -> None:
-    official = to_official(task.build().state_dict(), task.config, naming="fine-tuning")
-    torch.save({"model": official}, tmp_path / "fine_tuned.th")
-    model = task.build()
-    assert load_weights(model, task, tmp_path / "fine_tuned.th")
-    back = to_official(model.state_dict(), task.config, naming="fine-tuning")
-    assert back.keys() == official.keys()
-    assert all(torch.equal(back[name], value) for name, value in official.items())
 
 
 @pytest.mark.parametrize("name", ["nlvr2", "nlvr2_tiny_shapes"])

@@ -532,18 +532,6 @@ def test_recipes_load(name: str, pretrained: Path) -> None:
     assert loaded.large_lr == ()
 
 
-def test_official_fine_tuned_weights_come_back_whole(task: RetrievalTask, tmp_path: Path) -> None:
-    first = task.build()
-    official = to_official(first.state_dict(), task.config, naming="fine-tuning")
-    torch.save({"model": official}, tmp_path / "fine_tuned.th")
-    second = task.build()
-    second.load_official(tmp_path / "fine_tuned.th")
-    for name, value in first.state_dict().items():
-        assert torch.equal(second.state_dict()[name], value), name
-    again = to_official(second.state_dict(), task.config, naming="fine-tuning")
-    assert all(torch.equal(again[name], value) for name, value in official.items())
-
-
 def test_base_size_names_and_shapes_are_the_official_ones() -> None:
     with torch.device("meta"):
         model = without_tokenizer("base", 384).build()

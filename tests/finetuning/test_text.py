@@ -104,18 +104,6 @@ def test_a_text_is_not_cleaned(recipe: Make) -> None:
     assert item == (ids, 1)
 
 
-def test_predictions_do_not_depend_on_the_batch(recipe: Make) -> None:
-    made = recipe(*WORLD, task=COLUMNS)
-    task = open_task(made)
-    model, records = task.build().eval(), task.records(made.paths_of("val"), "val")[:5]
-    together = task.predict(model, records)
-    for row, record in zip(together, records, strict=True):
-        (alone,) = task.predict(model, [record])
-        assert row["answer"] == alone["answer"]
-        assert row["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
-        assert sum(row["probabilities"].values()) == pytest.approx(1)
-
-
 # A line of each file of GLUE's zips, with its columns, and of the file to predict for.
 LINES = {
     "cola": (None, "gj04\t1\t\tBirds {} sing.", "index\tsentence", "{}\tBirds sing."),
@@ -299,17 +287,6 @@ def test_commands(world: Path, pretrained: Path, tmp_path: Path) -> None:
     row = json.loads(invoke(["predict", run, "a red circle", "there is a circle"]).stdout)
     assert set(row["probabilities"]) == {"no", "yes"}
     assert invoke(["predict", run, "a red circle"]).exit_code != 0
-
-
-def test_requests(recipe: Make) -> None:
-    task = open_task(recipe(*WORLD, task=COLUMNS))
-    with pytest.raises(InputError, match="two texts"):
-        task.requests([], ["a"])
-    with pytest.raises(InputError, match="two texts"):
-        task.requests([Path("a.png")], ["a", "b"])
-    task.options = task.options.model_copy(update={"pairs": False})
-    assert [record.text for record in task.requests([], ["a", "b"])] == ["a", "b"]
-    assert task.request({"text": "a"}).text == "a"
 
 
 def test_roberta_alone_is_a_start(recipe: Make, pretrained: Path, tmp_path: Path) -> None:

@@ -122,17 +122,6 @@ def test_questions_are_cut_in_training_alone(task: VQATask, monkeypatch: pytest.
     assert task._question_ids(record(question="?!")) == [0, 2]
 
 
-def test_predictions_do_not_depend_on_the_batch(task: VQATask, model: VQAModel, world: Path) -> None:
-    records = task.records([world / "vqa_val.json"], "val")[:8]
-    with torch.no_grad():
-        together = task.predict(model, records)
-        alone = [task.predict(model, [each])[0] for each in records]
-    for a, b in zip(together, alone, strict=True):
-        assert a["answer"] == b["answer"]
-        assert a["probability"] == pytest.approx(b["probability"], rel=1e-3)
-        assert [each["answer"] for each in a["runners_up"]] == [each["answer"] for each in b["runners_up"]]
-
-
 def test_probabilities_are_those_of_writing_the_answer(task: VQATask, model: VQAModel, world: Path) -> None:
     (asked, *_) = task.records([world / "vqa_val.json"], "val")
     with torch.no_grad():
@@ -218,20 +207,6 @@ def test_exact_match_and_the_file_of_evalai(task: VQATask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "texts", "message"),
-    [
-        (0, ["what"], "0 images and 1 texts"),
-        (2, ["what"], "2 images"),
-        (1, [], "1 images and 0 texts"),
-        (1, ["what", " "], "text 1 of 2"),
-    ],
-)
-def test_requests_that_are_none(task: VQATask, images: int, texts: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        task.requests([Path("a.png")] * images, texts)
-
-
-@pytest.mark.parametrize(
     ("answers", "message"),
     [
         ({"a": 1}, "dict"),
@@ -313,16 +288,6 @@ def test_a_choice_that_no_answer_judges_is_refused_before_the_first_step(recipe:
 def test_evaluation_needs_no_training_files(recipe: Make, world: Path) -> None:
     data = {"root": str(world), "train": "not_here.json", "splits": {"val": "vqa_val.json"}}
     assert len(open_task(recipe(*FILES, task=TINY, data=data)).options.answers) > 20
-
-
-def test_official_fine_tuned_weights_come_back_whole(task: VQATask, tmp_path: Path) -> None:
-    official = to_official(task.build().state_dict(), task.config, naming="fine-tuning")
-    torch.save({"model": official}, tmp_path / "fine_tuned.th")
-    model = task.build()
-    assert load_weights(model, task, tmp_path / "fine_tuned.th")
-    back = to_official(model.state_dict(), task.config, naming="fine-tuning")
-    assert back.keys() == official.keys()
-    assert all(torch.equal(back[name], value) for name, value in official.items())
 
 
 @pytest.mark.parametrize("name", ["vqa2", "vqa_tiny_shapes"])

@@ -1,0 +1,131 @@
+"""The contract of tasks: predictions, requests and official weights of each, and its tiny twin from files to answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import xfm_fast
+from tests.finetuning.conftest import Make
+from tests.finetuning.test_run import process
+from tests.training.small_runs import in_processes
+from xfm_fast.checkpoint import to_official
+from xfm_fast.errors import InputError
+from xfm_fast.finetuning.kinds import TASKS
+from xfm_fast.finetuning.recipe import load_finetune_recipe
+from xfm_fast.finetuning.run import evaluate, load_weights, open_task
+from xfm_fast.reproduce.downstream import TWINS
+from xfm_fast.training.recipe import FINETUNING, read_recipe, recipe_names
+
+NAMES = [name for name in recipe_names(FINETUNING) if name.endswith("_tiny_shapes")]
+IMAGES = "images/test/000001.png", "images/test/000002.png"
+
+
+class Case(NamedTuple):
+    """Files of the shapes dataset, options, a request, and requests that the task refuses."""
+
+    files: str
+    options: dict[str, Any]
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+    refused: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+CASES = {
+    "captioning": Case(
+        "captioning_{}.json", {"max_length": 24, "num_beams": 2}, IMAGES[:1], (), ((0, ()), (1, ("a star",)))
+    ),
+    "grounding": Case(
+        "grounding_{}.json", {}, IMAGES[:1], ("a red circle",), ((0, ("star",)), (2, ("star",)), (1, ()))
+    ),
+    "image": Case("image_{}.csv", {"view": "whole", "head": "mlp"}, IMAGES[:1], (), ((0, ()), (1, ("a star",)))),
+    "nlvr2": Case(
+        "nlvr_{}.json", {"augment": False}, IMAGES, ("both images show a star",),
+        ((1, ("a dog",)), (2, ("a dog", "a cat")), (2, (" ",))),
+    ),
+    "retrieval": Case(
+        "retrieval_{}.json", {"k": 5, "augment": False, "max_tokens": 32}, IMAGES[:1], ("a red circle", "a star"),
+        ((1, ()), (0, ("a star",))),
+    ),
+    "text": Case(
+        "text_{}.tsv", {"columns": {"text": "sentence1", "text2": "sentence2"}, "max_tokens": 64}, (),
+        ("there is a red circle", "there is a circle"), ((0, ("a",)), (1, ("a", "b"))),
+    ),
+    "vqa": Case(
+        "vqa_{}.json", {"decoder_layers": 2, "answers": "answers.json", "k": "all", "augment": False}, IMAGES[:1],
+        ("what colour is the circle?",), ((0, ("what",)), (2, ("what",)), (1, ()), (1, ("what", " "))),
+    ),
+}  # fmt: skip
+each_task = pytest.mark.parametrize("kind", CASES)
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_close(value, b[name]) for name, value in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_close, a, b))
+    return a == (pytest.approx(b, rel=1e-3, abs=1e-4) if isinstance(a, float) else b)
+
+
+def test_every_task_has_a_twin_and_a_place_in_the_study() -> None:
+    assert {read_recipe(name, FINETUNING)["task"]["kind"] for name in NAMES} == TASKS.keys() - {"weak_grounding"}
+    assert {twin.recipe for twin in TWINS} == set(NAMES)
+    assert TASKS.keys() - {"weak_grounding"} == CASES.keys()
+
+
+@each_task
+@torch.no_grad()
+def test_predictions_do_not_depend_on_the_batch(kind: str, recipe: Make) -> None:
+    made = recipe(kind, CASES[kind].files, task=CASES[kind].options)
+    task = open_task(made)
+    torch.manual_seed(1)
+    model, records = task.build().eval(), task.records(made.paths_of("val"), "val")[:5]
+    together = task.predict(model, records)
+    assert _close(together, [row for each in records for row in task.predict(model, [each])])
+
+
+@each_task
+def test_requests(kind: str, recipe: Make) -> None:
+    case = CASES[kind]
+    task = open_task(recipe(kind, case.files, task=case.options))
+    assert len(task.requests([Path(image) for image in case.images], case.texts)) == 1
+    for images, texts in case.refused:
+        with pytest.raises(InputError, match=rf"{images} images and {len(texts)} texts|text \d"):
+            task.requests([Path("a.png")] * images, texts)
+
+
+@pytest.mark.parametrize("kind", ["grounding", "nlvr2", "retrieval", "vqa"])
+def test_official_weights_come_back_whole(kind: str, recipe: Make, tmp_path: Path) -> None:
+    task = open_task(recipe(kind, CASES[kind].files, task=CASES[kind].options))
+    first, second = task.build(), task.build()
+    official = to_official(first.state_dict(), task.config, naming="fine-tuning")
+    torch.save({"model": official}, tmp_path / "fine_tuned.th")
+    assert load_weights(second, task, tmp_path / "fine_tuned.th")
+    assert all(torch.equal(second.state_dict()[name], value) for name, value in first.state_dict().items())
+    again = to_official(second.state_dict(), task.config, naming="fine-tuning")
+    assert again.keys() == official.keys()
+    assert all(torch.equal(again[name], value) for name, value in official.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_steps(name: str, world: Path, pretrained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = [
+        f"data.root={world}", "shapes=null", f"init.checkpoint={pretrained}", "epochs=1", "steps=3", "batch_size=4",
+        "eval_batch_size=4", f"checkpoint={{folder: {folder}, every: 1}}", "log.every=1", "device=cpu",
+    ]  # fmt: skip
+    recipe = load_finetune_recipe(name, overrides)
+    assert in_processes(process, 1, tmp_path / "meet", recipe, {"at_step": 2}) == [-9]
+    assert in_processes(process, 1, tmp_path / "meet", recipe, {}) == [0]
+    metrics: dict[str, Any] = json.loads((folder / "evaluation/test/metrics.json").read_text())["metrics"]
+    assert metrics
+    assert set(metrics) <= set(TASKS[recipe.task.kind].metrics)
+    assert evaluate(recipe, folder, "test", tmp_path / "again") == pytest.approx(metrics, abs=1e-6)
+    case = CASES[recipe.task.kind]
+    rows = xfm_fast.load(folder).predict([world / image for image in case.images], case.texts)
+    assert len(rows) == 1
+    assert json.loads(json.dumps(rows)) == rows
