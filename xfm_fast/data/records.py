@@ -103,7 +103,6 @@ class LineFile(IndexedFile):
         return read_range(self.path, start, end - start).strip()
 
     def read(self, row: int) -> dict[str, Any]:
-        """Parse a row to a dict."""
         line = self.raw(row)
         try:
             record = json.loads(line)
@@ -215,7 +214,6 @@ class ShardFile(IndexedFile):
         return b" ".join(f".{suffix} ".encode() + content for suffix, content in files)
 
     def read(self, row: int) -> dict[str, Any]:
-        """Parse a sample to a record."""
         return self._record(self.members(row))
 
     def _record(self, files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -380,7 +378,6 @@ class PairRows:
 
     @property
     def modified(self) -> int:
-        """Modification time in nanoseconds."""
         return os.stat(self.name).st_mtime_ns
 
     def __len__(self) -> int:

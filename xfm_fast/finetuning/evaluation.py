@@ -96,7 +96,6 @@ class Evaluation:
         return self.processes.from_first(save)
 
     def make_folder(self) -> None:
-        """Create the output folder."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

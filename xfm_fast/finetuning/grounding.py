@@ -155,7 +155,6 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Expression | Regions
         return {"bbox_l1": losses.l1, "bbox_giou": losses.giou}
 
     def groups(self, records: Sequence[GroundingRecord]) -> list[list[int]]:
-        """Group expressions by image, so that each image is encoded once."""
         return group_by_image(records)
 
     def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:

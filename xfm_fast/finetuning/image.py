@@ -253,7 +253,6 @@ class TorchvisionSet:
     targets: Sequence[int]
 
     def picture(self, number: int) -> Image.Image:
-        """RGB image of an index."""
         try:
             return self.data[number][0].convert("RGB")
         except (OSError, ValueError) as error:

@@ -169,7 +169,6 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return {"loss": loss}
 
     def groups(self, records: Sequence[VQARecord]) -> list[list[int]]:
-        """Group questions by image, so that each image is encoded once."""
         if self.options.official_ranking:
             # What pads a question depends on the others of its batch.
             return super().groups(records)

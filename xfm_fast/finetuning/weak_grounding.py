@@ -111,7 +111,6 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
         return self._retrieval.losses_of(model, batch)
 
     def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
-        """Group expressions by image, so that each image is encoded once."""
         return group_by_image(records)
 
     def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:

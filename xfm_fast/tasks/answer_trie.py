@@ -251,7 +251,6 @@ class PackedTree(DecodedTree):
         self._layers: list[Tensor] = []  # [rows, 2, H, D]
 
     def decode_nodes(self, questions: Tensor, nodes: Tensor, *, keep: bool) -> None:
-        """See `DecodedTree.decode_nodes`."""
         trie, memory, decoder = self.trie, self._memory, self._decoder
         depths = trie.depths[nodes]
         visible = [(rows, places) for _, rows, places in self.by_depth(questions, nodes)]

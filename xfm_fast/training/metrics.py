@@ -141,12 +141,10 @@ class RunLog:
             self._task = self._bar.add_task(title, total=steps, completed=start)
 
     def say(self, message: str) -> None:
-        """Print a message."""
         if self._writes:
             self._console.print(f"xfm-fast: {message}", soft_wrap=True, highlight=False, markup=False)
 
     def advance(self, step: int) -> None:
-        """Advance the progress bar."""
         if self._bar is not None:
             due = time.monotonic() - self._drawn > _REDRAW_S
             self._bar.update(self._task, completed=step, refresh=due)
