@@ -21,7 +21,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import CaptioningTestRecord
 from xfm_fast.data.images import load_image
 from xfm_fast.data.shapes import captions, scene
-from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.captioning import CaptioningBatch, CaptioningOptions, CaptioningTask
 from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import finetune, load_weights

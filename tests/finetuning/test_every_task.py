@@ -1,4 +1,4 @@
-"""The contract of tasks: predictions, requests and official weights of each, and its tiny twin from files to answers."""
+"""What every task promises: predictions, requests, official weights, and its tiny twin from files to answers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weig
 from tests.cli.runner import invoke
 from tests.conftest import config, load_json
 from tests.finetuning.conftest import Make
-from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import GroundingRecord
 from xfm_fast.data.images import decode_pixels, load_image
@@ -26,7 +25,7 @@ from xfm_fast.data.regions import sample_grounding
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.finetuning.grounding import GroundingBatch, GroundingOptions, GroundingTask
 from xfm_fast.finetuning.recipe import load_finetune_recipe
-from xfm_fast.finetuning.run import finetune, load_weights
+from xfm_fast.finetuning.run import finetune
 from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tokenizer import CaptionTokenizer
 

@@ -14,12 +14,10 @@ from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weig
 from tests.conftest import config, golden, load_json
 from tests.finetuning.conftest import Make
 from tests.finetuning.golden_words import word_tokenizer, words
-from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import NLVR2Record
-from xfm_fast.errors import InputError
 from xfm_fast.finetuning.nlvr2 import RESULT_FILE, NLVR2Options, NLVR2Task
 from xfm_fast.finetuning.recipe import load_finetune_recipe
-from xfm_fast.finetuning.run import initial_model, load_weights, open_task
+from xfm_fast.finetuning.run import open_task
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 
 FILES = "nlvr2", "nlvr_{}.json"

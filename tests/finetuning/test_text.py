@@ -22,7 +22,7 @@ from tests.finetuning.golden_words import word_tokenizer, words
 from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import TextRecord, TextScoreRecord
 from xfm_fast.data.tables import GLUE
-from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import finetune, initial_model, open_task
 from xfm_fast.finetuning.text import TextTask, TextTaskOptions

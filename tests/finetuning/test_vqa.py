@@ -17,11 +17,10 @@ from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weig
 from tests.conftest import config, load_json
 from tests.finetuning.conftest import Make
 from tests.finetuning.golden_words import word_tokenizer, words
-from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import VQARecord
-from xfm_fast.errors import ConfigError, DataError, InputError
+from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.recipe import load_finetune_recipe
-from xfm_fast.finetuning.run import evaluate, finetune, initial_model, load_weights, open_task
+from xfm_fast.finetuning.run import evaluate, finetune, initial_model, open_task
 from xfm_fast.finetuning.vqa import RESULT_FILE, VQAOptions, VQATask
 from xfm_fast.tasks.vqa import VQAModel
 

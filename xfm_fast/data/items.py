@@ -190,7 +190,7 @@ def collate_pairs(
 def collate_images(images: Sequence[Tensor], *, patch_masks: Sequence[NDArray[np.bool_]] | None = None) -> ImageBatch:
     """Collate B images `[3, R, R]` and `[N]` patch masks."""
     if not images:
-        raise InputError("a batch of 0 images holds nothing to learn from; it needs at least 1")
+        raise InputError("a batch of 0 images is empty; give at least 1")
     return ImageBatch(image=torch.stack(list(images)), patch_mask=_patch_masks(patch_masks, len(images)))
 
 
@@ -250,7 +250,7 @@ class _Texts(TypedDict):
 
 def _padded(texts: Sequence[EncodedText], pad_token_id: int, width: int | None, most: int | None) -> _Texts:
     if not texts:
-        raise InputError("a batch of 0 texts holds nothing to learn from; it needs at least 1")
+        raise InputError("a batch of 0 texts is empty; give at least 1")
     lengths = np.array([len(text.ids) for text in texts])
     counts = np.array([len(text.positions) for text in texts])
     width, most = width or int(lengths.max()), most or int(counts.max())

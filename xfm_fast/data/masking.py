@@ -41,7 +41,7 @@ class MaskingOptions:
         if not 0 < self.probability <= 1:
             raise InputError(f"probability={self.probability} is no share of a text's tokens; use one in (0, 1]")
         if self.most < 1:
-            raise InputError(f"most={self.most} masked tokens leave nothing to predict; use at least 1")
+            raise InputError(f"most={self.most} must be at least 1")
         if not 0 <= self.skipgram_probability <= 1:
             raise InputError(f"skipgram_probability={self.skipgram_probability} is no probability; use one in [0, 1]")
 

@@ -270,7 +270,7 @@ def _scan_shard(path: Path) -> np.ndarray:
                     first.append(len(table))
                     inside = set()
                 if suffix in inside:
-                    raise DataError(f"{path} holds {member.name} twice in one sample; write the shard anew")
+                    raise DataError(f"{path} holds {member.name} twice in one sample; write the shard again")
                 inside.add(suffix)
                 table.append((member.offset_data, member.size, suffixes.setdefault(suffix, len(suffixes))))
     except tarfile.TarError as error:
@@ -424,7 +424,7 @@ def image_at(path: Path) -> Path | bytes:
     file, row = found
     records = _opened(file, _modified(file))
     if row >= len(records):
-        raise DataError(f"{path}: the file has {len(records):,} rows; write the list of images anew")
+        raise DataError(f"{path}: the file has {len(records):,} rows; write the list of images again")
     options = ImageOptions()
     return image_source(image_values(records.files[0].read(row), options)[0], options)
 

@@ -199,7 +199,7 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     except csv.Error as error:
-        raise DataError(f"{path} is no table ({error}); check for a quotation mark that nothing closes") from None
+        raise DataError(f"{path} is no table ({error}); check for an unclosed quotation mark") from None
     finally:
         csv.field_size_limit(previous)
 
@@ -297,7 +297,7 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
     try:
         found: Any = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read by datasets ({error}); save it anew") from error
+        raise DataError(f"{path} cannot be read by datasets ({error}); save it again") from error
     if isinstance(found, Mapping):
         names = [split, {"val": "validation"}.get(str(split), split)]
         if glue == "mnli":
@@ -395,7 +395,7 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
             values.append({"image": str(image), "caption": caption})
             labels.append(f"{image.with_suffix('.txt').name}:{number}")
     if not values:
-        raise DataError(f"{folder} holds no image with captions beside it; write those of a.jpg to a.txt, one a line")
+        raise DataError(f"{folder} holds no image with captions; write those of a.jpg to a.txt, one per line")
     notes = ()
     if left_out:
         notes = (f"{folder}: {len(left_out)} images without captions were left out ({', '.join(left_out[:_SHOWN])})",)

@@ -376,7 +376,7 @@ def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]], pattern: s
             ]
             found.append(Elements(str(path), values, others=tuple(files)))
     if not found:
-        raise DataError(f"{files[0]} holds annotations alone; give the file of their questions too")
+        raise DataError(f"{files[0]} holds only annotations; give their questions file too")
     return found
 
 

@@ -40,7 +40,7 @@ def text_of(record: Mapping[str, Any], key: str, tokenizer: CaptionTokenizer) ->
         return record[key]
     if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < tokenizer.vocab_size for each in ids):
         raise DataError(
-            f"{IDS_KEY!r} must be a list of ids from 0 to {tokenizer.vocab_size - 1}; tokenise the text anew"
+            f"{IDS_KEY!r} must be a list of ids from 0 to {tokenizer.vocab_size - 1}; tokenise the text again"
         )
     begins, ends = ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
     return tuple(ids[int(begins) : len(ids) - int(ends)])
@@ -104,7 +104,7 @@ def encode_text(
         (ids,) = tokenizer.encode_ids([text if cleaned else clean_text(text, options)], options.max_tokens)
     else:
         if not len(text):
-            raise DataError("a text of 0 token ids holds nothing to read; remove it")
+            raise DataError("a text has 0 token ids; remove it")
         ids = [tokenizer.bos_token_id, *map(int, text[: options.max_tokens - 2]), tokenizer.eos_token_id]
     masked = mask_tokens(
         ids,

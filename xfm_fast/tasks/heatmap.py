@@ -165,7 +165,7 @@ def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Ten
         raise InputError(f"text {int(empty.long().argmax())} {where}; choose at least one real token of it")
     if layer == layers - 1 and not bool(chosen.gather(1, first[:, None]).all()):
         raise InputError(
-            f"layer={layer} is the last, of which the heads read token 0 alone: all other tokens are without heat; "
+            f"layer={layer} is the last, where the heads read only token 0; "
             "choose an earlier layer, or tokens that include the first of every text"
         )
     return chosen

@@ -542,7 +542,7 @@ class ScoreJournal:
                     self._alone.close()
                     raise DataError(
                         f"{self.path} holds the scores of other work (other weights, embeddings or k); delete it to "
-                        "start anew or name another folder. Embeddings that are computed again, not kept in a file, "
+                        "start over or name another folder. Embeddings that are computed again, not kept in a file, "
                         "can differ in the last bit: torch.use_deterministic_algorithms(True) in both runs prevents it"
                     )
                 self._file.seek(0)

@@ -220,7 +220,7 @@ def newest(folder: Path) -> Checkpoint | None:
         rejected.append(f"{path} is damaged: {fault}")
     if rejected:
         raise CheckpointError(
-            f"no checkpoint in {folder} is whole ({'; '.join(rejected)}); delete the folder to start the run anew"
+            f"no checkpoint in {folder} is whole ({'; '.join(rejected)}); delete the folder to start over"
         )
     return None
 
@@ -238,7 +238,7 @@ def read_state(path: Path) -> dict[str, Any]:
                 f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
             )
         if isinstance(state, dict) and state.get("sharded"):
-            raise _Later(f"{path} holds shards of FSDP, which this version does not read; set checkpoint.folder anew")
+            raise _Later(f"{path} holds shards of FSDP, which this version cannot read; set another checkpoint.folder")
         _State.model_validate_json(json.dumps(state))
         if path.name.startswith(_PREFIX) and state["step"] != _step(path):
             raise ValueError(f"it is of step {state['step']}")

@@ -195,7 +195,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 < decay < 1:
-            raise InputError(f"decay={decay} is no average; choose it between 0 and 1, such as 0.999")
+            raise InputError(f"decay={decay} must lie in (0, 1), e.g. 0.999")
         self.decay = decay
         self._parameters = dict(model.named_parameters())
         self._averages = {

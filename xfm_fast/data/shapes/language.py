@@ -212,7 +212,8 @@ def entailments(first: Scene, second: Scene, index: int) -> list[tuple[str, str,
             opposite = OPPOSITE[relation]
             if not _related(first, x, opposite, y):
                 left, right = with_article(x.noun), with_article(y.noun)
-                return [(caption, f"{left} is {relation} {right}", True), (again, f"{left} is {opposite} {right}", False)]
+                claims = f"{left} is {relation} {right}", f"{left} is {opposite} {right}"
+                return [(caption, claims[0], True), (again, claims[1], False)]
     number = len(first.things)
     if kind == 1 and number != len(second.things):
         claim = f"there {'is' if number == 1 else 'are'} exactly {NUMBERS[number]} object{'s' * (number > 1)}"

@@ -152,7 +152,7 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
             described.add(texts[0])
             arrays["retrieval"].append({"image": path, "caption": texts[:1]})
         arrays["captioning"] += [
-            {"image": path, "caption": caption, "image_id": index} for caption in (texts if split == "train" else [texts])
+            {"image": path, "caption": each, "image_id": index} for each in (texts if split == "train" else [texts])
         ]
         tables["text"] += [
             [caption, statement, LABELS["text"][truth]]
