@@ -255,21 +255,13 @@ def parse_annotation(element: Any, kind: type[Record]) -> Record:
 
 
 class Elements(NamedTuple):
-    """Unvalidated elements of a file.
+    """Unvalidated elements of a file."""
 
-    Attributes:
-        name: path.
-        values: mappings of fields, or a `DataError` for a broken element.
-        labels: element names in messages; None numbers them from 0.
-        notes: what the reader dropped.
-        others: further source files.
-    """
-
-    name: str
-    values: Sequence[Any]
-    labels: Sequence[int | str] | None = None
-    notes: tuple[str, ...] = ()
-    others: tuple[Path, ...] = ()
+    name: str  # path
+    values: Sequence[Any]  # mappings of fields, or a `DataError` for a broken element
+    labels: Sequence[int | str] | None = None  # element names in messages; None numbers them from 0
+    notes: tuple[str, ...] = ()  # what the reader dropped
+    others: tuple[Path, ...] = ()  # further source files
 
 
 class AnnotationRows(Generic[Record]):

@@ -309,48 +309,27 @@ class FileCount:
 
 @dataclass
 class Report:
-    """Results of a check.
-
-    Attributes:
-        task: task that the files were checked for.
-        files: row counts.
-        problems: the first broken rows.
-        duplicates: rows identical to an earlier one.
-        texts: number of texts.
-        words: histogram of words after cleaning, before truncation.
-        tokens: histogram of token counts with `<s>` and `</s>`, before truncation; needs a tokenizer.
-        cut: truncated texts.
-        images: decoded images.
-        sizes: histogram of (width, height).
-        formats: histogram of image formats.
-        turned: images with an EXIF orientation.
-        transparent: images with transparent pixels, composited on white.
-        regions: histogram of regions per image.
-        unusable_regions: skipped regions.
-        batch_bytes: memory of a batch in float32.
-        batch_size: rows of that batch.
-        seconds_per_item: of one worker, measured on a sample.
-        tolerate_bad: limit used by `ok`.
-    """
+    """Results of a check."""
 
     task: str
     files: list[FileCount] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    duplicates: int = 0
+    duplicates: int = 0  # rows identical to an earlier one
     texts: int = 0
-    words: Counter[int] = field(default_factory=Counter)
+    words: Counter[int] = field(default_factory=Counter)  # histogram of words after cleaning, before truncation
+    # histogram of token counts with `<s>` and `</s>`, before truncation; needs a tokenizer
     tokens: Counter[int] = field(default_factory=Counter)
     cut: int = 0
     images: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
-    turned: int = 0
-    transparent: int = 0
+    turned: int = 0  # images with an EXIF orientation
+    transparent: int = 0  # images with transparent pixels, composited on white
     regions: Counter[int] = field(default_factory=Counter)
-    unusable_regions: int = 0
-    batch_bytes: int = 0
+    unusable_regions: int = 0  # skipped regions
+    batch_bytes: int = 0  # memory of a batch in float32
     batch_size: int = 0
-    seconds_per_item: float | None = None
+    seconds_per_item: float | None = None  # of one worker, measured on a sample
     tolerate_bad: float = 0.01
 
     @property

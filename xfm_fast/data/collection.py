@@ -22,21 +22,13 @@ _IMAGES = ImageOptions()
 
 @dataclass(frozen=True)
 class Entry:
-    """An image of a collection.
+    """An image of a collection."""
 
-    Attributes:
-        name: unique in the collection: a path below its folder, or `FILE#ROW`.
-        size: file size in bytes; -1 for embedded images.
-        modified: modification time of the file in nanoseconds.
-        row: row number of an embedded image.
-        captions: captions; empty for embedded images until they are loaded.
-    """
-
-    name: str
-    size: int
-    modified: int
-    row: int | None = None
-    captions: tuple[str, ...] = ()
+    name: str  # unique in the collection: a path below its folder, or `FILE#ROW`
+    size: int  # file size in bytes; -1 for embedded images
+    modified: int  # modification time of the file in nanoseconds
+    row: int | None = None  # row number of an embedded image
+    captions: tuple[str, ...] = ()  # empty for embedded images until they are loaded
 
     @property
     def caption(self) -> str | None:

@@ -32,23 +32,14 @@ class Rectangle(NamedTuple):
 
 @dataclass(frozen=True)
 class RegionSample:
-    """One crop with K texts.
+    """One crop with K texts."""
 
-    Attributes:
-        image: `[3, R, R]` normalised pixels.
-        texts: K cleaned captions.
-        boxes: `[K, 4]` (cx, cy, w, h) relative to the crop; (0.5, 0.5, 1, 1) for a caption of the whole image.
-        region_mask: `[K, 1 + N]` boolean, True for token 0 and patches that intersect the box.
-        is_image: `[K]` boolean, True for a caption of the whole image.
-        skipped: reasons for skipped elements.
-    """
-
-    image: Tensor
-    texts: tuple[str, ...]
-    boxes: Tensor
-    region_mask: Tensor
-    is_image: Tensor
-    skipped: tuple[str, ...] = ()
+    image: Tensor  # `[3, R, R]` normalised pixels
+    texts: tuple[str, ...]  # K cleaned captions
+    boxes: Tensor  # `[K, 4]` (cx, cy, w, h) relative to the crop; (0.5, 0.5, 1, 1) for a caption of the whole image
+    region_mask: Tensor  # `[K, 1 + N]` boolean, True for token 0 and patches that intersect the box
+    is_image: Tensor  # `[K]` boolean, True for a caption of the whole image
+    skipped: tuple[str, ...] = ()  # reasons for skipped elements
 
 
 def sample_regions(

@@ -114,21 +114,13 @@ def augmented(pixels: Tensor, augment: RandAugment, rng: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """Random crop, flip and RandAugment: image and generator to normalised pixels `[3, size, size]`.
+    """Random crop, flip and RandAugment: image and generator to normalised pixels `[3, size, size]`."""
 
-    Attributes:
-        size: output side in pixels.
-        scale: range of the crop's area fraction; None resizes the whole image.
-        flip: probability of a horizontal flip.
-        augment: applied to the 8-bit pixels after the resize; None disables it.
-        grey: convert to greyscale with three equal channels.
-    """
-
-    size: int
-    scale: tuple[float, float] | None
-    flip: float = 0.5
-    augment: RandAugment | None = None
-    grey: bool = False
+    size: int  # output side in pixels
+    scale: tuple[float, float] | None  # range of the crop's area fraction; None resizes the whole image
+    flip: float = 0.5  # probability of a horizontal flip
+    augment: RandAugment | None = None  # applied to the 8-bit pixels after the resize; None disables it
+    grey: bool = False  # convert to greyscale with three equal channels
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
@@ -184,17 +176,11 @@ def mentions_side(*texts: str | Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Replace a random rectangle with normal noise (arXiv 1708.04896, timm's mode `pixel`).
+    """Replace a random rectangle with normal noise (arXiv 1708.04896, timm's mode `pixel`)."""
 
-    Attributes:
-        probability: of erasing a rectangle.
-        area: range of the rectangle's share of the image, uniform.
-        aspect: minimum aspect ratio, its inverse is the maximum; log-uniform.
-    """
-
-    probability: float = 0.25
-    area: tuple[float, float] = (0.02, 1 / 3)
-    aspect: float = 0.3
+    probability: float = 0.25  # of erasing a rectangle
+    area: tuple[float, float] = (0.02, 1 / 3)  # range of the rectangle's share of the image, uniform
+    aspect: float = 0.3  # minimum aspect ratio, its inverse is the maximum; log-uniform
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """The image `[C, H, W]` or a modified copy."""

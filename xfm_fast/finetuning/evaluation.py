@@ -56,21 +56,14 @@ class EvaluationTask(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Settings of an evaluation.
+    """Settings of an evaluation."""
 
-    Attributes:
-        folder: output folder, which also holds the journals.
-        processes: process group that shares the work.
-        batch_size: minimum records per batch; batches contain whole groups.
-        autocast: autocast context of predictions.
-        progress: called with (records done by this process, total).
-    """
-
-    folder: Path
-    processes: Processes = field(default_factory=Processes)
-    batch_size: int = 64
+    folder: Path  # output folder, which also holds the journals
+    processes: Processes = field(default_factory=Processes)  # process group that shares the work
+    batch_size: int = 64  # minimum records per batch; batches contain whole groups
+    # autocast context of predictions
     autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast("cpu", enabled=False)
-    progress: Callable[[int, int], None] = lambda done, of: None
+    progress: Callable[[int, int], None] = lambda done, of: None  # called with (records done by this process, total)
 
     def run(self, task: EvaluationTask, model: XFM, records: Sequence[Any]) -> Metrics:
         """Evaluate a split, write metrics and task files to the folder, and return the metrics on every process.

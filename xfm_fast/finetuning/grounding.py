@@ -68,16 +68,11 @@ class Expression(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingBatch(PairInput):
-    """Images and their texts.
+    """Images and their texts."""
 
-    Attributes:
-        boxes: `[T, 4]` (cx, cy, w, h) relative to the image.
-        image_index: `[T]` image of each text; None for one text per image.
-        is_image: `[T]`, true for captions of the whole image, which have no box; None if there are none.
-    """
-
-    boxes: Tensor
-    image_index: Tensor | None = None
+    boxes: Tensor  # `[T, 4]` (cx, cy, w, h) relative to the image
+    image_index: Tensor | None = None  # `[T]` image of each text; None for one text per image
+    # `[T]`, true for captions of the whole image, which have no box; None if there are none
     is_image: Tensor | None = None
 
 

@@ -89,15 +89,10 @@ class LabelledImage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages(TensorBatch):
-    """B images and their classes.
+    """B images and their classes."""
 
-    Attributes:
-        image: `[B, 3, R, R]` normalised pixels.
-        targets: `[B]` int64 classes, or `[B, classes]` probabilities after Mixup or CutMix.
-    """
-
-    image: Tensor
-    targets: Tensor
+    image: Tensor  # `[B, 3, R, R]` normalised pixels
+    targets: Tensor  # `[B]` int64 classes, or `[B, classes]` probabilities after Mixup or CutMix
 
 
 class TorchvisionRecord(ImageLabelRecord):

@@ -206,17 +206,11 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
 @dataclass(frozen=True, kw_only=True)
 class PairInput(TensorBatch):
-    """Images and texts of a batch.
+    """Images and texts of a batch."""
 
-    Attributes:
-        image: `[I, 3, R, R]` normalised pixels.
-        input_ids: `[T, L]` int64, padded.
-        attention_mask: `[T, L]`, non-zero for real tokens.
-    """
-
-    image: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
+    image: Tensor  # `[I, 3, R, R]` normalised pixels
+    input_ids: Tensor  # `[T, L]` int64, padded
+    attention_mask: Tensor  # `[T, L]`, non-zero for real tokens
 
 
 def group_by_image(records: Sequence[Any]) -> list[list[int]]:

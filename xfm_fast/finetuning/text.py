@@ -91,17 +91,11 @@ class LabelledText(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledTexts(TensorBatch):
-    """B texts with targets.
+    """B texts with targets."""
 
-    Attributes:
-        input_ids: `[B, L]` int64, padded.
-        attention_mask: `[B, L]`, non-zero for real tokens.
-        targets: `[B]` classes (int64), or values (float32).
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    targets: Tensor
+    input_ids: Tensor  # `[B, L]` int64, padded
+    attention_mask: Tensor  # `[B, L]`, non-zero for real tokens
+    targets: Tensor  # `[B]` classes (int64), or values (float32)
 
 
 AnyTextRecord = TextRecord | TextScoreRecord

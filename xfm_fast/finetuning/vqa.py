@@ -89,19 +89,12 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VQABatch(PairInput):
-    """B questions with one image each, and their answers.
+    """B questions with one image each, and their answers."""
 
-    Attributes:
-        answer_ids: `[A, La]` int64: the answers of question 0, then of question 1, ...; padded.
-        answer_mask: `[A, La]`, non-zero for real tokens.
-        answers_per_question: `[B]` int64.
-        answer_weights: `[A]`.
-    """
-
-    answer_ids: Tensor
-    answer_mask: Tensor
-    answers_per_question: Tensor
-    answer_weights: Tensor
+    answer_ids: Tensor  # `[A, La]` int64: the answers of question 0, then of question 1, ...; padded
+    answer_mask: Tensor  # `[A, La]`, non-zero for real tokens
+    answers_per_question: Tensor  # `[B]` int64
+    answer_weights: Tensor  # `[A]`
 
 
 class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):

@@ -59,18 +59,12 @@ VARIANTS_EXPLAINED = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        variant: key of `VARIANTS`.
-        seed: of the initial weights and the data order.
-        metrics: percent, see `evaluation.evaluate`.
-        cost: `steps`; `seconds` and `cpu_seconds` since the start or last resumption, evaluation included.
-    """
-
-    variant: str
-    seed: int
-    metrics: dict[str, float]
+    variant: str  # key of `VARIANTS`
+    seed: int  # of the initial weights and the data order
+    metrics: dict[str, float]  # percent, see `evaluation.evaluate`
+    # `steps`; `seconds` and `cpu_seconds` since the start or last resumption, evaluation included
     cost: dict[str, float]
 
 

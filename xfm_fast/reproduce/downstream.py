@@ -78,21 +78,13 @@ TWINS = (
 
 @dataclass(frozen=True)
 class Table:
-    """Results of a study.
+    """Results of a study."""
 
-    Attributes:
-        values: of every twin, by split and seed.
-        chance: metric of a constant or random answer, by twin and split.
-        seconds: core seconds by recipe (or pretraining) and seed.
-        missing: unfinished recipes and seeds.
-        pretraining: overrides of the pretraining recipe.
-    """
-
-    values: dict[Twin, dict[str, dict[int, float]]]
-    chance: dict[Twin, dict[str, float]]
-    seconds: dict[str, dict[int, float]]
-    missing: tuple[tuple[str, int], ...]
-    pretraining: tuple[str, ...] = ()
+    values: dict[Twin, dict[str, dict[int, float]]]  # of every twin, by split and seed
+    chance: dict[Twin, dict[str, float]]  # metric of a constant or random answer, by twin and split
+    seconds: dict[str, dict[int, float]]  # core seconds by recipe (or pretraining) and seed
+    missing: tuple[tuple[str, int], ...]  # unfinished recipes and seeds
+    pretraining: tuple[str, ...] = ()  # overrides of the pretraining recipe
 
 
 def run_downstream(

@@ -34,25 +34,15 @@ _SEEDS = 16
 
 @dataclass(frozen=True)
 class AnswerTrie:
-    """N answers as a trie of `nodes` prefixes and `edges` next tokens; node 0 is `<s>`.
+    """N answers as a trie of `nodes` prefixes and `edges` next tokens; node 0 is `<s>`."""
 
-    Attributes:
-        tokens: `[nodes]` last token of each prefix.
-        paths: `[nodes, D]` ancestors of a node, from `<s>` to the node itself, padded with 0.
-        depths: `[nodes]` tokens before the last one; ascending.
-        edge_starts: `[nodes + 1]`: edges of node i are `edge_starts[i]` to `edge_starts[i + 1]`.
-        edge_tokens: `[edges]`.
-        answer_nodes: `[N, D]` nodes of an answer in order, padded with 0.
-        answer_edges: `[N, D]` edges of an answer in order, padded with `edges`.
-    """
-
-    tokens: Tensor
-    paths: Tensor
-    depths: Tensor
-    edge_starts: Tensor
-    edge_tokens: Tensor
-    answer_nodes: Tensor
-    answer_edges: Tensor
+    tokens: Tensor  # `[nodes]` last token of each prefix
+    paths: Tensor  # `[nodes, D]` ancestors of a node, from `<s>` to the node itself, padded with 0
+    depths: Tensor  # `[nodes]` tokens before the last one; ascending
+    edge_starts: Tensor  # `[nodes + 1]`: edges of node i are `edge_starts[i]` to `edge_starts[i + 1]`
+    edge_tokens: Tensor  # `[edges]`
+    answer_nodes: Tensor  # `[N, D]` nodes of an answer in order, padded with 0
+    answer_edges: Tensor  # `[N, D]` edges of an answer in order, padded with `edges`
 
     @classmethod
     def of(cls, answer_ids: Tensor, answer_mask: Tensor | None, config: XFMConfig) -> AnswerTrie:
@@ -199,20 +189,15 @@ def _rank_part(tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_tok
 
 
 class DecodedTree(ABC):
-    """Decoded trie nodes of Q questions with the log-likelihoods of their edges.
-
-    Attributes:
-        none: `[Q, nodes]`, False.
-        places: `[Q, nodes]` row of a node in the keys and values; -1 before it is decoded.
-        rows: number of stored nodes.
-        log_likelihoods: `[Q, edges + 1]` of an edge given its node; 0 until the node is decoded.
-    """
+    """Decoded trie nodes of Q questions with the log-likelihoods of their edges."""
 
     def __init__(self, trie: AnswerTrie, questions: int, dtype: torch.dtype) -> None:
         self.trie, self.rows = trie, 0
         device, shape = trie.tokens.device, (questions, trie.nodes)
         self.none = torch.zeros(shape, dtype=torch.bool, device=device)
+        # Row of a node in the keys and values; -1 before it is decoded.
         self.places = torch.full(shape, -1, device=device)
+        # Of an edge given its node; 0 until the node is decoded.
         self.log_likelihoods = torch.zeros(questions, trie.edges + 1, dtype=dtype, device=device)
 
     def decode(self, chosen: Tensor, *, keep: bool) -> None:

@@ -35,15 +35,10 @@ _ENCODERS: dict[Modality, tuple[Encoder, ...]] = {
 class ClassificationModel(TaskModel):
     """A classification head on the image token, text token 0, or fused token 0; unused encoders are not built.
 
-    Args:
-        config: model configuration.
-        labels: number of classes; 1 for regression.
-        modality: input kind.
-        head: `linear`; `mlp` (Linear·LayerNorm·GELU·Linear, official for texts and pairs); or `official_image`: five
-            linear layers on the image token concatenated with the mean of the patches, which are *identical* unless
-            `local_attn_depth > 0`. Default: `linear` if frozen, else `mlp`.
-        frozen: linear probe: encoders stay in evaluation mode without gradients. The official "linear probe" (81.2 on
-            ImageNet) trains `official_image` and leaves DropPath active in the frozen encoder.
+    `labels=1` is a regression. Heads: `linear` (default if `frozen`), `mlp` (Linear·LayerNorm·GELU·Linear, official
+    for texts and pairs), `official_image` (five linear layers on the image token concatenated with the mean of the
+    patches: identical vectors unless `local_attn_depth > 0`). A `frozen` encoder stays in evaluation mode without
+    gradients; the official "linear probe" (81.2 on ImageNet) trains `official_image` and leaves DropPath active.
     """
 
     own_parts = ("cls_head.",)

@@ -60,17 +60,11 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Result of a query of I images and C captions.
+    """Result of a query of I images and C captions."""
 
-    Attributes:
-        scores: `[I, C]` fp32 match logits.
-        matches: `[I, C]` fp32 match probabilities, as `XFM.match` returns them.
-        reused: `[I]` boolean: the image was cached.
-    """
-
-    scores: Tensor
-    matches: Tensor
-    reused: Tensor
+    scores: Tensor  # `[I, C]` fp32 match logits
+    matches: Tensor  # `[I, C]` fp32 match probabilities, as `XFM.match` returns them
+    reused: Tensor  # `[I]` boolean: the image was cached
 
     @property
     def caption_order(self) -> Tensor:

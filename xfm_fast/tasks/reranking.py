@@ -137,20 +137,14 @@ class TextIndex:
 
 
 class Receipt(NamedTuple):
-    """Cost of a re-ranking against the official procedure.
-
-    Attributes:
-        pairs_official: pairs scored officially, both directions separately.
-        pairs_resumed: scores read from a journal.
-        tokens: text tokens over all scored pairs; `padded_tokens` those of the official procedure.
-    """
+    """Cost of a re-ranking against the official procedure."""
 
     images: int
     texts: int
-    pairs_official: int
+    pairs_official: int  # pairs scored officially, both directions separately
     pairs_scored: int
-    pairs_resumed: int
-    tokens: int
+    pairs_resumed: int  # scores read from a journal
+    tokens: int  # text tokens over all scored pairs; `padded_tokens` those of the official procedure
     padded_tokens: int
     flops: float
     flops_official: float
@@ -387,18 +381,12 @@ def checksum(tensor: Tensor, start: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Unique pairs to score, ordered by image, then text.
+    """Unique pairs to score, ordered by image, then text."""
 
-    Attributes:
-        cu_pairs: `[I + 1]` offsets of images in the pair list.
-        texts: `[Q]` text of each pair.
-        for_image, for_text: `[Q]` boolean: candidate of the image direction; of the text direction.
-    """
-
-    cu_pairs: Tensor
-    texts: Tensor
-    for_image: Tensor
-    for_text: Tensor
+    cu_pairs: Tensor  # `[I + 1]` offsets of images in the pair list
+    texts: Tensor  # `[Q]` text of each pair
+    for_image: Tensor  # `[Q]` boolean: candidate of the image-to-text direction
+    for_text: Tensor  # `[Q]` boolean: candidate of the text-to-image direction
 
     @property
     def pairs(self) -> int:
