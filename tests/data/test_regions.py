@@ -326,7 +326,7 @@ def test_captions_without_words_are_skipped_and_named() -> None:
     assert sample.region_mask.shape == (0, 1 + GRID**2)
     assert sample.is_image.shape == (0,)
     assert len(sample.skipped) == 3
-    assert "the caption of the image: caption '?!' is empty" in sample.skipped[0]
+    assert "'?!'" in sample.skipped[0]
 
 
 def test_boxes_partly_outside_are_kept_but_never_cropped_around() -> None:

@@ -149,7 +149,8 @@ def test_vqa_v2(tmp_path: Path) -> None:
     record = rows.read(0)
     assert record.image == "train2014/COCO_train2014_000000000009.jpg"
     assert dict(record.weighted_answers) == {"yes": pytest.approx(7 / 8), "no": pytest.approx(1 / 8)}
-    assert rows.notes[0].endswith("2 empty answers were left out (question 90, 90)")
+    assert "2 empty answers" in rows.notes[0]
+    assert "90, 90" in rows.notes[0]
     # People's empty answers count when scoring.
     assert record.scored is not None
     assert len(record.scored["answers"]) == 10

@@ -250,7 +250,8 @@ def test_a_broken_line_is_quarantined(recipe: Make, tmp_path: Path, capsys: pyte
     run_on(recipe, tmp_path, TRAIN + "so,\n", TRAIN)
     said = capsys.readouterr().err
     assert re.search(r"1 broken elements of training were left out; .*quarantine/train\.jsonl lists them", said)
-    assert "3 texts of the split val are in the files of training too (good, bad, fine)" in said
+    assert "3 texts of the split val" in said
+    assert "(good, bad, fine)" in said
     (line,) = (tmp_path / "run/quarantine/train.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "'label' is '' (it holds no text)"
 

@@ -262,8 +262,9 @@ def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys
     )  # fmt: skip
     result = finetune(made)
     said = capsys.readouterr().err
-    assert "the answers of 4 questions are not in task.answers, so that ranking cannot give them ('unheard of'" in said
-    assert "1 empty answers were left out" in said
+    assert "4 questions" in said
+    assert "'unheard of'" in said
+    assert "1 empty answers" in said
     run = Path(made.checkpoint.folder)
     assert len(json.loads((run / "evaluation/val" / RESULT_FILE).read_text())) == 20
     assert result.metrics["val"].keys() == {"exact_match"}

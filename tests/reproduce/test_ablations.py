@@ -146,14 +146,14 @@ def test_only_differences_beyond_noise_are_claimed() -> None:
     # Without stop-gradient every seed loses exactly 5 points; without MIM guidance the mean is the same.
     assert sum(line.startswith("without stop-gradient") for line in claimed) == len(METRICS)
     assert not any(line.startswith("without MIM guidance") for line in claimed)
-    assert any(line.startswith("without MIM guidance: nothing that 3 seeds tell from noise") for line in lines)
+    assert any(line.startswith("without MIM guidance") and "3 seeds" in line for line in lines)
     assert any("by chance alone" in line for line in lines)
 
 
 def test_one_seed_claims_nothing() -> None:
     lines = ablations.findings(_study(seeds=1))
     assert not any("lower than" in line or "higher than" in line for line in lines)
-    assert any("one seed gives no interval" in line for line in lines)
+    assert any("one seed" in line for line in lines)
     assert "±" not in ablations.markdown(_study(seeds=1)).split("|", 1)[1].split("\n\n")[0]
 
 

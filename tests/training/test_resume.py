@@ -131,7 +131,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         said.append(str(caught.value))
 
     assert run(small_recipe(tmp_path, steps=2), on_step=start_another).step == 2
-    assert f"checkpoint.folder={tmp_path} is in use by process {os.getpid()}" in said[0]
+    assert f"checkpoint.folder={tmp_path}" in said[0]
+    assert str(os.getpid()) in said[0]
     assert not (tmp_path / ".lock").exists()
 
 
@@ -175,7 +176,7 @@ def test_torn_checkpoint_is_said_and_its_steps_made_again(
     path.write_bytes(path.read_bytes()[:1000])
     run(small_recipe(folder, steps=8))
     told = capfd.readouterr().err
-    assert "training.safetensors has 1000 bytes instead of" in told
+    assert "training.safetensors has 1000 bytes" in told
     assert "going on from" in told
     assert "step-00000004" in told
     assert numbers(folder) == numbers(two_checkpoints)
@@ -352,7 +353,7 @@ def test_another_number_of_processes_is_said(tmp_path: Path, two_checkpoints: Pa
     folder = copy_of(two_checkpoints, tmp_path)
     recipe = small_recipe(folder, steps=10)
     (told,) = changes(small_recipe(folder, steps=10).model_dump(mode="json"), recipe, 1, 2)
-    assert "the checkpoint is of 1 processes and this run has 2: an update now sees 2 instead of 1 times" in told
+    assert "2 instead of 1 times" in told
     assert in_processes(process_of_a_run, 2, tmp_path / "meet", recipe, {}) == [0, 0]
     # 8 batches of one process are 4 global batches of two; then 2 more steps.
     assert newest(folder / "checkpoints").state["batches"]["pairs"] == 6
