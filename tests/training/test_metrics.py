@@ -244,9 +244,7 @@ def test_bad_batch_is_named_and_nothing_is_overwritten(tmp_path: Path) -> None:
 
     recipe = small_recipe(tmp_path, steps=12, log={"every": 5})
     sources = noise(recipe) | {"regions": Poisoned("regions", recipe.model, 4)}
-    with pytest.raises(
-        NonFiniteError, match=r"step 7.*regions/bbox_l1.*inf.*regions.*aten.sum"
-    ):
+    with pytest.raises(NonFiniteError, match=r"step 7.*regions/bbox_l1.*inf.*regions.*aten.sum"):
         run(recipe, sources=sources)
     checkpoint = newest(tmp_path / "checkpoints")
     assert checkpoint is not None
@@ -337,9 +335,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     """Losses look at inputs on a CPU alone."""
     _, guard, batches = exploding(tmp_path)
     batches["images"].image[1, 0, 0, 0] = float("nan")
-    with pytest.raises(
-        NonFiniteError, match=r"images/mim.*nan.*image.*images"
-    ):
+    with pytest.raises(NonFiniteError, match=r"images/mim.*nan.*image.*images"):
         guard.check([Value(1, "loss/images/mim", float("nan"))], batches)
 
 

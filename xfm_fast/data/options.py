@@ -52,9 +52,7 @@ class RegionOptions(TextOptions, ImageOptions):
 
     max_images: int = Field(default=80, gt=0, description="maximum images per batch")
     max_regions: int = Field(default=5, gt=0, description="maximum captions per image, including its own")
-    least_visible: float = Field(
-        default=0.5, ge=0, lt=1, description="minimum share of a region's box inside the crop"
-    )
+    least_visible: float = Field(default=0.5, ge=0, lt=1, description="minimum share of a region's box inside the crop")
     careful_flip: bool = Field(default=False, description="do not flip images with left or right in the captions")
 
 

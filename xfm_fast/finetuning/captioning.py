@@ -56,9 +56,7 @@ class CaptioningOptions(TaskOptions):
     max_length: int = Field(default=20, gt=0, description="maximum tokens of a generated caption, as in max_tokens")
     min_length: int = Field(default=5, ge=0, description="minimum tokens before `</s>`, including the prompt")
     num_beams: int = Field(default=3, gt=0, description="1 is greedy decoding")
-    facts: bool = Field(
-        default=False, description="also score the truth of captions (shapes dataset only)"
-    )
+    facts: bool = Field(default=False, description="also score the truth of captions (shapes dataset only)")
     pairs: CaptionedImages | None = Field(
         default=None,
         description="train on pretraining pairs; splits still list captioning files",

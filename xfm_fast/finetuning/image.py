@@ -48,9 +48,7 @@ class ImageTaskOptions(TaskOptions):
         "named by the dataset: {test: cifar}",
     )
     train_split: str = Field(default="train", description="torchvision split, e.g. trainval of OxfordIIITPet")
-    columns: dict[str, str] = Field(
-        default={}, description="renamed table columns: {image: file}"
-    )
+    columns: dict[str, str] = Field(default={}, description="renamed table columns: {image: file}")
     labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
     view: Literal["imagenet", "probe", "whole"] = Field(
         default="imagenet",

@@ -60,9 +60,7 @@ class FinetuneRecipe(Run):
     """A fine-tuning run; fields of every run are in `xfm_fast.training.recipe.Run`."""
 
     task: AnyTask
-    tokenizer: str | None = Field(
-        None, description="vocabulary file or folder; default: that in init.checkpoint"
-    )
+    tokenizer: str | None = Field(None, description="vocabulary file or folder; default: that in init.checkpoint")
     data: DataSection
     epochs: int = Field(ge=0, description="0 for zero-shot evaluation only")
     steps: int = Field(0, ge=0, description="0: set by epochs")

@@ -63,9 +63,7 @@ class RetrievalOptions(TaskOptions):
 
     kind: Literal["retrieval"] = "retrieval"
     free = ("k", "columns", "rank", "hold_out")
-    k: int = Field(
-        default=256, gt=0, description="candidate texts per image and images per text for re-ranking"
-    )
+    k: int = Field(default=256, gt=0, description="candidate texts per image and images per text for re-ranking")
     rank: Rank | Literal["auto"] = Field(
         default="match",
         description="ranking score: match (logit, official), similarity (of features), sum (match + similarity, "
@@ -74,9 +72,7 @@ class RetrievalOptions(TaskOptions):
     augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
     max_words: int = Field(default=30, gt=0, description="of a text")
     max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
-    columns: dict[Literal["image", "caption"], str] = Field(
-        default={}, description="renamed table columns"
-    )
+    columns: dict[Literal["image", "caption"], str] = Field(default={}, description="renamed table columns")
     hold_out: float = Field(
         default=0, ge=0, lt=1,
         description="share of `data.train` images held out as the split val if there is none, chosen by the smallest "

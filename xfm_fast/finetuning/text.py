@@ -42,12 +42,8 @@ class TextTaskOptions(TaskOptions):
     """Text classification or regression."""
 
     kind: Literal["text"] = "text"
-    glue: GlueName | None = Field(
-        default=None, description="GLUE task, read from its zip or from datasets"
-    )
-    columns: dict[str, str] = Field(
-        default={}, description="renamed columns: {text: sentence1, text2: sentence2}"
-    )
+    glue: GlueName | None = Field(default=None, description="GLUE task, read from its zip or from datasets")
+    columns: dict[str, str] = Field(default={}, description="renamed columns: {text: sentence1, text2: sentence2}")
     regression: bool = Field(default=False, description="predict numbers, as in stsb")
     labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
     pairs: bool = Field(default=False, description="texts are pairs; detected from the training files")

@@ -56,9 +56,7 @@ class VQAOptions(TaskOptions):
     max_words: int = Field(default=30, gt=0, description="of a question in training")
     max_tokens: int = Field(default=40, ge=3, description="of a question in training, including `<s>` and `</s>`")
     test_max_words: int = Field(default=50, gt=0, description="of a question in evaluation, with unlimited tokens")
-    image_folders: dict[str, str] = Field(
-        default={}, description="folders in data.images by `dataset`, e.g. {vg: vg}"
-    )
+    image_folders: dict[str, str] = Field(default={}, description="folders in data.images by `dataset`, e.g. {vg: vg}")
 
     @model_validator(mode="after")
     def _answerable(self) -> Self:

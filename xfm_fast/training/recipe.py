@@ -173,9 +173,7 @@ class Recipe(Run):
 
     large_lr = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
 
-    tokenizer: str = Field(
-        "train", description="vocabulary file or folder, or `train` to learn one from the streams"
-    )
+    tokenizer: str = Field("train", description="vocabulary file or folder, or `train` to learn one from the streams")
     data: str = Field(".", description="folder of relative stream paths")
     streams: dict[str, AnyStream] = Field(min_length=1)
     updates: tuple[tuple[str, ...], ...] = Field(min_length=1)

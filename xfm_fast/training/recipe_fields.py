@@ -82,9 +82,7 @@ AnyStream = Annotated[TextStream | PairStream | RegionStream | ImageStream, Fiel
 class Init(Section):
     """Sources of the initial weights; weights without a source are random."""
 
-    roberta: str | None = Field(
-        default=None, description="Hugging Face RoBERTa state dict for the language encoder"
-    )
+    roberta: str | None = Field(default=None, description="Hugging Face RoBERTa state dict for the language encoder")
     beit2: str | None = Field(default=None, description="BEiT-v2 checkpoint for the vision encoder")
     checkpoint: str | None = Field(default=None, description="official X-FM file, or a save_pretrained folder")
 
