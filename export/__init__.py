@@ -1,13 +1,11 @@
-"""Exports: graphs of a model as ONNX files, engines of TensorRT, packages of PyTorch's compiler, and what runs them.
+"""Export: ONNX files, TensorRT engines and AOTInductor packages of a model, and the sessions that run them.
 
     request = OnnxRequest(dtype="fp16", graphs=("vision", "text"))
     export_onnx(model, "exported", request, examples=examples)
     session = Session.load("exported")
 
-A request says what is exported. `export_onnx`, `export_engines` and `export_packages` write a folder whose
-`manifest.json` says what lies in it, and whether it was found to agree with the model on examples; `verify_export` and
-`verify` compare later. `quantize_int8` and `write_model_repository` make other folders of an export, and a `Session`
-runs it under the names of the model. Names are imported when they are first used.
+Every export writes a folder with `manifest.json`: sizes, checksums, and the comparison with the model on examples.
+`quantize_int8` and `write_model_repository` derive further folders. Names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""AOTInductor packages: each graph compiled to machine code by PyTorch's own compiler, without ONNX or TensorRT.
+"""AOTInductor packages: each graph compiled to machine code by PyTorch, without ONNX or TensorRT.
 
-A package holds PyTorch's own operators alone, so that a PyTorch without this project loads it. It is native code that
-runs when it is loaded: load only those that you made or whose origin you trust.
+A package needs PyTorch only, without this project. Loading one runs native code: load only packages that you trust.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ _EXTENSIONS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse", "vaes", "vpclm
 _COPIES = 3
 # Attention is decomposed by PyTorch here and not by the graphs.
 _SPELLING = Profile("primitives", 0)
-# What depends on weights alone (such as the joined bias of queries, keys and values in vision) is
-# computed when a package is loaded, and not at every call.
+# Subgraphs of weights only (such as the joined QKV bias of vision) are computed on loading, not in every call.
 _COMPILER = {"aot_inductor.use_runtime_constant_folding": True}
 
 
@@ -54,21 +52,7 @@ def export_packages(
     progress: Progress = silent,
     **changes: Any,
 ) -> Manifest:
-    """Compile graphs of a model to `<graph>.pt2`, and write `manifest.json` beside them.
-
-    Args:
-        model: is left as it is.
-        folder: made if it is not there. Packages of the same name in it are replaced.
-        request: which graphs, and their form. Packages are bound to the processor and GPU that compiled them.
-        source, tokenizer_sha256, examples, companions, progress: see `pipeline.export_graphs`.
-        changes: fields of the request.
-
-    Raises:
-        UnavailableError: a device, type or graph that is unknown or that this machine or model does not offer.
-        InputError: a fixed axis or size that no graph can have.
-        StorageError: the folder cannot be written, or has no room for the files.
-        ExportError: there is no C++ compiler, or a graph cannot be compiled.
-    """
+    """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
     request = completed(request, PackageRequest, changes)
     check_compiling(request.device, request.dtype)
 
@@ -89,21 +73,12 @@ def export_packages(
 def write_package(
     graph: Graph, path: Path, dtype: DType, device: str, *, fixed: Mapping[str, int] | None = None
 ) -> None:
-    """Compile a graph to `path`, in an existing folder; nothing half-written stays.
-
-    Args:
-        graph: result of `graphs.build`, its parameters in `dtype`.
-        fixed: axes that get a constant size; the others stay dynamic.
-
-    Raises:
-        ExportError: PyTorch cannot trace or compile it.
-        StorageError: the package cannot be written.
-    """
+    """Compile a graph, its parameters in `dtype`, to `path`; a failure leaves no partial file."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.utils import fresh_cache
 
     try:
-        # Whatever the compiler writes goes where room was found, and is gone afterwards.
+        # The compiler's files go to the folder with enough space and are removed afterwards.
         with (
             tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch,
             warnings.catch_warnings(action="ignore"),  # about the compiler's own code
@@ -132,7 +107,7 @@ def _not_written(path: Path, reason: str) -> StorageError:
 
 
 def traced(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) -> torch.export.ExportedProgram:
-    """The graph, whose parameters are in `dtype`, as a program on a device."""
+    """The exported program of a graph with parameters in `dtype`, on a device."""
     inputs, shapes = tracing_call(graph, DTYPES[dtype], fixed)
     with torch.no_grad(), frozen(graph):
         program = torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
@@ -144,7 +119,7 @@ def traced(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) ->
 
 
 def local_target(device: str) -> PackageTarget:
-    """This machine, as a package that is compiled on it for a device is bound to it."""
+    """The package target of this machine."""
     capability = None
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -159,7 +134,7 @@ def local_target(device: str) -> PackageTarget:
 
 
 def instructions(listing: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Extensions of the instruction set of this processor, sorted; none where the system does not list them."""
+    """Instruction-set extensions of this processor, sorted; empty where the system does not list them."""
     try:
         lines = listing.read_text().splitlines()
     except OSError:
@@ -171,12 +146,7 @@ def instructions(listing: Path = Path("/proc/cpuinfo")) -> list[str]:
 
 
 def check_compiling(device: str, dtype: str) -> None:
-    """See that packages can be compiled here, before a checkpoint is read or a graph is traced.
-
-    Raises:
-        UnavailableError: an unknown device or type, or one that this machine lacks or would have to emulate.
-        ExportError: there is no C++ compiler.
-    """
+    """Check the compiler, device and dtype before a checkpoint is read."""
     if device not in DEVICES:
         raise UnavailableError(f"device {device!r} is unknown; choose from {', '.join(DEVICES)}")
     data_type(dtype)
@@ -203,11 +173,7 @@ def check_compiling(device: str, dtype: str) -> None:
 
 
 def check_package(target: PackageTarget, here: PackageTarget) -> None:
-    """Compare what a package was compiled for with this machine.
-
-    Raises:
-        ExportError: names what differs and the remedy.
-    """
+    """Raise `ExportError` unless this machine runs packages compiled for `target`."""
     again = f"build again with xfm-fast export aoti --device {target.device}"
     if target.torch != here.torch:
         raise ExportError(
@@ -219,7 +185,7 @@ def check_package(target: PackageTarget, here: PackageTarget) -> None:
             f"these packages hold machine code of {target.architecture} and this machine is {here.architecture}; "
             f"{again} on it"
         )
-    # A GPU's kernels do the work, but the code that launches them is of this processor too.
+    # GPU packages contain launch code for this processor too.
     lacking = sorted(set(target.instructions) - set(here.instructions)) if here.instructions else []
     if lacking:
         raise ExportError(
@@ -233,7 +199,7 @@ def check_package(target: PackageTarget, here: PackageTarget) -> None:
 
 
 def _computes(dtype: str) -> bool:
-    """True where the products of a type run in it on this processor."""
+    """Whether this processor has native GEMMs in a dtype."""
     probe = {"bf16": "_is_mkldnn_bf16_supported", "fp16": "_is_mkldnn_fp16_supported"}[dtype]
     try:
         return bool(getattr(torch.ops.mkldnn, probe)())

@@ -1,4 +1,4 @@
-"""Consumers: the readers of an exported ONNX file, and how attention is spelt for them."""
+"""Readers of an exported ONNX file, and the form of attention that each of them reads."""
 
 from __future__ import annotations
 
@@ -27,25 +27,14 @@ _NEWEST_OPSET = 24
 
 @dataclass(frozen=True)
 class Profile:
-    """The spelling of graphs: the form of attention and the ONNX opset."""
+    """Form of attention and ONNX opset of a graph."""
 
     form: AttentionForm
     opset: int
 
 
 def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
-    """The spelling of graphs of a type.
-
-    In fp32 attention is primitives of opset 20, which every consumer reads and fuses by itself; neither TensorRT has an
-    fp32 kernel for the operator. In 16 bits it is the operator of opset 23, which TensorRT has kernels for.
-
-    Args:
-        opset: ONNX opset, by default the oldest that has what the graphs hold; below 23 attention is primitives.
-
-    Raises:
-        UnavailableError: a consumer or type that is not known, an opset outside 20 to 24, or a type that the consumer
-            or opset does not have.
-    """
+    """The attention form and opset for a consumer and dtype; by default the oldest opset with the operators."""
     if consumer not in CONSUMERS:
         raise UnavailableError(f"consumer {consumer!r} is unknown; choose from {', '.join(CONSUMERS)}")
     data_type(dtype)
@@ -69,11 +58,7 @@ def profile(consumer: str, dtype: str, opset: int | None = None) -> Profile:
 
 
 def data_type(name: str) -> DType:
-    """A type by its name.
-
-    Raises:
-        UnavailableError: it is unknown.
-    """
+    """The dtype of a name; raises `UnavailableError` for an unknown one."""
     if name not in DTYPES:
         raise UnavailableError(f"dtype {name!r} is unknown; choose from {', '.join(DTYPES)}")
     return name

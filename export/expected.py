@@ -1,8 +1,7 @@
-"""The expected results: what the model itself says about a few images and texts, kept beside an export to judge it.
+"""The reference: the model's own results on a few images and captions, stored with an export to judge it.
 
-The reference is a file of the export, so that engines can be judged on a machine that has neither the checkpoint nor
-the photographs. It holds the fp32 results of the padding-free model, and how far the same model is from them when it
-runs in the type of the export: rounding that no export of that type can be blamed for.
+Engines can be compared on a machine without checkpoint and photographs. The file holds the fp32 results of the unpadded
+model, and the error of the same model in the dtype of the export, which bounds what an export of that dtype can reach.
 """
 
 from __future__ import annotations
@@ -48,38 +47,18 @@ _ROUNDING = "rounding."
 
 @dataclass(frozen=True)
 class Examples:
-    """Images and texts to compare on.
+    """Images and captions to compare on."""
 
-    Attributes:
-        pixels: `[I, 3, R, R]` fp32, normalised.
-        input_ids, attention_mask: `[T, L]`; texts of many lengths.
-        origin: where they come from, for reports.
-    """
-
-    pixels: Tensor
-    input_ids: Tensor
+    pixels: Tensor  # [I, 3, R, R] fp32, normalised
+    input_ids: Tensor  # [T, L], captions of many lengths
     attention_mask: Tensor
-    origin: str
+    origin: str  # for reports
 
 
 def make_examples(
     pixels: Tensor, rows: Sequence[Sequence[int]], config: XFMConfig, *, origin: str, longest: int = LONGEST
 ) -> Examples:
-    """Examples from images and the token ids of captions.
-
-    Captions keep the length that they have, but for the first ones, which are cut, or prolonged by the words of the
-    next ones, to lengths from 1 to the longest.
-
-    Args:
-        pixels: `[I, 3, R, R]`.
-        rows: ids of every text, `<s> tokens </s>`.
-        config: the model's.
-        origin: where they come from.
-        longest: tokens of the longest text; also cut to what the model has positions for.
-
-    Raises:
-        InputError: no image or no text.
-    """
+    """Examples from images and token ids; the first captions are cut or extended to lengths from 1 to `longest`."""
     if not len(pixels) or not len(rows):
         raise InputError(
             f"{len(pixels)} images and {len(rows)} texts are nothing to compare on; give at least one each"
@@ -98,7 +77,7 @@ def make_examples(
 
 
 def padded_texts(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Ids `[T, L]` and mask `[T, L]` of texts, padded to the longest."""
+    """Ids `[T, L]` and mask `[T, L]` of captions, padded to the longest."""
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
@@ -121,7 +100,7 @@ def generated_examples(
 
 
 def reference_bytes(config: XFMConfig, *, images: int = 4, texts: int = 48, decodes: bool = False) -> int:
-    """About how large a reference is on disk, that of a decoder among it where there is one."""
+    """Approximate size of a reference on disk; `decodes` includes the logits of a decoder."""
     tokens, width = config.num_image_tokens, config.text_width
     memory = 2 * config.fusion_layers * tokens * width
     of_images = images * (3 * config.image_size**2 + tokens * config.vision_width + texts * width)
@@ -131,22 +110,15 @@ def reference_bytes(config: XFMConfig, *, images: int = 4, texts: int = 48, deco
 
 @dataclass(frozen=True)
 class Reference:
-    """Inputs and the model's results, by name.
+    """Inputs and the model's results by name, and the model's own rounding error in the export's dtype."""
 
-    Attributes:
-        tensors: `pixels`, `input_ids`, `attention_mask`; and as far as the graphs need them `image_embeds`
-            `[I, M, Dv]`, `image_feature`, `text_embeds` `[T, L, Dt]`, `text_feature`, the memory of image 0 as graphs
-            take it (`memory_keys_<layer>`, `memory_values_<layer>`), and for every image with every text `fused`
-            `[I, T, Dt]`, `match_logits`, `boxes`, `scores`; of image 0 alone `fused_tokens` `[1, T, L, Dt]`. Of a
-            task `class_logits`, of images, texts or both `[I, T, C]` (of nlvr2 for image i and the one behind it). Of a
-            decoder the S `states` `[S, M, D]` that it reads with their `memory_mask` `[S, M]`, and the keys and values
-            that they become; the first N `tokens` `[R, N]` of R texts, and for every state with every text
-            `step_logits` `[S, R, N, vocabulary]` and `present` `[S, R, N, layers, 2, H, D]`.
-        rounding: the largest error, by name, of the model in the type of the export against its fp32 results.
-    """
-
+    # pixels, input_ids, attention_mask; depending on the graphs: image_embeds [I, M, Dv], image_feature, text_embeds
+    # [T, L, Dt], text_feature, memory_keys_<layer> and memory_values_<layer> of image 0; for every image and caption
+    # fused [I, T, Dt], match_logits, boxes, scores; of image 0 fused_tokens [1, T, L, Dt]; class_logits of images,
+    # captions or pairs. Of a decoder: states [S, M, D], memory_mask [S, M], decoder_keys_<layer> and values, tokens
+    # [R, N], step_logits [S, R, N, vocabulary], present [S, R, N, layers, 2, H, D].
     tensors: dict[str, Tensor]
-    rounding: dict[str, float]
+    rounding: dict[str, float]  # largest error of the model in the export's dtype, by tensor
 
     @property
     def images(self) -> int:
@@ -157,22 +129,14 @@ class Reference:
         return self.tensors["input_ids"].shape[0]
 
     def save(self, folder: Path) -> None:
-        """Write `reference.safetensors`, whole or not at all.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Write `reference.safetensors` atomically."""
         numbers = {f"{_ROUNDING}{name}": torch.tensor(value).double() for name, value in self.rounding.items()}
         content = self.tensors | numbers
         write_files({folder / REFERENCE_FILE: lambda file: write_safetensors(file, content)})
 
     @classmethod
     def load(cls, folder: Path) -> Reference:
-        """Read the reference of an export.
-
-        Raises:
-            ExportError: it is not there or damaged.
-        """
+        """Read the reference of an export; raises `ExportError` where it is missing or damaged."""
         path = folder / REFERENCE_FILE
         try:
             content = load_file(path)
@@ -189,17 +153,9 @@ class Reference:
 def make_reference(
     model: XFM, examples: Examples, graphs: Iterable[GraphName], dtype: DType, *, all_tokens: bool = False
 ) -> Reference:
-    """Run the model itself, packed, in fp32 and once more in the type of the export.
-
-    Args:
-        model: is left as it is.
-        examples: what to run it on.
-        graphs: those exported; only what they return is computed.
-        dtype: type of the export.
-        all_tokens: `fusion` returns every token.
-    """
+    """Run the model, unpadded, in fp32 and in the dtype of the export; computes only the outputs of `graphs`."""
     wanted = frozenset(graphs)
-    truth = _results(model, torch.float32, examples, wanted, all_tokens)
+    truth = _model_results(model, torch.float32, examples, wanted, all_tokens)
     inputs = {
         "pixels": examples.pixels.clone(),
         "input_ids": examples.input_ids.long(),
@@ -207,14 +163,14 @@ def make_reference(
     }
     rounding = {}
     if dtype != "fp32":
-        rounded = _results(model, DTYPES[dtype], examples, wanted, all_tokens)
+        rounded = _model_results(model, DTYPES[dtype], examples, wanted, all_tokens)
         rounding = {name: float((rounded[name] - value).abs().max()) for name, value in truth.items()}
     return Reference(inputs | {name: value.contiguous() for name, value in truth.items()}, rounding)
 
 
 @torch.no_grad()
 @unkept()
-def _results(
+def _model_results(
     model: XFM, dtype: torch.dtype, examples: Examples, wanted: frozenset[str], all_tokens: bool
 ) -> dict[str, Tensor]:
     training = model.training
@@ -222,21 +178,21 @@ def _results(
     found: dict[str, Tensor] = {}
     try:
         if wanted - {"text"}:
-            found |= _of_images(_part(model, "vision_encoder", dtype), examples, wanted)
+            found |= _image_results(_part(model, "vision_encoder", dtype), examples, wanted)
         if wanted - {"vision", "image_memory"} and hasattr(model, "text_encoder"):
-            found |= _of_texts(_part(model, "text_encoder", dtype), examples, wanted)
+            found |= _text_results(_part(model, "text_encoder", dtype), examples, wanted)
         if wanted & {"image_memory", "fusion", "nlvr2"}:
             memory = _part(model, "fusion_encoder", dtype).image_memory(found["image_embeds"][:1])
             found |= graph_memory(memory)
         decodes = bool(wanted & DECODER_GRAPHS)
-        # A decoder of questions reads every token of the fusion encoder.
+        # A VQA decoder reads every token of the fusion encoder.
         if wanted & {"fusion", "match"} or (decodes and isinstance(model, VQAModel)):
             whole = decodes or (all_tokens and "fusion" in wanted)
-            found |= _fused(_part(model, "fusion_encoder", dtype), found, examples.attention_mask, whole)
+            found |= _fusion_results(_part(model, "fusion_encoder", dtype), found, examples.attention_mask, whole)
         if isinstance(model, NLVR2Model) and "nlvr2" in wanted:
-            found |= _compared(in_dtype(model, dtype), examples, wanted)
+            found |= _nlvr2_results(in_dtype(model, dtype), examples, wanted)
         if decodes and isinstance(model, VQAModel | CaptioningModel):
-            found |= _decoded(_part(model, "text_decoder", dtype), found, examples)
+            found |= _decoder_results(_part(model, "text_decoder", dtype), found, examples)
         if not wanted & {"fusion", "text", "nlvr2"}:
             found.pop("text_embeds", None)
     finally:
@@ -245,7 +201,7 @@ def _results(
 
 
 def _part(model: M, large: str, dtype: torch.dtype) -> M:
-    """The model in a type, with one of its encoders and decoders: a copy of all is half of the weights once more."""
+    """The model in a dtype with one of its encoders or decoders, to limit the copy of the weights."""
     part = copy.copy(model)
     part._modules = {
         name: child
@@ -255,7 +211,7 @@ def _part(model: M, large: str, dtype: torch.dtype) -> M:
     return in_dtype(part, dtype)
 
 
-def _of_images(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
+def _image_results(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
     found = {"image_embeds": model.encode_image(examples.pixels)}
     if "vision" in wanted and "contrastive" in model.heads:
         found["image_feature"] = model.project_image(found["image_embeds"])
@@ -264,7 +220,7 @@ def _of_images(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[s
     return found
 
 
-def _of_texts(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
+def _text_results(model: XFM, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
     texts = examples.input_ids, examples.attention_mask
     found = {"text_embeds": model.encode_text(*texts)}
     if "text" in wanted and "contrastive" in model.heads:
@@ -280,7 +236,7 @@ def graph_memory(memory: ImageMemory) -> dict[str, Tensor]:
     return dict(zip(memory_names(len(memory.layers)), parts, strict=True))
 
 
-def _fused(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool) -> dict[str, Tensor]:
+def _fusion_results(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool) -> dict[str, Tensor]:
     embeds = found["text_embeds"]
     heads = {"matching": ("match_logits", model.match_logits), "boxes": ("boxes", model.predict_boxes)}
     offered: dict[str, Callable[[Tensor], Tensor]] = dict(heads[head] for head in heads if head in model.heads)
@@ -304,8 +260,8 @@ def _fused(model: XFM, found: dict[str, Tensor], mask: Tensor, all_tokens: bool)
     return stacked | whole
 
 
-def _compared(model: NLVR2Model, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """What is said of every text about image i and the one behind it; without other memories about image 0 twice."""
+def _nlvr2_results(model: NLVR2Model, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
+    """NLVR2 logits of every caption on image i and the next one; without `image_memory` on image 0 twice."""
     images, texts = len(examples.pixels) if "image_memory" in wanted else 1, len(examples.input_ids)
     logits = []
     for number in range(images):
@@ -314,8 +270,10 @@ def _compared(model: NLVR2Model, examples: Examples, wanted: frozenset[str]) -> 
     return {"class_logits": torch.stack(logits)}
 
 
-def _decoded(model: VQAModel | CaptioningModel, found: dict[str, Tensor], examples: Examples) -> dict[str, Tensor]:
-    """A few states, and a few texts that are written from each of them, whatever they say."""
+def _decoder_results(
+    model: VQAModel | CaptioningModel, found: dict[str, Tensor], examples: Examples
+) -> dict[str, Tensor]:
+    """A few decoder states, and teacher-forced steps of a few captions from each of them."""
     if isinstance(model, VQAModel):
         states = found["fused_tokens"][0, :_STATES]
         mask = examples.attention_mask[:_STATES].bool()

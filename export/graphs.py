@@ -1,19 +1,17 @@
-"""The graphs that are exported: the model cut into parts that a server composes, in shapes that compilers like.
+"""The exported graphs: the model cut into parts that a server composes, in shapes that compilers handle well.
 
-The four graphs `vision`, `text`, `image_memory` and `fusion` let a server reuse work: an image is encoded once, its
-memory is projected once, and every text that comes later pays for the fusion encoder alone. `match` is the whole way
-from pixels and ids to a score, in one file.
+`vision`, `text`, `image_memory` and `fusion` let a server reuse work: an image is encoded and projected once, and every
+further caption costs the fusion encoder only. `match` is the whole model from pixels and ids to a score.
 
-A fine-tuned model has graphs of its own beside them: heads are outputs of the graph whose result they read, `nlvr2` is
-the fusion encoder over a pair of images with the head behind it, and a decoder is `decoder_memory`, which projects
-what is read once, and `decoder_step`, which writes one more token of every text.
+A fine-tuned model has further graphs: heads are outputs of the graph that computes their input, `nlvr2` is the fusion
+encoder over a pair of images with its head, `decoder_memory` projects the decoder's states once, and `decoder_step`
+writes one token of every text.
 
-The graphs compute what `XFM` computes, with its parameters, but padded instead of packed: engines plan for shapes, and
-a packed batch has none. Padding is masked with a finite value, so that a row without any real token stays finite.
+The graphs compute the results of `XFM` with its parameters, padded instead of packed, because engines plan for shapes.
+Padding is masked with a finite value, so that a row without any real token stays finite.
 
-`text` and `fusion` have a second form, whose cost follows the tokens of texts of any lengths: texts lie one behind the
-other in rows of one length, and a token attends to those of its own text alone. Only the mask knows of it, so that
-every runtime plans for a shape as before, and what no text fills are the ends of rows.
+Packed `text` and `fusion` take captions side by side in rows of one length; a block mask keeps captions separate, and
+only the ends of rows are padding.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ _MASKED = -10000.0
 
 @dataclass(frozen=True)
 class Axis:
-    """A dimension whose size is known only when the graph runs."""
+    """A dimension whose size is known at run time."""
 
     name: str
     least: int = 1
@@ -58,12 +56,12 @@ class Axis:
 BATCH, TEXTS, LENGTH, PAST = Axis("batch"), Axis("texts"), Axis("length"), Axis("past")
 ROWS = Axis("rows")
 LONGEST_ROW = 512
-"""Tokens of a row of texts, whose positions begin anew with every text, so that a model's own do not bound it."""
+"""Tokens of a packed row; positions restart with every caption, so the model's positions do not bound it."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, type and dimensions of an input or output; a dimension is a number or an `Axis`."""
+    """Name, dtype and dimensions of an input or output; a dimension is a number or an `Axis`."""
 
     name: str
     dtype: Literal["compute", "int64"]
@@ -75,28 +73,19 @@ class TensorSpec:
 
     @property
     def axes(self) -> dict[int, Axis]:
-        """Position → axis of the dimensions that vary."""
+        """Position → axis of the dynamic dimensions."""
         return {place: dim for place, dim in enumerate(self.dims) if isinstance(dim, Axis)}
 
 
 AttentionForm = Literal["opset23", "primitives"]
-"""The spelling of attention in a graph: the node `Attention` of opset 23, or two products and a softmax.
+"""Attention in a graph: the node `Attention` of opset 23, or two GEMMs and a softmax.
 
-The tokens of a text attend among each other by primitives in both forms, see `_SelfAttention`.
+Text self-attention uses primitives in both forms, see `_SelfAttention`.
 """
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: AttentionForm) -> Tensor:
-    """softmax(q kᵀ / √D + bias) v.
-
-    Args:
-        q: `[B, H, N, D]`; k, v: `[B, H, M, D]`.
-        bias: added to the scores, broadcast against `[B, H, N, M]`; None adds nothing.
-        form: what an export of this call contains. Outside of an export the result is the same for all forms.
-
-    Returns:
-        `[B, H, N, D]`.
-    """
+    """softmax(q kᵀ / √D + bias) v; q `[B, H, N, D]`, k and v `[B, H, M, D]`, bias broadcast to `[B, H, N, M]`."""
     if not torch.onnx.is_in_onnx_export():
         return F.scaled_dot_product_attention(q, k, v, bias)
     scale = q.shape[-1] ** -0.5
@@ -110,36 +99,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: Attent
 
 
 class Graph(nn.Module):
-    """A part of the model with named inputs and outputs.
-
-    Attributes:
-        inputs, outputs: in the order of `forward`'s arguments and results.
-    """
+    """A part of the model with named inputs and outputs, in the order of `forward`'s arguments and results."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     form: AttentionForm
     gathered: int = 0
-    """The last inputs, as many, come as the one tuple `*memory` of `forward`."""
+    """How many of the last inputs are the tuple `*memory` of `forward`."""
 
     def own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of those axes that this graph has."""
+        """The sizes of the axes that this graph has."""
         axes = {axis.name for spec in self.inputs for axis in spec.axes.values()}
         return {axis: size for axis, size in sizes.items() if axis in axes}
 
 
 class _Joined(nn.Module):
-    """Linear layers of one input as one product.
-
-    Weights are joined when the graph is built: an exporter folds a constant up to a size only, and leaves the joining
-    of large ones to every inference.
-    """
+    """Linear layers of one input as one GEMM, joined on construction: exporters fold only small constants."""
 
     def __init__(self, *parts: nn.Linear) -> None:
         super().__init__()
         self.weight: Tensor
         self.bias: Tensor
-        # Buffers: the parameters of a graph are those of the model, once.
+        # Buffers, because the parameters of a graph are the model's own.
         self.register_buffer("weight", torch.cat([part.weight.detach() for part in parts]), persistent=False)
         self.register_buffer("bias", torch.cat([part.bias.detach() for part in parts]), persistent=False)
 
@@ -159,13 +140,13 @@ class VisionGraph(Graph):
         self.class_head = _class_head(model, "image")
         self.reads_mean = isinstance(model, ClassificationModel) and model.head == "official_image"
         size, tokens = config.image_size, config.num_image_tokens
-        # Gathered here for the reason that `_Joined` has: a gather in every layer of every inference otherwise.
+        # Gathered on construction, as in `_Joined`: otherwise every layer gathers in every inference.
         index = relative_position_index((config.grid, config.grid)).flatten()
         for number, block in enumerate(self.encoder.blocks):
             assert isinstance(block, Block)
             table = block.attn.relative_position_bias_table.detach()
             bias = table.t()[:, index.to(table.device)].view(1, block.attn.heads, tokens, tokens)
-            # Half precision has its digits near 0, and no softmax sees what a row has in common.
+            # Half precision is finest near 0, and softmax ignores a constant of a row.
             bias = bias - bias.amax(-1, keepdim=True)
             self.register_buffer(f"position_bias_{number}", bias, persistent=False)
         self.inputs = (TensorSpec("pixels", "compute", (BATCH, 3, size, size)),)
@@ -207,7 +188,7 @@ class VisionGraph(Graph):
 
 
 class TextGraph(Graph):
-    """Token ids to text embeddings and the contrastive feature. Padded positions hold what padding computes."""
+    """Token ids to text embeddings and the contrastive feature; padded positions hold arbitrary values."""
 
     def __init__(self, model: XFM, form: AttentionForm) -> None:
         super().__init__()
@@ -233,7 +214,7 @@ class TextGraph(Graph):
         return self.with_heads(x, x[:, 0])
 
     def encode(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """`[R, L]` ids and their positions, and what is added to their scores → `[R, L, text_width]`."""
+        """`[R, L]` ids and positions, and the additive attention mask → `[R, L, text_width]`."""
         embeddings = self.encoder.embeddings
         x = F.embedding(ids, embeddings.word_embeddings.weight)
         x = x + F.embedding(positions, embeddings.position_embeddings.weight)
@@ -243,20 +224,22 @@ class TextGraph(Graph):
         return x
 
     def with_heads(self, embeds: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-        """Embeddings, and what the heads make of token 0 of every text, `[B, text_width]`."""
+        """Embeddings, and the heads' outputs for token 0 of every caption, `[B, text_width]`."""
         results = _with_feature(embeds, self.projection, first)
         return results if self.class_head is None else (*results, _head(self.class_head, first))
 
 
 class PackedTextGraph(TextGraph):
-    """The same of texts that lie one behind the other in rows."""
+    """The text graph on packed rows."""
 
     def __init__(self, model: XFM, form: AttentionForm) -> None:
         super().__init__(model, form)
         self.inputs = (
             TensorSpec("packed_ids", "int64", (ROWS, LENGTH)),
             TensorSpec("positions", "int64", (ROWS, LENGTH)),
+            # Number of the caption of a token, from 1; 0 for padding.
             TensorSpec("segments", "int64", (ROWS, LENGTH)),
+            # Row of every caption, and position of its token 0 in it.
             TensorSpec("firsts", "int64", (BATCH, 2)),
         )
         embeds = TensorSpec("packed_embeds", "compute", (ROWS, LENGTH, model.config.text_width))
@@ -265,17 +248,7 @@ class PackedTextGraph(TextGraph):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # a graph is called by the names of its inputs
         self, packed_ids: Tensor, positions: Tensor, segments: Tensor, firsts: Tensor
     ) -> tuple[Tensor, ...]:
-        """R rows of L tokens, and where each of B texts begins.
-
-        Args:
-            packed_ids: `[R, L]`.
-            positions: `[R, L]` as `position_ids` counts them in every text.
-            segments: `[R, L]` number of the text that a token belongs to, from 1; 0 where there is none.
-            firsts: `[B, 2]` row of every text, and place of its token 0 in it.
-
-        Returns:
-            `[R, L, text_width]`, `[B, embed_dim]`, `[B, classes]`.
-        """
+        """R rows of L tokens with B captions → `[R, L, text_width]`, `[B, embed_dim]`, `[B, classes]`."""
         mask = _between(segments, segments, self.encoder.embeddings.word_embeddings.weight.dtype)
         x = self.encode(packed_ids, positions, mask)
         places = firsts[:, 0] * packed_ids.shape[1] + firsts[:, 1]
@@ -283,15 +256,11 @@ class PackedTextGraph(TextGraph):
 
 
 class _MemoryGraph(Graph):
-    """States to the keys and values of every layer of a stack, each in the layout that attention reads.
-
-    They are tensors of their own, so that the graph that reads them copies none: to cut a layer out of one tensor is a
-    copy of the memory at every call.
-    """
+    """States to the keys and values of every layer, as separate tensors so that the reading graph copies none."""
 
     def __init__(self, stack: LayerStack) -> None:
         super().__init__()
-        # The projections alone, not the layers that they belong to: the graph weighs what it needs.
+        # Only the projections: the file then holds only their weights.
         attentions = [layer.crossattention.self for layer in _layers(stack)]
         self.heads = attentions[0].heads
         self.parts = nn.ModuleList(part for parts in attentions for part in (parts.key, parts.value))
@@ -315,11 +284,7 @@ class ImageMemoryGraph(_MemoryGraph):
 
 
 class FusionGraph(Graph):
-    """T texts on each of B memories to fused embeddings, and what the model's heads make of token 0.
-
-    One memory for all texts is B = 1; a memory for every text is T = 1. The texts of a memory are one long query
-    sequence of the cross-attention, which has no mask between queries.
-    """
+    """T captions on each of B memories to fused embeddings and head outputs; captions form one long query sequence."""
 
     def __init__(self, model: XFM, form: AttentionForm, *, all_tokens: bool = False) -> None:
         super().__init__()
@@ -349,16 +314,12 @@ class FusionGraph(Graph):
         self.outputs += _class_spec(model, "pair", BATCH, TEXTS)
 
     def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-        """`[B, T, L, width]`, `[B, T, L]`, keys and values `[B, H, M, D]` of every layer → fused, `[B, T, 2]`,
-        `[B, T, 4]`, classes.
-
-        `fused` is token 0 of every text, `[B, T, width]`, or all tokens `[B, T, L, width]`.
-        """
+        """`[B, T, L, width]`, `[B, T, L]`, keys and values `[B, H, M, D]` of every layer → token 0 (or all), heads."""
         fused = self.fuse(text_embeds, attention_mask, memory)
         return self.with_heads(fused, fused[:, :, 0] if self.all_tokens else fused)
 
     def with_heads(self, fused: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-        """Fused texts, and what the heads make of token 0 of each, `[B, T, width]`."""
+        """Fused captions, and the heads' outputs for token 0 of each, `[B, T, width]`."""
         results = (fused,)
         if self.match_head is not None:
             results += (self.match_logits(first),)
@@ -393,13 +354,7 @@ class FusionGraph(Graph):
         self_attended: bool = False,
         last: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """The encoder on texts `[P, L, width]`.
-
-        Args:
-            self_attended: they are behind the self-attention of layer 0, which no image has touched.
-            last: what the last layer is given of its input where it computes token 0 alone: tokens, mask, and those
-                whose results are wanted; by default token 0 of every row.
-        """
+        """The encoder on `[P, L, width]`; `last` gives tokens, mask and queries of the last layer (default token 0)."""
         for number, (attend, layer) in enumerate(zip(self.attentions, _layers(self.stack), strict=True)):
             if last is not None and number == len(self.stack) - 1:
                 x = attend(*last(x))
@@ -411,7 +366,7 @@ class FusionGraph(Graph):
 
 
 class PackedFusionGraph(FusionGraph):
-    """The same of texts that lie one behind the other in rows, R rows on each of B memories."""
+    """The fusion graph on packed rows, R rows on each of B memories."""
 
     def __init__(self, model: XFM, form: AttentionForm, *, all_tokens: bool = False) -> None:
         super().__init__(model, form, all_tokens=all_tokens)
@@ -419,6 +374,7 @@ class PackedFusionGraph(FusionGraph):
         embeds, fused = ((*rows, model.config.text_width), (BATCH, TEXTS, model.config.text_width))
         self.inputs = (
             TensorSpec("packed_embeds", "compute", embeds),
+            # As in `PackedTextGraph`; numbers are unique over the rows of an image.
             TensorSpec("segments", "int64", rows),
             TensorSpec("firsts", "int64", (BATCH, TEXTS, 2)),
             *self.inputs[2:],
@@ -429,18 +385,7 @@ class PackedFusionGraph(FusionGraph):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # a graph is called by the names of its inputs
         self, packed_embeds: Tensor, segments: Tensor, firsts: Tensor, *memory: Tensor
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """R rows of L tokens on each of B memories, and where each of the T texts on them begins.
-
-        Args:
-            packed_embeds: `[B, R, L, width]`.
-            segments: `[B, R, L]` number of the text that a token belongs to, from 1, others on every row of an image;
-                0 where there is none.
-            firsts: `[B, T, 2]` row of every text, and place of its token 0 in it.
-            memory: keys and values `[B, H, M, D]` of every layer.
-
-        Returns:
-            Token 0 of every text `[B, T, width]`, `[B, T, 2]`, `[B, T, 4]`, classes; last all tokens as they came.
-        """
+        """Token 0 of every caption `[B, T, width]`, `[B, T, 2]`, `[B, T, 4]`, classes; last all tokens as packed."""
         batch, rows, length, width = packed_embeds.shape
         texts, tokens = firsts.shape[1], rows * length
         x, numbers = packed_embeds.flatten(0, 1), segments.flatten(0, 1)
@@ -451,7 +396,7 @@ class PackedFusionGraph(FusionGraph):
             return x.reshape(batch * tokens, width).index_select(0, places).reshape(batch, texts, width)
 
         def last(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            # All rows of an image are one here, for what is wanted of each differs in number.
+            # All rows of an image form one sequence, because rows differ in their number of captions.
             every, own = segments.reshape(batch, tokens), segments.flatten().index_select(0, places)
             mask = _between(own.reshape(batch, texts), every, x.dtype)
             return x.reshape(batch, tokens, width), mask, chosen(x)
@@ -490,7 +435,7 @@ class MatchGraph(Graph):
 
 
 class NLVR2Graph(Graph):
-    """A sentence fused with each of two images, and the head on both: scores of "false" and "true"."""
+    """A sentence fused with each of two images, and the head on both: logits of "false" and "true"."""
 
     def __init__(self, model: NLVR2Model, form: AttentionForm) -> None:
         super().__init__()
@@ -508,7 +453,7 @@ class NLVR2Graph(Graph):
     def forward(self, text_embeds: Tensor, attention_mask: Tensor, *memory: Tensor) -> tuple[Tensor]:
         """`[B, L, width]`, `[B, L]`, keys and values `[B, 2, H, M, D]` of both images, layer by layer → `[B, 2]`."""
         mask = _additive(attention_mask, text_embeds.dtype)
-        # What no image has touched is computed once for both.
+        # The self-attention of layer 0 reads no image and is computed once for both.
         x = self.fusion.attentions[0](text_embeds, mask)
         x, mask = (each.repeat_interleave(2, dim=0) for each in (x, mask))
         both = [part.flatten(0, 1) for part in memory]
@@ -527,10 +472,7 @@ class DecoderMemoryGraph(_MemoryGraph):
 
 
 class DecoderStepGraph(Graph):
-    """One more token of T texts that are decoded from each of B states: what comes next, and what later steps read.
-
-    Texts before their first token have one hidden past token, because not every runtime has tensors without entries.
-    """
+    """One more token of T texts for each of B states; before the first token the past is one masked token."""
 
     def __init__(self, model: VQAModel | CaptioningModel, form: AttentionForm) -> None:
         super().__init__()
@@ -548,6 +490,7 @@ class DecoderStepGraph(Graph):
         self.inputs = (
             TensorSpec("token_ids", "int64", (BATCH, TEXTS)),
             TensorSpec("past", "compute", (BATCH, TEXTS, *cached, PAST, size)),
+            # Zero for tokens that do not exist.
             TensorSpec("past_mask", "int64", (BATCH, TEXTS, PAST)),
             *memory,
         )
@@ -559,18 +502,7 @@ class DecoderStepGraph(Graph):
         )
 
     def forward(self, token_ids: Tensor, past: Tensor, past_mask: Tensor, *memory: Tensor) -> tuple[Tensor, Tensor]:
-        """One step.
-
-        Args:
-            token_ids: `[B, T]`.
-            past: `[B, T, layers, 2, H, P, D]` keys and values of the tokens before.
-            past_mask: `[B, T, P]`, zero for those that do not exist.
-            memory: the outputs of `decoder_memory`; behind them, where states have different lengths, their mask
-                `[B, M]`.
-
-        Returns:
-            Logits `[B, T, vocabulary]`, and keys and values of the token `[B, T, layers, 2, H, D]`.
-        """
+        """Logits `[B, T, vocabulary]`, and keys and values of the token `[B, T, layers, 2, H, D]`."""
         batch, texts = token_ids.shape
         rows = batch * texts
         embeddings, head = self.decoder.roberta.embeddings, self.decoder.lm_head
@@ -601,7 +533,7 @@ class DecoderStepGraph(Graph):
 
 
 def default_graphs(model: XFM) -> tuple[GraphName, ...]:
-    """The graphs that answer for a model: all but `match` of a pretrained one, what the task needs of a fine-tuned."""
+    """The default graphs of a model: all but `match` of a pretrained one, those of the task of a fine-tuned one."""
     if isinstance(model, NLVR2Model):
         return ("vision", "text", "image_memory", "nlvr2")
     if isinstance(model, VQAModel):
@@ -613,28 +545,13 @@ def default_graphs(model: XFM) -> tuple[GraphName, ...]:
     return DEFAULT_GRAPHS
 
 
-def wants_all_tokens(model: XFM, asked: bool) -> bool:
-    """Whether `fusion` returns every token: where that is asked for, or a decoder reads them."""
+def needs_all_tokens(model: XFM, asked: bool) -> bool:
+    """Whether `fusion` returns every token: on request, or because a decoder reads them."""
     return asked or isinstance(model, VQAModel)
 
 
 def build(name: GraphName, model: XFM, form: AttentionForm, *, all_tokens: bool = False, packed: bool = False) -> Graph:
-    """One graph of a model, sharing its parameters, in evaluation mode.
-
-    A graph returns what the model has heads for: without the contrastive head `vision` and `text` have no feature, and
-    `fusion` has no match logits without the matching head, no boxes without that of boxes.
-
-    Args:
-        name: which one.
-        model: `match` needs its matching head.
-        form: how attention is spelt; see `AttentionForm`.
-        all_tokens: `fusion` returns every token instead of token 0.
-        packed: `text` and `fusion` take texts that lie in rows.
-
-    Raises:
-        UnavailableError: the graph is unknown, or the model lacks an encoder or head that it needs.
-        InputError: the model is frozen.
-    """
+    """One graph in evaluation mode that shares the model's parameters; its outputs follow the model's heads."""
     if name not in ALL_GRAPHS:
         raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}")
     if is_frozen(model):
@@ -678,12 +595,12 @@ def _memory_specs(model: XFM, *axes: Axis | int) -> tuple[TensorSpec, ...]:
 
 
 def is_memory(name: str) -> bool:
-    """True of the keys or the values of a layer of the fusion encoder."""
+    """Whether a tensor is the keys or values of a fusion layer."""
     return name.startswith(("memory_keys_", "memory_values_"))
 
 
 def memory_names(layers: int, owner: str = "memory") -> list[str]:
-    """Names of the keys and values of layers, in the order in which graphs take and give them."""
+    """Names of the keys and values of layers, in the order of graph inputs and outputs."""
     return [f"{owner}_{kind}_{number}" for number in range(layers) for kind in ("keys", "values")]
 
 
@@ -694,7 +611,7 @@ def _decoder_memory_specs(model: VQAModel | CaptioningModel) -> tuple[TensorSpec
 
 
 def _states_axis(model: VQAModel | CaptioningModel) -> Axis | int:
-    """Tokens of a state: those of a question, which vary, or those of an image."""
+    """Tokens of a state: dynamic for questions, constant for images."""
     return LENGTH if isinstance(model, VQAModel) else model.config.num_image_tokens
 
 
@@ -704,7 +621,7 @@ def _class_head(model: XFM, modality: Modality) -> nn.Module | None:
 
 
 def _class_spec(model: XFM, modality: Modality, *axes: Axis) -> tuple[TensorSpec, ...]:
-    """The output of that head, where there is one."""
+    """The output of that head, if any."""
     if not isinstance(model, ClassificationModel) or model.modality != modality:
         return ()
     return (TensorSpec("class_logits", "compute", (*axes, model.labels)),)
@@ -733,20 +650,17 @@ def _head(head: nn.Module, x: Tensor) -> Tensor:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[P, L]` of ones and zeros → `[P, 1, 1, L]` to be added to attention scores."""
+    """`[P, L]` of ones and zeros → `[P, 1, 1, L]`, added to attention scores."""
     return (1 - mask[:, None, None, :].to(dtype)) * _MASKED
 
 
 def _between(own: Tensor, others: Tensor, dtype: torch.dtype) -> Tensor:
-    """Texts of queries `[P, Q]` and of keys `[P, K]` → `[P, 1, Q, K]`, added to scores so that each text sees itself.
-
-    What belongs to no text sees what belongs to none, and stays finite.
-    """
+    """Caption numbers of queries `[P, Q]` and keys `[P, K]` → block mask `[P, 1, Q, K]`, added to scores."""
     return (own[:, None, :, None] != others[:, None, None, :]).to(dtype) * _MASKED
 
 
 class _SelfAttention(nn.Module):
-    """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some tokens alone."""
+    """The self-attention branch of a layer, `[P, L, width]` → the same, or `[P, Q, width]` for some queries."""
 
     weight: Tensor
     output_bias: Tensor
@@ -760,19 +674,15 @@ class _SelfAttention(nn.Module):
         products = (*(() if first_only else (parts.query,)), parts.key, parts.value)
         self.register_buffer("weight", torch.cat([each.weight.detach() for each in products]), persistent=False)
         dense = self.output.dense
-        # Of primitives TensorRT makes an attention whose result lies as the next product reads it, where its operator
-        # costs a copy, and one kernel lays out what it reads, but three where the product has a bias. The bias of keys
-        # adds the same to all scores of a query and changes no result; that of values goes into the next product's.
+        # TensorRT fuses primitives into an attention in the layout of the next GEMM, where its operator costs a copy;
+        # a GEMM without bias needs one layout kernel, one with bias three. The key bias adds a constant to all scores
+        # of a query, which softmax ignores; the value bias moves into the next GEMM's bias.
         self.query_bias = parts.query.bias
         bias = (dense.bias + dense.weight @ parts.value.bias).detach()
         self.register_buffer("output_bias", bias, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Attend among the tokens of a text, where `mask` `[P, 1, Q or 1, L]` is added to the scores.
-
-        Args:
-            queries: `[P, Q, width]` those wanted of a layer for some tokens alone; by default token 0.
-        """
+        """Attend with `mask` `[P, 1, Q or 1, L]`; `queries` `[P, Q, width]` default to token 0 where `first_only`."""
         if queries is None:
             queries = x[:, :1] if self.first_only else x
         projected = F.linear(x, self.weight)
@@ -800,7 +710,7 @@ def _cross(
     memories: int,
     form: AttentionForm,
 ) -> Tensor:
-    """The cross-attention branch of a layer: texts `[P, L, width]` over B memories `[B, H, M, D]`, P / B over each."""
+    """The cross-attention branch: `[P, L, width]` over B memories `[B, H, M, D]`, P / B captions on each."""
     parts = layer.crossattention
     heads = parts.self.heads
     q = parts.self.query(x).reshape(memories, -1, heads, x.shape[-1] // heads).transpose(1, 2)
@@ -819,12 +729,7 @@ _LARGEST_SIZES = {"batch": 4096, "texts": 4096, "length": LONGEST_ROW, "past": 5
 def tracing_call(
     graph: Graph, dtype: torch.dtype, fixed: Mapping[str, int]
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Inputs to trace a graph with, and for each its dimensions that stay dynamic, as `forward` takes them.
-
-    Args:
-        dtype: type of the inputs that are not ids.
-        fixed: axes that get a constant size.
-    """
+    """Inputs to trace a graph with, and the dynamic dimensions of each, in `forward`'s order."""
     dims: dict[str, Any] = {}
 
     def dimension(axis: Axis) -> Any:
@@ -843,7 +748,7 @@ def tracing_call(
 
 
 def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *, seed: int = 0) -> tuple[Tensor, ...]:
-    """Inputs of a graph at the given sizes of its axes: noise, ids of every vocabulary, texts of falling length."""
+    """Inputs of a graph at given axis sizes: noise, small ids, captions of decreasing length."""
     generator = torch.Generator().manual_seed(seed)
 
     def values(spec: TensorSpec) -> Tensor:
@@ -870,14 +775,14 @@ def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *,
 
 
 def _real(shape: tuple[int, ...]) -> Tensor:
-    """True for the real tokens of texts `[..., L]`: text n has n % L tokens less than the longest."""
+    """Mask of real tokens of captions `[..., L]`: caption n is n % L tokens shorter than the longest."""
     length = shape[-1]
     texts = torch.arange(torch.Size(shape[:-1]).numel()).view(*shape[:-1], 1)
     return torch.arange(length).expand(shape) < (length - texts % length)
 
 
 def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
-    """Raise `InputError` for a fixed axis that none of the graphs has, or a size that is not positive."""
+    """Raise `InputError` for a fixed axis that no graph has, or a size below 1."""
     known = {axis.name for graph in graphs for spec in graph.inputs for axis in spec.axes.values()}
     for name, size in fixed.items():
         if name not in known:
@@ -887,11 +792,11 @@ def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
 
 
 def in_dtype(module: M, dtype: torch.dtype) -> M:
-    """The module with its numbers in `dtype`: itself where they are, else a copy."""
+    """The module in `dtype`: itself where it already is, else a copy."""
     tensors = [each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()]
     if all(each.dtype == dtype for each in tensors):
         return module
-    # A copy that is converted afterwards would be one of all weights in the old type first.
+    # Converted tensor by tensor: a copy of the module first would hold all weights in the old dtype.
     converted: dict[int, Any] = {}
     for each in tensors:
         value = each.detach().to(dtype)
@@ -902,7 +807,7 @@ def in_dtype(module: M, dtype: torch.dtype) -> M:
 
 @contextlib.contextmanager
 def frozen(graph: Graph) -> Iterator[None]:
-    """Stop the parameters from needing gradients: what is derived from trainable ones does not export."""
+    """Disable gradients of the parameters: tensors derived from trainable parameters do not export."""
     trainable = [parameter for parameter in graph.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

@@ -1,8 +1,7 @@
-"""Texts in rows: how texts of many lengths are divided into rows of one, and the tensors that graphs take of them.
+"""Packed rows: captions of different lengths side by side in rows of one length, and the tensors that graphs take.
 
-Padding to the longest of a batch is paid in every layer. Texts that lie one behind the other leave only the ends of
-rows empty, and rows are filled evenly, so that there is little of it; what a longer row costs more is attention, of
-which a token among few others has next to none.
+Padding to the longest caption costs every layer; packed rows waste only their ends. A longer row costs more attention,
+which is a small share of a layer.
 """
 
 from __future__ import annotations
@@ -22,23 +21,18 @@ _TARGETS = (32, 48, 64, 96, 128)
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts in rows of one length.
-
-    Attributes:
-        texts: numbers of the texts of every row, in the order in which they lie there.
-        length: tokens of a row.
-    """
+    """Captions by number, packed into rows of `length` tokens."""
 
     texts: tuple[tuple[int, ...], ...]
     length: int
 
     @property
     def tokens(self) -> int:
-        """Padded tokens of all rows."""
+        """Tokens of all rows, padding included."""
         return len(self.texts) * self.length
 
 
-def in_rows(
+def pack_rows(
     texts: Sequence[int],
     lengths: Sequence[int],
     width: int,
@@ -47,25 +41,17 @@ def in_rows(
     most_length: int | None = None,
     padded: Callable[[int], int] = lambda length: length,
 ) -> Rows | None:
-    """The cheapest rows of texts that were tried, padded tokens and attention counted; None where none are allowed.
-
-    Args:
-        texts: by number, at least one.
-        lengths: tokens of every text there is.
-        width: of the model, which the price of attention goes by.
-        most_rows, most_length: of the rows.
-        padded: the length that a row of some length is padded to.
-    """
+    """The cheapest packing by padded tokens and attention cost; None where no packing fits the limits."""
     order = sorted(texts, key=lengths.__getitem__, reverse=True)
     total, longest = sum(lengths[text] for text in texts), lengths[order[0]]
     top_rows = min(len(order), most_rows or len(order))
     counts = {ceil(total / max(target, longest)) for target in (longest, *_TARGETS)}
     best, cheapest = None, inf
     for count in sorted(count for count in counts if count <= top_rows) or [top_rows]:
-        rows, length = _filled(order, lengths, count)
+        rows, length = _fill_rows(order, lengths, count)
         while most_length is not None and length > most_length and count < top_rows:
             count += 1
-            rows, length = _filled(order, lengths, count)
+            rows, length = _fill_rows(order, lengths, count)
         if most_length is not None and length > most_length:
             continue
         length = padded(length)
@@ -76,8 +62,8 @@ def in_rows(
     return best
 
 
-def _filled(order: Sequence[int], lengths: Sequence[int], count: int) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """So many rows, each text in its turn in the one that has the fewest tokens; and the tokens of the fullest."""
+def _fill_rows(order: Sequence[int], lengths: Sequence[int], count: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Greedy packing into `count` rows, longest caption first; returns the rows and the tokens of the fullest."""
     rows: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, row) for row in range(count)]
     heapify(loads)
@@ -90,31 +76,18 @@ def _filled(order: Sequence[int], lengths: Sequence[int], count: int) -> tuple[t
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a pass lie: B images (one where there are none) with R rows of L tokens each.
+    """Token positions of one pass: B images (1 without images) with R rows of L tokens each."""
 
-    Attributes:
-        source: `[N]` numbers of the tokens, of all texts one after the other.
-        place: `[N]` where each of them lies among all B R L.
-        segments: `[B, R, L]`; firsts: `[B, T, 2]`: see `graphs.PackedFusionGraph`.
-        texts: `[P]` numbers of the texts; found: `[P]` where the results of each lie among all B T.
-    """
-
-    source: Tensor
-    place: Tensor
-    segments: Tensor
-    firsts: Tensor
-    texts: Tensor
-    found: Tensor
+    source: Tensor  # [N] token numbers over all captions, concatenated
+    place: Tensor  # [N] position of each among all B R L
+    segments: Tensor  # [B, R, L], see `graphs.PackedTextGraph`
+    firsts: Tensor  # [B, T, 2]
+    texts: Tensor  # [P] caption numbers
+    found: Tensor  # [P] position of the results of each among all B T
 
     @classmethod
     def of(cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int) -> Layout:
-        """The layout of texts by number.
-
-        Args:
-            images: rows of texts of every image, the same number of each.
-            lengths: tokens of every text there is; the texts' own numbers count through these.
-            length: tokens of a row.
-        """
+        """The layout of captions: `images` holds the rows of every image, the same number of rows each."""
         counts = [sum(map(len, rows)) for rows in images]
         rows = len(images[0])
         texts = np.array([text for image in images for row in image for text in row])
@@ -148,7 +121,7 @@ class Layout:
         )
 
     def spread(self, values: Tensor, padding: int = 0) -> Tensor:
-        """What every token has, `[tokens of all texts, ...]` → `[B, R, L, ...]`, `padding` where no text is."""
+        """Scatter token values, `[tokens of all captions, ...]` → `[B, R, L, ...]`, with `padding` elsewhere."""
         out = values.new_full((self.segments.numel(), *values.shape[1:]), padding)
         out[self.place.to(values.device)] = values.index_select(0, self.source.to(values.device))
         return out.view(*self.segments.shape, *values.shape[1:])

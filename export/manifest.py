@@ -1,7 +1,6 @@
-"""`manifest.json`: what an export consists of, what it was made from, and whether it was found to agree with the model.
+"""`manifest.json`: the files of an export, their origin, and the comparison with the model.
 
-Loading a manifest compares it with the files beside it, so that a truncated engine or an edited graph is named before
-anything runs.
+Loading a manifest checks sizes and checksums, so a truncated or edited file is reported before a graph runs.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class AxisRecord(_Record):
 
 
 class TensorRecord(_Record):
-    """An input or output. A dimension is a number or the name of an axis of the graph."""
+    """An input or output; a dimension is a number or the name of an axis."""
 
     name: str
     dtype: Literal["float32", "float16", "bfloat16", "int64"]
@@ -74,31 +73,20 @@ class ProfileRecord(_Record):
 
 
 class QuantisationRecord(_Record):
-    """The products of a graph in 8 bits, and what they cost.
-
-    Attributes:
-        kind: of the 8 bits.
-        budget: least cosine of any row of an output that was asked for.
-        cosine: the least that was found on the inputs of the calibration.
-        products: those that could be in 8 bits.
-        kept: layers whose products stay in the type of the graph.
-        smoothed: tensors whose channels were made more equal.
-        wide_milliseconds, milliseconds: one input of the calibration by ONNX Runtime on the CPU, in fp32 and with the
-            8 bits.
-    """
+    """The 8-bit GEMMs of a graph and their cost."""
 
     kind: Quantisation
     budget: float
-    cosine: float
-    products: int
-    kept: list[str]
-    smoothed: int
-    wide_milliseconds: float
+    cosine: float  # least over the calibration inputs
+    products: int  # candidates
+    kept: list[str]  # layers that stay in the dtype of the graph
+    smoothed: int  # tensors with equalised channels
+    wide_milliseconds: float  # fp32, one calibration input, ONNX Runtime on the CPU
     milliseconds: float
 
 
 class GraphRecord(_Record):
-    """One graph: its file, and how it is called."""
+    """One graph: its files and its interface."""
 
     name: GraphName
     file: str
@@ -109,53 +97,37 @@ class GraphRecord(_Record):
     build_seconds: float
     profiles: list[ProfileRecord] = []
     quantisation: QuantisationRecord | None = None
-    # Of older exports, which could name weights beside an engine.
+    # In older exports, which could store the weights of an engine separately.
     weights: None = Field(None, exclude=True)
 
     @property
     def named(self) -> list[str]:
-        """The names of all files that the record speaks of, which a folder from elsewhere may have made up."""
+        """The names of all files of the record; untrusted, since the folder may come from elsewhere."""
         return [self.file, *self.files]
 
 
 class EngineTarget(_Record):
-    """The machines that run engines, which are bound to the library that built them and the architectures it built for.
-
-    Attributes:
-        library: `tensorrt` or `tensorrt-rtx`.
-        version: the library's.
-        compute_capabilities: numbers such as 89 for SM89.
-        version_compatible: later versions of the library run the engine too.
-        hardware_compatibility: TensorRT's level, such as `ampere_plus`; None when bound to one architecture.
-    """
+    """The machines that run engines: the library that built them and its version, and the GPUs."""
 
     library: Literal["tensorrt", "tensorrt-rtx"]
     version: str
-    compute_capabilities: list[int]
+    compute_capabilities: list[int]  # such as 89
     version_compatible: bool = False
-    hardware_compatibility: str | None = None
+    hardware_compatibility: str | None = None  # such as `ampere_plus`; None: one architecture
 
 
 class PackageTarget(_Record):
-    """The machines that run compiled packages: they hold machine code, and call the libraries of one PyTorch.
-
-    Attributes:
-        torch: version that compiled them.
-        device: `cpu` or `cuda`.
-        architecture: the processor's, such as `x86_64`.
-        instructions: the extensions that the compiler could use, on a CPU.
-        compute_capability: the GPU's, such as 89 for SM89.
-    """
+    """The machines that run compiled packages: machine code bound to one PyTorch."""
 
     torch: str
     device: Literal["cpu", "cuda"]
-    architecture: str
+    architecture: str  # such as `x86_64`
     instructions: list[str] = []
     compute_capability: int | None = None
 
 
 class Check(_Record):
-    """An output of a graph against the model, over all shapes that were run."""
+    """An output of a graph compared with the model, over all shapes that were run."""
 
     graph: GraphName
     output: str
@@ -169,10 +141,7 @@ class Check(_Record):
 
 
 class RankCheck(_Record):
-    """The order that re-ranking puts candidates in, compared; `verification.rank_agreement` defines the figures.
-
-    `graph` is the one that gave the scores, or `all` where each graph was given what the one before computed.
-    """
+    """Agreement of the re-ranking order (`verification.rank_agreement`); `all` chains the graphs."""
 
     graph: GraphName | Literal["all"]
     candidates: int
@@ -184,7 +153,7 @@ class RankCheck(_Record):
 
 
 class VerificationRecord(_Record):
-    """The comparison of an export with its model, and what came of it."""
+    """The comparison of an export with its model."""
 
     runtime: str
     examples: str
@@ -194,28 +163,13 @@ class VerificationRecord(_Record):
 
     @property
     def differing(self) -> list[str]:
-        """The outputs and ranks that differ from the model by more than is allowed."""
+        """The outputs and ranks that exceed their threshold."""
         outputs = [f"{check.graph} {check.output}" for check in self.checks if not check.passed]
         return outputs + [f"ranks by {check.graph}" for check in self.ranks if not check.passed]
 
 
 class Manifest(_Record):
-    """An export. `load` reads one and compares it with the files; `save` writes it.
-
-    Attributes:
-        format: version of the manifest itself.
-        kind: what the files are.
-        source: where the weights come from, in words.
-        weights_sha256: hash of names and values of the parameters that were exported.
-        packed: `text` and `fusion` take texts that lie one behind the other in rows.
-        fixed: axes that have one size in every graph.
-        status: `verified` or `failed` once compared with the model; `graphs verified` where only the ONNX graphs that
-            engines were built from could be; `reason` says more.
-        versions: packages that took part.
-        examples: what the reference was made from, in words.
-        verification: the comparison of the files themselves.
-        graphs_verification: of engines, the comparison of the ONNX graphs that they were built from, on the CPU.
-    """
+    """An export: where it comes from, its graphs and files, and its verification."""
 
     format: int = FORMAT_VERSION
     kind: Kind = "onnx"
@@ -255,11 +209,7 @@ class Manifest(_Record):
         return tuple(graph.name for graph in self.graphs)
 
     def require_files(self, folder: Path) -> None:
-        """See that every file that a graph consists of is one whose size and checksum the manifest holds.
-
-        Raises:
-            ExportError: a graph lies in a file, or has weights in one, that the manifest does not list.
-        """
+        """Raise `ExportError` where a graph uses a file without size and checksum in the manifest."""
         listed = {record.name for record in self.files}
         for graph in self.graphs:
             used = {*graph.named}
@@ -272,11 +222,7 @@ class Manifest(_Record):
                 )
 
     def graph(self, name: str) -> GraphRecord:
-        """The record of a graph.
-
-        Raises:
-            ExportError: it was not exported.
-        """
+        """The record of a graph; raises `ExportError` where it was not exported."""
         for graph in self.graphs:
             if graph.name == name:
                 return graph
@@ -286,25 +232,13 @@ class Manifest(_Record):
         )
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json`, whole or not at all.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
+        """Write `manifest.json` atomically."""
         content = json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
         write_bytes({folder / MANIFEST_FILE: content})
 
     @classmethod
     def load(cls, folder: str | Path, *, check_files: bool = True) -> Self:
-        """Read the manifest of an export and compare it with the files.
-
-        Args:
-            check_files: compare sizes and checksums too, which reads every file once.
-
-        Raises:
-            ExportError: there is no manifest, a later version wrote it, or it does not match the files; every file
-                that is missing, truncated or edited is named.
-        """
+        """Read the manifest of an export; `check_files` compares sizes and checksums, and every bad file is named."""
         manifest = cls._read(Path(folder))
         if check_files:
             problems = list(mismatches(Path(folder), manifest.files))
@@ -348,14 +282,7 @@ class Manifest(_Record):
             raise ExportError(f"{path} is damaged at {where} ({advice(first)}); export again") from None
 
     def require_target(self, *, library_version: str, compute_capability: int | None) -> None:
-        """Compare an engine's target with this machine.
-
-        Args:
-            compute_capability: the GPU's, such as 89; None leaves it out.
-
-        Raises:
-            ExportError: names what the engines were built for, what is here, and the remedy.
-        """
+        """Raise `ExportError` where this library version or GPU (None: unchecked) does not run the engines."""
         target = self.target
         if target is None:
             return
@@ -378,14 +305,14 @@ class Manifest(_Record):
 
 
 def new_manifest(**fields: Any) -> Manifest:
-    """A manifest with the time, version and commit of now."""
+    """A manifest with the current time, version and commit."""
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"), xfm_fast=__version__, commit=commit(), **fields
     )
 
 
 def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
-    """Differences between the records and the files, one phrase a file. Checksums are read only where sizes agree."""
+    """Differences between records and files, one phrase per file; checksums only where sizes agree."""
     for record in files:
         path = folder / record.name
         try:
@@ -419,11 +346,7 @@ _MESSAGES: dict[str, dict[int, str]] = {
 
 
 def external_files(path: Path) -> set[str]:
-    """The names of the files in which an ONNX graph says that weights of it lie; needs no package.
-
-    Raises:
-        ExportError: the file cannot be read or is no ONNX graph.
-    """
+    """Names of the external weight files of an ONNX graph, parsed without the `onnx` package."""
     names: set[str] = set()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -444,7 +367,7 @@ def external_files(path: Path) -> set[str]:
 
 
 def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of every field of a message that has a length (protobuf's wire type 2)."""
+    """Number, start and end of every length-delimited field (protobuf wire type 2) of a message."""
 
     def varint(at: int) -> tuple[int, int]:
         value = shift = 0
@@ -476,11 +399,7 @@ def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, i
 
 
 def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
-    """Records of files in the folder, in alphabetical order, each name once.
-
-    Raises:
-        StorageError: a file cannot be read.
-    """
+    """Records of files in the folder, sorted, each name once."""
     records = []
     for name in sorted(set(names)):
         path = folder / name
@@ -492,13 +411,13 @@ def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file's content, read in pieces."""
+    """The checksum of a file, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def package_versions(*names: str) -> dict[str, str]:
-    """Installed versions of packages, those that are not installed left out."""
+    """Versions of the packages that are installed."""
     found: dict[str, str] = {}
     for name in names:
         try:
@@ -510,7 +429,7 @@ def package_versions(*names: str) -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout that xfm-fast runs from, `+` behind it where files were changed; None elsewhere."""
+    """The commit of this checkout, with `+` where files were changed; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
         # An installed package may lie inside another project's repository, which does not track it.

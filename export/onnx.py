@@ -1,4 +1,4 @@
-"""ONNX files: graphs of the model exported, cleaned and checked, complete on disk or not there at all."""
+"""ONNX files: graphs of the model exported, cleaned, checked and written atomically."""
 
 from __future__ import annotations
 
@@ -55,20 +55,25 @@ def export_onnx(
     largest_file: int = LARGEST_FILE,
     **changes: Any,
 ) -> Manifest:
-    """Write graphs of a model as ONNX files, and `manifest.json` beside them.
+    """Write graphs of a model as ONNX files with a `manifest.json`.
 
     Args:
-        model: is left as it is; weights are converted graph by graph.
-        folder: made if it is not there. Graphs of the same name in it are replaced.
-        request: which graphs, and their form.
-        source, tokenizer_sha256, examples, compared, companions, progress: see `pipeline.export_graphs`.
-        largest_file: bytes beyond which weights go into a file of their own.
-        changes: fields of the request: `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`.
+        model: The model, left unchanged; weights are converted graph by graph.
+        folder: Created if missing. Graphs of the same name in it are replaced.
+        request: The graphs and their form.
+        source: Origin of the weights in words, for the manifest.
+        tokenizer_sha256: Vocabulary of the ids; by default that of the model's tokenizer.
+        examples: Compare the export with the model on these; without them the manifest says `unverified`.
+        compared: False defers the comparison to `verify`, which needs no model in memory.
+        companions: Sidecar files by name, in addition to tokenizer and preprocessor.
+        progress: Callback with a line of progress.
+        largest_file: Bytes beyond which weights go into a separate file.
+        changes: Fields of the request: `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`.
 
     Raises:
-        UnavailableError: an unknown consumer, type, opset or graph, a head that the model lacks, or `onnx` is absent.
-        InputError: a fixed axis or size that no graph can have.
-        StorageError: the folder cannot be written, or has no room for the files.
+        UnavailableError: An unknown consumer, dtype, opset or graph, a head that the model lacks, or a missing `onnx`.
+        InputError: A fixed axis or size that no graph can have.
+        StorageError: The folder is not writable or too small.
     """
     request = completed(request, OnnxRequest, changes)
     spelling = check_spelling(request)
@@ -104,18 +109,14 @@ def export_onnx(
 
 
 def _special_tokens(model: XFM) -> dict[str, int]:
-    """The ids that begin, end and fill up texts; that of padding where the model has no tokenizer."""
+    """The ids of bos, eos and pad; only pad where the model has no tokenizer."""
     words = model.tokenizer
     ends = {} if words is None else {"bos": words.bos_token_id, "eos": words.eos_token_id}
     return ends | {"pad": model.config.pad_token_id}
 
 
 def check_spelling(request: OnnxRequest) -> Profile:
-    """The spelling of the graphs of a request, seen before a checkpoint is read.
-
-    Raises:
-        UnavailableError: see `consumers.profile`; or `onnx` or its exporter is not installed.
-    """
+    """Attention form and opset of a request; raises `UnavailableError` before a checkpoint is read."""
     spelling = profile(request.consumer, request.dtype, request.opset)
     require_onnx()
     return spelling
@@ -123,13 +124,7 @@ def check_spelling(request: OnnxRequest) -> Profile:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that was written.
-
-    Attributes:
-        path: the model; with external data, `path.name + ".data"` lies beside it.
-        files: everything that belongs to it.
-        opset: version of the standard operators.
-    """
+    """A written file with its external data and opset."""
 
     path: Path
     files: tuple[Path, ...]
@@ -146,22 +141,7 @@ def write_onnx(
     metadata: Mapping[str, str] | None = None,
     largest_file: int = LARGEST_FILE,
 ) -> OnnxFile:
-    """Export a graph to `path`.
-
-    Args:
-        graph: result of `graphs.build`, its parameters already in `dtype`.
-        path: the file, in an existing folder; replaced if it is there.
-        profile: opset and form of attention, the one that the graph was built for.
-        dtype: fp32, fp16 or bf16.
-        fixed: axes that get a constant size; the others stay dynamic.
-        metadata: goes into the file as it is.
-        largest_file: bytes beyond which the weights go into a file of their own.
-
-    Raises:
-        UnavailableError: `onnx` or `onnxscript` is not installed.
-        InputError: a fixed axis that the graph does not have, or a size that is not positive.
-        StorageError: the file cannot be written; nothing half-written stays.
-    """
+    """Export a graph, its parameters in `dtype`, to `path`; weights beyond `largest_file` bytes go to `.data`."""
     onnx = require_onnx()
     fixed = dict(fixed or {})
     check_fixed([graph], fixed)
@@ -173,7 +153,7 @@ def write_onnx(
         contextlib.redirect_stderr(io.StringIO()),
         frozen(graph),
     ):
-        with _swift_tracing():
+        with _fast_tracing():
             program = torch.onnx.export(
                 graph,
                 inputs,
@@ -189,8 +169,8 @@ def write_onnx(
         given = [*program.model.graph.initializers.values()]
         program.optimize()
     beside = f"{path.name}.data"
-    model, weights = _parted(program.model, beside)
-    # The rules of the optimiser keep the graph that they saw last, and it keeps the weights that they folded away.
+    model, weights = _split_weights(program.model, beside)
+    # The optimiser's rules reference the last graph, and with it the weights that they folded.
     for value in given:
         value.const_value = None
     _clean(model, path.stem, metadata or {})
@@ -202,8 +182,8 @@ def write_onnx(
             with data.open("wb") as file:
                 _write_beside(file, model, weights if external else {})
             written.write_bytes(model.SerializeToString())
-            # Before weights are in the file: the checker reads it whole, and looks at the form of weights alone. It
-            # follows external data only where it is given a path.
+            # Before the weights are in the file: the checker reads it whole, and only checks shape and dtype of
+            # weights. It follows external data only where it gets a path.
             onnx.checker.check_model(str(written), full_check=True)
             if not external:
                 data.unlink()
@@ -213,7 +193,7 @@ def write_onnx(
             for name in names:
                 shutil.move(Path(scratch) / name, path.parent / name)
         if not external:
-            # Of an earlier export; nothing refers to it any more.
+            # A leftover of an earlier export.
             (path.parent / beside).unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
@@ -237,7 +217,7 @@ def require_onnx() -> Any:
 
 @contextlib.contextmanager
 def quiet(name: str | None = None) -> Iterator[None]:
-    """Silence a logger, by default that of all: quantisers advise to preprocess graphs, which are optimised already."""
+    """Silence a logger below ERROR."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -248,19 +228,14 @@ def quiet(name: str | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _swift_tracing() -> Iterator[None]:
-    """Spare PyTorch's exporter three things that are a quarter of its time and change nothing of the graph.
-
-    It reads the source of every operator that it knows anew for each graph. Its cache of fake tensors costs more than
-    it saves where sizes are symbols. And the collector goes again and again through a hundred thousand objects, all of
-    which are still held; none has memory of its own yet.
-    """
+def _fast_tracing() -> Iterator[None]:
+    """Speed up torch's exporter by a quarter: operators read once, no fake-tensor cache, no garbage collection."""
     from torch._dynamo import config
 
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with config.patch(fake_tensor_cache_enabled=False), _operators_read_once():
+        with config.patch(fake_tensor_cache_enabled=False), _cached_operators():
             yield
     finally:
         if collecting:
@@ -268,13 +243,13 @@ def _swift_tracing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _operators_read_once() -> Iterator[None]:
+def _cached_operators() -> Iterator[None]:
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         method, read = vars(ONNXRegistry)["from_torchlib"], ONNXRegistry.from_torchlib
     except (ImportError, KeyError, AttributeError):
-        # A part of PyTorch that other versions may have elsewhere: there they are read every time.
+        # Private to PyTorch; where it moved, operators are read every time.
         yield
         return
     ONNXRegistry.from_torchlib = staticmethod(functools.partial(_operators, read))
@@ -286,16 +261,12 @@ def _operators_read_once() -> Iterator[None]:
 
 @functools.cache
 def _operators(read: Callable[..., Any], opset_version: int) -> Any:
-    """What the exporter reads of its operators for an opset."""
+    """The exporter's operators of an opset."""
     return read(opset_version)
 
 
-def _parted(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:
-    """The message of a graph, which says that its weights lie in a file `beside`, and the weights by name.
-
-    A message with weights in it is a copy of them all, its serialised form another, and what the checker reads of that
-    a third.
-    """
+def _split_weights(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:
+    """The graph message with external weights in `beside`, and the weights by name, without copies of them."""
     import onnx_ir
 
     weights: dict[str, Any] = {}
@@ -312,7 +283,7 @@ def _parted(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _write_beside(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None:
-    """Write the file of the weights; of those that are not given there is room alone."""
+    """Write the weight file; weights that are not in `weights` are left as holes."""
     for tensor in model.graph.initializer:
         place = {entry.key: entry.value for entry in tensor.external_data}
         if not place:
@@ -326,7 +297,7 @@ def _write_beside(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> Non
 
 
 def _write_whole(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None:
-    """Write a graph with its weights in it, as protobuf would, one weight at a time."""
+    """Write a graph with embedded weights, one weight at a time, as protobuf would."""
     rest, graph = type(model)(), type(model.graph)()
     rest.CopyFrom(model)
     rest.ClearField("graph")
@@ -353,7 +324,7 @@ def _write_whole(file: BinaryIO, model: Any, weights: Mapping[str, Any]) -> None
 
 
 def _field(number: int, size: int) -> bytes:
-    """The begin of a field of a protobuf message that holds so many bytes."""
+    """The header of a length-delimited protobuf field."""
     head = [number << 3 | 2]
     while size > 127:
         head.append(size & 127 | 128)
@@ -362,7 +333,7 @@ def _field(number: int, size: int) -> bytes:
 
 
 def _clean(model: Any, name: str, metadata: Mapping[str, str]) -> None:
-    """Replace the exporter's notes, which name files of this machine, by what a reader of the graph wants."""
+    """Replace the exporter's metadata, which names local files, by ours."""
     graph = model.graph
     model.producer_name, model.producer_version = "xfm-fast", __version__
     graph.name, model.doc_string, graph.doc_string = name, "", ""

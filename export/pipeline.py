@@ -1,6 +1,6 @@
-"""The pipeline of every export: build the graphs, find room, begin a manifest, write, record, compare, save.
+"""The pipeline of every export: build graphs, check disk space, write, record, compare, save.
 
-Everything that can fail early fails before a file of the folder changes. The manifest is written once, at the end.
+Validation comes before any file changes; the manifest is written once, at the end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .graphs import (
     check_fixed,
     default_graphs,
     in_dtype,
-    wants_all_tokens,
+    needs_all_tokens,
 )
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
 from .readme import README_FILE, readme
@@ -43,19 +43,18 @@ from .request import ALL_GRAPHS, ExportRequest, GraphName
 from .verification import compare_with_reference, keep_results
 
 Progress = Callable[[str], None]
-"""Is told what is being done."""
+"""Callback with a line of progress."""
 
 Write = Callable[[Graph, GraphRecord, Manifest], Sequence[str]]
-"""Writes a graph, its parameters in the type of the export and its file named by the record; returns the names of all
-its files, the graph's own first."""
+"""Writes a graph in the export's dtype to the record's file; returns all file names, the graph's own first."""
 
 _TENSOR_TYPES: dict[DType, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# Names, shapes and nodes beside the weights.
+# Names, shapes and nodes.
 _ROOM_PER_GRAPH = 4 << 20
 
 
 def silent(message: str) -> None:
-    """Shows no progress."""
+    """No progress output."""
 
 
 def export_graphs(
@@ -75,27 +74,7 @@ def export_graphs(
     progress: Progress = silent,
     **facts: Any,
 ) -> Manifest:
-    """Write graphs of a model into a folder, with their manifest.
-
-    Args:
-        request: which graphs, and their form.
-        spelling: form of attention and opset.
-        write: writes one graph.
-        suffix: ending of the graphs' files.
-        room: bytes needed, from the estimated sizes of the graphs.
-        source: where the weights come from, in words without paths; goes into the manifest.
-        tokenizer_sha256: of the vocabulary that the ids belong to; by default of the model's tokenizer.
-        examples: compare the export with the model on them; without, the manifest says `unverified`.
-        compared: False leaves the comparison to `verification.verify`, when the model need not be in memory any more:
-            what it computes is in the folder.
-        companions: files that lie beside the graphs, by name, such as those that say what a fine-tuned model is for.
-            The model's tokenizer and the preparation of images are always among them.
-        facts: further fields of the manifest.
-
-    Raises:
-        UnavailableError, InputError: see `build_graphs`.
-        StorageError: the folder cannot be written, or has no room for the files.
-    """
+    """Write graphs of a model into a folder, with their manifest."""
     dtype, fixed = data_type(request.dtype), request.sizes
     companions = XFMProcessor(model.config, model.tokenizer).files() | dict(companions)
     if tokenizer_sha256 is None and model.tokenizer is not None:
@@ -104,7 +83,7 @@ def export_graphs(
         model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens, packed=request.packed
     )
     sizes = [graph_bytes(graph, model, dtype) for graph in built.values()]
-    all_tokens = wants_all_tokens(model, request.all_tokens)
+    all_tokens = needs_all_tokens(model, request.all_tokens)
     records = graph_records(built, dtype, model, fixed, suffix)
     decodes = not DECODER_GRAPHS.isdisjoint(built)
     prepare_folder(folder, room(sizes) + reference_bytes(model.config, decodes=decodes))
@@ -124,7 +103,7 @@ def export_graphs(
         **facts,
     )
 
-    # A graph joins weights into new ones, and those of all together are a fifth of the model.
+    # Joined weights of all graphs together are a fifth of the model.
     del built
 
     def write_one(record: GraphRecord) -> Sequence[str]:
@@ -132,7 +111,7 @@ def export_graphs(
         converted = in_dtype(graph, DTYPES[dtype])
         files = write(converted, record, content)
         if converted is not graph:
-            # An exporter keeps weights that a graph joined, and what it was joined from, until it sees another graph.
+            # An exporter references joined weights and their sources until it sees another graph.
             for parameter in converted.parameters():
                 parameter.data = parameter.new_empty(0)
         return files
@@ -157,22 +136,14 @@ def fill_folder(
     compare: Callable[[Manifest], None] = lambda content: None,
     companions: Mapping[str, bytes] = {},
 ) -> Manifest:
-    """Write the graphs of an export, and its manifest when all is there.
-
-    Args:
-        content: the manifest; gets its graphs, files and verification here.
-        records: graphs that are to be written; time spent on them before counts.
-        write: writes one and returns the names of its files, the graph's own first.
-        compare: enters into the manifest what a comparison with the model says.
-        companions: further files, by name.
-    """
-    # From here on the files change, and an earlier manifest no longer describes them.
+    """Write the graphs of an export, then its sidecar files and manifest; `content` is completed in place."""
+    # From here on the files change, and an earlier manifest does not describe them.
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     graphs = []
     for record in records:
         started = time.perf_counter()
         files = [*write(record)]
-        # An exporter leaves programs in circles, which hold the weights that the graph joined.
+        # An exporter leaves programs in reference cycles, which hold joined weights.
         gc.collect()
         give_back()
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
@@ -184,7 +155,7 @@ def fill_folder(
     try:
         compare(content)
     finally:
-        # Complete, if unverified, whatever became of the comparison.
+        # The export is complete even where the comparison fails.
         content.save(folder)
     return content
 
@@ -198,19 +169,14 @@ def build_graphs(
     all_tokens: bool = False,
     packed: bool = False,
 ) -> dict[GraphName, Graph]:
-    """The graphs to export, checked together; they share the model's parameters.
-
-    Raises:
-        UnavailableError: a graph that is unknown or that the model cannot give.
-        InputError: no graph, one named twice, or a fixed axis or size that none of them can have.
-    """
+    """The graphs to export, validated together; they share the model's parameters."""
     names = default_graphs(model) if names is None else names
     if not names:
         raise InputError(f"no graph is named; choose from {', '.join(ALL_GRAPHS)}")
     twice = sorted({name for name in names if [*names].count(name) > 1})
     if twice:
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
-    all_tokens = wants_all_tokens(model, all_tokens)
+    all_tokens = needs_all_tokens(model, all_tokens)
     built: dict[GraphName, Graph] = {
         name: build(name, model, spelling.form, all_tokens=all_tokens, packed=packed) for name in names
     }
@@ -225,7 +191,7 @@ def build_graphs(
 def graph_records(
     built: Mapping[GraphName, Graph], dtype: DType, model: XFM, fixed: Mapping[str, int], suffix: str = ""
 ) -> list[GraphRecord]:
-    """Records of graphs that are to be written."""
+    """Records of graphs before they are written."""
     return [
         GraphRecord(
             name=name, file=f"{name}{suffix}", files=[], build_seconds=0, **graph_interface(graph, dtype, model, fixed)
@@ -255,7 +221,7 @@ def graph_interface(graph: Graph, dtype: DType, model: XFM, fixed: Mapping[str, 
 
 
 def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
-    """An estimate of a graph's file: its parameters, and the position biases that export makes of the vision tables."""
+    """Estimated file size of a graph: parameters, and the position biases of the vision tables."""
     size = DTYPES[dtype].itemsize
     config = model.config
     biases = config.vision_depth * config.vision_heads * config.num_image_tokens**2
@@ -265,11 +231,7 @@ def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
 
 
 def prepare_folder(folder: Path, needed: int) -> None:
-    """Make the folder and see that it can take `needed` bytes, before minutes are spent on what goes there.
-
-    Raises:
-        StorageError: it cannot be made or written, or too little is free.
-    """
+    """Create the folder and check that `needed` bytes are free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -289,11 +251,7 @@ def prepare_folder(folder: Path, needed: int) -> None:
 
 
 def companions_of(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """The files of an export that say what its model is for, by name.
-
-    Raises:
-        StorageError: one cannot be read.
-    """
+    """The JSON sidecar files of an export, by name."""
     names = [record.name for record in manifest.files if record.name.endswith(".json")]
     try:
         return {name: (folder / name).read_bytes() for name in names}
@@ -302,7 +260,7 @@ def companions_of(folder: Path, manifest: Manifest) -> dict[str, bytes]:
 
 
 def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:
-    """Identifies weights: of the names, types, shapes and values of the parameters that the graphs read."""
+    """Hash of names, dtypes, shapes and values of the parameters that the graphs read."""
     read = {id(parameter) for graph in graphs for parameter in graph.parameters()}
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -1,4 +1,4 @@
-"""`README.md` of an export: what lies there, how to open it, and how to build its graphs without this project."""
+"""`README.md` of an export: its files, how to open it, and how to build engines without this project."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ README_FILE = "README.md"
 
 
 def readme(manifest: Manifest) -> str:
-    """The text of `README.md`, once the graphs are written."""
+    """The text of `README.md` for a complete manifest."""
     side = manifest.xfm_config.image_size
     session = 'session = Session.load("this folder")'
     inputs = 'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
@@ -29,12 +29,12 @@ def readme(manifest: Manifest) -> str:
 
 
 def _row(record: GraphRecord) -> str:
-    sides = ("<br>".join(f"{each.name} {each.dims}" for each in of) for of in (record.inputs, record.outputs))
+    sides = ("<br>".join(f"{each.name} {each.dims}" for each in side) for side in (record.inputs, record.outputs))
     return f"| {record.name} | {record.file} | {' | '.join(sides)} |"
 
 
 def _trtexec(record: GraphRecord, packed: bool) -> str:
-    """The command that builds an engine of a graph for the sizes of the last default profile."""
+    """The `trtexec` command of a graph for the sizes of the last default profile."""
     from .engines.profiles import parse_profiles
 
     axes = parse_profiles((), packed=packed)[-1].axes

@@ -1,7 +1,6 @@
-"""Requests: what is exported and how. Every option of the export commands stands here, as the library takes it.
+"""Requests: every option of the export commands, as the library takes it.
 
-Nothing of PyTorch is imported, so that a command line shows its help at once. Values are the words of a user; they are
-compared with what there is by the function that exports, before a weight is read.
+This module imports no PyTorch, so `--help` is fast. Exporters validate the values before they read weights.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ GraphName = Literal["vision", "text", "image_memory", "fusion", "match", "nlvr2"
 ALL_GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
 DEFAULT_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
-"""The graphs that a server composes; `match`, the whole model in one file, is exported on request."""
+"""The graphs that a server composes; `match`, the whole model in one file, is opt-in."""
 
 GRAPHS: tuple[GraphName, ...] = (*DEFAULT_GRAPHS, "match")
-"""The graphs of a pretrained model; the others are those of tasks."""
+"""The graphs of a pretrained model; the other graphs belong to tasks."""
 
 DType = Literal["fp32", "fp16", "bf16"]
 Preset = Literal["base", "tiny"]
@@ -36,7 +35,7 @@ Quantisation = Literal["int8", "fp8"]
 HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
 
 BUDGET = 0.99
-"""The least cosine of any row of an output with that of the model, where products are in 8 bits."""
+"""The least cosine of any output row with the model's, for exports with 8-bit GEMMs."""
 
 BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
 Pipeline = Literal["rank", "graphs"]
@@ -45,14 +44,14 @@ ServedDevice = Literal["auto", "cpu", "gpu"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The origin of a model to export, and of the examples that its export is compared on.
+    """The model to export, and the examples that verify its export.
 
     Attributes:
-        checkpoint: Official .th/.pth, .safetensors, or a folder that save_pretrained wrote.
-        preset: Instead of a checkpoint: random weights of a model of this size.
-        config: Official YAML, or a JSON of sizes, of a checkpoint file that is not of base size.
+        checkpoint: Official .th/.pth, .safetensors, or a folder of save_pretrained.
+        preset: Random weights of a model of this size, instead of a checkpoint.
+        config: Official YAML or a JSON of sizes, for a checkpoint file that is not of base size.
         image_size: Interpolate position tables to this size.
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the checkpoint]
+        tokenizer: Folder of RoBERTa's vocab.json and merges.txt, or a tokenizer.json. [the checkpoint's]
         data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
 
@@ -69,13 +68,13 @@ class ExportRequest:
     """Graphs of a model and their form.
 
     Attributes:
-        dtype: Type of the weights and of the arithmetic.
-        graphs: vision, text, image_memory, fusion, match; nlvr2, decoder_memory, decoder_step of tasks; with commas.
-            [all but match, or those of the task]
-        fixed: Axes of one size, such as batch=1,length=40. [all dynamic]
-        all_tokens: fusion returns every token, not token 0.
-        packed: text and fusion take texts that lie one behind the other in rows, at the cost of their tokens; padded
-            to the longest otherwise.
+        dtype: Dtype of weights and arithmetic.
+        graphs: vision, text, image_memory, fusion, match; for tasks nlvr2, decoder_memory, decoder_step; with commas.
+            [all but match, or the graphs of the task]
+        fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
+        all_tokens: fusion returns every token instead of token 0.
+        packed: text and fusion take captions packed into rows, so that their cost follows the real tokens; by default
+            captions are padded to the longest.
     """
 
     dtype: DType = "fp32"
@@ -85,17 +84,17 @@ class ExportRequest:
     packed: bool = False
 
     def __post_init__(self) -> None:
-        # Seen here and not later: a list that is not understood.
+        # Validates both lists.
         _ = self.names, self.sizes
 
     @property
     def names(self) -> tuple[GraphName, ...] | None:
-        """Names of the graphs; None for those that answer for the model."""
+        """Names of the graphs; None for the default graphs of the model."""
         return None if self.graphs is None else parse_graphs(joined(self.graphs))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of the axes that are fixed; a program may give them as a mapping."""
+        """Sizes of the fixed axes; a program may pass a mapping."""
         given: Any = self.fixed
         return dict(given) if isinstance(given, Mapping) else parse_fixed(joined(given))
 
@@ -106,7 +105,7 @@ class OnnxRequest(ExportRequest):
 
     Attributes:
         consumer: Library that reads the files.
-        opset: Opset of ONNX, 20 to 24; by default 20 for fp32 and 23, which has attention, for 16 bits.
+        opset: ONNX opset, 20 to 24; by default 20 for fp32, and 23, which has attention, for 16 bits.
     """
 
     consumer: Consumer = "onnxruntime"
@@ -115,10 +114,10 @@ class OnnxRequest(ExportRequest):
 
 @dataclass(frozen=True)
 class PackageRequest(ExportRequest):
-    """Graphs as packages that PyTorch compiles.
+    """Graphs as AOTInductor packages.
 
     Attributes:
-        device: Device of this machine that the packages run on.
+        device: Device of this machine that runs the packages.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
@@ -126,20 +125,19 @@ class PackageRequest(ExportRequest):
 
 @dataclass(frozen=True)
 class EngineRequest(ExportRequest):
-    """Graphs as engines.
+    """Graphs as TensorRT engines.
 
     Attributes:
-        dtype: Type of the weights and of the arithmetic.
-        opset: Opset of ONNX, 20 to 24; by default what the builder profits from.
-        profile: Sizes that an engine accepts, name:axis=least..best..most, such as
+        dtype: Dtype of weights and arithmetic.
+        opset: ONNX opset, 20 to 24; by default the best one for the builder.
+        profile: Sizes that an engine accepts, name:axis=least..best..most, for example
             latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
             to 32]
-        sm: Compute capabilities to build for, such as 80,89,120. [this machine's GPU]
-        quantize: Products in 8 bits, with scales from --data or the photographs.
-        budget: Least cosine of any row of an output with that of the model. Products in 8 bits that cost more go back
-            to --dtype.
-        level: How long the builder may search; by default its own.
-        keep_onnx: Leave the graphs that the engines are built from in OUT/onnx.
+        sm: Compute capabilities to build for, for example 80,89,120. [this machine's GPU]
+        quantize: 8-bit GEMMs, with scales from --data or the photographs.
+        budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype.
+        level: Optimisation level of the builder; by default the builder's own.
+        keep_onnx: Keep the ONNX graphs of the engines in OUT/onnx.
     """
 
     dtype: DType = "bf16"
@@ -153,18 +151,18 @@ class EngineRequest(ExportRequest):
 
     @property
     def complete(self) -> TensorRTRequest:
-        """The same with what only TensorRT knows, left out where it was not asked for."""
+        """The request with the options of TensorRT, at their defaults for TensorRT for RTX."""
         return self if isinstance(self, TensorRTRequest) else TensorRTRequest(**vars(self))
 
 
 @dataclass(frozen=True)
 class TensorRTRequest(EngineRequest):
-    """Graphs as engines of TensorRT, which knows more ways to build than TensorRT for RTX.
+    """Graphs as TensorRT engines, with the options that TensorRT for RTX lacks.
 
     Attributes:
-        timing_cache: File of kernel timings, read before and written after: later builds are faster.
+        timing_cache: File of kernel timings, read before and written after a build: later builds are faster.
         version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
-        hardware_compatible: More GPUs than this one run the engine.
+        hardware_compatible: Other GPUs run the engine too.
     """
 
     timing_cache: Path | None = None
@@ -174,20 +172,13 @@ class TensorRTRequest(EngineRequest):
 
 @dataclass(frozen=True)
 class RankLimits:
-    """Limits of a request to the rank model of a repository.
-
-    Attributes:
-        images, captions: how many a request may have.
-        image_bytes: size of an encoded image.
-        caption_characters: length of a caption, before the official cut to 30 words and `tokens` tokens.
-        tokens: length of a caption, special tokens included.
-    """
+    """Limits of a request to the rank model of a repository."""
 
     images: int = 16
     captions: int = 1024
-    image_bytes: int = 32 << 20
-    caption_characters: int = 2000
-    tokens: int = 40
+    image_bytes: int = 32 << 20  # of an encoded image
+    caption_characters: int = 2000  # before the official cut to 30 words and `tokens` tokens
+    tokens: int = 40  # special tokens included
 
 
 @dataclass(frozen=True)
@@ -272,7 +263,7 @@ class RepositoryRequest(ServedModels):
     cache_mb: Annotated[int, Ge(0)] = RepositoryOptions.cache_bytes >> 20
 
     def options(self) -> RepositoryOptions:
-        """The same as `write_model_repository` takes it."""
+        """The options of `write_model_repository`."""
         shared = {each.name: getattr(self, each.name) for each in fields(ServedModels)}
         limits = RankLimits(images=self.most_images, captions=self.most_captions)
         return RepositoryOptions(**shared, cache_bytes=self.cache_mb << 20, limits=limits)
@@ -282,17 +273,12 @@ Request = TypeVar("Request", bound=ExportRequest)
 
 
 def completed(request: Request | None, kind: type[Request], changes: Mapping[str, Any]) -> Request:
-    """The request with changes of its fields; without one, that of a kind with its defaults."""
+    """The request, or the default one of a kind, with changed fields."""
     return replace(request or kind(), **changes)
 
 
 def parse_graphs(text: str) -> tuple[GraphName, ...]:
-    """Graph names from a list with commas.
-
-    Raises:
-        UnavailableError: an unknown one.
-        InputError: the list names none.
-    """
+    """Graph names from a list with commas; raises for unknown names and an empty list."""
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
         if name not in ALL_GRAPHS:
@@ -303,11 +289,7 @@ def parse_graphs(text: str) -> tuple[GraphName, ...]:
 
 
 def parse_fixed(text: str) -> dict[str, int]:
-    """Sizes of axes from a list such as `batch=1,length=40`.
-
-    Raises:
-        InputError: an entry that is no name with a whole number.
-    """
+    """Sizes of axes from a list such as `batch=1,length=40`; raises `InputError` for other entries."""
     fixed = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = (piece.strip() for piece in part.partition("="))
@@ -318,5 +300,5 @@ def parse_fixed(text: str) -> dict[str, int]:
 
 
 def joined(texts: Sequence[str]) -> str:
-    """One list with commas of several."""
+    """Several lists joined with commas."""
     return texts if isinstance(texts, str) else ",".join(texts)

@@ -1,7 +1,7 @@
-"""The shapes that exported graphs accept, and how a request is padded to fit them.
+"""Slots: the shapes that a graph accepts, and the padding of a request to them.
 
-A graph with dynamic axes has one slot that takes every size; one with fixed axes has one that takes a single size; an
-engine has one for each of its profiles.
+A graph with dynamic axes has one slot for every size, a graph with fixed axes one for a single size, and an engine one
+for each profile.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from xfm_fast.errors import InputError
 from .manifest import GraphRecord, TensorRecord
 
 _BATCH, _TEXTS, _LENGTH, _PAST, _ROWS = "batch", "texts", "length", "past", "rows"
-# Which dimensions of a tensor vary, up to the last one that does; a name with the number of a layer stands without it,
-# and one that stands for two tensors is told by their dimensions.
+# Dynamic dimensions of tensors by name, without the number of a layer, and number of dimensions.
 _AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
     ("pixels", 4): (_BATCH,),
     ("image_embeds", 3): (_BATCH,),
@@ -67,7 +66,7 @@ _AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Sizes of an axis; `most` None is without end, `best` is what an engine was tuned for."""
+    """Sizes of an axis; `most` None is unbounded, `best` is the size that an engine was tuned for."""
 
     least: int
     most: int | None
@@ -85,13 +84,7 @@ class SizeRange:
 
 @dataclass(frozen=True)
 class Slot:
-    """Shapes that a graph accepts together.
-
-    Attributes:
-        name: the profile's; `dynamic` or `fixed` without profiles.
-        number: the profile's.
-        ranges: sizes by axis.
-    """
+    """Shapes that a graph accepts together: ranges by axis, and name and number of the profile."""
 
     name: str
     number: int
@@ -112,7 +105,7 @@ class Slot:
         return out
 
     def example(self, wanted: Mapping[str, int]) -> dict[str, int]:
-        """Sizes to warm up with: those tuned for, else the nearest to `wanted`."""
+        """Sizes to warm up with: the tuned ones, else the nearest to `wanted`."""
         out = {}
         for axis, allowed in self.ranges.items():
             size = max(wanted[axis], allowed.least) if allowed.best is None else allowed.best
@@ -121,10 +114,7 @@ class Slot:
 
 
 def axes_of(tensor: TensorRecord | str, dims: int | None = None) -> tuple[str | None, ...]:
-    """Names of the dimensions of a tensor that count images, texts or tokens, fixed or not, up to the last such one.
-
-    None stands for a dimension between them that every tensor of this name has in one size.
-    """
+    """Axis names of the dimensions of a tensor, up to the last that varies; None for a dimension of constant size."""
     name, number = (tensor, dims) if isinstance(tensor, str) else (tensor.name, len(tensor.dims))
     assert number is not None
     return _AXES[name.rstrip("0123456789"), number]
@@ -164,11 +154,7 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
 
 
 def choose_slot(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> tuple[Slot, dict[str, int]]:
-    """The slot that takes a request with the least padding, the narrowest of several, and the padded sizes.
-
-    Raises:
-        InputError: no slot takes it; names axis, size and range.
-    """
+    """The slot with the least padding for a request, and the padded sizes; raises `InputError` where no slot fits."""
     fitting = [(slot, padded) for slot in slots if (padded := slot.padded(sizes)) is not None]
     if not fitting:
         raise InputError(_refusal(graph, slots, sizes))
@@ -181,17 +167,13 @@ def choose_slot(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> 
 
 
 def largest(slots: Sequence[Slot], axis: str) -> int | None:
-    """The greatest size of an axis that any slot takes; None without end."""
+    """The largest size of an axis over all slots; None where it is unbounded."""
     tops = [slot.ranges[axis].most for slot in slots]
     return None if None in tops else max(top for top in tops if top is not None)
 
 
 def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    """Sizes of the axes of a request.
-
-    Raises:
-        InputError: an input that is missing or unknown, or whose dimensions do not fit the graph or each other.
-    """
+    """Sizes of the axes of a request; raises `InputError` for missing, unknown or mismatched inputs."""
     expected = {tensor.name: tensor for tensor in record.inputs}
     if set(inputs) != set(expected):
         wrong = ", ".join(sorted(set(inputs) ^ set(expected)))

@@ -1,8 +1,7 @@
-"""An export against the model that it was made from, over the range of shapes, before it is called done.
+"""Verification: an export compared with the reference of its model over the range of shapes.
 
-What runs the export is any object with `run`; what it is compared with is the reference that lies in the folder. The
-outcome goes into the manifest. Nothing is deleted where it is bad: the files are there to be looked at. Errors, angles
-and the ranks of candidates are judged by a `Threshold` for each type.
+Any object with `run` can execute the export. Errors, cosines and ranks are judged by a `Threshold` per dtype, and the
+result goes into the manifest; a failed export keeps its files.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from xfm_fast.models.xfm import XFM
 from .consumers import DTYPES, DType
 from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import GraphName, is_memory
-from .layout import Layout, in_rows
+from .layout import Layout, pack_rows
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
 from .request import BUDGET
 from .slots import graph_slots, largest
@@ -38,21 +37,14 @@ class Runner(Protocol):
         ...
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """One graph: inputs by name in its types, outputs by name."""
+        """One graph: inputs by name in its dtypes, outputs by name."""
         ...
 
 
 def verify_export(
     folder: str | Path, model: XFM, examples: Examples | None = None, runner: Runner | str = "auto"
 ) -> Manifest:
-    """End an export: write the model's own results into its folder, and compare the export with them.
-
-    Args:
-        folder: an export whose manifest lists all other files.
-        model: the one that was exported.
-        examples: photographs and captions; generated ones by default.
-        runner: see `verify`.
-    """
+    """Write the reference of `model` into the folder of an export, and compare the export with it."""
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=False)
     try:
@@ -63,7 +55,7 @@ def verify_export(
 
 
 def keep_results(manifest: Manifest, folder: Path, model: XFM, examples: Examples | None = None) -> Reference:
-    """Write the model's own results into the folder of an export, which is compared with them without the model."""
+    """Write the reference of the model into the folder of an export."""
     longest = manifest.fixed.get("length", LONGEST)
     examples = generated_examples(model.config, longest=longest) if examples is None else examples
     reference = make_reference(model, examples, manifest.graph_names, manifest.dtype, all_tokens=manifest.all_tokens)
@@ -73,30 +65,14 @@ def keep_results(manifest: Manifest, folder: Path, model: XFM, examples: Example
 
 
 def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> None:
-    """Write the reference into the folder of an export, and into the list of its files."""
+    """Write the reference into the folder of an export and its list of files."""
     reference.save(folder)
     others = [record for record in manifest.files if record.name != REFERENCE_FILE]
     manifest.files = [*others, *record_files(folder, [REFERENCE_FILE])]
 
 
 def verify(folder: str | Path, runner: Runner | str = "auto", *, check_files: bool = True) -> Manifest:
-    """Compare an export with the reference in its folder and write the outcome into its manifest.
-
-    Args:
-        folder: the export.
-        runner: runs its graphs; or the runtime that does, by name, see `default_runner`. Packages of AOTInductor are
-            code that runs when it is loaded, so they are compared only where `aoti` is named.
-        check_files: compare the files with the manifest first.
-
-    Returns:
-        The manifest as written: `verified`, `failed`, or where no runtime of this machine can run the export
-        `graphs verified` (engines whose ONNX graphs were compared) or `unverified`, with the reason.
-
-    Raises:
-        ExportError: the folder is not what its manifest says, has no reference, or holds packages and `aoti` was not
-            named.
-        StorageError: the manifest cannot be written.
-    """
+    """Compare an export with its reference and save the result in the manifest; packages run with `aoti` only."""
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=check_files)
     compare_with_reference(manifest, folder, Reference.load(folder), runner)
@@ -107,7 +83,7 @@ def verify(folder: str | Path, runner: Runner | str = "auto", *, check_files: bo
 def compare_with_reference(
     manifest: Manifest, folder: Path, reference: Reference, runner: Runner | str = "auto"
 ) -> None:
-    """Enter into a manifest how the files of its export compare with a reference."""
+    """Compare the files of an export with a reference and set status and reason in its manifest."""
     started = time.perf_counter()
     try:
         if isinstance(runner, str):
@@ -138,15 +114,7 @@ def compare_with_reference(
 
 
 def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> Runner:
-    """A session over a runtime, as `Session.load` names it; `auto` is ONNX Runtime on the CPU for all ONNX files.
-
-    It computes bf16 graphs in fp32, the only way there is without a GPU.
-
-    Raises:
-        UnavailableError: it is not installed, or finds no GPU here.
-        ExportError: engines or packages are for another version or machine, packages were not asked for by name, or a
-            graph cannot be loaded.
-    """
+    """A session of a runtime, as in `Session.load`; `auto` runs ONNX files on the CPU, bf16 graphs in fp32."""
     from .runtimes.onnx_sessions import OnnxSessions, WidenedOnnx
     from .session import Session
 
@@ -160,15 +128,11 @@ def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> R
         session.warm_up()
         return session
 
-    return _InTurn(manifest, opened) if manifest.kind == "onnx" else opened(manifest)
+    return _OneGraphAtATime(manifest, opened) if manifest.kind == "onnx" else opened(manifest)
 
 
-class _InTurn:
-    """A `Runner` that has one graph loaded at a time, and `image_memory` beside it, which all memories come from.
-
-    A comparison asks for graph after graph, and all of a large model at once would be a second copy of it in memory, or
-    a third, where the runtime lays out weights anew.
-    """
+class _OneGraphAtATime:
+    """A `Runner` that keeps one graph loaded at a time, plus `image_memory`, to limit memory."""
 
     def __init__(self, manifest: Manifest, opened: Callable[[Manifest], Runner]) -> None:
         self._manifest, self._opened = manifest, opened
@@ -193,7 +157,7 @@ class _InTurn:
 
 
 def threshold_of(manifest: Manifest) -> Threshold:
-    """The bar that an export must reach."""
+    """The threshold of an export."""
     if manifest.options.get("arithmetic"):
         return eight_bit(manifest.options.get("budget", BUDGET))
     return THRESHOLDS[manifest.dtype]
@@ -216,7 +180,7 @@ def compare(manifest: Manifest, reference: Reference, runner: Runner) -> tuple[l
         if found.scores is not None:
             ranks += _rank_check(record.name, found.scores, threshold, reference)
     if manifest.options.get("arithmetic") and {"vision", "text", "image_memory", "fusion"} <= {*manifest.graph_names}:
-        # Errors of 8 bits add up from graph to graph, which the ranks by one of them do not show.
+        # 8-bit errors accumulate from graph to graph, which the ranks of a single graph do not show.
         scores = _reranked(manifest, reference, runner)
         ranks += [] if scores is None else _rank_check("all", scores, threshold, reference)
     return checks, ranks
@@ -243,7 +207,7 @@ def _rank_check(
 
 
 def _reranked(manifest: Manifest, reference: Reference, runner: Runner) -> Tensor | None:
-    """The scores `[I, T]` of every image with the texts that fit, each graph given what the one before computed."""
+    """The scores `[I, T]` of the chained graphs, each fed with the computed results of the previous one."""
     computed = dict(reference.tensors)
     for graph, output in (("vision", "image_embeds"), ("text", "text_embeds")):
         record = manifest.graph(graph)
@@ -264,7 +228,7 @@ def _reranked(manifest: Manifest, reference: Reference, runner: Runner) -> Tenso
 
 
 def _largest_cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> list[Case]:
-    """Those of the last and greatest shape, which hold every image or text, or all pairs."""
+    """The cases of the largest shape, which cover every image, caption or pair."""
     found = [*cases(record, manifest, reference)]
     last = found[-1]
     sizes = (len(last.images), last.texts.shape)
@@ -273,7 +237,7 @@ def _largest_cases(record: GraphRecord, manifest: Manifest, reference: Reference
 
 @dataclass(frozen=True)
 class Case:
-    """One run of a graph: images `[B]` and texts `[B, T]` of the reference by number, and the padded length."""
+    """One run of a graph: images `[B]` and captions `[B, T]` by number, and the padded length."""
 
     images: Tensor
     texts: Tensor
@@ -281,11 +245,7 @@ class Case:
 
 
 def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iterator[Case]:
-    """Shapes from smallest to largest, every image with every text among them; fixed axes keep their size.
-
-    Profiles bound them: no more images and texts at a time, and no longer texts, than the engine takes.
-    `fusion` sees one memory for many texts, a memory for each text, and many memories with many texts.
-    """
+    """Shapes from smallest to largest within the profiles, each image with each caption; fixed axes keep their size."""
     images, fixed = reference.images, manifest.fixed
     slots = graph_slots(record)
     most_images = largest(slots, "batch") or images
@@ -335,7 +295,7 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
 
 
 def _has_memories(manifest: Manifest) -> bool:
-    """True where the memory of every image can be had: the reference holds that of one alone."""
+    """Whether `image_memory` computes the memory of every image; the reference holds only that of image 0."""
     return "image_memory" in manifest.graph_names
 
 
@@ -344,7 +304,7 @@ def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ..
 
 
 def _chunks(count: int, size: int) -> Iterator[Tensor]:
-    """0 to count - 1 in pieces of one size; the last piece is filled up from the front."""
+    """0 to count - 1 in chunks of one size; the last chunk wraps around."""
     for start in range(0, count, size):
         yield torch.arange(start, start + size) % count
 
@@ -400,12 +360,12 @@ def _inputs(
 
 
 def _layout(record: GraphRecord, case: Case, manifest: Manifest, reference: Reference) -> Layout:
-    """The texts of a case in rows: of `text` all of them, of `fusion` those of each image, numbered one by one."""
+    """The captions of a case in rows: all of them for `text`, those of each image for `fusion`."""
     lengths = reference.tensors["attention_mask"].sum(1)[case.texts.flatten()].tolist()
     slots, width = graph_slots(record), manifest.config["text_width"]
     numbers = torch.arange(len(lengths)).view(1 if record.name == "text" else len(case.texts), -1).tolist()
     rows, length = largest(slots, "rows"), largest(slots, "length")
-    found = [in_rows(texts, lengths, width, most_rows=rows, most_length=length) for texts in numbers]
+    found = [pack_rows(texts, lengths, width, most_rows=rows, most_length=length) for texts in numbers]
     made = [rows for rows in found if rows is not None]
     if len(made) < len(found):
         raise InputError(
@@ -420,7 +380,7 @@ def _layout(record: GraphRecord, case: Case, manifest: Manifest, reference: Refe
 def _out_of_rows(
     record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, value: Tensor
 ) -> Tensor:  # fmt: skip
-    """`[..., R, L, width]` of a packed graph → `[P, L, width]` of the texts of a case, zeros behind their ends."""
+    """`[..., R, L, width]` of a packed graph → `[P, L, width]` of the captions of a case, zero-padded."""
     layout, texts = _layout(record, case, manifest, reference), case.texts.flatten()
     real = _cut(reference.tensors["attention_mask"], texts, case.length, 0).bool()
     tokens = value.new_empty(len(layout.source), value.shape[-1])
@@ -454,14 +414,14 @@ def _run(
         elif name == "class_logits" and record.name == "nlvr2":
             found.add(name, shape, value, known[name][case.images, rows])
         elif name == "text_embeds":
-            # Padded positions hold what padding computes, which is not read.
+            # Padded positions hold arbitrary values.
             real = inputs["attention_mask"].bool()
             found.add(name, shape, value[real], _cut(known[name], rows, case.length, 0)[real])
         elif name in ("packed_embeds", "fused_tokens"):
             texts, name = case.texts.flatten(), name.replace("packed", "text")
             real = _cut(known["attention_mask"], texts, case.length, 0).bool()
             if name == "fused_tokens":
-                # The reference holds those of image 0.
+                # The reference covers image 0 only.
                 real = real & (images.flatten() == 0)[:, None]
             whole = known[name] if name == "text_embeds" else known[name][0]
             truth = _cut(whole, texts, case.length, 0)
@@ -479,7 +439,7 @@ def _run(
 
 
 def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
-    """Texts by number, `[T, L, ...]` → `[*rows.shape, length, ...]`, cut or padded to the length."""
+    """Captions by number, `[T, L, ...]` → `[*rows.shape, length, ...]`, cut or padded."""
     chosen = values[rows][..., :length, :] if values.dim() > 2 else values[rows][..., :length]
     lacking = length - chosen.shape[rows.dim()]
     if not lacking:
@@ -490,7 +450,7 @@ def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
 
 @dataclass
 class _Decoding:
-    """The comparison of a decoder's graphs: projected states, and texts that are written token by token from them."""
+    """The comparison of a decoder's graphs: projected states, and teacher-forced steps from them."""
 
     record: GraphRecord
     manifest: Manifest
@@ -512,7 +472,7 @@ class _Decoding:
                         self._write(rows, chosen, largest(slots, "past") or known["tokens"].shape[1])
 
     def _of_states(self, name: str, rows: Tensor) -> Tensor:
-        """A tensor of some states, padded where all have one length in the graph."""
+        """A tensor of some states, padded where the graph has a fixed length."""
         value = self.reference.tensors[name][rows]
         axis = 2 if name.startswith("decoder_") else 1
         lacking = max(graph_slots(self.record)[0].ranges["length"].least - value.shape[axis], 0)
@@ -530,7 +490,7 @@ class _Decoding:
             self.found.add("memory", [*states.shape], *values)
 
     def _write(self, rows: Tensor, chosen: Tensor, most: int) -> None:
-        """The same tokens behind every state, each step given what the steps before it made."""
+        """The same tokens from every state, each step fed with the results of the previous ones."""
         known, dtype = self.reference.tensors, DTYPES[self.manifest.dtype]
         tokens = known["tokens"][chosen].expand(len(rows), -1, -1)
         present = known["present"][rows[:, None], chosen]
@@ -553,41 +513,26 @@ class _Decoding:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The bar for exports in some type.
-
-    An error is allowed up to `absolute`, or, where rounding decides (`rounding` times), up to so many times the error
-    that the model itself has in that type, plus two units in the last place of the largest entry: the rule by which
-    the kernels are judged.
-
-    Attributes:
-        absolute: limit for embeddings, features, logits, boxes and scores.
-        rounding: multiple of the model's own error.
-        cosine: least, of any row of an embedding or feature.
-        tie: scores closer than this to each other may swap their ranks; where rounding decides, twice the model's own
-            error, which is as far as it can move two scores against each other.
-        ranks: least share of candidates that keep their rank but for ties.
-        relative: allowed beside `absolute`, as a share of the largest entry.
-        relative_tie: the same beside `tie`.
-    """
+    """Limits of an export in some dtype: absolute, or `rounding` times the model's own error plus two ulps."""
 
     absolute: float
-    rounding: float
-    cosine: float
-    tie: float
-    ranks: float
-    relative: float = 0.0
+    rounding: float  # multiple of the model's own error
+    cosine: float  # least, of any row of an embedding or feature
+    tie: float  # scores closer than this may swap ranks; at least twice the model's own error
+    ranks: float  # least share of candidates that keep their rank, ties excepted
+    relative: float = 0.0  # added to `absolute`, as a share of the largest entry
     relative_tie: float = 0.0
 
     def allowed(self, name: str, extent: float, reference: Reference, dtype: DType) -> float:
-        """The largest error that an output may have whose largest entry is `extent`."""
+        """The largest error of an output with largest entry `extent`."""
         if not self.rounding:
             return self.absolute + self.relative * extent
         unit = torch.finfo(DTYPES[dtype]).eps * extent
-        own = max(error for stored, error in reference.rounding.items() if _reported(stored) == name)
+        own = max(error for stored, error in reference.rounding.items() if _check_name(stored) == name)
         return self.rounding * own + 2 * unit
 
     def ties(self, reference: Reference) -> float:
-        """The largest difference of two scores that may swap."""
+        """The largest difference of two scores that may swap ranks."""
         extent = float(reference.tensors["scores"].abs().max()) if self.relative_tie else 0.0
         return max(self.tie, 2 * reference.rounding["scores"] if self.rounding else 0.0, self.relative_tie * extent)
 
@@ -599,32 +544,25 @@ THRESHOLDS: dict[DType, Threshold] = {
 }
 
 LEAST_RANKS = 0.95
-"""Share of candidates that keep their rank where products are in 8 bits."""
+"""Share of candidates that keep their rank where GEMMs are in 8 bits."""
 
 
 def eight_bit(budget: float) -> Threshold:
-    """The bar for exports whose products are int8 or fp8, in whatever type the rest is.
-
-    Scores that bf16 hardly tells apart, two units in the last place of the largest, are ties.
-
-    Args:
-        budget: least cosine of any row of an embedding or feature. The entries of other outputs may be off by the
-            share of the largest that the same angle is of a vector: √(2 - 2 cos).
-    """
+    """The threshold of 8-bit exports: cosine ≥ budget; other outputs may err by √(2 - 2 cos) of the largest entry."""
     turned, unit = (2 - 2 * budget) ** 0.5, torch.finfo(torch.bfloat16).eps
     return Threshold(
         absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=LEAST_RANKS, relative=turned, relative_tie=2 * unit
     )
 
 
-def _reported(name: str) -> str:
-    """The output that a tensor of the reference is reported with: keys and values of all layers are one."""
+def _check_name(name: str) -> str:
+    """The name of the check that covers a reference tensor; keys and values of all layers share one."""
     if is_memory(name) or name.startswith("decoder_"):
         return "memory"
     return "logits" if name == "step_logits" else name
 
 
-# Everything else has too few entries for an angle to say anything.
+# Outputs with enough entries for a cosine to be meaningful.
 DIRECTIONS = frozenset(
     (
         *("image_embeds", "image_feature", "text_embeds", "packed_embeds", "text_feature"),
@@ -635,7 +573,7 @@ DIRECTIONS = frozenset(
 
 @dataclass
 class Findings:
-    """The errors of a graph's outputs, gathered case by case."""
+    """The errors of a graph's outputs, accumulated over cases."""
 
     graph: GraphName
     outputs: dict[str, _Errors] = field(default_factory=dict)
@@ -650,7 +588,7 @@ class Findings:
         if not truth.numel():
             return
         error = (value.double() - truth.double()).abs()
-        # max() of a tensor keeps NaN, that of Python may lose it.
+        # Tensor.max propagates NaN, max() may lose it.
         errors.largest = float(torch.tensor([errors.largest, float(error.max())]).max())
         errors.total += float(error.sum())
         errors.count += error.numel()
@@ -695,14 +633,7 @@ class _Errors:
 
 @dataclass(frozen=True)
 class RankAgreement:
-    """Two orders of the same candidates, compared.
-
-    Attributes:
-        candidates: pairs of an image and a text that were ranked.
-        agreeing: share of the candidates that stand right: none that the model scores higher by more than a tie is
-            below them, and none that it scores lower by more than a tie is above.
-        identical: share of the candidates whose place is the same number, ties or not.
-    """
+    """Two orders of the same candidates compared; `agreeing` counts ties as equal, `identical` does not."""
 
     candidates: int
     agreeing: float
@@ -710,16 +641,7 @@ class RankAgreement:
 
 
 def rank_agreement(found: Tensor, truth: Tensor, tie: float) -> RankAgreement | None:
-    """Compare the order of the texts of every image.
-
-    Args:
-        found: `[I, T]` scores of the export, NaN where a pair was not scored.
-        truth: `[I, T]` scores of the model.
-        tie: differences of the model's scores that may swap.
-
-    Returns:
-        None where no image has two candidates.
-    """
+    """Compare the order of scores `[I, T]` (NaN: not scored) with the model's; None without two candidates."""
     candidates = agreeing = identical = 0
     for mine, theirs in zip(found.double(), truth.double(), strict=True):
         scored = ~mine.isnan()

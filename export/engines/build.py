@@ -1,6 +1,6 @@
 """Builds: from graphs of a model, or a folder of ONNX graphs, to a folder of engines.
 
-Everything that can fail early fails before a builder starts. An interruption stops the builder instead of crashing it.
+Requests are validated before a builder starts, and Ctrl-C stops the builder cleanly.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from ..quantise import (
 )
 from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
 from ..verification import compare_with_reference, keep_reference
-from .library import EngineConsumer, Library, load_library, message_logger, said, started
+from .library import EngineConsumer, Library, first_error, load_library, message_logger, start
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
 from .profiles import graph_profiles, parse_profiles
 
 ONNX_FOLDER = "onnx"
 """In the folder of the engines: the graphs that they were built from, where they are kept."""
 
-# Weights appear once more in an engine, and code for every target beside them.
+# An engine holds the weights again, and code for every target.
 _ENGINE_PER_ONNX = 1.5
 _ROOM_PER_ENGINE = 16 << 20
 
@@ -74,26 +74,7 @@ def export_engines(
     progress: BuildProgress | None = None,
     **given: Any,
 ) -> Manifest:
-    """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json` beside them.
-
-    Args:
-        model: is left as it is.
-        folder: made if it is not there.
-        consumer: which library builds.
-        request: which graphs, their form, and how the engines are built.
-        source, tokenizer_sha256, companions: see `pipeline.export_graphs`.
-        examples: compare with the model on them: the ONNX graphs on the CPU, and the engines where they run. Without,
-            the manifest says `unverified`.
-        calibration: choose 8-bit products and their scales on these; by default on `examples`, or generated ones.
-        progress: is told how far the build is.
-        given: those of `source` to `calibration`, and fields of the request.
-
-    Raises:
-        UnavailableError: the library is missing, or it or the targets do not offer what was asked for.
-        InputError: a profile that does not fit the graphs.
-        StorageError: the folder cannot be written, or has no room.
-        ExportError: the library cannot build a graph; names the layer and the remedy.
-    """
+    """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json`."""
     with engine_graphs(model, folder, consumer, request, **given) as build:
         return build(progress)
 
@@ -112,10 +93,7 @@ def engine_graphs(
     companions: Mapping[str, bytes] = {},
     **changes: Any,
 ) -> Iterator[Callable[[BuildProgress | None], Manifest]]:
-    """Export the graphs of engines; gives the function that builds these, for which the model need not be in memory.
-
-    Arguments and errors are those of `export_engines`; `changes` are fields of the request.
-    """
+    """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
     wanted = completed(request, TensorRTRequest, changes).complete
     library, targets, spelling = check_request(consumer, wanted)
@@ -151,7 +129,9 @@ def engine_graphs(
             paths = ((record, onnx / record.file) for record in exported.graphs)
             require_attainable(paths, inputs, wanted.quantize, budget=wanted.budget)
         if rewrite is not None:
-            _rewritten(exported, onnx, rewrite)
+            for record in exported.graphs:
+                rewrite(record, onnx / record.file)
+            exported.files = record_files(onnx, [record.name for record in exported.files])
             require_eight_bits(exported.graphs, wanted.budget)
         reference = None if examples is None else Reference.load(onnx)
 
@@ -173,22 +153,8 @@ def engine_graphs(
         yield build
 
 
-def _rewritten(exported: Manifest, onnx: Path, rewrite: Rewrite) -> None:
-    for record in exported.graphs:
-        rewrite(record, onnx / record.file)
-    exported.files = record_files(onnx, [record.name for record in exported.files])
-
-
 def check_request(consumer: EngineConsumer, request: EngineRequest) -> tuple[Library, tuple[int, ...], Profile]:
-    """See what is wrong with a request before a checkpoint is read.
-
-    Returns:
-        The library that builds, the compute capabilities that it builds for, and the spelling of the graphs.
-
-    Raises:
-        UnavailableError: something is not installed, not known, or not offered by the library or the targets.
-        InputError: a list that is not understood, or options that exclude each other.
-    """
+    """Check a request before a checkpoint is read; returns library, compute capabilities and attention form."""
     request = request.complete
     parse_profiles(request.profile, packed=request.packed)
     spelling = profile(consumer, request.dtype, request.opset)
@@ -213,18 +179,7 @@ def build_engines(
     progress: BuildProgress | None = None,
     compare: Callable[[Manifest], None] = lambda content: None,
 ) -> Manifest:
-    """Build an engine of every graph of an ONNX export.
-
-    Args:
-        exported: the export's manifest; onnx: its folder.
-        folder: an existing one, which receives the engines.
-        targets: what the library's `check` returned.
-        request: profiles and settings of the build.
-        compare: see `pipeline.fill_folder`.
-
-    Raises:
-        InputError, StorageError, ExportError: as in `export_engines`.
-    """
+    """Build an engine of every graph of the ONNX export in `onnx` into an existing folder."""
     wanted, progress = (request or EngineRequest()).complete, progress or Silent()
     profiles = parse_profiles(wanted.profile, packed=wanted.packed)
     shapes = {record.name: graph_profiles(record, profiles) for record in exported.graphs}
@@ -288,27 +243,14 @@ def build_engine(
     graph: str = "",
     progress: BuildProgress | None = None,
 ) -> BuiltEngine:
-    """Build one engine from one ONNX file.
-
-    Args:
-        onnx: the graph; external weights lie beside it.
-        engine: the file to write, whole or not at all.
-        request: settings of the build.
-        targets: compute capabilities, as `library.check` returned them.
-        profiles: shapes of every input, of each profile; none for a graph of fixed shapes.
-        graph: its name in messages; by default that of the file.
-
-    Raises:
-        ExportError: the library cannot parse or build the graph; names the layer and the remedy.
-        StorageError: the file cannot be written.
-    """
+    """Build one engine from one ONNX file; `targets` come from `library.check`, fixed shapes have no profiles."""
     wanted = request.complete
     return _Build(library, onnx, wanted, targets, profiles, graph or onnx.stem, progress or Silent()).run(engine)
 
 
 @dataclass
 class _Build:
-    """One build, with the messages that the library has for it."""
+    """One build, with the messages that the library logs for it."""
 
     library: Library
     onnx: Path
@@ -322,15 +264,15 @@ class _Build:
         library = self.library
         self.errors: list[str] = []
         self.logger = message_logger(library.trt, self.errors, _log)
-        self.builder: Any = started(library, library.trt.Builder, self.logger, self.errors)
+        self.builder: Any = start(library, library.trt.Builder, self.logger, self.errors)
 
     def run(self, engine: Path) -> BuiltEngine:
         started = time.perf_counter()
         network = self.library.create_network(self.builder)
         if network is None:
             raise ExportError(
-                f"{self.library.label} {self.library.version} makes no network ({said(self.errors)}); see that the "
-                "driver fits the library, or upgrade both"
+                f"{self.library.label} {self.library.version} makes no network ({first_error(self.errors)}); see "
+                "that the driver fits the library, or upgrade both"
             )
         parser = self.library.trt.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(self.onnx)):
@@ -361,7 +303,7 @@ class _Build:
     def _build(
         self, network: Any, state: Interruption, tell: Callable[[str, int, int, int], None], file: BinaryIO
     ) -> tuple[bool, Any]:
-        """Build a network into a file, part by part: an engine as a whole is all weights of a graph once more."""
+        """Build a network into a file chunk by chunk: a whole engine in memory is a second copy of all weights."""
         config = self.builder.create_builder_config()
         self.library.configure(config, self.request, self.targets)
         for record in self.profiles:
@@ -406,15 +348,7 @@ class _Build:
 
 
 def check_engine_file(path: Path, library: Library, *, expected_bytes: int | None = None) -> None:
-    """See that an engine is whole before a runtime is given it, which has only an assertion to say otherwise.
-
-    Args:
-        library: the one that is to run it.
-        expected_bytes: its size according to the manifest.
-
-    Raises:
-        ExportError: the file is missing, empty, truncated, or not of this library.
-    """
+    """Raise `ExportError` for a missing, empty, truncated or foreign engine, before a runtime asserts on it."""
     again = f"copy the file again or build it with xfm-fast export {library.consumer}"
     try:
         size = path.stat().st_size
@@ -435,21 +369,21 @@ def check_engine_file(path: Path, library: Library, *, expected_bytes: int | Non
 
 
 class BuildProgress(Protocol):
-    """Is told what is built. Phases nest: `Building engine` holds the others."""
+    """Progress of a build. Phases nest: `Building engine` contains the others."""
 
     def graph(self, name: str, number: int, count: int) -> None:
-        """The build of a graph, `number` of `count` from 1, begins."""
+        """The build of graph `number` of `count`, from 1, begins."""
 
     def phase(self, name: str, done: int, steps: int, depth: int) -> None:
-        """A phase of the builder has done so many of its steps; depth 0 is the whole build."""
+        """A phase of the builder completed `done` of its steps; depth 0 is the whole build."""
 
 
 class Silent(BuildProgress):
-    """Shows nothing."""
+    """No progress output."""
 
 
 class Interruption:
-    """The exception with which a user or a full disk interrupted a build, and the phase that it was in."""
+    """The exception that interrupted a build (Ctrl-C, full disk), and its phase."""
 
     def __init__(self) -> None:
         self.raised: BaseException | None = None
@@ -457,11 +391,7 @@ class Interruption:
 
 
 def monitor(trt: Any, tell: Callable[[str, int, int, int], None]) -> tuple[Any, Interruption]:
-    """An `IProgressMonitor` of a TensorRT module that passes everything on to `tell`.
-
-    The builder calls it from its own code, which no exception may cross: an exception, such as Ctrl-C, is kept in the
-    second result and the builder is asked to stop.
-    """
+    """An `IProgressMonitor` that calls `tell`; an exception in it is stored in the state and stops the builder."""
     state = Interruption()
 
     class Monitor(trt.IProgressMonitor):
@@ -494,11 +424,7 @@ def monitor(trt: Any, tell: Callable[[str, int, int, int], None]) -> tuple[Any, 
 
 
 def writer(trt: Any, file: BinaryIO, state: Interruption) -> Any:
-    """An `IStreamWriter` of a TensorRT module that fills a file.
-
-    The builder calls it from its own code too: an exception, such as that of a full disk, is kept in `state`, and the
-    builder is told that nothing was written.
-    """
+    """An `IStreamWriter` that fills a file; an exception in it is stored in the state and stops the builder."""
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:

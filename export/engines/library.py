@@ -32,7 +32,7 @@ LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
 
 # The first whose parser imports `Attention` and which has every attribute that is used here.
 _OLDEST_TENSORRT = (10, 14)
-# Called in every build, of the classes of both modules. What an option alone needs is not asked for.
+# Called in every build, of the classes of both modules. Attributes of single options are not listed.
 CALLED = (
     "Builder.build_serialized_network_to_stream",
     "Builder.create_builder_config",
@@ -56,12 +56,7 @@ _RTX_HEADER = 24
 
 
 class Library:
-    """TensorRT. `TensorRTForRTX` is the other one.
-
-    Attributes:
-        trt: the module.
-        version: its own.
-    """
+    """TensorRT: the imported module and its version. `TensorRTForRTX` is the subclass for RTX."""
 
     consumer: ClassVar[EngineConsumer] = "tensorrt"
     module: ClassVar[str] = "tensorrt"
@@ -82,7 +77,7 @@ class Library:
         self.version: str = self.trt.__version__
 
     def _check_newest(self) -> None:
-        """Say that a major version was never tried; refuse it where it lacks what every build calls."""
+        """Warn about an untested major version; refuse one that lacks an attribute that every build calls."""
         major = int(self.version.split(".", 1)[0])
         if major <= self.newest:
             return
@@ -100,19 +95,7 @@ class Library:
         )
 
     def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
-        """Everything about a request that can fail before a graph is exported.
-
-        Args:
-            request: the engines asked for.
-            dtype: fp32, fp16, bf16, int8 or fp8.
-
-        Returns:
-            The compute capabilities that the engines will be for.
-
-        Raises:
-            UnavailableError: no GPU where one is needed, a capability that the library or the type does not have, or
-                a kind of compatibility that the library does not offer.
-        """
+        """Validate a request and return its compute capabilities; `UnavailableError` for what the library lacks."""
         if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
             oldest = ".".join(map(str, _OLDEST_TENSORRT))
             raise UnavailableError(
@@ -157,7 +140,7 @@ class Library:
             )
 
     def create_network(self, builder: Any) -> Any:
-        """An empty network, strongly typed: later versions have no flag for it and make no others."""
+        """An empty, strongly typed network; later versions have no flag for it."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
@@ -172,7 +155,7 @@ class Library:
         if request.timing_cache is not None:
             stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
             cache = config.create_timing_cache(stored)
-            # Timings of another GPU or version are refused; the build then starts with an empty cache.
+            # TensorRT rejects timings of another GPU or version; the build then starts with an empty cache.
             if not config.set_timing_cache(cache, False):
                 config.set_timing_cache(config.create_timing_cache(b""), False)
 
@@ -183,16 +166,12 @@ class Library:
             config.builder_optimization_level = request.level
 
     def timing_cache(self, config: Any) -> bytes | None:
-        """The timings that a build has gathered, for a file; None where the library has none."""
+        """The kernel timings of a build as bytes; None where the library has no timing cache."""
         cache = config.get_timing_cache()
         return None if cache is None else bytes(memoryview(cache.serialize()))
 
     def declared_size(self, head: bytes) -> int | None:
-        """Bytes of an engine according to its head; None where the library does not say.
-
-        Raises:
-            ExportError: this is no engine of the library.
-        """
+        """Bytes of an engine according to its header, or None; raises `ExportError` for another library's engine."""
         if head[:4] == _RTX_MAGIC:
             raise ExportError("it was built by TensorRT for RTX; build it with xfm-fast export tensorrt")
         return None
@@ -211,7 +190,7 @@ class TensorRTForRTX(Library):
 
     @property
     def capabilities(self) -> tuple[int, ...]:
-        """The compute capabilities that it can build for."""
+        """The compute capabilities that it builds for."""
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
         return tuple(sorted(int(name[1]) for name in names if name))
 
@@ -272,18 +251,14 @@ _LIBRARIES: dict[EngineConsumer, type[Library]] = {"tensorrt": Library, "tensorr
 
 
 def load_library(consumer: EngineConsumer) -> Library:
-    """The library by its name on the command line.
-
-    Raises:
-        UnavailableError: it is unknown or not installed; says which extra to install.
-    """
+    """The library of a name; raises `UnavailableError` with the extra to install."""
     if consumer not in _LIBRARIES:
         raise UnavailableError(f"engine library {consumer!r} is unknown; choose from {', '.join(_LIBRARIES)}")
     return _LIBRARIES[consumer]()
 
 
 def message_logger(trt: Any, errors: list[str], log: logging.Logger) -> Any:
-    """An `ILogger` of a TensorRT module: what it says goes into a Python log, and errors into a list too."""
+    """An `ILogger` that forwards to a Python log and appends errors to a list."""
     serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
 
     class Logger(trt.ILogger):
@@ -298,26 +273,22 @@ def message_logger(trt: Any, errors: list[str], log: logging.Logger) -> Any:
     return Logger()
 
 
-def started(library: Library, kind: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
-    """A builder or runtime of a library.
-
-    Raises:
-        UnavailableError: the library makes none, which its module tells by a TypeError.
-    """
+def start(library: Library, kind: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
+    """A builder or runtime of a library; raises `UnavailableError` where the library cannot start."""
     try:
         made = kind(logger)
     except TypeError as error:
         made, errors = None, [*errors, str(error)]
     if not made:
         raise UnavailableError(
-            f"{library.label} {library.version} could not start ({said(errors)}); see that its CUDA libraries and the "
-            "driver fit each other"
+            f"{library.label} {library.version} could not start ({first_error(errors)}); see that its CUDA libraries "
+            "and the driver fit each other"
         )
     return made
 
 
-def said(errors: Sequence[str]) -> str:
-    """The first of the errors, on one line."""
+def first_error(errors: Sequence[str]) -> str:
+    """The first error on one line."""
     return " ".join(errors[0].split()) if errors else "it gives no reason"
 
 
@@ -330,11 +301,7 @@ def _has(module: Any, name: str) -> bool:
 
 
 def parse_targets(text: str) -> tuple[int, ...]:
-    """Compute capabilities from a list such as `80,89,120` or `8.9,12.0`.
-
-    Raises:
-        UnavailableError: an entry that is no compute capability.
-    """
+    """Compute capabilities from a list such as `80,89,120` or `8.9,12.0`."""
     targets = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(?:sm_?)?(?:(\d{2,3})|(\d{1,2})\.(\d))", part, re.IGNORECASE)
@@ -348,7 +315,7 @@ def parse_targets(text: str) -> tuple[int, ...]:
 
 
 def local_capability() -> int | None:
-    """The compute capability of this machine's NVIDIA GPU, such as 89; None without one."""
+    """The compute capability of this machine's NVIDIA GPU, such as 89; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:

@@ -1,7 +1,7 @@
-"""Messages of TensorRT's parser and builder, turned into the layer that is meant and what to do about it.
+"""Error messages of TensorRT mapped to the failing layer and a remedy.
 
-The builder names layers in some messages, tensors in others, and nothing in the rest; then the kind of operator that
-the message is about leads to the nodes of the graph. Where no message helps, `first_failing_layer` halves the network.
+Some messages name layers, some tensors, and some neither; then the operator type of the rule leads to the nodes.
+Where no message helps, `first_failing_layer` bisects the network.
 """
 
 from __future__ import annotations
@@ -14,15 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rule:
-    """A message known from experience.
-
-    Attributes:
-        pattern: regular expression of the message.
-        meaning: what it says, in a clause.
-        remedy: what to do, in the imperative.
-        operators: the ONNX operators that it is about; empty when the message itself names the layer.
-        everywhere: it concerns the build as a whole and no layer.
-    """
+    """A known message: its pattern, the meaning as a clause, the remedy as an imperative, and the operators."""
 
     pattern: str
     meaning: str
@@ -96,21 +88,14 @@ RULES = (
     ),
 )
 
-# Follows every message on a machine without a driver, and says nothing about the network.
+# Follows every message on a machine without a driver and is unrelated to the network.
 _NOISE = re.compile(r"^\[?checkMacros\.cpp::catchCudaError.*cudaError 35", re.DOTALL)
 _OTHERWISE = "build with --verbose for the builder's own messages, or try the other of --dtype bf16 and fp16"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A failure in a user's terms.
-
-    Attributes:
-        layers: names of ONNX nodes, most likely first; empty when the message does not say.
-        meaning, remedy: clauses of a sentence.
-        everywhere: it is about no layer in particular.
-        said: the decisive message as it was, on one line.
-    """
+    """A failure in a user's terms; `layers` are names of ONNX nodes, most likely first."""
 
     layers: tuple[str, ...]
     meaning: str
@@ -120,7 +105,7 @@ class Explanation:
 
 
 def parser_errors(parser: Any) -> list[str]:
-    """The errors of an `OnnxParser`, each with the node that it stands at."""
+    """The errors of an `OnnxParser`, each with its node."""
     found = []
     for number in range(parser.num_errors):
         error = parser.get_error(number)
@@ -131,12 +116,7 @@ def parser_errors(parser: Any) -> list[str]:
 
 
 def explain(messages: Sequence[str], nodes: Sequence[tuple[str, str, Sequence[str]]]) -> Explanation:
-    """The failure behind messages, in a user's terms.
-
-    Args:
-        messages: errors of the parser or builder, in the order in which they came.
-        nodes: (name, operator, names of inputs and outputs) of every node of the ONNX graph.
-    """
+    """The failure behind messages; `nodes` are (name, operator, tensor names) of the ONNX graph."""
     telling = [message for message in messages if not _NOISE.match(message)] or list(messages)
     for rule in RULES:
         for message in telling:
@@ -158,7 +138,7 @@ def describe_layers(layers: Sequence[str], most: int = 3) -> str:
 
 
 def _layers(message: str, nodes: Sequence[tuple[str, str, Sequence[str]]]) -> tuple[str, ...]:
-    """Nodes whose names stand in the message, else those that read or write a tensor whose name does."""
+    """Nodes named in the message, else nodes that read or write a tensor named in it."""
     words = set(re.findall(r"[\w./:-]+", message))
     # The compiler numbers copies of a tensor: bias.1 is bias.
     words |= {word.rstrip(".:") for word in words} | {re.sub(r"\.\d+$", "", word) for word in words}
@@ -174,18 +154,7 @@ def _one_line(message: str, most: int = 300) -> str:
 
 
 def first_failing_layer(network: Any, builds: Callable[[Any], bool]) -> str:
-    """The ONNX node whose layer is the first that cannot be built along with all layers before it.
-
-    The network is cut behind a layer by marking every tensor as an output that is made before the cut and not used
-    before it. Halving finds the layer in about log2(layers) builds, each shorter than the failed one.
-
-    Args:
-        network: an `INetworkDefinition` that does not build; its outputs are changed.
-        builds: says if the network, as it then is, can be built.
-
-    Returns:
-        A name; empty when every part of the network builds, so that the failure comes from the whole.
-    """
+    """The first layer that does not build with all layers before it, by bisection; empty where all parts build."""
     low, high = 0, network.num_layers - 1
     _cut(network, high)
     if builds(network):
@@ -201,7 +170,7 @@ def first_failing_layer(network: Any, builds: Callable[[Any], bool]) -> str:
 
 
 def node_name(layer: Any) -> str:
-    """The ONNX node that a layer was made from; of layers that the parser added by itself, their own name."""
+    """The ONNX node of a layer, or the layer's own name where the parser added it."""
     match = re.search(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]", layer.metadata or "")
     return match[1] if match else layer.name
 

@@ -1,6 +1,6 @@
-"""Optimisation profiles: the sizes that an engine accepts, and the ones that it is tuned for.
+"""Optimisation profiles: the sizes that an engine accepts, and the sizes that it is tuned for.
 
-Written on the command line as `name:axis=size` or `name:axis=least..best..most`, axes separated by commas:
+On the command line `name:axis=size` or `name:axis=least..best..most`, axes separated by commas:
 
     latency:batch=1,texts=1..8..64,length=1..16..40
 """
@@ -22,11 +22,7 @@ _SYNTAX = "write name:axis=least..best..most, such as latency:batch=1,texts=1..8
 
 @dataclass(frozen=True)
 class AxisRange:
-    """Sizes of one axis; the engine is tuned for `best`.
-
-    Raises:
-        InputError: not 1 ≤ least ≤ best ≤ most.
-    """
+    """Sizes of one axis, 1 ≤ least ≤ best ≤ most; the engine is tuned for `best`."""
 
     least: int
     best: int
@@ -58,7 +54,7 @@ class AxisRange:
 
 @dataclass(frozen=True)
 class ShapeProfile:
-    """A named set of ranges, one for every axis that a graph may have."""
+    """A named set of ranges, one per axis."""
 
     name: str
     axes: Mapping[str, AxisRange]
@@ -86,11 +82,7 @@ PACKED_PROFILES = (
 
 
 def parse_profile(text: str) -> ShapeProfile:
-    """A profile from its text; see the head of this module. `axis=a..b` is tuned for b.
-
-    Raises:
-        InputError: the text is not understood, names an unknown axis, or has a best size outside its range.
-    """
+    """A profile from its text; raises `InputError` for unknown axes and bad ranges."""
     name, colon, rest = text.partition(":")
     name = name.strip()
     if not colon or not re.fullmatch(r"[A-Za-z][\w-]*", name):
@@ -112,11 +104,7 @@ def parse_profile(text: str) -> ShapeProfile:
 
 
 def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[ShapeProfile, ...]:
-    """Profiles from their texts; `DEFAULT_PROFILES` from none, or `PACKED_PROFILES`.
-
-    Raises:
-        InputError: see `parse_profile`; or two of them share a name.
-    """
+    """Profiles from their texts; without texts `PACKED_PROFILES` or `DEFAULT_PROFILES`."""
     profiles = tuple(parse_profile(text) for text in texts) or (PACKED_PROFILES if packed else DEFAULT_PROFILES)
     names = [profile.name for profile in profiles]
     for name in names:
@@ -126,14 +114,7 @@ def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[Shape
 
 
 def graph_profiles(graph: GraphRecord, profiles: Sequence[ShapeProfile]) -> list[ProfileRecord]:
-    """The shapes of every input of a graph under each profile; none for a graph without dynamic axes.
-
-    Profiles that are alike for this graph, as two are where they differ in an axis that it lacks, are kept once, under
-    the name of the first.
-
-    Raises:
-        InputError: a profile lacks an axis of the graph, or goes beyond what the graph accepts.
-    """
+    """The input shapes of a graph under each profile, duplicates dropped; empty without dynamic axes."""
     if not graph.axes:
         return []
     records: list[ProfileRecord] = []

@@ -1,6 +1,6 @@
-"""Runtimes of exported graphs: one module for each library, all with torch tensors in and out.
+"""Runtimes of exported graphs: one module per library, torch tensors in and out.
 
-The modules are not named like the packages that they import, so that neither can be mistaken for the other.
+The modules have other names than the packages that they import.
 """
 
 from __future__ import annotations
@@ -40,44 +40,24 @@ class LoadedGraph(Protocol):
     """A graph that is ready to run."""
 
     def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """All outputs by name.
-
-        Args:
-            inputs: contiguous, of the graph's types, on the runtime's device.
-            slot: the one that takes them.
-            sizes: by axis; they decide the shapes of the outputs.
-        """
+        """All outputs by name, for contiguous inputs on the runtime's device with the sizes of a slot."""
         ...
 
 
 class Runtime(Protocol):
-    """A library on a device.
-
-    Attributes:
-        description: library, version and device, in words.
-        device: where tensors go in and come out.
-        enqueues: calls return before the results are there, as on a GPU.
-    """
+    """A library on a device."""
 
     description: str
     device: torch.device
     enqueues: bool
 
     def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
-        """Read a graph.
-
-        Raises:
-            ExportError: the library cannot load it.
-        """
+        """Read a graph; raises `ExportError` where the library cannot load it."""
         ...
 
 
 def choose_runtime(manifest: Manifest, folder: Path) -> RuntimeName:
-    """The runtime that is `auto` for an export: that of its engines; for ONNX files the one that they were written for.
-
-    Raises:
-        ExportError: the export holds packages, which are code and therefore asked for by name.
-    """
+    """The runtime that `auto` stands for; raises `ExportError` for AOTInductor packages, which run code on loading."""
     if manifest.kind == "aoti":
         raise ExportError(
             f"{folder} holds AOTInductor packages, native code that runs when it is loaded; if you trust "
@@ -97,16 +77,7 @@ def choose_runtime(manifest: Manifest, folder: Path) -> RuntimeName:
 def open_runtime(
     name: str, manifest: Manifest, device: torch.device | str | None, precision: Precision | None
 ) -> Runtime:
-    """A runtime for an export.
-
-    Args:
-        name: one of `RUNTIMES`.
-        device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
-
-    Raises:
-        UnavailableError: the runtime is unknown or not installed, or lacks the device, type or precision.
-        ExportError: the export is of another kind, or its engines are for another version or GPU.
-    """
+    """The runtime of a name, on a device, for an export; `precision` is for OpenVINO."""
     if name not in _MODULES:
         raise UnavailableError(f"runtime {name!r} is unknown; choose from auto, {', '.join(RUNTIMES)}")
     kind = "onnx" if name in ("onnxruntime", "openvino") else name
@@ -123,18 +94,18 @@ def open_runtime(
 
 
 def failed_run(description: str, graph: str, inputs: Mapping[str, Tensor], reason: str) -> ExportError:
-    """The error of a graph that its runtime could load but not run."""
+    """The error of a graph that loaded but does not run."""
     shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
     return ExportError(f"{description} failed in graph {graph!r} on {shapes} ({reason}); try smaller batches")
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of what a library says, or the name of what it raised."""
+    """The first line of a library's error message, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def empty_outputs(record: GraphRecord, shapes: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:
-    """Memory for the outputs of a graph, which the runtime writes into."""
+    """Uninitialised memory for the outputs of a graph."""
     return {
         output.name: torch.empty(shapes[output.name], dtype=TORCH_DTYPES[output.dtype], device=device)
         for output in record.outputs

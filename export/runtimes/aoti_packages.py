@@ -1,7 +1,4 @@
-"""AOTInductor packages on the CPU or an NVIDIA GPU: compiled code that takes and gives torch tensors.
-
-To load a package is to run what its author compiled, so this runtime serves only those who name it.
-"""
+"""AOTInductor packages on the CPU or an NVIDIA GPU. Loading one runs compiled code, so `auto` never picks them."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def open_runtime(
 
 
 class AotiPackages:
-    """A `Runtime`. Calls of one graph by several threads follow each other."""
+    """A `Runtime`; calls of one graph are serialised."""
 
     def __init__(self, manifest: Manifest, device: torch.device | None) -> None:
         target = manifest.package

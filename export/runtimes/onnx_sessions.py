@@ -1,8 +1,7 @@
-"""ONNX Runtime, on the CPU or through its CUDA provider.
+"""ONNX Runtime on the CPU or with its CUDA provider; inputs and outputs are bound to the memory of torch tensors.
 
-Inputs and outputs are bound where they lie: the runtime reads and writes the memory of torch tensors. It has no bf16
-kernels for the CPU; `WidenedOnnx` computes a bf16 export in fp32, for comparisons: it tells if the graphs are right and
-what the rounding of weights, inputs and outputs costs. That of the arithmetic it leaves out.
+ONNX Runtime has no bf16 kernels for the CPU. `WidenedOnnx` computes a bf16 export in fp32 for comparisons: the result
+includes the rounding of weights, inputs and outputs, and excludes that of the arithmetic.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def open_runtime(
 
 
 def session_options() -> Any:
-    """The options that every session of ONNX Runtime has here."""
+    """The options of every ONNX Runtime session of this project."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -45,19 +44,14 @@ def session_options() -> Any:
     # As many threads as PyTorch, which knows of containers and OMP_NUM_THREADS.
     options.intra_op_num_threads = torch.get_num_threads()
     if not getattr(torch.cpu, "_is_vnni_supported", bool)():
-        # Such processors add two int8 products in 16 bits, which overflow unless this is asked for. Others, which have
-        # nothing to gain, would take three times as long.
+        # Without VNNI two int8 products are added in 16 bits, which overflows unless this is set. With VNNI the option
+        # would triple the time.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
 class OnnxSessions:
-    """A `Runtime`. On a CPU its graphs may be run by several threads at the same time.
-
-    Args:
-        spare: memory before time, for graphs that run a few times: nothing is kept between runs, and weights stay as
-            they lie in the file.
-    """
+    """A `Runtime`, thread-safe on a CPU; `spare` saves memory at the cost of time, for graphs that run a few times."""
 
     def __init__(self, manifest: Manifest, device: torch.device | None, *, spare: bool = False) -> None:
         try:
@@ -111,7 +105,7 @@ class OnnxSessions:
         # Every graph has threads of its own. They may spin between the operators of a run, but not after it, when the
         # next graph needs the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # A plan of the memory is kept for every combination of input shapes, and with dynamic ones these are many.
+        # ONNX Runtime stores a memory plan per combination of input shapes: too many with dynamic axes.
         options.enable_mem_pattern = not record.axes
         if self._spare:
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
@@ -138,7 +132,7 @@ class _OnnxGraph:
             binding.bind_output(name, *where, self._types[name], [*value.shape], value.data_ptr())
         with self._turn:
             if self._stream is not None:
-                # What PyTorch has still to finish is waited for on the GPU, and not by the host.
+                # The GPU, not the host, waits for pending PyTorch work.
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
             try:
                 self._session.run_with_iobinding(binding)
@@ -148,7 +142,7 @@ class _OnnxGraph:
 
 
 class WidenedOnnx:
-    """A `Runtime`."""
+    """A `Runtime` for bf16 graphs on the CPU."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._wide = OnnxSessions(manifest.model_copy(update={"dtype": "fp32"}), torch.device("cpu"), spare=True)
@@ -177,7 +171,7 @@ class WidenedOnnx:
 
 
 class _WidenedGraph:
-    """A `LoadedGraph` with bf16 outside and fp32 inside."""
+    """A `LoadedGraph` with bf16 inputs and outputs and fp32 arithmetic."""
 
     def __init__(self, wide: LoadedGraph) -> None:
         self._wide = wide
@@ -188,12 +182,7 @@ class _WidenedGraph:
 
 
 def widen(path: Path, out: Path) -> None:
-    """Write a copy of a bf16 or fp16 graph whose inputs, outputs and arithmetic are fp32. Weights keep their value.
-
-    Args:
-        path: the graph; weights that lie beside it are read too.
-        out: the copy, in an existing folder; its weights go into a file beside it, one at a time.
-    """
+    """Write an fp32 copy of a bf16 or fp16 graph with the same weight values; its weights go to `out` + `.data`."""
     import onnx
     from onnx import numpy_helper
 

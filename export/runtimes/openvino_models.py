@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU. Its tensors are views of the memory of torch tensors."""
+"""OpenVINO on the CPU; its tensors are views of torch tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_runtime(
 
 
 class OpenVinoModels:
-    """A `Runtime`. Calls of one graph by several threads follow each other."""
+    """A `Runtime`; calls of one graph are serialised."""
 
     def __init__(self, manifest: Manifest, device: torch.device | None, precision: Precision | None) -> None:
         try:
@@ -64,7 +64,7 @@ class OpenVinoModels:
     def load(self, record: GraphRecord, path: Path) -> _OpenVinoGraph:
         """See `Runtime.load`."""
         options = {
-            # The default is whatever is fastest, which on a processor with bf16 is not what was exported.
+            # The default is the fastest dtype, which is bf16 on some processors.
             "INFERENCE_PRECISION_HINT": _HINTS[self._precision],
             "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
             "PERFORMANCE_HINT": "LATENCY",
@@ -99,6 +99,6 @@ class _OpenVinoGraph:
 
 
 def _reason(error: Exception) -> str:
-    """The cause of an error, without the places in the library's source where it did."""
+    """The message of an error without the places in the library's source."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check '")))[:300]

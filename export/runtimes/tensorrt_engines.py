@@ -1,14 +1,9 @@
-"""TensorRT and TensorRT for RTX: engines that read and write torch tensors where they lie.
+"""TensorRT and TensorRT for RTX: engines that read and write torch tensors in place.
 
-Every profile has an execution context of its own, because switching profiles is slow. Contexts of all engines run one
-after the other, on one stream, so they share one memory of activations, which is as large as the largest profile of any
-engine asks for. Where a profile is for one size of the batch, shapes around the one that it is tuned for are captured
-as CUDA graphs, with contexts and memory of their own: a captured graph keeps pointing at both, and is replayed on the
-caller's stream. A request between two shapes is padded to the larger one, whose mask hides what was added. TensorRT for
-RTX captures by itself (`WHOLE_GRAPH_CAPTURE`): it compiles kernels for a shape in the background, and a graph of our
-own would keep those that it ran in the meantime.
-
-An engine that was built without weights gets those of the graph beside it when it is loaded.
+Every profile has its own execution context, because switching profiles is slow. Contexts of all engines run on one
+stream and share one activation buffer of the largest profile. Profiles with a single batch size capture CUDA graphs
+around the tuned shape, with their own contexts and memory; a request between two shapes is padded to the larger one.
+TensorRT for RTX captures graphs itself (`WHOLE_GRAPH_CAPTURE`) while it compiles kernels in the background.
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
 from ..engines import check_engine_file
-from ..engines.library import Library, load_library, local_capability, message_logger, said, started
+from ..engines.library import Library, first_error, load_library, local_capability, message_logger, start
 from ..manifest import GraphRecord, Manifest
 from ..slots import SizeRange, Slot, axes_of, graph_slots, output_shapes, tensor_shape, trim_tensor
 from . import TORCH_DTYPES, Precision, empty_outputs
@@ -65,14 +60,7 @@ def open_runtime(
 
 
 class TensorRTEngines:
-    """A `Runtime`. Calls by several threads follow each other, those of different graphs too: they share memory.
-
-    Args:
-        library: TensorRT, or TensorRT for RTX.
-        manifest: the export's.
-        device: where tensors are.
-        cuda: `torch.cuda`, or what takes its place without a GPU.
-    """
+    """A `Runtime` whose calls are all serialised, since graphs share memory; `cuda` is `torch.cuda` or a fake."""
 
     def __init__(self, library: Library, manifest: Manifest, device: torch.device, cuda: Any) -> None:
         self.library, self.manifest, self.device, self.cuda = library, manifest, device, cuda
@@ -81,7 +69,7 @@ class TensorRTEngines:
         self.errors: list[str] = []
         # The runtime keeps no reference to it.
         self._logger = message_logger(library.trt, self.errors, _log)
-        self._runtime: Any = started(library, library.trt.Runtime, self._logger, self.errors)
+        self._runtime: Any = start(library, library.trt.Runtime, self._logger, self.errors)
         if manifest.target is not None and manifest.target.version_compatible:
             # Such an engine carries the runtime of the version that built it.
             self._runtime.engine_host_code_allowed = True
@@ -92,11 +80,7 @@ class TensorRTEngines:
         self.activations = _Activations(device, 0)
 
     def reserve(self, size: int, graph: str) -> None:
-        """See that the memory of activations that all engines share has so many bytes.
-
-        Raises:
-            ExportError: they are not free; what there is stays.
-        """
+        """Grow the shared activation buffer to `size` bytes; raises `ExportError` where memory is short."""
         if self.activations.place[1] < size:
             larger = self.allocate(size, graph)
             # What was launched may still be using the smaller one.
@@ -104,11 +88,7 @@ class TensorRTEngines:
             self.activations = larger
 
     def allocate(self, size: int, graph: str) -> _Activations:
-        """Memory of activations for an engine.
-
-        Raises:
-            ExportError: it is not free.
-        """
+        """A new activation buffer; raises `ExportError` where memory is short."""
         try:
             return _Activations(self.device, size)
         except RuntimeError as error:
@@ -129,14 +109,14 @@ class TensorRTEngines:
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise ExportError(
-                f"{self.library.label} {self.library.version} does not load {path.name} ({said(self.errors)}); build "
-                f"it on this machine with xfm-fast export {self.library.consumer}"
+                f"{self.library.label} {self.library.version} does not load {path.name} ({first_error(self.errors)}); "
+                f"build it on this machine with xfm-fast export {self.library.consumer}"
             )
         return _Engine(self, engine, record, path)
 
 
 class _Activations:
-    """Memory for what an engine computes on its way; `place` is its address and size in bytes."""
+    """An activation buffer; `place` is its address and size in bytes."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self._memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
@@ -144,7 +124,7 @@ class _Activations:
 
 
 class _Engine:
-    """A `LoadedGraph`: a context for each profile, and CUDA graphs of the shapes that deserve one."""
+    """A `LoadedGraph`: a context per profile, and CUDA graphs of selected shapes."""
 
     def __init__(self, runtime: TensorRTEngines, engine: Any, record: GraphRecord, path: Path) -> None:
         self._runtime, self._engine, self._record = runtime, engine, record
@@ -154,7 +134,7 @@ class _Engine:
         slots = graph_slots(record)
         runtime.reserve(self.activation_bytes, record.name)
         self._contexts = [self._context(slot.number) for slot in slots]
-        self._told: list[tuple[int, int] | None] = [None] * len(slots)
+        self._bound_memory: list[tuple[int, int] | None] = [None] * len(slots)
         self._captured: dict[tuple[int, tuple[tuple[str, int], ...]], _Captured] = {}
         if not self._kernels.captures:
             for slot in slots:
@@ -165,12 +145,12 @@ class _Engine:
 
     @property
     def activation_bytes(self) -> int:
-        """GPU memory that the contexts need: what the largest profile asks for."""
+        """GPU memory of the contexts: the requirement of the largest profile."""
         return int(self._engine.device_memory_size_v2)
 
     @property
     def captured(self) -> int:
-        """Shapes that run as a CUDA graph."""
+        """Number of shapes that run as a CUDA graph."""
         return len(self._captured)
 
     def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -184,7 +164,7 @@ class _Engine:
             return outputs
 
     def _fitting(self, slot: Slot, sizes: Mapping[str, int]) -> _Captured | None:
-        """The smallest captured shape that a request fits into, if it is not too much larger."""
+        """The smallest captured shape that a request fits into without excessive padding."""
         work = prod(sizes.values())
         fitting = [
             (prod(shape.values()), captured)
@@ -198,15 +178,14 @@ class _Engine:
     def _launch(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         outputs = empty_outputs(self._record, output_shapes(self._record, sizes), self._device)
         current = self._cuda.current_stream(self._device)
-        # Kept until the caller's stream waits for the engine's, so that this memory is not given away before.
+        # Referenced until the caller's stream waits for the engine's, so that this memory is not reused before.
         bound = {name: value.clone() if value.data_ptr() % _ALIGNMENT else value for name, value in inputs.items()}
         self._stream.wait_stream(current)
         context, memory = self._contexts[slot.number], self._runtime.activations
-        # It was replaced if an engine that was loaded later needs more. To be told the same again could end what a
-        # context has captured.
-        if self._told[slot.number] != memory.place:
+        # Replaced where an engine loaded later needs more. Setting the same memory again could discard captured graphs.
+        if self._bound_memory[slot.number] != memory.place:
             context.set_device_memory(*memory.place)
-            self._told[slot.number] = memory.place
+            self._bound_memory[slot.number] = memory.place
         self._enqueue(context, bound, outputs)
         current.wait_stream(self._stream)
         return outputs
@@ -216,7 +195,7 @@ class _Engine:
         if context is None:
             raise ExportError(
                 f"{self._runtime.library.label} makes no context for profile {profile} of graph {self._record.name!r} "
-                f"({said(self._runtime.errors)}); free memory of the GPU, or build it with smaller profiles"
+                f"({first_error(self._runtime.errors)}); free memory of the GPU, or build it with smaller profiles"
             )
         if self._record.profiles:
             context.set_optimization_profile_async(profile, self._stream.cuda_stream)
@@ -234,11 +213,11 @@ class _Engine:
             shapes = ", ".join(f"{name} {[*value.shape]}" for name, value in inputs.items())
             raise ExportError(
                 f"{self._runtime.description} failed in graph {self._record.name!r} on {shapes} "
-                f"({said(self._runtime.errors)})"
+                f"({first_error(self._runtime.errors)})"
             )
 
     def _capture(self, slot: Slot) -> None:
-        """Record shapes around the one that a slot is tuned for, if requests of one size of the batch are expected."""
+        """Capture shapes around the tuned one of a slot with a single batch size."""
         if not slot.ranges["batch"].single or not all(size.best or size.single for size in slot.ranges.values()):
             return
         profiled = bool(self._record.profiles)
@@ -249,7 +228,7 @@ class _Engine:
                 return
 
     def _capture_shape(self, slot: Slot, sizes: dict[str, int], memory: _Activations, turn: _Turn) -> bool:
-        """Record a shape; false where it cannot be."""
+        """Capture one shape; False where it cannot be captured."""
         inputs = {}
         for tensor in self._record.inputs:
             shape = tensor_shape(tensor, sizes)
@@ -278,7 +257,7 @@ class _Engine:
 
 
 def _steps(allowed: SizeRange) -> list[int]:
-    """Half of the size that a range is tuned for, that size, and twice as much again up to the greatest."""
+    """Half of the tuned size, the tuned size, and its doublings up to the maximum."""
     most = allowed.most or allowed.least
     size, steps = max((allowed.best or allowed.least) // 2, allowed.least), []
     while size < most:
@@ -289,7 +268,7 @@ def _steps(allowed: SizeRange) -> list[int]:
 
 @dataclass
 class _Turn:
-    """When memory that captured graphs share is free: the event behind its last use."""
+    """The CUDA event after the last use of memory that captured graphs share."""
 
     free: Any = None
 
@@ -300,7 +279,7 @@ class _Captured:
 
     cuda: Any
     device: torch.device
-    # Context and memory of activations are kept alive: the graph points into them. Others use that memory in turn.
+    # The graph points into the context and the activation buffer; other graphs use that buffer in turn.
     kept: tuple[Any, _Activations, _Turn]
     graph: Any
     record: GraphRecord
@@ -309,11 +288,7 @@ class _Captured:
     outputs: Mapping[str, Tensor]
 
     def replay(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Copy in, run, copy out, on the caller's stream, after the last use of this memory.
-
-        Args:
-            inputs: of `sizes`, which may be less than those of the graph.
-        """
+        """Copy in, replay and copy out on the caller's stream; `sizes` may be smaller than those of the graph."""
         stream, turn = self.cuda.current_stream(self.device), self.kept[2]
         if turn.free is not None:
             stream.wait_event(turn.free)
@@ -333,11 +308,7 @@ class _Captured:
 
 
 class _KernelCache:
-    """Contexts of an engine; for RTX with the kernels that earlier loads on this GPU compiled, in a file beside it.
-
-    Attributes:
-        captures: the contexts capture CUDA graphs by themselves.
-    """
+    """Execution contexts of an engine; for RTX with a file of the kernels that earlier loads on this GPU compiled."""
 
     def __init__(self, library: Library, engine: Any, path: Path, capability: tuple[int, int]) -> None:
         self._engine, self._trt = engine, library.trt
@@ -360,13 +331,13 @@ class _KernelCache:
         self.captures = True
 
     def context(self) -> Any:
-        """A new context; None where memory is lacking."""
+        """A new context; None where memory is short."""
         if self._config is None:
             return self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         return self._engine.create_execution_context(self._config)
 
     def save(self) -> None:
-        """Write what was compiled. A folder that cannot be written costs the next load its time, nothing else."""
+        """Write the compiled kernels; an unwritable folder costs the next load its time."""
         if self._cache is None:
             return
         content = bytes(memoryview(self._cache.serialize()))

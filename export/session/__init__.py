@@ -1,4 +1,4 @@
-"""Sessions: exported graphs under the names of the model, how their work is divided, and what they cost."""
+"""Sessions: exported graphs under the names of the model."""
 
 from . import tasks as tasks  # enters the sessions of tasks
 from .session import Session, SessionMemory

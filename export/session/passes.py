@@ -1,10 +1,8 @@
-"""Passes of a session: texts that share one, with little padding, in few passes, none beyond a budget of tokens.
+"""Passes of a session: captions batched with little padding, in few passes, each within a token budget.
 
-An export says how its graphs take texts. Padded ones are sorted by length first, so that they are padded little. A pass
-has a price of its own (weights are read once more, kernels start), so not every length gets one. Packed ones lie in
-rows, of whatever lengths, and passes are as large as the budget lets them be.
-In the fusion graph, T texts run on each of B memories: the texts of an image run together, so that its memory is read
-once for all of them, and images whose texts look alike (the same number, lengths that pad to the same) share a pass.
+Padded graphs take captions sorted by length; a pass has a fixed price (reading the weights, launching kernels), so not
+every length gets its own pass. Packed graphs take rows of captions of any length. In the fusion graph, T captions run
+on each of B memories: captions of an image share a pass, and images with similar captions share one too.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import TypeVar
 
 from xfm_fast.errors import InputError
 
-from ..layout import Rows, in_rows
+from ..layout import Rows, pack_rows
 from ..slots import Slot, choose_slot, largest
 
 Part = TypeVar("Part")
@@ -24,19 +22,14 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Texts that run in one pass.
-
-    Attributes:
-        rows: their numbers, in the order in which they lie in the pass.
-        length: tokens that each is padded to.
-    """
+    """Captions of one pass by number, in the order of the pass, each padded to `length` tokens."""
 
     rows: tuple[int, ...]
     length: int
 
     @property
     def tokens(self) -> int:
-        """Padded tokens of the pass."""
+        """Tokens of the pass, padding included."""
         return len(self.rows) * self.length
 
 
@@ -48,25 +41,11 @@ def token_batches(
     most: int | None = None,
     padded: Callable[[int], int] = lambda length: length,
 ) -> list[TokenBatch]:
-    """Divide texts into passes so that padded tokens, plus a price for every pass, are fewest.
-
-    Texts of one length stay together unless they exceed the budget, so the search is over the distinct lengths. Every
-    text is in exactly one batch; `rows` says where results belong, which restores the order.
-
-    Args:
-        lengths: tokens of every text.
-        budget: padded tokens of a pass, at most; a single text may exceed it.
-        pass_tokens: what a pass costs beside its tokens, in tokens.
-        most: texts of a pass, at most.
-        padded: the length that a text of some length is padded to, not falling.
-
-    Raises:
-        InputError: a budget or limit below 1.
-    """
+    """Divide captions into passes with the fewest padded tokens plus `pass_tokens` per pass."""
     if budget < 1 or (most is not None and most < 1):
         raise InputError(f"a pass of {budget} tokens and {most} texts holds nothing; give positive numbers")
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
-    # The texts below bounds[n] are those of the n shortest distinct lengths.
+    # rows[:bounds[n]] are the captions of the n shortest distinct lengths.
     bounds = [place for place in range(len(rows)) if not place or lengths[rows[place]] > lengths[rows[place - 1]]]
     bounds.append(len(rows))
     batches: list[TokenBatch] = []
@@ -83,7 +62,7 @@ def token_batches(
 
 
 def _fitting(length: int, budget: int, most: int | None) -> int:
-    """Texts of a length that fit into a pass."""
+    """Captions of a length that fit into a pass."""
     fit = max(budget // max(length, 1), 1)
     return fit if most is None else min(fit, most)
 
@@ -91,7 +70,7 @@ def _fitting(length: int, budget: int, most: int | None) -> int:
 def _cuts(
     bounds: Sequence[int], sizes: Sequence[int], budget: int, most: int | None, pass_tokens: int
 ) -> list[tuple[int, int]]:
-    """The cheapest division of the lengths into runs, as places in the sorted texts. `sizes[n]`: padded length n."""
+    """The cheapest division of the sorted lengths into runs; `sizes[n]` is padded length n."""
     best, previous = [0.0], [0]
     for stop in range(1, len(bounds)):
         length = sizes[stop - 1]
@@ -114,13 +93,7 @@ def _cuts(
 
 @dataclass(frozen=True)
 class FusionPass:
-    """One run of the graph.
-
-    Attributes:
-        images: `[B]` memories.
-        texts: `[B][T]` texts of each.
-        length: tokens that each text is padded to.
-    """
+    """One run of the padded fusion graph: `[B]` memories and `[B][T]` captions of `length` tokens."""
 
     images: tuple[int, ...]
     texts: tuple[tuple[int, ...], ...]
@@ -128,26 +101,20 @@ class FusionPass:
 
     @property
     def tokens(self) -> int:
-        """Padded tokens of the pass."""
+        """Tokens of the pass, padding included."""
         return len(self.images) * len(self.texts[0]) * self.length
 
 
 @dataclass(frozen=True)
 class PassLimits:
-    """The numbers that decide the size of passes.
-
-    Attributes:
-        budget: padded tokens of a pass, at most, but for a single text.
-        pass_tokens: what a pass costs beside its tokens, in tokens.
-        step: lengths are padded to its multiples, so that few shapes occur.
-    """
+    """Token budget of a pass, price of a pass in tokens, and the multiple that lengths are padded to."""
 
     budget: int
     pass_tokens: int
     step: int = 1
 
     def padded(self, length: int, slots: Sequence[Slot]) -> int:
-        """The length that texts of a length are padded to: the next step, and what the closest slot takes."""
+        """The padded length of captions: the next multiple of `step` within the closest slot."""
         stepped = -(-length // self.step) * self.step
         taken = []
         for allowed in (slot.ranges["length"] for slot in slots):
@@ -159,16 +126,7 @@ class PassLimits:
 def plan_passes(
     image_of: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits
 ) -> list[FusionPass]:
-    """Passes that hold every pair once.
-
-    Args:
-        image_of: memory of each text.
-        lengths: tokens of each text.
-        slots: those of the fusion graph.
-
-    Raises:
-        InputError: a text is longer than any slot takes.
-    """
+    """Passes of the padded fusion graph, every pair once; raises `InputError` where a caption exceeds all slots."""
     for length in sorted(set(lengths))[-1:]:
         choose_slot("fusion", slots, {"length": length})
     # Where rows of texts that are not there are computed too, the fewest passes are the cheapest.
@@ -186,18 +144,12 @@ def plan_passes(
             sizes, limits.budget, pass_tokens=price, most=most_texts, padded=lambda length: limits.padded(length, slots)
         ):
             units.append((image, tuple(texts[row] for row in batch.rows), batch.length))
-    return [FusionPass(*work) for work in _stacked(units, slots, limits, "texts")]
+    return [FusionPass(*work) for work in _combine(units, slots, limits, "texts")]
 
 
 @dataclass(frozen=True)
 class RowPass:
-    """One run of a packed graph.
-
-    Attributes:
-        images: `[B]` memories.
-        rows: `[B][R]` texts of every row.
-        length: tokens of a row.
-    """
+    """One run of the packed fusion graph: `[B]` memories and `[B][R]` rows of captions, `length` tokens a row."""
 
     images: tuple[int, ...]
     rows: tuple[tuple[tuple[int, ...], ...], ...]
@@ -205,25 +157,14 @@ class RowPass:
 
     @property
     def tokens(self) -> int:
-        """Padded tokens of the pass."""
+        """Tokens of the pass, padding included."""
         return len(self.images) * len(self.rows[0]) * self.length
 
 
 def row_batches(
     texts: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int, graph: str
 ) -> list[Rows]:
-    """Divide texts into passes of a packed graph: rows of one length each, tokens of texts within the budget.
-
-    Args:
-        texts: by number.
-        lengths: tokens of every text there is.
-        slots: those of the graph.
-        width: of the model.
-        graph: `text` or `fusion`.
-
-    Raises:
-        InputError: a text is longer than any slot takes.
-    """
+    """Divide captions into passes of a packed graph; raises `InputError` where a caption exceeds all slots."""
     if not texts:
         return []
     longest = max(lengths[text] for text in texts)
@@ -234,7 +175,7 @@ def row_batches(
     for count in range(max(ceil(tokens / limits.budget), ceil(len(texts) / most)), len(texts) + 1):
         # By turns, so that each has its share of short and long ones.
         found = [
-            in_rows(
+            pack_rows(
                 order[part::count], lengths, width, most_rows=largest(slots, "rows"),
                 most_length=largest(slots, "length"), padded=lambda length: limits.padded(length, slots),
             )
@@ -249,7 +190,7 @@ def row_batches(
 def plan_rows(
     image_of: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int
 ) -> list[RowPass]:
-    """Passes of the packed fusion graph that hold every pair once; see `plan_passes`."""
+    """Passes of the packed fusion graph, every pair once."""
     groups: dict[int, list[int]] = {}
     for text, image in enumerate(image_of):
         groups.setdefault(image, []).append(text)
@@ -258,13 +199,13 @@ def plan_rows(
         for image, texts in groups.items()
         for rows in row_batches(texts, lengths, slots, limits, width, "fusion")
     ]
-    return [RowPass(*work) for work in _stacked(units, slots, limits, "rows")]
+    return [RowPass(*work) for work in _combine(units, slots, limits, "rows")]
 
 
-def _stacked(
+def _combine(
     units: Sequence[tuple[int, tuple[Part, ...], int]], slots: Sequence[Slot], limits: PassLimits, axis: str
 ) -> list[tuple[tuple[int, ...], tuple[tuple[Part, ...], ...], int]]:
-    """Units of one image each, those with the same number of texts or rows put into common passes."""
+    """Combine units of one image each into passes of equal numbers of captions or rows."""
     by_count: dict[int, list[tuple[int, tuple[Part, ...], int]]] = {}
     for unit in units:
         by_count.setdefault(len(unit[1]), []).append(unit)

@@ -1,4 +1,4 @@
-"""An export as servers rank with it (`xfm_fast.tasks.ranking.RankModel`)."""
+"""A session as a `xfm_fast.tasks.ranking.RankModel`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from .session import Session, SessionMemory
 
 
 class SessionRanks:
-    """A `RankModel` over a session with the graphs `vision`, `text`, `image_memory` and `fusion`.
-
-    The session sorts, pads and cuts what it is given into passes by itself.
-    """
+    """A `RankModel` over a session with `vision`, `text`, `image_memory` and `fusion`; the session batches inputs."""
 
     def __init__(self, session: Session) -> None:
         self.session = session

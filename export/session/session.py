@@ -1,8 +1,7 @@
-"""One interface over exported graphs, with the names of the model: `Retriever(session)` works as with an `XFM`.
+"""One interface over exported graphs with the names of the model: `Retriever(session)` works as with an `XFM`.
 
-Torch tensors go in and come out. What an engine cannot do by itself happens here: texts are sorted by length and padded
-in small groups, batches are cut to what a profile takes, and pairs of texts and images become passes of the fusion
-graph.
+Sessions sort captions by length and pad them in small groups, split batches to the sizes of a profile, and divide pairs
+of captions and images into passes of the fusion graph.
 """
 
 from __future__ import annotations
@@ -73,11 +72,7 @@ _IDS = (*_PADDED, "token_ids")
 
 @dataclass(frozen=True)
 class SessionMemory:
-    """Keys and values of every fusion layer for B images, as the fusion graph takes them.
-
-    Attributes:
-        layers: keys and values of layer 0, of layer 1, ...: `[B, H, M, D]` each, by the names of the graph's inputs.
-    """
+    """Keys and values `[B, H, M, D]` of every fusion layer for B images, by the names of the graph's inputs."""
 
     layers: Mapping[str, Tensor]
 
@@ -102,7 +97,7 @@ class SessionMemory:
         return SessionMemory({name: layer[index] for name, layer in self.layers.items()})
 
     def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The layers of some of the images; neighbours share storage."""
+        """The layers of some of the images; consecutive images share storage."""
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
             return {name: layer[rows[0] : rows[0] + len(rows)] for name, layer in self.layers.items()}
         index = torch.tensor(rows, device=self._first.device)
@@ -110,7 +105,7 @@ class SessionMemory:
 
     @classmethod
     def joined(cls, memories: Sequence[SessionMemory]) -> SessionMemory:
-        """The images of several memories, one after the other."""
+        """The images of several memories, concatenated."""
         if len(memories) == 1:
             return memories[0]
         return cls({name: torch.cat([each.layers[name] for each in memories]) for name in memories[0].layers})
@@ -118,13 +113,7 @@ class SessionMemory:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The cost of loading a graph.
-
-    Attributes:
-        load_seconds: reading and preparing it.
-        warm_seconds: its first runs, one for every slot.
-        memory_bytes: growth of memory in use: that of the process, or of the GPU.
-    """
+    """Time to load a graph, time of its first runs, and growth of the memory in use."""
 
     load_seconds: float
     warm_seconds: float
@@ -132,20 +121,19 @@ class LoadReport:
 
 
 class Session:
-    """Runs the graphs of an export folder under the names of the model. Use `Session.load`.
+    """Runs the graphs of an export folder with the methods of the model. Use `Session.load`.
 
-    Several threads may call a session. On ONNX Runtime their calls run side by side, on OpenVINO and TensorRT those of
-    the same graph follow each other. Loading and warming up are one thread's business: the constructor reads no graph
-    yet, `warm_up` does.
+    Several threads may call a session: ONNX Runtime runs their calls in parallel, OpenVINO and TensorRT serialise calls
+    of the same graph. Load and warm up in one thread; the constructor reads no graph, `warm_up` does.
 
     Attributes:
-        manifest: entries of the export's `manifest.json`.
-        config: sizes of the model.
-        device: where results are; inputs are brought there.
-        dtype: type of embeddings and results.
-        loaded: cost of loading, by graph.
-        limits: sizes of the passes of texts.
-        task: what `predict` asks, from the first call on.
+        manifest: The export's `manifest.json`.
+        config: Sizes of the model.
+        device: Device of the results; inputs are moved there.
+        dtype: Dtype of embeddings and results.
+        loaded: Cost of loading, by graph.
+        limits: Sizes of the passes of captions.
+        task: The task of `predict`, set by its first call.
     """
 
     def __init__(
@@ -180,7 +168,7 @@ class Session:
         self._ready = False
         self.task: Any = None
         self.limits = _LIMITS["cpu" if self.device.type == "cpu" else "cuda"]
-        # What a graph computed beside an embedding, for as long as the embedding lives.
+        # Further outputs of the graph that computed an embedding, for the lifetime of the embedding.
         self._carried: Any = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
@@ -194,24 +182,23 @@ class Session:
         precision: Precision | None = None,
         verify_files: bool = True,
     ) -> Self:
-        """A session that is warm: every graph has run once in every profile.
+        """Load an export and run every graph once in every profile.
 
-        That of a fine-tuned model is of the class of its task, see `session.tasks`.
+        The session of a fine-tuned model has the methods of its task.
 
         Args:
-            folder: an export.
-            runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, `aoti`, or `auto` for what the export was
-                made for. `auto` is never `aoti`: such packages are native code that runs when it is loaded, so name it
-                for packages that you trust, and for no others. Engines of TensorRT deserve the same care.
+            folder: An export.
+            runtime: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, `aoti`, or `auto` for the runtime of the
+                export. `auto` is never `aoti`: loading a package runs native code, so name it for packages that you
+                trust. Treat TensorRT engines with the same care.
             device: `cpu`, `cuda` or `cuda:1`; by default a GPU where runtime and machine have one.
-            precision: type that OpenVINO computes in; by default the export's.
-            verify_files: compare sizes and checksums of all files with the manifest, which reads them once more.
+            precision: Dtype that OpenVINO computes in; by default the export's.
+            verify_files: Compare sizes and checksums of all files with the manifest, which reads them once more.
 
         Raises:
-            ExportError: the files are not what the manifest says, the export was found to differ from its model, it is
-                for another runtime, version or GPU, it holds packages and `aoti` was not named, or a graph cannot be
-                loaded.
-            UnavailableError: the runtime is not installed, or lacks the device or type.
+            ExportError: The files differ from the manifest, the export failed verification, it is for another runtime,
+                version or GPU, it holds packages without `runtime="aoti"`, or a graph does not load.
+            UnavailableError: The runtime is not installed, or lacks the device or dtype.
         """
         made = cast("type[Self]", _class_of(Path(folder))) if cls is Session else cls
         session = made(folder, runtime, device, precision=precision, verify_files=verify_files)
@@ -224,19 +211,19 @@ class Session:
         return session
 
     def predict(self, images: Sequence[str | Path] = (), texts: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """Answers for image files and texts, as `xfm_fast.load(folder).predict` gives them: a caption, a box, a class.
+        """Answers for image files and texts, as `xfm_fast.load(folder).predict` returns them.
 
         Args:
-            images: files.
-            texts: questions, sentences or captions, as the task pairs them with the images.
+            images: Image files.
+            texts: Questions, sentences or captions, paired with the images as the task does.
 
         Returns:
-            A row for each answer, as of the run that was exported.
+            A row per answer, as the exported run returns it.
 
         Raises:
-            ExportError: the export is of a model without a task, or of one that exports do not answer for.
-            InputError: the images and texts are not what the task needs.
-            DataError: an image cannot be read.
+            ExportError: The exported model has no task, or one without support in exports.
+            InputError: The images and texts do not fit the task.
+            DataError: An image cannot be read.
         """
         # Tasks lie above exports, and the face of the package above both.
         from xfm_fast import load
@@ -245,10 +232,10 @@ class Session:
 
     @cached_property
     def processor(self) -> XFMProcessor:
-        """The tensors of image files and texts, as the exported model prepares them.
+        """The preprocessor of image files and texts of the exported model.
 
         Raises:
-            DataError: the tokenizer of the export is damaged, or belongs to another model.
+            DataError: The tokenizer of the export is damaged or belongs to another model.
         """
         return XFMProcessor(self.config, find_tokenizer(self.folder, self.config))
 
@@ -263,10 +250,10 @@ class Session:
         return self.runtime.description
 
     def warm_up(self) -> None:
-        """Load every graph and run it once in every slot; `ready` is true afterwards.
+        """Load every graph and run it once in every slot; `ready` is True afterwards.
 
         Raises:
-            ExportError: a graph cannot be loaded or run.
+            ExportError: A graph does not load or run.
         """
         for record in self.manifest.graphs:
             if record.name in self._graphs:
@@ -297,7 +284,7 @@ class Session:
         return self._slots[graph]
 
     def example_inputs(self, graph: GraphName, slot: Slot, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """Inputs of zeros, ids and full masks, at the given sizes, or at those that the slot was tuned for."""
+        """Inputs of zeros, ids and full masks, at given or tuned sizes."""
         sizes = slot.example(_WARM_SIZES) if sizes is None else sizes
         made = {}
         for tensor in self.manifest.graph(graph).inputs:
@@ -309,26 +296,26 @@ class Session:
         return made
 
     def synchronize(self) -> None:
-        """Wait for results that are still being computed, on a GPU."""
+        """Wait for pending GPU work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def memory_in_use(self) -> int:
-        """Bytes: of this process, or of the whole GPU."""
+        """Bytes in use by this process, or on the whole GPU."""
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
             return total - free
         return resident_bytes()
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One graph: all inputs by name, all outputs by name.
+        """Run one graph: all inputs by name, all outputs by name.
 
-        Sizes that no slot has are padded to the next one, and the results are cut to what was asked for.
+        Inputs are padded to the closest slot, and the outputs are cut to the sizes of the inputs.
 
         Raises:
-            InputError: inputs that do not fit the graph, or sizes beyond every profile; names axis, size and range.
-            ExportError: the graph is not in this export.
-            UnavailableError: the session is not ready.
+            InputError: Inputs that do not fit the graph, or sizes beyond every profile.
+            ExportError: The graph is not in this export.
+            UnavailableError: The session is not ready.
         """
         name = self.require(graph)
         for given, value in inputs.items():
@@ -364,7 +351,7 @@ class Session:
         return name
 
     def parts(self, name: GraphName, batch: Tensor) -> Sequence[Tensor]:
-        """The rows of a batch in parts that the graph takes."""
+        """The rows of a batch in chunks that the graph accepts."""
         most = largest(self._slots[name], "batch")
         if not len(batch):
             return ()
@@ -384,7 +371,7 @@ class Session:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The heads that the export holds: of `contrastive`, `matching`, `boxes`, `classification`."""
+        """The heads in the export: of `contrastive`, `matching`, `boxes`, `classification`."""
         outputs = {output.name for graph in self.manifest.graphs for output in graph.outputs}
         marks = {
             "contrastive": {"image_feature", "text_feature"},
@@ -397,27 +384,27 @@ class Session:
     def encode_image(self, pixels: Tensor) -> Tensor:
         """`XFM.encode_image` without its options: `[B, 3, R, R]` → `[B, 1 + N, vision_width]`.
 
-        Any number of images; more than a profile takes are run in several passes.
+        Accepts any number of images; batches beyond a profile run in several passes.
         """
         self.require("vision")
         checks.check_pixels(pixels, self.config)
         with torch.inference_mode():
             passes = [self.call("vision", {"pixels": part}) for part in self.parts("vision", pixels)]
             outputs = self.joined("vision", passes, len(pixels))
-        return self._carry(outputs, "image_embeds")
+        return self._attach(outputs, "image_embeds")
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`XFM.encode_text` without its options: `[B, L]` → `[B, L, text_width]`, zeros at padded positions.
 
         Raises:
-            InputError: a text is longer than the export takes.
+            InputError: A text is longer than the export accepts.
         """
         self.require("text")
         mask = checks.check_tokens(input_ids, attention_mask, self.config)
         with torch.inference_mode():
             encoded = self._packed_texts if self.manifest.packed else self._encoded_texts
             outputs = encoded(input_ids.to(self.device), mask.to(self.device))
-        return self._carry(outputs, "text_embeds")
+        return self._attach(outputs, "text_embeds")
 
     def _encoded_texts(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         texts, width = input_ids.shape
@@ -477,15 +464,15 @@ class Session:
         return {"text_embeds": embeds.view(texts, width, config.text_width), **outputs}
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
-        """Contrastive features of images, `[B, embed_dim]`: `image_embeds` is the tensor that `encode_image` returned.
+        """Contrastive features `[B, embed_dim]`; `image_embeds` is the very tensor that `encode_image` returned.
 
-        The graph has computed them with the embeddings; of other tensors they are not known.
+        The vision graph computes both together, so other tensors have no features.
         """
-        return self._beside(image_embeds, "image_feature", "encode_image", "contrastive")
+        return self._attached(image_embeds, "image_feature", "encode_image", "contrastive")
 
     def project_text(self, text_embeds: Tensor) -> Tensor:
-        """Contrastive features of texts, `[B, embed_dim]`: `text_embeds` is the tensor that `encode_text` returned."""
-        return self._beside(text_embeds, "text_feature", "encode_text", "contrastive")
+        """Contrastive features `[B, embed_dim]`; `text_embeds` is the very tensor that `encode_text` returned."""
+        return self._attached(text_embeds, "text_feature", "encode_text", "contrastive")
 
     def image_memory(self, image_embeds: Tensor) -> SessionMemory:
         """`XFM.image_memory` without its mask: `[B, 1 + N, vision_width]` → memory of B images."""
@@ -513,10 +500,11 @@ class Session:
         """`XFM.fuse` of P texts with B images; pass the result to `match_logits` and `predict_boxes` as it is.
 
         Args:
-            text_embeds: `[P, L, text_width]`; attention_mask: `[P, L]`.
-            memory: result of `image_memory`.
+            text_embeds: `[P, L, text_width]`.
+            attention_mask: `[P, L]`.
+            memory: Result of `image_memory`.
             image_index: `[P]` image of each text; by default text b belongs to image b.
-            first_token_only: return token 0 alone. All tokens need an export with `all_tokens`.
+            first_token_only: Return token 0 only. All tokens need an export with `all_tokens`.
 
         Returns:
             `[P, 1, text_width]` with `first_token_only`, else `[P, L, text_width]` with zeros at padded positions.
@@ -544,27 +532,27 @@ class Session:
                 outputs["fused"] = outputs["fused"][:, None]
             else:
                 outputs["fused"] = packing.unpad(whole)
-        return self._carry(outputs, "fused")
+        return self._attach(outputs, "fused")
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """`[P, 2]`; column 1 scores "text describes image". `fused` is the tensor that `fuse` returned."""
-        return self._beside(fused, "match_logits", "fuse", "matching")
+        return self._attached(fused, "match_logits", "fuse", "matching")
 
     def predict_boxes(self, fused: Tensor) -> Tensor:
         """`[P, 4]` boxes (cx, cy, w, h) relative to the image. `fused` is the tensor that `fuse` returned."""
-        return self._beside(fused, "boxes", "fuse", "boxes")
+        return self._attached(fused, "boxes", "fuse", "boxes")
 
     def class_logits(self, tensor: Tensor, origin: str) -> Tensor:
-        """`[B, classes]`, which the graph of a classifier computed with `tensor`, the result of the method `origin`."""
-        return self._beside(tensor, "class_logits", origin, "classification")
+        """`[B, classes]`, computed with `tensor`, the result of the method `origin`."""
+        return self._attached(tensor, "class_logits", origin, "classification")
 
     def fingerprint(self) -> str:
-        """A digest of all that decides the results: the files, and what runs them."""
+        """A digest of the files and the runtime, which together decide the results."""
         sums = sorted(record.sha256 for record in self.manifest.files)
         return hashlib.sha256(" ".join([self.description, *sums]).encode()).hexdigest()
 
     def pair_scorer(self) -> SessionScorer:
-        """The scorer of pairs that re-ranking takes (`xfm_fast.tasks.reranking.PairScorer`)."""
+        """The pair scorer of re-ranking (`xfm_fast.tasks.reranking.PairScorer`)."""
         self.require("image_memory")
         self.require("fusion")
         if "matching" not in self.heads:
@@ -572,7 +560,7 @@ class Session:
         return SessionScorer(self)
 
     def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> Sequence[FusionPass | RowPass]:
-        """The passes that `fuse_packed` divides its work into."""
+        """The passes of `fuse_packed`."""
         slots = self.slots("fusion")
         if self.manifest.packed:
             return plan_rows(image_of, lengths, slots, self.limits, self.config.text_width)
@@ -581,16 +569,16 @@ class Session:
     def fuse_packed(
         self, tokens: Tensor, lengths: Tensor, memory: SessionMemory, image_of: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Fuse texts that lie one after the other, without padding.
+        """Fuse concatenated texts, without padding.
 
         Args:
             tokens: `[sum(lengths), text_width]`.
             lengths: `[P]` tokens of each text, at least one.
-            memory: the images'.
-            image_of: image of each text.
+            memory: Result of `image_memory`.
+            image_of: Image of each text.
 
         Returns:
-            `fused` `[P, text_width]`, and what the export has of `match_logits` `[P, 2]`, `boxes` `[P, 4]` and
+            `fused` `[P, text_width]`, and depending on the export `match_logits` `[P, 2]`, `boxes` `[P, 4]` and
             `fused_tokens` `[sum(lengths), text_width]`.
         """
         sizes = lengths.tolist()
@@ -614,7 +602,7 @@ class Session:
             rows = torch.tensor(work.texts, device=self.device)
             places = starts[rows, None] + torch.arange(work.length, device=self.device)
             real = torch.arange(work.length, device=self.device) < counts[rows, None]
-            # Beyond the end of a text lie the tokens of the next one, which the mask hides.
+            # Positions beyond the end of a text read tokens of the next one; the mask hides them.
             embeds = tokens.index_select(0, places.clamp(max=len(tokens) - 1).flatten()).view(*places.shape, -1)
             made = self.call("fusion", {"text_embeds": embeds, "attention_mask": real, **memory.rows(work.images)})
             if whole is not None:
@@ -625,13 +613,13 @@ class Session:
                 value[rows.flatten()] = made[name].flatten(0, 1)
         return outputs if whole is None else outputs | {"fused_tokens": whole}
 
-    def _carry(self, outputs: dict[str, Tensor], name: str) -> Tensor:
+    def _attach(self, outputs: dict[str, Tensor], name: str) -> Tensor:
         result = outputs.pop(name)
         with self._lock:
             self._carried[result] = outputs
         return result
 
-    def _beside(self, tensor: Tensor, name: str, origin: str, head: str) -> Tensor:
+    def _attached(self, tensor: Tensor, name: str, origin: str, head: str) -> Tensor:
         if head not in self.heads:
             raise UnavailableError(
                 f"this export has no {name}: its model was built without the {head!r} head; export a model with it"
@@ -651,11 +639,11 @@ TASK_SESSIONS: dict[str, type[Session]] = {}
 
 
 def _class_of(folder: Path) -> type[Session]:
-    """The class for an export: that of its task, or `Session` where it has none, or one that no session is for."""
+    """The session class of the task of an export, or `Session`."""
     try:
         task = read_json(folder / TASK_FILE).get("task")
         return TASK_SESSIONS.get(task.get("kind"), Session)
-    # Graphs run without the file; `predict` says what is wrong with it.
+    # Graphs run without the file; `predict` reports a damaged one.
     except (OSError, ValueError, AttributeError, TypeError):
         return Session
 
@@ -668,7 +656,7 @@ class SessionScorer:
         self.config = session.config
 
     def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """The fusion graph begins with the text embeddings, so nothing is done ahead."""
+        """No work: the fusion graph starts with the text embeddings."""
         return tokens
 
     def preparation_flops(self, lengths: Tensor) -> flops.Count:
@@ -680,7 +668,7 @@ class SessionScorer:
         return self.session.image_memory(image_embeds)
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: SessionMemory, groups: ImageGroups) -> Tensor:
-        """Match score of every text with its image: `[P]`."""
+        """Match score of every caption with its image: `[P]`."""
         lengths = sequences.cu_seqlens.diff()
         with torch.inference_mode():
             outputs = self.session.fuse_packed(
@@ -689,7 +677,7 @@ class SessionScorer:
         return outputs["match_logits"][:, 1]
 
     def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
-        """The work of `scores`, padding included."""
+        """The FLOPs of `scores`, padding included."""
         first_only = not self.session.manifest.all_tokens
         count = flops.Count()
         for work in self.session.passes(lengths.tolist(), _image_of(groups)):
@@ -698,7 +686,7 @@ class SessionScorer:
         return count
 
     def fingerprint(self) -> str:
-        """A hash of the weights and of what runs them, which decides the last digits."""
+        """A hash of the weights and the runtime, which decides the last digits."""
         manifest = self.session.manifest
         files = {name for graph in ("image_memory", "fusion") for name in manifest.graph(graph).files}
         sums = sorted(record.sha256 for record in manifest.files if record.name in files)
@@ -707,6 +695,6 @@ class SessionScorer:
 
 
 def _image_of(groups: ImageGroups) -> list[int]:
-    """Image of every text, in their grouped order."""
+    """Image of every caption, in grouped order."""
     counts = groups.cu_texts.diff().long()
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts).tolist()

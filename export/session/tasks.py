@@ -1,7 +1,7 @@
-"""Sessions of fine-tuned models, under the names that the models of `xfm_fast.tasks` have.
+"""Sessions of fine-tuned models, with the methods of the models of `xfm_fast.tasks`.
 
-A decoder's graph writes one token of every text at a time, and the keys and values of what is written lie here, between
-its calls: beams and the prefixes of answers are rows of them that are picked anew at every step.
+A decoder graph writes one token of every text per call; keys and values of earlier tokens live here between the calls,
+and beams and answer prefixes are gathered from them at every step.
 """
 
 from __future__ import annotations
@@ -90,11 +90,7 @@ class NLVR2Session(Session):
 
 @dataclass(frozen=True)
 class SessionStates(SessionMemory):
-    """What texts are decoded from: keys and values of every layer of a decoder for B states.
-
-    Attributes:
-        mask: `[B, M]`, zero for tokens that a state lacks; None where all have the same.
-    """
+    """Decoder keys and values of every layer for B states, and their mask `[B, M]` (None: equal lengths)."""
 
     mask: Tensor | None = None
 
@@ -104,7 +100,7 @@ class SessionStates(SessionMemory):
         return self.images
 
     def part(self, start: int, stop: int) -> SessionStates:
-        """The states from `start` to `stop`; nothing is copied."""
+        """The states from `start` to `stop`, without a copy."""
         return self.select(slice(start, stop))
 
     def select(self, index: Tensor | slice) -> SessionStates:
@@ -113,13 +109,13 @@ class SessionStates(SessionMemory):
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """As the graph of a step takes them."""
+        """The inputs of the step graph."""
         return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
 
 
 @dataclass
 class SessionPast:
-    """Keys and values `[A, P, layers, 2, H, D]` of the tokens that A texts have behind them."""
+    """Keys and values `[A, P, layers, 2, H, D]` of the P tokens before A texts."""
 
     tokens: Tensor
 
@@ -129,7 +125,7 @@ class SessionPast:
 
 
 class DecodingSession(Session):
-    """A session with the graphs of a decoder: a `xfm_fast.models.decoder.Writer`, whose hidden states are logits."""
+    """A session with the graphs of a decoder: a `xfm_fast.models.decoder.Writer` whose hidden states are logits."""
 
     @property
     def positions(self) -> int:
@@ -138,7 +134,7 @@ class DecodingSession(Session):
         return self.config.max_text_length if most is None else min(self.config.max_text_length, most + 1)
 
     def states(self, states: Tensor, mask: Tensor | None = None) -> SessionStates:
-        """Project what is to be decoded from, `[B, M, width]`, once for all steps and beams."""
+        """Project decoder states `[B, M, width]` once for all steps and beams."""
         self.require("decoder_memory")
         with torch.inference_mode():
             passes = [self.call("decoder_memory", {"states": part}) for part in self.parts("decoder_memory", states)]
@@ -147,16 +143,7 @@ class DecodingSession(Session):
             return SessionStates(self.zeros("decoder_memory", {"batch": 0, "length": states.shape[1]}), mask)
 
     def next_tokens(self, tokens: Tensor, past: Tensor, states: SessionStates) -> tuple[Tensor, Tensor]:
-        """One more token of T texts for each of B states.
-
-        Args:
-            tokens: `[B, T]`.
-            past: `[B, T, P, layers, 2, H, D]`, of the P tokens before.
-            states: of the B states.
-
-        Returns:
-            Logits `[B, T, vocabulary]`, and keys and values of the tokens `[B, T, layers, 2, H, D]`.
-        """
+        """Logits `[B, T, vocabulary]` and keys and values `[B, T, layers, 2, H, D]` of the next token of T texts."""
         name = self.require("decoder_step")
         batch, texts, behind = past.shape[:3]
         with torch.inference_mode():
@@ -184,7 +171,7 @@ class DecodingSession(Session):
             return torch.cat([each["logits"] for each in made]), torch.cat([each["present"] for each in made])
 
     def unwritten(self, *counts: int) -> Tensor:
-        """Zeros in place of the keys and values of so many tokens, `[*counts, layers, 2, H, D]`."""
+        """Zeros as keys and values of tokens, `[*counts, layers, 2, H, D]`."""
         present = next(each for each in self.manifest.graph("decoder_step").outputs if each.name == "present")
         dims = (int(dim) for dim in present.dims[2:])
         return torch.zeros(*counts, *dims, dtype=self.dtype, device=self.device)
@@ -237,11 +224,7 @@ class VQASession(DecodingSession):
         *,
         attend_to_padding: bool = False,
     ) -> SessionStates:
-        """`VQAModel.encode_questions`: the decoder's memory of Q questions that have seen their image.
-
-        Raises:
-            UnavailableError: `attend_to_padding`, which graphs hide.
-        """
+        """`VQAModel.encode_questions`; graphs mask padding, so `attend_to_padding` raises `UnavailableError`."""
         if attend_to_padding:
             raise UnavailableError("official_ranking reads padding, which no export computes; predict with the run")
         mask = checks.check_tokens(question_ids, question_mask, self.config)
@@ -284,7 +267,7 @@ class VQASession(DecodingSession):
 
 
 class SteppedTree(DecodedTree):
-    """The tree as a graph of single steps grows it: the nodes of a depth of all questions in one step."""
+    """The answer tree over a step graph: nodes of a depth of all questions run in one step."""
 
     def __init__(self, session: DecodingSession, memory: SessionStates, trie: AnswerTrie) -> None:
         super().__init__(trie, memory.states, torch.float32)
@@ -296,7 +279,7 @@ class SteppedTree(DecodedTree):
         known = torch.cat([self._known, self._known.new_zeros(len(nodes), *self._known.shape[1:])])
         for depth, chosen, places in self.by_depth(questions, nodes):
             for rows in _grids(questions[chosen]):
-                # Row r of the grid are nodes of one question; what fills it up is computed and not read.
+                # Row r of the grid are nodes of one question; padding is computed and not read.
                 grid = pad_sequence(rows, batch_first=True, padding_value=int(rows[0][0])).to(nodes.device)
                 real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], True).to(nodes.device)
                 behind, memory = places[grid], self._memory.select(questions[chosen[grid[:, 0]]])
@@ -315,11 +298,7 @@ class SteppedTree(DecodedTree):
 
 
 def _grids(questions: Tensor) -> Iterator[list[Tensor]]:
-    """Nodes by their number, those of a question in a row, in grids of rows alike in length and few enough logits.
-
-    Args:
-        questions: of the nodes, sorted.
-    """
+    """Nodes of sorted `questions` by number, one question a row, in grids of similar rows and limited logits."""
     counts = questions.unique_consecutive(return_counts=True)[1].tolist()
     rows = [row for of in torch.arange(len(questions)).split(counts) for row in of.split(_LOGIT_ROWS)]
     grid: list[Tensor] = []
@@ -332,7 +311,7 @@ def _grids(questions: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _pieces(count: int, *limits: int | None) -> Sequence[slice]:
-    """0 to count in pieces that no limit is below."""
+    """0 to count in chunks within every limit."""
     size = min((limit for limit in limits if limit is not None), default=count)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 

@@ -23,7 +23,7 @@ from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, ExportError, InputError, UnavailableError
 from xfm_fast.export.consumers import Profile
 from xfm_fast.export.expected import generated_examples, graph_memory
-from xfm_fast.export.graphs import Graph, GraphName, build, default_graphs, random_inputs, wants_all_tokens
+from xfm_fast.export.graphs import Graph, GraphName, build, default_graphs, random_inputs, needs_all_tokens
 from xfm_fast.export.manifest import AxisRecord, Manifest, new_manifest
 from xfm_fast.export.pipeline import build_graphs, graph_records
 from xfm_fast.export.session import Session
@@ -298,7 +298,7 @@ def test_sessions_answer_as_the_model(
         ]
     manifest = new_manifest(
         source="", weights_sha256="", tokenizer_sha256=None, config=model.config.model_dump(), dtype="fp32",
-        consumer="onnxruntime", opset=20, attention="primitives", all_tokens=wants_all_tokens(model, False), fixed={},
+        consumer="onnxruntime", opset=20, attention="primitives", all_tokens=needs_all_tokens(model, False), fixed={},
         versions={}, graphs=records, files=[],
     )  # fmt: skip
     runtime = Eager(built)
