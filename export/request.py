@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -37,7 +37,6 @@ HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
 BUDGET = 0.99
 """The least cosine of any output row with the model's, for exports with 8-bit GEMMs."""
 
-BackendChoice = Literal["auto", "tensorrt", "onnxruntime", "python"]
 Pipeline = Literal["rank", "graphs"]
 ServedDevice = Literal["auto", "cpu", "gpu"]
 
@@ -171,102 +170,42 @@ class TensorRTRequest(EngineRequest):
 
 
 @dataclass(frozen=True)
-class RankLimits:
-    """Limits of a request to the rank model of a repository."""
-
-    images: int = 16
-    captions: int = 1024
-    image_bytes: int = 32 << 20  # of an encoded image
-    caption_characters: int = 2000  # before the official cut to 30 words and `tokens` tokens
-    tokens: int = 40  # special tokens included
-
-
-@dataclass(frozen=True)
-class ServedModels:
+class RepositoryOptions:
     """The models of a repository and how they run.
 
     Attributes:
-        backend: Triton's backend for the graphs; python is a session of this package in Triton.
-        pipeline: rank: a model from JPEG files and captions to scores too; graphs: none.
-        prefix: Beginning of the names of the models.
-        device: Device that the models run on.
+        pipeline: rank adds a model from image files and captions to scores; graphs adds none.
+        prefix: Prefix of the models' names.
+        device: Device of the models; engines always run on a GPU.
         most_batch: Rows of a batch, for graphs that take any number.
         queue_delay: Microseconds that a request may wait for others.
-        instances: Copies of each graph's model.
+        instances: Instances of each graph's model.
+        most_images: Images of a rank request.
+        most_captions: Captions of a rank request.
+        cache_mb: Megabytes of image memories that the rank model caches between requests.
     """
 
-    backend: BackendChoice = "auto"
     pipeline: Pipeline = "rank"
     prefix: str = "xfm"
     device: ServedDevice = "auto"
     most_batch: Annotated[int, Ge(1)] = 32
     queue_delay: Annotated[int, Ge(0)] = 500
     instances: Annotated[int, Ge(1)] = 1
-
-
-@dataclass(frozen=True)
-class RepositoryOptions(ServedModels):
-    """A repository to make; `auto` is the first of Triton's backends that runs the export, and a GPU for engines.
-
-    Attributes:
-        cache_bytes: room for image memories that the rank model keeps between requests.
-        limits: bounds of a rank request; `tokens` are cut to what the export takes.
-    """
-
-    cache_bytes: int = 1 << 30
-    limits: RankLimits = field(default_factory=RankLimits)
+    most_images: Annotated[int, Ge(1)] = 16
+    most_captions: Annotated[int, Ge(1)] = 1024
+    cache_mb: Annotated[int, Ge(0)] = 1024
 
     def check(self) -> None:
-        """Compare the options with what there is.
-
-        Raises:
-            UnavailableError: a backend, pipeline or device that is not known.
-            InputError: a number that is too small, or a prefix that cannot name models.
-        """
-        for name, value, choices in (
-            ("backend", self.backend, get_args(BackendChoice)),
-            ("pipeline", self.pipeline, get_args(Pipeline)),
-            ("device", self.device, get_args(ServedDevice)),
-        ):
-            if value not in choices:
+        """Raise `UnavailableError` for unknown choices, and `InputError` for numbers and prefixes out of range."""
+        for name, choices in (("pipeline", get_args(Pipeline)), ("device", get_args(ServedDevice))):
+            if (value := getattr(self, name)) not in choices:
                 raise UnavailableError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
-        if not re.fullmatch(r"[A-Za-z][\w-]*", self.prefix):
+        if not re.fullmatch(r"[A-Za-z][\w-]*", self.prefix, re.ASCII):
             raise InputError(f"prefix {self.prefix!r} cannot name models; use letters, digits, - and _")
-        limits = self.limits
-        for name, value, least in (
-            ("most_batch", self.most_batch, 1),
-            ("queue_delay", self.queue_delay, 0),
-            ("instances", self.instances, 1),
-            ("cache_bytes", self.cache_bytes, 0),
-            ("limits.images", limits.images, 1),
-            ("limits.captions", limits.captions, 1),
-            ("limits.image_bytes", limits.image_bytes, 1),
-            ("limits.caption_characters", limits.caption_characters, 1),
-            ("limits.tokens", limits.tokens, 3),
-        ):
+        for name in ("most_batch", "queue_delay", "instances", "most_images", "most_captions", "cache_mb"):
+            value, least = getattr(self, name), int(name not in ("queue_delay", "cache_mb"))
             if value < least:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
-
-
-@dataclass(frozen=True)
-class RepositoryRequest(ServedModels):
-    """A repository, in the words of a command line.
-
-    Attributes:
-        most_images: Limit of a rank request.
-        most_captions: Limit of a rank request.
-        cache_mb: Megabytes of image memories that the rank model keeps between requests.
-    """
-
-    most_images: Annotated[int, Ge(1)] = RankLimits.images
-    most_captions: Annotated[int, Ge(1)] = RankLimits.captions
-    cache_mb: Annotated[int, Ge(0)] = RepositoryOptions.cache_bytes >> 20
-
-    def options(self) -> RepositoryOptions:
-        """The options of `write_model_repository`."""
-        shared = {each.name: getattr(self, each.name) for each in fields(ServedModels)}
-        limits = RankLimits(images=self.most_images, captions=self.most_captions)
-        return RepositoryOptions(**shared, cache_bytes=self.cache_mb << 20, limits=limits)
 
 
 Request = TypeVar("Request", bound=ExportRequest)

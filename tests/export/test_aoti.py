@@ -147,7 +147,7 @@ def test_a_package_runs_only_where_it_is_named(
     monkeypatch.setattr("torch._inductor.aoti_load_package", lambda *_, **__: pytest.fail("a package was loaded"))
     folder = Path(shutil.copytree(memory_package, tmp_path / "copied"))
     before = (folder / "manifest.json").read_bytes()
-    said = rf"{folder} holds AOTInductor packages, native code that runs when it is loaded.*runtime='aoti'"
+    said = rf"{folder} .*native code.*runtime='aoti'"
     for load in (Session, Session.load, verify):
         with pytest.raises(ExportError, match=said):
             load(folder)

@@ -23,7 +23,7 @@ from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, ExportError, InputError, UnavailableError
 from xfm_fast.export.consumers import Profile
 from xfm_fast.export.expected import generated_examples, graph_memory
-from xfm_fast.export.graphs import Graph, GraphName, build, default_graphs, random_inputs, needs_all_tokens
+from xfm_fast.export.graphs import Graph, GraphName, build, default_graphs, needs_all_tokens, random_inputs
 from xfm_fast.export.manifest import AxisRecord, Manifest, new_manifest
 from xfm_fast.export.pipeline import build_graphs, graph_records
 from xfm_fast.export.session import Session

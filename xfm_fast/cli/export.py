@@ -24,7 +24,7 @@ from xfm_fast.export.request import (
     OnnxRequest,
     PackageRequest,
     Preset,
-    RepositoryRequest,
+    RepositoryOptions,
     RuntimeChoice,
     TensorRTRequest,
 )
@@ -206,13 +206,11 @@ def model_repository(
     /,
     *,
     out: Path,
-    request: Flat[RepositoryRequest] = RepositoryRequest(),
+    options: Flat[RepositoryOptions] = RepositoryOptions(),
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server from an export.
-
-    Its Python models, and AOTInductor packages, are code that the server runs: serve only what you trust.
 
     Args:
         folder: Folder of an export.
@@ -225,19 +223,18 @@ def model_repository(
     from xfm_fast.export.model_repository.repository import check_free, write_model_repository
     from xfm_fast.tokenizer import CaptionTokenizer
 
-    wanted = request.options()
-    wanted.check()
+    options.check()
     check_free(out, overwrite)
     vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
-    receipt = write_model_repository(folder, out, wanted, tokenizer=vocabulary, overwrite=overwrite, progress=say)
+    receipt = write_model_repository(folder, out, options, tokenizer=vocabulary, overwrite=overwrite, progress=say)
     console = stdout()
     title = escape(f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})")
     # A table wraps its title to its width, and this one is narrow.
     console.print(f"[bold]{title}[/]", soft_wrap=True, highlight=False)
-    shown = table("", "model", "backend", "most rows", "MB", right=("most rows", "MB"))
+    shown = table("", "model", "platform", "most rows", "MB", right=("most rows", "MB"))
     for model in receipt.models:
         size = sum(file.bytes for file in receipt.files if file.name.startswith(f"{model.name}/"))
-        shown.add_row(model.name, model.backend, str(model.max_batch_size or "as sent"), f"{size / 1e6:.1f}")
+        shown.add_row(model.name, model.platform, str(model.max_batch_size or "as sent"), f"{size / 1e6:.1f}")
     console.print(shown)
     print(f"serve it with: tritonserver --model-repository={out}")
 

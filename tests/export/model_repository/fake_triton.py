@@ -1,7 +1,7 @@
 """A stand-in for Triton's Python backend: loads the models of a repository and runs requests in this process.
 
-`FakeServer(repository)` reads every `config.pbtxt`, checks inputs and outputs against it as Triton does, and offers its
-`model.py` the module `triton_python_backend_utils` with the classes that ours use.
+`FakeServer(repository)` reads every `config.pbtxt`, checks inputs and outputs against it as Triton does, and gives
+each `model.py` the module `triton_python_backend_utils`. Models without one run by `onnx_model.py`.
 """
 
 import importlib.util
@@ -136,13 +136,17 @@ class FakeServer:
         }.items():
             setattr(module, name, value)
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
+        # Imported once more by each server, with this module.
+        monkeypatch.delitem(sys.modules, "xfm_fast.export.model_repository.rank", raising=False)
         for folder in sorted(path for path in repository.iterdir() if path.is_dir()):
             if only is None or folder.name == only:
                 self._load(folder)
 
     def _load(self, folder: Path) -> None:
         config = pbtxt.read((folder / "config.pbtxt").read_text(encoding="ascii"))
-        spec = importlib.util.spec_from_file_location(f"served_{folder.name}", folder / "1" / "model.py")
+        script = folder / "1" / "model.py"
+        script = script if script.exists() else Path(__file__).with_name("onnx_model.py")
+        spec = importlib.util.spec_from_file_location(f"served_{folder.name}", script)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

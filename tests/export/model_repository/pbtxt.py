@@ -1,12 +1,12 @@
 """A strict reader of the protobuf text that `config.pbtxt` is written in, with the types of the fields it may hold."""
 
+import json
 import re
 from typing import Any
 
 _TOKEN = re.compile(
     r'\s*(?:(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<word>[A-Za-z_]\w*)|(?P<number>-?\d+)|(?P<mark>[{}\[\]:,]))'
 )
-_ESCAPE = re.compile(r"\\([0-7]{3}|.)")
 
 
 class Enum(str):
@@ -107,8 +107,4 @@ def _scalar(token: tuple[str, str], schema: type, name: str) -> Any:
         return int(text)
     if schema is Enum:
         return Enum(text)
-    return _ESCAPE.sub(lambda found: _unescaped(found[1]), text[1:-1]).encode("latin-1").decode()
-
-
-def _unescaped(code: str) -> str:
-    return chr(int(code, 8)) if len(code) == 3 else code
+    return json.loads(text)
