@@ -47,16 +47,16 @@ def relpos_attention(
         q, k, v: `[B, N, H, D]`, any strides, N = 1 + wh·ww.
         table: `[(2wh-1)(2ww-1)+3, H]`; see `reference.relative_position_index` for its rows.
         window: (wh, ww) in patches.
-        scale: of the products; 1/sqrt(D) by default.
+        scale: of the scores; 1/sqrt(D) by default.
         key_mask: `[B, N]` boolean, False for keys that a batch entry does not attend to; runs on PyTorch's kernels.
-        bias: `relpos_bias` of the same table, window and scale. By default it is made here, and kept for the next call;
-            within a CUDA graph or a compiled model it is made at every call, which giving it spares.
+        bias: `relpos_bias` of the same table, window and scale. By default it is computed and cached for the next call;
+            within a CUDA graph or a compiled model every call recomputes it, unless it is passed.
 
     Returns:
         `[B, N, H, D]`.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
+        ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
     """
     checks.relpos_arguments(q, k, v, table, window, key_mask)
     scale = checks.scale_of(q, scale)
@@ -92,21 +92,21 @@ def relpos_bias(
     head_dim: int = 0,
     backend: Backend | None = None,
 ) -> Tensor:
-    """The bias of `relpos_attention` in the form in which its implementation reads it, to be given back unread.
+    """The bias of `relpos_attention` in its implementation's layout, an opaque tensor to pass as `bias`.
 
-    Make it before a CUDA graph is captured, and anew whenever the table has changed: the graph reads this tensor.
+    Compute it before a CUDA graph is captured, and again after each change of the table: the graph reads this tensor.
 
     Args:
         table, window, scale: as in `relpos_attention`.
-        dtype: what the attention computes in: that of q, or autocast's.
-        head_dim: of q. Some GPUs then read the bias in an order of their own, which is quicker.
+        dtype: of the attention: that of q, or autocast's.
+        head_dim: of q. Some GPUs have a faster layout for certain head dimensions.
 
     Returns:
         For Triton `[H, N, N_pad]` of quotients of bias and scale, fp16 unless `dtype` is fp32, or the same elements in
-        tiles `[H, N_pad / 128, N_pad / 64, 256, 32]`; on a CPU `[H, N, N]`. Less the largest of every query.
+        tiles `[H, N_pad / 128, N_pad / 64, 256, 32]`; on a CPU `[H, N, N]`. Each query's maximum is subtracted.
 
     Raises:
-        InputError: a table that does not go with the window.
+        InputError: a table that does not fit the window.
     """
     heads = table.shape[-1] if table.ndim else 0
     q = torch.empty((1, 1 + window[0] * window[1], heads, 1), device="meta")
@@ -144,21 +144,21 @@ def varlen_attention(
     All texts of an image may form one query sequence: cross-attention has no mask between queries.
 
     Args:
-        q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; any strides. The sequences lie one after the other.
+        q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; any strides. The sequences are concatenated.
         cu_seqlens_q, cu_seqlens_k: `[S + 1]` int32 or int64 offsets, starting with 0 and ending with Tq and Tk.
             Lengths may be zero on either side; queries without keys receive zeros.
         max_q, max_k: upper bounds of the lengths.
         dropout_p: probability of dropping an attention weight.
-        scale: of the products; 1/sqrt(D) by default.
+        scale: of the scores; 1/sqrt(D) by default.
         key_mask: `[Tk]` boolean, False for keys that are hidden from all queries.
-        seed: one int64 on the device of q that the dropout follows from; drawn from PyTorch's generator by default.
+        seed: one int64 on the device of q, the seed of the dropout; drawn from PyTorch's generator by default.
 
     Returns:
         `[Tq, H, D]`.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together, a backend that cannot run here, or offsets that
-            do not describe the tensors (looked at on CPU and within `check_contents()`).
+        ValueError: inconsistent shapes, dtypes or devices, a backend that cannot run here, or offsets that do not fit
+            the tensors (checked on CPU and within `check_contents()`).
     """
     scale = checks.scale_of(q, scale)
     packed = Packed(cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed, key_mask)
@@ -223,7 +223,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
 
 
 def _flash_is_faster(q: Tensor, k: Tensor, packed: Packed) -> bool:
-    """Whether `tune` measured flash-attn to be faster for such sequences on this GPU, and it is still there."""
+    """Whether `tune` measured flash-attn to be faster for these sequences on this GPU, and it is installed."""
     if torch.compiler.is_compiling() or packed.key_mask is not None or packed.dropout_p or not q.numel():
         return False
     from .triton.varlen_attention import tuned_backends
@@ -247,7 +247,7 @@ def _relpos_bias_made(
 
 
 def _in_fragments(head_dim: int, dtype: torch.dtype, device: torch.device, *, turned: bool) -> bool:
-    """Whether a bias is made in fragments. Asked of fakes too, where there may be neither Triton nor a GPU."""
+    """Whether a bias is stored in fragments; fakes ask too, possibly without Triton or a GPU."""
     if not head_dim or turned or device.type != "cuda" or not torch.cuda.is_available():
         return False
     from .triton.relpos_table import takes_fragments

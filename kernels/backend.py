@@ -1,4 +1,4 @@
-"""Which implementation runs: chosen for the device, or asked for by name for a call or a block."""
+"""Selection of the implementation: by the device, or by name for a call or a block."""
 
 from __future__ import annotations
 
@@ -47,13 +47,10 @@ def use_backend(name: Backend) -> Iterator[None]:
 def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = False) -> Backend:
     """The backend that runs an operation on these tensors: one of `reference`, `cpu`, `triton`, `flash_attn`.
 
-    Args:
-        has_flash: whether the operation is an attention. In a block of `flash_attn`, the others run as with `auto`;
-            on Hopper, attention needs a compiler without the faults of `hopper_fault`.
-
-    Raises:
-        ValueError: tensors on several devices, or a backend asked for by name that cannot run here. `auto` falls back
-            to `reference` instead, and so it does within `torch.func` and forward-mode differentiation.
+    `has_flash` marks attention: other operations treat a block of `flash_attn` as `auto`, and attention on Hopper needs
+    a compiler without the faults of `hopper_fault`. ValueError for tensors on several devices, and for a named backend
+    that cannot run here; `auto` falls back to `reference`, as it does within `torch.func` and forward-mode
+    differentiation.
     """
     name = _chosen.name if backend is None else _known(backend)
     if name == "flash_attn" and not has_flash:
@@ -97,7 +94,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
 
 
 def named(backend: Backend | None) -> bool:
-    """True if the caller asked for one backend, so that nothing else may run in its place."""
+    """True if the caller named a backend, which must not be replaced."""
     return (_chosen.name if backend is None else backend) != "auto"
 
 
@@ -144,7 +141,7 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
 
 @constant_when_compiled
 def _compiler_fault(device: str, index: int | None) -> str | None:
-    """The reason why attention that is compiled for a device would be wrong, or None."""
+    """The reason why compiled attention would be wrong on a device, or None."""
     if device != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(index)[0] != 9:
         return None
     return hopper_fault(*compiler_versions())
@@ -153,8 +150,8 @@ def _compiler_fault(device: str, index: int | None) -> str | None:
 def hopper_fault(triton: str, ptxas: str) -> str | None:
     """A fault of a compiler that makes attention wrong on Hopper, or None.
 
-    Before 3.7.1, Triton orders no asynchronous copy to shared memory before the tensor cores that read it. Before 13.3,
-    ptxas overwrites registers that the tensor cores still read.
+    Before 3.7.1, Triton does not order an asynchronous copy to shared memory before the tensor cores that read it.
+    Before 13.3, ptxas overwrites registers that the tensor cores still read.
     """
     remedy = "install triton >= 3.9, or set TRITON_PTXAS_PATH to ptxas >= 13.3 with triton >= 3.7.1"
     if version_numbers(triton) < (3, 7, 1):

@@ -1,7 +1,7 @@
-"""Attention with a bias of any origin, added to the scores: checks, registration, gradients.
+"""Attention with an arbitrary additive bias: checks, registration, gradients.
 
-The bias is an input like the others, read as it lies in memory and never kept, so that it may be a parameter, differ in
-every call, and be part of a captured graph.
+The bias is an ordinary input, read in place and never cached, so that it may be a parameter, differ in every call, and
+be part of a captured graph.
 """
 
 from __future__ import annotations
@@ -69,29 +69,28 @@ def bias_attention(
     seed: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ + bias) v, with gradients of all four, the same bits every time.
+    """softmax(scale · q kᵀ + bias) v, with deterministic gradients of all four inputs.
 
-    A bias that the batch shares is read once from memory and its gradient summed over the batch in order. Under
-    autocast q, k and v are converted and the bias keeps its type, so that its gradient is summed and returned in that.
+    A bias that the batch shares is read once from memory and its gradient summed over it in order. Under autocast
+    q, k and v are converted; the bias keeps its dtype, and so does its gradient.
 
     Args:
         q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides.
-        bias: `[G, H, Nq, Nk]`: 1 for the whole batch, B for an entry each, or a divisor G of B, of which batch entry b
-            takes entry b mod G, as windows of an image share masks. H, Nq and Nk may be 1 where the bias is the same
-            for all. A bias of -1e30 or less (`limits.HIDDEN`) hides a key from a query. float64 where q is, else any
-            floating-point type.
+        bias: `[G, H, Nq, Nk]`: 1 for the whole batch, B for an entry each, or a divisor G of B: entry b mod G is for
+            batch entry b, as windows of an image share masks. H, Nq and Nk may be 1 for a broadcast. A bias of -1e30
+            or less (`limits.HIDDEN`) hides a key from a query. float64 where q is, else any floating-point dtype.
         key_mask: `[B, Nk]` boolean, False for keys that a batch entry does not attend to.
         dropout_p: probability of dropping an attention weight.
-        scale: of the products; 1/sqrt(D) by default.
+        scale: of the scores; 1/sqrt(D) by default.
         return_lse: return the logsumexp of the scores too; gradients flow through it.
-        seed: one int64 on the device of q that the dropout follows from; drawn from PyTorch's generator by default.
+        seed: one int64 on the device of q, the seed of the dropout; drawn from PyTorch's generator by default.
 
     Returns:
-        `[B, Nq, H, D]`; zeros for queries whose keys are all hidden, and so are the gradients that they cause. With
-        `return_lse`, also `[B, H, Nq]`, at least fp32, -inf for such queries.
+        `[B, Nq, H, D]`; zeros for queries whose keys are all hidden, with zero gradients. With `return_lse`, also
+        `[B, H, Nq]`, at least fp32, -inf for these queries.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
+        ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
     """
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
@@ -124,7 +123,7 @@ def _lse_type(q: Tensor) -> torch.dtype:
 
 
 def _hiding(bias: Tensor, key_mask: Tensor | None) -> Hiding | None:
-    """None if every query sees every key, which saves passes over the scores."""
+    """The hidden keys; None if every query sees every key, which saves passes over the scores."""
     if key_mask is None and bias.numel() and host.number(bias.amin()) > HIDDEN:
         return None
     return Hiding(key_mask)

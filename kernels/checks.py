@@ -1,7 +1,7 @@
-"""Refusals of the operations: arguments that do not fit together, before a kernel turns them into garbage.
+"""Argument validation for the operations.
 
-Shapes, types and devices are looked at always. Contents (offsets, labels, ids) are looked at where that waits for
-nothing: on CPU. On a GPU it would stop the host at every call, so it is asked for, to find a fault:
+Shapes, dtypes and devices are always checked. Contents (offsets, labels, ids) are checked on CPU; on a GPU the check
+would synchronise every call, so it is enabled to find a fault:
 
     with ops.check_contents():
         model(batch)
@@ -302,11 +302,7 @@ def embedding_arguments(
 
 
 def ids_inside(ids: Tensor, rows: int, name: str) -> None:
-    """Refuse ids outside a table of `rows` rows.
-
-    Raises:
-        IndexError: as PyTorch does for an index outside a tensor.
-    """
+    """Raise IndexError, as PyTorch does, for ids outside a table of `rows` rows."""
     outside = ((ids < 0) | (ids >= rows)).reshape(-1)
     if host.any_true(outside):
         first = host.integer(ids.reshape(-1)[host.true_places(outside)[0]])
@@ -329,11 +325,7 @@ def vocabulary_arguments(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor)
 
 
 def targets_inside(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Refuse labels outside the vocabulary.
-
-    Raises:
-        IndexError: as PyTorch does for an index outside a tensor.
-    """
+    """Raise IndexError, as PyTorch does, for labels outside the vocabulary."""
     outside = host.true_places(((target < 0) | (target >= vocabulary)) & (target != ignore_index))
     if outside.numel():
         raise IndexError(

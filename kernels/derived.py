@@ -1,15 +1,14 @@
-"""Tensors computed from parameters, kept until a parameter changes.
+"""Cache of tensors computed from parameters, invalidated when a parameter changes.
 
 Inference repeats the same small computations on weights for every batch (concatenating query, key and value
 projections, expanding a position table, packing a weight for oneDNN). `derived` does each once. An entry belongs to
 its first source and dies with it; it is recomputed when any source was written to, moved or converted.
 
-On a GPU, a caller on another stream waits until the value is there; and what is captured into a CUDA graph is computed
-within it, or else the graph would go on reading memory that is given back when a source changes. Who sees to that is
-spared the work by `held`.
+On a GPU, a caller on another stream waits for the value; a CUDA graph computes it inside the capture, or else the graph
+would read freed memory after a source changes. `held` skips that work for a caller that keeps the cached tensors.
 
 Writes through `.data` escape PyTorch's version counter. On CPU, the values of the first source are therefore compared
-as well: all of a small one, some of a large one, which no optimizer step or moving average leaves as they were.
+as well: all of a small one, some of a large one, which every optimizer step or moving average changes.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ _mode = _Mode()
 
 @contextmanager
 def unkept() -> Iterator[None]:
-    """Within the block nothing is kept, for models that run once: packed weights are as many again as the model's."""
+    """Disable the cache within the block, for models that run once: packed weights double the memory of the model's."""
     outside, _mode.unkept = _mode.unkept, True
     try:
         yield
@@ -99,9 +98,9 @@ def unkept() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Within the block, captured graphs read what is kept instead of computing it at every replay.
+    """Within the block, captured graphs read cached tensors instead of recomputing them at every replay.
 
-    The caller holds what is `remembered` as long as the graph, and captures it anew when a source has changed.
+    The caller keeps the `remembered` tensors as long as the graph, and captures it again after a source has changed.
     """
     outside, _mode.held = _mode.held, True
     try:
@@ -153,8 +152,6 @@ def clear() -> None:
 
 
 def remembered(sources: Iterable[Tensor]) -> list[Any]:
-    """Everything that is remembered of these tensors: whoever reads it by its address, as a CUDA graph does, holds this
-    list, so that it outlives a change of its source and `clear`.
-    """
+    """All cached tensors of these sources; a CUDA graph that reads them stores this list, in case of `clear`."""
     found = [_entries[id(source)] for source in sources if id(source) in _entries]
     return [entry[2] for _, kept in found for entry in kept.values()]

@@ -13,11 +13,7 @@ def is_stream(path: Path) -> bool:
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
-    """Write a file so that readers, and a failure at any moment, find all of it or what was there before.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
+    """Write a file atomically: readers, and a failure at any moment, see the old content or the new."""
     if is_stream(path):
         path.write_bytes(content)
         return

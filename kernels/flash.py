@@ -21,11 +21,7 @@ _NEWER = (4, 2)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    """softmax(scale · q kᵀ) v of packed sequences `[T, H, D]`.
-
-    Raises:
-        InputError: a type or mask that flash-attn does not have, or no version that imports here.
-    """
+    """softmax(scale · q kᵀ) v of packed sequences `[T, H, D]`; InputError for an unsupported dtype or mask."""
     if packed.key_mask is not None:
         raise InputError("backend 'flash_attn' has no key_mask; use 'auto' or 'triton'")
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -47,11 +43,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
 
 @cache
 def function(capability: int, *, dropout: bool = False) -> Callable[..., Any]:
-    """`flash_attn_varlen_func` of the version that is fastest on a GPU; version 2 alone has dropout.
-
-    Raises:
-        InputError: none of them imports.
-    """
+    """`flash_attn_varlen_func` of the fastest version on a GPU; only version 2 has dropout. InputError without one."""
     reasons = []
     for version in (2,) if dropout else _ORDER.get(capability, _NEWER):
         try:

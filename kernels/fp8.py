@@ -1,8 +1,8 @@
-"""Products in fp8 (e4m3), for inference: each row of the activations and of the weight has a scale of its own.
+"""GEMMs in fp8 (e4m3), for inference: each row of the activations and of the weight has a scale of its own.
 
-A GPU multiplies fp8 at twice the rate of 16 bits. Where its kernels make the rows that a product will read (norms,
-GELU), they round them on the way; what comes from elsewhere is rounded in a pass of its own. On a CPU the same values
-are rounded and multiplied in fp32, which is slow and shows what fp8 does to a model.
+A GPU multiplies fp8 at twice the rate of 16 bits. Its kernels for norms and GELU round the rows of the next GEMM on the
+way; other rows are rounded in a separate pass. On a CPU the same values are rounded and multiplied in fp32, which is
+slow and shows the effect of fp8 on a model.
 """
 
 from __future__ import annotations
@@ -44,15 +44,14 @@ _switch = _Switch()
 def use_fp8() -> Iterator[None]:
     """Within the block, linear layers multiply rows rounded to fp8 (e4m3) with weights rounded to fp8.
 
-    For inference: their gradient is refused. A layer of which a dimension is no multiple of 16 multiplies as ever, and
-    so does one whose weight is frozen or in int8.
-    Rounded weights are kept beside the parameters, half of the size of those in 16 bits, until they change. On a CPU
-    the products are emulated, slowly, to show what fp8 does to a model's results: try it on some inputs of one's own
-    before relying on it.
+    For inference: gradients raise an error. A layer with a dimension that is no multiple of 16 runs as usual, as does a
+    layer with a frozen or int8 weight. Rounded weights are cached until the parameters change, in half the memory of 16
+    bits. On a CPU the GEMMs are emulated, slowly, to show the effect of fp8 on a model's results: try it on some inputs
+    of your own before you rely on it.
 
     Raises:
-        UnavailableError: at the first product, on a GPU older than Ada (compute capability 8.9).
-        InputError: at the first product whose gradient would be wanted.
+        UnavailableError: at the first linear layer, on a GPU older than Ada (compute capability 8.9).
+        InputError: at the first linear layer that requires a gradient.
     """
     outside, _switch.on = _switch.on, True
     try:
@@ -79,22 +78,14 @@ def fits(weight: Tensor) -> bool:
 
 
 def require(device: torch.device) -> None:
-    """Refuse a device without fp8.
-
-    Raises:
-        UnavailableError: says why, and what to take instead.
-    """
+    """Raise UnavailableError for a device without fp8."""
     why_not = _why_not(device.type, device.index)
     if why_not is not None:
         raise UnavailableError(f"products in fp8 were asked for, but {why_not}; use bfloat16")
 
 
 def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """True if the product of these rows and this weight is to be made in fp8.
-
-    Raises:
-        UnavailableError, InputError: as `use_fp8` says.
-    """
+    """True if fp8 is enabled for the GEMM of these rows and this weight; raises as `use_fp8`."""
     kind = kind_of(weight)
     if kind == "int8" or not (_switch.on or kind == "fp8") or not fits(weight):
         return False
@@ -140,7 +131,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | No
 
 
 def rounded(x: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
-    """Rows of x as `[rows, K]` fp8 and their scales `[rows, 1]` fp32: those that a kernel made on the way, or new."""
+    """Rows of x as `[rows, K]` fp8 and their scales `[rows, 1]` fp32: from the kernel that wrote x, or new."""
     if torch.compiler.is_compiling() or resolve(backend, x) != "triton":
         # A compiler joins these few operations to what made the rows.
         return reference.quantise_rows(x.reshape(-1, x.shape[-1]))
@@ -153,12 +144,7 @@ def rounded(x: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
 
 
 def wanted_of(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> bool:
-    """True if a Triton kernel that makes rows for a product should round them on the way.
-
-    Args:
-        weight: of the norm, or of the product with GELU behind it, that makes the rows.
-        tensors: what else they are made of.
-    """
+    """True if a Triton kernel should round its rows to fp8 for the next GEMM; `weight` is of the norm or GELU layer."""
     if not concerns(weight) or chosen != "triton" or torch.compiler.is_compiling():
         return False
     if torch.is_inference_mode_enabled():

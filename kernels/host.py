@@ -1,8 +1,8 @@
-"""Values of tensors that Python decides by: offsets, seeds, checks.
+"""Tensor values that Python code branches on: offsets, seeds, checks.
 
-On CPU they are read through NumPy, which looks at the tensor's own memory. So a test that forbids the methods of a
-tensor that wait for a device (`item`, `tolist`, `nonzero`, truth values) finds the ones that would stop an accelerator,
-and no others. Within `torch.func` a tensor has no memory that NumPy could look at.
+On CPU they are read through NumPy from the tensor's memory. So a test that forbids the synchronising methods of a
+tensor (`item`, `tolist`, `nonzero`, truth values) finds exactly the calls that would stop an accelerator. Within
+`torch.func` a tensor has no memory for NumPy.
 """
 
 from __future__ import annotations

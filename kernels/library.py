@@ -1,7 +1,7 @@
 """Operators registered with PyTorch: one node for `torch.compile`, with gradient and autocast.
 
 Implementations are registered with define/impl for CPU and CUDA rather than `triton_op`: ahead-of-time autograd
-decomposes a `triton_op` even for CPU tensors and so goes round the CPU implementation.
+decomposes a `triton_op` even for CPU tensors and so bypasses the CPU implementation.
 """
 
 from __future__ import annotations
@@ -33,15 +33,11 @@ def operator(
 
     Args:
         schema: such as `"name(Tensor x, int n) -> Tensor"`.
-        implementation: runs on CPU and CUDA tensors.
+        implementation: runs on CPU and CUDA tensors, there on the device of its first tensor.
         fake: gives shapes, strides and dtypes of the results.
-        setup_context, backward: as in `torch.library.register_autograd`; gradients of the gradient are refused.
-        autocast: convert floating-point tensor arguments to autocast's type where that is enabled: all, or those at
-            the places named; with no place the operator converts them itself. One that does so again for the
-            gradient keeps no converted copy of a model's weights between the two.
-
-    On a GPU the implementation runs with the device of its first tensor there as the current one: a kernel is launched
-    on the current device, wherever its arguments lie.
+        setup_context, backward: as in `torch.library.register_autograd`; second derivatives raise an error.
+        autocast: convert floating-point tensor arguments to autocast's dtype: all, or the arguments at these places. An
+            empty tuple leaves it to the operator, which then saves no converted copy of a model's weights.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -73,7 +69,7 @@ class _Once(torch.autograd.Function):
 
 
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass whose results refuse to be differentiated, since its kernels record no graph."""
+    """A backward pass whose results cannot be differentiated, since its kernels record no graph."""
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
@@ -88,7 +84,7 @@ def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type of autocast on a device where operators are registered for it; None where it is off."""
+    """The dtype of autocast on a device with registered operators; None where it is off."""
     if device.type not in _AUTOCAST or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -106,7 +102,7 @@ def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., 
 
 
 def like(*places: int) -> Callable[..., tuple[Tensor, ...]]:
-    """A fake whose results have the shapes and types of the arguments at these places."""
+    """A fake whose results have the shapes and dtypes of the arguments at these places."""
     return lambda *given: tuple(given[i].new_empty(given[i].shape) for i in places)
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary whose logits never exist in full: checks, registration, gradients."""
+"""Cross-entropy over a vocabulary without materialised logits: checks, registration, gradients."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of the logits `h w^T + b`, in chunks of rows and vocabulary.
 
-    On CPU the gradients are computed with the loss, while a chunk of logits is in cache, but for that of w where the
-    logits are smaller; on a GPU the backward pass computes the chunks again.
+    On CPU the gradients are computed with the loss, while a chunk of logits is in cache, except that of w where the
+    logits are smaller; on a GPU the backward pass recomputes the chunks.
 
     Args:
         h: `[..., K]`; w: `[V, K]`; b: `[V]`; target: `[...]` integers below V.
-        ignore_index: target of rows that do not count; without any row that does, the loss and its gradients are 0.
+        ignore_index: target of rows that do not count; if no row counts, the loss and its gradients are 0.
         label_smoothing: share of the target probability that is spread evenly over the vocabulary.
 
     Returns:
         A scalar, at least fp32.
 
     Raises:
-        ValueError: shapes or devices that do not fit together, or a backend that cannot run here.
-        IndexError: a target outside the vocabulary, on CPU and within `check_contents()`; or else the loss is NaN.
+        ValueError: inconsistent shapes or devices, or a backend that cannot run here.
+        IndexError: a target outside the vocabulary, on CPU and within `check_contents()`; otherwise the loss is NaN.
     """
     checks.vocabulary_arguments(h, w, b, target)
     target = target.long()
@@ -65,7 +65,7 @@ def token_log_likelihood(
     ignore_index: int = -100,
     backend: Backend | None = None,
 ) -> Tensor:
-    """`log softmax(h w^T + b)[target]` of every row, exactly, without logits in full.
+    """`log softmax(h w^T + b)[target]` of every row, exactly, without materialised logits.
 
     Args:
         h: `[..., K]`; w: `[V, K]`; b: `[V]`; target: `[...]` integers below V.
@@ -75,7 +75,7 @@ def token_log_likelihood(
         `[...]`, at least fp32.
 
     Raises:
-        ValueError, IndexError: as in `linear_cross_entropy`; on a GPU a row whose target is outside is NaN.
+        ValueError, IndexError: as in `linear_cross_entropy`; on a GPU a row with a target outside is NaN.
     """
     checks.vocabulary_arguments(h, w, b, target)
     target = target.long()
@@ -101,7 +101,7 @@ def _module(backend: str) -> Any:
 
 
 def _present(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """An operator returns tensors only: an empty one says that there is none."""
+    """The tensor, or an empty one for None: an operator returns tensors only."""
     return like.new_empty(0) if tensor is None else tensor
 
 

@@ -1,9 +1,8 @@
-"""Weights whose products run in 8 bits: a mark on the parameter, which in all else stays what it was.
+"""8-bit flags on parameters, which otherwise stay ordinary parameters.
 
-Its values, gradients and state dicts are those of any parameter; what is made of it, bytes and scales, is kept beside
-it (see `derived`). `cpu.int8` multiplies in int8 wherever no gradient is wanted, `fp8` in fp8 and refuses gradients. A
-mark for fp8 on the weight of a norm says that products in fp8 read what it makes, so that its kernel rounds that on the
-way.
+Values, gradients and state dicts do not change; quantised values and scales are cached (see `derived`). `cpu.int8`
+multiplies in int8 where no gradient is required, `fp8` in fp8 without gradients. A flag for fp8 on the weight of a norm
+says that fp8 GEMMs read its output, so that its kernel rounds it on the way.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ EightBits = Literal["int8", "fp8"]
 
 
 class Int8Parameter(nn.Parameter):
-    """A weight whose products run in int8 on a CPU."""
+    """A weight of int8 GEMMs on a CPU."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickled, (self.data, self.requires_grad, "int8")
 
 
 class Fp8Parameter(nn.Parameter):
-    """A weight whose products run in fp8, or of a norm before such products."""
+    """A weight of fp8 GEMMs, or of a norm before them."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickled, (self.data, self.requires_grad, "fp8")
@@ -63,15 +62,10 @@ def unmark(weights: Iterable[Tensor | None]) -> None:
 def keep_within(
     agreement: Callable[[], float], groups: Sequence[Sequence[Tensor]], kind: EightBits, least: float
 ) -> int:
-    """Take the marks off those groups of marked weights that cost most, until the results are near enough.
+    """Unflag the groups of weights that cost most agreement with the floating-point results, until it reaches `least`.
 
-    What each costs is measured with all others unmarked, so the model runs at most twice for every group.
-
-    Args:
-        agreement: how near the results are now to those in floats; more is nearer.
-
-    Returns:
-        How many groups went back to floating point.
+    The cost of each group is measured with the others unflagged, so the model runs at most twice per group. Returns the
+    number of unflagged groups.
     """
     if not groups or agreement() >= least:
         return 0
@@ -93,7 +87,7 @@ def keep_within(
 
 
 def kind_of(weight: Tensor | None) -> EightBits | None:
-    """In which 8 bits the products of a weight run; None without a mark."""
+    """The 8-bit format of a weight's GEMMs; None without a flag."""
     kind = type(weight)
     return "int8" if kind is Int8Parameter else "fp8" if kind is Fp8Parameter else None
 
@@ -113,10 +107,7 @@ def side_by_side(weights: Iterable[Tensor]) -> Tensor:
 
 @contextmanager
 def following(module: nn.Module) -> Iterator[None]:
-    """Within the block parameters may be put in others' places, as when a model moves to a GPU; marks for fp8 follow.
-
-    Those for int8 do not: they are for the CPU.
-    """
+    """Within the block, parameters that move, as to a GPU, keep their fp8 flags; int8 flags are for the CPU."""
     places = [
         (part._parameters, name)
         for part in module.modules()

@@ -58,22 +58,22 @@ def add_layer_norm(
     """Residual sum and LayerNorm in one pass.
 
     `summed = residual + row_scale · gamma · dropout(x)` and `normed = LayerNorm(summed)`: the end of a post-norm branch
-    (no gamma), or of a pre-norm branch with LayerScale and stochastic depth joined with the next norm.
+    (no gamma), or of a pre-norm branch with LayerScale and stochastic depth, fused with the next norm.
 
     Args:
         x, residual: `[..., M]`, possibly of two precisions.
         weight, bias, gamma: `[M]`.
         row_scale: `[B]`, one factor per entry of the first dimension.
         dropout_p: probability of zeroing an element of x.
-        seed: one int64 on the device of x that the dropout follows from; drawn from PyTorch's generator by default.
-        wide: give normed the type of the sum instead of that of x. In a post-norm layer normed is the next residual,
-            which under autocast is fp32 and must not be rounded at every branch; products take care of themselves.
+        seed: one int64 on the device of x, the seed of the dropout; drawn from PyTorch's generator by default.
+        wide: give normed the dtype of the sum instead of that of x. In a post-norm layer normed is the next residual,
+            which under autocast is fp32 and must not be rounded at every branch.
 
     Returns:
-        (normed, summed), both `[..., M]`; summed as wide as its terms, normed in the type of x unless `wide`.
+        (normed, summed), both `[..., M]`; summed as wide as its terms, normed in the dtype of x unless `wide`.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
+        ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
     """
     checks.norm_arguments(x, weight, bias, eps)
     checks.branch_arguments(x.shape, residual, gamma, row_scale, dropout_p)
@@ -118,9 +118,9 @@ def linear_add_layer_norm(
     wide: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The end of a branch and the norm behind it: `add_layer_norm` of `x W^T + b`.
+    """The end of a branch and the next norm: `add_layer_norm` of `x W^T + b`.
 
-    A CPU adds the residual inside the product and normalises afterwards; a GPU does better the other way round.
+    A CPU adds the residual inside the GEMM and normalises afterwards; a GPU adds it in the norm.
 
     Args:
         x: `[..., K]`; weight: `[M, K]`; bias: `[M]`; residual: `[..., M]`.
@@ -164,7 +164,7 @@ def layer_norm_linear(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """`linear` of `layer_norm` of x. In training on a CPU the normalised rows are made again instead of kept.
+    """`linear` of `layer_norm` of x. Training on a CPU recomputes the normalised rows instead of saving them.
 
     Args:
         x: `[..., K]`; norm_weight, norm_bias, eps: of the norm; weight: `[M, K]`; bias: `[M]`.
@@ -196,7 +196,7 @@ def layer_norm_mlp(
 ) -> Tensor:
     """The MLP branch of a pre-norm layer: `mlp_residual` of `layer_norm` of x, added to x.
 
-    In training on a CPU, x and the input of the GELU are all that is kept of it.
+    Training on a CPU saves only x and the input of the GELU.
 
     Args:
         x: `[..., M]`; norm_weight, norm_bias, eps: of the norm; the others as in `mlp_residual`.
@@ -219,7 +219,7 @@ def layer_norm_mlp(
 
 
 def _trains_behind_norm(backend: Backend | None, x: Tensor, *parameters: Tensor | None) -> bool:
-    """True where one operator takes the norm and the products behind it."""
+    """True where one operator runs the norm and the linear layers after it."""
     in_8_bits = any(p is not None and (kind_of(p) is not None or fp8.concerns(p)) for p in parameters)
     return not in_8_bits and trains_on_cpu(backend, x, *parameters)
 
@@ -248,8 +248,8 @@ def embed_layer_norm(
         `[..., M]`. The gradients of the tables are deterministic.
 
     Raises:
-        ValueError: shapes, types or devices that do not fit together, or a backend that cannot run here.
-        IndexError: an id outside its table, on CPU and within `check_contents()`; or else its row is NaN.
+        ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
+        IndexError: an id outside its table, on CPU and within `check_contents()`; otherwise its row is NaN.
     """
     checks.embedding_arguments(tokens, positions, word, position, type_row, padding_idx)
     checks.norm_arguments(word, weight, bias, eps)
@@ -261,7 +261,7 @@ def embed_layer_norm(
 
 
 def _resolve(backend: Backend | None, rows: Tensor, *others: Tensor | None) -> Backend:
-    """As `resolve`; rows wider than a tile are not for the kernels, unless these are asked for by name."""
+    """As `resolve`, but `auto` does not run the kernels on rows wider than a tile."""
     chosen = resolve(backend, rows, *others)
     wide = not 1 <= rows.shape[-1] <= LARGEST_WIDTH
     return "reference" if chosen == "triton" and wide and not named(backend) else chosen

@@ -1,11 +1,11 @@
-"""The public operations: arguments checked, then sent to the implementation that fits the device and the moment.
+"""The public operations: argument checks, then the implementation for the device and the call.
 
-Every operation has a definition in `reference.py`. The backend `auto` takes the fastest implementation for the device;
-the others are asked for by name, for a call (`backend=`) or for a block (`with use_backend(...)`), and a backend asked
-for by name never falls back silently.
+Every operation is defined in `reference.py`. The backend `auto` runs the fastest implementation for the device; others
+are selected by name, for a call (`backend=`) or for a block (`with use_backend(...)`), and a named backend never falls
+back silently.
 
-What shapes, types and devices make impossible is refused always; offsets, labels and ids on a GPU are looked at within
-`with check_contents():`, since that makes every operation wait for the device.
+Shapes, dtypes and devices are always checked; offsets, labels and ids on a GPU only within `with check_contents():`,
+which makes every operation wait for the device.
 """
 
 from __future__ import annotations

@@ -26,10 +26,9 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """True where the inference-only CPU path applies: one type it knows, no graph, no trace, no autocast.
+    """True where the inference-only CPU path applies: one supported dtype, no graph, no trace, no autocast.
 
-    Raises:
-        InputError: it does not, and a weight is laid out for it.
+    InputError for a weight in oneDNN's layout where it does not apply.
     """
     if _infers_on_cpu(backend, *tensors):
         return True
@@ -42,11 +41,7 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
 
 
 def multiplies_at_once(backend: Backend | None, x: Tensor, weight: Tensor) -> bool:
-    """True for what a frozen model multiplies in inference mode.
-
-    Its weights were looked at when they were laid out, and nothing is left to choose; for a few tokens, the checks and
-    the choices of every call would take as long as the product.
-    """
+    """True for a frozen model's GEMM in inference mode: it skips checks, which cost few tokens as much as the GEMM."""
     return (
         not torch.compiler.is_compiling()
         and cpu.is_frozen(weight)
@@ -69,11 +64,9 @@ def _infers_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 
 def type_beside(kind: str, device: torch.device) -> torch.dtype | None:
-    """The floating-point type of a model whose products run in 8 bits: bfloat16 where it is fast, else as stored.
+    """The floating-point dtype for a model with 8-bit GEMMs: bfloat16 where it is fast, else as stored.
 
-    Raises:
-        InputError: no such kind of 8 bits.
-        UnavailableError: products in them are not to be had there.
+    InputError for an unknown 8-bit format, UnavailableError where the device lacks it.
     """
     if kind not in get_args(EightBits):
         raise InputError(f"dtype={kind!r} is unknown; give a torch.dtype, 'int8' or 'fp8'")
@@ -88,7 +81,7 @@ def type_beside(kind: str, device: torch.device) -> torch.dtype | None:
 
 
 def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
-    """True where the products of a marked weight may run in int8, whatever type its values are stored in."""
+    """True where the GEMMs of a flagged weight may run in int8, in any stored dtype."""
     if kind_of(weight) != "int8" or torch.compiler.is_compiling():
         return False
     if weight.is_inference() or weight.device != x.device:
@@ -136,9 +129,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
 def joined_linear(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: Backend | None = None
 ) -> Tensor:
-    """`linear` of several layers in one product: x `[..., K]`, weights `[M_i, K]`, biases `[M_i]` → `[..., Σ M_i]`.
+    """`linear` of several layers in one GEMM: x `[..., K]`, weights `[M_i, K]`, biases `[M_i]` → `[..., Σ M_i]`.
 
-    In training on a CPU nothing is kept of the weights side by side, which for query, key and value would be a copy.
+    Training on a CPU does not save the concatenated weights, which for query, key and value would be a copy.
     """
     if trains_on_cpu(backend, x, *weights, *biases) and not any(kind_of(w) or fp8.concerns(w) for w in weights):
         for number, weight in enumerate(weights):
@@ -177,10 +170,7 @@ def trained_mlp(
 def _operands(
     x: Tensor, norm: tuple[Tensor, Tensor, float] | None
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, float], torch.dtype]:
-    """What operators of training take: x, the norm before the layer, and the type that the layer computes in.
-
-    What is normalised first is read as it is.
-    """
+    """Operands of the training operators: x, the preceding norm, and the compute dtype. A normed x stays as it is."""
     dtype = autocast_dtype(x.device) or x.dtype
     return (x.to(dtype), (None, None, 0.0), dtype) if norm is None else (x, norm, dtype)
 
@@ -253,7 +243,7 @@ def linear_residual(
 
 
 def wants_gradient(row_scale: Tensor | None) -> bool:
-    """True for factors that are learned, of which the operators of training know nothing."""
+    """True for learned factors, which the training operators do not support."""
     return row_scale is not None and row_scale.requires_grad
 
 
@@ -268,9 +258,8 @@ def _add_branch(
 ) -> Tensor:
     """`residual + row_scale · gamma · dropout(out)`, in one pass after the dropout.
 
-    Args:
-        in_place: write over `out` where that is as wide as the sum. A second tensor of its size would leave a hole
-            between two that are kept, in every branch.
+    `in_place`: overwrite `out` if it is as wide as the sum, since a second tensor would fragment memory in every
+    branch.
     """
     if dropout_p:
         dropout = Dropout(dropout_p, torch.randint(1 << 62, (1,)))
@@ -373,7 +362,7 @@ def _gelu_backward(
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Weights side by side in the type of the product, in memory that is used again; one alone as it is."""
+    """Concatenated weights in the dtype of the GEMM, in scratch memory; a single weight as it is."""
     if len(parts) == 1:
         return parts[0]
     place = scratch("joined weights", (sum(len(part) for part in parts), parts[0].shape[1]), dtype)
@@ -413,7 +402,7 @@ def _gelu_backward_fake(
 
 
 class _Needs(NamedTuple):
-    """Which gradients of a linear layer are wanted."""
+    """The required gradients of a linear layer."""
 
     x: bool
     weight: bool
@@ -432,15 +421,11 @@ def _linear_gradients(
     wide: torch.dtype | None = None,
     place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Those of x, weight, bias and gamma of `gamma · (x W^T + b)` on a CPU, in which the product is not needed.
+    """Gradients of x, weight, bias and gamma of `gamma · (x W^T + b)` on a CPU, without the output of the layer.
 
-    With `M = dout^T x`, the gradient of the weight but for its factor, that of gamma is the sum of `W · M` over every
-    row and of `b · Σ dout`: less work than a sum over all tokens, and nothing of the branch has to be kept for it.
-
-    Args:
-        dout, x: `[..., M]` and `[..., K]` of one type; weight: `[M, K]` of that type, or to be rounded to it.
-        wide: the type of the gradients of weight and bias; that of x by default.
-        place: memory that the gradient of x may take.
+    With `M = dout^T x`, the gradient of the weight but for its factor, the gradient of gamma is the sum of `W · M` over
+    every row and of `b · Σ dout`: less work than a sum over all tokens, and the branch need not be saved. `wide` is the
+    dtype of the gradients of weight and bias; `place` is memory for the gradient of x.
     """
     x = x.reshape(-1, x.shape[-1])
     none = x.new_empty(0)
@@ -472,10 +457,7 @@ def _linear_gradients(
 def _normed(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows behind their norm in the type of a product, and the statistics of its rows; empty where there is no norm.
-
-    The rows may lie in scratch memory.
-    """
+    """Normed rows in the dtype of a GEMM, possibly in scratch memory, and their statistics; empty without a norm."""
     if norm_weight is None:
         return _rounded("normed", x, dtype), x.new_empty(0), x.new_empty(0)
     normed, mean, rstd = cpu_norms.normalise(x, norm_weight, norm_bias, eps)
@@ -518,7 +500,7 @@ def _statistics_of(x: Tensor, norm_weight: Tensor | None) -> tuple[Tensor, Tenso
 def _linear_backward(
     dout: Tensor, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *given: Any
 ) -> tuple[Tensor, ...]:
-    """An operator returns tensors only: an empty one says that a gradient is not needed."""
+    """The gradients as tensors, empty where not needed: an operator returns tensors only."""
     norm_weight, norm_bias, eps, mean, rstd, gamma, row_scale, itself, *needs, dtype = given
     rows = _normed(x, norm_weight, norm_bias, eps, dtype)[0]
     upstream = _scaled(dout, row_scale, dtype)

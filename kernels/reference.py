@@ -1,6 +1,6 @@
 """Every operation in a few lines of plain PyTorch: its definition, and the oracle of every faster path.
 
-These functions are differentiable, run on any device and dtype, and are meant to be read, not to be fast.
+These functions are differentiable, run on any device and dtype, and are written for readers, not for speed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> C
 
 
 def int8_steps(largest: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Tensor:
-    """The step between two of the levels that rows are rounded to, a number of a type.
+    """The quantisation step per row, from its largest magnitude `largest` in fp32, as a number of `dtype`.
 
-    Args:
-        largest: of every row in fp32, without its sign.
-        gelu: the values are of a GELU, none of which lies below -0.17, so that only 32 levels are for negative ones.
+    `gelu`: GELU values lie above -0.17, so that only 32 levels are negative.
     """
     step = (largest / 223).clamp_min(0.17 / 32) if gelu else largest.clamp_min(1e-30) / 127
     # Rounded down, it would leave the largest value without a level.
@@ -36,12 +34,10 @@ def int8_steps(largest: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Te
 
 
 def as_int8(rows: Tensor, *, gelu: bool = False) -> Tensor:
-    """Rows `[..., K]` with every value rounded to one of 255 levels of its row: what an int8 product sees of them.
+    """Rows `[..., K]` with every value rounded to one of 255 levels of its row, the operand of an int8 GEMM.
 
-    Those of a weight `[M, K]` are its output channels, those of activations its tokens.
-
-    Args:
-        gelu: as in `int8_steps`, whose type is that of the rows.
+    The rows of a weight `[M, K]` are its output channels, the rows of activations its tokens; `gelu` as in
+    `int8_steps`.
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     largest = (wide if gelu else wide.abs()).amax(-1, keepdim=True)
@@ -226,7 +222,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm.
 
-    That has the type of x, ready for a product; `wide`, that of the sum, ready to be the next residual.
+    `normed` has the dtype of x, for the next GEMM, or with `wide` that of the sum, for the next residual.
     """
     branch = _dropout(dropout_p, seed, x.device)(x)
     if gamma is not None:
@@ -260,9 +256,9 @@ def embed_layer_norm(
 def linear_cross_entropy(
     h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Mean cross-entropy of the logits `h w^T + b` over the rows that are not ignored; 0 when all of them are.
+    """Mean cross-entropy of the logits `h w^T + b` over the rows that are not ignored; 0 if all rows are.
 
-    The logits have the type of the product, the loss at least fp32.
+    The logits have the dtype of the GEMM, the loss at least fp32.
     """
     logits = F.linear(h, w, b).reshape(-1, w.shape[0])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,9 +1,7 @@
-"""Searches launch configurations on a GPU, offline, and writes them to `kernels/tuning/sm_<arch>.json`.
+"""Offline search of launch configurations on a GPU, written to `kernels/tuning/sm_<arch>.json` for `launch.config_for`.
 
 Candidates come from a grid. The audit rejects those that spill, do not fit or do not compile; the rest are timed. The
-fastest of these whose every shipped form passes the same audit wins.
-`launch.config_for` reads the table. What was compiled stays in the audit's cache, so that a second search, or one that
-was interrupted, compiles nothing again.
+fastest candidate whose shipped forms all pass the audit wins. The audit's cache makes a second or resumed search cheap.
 """
 
 from __future__ import annotations
@@ -52,14 +50,14 @@ _ROWS = 8 * 577
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration found for one kernel, type and size.
+    """The configuration for one kernel, dtype and size.
 
     Attributes:
-        size: head dimension of an attention kernel, width of the rows of another one.
-        seconds: time of the call that was measured; `before`: with the configuration in use until now.
-        rejected: candidates that the audit turned down.
+        size: head dimension of an attention kernel, row width of any other.
+        seconds: of the timed call; `before`: with the current configuration.
+        rejected: candidates that the audit rejected.
         timed: candidates that were timed.
-        flash: seconds of flash-attn in the kernel's place; None where it was not timed.
+        flash: seconds of flash-attn for the same work; None without a timing.
     """
 
     kernel: str
@@ -74,9 +72,7 @@ class Choice:
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[int]:
-    """The sizes a kernel is tuned for: those of the head dimensions at which an architecture launches it, or the
-    model's width, or nothing.
-    """
+    """The sizes to tune a kernel for: head dimensions that launch it on the architecture, or the model's width."""
     if spec.name in _WIDTHS:
         return [_WIDTHS[spec.name]]
     if spec.arches and arch not in spec.arches:
@@ -90,10 +86,7 @@ def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[in
 
 
 def candidates(kernel: str, size: int) -> list[LaunchConfig]:
-    """The grid of an attention kernel: tiles of 32 to 128 rows, or 16 to 64 if sequences are short; 2 to 8 warps; 2 to
-    4 stages. Of one with several heads a program: half a warp or one for each. Of a kernel over rows: 1 to 8 of them a
-    step, 1 to 16 warps, and a norm takes whole rows.
-    """
+    """The grid of a kernel: attention over tiles, warps and stages; row kernels over rows per step and warps."""
     if kernel in _WIDTHS:
         whole = 1 << (size - 1).bit_length()
         blocks = [whole] if "norm" in kernel else [b for b in (256, 512, 1024, 2048) if b <= whole]
@@ -141,18 +134,10 @@ def search(
     jobs: int | None = None,
     cache_dir: Path | None = None,
 ) -> Choice:
-    """The best configuration of one kernel for one size and type.
+    """The best configuration of one kernel for a size (head dimension or row width) and dtype.
 
-    Args:
-        size: head dimension of an attention kernel, width of the rows of another one.
-        timer: measures a call, such as `gpu_timer`.
-        workload: makes the call, such as `model_workload` does.
-        grid: configurations to try besides the one in use; by default `candidates`.
-        rival: makes the call of another library to compare the winner with, such as `flash_workload` does.
-        jobs, cache_dir: of the audit.
-
-    Raises:
-        ValueError: the kernel has no form of this size, or none of the configurations is acceptable.
+    `grid` defaults to `candidates`; the current configuration is always included. `rival` makes the call of another
+    library to compare with. ValueError for a size without a form, or if no configuration is acceptable.
     """
     axis = "width" if spec.name in _WIDTHS else "head_dim"
     forms = [variant for variant in spec.variants if variant[axis] == size]
@@ -240,14 +225,9 @@ def gpu_timer(call: Callable[[], Any]) -> float:
 
 
 def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any]:
-    """A call that runs the kernel at the model's shapes: 8 images of 384 pixels, 256 captions, or 256 captions' 3,328
-    tokens that look at an image. Backward kernels are timed as a part of their whole backward pass.
+    """A call of the kernel at the model's shapes: 8 images of 384 pixels, 256 captions, or 3,328 tokens and an image.
 
-    Args:
-        size: head dimension of an attention kernel, width of the rows of another one.
-
-    Raises:
-        ValueError: no shape is known for the kernel.
+    Backward kernels are timed within their whole backward pass. ValueError for a kernel without known shapes.
     """
     noise = _noise(dtype, device)
     family, _, part = kernel.partition("_")
@@ -263,10 +243,7 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
 
 
 def flash_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any] | None:
-    """The work of `model_workload` by flash-attn: forward passes without a mask or dropout, and whole backward passes.
-
-    None where it is not installed or the kernel does other work.
-    """
+    """The work of `model_workload` by flash-attn, without a mask; None where it is not installed or does not apply."""
     family, _, part = kernel.partition("_")
     backward = part in ("dkdv", "dkdv_short")
     if family != "varlen" or not (backward or part in ("forward", "forward_heads", "forward_heads_many")):

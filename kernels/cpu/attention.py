@@ -1,16 +1,15 @@
-"""Attention on CPU: PyTorch's fused kernel, explicit products over cache-sized tiles, by PyTorch or by oneDNN, or a
-kernel of ours that LLVM compiles here.
+"""Attention on CPU: PyTorch's fused kernel, tiled GEMMs by PyTorch or oneDNN, or our kernel compiled by LLVM.
 
-PyTorch's kernel is the better choice for fp32 where MKL is fast; explicit products win in bf16 and with a position
-bias, because they reach the machine's matrix units; ours, which is quick at all of them, runs on x86-64 alone. The
-candidates are compared once per process: long sequences, those of a passage and many short ones apart.
+PyTorch's kernel is the better choice for fp32 where MKL is fast; tiled GEMMs win in bf16 and with a position bias,
+because they reach the machine's matrix units; our kernel is fast in all cases but runs on x86-64 only. The candidates
+are timed once per process: long sequences, sequences of a passage and many short ones separately.
 
-Explicit products leave the softmax as the longest part. Where only the result is wanted, the weights are therefore
-powers of two that nothing is subtracted from, and their sum divides the result, which has fewer numbers than they. That
-is the same function unless a power leaves the range of fp32; the sums tell, and then the softmax is taken after all.
+With tiled GEMMs the softmax takes longest. Inference therefore computes powers of two without subtracting the maximum
+and divides the result, which has fewer numbers than the weights, by their sum. The function is the same unless a power
+leaves the range of fp32: the sums show it, and the ordinary softmax runs again.
 
-The backward pass takes the tiles or our kernel: the fused kernel's gradients follow from an exponential that is a
-quick approximation, and miss the accuracy that the tests ask for.
+The backward pass runs the tiles or our kernel: the fused kernel's gradients use a fast approximation of the exponential
+and miss the accuracy of the tests.
 """
 
 from __future__ import annotations
@@ -67,11 +66,7 @@ class Tile(NamedTuple):
 
 
 def tile_shape(batch: int, heads: int, queries: int, keys: int, itemsize: int) -> tuple[int, int, int]:
-    """Batch entries, heads and rows of a tile.
-
-    All heads where they fit: what is copied is then contiguous. Or else whole heads, one of several batch entries,
-    which share its bias. Or else rows of two heads, one per core.
-    """
+    """Batch entries, heads and rows of a tile: all heads if they fit, else whole heads, else rows of two heads."""
     most, queries = max(1, _TILE_BYTES // (itemsize * max(1, keys))), max(1, queries)
     if heads * queries <= most:
         return max(1, min(batch, most // (heads * queries))), heads, queries
@@ -83,10 +78,7 @@ def tile_shape(batch: int, heads: int, queries: int, keys: int, itemsize: int) -
 
 
 def tiles(q: Tensor, keys: int, period: int = 1) -> Iterator[Tile]:
-    """The tiles of a score tensor for queries `[B, Nq, H, D]`. Forward and backward go through the same ones.
-
-    Their batch entries are whole periods, or lie within one: entries a period apart share a bias.
-    """
+    """The tiles of the scores of queries `[B, Nq, H, D]`, in forward and backward: whole periods, or parts of one."""
     batch, queries, heads, _ = q.shape
     entries, group, rows = tile_shape(batch, heads, queries, keys, q.element_size())
     entries = entries // period * period or entries
@@ -100,16 +92,7 @@ def tiles(q: Tensor, keys: int, period: int = 1) -> Iterator[Tile]:
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
-    """Attention with a position bias.
-
-    Args:
-        q, k, v: `[B, N, H, D]`; any strides.
-        scale: multiplies the products.
-        bias: `[G, H, N, N]`, added to the scaled products, entry b mod G to batch entry b: G divides B.
-
-    Returns:
-        `[B, N, H, D]`, contiguous.
-    """
+    """Attention `[B, N, H, D]` with a bias `[G, H, N, N]`: entry b mod G for batch entry b, G a divisor of B."""
     short = q.shape[1] * k.shape[1] <= _SHORT_SCORES
     if short and q.shape[0] > _FEW:
         name = _select("short biased attention", _SHORT, _windows_example, q)
@@ -123,16 +106,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Attention of sequences of one length, or padded to it.
-
-    Args:
-        q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides.
-        scale: multiplies the products.
-        mask: `[G, 1 or H, 1 or Nq, Nk]`, G a divisor of B, added to the scaled products: -inf hides a key.
-
-    Returns:
-        `[B, Nq, H, D]`, contiguous.
-    """
+    """Attention `[B, Nq, H, D]` of dense sequences, with an additive mask `[G, 1 or H, 1 or Nq, Nk]`, G dividing B."""
     name = choice(q.shape[1], k.shape[1], q)
     if name != "llvm" and q.shape[0] <= _FEW and q.shape[1] * k.shape[1] <= _SHORT_SCORES:
         name = "aten"
@@ -168,15 +142,9 @@ def tiled_attention(
     hiding: Hiding | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention `[B, Nq, H, D]`, contiguous.
+    """Contiguous attention `[B, Nq, H, D]` with an additive bias `[G, H or 1, Nq or 1, Nk]`, G a divisor of B.
 
-    Args:
-        q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides.
-        bias: `[G, H or 1, Nq or 1, Nk]`, added to the scaled products, entry b mod G to batch entry b: G divides B.
-            -inf hides a key, of which every query has to see at least one unless `hiding` is given.
-        dropout: of the weights.
-        hiding: keys may be hidden from all queries, or all keys from a query, which then receives zeros.
-        lse: `[B, H, Nq]`, at least fp32: receives the logsumexp of the scores.
+    Without `hiding`, every query has to see at least one key. `lse`: `[B, H, Nq]`, at least fp32, for the logsumexp.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
     # Multiplied into the product that follows, which costs nothing there.
@@ -241,7 +209,7 @@ def attention_backward(
     hiding: Hiding | None = None,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`tiled_attention_backward`, or our kernel where it is faster and knows all that is asked for."""
+    """Gradients by our kernel where it is faster and applies, else by `tiled_attention_backward`."""
     masked = hiding is not None and hiding.key_mask is not None
     if dropout is None and dlse is None and not masked and compiles_backward(q, k.shape[1], biased=bias_gradient):
         return compiled_backward(dout, q, k, v, scale, bias, bias_gradient=bias_gradient)
@@ -251,12 +219,7 @@ def attention_backward(
 
 
 def compiles_backward(q: Tensor, keys: int, queries: int | None = None, *, biased: bool = False) -> bool:
-    """Whether our kernel is chosen for gradients of attention without dropout.
-
-    Args:
-        q: `[B, Nq, H, D]`, or `[..., D]` with the number of queries given.
-        biased: the gradient of a position bias is wanted too.
-    """
+    """Whether our kernel computes gradients of attention without dropout; q is `[B, Nq, H, D]`, or `[..., D]`."""
     queries = q.shape[1] if queries is None else queries
     operation = ("short " if queries * keys <= _SHORT_SCORES else "") + "biased " * biased + "attention backward"
     if _select(operation, *RACES[operation], q) != "llvm":
@@ -280,17 +243,10 @@ def tiled_attention_backward(
     hiding: Hiding | None = None,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `tiled_attention`; the weights are computed again, so that none outlives the forward pass.
+    """Gradients of `tiled_attention` with recomputed weights: dq, dk, dv, and dbias `[G, H, Nq, Nk]`, at least fp32.
 
-    Args:
-        dout: `[B, Nq, H, D]`; the rest as in the forward pass. `dropout` replays its masks.
-        bias_gradient: whether the gradient of a bias `[G, H, Nq, Nk]` is wanted.
-        into: where dq, dk, dv are written, of any strides; new tensors by default.
-        dlse: the gradient of the logsumexp, `[B, H, Nq]`.
-
-    Returns:
-        dq, dk, dv, and the gradient of the bias `[G, H, Nq, Nk]` in fp32 (fp64 for fp64), summed over the batch in
-        order.
+    `into`: where dq, dk, dv are written, with any strides. `dlse`: the gradient of the logsumexp, `[B, H, Nq]`. The
+    gradient of the bias is summed over the batch in order.
     """
     dq, dk, dv = into or [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
     period = 1 if bias is None else bias.shape[0]
@@ -352,13 +308,7 @@ def tile_weights(
     hiding: Hiding | None = None,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Softmax of the scores of a tile, `[b·h, r, Nk]` in scratch memory.
-
-    Args:
-        q, k: `[b·h, r, D]` and `[b·h, Nk, D]`.
-        scale, bias, hiding: as in `tiled_attention`.
-        lse: `[b, h, r]`: receives the logsumexp of the scores.
-    """
+    """Softmax `[b·h, r, Nk]` of the scores of a tile, in scratch memory; the logsumexp goes to `lse` `[b, h, r]`."""
     flat = tile_scores(q, k, scale, tile, bias, hiding)
     blind = None if hiding is None else flat.amax(-1, keepdim=True) <= HIDDEN
     if lse is not None:
@@ -396,7 +346,7 @@ def tile_scores(
 
 
 def _of_period(tile: Tile, period: int) -> slice:
-    """The entries of a bias of `period` entries that a tile takes: those of a whole period, or of its part of one."""
+    """The entries of a bias of `period` entries for a tile: a whole period, or a part of one."""
     entries = tile.batch.stop - tile.batch.start
     first = tile.batch.start % period
     return slice(0, period) if entries >= period else slice(first, first + entries)
@@ -433,17 +383,14 @@ def _index(window: tuple[int, int]) -> Tensor:
 
 
 def position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """`[(2wh-1)(2ww-1)+3, H]` → `[H, N, N]`, contiguous: a head's rows of the table stay in cache.
-
-    Less the largest entry of each row, which changes no softmax and leaves the digits of the sums to differences.
-    """
+    """`[(2wh-1)(2ww-1)+3, H]` → `[H, N, N]`, contiguous, minus each row's maximum, for the precision of sums."""
     tokens = 1 + window[0] * window[1]
     bias = table.t().contiguous().index_select(1, _index(window)).view(-1, tokens, tokens)
     return bias.sub_(bias.amax(-1, keepdim=True))
 
 
 def table_gradient(dbias: Tensor, window: tuple[int, int], rows: int) -> Tensor:
-    """`[H, N, N]` → `[rows, H]` of the same type. Every head is summed in one order, whatever the threads."""
+    """`[H, N, N]` → `[rows, H]` of the same dtype; the order of summation does not depend on the threads."""
     found = torch.zeros((dbias.shape[0], rows), dtype=dbias.dtype)
     index = _index(window).expand(dbias.shape[0], -1)
     return found.scatter_add_(1, index, dbias.flatten(1)).t().contiguous()
@@ -460,10 +407,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
 
 
 def _onednn(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """The products of all heads in one oneDNN call: a convolution of one pixel, whose groups are the heads.
-
-    Tokens are the pixels, so queries, scores and results keep the order of tokens; keys and values are the weights.
-    """
+    """The GEMMs of all heads in one oneDNN call: a 1x1 convolution with heads as groups and tokens as pixels."""
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
     if width % _LANES or not q.numel() or not keys or q.dtype not in _WIDE_RANGE:
@@ -509,7 +453,7 @@ def _onednn(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) 
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """`[n, H, M]` as an image `[1, H·M, 1, n]` whose channels lie together."""
+    """`[n, H, M]` as a channels-last image `[1, H·M, 1, n]`."""
     return x.view(1, 1, x.shape[0], -1).permute(0, 3, 1, 2)
 
 

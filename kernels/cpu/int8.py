@@ -1,11 +1,11 @@
-"""Linear layers in int8 on CPU, for inference: weights rounded once for each channel, activations for each token.
+"""Linear layers in int8 on CPU, for inference: weights rounded once per channel, activations per token.
 
-By oneDNN, or by a kernel that LLVM compiles here, which multiplies the sums by their scales, adds bias and residual and
-applies GELU before anything is written: whichever was measured to be quicker.
+By oneDNN, or by a kernel compiled by LLVM that applies scales, bias, residual and GELU before it writes: the faster one
+by measurement.
 
-Which products may run so is a mark on the weight (see `marked`), and which do is measured: to make the bytes takes
-several passes over the activations, and where products of 16-bit floats are fast, as with AMX, that is more than bytes
-gain. Attention, norms and everything else stay in the activations' type.
+A flag on the weight (see `marked`) allows int8, and a measurement decides: quantising takes several passes over the
+activations, which costs more than int8 gains where 16-bit GEMMs are fast, as with AMX. Attention, norms and all else
+stay in the activations' dtype.
 """
 
 from __future__ import annotations
@@ -42,11 +42,7 @@ _MANY_ROWS, _FEW_ROWS, _FEW = 400, 16, 64
 
 
 def require() -> None:
-    """Raise if int8 is not to be had.
-
-    Raises:
-        UnavailableError: says why, and what to take instead.
-    """
+    """Raise UnavailableError where int8 is unavailable."""
     reason = why_not()
     if reason is not None:
         raise UnavailableError(f"dtype='int8' is not offered here: {reason}; use float32 or bfloat16")
@@ -54,7 +50,7 @@ def require() -> None:
 
 @cache
 def why_not() -> str | None:
-    """The reason why products of bytes are of no use here; None if they are exact and faster than fp32."""
+    """The reason why int8 GEMMs are unavailable; None if they are exact and faster than fp32."""
     n, k, m = _PROBE
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -91,11 +87,7 @@ def _seconds(product: Callable[[], Tensor]) -> float:
 
 
 def pays(operation: str, x: Tensor, weight: Tensor) -> bool:
-    """True where this is the faster way to multiply with a marked weight: measured once of few rows, once of many.
-
-    Args:
-        operation: linear, linear_residual or mlp_residual.
-    """
+    """True where int8 is faster for linear, linear_residual or mlp_residual: measured for few rows and for many."""
     return _pays(operation, x.shape[:-1].numel(), x.dtype, weight)
 
 
@@ -150,11 +142,7 @@ def mlp_residual(
     *,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32.
-
-    Args:
-        norm: what x passes first.
-    """
+    """`residual + gamma · (gelu(norm(x) W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
     if _library(x, weight_in) == _library(x, weight_out) == "llvm":
         first, second = Prepared.of(weight_in, bias_in), Prepared.of(weight_out, bias_out, gamma)
@@ -179,12 +167,7 @@ def mlp_residual(
 
 
 class Prepared(NamedTuple):
-    """A layer whose bytes are at hand, for the compiled kernel.
-
-    Attributes:
-        panels: of its weight.
-        bias: `[M]`, fp32.
-    """
+    """A quantised layer for the compiled kernel; `bias` is `[M]`, fp32."""
 
     panels: Panels
     bias: Tensor | None
@@ -207,12 +190,7 @@ class Prepared(NamedTuple):
         norm: Norm | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """`residual + x W^T + b`, or of the product's GELU, for x `[n, K]`; in the type of the residual, or of x.
-
-        Args:
-            norm: what x passes first.
-            out: `[n, M]`, where the result is written.
-        """
+        """`residual + norm(x) W^T + b`, or its GELU for x `[n, K]`, in the dtype of residual or x."""
         from .llvm.linear import bytes_linear
 
         if out is None:
@@ -225,11 +203,7 @@ class Prepared(NamedTuple):
 
 
 def prepared_mlp(first: Prepared, second: Prepared, x: Tensor, residual: Tensor, *, norm: Norm | None = None) -> Tensor:
-    """`residual + second(gelu(first(x)))` for x `[n, K]`, residual `[n, M]`; the hidden layer is fp32.
-
-    Args:
-        norm: what x passes first.
-    """
+    """`residual + second(gelu(first(norm(x))))` for x `[n, K]`, residual `[n, M]`; the hidden layer is fp32."""
     out = torch.empty_like(residual)
     hidden = scratch("int8 hidden", (min(_MOST_ROWS, len(x)), first.panels.steps.shape[0]), torch.float32)
     for start in range(0, len(x), _MOST_ROWS):
@@ -241,11 +215,7 @@ def prepared_mlp(first: Prepared, second: Prepared, x: Tensor, residual: Tensor,
 
 
 def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Callable[[], Tensor]) -> Prepared:
-    """What multiplies with marked weights side by side, for as long as they and their biases are what they are.
-
-    Args:
-        joined: gives the weight that they are, side by side.
-    """
+    """Joined quantised layers, cached until a weight or bias changes; `joined` concatenates the weights."""
 
     def made() -> Prepared:
         return Prepared.of(joined(), torch.cat([each.float() for each in biases]) if biases else None)
@@ -296,13 +266,7 @@ def _panels(weight: Tensor) -> Panels:
 
 
 class _Packed(NamedTuple):
-    """A weight in bytes.
-
-    Attributes:
-        tensor: `[K, M]` in oneDNN's layout, with the sums that the shift of the activations adds.
-        scales: `[M]`, fp32.
-        zeros: `[M]`, the bytes that stand for 0.
-    """
+    """An int8 weight `[K, M]` in oneDNN's layout, with fp32 scales `[M]`, and zero points `[M]`."""
 
     tensor: Tensor
     scales: Tensor
@@ -376,12 +340,9 @@ def _block_length(width: int) -> int:
 def _quantised(
     rows: Tensor, dtype: torch.dtype, of_gelu: Callable[[slice], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]` as unsigned bytes, and the step between two levels of each, `[n, 1]` in a type.
+    """Rows `[n, K]` as uint8, and their steps `[n, 1]` in `dtype`; `of_gelu` computes a block of GELU rows in fp32.
 
     A block of rows at a time, which stays in a core's cache from the first pass over it to the last.
-
-    Args:
-        of_gelu: gives the values of a block in place of the rows, of a GELU, in fp32, to be overwritten.
     """
     n, width = rows.shape
     shift = torch.full((width,), NO_FRACTIONS + (GELU_ZERO_BYTE if of_gelu else ZERO_BYTE))

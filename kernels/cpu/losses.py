@@ -1,13 +1,13 @@
 """Cross-entropy over a vocabulary on CPU, without the logits of all rows: forward and backward.
 
-Two arrangements, because the product of rows with the vocabulary is all the cost there is:
+The GEMM of rows and vocabulary is the whole cost, so there are two arrangements:
 
 - `linear_cross_entropy_forward` knows the weight of every row in the loss, so it turns each block of logits into its
-  gradient at once and multiplies it on while it is still there: three products, as in the eager computation. What it
-  keeps is the gradients themselves, but for that of the vocabulary where the logits' own is smaller: few rows, whose
-  last product waits for the backward. A block holds some rows and the whole vocabulary, in slices.
-- `token_log_likelihood_forward` does not know what its rows will be multiplied with. It keeps two numbers a row, and
-  the backward computes the logits a second time: four products, and blocks of one slice of the vocabulary.
+  gradient while the block is in cache: three GEMMs, as in eager mode. It saves the gradients themselves; for few rows,
+  whose logits are smaller than the vocabulary's gradient, it saves the gradient of the logits, and the backward runs
+  the last GEMM. A block is some rows and the whole vocabulary, in slices.
+- `token_log_likelihood_forward` does not know the gradient of its rows. It saves two numbers per row, and the backward
+  recomputes the logits: four GEMMs, and blocks of one slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -57,23 +57,12 @@ def linear_cross_entropy_forward(
     needs: Needs = (True, True, True),
     dlogits: Tensor | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """The loss, and its gradients with respect to those of (h, w, b) that `needs` names.
+    """Mean loss (at least fp32) and its gradients (dh, dw, db) as selected by `needs`, None for the others.
 
-    Args:
-        h: `[..., K]`; w: `[V, K]`; b: `[V]` or None; target: `[...]` integers.
-        ignore_index: target of rows that do not count; they cost nothing here.
-        label_smoothing: share of the target probability that is spread evenly over the vocabulary.
-        needs: which gradients are wanted. Without any, only one of the three products is computed.
-        dlogits: `[rows, V]` that is given by `logits_gradient`: instead of being multiplied on to dw, which then is
-            None, the gradient of the logits is written there for `vocabulary_gradient`.
-
-    Returns:
-        The mean over the rows that count, at least fp32 (0 when none does), and (dh, dw, db) for a loss with
-        gradient 1, None where not needed. Working memory: about 60 MB of logits, and an fp32 `[V, K]` when dw of half
-        precision comes from more blocks of rows than four.
-
-    Raises:
-        IndexError: a target outside the vocabulary.
+    h `[..., K]`, w `[V, K]`, b `[V]`, target `[...]`. With `dlogits` `[rows, V]` from `logits_gradient`, the gradient
+    of the logits is written there for `vocabulary_gradient`, and dw is None. Working memory: about 60 MB of logits, and
+    an fp32 `[V, K]` if dw in half precision sums more than four blocks of rows. IndexError for a target outside the
+    vocabulary.
     """
     rows, targets, kept = _counted_rows(h, target, w.shape[0], ignore_index)
     weight = 1 / max(rows.shape[0], 1)
@@ -108,16 +97,12 @@ def linear_cross_entropy_forward(
 
 
 def logits_gradient(h: Tensor, w: Tensor) -> Tensor | None:
-    """Memory for the gradient of all logits, `[rows, V]`, where it takes the place of w's; None elsewhere."""
+    """Memory for the gradient of all logits, `[rows, V]`, where it replaces the gradient of w; None elsewhere."""
     return h.new_empty(h.shape[:-1].numel(), w.shape[0]) if keeps_logits(h, w) else None
 
 
 def keeps_logits(h: Tensor, w: Tensor) -> bool:
-    """Whether the gradient of all logits is one block and no larger than w, so that it is kept for the backward.
-
-    Of few rows it is a small part of the vocabulary's gradient, which would lie there from the loss until the
-    backward, beside the activations of all that is computed between the two.
-    """
+    """Whether the gradient of all logits is one block and no larger than w: the forward then saves it for dw."""
     rows = h.shape[:-1].numel() if h.numel() else 0
     return 0 < rows <= h.shape[-1] and len(_row_blocks(h.reshape(-1, h.shape[-1]), w.shape[0])) == 1
 
@@ -140,7 +125,7 @@ def _slice_of(dlogits: Tensor, rows: int, part: slice) -> Tensor:
 
 
 def linear_cross_entropy_backward(dloss: Tensor, gradients: Gradients) -> Gradients:
-    """The gradients for a loss whose own gradient is `dloss`, a scalar. For 1 they are returned as they are."""
+    """The saved gradients times `dloss`, a scalar; unchanged for 1."""
     if host.number(dloss) == 1:
         return gradients
     dh, dw, db = (None if g is None else g * dloss.to(g.dtype) for g in gradients)
@@ -150,17 +135,10 @@ def linear_cross_entropy_backward(dloss: Tensor, gradients: Gradients) -> Gradie
 def token_log_likelihood_forward(
     h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100
 ) -> tuple[Tensor, RowStatistics]:
-    """`log softmax(h w^T + b)[target]` of every row, exactly, in one product and the memory of a slice of logits.
+    """`log softmax(h w^T + b)[target]` `[...]` per row, at least fp32, and the statistics for the backward pass.
 
-    Args:
-        h: `[..., K]`; w: `[V, K]`; b: `[V]` or None; target: `[...]` integers.
-        ignore_index: target of rows whose result is 0, and whose gradients are.
-
-    Returns:
-        `[...]` of at least fp32, and what the backward needs.
-
-    Raises:
-        IndexError: a target outside the vocabulary.
+    h `[..., K]`, w `[V, K]`, b `[V]`, target `[...]`; one GEMM, in the memory of a slice of logits. IndexError for a
+    target outside the vocabulary.
     """
     checks.targets_inside(target, w.shape[0], ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
@@ -306,7 +284,7 @@ def _to_gradient(
     label_smoothing: float,
     vocabulary: int,
 ) -> Tensor:
-    """A slice of logits becomes `coefficient · (softmax - smoothed target)`; None for coefficients of 1."""
+    """Turn a slice of logits into `coefficient · (softmax - smoothed target)` in place; None for coefficients of 1."""
     inside = _rows_inside(target, part)
     columns = target[inside] - part.start
 
@@ -404,7 +382,7 @@ def _counted_rows(
 
 
 def _row_blocks(h: Tensor, width: int) -> list[slice]:
-    """Even blocks of rows whose logits, `width` of them a row, fit the budget."""
+    """Even blocks of rows with `width` logits each that fit the budget."""
     # Half precision logits are widened slice by slice, so what counts is how they are stored.
     most = max(1, _BLOCK_BYTES // (width * h.element_size()))
     return _even(h.shape[0], most)

@@ -1,7 +1,7 @@
-"""LayerNorm with what stands before it, on CPU: residual, LayerScale, DropPath and dropout, or the text embeddings.
+"""LayerNorm on CPU with its inputs: residual, LayerScale, DropPath and dropout, or the text embeddings.
 
-PyTorch's own LayerNorm does the work; what is added here is fp32 statistics in every precision, a sum that takes one
-pass, and a backward that returns every gradient at once.
+PyTorch's LayerNorm does the work; added are fp32 statistics in every precision, a sum in one pass, and a backward that
+returns every gradient at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AddLayerNorm(NamedTuple):
 
 
 class AddLayerNormGradients(NamedTuple):
-    """Results of a backward; None for what the forward was not given."""
+    """Results of a backward; None for absent inputs."""
 
     dx: Tensor
     dresidual: Tensor | None
@@ -60,13 +60,8 @@ def add_layer_norm_forward(
 ) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
-    Args:
-        x, residual: `[..., M]`, of one shape, possibly of two precisions; without a residual the sum is the branch.
-        weight, bias, gamma: `[M]`.
-        row_scale: `[B]`, one factor per entry of the first dimension.
-        dropout_p: probability of zeroing an element of x; 1 zeroes all of them.
-        seed: `[1]` int64 that decides which; required for dropout.
-        wide: whether `normed` has the type of the sum instead of that of x.
+    x, residual `[..., M]`, possibly of two precisions; weight, bias, gamma `[M]`; row_scale `[B]`; seed `[1]` int64,
+    required for dropout. `normed` has the dtype of x, or of the sum with `wide`.
     """
     summed = _sum(x, residual, gamma, row_scale, dropout_p, seed)
     normed, mean, rstd = normalise(summed, weight, bias, eps)
@@ -89,11 +84,9 @@ def add_layer_norm_backward(
     has_residual: bool = True,
     has_bias: bool = True,
 ) -> AddLayerNormGradients:
-    """Gradients of every floating-point input from those of both results; `dsummed` None means zero.
+    """Gradients of every floating-point input; `dsummed` None means zero. Without gamma, only the dtype of x matters.
 
-    Of x only the type is needed where there is no gamma: any tensor of it will do.
-
-    `dx` and `dresidual` are one tensor where nothing scales the branch and their precisions agree.
+    `dx` and `dresidual` are one tensor if the branch has no scale and their dtypes agree.
     """
     ds, dweight, dbias = normalise_backward(dnormed, summed, weight, mean, rstd)
     if dsummed is not None:
@@ -124,16 +117,9 @@ def embed_layer_norm_forward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of `word[tokens] + position[positions] + type_row`.
+    """LayerNorm `[..., M]` of `word[tokens] + position[positions] + type_row`, and mean and rstd `[rows]`.
 
-    Args:
-        tokens, positions: `[...]` integers; word: `[V, M]`; position: `[P, M]`; type_row, weight, bias: `[M]`.
-
-    Returns:
-        normed `[..., M]`, and mean and rstd `[rows]`.
-
-    Raises:
-        IndexError: a token or position outside its table.
+    IndexError for a token or position outside its table.
     """
     return normalise(_embed(tokens, positions, word, position, type_row), weight, bias, eps)
 
@@ -150,10 +136,7 @@ def embed_layer_norm_backward(
     rstd: Tensor,
     padding_idx: int | None = None,
 ) -> EmbedGradients:
-    """Gradients of the five floating-point inputs; the sum of embeddings is gathered again instead of kept.
-
-    Row `padding_idx` of both tables receives none, as in RoBERTa.
-    """
+    """Gradients of the five floating-point inputs, from recomputed sums; row `padding_idx` receives none."""
     embedded = _embed(tokens, positions, word, position, type_row)
     ds, dweight, dbias = normalise_backward(dnormed, embedded, weight, mean, rstd)
     skipped = -1 if padding_idx is None else padding_idx

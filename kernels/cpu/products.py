@@ -1,6 +1,6 @@
-"""Linear layers on CPU, fp32 and bf16: for inference, with GELU and residual fused where oneDNN or a kernel that LLVM
-compiles here does it faster; for training, where the weight changes at every step, with their gradients; and 16-bit
-products in slices of rows.
+"""Linear layers on CPU in fp32 and bf16: fused inference, training with gradients, and 16-bit GEMMs in slices of rows.
+
+oneDNN or a kernel compiled by LLVM runs where it is faster.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Frozen(nn.Parameter):
-    """The weight of a frozen model: laid out for oneDNN, or as it is where the compiled kernel reads it as quickly.
+    """The weight of a frozen model: in oneDNN's layout, or as it is where the compiled kernel is as fast.
 
-    The former has no storage to be copied or written: both go through its values.
+    oneDNN's layout has no storage to copy or write: both operations go through its values.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
@@ -82,7 +82,7 @@ def is_frozen(weight: Tensor) -> bool:
 
 
 class Chosen(NamedTuple):
-    """What multiplies so many rows with weights like one, which nothing is asked of any more."""
+    """The selected implementation for a number of rows and similar weights, called without further checks."""
 
     linear: Product
     gelu: Product
@@ -123,11 +123,10 @@ def mlp_residual(
     residual: Tensor,
     gamma: Tensor | None,
 ) -> Tensor:
-    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, a slice of rows at a time.
+    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, in slices of rows whose hidden layer stays in cache.
 
-    The hidden layer is four times as wide as the rest. Whole, it is a buffer that the allocator returns to the system
-    and faults in again, page by page, in every layer; a slice of it stays in cache. (oneDNN products cannot be told
-    where to put their result, so they run whole.)
+    The whole hidden layer would be a buffer that the allocator returns to the system and faults in again in every
+    layer. oneDNN's GEMMs cannot write to a given buffer, so they run on all rows.
     """
     rows, sums = _rows(x), _rows(residual)
     weights = {"linear_gelu": weight_in, "linear_residual": weight_out}
@@ -158,7 +157,7 @@ def mlp_residual(
 
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, weight `[M, K]`, rounded to the type of x; nothing is kept of the weight."""
+    """`x W^T + b` for x `[..., K]`, weight `[M, K]`, in the dtype of x; no copy of the weight survives."""
     name = _select("trained linear", _TRAINED, _trained_example, weight, dtype=x.dtype)
     # Our kernel rounds a weight where it lays it out, others are given a copy.
     weight = weight if name == "llvm" else weight.to(x.dtype)
@@ -166,13 +165,7 @@ def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, place: Tensor | None = None) -> Tensor:
-    """`dout (f · W)`: `[..., M]`, `[M, K]` → `[..., K]`.
-
-    Args:
-        weight: rounded to the type of dout.
-        factors: `[M]`, of the rows of the weight.
-        place: contiguous memory of that size which the result may take.
-    """
+    """`dout (f · W)`: `[..., M]`, `[M, K]` → `[..., K]` in the dtype of dout, with factors `[M]`."""
     name = _select("input gradient", _INPUT, _input_example, weight, turned=True, dtype=dout.dtype)
     rows, found = dout.reshape(-1, dout.shape[-1]), None
     if name == "llvm":
@@ -187,12 +180,7 @@ def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, 
 
 
 def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, sums: Tensor | None = None) -> Tensor:
-    """`dout^T x`, summed over all rows: `[..., M]`, `[..., K]` → `[M, K]`.
-
-    Args:
-        dtype: of the result; that of the factors by default.
-        sums: `[M]` in fp32: receives the gradient of the bias.
-    """
+    """`dout^T x` over all rows: `[..., M]`, `[..., K]` → `[M, K]`; `sums` `[M]` in fp32 receives the bias gradient."""
     name = select("weight gradient", _WEIGHT, _weight_example, dout.dtype)
     dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
     if name == "llvm":
@@ -252,17 +240,17 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
-    """`product(x, weight, bias, *others)`, whole or a slice of rows at a time: whichever this CPU runs faster.
+    """`product(x, weight, bias, *others)` on all rows or in slices, whichever is faster by measurement.
 
-    With AMX, oneDNN divides a product among the threads by a model of the caches, which at some sizes prefers a single
-    thread and leaves the others idle: on two threads, 832 rows through the second layer of a base-size MLP take 1.7
-    times as long as in slices. Where that happens depends on all sizes and on the threads, so it is measured, once for
-    each. Few rows are always divided well.
+    With AMX, oneDNN divides a GEMM among the threads by a model of the caches, which at some sizes picks a single
+    thread: on two threads, 832 rows through the second layer of a base-size MLP take 1.7 times as long as in slices.
+    This depends on all sizes and on the threads, so each combination is measured once. Few rows are always divided
+    well.
 
-    The clock is a wall clock, which alone sees idle threads. It sees interruptions too, so the best of several rounds
-    counts, and slices have to win by a margin that little else than an idle thread explains.
+    Only a wall clock sees idle threads. It sees interruptions too, so the best of several rounds counts, and slices
+    have to win by a margin that only an idle thread explains.
 
-    Under `torch.use_deterministic_algorithms(True)` nothing is timed and the product runs whole.
+    Under `torch.use_deterministic_algorithms(True)` the product runs on all rows without timing.
     """
     rows = x.shape[0]
     if x.element_size() != 2 or rows <= _SLICE_ROWS or product in _UNDIVIDED:
@@ -341,7 +329,7 @@ def compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def compiled_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """`gelu(x W^T + b)` by such a kernel, written to `out` `[n, M]` if it is given."""
+    """`gelu(x W^T + b)` by the compiled kernel, written to `out` `[n, M]` if given."""
     found = _compiled(x, weight, bias, gelu=True, out=out)
     if found is None:
         found = torch.ops.aten.gelu_(F.linear(x, weight, bias))
@@ -357,7 +345,7 @@ def compiled_residual(
     gamma: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`residual + gamma · (x W^T + b)` by such a kernel, written to `out` `[n, M]` if it is given."""
+    """`residual + gamma · (x W^T + b)` by the compiled kernel, written to `out` `[n, M]` if given."""
     found = _compiled(x, weight, bias, residual, gamma, out=out)
     if found is None:
         product = F.linear(x, weight, bias)
@@ -368,7 +356,7 @@ def compiled_residual(
 def _compiled(
     x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None, turned: bool = False, **options: Any
 ) -> Tensor | None:
-    """The product; None where its sizes are such that there is no kernel."""
+    """The result of the compiled kernel; None for unsupported sizes."""
     if (reason := llvm.why_not(x.dtype)) is not None:
         raise NotImplementedError(reason)
     # Imported where it runs, because its compiler takes long to load.
@@ -407,7 +395,7 @@ _RESIDUAL: dict[str, Product] = {
 
 
 def _weight(value: Tensor) -> nn.Parameter:
-    """An operand that comes from memory when a product is timed, as those of a model do."""
+    """A weight that is read from memory in a timing, as in a model."""
     return nn.Parameter(value, requires_grad=False)
 
 
@@ -469,7 +457,7 @@ def _compiled_input(dout: Tensor, weight: Tensor) -> Tensor:
 
 
 def _compiled_weight(dout: Tensor, x: Tensor, **options: Any) -> Tensor:
-    """`dout^T x` by such a kernel, which takes any sizes; options as it describes them."""
+    """`dout^T x` of any sizes by the compiled kernel, with its options."""
     if (reason := llvm.why_not(x.dtype)) is not None:
         raise NotImplementedError(reason)
     from .llvm.weight_gradient import weight_gradient
@@ -532,13 +520,10 @@ def seconds(dtype: torch.dtype) -> float:
 
 
 def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
-    """True where weights that are laid out for oneDNN are no slower than as they are, or a product wants them so.
+    """True where weights in oneDNN's layout are no slower than plain ones, or the operation needs the layout.
 
-    The comparison is of many rows. Of few rows, most of the time is spent on reading the weight, and there
-    oneDNN's layout is read up to twice as fast, also where MKL multiplies many rows as well.
-
-    Args:
-        few_rows: a few are multiplied as often as many, so that what they gain may be more than what many lose.
+    The comparison is for many rows. With few rows the time goes into reading the weight, where oneDNN's layout is up to
+    twice as fast; `few_rows` (few rows as often as many) weighs that gain against the loss for many.
     """
     if dtype not in (torch.float32, torch.bfloat16) or torch.are_deterministic_algorithms_enabled():
         return False
@@ -573,10 +558,7 @@ def _of_many_rows(dtype: torch.dtype) -> list[Selection]:
 
 
 def _layout_share(*found: Selection) -> float | None:
-    """The time of weights that are laid out, as a share of that of weights as they are.
-
-    Of several products together, for the clock misjudges one alone by a tenth and more.
-    """
+    """The time of weights in oneDNN's layout relative to plain ones, over several GEMMs, since one is too noisy."""
     every = [each.seconds for each in found if "onednn-packed" in each.seconds]
     as_they_are = [min(time for name, time in seconds.items() if "packed" not in name) for seconds in every]
     return sum(seconds["onednn-packed"] for seconds in every) / sum(as_they_are) if every else None

@@ -37,11 +37,7 @@ SIZES = {
 
 
 class Race(NamedTuple):
-    """The candidates of an operation, the operands that are timed, and the FLOPs that these take.
-
-    Attributes:
-        alike: as in `select`.
-    """
+    """The candidates of an operation, their operands and FLOPs; `alike` as in `select`."""
 
     candidates: dict[str, Callable[..., Tensor]]
     example: Callable[[torch.dtype], tuple[Any, ...]]

@@ -1,17 +1,17 @@
-"""Which of several equivalent implementations this CPU runs fastest: measured once per process, verified first.
+"""Autotuning on CPU: the fastest of several equivalent implementations, verified and timed once per process.
 
-PyTorch sends fp32 products to MKL, which is the best choice on some processors and reaches less than half of what
-oneDNN does on others; no flag tells them apart. So the candidates are timed, interleaved, on a product of the model's
-own width, whose weight comes from memory as those of a model do: an argument that is a parameter is another copy at
-each call. A candidate that fails, is absent from this PyTorch, or is less accurate than the first one is left out.
+PyTorch sends fp32 GEMMs to MKL, which is best on some processors and half as fast as oneDNN on others; no flag
+distinguishes them. So the candidates are timed in interleaved rounds on a GEMM of the model's width, with the weight in
+memory as in a model: a parameter argument is another copy at each call. A candidate that fails, is missing from this
+PyTorch, or is less accurate than the first is dropped.
 
-Candidates round differently, and where they are close the clock may choose another one in the next process. A file of
-choices that `xfm-fast tune --cpu` wrote and XFM_CPU_CHOICES names settles them for every process on such a processor.
-Under `torch.use_deterministic_algorithms(True)` nothing is timed: what the file says runs, or without one the first
-candidate, so that results repeat to the bit from process to process.
+Candidates round differently, and the fastest of close ones may change from process to process. A file from `xfm-fast
+tune --cpu`, named by XFM_CPU_CHOICES, fixes them for every process on the same processor. Under
+`torch.use_deterministic_algorithms(True)` nothing is timed: the file decides, or else the first candidate runs, so that
+results repeat to the bit from process to process.
 
-The clock is the processor time of one thread: on a busy machine wall time says who was interrupted, and two threads
-wait for each other's interruptions.
+The clock is the processor time of one thread: on a busy machine wall time measures interruptions, and two threads wait
+for each other's.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ _SUMMATION = 4e-6
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of one comparison: the chosen candidate, and the seconds (of one thread) of those that passed.
+    """The result of a comparison: the choice, and seconds of one thread per valid candidate, the trusted first.
 
-    The first of the seconds are those of the trusted candidate; noise is the share of them that chance explains.
+    `noise` is the share of the seconds that chance explains.
     """
 
     operation: str
@@ -120,13 +120,10 @@ def select(
     *,
     alike: bool = True,
 ) -> str:
-    """Name of the fastest of `candidates`, of which the first is trusted, on the arguments that are made for it.
+    """Name of the fastest candidate on the arguments from `make_arguments`; the first candidate is trusted.
 
-    Args:
-        alike: False for candidates that differ by more than the order of summation, and are all trusted.
-
-    Raises:
-        InputError: the file that XFM_CPU_CHOICES names cannot be used here.
+    `alike=False`: all candidates are trusted, and differ by more than the order of summation. InputError for an
+    unusable file in XFM_CPU_CHOICES.
     """
     if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _given():
         return next(iter(candidates))
@@ -136,10 +133,7 @@ def select(
 def of_odd_sizes(
     operation: str, candidates: dict[str, Callable[..., Tensor]]
 ) -> tuple[str, dict[str, Callable[..., Tensor]]]:
-    """An operation on sizes that our own kernels are not written for, and the candidates for it.
-
-    Its choice has a name, so that a file or a training run keeps it too.
-    """
+    """Name and candidates of an operation on sizes without a kernel; the name is for files and training runs."""
     others = {name: candidate for name, candidate in candidates.items() if name != _FAVOURED}
     return (operation, candidates) if len(others) == len(candidates) else (operation + _ODD, others)
 
@@ -152,7 +146,7 @@ def compared(
     *,
     alike: bool = True,
 ) -> Selection:
-    """The comparison behind `select`: of the file of choices, or made here once."""
+    """The comparison of `select`: from the file of choices, or measured once."""
     key = (operation, dtype)
     found = _selections.get(key)
     if (
@@ -178,7 +172,7 @@ def compared(
 
 
 def _among(operation: str, candidates: Collection[str], dtype: torch.dtype) -> Selection | None:
-    """For odd sizes, what a comparison that was made for others says of these candidates."""
+    """For odd sizes, the result of an earlier comparison restricted to these candidates."""
     whole = _selections.get((operation.removesuffix(_ODD), dtype)) if operation.endswith(_ODD) else None
     seconds = {} if whole is None else {name: time for name, time in whole.seconds.items() if name in candidates}
     if whole is None or not seconds:
@@ -188,7 +182,7 @@ def _among(operation: str, candidates: Collection[str], dtype: torch.dtype) -> S
 
 
 def processor() -> str:
-    """The processor as its system names it: on Linux with family and model, which a name alone may not tell apart."""
+    """The processor by the system's name for it, on Linux with family and model, since names are ambiguous."""
     facts: dict[str, str] = {}
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
@@ -219,7 +213,7 @@ def choices() -> dict[str, Any]:
 
 
 def _given() -> dict[tuple[str, torch.dtype], Selection]:
-    """What the file says that the environment names; empty without one."""
+    """The choices in the file of XFM_CPU_CHOICES; empty without one."""
     path = os.environ.get(CHOICES)
     return _read(path) if path else {}
 
@@ -258,10 +252,7 @@ def selections() -> list[Selection]:
 
 
 def settle(operation: str, dtype: torch.dtype, chosen: str) -> None:
-    """Take a candidate without comparing, for all of this process.
-
-    Candidates round differently, so a training run that goes on elsewhere has to go on with those it began with.
-    """
+    """Select a candidate for the whole process without timing: a resumed training run has to use its first choices."""
     with _lock:
         _selections[operation, dtype] = Selection(operation, dtype, chosen, {}, {}, "settled")
 
@@ -304,7 +295,7 @@ def _compare(
 
 
 def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
-    """The choice among candidates whose first is trusted, by what each takes."""
+    """The selection by seconds; the first candidate is trusted."""
     worth = {name: time * (_FAVOUR if _COPIES in name else 1.0) for name, time in seconds.items()}
     trusted, first = next(iter(seconds)), min(worth, key=worth.__getitem__)
     if seconds.get(_FAVOURED, math.inf) <= (1 + noise) * worth[first]:
@@ -315,7 +306,7 @@ def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
 def _thread_seconds(
     candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]
 ) -> tuple[dict[str, float], float]:
-    """The best processor time of each candidate on one thread, and how far apart the two best rounds of most are."""
+    """The best processor time of each candidate on one thread, and the spread of the two best rounds."""
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     weights = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Parameter))
     count = min(_ROUNDS * len(candidates), _COLD_BYTES // weights) if weights else 0

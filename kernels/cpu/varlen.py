@@ -37,16 +37,9 @@ def varlen_attention(
     dropout: Dropout | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention of packed sequences.
+    """Attention `[Tq, H, D]` of packed sequences with S + 1 offsets each; zeros for a sequence without keys.
 
-    Args:
-        q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; any strides.
-        bounds_q, bounds_k: S + 1 offsets of the S sequences in q and in k.
-        dropout: of attention weights.
-        key_mask: `[Tk]`, False for keys that are hidden from all queries.
-
-    Returns:
-        `[Tq, H, D]`; zeros for a sequence without keys.
+    k, v `[Tk, H, D]`; strides are arbitrary; `key_mask` `[Tk]` is False for hidden keys.
     """
     if key_mask is not None:
         k, v, bounds_k = without_masked_keys(k, v, bounds_k, key_mask)
@@ -162,7 +155,7 @@ class Side(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Sequences that run together, none of which reads another: a weight of 0 would let a NaN through."""
+    """Sequences that run together but never read each other: a weight of 0 would let a NaN through."""
 
     queries: Side
     keys: Side
@@ -188,11 +181,7 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a plan made by inference serves training too
 def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
-    """Groups of similar length: padded until that costs more scores than another group would.
-
-    Args:
-        bounds_q, bounds_k: S + 1 offsets of the S sequences.
-    """
+    """Groups of similar length from S + 1 offsets: padded until that costs more scores than another group."""
     lengths = [(bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i]) for i in range(len(bounds_q) - 1)]
     # Keys ascend, so that the longest of a group are those of its last member.
     order = sorted((i for i, sizes in enumerate(lengths) if all(sizes)), key=lambda i: lengths[i][::-1])

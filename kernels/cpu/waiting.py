@@ -1,8 +1,7 @@
-"""How the threads of an operation wait for each other: for libgomp, PyTorch's on Linux, by spinning for milliseconds.
+"""Thread waiting policy of libgomp, PyTorch's OpenMP on Linux, which spins for milliseconds by default.
 
-That is best alone on a machine. Where a second process competes for the cores, a thread spins on a core that another
-one would need, and both processes take several times as long as their work. libgomp reads how long to spin when it is
-loaded, with PyTorch; what comes later has no effect. Nothing here imports PyTorch.
+Spinning is best with the machine to oneself. If a second process competes for the cores, both take several times as
+long. libgomp reads the policy when PyTorch loads it; later changes have no effect. This module does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ _BRIEFLY = "1000"
 
 
 def wait_briefly(environment: MutableMapping[str, str]) -> None:
-    """Have processes with this environment spin for microseconds before they sleep, unless it says how they wait."""
+    """Make processes with this environment spin for microseconds before they sleep, unless it sets a policy."""
     if POLICY not in environment:
         environment.setdefault(SPINS, _BRIEFLY)
 

@@ -19,11 +19,7 @@ _local = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Contiguous memory of this thread, as large as the largest that was asked for; its contents are arbitrary.
-
-    Args:
-        name: two tensors of one name and type share their memory, so a caller that needs both at once gives two names.
-    """
+    """Contiguous thread-local memory with arbitrary contents; tensors of one name and dtype share it."""
     buffers: dict[tuple[str, torch.dtype], Tensor] = _local.__dict__.setdefault("buffers", {})
     numel, key = prod(shape), (name, dtype)
     if key not in buffers or buffers[key].numel() < numel:
@@ -37,12 +33,7 @@ _STEPS = 1 << 16
 
 
 class Dropout:
-    """Masks that follow from a seed and the order in which they are asked for.
-
-    Args:
-        probability: of zeroing an element, below 1; rounded to a multiple of 2⁻¹⁶, which `kept` takes into account.
-        seed: one integer.
-    """
+    """Dropout masks from an integer seed and the order of the calls; the probability, below 1, is rounded to 2⁻¹⁶."""
 
     def __init__(self, probability: float, seed: Tensor) -> None:
         dropped = min(round(probability * _STEPS), _STEPS - 1)
@@ -73,12 +64,9 @@ _KEPT = list[bool]()
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what this process frees, up to 32 MB a tensor, for its next allocations, in huge pages.
+    """Make glibc cache freed memory, up to 32 MB per tensor, in huge pages, for the whole process; False without glibc.
 
-    It holds for the process and cannot be undone, so a program decides it, not a library on import.
-
-    Returns:
-        Whether the C library understood: False where it is not glibc. Huge pages are for Linux to give.
+    It cannot be undone, so a program decides it, not a library on import.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -104,9 +92,8 @@ def keeps_freed_memory() -> bool:
 def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
     """Extend the heap by the pad, which takes no memory until it is written to, and ask for huge pages there.
 
-    PyTorch can ask tensor by tensor (`THP_MEM_ALLOC_ENABLE`), but begins each on a page of its own, and what lies
-    between two of them is lost to tensors as large: most weights of a base-size model take 2.25 MB, and their gradients
-    4 MB apart.
+    PyTorch's `THP_MEM_ALLOC_ENABLE` aligns each tensor to a page of its own and loses the gaps: most weights of a
+    base-size model take 2.25 MB, and their gradients would lie 4 MB apart from each other.
     """
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.argtypes = [ctypes.c_void_p]

@@ -1,7 +1,7 @@
-"""Kernels that LLVM compiles for this processor where they run: a compiler comes with llvmlite, so none is needed.
+"""Kernels that LLVM (llvmlite) compiles at run time for this processor; no C compiler is needed.
 
-They do what no sequence of a library's operations does: keep a tile in registers and cache from its first product to
-its last. Whether one runs is measured like every other choice, and plain PyTorch is its twin.
+They fuse what library calls cannot: a tile stays in registers and cache from its first GEMM to its last. Whether one
+runs is measured like every other choice, and each has a plain-PyTorch twin.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _AVX512_BF16 = Level("avx512_bf16", 16, 12, "cooperlake", True)
 
 @cache
 def levels() -> tuple[Level, ...]:
-    """Those that kernels can be compiled for and run here, best first; empty where `why_not` says why."""
+    """The instruction-set levels that compile and run here, best first; empty where `why_not` has a reason."""
     if why_not() is not None:
         return ()
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -49,7 +49,7 @@ def levels() -> tuple[Level, ...]:
 
 @cache
 def why_not(dtype: torch.dtype = torch.float32) -> str | None:
-    """Why no kernel for factors of this type can be compiled here, or None."""
+    """The reason why no kernel of this dtype can be compiled here, or None."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return f"compiled kernels are written for Linux on x86-64, not {sys.platform} on {platform.machine()}"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

@@ -1,8 +1,8 @@
-"""Attention of whole rows in registers and cache: products, position bias and softmax of a tile in one kernel.
+"""Attention of whole rows in registers and cache: GEMMs, position bias and softmax of a tile in one kernel.
 
-A task is the queries of a head, or a chunk of them. Keys are laid out once for it, so that a vector holds one channel
-of consecutive keys; then tiles of rows go through scores, softmax and weighted sum without leaving the first levels of
-cache. In bf16 products take pairs of channels, or of keys, sum in fp32, and weights are rounded once.
+A task is the queries of a head, or a chunk of them. It packs the keys once, so that a vector holds one channel of
+consecutive keys; then tiles of rows go through scores, softmax and weighted sum without leaving the first levels of
+cache. In bf16 the GEMMs take pairs of channels, or of keys, sum in fp32, and weights are rounded once.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ class Sequence(NamedTuple):
 
 
 class Heads:
-    """What kernels of attention, forward and backward, are written with.
+    """Code shared by the attention kernels, forward and backward.
 
     Args:
         half: bf16 instead of fp32.
         width: D, a multiple of the lanes; in bf16 of twice as many.
         room: the most keys.
-        biased: whether a bias in fp32 is added to the scores.
+        biased: whether an fp32 bias is added to the scores.
         level: of the processor.
-        layout: what a thread's scratch memory holds where, and its bytes.
-        given: name of the function, its pointers and its numbers, of which the last is the scale.
+        layout: offsets of a thread's scratch memory, and its bytes.
+        given: name of the function, its pointers and its numbers, with the scale last.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Heads:
         return b.at(given["bias"], b.add(of_entry, b.mul(head, given["bias_head"])), FP32)
 
     def sequence(self, name: str, entry: Any, head: Any, *, queries: bool) -> Sequence:
-        """Rows of a batch entry, whose bounds are given unless all have one length."""
+        """Rows of a batch entry, from its bounds unless all sequences have one length."""
         b, given = self.b, self.given
         bounds, rows = ("bounds_q", "queries") if queries else ("bounds_k", "keys")
         packed = b.there(given[bounds])
@@ -128,7 +128,7 @@ class Heads:
         return Sequence(start, count, given[f"{name}_row"])
 
     def lay_out_panels(self, name: str, rows: Sequence) -> None:
-        """Panels of two vectors of rows, a unit of all of them behind the other. The last row fills the last panel."""
+        """Pack rows into panels of two vectors, unit by unit; the last row pads the last panel."""
         b, lanes = self.b, self.level.lanes
         stride = b.ashr(rows.stride, b.number(1)) if self.half else rows.stride
         last = b.sub(rows.rows, b.number(1))
@@ -149,7 +149,7 @@ class Heads:
         return self.b.at(self.at[name], self.b.mul(number, size), self.unit)
 
     def lay_out_pairs(self, name: str, rows: Sequence) -> Sequence:
-        """Rows of pairs: a channel of one row beside that of the next one. The last row's other one is itself."""
+        """Pack rows in pairs that interleave their channels; an odd last row pairs with itself."""
         b, lanes = self.b, self.level.lanes
         last = b.sub(rows.rows, b.number(1))
 
@@ -166,7 +166,7 @@ class Heads:
         return Sequence(self.at[name], pairs, b.number(self.width))
 
     def copy_rows(self, name: str, rows: Sequence, places: Values) -> None:
-        """Rows of a tile, one behind the other."""
+        """Copy the rows of a tile to contiguous memory."""
         b = self.b
         for i, place in enumerate(places):
             given = b.at(rows.start, b.mul(place, rows.stride), self.element)
@@ -197,11 +197,9 @@ class Heads:
                 panel(2, whole)
 
     def product(self, height: int, vectors: int, left: tuple[Any, int], right: tuple[Any, Any], terms: Any) -> Values:
-        """Sums over units of rows and columns, `[height · vectors]` fp32 vectors, which stay in registers.
+        """Sums over units of rows and columns, `[height · vectors]` fp32 vectors in registers.
 
-        Args:
-            left: address of the rows, and the units from one to the next.
-            right: address of the vectors of the first term, and the units to those of the next one.
+        `left` and `right` are the address of the rows or of the first vectors, and the units to the next.
         """
         b = self.b
         rows = [b.at(left[0], i * left[1], self.unit) for i in range(height)]
@@ -213,12 +211,7 @@ class Heads:
         return self.b.dot_add if self.half else self.b.multiply_add
 
     def scaled(self, scores: Any, of_query: Any, keys: Any) -> Any:
-        """Scores of a row, given as products, in units of which e has log2(e), -inf behind the last; the largest.
-
-        Args:
-            scores: address of the row.
-            of_query: address of its bias; None without one.
-        """
+        """Scale a row of scores to units where e has log2(e), with -inf past the last key, and return its maximum."""
         b, lanes = self.b, self.level.lanes
         factor = b.spread(b.fmul(self.given["scale"], ir.Constant(FP32, _LOG2E)))
         whole, hidden, there = b.and_(keys, b.number(-lanes)), b.filled(-math.inf), self.there(keys)
@@ -245,7 +238,7 @@ class Heads:
         return b.icmp_signed("<", ir.Constant(b.vector(INT64), [*range(lanes)]), b.spread(rest))
 
     def power(self, x: Any) -> Any:
-        """`2^x` for x up to 0, by a polynomial of what is left of its nearest integer; NaN where x is none."""
+        """`2^x` for x up to 0, by a polynomial in the distance to the nearest integer; NaN stays NaN."""
         b, kind = self.b, self.b.vector(INT32)
         bounded = b.larger(x, b.filled(_NO_EXPONENT))
         whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
@@ -356,7 +349,7 @@ class _Attention(Heads):
                         b.write(b.narrowed(attended) if self.half else attended, place)
 
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
-        """Powers of two of a row of the tile, unnormalised, zeros behind the last key, and one over their sum."""
+        """Unnormalised powers of two of a row, with zeros past the last key, and the reciprocal of their sum."""
         b, lanes = self.b, self.level.lanes
         scores = b.at(self.at["scores"], b.mul(i, b.number(self.row)), FP32)
         of_query = None if bias is None else b.at(bias, b.mul(query, self.given["bias_row"]), FP32)
@@ -391,7 +384,7 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
 
 
 def laid_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Where so many bytes of each begin, one behind the other, and the bytes of all."""
+    """Offsets of consecutive buffers of these sizes, and the total size."""
     ends = np.cumsum([-(-size // 64) * 64 for size in sizes.values()]).tolist()
     return dict(zip(sizes, [0, *ends], strict=False)), whole_pages(ends[-1])
 
@@ -421,18 +414,10 @@ def attention(
     bounds: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     level: Level | None = None,
 ) -> Tensor:
-    """Attention of sequences of one length, or of packed ones.
+    """Attention of q `[B, Nq, H, D]` and k, v `[B, Nk, H, D]`, or packed in one entry with S + 1 `bounds` each.
 
-    Args:
-        q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides. With `bounds` `[1, Tq, H, D]` and `[1, Tk, H, D]`.
-        scale: multiplies the products.
-        bias: `[G, 1 or H, 1 or Nq, Nk]`, added to the scaled products, entry b mod G to batch entry b: G divides B.
-            -inf hides a key. Not with `bounds`.
-        bounds: S + 1 offsets of S sequences in q and in k.
-        level: whose kernel runs; the best of this processor by default.
-
-    Returns:
-        Like q, contiguous; zeros for a sequence without keys.
+    The bias `[G, 1 or H, 1 or Nq, Nk]`, without `bounds` only, applies to batch entry b by entry b mod G (G divides B);
+    -inf hides a key. The result is contiguous, with zeros for a sequence without keys.
     """
     level = level or levels()[0]
     half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
@@ -457,7 +442,7 @@ def attention(
 
 
 def readable(x: Tensor, half: bool) -> Tensor:
-    """Rows whose elements lie together, in bf16 at even places, as pairs are read."""
+    """Rows with contiguous elements, in bf16 at even offsets, since kernels read pairs."""
     even = not half or all(stride % 2 == 0 for stride in x.stride()[:3])
     return x if x.stride(-1) == 1 and even else x.contiguous()
 
@@ -465,9 +450,7 @@ def readable(x: Tensor, half: bool) -> Tensor:
 def lengths_of(
     bounds: tuple[tuple[int, ...], tuple[int, ...]] | None, entries: int, queries: int, keys: int
 ) -> tuple[int, int, int, np.ndarray | None]:
-    """Batch entries, and the most queries and keys of one, by their bounds if there are any; those as a kernel reads
-    them.
-    """
+    """Batch entries, the most queries and keys of an entry, and the bounds as a kernel reads them."""
     if bounds is None:
         return entries, queries, keys, None
     offsets = np.array(bounds, np.int64)

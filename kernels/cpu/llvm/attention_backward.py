@@ -1,10 +1,10 @@
-"""Gradients of attention, a head at a time: scores again, softmax, and five products over blocks of rows in cache.
+"""Gradients of attention, a head at a time: recomputed scores, softmax, and five GEMMs over blocks of rows in cache.
 
-A task is a head of the batch entries whose biases have one gradient, or of some of them: it adds their score gradients
-up in its own place, one entry after the other, so that no sum depends on which thread came first. Keys and values are
-laid out in panels once for each entry; then blocks of rows go through scores, softmax and their gradients, and add to
-the sums of the gradients of keys and values. Nothing of the forward pass is needed but its inputs. In bf16 products
-take pairs of channels, keys or queries, sum in fp32, and weights and score gradients are rounded once.
+A task is a head of the batch entries whose biases share a gradient, or of some of them: it sums their score gradients
+in order in its own buffer, so that no sum depends on the schedule of the threads. It packs keys and values once per
+entry; then blocks of rows go through scores, softmax and their gradients, and add to the gradients of keys and values.
+The forward pass saves nothing but its inputs. In bf16 the GEMMs take pairs of channels, keys or queries, sum in fp32,
+and weights and score gradients are rounded once.
 """
 
 from __future__ import annotations
@@ -53,11 +53,7 @@ class _Entry(NamedTuple):
 
 
 class _Gradients(Heads):
-    """Writes the kernel of a type, a width and a length.
-
-    Args:
-        summed: whether the gradient of the bias is wanted.
-    """
+    """Writes the kernel of a dtype, a width and a length; `summed`: with the gradient of the bias."""
 
     def __init__(self, half: bool, width: int, room: int, biased: bool, summed: bool, level: Level) -> None:
         layout = _layout(half, width, room, level)
@@ -107,7 +103,7 @@ class _Gradients(Heads):
                 self._give(name, found[name], keys, factor)
 
     def _give(self, name: str, into: Sequence, keys: Any, factor: Any) -> None:
-        """The sums of keys' or values' gradients, in the type and the place where they are wanted."""
+        """Write the gradient sums of keys or values in their final dtype and place."""
         b = self.b
 
         def row(j: Any) -> None:
@@ -312,15 +308,10 @@ def attention_backward(
     bounds: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     level: Level | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of attention of sequences of one length, or of packed ones.
+    """dq, dk, dv of `attention`, contiguous, and dbias `[G, H, Nq, Nk]` in fp32 with `bias_gradient`.
 
-    Args:
-        dout: like q; the rest as in `attention`.
-        bias_gradient: whether that of a bias is wanted.
-
-    Returns:
-        dq, dk, dv, contiguous, zeros for queries that see no key and keys without queries; and the gradient of the bias
-        `[G, H, Nq, Nk]` in fp32, summed over the batch in an order that follows from the number of threads.
+    Zeros for queries that see no key and for keys without queries. The bias gradient is summed over the batch in an
+    order that depends on the number of threads.
     """
     level = level or levels()[0]
     half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()

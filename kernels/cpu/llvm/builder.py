@@ -51,10 +51,10 @@ class Builder(ir.IRBuilder):
     """llvmlite's builder of one function `void name(int64 *arguments)`, with loops and vectors.
 
     Args:
-        name: of the function, and of its module.
-        pointers: names of the addresses that it is given.
-        numbers: names of the integers that follow them.
-        level: whose vectors are used.
+        name: of the function and its module.
+        pointers: names of its address arguments.
+        numbers: names of the integer arguments that follow them.
+        level: the instruction set of the vectors.
     """
 
     def __init__(self, name: str, pointers: Sequence[str], numbers: Sequence[str], level: Level) -> None:
@@ -96,7 +96,7 @@ class Builder(ir.IRBuilder):
         return self.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT32, len(places)), list(places)))
 
     def at(self, base: Any, index: Any, element: Any) -> Any:
-        """The address of an element behind `base`."""
+        """The address of element `index` from `base`."""
         return self.gep(base, [self.number(index)], source_etype=element)
 
     def read(self, place: Any, element: Any, count: int = 0) -> Any:
@@ -128,7 +128,7 @@ class Builder(ir.IRBuilder):
         return () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(element)]),)
 
     def fetch(self, place: Any, write: bool = False) -> None:
-        """Have what lies at an address brought to the caches; it may lie behind the end of its memory."""
+        """Prefetch an address, which may lie past the end of its memory."""
         how = (ir.Constant(INT32, number) for number in (int(write), 3, 1))
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, *how)
 
@@ -256,12 +256,9 @@ class Builder(ir.IRBuilder):
     def lay_out(
         self, rows: Values, units: Any, unit: Any, place: Any, ahead: Any = None, *, narrowing: bool = False
     ) -> None:
-        """Write rows in columns: a unit of all of them to `place`, the next one two vectors further, and so on.
+        """Transpose one row per lane: a unit of all rows to `place`, the next unit two vectors further, and so on.
 
-        Args:
-            rows: addresses of as many as there are lanes, of `units` units.
-            ahead: elements of 32 bits from what is read to what is wanted next.
-            narrowing: the rows are fp32, two elements of which become a unit of bf16.
+        `ahead`: prefetch distance in 32-bit elements. `narrowing`: fp32 rows become bf16, two elements per unit.
         """
         parts = 2 if narrowing else 1
 
@@ -297,16 +294,16 @@ class Builder(ir.IRBuilder):
         ahead: int = 0,
         apart: int = 1,
     ) -> Values:
-        """Sums of products of rows and columns, `[rows · vectors]` vectors, which stay in registers.
+        """Sums of products of rows and columns, `[rows · vectors]` vectors in registers.
 
         Args:
             rows: addresses of the first units.
             vectors: of columns.
-            columns: address of those of the first unit; `stride` units further are those of the next one.
+            columns: address of the columns of the first unit; the next ones are `stride` units further.
             terms: units.
-            add: of a unit of a row in every element, a vector of columns and a sum: the next sum.
-            zero: what every sum begins with; or a list, with one for each vector of columns.
-            ahead: bytes from the columns that are read to those that are fetched.
+            add: (a unit of a row in every element, a vector of columns, a sum) → the next sum.
+            zero: initial value of every sum, or a list with one per vector of columns.
+            ahead: prefetch distance in bytes.
             apart: units of a row from one term to the next.
         """
         starts = zero if isinstance(zero, list) else [zero] * vectors
@@ -371,12 +368,7 @@ class Builder(ir.IRBuilder):
         return held
 
     def tasks(self, body: Callable[[Any, Any], None], before: Callable[[Any], None] | None = None) -> None:
-        """All of the function: threads take one task after the other until none is left.
-
-        Args:
-            body: of the number of a task, and that of the thread.
-            before: of the number of a thread, which does this before its first task.
-        """
+        """The body of the function: threads call `before(thread)`, then `body(task, thread)` until no task is left."""
         following, inside, behind = (self.function.append_basic_block(name) for name in ("following", "task", "done"))
         thread = self.atomic_rmw("add", self.given["thread counter"], self.number(1), "monotonic")
         if before is not None:
@@ -400,9 +392,9 @@ class Kernel:
 
     Args:
         name: of the function.
-        level: that it is compiled for.
-        made_of: what `write` follows from, besides the code of its module.
-        sources: the file of that module, and others that `write` follows from.
+        level: the target instruction set.
+        made_of: parameters of `write`, besides the code of its module.
+        sources: the file of that module, and others that `write` depends on.
         write: writes the whole function.
     """
 
@@ -470,7 +462,7 @@ def scratch_address(name: str, size: int) -> int:
 
 
 def divided(rows: int, wanted: int, least: int) -> tuple[int, int]:
-    """Rows of a chunk, and chunks: as many as are wanted, unless they had less than so many rows."""
+    """(rows per chunk, chunks): up to `wanted` chunks of at least `least` rows."""
     chunk = rows if wanted == 1 else max(least, -(-rows // wanted))
     return chunk, -(-rows // chunk)
 
@@ -530,7 +522,7 @@ def _machine(level: Level) -> Any:
 
 @cache
 def _team() -> Callable[[int, int, int, int], None] | None:
-    """What runs a function on the threads of the OpenMP library that PyTorch has loaded; None where it has none.
+    """The function that runs a kernel on the threads of PyTorch's OpenMP library; None without one.
 
     A second pool of threads would compete with the first one, whose threads spin while they wait.
     """

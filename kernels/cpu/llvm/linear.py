@@ -1,13 +1,13 @@
-"""Linear layers: products of which each tile stays in registers until GELU, LayerScale and residual are applied.
+"""Linear layers: each tile of the GEMM stays in registers until GELU, LayerScale and residual are applied.
 
-There are two kernels. Of many rows, a task is some columns of the result: their weights are laid out once, in panels of
-two vectors, and every tile of rows goes through all of them. Of few rows laying out would take longer than the product,
-so weights are read where they lie, once, and the dot products of a few columns are summed across at their end. Neither
-keeps a copy of the weights. Both multiply fp32, or pairs in bf16.
+There are two kernels in fp32 and bf16 (in pairs), both without a copy of the weights. For many rows, a task is some
+columns of the result: it packs their weights once, in panels of two vectors, and every tile of rows goes through all of
+them. For few rows packing would take longer than the GEMM, so the weights are read in place, once, and the dot products
+of a few columns are reduced at their end.
 
-Weights in bytes are a copy, so they lie in panels from the start, and one kernel multiplies any number of rows with
-them, fours of bytes at a time. Another kernel rounds rows to bytes; of few rows every thread rounds all by itself
-before its first task, which takes less than a call.
+int8 weights are a copy, packed in panels from the start, and one kernel multiplies any number of rows, four int8 values
+at a time. Another kernel quantises rows; for few rows every thread quantises all rows before its first task, which
+takes less than a call.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class _Linear:
 
     Args:
         kind: of the factors: fp32, bf16 or int8.
-        half: whether the result, and what is added to it, is bf16 instead of fp32.
-        few: the one of few rows.
-        turned: the one whose weight is `[K, M]`; of many rows, and not of bytes.
+        half: whether the result and its addends are bf16 instead of fp32.
+        few: the kernel for few rows.
+        turned: the weight is `[K, M]`; for many rows, not for int8.
         level: of the processor.
-        rounded: how rows in floats become bytes; None where they are bytes.
-        wide: whether the weight is fp32 where the other factor is bf16; of many rows.
+        rounded: how float rows are quantised; None for int8 rows.
+        wide: whether the weight is fp32 and the other factor bf16; for many rows.
     """
 
     def __init__(
@@ -367,12 +367,7 @@ def _quotient(edge: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class Rounded(NamedTuple):
-    """How rows in floats are rounded to bytes: `as_int8` of the reference, which has the levels.
-
-    Attributes:
-        half: bf16 instead of fp32, the steps too.
-        gelu: the rows are of a GELU.
-    """
+    """Quantisation of rows, as in the reference's `as_int8`; `half`: rows and steps in bf16, `gelu`: GELU rows."""
 
     half: bool
     gelu: bool
@@ -511,16 +506,12 @@ def _height(kind: Kind, few: bool, level: Level) -> int:
 
 
 def _columns(kind: Kind, few: bool, level: Level) -> int:
-    """Columns whose sums are kept before what follows the product."""
+    """Columns whose sums stay in registers until the epilogue."""
     return _FEW_COLUMNS if few and kind != "int8" else 2 * level.lanes
 
 
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None, turned: bool = False) -> bool:
-    """Whether there is a kernel for x `[n, K]` and a weight `[M, K]`, with what else goes into the result.
-
-    Args:
-        turned: the weight is `[K, M]`.
-    """
+    """Whether a kernel exists for x `[n, K]`, a weight `[M, K]` (`turned`: `[K, M]`) and the other operands."""
     rows = [t for t in (x, weight, *others) if t is not None]
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     wide = weight.dtype == torch.float32
@@ -546,16 +537,15 @@ def linear(
     few: bool | None = None,
     level: Level | None = None,
 ) -> Tensor:
-    """`residual + gamma · (x W^T + b)`, or of the product's GELU.
+    """`residual + gamma · (x W^T + b)` for x `[n, K]`, weight `[M, K]`, or its GELU, written to `out` `[n, M]`.
 
     Args:
-        x: `[n, K]`; weight: `[M, K]`; bias, gamma: `[M]`; residual: `[n, M]`; all of one type, as in `takes`, but that
-            the weight may be fp32 where they are bf16: it is rounded on its way, without a copy where rows are many.
-        turned: the weight is `[K, M]` and the product `x W`; of many rows.
+        turned: the weight is `[K, M]` and the product `x W`; for many rows.
         factors: of the rows of a turned weight, `[K]` in fp32.
-        out: `[n, M]`, where the result is written.
-        few: which kernel runs; by default what is quicker for so many rows.
-        level: whose kernel runs; the best of this processor by default.
+        few: selects the kernel; by default the faster one for the number of rows.
+        level: of the kernel; the best of this processor by default.
+
+    All operands have one dtype, as in `takes`; a weight may be fp32 with bf16 operands: many rows round it on the way.
     """
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
     kind: Kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
@@ -567,12 +557,12 @@ def linear(
 
 
 class Panels(NamedTuple):
-    """A weight `[M, K]` in bytes.
+    """An int8 weight `[M, K]`.
 
     Attributes:
-        levels: fours of them as int32 `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, in the order in which they are multiplied.
-        steps: `[M]`, fp32: between two levels of a channel.
-        sums: `[⌈M / 2 lanes⌉ · 2 lanes]`, int32, of the levels of a channel.
+        levels: four values per int32, `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, in the order of the GEMM.
+        steps: `[M]`, fp32, per channel.
+        sums: `[⌈M / 2 lanes⌉ · 2 lanes]`, int32, the sum of a channel's values.
     """
 
     levels: Tensor
@@ -589,12 +579,7 @@ def in_panels(rows: Tensor, steps: Tensor) -> Panels:
 
 
 def as_bytes(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]` in fp32 or bf16 as unsigned bytes, in scratch memory, and the step between two levels of each.
-
-    Args:
-        gelu: as in the reference's `as_int8`.
-        norm: what the rows pass first; of their type.
-    """
+    """Quantise rows `[n, K]` in fp32 or bf16, after `norm`: uint8 in scratch memory, and the step of each row."""
     (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
     made, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
     chunk = max(1, -(-rows // (_TASKS_PER_THREAD * threads)))
@@ -620,14 +605,9 @@ def bytes_linear(
     of_gelu: bool = False,
     norm: Norm | None = None,
 ) -> Tensor:
-    """`residual + x W^T + b`, or of the product's GELU, written to `out`.
+    """`residual + norm(x) W^T + b`, or its GELU, written to `out`; residual and out `[n, M]` both fp32 or both bf16.
 
-    Args:
-        x: `[n, K]` in fp32 or bf16, K a multiple of the lanes times four, M one of the lanes.
-        bias: `[M]`, fp32.
-        residual, out: `[n, M]`, both fp32 or both bf16.
-        of_gelu: x is of a GELU.
-        norm: what x passes first.
+    x is `[n, K]` in fp32 or bf16, K a multiple of the lanes times four, M one of the lanes; the bias `[M]` is fp32.
     """
     if not out.numel():
         return out

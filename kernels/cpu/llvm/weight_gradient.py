@@ -1,9 +1,8 @@
-"""Gradients of weights: products that sum over the rows of two matrices, in fp32; and of biases, on the way.
+"""Gradients of weights: GEMMs that sum over the rows of two matrices, in fp32, with the bias gradients on the way.
 
-A task is a block of the result. It goes through the rows that are summed over a piece at a time: what a piece has of
-the block's rows is laid out once and stays in the second level of cache, what it has of two vectors of columns is laid
-out in the first, and every tile of sums stays in registers. The order of summation follows from the sizes, so threads
-change no bit.
+A task is a block of the result. It goes through the summed rows a piece at a time: the block's part of a piece is
+packed once and stays in the second level of cache, its part of two vectors of columns is packed in the first, and every
+tile of sums stays in registers. The order of summation depends on the sizes only, so threads change no bit.
 """
 
 from __future__ import annotations
@@ -29,13 +28,7 @@ _NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "units", "terms", 
 
 
 class _WeightGradient:
-    """Writes the kernel.
-
-    Args:
-        half: factors are bf16 instead of fp32.
-        wide: the result is fp32 whatever the factors are.
-        level: of the processor.
-    """
+    """Writes the kernel; `half`: bf16 factors, `wide`: an fp32 result for any factors."""
 
     def __init__(self, half: bool, wide: bool, level: Level) -> None:
         # Rows are taken one by one in fp32 and in pairs in bf16, so that units of a column have 32 bits.
@@ -149,7 +142,7 @@ class _WeightGradient:
         return self.b.alternated(*parts) if self.half else parts[0]
 
     def _parts(self, name: str, unit: Any, column: Any, columns: Any, ahead: Any) -> Values:
-        """Vectors of the rows of a unit, zeros behind the last column and row; what is so far ahead is fetched."""
+        """Vectors of the rows of a unit, zeros past the last column and row; prefetches `ahead`."""
         b = self.b
 
         def some(row: Any, limit: Any, element: Any) -> Any:
@@ -171,7 +164,7 @@ class _WeightGradient:
         return b.icmp_signed("<", places, b.spread(b.trunc(b.least(count, self.lanes), INT32)))
 
     def _finish(self, first: Any, row: Any, column: Any) -> None:
-        """The sums of a tile to their place, with those of pieces before; for bf16 they wait in fp32 for the last."""
+        """Write the sums of a tile, plus earlier pieces; for bf16 they accumulate in fp32 until the last piece."""
         b, given = self.b, self.given
         later = b.icmp_signed(">", first, b.number(0))
         last = b.icmp_signed(">=", b.add(first, given["terms"]), given["units"])
@@ -220,13 +213,10 @@ def _kernel(half: bool, wide: bool, level: Level) -> Kernel:
 def weight_gradient(
     dout: Tensor, x: Tensor, *, wide: bool = False, sums: Tensor | None = None, level: Level | None = None
 ) -> Tensor:
-    """`dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, whatever the sizes.
+    """`dout^T x`: `[n, M]`, `[n, K]` → `[M, K]`, of any sizes, in fp32 if `wide`.
 
-    Args:
-        dout, x: both fp32, or both bf16 where the level has it; copied where columns lie apart.
-        wide: the result is fp32 instead of their type.
-        sums: `[M]` in fp32, contiguous: receives the sum of dout over all rows.
-        level: whose kernel runs; the best of this processor by default.
+    dout and x are both fp32, or both bf16 where the level has it; a copy is made of strided columns. `sums` `[M]`, fp32
+    and contiguous, receives the sum of dout over all rows.
     """
     level, threads, half = level or levels()[0], torch.get_num_threads(), x.dtype == torch.bfloat16
     dout, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, x))
