@@ -419,7 +419,7 @@ _relpos = operator(
     _relpos_forward_fake,
     setup_context=_relpos_setup,
     backward=_relpos_gradient,
-    # Not the table: a converted copy would be rounded, and the bias made anew at every call.
+    # Not the table: a converted copy would be rounded, and the bias recomputed at every call.
     autocast=(0, 1, 2),
 )
 _varlen_grad = operator(

@@ -32,7 +32,7 @@ def operator(
     """Register an operator and return it.
 
     Args:
-        schema: such as `"name(Tensor x, int n) -> Tensor"`.
+        schema: `"name(Tensor x, int n) -> Tensor"`.
         implementation: runs on CPU and CUDA tensors, there on the device of its first tensor.
         fake: gives shapes, strides and dtypes of the results.
         setup_context, backward: as in `torch.library.register_autograd`; second derivatives raise an error.
@@ -69,12 +69,12 @@ class _Once(torch.autograd.Function):
 
 
 def _once(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass whose results cannot be differentiated, since its kernels record no graph."""
+    """A backward pass that raises in second derivatives, since its kernels record no graph."""
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *upstream)
-        # With create_graph=True alone.
+        # Only with create_graph=True.
         with torch.no_grad():
             found = backward(ctx, *upstream)
         sources = (*upstream, *ctx.saved_tensors)
@@ -102,7 +102,7 @@ def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., 
 
 
 def like(*places: int) -> Callable[..., tuple[Tensor, ...]]:
-    """A fake whose results have the shapes and dtypes of the arguments at these places."""
+    """A fake with the shapes and dtypes of the arguments at these places."""
     return lambda *given: tuple(given[i].new_empty(given[i].shape) for i in places)
 
 

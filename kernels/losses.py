@@ -88,7 +88,7 @@ def token_log_likelihood(
 def race(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One column per row of weights `[B, C]`, drawn in proportion to them by an exponential race: `[B]`."""
     arrivals = torch.empty_like(weights).exponential_(generator=generator)
-    # An arrival of exactly zero would win, or be NaN, whatever its weight.
+    # An arrival of exactly zero would win at any weight, or be NaN.
     return (weights / arrivals.clamp_min(torch.finfo(weights.dtype).tiny)).argmax(1)
 
 

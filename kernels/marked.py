@@ -1,8 +1,8 @@
 """8-bit flags on parameters, which otherwise stay ordinary parameters.
 
 Values, gradients and state dicts do not change; quantised values and scales are cached (see `derived`). `cpu.int8`
-multiplies in int8 where no gradient is required, `fp8` in fp8 without gradients. A flag for fp8 on the weight of a norm
-says that fp8 GEMMs read its output, so that its kernel rounds it on the way.
+multiplies in int8 where no gradient is required, `fp8` in fp8 without gradients. With a flag for fp8 on the weight of a
+norm, its kernel rounds the output for the fp8 GEMMs that read it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _unpickled(data: Tensor, requires_grad: bool, kind: EightBits) -> nn.Paramet
 def mark(weights: Iterable[Tensor], kind: EightBits) -> None:
     """Let the products of these weights run in 8 bits: the same objects, with the same values."""
     for weight in weights:
-        # What was computed from it, such as several weights side by side, is not marked.
+        # Results, as several concatenated weights, have no flag.
         forget(weight)
         weight.__class__ = _CLASSES[kind]
 

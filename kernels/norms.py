@@ -278,7 +278,7 @@ def _module(backend: str) -> Any:
 def _statistics(x: Tensor) -> Tensor:
     """Room for one statistic per row."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    # Not `Size.numel`, which makes numbers of symbols: every number of tokens would be compiled anew.
+    # Not `Size.numel`, which specialises symbols: every number of tokens would recompile.
     return x.new_empty(math.prod(x.shape[:-1]), dtype=wide)
 
 
@@ -327,7 +327,7 @@ def _add_forward_fake(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, 
 def _add_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *arguments, backend = given
     found = _module(backend).add_layer_norm_backward(*arguments)
-    # An operator's results must not share memory: an empty tensor says that dresidual is dx.
+    # An operator's results must not share memory: an empty tensor means that dresidual is dx.
     shared = found.dresidual.data_ptr() == found.dx.data_ptr()
     dresidual = found.dx.new_empty(0) if shared else found.dresidual
     dgamma = found.dweight.new_empty(0) if found.dgamma is None else found.dgamma
@@ -347,7 +347,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     x, residual, weight, _, _, gamma, row_scale, ctx.dropout_p, seed, _, ctx.backend = inputs
     _, summed, mean, rstd = output
     if ctx.backend == "cpu" and gamma is None:
-        # The branch itself is needed for the gradient of gamma alone; or else its type is.
+        # Only the gradient of gamma needs the branch itself; else its dtype is enough.
         x = x.new_empty(0)
     ctx.save_for_backward(summed, weight, mean, rstd, x, gamma, row_scale, seed)
     ctx.residual_dtype = residual.dtype

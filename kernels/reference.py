@@ -167,7 +167,7 @@ def bias_attention(
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     repeated = bias.repeat(q.shape[0] // max(1, bias.shape[0]), 1, 1, 1)
     scores = (q * scale) @ k.transpose(-1, -2) + repeated
-    # A NaN hides nothing.
+    # A NaN does not hide a key.
     seen = ~(repeated <= HIDDEN)
     seen = seen if key_mask is None else seen & key_mask[:, None, None, :]
     weights = _dropout(dropout_p, seed, q.device)(_weights(scores, seen))
@@ -180,7 +180,7 @@ def _weights(scores: Tensor, key_mask: Tensor | None) -> Tensor:
     """Softmax over the keys that the mask leaves; a query without any yields zeros, and so do its gradients."""
     if key_mask is None:
         return scores.softmax(-1)
-    # With -inf in its place, a row of nothing else would be NaN, and its gradient too.
+    # -inf here would make an all-hidden row and its gradient NaN.
     least = torch.finfo(scores.dtype).min
     return scores.masked_fill(~key_mask, least).softmax(-1).masked_fill(~key_mask, 0)
 

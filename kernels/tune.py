@@ -1,7 +1,8 @@
 """Offline search of launch configurations on a GPU, written to `kernels/tuning/sm_<arch>.json` for `launch.config_for`.
 
-Candidates come from a grid. The audit rejects those that spill, do not fit or do not compile; the rest are timed. The
-fastest candidate whose shipped forms all pass the audit wins. The audit's cache makes a second or resumed search cheap.
+Candidates come from a grid. The audit rejects configurations that spill, do not fit or do not compile; the rest are
+timed. The fastest candidate wins if all its shipped forms pass the audit. The audit's cache makes a second or resumed
+search cheap.
 """
 
 from __future__ import annotations

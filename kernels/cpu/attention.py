@@ -147,7 +147,7 @@ def tiled_attention(
     Without `hiding`, every query has to see at least one key. `lse`: `[B, H, Nq]`, at least fp32, for the logsumexp.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
-    # Multiplied into the product that follows, which costs nothing there.
+    # Fused into the following GEMM at no cost.
     rescale = 1.0 if dropout is None else 1 / dropout.kept
     for tile, where, keys, values in _tiles_with_keys(q, k, v, bias):
         into = None if lse is None else lse[tile.batch, tile.heads, tile.rows]
@@ -355,7 +355,7 @@ def _of_period(tile: Tile, period: int) -> slice:
 def _accumulate(gradient: Tensor, scores: Tensor, rows: Tensor, scale: float, tile: Tile, name: str) -> None:
     """Add `scale · scores^T rows` of a tile to the gradient of its keys or values, which all of its rows share."""
     part = product("part", scores.transpose(1, 2), rows, scale)
-    # Tiles of rows add up in fp32; a tile that is alone needs neither the sum nor the copy.
+    # Tiles of rows add up in fp32; a single tile needs neither the sum nor the copy.
     if not (tile.first and tile.last):
         total = scratch(name, tuple(part.shape), torch.promote_types(rows.dtype, torch.float32))
         part = total.copy_(part) if tile.first else total.add_(part)
@@ -371,7 +371,7 @@ def _accumulate_bias(gradient: Tensor, dscores: Tensor, *, first: bool) -> None:
         elif entry.dtype == gradient.dtype:
             gradient += entry
         else:
-            # Converted apart: a sum of two types takes three times as long.
+            # Converted first: a sum of two dtypes takes three times as long.
             gradient += scratch("widened", tuple(entry.shape), gradient.dtype).copy_(entry)
         first = False
 

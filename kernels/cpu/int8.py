@@ -37,7 +37,7 @@ _BLOCK = 1 << 18
 # A product of the model's own width: of a small one, most of the time is that of making bytes.
 _PROBE = (208, 768, 768)
 _ROUNDS = 5
-# Rows of the products that decide, and below how many those of few rows do.
+# Rows of the timed GEMMs, and the limit below which the timing of few rows decides.
 _MANY_ROWS, _FEW_ROWS, _FEW = 400, 16, 64
 
 
@@ -239,7 +239,7 @@ def _library_of(dtype: torch.dtype, weight: Tensor) -> str:
     outputs, inputs = weight.shape
     if dtype not in (torch.float32, torch.bfloat16) or not llvm.fits(outputs, inputs, torch.int8):
         return "onednn"
-    # One for any number of rows: what a row gives does not depend on those beside it, to the bit.
+    # One library for any number of rows: the result of a row does not depend on the batch, to the bit.
     candidates, example, _ = LIBRARIES["products of bytes"]
     return select("products of bytes", candidates, example, dtype, alike=False)
 
@@ -277,7 +277,7 @@ def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight `[M, K]` in bytes, and the step between two levels of each row."""
     rows, width = weight.shape
     levels, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
-    # Some rows at a time, whose doubles stay in cache.
+    # In blocks of rows: their doubles stay in cache.
     for start in range(0, rows, _block_length(width)):
         block = slice(start, start + _block_length(width))
         dense = weight.detach()[block].float()

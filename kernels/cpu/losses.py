@@ -4,7 +4,7 @@ The GEMM of rows and vocabulary is the whole cost, so there are two arrangements
 
 - `linear_cross_entropy_forward` knows the weight of every row in the loss, so it turns each block of logits into its
   gradient while the block is in cache: three GEMMs, as in eager mode. It saves the gradients themselves; for few rows,
-  whose logits are smaller than the vocabulary's gradient, it saves the gradient of the logits, and the backward runs
+  with logits smaller than the vocabulary's gradient, it saves the gradient of the logits, and the backward runs
   the last GEMM. A block is some rows and the whole vocabulary, in slices.
 - `token_log_likelihood_forward` does not know the gradient of its rows. It saves two numbers per row, and the backward
   recomputes the logits: four GEMMs, and blocks of one slice of the vocabulary.
@@ -23,7 +23,7 @@ from .. import checks, host
 from .selection import select
 from .workspace import scratch
 
-# The logits of a block. Fewer rows would make the products slower, more rows gain nothing.
+# The logits of a block. Fewer rows would make the GEMMs slower, more rows gain no time.
 _BLOCK_BYTES = 56 << 20
 # Vocabulary entries of a slice.
 _SLICE = 4096
@@ -214,7 +214,7 @@ class _Running:
         maxima, sums = (torch.empty(logits.shape[0], dtype=self.dtype) for _ in range(2))
         for tile in _tiles(logits):
             wide = _widened(logits[tile], self.dtype)
-            # Of a slice of nothing but -inf, differences to the maximum would be NaN.
+            # In a slice of -inf only, differences to the maximum would be NaN.
             maximum = wide.amax(1).clamp_min_(torch.finfo(self.dtype).min)
             maxima[tile] = maximum
             if label_smoothing:

@@ -24,10 +24,10 @@ Product = Callable[..., Tensor]
 
 # Shape of the products that decide: packed caption tokens through a layer of the base width, and a single caption.
 _ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS, _WIDE = 224, 13, 768, 768, 3072
-# Below these rows products are chosen apart: MKL's fp32 ones of 13 rows take up to 1.7 times as long as of 16.
+# Fewer rows are autotuned separately: MKL's fp32 GEMMs of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
-# Rows of a hidden layer between compiled products: so many that laying out their weights is little beside.
+# Rows of a hidden layer between compiled GEMMs: enough that packing their weights costs little.
 _COMPILED_ROWS = 2048
 # Shapes of the products that decide: two images through a layer of a base-size encoder, and as many as a weight's
 # gradient sums over in one step of it.
@@ -123,7 +123,7 @@ def mlp_residual(
     residual: Tensor,
     gamma: Tensor | None,
 ) -> Tensor:
-    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, in slices of rows whose hidden layer stays in cache.
+    """`residual + gamma · (gelu(x W1^T + b1) W2^T + b2)`, in slices of rows: their hidden layer stays in cache.
 
     The whole hidden layer would be a buffer that the allocator returns to the system and faults in again in every
     layer. oneDNN's GEMMs cannot write to a given buffer, so they run on all rows.
@@ -184,7 +184,7 @@ def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, s
     name = select("weight gradient", _WEIGHT, _weight_example, dout.dtype)
     dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
     if name == "llvm":
-        # The sums of a product are in fp32: no second pass widens them, and none reads dout again for the bias.
+        # The GEMM sums in fp32: no second pass widens the result or reads dout again for the bias.
         return _compiled_weight(dout, x, wide=dtype == torch.float32, sums=sums)
     if sums is not None:
         sums.copy_(bias_gradient(dout))
@@ -208,7 +208,7 @@ def _choose(operation: str, weight: Tensor, rows: int) -> str:
         # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
     if "packed" in name and type(weight) is Frozen:
-        # The same product without a copy, of which a frozen weight has none.
+        # The same GEMM without a copy; a frozen weight has no storage to copy.
         name = "onednn"
     return _of_few_rows(operation, weight) if rows < _FEW and "packed" not in name else name
 
@@ -370,7 +370,7 @@ def _compiled(
 
 _UNDIVIDED = (compiled_linear, compiled_gelu, compiled_residual)
 _HERE = llvm.why_not() is None
-# With the half as wide vectors of AVX2 many rows gain nothing over MKL, whose sums are those of eager PyTorch.
+# With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does.
 _TRAINS = _HERE and llvm.levels()[0].lanes > 8
 # Which is faster differs from processor to processor, so these are compared where they run. The first is trusted.
 _LINEAR: dict[str, Product] = {

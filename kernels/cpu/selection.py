@@ -7,8 +7,8 @@ PyTorch, or is less accurate than the first is dropped.
 
 Candidates round differently, and the fastest of close ones may change from process to process. A file from `xfm-fast
 tune --cpu`, named by XFM_CPU_CHOICES, fixes them for every process on the same processor. Under
-`torch.use_deterministic_algorithms(True)` nothing is timed: the file decides, or else the first candidate runs, so that
-results repeat to the bit from process to process.
+`torch.use_deterministic_algorithms(True)` there is no timing: the file decides, or else the first candidate runs, so
+that results repeat to the bit from process to process.
 
 The clock is the processor time of one thread: on a busy machine wall time measures interruptions, and two threads wait
 for each other's.
@@ -41,8 +41,8 @@ from .. import host
 CHOICES = "XFM_CPU_CHOICES"
 """The environment variable that names a file of choices."""
 
-# A candidate that needs a second copy of every weight (a layout of its own) has to be faster by this factor than any
-# that needs none, and these by more than the noise of the comparison, at least 1%, than our kernels or the first.
+# A candidate that needs a second copy of every weight (a packed layout) has to be faster by this factor than candidates
+# without a copy, and these by more than the noise of the comparison, at least 1%, than our kernels or the first.
 _FAVOURED, _COPIES, _FAVOUR = "llvm", "packed", 1.1
 _LEAST_NOISE = 0.01
 # Weights are read in turn from copies of so many bytes together, more than most caches hold.
@@ -267,7 +267,7 @@ def _compare(
 ) -> Selection:
     trusted_name, trusted = next(iter(candidates.items()))
     rejected: dict[str, str] = {}
-    # Weights made in inference mode would be packed at every call, which those of a model are not.
+    # Weights created in inference mode would be packed at every call, unlike a model's.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         arguments = make_arguments(dtype)
         truth, allowed = None, math.inf
@@ -316,7 +316,7 @@ def _thread_seconds(
     torch.set_num_threads(1)
     try:
         for name, candidate in candidates.items():
-            # What is laid out anew for a weight is laid out once in a model.
+            # A model packs each weight once.
             for each in copies if _COPIES in name else ():
                 candidate(*each)
         for _ in range(_ROUNDS):

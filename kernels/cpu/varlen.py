@@ -183,7 +183,7 @@ class Plan(NamedTuple):
 def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
     """Groups of similar length from S + 1 offsets: padded until that costs more scores than another group."""
     lengths = [(bounds_q[i + 1] - bounds_q[i], bounds_k[i + 1] - bounds_k[i]) for i in range(len(bounds_q) - 1)]
-    # Keys ascend, so that the longest of a group are those of its last member.
+    # Lengths of keys ascend, so that the last member of a group has the most keys.
     order = sorted((i for i, sizes in enumerate(lengths) if all(sizes)), key=lambda i: lengths[i][::-1])
     groups: list[Group] = []
     start = 0

@@ -55,8 +55,8 @@ class Dropout:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_THRESHOLD = 32 << 20
 _PAD = 64 << 20
-# Address space of the heap that is asked for in huge pages: with what the heap holds before, below the 2 GB above which
-# the C library would give it back.
+# Address space of the heap with huge pages: together with earlier allocations below the 2 GB above which the C library
+# would trim it.
 _HEAP = 1900 << 20
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 2 << 20
@@ -76,7 +76,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     options = ((_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _HEAP))
-    # Every option is set, whatever became of the others.
+    # Set every option, even if one fails.
     understood = min(mallopt(option, value) for option, value in options) == 1
     if understood:
         _ask_for_huge_pages(library)
@@ -99,9 +99,9 @@ def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
     library.free.argtypes = [ctypes.c_void_p]
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     library.free(library.malloc(_LARGEST_THRESHOLD - (1 << 20)))
-    # In several parts, where something was asked for some of it before.
+    # The heap has several parts after earlier madvise calls.
     heap = re.findall(r"^(\w+)-(\w+) .*\[heap\]$", Path("/proc/self/maps").read_text(), re.MULTILINE)
     if heap:
         begin, end = -(-int(heap[0][0], 16) // _HUGE_PAGE) * _HUGE_PAGE, int(heap[-1][1], 16)
-        # Where Linux has none, nothing changes.
+        # No effect where Linux has no huge pages.
         library.madvise(begin, max(0, end - begin), _MADV_HUGEPAGE)

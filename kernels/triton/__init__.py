@@ -1,4 +1,4 @@
-"""Triton kernels, one file a family; `launch` holds their launch configurations and compile specifications.
+"""Triton kernels, one file per family; `launch` holds their launch configurations and compile specifications.
 
-Nothing is imported here, so that the package may be looked at where Triton is absent.
+Importing this package imports no submodule, so that it works without Triton.
 """

@@ -554,24 +554,12 @@ def bias_attention_forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ + bias) v.
+    """softmax(scale · q kᵀ + bias) v `[B, Nq, H, D]`, contiguous, and the natural logsumexp `[B, H, Nq]` in fp32.
 
-    Args:
-        q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; D in `BIAS_HEAD_DIMS`, one floating-point type. Any strides; a tensor
-            whose rows are not contiguous and aligned is copied.
-        bias: `[G, H, Nq, Nk]`, G a divisor of B; fp16, bf16 or fp32, any strides. One whose rows are not contiguous, or
-            not multiples of 16 entries apart, is copied.
-        scale: of the products, positive.
-        key_mask: `[B, Nk]` boolean, False for hidden keys.
-        dropout_p, seed: whether a weight is kept depends on the seed, the head, the query's place in the batch, the
-            key's in its sequence, and on nothing else.
-
-    Returns:
-        out `[B, Nq, H, D]` contiguous, zeros for queries without keys; and the logsumexp of the scores, natural,
-        `[B, H, Nq]` fp32, -inf for queries without keys.
-
-    Raises:
-        InputError: a shape, type, scale, probability or head dimension that the kernels do not support.
+    q `[B, Nq, H, D]`, k and v `[B, Nk, H, D]` with D in `BIAS_HEAD_DIMS`, bias `[G, H, Nq, Nk]` in fp16, bf16 or fp32,
+    G a divisor of B; copied where rows are not contiguous and aligned. Queries without keys give zeros and -inf.
+    Dropout depends on the seed, the head, the query's place in the batch and the key's in its sequence only. InputError
+    for unsupported arguments.
     """
     checks.bias_arguments(q, k, v, bias, key_mask, dropout_p, seed)
     batch, queries, heads, _ = q.shape
@@ -607,19 +595,11 @@ def bias_attention_backward(
     *,
     bias_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `bias_attention_forward`. The same bits every time: no atomics.
+    """Deterministic gradients of `bias_attention_forward`: dq, dk, dv, and dbias `[G, H, Nq, Nk]`, contiguous.
 
-    Scores are recomputed by kernels of which each owns what it accumulates: dk and dv (four products of 2·B·H·Nq·Nk·D
-    operations), dq (three), which also stores the gradient of a bias that no entries share, and else the gradient of
-    the bias (two).
-
-    Args:
-        dout: `[B, Nq, H, D]`, any strides; dlse: `[B, H, Nq]`, or None for zeros.
-        out, lse: results of the forward pass; the others: its arguments.
-        bias_gradient: whether that of the bias is wanted; its place is empty otherwise.
-
-    Returns:
-        dq, dk, dv in the type of q, and dbias `[G, H, Nq, Nk]` in the type of the bias, all contiguous.
+    Each kernel recomputes the scores and owns its sums: dk and dv (four GEMMs of 2·B·H·Nq·Nk·D operations), dq (three),
+    which also stores the gradient of an unshared bias, and else the gradient of the bias (two). `dlse` None means
+    zeros; without `bias_gradient` dbias is empty.
     """
     checks.bias_arguments(q, k, v, bias, key_mask, dropout_p, seed)
     (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
@@ -718,10 +698,8 @@ def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """A head dimension as two powers of two, the second possibly 0: 80 → (64, 16), 96 → (64, 32), 160 → (128, 32).
 
-    Triton's tiles are powers of two. 72 and 112 fill their second piece, of 16 and 64 columns, in part.
-
-    Raises:
-        InputError: the head dimension is not one of `BIAS_HEAD_DIMS`.
+    Triton's tiles are powers of two. 72 and 112 fill their second piece, of 16 and 64 columns, in part. InputError for
+    other head dimensions than `BIAS_HEAD_DIMS`.
     """
     if head_dim not in BIAS_HEAD_DIMS:
         raise InputError(

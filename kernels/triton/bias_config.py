@@ -39,13 +39,9 @@ _WIDTHS = (64, 72, 96, 128, 192, 256)
 
 
 def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool) -> LaunchConfig:
-    """The tuned configuration of this architecture if there is one, else one without spills in half precision.
+    """The configuration of a `bias_attention_*` kernel: tuned for the GPU, or free of spills in half precision.
 
-    Args:
-        kernel: `bias_attention_forward`, `_dkdv`, `_dq` or `_dbias`.
-        dtype: Triton's name, such as `"bf16"`. fp32 is there to be exact, not to be fast.
-        arch: 80, 86, 89, 90, 100, 120, …
-        dropout: random bits take registers; the tuned table is of kernels without.
+    The tuned table is for kernels without dropout, whose random bits take registers; fp32 is for exactness, not speed.
     """
     tuned = None if dropout else tuned_config(kernel, head_dim, dtype, arch)
     if tuned is not None:
@@ -66,7 +62,7 @@ def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool
 
 
 def _nearest(arch: int) -> int:
-    """The architecture of the table whose shared memory fits."""
+    """The table's architecture that fits in the shared memory."""
     if arch < 90:
         return 80 if arch == 80 else 120
     return 90 if arch < 100 else 100 if arch < 120 else 120

@@ -147,15 +147,9 @@ def linear_cross_entropy_forward(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, RowStatistics]:
-    """Mean cross-entropy of `h w^T + b` over the rows that are not ignored, fp32; 0 when all of them are.
+    """Mean fp32 cross-entropy of `h w^T + b` over the rows that are not ignored (0 if all are), and the statistics.
 
-    Args:
-        h: `[..., K]`; w: `[V, K]`; b: `[V]` or None; target: `[...]` integers.
-        ignore_index: target of rows that do not count.
-        label_smoothing: share of the target probability that is spread evenly over the vocabulary.
-
-    Returns:
-        The loss, NaN when a target is outside the vocabulary, and what the backward needs.
+    h `[..., K]`, w `[V, K]`, b `[V]`, target `[...]` integers. The loss is NaN if a target is outside the vocabulary.
     """
     losses, statistics = _row_losses(h, w, b, target, ignore_index, label_smoothing)
     return losses.sum() / (target != ignore_index).sum().clamp_min(1), statistics
@@ -172,7 +166,7 @@ def linear_cross_entropy_backward(
     label_smoothing: float = 0.0,
     needs: Needs = (True, True, True),
 ) -> Gradients:
-    """(dh, dw, db), None where `needs` says so, for a loss whose own gradient is the scalar `dloss`."""
+    """(dh, dw, db), as selected by `needs`, for the scalar gradient `dloss` of the loss."""
     counted = target.reshape(-1) != ignore_index
     coefficients = counted * (dloss.float() / counted.sum().clamp_min(1))
     return _gradients(coefficients, h, w, b, target, statistics, label_smoothing, needs)
@@ -197,7 +191,7 @@ def token_log_likelihood_backward(
     ignore_index: int = -100,
     needs: Needs = (True, True, True),
 ) -> Gradients:
-    """(dh, dw, db), None where `needs` says so; `dout` `[...]` is the gradient of every row's log-likelihood."""
+    """(dh, dw, db), as selected by `needs`; `dout` `[...]` is the gradient of every row's log-likelihood."""
     coefficients = -dout.reshape(-1).float().masked_fill(target.reshape(-1) == ignore_index, 0)
     return _gradients(coefficients, h, w, b, target, statistics, 0.0, needs)
 
@@ -332,10 +326,9 @@ _TILE, _PARTIAL = 128, 1e-3
 
 
 def parts_of_sum(rows: int, columns: int, processors: int) -> int:
-    """Into how many parts a product's sum is cut so that its tiles keep the multiprocessors busy; 1 to 8.
+    """The split-K factor of a GEMM, 1 to 8, that keeps the multiprocessors busy.
 
-    The gradient of 1,440 rows of 768 numbers is 72 tiles: little more than half of an H100. In three parts they are
-    216, of which the last are few.
+    The gradient of 1,440 rows of 768 numbers is 72 tiles: little more than half of an H100. In three parts: 216.
     """
     tiles = triton.cdiv(rows, _TILE) * triton.cdiv(columns, _TILE)
 

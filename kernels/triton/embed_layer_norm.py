@@ -184,13 +184,9 @@ def embed_layer_norm_forward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of `word[tokens] + position[positions] + type_row`.
+    """LayerNorm `[..., M]` of `word[tokens] + position[positions] + type_row`, and mean and rstd `[rows]` in fp32.
 
-    Args:
-        tokens, positions: `[...]` int32 or int64; word: `[V, M]`; position: `[P, M]`; type_row, weight, bias: `[M]`.
-
-    Returns:
-        normed `[..., M]`, and mean and rstd `[rows]` fp32. An id outside its table makes its row NaN.
+    An id outside its table makes its row NaN.
     """
     width, count = width_of(word), tokens.numel()
     normed = torch.empty(*tokens.shape, width, dtype=word.dtype, device=word.device)
@@ -228,7 +224,7 @@ def embed_layer_norm_backward(
     rstd: Tensor,
     padding_idx: int | None = None,
 ) -> EmbedGradients:
-    """Gradients of the five floating-point inputs; row `padding_idx` of both tables receives none, as in RoBERTa."""
+    """Gradients of the five floating-point inputs; zero in row `padding_idx` of both tables, as in RoBERTa."""
     width, count = width_of(word), tokens.numel()
     upstream = contiguous_rows(dnormed)
     token_rows, position_rows = _ids(tokens, positions)

@@ -127,12 +127,7 @@ def bias_gelu_backward_kernel(
 
 
 def bias_gelu_forward(y: Tensor, bias: Tensor | None, *, overwrite: bool = False) -> Tensor:
-    """`gelu(y + bias)`, erf form.
-
-    Args:
-        y: `[..., N]`; bias: `[N]` or None.
-        overwrite: put the result where a contiguous y was, for when no backward will ask for it.
-    """
+    """`gelu(y + bias)`, erf form, for y `[..., N]`; `overwrite` writes over a contiguous y, if no backward needs it."""
     rows = contiguous_rows(y)
     count, width = rows.shape
     out = y if overwrite and y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
@@ -193,7 +188,7 @@ def linear_gelu_forward(x: Tensor, w: Tensor, b: Tensor | None, *, keep: bool = 
 def linear_gelu_backward(
     dout: Tensor, x: Tensor, w: Tensor, b: Tensor | None, y: Tensor, needs: tuple[bool, bool, bool] = (True, True, True)
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dw, db), None where `needs` says so; y is what the forward kept."""
+    """(dx, dw, db), as selected by `needs`; y is the saved tensor of the forward."""
     dy, db = bias_gelu_backward(dout, y, b)
     dx = torch.matmul(dy, w) if needs[0] else None
     dw = torch.mm(contiguous_rows(dy).t(), x.reshape(-1, x.shape[-1])) if needs[1] else None

@@ -1,11 +1,10 @@
-"""Launch configurations: a tuned table where there is one, else a heuristic that was chosen with the compiler's report.
+"""Launch configurations: from a tuned table if there is one, else a heuristic chosen with the compiler's report.
 
 A table is `kernels/tuning/sm_<arch>.json`:
 
     {"relpos_forward": {"bf16/64": {"tiles": {"BLOCK_M": 128, "BLOCK_N": 64}, "num_warps": 8, "num_stages": 3}}}
 
-The number is the head dimension of an attention kernel, or the width of the rows of another one.
-Nothing is tuned while a program runs.
+The number is the head dimension of an attention kernel, or the row width of any other. There is no run-time tuning.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ _INTEGERS = {"i32", "i64", "u32", "u64"}
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is cut into programs.
+    """The tiling and compile options of a kernel.
 
     Attributes:
-        tiles: values of the kernel's tile constants, such as `{"BLOCK_M": 128, "BLOCK_N": 64}`.
+        tiles: values of the tile constants: `{"BLOCK_M": 128, "BLOCK_N": 64}`.
         num_warps: warps of one program.
         num_stages: depth of the software pipeline over a loop's loads.
-        apart: products of kernels that ask for it have accumulators of their own, which are then added to the sums:
-            Hopper's products stay in flight, for registers that other architectures would spend in vain.
-        fenced: the last tile of kernels that ask for it stands behind a branch that is always taken, where Hopper's
-            compiler would find products under way; see `relpos_attention.forward_kernel`.
-        registers: most that a thread may take, where the compiler has to be told; 0 where it need not.
+        apart: GEMMs of supporting kernels have separate accumulators, added to the sums later: Hopper's GEMMs stay
+            in flight, for registers that other architectures would waste.
+        fenced: the last tile of supporting kernels follows a branch that is always taken, where Hopper's compiler would
+            otherwise see GEMMs in flight; see `relpos_attention.forward_kernel`.
+        registers: maximum per thread, where the compiler needs one; else 0.
     """
 
     tiles: Mapping[str, int]
@@ -70,21 +69,21 @@ class CompileRequest:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A kernel and the forms in which it is shipped.
+    """A kernel and its shipped forms.
 
     Attributes:
         name: unique over all families; also the kernel's key in `tuning/<arch>.json`.
         kernel: the `triton.jit` function.
-        variants: the forms to compile, each a set of named properties such as `{"head_dim": 64, "dropout": False}`.
-        types: (variant, Triton dtype such as `"bf16"`) → Triton type of every argument that is not a `tl.constexpr`:
+        variants: the forms to compile, each a set of named properties: `{"head_dim": 64, "dropout": False}`.
+        types: (variant, Triton dtype: `"bf16"`) → Triton type of every argument that is not a `tl.constexpr`:
             `"*bf16"`, `"*fp32"`, `"i32"`, `"fp32"`.
         constants: (variant, dtype, launch configuration) → value of every `tl.constexpr` argument.
-        config: (variant, dtype, architecture such as 90) → launch configuration.
+        config: (variant, dtype, architecture: 90) → launch configuration.
         unaligned: arguments whose address or value is not a multiple of 16. All other pointers and all integers named
             `stride_*` are, in the launches that matter, and are compiled so.
         tensor_core: whether the kernel multiplies matrices, and so must use the tensor cores.
-        dtypes: compute types shipped.
-        arches: the only architectures that it is compiled for; all where there are none.
+        dtypes: shipped compute dtypes.
+        arches: the only architectures to compile for; empty for all.
     """
 
     name: str
@@ -121,9 +120,9 @@ class KernelSpec:
 
 
 def architecture(device: torch.device) -> int:
-    """90 for compute capability 9.0 of NVIDIA; 0 for AMD, whose numbers (94 for gfx942) mean other hardware.
+    """90 for NVIDIA's compute capability 9.0; 0 for AMD, where the same numbers mean other hardware.
 
-    The interpreter, on a CPU, takes the configurations of the oldest architecture.
+    The interpreter, on a CPU, uses the configurations of the oldest architecture.
     """
     if device.type != "cuda":
         return 80
@@ -139,11 +138,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Triton's name of a compute type: `bf16`.
-
-    Raises:
-        InputError: the kernels do not compute in this type.
-    """
+    """Triton's name of a compute dtype: `bf16`; InputError for an unsupported one."""
     name = str(dtype).removeprefix("torch.")
     if name not in TRITON_TYPE:
         raise InputError(f"the Triton kernels compute in {', '.join(TRITON_TYPE)}; got {name}")
@@ -172,13 +167,7 @@ def tuned_backend(kernel: str, size: int, dtype: str, arch: int) -> str:
 
 @cache
 def config_for(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
-    """The configuration of a kernel: the tuned one of this architecture if there is one, else the heuristic one.
-
-    Args:
-        kernel: a `KernelSpec.name`.
-        dtype: Triton's name, such as `"bf16"`.
-        arch: 80, 86, 89, 90, 100, 120, …
-    """
+    """The configuration of the kernel `KernelSpec.name`: tuned for this architecture, or heuristic."""
     return tuned_config(kernel, head_dim, dtype, arch) or heuristic_config(kernel, head_dim, dtype, arch)
 
 
@@ -241,11 +230,10 @@ _SELECTIVE_100: tuple[_Row, _Row, _Row] = ((64, 32, 8, 2), (64, 32, 8, 2), (64, 
 
 
 def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
-    """A configuration without spills, and with room for two programs per multiprocessor at head dimension 64.
+    """A configuration without spills in half precision, for two programs per multiprocessor at head dimension 64.
 
-    Both hold for half precision. fp32 is there to be exact, not to be fast: its products do not use the tensor cores.
-
-    Architectures between those of the table (86, 89, 103, 121) take the nearest one whose shared memory fits.
+    fp32 is for exactness, not speed: it does not use the tensor cores. Architectures between the table's entries (86,
+    89, 103, 121) use the nearest one that fits in their shared memory.
     """
     if dtype == "fp32":
         own, other, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
@@ -285,7 +273,7 @@ def _nearest(arch: int) -> int:
 def tail_size(tokens: int, block: int, masked: int = 32) -> int:
     """Rows of the last, partial tile: 0, or the smallest power of two from 16 up that holds the rest.
 
-    Tiles of up to `masked` rows have no tile of another size behind them; it would save little.
+    Tiles of up to `masked` rows have no tail of another size, which would save little.
     """
     rest = tokens % block
     if rest == 0 or block <= masked:

@@ -243,18 +243,9 @@ def add_layer_norm_forward(
 ) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
-    Args:
-        x, residual: `[..., M]`, of one shape, possibly of two precisions; without a residual the sum is the branch.
-            M is at most 8192.
-        weight, bias, gamma: `[M]`.
-        row_scale: `[B]`, one factor per entry of the first dimension.
-        dropout_p: probability of zeroing an element of x; 1 zeroes all of them.
-        seed: `[1]` int64 on the device that decides which; required for dropout.
-        wide: whether `normed` has the type of the sum instead of that of x.
-        rounded: room as of `fp8.room_for`, for `normed` in fp8.
-
-    Returns:
-        `summed` is x itself where nothing is added or multiplied.
+    x, residual `[..., M]`, possibly of two precisions, M up to 8192; weight, bias, gamma `[M]`; row_scale `[B]`; seed
+    `[1]` int64 on the device, required for dropout. `normed` has the dtype of x, or with `wide` of the sum; `rounded`
+    is memory from `fp8.room_for` for `normed` in fp8. `summed` is x itself without a residual, factor or dropout.
     """
     width, rows = width_of(x), contiguous_rows(x)
     plain = residual is None and gamma is None and row_scale is None and not dropout_p
@@ -307,9 +298,9 @@ def add_layer_norm_backward(
     has_residual: bool = True,
     has_bias: bool = True,
 ) -> AddLayerNormGradients:
-    """Gradients of every floating-point input from those of both results; `dsummed` None means zero.
+    """Gradients of every floating-point input; `dsummed` None means zero.
 
-    `dx` and `dresidual` are one tensor where nothing scales the branch and their precisions agree.
+    `dx` and `dresidual` are one tensor if the branch has no scale and their dtypes agree.
     """
     width, rows, sums = width_of(x), contiguous_rows(x), contiguous_rows(summed).contiguous()
     upstream, skipped = contiguous_rows(dnormed), None if dsummed is None else contiguous_rows(dsummed)
@@ -380,7 +371,7 @@ def _rows_per_scale(x: Tensor, row_scale: Tensor | None) -> int:
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float]:
-    """(threshold, factor): of 2^24 equally likely values, those below the first are dropped, others take the second."""
+    """(threshold, factor): of 2^24 equally likely values, values below the threshold are dropped, others scaled."""
     if dropout_p:
         checks.seed_of(dropout_p, seed)
     return round(dropout_p * _DROPOUT_STEPS), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0

@@ -318,19 +318,11 @@ def entries_at_once(batch: int, entry_bytes: int) -> int:
 
 
 def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ + bias) v.
+    """softmax(scale · q kᵀ + bias) v `[B, N, H, D]`, contiguous, and the natural logsumexp `[B, H, N]` in fp32.
 
-    Args:
-        q, k, v: `[B, N, H, D]`, D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last dimension
-            is not contiguous is copied.
-        bias: `[H, N, N_pad]` contiguous, or fragments, as `materialise_bias` makes them for the same scale.
-        scale: of the products, positive.
-
-    Returns:
-        out `[B, N, H, D]` contiguous, and the logsumexp of the scores, natural, `[B, H, N]` fp32.
-
-    Raises:
-        InputError: a shape, stride, type, scale or head dimension that the kernels do not support.
+    q, k, v: `[B, N, H, D]`, D in `HEAD_DIMS`, of any strides; copied if the last dimension is not contiguous. The bias
+    `[H, N, N_pad]`, contiguous, or in fragments, comes from `materialise_bias` with the same positive scale. InputError
+    for unsupported arguments.
     """
     fragments = bias.ndim == 5
     _check(q, k, v, bias, fragments=fragments)
@@ -363,9 +355,9 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
 
 
 def _describable(tensor: Tensor) -> Tensor:
-    """`[B, N, H, D]` itself if a descriptor can have it, else a copy.
+    """`[B, N, H, D]` itself if it fits a tensor descriptor, else a copy.
 
-    Heads lie side by side, rows begin at multiples of 16 bytes, and each stride is a multiple of the one within it.
+    A descriptor needs adjacent heads, rows that begin at multiples of 16 bytes, and nested strides.
     """
     batch, _, heads, head_dim = tensor.shape
     outer, row, of_head, _ = tensor.stride()
@@ -397,23 +389,13 @@ def relpos_attention_backward(
     lse: Tensor,
     turned_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `relpos_attention_forward`, and of the table that the bias was made of. The same bits every time.
+    """Deterministic gradients of `relpos_attention_forward`: dq, dk, dv, and dtable `[table_rows, H]` in fp32.
 
-    Five products of 2·B·H·N²·D operations, the least that any backward pass needs: one kernel takes four, for dk and
-    dv, and leaves the gradients of the scores in the type of q; of these another makes dq, and a third sums them over
-    the batch. So each owns what it accumulates and needs no atomics. Large batches are taken in parts, to bound that
-    memory.
-
-    Args:
-        dout: `[B, N, H, D]`, any strides.
-        q, k, v, bias, scale: as in the forward pass; out, lse: its results.
-        table_rows: rows of the table, (2wh-1)(2ww-1)+3.
-        window: (wh, ww), N = 1 + wh·ww.
-        turned_bias: `[H, keys, queries]`, as `materialise_bias` makes it with `turned`, and all of the bias that is
-            read; by default a copy of the bias, which then is none of fragments.
-
-    Returns:
-        dq, dk, dv `[B, N, H, D]` in the type of q, and dtable `[table_rows, H]` in fp32.
+    Five GEMMs of 2·B·H·N²·D operations, the minimum of a backward pass: one kernel runs four, for dk and dv, and stores
+    the gradients of the scores in the dtype of q; another makes dq from these, and a third sums them over the batch. So
+    each owns its sums and needs no atomics. Large batches are split, to bound that memory. `turned_bias` is `[H, keys,
+    queries]`, from `materialise_bias` with `turned`, the only bias that is read; by default a copy of the bias, not of
+    fragments.
     """
     _check(q, k, v, bias if turned_bias is None else turned_bias)
     batch, tokens, heads, _ = q.shape

@@ -257,7 +257,7 @@ def table_gradient_kernel(
 def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = False) -> Tensor:
     """Sums of the bias gradients `[parts, H, N, N_pad]` fp32 per row of the table: `[(2wh-1)(2ww-1)+3, H]` fp32.
 
-    Rows are queries and columns keys, or the other way round if `turned`.
+    Rows are queries and columns keys; the other way round if `turned`.
     """
     height, width = window
     parts, heads = dbias.shape[:2]

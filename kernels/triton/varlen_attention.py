@@ -380,21 +380,11 @@ def dq_kernel(
 
 
 def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """softmax(scale · q kᵀ) v of every sequence over its own keys.
+    """softmax(scale · q kᵀ) v `[Tq, H, D]` of every sequence, contiguous, and the natural logsumexp `[H, Tq]` in fp32.
 
-    Args:
-        q: `[Tq, H, D]`; k, v: `[Tk, H, D]`; D in `HEAD_DIMS`, one floating-point type. Any strides; a tensor whose last
-            dimension is not contiguous is copied.
-        packed: offsets, of lengths that may be zero; upper bounds of the lengths, which choose between small and large
-            tiles; a positive scale; and a seed where weights are dropped. Whether a weight is kept depends on the seed,
-            the head, where its sequence begins in `q`, the positions of query and key in it, and on nothing else.
-
-    Returns:
-        out `[Tq, H, D]` contiguous, zeros for queries without keys; and the logsumexp of the scores, natural, `[H, Tq]`
-        fp32, -inf for queries without keys.
-
-    Raises:
-        InputError: a shape, type, scale, probability or head dimension that the kernels do not support.
+    D in `HEAD_DIMS`, any strides; copied if the last dimension is not contiguous. Queries without keys give zeros and
+    -inf. The upper bounds of the lengths select small or large tiles. Dropout depends on the seed, the head, the start
+    of the sequence in `q` and the positions of query and key in it only. InputError for unsupported arguments.
     """
     checks.varlen_arguments(q, k, v, packed)
     q, k, v = (addressable(t) for t in (q, k, v))
@@ -426,16 +416,10 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
 def varlen_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `varlen_attention_forward`. The same bits every time: no atomics.
+    """Deterministic gradients of `varlen_attention_forward`, without atomics: dq, dk, dv in the dtype of q.
 
-    Scores are recomputed by two kernels, each owning what it accumulates: dk and dv (four products of
-    2·H·D·Σ len_q·len_k operations), and dq (three).
-
-    Args:
-        dout: `[Tq, H, D]`, any strides; out, lse: results of the forward pass; the others: its arguments.
-
-    Returns:
-        dq `[Tq, H, D]`, dk, dv `[Tk, H, D]`, in the type of q.
+    Two kernels recompute the scores and own their sums: dk and dv (four GEMMs of 2·H·D·Σ len_q·len_k operations), and
+    dq (three).
     """
     checks.varlen_arguments(q, k, v, packed)
     q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
@@ -486,27 +470,27 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def _tiles(total: int, longest: int, sequences: int, block: int) -> tuple[int, bool]:
-    """Numbers of tiles of `total` rows, and whether programs search for their sequence among them.
+    """(tiles for `total` rows, whether programs search for their sequence).
 
-    An equal share for every sequence leaves more numbers unused if lengths differ or the bound is far off. A program
-    whose number is unused ends at once, and a search delays every program, so that somewhat more of them are worth it.
+    An equal share for every sequence wastes programs if lengths differ or the bound is loose. A wasted program ends at
+    once, and a search delays every program, so that somewhat more of them are worth it.
     """
     searched, shared = total // block + sequences, sequences * triton.cdiv(longest, block)
     return (shared, False) if 0 < shared <= _WORTH * searched else (searched, True)
 
 
 def _tail(k: Tensor, packed: Packed, config: LaunchConfig) -> int:
-    """The forward kernel's TAIL. Images are of one size, with a class token behind whole tiles or few tokens more."""
+    """The forward kernel's TAIL: images have one size, and a class token or few tokens after whole tiles."""
     sequences, rest = packed.cu_seqlens_k.numel() - 1, packed.max_k % config.tiles["BLOCK_N"]
     known = k.shape[0] == sequences * packed.max_k and packed.key_mask is None and not packed.dropout_p
     return _SMALLEST if known and 0 < rest <= _SMALLEST else 0
 
 
 def _narrower(programs: int, q: Tensor) -> bool:
-    """True where tiles of half as many keys are quicker: they leave room for a program more on a multiprocessor.
+    """True where tiles of half as many keys are faster: they fit one more program on a multiprocessor.
 
-    On Hopper at head dimension 64, five instead of four. They take two fifths longer together, so that they have to
-    save a wave of few. Else the larger tile does the same work with fewer turns. What was tuned on a card counts more.
+    On Hopper at head dimension 64, five instead of four. Together they take two fifths longer, so that they have to
+    save a wave of few; else the larger tile is better. A tuned configuration takes precedence.
     """
     dtype, arch = dtype_name(q.dtype), architecture(q.device)
     if dtype == "fp32" or q.shape[-1] != 64 or not 90 <= arch < 100 or tuned_config("varlen_forward", 64, dtype, arch):
@@ -531,7 +515,7 @@ def _forward_form(q: Tensor, k: Tensor, packed: Packed) -> str:
 
 
 def _form(kernel: str, owned: Tensor, longest: int, packed: Packed) -> str:
-    """The name of a kernel's form whose programs own rows of `owned`, of sequences up to `longest`."""
+    """The kernel form for programs that own rows of `owned`, of sequences up to `longest`."""
     # The tile that a program owns is the one that short sequences would leave empty.
     sequences = packed.cu_seqlens_q.numel() - 1
     if longest <= SHORT or owned.shape[0] <= SHORT_ON_AVERAGE * sequences:

@@ -36,13 +36,13 @@ from .builder import (
     whole_pages,
 )
 
-# Keys of the longest sequence that a kernel has room for, whose rows of scores lie so far apart.
+# Maximum keys of a kernel, the stride of its rows of scores.
 _ROOMS = (1040, 4112)
-# Queries of a chunk, where heads are too few to keep all threads busy: laying out the keys is little beside so many.
+# Queries of a chunk, if heads are too few to keep all threads busy: enough that packing the keys costs little.
 _CHUNK = 48
 _TASKS_PER_THREAD = 4
 _LOG2E = math.log2(math.e)
-# The least exponent of a normal number in fp32, and one that is safely none.
+# The smallest exponent of a normal fp32 number, and one safely below.
 _LEAST_EXPONENT, _NO_EXPONENT = -126.0, -200.0
 # Misses powers of two by 2 · 10⁻⁷ of themselves, as much as fp32 does.
 _DEGREE = 5

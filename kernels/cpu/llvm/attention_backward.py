@@ -1,9 +1,9 @@
 """Gradients of attention, a head at a time: recomputed scores, softmax, and five GEMMs over blocks of rows in cache.
 
-A task is a head of the batch entries whose biases share a gradient, or of some of them: it sums their score gradients
+A task is a head of the batch entries with one bias gradient, or of some of them: it sums their score gradients
 in order in its own buffer, so that no sum depends on the schedule of the threads. It packs keys and values once per
 entry; then blocks of rows go through scores, softmax and their gradients, and add to the gradients of keys and values.
-The forward pass saves nothing but its inputs. In bf16 the GEMMs take pairs of channels, keys or queries, sum in fp32,
+The forward pass saves its inputs only. In bf16 the GEMMs take pairs of channels, keys or queries, sum in fp32,
 and weights and score gradients are rounded once.
 """
 
@@ -24,13 +24,13 @@ from . import attention as forward
 from .attention import Heads, Sequence, bias_place, laid_out, lengths_of, readable, scale_bits
 from .builder import BF16, FP32, INT16, INT32, Builder, Kernel, divided, scratch_address
 
-# Keys of the longest sequence that a kernel has room for, whose rows of scores lie so far apart. Beyond, what a head
-# takes leaves the second level of cache.
+# Maximum keys of a kernel, the stride of its rows of scores. With more, a head's data exceed the second level of
+# cache.
 _ROOMS = (208, 592, 1040)
-# Tiles of rows whose weights and score gradients stay in cache until keys and values have their part of them.
+# Tiles of rows: their weights and score gradients stay in cache until the GEMMs for keys and values.
 _BLOCK_TILES = 4
 _TASKS_PER_THREAD = 3
-# The largest score of a query whose keys are all hidden, in units of which e has 1.44; rounding may raise it a little.
+# The largest score of a query with hidden keys only, in base 2; rounding may raise it a little.
 _BLIND = 1.4 * HIDDEN
 
 _GIVEN, _MADE = ("dout", "q", "k", "v"), ("dq", "dk", "dv")

@@ -124,7 +124,7 @@ class Builder(ir.IRBuilder):
 
     @staticmethod
     def _aligned(element: Any) -> tuple[Any, ...]:
-        # Until LLVM 22 what reads and writes some is told how the address is aligned.
+        # Until LLVM 22 masked loads and stores take the alignment as an argument.
         return () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(element)]),)
 
     def fetch(self, place: Any, write: bool = False) -> None:
@@ -462,7 +462,7 @@ def scratch_address(name: str, size: int) -> int:
 
 
 def divided(rows: int, wanted: int, least: int) -> tuple[int, int]:
-    """(rows per chunk, chunks): up to `wanted` chunks of at least `least` rows."""
+    """(rows per chunk, chunks): up to `wanted` chunks, of at least `least` rows."""
     chunk = rows if wanted == 1 else max(least, -(-rows // wanted))
     return chunk, -(-rows // chunk)
 

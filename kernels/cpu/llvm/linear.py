@@ -377,7 +377,7 @@ def _round_row(b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_ste
     """A row of so many channels as bytes, and the step between two of its levels, in fp32."""
     half_step = how.half if half_step is None else half_step
     lanes, element = b.lanes, BF16 if how.half else FP32
-    # Magnitudes are ordered as their bits are, and what is no number is the largest: then the step is none either.
+    # Magnitudes compare like their bits, and NaN is the largest: then the step is NaN too.
     magnitude = b.filled(0x7FFFFFFF, INT32)
 
     def largest_of(most: Any, found: Any) -> Any:
@@ -506,7 +506,7 @@ def _height(kind: Kind, few: bool, level: Level) -> int:
 
 
 def _columns(kind: Kind, few: bool, level: Level) -> int:
-    """Columns whose sums stay in registers until the epilogue."""
+    """Columns per task: their sums stay in registers until the epilogue."""
     return _FEW_COLUMNS if few and kind != "int8" else 2 * level.lanes
 
 

@@ -21,7 +21,7 @@ from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, Values, sc
 _TERMS = 256
 # Rows of the highest block, of which a piece leaves room in the second level of cache for what is on its way.
 _HEIGHT = 384
-# Units from what is laid out to what is fetched: the rows of a block lie apart, so that no prefetcher knows the next.
+# Prefetch distance in units: rows of a block are too far from each other for the hardware prefetcher.
 _AHEAD = 16
 _POINTERS = ("dout", "x", "out", "sums", "scratch")
 _NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "units", "terms", "height", "width", "across", "room")
