@@ -55,6 +55,12 @@ def image(seed: int) -> dict[str, str]:
     return {"image": data_url(photo(seed))}
 
 
+def raw(path: str, body: bytes, *headers: str) -> bytes:
+    """A POST as it goes over the wire."""
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return "\r\n".join([f"{head}content-length: {len(body)}", *headers, "\r\n"]).encode() + body
+
+
 @dataclass(frozen=True)
 class Reply:
     status: int
@@ -128,7 +134,7 @@ Start = Callable[..., Any]
 @pytest.fixture(scope="session", autouse=True)
 def extra() -> None:
     """Skips the tests of this folder where the extra is not installed."""
-    for name in ("starlette", "uvicorn", "prometheus_client"):
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
         pytest.importorskip(name, reason="the extra 'serve'")
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Running, Start, data_url, image, photo, until
+from tests.serve.bodies import chunk
+from tests.serve.conftest import Running, Start, data_url, image, photo, raw, until
 from xfm_fast.data.images import load_image
 from xfm_fast.serve.model import Found, ServedModel, Work
 from xfm_fast.tasks import ranking
@@ -29,10 +30,6 @@ def still_good(service: Running) -> None:
 
 def huge_png(width: int, height: int) -> bytes:
     """A PNG whose header says more pixels than there are."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
@@ -44,43 +41,43 @@ def with_image(value: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "status", "message"),
     [
-        (b"{", 400, "the body is no JSON"),
-        (b"", 400, "the body is no JSON"),
-        (b"\xff\xfe{}", 400, "the body is no JSON"),
-        (b"[]", 400, "the body is a list; send an object"),
-        (b'{"query": ' + b"[" * 1000, 400, "nested more than 64 deep"),
-        (b'{"query": "\\ud800", "documents": ["a"]}', 400, "half of a surrogate pair"),
-        ({"documents": ["a"]}, 422, "query: is missing; add it"),
-        ({"query": "a"}, 422, "documents: is missing; add it"),
-        ({"query": "a", "documents": []}, 422, "documents: give at least 1"),
-        ({"query": "a", "documents": "b"}, 422, "documents: give a list"),
+        (b"{", 400, "not valid JSON"),
+        (b"", 400, "not valid JSON"),
+        (b"\xff\xfe{}", 400, "not valid JSON"),
+        (b"[]", 400, "is a list"),
+        (b'{"query": ' + b"[" * 1000, 400, "64"),
+        (b'{"query": "\\ud800", "documents": ["a"]}', 400, "surrogate"),
+        ({"documents": ["a"]}, 422, "query: "),
+        ({"query": "a"}, 422, "documents: "),
+        ({"query": "a", "documents": []}, 422, "documents: "),
+        ({"query": "a", "documents": "b"}, 422, "documents: "),
         ({"query": "a", "documents": ["b", 3]}, 422, "documents[1]"),
-        ({"query": "a", "documents": [{}]}, 422, 'documents[0]: give either {"text"'),
-        ({"query": "a", "documents": [{"text": "a", "image": "b"}]}, 422, "documents[0]: give either"),
-        ({"query": "a", "documents": ["b"], "top_n": 0}, 422, "top_n: use at least 1"),
-        ({"query": "a", "documents": ["b"] * 41}, 422, "documents holds 41 items; give at most 40"),
-        ({"query": "a" * 2001, "documents": ["b"]}, 422, "query has 2,001 characters, over the limit of 2,000"),
-        ({"query": "?!", "documents": ["b"]}, 422, "query: caption '?!' is empty after cleaning"),
-        ({"query": "a", "documents": ["b", ""]}, 422, "documents[1]: caption '' is empty"),
-        ({"query": "a", "documents": ["b"], "model": "gpt-4"}, 404, "'gpt-4' is not served here; ask for 'tiny-xfm'"),
-        ({"query": "a", "documents": ["b", image(1)]}, 422, "send two requests"),
-        (with_image("data:image/png;base64"), 422, "documents[0] is a data URL without a comma"),
-        (with_image("data:image/png,abc"), 422, "documents[0] is a data URL without base64"),
-        (with_image("data:text/plain;base64,aGVsbG8="), 422, "is a data URL of type 'text/plain'"),
-        (with_image("data:image/png;base64,%%%"), 422, "(3 characters, beginning with '%%%') is no base64"),
-        (with_image("data:image/png;base64,aGVsbG8"), 422, "is no base64"),
-        (with_image("data:image/png;base64,"), 422, "documents[0] is empty"),
-        (with_image("no base64 at all"), 422, "is no base64"),
-        (with_image("böse"), 422, "is no base64"),
-        (with_image(data_url(b"a text file as an image")), 422, "is no JPEG, PNG or WebP"),
-        (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 422, "is no JPEG, PNG or WebP"),
+        ({"query": "a", "documents": [{}]}, 422, "documents[0]: "),
+        ({"query": "a", "documents": [{"text": "a", "image": "b"}]}, 422, "documents[0]: "),
+        ({"query": "a", "documents": ["b"], "top_n": 0}, 422, "top_n: "),
+        ({"query": "a", "documents": ["b"] * 41}, 422, "documents holds 41 items"),
+        ({"query": "a" * 2001, "documents": ["b"]}, 422, "query has 2,001 characters"),
+        ({"query": "?!", "documents": ["b"]}, 422, "query: caption '?!'"),
+        ({"query": "a", "documents": ["b", ""]}, 422, "documents[1]: caption ''"),
+        ({"query": "a", "documents": ["b"], "model": "gpt-4"}, 404, "'gpt-4'"),
+        ({"query": "a", "documents": ["b", image(1)]}, 422, "two requests"),
+        (with_image("data:image/png;base64"), 422, "documents[0]"),
+        (with_image("data:image/png,abc"), 422, "documents[0]"),
+        (with_image("data:text/plain;base64,aGVsbG8="), 422, "'text/plain'"),
+        (with_image("data:image/png;base64,%%%"), 422, "'%%%'"),
+        (with_image("data:image/png;base64,aGVsbG8"), 422, "documents[0]"),
+        (with_image("data:image/png;base64,"), 422, "documents[0]"),
+        (with_image("no base64 at all"), 422, "documents[0]"),
+        (with_image("böse"), 422, "documents[0]"),
+        (with_image(data_url(b"a text file as an image")), 422, "documents[0]"),
+        (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 422, "documents[0]"),
         (with_image(data_url(photo(1)[:200])), 422, "documents[0]"),
         (with_image(data_url(b"\xff\xd8\xff and no photograph")), 422, "documents[0]"),
         (with_image(data_url(huge_png(60_000, 60_000))), 413, "is 60000x60000"),
-        (with_image(data_url(huge_png(500, 500))), 413, "is 500x500 = 250,000 pixels, over the limit of 200,000"),
+        (with_image(data_url(huge_png(500, 500))), 413, "is 500x500"),
         (with_image(data_url(huge_png(400, 400))), 422, "documents[0]"),
-        (with_image("http://169.254.169.254/latest/meta-data"), 422, "start the service with --allow-urls"),
-        (with_image("file:///etc/passwd"), 422, "is no base64"),
+        (with_image("http://169.254.169.254/latest/meta-data"), 422, "--allow-urls"),
+        (with_image("file:///etc/passwd"), 422, "documents[0]"),
     ],
 )  # fmt: skip
 def test_rerank_says_what_is_wrong(served: Running, content: Any, status: int, message: str) -> None:
@@ -94,13 +91,13 @@ def test_rerank_says_what_is_wrong(served: Running, content: Any, status: int, m
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
-        ("/v1/embeddings", {"input": [1, 2]}, "holds token ids"),
-        ("/v1/embeddings", {"input": [[1, 2]]}, "holds token ids"),
+        ("/v1/embeddings", {"input": [1, 2]}, "token ids"),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "token ids"),
         ("/v1/embeddings", {"input": "a", "dimensions": 5}, "dimensions=5"),
-        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format: use 'float' or 'base64'"),
-        ("/v1/embeddings", {"input": []}, "input: give at least 1"),
-        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2 items and text_2 1"),
-        ("/v1/score", {"text_1": "a", "text_2": ["c", image(1)]}, "send two requests"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format: "),
+        ("/v1/embeddings", {"input": []}, "input: "),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2"),
+        ("/v1/score", {"text_1": "a", "text_2": ["c", image(1)]}, "two requests"),
     ],
 )
 def test_others_say_what_is_wrong(served: Running, path: str, content: Any, message: str) -> None:
@@ -111,15 +108,15 @@ def test_others_say_what_is_wrong(served: Running, path: str, content: Any, mess
 
 def test_addresses_methods_and_types(served: Running) -> None:
     assert (served.get("/v1/nothing").status, served.get("/v1/rerank").status) == (404, 405)
-    assert "GET /v1/nothing is not served; see /docs" in served.get("/v1/nothing").message
+    assert "GET /v1/nothing" in served.get("/v1/nothing").message
     reply = served.ask("POST", "/v1/rerank", json.dumps(GOOD).encode(), {"content-type": "text/plain"})
-    assert (reply.status, "send application/json" in reply.message) == (415, True)
+    assert (reply.status, "text/plain" in reply.message) == (415, True)
 
 
 def test_a_page_of_the_web_cannot_speak_for_a_browser(served: Running) -> None:
     reply = served.get("/v1/models", {"host": "evil.example:80"})
     assert reply.status == 403
-    assert "'evil.example:80' is not this machine" in reply.message
+    assert "'evil.example:80'" in reply.message
     for host in ("localhost:1234", "[::1]:1234", "[::1]", "127.0.0.1"):
         assert served.get("/health", {"host": host}).status == 200
     for host in ("[::1].evil.com", "[::1]x:80", "localhost.evil.com", "127.0.0.1@evil.com", "[::1", "[]", ":"):
@@ -142,18 +139,18 @@ def test_the_key_is_asked_for(start: Start) -> None:
         for headers in ({}, {"authorization": "Bearer of-silver"}, {"authorization": "Basic of-gold"}):
             reply = service.post("/v1/rerank", GOOD, headers)
             assert reply.status == 401
-            assert "Authorization: Bearer KEY" in reply.message
+            assert reply.headers["www-authenticate"] == "Bearer"
         assert service.post("/v1/rerank", GOOD, {"authorization": "Bearer of-gold"}).status == 200
         assert service.get("/metrics").status == 401
         assert (service.get("/health").status, service.get("/ready").status) == (200, 200)
         described = service.get("/openapi.json", {"authorization": "Bearer of-gold"}).json
-        assert described["security"] == [{"key": []}]
+        assert all(call["security"] for methods in described["paths"].values() for call in methods.values())
 
 
 def test_bodies_of_a_hundred_megabytes(start: Start) -> None:
     with start(max_body_mb=1) as service:
         reply = service.post("/v1/rerank", bytes(100 << 20))
-        assert (reply.status, "more than 1,048,576 bytes" in reply.message) == (413, True)
+        assert (reply.status, "1,048,576 bytes" in reply.message) == (413, True)
         # Without a length, it is counted while it comes.
         with service.connect() as sock:
             head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -168,14 +165,10 @@ def test_bodies_of_a_hundred_megabytes(start: Start) -> None:
 def test_bodies_together_are_bounded(start: Start) -> None:
     """Eight bodies have room at once; of more, one hears 429 before it is read whole."""
     with start(max_body_mb=1, memory_mb=24) as service:
-        head = (
-            "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            f"content-length: {1 << 20}\r\n\r\n"
-        )
         socks = [service.connect() for _ in range(9)]
         try:
             for sock in socks:
-                sock.sendall(head.encode() + bytes((1 << 20) - 1))
+                sock.sendall(raw("/v1/rerank", bytes(1 << 20))[:-1])
                 sock.settimeout(0.02)
             heard = b""
 
@@ -195,7 +188,7 @@ def test_bodies_together_are_bounded(start: Start) -> None:
         still_good(service)
 
 
-def _heard(sock: socket.socket, seconds: float = 60.0) -> bytes:
+def _received(sock: socket.socket, seconds: float = 60.0) -> bytes:
     """All that comes until the other side closes."""
     sock.settimeout(seconds)
     heard = b""
@@ -207,17 +200,13 @@ def _heard(sock: socket.socket, seconds: float = 60.0) -> bytes:
     return heard
 
 
-def test_slow_clients_are_shown_the_door(start: Start) -> None:
+def test_slow_clients_are_disconnected(start: Start) -> None:
     with start(read_timeout=1.0) as service:
         with service.connect() as silent, service.connect() as head, service.connect() as body:
             head.sendall(b"POST /v1/rer")
-            body.sendall(
-                b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-                b"content-length: 100\r\n\r\n{"
-            )
-            assert b"408" in (told := _heard(body))
-            assert b"the body did not arrive within 1 s" in told
-            assert (_heard(silent), _heard(head)) == (b"", b"")
+            body.sendall(raw("/v1/rerank", b"{" * 100)[:-99])
+            assert b"408" in _received(body)
+            assert (_received(silent), _received(head)) == (b"", b"")
         assert service.get("/health").status == 200
 
 
@@ -225,12 +214,8 @@ def test_a_client_that_reads_no_answer_is_cut_off(start: Start) -> None:
     with start(read_timeout=0.5, max_documents=256) as service, service.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps({"input": ["a red circle"] * 256}).encode()
-        head = (
-            "POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
-        )
         # One after the other without waiting: the answers are more than the buffers of the system hold.
-        sock.sendall((head.encode() + body) * 100)
+        sock.sendall(raw("/v1/embeddings", body) * 100)
         connections = service.server.server_state.connections
         assert until(lambda: any(each.transport.get_write_buffer_size() for each in connections))
         assert until(lambda: not connections), "the connection is still kept"
@@ -239,8 +224,8 @@ def test_a_client_that_reads_no_answer_is_cut_off(start: Start) -> None:
 Answer = Callable[[Sequence[Work]], list[Found | Exception]]
 
 
-def held(service: Running, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """Makes the model wait: the first event is set when it is asked, the second lets it go on."""
+def paused(service: Running, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Pauses the model: it sets the first event when it begins, and waits for the second."""
     asked, go = threading.Event(), threading.Event()
     answer: Answer = service.service.batcher._run  # pyright: ignore[reportAssignmentType]
 
@@ -255,7 +240,7 @@ def held(service: Running, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.E
 
 def test_a_full_queue_says_so_and_drains(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     with start(max_queue=2) as service:
-        asked, go = held(service, monkeypatch)
+        asked, go = paused(service, monkeypatch)
         replies: list[int] = []
         threads = [
             threading.Thread(target=lambda: replies.append(service.post("/v1/rerank", GOOD).status)) for _ in range(2)
@@ -266,7 +251,7 @@ def test_a_full_queue_says_so_and_drains(start: Start, monkeypatch: pytest.Monke
         assert until(lambda: b"xfm_active_requests 2.0" in service.get("/metrics").body)
         reply = service.post("/v1/rerank", GOOD)
         assert (reply.status, reply.headers["retry-after"]) == (429, "1")
-        assert "2 requests are in work" in reply.message
+        assert "2 requests" in reply.message
         assert service.get("/health").status == 200
         go.set()
         for thread in threads:
@@ -277,9 +262,9 @@ def test_a_full_queue_says_so_and_drains(start: Start, monkeypatch: pytest.Monke
 
 def test_what_takes_too_long_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     with start(timeout=0.3) as service:
-        _, go = held(service, monkeypatch)
+        _, go = paused(service, monkeypatch)
         reply = service.post("/v1/rerank", GOOD)
-        assert (reply.status, "there was no answer within 0.3 s" in reply.message) == (504, True)
+        assert (reply.status, "0.3 s" in reply.message) == (504, True)
         # Its successor waits behind it and is not begun, once nobody waits for it.
         assert service.post("/v1/rerank", GOOD).status == 504
         go.set()
@@ -289,7 +274,7 @@ def test_what_takes_too_long_is_given_up(start: Start, monkeypatch: pytest.Monke
 def test_reading_and_decoding_end_with_the_request(
     start: Start, monkeypatch: pytest.MonkeyPatch, leaves: bool
 ) -> None:  # fmt: skip
-    """Images that are slow to read or to decode are not continued for nobody, whatever ended the request."""
+    """A request that ended reads and decodes no further images."""
     seen: list[str] = []
     body = json.dumps({"query": "a", "documents": [image(seed) for seed in range(40)]}).encode()
 
@@ -309,8 +294,7 @@ def test_reading_and_decoding_end_with_the_request(
             seen.clear()
             if leaves:
                 with service.connect() as sock:
-                    head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-                    sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+                    sock.sendall(raw("/v1/rerank", body))
                     assert until(lambda: bool(seen))
             else:
                 assert service.post("/v1/rerank", body).status == 504
@@ -321,14 +305,13 @@ def test_reading_and_decoding_end_with_the_request(
 
 def test_work_of_a_client_that_left_is_not_begun(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     with start() as service:
-        asked, go = held(service, monkeypatch)
+        asked, go = paused(service, monkeypatch)
         first = threading.Thread(target=service.post, args=("/v1/rerank", GOOD))
         first.start()
         assert asked.wait(60)
         body = json.dumps(GOOD).encode()
         with service.connect() as sock:
-            head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            sock.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            sock.sendall(raw("/v1/rerank", body))
             assert until(lambda: len(service.service.batcher) == 1)
             (waiting,) = service.service.batcher._queue
         assert until(lambda: waiting.given_up)
@@ -337,7 +320,7 @@ def test_work_of_a_client_that_left_is_not_begun(start: Start, monkeypatch: pyte
         still_good(service)
 
 
-def test_a_fault_of_ours_is_one_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_500(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     with start() as service:
 
         def broken(works: Sequence[Work]) -> list[Found | Exception]:
@@ -347,7 +330,7 @@ def test_a_fault_of_ours_is_one_too(start: Start, monkeypatch: pytest.MonkeyPatc
             patch.setattr(service.service.batcher, "_run", broken)
             reply = service.post("/v1/rerank", GOOD)
         assert reply.status == 500
-        assert "this is a fault of xfm-fast, RuntimeError: a cable fell out; please report it" in reply.message
+        assert "RuntimeError: a cable fell out" in reply.message
         still_good(service)
 
 

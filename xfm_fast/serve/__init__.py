@@ -1,9 +1,7 @@
-"""A model as an HTTP service that clients of Cohere, Jina, OpenAI and vLLM speak: rerank, embeddings, score.
+"""A model as an HTTP service for clients of Cohere, Jina, OpenAI and vLLM: rerank, embeddings, score.
 
-Starlette on uvicorn: the body of a request is bounded and read by `xfm_fast.documents` before anything else looks at
-it, which a framework that parses bodies by itself does not allow; the description in OpenAPI comes from the same
-pydantic models that read the requests. `run` serves; `Service(...).app` is an ASGI application for servers of one's
-own. Names are imported when they are first used: options are read without PyTorch, and without the extra `serve`.
+FastAPI on uvicorn; `run` serves, and `Service(...).app` is an ASGI application for any other server. Names are imported
+lazily: options need neither PyTorch nor the extra `serve`.
 """
 
 from __future__ import annotations

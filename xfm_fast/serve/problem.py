@@ -1,12 +1,13 @@
-"""What a client is told when a request cannot be answered: a status and a sentence."""
+"""Error responses of the service."""
 
 from __future__ import annotations
 
-from typing import Any
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 
 from xfm_fast.errors import DataError, InputError, UnavailableError, XFMError
 
-# As OpenAI's API calls them; clients choose their exceptions by status.
+# The types of OpenAI's API; clients choose their exceptions by status.
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -17,31 +18,21 @@ _TYPES = {
 }
 
 
-class Problem(Exception):
-    """An answer that is an error.
-
-    Args:
-        status: of HTTP.
-        message: names the thing, its value and the remedy.
-        headers: of the answer.
-    """
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers or {}
+class Problem(HTTPException):
+    """An error response: status, and a detail that names the thing, its value and the remedy."""
 
     @classmethod
     def of(cls, error: XFMError) -> Problem:
-        """The answer to a request that an error of ours was raised for: 422 where the client can mend it."""
+        """The response to an error of ours: 422 where the client can mend it, else 500."""
         return cls(422 if isinstance(error, DataError | InputError | UnavailableError) else 500, str(error))
 
     @classmethod
     def late(cls, seconds: float) -> Problem:
-        """The answer to a request that took more than these seconds."""
+        """The response to a request that took more than these seconds."""
         return cls(504, f"there was no answer within {seconds:g} s; ask for less, or later", {"retry-after": "5"})
 
-    def content(self) -> dict[str, Any]:
-        """The answer as OpenAI's API gives it, and with `message` for clients of Cohere's."""
-        kind = _TYPES.get(self.status, "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": None, "code": self.status}
-        return {"error": error, "message": self.message}
+    def response(self) -> JSONResponse:
+        """The error in the format of OpenAI's API, and with `message` for Cohere's clients."""
+        kind = _TYPES.get(self.status_code, "invalid_request_error")
+        error = {"message": self.detail, "type": kind, "param": None, "code": self.status_code}
+        return JSONResponse({"error": error, "message": self.detail}, self.status_code, self.headers)

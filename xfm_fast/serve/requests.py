@@ -1,4 +1,4 @@
-"""From the body of a request to what the model is asked, and from what it says to an answer."""
+"""Requests: from the body to the work of the model, and from its results to a response."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from xfm_fast.documents import advice, parse_json
@@ -23,7 +22,6 @@ from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.problem import Problem
 from xfm_fast.serve.schema import (
     Answer,
-    AnyItem,
     Embedding,
     EmbeddingsAnswer,
     EmbeddingsRequest,
@@ -42,41 +40,28 @@ from xfm_fast.tasks.ranking import Picture, Query
 from xfm_fast.tasks.reranking import Rank, rank_score
 
 R = TypeVar("R", bound=Request)
-# A Cohere client pays for this many documents at a time.
+# Cohere's unit of billing, in documents.
 _DOCUMENTS_PER_UNIT = 100
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request that was understood.
-
-    Attributes:
-        work: what the model is asked.
-        finish: makes an answer of what it found.
-    """
+class Prepared(NamedTuple):
+    """A parsed request: the work of the model, and the function that makes a response of its results."""
 
     work: Work
     finish: Callable[[Found], Answer]
 
 
 class Reader:
-    """Reads requests for a model, within the limits of a service.
-
-    Several threads may call it.
-    """
+    """Parses requests for a model, within the limits of a service; thread-safe."""
 
     def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
         self.model, self.options = model, options
-        # Sites that are slow keep those requests waiting alone that name them.
+        # A slow site delays only the requests that name it.
         self._fetching = ThreadPoolExecutor(32, thread_name_prefix="fetch")
 
     def rerank(self, budget: Budget) -> Prepared:
-        """Documents to be ordered by their relevance to a query.
-
-        Raises:
-            Problem, DataError, UnavailableError: the request cannot be answered as it is.
-        """
-        request = self._parsed(RerankRequest, budget)
+        """Order documents by their relevance to a query."""
+        request = self._parse(RerankRequest, budget)
         scoring = self._scoring([(request.query, document) for document in request.documents])
         query, *documents = self._read(
             [("query", request.query), *_named("documents", request.documents)], budget, shown=request.return_documents
@@ -86,7 +71,10 @@ class Reader:
         else:
             compared = Query((query,), tuple(_ids(documents)))
         work = _work(scoring, (compared,), (query, *documents))
-        shown = list(map(_shown, request.documents)) if request.return_documents else [None] * len(documents)
+        shown = [
+            item.model_dump(include={"text", "image"}, exclude_none=True) if request.return_documents else None
+            for item in request.documents
+        ]
         top_n = request.top_n
 
         def finish(found: Found) -> Answer:
@@ -103,47 +91,28 @@ class Reader:
         return Prepared(work, finish)
 
     def embeddings(self, budget: Budget) -> Prepared:
-        """Texts and images to be embedded.
-
-        Raises:
-            Problem, DataError, UnavailableError: the request cannot be answered as it is.
-        """
-        request = self._parsed(EmbeddingsRequest, budget)
-        given: Any = request.input if isinstance(request.input, list) else [request.input]
+        """Embed texts and images."""
+        request = self._parse(EmbeddingsRequest, budget)
         size = self.model.config.embed_dim
         if request.dimensions not in (None, size):
-            raise Problem(
-                422,
-                f"dimensions={request.dimensions}, and the features of this model have {size}, of which no part means "
-                "anything by itself; leave it out",
-            )
+            raise Problem(422, f"dimensions={request.dimensions}, but features of this model have {size}; leave it out")
         self.model.require("contrastive")
         as_text = request.encoding_format == "base64"
-        items = self._read(_named("input", given), budget)
+        items = self._read(_named("input", request.input), budget)
 
         def finish(found: Found) -> Answer:
             assert found.features is not None
             rows = _finite(found.features).numpy().astype("<f4")
-            data = [
-                Embedding(
-                    index=index,
-                    embedding=base64.b64encode(row.tobytes()).decode() if as_text else row.tolist(),
-                )
-                for index, row in enumerate(rows)
-            ]
+            values = [base64.b64encode(row.tobytes()).decode() if as_text else row.tolist() for row in rows]
+            data = [Embedding(index=index, embedding=value) for index, value in enumerate(values)]
             return EmbeddingsAnswer(**self._facts("embd", items), data=data)
 
         return Prepared(Work(items=tuple(items)), finish)
 
     def score(self, budget: Budget) -> Prepared:
-        """Pairs to be scored.
-
-        Raises:
-            Problem, DataError, UnavailableError: the request cannot be answered as it is.
-        """
-        request = self._parsed(ScoreRequest, budget)
-        sides = [side if isinstance(side, list) else [side] for side in (request.text_1, request.text_2)]
-        first, second = sides
+        """Score pairs."""
+        request = self._parse(ScoreRequest, budget)
+        first, second = request.text_1, request.text_2
         if len(first) not in (1, len(second)):
             raise Problem(
                 422, f"text_1 has {len(first)} items and text_2 {len(second)}; give one in text_1, or as many in both"
@@ -151,7 +120,7 @@ class Reader:
         if len(first) == 1:
             first = first * len(second)
         scoring = self._scoring(list(zip(first, second, strict=True)))
-        # One of them may stand in many pairs and is read once.
+        # An item of many pairs is read once.
         distinct = {id(item): (name, item) for name, item in [*_named("text_1", first), *_named("text_2", second)]}
         read = self._read([*distinct.values()], budget)
         reads = dict(zip(distinct, read, strict=True))
@@ -171,11 +140,11 @@ class Reader:
         """End the threads."""
         self._fetching.shutdown(wait=False, cancel_futures=True)
 
-    def _parsed(self, kind: type[R], budget: Budget) -> R:
+    def _parse(self, kind: type[R], budget: Budget) -> R:
         try:
             value = parse_json(budget.take_json())
         except ValueError as error:
-            raise Problem(400, f"the body is no JSON that can be read ({error})") from None
+            raise Problem(400, f"the body is not valid JSON ({error})") from None
         if not isinstance(value, dict):
             raise Problem(400, f"the body is a {type(value).__name__}; send an object, such as {{...}}")
         most = self.options.max_documents
@@ -185,19 +154,17 @@ class Reader:
         try:
             request = kind.model_validate(value)
         except ValidationError as error:
-            raise Problem(422, _sentence(error, kind)) from None
+            raise Problem(422, _message(error)) from None
         if request.model is not None and request.model != self.model.name:
-            raise Problem(404, f"model {request.model!r} is not served here; ask for {self.model.name!r}, or for none")
+            raise Problem(404, f"model {request.model!r} is not served here; use {self.model.name!r}, or leave it out")
         return request
 
-    def _scoring(self, pairs: Sequence[tuple[AnyItem, AnyItem]]) -> Rank:
-        """How pairs are compared, which is the same for all of them, and the model able to."""
-        mixed = {_is_text(a) != _is_text(b) for a, b in pairs}
+    def _scoring(self, pairs: Sequence[tuple[Item, Item]]) -> Rank:
+        """The score that compares all pairs; raises where they need different ones or the model lacks the head."""
+        mixed = {(a.text is None) != (b.text is None) for a, b in pairs}
         if len(mixed) > 1:
             raise Problem(
-                422,
-                "the request compares a text with an image here, and two of a kind there, and such scores cannot be "
-                "compared; send two requests",
+                422, "pairs of a text with an image, and pairs of one kind, have different scores; send two requests"
             )
         scoring: Rank = self.model.rank if mixed == {True} else "similarity"
         for head, unneeded in (("matching", "similarity"), ("contrastive", "match")):
@@ -205,26 +172,24 @@ class Reader:
                 self.model.require(head)
         return scoring
 
-    def _read(self, items: Sequence[tuple[str, AnyItem]], budget: Budget, *, shown: bool = False) -> list[Any]:
+    def _read(self, items: Sequence[tuple[str, Item]], budget: Budget, *, shown: bool = False) -> list[Any]:
         options = self.options
         fetcher = WebFetcher(options.max_body_mb << 20, budget=budget) if options.allow_urls else None
 
-        def read(named: tuple[str, AnyItem]) -> Read:
+        def read(named: tuple[str, Item]) -> Read:
             name, item = named
             budget.check()
-            text = item if isinstance(item, str) else item.text
-            if text is not None:
-                most = options.max_characters
-                if len(text) > most:
-                    raise Problem(422, f"{name} has {len(text):,} characters, over the limit of {most:,}; shorten it")
-                return self.model.read_text(text, name)
-            assert isinstance(item, Item)
+            if item.text is not None:
+                length, most = len(item.text), options.max_characters
+                if length > most:
+                    raise Problem(422, f"{name} has {length:,} characters, over the limit of {most:,}; shorten it")
+                return self.model.read_text(item.text, name)
             assert item.image is not None
             content, peak = image_content(item.image, name, fetcher, options.max_pixels, budget)
             return self.model.read_image(content, name)._replace(peak=peak, needed=budget.live)
 
-        images = [item.image for _, item in items if isinstance(item, Item) and item.image is not None]
-        found = list((self._fetching.map if any(map(is_url, images)) else map)(read, items))
+        remote = any(item.image is not None and is_url(item.image) for _, item in items)
+        found = list((self._fetching.map if remote else map)(read, items))
         if not shown:
             budget.keep(sum(len(each.content) for each in _pictures(found)))
         return found
@@ -238,12 +203,12 @@ class Reader:
 
 
 def _work(scoring: Rank, queries: tuple[Query, ...], items: tuple[Read, ...]) -> Work:
-    """The stages that a score needs: pairs for the fusion encoder, items for their features."""
+    """The work that a score needs: pairs for the fusion encoder, items for their features."""
     return Work(() if scoring == "similarity" else queries, () if scoring == "match" else items)
 
 
 def _scores(scoring: Rank, found: Found, cosine: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scores of pairs, whose cosines are those of the features."""
+    """Scores of pairs; `cosine` computes cosine similarities from features."""
     if scoring == "match":
         return _finite(torch.cat([ranking.matches.flatten() for ranking in found.rankings]))
     assert found.features is not None
@@ -253,11 +218,7 @@ def _scores(scoring: Rank, found: Found, cosine: Callable[[Tensor], Tensor]) -> 
     return _finite(rank_score("sum", torch.cat([ranking.scores.flatten() for ranking in found.rankings]), similar))
 
 
-def _is_text(item: AnyItem) -> bool:
-    return isinstance(item, str) or item.text is not None
-
-
-def _named(name: str, items: Sequence[AnyItem]) -> list[tuple[str, AnyItem]]:
+def _named(name: str, items: Sequence[Item]) -> list[tuple[str, Item]]:
     return [(f"{name}[{number}]", item) for number, item in enumerate(items)]
 
 
@@ -269,28 +230,14 @@ def _ids(items: Sequence[Read]) -> list[tuple[int, ...]]:
     return [item.ids for item in items if isinstance(item, Text)]
 
 
-def _shown(document: AnyItem) -> dict[str, Any]:
-    """A document as an answer repeats it."""
-    if isinstance(document, str):
-        return {"text": document}
-    return {"text": document.text} if document.text is not None else {"image": document.image}
-
-
 def _finite(values: Tensor) -> Tensor:
     if not values.isfinite().all():
-        raise NonFiniteError("the results are not finite; the type may be too narrow for these weights: use fp32")
+        raise NonFiniteError("the results are not finite; the dtype may be too narrow for these weights: use fp32")
     return values
 
 
-def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The first fault that pydantic found, with its place."""
-    fault = error.errors(include_url=False)[0]
-    names = {"text", "image", "content", "type", "image_url", "url", *kind.model_fields}
-    names |= {"data_1", "data_2", "queries", "items"}
-    place = ""
-    for part in fault["loc"]:
-        if isinstance(part, int):
-            place += f"[{part}]"
-        elif part in names:
-            place += f".{part}" if place else part
-    return f"{place or 'the request'}: {advice(fault)}"
+def _message(error: ValidationError) -> str:
+    """The location and remedy of the first error that pydantic found."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    return f"{place.lstrip('.') or 'the request'}: {advice(first)}"

@@ -1,28 +1,18 @@
-"""Requests and answers, in the shapes that clients of Cohere, Jina, OpenAI and vLLM send and read.
-
-Fields that only other services know are ignored, as these ignore each other's.
-"""
+"""Request and response models, in the formats of Cohere, Jina, OpenAI and vLLM; unknown fields are ignored."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from xfm_fast.tasks.reranking import Rank
 
+_EXAMPLE_IMAGE: JsonValue = {"image": "data:image/jpeg;base64,..."}
+
 
 class Request(BaseModel):
-    """What all requests have."""
+    """The common fields of requests."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -30,13 +20,13 @@ class Request(BaseModel):
 
 
 class ImageURL(BaseModel):
-    """An image in a part of a message, as OpenAI's API writes it."""
+    """An image in a message part, in the format of OpenAI's API."""
 
     url: str
 
 
 class Part(BaseModel):
-    """A part of a message: a text or an image."""
+    """A message part: a text or an image."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
@@ -44,10 +34,7 @@ class Part(BaseModel):
 
 
 class Item(BaseModel):
-    """A text, or an image as a data URL, as base64 or, where the service allows it, as a URL.
-
-    Either by `text` or `image`, or as the one part of a message.
-    """
+    """A text, or an image as a data URL, base64 or, with `--allow-urls`, a URL; or a message with one part."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -67,70 +54,75 @@ class Item(BaseModel):
         return self
 
 
-def _no_tokens(value: Any) -> Any:
-    if isinstance(value, list) and value and isinstance(value[0], int | list):
-        raise ValueError("holds token ids, which mean something in one vocabulary alone; send texts")
+def _item(value: Any) -> Any:
+    return {"text": value} if isinstance(value, str) else value
+
+
+def _items(value: Any) -> Any:
+    if not isinstance(value, list):
+        return [value]
+    if value and isinstance(value[0], int | list):
+        raise ValueError("holds token ids, which belong to another vocabulary; send texts")
     return value
 
 
-# A value's type chooses its validator: one error, not one per type.
-AnyItem = Annotated[
-    Annotated[str, Tag("string")] | Annotated[Item, Tag("object")],
-    Discriminator(lambda value: "string" if isinstance(value, str) else "object"),
-]
-"""A string is a text."""
-
-Items = Annotated[list[AnyItem], Field(min_length=1)]
-OneOrMore = Annotated[
-    Annotated[AnyItem, Tag("one")] | Annotated[Items, Tag("more")],
-    Discriminator(lambda value: "more" if isinstance(value, list) else "one"),
-]
+TextOrImage = Annotated[Item, BeforeValidator(_item, json_schema_input_type=str | Item)]
+Items = Annotated[list[TextOrImage], Field(min_length=1)]
+OneOrMore = Annotated[Items, BeforeValidator(_items, json_schema_input_type=TextOrImage | Items)]
 
 
 class RerankRequest(Request):
     """Documents to be ordered by their relevance to a query.
 
-    A text and an image are compared by the fusion encoder: `relevance_score` is the probability that the text describes
-    the image; a service with another `--rank` compares them by features, or gives match logit + cosine. Two texts, or
-    two images, are compared by their features: it is the cosine similarity, from [-1, 1] to [0, 1]. Documents are of
-    one kind, since the two are not comparable.
+    The fusion encoder compares a text with an image: `relevance_score` is the probability that the text describes the
+    image; with `--rank` it is the cosine similarity or match logit + cosine. Two texts, or two images, are compared by
+    their features: cosine similarity, mapped from [-1, 1] to [0, 1]. All documents are of one kind, because the two
+    scores are not comparable.
     """
 
-    query: AnyItem
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"query": "a dog on a beach", "documents": [_EXAMPLE_IMAGE], "top_n": 3}]}
+    )
+
+    query: TextOrImage
     documents: Items
     top_n: Annotated[int | None, Field(ge=1)] = None
     return_documents: bool = False
 
 
 class EmbeddingsRequest(Request):
-    """Texts and images to be embedded: L2-normalised features, of which dot products are cosine similarities."""
+    """Texts and images to be embedded: L2-normalised features, whose dot products are cosine similarities."""
 
-    input: Annotated[OneOrMore, BeforeValidator(_no_tokens)]
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a dog", _EXAMPLE_IMAGE]}]})
+
+    input: OneOrMore
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="that of the model; the features cannot be shortened")
 
 
 class ScoreRequest(Request):
-    """Pairs to be scored as `RerankRequest` says: one with each of the others, or as many with as many."""
+    """Pairs to be scored like documents of `RerankRequest`: one with each of the others, or as many with as many."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text_1": "a dog", "text_2": _EXAMPLE_IMAGE}]})
 
     text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))
     text_2: OneOrMore = Field(validation_alias=AliasChoices("text_2", "data_2", "documents", "items"))
 
 
 class Usage(BaseModel):
-    """Tokens of texts, and patches of images, that were read."""
+    """Text tokens and image patches of a request."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class Answer(BaseModel):
-    """What all answers have."""
+    """The common fields of responses."""
 
     id: str
     model: str
     usage: Usage
-    warning: str | None = Field(None, description="there where the weights are random and results mean nothing")
+    warning: str | None = Field(None, description="present where the weights are random and results mean nothing")
 
 
 class Ranked(BaseModel):
@@ -147,11 +139,11 @@ class RerankAnswer(Answer):
     object: Literal["list"] = "list"
     results: list[Ranked]
     scoring: Rank
-    meta: dict[str, Any] = Field(description="as Cohere's clients read it")
+    meta: dict[str, Any] = Field(description="for Cohere's clients")
 
 
 class Embedding(BaseModel):
-    """The features of an input; as base64, they are little-endian 32-bit floating point."""
+    """The features of an input; base64 encodes little-endian float32."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -183,7 +175,7 @@ class ScoreAnswer(Answer):
 
 
 class ErrorContent(BaseModel):
-    """What went wrong."""
+    """Message and type of an error."""
 
     message: str
     type: str
@@ -192,7 +184,7 @@ class ErrorContent(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """An error, as OpenAI's API gives it; `message` once more for clients of Cohere's."""
+    """An error in the format of OpenAI's API; `message` is repeated for clients of Cohere's."""
 
     error: ErrorContent
     message: str

@@ -1,8 +1,9 @@
-"""The service: its addresses, its limits, and the way of a request through it."""
+"""The HTTP application: endpoints, limits, and the path of a request to the model and back."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import ipaddress
 import re
 import secrets
@@ -12,41 +13,65 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
-from starlette.applications import Starlette
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from xfm_fast import __version__
 from xfm_fast.errors import InputError, XFMError
 from xfm_fast.serve.batching import Batcher
 from xfm_fast.serve.budget import COPIES, Budget, Memory
-from xfm_fast.serve.documentation import openapi, page
 from xfm_fast.serve.metrics import CONTENT_TYPE, Metrics
 from xfm_fast.serve.model import Found, ServedModel, Work
 from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.problem import Problem
 from xfm_fast.serve.requests import Prepared, Reader
+from xfm_fast.serve.schema import (
+    EmbeddingsAnswer,
+    EmbeddingsRequest,
+    ErrorAnswer,
+    RerankAnswer,
+    RerankRequest,
+    ScoreAnswer,
+    ScoreRequest,
+)
 
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
-# For work that cannot be interrupted, at the end of the process.
+# For threads that cannot be interrupted, at the end of the process.
 _LAST_SECONDS = 0.5
-# Addresses that need no key: what a supervisor asks.
+# Paths that need no key: probes of a supervisor.
 _OPEN = ("/health", "/ready")
+_SCHEMAS = "#/components/schemas/"
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
+
+
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's description, with the models of the bodies, which endpoints bound before they parse them."""
+        document = super().openapi()
+        _, models = models_json_schema(
+            [(kind, "validation") for kind in (RerankRequest, EmbeddingsRequest, ScoreRequest)],
+            ref_template=f"{_SCHEMAS}{{model}}",
+        )
+        document["components"]["schemas"] |= models["$defs"]
+        return document
 
 
 class Service:
-    """A model behind an ASGI application.
+    """A model as an ASGI application.
 
     Args:
-        model: what answers.
-        options: see `ServiceOptions`.
+        model: The model that answers.
+        options: See `ServiceOptions`.
 
     Attributes:
-        app: the application.
-        draining: no longer ready, since the process is about to end.
+        app: The application.
+        draining: The process is about to end and takes no more requests.
     """
 
     def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
@@ -61,59 +86,35 @@ class Service:
         self._budgets: set[Budget] = set()
         self._reading = 0
         self.reader = Reader(model, options)
-        budget = options.batch_tokens or model.default_budget
         self.batcher: Batcher[Work, Found] = Batcher(
-            model.answer, budget, options.batch_wait_ms / 1e3,
+            model.answer, options.batch_tokens or model.default_budget, options.batch_wait_ms / 1e3,
             coming=lambda: self._reading, seen=lambda pieces, cost: self.metrics.batch(pieces, cost),
         )  # fmt: skip
         self.metrics = Metrics(model, self.batcher.__len__, lambda: len(self._budgets))
-        # Requests that only wait for images of the web must not keep others from being read.
+        # Downloads of images must not keep other requests from being read.
         self._threads = ThreadPoolExecutor(32 if options.allow_urls else 8, thread_name_prefix="request")
-        reader = self.reader
-        posts = {
-            "/v1/rerank": reader.rerank, "/v2/rerank": reader.rerank, "/rerank": reader.rerank,
-            "/v1/embeddings": reader.embeddings, "/v1/score": reader.score, "/score": reader.score,
-        }  # fmt: skip
-        gets = {
-            "/health": self._health, "/ready": self._ready, "/metrics": self._metrics, "/v1/models": self._models,
-            "/openapi.json": self._openapi, "/docs": self._docs,
-        }  # fmt: skip
-        routes = [Route(path, self._answering(prepare), methods=["POST"]) for path, prepare in posts.items()]
-        routes += [Route(path, endpoint, methods=["GET"]) for path, endpoint in gets.items()]
-        application = Starlette(
-            routes=routes,
-            exception_handlers={Problem: _problem, HTTPException: _refusal, Exception: _fault},
-            lifespan=self._lifespan,
-        )
-        self.app: ASGIApp = _Gate(application, self, {*posts, *gets})
+        application = self._application()
+        paths = {getattr(route, "path", "") for route in application.routes}
+        self.app: ASGIApp = _Gate(application, self, paths)
 
     def close(self, seconds: float | None = None) -> None:
-        """End the threads when what waits is done; wait for that so many seconds at most."""
+        """End the threads after the queued work, waiting at most this long."""
         self.batcher.close(seconds)
         self.reader.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def stop(self) -> None:
-        """Answer the requests in work with 503; in the thread of their event loop."""
+        """Answer the requests in flight with 503; called in the thread of their event loop."""
         self.draining = True
         for budget in [*self._budgets]:
             budget.end(_ending())
 
-    @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(self.close, _LAST_SECONDS)
-
     def check(self, headers: Headers, path: str) -> None:
-        """Refuse a request by its head: another site's, or one without the key.
-
-        Raises:
-            Problem: 403 or 401.
-        """
-        # A page of the web can have its name resolved to this machine, and would then speak for the browser's user.
+        """Raise `Problem` 403 for a request of another site, and 401 for one without the key."""
+        # DNS rebinding: a web page may resolve its own name to this machine and speak for the browser's user.
         if self.options.loopback and not _is_local(headers.get("host", "localhost")):
             raise Problem(
-                403, f"host {headers['host'][:100]!r} is not this machine, to which alone the service listens"
+                403, f"host {headers['host'][:100]!r} is not this machine, and the service listens on loopback only"
             )
         key = self.options.api_key
         if key is None or path in _OPEN:
@@ -125,13 +126,51 @@ class Service:
                 {"www-authenticate": "Bearer"},
             )  # fmt: skip
 
-    def _answering(self, prepare: Callable[[Budget], Prepared]) -> Callable[[Request], Awaitable[Response]]:
+    def _application(self) -> FastAPI:
+        # `_Gate` checks the key, before routing; this only describes it.
+        key = [Security(HTTPBearer(auto_error=False))] if self.options.api_key is not None else []
+        application = _Application(
+            title="xfm-fast", version=__version__, description="X-FM ranks and embeds texts and images.",
+            dependencies=key, redoc_url=None, swagger_ui_oauth2_redirect_url=None, separate_input_output_schemas=False,
+            exception_handlers={HTTPException: _refuse, Exception: _report}, lifespan=self._lifespan,
+        )  # fmt: skip
+        reader = self.reader
+        for prepare, kind, answer, paths in (
+            (reader.rerank, RerankRequest, RerankAnswer, ("/v1/rerank", "/v2/rerank", "/rerank")),
+            (reader.embeddings, EmbeddingsRequest, EmbeddingsAnswer, ("/v1/embeddings",)),
+            (reader.score, ScoreRequest, ScoreAnswer, ("/v1/score", "/score")),
+        ):
+            content = {"application/json": {"schema": {"$ref": f"{_SCHEMAS}{kind.__name__}"}}}
+            for path in paths:
+                application.add_api_route(
+                    path, self._endpoint(prepare), methods=["POST"], name=prepare.__name__,
+                    description=inspect.getdoc(kind), response_model=answer, responses=_ERRORS,
+                    openapi_extra={"requestBody": {"required": True, "content": content}},
+                )  # fmt: skip
+        for path, endpoint, response in (
+            ("/health", self._health, JSONResponse),
+            ("/ready", self._ready, JSONResponse),
+            ("/v1/models", self._models, JSONResponse),
+            ("/metrics", self._metrics, PlainTextResponse),
+        ):
+            application.add_api_route(
+                path, endpoint, methods=["GET"], name=path.rpartition("/")[2], response_class=response
+            )
+            application.add_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+        return application
+
+    @asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(self.close, _LAST_SECONDS)
+
+    def _endpoint(self, prepare: Callable[[Budget], Prepared]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             most = self.options.max_queue
             if self.draining:
                 raise _ending()
             if len(self._budgets) >= most:
-                raise Problem(429, f"{most} requests are in work; ask again in a second", {"retry-after": "1"})
+                raise Problem(429, f"{most} requests in flight; ask again in a second", {"retry-after": "1"})
             task = asyncio.current_task()
             assert task is not None
             budget = Budget(self.memory, self.options, task)
@@ -152,7 +191,6 @@ class Service:
             except MemoryError:
                 raise Problem(503, "there is no memory left for this request; ask again later") from None
             except ClientDisconnect:
-                # Nobody is there to read it.
                 return Response(status_code=499)
             finally:
                 alarm.cancel()
@@ -164,12 +202,12 @@ class Service:
     async def _answer(self, request: Request, prepare: Callable[[Budget], Prepared], budget: Budget) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # Browsers send JSON across sites only where a service says that they may, and this one never does.
+            # Browsers send JSON to other sites only where CORS permits it, and this service never does.
             raise Problem(415, f"content-type is {kind[:60] or 'missing'!r}; send application/json")
         with ExitStack() as ends:
             self._reading += 1
             try:
-                await self._body(request, budget)
+                await self._read_body(request, budget)
                 ends.callback(asyncio.ensure_future(_watch(request, budget)).cancel)
                 prepared = await budget.run(self._threads, prepare, budget)
             finally:
@@ -182,8 +220,8 @@ class Service:
             content = await budget.run(self._threads, lambda: prepared.finish(found).model_dump_json(exclude_none=True))
         return Response(content, media_type="application/json")
 
-    async def _body(self, request: Request, budget: Budget) -> None:
-        """Read the body into the budget; raises `Problem` when it is too large or too slow."""
+    async def _read_body(self, request: Request, budget: Budget) -> None:
+        """Read the body into the budget; raise `Problem` where it is too large or too slow."""
         most = self.options.max_body_mb << 20
         too_large = Problem(413, f"the body has more than {most:,} bytes; shrink the images, or send fewer")
         declared = request.headers.get("content-length", "0")
@@ -221,15 +259,9 @@ class Service:
         more = {"heads": model.heads, "dimensions": model.config.embed_dim, "random_weights": model.random}
         return JSONResponse({"object": "list", "data": [facts | more]})
 
-    async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(openapi(secured=self.options.api_key is not None))
-
-    async def _docs(self, request: Request) -> Response:
-        return HTMLResponse(page(openapi(secured=self.options.api_key is not None), self.model.name))
-
 
 class _Gate:
-    """Looks at the head of every request, and counts all answers."""
+    """Checks the head of every request, and counts all responses."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: set[str]) -> None:
         self._app, self._service, self._paths = app, service, paths
@@ -240,7 +272,7 @@ class _Gate:
             return
         started, status = time.perf_counter(), 500
 
-        async def counted(message: Message) -> None:
+        async def count(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -252,9 +284,9 @@ class _Gate:
             try:
                 self._service.check(Headers(scope=scope), scope["path"])
             except Problem as problem:
-                await _told(problem)(scope, receive, counted)
+                await problem.response()(scope, receive, count)
                 return
-            await self._app(scope, receive, counted)
+            await self._app(scope, receive, count)
         finally:
             self._service.metrics.answered(path, status, time.perf_counter() - started)
 
@@ -273,7 +305,7 @@ def _is_local(host: str) -> bool:
 
 
 async def _watch(request: Request, budget: Budget) -> None:
-    """End the request when its client leaves."""
+    """End the request when its client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     budget.end(ClientDisconnect())
@@ -283,23 +315,14 @@ def _ending() -> Problem:
     return Problem(503, "the service is about to end; ask another one", {"connection": "close"})
 
 
-def _told(problem: Problem) -> JSONResponse:
-    return JSONResponse(problem.content(), problem.status, problem.headers)
-
-
-async def _problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)
-    return _told(error)
-
-
-async def _refusal(request: Request, error: Exception) -> Response:
-    """Addresses and methods that there are not."""
+async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path[:100]
-    message = f"{request.method} {path} is not served; see /docs for what is"
-    return _told(Problem(error.status_code, message, dict(error.headers or {})))
+    if isinstance(error, Problem):
+        return error.response()
+    message = f"{request.method} {request.url.path[:100]} is not served; see /docs for what is"
+    return Problem(error.status_code, message, error.headers).response()
 
 
-async def _fault(request: Request, error: Exception) -> Response:
-    said: Any = " ".join(str(error).split())[:200]
-    return _told(Problem(500, f"this is a fault of xfm-fast, {type(error).__name__}: {said}; please report it"))
+async def _report(request: Request, error: Exception) -> Response:
+    text = " ".join(str(error).split())[:200]
+    return Problem(500, f"internal error, {type(error).__name__}: {text}; please report it").response()

@@ -16,7 +16,7 @@ from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
 
-pytest.importorskip("starlette", reason="the extra 'serve'")
+pytest.importorskip("fastapi", reason="the extra 'serve'")
 pytest.importorskip("uvicorn", reason="the extra 'serve'")
 pytest.importorskip("prometheus_client", reason="the extra 'serve'")
 pytest.importorskip("onnxruntime")
