@@ -1,7 +1,4 @@
-"""Requests that wait for the model, and the thread that takes as many of them together as a budget of tokens holds.
-
-While a batch is computed, others gather; a request that comes alone starts at once. Order is that of arrival.
-"""
+"""Dynamic batching: a queue in order of arrival, and a thread that runs batches within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -26,29 +23,24 @@ class _Waiting(Generic[W, A]):
     loop: asyncio.AbstractEventLoop
     given_up: bool = False
 
-    def settle(self, found: A | BaseException) -> None:
-        def give() -> None:
+    def resolve(self, result: A | BaseException) -> None:
+        def set_result() -> None:
             if self.answer.done():
                 return
-            if isinstance(found, BaseException):
-                self.answer.set_exception(found)
+            if isinstance(result, BaseException):
+                self.answer.set_exception(result)
             else:
-                self.answer.set_result(found)
+                self.answer.set_result(result)
 
         if not self.given_up and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(give)
+            self.loop.call_soon_threadsafe(set_result)
 
 
 class Batcher(Generic[W, A]):
-    """Runs work in batches, in a thread of its own.
+    """Runs work in batches of at most `budget` cost, in its own thread; a single piece may cost more.
 
-    Args:
-        run: answers several pieces of work, in their order; an answer may be an exception, which is then raised for
-            that piece. When it raises one itself, every piece is tried alone.
-        budget: cost of a batch, at most; a single piece may have more.
-        wait: seconds that the first piece of a batch waits for others, where `coming` says that there are some.
-        coming: pieces that are being prepared.
-        seen: told of every batch, its number of pieces and its cost.
+    `run` returns results in order; an exception among them is raised for its piece, and after one that `run` raises
+    each piece runs by itself. The first piece of a batch waits `wait` seconds for others while `coming()` counts some.
     """
 
     def __init__(
@@ -69,11 +61,11 @@ class Batcher(Generic[W, A]):
         self._thread.start()
 
     def __len__(self) -> int:
-        """Pieces that wait."""
+        """Length of the queue."""
         return len(self._queue)
 
     async def submit(self, work: W, cost: int) -> A:
-        """The answer to a piece of work. Cancelling this gives the work up if it has not begun."""
+        """Result of a piece of work; cancelling this drops work that has not begun."""
         loop = asyncio.get_running_loop()
         waiting = _Waiting[W, A](work, cost, time.monotonic(), loop.create_future(), loop)
         with self._changed:
@@ -85,7 +77,7 @@ class Batcher(Generic[W, A]):
             waiting.given_up = True
 
     def close(self, seconds: float | None = None) -> None:
-        """End the thread when the work that waits is done; wait for that so many seconds at most."""
+        """End the thread after the queued work, waiting at most this long."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -95,11 +87,11 @@ class Batcher(Generic[W, A]):
         while batch := self._next():
             self._seen(len(batch), sum(each.cost for each in batch))
             self._answer(batch)
-            # An idle thread would otherwise keep images and answers of its last batch.
+            # An idle thread would otherwise keep images and results of its last batch.
             del batch
 
     def _next(self) -> list[_Waiting[W, A]]:
-        """The next batch; empty when there will be none."""
+        """The next batch; empty after `close`."""
         batch: list[_Waiting[W, A]] = []
         with self._changed:
             while not batch:
@@ -129,13 +121,13 @@ class Batcher(Generic[W, A]):
     def _answer(self, batch: list[_Waiting[W, A]]) -> None:
         try:
             answers = self._run([each.work for each in batch])
-        except Exception as error:  # the thread outlives whatever a request does to it
+        except Exception as error:  # the thread survives any request
             if len(batch) == 1:
-                batch[0].settle(error)
+                batch[0].resolve(error)
                 return
-            # One of them is to blame, and only that one is to fail.
+            # Only the piece that fails by itself gets the error.
             for each in batch:
                 self._answer([each])
             return
         for each, answer in zip(batch, answers, strict=True):
-            each.settle(answer)
+            each.resolve(answer)

@@ -1,4 +1,4 @@
-"""What one request may hold and use, and what all of them may hold together."""
+"""Limits of memory, pixels and time, of one request and of all of them together."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from xfm_fast.serve.problem import Problem
 
 T = TypeVar("T")
 
-# A small body may cost as much as one of this size.
+# A smaller body may cost as much as one of this size.
 _SMALL_BODY = 1 << 20
-# What images may cost per byte of the body: bytes while one of them is decoded, and pixels of all of them.
+# Limits of images per byte of the body: bytes to decode one of them, and pixels of all of them.
 _PEAK_PER_BYTE = 56
 _PIXELS_PER_BYTE = 16
 # Copies of a body while it is parsed: the body, its text, the values; a character beyond ASCII makes the text wider.
 COPIES, _WIDE_COPIES = 3, 3
-# JSON values per document, and of everything else.
+# JSON values per document, and in the rest of the body.
 _VALUES_PER_DOCUMENT = 32
 _OTHER_VALUES = 4096
 # A string of JSON, or what begins or separates values.
@@ -31,14 +31,14 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([,\[{])', re.DOTALL)
 
 
 class Memory:
-    """Bytes that all requests hold together, in any thread."""
+    """Bytes that all requests hold together; thread-safe."""
 
     def __init__(self, most: int) -> None:
         self.most, self.used = most, 0
         self._lock = threading.Lock()
 
     def take(self, count: int) -> None:
-        """Add bytes; raises `Problem` 429 where they are more than the service has room for."""
+        """Add bytes, or raise `Problem` 429 where they exceed the limit."""
         with self._lock:
             if self.used + count > self.most:
                 raise Problem(
@@ -54,17 +54,7 @@ class Memory:
 
 
 class Budget:
-    """Memory, decoded pixels and time of one request, checked before the work.
-
-    Args:
-        memory: of all requests.
-        options: of the service.
-        task: the request, which `end` cancels.
-
-    Attributes:
-        body: of the request, until it is parsed.
-        ending: why the request has ended before its answer.
-    """
+    """Memory, pixels and time of one request, whose `task` `end` cancels; `body` is empty once it is parsed."""
 
     def __init__(self, memory: Memory, options: ServiceOptions, task: asyncio.Task[Any] | None = None) -> None:
         self.options, self.deadline = options, time.monotonic() + options.timeout
@@ -75,28 +65,28 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self, count: int, copies: int = COPIES) -> None:
-        """Hold so many more bytes that came for the request, in so many copies."""
+        """Charge more bytes that came for the request, in this many copies."""
         self._memory.take(copies * count)
         with self._lock:
             self._held += copies * count
             self._bytes += count
 
     def take_json(self) -> bytes:
-        """The body, to be parsed; refused where it holds more values than documents need."""
+        """The body, or `Problem` 422 where it holds more JSON values than documents need."""
         body, self.body = self.body, b""
         if not body.isascii():
             self._memory.take(_WIDE_COPIES * len(body))
             self._held += _WIDE_COPIES * len(body)
         most = _VALUES_PER_DOCUMENT * self.options.max_documents + _OTHER_VALUES
         if sum(map(body.count, (b",", b"[", b"{"))) > most:
-            # They may stand in texts.
+            # Separators inside strings do not count.
             beyond = islice((token for token in _TOKEN.finditer(body) if token[1]), most, None)
             if next(beyond, None) is not None:
                 raise Problem(422, f"the body holds more than {most:,} values; send fewer documents")
         return body
 
     def take_image(self, name: str, pixels: int, peak: int) -> None:
-        """Use an image of so many pixels, whose decoding takes so many bytes."""
+        """Charge an image whose decoding takes `peak` bytes."""
         self.check()
         with self._lock:
             self._pixels += pixels
@@ -108,12 +98,12 @@ class Budget:
             )  # fmt: skip
 
     def keep(self, count: int) -> None:
-        """Hold these bytes alone from now on."""
+        """Hold exactly this many bytes from now on."""
         self._memory.give(self._held - count)
         self._held = count
 
     def check(self) -> None:
-        """Raise where the request has ended."""
+        """Raise if the request has ended."""
         if self.ending is not None:
             raise self.ending
         if time.monotonic() > self.deadline:
@@ -124,13 +114,13 @@ class Budget:
         return self.ending is None
 
     def end(self, reason: Exception) -> None:
-        """End the request before its answer; in the thread of its event loop."""
+        """End the request before its response; called in the thread of its event loop."""
         if self.ending is None and self._task is not None:
             self.ending = reason
             self._task.cancel()
 
     async def run(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
-        """Result of a function in another thread; until it returns, what the request holds is not given back."""
+        """Result of a function in another thread; the request holds its memory until the function returns."""
         with self._lock:
             self._holders += 1
         job = threads.submit(function, *arguments)
@@ -138,7 +128,7 @@ class Budget:
         return await asyncio.wrap_future(job)
 
     def close(self) -> None:
-        """Give back what is held, as soon as no thread works on it."""
+        """Release the memory as soon as no thread works on it."""
         self._task, self.body = None, b""
         self._release()
 

@@ -1,4 +1,4 @@
-"""Images of requests: data URLs and base64, and files from the web where that is allowed."""
+"""Images of requests: data URLs, base64 and, where allowed, URLs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,13 @@ from xfm_fast.serve.web import WebFetcher
 def image_content(
     value: str, name: str, fetcher: WebFetcher | None, most_pixels: int, budget: Budget
 ) -> tuple[bytes, int]:
-    """The file of an image that a request gives as a data URL, as base64 or as a URL, and what decoding it takes.
-
-    Args:
-        name: what errors call it.
-        fetcher: of URLs; None where they are not allowed.
-        most_pixels: limit of width times height.
-        budget: of the request.
-
-    Raises:
-        Problem: it is none of these, or too large.
-        DataError: it is no image.
-    """
+    """File of an image that a request gives as data URL, base64 or URL, and the bytes that decoding it takes."""
     if value[:5].lower() == "data:":
         content = _data_url(value, name)
     elif is_url(value):
         if fetcher is None:
             raise Problem(
-                422,
-                f"{name} is a URL, and this service fetches none; send the image as data:image/jpeg;base64,..., or "
-                "start the service with --allow-urls",
+                422, f"{name} is a URL; send data:image/jpeg;base64,..., or start the service with --allow-urls"
             )
         content = fetcher.fetch(value)
     else:
@@ -44,7 +31,7 @@ def image_content(
 
 
 def is_url(value: str) -> bool:
-    """True where an image is named by its place in the web."""
+    """Whether the value is a URL of HTTP."""
     return value[:8].lower().startswith(("http:", "https:"))
 
 
@@ -64,24 +51,21 @@ def _base64(data: bytes, name: str, shown: str) -> bytes:
     try:
         content = binascii.a2b_base64(data.translate(None, b"\r\n"), strict_mode=True)
     except ValueError as error:
-        raise Problem(
-            422, f"{name} ({len(data):,} characters, beginning with {shown[:16]!r}) is no base64 ({error})"
-        ) from None
+        raise Problem(422, f"{name} ({len(data):,} characters, {shown[:16]!r}...) is not base64 ({error})") from None
     if not content:
         raise Problem(422, f"{name} is empty; send the file of an image")
     return content
 
 
 def _check_header(content: bytes, name: str, most_pixels: int, budget: Budget) -> tuple[bytes, int]:
-    """The file without text that inflates, and the bytes that decoding it takes; refused where it costs too much."""
+    """The file without compressed text, and the bytes that decoding it takes; raises where it costs too much."""
     try:
         width, height, depth = read_header(content)
         if content.startswith(b"\x89PNG"):
             content = _without_compressed_text(content)
     except (ValueError, IndexError, struct.error) as error:
         raise DataError(
-            f"{name} ({len(content):,} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP that can be "
-            f"read ({error}); convert it, or copy it again"
+            f"{name} ({len(content):,} bytes, {content[:8]!r}...) is no JPEG, PNG or WebP ({error}); convert it"
         ) from None
     pixels = width * height
     if pixels > most_pixels:
@@ -93,13 +77,13 @@ def _check_header(content: bytes, name: str, most_pixels: int, budget: Budget) -
 
 
 def _without_compressed_text(content: bytes) -> bytes:
-    """A PNG file without colour profile and compressed texts, up to 64 MB that Pillow inflates and nothing reads."""
-    kept, at, removed = [content[:8]], 8, False
+    """A PNG without colour profile and compressed texts, which Pillow inflates to up to 64 MB and nothing reads."""
+    chunks, at, removed = [content[:8]], 8, False
     for kind, body in png_chunks(content):
         end = at + 12 + len(body)
         if kind in (b"iCCP", b"zTXt") or (kind == b"iTXt" and bytes(body[:82]).partition(b"\0")[2][:1] != b"\0"):
             removed = True
         else:
-            kept.append(content[at:end])
+            chunks.append(content[at:end])
         at = end
-    return b"".join(kept) if removed else content
+    return b"".join(chunks) if removed else content

@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus."""
+"""Prometheus metrics of the service."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ _TOKENS = (64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
 class Metrics:
-    """Counters of one service.
-
-    Args:
-        model: whose caches are looked at.
-        waiting: requests that wait for the model.
-        active: requests in work, waiting ones included.
-    """
+    """Metrics of one service; `waiting` and `active` count its requests in the queue and in flight."""
 
     def __init__(self, model: ServedModel, waiting: Callable[[], int], active: Callable[[], int]) -> None:
         registry = self._registry = CollectorRegistry()
@@ -39,9 +33,9 @@ class Metrics:
         self._images = Counter("xfm_images", "Images of rank requests, by cache.", ("cache",), registry=registry)
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "xfm_queue_requests": ("Requests that wait for the model.", waiting),
-            "xfm_active_requests": ("Requests in work, waiting ones included.", active),
-            "xfm_cache_bytes": ("Image memories that are kept.", lambda: model.ranker.cache.nbytes),
-            "xfm_cache_images": ("Images whose memory is kept.", lambda: len(model.ranker.cache)),
+            "xfm_active_requests": ("Requests in flight, waiting ones included.", active),
+            "xfm_cache_bytes": ("Bytes of cached image memories.", lambda: model.ranker.cache.nbytes),
+            "xfm_cache_images": ("Images with a cached memory.", lambda: len(model.ranker.cache)),
             "xfm_process_resident_bytes": ("Memory of the process.", resident_bytes),
         }
         for name, (meaning, read) in gauges.items():
@@ -62,10 +56,10 @@ class Metrics:
         self._tokens.observe(tokens)
 
     def images(self, reused: int, computed: int) -> None:
-        """Count images whose memory was kept, and others."""
+        """Count cache hits and misses of image memories."""
         self._images.labels("hit").inc(reused)
         self._images.labels("miss").inc(computed)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The model that is served: loaded from a run, a checkpoint or an export, and asked for several requests at once."""
+"""The served model: loaded from a run, a checkpoint or an export, and run for several requests at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
-# What the official evaluation cuts captions to.
+# The official evaluation truncates captions to this length.
 _MOST_TOKENS = 40
 _BUDGETS = {"cpu": 4096, "cuda": 65536}
 
@@ -42,18 +42,18 @@ class Text(NamedTuple):
 
 
 Read = Text | Picture
-"""What was read of a request: a text, or an image."""
+"""An input of the model: a text or an image."""
 
 
 class Work(NamedTuple):
-    """What a request asks of the model: pairs to be scored, and items to be embedded."""
+    """Work of a request: pairs to be scored, and items to be embedded."""
 
     queries: tuple[Query, ...] = ()
     items: tuple[Read, ...] = ()
 
 
 class Found(NamedTuple):
-    """The answer to a `Work`: rankings in the order of queries, features `[items, embed_dim]`."""
+    """Results of a `Work`: rankings in the order of queries, features `[items, embed_dim]`."""
 
     rankings: tuple[Ranking, ...]
     features: Tensor | None
@@ -61,17 +61,15 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that answers the work of several requests together.
+    """A model that runs the work of several requests together.
 
     Attributes:
-        name: in requests and answers.
-        source: where the weights come from, in words.
-        random: results mean nothing.
-        heads: of `contrastive` and `matching`, those that there are.
-        tokenizer: of texts.
-        device: where it runs.
-        most_tokens: of a text, which is cut to them.
-        rank: the score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`.
+        name: The model's name in requests and responses.
+        source: Origin of the weights, for messages.
+        random: The weights are random, and results mean nothing.
+        heads: The available ones of `contrastive` and `matching`.
+        most_tokens: Length that texts are truncated to.
+        rank: Score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`.
     """
 
     name: str
@@ -96,21 +94,17 @@ class ServedModel:
 
     @property
     def default_budget(self) -> int:
-        """Tokens that are computed together, where the user names none."""
+        """Default of --batch-tokens."""
         return _BUDGETS["cpu" if self.device.type == "cpu" else "cuda"]
 
     def require(self, head: str) -> None:
-        """Raise `UnavailableError` where the model has no such head."""
+        """Raise `UnavailableError` if the model lacks a head."""
         if head not in self.heads:
             what = {"matching": "scores of texts with images", "contrastive": "features"}[head]
             raise UnavailableError(f"model {self.name!r} has no {head} head, which {what} need; serve one that has it")
 
     def read_text(self, text: str, name: str) -> Text:
-        """Token ids of a text, cleaned and cut as captions are.
-
-        Raises:
-            DataError: nothing is left of it; `name` is what the error calls it.
-        """
+        """Token ids of a text, cleaned and truncated like captions; raises `DataError` where it is empty then."""
         try:
             cleaned = pre_caption(text)
             rows = self.tokenizer.encode_ids([cleaned], self.most_tokens)
@@ -119,15 +113,11 @@ class ServedModel:
         return Text(tuple(rows[0]))
 
     def read_image(self, content: bytes, name: str) -> Picture:
-        """An image, which is decoded when its batch begins: many that wait would be a lot of memory.
-
-        Raises:
-            DataError: it is in no format that is taken from strangers.
-        """
+        """An image file, which is decoded when its batch begins, to save memory."""
         return self.ranker.picture(content, name)._replace(name=name)
 
     def cost(self, work: Work) -> int:
-        """Tokens that work takes: those of texts, as often as they are paired, and of images that are not known yet."""
+        """Tokens of texts, once per pair, and of images that are not cached."""
         texts = [ids for query in work.queries for ids in query.captions for _ in query.pictures]
         texts += [item.ids for item in work.items if isinstance(item, Text)]
         memories, features = self.ranker.cache, self.ranker.features
@@ -136,7 +126,7 @@ class ServedModel:
         return sum(map(len, texts)) + len(images) * self.config.num_image_tokens
 
     def warm_up(self) -> None:
-        """Run everything once, so that no request waits for a choice of libraries."""
+        """Run everything once, so that no request waits for autotuning."""
         text = Text((self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token_id))
         stream = io.BytesIO()
         Image.new("RGB", (8, 8)).save(stream, "PNG")
@@ -145,11 +135,7 @@ class ServedModel:
         self.answer([Work(queries, (text, picture) if "contrastive" in self.heads else ())])
 
     def answer(self, works: Sequence[Work]) -> list[Found | Exception]:
-        """The answers to the work of several requests; what is wrong with one is its own error.
-
-        Raises:
-            XFMError: the model failed, which concerns them all.
-        """
+        """Results for several requests, or the error of a request with a damaged image."""
         rankings = iter(self.ranker.rank([query for work in works for query in work.queries]))
         features = iter(self._features([item for work in works for item in work.items]))
         found: list[Found | Exception] = []
@@ -169,23 +155,22 @@ class ServedModel:
 
 
 def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:
-    """The model of a run, of a folder of weights, of an official checkpoint, or of an export.
+    """Load a run, a folder of weights, an official checkpoint, an export or a model of the Hugging Face Hub.
 
     Args:
-        path: one of these; a name on the Hugging Face Hub; None for random weights.
-        options: see `SourceOptions`.
-        cache_bytes: room for image memories between requests.
+        path: The source; None for random weights.
+        options: See `SourceOptions`.
+        cache_bytes: Size of the cache of image memories.
 
     Raises:
-        InputError: both a model and random weights are asked for, or neither.
-        CheckpointError, ExportError, DataError, UnavailableError: it cannot be loaded, or cannot be served.
+        XFMError: The model cannot be loaded, or cannot be served.
     """
     if options.name is not None and not options.name.strip():
         raise InputError(f"--name {options.name!r} is empty; leave it out, or name the model")
     if (path is None) == (options.random is None):
-        raise InputError("name one of a model (a run, a checkpoint or an export) and --random tiny, which is to try it")
+        raise InputError("give either a model (a run, a checkpoint or an export) or --random tiny")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
+        raise UnavailableError("--device cuda, but PyTorch finds no GPU; use cpu or auto")
     if path is not None and (path.expanduser() / MANIFEST_FILE).is_file():
         return _export(path.expanduser(), options, cache_bytes)
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -218,18 +203,18 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
 
 def _official(file: Path, options: SourceOptions) -> XFM:
     if options.tokenizer is None:
-        raise InputError(f"{file} holds weights alone; give RoBERTa's vocabulary with --tokenizer")
+        raise InputError(f"{file} holds no vocabulary; give RoBERTa's vocabulary with --tokenizer")
     state = checkpoint.read_state_dict(file)
     config = XFMConfig.preset("base") if options.config is None else XFMConfig.from_official(options.config)
     tables = (value for key, value in state.items() if key.endswith(".relative_position_bias_table"))
     if (table := next(tables, None)) is not None and window_of(table) != config.grid:
         size = window_of(table) * config.patch_size
-        # Masking is of no concern here, and its numbers need not fit every size.
+        # Masking is unused here, and its default counts do not fit every size.
         config = config.replace(image_size=size, num_masking_patches=1, min_num_patches=1)
     ours, _ = checkpoint.to_ours(state, config)
     model = XFM.from_official(state, config, heads=checkpoint.heads_in(ours), tokenizer=options.tokenizer)
     if not {"contrastive", "matching"} & set(model.heads):
-        raise CheckpointError(f"{file} holds neither the contrastive nor the matching head; nothing can be ranked")
+        raise CheckpointError(f"{file} has neither a contrastive nor a matching head; give a model with one of them")
     return model
 
 

@@ -1,4 +1,4 @@
-"""The options of `xfm-fast serve`: what is served, and within which limits. Nothing heavy is imported here."""
+"""Options of `xfm-fast serve`: the model and the limits. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from xfm_fast.export.request import RuntimeChoice
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """The model that is served.
+    """The served model.
 
     Attributes:
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the model's folder]
         config: Official YAML, or a JSON of sizes, of a checkpoint file that is not of base size.
-        random: Instead of a model: random weights of this size, to try the service.
-        device: Where the model runs.
-        dtype: Number format of the weights, or products in int8 (on a CPU) or fp8 (GPU); an export has its own.
-        runtime: Library that runs an export. Packages of AOTInductor are code that runs when it is loaded: they want
-            aoti, for packages that you trust.
+        random: Random weights of this size instead of a model, to try the service.
+        device: Device of the model.
+        dtype: dtype of the weights, or int8 (CPU) or fp8 (GPU) for the GEMMs; an export has its own.
+        runtime: Library that runs an export. AOTInductor packages run code when they load: aoti, for packages that you
+            trust.
         rank: Score of a text with an image: match of the fusion encoder, similarity of features, or sum (match logit +
-            similarity). [that which the run recorded, else match]
-        name: The model's name in requests and answers. [that of its folder]
+            similarity). [the run's own, else match]
+        name: The model's name in requests and responses. [that of its folder]
     """
 
     tokenizer: Path | None = None
@@ -41,29 +41,28 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class ServiceOptions:
-    """Where the service listens, and what it bears.
+    """Address and limits of the service.
 
     Attributes:
-        host: Address to listen on; 0.0.0.0 is every one of this machine, and then an API key is advisable.
-        port: Port to listen on; 0 takes a free one and says which.
-        api_key: Key that clients send as a bearer token; seen by other users of this machine, unlike that in the
-            environment variable XFM_API_KEY. [none is asked for]
-        allow_urls: Fetch images that requests name by URL, from public addresses alone.
+        host: Address to listen on; 0.0.0.0 is every address of this machine, for which an API key is advisable.
+        port: Port to listen on; 0 chooses a free one and prints it.
+        api_key: Key that clients send as a bearer token. Other users of this machine can see it on the command line,
+            unlike the environment variable XFM_API_KEY. [no key]
+        allow_urls: Download images that requests name by URL, from public addresses only.
         max_body_mb: Megabytes of a request.
         max_pixels: Pixels of an image.
         max_documents: Documents or inputs of a request.
         max_characters: Characters of a text, before the official cut to 30 words and 40 tokens.
-        memory_mb: Megabytes that requests hold together, bodies in three copies while they are parsed; more are
-            answered with 429.
-        max_queue: Requests in work or waiting; more are answered with 429.
-        max_connections: Connections at a time.
-        batch_tokens: Tokens, of texts and of images that are not known yet, that are computed together; a single
-            request may have more. [4096 on a CPU, 65536 on a GPU]
-        batch_wait_ms: Milliseconds that a request waits for others that are being read, at most.
-        cache_mb: Megabytes of image memories kept between requests; 0 keeps none.
-        timeout: Seconds until a request that is not answered yet is given up.
-        read_timeout: Seconds within which a request must have arrived, and an answer been taken.
-        drain: Seconds that requests in work have to finish after SIGTERM.
+        memory_mb: Megabytes of all requests together, bodies in three copies during parsing; 429 beyond it.
+        max_queue: Requests in flight, waiting ones included; 429 beyond it.
+        max_connections: Concurrent connections.
+        batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single request may have more.
+            [4096 on a CPU, 65536 on a GPU]
+        batch_wait_ms: Most milliseconds that a request waits for others that are being read.
+        cache_mb: Megabytes of image memories cached between requests; 0 disables the cache.
+        timeout: Seconds until a request is answered with 504.
+        read_timeout: Seconds to receive a request, and to send a response.
+        drain: Seconds that requests in flight have to finish after SIGTERM.
     """
 
     host: str = "127.0.0.1"
@@ -86,7 +85,7 @@ class ServiceOptions:
 
     @property
     def loopback(self) -> bool:
-        """True where no other machine reaches the service."""
+        """Whether only this machine reaches the service."""
         if self.host == "localhost":
             return True
         try:

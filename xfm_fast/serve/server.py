@@ -1,4 +1,4 @@
-"""A service on a socket: uvicorn, with patience that ends, and an orderly end."""
+"""A service on a socket: uvicorn with timeouts of slow clients and a graceful end."""
 
 from __future__ import annotations
 
@@ -31,16 +31,7 @@ def run(
     *,
     loaded: Callable[[ServedModel, socket.socket], None] = lambda model, sock: None,
 ) -> None:
-    """Load a model and serve it until SIGTERM.
-
-    Args:
-        path: see `load`.
-        loaded: told when the service is about to answer.
-
-    Raises:
-        UnavailableError: the port is in use; found out before anything is loaded.
-        XFMError: the model cannot be loaded; see `load`.
-    """
+    """Load a model and serve it until SIGTERM; `loaded` is called before the first request."""
     source, options = source or SourceOptions(), options or ServiceOptions()
     with bind(options) as sock:
         model = load(path, source, options.cache_mb << 20)
@@ -49,17 +40,13 @@ def run(
         try:
             sock.listen(options.max_connections)
         except OSError as error:
-            raise _taken(options, error) from None
+            raise _port_error(options, error) from None
         loaded(model, sock)
         server.run([sock])
 
 
 def bind(options: ServiceOptions) -> socket.socket:
-    """The socket that a service is to listen on. It does not yet, so that clients are refused while a model loads.
-
-    Raises:
-        UnavailableError: the port is in use or not allowed, or the host is no address of this machine.
-    """
+    """A bound socket that does not listen yet, so that clients are refused while the model loads."""
     host, port = options.host, options.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -72,19 +59,18 @@ def bind(options: ServiceOptions) -> socket.socket:
         sock.bind(place)
     except OSError as error:
         sock.close()
-        raise _taken(options, error) from None
+        raise _port_error(options, error) from None
     return sock
 
 
-def _taken(options: ServiceOptions, error: OSError) -> UnavailableError:
+def _port_error(options: ServiceOptions, error: OSError) -> UnavailableError:
     return UnavailableError(
-        f"{options.host}:{options.port} cannot be listened on ({error.strerror or error}); choose another --port (0 "
-        "takes a free one), or another --host"
+        f"cannot listen on {options.host}:{options.port} ({error.strerror or error}); choose another --port or --host"
     )
 
 
 def address(sock: socket.socket) -> str:
-    """The address of a service, for clients on this machine."""
+    """The URL of a service for clients on this machine."""
     name = sock.getsockname()
     host, port = str(name[0]), name[1]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -92,11 +78,7 @@ def address(sock: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT, then lets what is in work end and returns.
-
-    Args:
-        service: what answers.
-    """
+    """Serves until SIGTERM or SIGINT, then finishes the requests in flight and returns."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -116,16 +98,16 @@ class Server(uvicorn.Server):
         )  # fmt: skip
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve on sockets that listen."""
+        """Serve on listening sockets."""
         asyncio.run(self.serve(sockets))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a process that was asked to end, and ended in order, has not failed."""
+        """Like uvicorn's, but a process that ended gracefully after a signal returns 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        # A process that was started to outlive its terminal does so.
+        # `nohup` ignores SIGHUP.
         signals = [each for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
         earlier = {each: signal.signal(each, self.handle_exit) for each in signals}
         try:
@@ -135,22 +117,21 @@ class Server(uvicorn.Server):
                 signal.signal(each, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the end; at a second SIGINT do not wait for requests."""
+        """Begin the shutdown; a second SIGINT does not wait for requests."""
         for server in self.servers if self.should_exit and sig == signal.SIGINT else ():
             server.get_loop().call_soon_threadsafe(self.service.stop)
         self.service.draining = self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let requests in work end, and answer those that do not in time."""
+        """Finish the requests in flight, and answer the late ones with 503."""
         asyncio.get_running_loop().call_later(self.service.options.drain, self.service.stop)
         await super().shutdown(sockets)
 
 
 class PatientProtocol(H11Protocol):
-    """A connection that must bring a request whole, and take an answer whole, within `patience` seconds.
+    """A connection that must send a request, and read a response, within `patience` seconds each.
 
-    uvicorn bounds the time between requests alone: a client that sends its head a byte a minute, or never reads its
-    answer, would keep its connection for ever.
+    uvicorn limits only the time between requests: a slow head or an unread response would keep a connection for ever.
     """
 
     patience = 30.0
@@ -172,7 +153,7 @@ class PatientProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._stop()
-        # A body that was refused is still being sent, and an answer is perhaps not read.
+        # The client may still send a refused body, or not read the response.
         if self.conn.their_state is h11.SEND_BODY or self.transport.get_write_buffer_size():
             self._set()
         super().on_response_complete()
@@ -182,7 +163,7 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _set(self) -> None:
-        # The body has its own limit, with an answer; this one comes after it.
+        # One second after the limit of the body, which has a response.
         self._alarm = self.loop.call_later(self.patience + 1, self._late)
 
     def _stop(self) -> None:

@@ -1,7 +1,7 @@
-"""Images from the web, fetched for strangers: from public addresses alone, with bounds on bytes and time.
+"""Downloads of images from public addresses, with limits of bytes and time (the guard against SSRF).
 
-A name is resolved once and the connection goes to the address that was looked at, so that a name which changes its
-address in between leads nowhere else. Redirects are refused, proxies of the environment are not asked.
+A name is resolved once and the connection goes to the address that was checked, so DNS rebinding leads nowhere else.
+Redirects are refused, and proxies of the environment are ignored.
 """
 
 from __future__ import annotations
@@ -23,26 +23,24 @@ from xfm_fast.serve.budget import Budget
 from xfm_fast.serve.problem import Problem
 
 _PIECE = 1 << 16
-
-
-# Of special use by IANA's registries, which the standard library does not know of in every version.
+# Special-purpose networks of IANA that not every version of the standard library knows.
 _SPECIAL = tuple(
     map(
         ipaddress.ip_network,
         ("192.88.99.0/24", "64:ff9b:1::/48", "100::/64", "2001:db8::/32", "3fff::/20", "5f00::/16"),
     )
 )
-# Names that are being looked up, which nothing can interrupt.
+# Concurrent DNS lookups, which cannot be interrupted.
 _LOOKUPS = threading.BoundedSemaphore(64)
 
 
 def is_public(address: str) -> bool:
-    """True for an address on the internet, false for those of this machine, of local networks, and of special use."""
+    """Whether an address is on the internet: not this machine's, a local network's, or one of special use."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip in network for network in _SPECIAL):
         return False
     if isinstance(ip, ipaddress.IPv6Address):
-        # Addresses that carry one of IPv4, which is where the connection ends.
+        # The connection ends at the embedded IPv4 address.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is not None and not is_public(str(inner)):
             return False
@@ -52,15 +50,7 @@ def is_public(address: str) -> bool:
 
 
 class WebFetcher:
-    """Fetches the files that one request names, several at a time if need be.
-
-    Args:
-        most_bytes: of all of them together.
-        seconds: until the last byte of a file.
-        budget: of the request.
-        ports: that may be connected to.
-        permitted: addresses that may be connected to.
-    """
+    """Downloads the files of one request: `most_bytes` together, each within `seconds`; thread-safe."""
 
     def __init__(
         self,
@@ -76,12 +66,7 @@ class WebFetcher:
         self._fetched, self._lock = 0, threading.Lock()
 
     def fetch(self, url: str) -> bytes:
-        """The content of a URL.
-
-        Raises:
-            Problem: the URL is malformed or leads to an address that is not public, the server does not answer with
-                the file in time, or it is too large.
-        """
+        """The content of a URL; raises `Problem` where it is malformed, not public, late or too large."""
         shown = repr(url[:100])
         try:
             parts = urlsplit(url)
@@ -94,7 +79,7 @@ class WebFetcher:
         port = port or (443 if secure else 80)
         if self.ports is not None and port not in self.ports:
             raise Problem(422, f"URL {shown} names port {port}; images are fetched from ports 80 and 443")
-        # Less where the request is nearly out of time, yet never none, which a socket takes for no limit.
+        # At most the time left of the request. A timeout of 0 would mean no limit to a socket.
         until = min(time.monotonic() + self.seconds, math.inf if self.budget is None else self.budget.deadline)
         address = self._address(host, port, shown, until)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -102,7 +87,7 @@ class WebFetcher:
             raise Problem(422, f"URL {shown} holds characters that a URL may not; percent-encode them")
         seconds = max(0.01, until - time.monotonic())
         connection = _Pinned(host, port, address, secure, seconds)
-        # A socket's timeout is that of one read; a server that sends a byte a second would hold a thread for days.
+        # A socket's timeout is per read; a server that sends a byte a second would hold a thread for days.
         alarm = threading.Timer(seconds, connection.abort)
         alarm.daemon = True
         alarm.start()
@@ -142,11 +127,11 @@ class WebFetcher:
             with suppress(queue.Empty):
                 found = answers.get(timeout=max(0.01, until - time.monotonic()))
         if found is None:
-            raise Problem(422, f"URL {shown} names a host that is not found in time; send the image itself")
+            raise Problem(422, f"URL {shown} names a host that is not found in time; send the image")
         if isinstance(found, Exception):
             raise Problem(422, f"URL {shown} names a host that is not found ({found})")
         addresses = [str(entry[4][0]) for entry in found]
-        # A name with one public and one private address is refused whole.
+        # A name with both public and private addresses is refused.
         if not addresses or not all(map(self.permitted, addresses)):
             raise Problem(422, f"URL {shown} leads to an address that is not public; send the image itself")
         return addresses[0]
@@ -167,7 +152,7 @@ class WebFetcher:
 
 
 class _Pinned(http.client.HTTPConnection):
-    """A connection to an address, under the name that it was found by."""
+    """A connection to a resolved address, with the host's name in TLS and headers."""
 
     def __init__(self, host: str, port: int, address: str, secure: bool, timeout: float) -> None:
         super().__init__(host, port, timeout=timeout)
@@ -182,9 +167,9 @@ class _Pinned(http.client.HTTPConnection):
             self.sock = self._opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
 
     def abort(self) -> None:
-        """End whatever is being waited for, from another thread."""
+        """Interrupt the download, from another thread."""
         self.late = True
-        # `sock` is none as soon as the head of an answer says that no other will follow.
+        # `sock` is None as soon as the response head closes the connection.
         if self._opened is not None:
             with suppress(OSError):
                 self._opened.shutdown(socket.SHUT_RDWR)
