@@ -1,12 +1,11 @@
-"""Products in 8 bits inside an ONNX graph: what they are given, the scales that suit it, and the nodes that say so.
+"""8-bit GEMMs in an ONNX graph: calibration samples, scales, and QDQ nodes.
 
-A product is a `MatMul` by a constant matrix; those of attention have two activations and stay as they are. All products
-of one tensor form a `Site`, which is quantised or left alone as a whole. The graph says 8 bits by pairs of
-`QuantizeLinear` and `DequantizeLinear` around a product, which is what ONNX Runtime, OpenVINO and both TensorRT read.
+A GEMM here is a `MatMul` by a constant matrix; those of attention have two activations and keep their dtype. All GEMMs
+of one tensor form a `Site`, quantised as a whole by `QuantizeLinear` and `DequantizeLinear` pairs, which ONNX Runtime,
+OpenVINO and both TensorRT read.
 
-Scales are chosen by trial: on samples of what a site is given, the one whose products are closest to the exact ones.
-Channels that are much larger than the others are first made smaller, and the weights that they meet larger
-(SmoothQuant, arXiv 2211.10438): free where a LayerNorm feeds products alone, for its own scale takes the change.
+Scales are fitted by trial on samples of the tensor. Large channels are first scaled down, and the weights that multiply
+them up (SmoothQuant, arXiv 2211.10438): free where a LayerNorm feeds only these GEMMs.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from .request import Quantisation
 from .runtimes.onnx_sessions import session_options
 
 CALIBRATION_ROWS = 512
-"""Rows of every tensor that scales are tried on."""
+"""Sample rows of every tensor."""
 
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-"""Shares of the largest entry beyond which entries are cut, tried one after the other."""
+"""Clipping thresholds as shares of the largest entry, tried in turn."""
 
 _SMOOTHINGS = (0.25, 0.5, 0.75)
-"""How much of the difference between channels moves into the weights, tried one after the other."""
+"""SmoothQuant exponents, tried in turn."""
 
-# A scale that no LayerNorm takes is a pass over the tensor in every run, so it must be worth it.
+# Without a LayerNorm to fold into, smoothing costs a pass over the tensor, so it must reduce the error this much.
 _WORTH_A_PASS = 0.5
 
 _EXTREMES: dict[Quantisation, float] = {"int8": 127.0, "fp8": 448.0}
@@ -44,12 +43,7 @@ _EXTREMES: dict[Quantisation, float] = {"int8": 127.0, "fp8": 448.0}
 
 @dataclass(frozen=True)
 class Scheme:
-    """How activations are stored; weights always are symmetric, int8 ones with a scale for every column.
-
-    Attributes:
-        kind: int8, or fp8 with four bits of exponent (E4M3).
-        unsigned: int8 activations have a zero point, which processors multiply as fast, and GPUs do not know.
-    """
+    """The 8-bit type; `unsigned` activations have a zero point (fast on CPUs, unsupported on GPUs)."""
 
     kind: Quantisation
     unsigned: bool = False
@@ -57,34 +51,20 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Site:
-    """A tensor and the products that read it.
-
-    Attributes:
-        tensor: its name.
-        products: names of the nodes.
-        layers: names of the layers that they belong to.
-        weights: of each, `[K, N]` in fp32.
-        norm: name of the `LayerNormalization` that feeds these products and nothing else; empty without one.
-    """
+    """A tensor and the GEMMs that read it; `norm` is the LayerNormalization that feeds only these, or ""."""
 
     tensor: str
-    products: tuple[str, ...]
-    layers: tuple[str, ...]
-    weights: tuple[Tensor, ...]
+    products: tuple[str, ...]  # names of the nodes
+    layers: tuple[str, ...]  # names of their layers
+    weights: tuple[Tensor, ...]  # [K, N] in fp32, each
     norm: str = ""
 
 
 @dataclass
 class Seen:
-    """What a site was given during calibration.
+    """Statistics of a site's tensor over the calibration."""
 
-    Attributes:
-        largest: `[K]` the largest magnitude of every channel.
-        low, high: least and greatest entry.
-        rows: `[n, K]` samples.
-    """
-
-    largest: Tensor
+    largest: Tensor  # [K] maximum magnitude of every channel
     low: float = 0.0
     high: float = 0.0
     samples: list[Tensor] = field(default_factory=list)
@@ -96,28 +76,17 @@ class Seen:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A site in 8 bits.
-
-    Attributes:
-        smoothing: `[K]` that the tensor is divided by and the weights are multiplied with; None leaves both.
-        scale, zero: of the activations.
-        error: of the products on the samples, as a share of their length.
-    """
+    """A site with its scales."""
 
     site: Site
-    smoothing: Tensor | None
+    smoothing: Tensor | None  # [K] divides the tensor and multiplies the weights
     scale: float
     zero: int
-    error: float
+    error: float  # of the GEMMs on the samples, relative to their norm
 
 
 def sites(model: Any) -> list[Site]:
-    """The sites of an ONNX graph whose constants lie in the message, in the order of the graph.
-
-    Heads are left out: they cost little, being given token 0 alone, and decide scores. So are products of concatenated
-    tensors, the image embeddings where a graph makes them: OpenVINO 2026.4 moves the rounding before the concatenation,
-    and then cannot load what it made.
-    """
+    """The sites of a graph, without heads (cheap, and decisive for scores) and concatenated tensors (OpenVINO 2026.4)."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     readers: dict[str, list[Any]] = {}
@@ -133,7 +102,7 @@ def sites(model: Any) -> list[Site]:
             products.setdefault(node.input[0], []).append(node)
 
     def label(product: Any) -> str:
-        """The layer, by the name of its bias; weights that were transposed have lost theirs."""
+        """The layer by the name of its bias; transposed weights lost their names."""
         for reader in readers.get(product.output[0], ()):
             for name in reader.input:
                 if reader.op_type == "Add" and name in constants and name.endswith(".bias"):
@@ -161,12 +130,12 @@ def sites(model: Any) -> list[Site]:
 def _array(tensor: Any) -> Tensor:
     from onnx import numpy_helper
 
-    # NumPy's extension types, such as bfloat16, are none of PyTorch's.
+    # torch.from_numpy does not take NumPy's extension types, such as bfloat16.
     return torch.from_numpy(np.array(numpy_helper.to_array(tensor), np.float32))
 
 
 def real_tokens(feed: Mapping[str, np.ndarray]) -> Tensor | None:
-    """Which tokens of a graph's texts, all in one row, are no padding; None where it has none."""
+    """Mask of the real tokens of a feed, flattened; None for graphs without texts."""
     hidden = next((feed[name] for name in ("attention_mask", "segments") if name in feed), None)
     return None if hidden is None else torch.from_numpy(hidden).bool().flatten()
 
@@ -174,16 +143,7 @@ def real_tokens(feed: Mapping[str, np.ndarray]) -> Tensor | None:
 def observe(
     model: Any, found: Sequence[Site], feeds: Sequence[Mapping[str, np.ndarray]], rows: int = CALIBRATION_ROWS
 ) -> tuple[dict[str, Seen], list[dict[str, np.ndarray]]]:
-    """Run a graph in fp32 and see what its sites are given.
-
-    Args:
-        model: the graph in fp32.
-        feeds: its inputs. Tokens that an `attention_mask` among them hides are not counted.
-        rows: samples to keep of every tensor.
-
-    Returns:
-        By tensor, and for every feed the outputs of the graph.
-    """
+    """Run an fp32 graph on feeds; returns statistics of the sites' tensors (padding excluded) and all outputs."""
     import onnx
 
     model = copy.deepcopy(model)
@@ -213,11 +173,11 @@ def observe(
 
 
 def runner(model: Any) -> Callable[..., dict[str, np.ndarray]]:
-    """A function from inputs, and names of outputs where not all are wanted, to outputs: ONNX Runtime on the CPU."""
+    """A function from inputs (and output names) to outputs: ONNX Runtime on the CPU."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as scratch:
-        # Beyond two gigabytes a model has to be a file.
+        # Models beyond two gigabytes must be files.
         path = Path(scratch, "graph.onnx")
         save(model, path)
         session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
@@ -231,7 +191,7 @@ def runner(model: Any) -> Callable[..., dict[str, np.ndarray]]:
 
 
 def fit(site: Site, seen: Seen, scheme: Scheme) -> Fitted:
-    """The scales of a site that keep its products closest to the exact ones."""
+    """The scales of a site with the smallest error of its GEMMs on the samples."""
     rows, weights = seen.rows, torch.cat(site.weights, 1)
     exact = rows @ weights
     length = float(exact.norm()) or 1.0
@@ -254,7 +214,7 @@ def fit(site: Site, seen: Seen, scheme: Scheme) -> Fitted:
     largest = seen.largest.clamp(min=1e-8)
     for power in _SMOOTHINGS:
         smoothing = largest**power / heaviest ** (1 - power)
-        # A channel that was never used has no size to go by.
+        # An unused channel keeps its scale.
         smoothing = torch.where(seen.largest > 0, smoothing / smoothing.log().mean().exp(), 1.0).clamp(1e-3, 1e3)
         best = min(best, tried(smoothing, 1.0), key=lambda each: each.error)
     if not site.norm and best.error > _WORTH_A_PASS * plain.error:
@@ -271,7 +231,7 @@ def _scale(low: float, high: float, scheme: Scheme) -> tuple[float, int]:
 
 
 def _rounded(x: Tensor, scale: float, zero: int, scheme: Scheme) -> Tensor:
-    """The values that are left of activations."""
+    """Activations rounded to the scheme's grid."""
     if scheme.kind == "fp8":
         return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     least, most = (0, 255) if scheme.unsigned else (-128, 127)
@@ -279,7 +239,7 @@ def _rounded(x: Tensor, scale: float, zero: int, scheme: Scheme) -> Tensor:
 
 
 def _weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight `[K, N]` in 8 bits: the values that are left of it, what is stored, and its scales, `[N]` or `[]`."""
+    """A weight `[K, N]` in 8 bits: its rounded values, the stored tensor, and scales `[N]` or `[]`."""
     extreme = _EXTREMES[scheme.kind]
     if scheme.kind == "fp8":
         scale = (weight.abs().max() / extreme).clamp(min=1e-12)
@@ -291,12 +251,12 @@ def _weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rewritten(model: Any, chosen: Iterable[Fitted], scheme: Scheme) -> Any:
-    """A copy of an ONNX graph with some of its sites in 8 bits; all else keeps its type."""
+    """A copy of an ONNX graph with some of its sites in 8 bits."""
     return _Rewriting(copy.deepcopy(model), scheme).run([*chosen])
 
 
 class _Rewriting:
-    """One graph that is being changed."""
+    """One graph that is being rewritten."""
 
     def __init__(self, model: Any, scheme: Scheme) -> None:
         self.model, self.graph, self.scheme = model, model.graph, scheme
@@ -322,7 +282,7 @@ class _Rewriting:
         from onnx import TensorProto, helper
 
         site, name = fitted.site, f"{fitted.site.tensor}.{self.scheme.kind}"
-        # The type of the graph, in which scales and all that is not a product are.
+        # Scales have the dtype of the graph.
         wide = self.constants[self.nodes[site.products[0]].input[1]].data_type
         stored = TensorProto.FLOAT8E4M3FN if self.scheme.kind == "fp8" else TensorProto.INT8
         given = site.tensor
@@ -367,7 +327,7 @@ class _Rewriting:
 
 
 def save(model: Any, path: Path, *, largest_file: int = LARGEST_FILE) -> list[str]:
-    """Write a graph, its weights beside it where they are too many for one file; returns the names of the files."""
+    """Write a graph, weights beyond `largest_file` bytes to a separate file."""
     import onnx
 
     external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > largest_file

@@ -1,9 +1,8 @@
-"""8-bit exports: which products are in 8 bits, so that no graph turns its results by more than a budget allows.
+"""8-bit exports: the largest set of 8-bit GEMMs that keeps every output row within a cosine budget of the model.
 
-The scales come from images and texts of the user's, which the model itself, or an fp32 export of it, turns into what
-every graph is given. All products of a graph are tried in 8 bits first. Where its outputs then differ by more than the
-budget, products go back to the type of the graph, those first whose results suffer most, until they no longer do. Each
-try is a run of the graph as it would be served, on ONNX Runtime on the CPU, whoever serves it later.
+Calibration inputs come from the model, an fp32 export or its reference. All GEMMs of a graph are tried in 8 bits first;
+while the outputs exceed the budget, GEMMs with the largest errors go back to the dtype of the graph. Each trial runs
+the graph in ONNX Runtime on the CPU.
 """
 
 from __future__ import annotations
@@ -43,26 +42,18 @@ QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 _TEXTS_AT_ONCE = 16
 _TEXTS_WITH_AN_IMAGE = 8
 _TRIED = 6
-# A first look is a sixteenth of the work: few rows on few sites, those that suffer least.
-_LOOKED_AT_ROWS, _LOOKED_AT_SITES = 32, 3
 _TIMED = 3
-# With fewer texts an angle between scores says nothing.
+# Fewer scores have no meaningful cosine.
 _FEWEST_RANKED = 4
 
-# The comparison with the model is made on other images, so the choice of products does not spend all that is allowed.
+# Verification uses other images, so calibration spends only part of the budget.
 _SPENT = 0.8
 
 
 def check_quantisation(
     kind: str, dtype: DType, budget: float = BUDGET, graphs: Sequence[GraphName] = ()
 ) -> Quantisation:
-    """See that graphs of a type can be quantised here within a budget, before one is exported.
-
-    Raises:
-        UnavailableError: an unknown kind, a graph of a task that 8 bits are not chosen for, or onnxruntime is not
-            installed.
-        InputError: no budget that 8 bits, or the type itself, can keep.
-    """
+    """Check kind, dtype, budget and graphs before one is exported."""
     if kind not in QUANTISATIONS:
         raise UnavailableError(f"quantisation {kind!r} is unknown; choose from {', '.join(QUANTISATIONS)}")
     if others := [name for name in graphs if name not in GRAPHS]:
@@ -85,25 +76,18 @@ def check_quantisation(
 
 @dataclass(frozen=True)
 class Calibration:
-    """What graphs are given: images and texts, and what the model makes of them.
-
-    Attributes:
-        examples: the images and texts.
-        image_embeds, text_embeds: `[I, M, Dv]` and `[T, L, Dt]`; None where no graph wants them.
-        memory: from the number of an image to its memory as graphs take it, `[1, H, M, D]` by name.
-        padding: id of the token that texts are padded with.
-    """
+    """Inputs of graphs: examples and intermediate results of the model."""
 
     examples: Examples
-    image_embeds: Tensor | None
-    text_embeds: Tensor | None
-    memory: Callable[[int], Mapping[str, Tensor]]
-    padding: int
+    image_embeds: Tensor | None  # [I, M, Dv]
+    text_embeds: Tensor | None  # [T, L, Dt]
+    memory: Callable[[int], Mapping[str, Tensor]]  # memory [1, H, M, D] of an image by number
+    padding: int  # id of the padding token
 
     @classmethod
     @torch.no_grad()
     def of_model(cls, model: XFM, examples: Examples, graphs: Collection[GraphName]) -> Self:
-        """What the model computes for some graphs."""
+        """Calibration inputs computed by the model, for some graphs."""
         images = texts = None
         if {"image_memory", "fusion"} & {*graphs}:
             images = model.encode_image(examples.pixels.to(model.dtype))
@@ -119,11 +103,7 @@ class Calibration:
 
     @classmethod
     def of_export(cls, folder: Path, manifest: Manifest, examples: Examples) -> Self:
-        """What the graphs of an fp32 export compute.
-
-        Raises:
-            ExportError: it lacks a graph that computes what another one is given.
-        """
+        """Calibration inputs computed by an fp32 export; raises `ExportError` where it lacks a graph for them."""
         names = {*manifest.graph_names}
         wanted = ({"vision"} if names & {"image_memory", "fusion"} else set()) | (
             {"text", "image_memory"} if "fusion" in names else set()
@@ -145,23 +125,17 @@ class Calibration:
 
     @classmethod
     def of_reference(cls, reference: Reference, origin: str, padding: int) -> Self:
-        """What the model computed for the images and texts that an export is compared on."""
+        """Calibration inputs from the reference of an export; all images share the memory of image 0."""
         known = reference.tensors
         examples = Examples(known["pixels"], known["input_ids"], known["attention_mask"], origin)
 
         def memory(number: int) -> dict[str, Tensor]:
-            # That of image 0 is the one that the reference holds.
             return {name: value for name, value in known.items() if is_memory(name)}
 
         return cls(examples, known.get("image_embeds"), known.get("text_embeds"), memory, padding)
 
     def inputs(self, record: GraphRecord) -> Iterator[dict[str, np.ndarray]]:
-        """Inputs of a graph: every image once, and with the images, or by themselves, the texts in their turn.
-
-        Yields:
-            Arrays by the names of the graph's inputs, in fp32 and int64. Axes that the graph has fixed have their size,
-            what there is being cut, or repeated from its beginning.
-        """
+        """Inputs of a graph by name, an image (or 16 texts) each, in fp32 and int64; fixed axes are cut or repeated."""
         examples = self.examples
         count = len(examples.input_ids)
         dims = {tensor.name: tensor.dims for tensor in record.inputs}
@@ -205,7 +179,7 @@ class Calibration:
 
 
 def _a_text_a_row(mask: Tensor) -> dict[str, Tensor]:
-    """Masks `[T, L]` as packed graphs take them, a row for each text."""
+    """Masks `[T, L]` as inputs of packed graphs, one caption a row."""
     rows = torch.arange(len(mask))
     return {"segments": mask * (rows[:, None] + 1), "firsts": torch.stack([rows, torch.zeros_like(rows)], 1)}
 
@@ -226,18 +200,7 @@ def quantising(
     unsigned: bool = False,
     progress: Progress = silent,
 ) -> Rewrite:
-    """A rewrite of graphs: products go into 8 bits, and the record of the graph says which and at what cost.
-
-    Args:
-        calibration: inputs to choose scales and products on.
-        kind, dtype: of the products, and of the graphs.
-        budget: least cosine of any row of an output on those inputs.
-        unsigned: activations for processors; see `Scheme`.
-        progress: is told what is being done.
-
-    Raises:
-        UnavailableError, InputError: see `check_quantisation`.
-    """
+    """A rewrite of graphs to 8-bit GEMMs within a budget, which records the choice and its cost."""
     check_quantisation(kind, dtype, budget)
     scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
 
@@ -251,7 +214,7 @@ def quantising(
 
 @contextmanager
 def _naming(record: GraphRecord, kind: Quantisation) -> Iterator[None]:
-    """Errors say which graph could not be quantised."""
+    """Raise errors of ONNX Runtime as `ExportError` with the graph's name."""
     try:
         yield
     except (ExportError, OSError):
@@ -303,12 +266,12 @@ def require_attainable(
 
 
 def _allowed(budget: float) -> float:
-    """The least cosine on the inputs that products are chosen on."""
+    """The least cosine on the calibration inputs, stricter than the budget."""
     return 1 - _SPENT * (1 - budget)
 
 
 class _Search:
-    """The choice of the products of one graph."""
+    """The choice of the GEMMs of one graph."""
 
     def __init__(
         self,
@@ -322,7 +285,7 @@ class _Search:
         import onnx
 
         self.path, self.scheme, self.budget, self.feeds = path, scheme, budget, feeds
-        # Spread over the images and texts that there are.
+        # Evenly spaced over the feeds.
         self.tried = [*range(0, len(feeds), max(len(feeds) // _TRIED, 1))][:_TRIED]
         with tempfile.TemporaryDirectory() as scratch:
             wide = Path(scratch, path.name)
@@ -330,7 +293,7 @@ class _Search:
             self.wide: Any = onnx.load(str(wide))
         found = sites(self.wide)
         seen, self.truths = observe(self.wide, found, feeds, rows)
-        # Those that suffer least come first.
+        # Smallest error first.
         self.order = sorted((fit(site, seen[site.tensor], scheme) for site in found), key=lambda each: each.error)
 
     def run(self) -> QuantisationRecord:
@@ -356,11 +319,11 @@ class _Search:
         )
 
     def _most(self) -> tuple[int, float]:
-        """The number of sites, from the first, that the budget has room for, and the cosine that they leave."""
+        """The number of sites within the budget, in order of their error, and the resulting cosine."""
         allowed = _allowed(self.budget)
         low, best = 0, 1.0
         high = len(self.order)
-        # All of them, then as few as there can be: what cannot be met is known after two tries.
+        # All, then one: a budget that fails needs two trials.
         for count in (high, 1):
             if (cosine := self._cosine(self.order[:count])) >= allowed:
                 if count == high:
@@ -381,10 +344,10 @@ class _Search:
         return max((self._cosine([site]) for site in self.order[:_LOOKED_AT_SITES]), default=0.0)
 
     def _cosine(self, chosen: Sequence[Fitted]) -> float:
-        """The least of any row of an output, with some of the sites in 8 bits."""
+        """The least cosine of any output row with some of the sites in 8 bits."""
         run = runner(rewritten(self.wide, chosen, self.scheme))
         cosines = [least_cosine(run(self.feeds[n]), self.truths[n], self.feeds[n]) for n in self.tried]
-        # That of Python loses NaN.
+        # min() may lose NaN.
         return float(torch.tensor(cosines).min())
 
     def _milliseconds(self, chosen: Sequence[Fitted]) -> float:
@@ -401,7 +364,7 @@ class _Search:
 def least_cosine(
     found: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray], feed: Mapping[str, np.ndarray]
 ) -> float:
-    """The least cosine of a row of any output: of a token that is not hidden, or of how the texts of an image score."""
+    """The least cosine of a row of any output: of real tokens, or of the scores of an image's captions."""
     cosines, real = [1.0], real_tokens(feed)
     for name in truth:
         both = [torch.from_numpy(values[name]).double() for values in (found, truth)]
@@ -426,26 +389,7 @@ def quantize_int8(
     examples: Examples | None = None,
     progress: Progress = silent,
 ) -> Manifest:
-    """Write an int8 copy of an fp32 export into a folder of its own, and measure what it costs.
-
-    Args:
-        folder: an fp32 export to ONNX with its reference.
-        out: the new folder; not the old one.
-        budget: least cosine of any row of an output with that of the model; products that cost more stay in fp32.
-        examples: images and texts to calibrate on; by default those that the export is compared on.
-        progress: is told what is being done.
-
-    Returns:
-        The new manifest. Its graphs say which products are in 8 bits; its checks hold errors, cosines and rank
-        agreement against the fp32 model, and `verified` says that they are within `eight_bit(budget)`.
-
-    Raises:
-        UnavailableError: `onnxruntime` is not installed.
-        ExportError: the export is of another kind or type, is damaged or has no reference, cannot be quantised, or the
-            budget leaves no product in 8 bits.
-        InputError: both folders are the same, or no budget can be such.
-        StorageError: the new folder cannot be written.
-    """
+    """Write an int8 copy of an fp32 ONNX export to another folder, verified against the fp32 reference."""
     folder, out = Path(folder), Path(out)
     if folder.resolve() == out.resolve():
         raise InputError(f"{out} holds the fp32 export; name another folder for the int8 one")
@@ -465,9 +409,9 @@ def quantize_int8(
         calibration = Calibration.of_reference(reference, origin, source.config["pad_token_id"])
     else:
         calibration = Calibration.of_export(folder, source, examples)
-    # Beside the old graphs the new ones, until it is known that there will be an export.
+    # Room for a copy of the old graphs and for the new ones.
     prepare_folder(out, 2 * sum(record.bytes for record in source.files))
-    # A processor multiplies unsigned by signed bytes, a GPU signed ones.
+    # CPUs multiply uint8 by int8, GPUs int8 by int8.
     unsigned = source.consumer in ("onnxruntime", "openvino")
     require_attainable(
         ((record, folder / record.file) for record in source.graphs), calibration, "int8",
@@ -515,16 +459,12 @@ def quantize_int8(
 
 
 def eight_bit_options(kind: Quantisation, budget: float, calibration: Calibration) -> dict[str, Any]:
-    """Entries of a manifest that say how its products came into 8 bits."""
+    """Manifest options of an 8-bit export."""
     return {"arithmetic": kind, "budget": budget, "calibration": calibration.examples.origin}
 
 
 def require_eight_bits(graphs: Sequence[GraphRecord], budget: float) -> None:
-    """See that some product is in 8 bits.
-
-    Raises:
-        ExportError: the budget left none.
-    """
+    """Raise `ExportError` where the budget leaves no GEMM in 8 bits."""
     made = [record.quantisation for record in graphs if record.quantisation is not None]
     if made and all(len(record.kept) == record.products for record in made):
         raise ExportError(
