@@ -26,7 +26,7 @@ from .consumers import LARGEST_FILE
 from .request import Quantisation
 from .runtimes.onnx_sessions import session_options
 
-CALIBRATION_ROWS = 512
+_CALIBRATION_ROWS = 512
 """Sample rows of every tensor."""
 
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -86,7 +86,7 @@ class Fitted:
 
 
 def sites(model: Any) -> list[Site]:
-    """The sites of a graph, without heads (cheap, and decisive for scores) and concatenated tensors (OpenVINO 2026.4)."""
+    """The sites of a graph, without heads (cheap, decisive for scores) and concatenated tensors (OpenVINO 2026.4)."""
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     readers: dict[str, list[Any]] = {}
@@ -141,7 +141,7 @@ def real_tokens(feed: Mapping[str, np.ndarray]) -> Tensor | None:
 
 
 def observe(
-    model: Any, found: Sequence[Site], feeds: Sequence[Mapping[str, np.ndarray]], rows: int = CALIBRATION_ROWS
+    model: Any, found: Sequence[Site], feeds: Sequence[Mapping[str, np.ndarray]]
 ) -> tuple[dict[str, Seen], list[dict[str, np.ndarray]]]:
     """Run an fp32 graph on feeds; returns statistics of the sites' tensors (padding excluded) and all outputs."""
     import onnx
@@ -155,7 +155,7 @@ def observe(
     generator = torch.Generator().manual_seed(0)
     seen: dict[str, Seen] = {}
     results = []
-    each = math.ceil(rows / max(len(feeds), 1))
+    each = math.ceil(_CALIBRATION_ROWS / max(len(feeds), 1))
     run = runner(model)
     for feed in feeds:
         values = run(feed, [*outputs, *watched])

@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from .graphs import GraphName, is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
 from .pipeline import Progress, companions_of, fill_folder, prepare_folder, silent
-from .products import CALIBRATION_ROWS, Fitted, Scheme, fit, observe, real_tokens, rewritten, runner, save, sites
+from .products import Fitted, Scheme, fit, observe, real_tokens, rewritten, runner, save, sites
 from .request import BUDGET, GRAPHS, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
@@ -226,61 +226,11 @@ def _naming(record: GraphRecord, kind: Quantisation) -> Iterator[None]:
         ) from error
 
 
-def require_attainable(
-    graphs: Iterable[tuple[GraphRecord, Path]],
-    calibration: Calibration,
-    kind: Quantisation,
-    *,
-    budget: float,
-    unsigned: bool = False,
-    progress: Progress = silent,
-) -> None:
-    """See that a budget leaves some product of some graph in 8 bits, before products are chosen, which takes minutes.
-
-    It is a first look: one input of a graph, and of its products those that suffer least, one by one. On more inputs,
-    and with more products, a cosine is only smaller. The look ends at the first graph that keeps the budget.
-
-    Args:
-        graphs: each with its ONNX file.
-        calibration, kind, budget, unsigned, progress: see `quantising`.
-
-    Raises:
-        ExportError: no graph has such a product; names the best cosine that was found.
-    """
-    scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
-    found: dict[str, float] = {}
-    for record, path in graphs:
-        with _naming(record, kind):
-            progress(f"seeing whether {record.name} can keep the budget")
-            feed = next(calibration.inputs(record))
-            found[record.name] = _Search(path, [feed], scheme, budget, rows=_LOOKED_AT_ROWS).best_alone()
-        if found[record.name] >= _allowed(budget):
-            return
-    best = max(found, key=lambda name: found[name])
-    attainable = max(1 - (1 - found[best]) / _SPENT, 0.0)
-    raise ExportError(
-        f"--budget {budget} cannot be met: no product of {', '.join(found)} can be in {kind}; the one that suffers "
-        f"least, of {best}, leaves a cosine of {found[best]:.7g} by itself, which is enough for a budget of "
-        f"{attainable:.7g} at most; give a smaller one than that, or serve the export without 8 bits"
-    )
-
-
-def _allowed(budget: float) -> float:
-    """The least cosine on the calibration inputs, stricter than the budget."""
-    return 1 - _SPENT * (1 - budget)
-
-
 class _Search:
     """The choice of the GEMMs of one graph."""
 
     def __init__(
-        self,
-        path: Path,
-        feeds: Sequence[Mapping[str, np.ndarray]],
-        scheme: Scheme,
-        budget: float,
-        *,
-        rows: int = CALIBRATION_ROWS,
+        self, path: Path, feeds: Sequence[Mapping[str, np.ndarray]], scheme: Scheme, budget: float
     ) -> None:
         import onnx
 
@@ -292,7 +242,7 @@ class _Search:
             widen(path, wide)
             self.wide: Any = onnx.load(str(wide))
         found = sites(self.wide)
-        seen, self.truths = observe(self.wide, found, feeds, rows)
+        seen, self.truths = observe(self.wide, found, feeds)
         # Smallest error first.
         self.order = sorted((fit(site, seen[site.tensor], scheme) for site in found), key=lambda each: each.error)
 
@@ -320,7 +270,7 @@ class _Search:
 
     def _most(self) -> tuple[int, float]:
         """The number of sites within the budget, in order of their error, and the resulting cosine."""
-        allowed = _allowed(self.budget)
+        allowed = 1 - _SPENT * (1 - self.budget)
         low, best = 0, 1.0
         high = len(self.order)
         # All, then one: a budget that fails needs two trials.
@@ -338,10 +288,6 @@ class _Search:
             else:
                 high = count
         return low, best
-
-    def best_alone(self) -> float:
-        """The cosine that is left by one site in 8 bits, the best of those that suffer least; 0 without any."""
-        return max((self._cosine([site]) for site in self.order[:_LOOKED_AT_SITES]), default=0.0)
 
     def _cosine(self, chosen: Sequence[Fitted]) -> float:
         """The least cosine of any output row with some of the sites in 8 bits."""
@@ -413,10 +359,6 @@ def quantize_int8(
     prepare_folder(out, 2 * sum(record.bytes for record in source.files))
     # CPUs multiply uint8 by int8, GPUs int8 by int8.
     unsigned = source.consumer in ("onnxruntime", "openvino")
-    require_attainable(
-        ((record, folder / record.file) for record in source.graphs), calibration, "int8",
-        budget=budget, unsigned=unsigned, progress=progress,
-    )  # fmt: skip
     rewrite = quantising(calibration, "int8", "fp32", budget=budget, unsigned=unsigned, progress=progress)
     result = source.model_copy(
         update={

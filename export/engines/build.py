@@ -37,7 +37,6 @@ from ..quantise import (
     check_quantisation,
     eight_bit_options,
     quantising,
-    require_attainable,
     require_eight_bits,
 )
 from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
@@ -105,7 +104,6 @@ def engine_graphs(
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
     rewrite: Rewrite | None = None
-    inputs: Calibration | None = None
     settings: dict[str, Any] = {}
     if wanted.quantize:
         kind = check_quantisation(wanted.quantize, dtype, wanted.budget, [*built])
@@ -113,6 +111,7 @@ def engine_graphs(
         inputs = Calibration.of_model(model, known, [*built])
         rewrite = quantising(inputs, kind, dtype, budget=wanted.budget)
         settings = eight_bit_options(kind, wanted.budget, inputs)
+        del inputs
     # A graph joins weights into new ones.
     del built
     graphs = OnnxRequest(
@@ -125,9 +124,6 @@ def engine_graphs(
             examples=examples, compared=False,
         )  # fmt: skip
         exported.options |= settings
-        if inputs is not None and wanted.quantize:
-            paths = ((record, onnx / record.file) for record in exported.graphs)
-            require_attainable(paths, inputs, wanted.quantize, budget=wanted.budget)
         if rewrite is not None:
             for record in exported.graphs:
                 rewrite(record, onnx / record.file)
@@ -148,8 +144,8 @@ def engine_graphs(
                 exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
             )
 
-        # Calibration computes with the model.
-        del model, rewrite, inputs
+        # The rewrite references the model.
+        del model, rewrite
         yield build
 
 

