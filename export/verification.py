@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -248,7 +248,6 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
     """Shapes from smallest to largest within the profiles, each image with each caption; fixed axes keep their size."""
     images, fixed = reference.images, manifest.fixed
     slots = graph_slots(record)
-    most_images = largest(slots, "batch") or images
     if record.name in ("fusion", "nlvr2") and not _has_memories(manifest):
         images = 1
     lengths = reference.tensors["attention_mask"].sum(1)
@@ -260,20 +259,12 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
     def case(image_rows: Tensor, text_rows: Tensor) -> Case:
         return Case(image_rows, text_rows, fixed.get("length", int(lengths[text_rows].max())))
 
-    if record.name in ("vision", "image_memory"):
-        for size in _sizes(fixed.get("batch"), (1, 2, images), most_images):
-            for rows in _chunks(images, size):
-                yield case(rows, torch.zeros(size, 1, dtype=torch.long))
-        return
-    if record.name == "text":
-        for size in _sizes(fixed.get("batch"), (1, 3, texts), largest(slots, "batch") or texts):
-            for rows in _chunks(texts, size):
-                yield case(torch.zeros(size, dtype=torch.long), usable[rows][:, None])
-        return
-    if record.name == "nlvr2":
-        for size in _sizes(fixed.get("batch"), (1, 2, texts), largest(slots, "batch") or texts):
-            for rows in _chunks(texts, size):
-                yield case(rows % images, usable[rows][:, None])
+    if record.name not in ("fusion", "match"):
+        count = images if record.name in ("vision", "image_memory") else texts
+        few = 3 if record.name == "text" else 2
+        for size in _sizes(fixed.get("batch"), (1, few, count), largest(slots, "batch") or count):
+            for rows in _chunks(count, size):
+                yield case(rows % images, usable[rows % texts][:, None])
         return
     shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
     bounded: list[tuple[int, int]] = []
@@ -399,20 +390,15 @@ def _run(
     outputs = runner.run(record.name, inputs)
     shape = [*inputs[record.inputs[0].name].shape]
     images = case.images[:, None].expand_as(case.texts)
+    # Rows of the reference: images, captions, or pairs.
+    rows_of: dict[str, Any] = {"vision": case.images, "text": rows, "nlvr2": (case.images, rows)}
+    index = rows_of.get(record.name, (images, case.texts))
     for tensor in record.outputs:
         name, value = tensor.name, outputs[tensor.name].float().cpu()
-        if name in ("image_embeds", "image_feature"):
-            found.add(name, shape, value, known[name][case.images])
-        elif is_memory(name):
+        if is_memory(name):
             # The reference holds the memory of image 0.
             mine = value[case.images == 0]
             found.add("memory", shape, mine, known[name].expand_as(mine))
-        elif name == "text_feature" or (name == "class_logits" and record.name == "text"):
-            found.add(name, shape, value, known[name][rows])
-        elif name == "class_logits" and record.name == "vision":
-            found.add(name, shape, value, known[name][case.images])
-        elif name == "class_logits" and record.name == "nlvr2":
-            found.add(name, shape, value, known[name][case.images, rows])
         elif name == "text_embeds":
             # Padded positions hold arbitrary values.
             real = inputs["attention_mask"].bool()
@@ -433,7 +419,7 @@ def _run(
             truth = _cut(known["fused_tokens"][0], case.texts, case.length, 0)
             found.add("fused_tokens", shape, value[first], truth[first])
         else:
-            found.add(name, shape, value, known[name][images, case.texts])
+            found.add(name, shape, value, known[name][index])
         if name in ("match_logits", "scores"):
             found.add_scores(images, case.texts, value[..., 1] if name == "match_logits" else value, reference)
 
