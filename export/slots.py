@@ -64,6 +64,11 @@ _AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
 }
 
 
+SMALL_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4, "rows": 2}
+LARGE_SIZES = {"batch": 4, "texts": 16, "length": 40, "past": 16, "rows": 4}
+"""Sizes to warm up axes without a tuned size."""
+
+
 @dataclass(frozen=True)
 class SizeRange:
     """Sizes of an axis; `most` None is unbounded, `best` is the size that an engine was tuned for."""

@@ -9,15 +9,13 @@ from typing import Any
 
 from ..manifest import GraphRecord, Kind, TensorRecord
 from ..request import RepositoryOptions, ServedDevice
-from ..slots import Slot, graph_slots, largest, tensor_shape
+from ..slots import LARGE_SIZES, SMALL_SIZES, Slot, graph_slots, largest, tensor_shape
 
 PLATFORMS: dict[Kind, str] = {"onnx": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 """The platforms of Triton by kind of export; other exports are not served by Triton."""
 
 _DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
 _KINDS: dict[ServedDevice, str] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
-# A graph without profiles is warmed up with a small request and with a large one.
-_BUCKETS = ({"batch": 1, "texts": 4, "length": 16, "past": 4}, {"batch": 4, "texts": 16, "length": 40, "past": 16})
 # Requests of the rank model in one batch.
 _RANK_BATCH = 8
 
@@ -119,7 +117,7 @@ def _warmups(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dic
     warmups: dict[str, dict[str, Any]] = {}
     for slot in slots:
         tuned = any(sizes.best is not None for sizes in slot.ranges.values())
-        for bucket in _BUCKETS[:1] if tuned else _BUCKETS:
+        for bucket in (SMALL_SIZES,) if tuned else (SMALL_SIZES, LARGE_SIZES):
             sizes = slot.example(bucket)
             inputs = []
             for tensor in record.inputs:

@@ -44,6 +44,7 @@ from ..runtimes import (
     open_runtime,
 )
 from ..slots import (
+    SMALL_SIZES,
     Slot,
     axes_of,
     choose_slot,
@@ -61,9 +62,6 @@ from .passes import FusionPass, PassLimits, RowPass, plan_passes, plan_rows, row
 # encoder and cuts the memory into layers, which takes a CPU as long as some dozens of tokens. A GPU profits from few
 # shapes.
 _LIMITS = {"cpu": PassLimits(budget=2048, pass_tokens=32), "cuda": PassLimits(budget=32768, pass_tokens=512, step=8)}
-
-_WARM_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4, "rows": 2}
-
 
 # Inputs that are filled up with the token of padding.
 _PADDED = ("input_ids", "packed_ids")
@@ -285,7 +283,7 @@ class Session:
 
     def example_inputs(self, graph: GraphName, slot: Slot, sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """Inputs of zeros, ids and full masks, at given or tuned sizes."""
-        sizes = slot.example(_WARM_SIZES) if sizes is None else sizes
+        sizes = slot.example(SMALL_SIZES) if sizes is None else sizes
         made = {}
         for tensor in self.manifest.graph(graph).inputs:
             token = self.config.eos_token_id
