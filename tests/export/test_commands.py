@@ -208,9 +208,9 @@ def test_checkpoints_of_either_form(make_model: Callable[..., XFM], tmp_path: Pa
             assert torch.equal(value, model.state_dict()[name]), name
     larger = commands.load_subject(ModelSource(tmp_path / "ours", image_size=48))
     assert larger.model.config.image_size == 48
-    with pytest.raises(InputError, match="--config gives the sizes of an official checkpoint"):
+    with pytest.raises(InputError, match="--config"):
         commands.load_subject(ModelSource(tmp_path / "ours", config=tmp_path / "sizes.json"))
-    with pytest.raises(UnavailableError, match="preset 'small' is unknown"):
+    with pytest.raises(UnavailableError, match="preset 'small'"):
         commands.load_subject(ModelSource(preset="small"))  # pyright: ignore[reportArgumentType]
 
 

@@ -236,13 +236,13 @@ def test_outputs_follow_the_heads(small_model: XFM) -> None:
 
 def test_what_a_model_cannot_give_is_named(small_model: XFM) -> None:
     config = small_model.config
-    with pytest.raises(UnavailableError, match=r"'match' needs the 'matching' head.*has: boxes"):
+    with pytest.raises(UnavailableError, match="'matching'"):
         build("match", XFM(config, heads=("boxes",)), "opset23")
-    with pytest.raises(UnavailableError, match="'fusion' needs the fusion encoder"):
+    with pytest.raises(UnavailableError, match="'fusion'"):
         build("fusion", XFM(config, heads=(), encoders=("vision",)), "opset23")
-    with pytest.raises(UnavailableError, match="no fusion layers"):
+    with pytest.raises(UnavailableError, match="fusion layers"):
         build("image_memory", XFM(config.replace(fusion_layers=0), heads=()), "opset23")
-    with pytest.raises(UnavailableError, match="'nonsense' is unknown; choose from vision"):
+    with pytest.raises(UnavailableError, match="'nonsense'"):
         build("nonsense", small_model, "opset23")  # pyright: ignore[reportArgumentType]
 
 

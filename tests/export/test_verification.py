@@ -326,7 +326,7 @@ def test_examples_have_every_length(small_model: XFM) -> None:
         assert length < 2 or ids[length - 1] == config.eos_token_id
     short = make_examples(pixels, rows, config, origin="test", longest=6)
     assert short.input_ids.shape == (20, 6)
-    with pytest.raises(InputError, match="0 texts are nothing to compare on"):
+    with pytest.raises(InputError, match="0 texts"):
         make_examples(pixels, [], config, origin="test")
 
 
@@ -379,7 +379,7 @@ def test_bf16_graphs_are_compared_in_fp32(
     errors = {check.output: check.max_error for check in manifest.verification.checks}
     # Rounded weights alone make more than the errors of fp32.
     assert all(error is not None and error > 1e-4 for error in errors.values())
-    with pytest.raises(UnavailableError, match="ONNX Runtime has no bf16 kernels for the CPU"):
+    with pytest.raises(UnavailableError, match="bf16"):
         Session.load(tmp_path)
     loaded = onnx.load(str(tmp_path / f"{spoilt}.onnx"))
     bias = next(tensor for tensor in loaded.graph.initializer if tensor.name.endswith("LayerNorm.bias"))
@@ -399,7 +399,7 @@ def test_no_room_for_the_copy_in_fp32(small_model: XFM, tmp_path: Path, monkeypa
     monkeypatch.setattr("xfm_fast.export.runtimes.onnx_sessions.widen", full)
     folder = write_export(tmp_path, small_model, "bf16")
     with pytest.raises(
-        StorageError, match=r"could not be copied in fp32 to .* \(No space left on device\); free space"
+        StorageError, match="No space left on device"
     ):
         verify_export(folder, small_model)
 
@@ -416,7 +416,7 @@ def test_without_a_runtime_nothing_is_called_verified(
 
 def test_export_without_a_reference(small_model: XFM, tmp_path: Path) -> None:
     folder = write_export(tmp_path, small_model)
-    with pytest.raises(ExportError, match=r"has no reference\.safetensors to compare with; export again"):
+    with pytest.raises(ExportError, match=r"reference\.safetensors"):
         verify(folder)
     (folder / "reference.safetensors").write_bytes(b"nothing")
     with pytest.raises(ExportError, match=r"reference\.safetensors is damaged"):

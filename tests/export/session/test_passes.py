@@ -174,5 +174,5 @@ def test_fixed_shapes_are_filled_before_another_pass_begins() -> None:
 
 def test_a_text_longer_than_every_slot_is_an_error() -> None:
     slots = [_slot(ANY, ANY, SizeRange(1, 40, 16), "bulk")]
-    with pytest.raises(InputError, match=r"length is 41 and profile 'bulk' takes 1 to 40"):
+    with pytest.raises(InputError, match="length is 41"):
         plan_passes([0], [41], slots, PassLimits(2048, 48))

@@ -90,7 +90,7 @@ def test_tokenizer_and_preprocessing_travel_with_an_export(small_model: XFM, wor
 
 
 def test_exports_that_cannot_be_served(exported_fp32: Path, words: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no tokenizer\.json to read texts with"):
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
         load(exported_fp32, SourceOptions(device="cpu"), 0)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="is no readable tokenizer"):
@@ -99,7 +99,7 @@ def test_exports_that_cannot_be_served(exported_fp32: Path, words: Path, tmp_pat
     part = Path(shutil.copytree(exported_fp32, tmp_path / "part"))
     kept = [graph for graph in manifest.graphs if graph.name == "vision"]
     manifest.model_copy(update={"graphs": kept}).save(part)
-    with pytest.raises(ExportError, match="lacks text, image_memory, fusion; export them"):
+    with pytest.raises(ExportError, match="text, image_memory, fusion"):
         load(part, SourceOptions(device="cpu", tokenizer=words), 0)
     other = Path(shutil.copytree(exported_fp32, tmp_path / "other"))
     manifest.model_copy(update={"tokenizer_sha256": "0" * 64}).save(other)

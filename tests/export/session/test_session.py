@@ -204,9 +204,9 @@ def test_nothing_is_nothing(either: Session, small_model: XFM) -> None:
 
 def test_heads_answer_for_the_very_tensor_only(session: Session, small_model: XFM) -> None:
     found = session.encode_image(_pixels(small_model, 2))
-    with pytest.raises(InputError, match="encode_image of this session returned, not a part or copy"):
+    with pytest.raises(InputError, match="encode_image"):
         session.project_image(found[:1])
-    with pytest.raises(InputError, match="the very tensor that fuse"):
+    with pytest.raises(InputError, match="fuse"):
         session.match_logits(torch.zeros(1, 1, session.config.text_width))
 
 
@@ -240,7 +240,7 @@ def test_threads_share_a_session(session: Session, small_model: XFM) -> None:
 def test_is_ready_when_warm(exported_fp32: Path, small_model: XFM) -> None:
     session = Session(exported_fp32, "onnxruntime", "cpu", verify_files=False)
     assert not session.ready
-    with pytest.raises(UnavailableError, match="not ready; call warm_up"):
+    with pytest.raises(UnavailableError, match="warm_up"):
         session.encode_image(_pixels(small_model, 1))
     session.warm_up()
     assert session.ready
@@ -254,9 +254,9 @@ def test_one_graph_pads_and_trims_by_itself(session: Session, small_model: XFM) 
         "match", {"pixels": _pixels(small_model, 1), "input_ids": ids[None], "attention_mask": mask[None]}
     )
     assert scores["scores"].shape == (1, 2)
-    with pytest.raises(InputError, match="inputs missing or unknown: attention_mask"):
+    with pytest.raises(InputError, match="attention_mask"):
         session.run("text", {"input_ids": ids})
-    with pytest.raises(InputError, match=r"attention_mask is \[2, 4\], so length is 4, but another input has 5"):
+    with pytest.raises(InputError, match=r"attention_mask is \[2, 4\]"):
         session.run("text", {"input_ids": ids, "attention_mask": mask[:, :4]})
     left = torch.ones_like(mask)
     left[1, 0] = 0
@@ -265,9 +265,9 @@ def test_one_graph_pads_and_trims_by_itself(session: Session, small_model: XFM) 
             run(ids, left)
         with pytest.raises(InputError, match="-1"):
             run(torch.full_like(ids, -1), torch.ones_like(mask))
-    with pytest.raises(InputError, match=r"pixels is \[1, 3, 8, 8\]; it must be \[batch, 3, "):
+    with pytest.raises(InputError, match=r"pixels is \[1, 3, 8, 8\]"):
         session.run("vision", {"pixels": torch.zeros(1, 3, 8, 8)})
-    with pytest.raises(ExportError, match="graph 'decoder' is not in"):
+    with pytest.raises(ExportError, match="graph 'decoder'"):
         session.run("decoder", {})
 
 
@@ -289,7 +289,7 @@ def test_fixed_graphs_take_less_by_padding_and_more_in_parts(small_model: XFM, t
     ids, mask = torch.full((1, 13), 5), torch.ones(1, 13)
     with pytest.raises(InputError, match=r"length is 13 and graph 'text' takes exactly 12"):
         session.encode_text(ids, mask)
-    with pytest.raises(InputError, match=r"batch is 3 and graph 'vision' takes exactly 2"):
+    with pytest.raises(InputError, match="batch is 3"):
         session.run("vision", {"pixels": _pixels(small_model, 3)})
 
 
@@ -301,7 +301,7 @@ def test_all_tokens_come_where_they_were_exported(
     index = torch.tensor([0, 1, 0, 0, 1])
     with torch.inference_mode():
         images, embeds = small_model.encode_image(_pixels(small_model, 2)), small_model.encode_text(ids, mask)
-        with pytest.raises(UnavailableError, match="token 0 of fused texts alone"):
+        with pytest.raises(UnavailableError, match="token 0"):
             session.fuse(embeds, mask, session.image_memory(images), index)
         export_onnx(small_model, tmp_path, graphs=("image_memory", "fusion"), all_tokens=True, packed=packed)
         assert verify_export(tmp_path, small_model).status == "verified"
@@ -313,7 +313,7 @@ def test_all_tokens_come_where_they_were_exported(
         _close(whole.match_logits(found), small_model.match_logits(expected))
         first = whole.fuse(embeds, mask, whole.image_memory(images), index, first_token_only=True)
         _close(first, expected[:, :1])
-    with pytest.raises(ExportError, match=r"graph 'vision' is not in .* \(it has: image_memory, fusion\); export it"):
+    with pytest.raises(ExportError, match="graph 'vision'"):
         whole.encode_image(_pixels(small_model, 1))
 
 
@@ -324,13 +324,13 @@ def test_what_does_not_match_is_named(exported_fp32: Path, tmp_path: Path) -> No
         file.write(b"x")
     with pytest.raises(ExportError, match=r"text\.onnx was edited"):
         Session.load(folder)
-    with pytest.raises(ExportError, match="runtime 'tensorrt' runs tensorrt and this export holds onnx"):
+    with pytest.raises(ExportError, match="runtime 'tensorrt'"):
         Session.load(folder, "tensorrt", verify_files=False)
-    with pytest.raises(UnavailableError, match="runtime 'coreml' is unknown; choose from auto, onnxruntime"):
+    with pytest.raises(UnavailableError, match="runtime 'coreml'"):
         Session.load(folder, "coreml", verify_files=False)
-    with pytest.raises(UnavailableError, match="precision='bf16' is a matter of OpenVINO"):
+    with pytest.raises(UnavailableError, match="precision='bf16'"):
         Session.load(folder, "onnxruntime", precision="bf16", verify_files=False)
-    with pytest.raises(ExportError, match=r"has no manifest\.json"):
+    with pytest.raises(ExportError, match=r"manifest\.json"):
         Session.load(tmp_path)
 
 
@@ -340,7 +340,7 @@ def test_a_failed_export_is_not_served(exported_fp32: Path, tmp_path: Path) -> N
     manifest = Manifest.load(folder)
     manifest.status, manifest.reason = "failed", "differs from the model: fusion boxes"
     manifest.save(folder)
-    with pytest.raises(ExportError, match=r"differs from the model that it was made from .*fusion boxes"):
+    with pytest.raises(ExportError, match="fusion boxes"):
         Session.load(folder)
 
 
