@@ -24,7 +24,7 @@ from .expected import Examples
 from .graphs import Graph, frozen, tracing_call
 from .manifest import GraphRecord, Manifest, PackageTarget, package_versions
 from .pipeline import Progress, export_graphs, silent
-from .request import PackageRequest, completed
+from .request import PackageRequest, with_changes
 from .runtimes import first_line
 
 DEVICES = ("cpu", "cuda")
@@ -53,7 +53,7 @@ def export_packages(
     **changes: Any,
 ) -> Manifest:
     """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
-    request = completed(request, PackageRequest, changes)
+    request = with_changes(request, PackageRequest, changes)
     check_compiling(request.device, request.dtype)
 
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
@@ -84,7 +84,7 @@ def write_package(
             warnings.catch_warnings(action="ignore"),  # about the compiler's own code
             frozen(graph),
         ):
-            program = traced(graph, dtype, device, fixed or {})
+            program = trace(graph, dtype, device, fixed or {})
             made = Path(scratch) / path.name
             with fresh_cache(dir=scratch):
                 aoti_compile_and_package(program, package_path=str(made), inductor_configs=_COMPILER)
@@ -106,7 +106,7 @@ def _not_written(path: Path, reason: str) -> StorageError:
     return StorageError(f"{path} could not be written ({reason}); free space or choose another folder")
 
 
-def traced(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) -> torch.export.ExportedProgram:
+def trace(graph: Graph, dtype: DType, device: str, fixed: Mapping[str, int]) -> torch.export.ExportedProgram:
     """The exported program of a graph with parameters in `dtype`, on a device."""
     inputs, shapes = tracing_call(graph, DTYPES[dtype], fixed)
     with torch.no_grad(), frozen(graph):

@@ -28,7 +28,7 @@ from .expected import Examples
 from .graphs import Graph, check_fixed, frozen, tracing_call
 from .manifest import GraphRecord, Manifest, package_versions
 from .pipeline import Progress, export_graphs, silent
-from .request import OnnxRequest, completed
+from .request import OnnxRequest, with_changes
 
 # Smaller ones stay in the message: shapes are inferred from constants.
 _LEAST_BESIDE = 1024
@@ -75,7 +75,7 @@ def export_onnx(
         InputError: A fixed axis or size that no graph can have.
         StorageError: The folder is not writable or too small.
     """
-    request = completed(request, OnnxRequest, changes)
+    request = with_changes(request, OnnxRequest, changes)
     spelling = check_spelling(request)
 
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:

@@ -31,7 +31,7 @@ from .graphs import GraphName, is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
 from .pipeline import Progress, companions_of, fill_folder, prepare_folder, silent
-from .products import Fitted, Scheme, fit, observe, real_tokens, rewritten, runner, save, sites
+from .qdq import Fitted, Scheme, fit, observe, quantise_graph, real_tokens, runner, save, sites
 from .request import BUDGET, GRAPHS, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
@@ -191,7 +191,7 @@ def _sized(value: Tensor, dims: Sequence[int | str]) -> Tensor:
     return value
 
 
-def quantising(
+def make_rewrite(
     calibration: Calibration,
     kind: Quantisation,
     dtype: DType,
@@ -256,7 +256,7 @@ class _Search:
         del self.wide
         if chosen:
             model = onnx.load(str(self.path))
-            save(rewritten(model, chosen, self.scheme), self.path)
+            save(quantise_graph(model, chosen, self.scheme), self.path)
         return QuantisationRecord(
             kind=self.scheme.kind,
             budget=self.budget,
@@ -291,13 +291,13 @@ class _Search:
 
     def _cosine(self, chosen: Sequence[Fitted]) -> float:
         """The least cosine of any output row with some of the sites in 8 bits."""
-        run = runner(rewritten(self.wide, chosen, self.scheme))
+        run = runner(quantise_graph(self.wide, chosen, self.scheme))
         cosines = [least_cosine(run(self.feeds[n]), self.truths[n], self.feeds[n]) for n in self.tried]
         # min() may lose NaN.
         return float(torch.tensor(cosines).min())
 
     def _milliseconds(self, chosen: Sequence[Fitted]) -> float:
-        run, feed = runner(rewritten(self.wide, chosen, self.scheme)), self.feeds[0]
+        run, feed = runner(quantise_graph(self.wide, chosen, self.scheme)), self.feeds[0]
         run(feed)
         times = []
         for _ in range(_TIMED):
@@ -359,7 +359,7 @@ def quantize_int8(
     prepare_folder(out, 2 * sum(record.bytes for record in source.files))
     # CPUs multiply uint8 by int8, GPUs int8 by int8.
     unsigned = source.consumer in ("onnxruntime", "openvino")
-    rewrite = quantising(calibration, "int8", "fp32", budget=budget, unsigned=unsigned, progress=progress)
+    rewrite = make_rewrite(calibration, "int8", "fp32", budget=budget, unsigned=unsigned, progress=progress)
     result = source.model_copy(
         update={
             "versions": source.versions | package_versions("onnxruntime"),

@@ -211,7 +211,7 @@ class RepositoryOptions:
 Request = TypeVar("Request", bound=ExportRequest)
 
 
-def completed(request: Request | None, kind: type[Request], changes: Mapping[str, Any]) -> Request:
+def with_changes(request: Request | None, kind: type[Request], changes: Mapping[str, Any]) -> Request:
     """The request, or the default one of a kind, with changed fields."""
     return replace(request or kind(), **changes)
 

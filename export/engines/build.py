@@ -36,10 +36,10 @@ from ..quantise import (
     Calibration,
     check_quantisation,
     eight_bit_options,
-    quantising,
+    make_rewrite,
     require_eight_bits,
 )
-from ..request import EngineRequest, OnnxRequest, TensorRTRequest, completed
+from ..request import EngineRequest, OnnxRequest, TensorRTRequest, with_changes
 from ..verification import compare_with_reference, keep_reference
 from .library import EngineConsumer, Library, first_error, load_library, message_logger, start
 from .messages import describe_layers, explain, first_failing_layer, parser_errors
@@ -94,7 +94,7 @@ def engine_graphs(
 ) -> Iterator[Callable[[BuildProgress | None], Manifest]]:
     """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
-    wanted = completed(request, TensorRTRequest, changes).complete
+    wanted = with_changes(request, TensorRTRequest, changes).complete
     library, targets, spelling = check_request(consumer, wanted)
     profiles = parse_profiles(wanted.profile, packed=wanted.packed)
     dtype, fixed = data_type(wanted.dtype), wanted.sizes
@@ -109,7 +109,7 @@ def engine_graphs(
         kind = check_quantisation(wanted.quantize, dtype, wanted.budget, [*built])
         known = calibration or examples or generated_examples(model.config)
         inputs = Calibration.of_model(model, known, [*built])
-        rewrite = quantising(inputs, kind, dtype, budget=wanted.budget)
+        rewrite = make_rewrite(inputs, kind, dtype, budget=wanted.budget)
         settings = eight_bit_options(kind, wanted.budget, inputs)
         del inputs
     # A graph joins weights into new ones.
@@ -371,7 +371,7 @@ class BuildProgress(Protocol):
         """The build of graph `number` of `count`, from 1, begins."""
 
     def phase(self, name: str, done: int, steps: int, depth: int) -> None:
-        """A phase of the builder completed `done` of its steps; depth 0 is the whole build."""
+        """A phase of the builder with_changes `done` of its steps; depth 0 is the whole build."""
 
 
 class Silent(BuildProgress):

@@ -15,7 +15,7 @@ from tests.cli.runner import invoke
 from xfm_fast import XFM, Retriever
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from xfm_fast.export import aoti
-from xfm_fast.export.aoti import check_compiling, check_package, export_packages, instructions, local_target, traced
+from xfm_fast.export.aoti import check_compiling, check_package, export_packages, instructions, local_target, trace
 from xfm_fast.export.manifest import Manifest, PackageTarget
 from xfm_fast.export.pipeline import build_graphs
 from xfm_fast.export.request import GRAPHS, ModelSource
@@ -105,7 +105,7 @@ def test_any_batch_runs_in_a_fresh_process(memory_package: Path, small_model: XF
 def test_weights_are_joined_once(small_model: XFM) -> None:
     """Of all projections one is made before the graph is compiled: a call has one product, and joins nothing."""
     (graph,) = build_graphs(small_model, aoti._SPELLING, ("image_memory",)).values()
-    called = [node.target for node in traced(graph, "fp32", "cpu", {}).graph.nodes if node.op == "call_function"]
+    called = [node.target for node in trace(graph, "fp32", "cpu", {}).graph.nodes if node.op == "call_function"]
     assert called.count(torch.ops.aten.linear.default) == 1
     assert torch.ops.aten.cat.default not in called
 

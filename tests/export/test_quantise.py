@@ -16,13 +16,13 @@ import torch
 from tests.cli.runner import invoke
 from tests.export.conftest import scenes_examples
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export import export_onnx, products, quantise, quantize_int8, verify
+from xfm_fast.export import export_onnx, qdq, quantise, quantize_int8, verify
 from xfm_fast.export.engines import build as engines
 from xfm_fast.export.engines.library import load_library
 from xfm_fast.export.engines.profiles import DEFAULT_PROFILES
 from xfm_fast.export.expected import Examples, Reference, generated_examples
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.products import Fitted, Scheme, Seen, Site, fit, observe, real_tokens, rewritten, sites
+from xfm_fast.export.qdq import Fitted, Scheme, Seen, Site, fit, observe, quantise_graph, real_tokens, sites
 from xfm_fast.export.quantise import Calibration
 from xfm_fast.export.request import GRAPHS, EngineRequest, Quantisation
 from xfm_fast.export.runtimes.onnx_sessions import widen
@@ -145,7 +145,7 @@ def test_nodes_of_a_graph(
     assert found[1].layers == ("encoder.blocks.0.attn.proj",)
     seen, truths = observe(wide, found, feeds)
     chosen = [fit(site, seen[site.tensor], scheme) for site in found]
-    model = rewritten(onnx.load(folder / "vision.onnx"), chosen, scheme)
+    model = quantise_graph(onnx.load(folder / "vision.onnx"), chosen, scheme)
     onnx.checker.check_model(model, full_check=True)
     count = Counter(node.op_type for node in model.graph.node)
     assert count["QuantizeLinear"] == len(found)
@@ -232,8 +232,8 @@ def test_a_budget_takes_products_back(exported_fp32: Path, tmp_path: Path, monke
 
 def test_coarse_levels_lose_the_ranks(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate can fail: its verdict stands in the manifest, and no session is made of such an export."""
-    fine = products._scale
-    monkeypatch.setattr(products, "_scale", lambda *given: (20 * fine(*given)[0], fine(*given)[1]))
+    fine = qdq._scale
+    monkeypatch.setattr(qdq, "_scale", lambda *given: (20 * fine(*given)[0], fine(*given)[1]))
     manifest = quantize_int8(exported_fp32, tmp_path / "int8", budget=0.01)
     assert manifest.status == "failed"
     assert "ranks by" in manifest.reason
@@ -303,7 +303,7 @@ def test_a_graph_that_does_not_run_is_named(exported_fp32: Path, calibration: Ca
             node.op_type = "NoSuchNode"
     onnx.save(graph, path)
     with pytest.raises(ExportError, match="graph 'text'"):
-        quantise.quantising(calibration, "int8", "fp32")(record, path)
+        quantise.make_rewrite(calibration, "int8", "fp32")(record, path)
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ def test_an_engine_of_one_graph(exported_fp16: Path, calibration: Calibration, t
     pytest.importorskip("tensorrt_rtx")
     record = Manifest.load(exported_fp16, check_files=False).graph("fusion").model_copy()
     path = Path(shutil.copy(exported_fp16 / "fusion.onnx", tmp_path / "fusion.onnx"))
-    quantise.quantising(calibration, "int8", "fp16")(record, path)
+    quantise.make_rewrite(calibration, "int8", "fp16")(record, path)
     library = load_library("tensorrt-rtx")
     options = EngineRequest(sm="80,89,120").complete
     built = engines.build_engine(

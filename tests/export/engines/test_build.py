@@ -138,7 +138,7 @@ def test_the_graphs_behind_engines_are_compared_on_the_cpu(
         onnx.save(graph, path)
 
     if quantize is None:
-        monkeypatch.setattr(engines, "quantising", lambda *_, **__: twist)
+        monkeypatch.setattr(engines, "make_rewrite", lambda *_, **__: twist)
         quantize = "int8"
         with pytest.raises(ExportError, match="image_memory"):
             export(tmp_path / "bad")

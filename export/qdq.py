@@ -204,8 +204,8 @@ def fit(site: Site, seen: Seen, scheme: Scheme) -> Fitted:
             high = float((seen.largest / smoothing).max())
             low = max(-high, float(given.min()) * 1.1)
         scale, zero = _scale(low * clip, high * clip, scheme)
-        found = _rounded(given, scale, zero, scheme) @ torch.cat(
-            [_weight(part, scheme)[0] for part in changed.split([w.shape[1] for w in site.weights], 1)], 1
+        found = _round_activations(given, scale, zero, scheme) @ torch.cat(
+            [_quantise_weight(part, scheme)[0] for part in changed.split([w.shape[1] for w in site.weights], 1)], 1
         )
         return Fitted(site, smoothing, scale, zero, float((found - exact).norm()) / length)
 
@@ -230,7 +230,7 @@ def _scale(low: float, high: float, scheme: Scheme) -> tuple[float, int]:
     return max(-low, high) / _EXTREMES[scheme.kind] or 1.0, 0
 
 
-def _rounded(x: Tensor, scale: float, zero: int, scheme: Scheme) -> Tensor:
+def _round_activations(x: Tensor, scale: float, zero: int, scheme: Scheme) -> Tensor:
     """Activations rounded to the scheme's grid."""
     if scheme.kind == "fp8":
         return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
@@ -238,7 +238,7 @@ def _rounded(x: Tensor, scale: float, zero: int, scheme: Scheme) -> Tensor:
     return ((x / scale).round() + zero).clamp(least, most).sub(zero) * scale
 
 
-def _weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+def _quantise_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """A weight `[K, N]` in 8 bits: its rounded values, the stored tensor, and scales `[N]` or `[]`."""
     extreme = _EXTREMES[scheme.kind]
     if scheme.kind == "fp8":
@@ -250,7 +250,7 @@ def _weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     return stored * scale, stored.to(torch.int8), scale
 
 
-def rewritten(model: Any, chosen: Iterable[Fitted], scheme: Scheme) -> Any:
+def quantise_graph(model: Any, chosen: Iterable[Fitted], scheme: Scheme) -> Any:
     """A copy of an ONNX graph with some of its sites in 8 bits."""
     return _Rewriting(copy.deepcopy(model), scheme).run([*chosen])
 
@@ -302,7 +302,7 @@ class _Rewriting:
         yield helper.make_node("DequantizeLinear", [f"{name}.q", scale, zero], [f"{name}.dq"], f"{name}.dequantize")
         for product, weight in zip(site.products, site.weights, strict=True):
             changed = weight if fitted.smoothing is None else weight * fitted.smoothing[:, None]
-            _, values, scales = _weight(changed, self.scheme)
+            _, values, scales = _quantise_weight(changed, self.scheme)
             parts = [
                 self._add(f"{product}.weight", values, stored),
                 self._add(f"{product}.weight_scale", scales, wide),
