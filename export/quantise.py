@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,12 @@ from typing import Any, Self, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
 from .consumers import DType
-from .expected import Examples, Reference, graph_memory
+from .expected import Examples, Reference, make_reference
 from .graphs import GraphName, is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .onnx import Rewrite
@@ -35,7 +34,18 @@ from .qdq import Fitted, Scheme, fit, observe, quantise_graph, real_tokens, runn
 from .request import BUDGET, GRAPHS, Quantisation
 from .runtimes.onnx_sessions import widen
 from .session import Session
-from .verification import DIRECTIONS, THRESHOLDS, compare_with_reference, keep_reference
+from .slots import graph_slots
+from .verification import (
+    DIRECTIONS,
+    THRESHOLDS,
+    Case,
+    Runner,
+    case_inputs,
+    chunks,
+    compare_with_reference,
+    default_runner,
+    keep_reference,
+)
 
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 
@@ -76,119 +86,76 @@ def check_quantisation(
 
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs of graphs: examples and intermediate results of the model."""
+    """Inputs of the graphs of an export: results of the model on examples, and a runner that computes memories."""
 
-    examples: Examples
-    image_embeds: Tensor | None  # [I, M, Dv]
-    text_embeds: Tensor | None  # [T, L, Dt]
-    memory: Callable[[int], Mapping[str, Tensor]]  # memory [1, H, M, D] of an image by number
-    padding: int  # id of the padding token
+    manifest: Manifest
+    reference: Reference
+    runner: Runner
+    origin: str
 
     @classmethod
-    @torch.no_grad()
-    def of_model(cls, model: XFM, examples: Examples, graphs: Collection[GraphName]) -> Self:
-        """Calibration inputs computed by the model, for some graphs."""
-        images = texts = None
-        if {"image_memory", "fusion"} & {*graphs}:
-            images = model.encode_image(examples.pixels.to(model.dtype))
-        if "fusion" in graphs:
-            texts = model.encode_text(examples.input_ids, examples.attention_mask)
-
-        def memory(number: int) -> dict[str, Tensor]:
-            assert images is not None
-            with torch.no_grad():
-                return graph_memory(model.image_memory(images[number : number + 1]))
-
-        return cls(examples, images, texts, memory, model.config.pad_token_id)
+    def of_model(cls, model: XFM, examples: Examples, folder: Path, manifest: Manifest) -> Self:
+        """Calibration with embeddings computed by the model, for its ONNX export in `folder`."""
+        images, texts = _needed(manifest)
+        graphs: list[GraphName] = []
+        if images:
+            graphs.append("image_memory")
+        if texts:
+            graphs.append("text")
+        reference = make_reference(model, examples, graphs, "fp32")
+        return cls(manifest, reference, default_runner(folder, manifest), examples.origin)
 
     @classmethod
     def of_export(cls, folder: Path, manifest: Manifest, examples: Examples) -> Self:
-        """Calibration inputs computed by an fp32 export; raises `ExportError` where it lacks a graph for them."""
-        names = {*manifest.graph_names}
-        wanted = ({"vision"} if names & {"image_memory", "fusion"} else set()) | (
-            {"text", "image_memory"} if "fusion" in names else set()
-        )
-        if lacking := sorted(wanted - names):
+        """Calibration with embeddings computed by an fp32 export; raises `ExportError` where it lacks a graph."""
+        images, texts = _needed(manifest)
+        wanted = {"vision"} if images else set()
+        wanted |= {"text", "image_memory"} if texts else set()
+        if lacking := sorted(wanted - {*manifest.graph_names}):
             raise ExportError(
-                f"{folder} lacks {' and '.join(lacking)}, which compute what its other graphs are given; export them "
-                "with it, or calibrate on the images of its own: leave out --data"
+                f"{folder} lacks {' and '.join(lacking)}, which compute the inputs of its other graphs; export them "
+                "too, or leave out --data"
             )
         session = Session.load(folder, "onnxruntime", "cpu", verify_files=False)
-        images = session.encode_image(examples.pixels) if "vision" in wanted else None
-        texts = session.encode_text(examples.input_ids, examples.attention_mask) if "text" in wanted else None
-
-        def memory(number: int) -> Mapping[str, Tensor]:
-            assert images is not None
-            return session.image_memory(images[number : number + 1]).layers
-
-        return cls(examples, images, texts, memory, manifest.config["pad_token_id"])
+        tensors = {name: getattr(examples, name) for name in ("pixels", "input_ids", "attention_mask")}
+        if images:
+            tensors["image_embeds"] = session.encode_image(examples.pixels)
+        if texts:
+            tensors["text_embeds"] = session.encode_text(examples.input_ids, examples.attention_mask)
+        return cls(manifest, Reference(tensors, {}), session, examples.origin)
 
     @classmethod
-    def of_reference(cls, reference: Reference, origin: str, padding: int) -> Self:
-        """Calibration inputs from the reference of an export; all images share the memory of image 0."""
-        known = reference.tensors
-        examples = Examples(known["pixels"], known["input_ids"], known["attention_mask"], origin)
-
-        def memory(number: int) -> dict[str, Tensor]:
-            return {name: value for name, value in known.items() if is_memory(name)}
-
-        return cls(examples, known.get("image_embeds"), known.get("text_embeds"), memory, padding)
+    def of_reference(cls, folder: Path, manifest: Manifest, reference: Reference) -> Self:
+        """Calibration with the examples of the verification."""
+        origin = f"{manifest.examples}, which it is compared on too"
+        return cls(manifest, reference, default_runner(folder, manifest), origin)
 
     def inputs(self, record: GraphRecord) -> Iterator[dict[str, np.ndarray]]:
-        """Inputs of a graph by name, an image (or 16 texts) each, in fp32 and int64; fixed axes are cut or repeated."""
-        examples = self.examples
-        count = len(examples.input_ids)
-        dims = {tensor.name: tensor.dims for tensor in record.inputs}
-
-        def arrays(**tensors: Tensor) -> dict[str, np.ndarray]:
-            assert {*dims} == {*tensors}, (dims, {*tensors})
-            sized = {name: _sized(value, dims[name]) for name, value in tensors.items()}
-            return {
+        """Inputs of a graph by name, an image with 8 captions (or 16 captions) each, in fp32 and int64."""
+        reference, wide = self.reference, self.manifest.model_copy(update={"dtype": "fp32"})
+        lengths = reference.tensors["attention_mask"].sum(1)
+        fixed = {axis: sizes.least for axis, sizes in graph_slots(record)[0].ranges.items() if sizes.single}
+        if record.name == "text":
+            size = fixed.get("batch", min(_TEXTS_AT_ONCE, reference.texts))
+            pairs = [(torch.zeros_like(rows), rows[:, None]) for rows in chunks(reference.texts, size)]
+        else:
+            images, texts = torch.arange(fixed.get("batch", 1)), torch.arange(fixed.get("texts", _TEXTS_WITH_AN_IMAGE))
+            pairs = [
+                ((images + n) % reference.images, ((texts + n * len(texts)) % reference.texts).expand(len(images), -1))
+                for n in range(reference.images)
+            ]
+        for images, texts in pairs:
+            case = Case(images, texts, fixed.get("length", int(lengths[texts].max())))
+            tensors = case_inputs(record, case, wide, reference, self.runner)
+            yield {
                 name: (value.float() if value.is_floating_point() else value.long()).contiguous().numpy()
-                for name, value in sized.items()
+                for name, value in tensors.items()
             }
 
-        if record.name == "text":
-            for rows in torch.arange(count).split(_TEXTS_AT_ONCE):
-                ids, mask = examples.input_ids[rows], examples.attention_mask[rows]
-                if "segments" not in dims:
-                    yield arrays(input_ids=ids, attention_mask=mask)
-                    continue
-                positions = mask.cumsum(1) * mask + self.padding
-                yield arrays(packed_ids=ids, positions=positions, **_a_text_a_row(mask))
-            return
-        for number in range(len(examples.pixels)):
-            pixels = examples.pixels[number : number + 1]
-            rows = (torch.arange(_TEXTS_WITH_AN_IMAGE) + number * _TEXTS_WITH_AN_IMAGE) % count
-            mask = examples.attention_mask[rows][None]
-            if record.name == "vision":
-                yield arrays(pixels=pixels)
-            elif record.name == "match":
-                yield arrays(pixels=pixels, input_ids=examples.input_ids[rows][None], attention_mask=mask)
-            elif record.name == "image_memory":
-                assert self.image_embeds is not None
-                yield arrays(image_embeds=self.image_embeds[number : number + 1])
-            else:
-                assert self.text_embeds is not None
-                embeds, memory = self.text_embeds[rows][None], self.memory(number)
-                if "segments" in dims:
-                    texts = {name: value[None] for name, value in _a_text_a_row(mask[0]).items()}
-                    yield arrays(packed_embeds=embeds, **texts, **memory)
-                else:
-                    yield arrays(text_embeds=embeds, attention_mask=mask, **memory)
 
-
-def _a_text_a_row(mask: Tensor) -> dict[str, Tensor]:
-    """Masks `[T, L]` as inputs of packed graphs, one caption a row."""
-    rows = torch.arange(len(mask))
-    return {"segments": mask * (rows[:, None] + 1), "firsts": torch.stack([rows, torch.zeros_like(rows)], 1)}
-
-
-def _sized(value: Tensor, dims: Sequence[int | str]) -> Tensor:
-    for axis, size in enumerate(dims):
-        if isinstance(size, int) and size != value.shape[axis]:
-            value = value.index_select(axis, torch.arange(size) % value.shape[axis])
-    return value
+def _needed(manifest: Manifest) -> tuple[bool, bool]:
+    """Whether graphs of an export take image embeddings or memories, and text embeddings."""
+    return not {"image_memory", "fusion"}.isdisjoint(manifest.graph_names), "fusion" in manifest.graph_names
 
 
 def make_rewrite(
@@ -229,9 +196,7 @@ def _naming(record: GraphRecord, kind: Quantisation) -> Iterator[None]:
 class _Search:
     """The choice of the GEMMs of one graph."""
 
-    def __init__(
-        self, path: Path, feeds: Sequence[Mapping[str, np.ndarray]], scheme: Scheme, budget: float
-    ) -> None:
+    def __init__(self, path: Path, feeds: Sequence[Mapping[str, np.ndarray]], scheme: Scheme, budget: float) -> None:
         import onnx
 
         self.path, self.scheme, self.budget, self.feeds = path, scheme, budget, feeds
@@ -351,8 +316,7 @@ def quantize_int8(
         )
     reference = Reference.load(folder)
     if examples is None:
-        origin = f"{source.examples}, which it is compared on too"
-        calibration = Calibration.of_reference(reference, origin, source.config["pad_token_id"])
+        calibration = Calibration.of_reference(folder, source, reference)
     else:
         calibration = Calibration.of_export(folder, source, examples)
     # Room for a copy of the old graphs and for the new ones.
@@ -402,7 +366,7 @@ def quantize_int8(
 
 def eight_bit_options(kind: Quantisation, budget: float, calibration: Calibration) -> dict[str, Any]:
     """Manifest options of an 8-bit export."""
-    return {"arithmetic": kind, "budget": budget, "calibration": calibration.examples.origin}
+    return {"arithmetic": kind, "budget": budget, "calibration": calibration.origin}
 
 
 def require_eight_bits(graphs: Sequence[GraphRecord], budget: float) -> None:

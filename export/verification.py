@@ -214,7 +214,7 @@ def _reranked(manifest: Manifest, reference: Reference, runner: Runner) -> Tenso
         values = computed[output] = computed[output].clone()
         for case in _largest_cases(record, manifest, reference):
             rows = case.images if graph == "vision" else case.texts[:, 0]
-            outputs = runner.run(graph, _inputs(record, case, manifest, reference, runner))
+            outputs = runner.run(graph, case_inputs(record, case, manifest, reference, runner))
             if output in outputs:
                 made = outputs[output].float().cpu()
             else:
@@ -263,7 +263,7 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
         count = images if record.name in ("vision", "image_memory") else texts
         few = 3 if record.name == "text" else 2
         for size in _sizes(fixed.get("batch"), (1, few, count), largest(slots, "batch") or count):
-            for rows in _chunks(count, size):
+            for rows in chunks(count, size):
                 yield case(rows % images, usable[rows % texts][:, None])
         return
     shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
@@ -275,13 +275,13 @@ def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iter
         together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
         bounded.append((batch, min(count, largest(together, "texts") or count)))
     for batch, count in dict.fromkeys(bounded):
-        for image_rows in _chunks(images, batch):
+        for image_rows in chunks(images, batch):
             if count == 1 and fixed.get("texts") is None:
                 # A memory for each text: image b with a text of its own.
                 rows = torch.arange(batch)[:, None] + int(image_rows[0])
                 yield case(image_rows, usable[rows % texts])
                 continue
-            for text_rows in _chunks(texts, count):
+            for text_rows in chunks(texts, count):
                 yield case(image_rows, usable[text_rows].expand(batch, -1))
 
 
@@ -294,15 +294,16 @@ def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ..
     return (fixed,) if fixed is not None else tuple(dict.fromkeys(min(size, most) for size in free))
 
 
-def _chunks(count: int, size: int) -> Iterator[Tensor]:
+def chunks(count: int, size: int) -> Iterator[Tensor]:
     """0 to count - 1 in chunks of one size; the last chunk wraps around."""
     for start in range(0, count, size):
         yield torch.arange(start, start + size) % count
 
 
-def _inputs(
+def case_inputs(
     record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, runner: Runner
 ) -> dict[str, Tensor]:
+    """Inputs of a graph from the reference; memories come from `image_memory` where it is exported."""
     dtype = DTYPES[manifest.dtype]
     known = reference.tensors
     inputs: dict[str, Tensor] = {}
@@ -386,7 +387,7 @@ def _run(
 ) -> None:
     known = reference.tensors
     rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
-    inputs = _inputs(record, case, manifest, reference, runner)
+    inputs = case_inputs(record, case, manifest, reference, runner)
     outputs = runner.run(record.name, inputs)
     shape = [*inputs[record.inputs[0].name].shape]
     images = case.images[:, None].expand_as(case.texts)
@@ -448,13 +449,13 @@ class _Decoding:
         known, slots, fixed = self.reference.tensors, graph_slots(self.record), self.manifest.fixed
         states = len(known["states"])
         for batch in _sizes(fixed.get("batch"), (1, states), largest(slots, "batch") or states):
-            for rows in _chunks(states, batch):
+            for rows in chunks(states, batch):
                 if self.record.name == "decoder_memory":
                     self._project(rows)
                     continue
                 texts = len(known["tokens"])
                 for count in _sizes(fixed.get("texts"), (1, texts), largest(slots, "texts") or texts):
-                    for chosen in _chunks(texts, count):
+                    for chosen in chunks(texts, count):
                         self._write(rows, chosen, largest(slots, "past") or known["tokens"].shape[1])
 
     def _of_states(self, name: str, rows: Tensor) -> Tensor:

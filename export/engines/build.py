@@ -22,7 +22,7 @@ from xfm_fast.models.xfm import XFM
 from ..consumers import Profile, data_type, profile
 from ..expected import Examples, Reference, generated_examples
 from ..manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
-from ..onnx import Rewrite, export_onnx, require_onnx
+from ..onnx import export_onnx, require_onnx
 from ..pipeline import (
     build_graphs,
     companions_of,
@@ -103,15 +103,7 @@ def engine_graphs(
         graph_profiles(record, profiles)
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
-    rewrite: Rewrite | None = None
-    settings: dict[str, Any] = {}
-    if wanted.quantize:
-        kind = check_quantisation(wanted.quantize, dtype, wanted.budget, [*built])
-        known = calibration or examples or generated_examples(model.config)
-        inputs = Calibration.of_model(model, known, [*built])
-        rewrite = make_rewrite(inputs, kind, dtype, budget=wanted.budget)
-        settings = eight_bit_options(kind, wanted.budget, inputs)
-        del inputs
+    kind = wanted.quantize and check_quantisation(wanted.quantize, dtype, wanted.budget, [*built])
     # A graph joins weights into new ones.
     del built
     graphs = OnnxRequest(
@@ -123,12 +115,17 @@ def engine_graphs(
             model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256, companions=companions,
             examples=examples, compared=False,
         )  # fmt: skip
-        exported.options |= settings
-        if rewrite is not None:
+        if kind is not None:
+            known = calibration or examples or generated_examples(model.config)
+            # The memories of fusion come from `image_memory` as served, in 8 bits.
+            inputs = Calibration.of_model(model, known, onnx, exported)
+            exported.options |= eight_bit_options(kind, wanted.budget, inputs)
+            rewrite = make_rewrite(inputs, kind, dtype, budget=wanted.budget)
             for record in exported.graphs:
                 rewrite(record, onnx / record.file)
             exported.files = record_files(onnx, [record.name for record in exported.files])
             require_eight_bits(exported.graphs, wanted.budget)
+            del inputs, rewrite
         reference = None if examples is None else Reference.load(onnx)
 
         def compare(content: Manifest) -> None:
@@ -144,8 +141,7 @@ def engine_graphs(
                 exported, onnx, folder, library, targets, request=wanted, progress=progress, compare=compare
             )
 
-        # The rewrite references the model.
-        del model, rewrite
+        del model
         yield build
 
 

@@ -398,9 +398,7 @@ def test_no_room_for_the_copy_in_fp32(small_model: XFM, tmp_path: Path, monkeypa
 
     monkeypatch.setattr("xfm_fast.export.runtimes.onnx_sessions.widen", full)
     folder = write_export(tmp_path, small_model, "bf16")
-    with pytest.raises(
-        StorageError, match="No space left on device"
-    ):
+    with pytest.raises(StorageError, match="No space left on device"):
         verify_export(folder, small_model)
 
 
