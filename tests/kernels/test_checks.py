@@ -102,76 +102,76 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "likelihood": (ops.token_log_likelihood, _vocabulary),
 }
 
-# (operations, changed arguments, a part of the message)
+# (operations, changed arguments, the name and value in the message)
 REFUSED: list[tuple[str, Arguments, str]] = [
-    ("relpos", {"q": _random(5, 2, 32)}, r"q, k, v must all be \[B, N, H, D\]; got \[5, 2, 32\]"),
-    ("relpos", dict.fromkeys("qkv", _random(2, 5, 2, 0)), "its heads need at least one dimension"),
-    ("relpos", dict.fromkeys("qkv", torch.ones(2, 5, 2, 32, dtype=torch.long)), "one floating-point type"),
-    ("relpos", {"k": _random(2, 5, 2, 32).half()}, "one floating-point type"),
-    ("relpos", {"window": (3, 2)}, "q has 5 tokens; a 3x2 window with a class token has 7"),
-    ("relpos", {"window": (2, 2, 2)}, r"window is \(2, 2, 2\); it must be two positive numbers"),
-    ("relpos", {"window": (-2, -2)}, r"window is \(-2, -2\); it must be two positive numbers"),
-    ("relpos", {"window": 2}, "window is 2; it must be two positive numbers"),
-    ("relpos", {"table": _random(11, 2)}, r"table is torch.float32 \[11, 2\]; .* \[12, 2\]: interpolate it"),
-    ("relpos", {"table": torch.ones(12, 2, dtype=torch.long)}, r"table is torch.int64 \[12, 2\]"),
+    ("relpos", {"q": _random(5, 2, 32)}, r"q.*\[5, 2, 32\]"),
+    ("relpos", dict.fromkeys("qkv", _random(2, 5, 2, 0)), "heads"),
+    ("relpos", dict.fromkeys("qkv", torch.ones(2, 5, 2, 32, dtype=torch.long)), "int64"),
+    ("relpos", {"k": _random(2, 5, 2, 32).half()}, "float16"),
+    ("relpos", {"window": (3, 2)}, "5 .*3x2 window.* 7"),
+    ("relpos", {"window": (2, 2, 2)}, r"window.*\(2, 2, 2\)"),
+    ("relpos", {"window": (-2, -2)}, r"window.*\(-2, -2\)"),
+    ("relpos", {"window": 2}, "window.* 2"),
+    ("relpos", {"table": _random(11, 2)}, r"table.*\[11, 2\].*\[12, 2\]"),
+    ("relpos", {"table": torch.ones(12, 2, dtype=torch.long)}, "table.*int64"),
     *(("relpos|bias|varlen", {"scale": scale}, f"scale={scale}") for scale in (NAN, math.inf, 0.0, -0.5)),
-    ("relpos", {"key_mask": torch.ones(2, 5)}, r"key_mask is torch.float32 \[2, 5\]; it must be bool"),
-    ("bias", {"k": _random(4, 5, 3, 32)}, r"q must be \[B, Nq, H, D\] and k, v \[B, Nk, H, D\]"),
+    ("relpos", {"key_mask": torch.ones(2, 5)}, "key_mask.*float32"),
+    ("bias", {"k": _random(4, 5, 3, 32)}, r"k.*\[4, 5, 3, 32\]"),
     ("bias", {"v": _random(4, 6, 2, 32)}, r"\[4, 6, 2, 32\]"),
-    ("bias", {"k": _random(4, 5, 2, 32).half()}, "one floating-point type"),
-    ("bias", {"bias": _random(2, 3, 5)}, r"bias is \[2, 3, 5\] and does not broadcast: .*\[B or 1, 2, 3, 5\]"),
-    ("bias", {"bias": _random(1, 2, 5, 3)}, r"bias is \[1, 2, 5, 3\] and does not broadcast"),
-    ("bias", {"bias": _random(3, 2, 3, 5)}, "bias has 3 entries for a batch of 4; it must have 1, or a divisor of it"),
-    ("bias", {"bias": torch.ones(1, 2, 3, 5, dtype=torch.bool)}, "bias is torch.bool .*zeros and -inf"),
-    ("bias", {"bias": _random(1, 2, 3, 5).double()}, "bias is torch.float64 and q torch.float32; convert the bias"),
-    ("bias", {"key_mask": torch.ones(4, 5)}, r"key_mask is torch.float32 \[4, 5\]; it must be bool"),
-    ("bias", {"seed": 3, "dropout_p": 0.1}, "seed is 3; it must be one int64"),
-    ("varlen", {"q": _random(1, 7, 2, 32)}, r"q must be \[Tq, H, D\]"),
-    ("varlen", {"k": _random(9, 2, 64), "v": _random(9, 2, 64)}, r"q must be \[Tq, H, D\]"),
+    ("bias", {"k": _random(4, 5, 2, 32).half()}, "float16"),
+    ("bias", {"bias": _random(2, 3, 5)}, r"bias.*\[2, 3, 5\]"),
+    ("bias", {"bias": _random(1, 2, 5, 3)}, r"bias.*\[1, 2, 5, 3\]"),
+    ("bias", {"bias": _random(3, 2, 3, 5)}, "bias.* 3 .* 4"),
+    ("bias", {"bias": torch.ones(1, 2, 3, 5, dtype=torch.bool)}, "bias.*bool"),
+    ("bias", {"bias": _random(1, 2, 3, 5).double()}, "bias.*float64.*float32"),
+    ("bias", {"key_mask": torch.ones(4, 5)}, "key_mask.*float32"),
+    ("bias", {"seed": 3, "dropout_p": 0.1}, "seed.* 3"),
+    ("varlen", {"q": _random(1, 7, 2, 32)}, r"q.*\[1, 7, 2, 32\]"),
+    ("varlen", {"k": _random(9, 2, 64), "v": _random(9, 2, 64)}, r"k.*\[9, 2, 64\]"),
     ("varlen", {"v": _random(8, 2, 32)}, r"\[8, 2, 32\]"),
-    ("varlen", {"cu_seqlens_q": _offsets(0, 8, 7), "max_q": 8}, "cu_seqlens_q decreases"),
-    ("varlen", {"cu_seqlens_k": _offsets(0, 10, 9), "max_k": 10}, "cu_seqlens_k decreases"),
-    ("varlen", {"cu_seqlens_q": _offsets(0, 3, 6)}, "cu_seqlens_q runs from 0 to 6; it must run from 0 to 7"),
-    ("varlen", {"cu_seqlens_q": _offsets(1, 3, 7)}, "cu_seqlens_q runs from 1 to 7"),
-    ("varlen", {"cu_seqlens_k": _offsets(0, 4, 99), "max_k": 95}, "cu_seqlens_k runs from 0 to 99"),
-    ("varlen", {"cu_seqlens_q": torch.tensor([0, 3, 7], dtype=torch.int16)}, "cu_seqlens_q is torch.int16"),
-    ("varlen", {"cu_seqlens_k": _offsets(0, 9)}, "3 offsets and cu_seqlens_k 2; both need S"),
-    ("varlen", {"cu_seqlens_q": _offsets()}, r"cu_seqlens_q is torch.int32 \[0\]"),
-    ("varlen", {"max_q": 3}, "max_q=3 is smaller than the longest sequence, 4"),
-    ("varlen", {"max_k": 4}, "max_k=4 is smaller than the longest sequence, 5"),
-    ("varlen", {"key_mask": torch.ones(7, dtype=torch.bool)}, r"key_mask is torch.bool \[7\]; it must be bool \[9\]"),
-    ("varlen", {"seed": torch.tensor([1, 2]), "dropout_p": 0.1}, r"seed is torch.int64 \[2\]; it must be one int64"),
-    ("varlen", {"seed": torch.tensor([1.5]), "dropout_p": 0.1}, "seed is torch.float32"),
-    ("varlen", {"seed": 3, "dropout_p": 0.1}, "seed is 3; it must be one int64"),
-    ("varlen|bias|add norm|branch|mlp", {"dropout_p": 1.0}, "dropout_p=1.0 is no probability below 1"),
-    ("varlen|bias|add norm|branch|mlp", {"dropout_p": NAN}, "dropout_p=nan is no probability below 1"),
-    ("add norm", {"residual": _random(4, 16)}, r"the branch is \[3, 4, 16\] and residual \[4, 16\]"),
-    ("branch", {"residual": _random(1, 6)}, r"the branch is \[3, 6\] and residual \[1, 6\]"),
-    ("mlp", {"residual": _random(1, 8)}, r"the branch is \[3, 8\] and residual \[1, 8\]"),
-    ("add norm|branch|mlp", {"gamma": _random(1)}, r"gamma is torch.float32 \[1\]; it must be floating point \["),
-    ("add norm|branch|mlp", {"row_scale": _random(2)}, r"row_scale is torch.float32 \[2\]; .* floating point \[3\]"),
-    ("add norm|norm", {"weight": _random(15)}, r"weight \[15\], bias \[16\]; the last must be \[M\]"),
-    ("add norm|norm|embedding", {"eps": -1.0}, "eps=-1.0; it must be finite and not negative"),
+    ("varlen", {"cu_seqlens_q": _offsets(0, 8, 7), "max_q": 8}, "cu_seqlens_q"),
+    ("varlen", {"cu_seqlens_k": _offsets(0, 10, 9), "max_k": 10}, "cu_seqlens_k"),
+    ("varlen", {"cu_seqlens_q": _offsets(0, 3, 6)}, "cu_seqlens_q.* 6.* 7"),
+    ("varlen", {"cu_seqlens_q": _offsets(1, 3, 7)}, "cu_seqlens_q.* 1 .*7"),
+    ("varlen", {"cu_seqlens_k": _offsets(0, 4, 99), "max_k": 95}, "cu_seqlens_k.* 99"),
+    ("varlen", {"cu_seqlens_q": torch.tensor([0, 3, 7], dtype=torch.int16)}, "cu_seqlens_q.*int16"),
+    ("varlen", {"cu_seqlens_k": _offsets(0, 9)}, "3 .*cu_seqlens_k 2"),
+    ("varlen", {"cu_seqlens_q": _offsets()}, r"cu_seqlens_q.*\[0\]"),
+    ("varlen", {"max_q": 3}, "max_q=3.* 4"),
+    ("varlen", {"max_k": 4}, "max_k=4.* 5"),
+    ("varlen", {"key_mask": torch.ones(7, dtype=torch.bool)}, r"key_mask.*\[7\].*\[9\]"),
+    ("varlen", {"seed": torch.tensor([1, 2]), "dropout_p": 0.1}, r"seed.*\[2\]"),
+    ("varlen", {"seed": torch.tensor([1.5]), "dropout_p": 0.1}, "seed.*float32"),
+    ("varlen", {"seed": 3, "dropout_p": 0.1}, "seed.* 3"),
+    ("varlen|bias|add norm|branch|mlp", {"dropout_p": 1.0}, "dropout_p=1.0"),
+    ("varlen|bias|add norm|branch|mlp", {"dropout_p": NAN}, "dropout_p=nan"),
+    ("add norm", {"residual": _random(4, 16)}, r"residual \[4, 16\]"),
+    ("branch", {"residual": _random(1, 6)}, r"residual \[1, 6\]"),
+    ("mlp", {"residual": _random(1, 8)}, r"residual \[1, 8\]"),
+    ("add norm|branch|mlp", {"gamma": _random(1)}, r"gamma.*\[1\]"),
+    ("add norm|branch|mlp", {"row_scale": _random(2)}, r"row_scale.*\[2\].*\[3\]"),
+    ("add norm|norm", {"weight": _random(15)}, r"weight \[15\]"),
+    ("add norm|norm|embedding", {"eps": -1.0}, "eps=-1.0"),
     ("add norm|norm|embedding", {"eps": math.inf}, "eps=inf"),
-    ("norm", {"x": torch.ones(3, 16, dtype=torch.long)}, "x, weight, bias are torch.int64, .*must be floating point"),
-    ("embedding", {"tokens": torch.zeros(2, 3, dtype=torch.long)}, r"tokens \[2, 3\], positions \[2, 2\]"),
-    ("embedding", {"tokens": torch.zeros(2, 2)}, "tokens is torch.float32; ids must be int32 or int64"),
-    ("embedding", {"type_row": _random(1, 16)}, r"type_row is \[1, 16\]; it must be \[16\]"),
-    ("embedding", {"padding_idx": 3}, "padding_idx=3 is no row of both tables; the smaller one has 3"),
-    ("linear|gelu|branch", {"weight": _random(6, 7)}, r"x is \[3, 8\] and weight \[6, 7\]"),
-    ("linear|gelu|branch", {"weight": _random(2, 6, 8)}, r"x is \[3, 8\] and weight \[2, 6, 8\]"),
-    ("linear|gelu|branch", {"weight": _random(8)}, r"x is \[3, 8\] and weight \[8\]"),
-    ("linear|gelu|branch", {"bias": _random(1)}, r"bias is \[1\]; it must be \[6\]"),
-    ("linear|gelu|branch", {"x": _random(3, 8).bfloat16()}, "x, weight, bias are torch.bfloat16, torch.float32"),
-    ("mlp", {"weight_out": _random(8, 11)}, r"weight_in is \[12, 8\] and weight_out \[8, 11\]"),
-    ("mlp", {"bias_out": _random(12)}, r"bias_out is \[12\]; it must be \[8\]"),
-    ("loss|likelihood", {"w": _random(11, 7)}, r"h is \[5, 8\], w \[11, 7\]"),
+    ("norm", {"x": torch.ones(3, 16, dtype=torch.long)}, "x.*int64"),
+    ("embedding", {"tokens": torch.zeros(2, 3, dtype=torch.long)}, r"tokens \[2, 3\]"),
+    ("embedding", {"tokens": torch.zeros(2, 2)}, "tokens.*float32"),
+    ("embedding", {"type_row": _random(1, 16)}, r"type_row.*\[1, 16\]"),
+    ("embedding", {"padding_idx": 3}, "padding_idx=3"),
+    ("linear|gelu|branch", {"weight": _random(6, 7)}, r"weight \[6, 7\]"),
+    ("linear|gelu|branch", {"weight": _random(2, 6, 8)}, r"weight \[2, 6, 8\]"),
+    ("linear|gelu|branch", {"weight": _random(8)}, r"weight \[8\]"),
+    ("linear|gelu|branch", {"bias": _random(1)}, r"bias.*\[1\].*\[6\]"),
+    ("linear|gelu|branch", {"x": _random(3, 8).bfloat16()}, "x.*bfloat16.*float32"),
+    ("mlp", {"weight_out": _random(8, 11)}, r"weight_out \[8, 11\]"),
+    ("mlp", {"bias_out": _random(12)}, r"bias_out.*\[12\].*\[8\]"),
+    ("loss|likelihood", {"w": _random(11, 7)}, r"w \[11, 7\]"),
     ("loss|likelihood", {"w": _random(0, 8), "b": None}, r"w \[0, 8\]"),
-    ("loss|likelihood", {"b": _random(4)}, r"b is \[4\]; it must be \[11\]"),
-    ("loss|likelihood", {"b": _random(11).double()}, "h, w, b are .*torch.float64; convert them to one type"),
+    ("loss|likelihood", {"b": _random(4)}, r"b.*\[4\].*\[11\]"),
+    ("loss|likelihood", {"b": _random(11).double()}, "b.*float64"),
     ("loss|likelihood", {"target": torch.zeros(4, dtype=torch.long)}, r"target \[4\]"),
-    ("loss|likelihood", {"target": torch.zeros(5)}, "target is torch.float32; labels are integers"),
-    ("loss", {"label_smoothing": NAN}, "label_smoothing=nan lies outside"),
+    ("loss|likelihood", {"target": torch.zeros(5)}, "target.*float32"),
+    ("loss", {"label_smoothing": NAN}, "label_smoothing=nan"),
 ]
 CALLS = [(name, changes, message) for names, changes, message in REFUSED for name in names.split("|")]
 OUTSIDE: list[tuple[str, Arguments, str]] = [
@@ -182,14 +182,8 @@ OUTSIDE: list[tuple[str, Arguments, str]] = [
     ("likelihood", {"target": torch.full((5,), -1)}, "-1"),
 ]
 
-each_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        "auto",
-        "reference",
-        pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")),
-    ],
-)
+BACKENDS: tuple[ops.Backend, ...] = ("auto", "reference", *(("triton",) if HAS_TRITON else ()))
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def _call(name: str, changes: Arguments, backend: ops.Backend) -> Any:
@@ -204,11 +198,11 @@ def test_the_unchanged_arguments_fit(name: str, backend: ops.Backend) -> None:
     assert all(t.isfinite().all() for t in (found if isinstance(found, tuple) else (found,)))
 
 
-@each_backend
 @pytest.mark.parametrize(("name", "changes", "message"), CALLS)
-def test_refused(name: str, changes: Arguments, message: str, backend: ops.Backend) -> None:
-    with pytest.raises(ValueError, match=message):
-        _call(name, changes, backend)
+def test_refused(name: str, changes: Arguments, message: str) -> None:
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=message):
+            _call(name, changes, backend)
 
 
 @each_backend
@@ -222,11 +216,11 @@ def test_a_nan_in_a_bias_reaches_its_query_alone(backend: ops.Backend) -> None:
     assert torch.equal(found.isnan(), unknown[..., None].expand(found.shape))
 
 
-@each_backend
 @pytest.mark.parametrize(("name", "changes", "value"), OUTSIDE)
-def test_ids_outside_a_table(name: str, changes: Arguments, value: str, backend: ops.Backend) -> None:
-    with pytest.raises(IndexError, match=value if backend != "reference" else None):
-        _call(name, changes, backend)
+def test_ids_outside_a_table(name: str, changes: Arguments, value: str) -> None:
+    for backend in BACKENDS:
+        with pytest.raises(IndexError, match=value if backend != "reference" else None):
+            _call(name, changes, backend)
 
 
 @each_backend
@@ -237,7 +231,7 @@ def test_tensors_on_several_devices(tensor: str, backend: ops.Backend) -> None:
         "key_mask": torch.ones(9, dtype=torch.bool, device="meta"),
         "seed": torch.zeros(1, dtype=torch.long, device="meta"),
     }
-    with pytest.raises(ValueError, match="tensors live on cpu and meta"):
+    with pytest.raises(ValueError, match=r"cpu.*meta"):
         _call("varlen", {tensor: elsewhere[tensor], "dropout_p": 0.1}, backend)
 
 
@@ -321,7 +315,7 @@ def test_float64_is_not_for_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) 
     x = torch.zeros(2, device="meta")
     assert resolve("auto", x) == "triton"
     assert resolve("auto", x, x.double()) == "reference"
-    with pytest.raises(ValueError, match="a tensor is float64 and the kernels compute in fp32 at most"):
+    with pytest.raises(ValueError, match="float64"):
         resolve("triton", x.double())
 
 
@@ -335,7 +329,7 @@ def test_rows_wider_than_a_tile_are_not_for_the_triton_kernels(monkeypatch: pyte
 def test_a_block_of_flash_attention_leaves_the_other_operations_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with ops.use_backend("flash_attn"):
         assert _call("gelu", {}, None).shape == (3, 6)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backend 'flash_attn' has attention of packed sequences only"):
+    with pytest.raises(ValueError, match="flash_attn"):
         _call("gelu", {}, "flash_attn")
 
 
@@ -353,7 +347,7 @@ def test_dropout_follows_from_its_seed(name: str, backend: ops.Backend) -> None:
 
 def test_flash_attention_takes_no_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_why_not", lambda name, device, index: None)
-    with pytest.raises(ValueError, match="draws its dropout itself and takes no seed"):
+    with pytest.raises(ValueError, match="seed"):
         _call("varlen", {"dropout_p": 0.5, "seed": torch.tensor([3])}, "flash_attn")
 
 
@@ -386,7 +380,7 @@ def test_a_mask_that_hides_all_gives_zeros_and_no_gradient(backend: Any, kind: s
 
 def test_two_types_are_refused_on_a_device_that_has_no_autocast() -> None:
     x, weight = torch.empty(2, 8, device="meta"), torch.empty(6, 8, device="meta", dtype=torch.bfloat16)
-    with pytest.raises(InputError, match=r"x, weight are .*convert them to one type"):
+    with pytest.raises(InputError, match=r"weight.*bfloat16"):
         ops.linear(x, weight, None, backend="reference")
 
 

@@ -86,7 +86,7 @@ class TestCarrying:
         with ops.use_backend("triton"):
             expected = function(*arguments)
         monkeypatch.delenv("TRITON_INTERPRET")
-        with ops.use_backend("triton"), pytest.raises(ValueError, match="needs a CUDA GPU"):
+        with ops.use_backend("triton"), pytest.raises(ValueError, match="triton"):
             function(*arguments)
         with compiled_kernels(CPU), ops.use_backend("triton"):
             found = function(*arguments)

@@ -265,7 +265,7 @@ def test_a_processor_without_such_products(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(int8, "_pack", lambda weight: torch.ops.onednn.no_such_operator(weight))
     int8.why_not.cache_clear()
     try:
-        with pytest.raises(UnavailableError, match=r"int8.*not offered here"):
+        with pytest.raises(UnavailableError, match="int8"):
             type_beside("int8", torch.device("cpu"))
     finally:
         int8.why_not.cache_clear()

@@ -174,7 +174,7 @@ def test_a_target_outside_the_vocabulary(wrong: int) -> None:
     h, w, b, target = make(5, 16, 90, torch.float32)
     target[2] = wrong
     for function in (losses.linear_cross_entropy_forward, losses.token_log_likelihood_forward):
-        with pytest.raises(IndexError, match=rf"target {wrong} .* 90 entries"):
+        with pytest.raises(IndexError, match=f"{wrong} .*90"):
             function(h, w, b, target)
     assert losses.linear_cross_entropy_forward(h, w, b, target, ignore_index=wrong)[0].isfinite()
 

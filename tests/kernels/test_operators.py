@@ -453,11 +453,11 @@ def test_a_position_bias_of_another_table_is_refused() -> None:
     q, k, v, table = relpos_inputs(grad=False)
     bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=1.0)
     torch.testing.assert_close(ops.relpos_attention(q, k, v, table, WINDOW, bias=bias), relpos(q, k, v, table))
-    with pytest.raises(InputError, match=r"bias is torch.float32 \[4, 15, 16\].*relpos_bias makes"):
+    with pytest.raises(InputError, match=r"bias.*\[4, 15, 16\].*relpos_bias"):
         ops.relpos_attention(q, k, v, table, WINDOW, bias=bias[:, 1:])
-    with pytest.raises(InputError, match=r"bias requires a gradient.*use bias_attention"):
+    with pytest.raises(InputError, match=r"bias.*bias_attention"):
         ops.relpos_attention(q, k, v, table, WINDOW, bias=bias.clone().requires_grad_())
-    with pytest.raises(InputError, match="interpolate it"):
+    with pytest.raises(InputError, match="table"):
         ops.relpos_bias(table[1:], WINDOW, dtype=q.dtype, scale=1.0)
 
 
@@ -622,15 +622,9 @@ def test_an_unused_output_costs_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda q, k, v, t: ops.relpos_attention(q, k, v, t.to("meta"), WINDOW), "tensors live on cpu and meta"),
-        (
-            lambda q, k, v, t: ops.relpos_attention(q, k, v, t, WINDOW, backend="flash_attn"),
-            "asked for by name, but the package flash_attn is not installed|has no position bias",
-        ),
-        (
-            lambda q, k, v, t: ops.relpos_attention(q, k, v, t, WINDOW, backend="triton"),
-            "backend 'triton' was asked for by name, but",
-        ),
+        (lambda q, k, v, t: ops.relpos_attention(q, k, v, t.to("meta"), WINDOW), "cpu.*meta"),
+        (lambda q, k, v, t: ops.relpos_attention(q, k, v, t, WINDOW, backend="flash_attn"), "flash_attn|bias"),
+        (lambda q, k, v, t: ops.relpos_attention(q, k, v, t, WINDOW, backend="triton"), "triton"),
     ],
 )
 def test_a_backend_that_cannot_run_is_refused(

@@ -525,7 +525,7 @@ def test_the_criterion_catches(name: str) -> None:
 
 def test_backend_of_a_block() -> None:
     x, weight = torch.randn(2, 4), torch.randn(3, 4)
-    with pytest.raises(ValueError, match="backend 'fast' is unknown"), ops.use_backend("fast"):  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fast"), ops.use_backend("fast"):  # type: ignore[arg-type]
         pass
     with ops.use_backend("reference"):
         assert resolve(None, x, weight) == "reference"

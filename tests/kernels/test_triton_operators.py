@@ -209,5 +209,5 @@ def test_row_kernels_are_launched_as_tuned(kernel: str, monkeypatch: pytest.Monk
 
 
 def test_an_unknown_kernel_has_no_workload() -> None:
-    with pytest.raises(ValueError, match="no shape is known at which to time kernel ordered_sum"):
+    with pytest.raises(ValueError, match="ordered_sum"):
         tune.model_workload("ordered_sum", 768, "bf16", device="cpu")

