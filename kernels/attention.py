@@ -215,7 +215,7 @@ def _composed(
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    if checks.looked_at(q):
+    if checks.should_check_values(q):
         packed.bounds(q, k)
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
@@ -356,7 +356,7 @@ def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tenso
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_forward
 
-        if checks.looked_at(q):
+        if checks.should_check_values(q):
             packed.bounds(q, k)
         return varlen_attention_forward(q, k, v, packed)
     dropout = None if packed.seed is None else Dropout(packed.dropout_p, packed.seed)

@@ -46,7 +46,7 @@ def check_contents() -> Iterator[None]:
         _switch.on = outside
 
 
-def looked_at(tensor: Tensor) -> bool:
+def should_check_values(tensor: Tensor) -> bool:
     """True if the contents of a tensor are to be checked."""
     return _switch.on or tensor.device.type == "cpu"
 
@@ -301,7 +301,7 @@ def embedding_arguments(
         raise InputError(f"padding_idx={padding_idx} is no row of both tables; the smaller one has {smaller}")
 
 
-def ids_inside(ids: Tensor, rows: int, name: str) -> None:
+def check_ids(ids: Tensor, rows: int, name: str) -> None:
     """Raise IndexError, as PyTorch does, for ids outside a table of `rows` rows."""
     outside = ((ids < 0) | (ids >= rows)).reshape(-1)
     if host.any_true(outside):
@@ -324,7 +324,7 @@ def vocabulary_arguments(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor)
     _one_type(h=h, w=w, b=b)
 
 
-def targets_inside(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Raise IndexError, as PyTorch does, for labels outside the vocabulary."""
     outside = host.true_places(((target < 0) | (target >= vocabulary)) & (target != ignore_index))
     if outside.numel():

@@ -143,7 +143,7 @@ def rounded(x: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     return on_device_of_arguments(quantise_rows)(x) if x.is_cuda else quantise_rows(x)
 
 
-def wanted_of(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> bool:
+def makes_fp8_rows(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> bool:
     """True if a Triton kernel should round its rows to fp8 for the next GEMM; `weight` is of the norm or GELU layer."""
     if not concerns(weight) or chosen != "triton" or torch.compiler.is_compiling():
         return False

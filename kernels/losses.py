@@ -114,8 +114,8 @@ def _forward(
         dlogits = cpu.logits_gradient(h, w) if needs[1] else None
         loss, (dh, dw, db) = cpu.linear_cross_entropy_forward(*arguments, needs, dlogits)
         return loss, _present(dh, h), _present(dw if dlogits is None else dlogits, h), _present(db, h)
-    if checks.looked_at(target):
-        checks.targets_inside(target, w.shape[0], ignore_index)
+    if checks.should_check_values(target):
+        checks.check_targets(target, w.shape[0], ignore_index)
     loss, statistics = _module(backend).linear_cross_entropy_forward(*arguments)
     return loss, statistics.maximum, statistics.log_sum, h.new_empty(0)
 
@@ -190,8 +190,8 @@ def _gradients_like(h: Tensor, w: Tensor, b: Tensor | None, needs: Sequence[bool
 def _rows_forward(
     h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton" and checks.looked_at(target):
-        checks.targets_inside(target, w.shape[0], ignore_index)
+    if backend == "triton" and checks.should_check_values(target):
+        checks.check_targets(target, w.shape[0], ignore_index)
     out, statistics = _module(backend).token_log_likelihood_forward(h, w, b, target, ignore_index)
     return out, statistics.maximum, statistics.log_sum
 

@@ -20,9 +20,9 @@ from .products import (
     linear,
     linear_residual,
     mlp_residual,
-    multiplies_at_once,
     runs_cpu_inference,
     runs_in_int8,
+    skips_checks,
     trained_linear,
     trained_mlp,
     trains_on_cpu,
@@ -36,7 +36,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: 
     chosen = _resolve(backend, x, weight, bias)
     if chosen != "triton":
         return reference.layer_norm(x, weight, bias, eps)
-    if fp8.wanted_of(chosen, weight, x, bias):
+    if fp8.makes_fp8_rows(chosen, weight, x, bias):
         return _rounded_norm(x, None, weight, bias, eps)[0]
     return _layer_norm(x, weight, bias, eps)[0]
 
@@ -81,7 +81,7 @@ def add_layer_norm(
     chosen = _resolve(backend, x, residual, weight, bias, gamma, row_scale, seed)
     if chosen not in ("cpu", "triton"):
         return reference.add_layer_norm(x, residual, weight, bias, eps, gamma, row_scale, dropout_p, wide, seed)
-    if not dropout_p and fp8.wanted_of(chosen, weight, x, residual, bias, gamma, row_scale):
+    if not dropout_p and fp8.makes_fp8_rows(chosen, weight, x, residual, bias, gamma, row_scale):
         return _rounded_norm(x, residual, weight, bias, eps, gamma, row_scale, wide=wide)
     if dropout_p and seed is None:
         seed = torch.randint(1 << 62, (1,), device=x.device)
@@ -131,7 +131,7 @@ def linear_add_layer_norm(
     """
     plain = row_scale is None and not dropout_p
     of_one_type = (bias, residual, norm_weight, norm_bias, gamma)
-    if plain and multiplies_at_once(backend, x, weight) and residual.shape[:-1] == x.shape[:-1]:
+    if plain and skips_checks(backend, x, weight) and residual.shape[:-1] == x.shape[:-1]:
         summed = cpu_products.linear_residual(x, weight, bias, residual, gamma)
         return reference.layer_norm(summed, norm_weight, norm_bias, eps), summed
     if plain and (
@@ -169,7 +169,7 @@ def layer_norm_linear(
     Args:
         x: `[..., K]`; norm_weight, norm_bias, eps: of the norm; weight: `[M, K]`; bias: `[M]`.
     """
-    if _trains_behind_norm(backend, x, norm_weight, norm_bias, weight, bias):
+    if _trains_after_norm(backend, x, norm_weight, norm_bias, weight, bias):
         checks.norm_arguments(x, norm_weight, norm_bias, eps)
         checks.linear_arguments(x, weight, bias)
         return trained_linear(x, [weight], [] if bias is None else [bias], (norm_weight, norm_bias, eps))
@@ -202,7 +202,7 @@ def layer_norm_mlp(
         x: `[..., M]`; norm_weight, norm_bias, eps: of the norm; the others as in `mlp_residual`.
     """
     layers = (weight_in, bias_in, weight_out, bias_out)
-    if _trains_behind_norm(backend, x, norm_weight, norm_bias, *layers) and not wants_gradient(row_scale):
+    if _trains_after_norm(backend, x, norm_weight, norm_bias, *layers) and not wants_gradient(row_scale):
         checks.norm_arguments(x, norm_weight, norm_bias, eps)
         checks.mlp_arguments(x, *layers)
         checks.branch_arguments(x.shape, x, gamma, row_scale, 0.0)
@@ -218,7 +218,7 @@ def layer_norm_mlp(
     return mlp_residual(normed, *layers, x, gamma=gamma, row_scale=row_scale, backend=backend)
 
 
-def _trains_behind_norm(backend: Backend | None, x: Tensor, *parameters: Tensor | None) -> bool:
+def _trains_after_norm(backend: Backend | None, x: Tensor, *parameters: Tensor | None) -> bool:
     """True where one operator runs the norm and the linear layers after it."""
     in_8_bits = any(p is not None and (kind_of(p) is not None or fp8.concerns(p)) for p in parameters)
     return not in_8_bits and trains_on_cpu(backend, x, *parameters)
@@ -378,9 +378,9 @@ def _embed_module(backend: str) -> Any:
 def _embed_forward(
     tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if checks.looked_at(tokens):
-        checks.ids_inside(tokens, word.shape[0], "tokens")
-        checks.ids_inside(positions, position.shape[0], "positions")
+    if checks.should_check_values(tokens):
+        checks.check_ids(tokens, word.shape[0], "tokens")
+        checks.check_ids(positions, position.shape[0], "positions")
     *norm, _, backend = rest
     return _embed_module(backend).embed_layer_norm_forward(tokens, positions, word, position, *norm)
 

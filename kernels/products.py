@@ -40,7 +40,7 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
     return False
 
 
-def multiplies_at_once(backend: Backend | None, x: Tensor, weight: Tensor) -> bool:
+def skips_checks(backend: Backend | None, x: Tensor, weight: Tensor) -> bool:
     """True for a frozen model's GEMM in inference mode: it skips checks, which cost few tokens as much as the GEMM."""
     return (
         not torch.compiler.is_compiling()
@@ -111,7 +111,7 @@ def trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
-    if multiplies_at_once(backend, x, weight):
+    if skips_checks(backend, x, weight):
         return cpu.linear(x, weight, bias)
     checks.linear_arguments(x, weight, bias)
     if fp8.applies(x, weight, bias):
@@ -195,7 +195,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Back
 
 def _gelu_fp8(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | None) -> Tensor:
     wide = weight.shape[0] > LARGEST_WIDTH
-    if wide or not fp8.wanted_of(resolve(backend, x, weight, bias), weight, x, bias):
+    if wide or not fp8.makes_fp8_rows(resolve(backend, x, weight, bias), weight, x, bias):
         return F.gelu(fp8.linear(x, weight, bias, backend))
     from .triton.gelu import bias_gelu_quantise
 
@@ -295,7 +295,7 @@ def mlp_residual(
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
     plain = row_scale is None and not dropout_p
-    if plain and multiplies_at_once(backend, x, weight_in) and cpu.is_frozen(weight_out) and residual.shape == x.shape:
+    if plain and skips_checks(backend, x, weight_in) and cpu.is_frozen(weight_out) and residual.shape == x.shape:
         return cpu.mlp_residual(x, weight_in, bias_in, weight_out, bias_out, residual, gamma)
     checks.mlp_arguments(x, weight_in, bias_in, weight_out, bias_out)
     checks.branch_arguments((*x.shape[:-1], weight_out.shape[0]), residual, gamma, row_scale, dropout_p)

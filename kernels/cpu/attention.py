@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import host, reference
 from ..limits import HIDDEN
 from . import llvm
-from .selection import of_odd_sizes, select
+from .selection import odd_size_fallback, select
 from .workspace import Dropout, scratch
 
 # Up to this many scores, a sequence is a short one: its products are too small for a library to be quick at them.
@@ -126,7 +126,7 @@ def _select(
     operation: str, candidates: _Candidates, example: Callable[[torch.dtype], tuple[Any, ...]], q: Tensor
 ) -> str:
     if not llvm.whole(q.shape[-1], q.dtype):
-        operation, candidates = of_odd_sizes(operation, candidates)
+        operation, candidates = odd_size_fallback(operation, candidates)
     if len(candidates) == 1:
         return next(iter(candidates))
     return select(operation, candidates, example, q.dtype)

@@ -191,7 +191,7 @@ class Prepared(NamedTuple):
         out: Tensor | None = None,
     ) -> Tensor:
         """`residual + norm(x) W^T + b`, or its GELU for x `[n, K]`, in the dtype of residual or x."""
-        from .llvm.linear import bytes_linear
+        from .llvm.linear import int8_linear
 
         if out is None:
             dtype = dtype if residual is None else residual.dtype
@@ -199,7 +199,7 @@ class Prepared(NamedTuple):
         x = x if x.stride(-1) == 1 else x.contiguous()
         if residual is not None and residual.stride(-1) != 1:
             residual = residual.contiguous()
-        return bytes_linear(x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
+        return int8_linear(x, self.panels, self.bias, residual, out, gelu=gelu, of_gelu=of_gelu, norm=norm)
 
 
 def prepared_mlp(first: Prepared, second: Prepared, x: Tensor, residual: Tensor, *, norm: Norm | None = None) -> Tensor:

@@ -140,7 +140,7 @@ def token_log_likelihood_forward(
     h `[..., K]`, w `[V, K]`, b `[V]`, target `[...]`; one GEMM, in the memory of a slice of logits. IndexError for a
     target outside the vocabulary.
     """
-    checks.targets_inside(target, w.shape[0], ignore_index)
+    checks.check_targets(target, w.shape[0], ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     dtype = torch.promote_types(h.dtype, torch.float32)
     out = torch.empty(rows.shape[0], dtype=dtype)
@@ -372,7 +372,7 @@ def _counted_rows(
     h: Tensor, target: Tensor, vocabulary: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows `[M', K]` and targets that count, and their numbers if some do not."""
-    checks.targets_inside(target, vocabulary, ignore_index)
+    checks.check_targets(target, vocabulary, ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     counted = targets != ignore_index
     if host.all_true(counted):

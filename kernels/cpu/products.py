@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..derived import derived
 from . import llvm
-from .selection import Selection, compared, of_odd_sizes, select
+from .selection import Selection, compare_candidates, odd_size_fallback, select
 from .workspace import scratch
 
 Product = Callable[..., Tensor]
@@ -231,7 +231,7 @@ def _select(
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     dtype = dtype or weight.dtype
     if not llvm.fits(outputs, inputs, dtype):
-        operation, candidates = of_odd_sizes(operation, candidates)
+        operation, candidates = odd_size_fallback(operation, candidates)
     return select(operation, candidates, example, dtype)
 
 
@@ -539,7 +539,7 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     compiled = all(name == "llvm" for name in names)
     if not few_rows or (many < _LAYOUT_MARGIN and not compiled):
         return many < _LAYOUT_MARGIN and not compiled
-    few = _layout_share(compared("layout for few rows", *LAYOUT, dtype))
+    few = _layout_share(compare_candidates("layout for few rows", *LAYOUT, dtype))
     return few is not None and many < _FEW_MARGIN and few * many < 1
 
 
@@ -554,7 +554,7 @@ def reads_as_quickly(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
 
 
 def _of_many_rows(dtype: torch.dtype) -> list[Selection]:
-    return [compared(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()]
+    return [compare_candidates(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()]
 
 
 def _layout_share(*found: Selection) -> float | None:

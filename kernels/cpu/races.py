@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import attention, int8, losses, products
-from .selection import Selection, compared, of_odd_sizes
+from .selection import Selection, compare_candidates, odd_size_fallback
 
 PATHS = {
     "aten": "PyTorch's own operations, which multiply fp32 by MKL where PyTorch has it",
@@ -60,7 +60,7 @@ def races() -> dict[str, Race]:
         flops = (10 if name.endswith("backward") else 4) * q.numel() * k.shape[1]
         found[name] = Race(candidates, example, flops)
     for operation, race in [*found.items()]:
-        name, others = of_odd_sizes(operation, race.candidates)
+        name, others = odd_size_fallback(operation, race.candidates)
         if operation not in products.ANY_SIZES and len(others) > 1:
             found.setdefault(name, race._replace(candidates=others))
     candidates, example = products.LAYOUT
@@ -79,4 +79,4 @@ def compare_all(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[Selection, Race
     every = races()
     for dtype in dtypes:
         for operation, race in every.items():
-            yield compared(operation, race.candidates, race.example, dtype, alike=race.alike), race
+            yield compare_candidates(operation, race.candidates, race.example, dtype, alike=race.alike), race

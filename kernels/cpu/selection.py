@@ -127,10 +127,10 @@ def select(
     """
     if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _given():
         return next(iter(candidates))
-    return compared(operation, candidates, make_arguments, dtype, alike=alike).chosen
+    return compare_candidates(operation, candidates, make_arguments, dtype, alike=alike).chosen
 
 
-def of_odd_sizes(
+def odd_size_fallback(
     operation: str, candidates: dict[str, Callable[..., Tensor]]
 ) -> tuple[str, dict[str, Callable[..., Tensor]]]:
     """Name and candidates of an operation on sizes without a kernel; the name is for files and training runs."""
@@ -138,7 +138,7 @@ def of_odd_sizes(
     return (operation, candidates) if len(others) == len(candidates) else (operation + _ODD, others)
 
 
-def compared(
+def compare_candidates(
     operation: str,
     candidates: dict[str, Callable[..., Tensor]],
     make_arguments: Callable[[torch.dtype], tuple[Any, ...]],

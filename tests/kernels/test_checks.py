@@ -300,13 +300,13 @@ def test_contents_on_a_gpu_are_looked_at_within_a_block_only() -> None:
     from xfm_fast.kernels import checks
 
     elsewhere = torch.zeros(3, device="meta")
-    assert not checks.looked_at(elsewhere)
+    assert not checks.should_check_values(elsewhere)
     with ops.check_contents():
-        assert checks.looked_at(elsewhere)
+        assert checks.should_check_values(elsewhere)
         with ops.check_contents():
             pass
-        assert checks.looked_at(elsewhere)
-    assert not checks.looked_at(elsewhere)
+        assert checks.should_check_values(elsewhere)
+    assert not checks.should_check_values(elsewhere)
 
 
 def test_float64_is_not_for_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

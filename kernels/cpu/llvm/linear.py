@@ -578,7 +578,7 @@ def in_panels(rows: Tensor, steps: Tensor) -> Panels:
     return Panels(panels.transpose(1, 2).contiguous(), steps, F.pad(rows.sum(1, dtype=torch.int32), (0, missing)))
 
 
-def as_bytes(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+def quantise_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """Quantise rows `[n, K]` in fp32 or bf16, after `norm`: uint8 in scratch memory, and the step of each row."""
     (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
     made, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
@@ -594,7 +594,7 @@ def as_bytes(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tupl
     return made, steps
 
 
-def bytes_linear(
+def int8_linear(
     x: Tensor,
     weight: Panels,
     bias: Tensor | None,
@@ -613,7 +613,7 @@ def bytes_linear(
         return out
     rows, rounded, steps, zero = x, None, 0, GELU_ZERO_BYTE if of_gelu else ZERO_BYTE
     if norm is not None or len(x) >= _FEW:
-        rows, of_rows = as_bytes(x, gelu=of_gelu, norm=norm)
+        rows, of_rows = quantise_rows(x, gelu=of_gelu, norm=norm)
         steps = of_rows.data_ptr()
     else:
         rounded = Rounded(x.dtype == torch.bfloat16, of_gelu)
