@@ -89,7 +89,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     if wide and name == "triton" and why_not is None:
         why_not = "a tensor is float64 and the kernels compute in fp32 at most"
     if why_not is not None:
-        raise InputError(f"backend {name!r} was asked for by name, but {why_not}; use 'auto' or another one")
+        raise InputError(f"backend {name!r} cannot run: {why_not}; use 'auto' or another one")
     return name
 
 

@@ -122,8 +122,7 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
         )
     if bias.requires_grad and torch.is_grad_enabled():
         raise InputError(
-            "bias requires a gradient, which relpos_attention gives to its table alone; detach it, or use "
-            "bias_attention, which gives one to a bias of any origin"
+            "bias requires a gradient, and relpos_attention has one for its table only; detach it, or use bias_attention"
         )
 
 
@@ -144,8 +143,8 @@ def bias_arguments(
         )
     _one_attention_type(q, k, v)
     (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    wanted = (heads, queries, keys)
-    if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], wanted, strict=True)):
+    sizes = (heads, queries, keys)
+    if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True)):
         raise InputError(
             f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}] or have 1"
             " where it is the same for all"
@@ -154,7 +153,7 @@ def bias_arguments(
         raise InputError(f"bias has {bias.shape[0]} entries for a batch of {batch}; it must have 1, or a divisor of it")
     if not bias.is_floating_point() or (bias.dtype == torch.float64) != (q.dtype == torch.float64):
         raise InputError(
-            f"bias is {bias.dtype} and q {q.dtype}; convert the bias: floating point, float64 only beside float64"
+            f"bias is {bias.dtype} and q {q.dtype}; convert the bias: floating point, float64 only with float64"
             " (of a boolean mask, zeros and -inf)"
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, keys)):

@@ -50,8 +50,8 @@ def function(capability: int, *, dropout: bool = False) -> Callable[..., Any]:
             return importlib.import_module(_MODULES[version]).flash_attn_varlen_func
         except Exception as error:  # of a build for another PyTorch or GPU, which has errors of its own
             reasons.append(f"{_MODULES[version]}: {type(error).__name__}: {error}")
-    wanted = "flash-attn 2, which alone has dropout," if dropout else "flash-attn"
-    raise InputError(f"{wanted} cannot be imported; install it or use backend 'auto' ({'; '.join(reasons)})")
+    package = "flash-attn 2, the only version with dropout," if dropout else "flash-attn"
+    raise InputError(f"{package} cannot be imported; install it or use backend 'auto' ({'; '.join(reasons)})")
 
 
 def _aligned(tensor: Tensor) -> Tensor:

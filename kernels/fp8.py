@@ -81,7 +81,7 @@ def require(device: torch.device) -> None:
     """Raise UnavailableError for a device without fp8."""
     why_not = _why_not(device.type, device.index)
     if why_not is not None:
-        raise UnavailableError(f"products in fp8 were asked for, but {why_not}; use bfloat16")
+        raise UnavailableError(f"fp8 is unavailable: {why_not}; use bfloat16")
 
 
 def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
@@ -93,11 +93,11 @@ def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         return False  # laid out for a library of the CPU, or in 8 bits already
     if not _switch.on and torch.compiler.is_exporting():
         return False  # an exported graph has the weights as they are, and is quantised by its own means
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others))
-    if wanted or transformed():
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, *others))
+    if records or transformed():
         raise InputError(
-            "products in fp8 have no gradient, which a parameter or input would want here: run the model under "
-            "torch.no_grad(), or without fp8 (ops.use_fp8, dtype='fp8')"
+            "linear layers in fp8 have no gradient: run the model under torch.no_grad(), or without fp8 "
+            "(ops.use_fp8, dtype='fp8')"
         )
     require(x.device)
     return True

@@ -34,8 +34,8 @@ def runs_cpu_inference(backend: Backend | None, *tensors: Tensor | None) -> bool
         return True
     if not torch.compiler.is_compiling() and any(t is not None and cpu.is_frozen(t) for t in tensors):
         raise InputError(
-            "a weight is frozen for inference on a CPU, and here a gradient, autocast, another type or another backend "
-            "is asked for; call unfreeze() on the model first"
+            "a weight is frozen for CPU inference and supports no gradient, autocast, other dtype or backend: "
+            "call unfreeze() on the model first"
         )
     return False
 

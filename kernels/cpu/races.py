@@ -14,15 +14,15 @@ from .selection import Selection, compare_candidates, odd_size_fallback
 
 PATHS = {
     "aten": "PyTorch's own operations, which multiply fp32 by MKL where PyTorch has it",
-    "onednn": "products by oneDNN, of weights as they are; in attention one for all heads",
+    "onednn": "GEMMs by oneDNN with plain weights; in attention one for all heads",
     "onednn+gelu": "the same, and GELU by PyTorch",
-    "onednn-packed": "products by oneDNN, of a second copy of each weight in a layout of its own",
-    "transposed": "PyTorch's product of a factor that is transposed first",
-    "tiled": "attention in tiles that stay in cache, by PyTorch's products",
+    "onednn-packed": "GEMMs by oneDNN with a second, packed copy of each weight",
+    "transposed": "PyTorch's GEMM of a transposed factor",
+    "tiled": "attention in tiles that stay in cache, by PyTorch's GEMMs",
     "exp2": "the same, with powers of two in place of the softmax",
     "llvm": "kernels of ours that LLVM compiles for this processor",
-    "int8": "products of bytes, of weights in 8 bits",
-    "floats": "weights in 8 bits multiplied in the type of what they are multiplied with",
+    "int8": "int8 GEMMs, of weights in 8 bits",
+    "floats": "weights in 8 bits multiplied in the dtype of the activations",
 }
 """What runs, by the names of candidates."""
 SIZES = {

@@ -159,7 +159,7 @@ def compare_candidates(
             given = _given().get(key)
             if given is not None and given.chosen not in candidates:
                 raise InputError(
-                    f"{os.environ[CHOICES]} chooses {given.chosen!r} for {operation} in {dtype}, which is none of "
+                    f"{os.environ[CHOICES]} chooses {given.chosen!r} for {operation} in {dtype}; known are "
                     f"{', '.join(candidates)}; write it again: xfm-fast tune --cpu"
                 )
             found = given or _selections.get(key)

@@ -192,7 +192,7 @@ def test_refusals_of_fp8(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="in fp8, whose bytes"):
         copy.deepcopy(model).quantise("fp8").freeze()
     monkeypatch.setattr(fp8, "_why_not", lambda device, index: "of a test")
-    with pytest.raises(UnavailableError, match="fp8 were asked for, but of a test; use bfloat16"):
+    with pytest.raises(UnavailableError, match="of a test"):
         model.cast("fp8")
     assert model.quantised is None
 

@@ -227,7 +227,7 @@ def test_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "_why_not", lambda device, index: f"{device} of a test has none")
     made, given = model(), batch()
     wanted = outputs(made, given)
-    with pytest.raises(UnavailableError, match="fp8 were asked for, but cpu of a test has none; use bfloat16"):
+    with pytest.raises(UnavailableError, match="cpu of a test"):
         accelerate(made, dtype="fp8")
     assert torch.equal(outputs(made, given), wanted)
 
