@@ -38,7 +38,7 @@ _switch = _Switch()
 
 @contextmanager
 def check_contents() -> Iterator[None]:
-    """Within the block, look at offsets, labels and ids on GPUs too. Every operation then waits for the device."""
+    """Within the block, check offsets, labels and ids on GPUs too. Every operation then waits for the device."""
     outside, _switch.on = _switch.on, True
     try:
         yield
@@ -101,7 +101,7 @@ def relpos_arguments(
 
 
 def bias_shape(tokens: int, heads: int, *, fragments: bool = False) -> tuple[int, ...]:
-    """Of a padded position bias, as `triton.relpos_table.materialise_bias` makes it."""
+    """The shape of a padded position bias from `triton.relpos_table.materialise_bias`."""
     padded = -(-tokens // BIAS_TILE) * BIAS_TILE
     if not fragments:
         return heads, tokens, padded
@@ -110,7 +110,7 @@ def bias_shape(tokens: int, heads: int, *, fragments: bool = False) -> tuple[int
 
 
 def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
-    """A bias that `relpos_bias` made for operands `[B, N, H, D]`, with its columns padded or not."""
+    """Check a bias from `relpos_bias` for operands `[B, N, H, D]`, with its columns padded or not."""
     tokens, heads = q.shape[1:3]
     shapes = [(heads, tokens, tokens)]
     if padded:
@@ -122,7 +122,7 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
         )
     if bias.requires_grad and torch.is_grad_enabled():
         raise InputError(
-            "bias requires a gradient, and relpos_attention has one for its table only; detach it, or use bias_attention"
+            "bias requires a gradient, which relpos_attention has for its table only; detach it or use bias_attention"
         )
 
 
@@ -196,7 +196,7 @@ def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The factor of the products q kᵀ: 1/sqrt(D) by default."""
+    """The factor of the scores q kᵀ: 1/sqrt(D) by default."""
     if not q.ndim or not q.shape[-1]:
         raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
     return float(q.shape[-1] ** -0.5) if scale is None else positive_scale(scale)
@@ -339,7 +339,7 @@ def _one_attention_type(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _one_type(**tensors: Tensor | None) -> None:
-    """Refuse a product of several types, unless autocast is there to convert them."""
+    """Raise for operands of several dtypes, unless autocast converts them."""
     present = {name: t for name, t in tensors.items() if t is not None}
     first = next(iter(present.values()))
     if all(t.dtype == first.dtype for t in present.values()):

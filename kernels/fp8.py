@@ -104,7 +104,7 @@ def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | None = None) -> Tensor:
-    """`x W^T + b` of rows and weight rounded to fp8, summed in fp32, in the type of x or of autocast."""
+    """`x W^T + b` of rows and weight rounded to fp8, summed in fp32, in the dtype of x or of autocast."""
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
     if not x.is_cuda or (named(backend) and resolve(backend, x) == "reference"):
         wide = derived("fp8 rows in fp32", (weight,), lambda: reference.rounded_rows(weight.detach()))
@@ -154,7 +154,7 @@ def makes_fp8_rows(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> 
 
 
 def keep(x: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """Remember that x rounded to fp8 is these rows, until the block ends, x changes or is given back; returns x."""
+    """Cache the fp8 rows of x until the block ends or x changes or is freed; returns x."""
     kept, key = _switch.rounded, id(x)
     kept[key] = (weakref.ref(x, _forgetting(kept, key)), x._version, rows, scales)
     return x

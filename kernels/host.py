@@ -24,7 +24,7 @@ def integer(tensor: Tensor) -> int:
 
 
 def number(tensor: Tensor) -> float:
-    """The value of a floating-point tensor with one element, of which NumPy need not know the type."""
+    """The value of a floating-point tensor with one element, of any dtype."""
     return float(tensor.detach().double().cpu().numpy().reshape(()))
 
 

@@ -44,7 +44,7 @@ def _unpickled(data: Tensor, requires_grad: bool, kind: EightBits) -> nn.Paramet
 
 
 def mark(weights: Iterable[Tensor], kind: EightBits) -> None:
-    """Let the products of these weights run in 8 bits: the same objects, with the same values."""
+    """Flag weights for 8-bit GEMMs: the same objects, with the same values."""
     for weight in weights:
         # Results, as several concatenated weights, have no flag.
         forget(weight)
@@ -93,14 +93,14 @@ def kind_of(weight: Tensor | None) -> EightBits | None:
 
 
 def alike(weight: Tensor, *marked: Tensor) -> Tensor:
-    """A weight made of others, without gradient: marked as they are, if they all are in one way."""
+    """A weight computed from others, without gradient, with their common flag if they have one."""
     kinds: set[EightBits | None] = {kind_of(each) for each in marked}
     kind = kinds.pop() if len(kinds) == 1 else None
     return weight if kind is None or weight.requires_grad else _CLASSES[kind](weight, requires_grad=False)
 
 
 def side_by_side(weights: Iterable[Tensor]) -> Tensor:
-    """Weights joined along the first dimension; marked if all are and no gradient goes through."""
+    """Weights concatenated along the first dimension; flagged if all are and no gradient flows."""
     weights = tuple(weights)
     return alike(torch.cat(weights), *weights)
 

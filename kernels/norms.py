@@ -91,7 +91,7 @@ def add_layer_norm(
 
 
 def _rounded_norm(x: Tensor, *rest: Any, wide: bool = False) -> tuple[Tensor, Tensor]:
-    """(normed, summed) by the Triton kernel, with normed in fp8 for the product that reads it next."""
+    """(normed, summed) by the Triton kernel, with normed in fp8 for the next GEMM."""
     from .triton.fp8 import room_for
     from .triton.layer_norm import add_layer_norm_forward
 

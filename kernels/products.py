@@ -90,12 +90,12 @@ def runs_in_int8(backend: Backend | None, weight: Tensor, x: Tensor, *others: Te
 
 
 def _floating(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight of a product that does not run in 8 bits; a marked one may be stored in another type than x."""
+    """The weight of a floating-point GEMM; a flagged weight may have another dtype than x."""
     return weight if kind_of(weight) is None else weight.to(x.dtype)
 
 
 def trains_on_cpu(backend: Backend | None, *tensors: Tensor | None) -> bool:
-    """True where the operator with products of its own applies, which compilers could not look into."""
+    """True where the operator for CPU training applies, which is opaque to compilers."""
     if resolve(backend, *tensors) != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     present = [t for t in tensors if t is not None]
@@ -372,19 +372,19 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _scaled(dout: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient of a branch but for its LayerScale, in the type of its products; maybe in scratch memory."""
+    """The gradient of a branch without its LayerScale, in the dtype of its GEMMs; possibly in scratch memory."""
     if row_scale is None:
         return _rounded("upstream", dout, dtype)
     return torch.mul(dout, _of_rows(row_scale, dout), out=scratch("upstream", tuple(dout.shape), dtype))
 
 
 def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a type; in scratch memory where it has another one."""
+    """A tensor in a dtype; converted ones are in scratch memory."""
     return x if x.dtype == dtype else scratch(name, tuple(x.shape), dtype).copy_(x)
 
 
 def _wide(weights: Sequence[Tensor], dtype: torch.dtype, gamma: Tensor | None) -> torch.dtype:
-    """The type of the gradients of weights and biases: the one that they are kept in, if it is wider than products."""
+    """The dtype of the gradients of weights and biases: the storage dtype, if it is wider than the GEMM's."""
     for t in (*weights, *([] if gamma is None else [gamma])):
         dtype = torch.promote_types(dtype, t.dtype)
     return dtype
@@ -467,7 +467,7 @@ def _normed(
 def _through_norm(
     dnormed: Tensor, x: Tensor, norm_weight: Tensor | None, mean: Tensor, rstd: Tensor, dout: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the norm's parameters; with that of the residual, which is x too, where it is given."""
+    """Gradients of x and of the norm's parameters, plus the gradient of a residual that is x too."""
     dx, dweight, dbias = dnormed, dnormed.new_empty(0), dnormed.new_empty(0)
     if norm_weight is not None:
         dx, dweight, dbias = cpu_norms.normalise_backward(dnormed, x, norm_weight, mean, rstd)

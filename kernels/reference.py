@@ -74,7 +74,7 @@ def rounded_rows(x: Tensor) -> Tensor:
 
 
 def product_of_rounded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` of rows that `rounded_rows` made, in fp32."""
+    """`x W^T + b` of rows from `rounded_rows`, in fp32."""
     return F.linear(x, weight, None if bias is None else bias.float())
 
 

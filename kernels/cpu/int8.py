@@ -101,12 +101,12 @@ def _pays(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) -> bool
 
 
 def race_name(operation: str, *, few: bool) -> str:
-    """The name under which a choice is kept."""
+    """The name of a comparison."""
     return f"{operation} in 8 bits{' of few rows' if few else ''}"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None) -> Tensor:
-    """`x W^T + b` for x `[..., K]`, or of its LayerNorm, weight `[M, K]`; the result in the type of x."""
+    """`x W^T + b` for x `[..., K]`, or of its LayerNorm, weight `[M, K]`; the result in the dtype of x."""
     if _library(x, weight) == "llvm":
         return _compiled_linear(x, weight, bias, norm=norm)
     return _onednn_linear(x if norm is None else reference.layer_norm(x, *norm), weight, bias)
@@ -224,14 +224,14 @@ def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Ca
 
 
 def compiled(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
-    """True where the compiled kernel multiplies so many rows of a type with all these weights, as the quickest way."""
+    """True where the compiled kernel is the fastest for a number of rows, a dtype and all these weights."""
     return all(_library_of(dtype, weight) == "llvm" for weight in weights) and all(
         _pays(each, rows, dtype, weights[0]) for each in _LAYERS
     )
 
 
 def _library(x: Tensor, weight: Tensor) -> str:
-    """What multiplies with bytes of weights of these sizes."""
+    """The int8 implementation for weights of this shape."""
     return _library_of(x.dtype, weight)
 
 
@@ -259,7 +259,7 @@ def _compiled_linear(
 
 
 def _panels(weight: Tensor) -> Panels:
-    """A weight in bytes."""
+    """An int8 weight in panels."""
     from .llvm.linear import in_panels
 
     return derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
@@ -274,7 +274,7 @@ class _Packed(NamedTuple):
 
 
 def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight `[M, K]` in bytes, and the step between two levels of each row."""
+    """An int8 weight `[M, K]`, and the step of each row."""
     rows, width = weight.shape
     levels, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
     # In blocks of rows: their doubles stay in cache.
@@ -293,7 +293,7 @@ def _pack(weight: Tensor) -> _Packed:
 
 
 def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:
-    """A weight in bytes and its bias in fp32, both times gamma."""
+    """An int8 weight and its fp32 bias, both times gamma."""
     packed = derived("int8", (weight,), lambda: _pack(weight))
     scales, wide = _times_gamma(packed.scales, weight, bias, gamma)
     return packed._replace(scales=scales), wide
@@ -311,7 +311,7 @@ def _times_gamma(
 
 
 def _product(levels: Tensor, packed: _Packed, zero: int, dtype: torch.dtype) -> Tensor:
-    """Of bytes `[n, K]` with a weight, times the weight's scales."""
+    """The int8 GEMM of `[n, K]` with a weight, times the weight's scales."""
     after = (None, 1.0, 0, dtype, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise(levels, 1.0, zero, *packed, *after)
 
@@ -369,7 +369,7 @@ def _quantised(
 def _example(
     dtype: torch.dtype, rows: int, shapes: tuple[tuple[int, int], ...], residual: bool
 ) -> tuple[Tensor | None, ...]:
-    """Operands of a product, or of an MLP of two."""
+    """Operands of a linear layer, or of an MLP."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
     layers = [part for outputs, inputs in shapes for part in (normal(outputs, inputs), normal(outputs))]

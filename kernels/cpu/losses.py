@@ -108,7 +108,7 @@ def keeps_logits(h: Tensor, w: Tensor) -> bool:
 
 
 def vocabulary_gradient(h: Tensor, target: Tensor, dlogits: Tensor, ignore_index: int = -100) -> Tensor:
-    """`[V, K]`: dw for a loss with gradient 1, to the bit as the forward would give it; arguments as there."""
+    """`[V, K]`: dw for a loss with gradient 1, bit for bit as from the forward; arguments as there."""
     vocabulary = dlogits.shape[1]
     rows, _, _ = _counted_rows(h, target, vocabulary, ignore_index)
     number = rows.shape[0]
@@ -120,7 +120,7 @@ def vocabulary_gradient(h: Tensor, target: Tensor, dlogits: Tensor, ignore_index
 
 
 def _slice_of(dlogits: Tensor, rows: int, part: slice) -> Tensor:
-    """A slice of the vocabulary, contiguous as the products read it."""
+    """A slice of the vocabulary, contiguous for the GEMM."""
     return dlogits.view(-1)[rows * part.start : rows * part.stop].view(rows, part.stop - part.start)
 
 
@@ -185,7 +185,7 @@ def token_log_likelihood_backward(
 
 
 class _Slices:
-    """Memory for the logits of one block, taken once: fresh memory costs a page fault every 4 KB."""
+    """Memory for the logits of one block, allocated once: fresh memory costs a page fault every 4 KB."""
 
     def __init__(self, h: Tensor, blocks: list[slice], slices: list[slice]) -> None:
         rows = max((b.stop - b.start for b in blocks), default=0)
@@ -340,7 +340,7 @@ def _chosen(role: str, dtype: torch.dtype) -> str:
 
 
 def example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Operands of the product `x y^T` that has this role, arranged as in use, about the proportions of a slice."""
+    """Operands of the GEMM `x y^T` with this role, strided as in use, about the size of a slice."""
     generator = torch.Generator().manual_seed(0)
     h, w, g = (torch.randn(s, generator=generator).to(dtype) for s in ((256, 512), (512, 512), (256, 512)))
     return ((h, w), (g, w.t()), (g.t(), h.t()))[ROLES.index(role)]

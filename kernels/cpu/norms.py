@@ -17,7 +17,7 @@ from .workspace import Dropout, scratch
 
 
 class AddLayerNorm(NamedTuple):
-    """The forward: `normed` in the type of x or of the sum, `summed` as wide as its terms, statistics `[rows]`."""
+    """The forward: `normed` in the dtype of x or of the sum, `summed` as wide as its terms, statistics `[rows]`."""
 
     normed: Tensor
     summed: Tensor
@@ -161,7 +161,7 @@ def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor
 
 
 def _kept(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor | None:
-    """The factor that dropout gives every element of x, the same for the same seed: 0 or 1/(1-p)."""
+    """The dropout factor of every element of x, reproducible by the seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
     seed = checks.seed_of(dropout_p, seed)
@@ -189,7 +189,7 @@ def _sum(
 
 
 def normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of `[..., M]` in its type, and mean and rstd `[rows]`, at least fp32."""
+    """LayerNorm of `[..., M]` in its dtype, and mean and rstd `[rows]`, at least fp32."""
     # PyTorch keeps the statistics in the type of the parameters, so these are what has to be wide.
     wide = _wide(summed)
     bias = None if bias is None else bias.to(wide)
@@ -200,7 +200,7 @@ def normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
 def normalise_backward(
     dnormed: Tensor, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum, in its type, and of weight and bias."""
+    """Gradients of the sum, in its dtype, and of weight and bias."""
     rows = summed.reshape(-1, summed.shape[-1])
     wide = weight.to(_wide(summed))
     upstream = dnormed.reshape(rows.shape)

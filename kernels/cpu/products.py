@@ -77,7 +77,7 @@ def _unpickled(weight: Tensor, blocked: bool) -> Frozen:
 
 
 def is_frozen(weight: Tensor) -> bool:
-    """True for the weight of a frozen model, and for any that is laid out."""
+    """True for the weight of a frozen model, and for any packed weight."""
     return weight.is_mkldnn or type(weight) is Frozen
 
 
@@ -90,7 +90,7 @@ class Chosen(NamedTuple):
 
 
 def chosen(weight: Tensor, rows: int) -> Chosen:
-    """The products of so many rows with all weights that are frozen like this one."""
+    """The selected implementation for a number of rows with all frozen weights of this shape."""
     linear, gelu, residual = (_choose(operation, weight, rows) for operation in CANDIDATES)
     return Chosen(_LINEAR[linear], _GELU[gelu], _RESIDUAL[residual])
 
@@ -227,7 +227,7 @@ def _select(
     turned: bool = False,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """The choice for a weight `[M, K]`, or `[K, M]` where it is `turned`, in a type, which is its own by default."""
+    """The choice for a weight `[M, K]`, or `[K, M]` if `turned`, in a dtype, by default its own."""
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     dtype = dtype or weight.dtype
     if not llvm.fits(outputs, inputs, dtype):
@@ -282,7 +282,7 @@ def _sliced(product: Product, step: int, x: Tensor, weight: Tensor, bias: Tensor
 
 
 def _best_seconds(products: Sequence[Product], arguments: tuple[Any, ...]) -> list[float]:
-    """The best time of each, taken in turns."""
+    """The best time of each, in interleaved rounds."""
     best = [float("inf")] * len(products)
     for _ in range(_ROUNDS):
         for i, product in enumerate(products):
@@ -445,7 +445,7 @@ def _onednn_input(dout: Tensor, weight: Tensor) -> Tensor:
 
 
 def _transposed_weight(dout: Tensor, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> Tensor:
-    """The narrower of the two is transposed first: libraries do that less well inside of a half-precision product."""
+    """Transpose the narrower factor first: libraries are slower at it inside a half-precision GEMM."""
     narrow, wide = (dout, x) if dout.shape[1] <= x.shape[1] else (x, dout)
     found = product(_transpose(narrow, scratch("transposed", (narrow.shape[1], narrow.shape[0]), x.dtype)), wide)
     return found if narrow is dout else _transpose(found, found.new_empty(found.shape[1], found.shape[0]))
@@ -565,5 +565,5 @@ def _layout_share(*found: Selection) -> float | None:
 
 
 def laid_out(weight: Tensor) -> Tensor:
-    """A weight `[M, K]` in oneDNN's blocked layout; `to_dense()` gives the same bits back."""
+    """A weight `[M, K]` in oneDNN's blocked layout; `to_dense()` returns the same bits."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)

@@ -75,7 +75,7 @@ def races() -> dict[str, Race]:
 
 
 def compare_all(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[Selection, Race]]:
-    """The choice of every operation in these types, made now or known already."""
+    """The choice of every operation in these dtypes, measured now or earlier."""
     every = races()
     for dtype in dtypes:
         for operation, race in every.items():

@@ -247,7 +247,7 @@ def _read(path: str) -> dict[tuple[str, torch.dtype], Selection]:
 
 
 def selections() -> list[Selection]:
-    """Every comparison made so far in this process."""
+    """Every comparison of this process."""
     return list(_selections.values())
 
 

@@ -301,7 +301,7 @@ def _gradients(
 
 
 def _wide_product(x: Tensor, y: Tensor) -> Tensor:
-    """A product that meets others in a sum, or several: fp32 where the library can leave it so."""
+    """A GEMM result for a sum: fp32 where the library can leave it so."""
     multiply = torch.mm if x.ndim == 2 else torch.bmm
     if x.is_cuda and x.dtype != torch.float32:
         return multiply(x, y, out_dtype=torch.float32)

@@ -58,7 +58,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """A compilation to make: `ASTSource(r.kernel, r.signature, r.constexprs, r.attrs)`, with `options=r.options`."""
+    """The arguments of `ASTSource(r.kernel, r.signature, r.constexprs, r.attrs)` and its `options=r.options`."""
 
     kernel: Any
     signature: dict[str, str]
@@ -100,7 +100,7 @@ class KernelSpec:
     def request(
         self, variant: Mapping[str, Any], dtype: str, arch: int, config: LaunchConfig | None = None
     ) -> CompileRequest:
-        """The compilation of one variant for one type and architecture, with its own or another configuration."""
+        """The compilation of one variant for one dtype and architecture, with its own or another configuration."""
         config = self.config(variant, dtype, arch) if config is None else config
         types, constants = self.types(variant, dtype), self.constants(variant, dtype, config)
         names: list[str] = self.kernel.arg_names
@@ -133,7 +133,7 @@ def architecture(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU. The interpreter runs one program after the other."""
+    """The multiprocessors of a GPU; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -161,7 +161,7 @@ def tuned_config(kernel: str, size: int, dtype: str, arch: int) -> LaunchConfig 
 
 
 def tuned_backend(kernel: str, size: int, dtype: str, arch: int) -> str:
-    """What the table names as fastest where a kernel would run: `triton`, or `flash_attn`."""
+    """The fastest backend in the table for a kernel: `triton`, or `flash_attn`."""
     return _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}", {}).get("backend", "triton")
 
 
@@ -172,7 +172,7 @@ def config_for(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfi
 
 
 def row_config(kernel: str, x: Tensor, heuristic: LaunchConfig) -> LaunchConfig:
-    """The configuration of a kernel for the rows of x `[..., M]`: the tuned one if there is one, else the given one."""
+    """The configuration of a kernel for the rows of x `[..., M]`: the tuned one if there is one, else `heuristic`."""
     dtype = TRITON_TYPE.get(str(x.dtype).removeprefix("torch."), "")
     return tuned_config(kernel, x.shape[-1], dtype, architecture(x.device)) or heuristic
 

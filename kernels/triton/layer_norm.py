@@ -36,7 +36,7 @@ class AddLayerNorm(NamedTuple):
 
 
 class AddLayerNormGradients(NamedTuple):
-    """Results of the backward; None for what the forward was not given."""
+    """Results of the backward; None for absent inputs."""
 
     dx: Tensor
     dresidual: Tensor | None

@@ -191,7 +191,7 @@ def takes_fragments(head_dim: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def turn(bias: Tensor) -> Tensor:
-    """`[H, queries, keys]` as `materialise_bias` makes it → `[H, keys, queries]`, as it makes it with `turned`."""
+    """`[H, queries, keys]` from `materialise_bias` → `[H, keys, queries]`, as with `turned`."""
     turned, tokens = torch.full_like(bias, -torch.inf), bias.shape[1]
     turned[..., :tokens] = bias[..., :tokens].transpose(1, 2)
     return turned

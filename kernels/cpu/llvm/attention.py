@@ -253,7 +253,7 @@ class Heads:
 
 
 class _Attention(Heads):
-    """Writes the kernel of a type, a width and a length."""
+    """Writes the kernel of a dtype, a width and a length."""
 
     def __init__(self, half: bool, width: int, room: int, biased: bool, level: Level) -> None:
         layout = _layout(half, width, room, level)
@@ -369,7 +369,7 @@ class _Attention(Heads):
 
 
 def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
-    """Where a thread's scratch memory holds what, and its bytes."""
+    """Offsets of a thread's scratch memory, and its size."""
     rows, keys = level.rows, -(-room // (2 * level.lanes)) * 2 * level.lanes
     element = 2 if half else 4
     sizes = {
@@ -391,7 +391,7 @@ def laid_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
 
 @cache
 def _kernel(half: bool, width: int, room: int, biased: bool, level: Level) -> tuple[Kernel, int]:
-    """The kernel, and the bytes of scratch memory that a thread needs."""
+    """The kernel, and a thread's scratch memory in bytes."""
 
     def write() -> Builder:
         return _Attention(half, width, room, biased, level).b

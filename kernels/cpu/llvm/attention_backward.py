@@ -134,7 +134,7 @@ class _Gradients(Heads):
             self._add_columns(name, left, factors, terms, entry.k.rows)
 
     def _add_columns(self, name: str, left: str, right: Sequence, terms: Any, keys: Any) -> None:
-        """Add the products of a block's columns, of weights or score gradients, with its rows to the sums of keys."""
+        """Add the products of a block's columns (weights or score gradients) and rows to the sums of keys."""
         b, lanes = self.b, self.level.lanes
         for channel in range(0, self.width, _columns(self.level) * lanes):
             vectors = min(_columns(self.level), (self.width - channel) // lanes)
@@ -255,7 +255,7 @@ def _columns(level: Level) -> int:
 
 
 def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
-    """Where a thread's scratch memory holds what, and its bytes."""
+    """Offsets of a thread's scratch memory, and its size."""
     row, keys, block = room + level.lanes, -(-room // (2 * level.lanes)) * 2 * level.lanes, _BLOCK_TILES * level.rows
     element = 2 if half else 4
     # A tile of columns may begin at the last key.
@@ -281,7 +281,7 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
 
 @cache
 def _kernel(half: bool, width: int, room: int, biased: bool, summed: bool, level: Level) -> tuple[Kernel, int]:
-    """The kernel, and the bytes of scratch memory that a thread needs."""
+    """The kernel, and a thread's scratch memory in bytes."""
 
     def write() -> Builder:
         return _Gradients(half, width, room, biased, summed, level).b

@@ -1,4 +1,4 @@
-"""What kernels are written with: loops and vectors in LLVM's representation, its compiler, and PyTorch's threads."""
+"""Tools for writing kernels: loops and vectors in LLVM's representation, its compiler, and PyTorch's threads."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Builder(ir.IRBuilder):
         return ir.Constant(INT64, value) if isinstance(value, int) else value
 
     def vector(self, element: Any, count: int = 0) -> Any:
-        """The type of so many elements, or as many as there are lanes."""
+        """The type of `lanes` elements, or of the level's vectors."""
         return ir.VectorType(element, count or self.lanes)
 
     def filled(self, value: float, element: Any = FP32) -> Any:
@@ -150,7 +150,7 @@ class Builder(ir.IRBuilder):
         return self.raised(self.read(place, INT16))
 
     def raised(self, halves: Any) -> Any:
-        """A vector in bf16, given as 16-bit integers, in fp32."""
+        """A bf16 vector, passed as 16-bit integers, in fp32."""
         upper = self.shl(self.zext(halves, self.vector(INT32)), self.filled(16, INT32))
         return self.bitcast(upper, self.vector(FP32))
 
@@ -166,12 +166,12 @@ class Builder(ir.IRBuilder):
         return found
 
     def dot_add(self, x: Any, y: Any, z: Any) -> Any:
-        """`z + x0 y0 + x1 y1` of fp32 vectors `z` and vectors of pairs in bf16, given as 32-bit integers."""
+        """`z + x0 y0 + x1 y1` of fp32 vectors `z` and vectors of bf16 pairs, passed as 32-bit integers."""
         pairs = [self.bitcast(value, self.vector(BF16, 2 * self.lanes)) for value in (x, y)]
         return self.intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", z.type, z, *pairs)
 
     def bytes_add(self, x: Any, y: Any, z: Any) -> Any:
-        """`z + x0 y0 + … + x3 y3` of 32-bit integers `z` and groups of bytes, of `x` unsigned and of `y` signed."""
+        """`z + x0 y0 + … + x3 y3` of 32-bit integers `z` and groups of four int8, unsigned in `x` and signed in `y`."""
         width = 32 * self.lanes
         if llvm.llvm_version_info >= (22,):
             # Earlier it took the groups as what they lie in.
@@ -226,11 +226,11 @@ class Builder(ir.IRBuilder):
         return self.and_(self.add(x, self.number(multiple - 1)), self.number(-multiple))
 
     def there(self, pointer: Any) -> Any:
-        """Whether an address is given."""
+        """Whether an address is not null."""
         return self.icmp_unsigned("!=", self.ptrtoint(pointer, INT64), self.number(0))
 
     def where(self, condition: Any, made: Callable[[], Any], otherwise: Any) -> Any:
-        """A value that is made only where a condition holds."""
+        """A value that is computed only where a condition holds."""
         before = self.block
         with self.if_then(condition):
             found = made()
@@ -241,7 +241,7 @@ class Builder(ir.IRBuilder):
         return value
 
     def transposed(self, rows: Values) -> Values:
-        """A square of vectors, turned by exchanging halves, quarters and so on between rows."""
+        """A transposed square of vectors, by exchanging halves, quarters and so on between rows."""
         step = self.lanes // 2
         while step:
             turned = list(rows)
@@ -457,7 +457,7 @@ def whole_pages(size: int) -> int:
 
 
 def scratch_address(name: str, size: int) -> int:
-    """Where so many bytes of scratch memory begin, on a page of their own."""
+    """The page-aligned address of scratch memory of this size."""
     return whole_pages(scratch(name, (size + _PAGE,), torch.uint8).data_ptr())
 
 
@@ -488,7 +488,7 @@ def _compiled(builder: Builder, level: Level) -> bytes:
 
 
 def _read(place: Path) -> bytes | None:
-    """What `_keep` kept, if it is whole, and nobody else could have written it."""
+    """The content that `_keep` wrote, if it is complete and nobody else could have written it."""
     try:
         owned = all(os.stat(p).st_uid == os.getuid() and not os.stat(p).st_mode & 0o022 for p in (place.parent, place))
         found = place.read_bytes() if owned else b""

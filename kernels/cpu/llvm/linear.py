@@ -155,7 +155,7 @@ class _Linear:
         b.loop(row, end, self.height, tile)
 
     def _round(self, thread: Any) -> None:
-        """All rows to bytes, in memory of the thread's own, which its tasks then read."""
+        """Quantise all rows to a thread's own memory, from which its tasks read."""
         b, given = self.b, self.given
         x, x_row, units = given["x"], given["x_row"], given["inputs"]
         place = b.at(given["scratch"], b.add(b.mul(thread, given["room"]), b.number(self.sums_bytes)), BYTE)
@@ -203,7 +203,7 @@ class _Linear:
             b.write(value, b.at(self.base, i * lanes, self.summed))
 
     def _fetch_residual(self, first: Any, end: Any, column: Any) -> None:
-        """Have what is added to a tile on its way while its products are summed."""
+        """Prefetch the residual of a tile during its GEMM."""
         b, last = self.b, self.b.sub(end, self.b.number(1))
         for i in range(self.height):
             row = b.mul(b.least(b.add(first, b.number(i)), last), self.given["residual_row"])
@@ -259,7 +259,7 @@ class _Linear:
                 all_of(*_FEW_TILES[lanes])
 
     def _dots(self, rows: Values, column: Any, place: Any, terms: tuple[Any, Any], width: int) -> None:
-        """Some terms of the dot products of rows with rows of the weight, while the next of these are on their way."""
+        """Some terms of the dot products of rows with rows of the weight, with the next ones prefetched."""
         b, lanes, given = self.b, self.level.lanes, self.given
         weights = [self._row("weight", b.add(column, b.number(n))) for n in range(width)]
         ahead = b.mul(given["weight_row"], b.number(width))
@@ -338,7 +338,7 @@ class _Linear:
         b.loop(0, rows, 1, row)
 
     def _rescaled(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
-        """Sums of products of bytes in fp32, with the bias."""
+        """Sums of int8 products in fp32, with the bias."""
         b, given = self.b, self.given
         step = b.spread(b.load(b.at(given["steps"], row, FP32), typ=FP32))
         scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32))
@@ -374,7 +374,7 @@ class Rounded(NamedTuple):
 
 
 def _round_row(b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_step: bool | None = None) -> Any:
-    """A row of so many channels as bytes, and the step between two of its levels, in fp32."""
+    """Quantise a row of this many channels to uint8, and return its step in fp32."""
     half_step = how.half if half_step is None else half_step
     lanes, element = b.lanes, BF16 if how.half else FP32
     # Magnitudes compare like their bits, and NaN is the largest: then the step is NaN too.
@@ -432,7 +432,7 @@ Norm = tuple[Tensor, Tensor, float]
 
 
 class _Bytes:
-    """Writes the kernel that rounds rows to bytes, or what a LayerNorm makes of them."""
+    """Writes the kernel that quantises rows, or their LayerNorm, to uint8."""
 
     def __init__(self, how: Rounded, normed: bool, level: Level) -> None:
         self.how, self.normed, self.element = how, normed, BF16 if how.half else FP32
@@ -578,7 +578,7 @@ def in_panels(rows: Tensor, steps: Tensor) -> Panels:
     return Panels(panels.transpose(1, 2).contiguous(), steps, F.pad(rows.sum(1, dtype=torch.int32), (0, missing)))
 
 
-def quantise_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """Quantise rows `[n, K]` in fp32 or bf16, after `norm`: uint8 in scratch memory, and the step of each row."""
     (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
     made, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
@@ -613,7 +613,7 @@ def int8_linear(
         return out
     rows, rounded, steps, zero = x, None, 0, GELU_ZERO_BYTE if of_gelu else ZERO_BYTE
     if norm is not None or len(x) >= _FEW:
-        rows, of_rows = quantise_rows(x, gelu=of_gelu, norm=norm)
+        rows, of_rows = int8_rows(x, gelu=of_gelu, norm=norm)
         steps = of_rows.data_ptr()
     else:
         rounded = Rounded(x.dtype == torch.bfloat16, of_gelu)
