@@ -19,7 +19,7 @@ from torch import nn
 
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import InputError, StorageError
-from xfm_fast.memory import give_back
+from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
@@ -145,7 +145,7 @@ def fill_folder(
         files = [*write(record)]
         # An exporter leaves programs in reference cycles, which hold joined weights.
         gc.collect()
-        give_back()
+        release_freed_memory()
         seconds = round(record.build_seconds + time.perf_counter() - started, 3)
         graphs.append(record.model_copy(update={"file": files[0], "files": files, "build_seconds": seconds}))
     content.graphs = graphs

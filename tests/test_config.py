@@ -80,18 +80,18 @@ def test_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 225}, r"image_size=225 is no multiple of patch_size=16; use 224 or 240"),
-        ({"image_size": 7}, r"image_size=7 is no multiple of patch_size=16; use 16"),
-        ({"vision_heads": 5}, r"vision_width=768 is not divisible by vision_heads=5"),
-        ({"text_heads": 7}, r"text_width=768 is not divisible by text_heads=7"),
-        ({"local_attn_depth": 13}, r"local_attn_depth=13 exceeds vision_depth=12; use at most 12"),
-        ({"temperature": 0.9}, r"temperature=0.9 lies outside .*max_temperature=0.5"),
-        ({"num_masking_patches": 500}, r"num_masking_patches=500 exceeds the 196 patches"),
-        ({"max_positions": 3, "pad_token_id": 2}, r"max_positions=3 leaves no position after pad_token_id=2"),
-        ({"vocab_size": 10, "eos_token_id": 10}, r"eos_token_id=10 lies outside vocab_size=10"),
-        ({"embed_dim": 0}, r"embed_dim=0: use more than 0"),
-        ({"text_layers": "twelve"}, r"text_layers='twelve': use a whole number"),
-        ({"widht": 3}, r"widht is not a field of XFMConfig \(fields: .*vision_width"),
+        ({"image_size": 225}, "image_size=225 .*patch_size=16.* 224 or 240"),
+        ({"image_size": 7}, "image_size=7 .*patch_size=16"),
+        ({"vision_heads": 5}, "vision_width=768 .*vision_heads=5"),
+        ({"text_heads": 7}, "text_width=768 .*text_heads=7"),
+        ({"local_attn_depth": 13}, "local_attn_depth=13 .*vision_depth=12"),
+        ({"temperature": 0.9}, "temperature=0.9 .*max_temperature=0.5"),
+        ({"num_masking_patches": 500}, "num_masking_patches=500 .*196"),
+        ({"max_positions": 3, "pad_token_id": 2}, "max_positions=3 .* 4"),
+        ({"vocab_size": 10, "eos_token_id": 10}, "eos_token_id=10 .*vocab_size=10"),
+        ({"embed_dim": 0}, "embed_dim=0"),
+        ({"text_layers": "twelve"}, "text_layers='twelve'"),
+        ({"widht": 3}, "widht .*vision_width"),
     ],
 )
 def test_impossible_models(changes: dict[str, object], message: str) -> None:
@@ -102,15 +102,12 @@ def test_impossible_models(changes: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_beit_v2": False}, "use_beit_v2 is not set"),
-        ({"use_swin": True}, "use_swin=True selects another vision encoder"),
-        ({"vision_config": "config_beit2_huge.json"}, "names neither a base nor a large BEiT-v2"),
-        ({"text_encoder": "bert-base-uncased"}, r"text_encoder='bert-base-uncased' has no config.json; pass roberta="),
-        (
-            {"text_fusion_start_at": 6},
-            "text_fusion_start_at=6 puts cross-attention into the text encoder.*set it to 12",
-        ),
-        ({"fusion_fusion_start_at": 3}, "fusion_fusion_start_at=3 leaves fusion layers without cross-attention"),
+        ({"use_beit_v2": False}, "use_beit_v2"),
+        ({"use_swin": True}, "use_swin=True"),
+        ({"vision_config": "config_beit2_huge.json"}, "vision_config='config_beit2_huge.json'"),
+        ({"text_encoder": "bert-base-uncased"}, "text_encoder='bert-base-uncased' .*roberta="),
+        ({"text_fusion_start_at": 6}, "text_fusion_start_at=6 .*12"),
+        ({"fusion_fusion_start_at": 3}, "fusion_fusion_start_at=3 "),
     ],
 )
 def test_other_models_are_refused(changes: dict[str, object], message: str) -> None:
@@ -126,14 +123,14 @@ def test_missing_entries_and_unreadable_files(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.yaml", "a: [1", "is not valid yaml"),
         ("b.json", "{", "is not valid json"),
-        ("c.yaml", "- 1\n", "holds a list; a mapping"),
+        ("c.yaml", "- 1\n", "c.yaml is a list"),
         ("d.yaml", b"\xff\xfe\x00", "not UTF-8"),
     ):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ConfigError, match=message):
             XFMConfig.from_official(path)
-    with pytest.raises(ConfigError, match="preset 'huge' is unknown; choose one of base, tiny"):
+    with pytest.raises(ConfigError, match=r"'huge'.*base, tiny"):
         XFMConfig.preset("huge")  # pyright: ignore[reportArgumentType]
 
 
@@ -144,9 +141,9 @@ def test_missing_entries_and_unreadable_files(tmp_path: Path) -> None:
         ({"fusion_layers": 10**9, "text_width": 12}, "fusion_layers=1000000000"),
         ({"vocab_size": 2**31 - 1}, "vocab_size=2147483647"),
         ({"image_size": 8_000_000}, "image_size=8000000"),
-        ({"image_size": 10**18}, "image_size=1000000000000000000 is out of all proportion"),
-        ({"vocab_size": 2**40}, "vocab_size=1099511627776 is out of all proportion"),
-        ({"local_attn_depth": -(10**30)}, "out of all proportion"),
+        ({"image_size": 10**18}, "image_size=1000000000000000000 "),
+        ({"vocab_size": 2**40}, "vocab_size=1099511627776 "),
+        ({"local_attn_depth": -(10**30)}, "local_attn_depth=-1000000"),
         ({"vision_mlp_ratio": 1e300}, r"vision_mlp_ratio=1e\+300"),
         ({"vision_mlp_ratio": float("inf")}, "vision_mlp_ratio=inf"),
         ({"temperature": float("nan")}, "temperature=nan"),
@@ -163,7 +160,7 @@ def test_the_bound_is_a_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "_memory", lambda: parameters)
     XFMConfig.preset("base")
     monkeypatch.setattr(config, "_memory", lambda: parameters * 8 // 10)
-    with pytest.raises(ConfigError, match="and this machine has"):
+    with pytest.raises(ConfigError, match="GB"):
         XFMConfig.preset("base")
 
 

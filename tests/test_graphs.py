@@ -203,11 +203,11 @@ def test_derived_weights_outlive_their_cache() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: g.encode_image(torch.zeros(5, 3, 32, 32)), r"captured for \(1,\), \(4,\) and the call has \(5,\)"),
-        (lambda g: g.encode_image(torch.zeros(1, 3, 48, 48)), "built for 32x32"),
-        (lambda g: g.encode_text(*texts(6, 5, "cpu")), "capture a size that holds it, or call the model"),
+        (lambda g: g.encode_image(torch.zeros(5, 3, 32, 32)), r"encode_image.*\(5,\).*\(1,\), \(4,\)"),
+        (lambda g: g.encode_image(torch.zeros(1, 3, 48, 48)), "48x48.*32x32"),
+        (lambda g: g.encode_text(*texts(6, 5, "cpu")), "encode_text"),
         (lambda g: g.encode_text(torch.zeros(1, 3)), "input_ids"),
-        (lambda g: g.image_memory(torch.zeros(1, 3, 64)), "call the model for any other"),
+        (lambda g: g.image_memory(torch.zeros(1, 3, 64)), r"\[1, 3, 64\]"),
         (
             lambda g: g.fuse(torch.zeros(1, 3, 64), torch.ones(2, 3), g.image_memory(torch.zeros(1, 17, 64))),
             "attention_mask",
@@ -225,20 +225,20 @@ def test_calls_that_were_not_captured_are_refused(call: Callable[[XFMGraphs], An
 
 def test_models_that_cannot_be_captured_are_refused() -> None:
     model, shapes = model_on("cpu"), Shapes(images=(1,))
-    with pytest.raises(UnavailableError, match=r"on a GPU, and this one is on cpu; call model\.cuda"):
+    with pytest.raises(UnavailableError, match=r"cpu.*model\.cuda"):
         capture(model, shapes)
     with pytest.raises(InputError, match=r"the model is in training mode.*model\.eval"):
         capture(model.train(), shapes, recorder=StandIn())
     foreign: Any = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).eval()
-    with pytest.raises(InputError, match=r"takes an XFM, not Sequential; .*accelerate"):
+    with pytest.raises(InputError, match=r"Sequential.*accelerate"):
         capture(foreign, shapes, recorder=StandIn())
     foreign[1].train()
     assert str(graphs.why_not_captured(foreign)).startswith("dropout of 1 is active")
     with torch.inference_mode():
         made = nn.Linear(2, 2).eval()
-    assert "made in inference mode" in str(graphs.why_not_captured(made))
+    assert "inference" in str(graphs.why_not_captured(made))
     text_only = XFM(model.config, heads=(), encoders=("text",)).eval()
-    with pytest.raises(InputError, match="images were asked for"):
+    with pytest.raises(InputError, match="images"):
         capture(text_only, shapes, recorder=StandIn())
 
 
@@ -250,7 +250,7 @@ def test_models_that_cannot_be_captured_are_refused() -> None:
     ],
 )  # fmt: skip
 def test_sizes_that_make_no_sense_are_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"a size is|have no"):
+    with pytest.raises(InputError, match=r"images|texts|tokens|pairs"):
         Shapes(**given)
 
 
@@ -292,7 +292,7 @@ def test_sizes_and_branches_that_depend_on_values_are_refused(how: str, named: s
     x = torch.randn(3, 4)
     with torch.no_grad():
         agree(calls(x)["out"], module(x)["out"])
-        with pytest.raises(InputError, match=rf"({named}).*a graph cannot hold"):
+        with pytest.raises(InputError, match=rf"({named}).*graph"):
             calls(x, how=how)
         agree(calls(x)["twice"], module(x)["twice"])
 
@@ -349,7 +349,7 @@ def test_any_module_is_captured_once_a_shape() -> None:
         calls(torch.randn(7, 4))
         calls(torch.randn(3, 4))
         assert stand_in.recorded == 4, "the graph that was used longest ago is dropped"
-        with pytest.raises(InputError, match="neither a tensor nor a constant"):
+        with pytest.raises(InputError, match="argument"):
             calls(torch.randn(3, 4), how={1})
     x = torch.randn(3, 4)
     calls(x)["out"].sum().backward()

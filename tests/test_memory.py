@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from xfm_fast.errors import DataError, StorageError
-from xfm_fast.memory import create_mapped, give_back, open_mapped, resident_bytes
+from xfm_fast.memory import create_mapped, open_mapped, release_freed_memory, resident_bytes
 
 
 def test_a_collection_larger_than_the_disk_is_refused_at_once(tmp_path) -> None:
-    with pytest.raises(StorageError, match=r"needs .* GB and cannot be created"):
+    with pytest.raises(StorageError, match="GB"):
         create_mapped(tmp_path / "huge", (1 << 50,), torch.float32)
     assert not (tmp_path / "huge").exists()
 
 
 def test_a_mapped_file_of_another_size_is_refused(tmp_path) -> None:
     create_mapped(tmp_path / "m", (3, 2), torch.bfloat16)
-    with pytest.raises(DataError, match=r"has 12 bytes; \[4, 2\] torch.bfloat16 takes 16"):
+    with pytest.raises(DataError, match=r"12 bytes.*\[4, 2\] torch.bfloat16.*16"):
         open_mapped(tmp_path / "m", (4, 2), torch.bfloat16)
 
 
@@ -29,6 +29,6 @@ def test_freed_memory_is_given_back() -> None:
     blocks = [bytes([1]) * (1 << 16) for _ in range(2000)]
     del blocks[:-1]
     before = resident_bytes()
-    give_back()
+    release_freed_memory()
     assert before - resident_bytes() > 1000 << 16
     assert len(blocks[0]) == 1 << 16

@@ -120,7 +120,7 @@ def test_packing_by_lengths_that_the_host_knows(mask: Tensor) -> None:
     assert torch.equal(found.positions, expected.positions)
     assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
     assert found.longest == expected.longest
-    with pytest.raises(InputError, match="the mask shows"):
+    with pytest.raises(InputError, match="lengths"):
         Packing.from_mask(mask, lengths=[*lengths[:-1], (lengths[-1] + 1) % (mask.shape[1] + 1)])
 
 
@@ -136,7 +136,7 @@ def test_nothing_waits_for_a_device_where_the_host_knows_the_lengths() -> None:
     groups = ImageGroups.from_index(torch.tensor([1, 0, 1]), 2, torch.device("meta"))
     assert groups.cu_texts.device.type == "meta"
     assert groups.order is not None
-    with pytest.raises(InputError, match="3 numbers from 0 to 5"):
+    with pytest.raises(InputError, match="lengths"):
         Packing.from_mask(mask, lengths=[2, 6, 0])
 
 

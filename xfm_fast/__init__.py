@@ -24,8 +24,7 @@ __version__ = "0.1.0"
 # Found by a link in a checkout, or by the package configuration of an installation.
 if find_spec(f"{__name__}.kernels") is None:
     raise ImportError(
-        f"{__file__} lies in a checkout that is not installed and whose links to kernels, export and benchmarks are no "
-        "links (an unpacked ZIP, or Windows without core.symlinks): run pip install --editable . in the checkout"
+        f"{__file__}: the links to kernels, export and benchmarks are missing; run pip install --editable ."
     )
 
 _HOMES = {

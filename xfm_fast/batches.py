@@ -38,17 +38,17 @@ class TextLayout:
         texts, length = batch.check_texts()
         real = batch.attention_mask.bool()
         packing = _with_longest(Packing.from_mask(real))
-        wanted = batch.masked_labels != IGNORED
+        is_target = batch.masked_labels != IGNORED
         if on_host(real):
-            _check_targets(batch, real, wanted)
-            rows = host.true_places(wanted)
-            counts = wanted.sum(1)
+            _check_targets(batch, real, is_target)
+            rows = host.true_places(is_target)
+            counts = is_target.sum(1)
             most = host.integer(counts.max()) if texts else 0
-            row_of = rows // max(wanted.shape[1], 1)
+            row_of = rows // max(is_target.shape[1], 1)
         else:
             # Unprepared batches on an accelerator keep the padding of the targets, so their number is known.
-            rows = torch.arange(wanted.numel(), device=real.device)
-            most = wanted.shape[1]
+            rows = torch.arange(is_target.numel(), device=real.device)
+            most = is_target.shape[1]
             counts = torch.full((texts,), most, device=real.device)
             row_of = rows // max(most, 1)
         places = batch.masked_positions.long().flatten()[rows] + row_of * length
@@ -109,10 +109,10 @@ def _with_longest(packing: Packing) -> Packing:
     return replace(packing, max_seqlen=packing.longest)
 
 
-def _check_targets(batch: TextBatch, real: Tensor, wanted: Tensor) -> None:
+def _check_targets(batch: TextBatch, real: Tensor, is_target: Tensor) -> None:
     positions = batch.masked_positions.long()
-    outside = wanted & ((positions < 0) | (positions >= real.shape[1]))
-    padded = wanted & ~outside & ~real.gather(1, positions.clamp(0, max(real.shape[1] - 1, 0)))
+    outside = is_target & ((positions < 0) | (positions >= real.shape[1]))
+    padded = is_target & ~outside & ~real.gather(1, positions.clamp(0, max(real.shape[1] - 1, 0)))
     wrong = outside | padded
     if host.any_true(wrong):
         flat = host.integer(wrong.flatten().long().argmax())
@@ -120,8 +120,7 @@ def _check_targets(batch: TextBatch, real: Tensor, wanted: Tensor) -> None:
         position = host.integer(positions[text, number])
         length = host.integer(real[text].sum())
         raise InputError(
-            f"masked_positions of text {text} hold {position}, outside of its {length} real tokens; give places of "
-            f"real tokens, and the label {IGNORED} where there is nothing to predict"
+            f"masked_positions[{text}] contains {position} of {length} real tokens; label unused positions {IGNORED}"
         )
 
 

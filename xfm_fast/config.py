@@ -131,20 +131,19 @@ class XFMConfig(BaseModel):
             raise ConfigError(_explain(error)) from None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_sizes(self) -> Self:
         for name in type(self).model_fields:
             if isinstance(value := getattr(self, name), int) and abs(value) > _MOST:
-                raise ValueError(f"{name}={value} is out of all proportion; use at most {_MOST}")
+                raise ValueError(f"{name}={value} is too large; use at most {_MOST:,}")
         for width, heads in (("vision_width", "vision_heads"), ("text_width", "text_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise ValueError(
-                    f"{width}={getattr(self, width)} is not divisible by {heads}={getattr(self, heads)}; "
-                    "choose a number of heads that divides the width"
+                    f"{width}={getattr(self, width)} is not divisible by {heads}={getattr(self, heads)}; change one"
                 )
         if self.image_size % self.patch_size:
             lower = self.image_size // self.patch_size * self.patch_size
             raise ValueError(
-                f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}; "
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
                 f"use {lower or self.patch_size} or {lower + self.patch_size}"
             )
         if self.local_attn_depth > self.vision_depth:
@@ -154,8 +153,7 @@ class XFMConfig(BaseModel):
             )
         if self.pad_token_id + 1 >= self.max_positions:
             raise ValueError(
-                f"max_positions={self.max_positions} leaves no position after pad_token_id={self.pad_token_id}; "
-                f"use at least {self.pad_token_id + 2}"
+                f"max_positions={self.max_positions} ends at pad_token_id; use at least {self.pad_token_id + 2}"
             )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token"):
             if (getattr(self, name) or 0) >= self.vocab_size:
@@ -167,8 +165,7 @@ class XFMConfig(BaseModel):
             )
         if self.num_masking_patches > self.num_patches:
             raise ValueError(
-                f"num_masking_patches={self.num_masking_patches} exceeds the {self.num_patches} patches of a "
-                f"{self.image_size}-pixel image; lower it or raise image_size"
+                f"num_masking_patches={self.num_masking_patches} exceeds {self.num_patches} patches; lower it"
             )
         self._check_memory()
         return self
@@ -198,9 +195,8 @@ class XFMConfig(BaseModel):
         if needed > there:
             most = max(parts, key=lambda names: parts[names])
             raise ValueError(
-                f"{', '.join(f'{name}={getattr(self, name)}' for name in most)}: the model takes at least "
-                f"{needed / 1e9:,.1f} GB and this machine has {there / 1e9:,.1f} GB; use smaller sizes, or a larger "
-                "machine"
+                f"{', '.join(f'{name}={getattr(self, name)}' for name in most)}: the model needs "
+                f"{needed / 1e9:,.1f} GB and this machine has {there / 1e9:,.1f}; use smaller sizes"
             )
 
     @property
@@ -272,7 +268,7 @@ class XFMConfig(BaseModel):
         except (TypeError, ValueError) as error:
             # A value of another type, for example a list for a number.
             raise ConfigError(
-                f"the official configuration holds a value of a wrong kind ({error}); correct it"
+                f"the official configuration has a value of the wrong type ({error}); correct it"
             ) from None
         return cls(**(fields | overrides))
 
@@ -283,8 +279,7 @@ class XFMConfig(BaseModel):
         kind = values.pop("model_type", MODEL_TYPE)
         if kind != MODEL_TYPE:
             raise ConfigError(
-                f"{path} describes a model of model_type={kind!r}; XFM reads {MODEL_TYPE!r}: give a folder that "
-                "save_pretrained wrote"
+                f"{path} has model_type {kind!r}, not {MODEL_TYPE!r}; give a folder written by save_pretrained"
             )
         return cls(**values)
 
@@ -327,11 +322,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"configuration {path} is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"configuration {path} holds a {type(value).__name__}; a mapping of names to values is needed"
-        )
+        raise ConfigError(f"configuration {path} is a {type(value).__name__}; give a mapping of names to values")
     if other := [name for name in value if not isinstance(name, str)]:
-        raise ConfigError(f"configuration {path} has the key {other[0]!r}, which is no name; remove it")
+        raise ConfigError(f"configuration {path} has the key {other[0]!r}; keys must be strings")
     return value
 
 
@@ -346,15 +339,11 @@ def _check_fusion_split(source: dict[str, Any], text_layers: int) -> None:
     text_start = source.get("text_fusion_start_at", text_layers)
     if text_start < text_layers:
         raise ConfigError(
-            f"text_fusion_start_at={text_start} puts cross-attention into the text encoder of {text_layers} layers; "
-            f"X-FM has none: set it to {text_layers}"
+            f"text_fusion_start_at={text_start} adds cross-attention to the text encoder; set it to {text_layers}"
         )
     fusion_start = source.get("fusion_fusion_start_at", 0)
     if fusion_start != 0:
-        raise ConfigError(
-            f"fusion_fusion_start_at={fusion_start} leaves fusion layers without cross-attention; "
-            "X-FM has it in every layer: set it to 0"
-        )
+        raise ConfigError(f"fusion_fusion_start_at={fusion_start} omits cross-attention in fusion layers; set it to 0")
 
 
 _SHARED_KEYS = {

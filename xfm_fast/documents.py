@@ -54,7 +54,7 @@ def parse_json(text: str | bytes) -> Any:
     or holds a number of more than 64 bits or half of a surrogate pair.
     """
     try:
-        value = json.loads(_decoded(text))
+        value = json.loads(_decode(text))
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
     _check(value)
@@ -70,7 +70,7 @@ def parse_yaml(text: str | bytes) -> Any:
     if len(text) > MOST_YAML_BYTES:
         raise ValueError(f"it has more than {MOST_YAML_BYTES:,} bytes")
     try:
-        value = yaml.safe_load(_decoded(text))
+        value = yaml.safe_load(_decode(text))
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
     except (yaml.YAMLError, ValueError):
@@ -89,7 +89,7 @@ def check_text(value: Any, text: str | bytes) -> None:
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(_surrogate(error)) from None
+            raise ValueError(_surrogate_message(error)) from None
 
 
 def is_plain_name(name: str) -> bool:
@@ -102,9 +102,9 @@ def advice(problem: Mapping[str, Any]) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind in _ADVICE:
         return _ADVICE[kind].format(**context)
-    for ending, said in _ADVICE_OF_KINDS.items():
+    for ending, sentence in _ADVICE_OF_KINDS.items():
         if kind.endswith(ending) or kind.startswith(ending):
-            return said.format(**context)
+            return sentence.format(**context)
     return str(problem["msg"]).removeprefix("Value error, ")
 
 
@@ -117,15 +117,15 @@ _ADVICE = {
     "predicate_failed": "use a finite number",
     "literal_error": "use {expected}",
     "missing": "is missing; add it",
-    "extra_forbidden": "is not known; remove it",
+    "extra_forbidden": "is unknown; remove it",
     "too_short": "give at least {min_length}",
     "too_long": "give at most {max_length}",
-    "int_from_float": "use a whole number, without a fraction",
+    "int_from_float": "use an integer",
     "model_type": "give names with values",
     "none_required": "leave it out",
 }
 _ADVICE_OF_KINDS = {
-    "int_": "use a whole number",
+    "int_": "use an integer",
     "float_": "use a number",
     "bool_": "use true or false",
     "string_": "use text",
@@ -139,7 +139,7 @@ _ADVICE_OF_KINDS = {
 }
 
 
-def _decoded(text: str | bytes) -> str:
+def _decode(text: str | bytes) -> str:
     try:
         return text.decode("utf-8-sig") if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:
@@ -155,9 +155,9 @@ def _check(value: Any) -> None:
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(_surrogate(error)) from None
+                raise ValueError(_surrogate_message(error)) from None
         elif isinstance(value, int) and value.bit_length() > 64:
-            raise ValueError("it holds a whole number of more than 64 bits")
+            raise ValueError("it contains an integer of more than 64 bits")
         elif isinstance(value, (dict, list, tuple, set)):
             inside = [*value, *value.values()] if isinstance(value, dict) else list(value)
             count += len(inside)
@@ -165,8 +165,8 @@ def _check(value: Any) -> None:
                 raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
             rest += [(each, depth + 1) for each in inside]
         if count > _MOST_VALUES:
-            raise ValueError(f"its references stand for more than {_MOST_VALUES:,} values")
+            raise ValueError(f"its aliases expand to more than {_MOST_VALUES:,} values")
 
 
-def _surrogate(error: UnicodeEncodeError) -> str:
-    return f"it holds half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, which is no character"
+def _surrogate_message(error: UnicodeEncodeError) -> str:
+    return f"it contains half of a surrogate pair, \\u{ord(error.object[error.start]):04x}"

@@ -124,8 +124,8 @@ def fusion(
 
 def official_fusion(config: XFMConfig, pairs: int, padded_length: int, image_tokens: int | None = None) -> Count:
     """Pairs as the official code scores them: padded, with keys and values of the image computed for every pair."""
-    alone = image_memory(config, 1, image_tokens) + fusion(config, [padded_length], image_tokens)
-    return pairs * (alone + matching_head(config, 1))
+    per_pair = image_memory(config, 1, image_tokens) + fusion(config, [padded_length], image_tokens)
+    return pairs * (per_pair + matching_head(config, 1))
 
 
 def official_pairs(images: int, texts: int, k: int) -> int:
@@ -154,7 +154,7 @@ def pretraining_step(config: XFMConfig, lengths: Lengths, masked: Lengths) -> Co
     trained += image_memory(config, pairs) + matching_head(config, 3 * pairs) + lm_head(config, sum(reads))
     trained += 2 * first_self_attention(config, sizes) + fusion(config, sizes, reads=reads, self_attended=True)
     trained += fusion(config, 3 * sizes, first_token_only=True, self_attended=True)
-    return 3 * trained + text_encoder(config, sizes) - _stopped(config, pairs, 2 * sum(sizes))
+    return 3 * trained + text_encoder(config, sizes) - _stopped_gradients(config, pairs, 2 * sum(sizes))
 
 
 def official_pretraining_step(config: XFMConfig, pairs: int, padded_length: int, slots: int) -> Count:
@@ -168,7 +168,7 @@ def official_pretraining_step(config: XFMConfig, pairs: int, padded_length: int,
     trained += official_fusion(config, 4 * pairs, padded_length) - matching_head(config, pairs)
     similarity_again = linear(pairs, config.embed_dim, pairs)
     forward_only = text_encoder(config, sizes) + similarity_again
-    return 3 * trained + forward_only - _stopped(config, pairs, 4 * sum(sizes))
+    return 3 * trained + forward_only - _stopped_gradients(config, pairs, 4 * sum(sizes))
 
 
 def _encoders_and_features(config: XFMConfig, sizes: list[int]) -> Count:
@@ -178,7 +178,7 @@ def _encoders_and_features(config: XFMConfig, sizes: list[int]) -> Count:
     return encoders + contrastive_features(config, pairs, pairs) + linear(pairs, config.embed_dim, pairs)
 
 
-def _stopped(config: XFMConfig, images: int, tokens: int) -> Count:
+def _stopped_gradients(config: XFMConfig, images: int, tokens: int) -> Count:
     """Unneeded input gradients: of pixels, whole and masked, and of text tokens in the fusion encoder."""
     patches = linear(2 * images * config.num_patches, 3 * config.patch_size**2, config.vision_width)
     return patches + linear(tokens, config.text_width, 3 * config.text_width)

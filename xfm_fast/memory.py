@@ -24,7 +24,7 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Return freed memory to the system; glibc otherwise keeps it below the highest block in use."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
@@ -81,8 +81,7 @@ def create_mapped(path: str | Path, shape: tuple[int, ...], dtype: torch.dtype) 
     except OSError as error:
         path.unlink(missing_ok=True)
         raise StorageError(
-            f"{path} needs {size / 1e9:.2f} GB and cannot be created ({error.strerror}); free space or choose another "
-            "folder"
+            f"{path} needs {size / 1e9:.2f} GB and cannot be created ({error.strerror}); free space"
         ) from None
     return open_mapped(path, shape, dtype)
 

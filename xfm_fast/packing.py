@@ -36,10 +36,10 @@ class Sequences:
     def longest(self) -> int:
         """Length of the longest sequence in tokens, or `max_seqlen` if given."""
         # A compiler cannot enter the lock of a cached property.
-        return self._measured if self.max_seqlen is None else self.max_seqlen
+        return self._max_length if self.max_seqlen is None else self.max_seqlen
 
     @cached_property
-    def _measured(self) -> int:
+    def _max_length(self) -> int:
         lengths = self.cu_seqlens.diff()
         if not lengths.numel():
             return 0

@@ -68,15 +68,13 @@ class CaptionTokenizer:
         absent = [token for token in (bos, pad, eos) if token not in ids]
         if absent:
             raise DataError(
-                f"the vocabulary in {origin} lacks {', '.join(absent)}; give RoBERTa's vocab.json and merges.txt, or a "
-                "tokenizer.json with RoBERTa's special tokens"
+                f"the vocabulary in {origin} lacks {', '.join(absent)}; give RoBERTa's vocab.json and merges.txt"
             )
         self.bos_token_id, self.pad_token_id, self.eos_token_id = (ids[token] for token in (bos, pad, eos))
         size, most = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=-1)
         if most >= size:
             raise DataError(
-                f"the vocabulary in {origin} has {size} entries and an id of {most}; give one whose ids are numbered "
-                "from 0 without gaps"
+                f"the vocabulary in {origin} has {size} entries but an id {most}; number ids from 0 without gaps"
             )
         self._starts_word = [False] * size
         for token, number in tokenizer.get_vocab().items():
@@ -95,15 +93,15 @@ class CaptionTokenizer:
         single = path / "tokenizer.json" if path.is_dir() else path
         vocabulary, merges = path / "vocab.json", path / "merges.txt"
         if single.is_file():
-            return cls(_parsed(single, lambda: Tokenizer.from_file(str(single))), str(single))
+            return cls(_parse(single, lambda: Tokenizer.from_file(str(single))), str(single))
         pieces = path / "vocab.txt"
         if pieces.is_file() and not vocabulary.is_file():
-            return cls(_parsed(path, lambda: _word_pieces(pieces)), str(path))
+            return cls(_parse(path, lambda: _word_pieces(pieces)), str(path))
         if not (vocabulary.is_file() and merges.is_file()):
             raise DataError(
-                f"{path} holds no tokenizer; give a tokenizer.json, or a folder with it or with vocab.json, merges.txt"
+                f"{path} has no tokenizer; give a tokenizer.json, or a folder with vocab.json and merges.txt"
             )
-        model = _parsed(path, lambda: models.BPE.from_file(str(vocabulary), str(merges), unk_token=UNK))
+        model = _parse(path, lambda: models.BPE.from_file(str(vocabulary), str(merges), unk_token=UNK))
         return cls(_byte_level(model), str(path))
 
     @classmethod
@@ -152,14 +150,14 @@ class CaptionTokenizer:
         """Raise `DataError` unless the ids fit a model of this configuration."""
         if self.vocab_size > config.vocab_size:
             raise DataError(
-                f"the vocabulary in {self.origin} has {self.vocab_size} entries and the model {config.vocab_size}; "
-                "give the vocabulary that the model was trained with"
+                f"the vocabulary in {self.origin} has {self.vocab_size} entries, the model {config.vocab_size}; "
+                "give the model's vocabulary"
             )
         for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
             if getattr(self, name) != getattr(config, name):
                 raise DataError(
-                    f"{name} is {getattr(self, name)} in {self.origin} and {getattr(config, name)} in the model; give "
-                    "the vocabulary that the model was trained with"
+                    f"{name} is {getattr(self, name)} in {self.origin} and {getattr(config, name)} in the model; "
+                    "give the model's vocabulary"
                 )
 
     def encode(
@@ -197,7 +195,7 @@ class CaptionTokenizer:
         if max_tokens < 3:
             raise DataError(f"max_tokens={max_tokens} leaves no room between <s> and </s>; use at least 3")
         rows = []
-        for number, encoding in enumerate(self._encoded(list(texts))):
+        for number, encoding in enumerate(self._encode_batch(list(texts))):
             if not encoding.ids:
                 raise DataError(f"text {number} ({texts[number]!r}) has no tokens; write words or remove it")
             rows.append([self.bos_token_id, *encoding.ids[: max_tokens - 2], self.eos_token_id])
@@ -218,10 +216,9 @@ class CaptionTokenizer:
             )
         if self._special is _OF_BERT:
             raise DataError(
-                f"the vocabulary in {self.origin} is BERT's, which tells two texts apart by token types, and XFM has "
-                "none; give RoBERTa's"
+                f"the vocabulary in {self.origin} is BERT's, whose token types XFM lacks; give RoBERTa's for pairs"
             )
-        a, b = (encoding.ids for encoding in self._encoded([first, second]))
+        a, b = (encoding.ids for encoding in self._encode_batch([first, second]))
         if not (a or b):
             raise DataError(f"neither {first!r} nor {second!r} has tokens; write words or remove the pair")
         room = max_tokens - 4
@@ -235,10 +232,10 @@ class CaptionTokenizer:
         Trailing white space is dropped. Byte-level tokens include the space before them, so a trailing space would be a
         token that never occurs before a word in training.
         """
-        ids = self._encoded([prompt.rstrip()])[0].ids
+        ids = self._encode_batch([prompt.rstrip()])[0].ids
         return torch.tensor([self.bos_token_id, *ids])
 
-    def _encoded(self, texts: list[str]) -> list[Any]:
+    def _encode_batch(self, texts: list[str]) -> list[Any]:
         try:
             return self._tokenizer.encode_batch(texts, add_special_tokens=False)
         except (TypeError, UnicodeError):
@@ -249,7 +246,7 @@ class CaptionTokenizer:
                 try:
                     text.encode()
                 except UnicodeEncodeError:
-                    raise DataError(f"text {number} ({text!a}) holds half of a surrogate pair; remove it") from None
+                    raise DataError(f"text {number} ({text!a}) contains half of a surrogate pair; remove it") from None
             raise
 
     def word_starts(self, ids: Sequence[int]) -> list[bool]:
@@ -299,8 +296,8 @@ def _word_pieces(vocabulary: Path) -> Tokenizer:
     return tokenizer
 
 
-def _parsed(path: Path, read: Any) -> Any:
+def _parse(path: Path, read: Any) -> Any:
     try:
         return read()
     except Exception as error:  # the library raises bare exceptions
-        raise DataError(f"{path} is no readable tokenizer ({error}); download or copy it again") from None
+        raise DataError(f"{path} is not a readable tokenizer ({error}); download or copy it again") from None

@@ -270,7 +270,7 @@ def test_the_function_is_the_same(kind: str) -> None:
 def test_there_and_in_a_folder(tmp_path: Path) -> None:
     state = {name: value for name, value in x2vlm().items() if "position_i" not in name}
     torch.save({"model": state}, tmp_path / "x2vlm.th")
-    with pytest.raises(CheckpointError, match=r"16 columns do not tell their number of heads; give text_heads"):
+    with pytest.raises(CheckpointError, match=r"16 columns.*text_heads"):
         to_xfm_folder(tmp_path / "x2vlm.th", tmp_path / "ours", XFMConfig.preset("tiny"))
     model = XFM.from_x2vlm(tmp_path / "x2vlm.th", text_heads=TEXT_HEADS)
     assert model.load_report is not None
@@ -304,7 +304,7 @@ def test_word_pieces(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "folder/config.json").read_text())["mask_token"] == 103
     again = XFM.from_pretrained(tmp_path / "folder")
     assert torch.equal(again.encode("a dog"), model.encode("a dog"))
-    with pytest.raises(DataError, match="tells two texts apart by token types"):
+    with pytest.raises(DataError, match="BERT"):
         tokenizer.encode_pair("a dog", "a beach")
     with pytest.raises(DataError, match="bos_token_id is 101"):
         tokenizer.check(XFMConfig.preset("tiny"))
@@ -342,7 +342,7 @@ def blip(first: int = 0) -> State:
     ("state", "name", "reason"),
     [
         (x_vlm(), "X-VLM", "Swin transformer"),
-        (blip(), "BLIP", "absolute positions, and its fusion encoder starts from words"),
+        (blip(), "BLIP", "absolute positions, .*word"),
         (blip(1), "ALBEF", "absolute positions"),
     ],
 )
@@ -354,21 +354,21 @@ def test_what_computes_something_else_is_refused(state: State, name: str, reason
         lambda: XFM.from_official(state, XFMConfig.preset("tiny")),
         lambda: to_xfm_folder(tmp_path / "theirs.pth", tmp_path / "ours", XFMConfig.preset("tiny")),
     ):
-        with pytest.raises(CheckpointError, match=rf"is one of {name}, .*{reason}.*accelerate"):
+        with pytest.raises(CheckpointError, match=rf"{name}.*{reason}.*accelerate"):
             call()
     assert not (tmp_path / "ours").exists()
 
 
 def test_bad_checkpoints() -> None:
-    with pytest.raises(CheckpointError, match=r"X²-VLM, whose parameters have other names; .*XFM.from_x2vlm"):
+    with pytest.raises(CheckpointError, match=r"X²-VLM.*XFM\.from_x2vlm"):
         XFM.from_official(x2vlm(), XFMConfig.preset("tiny"))
-    with pytest.raises(CheckpointError, match=r"no checkpoint of X²-VLM .*weight"):
+    with pytest.raises(CheckpointError, match=r"X²-VLM .*weight"):
         XFM.from_x2vlm({"weight": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"no counterpart for \(text_decoder\.bert\.x\)"):
+    with pytest.raises(CheckpointError, match=r"text_decoder\.bert\.x"):
         XFM.from_x2vlm(x2vlm() | {"text_decoder.bert.x": torch.zeros(1)})
     lacking = x2vlm()
     del lacking["vision_encoder.cls_token"]
-    with pytest.raises(CheckpointError, match=r"lacks vision_encoder\.cls_token"):
+    with pytest.raises(CheckpointError, match=r"vision_encoder\.cls_token"):
         XFM.from_x2vlm(lacking, text_heads=2)
     lacking = x2vlm()
     del lacking["text_encoder.bert.encoder.layer.0.output.dense.weight"]

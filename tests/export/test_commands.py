@@ -148,8 +148,8 @@ def test_edited_file_is_an_error_of_the_user(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "either --checkpoint (its weights) or --preset"),
-        (["--preset", "tiny", "--checkpoint", "x.th"], "either --checkpoint (its weights) or --preset"),
+        ([], "--preset"),
+        (["--preset", "tiny", "--checkpoint", "x.th"], "--preset"),
         (["--preset", "huge"], 'Invalid value "huge" for --preset. Choose from: "base", "tiny"'),
         (
             ["--preset", "tiny", "--dtype", "fp8"],

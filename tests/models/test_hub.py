@@ -88,11 +88,11 @@ def test_a_folder_comes_before_a_name(hub: Path, model: XFM, monkeypatch: pytest
 
 def test_errors_name_the_remedy(hub: Path, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"someone/nothing is no folder here, and cannot be fetched.*404"):
+    with pytest.raises(CheckpointError, match=r"someone/nothing .*404"):
         XFM.from_pretrained("someone/nothing")
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="nothing is not a folder"):
         XFM.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(StorageError, match=r"closed/xfm could not be pushed .*403 Forbidden\)"):
+    with pytest.raises(StorageError, match=r"closed/xfm .*403"):
         model.push_to_hub("closed/xfm")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="install huggingface_hub"):

@@ -125,7 +125,7 @@ def test_a_folder_keeps_its_tokenizer(tmp_path: Path, model: XFM, tokenizer: Cap
     torch.testing.assert_close(XFM.from_pretrained(tmp_path / "run" / "model").encode(TEXTS), model.encode(TEXTS))
     (tmp_path / "run" / "tokenizer.json").rename(tmp_path / "other.json")
     bare = XFM.from_pretrained(tmp_path / "run" / "model")
-    with pytest.raises(UnavailableError, match=r"has no tokenizer.*load it with tokenizer="):
+    with pytest.raises(UnavailableError, match="tokenizer="):
         bare.encode(TEXTS)
     given = XFM.from_pretrained(tmp_path / "run" / "model", tokenizer=tmp_path / "other.json")
     torch.testing.assert_close(given.encode(TEXTS), model.encode(TEXTS))
@@ -137,7 +137,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, model: XFM) -> 
     assert larger.vocab_size > model.config.vocab_size
     model.save_pretrained(tmp_path)
     larger.save(tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match="the vocabulary that the model was trained with"):
+    with pytest.raises(DataError, match="vocabulary"):
         XFM.from_pretrained(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_a_config_says_its_type(tmp_path: Path, model: XFM) -> None:
     path = tmp_path / "config.json"
     assert '"model_type": "xfm"' in path.read_text()
     path.write_text(path.read_text().replace('"xfm"', '"bert"'))
-    with pytest.raises(ConfigError, match="model_type='bert'"):
+    with pytest.raises(ConfigError, match=r"model_type.*'bert'"):
         XFM.from_pretrained(tmp_path)
 
 
@@ -154,9 +154,9 @@ def test_a_config_says_its_type(tmp_path: Path, model: XFM) -> None:
     ("items", "error", "message"),
     [
         ([], InputError, "the list is empty"),
-        (["a dog", Path("a.png")], InputError, "texts and images; encode them in two calls"),
-        (np.zeros((3, 3)), InputError, "is no type of texts or images"),
-        ([3], InputError, "int is no type of texts or images"),
+        (["a dog", Path("a.png")], InputError, "texts and images"),
+        (np.zeros((3, 3)), InputError, "is not a text or image"),
+        ([3], InputError, "int "),
         ("!?", DataError, "empty after cleaning"),
         (Path("nowhere.jpg"), DataError, "does not exist"),
     ],
@@ -171,7 +171,7 @@ def test_files_that_are_none_are_named(tmp_path: Path, model: XFM, files: list[P
     note.write_text("no picture")
     with pytest.raises(DataError, match=r"note.txt.*in no format that Pillow reads"):
         model.encode(note)
-    with pytest.raises(InputError, match=r"is a file, and strings are texts here; write Path\("):
+    with pytest.raises(InputError, match=r"is a file.*Path\("):
         model.encode(str(files[0]))
     cut = tmp_path / "cut.png"
     cut.write_bytes(files[0].read_bytes()[:200])
@@ -184,7 +184,7 @@ def test_files_that_are_none_are_named(tmp_path: Path, model: XFM, files: list[P
 def test_missing_heads_are_named(tokenizer: CaptionTokenizer, files: list[Path]) -> None:
     bare = XFM(XFMConfig.preset("tiny", vocab_size=tokenizer.vocab_size), heads=())
     for call in (lambda: bare.encode("a"), lambda: bare.match(files[0], "a"), lambda: bare.ground(files[0], "a")):
-        with pytest.raises(UnavailableError, match="was built without the"):
+        with pytest.raises(UnavailableError, match="head"):
             call()
 
 
@@ -229,9 +229,9 @@ def test_data_parallel(model: XFM, files: list[Path], tmp_path: Path) -> None:
 
 def test_what_is_no_text_or_image_and_a_model_without_weights(model: XFM, files: list[Path], tmp_path: Path) -> None:
     for bad in (None, 3, b"bytes", torch.zeros(2, 3)):
-        with pytest.raises(InputError, match="is no text or image, nor a list of such"):
+        with pytest.raises(InputError, match="text or image"):
             model.encode(bad)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"a path or a PIL image, not ndarray \(Image\.fromarray"):
+    with pytest.raises(InputError, match=r"ndarray.*Image\.fromarray"):
         model.match(np.zeros((4, 4, 3)), "a dog")  # type: ignore[arg-type]
     note = tmp_path / "note.txt"
     note.write_text("a text file")
@@ -242,8 +242,8 @@ def test_what_is_no_text_or_image_and_a_model_without_weights(model: XFM, files:
         empty = XFM(model.config)
     empty.tokenizer = model.tokenizer
     for call in (lambda: empty.encode("a dog"), lambda: empty.encode(files), lambda: empty.match(files[0], "a dog")):
-        with pytest.raises(InputError, match=r"XFM is on the meta device, .* load them with from_pretrained"):
+        with pytest.raises(InputError, match="XFM is on the meta device"):
             call()
-    with pytest.raises(CheckpointError, match="on the meta device and has no values to write"):
+    with pytest.raises(CheckpointError, match="meta device"):
         empty.save_pretrained(tmp_path / "model")
     assert not [*(tmp_path / "model").iterdir()]

@@ -52,7 +52,7 @@ def test_the_faster_way_stays(faster: str, monkeypatch: pytest.MonkeyPatch) -> N
     seen = []
     for _ in range(6):
         run = Watched()
-        assert torch.equal(shares.in_shares(run, batch, "kind"), batch * 2)
+        assert torch.equal(shares.run_chunked(run, batch, "kind"), batch * 2)
         seen.append(run.parts)
         assert torch.get_num_threads() == 2
     assert seen == [WHOLE, SHARED, WHOLE, SHARED, *[SHARED if faster == "shared" else WHOLE] * 2]
@@ -64,13 +64,13 @@ def test_what_is_not_shared() -> None:
         torch.set_num_threads(threads)
         for _ in range(5):
             run = Watched()
-            shares.in_shares(run, torch.ones(size, 1), "kind")
+            shares.run_chunked(run, torch.ones(size, 1), "kind")
             assert run.parts == [(size, threads)]
     torch.set_num_threads(2)
     with deterministic_algorithms():
         for _ in range(3):
             run = Watched()
-            shares.in_shares(run, torch.ones(4, 1), "kind")
+            shares.run_chunked(run, torch.ones(4, 1), "kind")
             assert run.parts == WHOLE
 
 
@@ -81,9 +81,9 @@ def test_an_error_in_a_share_comes_through() -> None:
             raise ValueError("in a share")
         return batch
 
-    shares.in_shares(fail, torch.ones(4, 1), "kind")
+    shares.run_chunked(fail, torch.ones(4, 1), "kind")
     with pytest.raises(ValueError, match="in a share"):
-        shares.in_shares(fail, torch.ones(4, 1), "kind")
+        shares.run_chunked(fail, torch.ones(4, 1), "kind")
 
 
 def test_texts_are_cut_between_two_texts() -> None:

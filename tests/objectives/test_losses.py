@@ -243,9 +243,9 @@ def test_a_negative_of_negligible_similarity_can_still_be_drawn() -> None:
 
 
 def test_nothing_to_draw_from() -> None:
-    with pytest.raises(InputError, match=r"1 pair\(s\) hold no negative"):
+    with pytest.raises(InputError, match=r"1 pair\(s\)"):
         sample_hard_negatives(*features(1), 0.1)
-    with pytest.raises(InputError, match=r"pair 0 \(image id 7\) has no negative"):
+    with pytest.raises(InputError, match=r"pair 0 \(image id 7\)"):
         sample_hard_negatives(*features(3), 0.1, torch.tensor([7, 7, 7]))
 
 
@@ -281,12 +281,15 @@ def test_contrastive_loss_of_perfect_and_uniform_features() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: contrastive_loss(torch.ones(2, 3), torch.ones(3, 3), 1.0), r"\[2, 3\] and text features \[3, 3\]"),
+        (lambda: contrastive_loss(torch.ones(2, 3), torch.ones(3, 3), 1.0), r"\[2, 3\].*\[3, 3\]"),
         (lambda: contrastive_loss(torch.ones(2, 3), torch.ones(2, 3), 1.0, torch.ones(3)), r"image_ids are \[3\]"),
         (lambda: hard_negative_weights(torch.ones(2), torch.ones(2), 1.0), r"image features are \[2\]"),
         (lambda: matching_loss(torch.ones(2, 3), torch.ones(2)), r"logits are \[2, 3\]"),
         (lambda: masked_lm_loss(torch.ones(2, 3, 5), torch.ones(2)), r"targets \[2\]"),
-        (lambda: masked_image_loss(torch.ones(2, 4, 3), torch.ones(2, 4, 3), torch.ones(2, 4)), r"patch_mask \[2, 4\]"),
+        (
+            lambda: masked_image_loss(torch.ones(2, 4, 3), torch.ones(2, 4, 3), torch.ones(2, 4)),
+            r"patch_mask \[2, 4\]",
+        ),
         (
             lambda: masked_image_loss(torch.ones(2, 4, 3), torch.ones(2, 4, 5), torch.ones(2, 3)),
             r"\[2, 4, 3\] and \[2, 4, 5",

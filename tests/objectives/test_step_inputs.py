@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     "other boxes": (lambda: step(replace(REGION, boxes=REGION.boxes[1:])), ["boxes", "[4, 4]", "5 texts"]),
     "NaN box": (
         lambda: step(replace(REGION, boxes=changed(REGION.boxes, 2, 1, to=float("nan")))),
-        ["boxes of text 2", "NaN", "annotation"],
+        ["boxes of text 2", "NaN"],
     ),
     "other is_image": (lambda: step(replace(REGION, is_image=REGION.is_image[1:])), ["is_image", "[4]", "5 texts"]),
     "other image index": (
@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "image index out of range": (
         lambda: step(replace(REGION, image_index=changed(REGION.image_index, 1, to=2))),
-        ["image_index holds 2", "2 images"],
+        ["image_index", "2 images"],
     ),
     "fewer region masks": (
         lambda: step(replace(REGION, region_mask=REGION.region_mask[1:])),
@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "id beyond the vocabulary": (
         lambda: step(replace(PAIR, masked_input_ids=changed(PAIR.masked_input_ids, 0, 1, to=211))),
-        ["input_ids hold 211", "vocabulary of 211", "tokenizer"],
+        ["input_ids", "vocabulary of 211"],
     ),
     "label beyond the vocabulary": (
         lambda: step(replace(TEXT, masked_labels=changed(TEXT.masked_labels, 0, 0, to=211))),
@@ -94,13 +94,16 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "position beyond the text": (
         lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 1, 0, to=12))),
-        ["masked_positions of text 1", "hold 12", "7 real tokens", "-100"],
+        ["masked_positions[1]", "12", "7 real tokens", "-100"],
     ),
     "position in the padding": (
         lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 3, 0, to=4))),
-        ["masked_positions of text 3", "hold 4", "4 real tokens"],
+        ["masked_positions[3]", "4 real tokens"],
     ),
-    "empty text": (lambda: step(replace(TEXT, attention_mask=torch.zeros_like(TEXT.attention_mask))), ["text 0"]),
+    "empty text": (
+        lambda: step(replace(TEXT, attention_mask=torch.zeros_like(TEXT.attention_mask))),
+        ["masked_positions[0]"],
+    ),
     "one tensor of negatives": (lambda: step(PAIR, hard_negatives=OWN), ["hard_negatives", "Tensor", "text_negative"]),
     "too few negatives": (lambda: step(PAIR, hard_negatives=(OWN, OWN[1:])), ["text_negative_index", "[3]", "4 pairs"]),
     "floating negatives": (
@@ -109,12 +112,12 @@ REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
     ),
     "negative beyond the batch": (
         lambda: step(PAIR, hard_negatives=(OWN, OWN + 1)),
-        ["text_negative_index holds 4", "4 pairs", "from 0"],
+        ["text_negative_index", "4 pairs"],
     ),
-    "one pair": (lambda: step(PairBatch(**rows(PAIR, text=slice(1)))), ["1 pair(s) hold no negative", "at least 2"]),
+    "one pair": (lambda: step(PairBatch(**rows(PAIR, text=slice(1)))), ["1 pair(s)", "2"]),
     "one image": (
         lambda: step(replace(PAIR, image_ids=torch.full((4,), 7))),
-        ["pair 0", "image id 7", "at least two images"],
+        ["pair 0", "image id 7"],
     ),
 }
 

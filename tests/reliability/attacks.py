@@ -61,7 +61,7 @@ def _command(arguments: list[str], _: Path) -> None:
     done = invoke(arguments)
     if done.exit_code == 0:
         raise _Silent(done.output[-300:])
-    if done.exit_code != 2 or not done.stderr.startswith("xfm-fast: ") or "fault of xfm-fast" in done.stderr:
+    if done.exit_code != 2 or not done.stderr.startswith("xfm-fast: ") or "internal error" in done.stderr:
         raise RuntimeError(f"exit code {done.exit_code}: {done.output[-1000:]}")
     # A warning may come before it.
     *before, said = done.stderr.splitlines()

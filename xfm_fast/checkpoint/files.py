@@ -102,10 +102,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     """Detect the format of a checkpoint by its first bytes."""
     if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a folder, not a checkpoint file; name the file in it, or use from_pretrained for a folder that "
-            "save_pretrained wrote"
-        )
+        raise CheckpointError(f"{path} is a folder; name the checkpoint file in it, or use from_pretrained")
     try:
         with require_file(path).open("rb") as file:
             head = file.read(64)
@@ -119,10 +116,8 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
         if head.startswith(magic):
             raise CheckpointError(f"{path} is {name}; give a .safetensors file or a PyTorch checkpoint")
     if head.startswith(b"PK\x03\x04"):
-        if not _ends_as_zip(path):
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint: its end is missing; {_AGAIN}"
-            )
+        if not _has_zip_end(path):
+            raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is a truncated PyTorch checkpoint; {_AGAIN}")
         return "zip"
     # A safetensors file begins with the length of its JSON header. Eight bytes of text would be a huge number.
     header = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
@@ -143,7 +138,7 @@ def _format(path: Path) -> Literal["safetensors", "zip", "pickle"]:
     )
 
 
-def _ends_as_zip(path: Path) -> bool:
+def _has_zip_end(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -159,8 +154,7 @@ def _check_zip(path: Path) -> None:
                 # PyTorch does not compress, and a compressed file may expand to any size.
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
                     raise CheckpointError(
-                        f"{path} holds {entry.filename} in packed form, as no program that saves weights writes it; "
-                        "re-save the file with torch.save where you trust it"
+                        f"{path} has a compressed {entry.filename}, unlike torch.save; save it again if you trust it"
                     )
                 with archive.open(entry) as file:
                     while file.read(1 << 22):
@@ -181,16 +175,15 @@ def _load_torch(path: Path, *, mmap: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
-        raise CheckpointError(f"{path} asks for more memory than there is; {_AGAIN}") from None
+        raise CheckpointError(f"{path} needs more memory than this machine has; {_AGAIN}") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise CheckpointError(
-                f"{path} asks for {refused[1]!r}, which is not plain weights; it was refused and nothing was run: "
-                "re-save the file with torch.save(model.state_dict(), path) where you trust it"
+                f"{path} contains {refused[1]!r}, not only weights, and was not run; save model.state_dict() again"
             ) from None
         raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a PyTorch checkpoint, or is a damaged or truncated one "
+            f"{path} ({path.stat().st_size} bytes) is truncated or not a PyTorch checkpoint "
             f"({_first_line(error)}); {_AGAIN}"
         ) from None
 
@@ -205,22 +198,20 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         content, where = content[inner], f"{where}[{inner!r}]"
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path}{where} holds a {type(content).__name__}; a mapping of names to tensors is needed: save "
-            "model.state_dict()"
+            f"{path}{where} is a {type(content).__name__}, not a mapping to tensors; save model.state_dict()"
         )
     if not content:
-        raise CheckpointError(f"{path}{where} holds no tensors; save model.state_dict()")
+        raise CheckpointError(f"{path}{where} has no tensors; save model.state_dict()")
     state: dict[str, Tensor] = {}
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path}{where} holds a {type(value).__name__} under {name!r} where a tensor is needed; save "
-                "model.state_dict() alone or under 'model'"
+                f"{path}{where} has a {type(value).__name__} under {name!r}, not a tensor; save model.state_dict() only"
             )
         if value.layout == torch.strided and not value.is_meta and value.nbytes > value.untyped_storage().nbytes():
             raise CheckpointError(
-                f"{name!r} in {path}{where} repeats {value.untyped_storage().nbytes():,} bytes as a tensor of "
-                f"{list(value.shape)}; save it with .contiguous()"
+                f"{name!r} in {path}{where} expands {value.untyped_storage().nbytes():,} bytes to {list(value.shape)}; "
+                "save it with .contiguous()"
             )
         state[name] = value.detach()
     for prefix in _WRAPPERS:
@@ -262,7 +253,7 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"folder {folder} cannot be made ({_reason(error)}); choose another folder") from error
+        raise StorageError(f"folder {folder} cannot be created ({_reason(error)}); choose another folder") from error
     writers: dict[Path, Callable[[BinaryIO], object]] = {
         folder / MODEL_FILE: lambda file: write_safetensors(file, module_state),
         folder / CONFIG_FILE: lambda file: _write(file, config.to_json().encode()),
@@ -289,10 +280,10 @@ def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
     """
     folder = Path(dir)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; give the folder that save_pretrained wrote")
+        raise CheckpointError(f"{folder} is not a folder; give one written by save_pretrained")
     for name in (CONFIG_FILE, MODEL_FILE):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; give a folder that save_pretrained wrote")
+            raise CheckpointError(f"{folder} has no {name}; give a folder written by save_pretrained")
     config = XFMConfig.load(folder / CONFIG_FILE)
     state = _read(folder / MODEL_FILE)
     unused = folder / UNUSED_FILE
@@ -329,10 +320,9 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
         for folder in {path.parent for path in finished.values()}:
             sync_folder(folder)
     except OSError as error:
-        changed = f"{', '.join(replaced)} is already the new one" if replaced else "nothing there was changed"
+        changed = f"{', '.join(replaced)} is already replaced" if replaced else "the files are unchanged"
         raise StorageError(
-            f"{current} could not be written ({_reason(error)}); {changed}: free space or choose another folder, then "
-            "save again"
+            f"{current} could not be written ({_reason(error)}); {changed}: free space or choose another folder"
         ) from error
     finally:
         for temporary in finished:
@@ -361,11 +351,10 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     for name in names:
         tensor = tensors[name]
         if tensor.is_meta:
-            raise CheckpointError(f"{name!r} is on the meta device and has no values to write; load the weights first")
+            raise CheckpointError(f"{name!r} is on the meta device, without values; load the weights first")
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             raise CheckpointError(
-                f"{name!r} is a {tensor.layout} tensor of {tensor.dtype}, which safetensors cannot hold; convert it to "
-                "a dense floating-point tensor"
+                f"{name!r} is {tensor.layout} of {tensor.dtype}, which safetensors cannot store; convert it"
             )
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
@@ -388,7 +377,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         written = (file.metadata() or {}).get("xfm_fast_format", str(FORMAT_VERSION))
     if not written.isdigit() or int(written) > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {written}, this version of xfm-fast reads up to {FORMAT_VERSION}; upgrade xfm-fast"
+            f"{path} has format {written}; this xfm-fast reads up to {FORMAT_VERSION}: upgrade xfm-fast"
         )
     return state
 
@@ -418,8 +407,8 @@ def hold(lock: Path, what: str) -> Iterator[None]:
         # The system's locks belong to the process, and are lost when it closes the file anywhere.
         with _held_guard:
             if key in _held:
-                raise _in_use(what, me)
-            file = _locked(lock, what)
+                raise _lock_error(what, me)
+            file = _acquire_lock(lock, what)
             _held.add(key)
     except StorageError:
         raise
@@ -441,7 +430,7 @@ def hold(lock: Path, what: str) -> Iterator[None]:
             file.close()
 
 
-def _locked(lock: Path, what: str) -> FileIO:
+def _acquire_lock(lock: Path, what: str) -> FileIO:
     while True:
         file = FileIO(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
         try:
@@ -449,14 +438,14 @@ def _locked(lock: Path, what: str) -> FileIO:
                 raise OSError(errno.ENOLCK, "no locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = _holder(file)
+            holder = _read_holder(file)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.close()
-                raise _in_use(what, holder) from None
+                raise _lock_error(what, holder) from None
             # A process on another machine may be alive; on this machine a dead one left the file.
             if holder and (holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])):
                 file.close()
-                raise _in_use(what, holder) from None
+                raise _lock_error(what, holder) from None
         try:
             # The former holder may have removed it in between.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
@@ -466,7 +455,7 @@ def _locked(lock: Path, what: str) -> FileIO:
         file.close()
 
 
-def _holder(file: FileIO) -> dict[str, Any]:
+def _read_holder(file: FileIO) -> dict[str, Any]:
     try:
         holder = parse_json(os.pread(file.fileno(), 1000, 0))
         return holder if isinstance(holder, dict) and isinstance(holder.get("process"), int) else {}
@@ -474,7 +463,7 @@ def _holder(file: FileIO) -> dict[str, Any]:
         return {}
 
 
-def _in_use(what: str, holder: Mapping[str, Any]) -> StorageError:
+def _lock_error(what: str, holder: Mapping[str, Any]) -> StorageError:
     who = f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}" if holder else "another"
     return StorageError(f"{what} is in use by {who}; wait until it ends, or choose another folder")
 

@@ -73,8 +73,7 @@ def load_into(
     on_meta = [name for name, tensor in own.items() if tensor.is_meta]
     if on_meta:
         raise CheckpointError(
-            f"{what} cannot be loaded: {len(on_meta)} parameters of the model, such as {on_meta[0]!r}, are on the meta "
-            "device and have no memory; call model.to_empty(device=...) first"
+            f"{what} cannot be loaded: {on_meta[0]!r} is on the meta device; call model.to_empty(device=...) first"
         )
     result = compare(module, state, what=what, fresh=fresh, surplus=surplus)
     with torch.no_grad():

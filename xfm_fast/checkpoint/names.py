@@ -141,7 +141,7 @@ def to_ours(official: Mapping[str, Tensor], cfg: XFMConfig) -> tuple[dict[str, T
         if ours != name:
             if ours in official:
                 raise CheckpointError(
-                    f"the checkpoint holds both {name!r} and {ours!r}, two names of one tensor; remove one of them"
+                    f"the checkpoint has both {name!r} and {ours!r}, two names of one tensor; remove one of them"
                 )
             report.renamed[name] = ours
             if name.startswith("text_encoder."):
@@ -185,9 +185,8 @@ def _merge(state: dict[str, Tensor], ties: dict[str, str], *, strict: bool) -> d
             if not strict:
                 continue
             raise CheckpointError(
-                f"{second!r} ({_describe(state[second])}) and {kept!r} ({_describe(state[kept])}) are one tensor in "
-                "X-FM but differ in this checkpoint; it was trained with untied embeddings or is damaged: use a "
-                "checkpoint of a tied model"
+                f"{second!r} ({_describe(state[second])}) and {kept!r} ({_describe(state[kept])}) differ; X-FM ties "
+                "them: use a checkpoint with tied embeddings"
             )
         state.setdefault(kept, state[second])
         del state[second]
@@ -227,7 +226,7 @@ def to_official(
     out = dict(state)
     for name, value in (unused or {}).items():
         if not is_dead(name):
-            raise CheckpointError(f"unused holds {name!r}, which is no dead weight of X-FM; pass LoadReport.unused")
+            raise CheckpointError(f"unused contains {name!r}, not a dead weight of X-FM; pass LoadReport.unused")
         out[name] = value
     for second, kept in (TIED | _TIED_DEAD).items():
         head_bias = re.sub(r"\.decoder\.(weight|bias)$", ".bias", second)
@@ -261,12 +260,12 @@ def to_official(
 def underivable(state: Iterable[str], cfg: XFMConfig) -> list[str]:
     """Dead weights of the official model that `state` (pretraining names) lacks."""
     present = set(state)
-    wanted: list[str] = []
+    expected: list[str] = []
     if "text_encoder.lm_head.bias" in present:
-        wanted += [f"text_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
+        expected += [f"text_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
     if any(name.startswith("fusion_encoder.") for name in present):
-        wanted += _FUSION_EMBEDDINGS
-        wanted += [f"fusion_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
+        expected += _FUSION_EMBEDDINGS
+        expected += [f"fusion_encoder.lm_cap_head.{name}" for name in (*_CAPTION_HEAD, "decoder.bias")]
         if cfg.vision_width != cfg.text_width:
-            wanted += ["fusion_proj.weight", "fusion_proj.bias"]
-    return [name for name in wanted if name not in present]
+            expected += ["fusion_proj.weight", "fusion_proj.bias"]
+    return [name for name in expected if name not in present]

@@ -29,15 +29,12 @@ def table_rows(window: int) -> int:
 def window_of(table: Tensor) -> int:
     """The window of a table `[(2w - 1)^2 + 3, heads]`; raises `InputError` if its shape fits none."""
     if table.dim() != 2:
-        raise InputError(
-            f"a relative-position table has shape {list(table.shape)}; expected [(2w-1)^2+3, heads], two dimensions"
-        )
+        raise InputError(f"a relative-position table has shape {list(table.shape)}; give [(2w-1)^2+3, heads]")
     side = math.isqrt(max(table.shape[0] - CLASS_ROWS, 0))
     window = (side + 1) // 2
     if window < 1 or table_rows(window) != table.shape[0]:
         raise InputError(
-            f"a relative-position table has {table.shape[0]} rows, which no square window gives: "
-            "(2w-1)^2+3 is 4, 12, 28, 52, ...; check that the table belongs to a square BEiT window with a class token"
+            f"a relative-position table has {table.shape[0]} rows; a square window w has (2w-1)^2+3, such as 4 or 12"
         )
     return window
 
@@ -58,21 +55,17 @@ def interpolate_table(table: Tensor, target_window: tuple[int, int]) -> Tensor:
     """
     rows, columns = target_window
     if rows != columns:
-        raise InputError(
-            f"target_window={tuple(target_window)} is not square; relative-position tables can be interpolated between "
-            "square windows only: pad or crop the image to a square"
-        )
+        raise InputError(f"target_window={tuple(target_window)} is not square; pad or crop the image to a square")
     if rows < 1:
-        raise InputError(f"target_window={tuple(target_window)} holds no patch; use at least (1, 1)")
+        raise InputError(f"target_window={tuple(target_window)} has no patches; use at least (1, 1)")
     if not table.is_floating_point():
-        raise InputError(f"a relative-position table has dtype {table.dtype}; a floating-point table is needed")
+        raise InputError(f"a relative-position table has dtype {table.dtype}; give a floating-point table")
     source = window_of(table)
     if source == rows:
         return table
     if source < _SMALLEST_SOURCE:
         raise InputError(
-            f"a relative-position table of a {source}x{source} window has too few offsets for a bicubic spline; "
-            f"start from a window of at least {_SMALLEST_SOURCE}x{_SMALLEST_SOURCE}"
+            f"a {source}x{source} window is too small to interpolate; start from {_SMALLEST_SOURCE}x{_SMALLEST_SOURCE}"
         )
 
     dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
@@ -107,5 +100,5 @@ def _spline_matrix(side_from: int, side_to: int) -> np.ndarray:
 
     x = source_positions(side_from, side_to)
     # The bisection stops short of the outermost target by up to 1e-4; the official spline then repeats its border.
-    wanted = np.clip(np.arange(side_to) - float(side_to // 2), x[0], x[-1])
-    return np.ascontiguousarray(make_interp_spline(x, np.eye(side_from), k=3)(wanted))
+    targets = np.clip(np.arange(side_to) - float(side_to // 2), x[0], x[-1])
+    return np.ascontiguousarray(make_interp_spline(x, np.eye(side_from), k=3)(targets))

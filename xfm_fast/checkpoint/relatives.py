@@ -44,10 +44,7 @@ _BERT: dict[str, Any] = {
 _XLM_R: dict[str, Any] = {"fusion_layer_norm_eps": 1e-12}
 _HEAD_WIDTH = 64
 _SHOWN = 4
-_KEEP = (
-    "keep their code, and give it fused forms with xfm_fast.accelerate(model) and an image memory with "
-    "xfm_fast.replace.Reranker"
-)
+_KEEP = "run its own code with xfm_fast.accelerate(model) and xfm_fast.replace.Reranker"
 
 
 class Relative(NamedTuple):
@@ -84,25 +81,19 @@ def refuse_relative(names: Iterable[str], what: str) -> None:
     if (name := relative_of(names)) is None:
         return
     if (reason := _difference(names, name)) is not None:
-        raise CheckpointError(
-            f"{what} is one of {name}, which computes something else than X-FM: {reason}, while X-FM has BEiT-v2 with "
-            f"relative positions; {_KEEP}"
-        )
-    raise CheckpointError(
-        f"{what} is one of {name}, whose parameters have other names; load it with XFM.from_x2vlm, or make a folder of "
-        "it with xfm-fast convert"
-    )
+        raise CheckpointError(f"{what} is a checkpoint of {name}, another model: {reason}; {_KEEP}")
+    raise CheckpointError(f"{what} is a checkpoint of {name}; load it with XFM.from_x2vlm, or run xfm-fast convert")
 
 
 def _difference(names: set[str], name: str) -> str | None:
     """Why X-FM computes something else; None if it computes the same."""
     if f"vision_encoder.blocks.0{TABLE}" in names:
         return None
-    found = "its images go through a vision transformer with absolute positions"
+    found = "its vision transformer has absolute positions"
     if any(each.startswith("vision_encoder.layers.") for each in names):
-        found = "its images go through a Swin transformer, which merges patches in shifting windows"
+        found = "its vision encoder is a Swin transformer"
     if name == "BLIP":
-        found += ", and its fusion encoder starts from words, not from what the language encoder made of them"
+        found += ", and its fusion encoder starts from word embeddings"
     return found
 
 
@@ -119,12 +110,12 @@ def read_x2vlm(
     name = relative_of(state)
     if name is None:
         raise CheckpointError(
-            f"{what} is no checkpoint of X²-VLM (its first entries are {', '.join([*state][:_SHOWN]) or 'none'}); give "
-            "one of X²-VLM or CCLM-X²-VLM with a BEiT-v2 vision encoder, or load X-FM's with from_official"
+            f"{what} is not X²-VLM with BEiT-v2 (first entries: {', '.join([*state][:_SHOWN]) or 'none'}); "
+            "load X-FM with from_official"
         )
     if _difference(set(state), name) is not None:
         refuse_relative(state, what)
-    first_looking = _first_looking(state, name)
+    first_cross_layer = _first_cross_layer(state, name)
     report = LoadReport()
     ours: dict[str, Tensor] = {}
     foreign = []
@@ -135,7 +126,7 @@ def read_x2vlm(
         if theirs == _FRAMES:
             report.unused[theirs] = value
             continue
-        new = _our_name(theirs, first_looking)
+        new = _our_name(theirs, first_cross_layer)
         if new is None:
             foreign.append(theirs)
             continue
@@ -145,8 +136,8 @@ def read_x2vlm(
     if foreign:
         shown = ", ".join(foreign[:_SHOWN]) + (f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else "")
         raise CheckpointError(
-            f"{what} is one of {name} with parts that X-FM has no counterpart for ({shown}), as of question answering "
-            "or captioning; give a checkpoint of pretraining, retrieval or grounding"
+            f"{what} is a checkpoint of {name} with unsupported parts ({shown}); "
+            "give one of pretraining, retrieval or grounding"
         )
     config = _config(ours, name, what, image_size, text_heads)
     if _MASK_TOKEN not in ours:
@@ -160,11 +151,11 @@ def read_x2vlm(
     return Relative(config, ours, report)
 
 
-def _our_name(name: str, first_looking: int) -> str | None:
+def _our_name(name: str, first_cross_layer: int) -> str | None:
     if found := _LAYER.fullmatch(name):
         part, number, rest = found[1], int(found[2]), found[3]
-        if part == "cross" or number >= first_looking:
-            number -= 0 if part == "cross" else first_looking
+        if part == "cross" or number >= first_cross_layer:
+            number -= 0 if part == "cross" else first_cross_layer
             return f"fusion_encoder.roberta.encoder.layer.{number}.{rest}"
         return f"text_encoder.roberta.encoder.layer.{number}.{rest}"
     if found := _EMBEDDINGS.fullmatch(name):
@@ -174,7 +165,7 @@ def _our_name(name: str, first_looking: int) -> str | None:
     return name if name == "temp" or name.startswith(_ALIKE) else None
 
 
-def _first_looking(state: Iterable[str], name: str) -> int:
+def _first_cross_layer(state: Iterable[str], name: str) -> int:
     """First layer of the single stack that attends to the image; beyond the last one if fusion has its own stack."""
     found = [each for each in map(_LAYER.fullmatch, state) if each and each[1] == "text"]
     looking = [int(each[2]) for each in found if each[3].startswith("crossattention.")]
@@ -186,7 +177,9 @@ def _config(
 ) -> XFMConfig:
     def size(key: str, dimension: int) -> int:
         if key not in state or state[key].dim() <= dimension:
-            raise CheckpointError(f"{what} is one of {name}, but lacks {key} or has it in another form; give it whole")
+            raise CheckpointError(
+                f"{what} is a checkpoint of {name}, but {key} is missing or misshapen; give the whole file"
+            )
         return state[key].shape[dimension]
 
     def depth(prefix: str) -> int:
@@ -202,7 +195,7 @@ def _config(
     except InputError as error:
         raise CheckpointError(f"{what}: {first_table}: {error}") from None
     if text_heads is None and width % _HEAD_WIDTH:
-        raise CheckpointError(f"{what}: layers of {width} columns do not tell their number of heads; give text_heads=")
+        raise CheckpointError(f"{what}: the number of heads is unknown for layers of {width} columns; give text_heads=")
     # BERT has two token types, RoBERTa and XLM-R one.
     of_bert = size(f"{text}embeddings.token_type_embeddings.weight", 0) > 1
     positions = size(_POSITIONS, 0)

@@ -60,8 +60,8 @@ def roberta_state(hf_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             state[ours] = value
     if foreign or not state:
         raise CheckpointError(
-            f"{_some(foreign) if foreign else 'an empty state dict'} does not belong to a RoBERTa encoder; give the "
-            "state dict of transformers.RobertaModel or RobertaForMaskedLM"
+            f"{_first_names(foreign) if foreign else 'an empty state dict'}: not a RoBERTa encoder; "
+            "give the state dict of transformers.RobertaModel or RobertaForMaskedLM"
         )
     merge_tied(state)
     return state
@@ -96,7 +96,7 @@ def _beit2(state: Mapping[str, Any], *, depth: int, grid: int) -> dict[str, Tens
         out[f"vision_encoder.{name}"] = fit_table(name, value, grid) if name.endswith(TABLE) else value
     if foreign or not out:
         raise CheckpointError(
-            f"{_some(foreign) if foreign else 'an empty state dict'} does not belong to the BEiT-v2 encoder of X-FM; "
+            f"{_first_names(foreign) if foreign else 'an empty state dict'}: not X-FM's BEiT-v2 encoder; "
             "give a BEiT-v2 checkpoint without absolute positions"
         )
     if _SHARED_TABLE in state:
@@ -114,20 +114,20 @@ def initialise(module: nn.Module, roberta: Source | None = None, beit2: Source |
     own = module.state_dict()
     state: dict[str, Tensor] = {}
     if roberta is not None:
-        state |= roberta_state(_opened(roberta))
+        state |= roberta_state(_open_state(roberta))
     if beit2 is not None:
         tables = [name for name in own if name.startswith("vision_encoder.") and name.endswith(TABLE)]
         if not tables:
             raise CheckpointError("the model has no vision encoder with relative positions; leave beit2 out")
-        state |= _beit2(_opened(beit2), depth=len(tables), grid=window_of(own[tables[0]]))
+        state |= _beit2(_open_state(beit2), depth=len(tables), grid=window_of(own[tables[0]]))
     # A model without the masked-language head accepts RoBERTa too.
     result = load_into(module, state, what="the pretrained encoder", fresh=("",), surplus=("text_encoder.lm_head.",))
     return InitialisationReport([name for name in own if name in state], result.fresh, result.surplus)
 
 
-def _opened(source: Source) -> Mapping[str, Tensor]:
+def _open_state(source: Source) -> Mapping[str, Tensor]:
     return source if isinstance(source, Mapping) else read_state_dict(source)
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -67,7 +67,7 @@ def read_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
 
 app = App(
     name="xfm-fast",
-    help="X-FM, exact and fast: measure it, train it, export it, see what this machine offers.",
+    help="X-FM, exact and fast: benchmark, train, fine-tune, export and serve it.",
     version_flags=(),
     config=read_values,
     default_parameter=Parameter(negative=(), show_default=options.shown),
@@ -82,7 +82,7 @@ app.command(
     "xfm_fast.cli.bench:app",
     name="bench",
     group=MEASURE,
-    help="""Measure this machine: fast against official, in one process, on real photographs.
+    help="""Benchmark this machine: xfm-fast against the official algorithm, on real photographs.
 
     Without a sub-command the whole suite runs. Results go to a JSON file and a self-contained HTML page.""",
 )
@@ -92,8 +92,8 @@ app.command(
     group=SERVE,
     help="""Export to ONNX and engines, verified against the model.
 
-    Exit code 1: the export differs from the model; 3: no GPU ran the engines, and the graphs behind them agree; 4:
-    nothing could be compared.""",
+    Exit code 1: the export differs from the model; 3: no GPU ran the engines, but the graphs agree; 4: not
+    compared.""",
 )
 app.command(serve.serve, group=SERVE)
 app.command(trial.trial, name="try", group=MEASURE)
@@ -129,7 +129,7 @@ def install_completion(
     try:
         script = app.install_completion(shell=shell, output=output, add_to_startup=output is None)
     except ShellDetectionError as error:
-        raise UnavailableError("the shell cannot be told; name it with --shell") from error
+        raise UnavailableError("the shell cannot be detected; name it with --shell") from error
     except OSError as error:
         raise StorageError(f"completion cannot be installed: {error}; name a file with --output") from error
     print(f"saved: {script}; it is in force in a new shell" if output is None else f"saved: {script}")
@@ -172,7 +172,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         if sys.stdout is None:
-            console.note("standard output is closed, and results would be lost; send it to a file or to /dev/null")
+            console.note("standard output is closed; redirect it to a file or /dev/null")
             return USAGE_ERROR
         command, bound, _ = app.parse_args(arguments)
         code: Any = command(*bound.args, **bound.kwargs)
@@ -192,7 +192,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("XFM_DEBUG", "0") not in ("", "0"):
             raise
-        return _told(error)
+        return _report_exception(error)
     if getattr(command, "__name__", "") == "help_print" and not {"--help", "-h"} & set(arguments):
         # A group without a command printed its help.
         return USAGE_ERROR
@@ -223,7 +223,7 @@ _REMEDIES = {
     errno.EISDIR: "name a file in it",
     errno.EEXIST: "choose another name",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its links lead in a circle: name the file that is meant",
+    errno.ELOOP: "its links form a circle: name the target",
     errno.ENOSPC: "free space or choose another folder",
     errno.EDQUOT: "free space or choose another folder",
     errno.EMFILE: "raise the limit with ulimit -n",
@@ -231,12 +231,12 @@ _REMEDIES = {
 }
 
 
-def _told(error: Exception) -> int:
+def _report_exception(error: Exception) -> int:
     """Report an exception that is not an XFMError in one line; returns the exit code."""
-    said = " ".join(str(error).split())[:300]
-    if isinstance(error, RuntimeError) and said.startswith("Symlink loop"):
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, RuntimeError) and reason.startswith("Symlink loop"):
         # The wording of Python up to 3.12.
-        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), said.partition("'")[2].rstrip("'"))
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), reason.partition("'")[2].rstrip("'"))
     if isinstance(error, OSError):
         # Our writers raise our own errors, so this came from printing.
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
@@ -245,17 +245,19 @@ def _told(error: Exception) -> int:
             return USAGE_ERROR
         name = f"{error.filename} cannot be used" if error.filename is not None else "the system refused"
         remedy = _REMEDIES.get(error.errno or 0, "XFM_DEBUG=1 shows where")
-        console.note(f"{name} ({error.strerror or said}); {remedy}")
+        console.note(f"{name} ({error.strerror or reason}); {remedy}")
         return USAGE_ERROR
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said:
-        console.note(f"memory is used up ({said or 'MemoryError'}); use smaller sizes or a larger machine")
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in reason
+    ):
+        console.note(f"out of memory ({reason or 'MemoryError'}); use smaller sizes or a larger machine")
         return USAGE_ERROR
     if isinstance(error, RecursionError):
         console.note("the input is nested too deeply; flatten it")
         return USAGE_ERROR
-    console.note(
-        f"this is a fault of xfm-fast, {type(error).__name__}: {said}; please report it with what XFM_DEBUG=1 shows"
-    )
+    console.note(f"internal error (please report), {type(error).__name__}: {reason}; XFM_DEBUG=1 shows the traceback")
     return BUG
 
 

@@ -63,7 +63,7 @@ def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Path = _RESULTS)
     """
     from xfm_fast.benchmarks.work import suite
 
-    return _finish(_measured(lambda progress, command: suite.run(options, progress, command)), out)
+    return _finish(_measure(lambda progress, command: suite.run(options, progress, command)), out)
 
 
 @app.command(name="scenario")
@@ -82,7 +82,7 @@ def bench_scenario(
     """
     from xfm_fast.benchmarks.work import scenario as scenarios
 
-    document = _measured(lambda progress, command: scenarios.run(scenario, options, progress, command))
+    document = _measure(lambda progress, command: scenarios.run(scenario, options, progress, command))
     return _finish(document, out or _RESULTS / scenario)
 
 
@@ -98,7 +98,7 @@ def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | No
     """
     from xfm_fast.benchmarks.work import sweep
 
-    document = _measured(lambda progress, command: sweep.run(scenario, options, progress, command))
+    document = _measure(lambda progress, command: sweep.run(scenario, options, progress, command))
     return _finish(document, out or _RESULTS / f"sweep-{scenario}-{'-'.join(options.over)}")
 
 
@@ -113,7 +113,7 @@ def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESUL
     """
     from xfm_fast.benchmarks.work import coco
 
-    return _finish(_measured(lambda progress, command: coco.run(options, progress, command)), out)
+    return _finish(_measure(lambda progress, command: coco.run(options, progress, command)), out)
 
 
 @app.command(name="cold-start")
@@ -130,7 +130,7 @@ def bench_cold_start(
     """
     from xfm_fast.benchmarks.work import cold_start
 
-    return _finish(_measured(lambda progress, command: cold_start.run(options, progress, command)), out)
+    return _finish(_measure(lambda progress, command: cold_start.run(options, progress, command)), out)
 
 
 @app.command(name="serve")
@@ -145,7 +145,7 @@ def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RE
     """
     from xfm_fast.benchmarks.work import serving
 
-    return _finish(_measured(lambda progress, command: serving.run(options, progress, command)), out)
+    return _finish(_measure(lambda progress, command: serving.run(options, progress, command)), out)
 
 
 @app.command(name="train-step")
@@ -166,7 +166,7 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
     # Both procedures use the heap settings of `pretrain` and `finetune`.
     keep_freed_memory()
     run = training.run if options.task is None else finetuning.run
-    document = _measured(lambda progress, command: run(options, progress, command))
+    document = _measure(lambda progress, command: run(options, progress, command))
     # The file of a GPU's pretraining step holds no task rows.
     code, folder = _finish(document, out), files.reference_folder() if options.task is None else None
     if folder is not None and document.device == "cuda" and code == 0:
@@ -183,8 +183,8 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
     """
     from xfm_fast.benchmarks.work import drop_in
 
-    document = _measured(lambda progress, command: drop_in.run(options, progress, command))
-    return _keep(document, json) or int(not document.ok)
+    document = _measure(lambda progress, command: drop_in.run(options, progress, command))
+    return _save(document, json) or int(not document.ok)
 
 
 @app.command(name="sessions")
@@ -196,8 +196,8 @@ def bench_sessions(*, options: Flat[SessionOptions] = SessionOptions(), json: Js
     """
     from xfm_fast.benchmarks.work import sessions
 
-    document = _measured(lambda progress, command: sessions.run(options, progress, command, json))
-    return _keep(document, json) or int(not document.ok)
+    document = _measure(lambda progress, command: sessions.run(options, progress, command, json))
+    return _save(document, json) or int(not document.ok)
 
 
 @app.command(name="kernels")
@@ -214,7 +214,7 @@ def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonF
         if json is not None:
             files.save_as(document, json)
 
-    return _keep(_measured(lambda progress, command: kernels.run(options, progress, command, keep)), json)
+    return _save(_measure(lambda progress, command: kernels.run(options, progress, command, keep)), json)
 
 
 @app.command(name="list")
@@ -226,7 +226,7 @@ def bench_list() -> None:
     from xfm_fast.benchmarks.machine import choose_device
     from xfm_fast.benchmarks.work.scenario import ELSEWHERE
 
-    scenarios = table("scenarios", "name", "what is asked")
+    scenarios = table("scenarios", "name", "measures")
     for name, meaning in (_MEANINGS | ELSEWHERE).items():
         scenarios.add_row(name, meaning)
     baselines = table("baselines", "name", "what", "scenarios", "types", "version", "")
@@ -269,8 +269,8 @@ def bench_report(
         report.png(document, png)
         print(f"saved: {png}")
     if html is not None:
-        beside = png.name if png is not None and png.parent.resolve() == html.parent.resolve() else None
-        write_bytes({html: report.html(document, image=beside).encode()})
+        picture = png.name if png is not None and png.parent.resolve() == html.parent.resolve() else None
+        write_bytes({html: report.html(document, image=picture).encode()})
         print(f"saved: {html}")
     if markdown or gains:
         print(report.gains(document) if gains else report.markdown(document), end="")
@@ -328,12 +328,12 @@ def progress() -> Iterator[Progress]:
         )
 
 
-def _measured(run: Callable[[Progress, list[str]], Document]) -> Document:
+def _measure(run: Callable[[Progress, list[str]], Document]) -> Document:
     """Run a measurement with a progress display, and print its results."""
     from xfm_fast.benchmarks import report
 
-    with progress() as told:
-        document = run(told, ["xfm-fast", *sys.argv[1:]])
+    with progress() as display:
+        document = run(display, ["xfm-fast", *sys.argv[1:]])
     report.terminal(document, stdout())
     return document
 
@@ -347,7 +347,7 @@ def _finish(document: Document, out: Path) -> int:
     return 130 if document.interrupted else int(not document.ok)
 
 
-def _keep(document: Document, file: Path | None) -> int:
+def _save(document: Document, file: Path | None) -> int:
     """Save the document only, if a file is given."""
     from xfm_fast.benchmarks import files
 

@@ -53,13 +53,13 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=Console(stderr=True), transient=True, auto_refresh=False, disable=silent) as bars:
         bar, drawn = bars.add_task(description), 0.0
 
-        def told(done: int, of: int) -> None:
+        def advance(done: int, of: int) -> None:
             nonlocal drawn
             due = done >= of or time.monotonic() - drawn > _REDRAW_S
             bars.update(bar, completed=done, total=of, refresh=due)
             drawn = time.monotonic() if due else drawn
 
-        yield told
+        yield advance
 
 
 def note(message: str) -> None:

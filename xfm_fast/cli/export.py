@@ -141,7 +141,7 @@ def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: 
     if request.quantize is not None:
         calibration = load_calibration(subject.model.config, subject.tokenizer, source.data)
     with (
-        _showing(verbose) as progress,
+        _show_progress(verbose) as progress,
         build.engine_graphs(
             subject.model, out, consumer, request, **subject.facts, examples=examples, calibration=calibration
         ) as build_engines,
@@ -192,10 +192,7 @@ def int8(
         own = find_tokenizer(folder, manifest.xfm_config)
         vocabulary = own if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
         if manifest.tokenizer_sha256 not in (None, None if vocabulary is None else vocabulary.sha256()):
-            raise InputError(
-                f"the ids of {folder} belong to another vocabulary than the captions of --data would get; name with "
-                "--tokenizer the one that the export was made with"
-            )
+            raise InputError(f"{folder} was exported with another vocabulary; name it with --tokenizer")
         examples = load_calibration(manifest.xfm_config, vocabulary, data)
     return finish(quantize_int8(folder, out, budget=budget, examples=examples, progress=say), out)
 
@@ -261,7 +258,7 @@ def named(run: Path | None, source: ModelSource) -> ModelSource:
     if run is None:
         return source
     if source.checkpoint is not None or source.preset is not None:
-        raise InputError(f"{run} is the run to export; leave out --checkpoint and --preset")
+        raise InputError(f"{run} is the run to export; omit --checkpoint and --preset")
     return replace(source, checkpoint=run)
 
 
@@ -285,10 +282,7 @@ def load_subject(source: ModelSource) -> Subject:
     """
     checkpoint, preset = source.checkpoint, source.preset
     if (checkpoint is None) == (preset is None):
-        raise InputError(
-            "name either --checkpoint (its weights) or --preset (random weights), one of the two; a RUN stands for the "
-            "former"
-        )
+        raise InputError("give exactly one of RUN or --checkpoint (its weights) and --preset (random weights)")
     if preset is not None and preset not in get_args(Preset):
         raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(get_args(Preset))}")
     if source.config is not None and (checkpoint is None or checkpoint.is_dir()):
@@ -323,8 +317,7 @@ def _fine_tuned(run: Path, kind: str, source: ModelSource) -> Subject:
 
     if kind not in TASK_SESSIONS:
         raise UnavailableError(
-            f"{run} was fine-tuned for {kind}, which reads gradients of attention, and no graph has these; export one "
-            f"of the tasks {', '.join(TASK_SESSIONS)}"
+            f"{run} is fine-tuned for {kind}, which needs gradients; export one of {', '.join(TASK_SESSIONS)}"
         )
     if source.tokenizer is not None:
         raise InputError(f"{run} has a vocabulary of its own; leave out --tokenizer")
@@ -345,7 +338,7 @@ def _random(preset: Any, image_size: int | None) -> XFM:
     from xfm_fast.config import XFMConfig
     from xfm_fast.models.xfm import XFM
 
-    config = _resized(XFMConfig.preset(preset), image_size)
+    config = _resize(XFMConfig.preset(preset), image_size)
     heads = ("contrastive", "matching", "boxes")
     with torch.device("meta"):
         model = XFM(config, heads=heads)
@@ -365,12 +358,12 @@ def _official(file: Path, sizes: Path | None, image_size: int | None) -> XFM:
     tables = (value for name, value in state.items() if name.endswith(".relative_position_bias_table"))
     if image_size is None and (position := next(tables, None)) is not None:
         image_size = window_of(position) * config.patch_size
-    config = _resized(config, image_size)
+    config = _resize(config, image_size)
     ours, _ = checkpoint.to_ours(state, config)
     return XFM.from_official(state, config, heads=checkpoint.heads_in(ours))
 
 
-def _resized(config: XFMConfig, image_size: int | None) -> XFMConfig:
+def _resize(config: XFMConfig, image_size: int | None) -> XFMConfig:
     if image_size is None or image_size == config.image_size:
         return config
     # An export does not mask, and the number of masked patches need not fit every size.
@@ -433,7 +426,7 @@ def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data
             raise
         return generated_examples(config, images=_CALIBRATED, seed=1)
     if tokenizer is None:
-        note("captions are calibrated on as arbitrary ids; name the vocabulary of the model with --tokenizer")
+        note("calibration uses random ids for captions; name the model's vocabulary with --tokenizer")
     shared = len(found.names) < _PHOTOS + _LEAST_CALIBRATED
     photos = range(0 if shared else _PHOTOS, min(len(found.names), _PHOTOS + _CALIBRATED))
     captions = found.texts(len(found.captions))
@@ -441,7 +434,7 @@ def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data
     longest = min(LONGEST, config.max_text_length)
     rows = _ids(captions[:_CAPTIONS], found, config, tokenizer, longest)
     origin = f"{len(photos)} photographs and {len(rows)} captions"
-    origin += ", the photographs being those that it is compared on" if shared else ""
+    origin += ", with the same photographs as the comparison" if shared else ""
     return Examples(found.pixels(photos, config.image_size), *padded_texts(rows, config.pad_token_id), origin)
 
 
@@ -472,7 +465,7 @@ class Bars:
 
 
 @contextmanager
-def _showing(verbose: bool) -> Iterator[BuildProgress]:
+def _show_progress(verbose: bool) -> Iterator[BuildProgress]:
     """Progress bars on a terminal, or the builder's messages."""
     from rich.console import Console
 

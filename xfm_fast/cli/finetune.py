@@ -83,7 +83,7 @@ def finetune(recipe: str, /, *overrides: str) -> int:
     with _bars() as show:
         result = run(loaded, show=show)
     if result.interrupted:
-        note(f"stopped after step {result.step}; the same command goes on from there")
+        note(f"stopped after step {result.step}; the same command resumes")
         return UNFINISHED
     _print(result.metrics)
     _say(f"saved: {result.folder}; try it: xfm-fast predict {loaded.checkpoint.folder} ...")
@@ -153,9 +153,9 @@ def predict(
     from xfm_fast.training.distributed import join_processes
 
     if options.detections is not None and options.heatmap is None:
-        raise InputError("--detections choose among boxes by heat; add --heatmap FILE")
+        raise InputError("--detections needs a heatmap; add --heatmap FILE")
     if len(items) > 1 if options.lines else not items:
-        raise InputError("give image files and texts, or --lines with a file of requests and one for the answers")
+        raise InputError("give image files and texts, or --lines with files of requests and answers")
     with join_processes(options.device) as processes:
         # The default runtime of the export.
         device = None if options.device == "auto" and is_export(run) else processes.device
@@ -169,15 +169,18 @@ def predict(
                     print(json.dumps(row, ensure_ascii=False), flush=True)
             return 0
         out = Path(items[0])
-        with progress("answering") as told:
-            work = Evaluation(out.with_name(f".{out.name}.parts"), processes, options.batch_size, progress=told)
+        with progress("answering") as advance:
+            work = Evaluation(out.with_name(f".{out.name}.parts"), processes, options.batch_size, progress=advance)
             answer_lines(predictor, options.lines, out, work)
     _say(f"saved: {out}")
     return 0
 
 
 def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions) -> int:
-    paths = [image for item in items if Path(item).exists() for image in _images(Path(item))]
+    from xfm_fast.data.tables import find_images
+
+    files = [Path(item) for item in items if Path(item).exists()]
+    paths = [image for file in files for image in (find_images(file) if file.is_dir() else [file])]
     texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
         return _heatmap(predictor, list(map(str, paths)), texts, options.heatmap, options.detections)
@@ -189,12 +192,6 @@ def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions
 
 def _parts(records: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (records[start : start + size] for start in range(0, len(records), size))
-
-
-def _images(path: Path) -> list[Path]:
-    from xfm_fast.data.tables import find_images
-
-    return find_images(path) if path.is_dir() else [path]
 
 
 def _heatmap(
@@ -224,8 +221,8 @@ def _heatmap(
 
 @contextmanager
 def _bars() -> Iterator[ShowProgress]:
-    with progress("evaluating") as told:
-        yield lambda split, done, of: told(done, of)
+    with progress("evaluating") as advance:
+        yield lambda split, done, of: advance(done, of)
 
 
 def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:

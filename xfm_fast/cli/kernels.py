@@ -69,7 +69,7 @@ class TuneOptions(KernelOptions):
         dtype: May be repeated.
         head_dim: Of the attention kernels; may be repeated.
         out: Folder of the table, with --cpu the file. [the kernels' folder; cpu-choices.json]
-        cpu: Compare the implementations for this CPU instead, for the file in XFM_CPU_CHOICES.
+        cpu: Time the implementations for this CPU instead, and write a file for XFM_CPU_CHOICES.
     """
 
     dtype: tuple[Literal["bf16", "fp16"], ...] = ("bf16",)
@@ -136,7 +136,7 @@ def info(*, as_json: Json = False) -> None:
         if why is not None:
             console.print(f"{word} is left out here: {escape(why)}", soft_wrap=True)
     if not facts["native_bf16"]:
-        console.print("bf16 is not native to this CPU: xfm-fast runs it when asked, slower than fp32")
+        console.print("bf16 is not native to this CPU and slower than fp32")
 
 
 def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
@@ -222,10 +222,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
         return _tune_cpu(options)
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
-        raise UnavailableError(
-            "tuning times the kernels and needs an NVIDIA GPU, of which PyTorch finds none here. What the compiler can"
-            " tell without one: xfm-fast audit"
-        )
+        raise UnavailableError("PyTorch finds no NVIDIA GPU to tune on; without one, run xfm-fast audit")
     specs = _kernels(options.kernel)
     from xfm_fast.kernels import tune as library
     from xfm_fast.kernels.audit import describe
@@ -258,7 +255,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
                 tried = f"{choice.timed} timed, {choice.rejected} rejected"
                 print(f"{spec.name} {kind} {size}: {times}; {tried}")
     if path is None:
-        raise InputError("none of these kernels has a configuration to tune at these head dimensions")
+        raise InputError("none of these kernels has a tunable configuration at these head dimensions")
     print(f"saved: {path}")
 
 
@@ -268,11 +265,11 @@ def _tune_cpu(options: TuneOptions) -> None:
     from xfm_fast.kernels.cpu.selection import CHOICES, RULE, choices
 
     if os.environ.get(CHOICES):
-        raise InputError(f"{CHOICES}={os.environ[CHOICES]} settles what --cpu is to measure; unset it first")
+        raise InputError(f"{CHOICES}={os.environ[CHOICES]} fixes the choices that --cpu measures; unset it first")
     path = options.out or Path("cpu-choices.json")
     # Fail before a minute of comparisons.
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise StorageError(f"{path} cannot be written; name a file in a folder that you may write to with --out")
+        raise StorageError(f"{path} cannot be written; name another file with --out")
     for found in choose_paths():
         print(f"{found['operation']} {found['dtype']}: {found['reason']}")
     write_bytes({path: (json.dumps(choices(), indent=1) + "\n").encode()})
@@ -286,9 +283,7 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
     from importlib.util import find_spec
 
     if find_spec("triton") is None:
-        raise UnavailableError(
-            "the kernels are written in Triton, which is not installed: pip install 'xfm-fast[triton]' (Linux)"
-        )
+        raise UnavailableError("Triton is not installed; pip install 'xfm-fast[triton]' (Linux)")
     from xfm_fast.kernels.audit import shipped_kernels
 
     specs = shipped_kernels()

@@ -111,19 +111,19 @@ def index(
     target = options.index or index_folder(collection)
     known = open_index(target).model if (target / INDEX_FILE).is_file() else None
     source = _source(weights, known)
-    with join_processes(weights.device) as processes, stop_on_signal() as stop, progress("indexing") as told:
+    with join_processes(weights.device) as processes, stop_on_signal() as stop, progress("indexing") as advance:
         if source.random and processes.first:
             _warn(source)
         model = processes.together(lambda: open_model(source, device=processes.device, dtype=PRECISIONS[weights.dtype]))
         report = build_index(
             collection, model, target, images=options.images, batch_size=options.batch_size, workers=options.workers,
-            processes=processes, progress=told, stop=stop, graph=options.graph,
+            processes=processes, progress=advance, stop=stop, graph=options.graph,
         )  # fmt: skip
         first = processes.first
     if not first:
         return UNFINISHED if report.interrupted else 0
     if report.interrupted:
-        note("stopped; the same command goes on from there")
+        note("stopped; the same command resumes")
         return UNFINISHED
     if (remark := lacks_graph(report.images)) is not None and options.graph == "auto":
         note(remark)
@@ -131,9 +131,9 @@ def index(
         print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random}))
         return 0
     for name, reason in list(report.faults.items())[:_SHOWN]:
-        note(f"left out {name}: {reason}")
+        note(f"skipped {name}: {reason}")
     if len(report.faults) > _SHOWN:
-        note(f"left out {len(report.faults) - _SHOWN:,} more; --json lists all")
+        note(f"skipped {len(report.faults) - _SHOWN} more; --json lists all")
     left = f", {len(report.faults):,} left out" if report.faults else ""
     print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
     named = "".join(
@@ -166,7 +166,7 @@ def search(
     from xfm_fast.search import search as find
 
     if options.sheet is not None and options.sheet.suffix.lower() not in (".html", ".htm", ".png"):
-        raise InputError(f"--sheet {options.sheet}: a contact sheet is .html or .png")
+        raise InputError(f"--sheet {options.sheet}: name a .html or .png file")
     found_index = open_index(where, options.index, images=options.images)
     source = _source(weights, found_index.model)
     if source.random:
@@ -177,16 +177,16 @@ def search(
         raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
     device = "cuda" if weights.device != "cpu" and torch.cuda.is_available() else "cpu"
     model = open_model(source, device=device, dtype=PRECISIONS[weights.dtype])
-    asked = Path(query) if os.path.isfile(query) else query
+    target = Path(query) if os.path.isfile(query) else query
     found = find(
-        found_index, model, asked, top=options.top, candidates=options.candidates, exact=options.exact,
+        found_index, model, target, top=options.top, candidates=options.candidates, exact=options.exact,
         rank=options.rank,
     )  # fmt: skip
     matches = [hit.match for hit in found.hits if hit.match is not None]
     if len(matches) > 1 and 0.1 < min(matches) <= max(matches) < min(0.9, min(matches) + _ALIKE):
-        note("the match scores hardly differ, as of an untrained matching head; try --rank similarity")
+        note("match scores hardly differ, as from an untrained head; try --rank similarity")
     for name, reason in list(found.lost.items())[:_SHOWN]:
-        note(f"passed over {name}: {reason}; index again")
+        note(f"skipped {name}: {reason}; index again")
     if as_json:
         rows = [
             {
@@ -205,7 +205,7 @@ def search(
             made.add_row(str(rank), match, f"{hit.similarity:.3f}", escape(hit.location))
         stdout().print(made)
     if options.sheet is not None:
-        written = write_sheet(options.sheet, asked, found, found_index)
+        written = write_sheet(options.sheet, target, found, found_index)
         note(f"saved: {written}") if as_json else print(f"saved: {written}")
     return 0
 
@@ -221,12 +221,12 @@ def _source(weights: WeightOptions, known: ModelSource | None) -> ModelSource:
         raise InputError(f"--model {weights.model} and --random {weights.random} exclude each other; give one")
     if weights.model is None and weights.random is None and known is not None:
         if known.weights is not None:
-            raise InputError(f"the index was made with {known}; if you trust it, add --model {known}")
+            raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
         if known.tokenizer is not None and weights.tokenizer is None:
-            raise InputError(f"the index was made with a tokenizer; if you trust it, add --tokenizer {known.tokenizer}")
+            raise InputError(f"the index uses a tokenizer; if you trust it, add --tokenizer {known.tokenizer}")
         return replace(known, tokenizer=weights.tokenizer)
     return ModelSource(weights.model, weights.tokenizer, weights.random or "tiny")
 
 
 def _warn(source: ModelSource) -> None:
-    note(f"THE WEIGHTS ARE RANDOM ({source}): results mean nothing. Give --model for one that was trained")
+    note(f"THE WEIGHTS ARE RANDOM ({source}): results are meaningless. Give trained weights with --model")

@@ -55,7 +55,7 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
     keep_freed_memory()
     result = train(loaded)
     if result.interrupted:
-        note(f"stopped after step {result.step}; the same command goes on from there")
+        note(f"stopped after step {result.step}; the same command resumes")
         return UNFINISHED
     return 0
 
@@ -112,7 +112,7 @@ def ablations(*, options: Flat[AblationOptions] = AblationOptions()) -> int:
         print(markdown(study))
         print("saved: " + ", ".join(str(path) for path in save(study, options.out)))
     if study.missing:
-        note(f"{len(study.missing)} runs are missing; the same command goes on there")
+        note(f"{len(study.missing)} runs are missing; the same command resumes")
         return UNFINISHED
     return 0
 

@@ -31,8 +31,8 @@ def trial(
 
     if png is not None and png.is_dir():
         raise InputError(f"--png {png} is a folder; name a file")
-    with progress() as told:
-        found = trials.run(model, options, told, ["xfm-fast", *sys.argv[1:]])
+    with progress() as display:
+        found = trials.run(model, options, display, ["xfm-fast", *sys.argv[1:]])
     if png is not None:
         report.png(found.document, png)
         note(f"saved: {png}")

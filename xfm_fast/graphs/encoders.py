@@ -45,12 +45,10 @@ class Shapes:
             for given in getattr(self, name):
                 size = given if isinstance(given, tuple) else (given,)
                 if len(size) != meaning.count(",") + 1 or not all(isinstance(n, int) and n > 0 for n in size):
-                    raise InputError(f"{name} holds {given!r}; a size is {meaning}, in positive integers")
+                    raise InputError(f"{name} contains {given!r}; a size is {meaning}, in positive integers")
         for *_, texts, length, tokens in (*self.texts, *self.pairs, *self.matches):
             if tokens > texts * length:
-                raise InputError(
-                    f"{texts} texts of at most {length} tokens have no {tokens}; give at most {texts * length}"
-                )
+                raise InputError(f"{tokens} tokens exceed {texts} texts of {length}; give at most {texts * length}")
 
 
 class _Images(Program[Tensor]):
@@ -262,8 +260,8 @@ class XFMGraphs:
         config = self.model.config
         if image_embeds.shape[1:] != (config.num_image_tokens, config.vision_width):
             raise InputError(
-                f"image embeddings have shape {[*image_embeds.shape]}; captured is [B, {config.num_image_tokens}, "
-                f"{config.vision_width}]: call the model for any other"
+                f"image embeddings are {[*image_embeds.shape]}, captured are "
+                f"[B, {config.num_image_tokens}, {config.vision_width}]; call the model"
             )
         return self._memories(image_embeds)
 
@@ -286,7 +284,7 @@ class XFMGraphs:
         Raises `InputError` for more pairs than captured, masked image tokens, or texts that do not match the images.
         """
         if memory.token_mask is not None:
-            raise InputError("the memory hides tokens of its images, which was not captured; call model.fuse")
+            raise InputError("the memory has masked image tokens, which were not captured; call model.fuse")
         inputs.check_embeddings(text_embeds, self.model.config.text_width, "text embeddings")
         mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
         texts = text_embeds.shape[0]
@@ -315,9 +313,7 @@ def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> 
         UnavailableError: the model is not on a GPU.
     """
     if not isinstance(model, XFM):
-        raise InputError(
-            f"capture takes an XFM, not {type(model).__name__}; for another model: accelerate(model, cuda_graphs=True)"
-        )
+        raise InputError(f"capture() takes an XFM, not {type(model).__name__}; use accelerate(model, cuda_graphs=True)")
     why_not = why_not_captured(model)
     if why_not is not None:
         raise InputError(why_not)
@@ -333,7 +329,7 @@ def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> 
     }
     for name, present in lacking.items():
         if getattr(shapes, name) and not present:
-            raise InputError(f"{name} were asked for, and the model has no encoder for them; leave {name} out")
+            raise InputError(f"the model has no encoder for {name}; leave {name} out")
     images = [(size,) for size in shapes.images]
     return XFMGraphs(
         model,

@@ -65,10 +65,7 @@ def record(run: Callable[[], Any], pool: Any = None) -> Recording:
             outputs = run()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"CUDA cannot record this work ({reason}); it copies between host and GPU or asks for values, so run the "
-            "model without graphs"
-        ) from error
+        raise InputError(f"CUDA cannot record this work ({reason}); run the model without graphs") from error
     return _CudaRecording(graph, outputs)
 
 
@@ -84,8 +81,7 @@ class NoHostReads(TorchDispatchMode):
         why = _needs_the_host(func, args, kwargs)
         if why is not None:
             raise InputError(
-                f"{func.__name__.partition('.')[0]} {why}, which a graph cannot hold; give what it computes as an "
-                "input of a fixed size, or run the model without graphs"
+                f"{func.__name__.partition('.')[0]} {why}, which a graph cannot contain; run the model without graphs"
             )
         return func(*args, **kwargs)
 
@@ -117,12 +113,12 @@ def why_not_captured(module: nn.Module) -> str | None:
         if part.training:
             dropout = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
             what = f"dropout of {path} is active" if dropout else f"{path or 'the model'} is in training mode"
-            return f"{what}, and a graph would repeat the same random numbers; call model.eval() first"
+            return f"{what}, and a graph would repeat its random numbers; call model.eval() first"
     for name, parameter in module.named_parameters():
         if parameter.is_inference():
             return (
-                f"{name} was made in inference mode, so that a change of it could not be seen; build or load the model "
-                "outside torch.inference_mode()"
+                f"{name} is an inference tensor, whose changes are not tracked; load the model outside "
+                "torch.inference_mode()"
             )
     return None
 
@@ -132,9 +128,7 @@ def require_gpu(module: nn.Module) -> None:
     devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
     if devices != {"cuda"}:
         where = ", ".join(sorted(devices)) or "no device"
-        raise UnavailableError(
-            f"CUDA graphs need a model on a GPU, and this one is on {where}; call model.cuda() first"
-        )
+        raise UnavailableError(f"CUDA graphs need a model on a GPU, not on {where}; call model.cuda() first")
 
 
 class Program(ABC, Generic[Call]):
@@ -208,8 +202,8 @@ class Sizes(Generic[Call]):
         size = next((s for s in self.sizes if all(n <= most for n, most in zip(needed, s, strict=True))), None)
         if size is None:
             raise InputError(
-                f"{self.program.name} was captured for {', '.join(map(str, self.sizes)) or 'no size'} and the call has "
-                f"{needed}; capture a size that holds it, or call the model"
+                f"{self.program.name} needs size {needed}, captured are "
+                f"{', '.join(map(str, self.sizes)) or 'no sizes'}; capture it too"
             )
         with self._lock:
             # The lock orders hosts. On another stream, the last call may still read the buffers.
@@ -251,8 +245,7 @@ class CallGraphs:
             hash(key)
         except TypeError:
             raise InputError(
-                "an argument is neither a tensor nor a constant, so that calls cannot be told apart; call accelerate "
-                "with cuda_graphs=False"
+                "an argument is neither a tensor nor hashable; call accelerate with cuda_graphs=False"
             ) from None
         with self._lock:
             if key not in self._graphs:

@@ -39,14 +39,14 @@ def register_auto_classes() -> None:
 
         @staticmethod
         def from_pretrained(name: str | Path, *, config: object = None, **options: Any) -> XFM:
-            given = _asked(options)
+            given = _user_options(options)
             dtype = given.pop("dtype", given.pop("torch_dtype", torch.float32))
             return XFM.from_pretrained(name, dtype=torch.float32 if dtype == "auto" else dtype, **given)
 
     class XFMAutoProcessor(XFMProcessor):
         @classmethod
         def from_pretrained(cls, folder: str | Path, **options: Any) -> XFMProcessor:
-            return XFMProcessor.from_pretrained(folder, **_asked(options))
+            return XFMProcessor.from_pretrained(folder, **_user_options(options))
 
     # The library finds the class by its name in `preprocessor_config.json`.
     XFMAutoProcessor.__name__ = XFMProcessor.__name__
@@ -56,5 +56,5 @@ def register_auto_classes() -> None:
     transformers.AutoProcessor.register(XFMAutoConfig, XFMAutoProcessor, exist_ok=True)
 
 
-def _asked(options: dict[str, Any]) -> dict[str, Any]:
+def _user_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in _BOOKKEEPING and value is not None}

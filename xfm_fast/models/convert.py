@@ -46,14 +46,14 @@ def to_xfm_folder(
     destination unchanged.
     """
     if destination.is_file() or destination.suffix in _SUFFIXES:
-        raise InputError(f"destination {destination} is a file name; our form is a folder: name one")
+        raise InputError(f"destination {destination} is a file name; name a folder")
     found = _read(source, config, image_size)
     unused = found.unused if keep_unused else None
     files = {PREPROCESSOR_FILE: preprocessor_json(found.config)}
     checkpoint.save_pretrained(found.state, found.config, destination, unused=unused, files=files)
     if found.unused and not keep_unused:
-        found.report.append(f"dropped: {_listed(list(found.unused))}")
-    found.report.append(f"wrote {destination}: {_amount(found.state)} at {found.config.image_size} pixels")
+        found.report.append(f"dropped: {_join_names(list(found.unused))}")
+    found.report.append(f"wrote {destination}: {_describe(found.state)} at {found.config.image_size} pixels")
     return found.report
 
 
@@ -68,7 +68,7 @@ def to_official_file(
     if destination.suffix not in _SUFFIXES or destination.is_dir():
         raise InputError(f"destination {destination} must be a file that ends in one of {', '.join(_SUFFIXES)}")
     if not source.is_dir():
-        raise InputError(f"source {source} is no folder of ours; convert an official file with --to xfm")
+        raise InputError(f"source {source} is not an xfm-fast folder; convert an official file with --to xfm")
     found = _read(source, None, image_size)
     # Only the pretraining class wraps its language encoder into one with a masked-language head.
     naming = "pretraining" if "mlm" in checkpoint.heads_in(found.state) else "fine-tuning"
@@ -76,9 +76,10 @@ def to_official_file(
     state = checkpoint.to_official(found.state, found.config, unused=unused, naming=naming)
     lacking = checkpoint.underivable([our_name(name) for name in state], found.config)
     if lacking:
-        found.report.append(f"left out, since no output depends on them: {_listed(lacking)}")
+        found.report.append(f"dead weights omitted: {_join_names(lacking)}")
     checkpoint.write_files({destination: _writer(state, destination.suffix)})
-    found.report.append(f"wrote {destination}: {_amount(state)} in {naming} naming at {found.config.image_size} pixels")
+    size = found.config.image_size
+    found.report.append(f"wrote {destination}: {_describe(state)} in {naming} naming at {size} pixels")
     return found.report
 
 
@@ -87,7 +88,7 @@ def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _So
         files = checkpoint.load_pretrained_files(source)
         found = _Source(files.config, dict(files.state), files.unused)
         if image_size is not None:
-            found.config = _at(files.config, image_size)
+            found.config = _at_image_size(files.config, image_size)
             changed: dict[str, tuple[int, int]] = {}
             for name, value in files.state.items():
                 if name.endswith(TABLE):
@@ -107,35 +108,36 @@ def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _
     if image_size is None:
         table = next((value for name, value in official.items() if name.endswith(TABLE)), None)
         image_size = config.image_size if table is None else window_of(table) * config.patch_size
-    config = _at(config, image_size)
-    state, told = checkpoint.to_ours(official, config)
-    report = [f"read {source}: {told.naming} naming, {_amount(official)}"]
-    if told.renamed:
-        old, new = next(iter(told.renamed.items()))
-        report.append(f"renamed: {len(told.renamed)}, such as {old} to {new}")
-    report += _interpolation(told.interpolated)
-    if told.duplicates:
-        report.append(f"second names of one tensor: {_listed(list(told.duplicates))}")
-    if told.buffers:
-        report.append(f"index buffers, which the sizes determine: {_listed(told.buffers)}")
-    if told.unused:
-        report.append(f"no output depends on: {_listed(list(told.unused))} ({told.unused_parameters:,} parameters)")
-    return _Source(config, state, told.unused or None, report)
+    config = _at_image_size(config, image_size)
+    state, changes = checkpoint.to_ours(official, config)
+    report = [f"read {source}: {changes.naming} naming, {_describe(official)}"]
+    if changes.renamed:
+        old, new = next(iter(changes.renamed.items()))
+        report.append(f"renamed: {len(changes.renamed)}, for example {old} to {new}")
+    report += _interpolation(changes.interpolated)
+    if changes.duplicates:
+        report.append(f"tied duplicates dropped: {_join_names(list(changes.duplicates))}")
+    if changes.buffers:
+        report.append(f"index buffers dropped: {_join_names(changes.buffers)}")
+    if changes.unused:
+        dead = _join_names(list(changes.unused))
+        report.append(f"dead weights: {dead} ({changes.unused_parameters:,} parameters)")
+    return _Source(config, state, changes.unused or None, report)
 
 
 def _from_relative(source: Path, theirs: Mapping[str, Tensor], name: str, image_size: int | None) -> _Source:
     """Convert an X²-VLM checkpoint, whose weights determine the sizes."""
-    config, state, told = checkpoint.read_x2vlm(theirs, what=f"checkpoint {source}", image_size=image_size)
-    report = [f"read {source}: {name}, {_amount(theirs)}"]
-    old, new = next(iter(told.renamed.items()))
-    report.append(f"renamed: {len(told.renamed)}, such as {old} to {new}")
-    report += _interpolation(told.interpolated)
-    if told.unused:
-        report.append(f"left out, which images do not need: {_listed(list(told.unused))}")
+    config, state, changes = checkpoint.read_x2vlm(theirs, what=f"checkpoint {source}", image_size=image_size)
+    report = [f"read {source}: {name}, {_describe(theirs)}"]
+    old, new = next(iter(changes.renamed.items()))
+    report.append(f"renamed: {len(changes.renamed)}, for example {old} to {new}")
+    report += _interpolation(changes.interpolated)
+    if changes.unused:
+        report.append(f"video weights dropped: {_join_names(list(changes.unused))}")
     return _Source(config, state, None, report)
 
 
-def _at(config: XFMConfig, image_size: int) -> XFMConfig:
+def _at_image_size(config: XFMConfig, image_size: int) -> XFMConfig:
     """Change the image size; masked image modelling cannot hide more patches than there are."""
     patches = (image_size // config.patch_size) ** 2
     hidden = max(1, min(config.num_masking_patches, patches))
@@ -148,7 +150,7 @@ def _check(found: _Source, source: Path) -> None:
     encoders: list[Encoder] = [name for name in ALL_ENCODERS if any(key.startswith(_ENCODERS[name]) for key in names)]
     if not encoders:
         raise CheckpointError(
-            f"{source} holds no encoder of X-FM (its first entry is {next(iter(names), None)}); give an X-FM checkpoint"
+            f"{source} has no X-FM encoder (first entry: {next(iter(names), None)}); give an X-FM checkpoint"
         )
     heads: list[Head] = [head for head in ALL_HEADS if head in checkpoint.heads_in(names)]
     config = found.config
@@ -163,7 +165,7 @@ def _check(found: _Source, source: Path) -> None:
     checkpoint.load_into(model.to_empty(device="cpu"), found.state, what=f"checkpoint {source}", surplus=task)
     found.config = config
     if task:
-        found.report.append(f"task head, kept as it is: {_listed(task)}")
+        found.report.append(f"task head copied: {_join_names(task)}")
 
 
 def _writer(state: Mapping[str, Tensor], suffix: str) -> Callable[[BinaryIO], None]:
@@ -187,10 +189,10 @@ def _interpolation(changed: Mapping[str, tuple[int, int]]) -> list[str]:
     return [f"interpolated: {len(changed)} position tables from {before}x{before} to {after}x{after} patches"]
 
 
-def _amount(state: Mapping[str, Tensor]) -> str:
+def _describe(state: Mapping[str, Tensor]) -> str:
     return f"{len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:,.1f}M values"
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + rest

@@ -150,8 +150,8 @@ class TextDecoder(nn.Module):
         states, length = prompt_ids.shape
         past = DecoderCache(capacity)
         packing = Packing.from_mask(torch.ones_like(prompt_ids))
-        alone = ImageGroups(torch.arange(states + 1, device=prompt_ids.device))
-        return self(prompt_ids, packing, memory, alone, past=past).view(states, length, -1)[:, -1], past
+        one_each = ImageGroups(torch.arange(states + 1, device=prompt_ids.device))
+        return self(prompt_ids, packing, memory, one_each, past=past).view(states, length, -1)[:, -1], past
 
     def memory(self, states: Tensor, token_mask: Tensor | None = None) -> DecoderMemory:
         """Project `[B, M, memory_width]` for every layer, once for all answers, beams and steps.
@@ -381,11 +381,10 @@ def generate(
         raise InputError(f"num_beams={num_beams}; it must be at least 1")
     if not prompt_ids.shape[1] < max_length <= room:
         raise InputError(
-            f"max_length={max_length} must exceed the {prompt_ids.shape[1]} tokens of the prompt and be at most "
-            f"{room}, where the position table ends"
+            f"max_length={max_length}; with a prompt of {prompt_ids.shape[1]} it must be above that and at most {room}"
         )
     if prompt_ids.device.type == "cpu" and bool((prompt_ids == pad_token_id).any()):
-        raise InputError("prompt_ids hold padding; give all images prompts of one length, or generate group by group")
+        raise InputError("prompt_ids contain padding; generate prompts of different length separately")
     states = len(prompt_ids)
     hidden, past = decoder.begin(prompt_ids, memory, max_length)
     if num_beams == 1:

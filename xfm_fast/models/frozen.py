@@ -45,16 +45,16 @@ def freeze(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(
-                f"freeze() lays out weights of float32 or bfloat16 on a CPU, and {name} is {parameter.dtype} on "
-                f"{parameter.device}; convert or move the model first"
+                f"freeze() needs float32 or bfloat16 on a CPU, and {name} is {parameter.dtype} on {parameter.device}; "
+                "convert the model"
             )
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     model.__dict__[_TRAINED] = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     for group, of_texts in _groups(model):
         weights = [layer.weight for layer in group]
-        apart = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
-        if not apart:
+        separable = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
+        if not separable:
             continue
         # A batch may be one short text; an image has some hundred rows.
         blocked = products.prefers_onednn(weights[0].dtype, few_rows=of_texts)
@@ -98,8 +98,8 @@ def _groups(model: nn.Module) -> Iterator[tuple[list[nn.Linear], bool]]:
             continue
         together = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
         within = {id(layer) for group in together for layer in group}
-        alone = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in within]
-        for group in together + alone:
+        singles = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in within]
+        for group in together + singles:
             yield group, isinstance(part, TransformerLayer)
 
 
@@ -122,4 +122,4 @@ def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
 
 
 def _refuse_state(model: nn.Module, *_: Any) -> NoReturn:
-    raise InputError("the model is frozen for inference and takes no other weights; call unfreeze() first")
+    raise InputError("the model is frozen for inference; call unfreeze() before loading weights")

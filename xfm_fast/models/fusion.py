@@ -146,7 +146,7 @@ class FusionEncoder(nn.Module):
             return self._fuse(texts, memory, reads, first_token_only, self_attended)
         how = {"first_token_only": first_token_only, "self_attended": self_attended}
         run = partial(self._fuse, memory=memory, **how)
-        return self.roberta.encoder.in_shares(run, texts, (memory.longest, *how.values()))
+        return self.roberta.encoder.run_chunked(run, texts, (memory.longest, *how.values()))
 
     def _fuse(
         self,

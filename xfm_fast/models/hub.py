@@ -15,7 +15,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 
 
-class Saves(Protocol):
+class Saveable(Protocol):
     """A model with `save_pretrained`."""
 
     config: XFMConfig
@@ -65,9 +65,7 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
     for an unknown option.
     """
     if unknown := download.keys() - Download.__annotations__.keys():
-        raise TypeError(
-            f"{', '.join(sorted(unknown))}: no such argument; {', '.join(Download.__annotations__)} are known"
-        )
+        raise TypeError(f"{', '.join(sorted(unknown))}: unknown argument; use {', '.join(Download.__annotations__)}")
     path = Path(name)
     if isinstance(name, Path) or path.exists() or not _NAME.fullmatch(name):
         return path
@@ -75,21 +73,21 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
         import huggingface_hub
     except ImportError:
         raise CheckpointError(
-            f"{name} is no folder here; if it is a model on the Hugging Face Hub, install huggingface_hub"
+            f"{name} is not a folder; to download it from the Hugging Face Hub, install huggingface_hub"
         ) from None
     try:
         # Only these files are downloaded.
-        wanted = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, **download))
+        patterns = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **download))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is no folder here, and cannot be fetched from the Hugging Face Hub ({_line(error)}); check the "
-            "name, the connection, and that you may read it (hf auth login)"
+            f"{name} is not a folder and cannot be downloaded from the Hub ({_one_line(error)}); "
+            "check the name and hf auth login"
         ) from error
 
 
 def push(
-    model: Saves,
+    model: Saveable,
     name: str,
     *,
     private: bool | None = None,
@@ -123,12 +121,11 @@ def push(
             )
         except (OSError, ValueError) as error:
             raise StorageError(
-                f"{name} could not be pushed to the Hugging Face Hub ({_line(error)}); check the name, the connection, "
-                "and that you may write to it (hf auth login)"
+                f"{name} cannot be uploaded to the Hub ({_one_line(error)}); check the name and hf auth login"
             ) from error
     return str(getattr(done, "commit_url", done))
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

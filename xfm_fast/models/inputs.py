@@ -26,7 +26,7 @@ def _first_false(flags: Tensor) -> int:
 def _tensor(value: Tensor, name: str) -> None:
     if not isinstance(value, Tensor):
         remedy = "torch.from_numpy(...)" if type(value).__module__ == "numpy" else "torch.as_tensor(...)"
-        raise InputError(f"{name} is a {type(value).__name__}; give a tensor, as {remedy} makes it")
+        raise InputError(f"{name} is a {type(value).__name__}; give a tensor, as from {remedy}")
 
 
 def _mask(mask: Tensor, name: str) -> Tensor:
@@ -35,8 +35,7 @@ def _mask(mask: Tensor, name: str) -> Tensor:
     looked_at = mask.is_floating_point() and on_host(mask) and mask.numel()
     if looked_at and not host.all_true(mask >= 0):
         raise InputError(
-            f"{name} holds NaN or numbers below 0, as masks that are added to scores do; give 1 for what counts and 0 "
-            "for the rest"
+            f"{name} contains NaN or negative numbers, like an additive mask; give 1 to attend and 0 to hide"
         )
     return mask.bool()
 
@@ -53,18 +52,17 @@ def check_pixels(pixels: Tensor, config: XFMConfig) -> None:
     for side in (height, width):
         if side % config.patch_size:
             raise InputError(
-                f"pixels are {height}x{width}; {side} is no multiple of the patch of {config.patch_size} pixels"
+                f"pixels are {height}x{width}; {side} is not a multiple of the patch size {config.patch_size}"
             )
     if (height, width) != (size, size):
         raise InputError(
-            f"pixels are {height}x{width} but this model was built for {size}x{size}; resize the images, or the model "
-            "with model.set_image_size(...)"
+            f"pixels are {height}x{width}, the model's {size}x{size}; resize them, or call model.set_image_size(...)"
         )
     # A finite sum has no infinite or NaN terms: one pass in place of five.
     if on_host(pixels) and not math.isfinite(host.number(pixels.detach().sum())):
         finite = torch.isfinite(pixels).flatten(1).all(1)
         if not host.all_true(finite):
-            raise InputError(f"pixels of image {_first_false(finite)} hold NaN or infinity; check its preprocessing")
+            raise InputError(f"pixels of image {_first_false(finite)} contain NaN or infinity; check its preprocessing")
 
 
 def check_patch_mask(patch_mask: Tensor, pixels: Tensor, config: XFMConfig) -> Tensor:
@@ -85,8 +83,7 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, config: XFMCo
         raise InputError(f"input_ids are {input_ids.dtype}; token ids are integers")
     if input_ids.shape[1] > config.max_text_length:
         raise InputError(
-            f"input_ids hold {input_ids.shape[1]} tokens per text; the position table ends at "
-            f"{config.max_text_length}: truncate the texts"
+            f"input_ids have {input_ids.shape[1]} tokens; truncate them to {config.max_text_length} positions"
         )
     check_ids(input_ids, config)
     mask = input_ids.ne(config.pad_token_id) if attention_mask is None else attention_mask
@@ -101,8 +98,7 @@ def check_ids(ids: Tensor, config: XFMConfig, name: str = "input_ids") -> None:
         if lowest < 0 or highest >= config.vocab_size:
             wrong = lowest if lowest < 0 else highest
             raise InputError(
-                f"{name} hold {wrong}, outside the vocabulary of {config.vocab_size}; "
-                "check that the tokenizer belongs to this model"
+                f"{name} contain {wrong}, outside the vocabulary of {config.vocab_size}; use the model's tokenizer"
             )
 
 
@@ -126,10 +122,7 @@ def check_attention_mask(attention_mask: Tensor, shape: list[int]) -> Tensor:
         check_padding(mask)
         filled = mask.any(1)
         if not host.all_true(filled):
-            raise InputError(
-                f"attention_mask of text {_first_false(filled)} is all zeros; an empty text has no embedding: "
-                "leave it out"
-            )
+            raise InputError(f"attention_mask of text {_first_false(filled)} is all zeros; remove the empty text")
     return mask
 
 
@@ -145,14 +138,13 @@ def check_image_index(image_index: Tensor, images: int, rows: int, what: str) ->
     _tensor(image_index, "image_index")
     if image_index.ndim != 1 or image_index.shape[0] != rows or image_index.dtype not in _INTEGERS:
         raise InputError(
-            f"image_index is {image_index.dtype} {[*image_index.shape]}; it must hold one integer for each of the "
-            f"{rows} {what}"
+            f"image_index is {image_index.dtype} {[*image_index.shape]}; give one integer for each of {rows} {what}"
         )
     if on_host(image_index) and rows:
         lowest, highest = host.integer(image_index.min()), host.integer(image_index.max())
         if lowest < 0 or highest >= images:
             wrong = lowest if lowest < 0 else highest
-            raise InputError(f"image_index holds {wrong}; there are {images} images, numbered from 0")
+            raise InputError(f"image_index contains {wrong}; give numbers from 0 below the {images} images")
     return image_index.long()
 
 
@@ -160,7 +152,7 @@ def check_token_mask(token_mask: Tensor, shape: tuple[int, int], name: str) -> T
     """Return the mask as booleans."""
     _tensor(token_mask, name)
     if token_mask.shape != shape:
-        raise InputError(f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for the tokens that count")
+        raise InputError(f"{name} is {[*token_mask.shape]}; it must be {[*shape]}, non-zero for visible tokens")
     return _mask(token_mask, name)
 
 
@@ -170,7 +162,5 @@ def check_region_mask(region_mask: Tensor, regions: int, config: XFMConfig) -> T
     if on_host(mask) and regions:
         filled = mask[:, 1:].any(1)
         if not host.all_true(filled):
-            raise InputError(
-                f"region_mask of region {_first_false(filled)} selects no patch; a region covers at least one"
-            )
+            raise InputError(f"region_mask of region {_first_false(filled)} selects no patch; select at least one")
     return mask

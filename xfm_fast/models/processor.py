@@ -85,7 +85,7 @@ class XFMProcessor:
                 raise InputError("the list of images is empty; give at least one")
             found["pixels"] = image_pixels(every, self.config)
         if text is not None:
-            texts = listed(text)
+            texts = as_list(text)
             if not texts:
                 raise InputError("the list of texts is empty; give at least one")
             found["input_ids"], found["attention_mask"] = text_tokens(texts, self.tokenizer, self.config)
@@ -110,13 +110,13 @@ class XFMProcessor:
 def preprocessor_json(config: XFMConfig) -> bytes:
     """The content of `preprocessor_config.json`, for other libraries; XFM itself reads only `config.json`."""
     side = config.image_size
-    said = {
+    settings = {
         "processor_class": XFMProcessor.__name__, "image_processor_type": "ViTImageProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"height": side, "width": side}, "resample": _BICUBIC, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN, "image_std": STD,
         "max_words": _MAX_WORDS, "max_tokens": min(_MAX_TOKENS, config.max_text_length),
     }  # fmt: skip
-    return (json.dumps(said, indent=2) + "\n").encode()
+    return (json.dumps(settings, indent=2) + "\n").encode()
 
 
 def find_tokenizer(folder: Path, config: XFMConfig) -> CaptionTokenizer | None:
@@ -148,8 +148,7 @@ def text_tokens(
     """
     if tokenizer is None:
         raise UnavailableError(
-            "this model has no tokenizer to read texts with; load it with tokenizer='FOLDER', which holds RoBERTa's "
-            "vocab.json and merges.txt or a tokenizer.json, or set model.tokenizer"
+            "this model has no tokenizer; load it with tokenizer='FOLDER' of vocab.json and merges.txt"
         )
     longest = min(_MAX_TOKENS, config.max_text_length)
     cleaned = [pre_caption(text, _MAX_WORDS) for text in texts]
@@ -168,7 +167,7 @@ def open_image(image: Picture) -> Image.Image:
     if not isinstance(image, Image.Image):
         if not isinstance(image, (str, os.PathLike)):
             raise InputError(
-                f"an image is a path or a PIL image, not {type(image).__name__} (Image.fromarray makes one)"
+                f"image is a {type(image).__name__}; give a path or a PIL image (Image.fromarray makes one)"
             )
         return decode_image(image)
     name = str(getattr(image, "filename", "") or f"{image.width}x{image.height} {image.mode}")
@@ -181,14 +180,13 @@ def open_image(image: Picture) -> Image.Image:
         raise DataError(f"image {name} cannot be read ({error}); open it again") from None
 
 
-def listed(items: object) -> list[Any]:
+def as_list(items: object) -> list[Any]:
     """Return a list from one text or image, or from several; raises `InputError` for other types."""
     if isinstance(items, str) or is_picture(items):
         return [items]
     if not isinstance(items, Iterable) or isinstance(items, (bytes, Mapping, Tensor)):
         raise InputError(
-            f"{type(items).__name__} is no text or image, nor a list of such; give strings, or paths and PIL images "
-            "(tensors of pixels and ids go to encode_image and encode_text)"
+            f"{type(items).__name__} is not a text or image, or a list of them; give strings, paths or PIL images"
         )
     return list(items)
 
@@ -202,12 +200,9 @@ def are_texts(items: Sequence[object]) -> TypeGuard[Sequence[str]]:
         return False
     if kinds != {str}:
         if kinds <= {str, Path}:
-            raise InputError("the list holds texts and images; encode them in two calls")
+            raise InputError("the list mixes texts and images; encode them in two calls")
         other = next(kind.__name__ for kind in kinds if kind not in (str, Path))
-        raise InputError(
-            f"{other} is no type of texts or images; give strings, or paths and PIL images (tensors of pixels and ids "
-            "go to encode_image and encode_text)"
-        )
+        raise InputError(f"{other} is not a text or image; give strings, paths or PIL images")
     for item in items:
         # The name of an existing file more likely means the image than a caption.
         if isinstance(item, str) and Path(item).suffix and os.path.isfile(item):
@@ -233,8 +228,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Context without dropout and gradients, which restores training mode; raises `InputError` on the meta device."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
-            f"{type(model).__name__} is on the meta device, where weights have no values; load them with "
-            "from_pretrained, or give them memory with model.to_empty(device='cpu')"
+            f"{type(model).__name__} is on the meta device; load weights with from_pretrained, or call to_empty()"
         )
     training = [module for module in model.modules() if module.training]
     model.eval()

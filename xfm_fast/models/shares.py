@@ -76,9 +76,9 @@ class Texts:
         starts = host.integers(self.sequences.cu_seqlens)
         cuts = [0]
         for number in range(1, chunks):
-            wanted = number * starts[-1] / chunks
-            after = bisect_left(starts, wanted)
-            cuts.append(after - 1 if after and wanted - starts[after - 1] < starts[after] - wanted else after)
+            goal = number * starts[-1] / chunks
+            after = bisect_left(starts, goal)
+            cuts.append(after - 1 if after and goal - starts[after - 1] < starts[after] - goal else after)
         cuts.append(len(starts) - 1)
         return [self._part(first, last, starts) for first, last in pairwise(cuts) if last > first]
 
@@ -90,7 +90,7 @@ class Texts:
         return Texts(self.tokens[starts[first] : starts[last]], sequences, groups)
 
 
-def serves(weight: Tensor) -> bool:
+def can_chunk(weight: Tensor) -> bool:
     """Return True for weights that are frozen or int8, in inference on a CPU, without autocast, tracing or modes."""
     return (
         not torch.compiler.is_compiling()
@@ -101,7 +101,7 @@ def serves(weight: Tensor) -> bool:
     )
 
 
-def stand_alone(parts: Iterable[nn.Module], *methods: str) -> bool:
+def without_hooks(parts: Iterable[nn.Module], *methods: str) -> bool:
     """Return False if a module is hooked, sharded, checkpointed or compiled, and has to be called as a whole.
 
     `methods` are called directly; an override on the instance counts too.
@@ -116,7 +116,7 @@ def stand_alone(parts: Iterable[nn.Module], *methods: str) -> bool:
     )
 
 
-def in_shares(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tensor:
+def run_chunked(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tensor:
     """Run `run(batch)` in inference mode, whole or in chunks of its first dimension.
 
     Calls of the same hashable `kind` are timed together, by the length of their batches.
@@ -129,10 +129,10 @@ def in_shares(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tensor
         return run(batch)
     whole, shared = _timings((kind, threads))
     if len(whole) >= _TURNS and len(shared) >= _TURNS:
-        return _shared(run, parts, threads) if min(shared) < min(whole) else run(batch)
+        return _run_in_threads(run, parts, threads) if min(shared) < min(whole) else run(batch)
     timed = shared if len(shared) < len(whole) else whole
     start = time.perf_counter()
-    found = _shared(run, parts, threads) if timed is shared else run(batch)
+    found = _run_in_threads(run, parts, threads) if timed is shared else run(batch)
     timed.append((time.perf_counter() - start) / len(batch))
     return found
 
@@ -147,13 +147,13 @@ def _timings(key: Any) -> tuple[list[float], list[float]]:
     return found
 
 
-def _shared(run: Callable[[Batch], Tensor], parts: Sequence[Batch], threads: int) -> Tensor:
-    def alone(part: Batch) -> Tensor:
+def _run_in_threads(run: Callable[[Batch], Tensor], parts: Sequence[Batch], threads: int) -> Tensor:
+    def run_part(part: Batch) -> Tensor:
         # Inference mode is thread-local.
         with torch.inference_mode():
             return run(part)
 
-    return torch.cat([*_pool(threads).map(alone, parts)])
+    return torch.cat([*_pool(threads).map(run_part, parts)])
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
@@ -162,14 +162,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         if found is None:
             found = _pools[threads] = ThreadPoolExecutor(threads, "xfm-fast-share")
             ready = threading.Barrier(threads)
-            for waiting in [found.submit(_work_alone, ready) for _ in range(threads)]:
+            for waiting in [found.submit(_use_one_thread, ready) for _ in range(threads)]:
                 waiting.result()
             # The number set in a thread is the default of later threads, and MKL's number in all of them.
             torch.set_num_threads(threads)
         return found
 
 
-def _work_alone(ready: threading.Barrier) -> None:
+def _use_one_thread(ready: threading.Barrier) -> None:
     # PyTorch sets the number of a new thread at first use; query it before setting it.
     torch.get_num_threads()
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from xfm_fast.kernels.cpu.attention import plain_attention
 from xfm_fast.kernels.derived import derived
 from xfm_fast.kernels.marked import kind_of, side_by_side
 from xfm_fast.models.heads import LMHead
-from xfm_fast.models.shares import LEAST_TOKENS, Texts, in_shares, serves, stand_alone
+from xfm_fast.models.shares import LEAST_TOKENS, Texts, can_chunk, run_chunked, without_hooks
 from xfm_fast.packing import Packing, Reads
 
 _METHODS = ("self_attention", "cross_attention", "feed_forward")
@@ -32,7 +32,7 @@ def concatenated(name: str, *parts: Tensor) -> Tensor:
     return derived(name, parts, lambda: side_by_side(parts))
 
 
-def _product(name: str, x: Tensor, *layers: nn.Linear) -> Tensor:
+def _joined_linear(name: str, x: Tensor, *layers: nn.Linear) -> Tensor:
     """Outputs of several linear layers, concatenated: `[..., inputs]` → `[..., Σ outputs]`."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if x.device.type == "cpu" and torch.is_grad_enabled() and any(p.requires_grad for p in (*weights, *biases)):
@@ -62,7 +62,7 @@ class AttentionProjections(nn.Module):
         if products.is_frozen(self.key.weight):
             k, v = self.project_memory(x).unbind(-3)
             return self.project_query(x), k, v
-        joined = _product("qkv", x, self.query, self.key, self.value)
+        joined = _joined_linear("qkv", x, self.query, self.key, self.value)
         q, k, v = joined.unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return q, k, v
 
@@ -77,7 +77,7 @@ class AttentionProjections(nn.Module):
             bias = concatenated("kv bias", self.key.bias, self.value.bias)
             joined = ops.linear(memory, self.key.weight, bias)
         else:
-            joined = _product("kv", memory, self.key, self.value)
+            joined = _joined_linear("kv", memory, self.key, self.value)
         return joined.unflatten(-1, (2, self.heads, -1))
 
 
@@ -196,7 +196,7 @@ class TransformerLayer(nn.Module):
         norms = joined["LayerNorm"], out["LayerNorm"]
         if {*map(type, linears)} != {nn.Linear} or {*map(type, norms)} != {nn.LayerNorm}:
             return None
-        if not stand_alone((attention["output"],), "forward"):
+        if not without_hooks((attention["output"],), "forward"):
             return None
         eps = norms[0].eps, norms[1].eps
         linears = (*linears[:2], inner["value"], *linears[2:])
@@ -244,7 +244,7 @@ class FrozenParts(NamedTuple):
 
     parts: _Parts
 
-    def of_short_text(self, x: Tensor, chosen: products.Chosen) -> Tensor:
+    def forward_short(self, x: Tensor, chosen: products.Chosen) -> Tensor:
         """Self-attention and MLP of one text `[T, width]`, without checks; `chosen` are the fastest GEMMs for its
         length.
         """
@@ -270,7 +270,7 @@ class Int8Parts(NamedTuple):
     first: int8.Prepared
     second: int8.Prepared
 
-    def of_short_text(self, x: Tensor) -> Tensor:
+    def forward_short(self, x: Tensor) -> Tensor:
         """Self-attention and MLP of one text `[T, width]`."""
         (tokens, width), own = x.shape, self.parts
         q, k, v = self.qkv(x).view(1, tokens, 3, own.heads, -1).unbind(2)
@@ -333,33 +333,33 @@ class LayerStack(nn.Module):
         assert isinstance(layer, TransformerLayer)
         return layer
 
-    def in_shares(self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()) -> Tensor:
+    def run_chunked(self, run: Callable[[Texts], Tensor], texts: Texts, kind: tuple[Hashable, ...] = ()) -> Tensor:
         """Run `run(texts)` in one chunk per thread if the layers are frozen without hooks; `kind` as in
-        `shares.in_shares`.
+        `shares.run_chunked`.
         """
         # With few rows, each thread would read all weights by itself.
-        if len(texts) < LEAST_TOKENS * torch.get_num_threads() or not self.serves():
+        if len(texts) < LEAST_TOKENS * torch.get_num_threads() or not self.can_chunk():
             return run(texts)
-        return in_shares(run, texts, (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind))
+        return run_chunked(run, texts, (*kind, kind_of(self[0].intermediate.dense.weight), len(self.layer), texts.kind))
 
-    def of_short_text(self, x: Tensor, count: int) -> Tensor | None:
+    def forward_short(self, x: Tensor, count: int) -> Tensor | None:
         """The first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
         layers = [self[number] for number in range(count)]
-        if self._in_int8(x):
+        if self._uses_int8(x):
             in_int8 = [found for layer in layers if (found := layer.int8_parts())]
             if len(in_int8) == count:
                 for each in in_int8:
-                    x = each.of_short_text(x)
+                    x = each.forward_short(x)
                 return x
         frozen = [found for layer in layers if (found := layer.frozen_parts())]
         if not frozen or len(frozen) < count:
             return None
         chosen = products.chosen(frozen[0].parts.first["weight"], len(x))
         for each in frozen:
-            x = each.of_short_text(x, chosen)
+            x = each.forward_short(x, chosen)
         return x
 
-    def _in_int8(self, x: Tensor) -> bool:
+    def _uses_int8(self, x: Tensor) -> bool:
         """True if compiled int8 GEMMs are fastest for tokens `[T, width]`."""
         layer = self[0]
         dense, first, second = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
@@ -371,12 +371,12 @@ class LayerStack(nn.Module):
             and int8.compiled(len(x), x.dtype, weights)
         )
 
-    def serves(self) -> bool:
+    def can_chunk(self) -> bool:
         """True if the layers are frozen, in inference on a CPU, and have no hooks."""
         return (
             len(self.layer) > 0
-            and serves(self[0].intermediate.dense.weight)
-            and stand_alone(self.layer, *_METHODS)
+            and can_chunk(self[0].intermediate.dense.weight)
+            and without_hooks(self.layer, *_METHODS)
         )  # fmt: skip
 
 
@@ -429,7 +429,7 @@ class TextEncoder(nn.Module):
         run = partial(self._encode, reads=reads, first_token_only=first_token_only)
         if reads is not None or packing.key_mask is not None:
             return run(texts)
-        return self.roberta.encoder.in_shares(run, texts, ("first token",) if first_token_only else ())
+        return self.roberta.encoder.run_chunked(run, texts, ("first token",) if first_token_only else ())
 
     def _encode(self, texts: Texts, reads: Reads | None = None, first_token_only: bool = False) -> Tensor:
         x, packing, stack = texts.tokens, texts.sequences, self.roberta.encoder
@@ -437,9 +437,9 @@ class TextEncoder(nn.Module):
             reads = Reads.first_tokens(packing)
         # The last layer computes only the reads.
         whole = len(stack) - (reads is not None)
-        alone = packing.key_mask is None and len(packing.cu_seqlens) == 2 and len(x) <= _SHORT
+        is_single = packing.key_mask is None and len(packing.cu_seqlens) == 2 and len(x) <= _SHORT
         done = 0
-        if alone and stack.serves() and (short := stack.of_short_text(x, whole)) is not None:
+        if is_single and stack.can_chunk() and (short := stack.forward_short(x, whole)) is not None:
             x, done = short, whole
         for number in range(done, len(stack)):
             layer, read = stack[number], reads if number == len(stack) - 1 else None

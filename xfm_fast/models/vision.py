@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.marked import kind_of
-from xfm_fast.models.shares import in_shares, serves, stand_alone
+from xfm_fast.models.shares import can_chunk, run_chunked, without_hooks
 from xfm_fast.nn import RelPosAttention
 
 # Devices that fuse the residual sum with the next norm, across blocks too. A CPU fuses the sum with the GEMM.
@@ -166,25 +166,20 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """Encode images; the patches of `patch_mask` `[B, N]` (boolean) are hidden."""
-        if patch_mask is None and self._may_share():
-            first = self.blocks[0]
-            assert isinstance(first, Block)
+        first = next(iter(self.blocks), None) if patch_mask is None else None
+        if isinstance(first, Block) and can_chunk(first.mlp.fc1.weight) and self._separate_blocks():
             kind = self.config, pixels.shape, pixels.dtype, kind_of(first.mlp.fc1.weight)
-            return in_shares(self._encode, pixels, kind)
+            return run_chunked(self._encode, pixels, kind)
         return self._encode(pixels, patch_mask)
 
-    def _may_share(self) -> bool:
-        first = next(iter(self.blocks), None)
-        return isinstance(first, Block) and serves(first.mlp.fc1.weight) and self._blocks_alone() is not None
-
-    def _blocks_alone(self) -> list[Block] | None:
+    def _separate_blocks(self) -> list[Block] | None:
         """The blocks, if each can be computed by its parts; otherwise None."""
         blocks = [block for block in self.blocks if isinstance(block, Block)]
-        return blocks if len(blocks) == len(self.blocks) and stand_alone(blocks, "forward") else None
+        return blocks if len(blocks) == len(self.blocks) and without_hooks(blocks, "forward") else None
 
     def _encode(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         x = self.embed(pixels, patch_mask)
-        blocks = self._blocks_alone() if x.device.type in _JOINING else None
+        blocks = self._separate_blocks() if x.device.type in _JOINING else None
         if not blocks:
             for block in self.blocks:
                 x = block(x)

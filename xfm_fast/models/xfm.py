@@ -30,12 +30,12 @@ from xfm_fast.models.processor import (
     Picture,
     XFMProcessor,
     are_texts,
+    as_list,
     batches,
     evaluating,
     find_tokenizer,
     image_pixels,
     is_picture,
-    listed,
     open_image,
     pixel_boxes,
     read_tokenizer,
@@ -175,7 +175,7 @@ class XFM(nn.Module):
         ours, report = checkpoint.to_ours(state, config)
         heads = tuple(heads)
         shared = isinstance(source, Mapping)
-        model = cls._loaded(config, heads, checkpoint.select_heads(ours, heads), what, dtype, shared)
+        model = cls._from_state(config, heads, checkpoint.select_heads(ours, heads), what, dtype, shared)
         model.load_report, model.tokenizer = report, vocabulary
         return model
 
@@ -211,7 +211,7 @@ class XFM(nn.Module):
         state = source if isinstance(source, Mapping) else checkpoint.read_state_dict(source)
         found = checkpoint.read_x2vlm(state, what=what, image_size=image_size, text_heads=text_heads)
         vocabulary = None if tokenizer is None else read_tokenizer(tokenizer, found.config)
-        model = cls._loaded(
+        model = cls._from_state(
             found.config, checkpoint.heads_in(found.state), found.state, what, dtype, isinstance(source, Mapping)
         )
         model.load_report, model.tokenizer = found.report, vocabulary
@@ -248,7 +248,9 @@ class XFM(nn.Module):
         place = hub.local_folder(folder, **download)
         files = checkpoint.load_pretrained_files(place)
         heads = checkpoint.heads_in(files.state) if heads is None else tuple(heads)
-        model = cls._loaded(files.config, heads, checkpoint.select_heads(files.state, heads), f"model {folder}", dtype)
+        model = cls._from_state(
+            files.config, heads, checkpoint.select_heads(files.state, heads), f"model {folder}", dtype
+        )
         model.load_tokenizer(tokenizer, place)
         return model
 
@@ -257,7 +259,7 @@ class XFM(nn.Module):
         self.tokenizer = find_tokenizer(folder, self.config) if source is None else read_tokenizer(source, self.config)
 
     @classmethod
-    def _loaded(
+    def _from_state(
         cls,
         config: XFMConfig,
         heads: tuple[Head, ...],
@@ -339,16 +341,14 @@ class XFM(nn.Module):
                 `least`, and the model stays in floating point.
         """
         if self.quantised:
-            raise InputError(
-                f"the model is in {self.quantised} already; call dequantise() to take its products in floats again"
-            )
+            raise InputError(f"the model is in {self.quantised} already; call dequantise() to return to floating point")
         if frozen.is_frozen(self):
-            raise InputError(f"the model is frozen, and {kind} lays weights out in its own way; call unfreeze() first")
+            raise InputError(f"the model is frozen and {kind} needs other weights; call unfreeze() first")
         type_beside(kind, self.device)
         known = (torch.float32, torch.bfloat16) if kind == "int8" else (torch.float32, torch.bfloat16, torch.float16)
         if self.dtype not in known:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
-            raise InputError(f"{kind} takes activations of {names}, not {self.dtype}; convert the model first")
+            raise InputError(f"{kind} needs activations of {names}, not {self.dtype}; convert the model first")
         blocks = [[*filter(fp8.fits, block)] if kind == "fp8" else block for block in self._weights_by_block()]
         marked.mark((weight for block in blocks for weight in block), kind)
         if kind == "fp8":
@@ -356,8 +356,7 @@ class XFM(nn.Module):
         if agreement is not None and marked.keep_within(agreement, blocks, kind, least) == len(blocks):
             self.dequantise()
             raise InputError(
-                f"no block can run in {kind} with an agreement() of {least}, and the model is in floats; lower least, "
-                "or see that agreement() compares with results of the model in floats"
+                f"no block reaches agreement() {least} in {kind}; lower least, or compare with floating point"
             )
         return self
 
@@ -423,9 +422,7 @@ class XFM(nn.Module):
             InputError: the model is not on a CPU, not in float32 or bfloat16, in int8, or in training mode.
         """
         if self.quantised:
-            raise InputError(
-                f"the model is in {self.quantised}, whose bytes are laid out already; call dequantise() to freeze it"
-            )
+            raise InputError(f"the model is in {self.quantised}; call dequantise() before freeze()")
         frozen.freeze(self)
         return self
 
@@ -453,14 +450,14 @@ class XFM(nn.Module):
     def require_head(self, head: Head) -> None:
         if head not in self.heads:
             raise UnavailableError(
-                f"this model was built without the {head!r} head (it has: {', '.join(self.heads) or 'none'}); "
-                f"build or load it with heads=(..., {head!r})"
+                f"the model has no {head!r} head (it has: {', '.join(self.heads) or 'none'}); "
+                f"load it with heads=(..., {head!r})"
             )
 
     def require_encoder(self, encoder: Encoder) -> None:
         if encoder not in self.encoders:
             raise UnavailableError(
-                f"this model was built without the {encoder} encoder (it has: {', '.join(self.encoders) or 'none'}); "
+                f"the model has no {encoder} encoder (it has: {', '.join(self.encoders) or 'none'}); "
                 f"build it with encoders=(..., {encoder!r})"
             )
 
@@ -486,7 +483,7 @@ class XFM(nn.Module):
             DataError: an image is broken, or a text is empty after cleaning.
         """
         single = isinstance(items, str) or is_picture(items)
-        every: Sequence[str] | Sequence[Picture] = listed(items)
+        every: Sequence[str] | Sequence[Picture] = as_list(items)
         self.require_head("contrastive")
         features = []
         with evaluating(self):
@@ -508,7 +505,7 @@ class XFM(nn.Module):
             texts: as for `encode`, whose errors this raises.
         """
         single = isinstance(images, str) or is_picture(images)
-        many: list[Picture] = listed(images)
+        many: list[Picture] = as_list(images)
         of_images = self.encode([Path(each) if isinstance(each, str) else each for each in many])
         of_texts = self.encode(texts)
         found = of_images @ (of_texts if isinstance(texts, str) else of_texts.T)
@@ -549,7 +546,7 @@ class XFM(nn.Module):
 
     def _fuse_texts(self, image: Picture, texts: str | Sequence[str], batch_size: int) -> Iterator[Tensor]:
         """Yield `[T, 1, text_width]` for chunks of T texts fused with the image, whose memory is computed once."""
-        every = listed(texts)
+        every = as_list(texts)
         if not are_texts(every):
             raise InputError("texts are images; give the image first, then strings")
         memory = None
@@ -626,7 +623,7 @@ class XFM(nn.Module):
         Returns:
             Two `[R, 1 + N, vision_width]`: with the region's token first, and the whole image.
         """
-        checked = self._checked_regions(pixels, image_index, region_mask)
+        checked = self._check_regions(pixels, image_index, region_mask)
         if not region_mask.shape[0]:
             return self._no_images(pixels), self._no_images(pixels)
         return self.vision_encoder.regions(*checked)
@@ -638,7 +635,7 @@ class XFM(nn.Module):
             The regions' own tokens, `[R, 1, vision_width]` (`[R, 1 + N, vision_width]` with `local_attn_depth > 0`),
             and the images `[B, 1 + N, vision_width]`.
         """
-        checked = self._checked_regions(pixels, image_index, region_mask)
+        checked = self._check_regions(pixels, image_index, region_mask)
         if not region_mask.shape[0]:
             tokens = self._no_images(pixels)
             return tokens if self.config.local_attn_depth > 0 else tokens[:, :1], self.encode_image(pixels)
@@ -647,9 +644,7 @@ class XFM(nn.Module):
     def _no_images(self, pixels: Tensor) -> Tensor:
         return self._cast(pixels).new_zeros(0, self.config.num_image_tokens, self.config.vision_width)
 
-    def _checked_regions(
-        self, pixels: Tensor, image_index: Tensor, region_mask: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _check_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.require_encoder("vision")
         inputs.check_pixels(pixels, self.config)
         inputs.check_token_mask(region_mask, (len(region_mask), self.config.num_image_tokens), "region_mask")
@@ -699,7 +694,7 @@ class XFM(nn.Module):
         self.require_encoder("fusion")
         inputs.check_embeddings(image_embeds, self.config.vision_width, "image embeddings")
         if not self.config.fusion_layers:
-            raise UnavailableError("this model has no fusion layers (fusion_layers=0)")
+            raise UnavailableError("fusion_layers=0: this model cannot fuse; use a configuration with fusion layers")
         if token_mask is not None:
             token_mask = inputs.check_token_mask(
                 token_mask, (image_embeds.shape[0], image_embeds.shape[1]), "token_mask"
@@ -712,7 +707,7 @@ class XFM(nn.Module):
         The other arguments are attributes of the returned `PackedMemory`.
         """
         if not self.config.fusion_layers:
-            raise UnavailableError("this model has no fusion layers (fusion_layers=0)")
+            raise UnavailableError("fusion_layers=0: this model cannot fuse; use a configuration with fusion layers")
         return PackedMemory(self.fusion_encoder.project(tokens), cu_keys, longest, rows)
 
     def fuse(

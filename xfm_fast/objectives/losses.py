@@ -84,12 +84,11 @@ def check_features(image_features: Tensor, text_features: Tensor, image_ids: Ten
     """Raise InputError unless the features are `[B, E]` of B pairs, with B ids."""
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise InputError(
-            f"image features are {[*image_features.shape]} and text features {[*text_features.shape]}; "
-            "B pairs have two [B, E] tensors"
+            f"image features are {[*image_features.shape]}, text features {[*text_features.shape]}; give two [B, E]"
         )
     if image_ids is not None and image_ids.shape != image_features.shape[:1]:
         raise InputError(
-            f"image_ids are {[*image_ids.shape]}; there must be one for each of the {image_features.shape[0]} pairs"
+            f"image_ids are {[*image_ids.shape]}; give one for each of the {image_features.shape[0]} pairs"
         )
 
 
@@ -151,13 +150,11 @@ def sample_hard_negatives(
     """
     weights = hard_negative_weights(image_features, text_features, temperature, image_ids, gathered)
     if weights[0].shape[1] < 2:
-        raise InputError(
-            f"{weights[0].shape[1]} pair(s) hold no negative; hard negatives need a batch of at least 2 pairs"
-        )
+        raise InputError(f"{weights[0].shape[1]} pair(s) have no negative; hard negatives need at least 2 pairs")
     if image_ids is not None:
         # The exclusion is symmetric, so a text without images is an image without texts.
         filled = (weights[0] > 0).any(1)
-        message = "every pair shares its image with all others; put texts of at least two images into a batch"
+        message = "all pairs have the same image; put at least two images into a batch"
         if filled.device.type != "cpu":
             torch._assert_async(filled.all(), message)
         elif not host.all_true(filled):
@@ -259,8 +256,7 @@ class ImageCodes(nn.Module):
 def _check_patches(masked_embeds: Tensor, patch_mask: Tensor) -> None:
     if masked_embeds.ndim != 3 or patch_mask.shape != (masked_embeds.shape[0], masked_embeds.shape[1] - 1):
         raise InputError(
-            f"embeddings are {[*masked_embeds.shape]} and patch_mask {[*patch_mask.shape]}; they must be "
-            "[B, 1 + N, D] and [B, N]"
+            f"embeddings are {[*masked_embeds.shape]}, patch_mask {[*patch_mask.shape]}; give [B, 1 + N, D] and [B, N]"
         )
 
 

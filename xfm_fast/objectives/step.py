@@ -331,7 +331,7 @@ class Step:
             if texts.matching is not None:
                 parts.append(texts.matching())
             if self.boxes:
-                parts.append(self._boxed(texts.table))
+                parts.append(self._box_pairs(texts.table))
         if "imlm" in self.names:
             # Masked texts follow the others and attend to their own image.
             behind = sum(table.shape[0] for table in tables)
@@ -380,7 +380,7 @@ class Step:
             losses["imlm"] = self.world.mean(loss, self.counts["targets"])
         return losses
 
-    def _boxed(self, table: TextTable | None) -> Pairs:
+    def _box_pairs(self, table: TextTable | None) -> Pairs:
         """Region captions, paired with the whole image."""
         layout, batch = self.layout, self.batch
         assert isinstance(batch, RegionBatch)
@@ -428,14 +428,14 @@ def losses_of(batch: Batch, losses: object) -> frozenset[str]:
     if losses is None:
         return frozenset(applicable)
     if isinstance(losses, str):
-        raise InputError(f"losses={losses!r} is a string; give a collection of names, such as {{{losses!r}}}")
-    wanted = frozenset(losses)  # pyright: ignore[reportArgumentType]
-    for name in sorted(wanted, key=str):
+        raise InputError(f"losses={losses!r} is a string; give a collection, {{{losses!r}}}")
+    chosen = frozenset(losses)  # pyright: ignore[reportArgumentType]
+    for name in sorted(chosen, key=str):
         if name not in applicable:
             raise InputError(
                 f"loss {name!r} does not apply to a {type(batch).__name__} (it has {', '.join(applicable)})"
             )
-    return wanted
+    return chosen
 
 
 def check_pairs(batch: PairBatch) -> None:
@@ -457,24 +457,24 @@ def check_regions(batch: RegionBatch) -> None:
         raise InputError(f"boxes are {[*batch.boxes.shape]}; {texts} texts need [{texts}, 4]: (cx, cy, w, h)")
     if batch.boxes.device.type == "cpu" and not host.all_true(batch.boxes.isfinite()):
         text = host.integer(batch.boxes.isfinite().all(1).long().argmin())
-        raise InputError(f"boxes of text {text} hold NaN or infinity; check its annotation")
+        raise InputError(f"boxes of text {text} contain NaN or infinity; check its annotation")
 
 
 def check_negatives(negatives: object, rows: int, pairs: int) -> HardNegatives:
     """Two `[rows]` (or `[pairs]`) integer tensors below `pairs`."""
     if not isinstance(negatives, tuple | list) or len(negatives) != 2:
         raise InputError(
-            f"hard_negatives is a {type(negatives).__name__}; it must be (image_negative_index, text_negative_index)"
+            f"hard_negatives is a {type(negatives).__name__}; give (image_negative_index, text_negative_index)"
         )
     for name, index in zip(("image_negative_index", "text_negative_index"), negatives, strict=True):
         if not isinstance(index, Tensor) or index.is_floating_point() or index.shape not in ((rows,), (pairs,)):
             found = f"{index.dtype} {[*index.shape]}" if isinstance(index, Tensor) else type(index).__name__
-            raise InputError(f"{name} is {found}; it must hold one integer for each of the {rows} pairs")
+            raise InputError(f"{name} is {found}; give one integer for each of the {rows} pairs")
         if index.device.type == "cpu" and index.numel():
             lowest, highest = host.integer(index.min()), host.integer(index.max())
             if lowest < 0 or highest >= pairs:
                 wrong = lowest if lowest < 0 else highest
-                raise InputError(f"{name} holds {wrong}; there are {pairs} pairs, numbered from 0")
+                raise InputError(f"{name} contains {wrong}; give numbers from 0 below the {pairs} pairs")
     return HardNegatives(*negatives)
 
 

