@@ -53,6 +53,7 @@ def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp
     assert (tmp_path / "run/tokenizer.json").is_file()
     assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3]
     before = XFM.from_pretrained(tmp_path / "run/model")
+    assert before.encode("a red circle").ndim == 1
 
     again = invoke(["pretrain", str(recipe), "steps=4", "optimizer.lr=1e-3"])
     assert again.exit_code == 0

@@ -7,28 +7,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import ImageCodes
-
-
-def image_codes(config: XFMConfig, codes: int = 5) -> ImageCodes:
-    """A tokenizer by brightness, and a head that is the same each time."""
-
-    def tokenizer(image: Tensor) -> Tensor:
-        assert not torch.is_grad_enabled()
-        patches = F.avg_pool2d(image.mean(1, keepdim=True), config.patch_size).flatten(1)
-        return ((8 * patches).sigmoid() * codes).long().clamp(max=codes - 1)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        return ImageCodes(tokenizer, width=config.vision_width, codes=codes).double()
 
 
 @cache

@@ -25,7 +25,6 @@ from xfm_fast.objectives import (
     contrastive_rows,
     generalized_iou,
     hard_negative_weights,
-    masked_code_loss,
     masked_image_loss,
     masked_lm_loss,
     masked_token_loss,
@@ -103,30 +102,6 @@ def test_token_loss_is_that_of_its_logits() -> None:
     assert fused.item() == pytest.approx(plain.item(), rel=1e-12)
     for found, expected in zip(torch.autograd.grad(fused, leaves), torch.autograd.grad(plain, leaves), strict=True):
         assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
-
-
-def tokenizer(pixels: Tensor, codes: int) -> Tensor:
-    """A tokenizer as a user may have one: the brightness of a patch, in steps."""
-    patches = F.avg_pool2d(pixels.mean(1, keepdim=True), 8).flatten(1)
-    return ((patches.sigmoid() * codes).long()).clamp(0, codes - 1)
-
-
-def test_codes_of_hidden_patches() -> None:
-    pixels, mask = torch.randn(3, 3, 32, 32).double(), torch.rand(3, 16) < 0.4
-    codes = tokenizer(pixels, 7)
-    embeds, weight, bias = (torch.randn(*shape).double().requires_grad_() for shape in ((3, 17, 6), (7, 6), (7,)))
-    loss = masked_code_loss(embeds, codes, mask, weight, bias)
-    plain = F.cross_entropy((embeds[:, 1:] @ weight.t() + bias)[mask], codes[mask])
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
-    leaves = embeds, weight, bias
-    for found, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(plain, leaves), strict=True):
-        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
-    head = torch.nn.Linear(6, 7, bias=False).double()
-    without_bias = F.cross_entropy((embeds[:, 1:] @ head.weight.t())[mask], codes[mask])
-    assert masked_code_loss(embeds, codes, mask, head.weight).item() == pytest.approx(without_bias.item(), rel=1e-12)
-    assert masked_code_loss(embeds, codes, torch.zeros(3, 16), weight, bias).item() == 0
-    with pytest.raises(InputError, match="7 codes of the head"):
-        masked_code_loss(embeds, codes + 7, mask, weight, bias)
 
 
 def test_image_modelling_does_not_move_its_target() -> None:
@@ -295,10 +270,6 @@ def test_contrastive_loss_of_perfect_and_uniform_features() -> None:
             r"\[2, 4, 3\] and \[2, 4, 5",
         ),
         (lambda: masked_token_loss(torch.ones(2, 3), torch.ones(5, 3), None, torch.ones(3)), r"targets \[3\]"),
-        (
-            lambda: masked_code_loss(torch.ones(2, 4, 3), torch.ones(2, 3), torch.ones(2, 3), torch.ones(5, 3)),
-            r"codes are torch.float32 \[2, 3\]",
-        ),
         (lambda: contrastive_rows(*features(2), 0.1, AllPairs(*features(4), 0), torch.ones(3)), r"image_ids are \[3\]"),
         (lambda: box_l1_loss(torch.ones(2, 4), torch.ones(3, 4)), r"\[2, 4\] and \[3, 4\]"),
         (lambda: box_giou_loss(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3)), r"is_image is \[3\]"),

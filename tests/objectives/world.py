@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.objectives.steps import gradients, image_codes, rows, total
+from tests.objectives.steps import gradients, rows, total
 from tests.objectives.test_step_twin import drawn, model_with, pair_batch, pixels, region_batch, texts
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
@@ -22,7 +22,7 @@ from xfm_fast.training.distributed import end_groups
 
 PAIRS, IMAGES = 8, 4
 CASES = (
-    "pairs", "pairs with ids", "pairs with codes", "regions", "local regions", "texts", "images",
+    "pairs", "pairs with ids", "regions", "local regions", "texts", "images",
     "pairs with hidden patches only",
 )  # fmt: skip
 DRAWN = ("pairs", "pairs with ids", "regions")
@@ -64,8 +64,6 @@ def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, An
 
 def losses_of(model: XFM, case: str, batch: Batch, negatives: Any, **options: Any) -> dict[str, Tensor]:
     only = {"mim"} if case.endswith("only") else None
-    if case.endswith("codes"):
-        options["image_codes"] = image_codes(model.config)
     return pretraining_losses(model, batch, hard_negatives=None if only else negatives, losses=only, **options)
 
 

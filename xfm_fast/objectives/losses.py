@@ -5,12 +5,11 @@ Sampling of hard negatives for matching is here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from xfm_fast.batches import IGNORED
 from xfm_fast.errors import InputError
@@ -212,45 +211,6 @@ def masked_image_terms(masked_embeds: Tensor, target_embeds: Tensor, patch_mask:
     squared = (masked_embeds[:, 1:] - target[:, 1:]).square()
     count = hidden.sum().clamp_min(1) * masked_embeds.shape[-1]
     return squared.masked_fill(~hidden, 0).sum() / count, F.mse_loss(masked_embeds[:, 0], target[:, 0])
-
-
-def masked_code_loss(
-    masked_embeds: Tensor, codes: Tensor, patch_mask: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Masked image modelling against a codebook (BEiT, arXiv 2106.08254): predict the code of each hidden patch.
-
-    `codes` `[B, N]` are integers below V from an image tokenizer, `weight` `[V, D]` and `bias` `[V]` a linear head.
-    Averaged over hidden patches, zero without any; the `[M, V]` logits are never stored in full. On CPU, a code outside
-    of the codebook raises `InputError`.
-    """
-    _check_patches(masked_embeds, patch_mask)
-    if codes.shape != patch_mask.shape or codes.is_floating_point():
-        raise InputError(f"codes are {codes.dtype} {[*codes.shape]}; they must be integers {[*patch_mask.shape]}")
-    targets = codes.long().masked_fill(~patch_mask.bool(), IGNORED)
-    try:
-        return ops.linear_cross_entropy(masked_embeds[:, 1:], weight, bias, targets, ignore_index=IGNORED)
-    except IndexError as error:
-        raise InputError(f"codes lie outside of the {weight.shape[0]} codes of the head: {error}") from None
-
-
-class ImageCodes(nn.Module):
-    """The target of unguided masked image modelling: codes of the image itself.
-
-    `tokenizer` maps normalised pixels `[B, 3, R, R]` to `[B, N]` integers below `codes`. It is called without gradient,
-    and its parameters and state are not part of this module.
-    """
-
-    def __init__(self, tokenizer: Callable[[Tensor], Tensor], *, width: int, codes: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(width, codes)
-        # A module attribute would be trained and saved with this one.
-        self._tokenizer = (tokenizer,)
-
-    def forward(self, masked_embeds: Tensor, image: Tensor, patch_mask: Tensor) -> Tensor:
-        """`masked_code_loss` of the codes of `image` `[B, 3, R, R]`."""
-        with torch.no_grad():
-            codes = self._tokenizer[0](image)
-        return masked_code_loss(masked_embeds, codes, patch_mask, self.head.weight, self.head.bias)
 
 
 def _check_patches(masked_embeds: Tensor, patch_mask: Tensor) -> None:

@@ -23,7 +23,6 @@ from xfm_fast.objectives.fusion_pass import Pairs, TextTable, fuse_pairs, matchi
 from xfm_fast.objectives.losses import (
     AllPairs,
     HardNegatives,
-    ImageCodes,
     box_giou_loss,
     box_l1_loss,
     contrastive_loss,
@@ -67,7 +66,6 @@ def pretraining_losses(
     official_itc_gradient: bool = False,
     official_itm_negatives: bool = False,
     stop_gradient: bool = True,
-    image_codes: ImageCodes | None = None,
 ) -> dict[str, Tensor]:
     """The losses of X-FM (arXiv 2301.05065) on one batch.
 
@@ -101,7 +99,6 @@ def pretraining_losses(
             text is exchanged then. Without effect on given `hard_negatives`.
         stop_gradient: False passes the gradients of ITM, IMLM and the box losses to the language encoder: for ablations
             of the method, not fine-tuning.
-        image_codes: the target of `mim` in place of the encoding of the whole image: MIM without guidance.
 
     Returns:
         Scalars by name.
@@ -120,7 +117,6 @@ def pretraining_losses(
         official_itc_gradient,
         official_itm_negatives,
         stop_gradient,
-        image_codes,
     )
     if isinstance(batch, ImageBatch):
         return {"mim": _image_loss(model, batch, None, world, options)} if names else {}
@@ -173,10 +169,8 @@ def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
 def _image_loss(
     model: XFM, batch: PairBatch | ImageBatch, target: Tensor | None, world: World, options: Options
 ) -> Tensor:
-    """`mim` against codes if there are any, otherwise against `target`, the embeddings of whole images (computed if
-    None).
-    """
-    config, codes = model.config, options.image_codes
+    """`mim` against `target`, the embeddings of whole images (computed if None)."""
+    config = model.config
     mask = batch.patch_mask if options.patch_mask is None else options.patch_mask
     if mask is None:
         # The host draws from its own generator, without a synchronisation.
@@ -186,14 +180,11 @@ def _image_loss(
             for _ in range(len(batch.image))
         ]
         mask = torch.from_numpy(np.stack(drawn)).to(batch.image.device, non_blocking=True)
-    if target is None and codes is None:
+    if target is None:
         with torch.no_grad():
             target = model.encode_image(batch.image)
     embeds = model.encode_image(batch.image, mask)
     counts = world.counts(hidden=mask.bool().sum(), images=torch.full((), len(embeds), device=embeds.device))
-    if codes is not None:
-        return world.mean(codes(embeds, batch.image, mask), counts["hidden"])
-    assert target is not None
     patches, token = masked_image_terms(embeds, target, mask)
     loss = world.mean(patches, counts["hidden"])
     return loss if config.mim_patches_only else loss + world.mean(token, counts["images"])
@@ -209,7 +200,6 @@ class Options:
     official_itc_gradient: bool
     official_itm_negatives: bool
     stop_gradient: bool
-    image_codes: ImageCodes | None
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,6 @@ FORMAT_VERSION = 1
 MANIFEST, STATE, TENSORS, MODEL = "manifest.json", "state.json", "training.safetensors", "model"
 KERNELS = "cpu_kernels.json"
 _PREFIX = "step-"
-CODES = "image_codes"
-"""Training-only submodule of MIM with image codes; see `xfm_fast.objectives.ImageCodes`."""
 
 
 @dataclass
@@ -113,10 +111,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
         for key, value in entries.items():
             (tensors if isinstance(value, Tensor) else numbers)[f"optimizer/{names[index]}/{key}"] = value
     tensors |= {f"average/{name}": tensor for name, tensor in progress.average.items()}
-    weights = progress.model.state_dict()
-    saved = inference_state(weights)
-    tensors |= {f"model/{name}": tensor.detach() for name, tensor in weights.items() if name not in saved}
-    tensors, whole = _gather_shards(tensors, processes), _gather_shards(saved, processes)
+    tensors, whole = _gather_shards(tensors, processes), _gather_shards(progress.model.state_dict(), processes)
     for rank, state in enumerate(random_states):
         tensors |= {f"random/{rank}/{name}": tensor for name, tensor in state.items()}
     state = {
@@ -198,11 +193,6 @@ def _chosen_kernels() -> list[list[str]]:
 def _settle(kernels: Iterable[Sequence[str]]) -> None:
     for operation, dtype, chosen in kernels:
         settle(operation, getattr(torch, dtype), chosen)
-
-
-def inference_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict without training-only modules."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{CODES}.")}
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -453,7 +443,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 def whole_state(model: XFM, average: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Full weights or their average, FSDP shards gathered; collective."""
-    state = inference_state(model.state_dict() | dict(average or {}))
+    state = model.state_dict() | dict(average or {})
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 

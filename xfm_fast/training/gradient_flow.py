@@ -18,7 +18,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import ImageCodes, pretraining_losses
+from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.checkpoints import MODEL, STATE
 from xfm_fast.training.recipe import Recipe, load_recipe
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND, LossName
@@ -91,7 +91,6 @@ def gradient_flow(
     *,
     stop_gradient: bool = True,
     losses: Mapping[str, Iterable[LossName]] | None = None,
-    image_codes: ImageCodes | None = None,
 ) -> GradientFlow:
     """Backpropagate every loss of every batch, one after the other, and measure what arrives.
 
@@ -102,7 +101,6 @@ def gradient_flow(
         batches: usually one of each kind; of several of a kind the last counts.
         stop_gradient: as for `pretraining_losses`; False shows the ablation.
         losses: kind of batch → its losses; by default all.
-        image_codes: as for `pretraining_losses`.
 
     Raises:
         InputError: there is no batch, or none of them gives a loss.
@@ -122,9 +120,7 @@ def gradient_flow(
             # A generator of its own, so that a report neither depends on nor moves the random state of a run.
             draw = torch.Generator(device=model.device).manual_seed(0)
             # All at once, as a step of training has them, so that the passes that they share are looked at too.
-            found = pretraining_losses(
-                model, batch, losses=chosen, generator=draw, stop_gradient=stop_gradient, image_codes=image_codes
-            )
+            found = pretraining_losses(model, batch, losses=chosen, generator=draw, stop_gradient=stop_gradient)
             for loss in chosen:
                 norms[kind, loss] = _norms(found[loss], parameters, members)
     finally:
@@ -246,12 +242,7 @@ def _of_recipe(model: XFM, recipe: Recipe, *, size: int, seed: int) -> GradientF
     for name, stream in recipe.streams.items():
         losses[stream.kind] = tuple(dict.fromkeys((*losses.get(stream.kind, ()), *recipe.losses_of(name))))
     batches = [synthetic_batch(kind, recipe.model, size=size, seed=seed) for kind in losses]
-    codes = None
-    if recipe.method.image_codes is not None:
-        # Which code a patch has decides nothing here.
-        patches, width = recipe.model.num_patches, recipe.model.vision_width
-        codes = ImageCodes(lambda image: torch.zeros(len(image), patches, dtype=torch.long), width=width, codes=2)
-    return gradient_flow(model, batches, stop_gradient=recipe.method.stop_gradient, losses=losses, image_codes=codes)
+    return gradient_flow(model, batches, stop_gradient=recipe.method.stop_gradient, losses=losses)
 
 
 def synthetic_batch(

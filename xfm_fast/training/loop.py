@@ -23,7 +23,6 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints, setup
 from xfm_fast.training.checkpoints import (
-    CODES,
     Progress,
     random_state,
     save_whole,
@@ -64,7 +63,6 @@ def train(
     resume: bool = True,
     sources: Mapping[str, BatchSource[Any]] | None = None,
     model: XFM | None = None,
-    image_tokenizer: Callable[[Tensor], Tensor] | None = None,
     objective: Losses | None = None,
     explained_by: Mapping[str, bytes] | None = None,
     on_start: Callable[[], None] | None = None,
@@ -74,10 +72,9 @@ def train(
 
     Writes to `recipe.checkpoint.folder`: `checkpoints/`, `log.jsonl`, and at the end `model/` and `average/` (if any),
     which `XFM.from_pretrained` reads. Recipes other than pretraining pass `sources`, `model` and `objective`.
-    `image_tokenizer` maps normalised pixels `[B, 3, R, R]` to codes `[B, N]`. `explained_by` maps names of files saved
-    with the weights to their contents. `on_start` runs on the first process before it writes to the folder. `on_step`
-    runs on every process after every step, and its result is logged; it may change the random state if it does so
-    deterministically.
+    `explained_by` maps names of files saved with the weights to their contents. `on_start` runs on the first process
+    before it writes to the folder. `on_step` runs on every process after every step, and its result is logged; it may
+    change the random state if it does so deterministically.
     """
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
@@ -101,18 +98,12 @@ def train(
         if isinstance(recipe, Recipe):
             model = (setup.build_model(recipe) if model is None else model).to(processes.device)
             explained_by = setup.preprocessor_file(model) | dict(explained_by or {})
-            codes = setup.image_codes(recipe, processes, image_tokenizer)
-            if codes is not None:
-                # With the model its head is trained, shared and kept; what is saved as the model leaves it out.
-                model.add_module(CODES, codes)
-                stack.callback(delattr, model, CODES)
             method = recipe.method
             objective = objective or partial(
                 pretraining_losses,
                 stop_gradient=method.stop_gradient,
                 official_itc_gradient=method.official_itc_gradient,
                 official_itm_negatives=method.official_itm_negatives,
-                image_codes=codes,
             )
         assert model is not None
         assert objective is not None

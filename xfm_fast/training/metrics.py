@@ -303,7 +303,6 @@ class Work:
                 batch,
                 recipe.losses_of(stream),
                 stop_gradient=recipe.method.stop_gradient,
-                guided=recipe.method.image_codes is None,
             )
 
     def rates(self, steps: int, seconds: float) -> dict[str, float]:
@@ -326,14 +325,11 @@ def size_of(batch: TensorBatch) -> tuple[int, int]:
     return 0 if image is None else len(image), 0 if mask is None else int(mask.count_nonzero())
 
 
-def training_flops(
-    config: XFMConfig, batch: Batch, losses: Iterable[str], *, stop_gradient: bool = True, guided: bool = True
-) -> int:
+def training_flops(config: XFMConfig, batch: Batch, losses: Iterable[str], *, stop_gradient: bool = True) -> int:
     """FLOPs of the losses of a CPU batch, forward and backward.
 
-    A backward pass counts twice the forward pass. Detached text passes and the MIM target have no backward pass; MIM
-    that predicts codes (`guided=False`) needs no target. The first fusion self-attention counts once per text, and the
-    last layer counts only the tokens that a head reads.
+    A backward pass counts twice the forward pass. Detached text passes and the MIM target have no backward pass. The
+    first fusion self-attention counts once per text, and the last layer counts only the tokens that a head reads.
     """
     wanted = set(losses)
     forward, trained = flops.Count(), flops.Count()
@@ -342,7 +338,7 @@ def training_flops(
         seen = flops.image_encoder(config, images)
         if wanted - {"mim"}:
             trained += seen
-        elif guided:
+        else:
             forward += seen
         if "mim" in wanted:
             trained += seen

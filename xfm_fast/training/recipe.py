@@ -217,7 +217,7 @@ class Recipe(Run):
     def losses_of(self, stream: str) -> tuple[LossName, ...]:
         """Losses of a stream: its own or the defaults of its kind, minus losses that `method` disables."""
         chosen = self.streams[stream].losses or LOSSES_OF_KIND[self.streams[stream].kind]
-        if self.method.mim_guidance or self.method.image_codes:
+        if self.method.mim_guidance:
             return chosen
         return tuple(loss for loss in chosen if loss != "mim")
 
@@ -280,8 +280,6 @@ class Recipe(Run):
         places = {"init.roberta": self.init.roberta, "init.beit2": self.init.beit2}
         places |= {"init.checkpoint": self.init.checkpoint}
         places |= {"tokenizer": None if self.tokenizer == "train" else self.tokenizer}
-        codes = self.method.image_codes
-        places |= {"method.image_codes.source": None if codes is None or codes.source == "train" else codes.source}
         for key, place in places.items():
             if place is not None and not Path(place).exists():
                 raise DataError(f"{key}: there is no {place}; give {key}=<path>")

@@ -145,16 +145,6 @@ class ScheduleRecipe(Section):
         return self.warmup if isinstance(self.warmup, int) else int(self.warmup * steps)
 
 
-class ImageCodesRecipe(Section):
-    """A codebook of patches that provides MIM targets without guidance."""
-
-    source: str = Field(
-        default="train",
-        description="safetensors file with `centres` [codes, 3·P·P], or `train` to learn one from the streams",
-    )
-    codes: int = Field(default=256, gt=1, description="size of the learnt codebook or of the custom tokenizer")
-
-
 class Method(Section):
     """The X-FM training method (arXiv 2301.05065) and its ablations."""
 
@@ -164,10 +154,7 @@ class Method(Section):
     mim_guidance: bool = Field(
         default=True,
         description="MIM predicts the unmasked output of the guided vision encoder; false removes MIM from every "
-        "stream unless image_codes are set",
-    )
-    image_codes: ImageCodesRecipe | None = Field(
-        default=None, description="with mim_guidance=false: MIM predicts codes of image patches"
+        "stream",
     )
     official_itc_gradient: bool = Field(
         default=False, description="scale the contrastive gradient by 1 / world size, as the official gathering does"
@@ -175,12 +162,6 @@ class Method(Section):
     official_itm_negatives: bool = Field(
         default=False, description="draw hard negatives from one process, as in the official code, not from all"
     )
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if self.mim_guidance and self.image_codes:
-            raise ValueError("image_codes take the place of the guidance; set method.mim_guidance=false")
-        return self
 
 
 class CheckpointRecipe(Section):

@@ -1,45 +1,31 @@
-"""Sets up a run: initial weights, vocabulary, codebook and data streams."""
+"""Sets up a run: initial weights, vocabulary and data streams."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files, write_bytes
 from xfm_fast.checkpoint.files import MODEL_FILE, TOKENIZER_FILE, model_folder
-from xfm_fast.data.images import record_pixels
-from xfm_fast.data.options import ImageOptions
-from xfm_fast.data.order import item_generator, permuted
-from xfm_fast.data.patch_codes import PatchCodebook
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
-from xfm_fast.data.transforms import whole_image
-from xfm_fast.errors import DataError, InputError, StorageError, XFMError
+from xfm_fast.errors import DataError, StorageError, XFMError
 from xfm_fast.models.hub import PREPROCESSOR_FILE
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import ImageCodes
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training.distributed import Processes
 from xfm_fast.training.recipe import Recipe, Run
-from xfm_fast.training.recipe_fields import (
-    LOSSES_OF_KIND,
-    ImageStream,
-    RegionStream,
-    TextStream,
-)
+from xfm_fast.training.recipe_fields import ImageStream, RegionStream, TextStream
 
-CODEBOOK_FILE = "image_codes.safetensors"
-# A vocabulary of a few thousand entries does not change with more, nor does a codebook.
+# A vocabulary of a few thousand entries does not change with more.
 _TEXTS_TO_LEARN_FROM = 100_000
-_IMAGES_TO_LEARN_FROM = 2_000
 
 
 def autocast(recipe: Run, processes: Processes) -> torch.autocast:
@@ -64,36 +50,6 @@ def build_model(recipe: Recipe) -> XFM:
     if init.roberta or init.beit2:
         initialise(model, roberta=init.roberta, beit2=init.beit2)
     return model
-
-
-def image_codes(
-    recipe: Recipe, processes: Processes, tokenizer: Callable[[Tensor], Tensor] | None = None
-) -> ImageCodes | None:
-    """MIM target codes without guidance, else None; the first process learns a missing codebook into the run folder."""
-    wanted, config = recipe.method.image_codes, recipe.model
-    if wanted is None:
-        if tokenizer is not None:
-            raise InputError(
-                "an image tokenizer was given, but MIM predicts no codes; set method.mim_guidance=false and "
-                "method.image_codes.codes to the size of its codebook"
-            )
-        return None
-    if tokenizer is not None:
-        return ImageCodes(tokenizer, width=config.vision_width, codes=wanted.codes).to(processes.device)
-    path = Path(wanted.source)
-    if wanted.source == "train":
-        path = Path(recipe.checkpoint.folder) / CODEBOOK_FILE
-
-        def learn() -> None:
-            if not path.exists():
-                images = islice(_images(recipe), _IMAGES_TO_LEARN_FROM)
-                learnt = PatchCodebook.learn(images, config.patch_size, wanted.codes, seed=recipe.seed)
-                _make_parent(path)
-                learnt.save(path)
-
-        processes.from_first(learn)
-    codebook = PatchCodebook.load(path, config.patch_size).to(processes.device)
-    return ImageCodes(codebook, width=config.vision_width, codes=len(codebook.centres)).to(processes.device)
 
 
 def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[Any]]:
@@ -169,22 +125,6 @@ def _make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{path} cannot be written ({error.strerror or error}); free space") from error
-
-
-def _images(recipe: Recipe) -> Iterator[Tensor]:
-    """Resized whole images of all streams, in a fixed order."""
-    for name in (name for name, stream in recipe.streams.items() if "mim" in LOSSES_OF_KIND[stream.kind]):
-        options = recipe.options_of(name)
-        assert isinstance(options, ImageOptions)
-        records = open_records(recipe.paths_of(name), **options.record_keys)
-        for index in range(len(records)):
-            rows, row = records.locate(permuted(index, len(records), recipe.seed))
-            try:
-                pixels = record_pixels(rows.read(row), options, item_generator(recipe.seed, 0, 0, index))
-                yield whole_image(pixels, recipe.model.image_size)
-            except DataError:
-                # Whether so many broken rows are tolerable is decided where they are used.
-                continue
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
