@@ -37,7 +37,10 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_they_are_short_and_all_are_tested() -> None:
-    tested = {"accelerate_my_model", "search_my_photos", "finetune_on_my_csv", "build_an_engine", "what_fp8_costs"}
+    tested = {
+        "accelerate_my_model", "search_my_photos", "finetune_on_my_csv", "build_an_engine", "what_fp8_costs",
+        "gradient_flow",
+    }  # fmt: skip
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 40, path
@@ -57,6 +60,15 @@ def test_what_fp8_costs(run: Run, photos: Path, tmp_path: Path) -> None:
         out = run("what_fp8_costs", *arguments)
         assert "4 photographs: cosine 0.9" in out
         assert "of them keep the photograph" in out
+
+
+def test_gradient_flow(run: Run, tmp_path: Path) -> None:
+    write_model(tmp_path / "weights", seed=0)
+    for arguments in ((), (tmp_path / "weights",)):
+        head, *lines = (line.split() for line in run("gradient_flow", *arguments).splitlines())
+        assert head == ["loss", "language", "vision", "fusion"]
+        trained = {loss: "".join("0" if norm == "0" else "1" for norm in norms) for loss, *norms in lines}
+        assert trained == {"mlm": "100", "itc": "110", "itm": "011", "imlm": "011", "mim": "010"}
 
 
 def test_search_my_photos(run: Run, photos: Path, tmp_path: Path) -> None:

@@ -305,7 +305,6 @@ def _circle(folder: Path) -> str:
     [
         ["convert", "{}", "out"],
         ["convert", "{}", "out", "--config", "{}"],
-        ["gradflow", "{}"],
         ["export", "verify", "{}"],
         ["export", "onnx", "--out", "o", "--checkpoint", "{}"],
         ["bench", "report", "{}"],

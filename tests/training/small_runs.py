@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.training.synthetic import synthetic_batch
 from xfm_fast.config import XFMConfig
 from xfm_fast.training import checkpoints
-from xfm_fast.training.gradient_flow import synthetic_batch
 from xfm_fast.training.loop import TrainResult, train
 from xfm_fast.training.metrics import read_log
 from xfm_fast.training.recipe import Recipe

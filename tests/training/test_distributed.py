@@ -35,7 +35,6 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.checkpoints import newest, read_state
 from xfm_fast.training.distributed import ParallelModel, Processes, join_processes, run_layers
-from xfm_fast.training.gradient_flow import check, gradient_flow_of
 from xfm_fast.training.loop import train
 from xfm_fast.training.metrics import ModelNorms, local
 
@@ -101,7 +100,6 @@ def test_two_processes_are_one(tmp_path: Path, alone: Path, parallel: str) -> No
         "manifest.json", "model", "state.json", "training.safetensors"
     }  # fmt: skip
     assert_close(parameters(found.path), parameters(tmp_path / "run"), 0)
-    assert check(gradient_flow_of(found.path)) == check(gradient_flow_of(tmp_path / "run")) == []
 
 
 @pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.training.small_runs import Noise, batch_of, noise, numbers, run, small_recipe
+from tests.training.synthetic import synthetic_batch
 from xfm_fast import flops
 from xfm_fast.batches import PairBatch
 from xfm_fast.config import XFMConfig
@@ -22,7 +23,6 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.training import metrics
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.distributed import Processes
-from xfm_fast.training.gradient_flow import synthetic_batch
 from xfm_fast.training.metrics import (
     Guard,
     Meter,

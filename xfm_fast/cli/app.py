@@ -99,7 +99,7 @@ app.command(serve.serve, group=SERVE)
 app.command(trial.trial, name="try", group=MEASURE)
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
-for command in (train.pretrain, finetune.finetune, finetune.evaluate, finetune.predict, train.gradflow):
+for command in (train.pretrain, finetune.finetune, finetune.evaluate, finetune.predict):
     app.command(command, group=TRAIN)
 for command in (search.index, search.search):
     app.command(command, group=SEARCH)

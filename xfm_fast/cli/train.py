@@ -1,17 +1,15 @@
-"""`xfm-fast pretrain`, `gradflow` and `reproduce`: training, its gradients, and the paper's experiments."""
+"""`xfm-fast pretrain` and `reproduce`: training, and the paper's experiments."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
-from cyclopts import Parameter
 
-from xfm_fast.cli.console import note, stdout
-from xfm_fast.cli.options import TRAIN, UNFINISHED, Flat, Json, command_group
+from xfm_fast.cli.console import note
+from xfm_fast.cli.options import TRAIN, UNFINISHED, Flat, command_group
 
 if TYPE_CHECKING:
     from xfm_fast.reproduce.ablations import Study
@@ -58,38 +56,6 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
         note(f"stopped after step {result.step}; the same command resumes")
         return UNFINISHED
     return 0
-
-
-def gradflow(
-    subject: Annotated[str, Parameter(name="RECIPE|CHECKPOINT")],
-    /,
-    *overrides: str,
-    check: bool = False,
-    as_json: Json = False,
-) -> int:
-    """Report which loss trains which encoder: gradient norms, and zeros where X-FM stops gradients.
-
-    Args:
-        subject: Recipe, run, folder written by save_pretrained, or official .th/.pth file.
-        overrides: key=value for a recipe, such as model.preset=tiny.
-        check: Exit with 1 if the gradients violate the method.
-    """
-    from xfm_fast.training import gradient_flow
-
-    report = gradient_flow.gradient_flow_of(subject, overrides)
-    violations = gradient_flow.check(report)
-    if as_json:
-        print(report.to_json(), end="")
-    else:
-        console = stdout(120)
-        console.print(report.table())
-        for violation in violations:
-            console.print(violation, highlight=False, markup=False, soft_wrap=True)
-    if not (check and violations):
-        return 0
-    if as_json:
-        print("; ".join(violations), file=sys.stderr)
-    return 1
 
 
 @reproduce.command
