@@ -565,7 +565,7 @@ def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unkno
         "DeBERTa-v2, BEiT, Data2Vec, ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, ViT-MAE, Swin, BLIP), vision "
         "transformers of timm, towers of open_clip, the official X-FM and X²-VLM modules, and "
         "torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.replace.register makes layers of "
-        "one's own known by a row of names, and xfm_fast.nn has modules to build with"
+        "one's own known by a row of names, and xfm_fast.kernels.ops has operations to build with"
     )
 
 

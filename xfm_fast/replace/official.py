@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host, reference
-from xfm_fast.nn.attention import qkv_bias
+from xfm_fast.nn import qkv_bias
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import Adaptable, is_adapted
 from xfm_fast.replace.bert_layer import (
