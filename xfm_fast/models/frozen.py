@@ -1,42 +1,119 @@
-"""Weights stored in the CPU's fastest GEMM layout, in place of the parameters: `XFM.freeze`.
+"""Frozen weights for CPU inference, stored in the layout of the fastest library in place of their parameters.
 
-oneDNN multiplies fastest in a blocked layout: a single caption, which is bound by reading weights, takes half the time.
-The layout replaces the parameter, because a copy would double the memory. Our LLVM-compiled kernels read weights as
-they are, and get them so where they are as fast. Code that reads weights without `ops`, such as exports and trainers,
-needs `unfreeze` first.
+oneDNN is fastest on a layout of its own, up to twice as fast for a single caption. A packed copy next to the parameter
+would double the memory of the model. `XFM.freeze` packs weights that only `ops` read; `replace.frozen` packs those of
+third-party layers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import derived
+from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.products import runs_cpu_inference
 from xfm_fast.models.text import AttentionProjections, TransformerLayer
 from xfm_fast.models.vision import Block
 
-_KEPT = "_xfm_fast_parameter"
+_SLOT = "_xfm_fast_weight"
 _TRAINED = "_xfm_fast_trained"
 _HOOKS = "_xfm_fast_frozen_hooks"
 
 
+class Slot(NamedTuple):
+    """Where the weight of a layer is packed, and its parameter, whose memory is released."""
+
+    packed: products.Frozen  # `[ΣM, K]`, of one or more layers on the same input
+    sizes: tuple[int, ...]  # M of each layer
+    number: int
+    parameter: nn.Parameter
+
+
+def pack(layers: Sequence[nn.Linear], *, blocked: bool) -> products.Frozen:
+    """Move the weights of layers on one input into one packed weight, blocked for oneDNN or dense."""
+    weights = [layer.weight.detach() for layer in layers]
+    joined = torch.cat(weights) if len(weights) > 1 else weights[0]
+    packed = products.Frozen(products.laid_out(joined) if blocked else joined, requires_grad=False)
+    sizes = tuple(weight.shape[0] for weight in weights)
+    for number, layer in enumerate(layers):
+        parameter = layer.weight
+        derived.forget(parameter)
+        layer.__dict__[_SLOT] = Slot(packed, sizes, number, parameter)
+        parameter.data = parameter.data.new_empty(0)
+    return packed
+
+
+def unpack(layer: nn.Module) -> nn.Parameter:
+    """The original parameter of a packed layer with its values restored."""
+    parameter = slot_of(layer).parameter
+    parameter.data = state_weight(layer)
+    del layer.__dict__[_SLOT]
+    return parameter
+
+
+def is_packed(layer: nn.Module) -> bool:
+    return _SLOT in layer.__dict__
+
+
+def slot_of(layer: nn.Module) -> Slot:
+    return layer.__dict__[_SLOT]
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight `[M, K]` of a packed layer: a view of a dense pack, a copy of a blocked one."""
+    slot = slot_of(layer)
+    return slot.packed.data.to_dense().split(slot.sizes)[slot.number]
+
+
+def state_weight(layer: nn.Module) -> Tensor:
+    """The weight of a packed layer without the storage of its neighbours, as state dicts hold it."""
+    weight = dense_weight(layer)
+    return weight if len(slot_of(layer).sizes) == 1 else weight.clone()
+
+
+def pack_of(layers: Sequence[nn.Module]) -> products.Frozen | None:
+    """The packed weight of exactly these layers, in order; None if there is none."""
+    if _SLOT not in layers[0].__dict__:
+        return None
+    first, slots = slot_of(layers[0]), [layer.__dict__.get(_SLOT) for layer in layers]
+    if layers[0].training and torch.is_grad_enabled():
+        raise InputError(
+            "the model is frozen for inference and in training mode; call model.eval(), or report.revert() to train it"
+        )
+    whole = all(s is not None and s.packed is first.packed and s.number == n for n, s in enumerate(slots))
+    return first.packed if whole and len(slots) == len(first.sizes) else None
+
+
+def packed_weight(
+    layers: Sequence[nn.Module], backend: Backend | None, x: Tensor, *others: Tensor | None
+) -> Tensor | None:
+    """`pack_of` in a form that `ops` accept with these operands: dense with gradients, autocast or a compiler."""
+    packed = pack_of(layers)
+    if packed is None:
+        return None
+    if packed.is_mkldnn and not layers[0].training and x.dtype == packed.dtype:
+        biases = [layer._parameters.get("bias") for layer in layers]
+        if runs_cpu_inference(backend, x, *biases, *others):
+            return packed
+    return packed.data.to_dense()
+
+
 def is_frozen(model: nn.Module) -> bool:
-    """Return True between `freeze` and `unfreeze`."""
+    """True between `freeze` and `unfreeze`."""
     return _HOOKS in model.__dict__
 
 
 def freeze(model: nn.Module) -> None:
-    """Convert the weights of all blocks and layers, in place; state dicts stay the same to the bit.
+    """Pack the weights of all blocks and layers of a model; no parameter takes gradients until `unfreeze`.
 
-    Parameters take no gradients until `unfreeze`. Weights shared by modules, layers with hooks or of another class, and
-    layers where PyTorch's own GEMMs are faster, stay. Raises `InputError` unless the model is on a CPU, in float32 or
-    bfloat16, and in evaluation mode.
+    Skips shared weights, layers with hooks or of another class, and every weight that PyTorch multiplies faster.
     """
     if is_frozen(model):
         return
@@ -45,29 +122,19 @@ def freeze(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
             raise InputError(
-                f"freeze() needs float32 or bfloat16 on a CPU, and {name} is {parameter.dtype} on {parameter.device}; "
-                "convert the model"
+                f"freeze() takes float32 or bfloat16 on a CPU, and {name} is {parameter.dtype} on {parameter.device}; "
+                "convert or move the model first"
             )
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    model.__dict__[_TRAINED] = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
+    owners = owner_counts(model)
+    model.__dict__[_TRAINED] = stop_gradients(model)
     for group, of_texts in _groups(model):
-        weights = [layer.weight for layer in group]
-        separable = all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group)
-        if not separable:
+        if not all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group):
             continue
-        # A batch may be one short text; an image has some hundred rows.
-        blocked = products.prefers_onednn(weights[0].dtype, few_rows=of_texts)
-        if not blocked and not products.reads_as_quickly(weights[0].dtype, few_rows=of_texts):
-            continue
-        packed = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
-        packed = products.laid_out(packed) if blocked else packed
-        for layer, weight in zip(group, weights, strict=True):
-            # Optimizers keep their parameter object, without its memory.
-            layer.__dict__[_KEPT] = weight
-            derived.forget(weight)
-            weight.data = weight.data.new_empty(0)
-        group[0]._parameters["weight"] = products.Frozen(packed, requires_grad=False)
+        # A text may be single and short; an image has hundreds of rows.
+        dtype = group[0].weight.dtype
+        blocked = products.prefers_onednn(dtype, few_rows=of_texts)
+        if blocked or products.reads_as_quickly(dtype, few_rows=of_texts):
+            group[0]._parameters["weight"] = pack(group, blocked=blocked)
     model.__dict__[_HOOKS] = (
         model.register_state_dict_post_hook(_dense_state),
         model.register_load_state_dict_pre_hook(_refuse_state),
@@ -75,31 +142,39 @@ def freeze(model: nn.Module) -> None:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Restore the weights to the bit; does nothing to a model that is not frozen."""
+    """Restore the parameters bit for bit; no effect on a model that is not frozen."""
     if not is_frozen(model):
         return
-    for group, _ in _groups(model):
-        if _KEPT not in group[0].__dict__:
-            continue
-        for layer, weight in zip(group, _dense(group), strict=True):
-            parameter = layer.__dict__.pop(_KEPT)
-            parameter.data = weight
-            layer._parameters["weight"] = parameter
+    for layer in filter(is_packed, model.modules()):
+        layer._parameters["weight"] = unpack(layer)
     for hook in model.__dict__.pop(_HOOKS):
         hook.remove()
     for parameter in model.__dict__.pop(_TRAINED):
         parameter.requires_grad_(True)
 
 
+def owner_counts(model: nn.Module) -> Counter[int]:
+    """How many modules own each parameter, by identity."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def stop_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """Disable the gradients of all parameters; returns those that had them enabled."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    return trained
+
+
 def _groups(model: nn.Module) -> Iterator[tuple[list[nn.Linear], bool]]:
-    """Yield linear layers that only `ops` multiplies with, keys and values as one group, and whether they read text."""
+    """Linear layers that only `ops` read, keys and values as one group; True for layers of texts."""
     for part in model.modules():
         if not isinstance(part, Block | TransformerLayer):
             continue
-        together = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
-        within = {id(layer) for group in together for layer in group}
-        singles = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in within]
-        for group in together + singles:
+        pairs = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
+        paired = {id(layer) for pair in pairs for layer in pair}
+        singles = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in paired]
+        for group in pairs + singles:
             yield group, isinstance(part, TransformerLayer)
 
 
@@ -107,19 +182,11 @@ def _plain(layer: nn.Linear) -> bool:
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
 
 
-def _dense(group: list[nn.Linear]) -> list[Tensor]:
-    """The weights of a group, each in its own memory."""
-    parts = group[0].weight.data.to_dense().split([layer.out_features for layer in group])
-    return list(parts) if len(parts) == 1 else [part.clone() for part in parts]
-
-
 def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    names = {id(module): name for name, module in model.named_modules()}
-    for group, _ in _groups(model):
-        if _KEPT in group[0].__dict__:
-            for layer, weight in zip(group, _dense(group), strict=True):
-                state[f"{prefix}{names[id(layer)]}.weight"] = weight
+    for name, layer in model.named_modules():
+        if is_packed(layer):
+            state[f"{prefix}{name}.weight"] = state_weight(layer)
 
 
 def _refuse_state(model: nn.Module, *_: Any) -> NoReturn:
-    raise InputError("the model is frozen for inference; call unfreeze() before loading weights")
+    raise InputError("the model is frozen for inference and takes no other weights; call unfreeze() first")

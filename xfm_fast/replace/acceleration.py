@@ -18,6 +18,7 @@ from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.marked import EightBits, keep_within, kind_of
+from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace import adapters, quantised
 from xfm_fast.replace.expectation import (
     Expectation,
@@ -31,7 +32,6 @@ from xfm_fast.replace.expectation import (
 from xfm_fast.replace.frozen import FrozenLinear
 from xfm_fast.replace.frozen import check as check_freezable
 from xfm_fast.replace.frozen import freeze as freeze_weights
-from xfm_fast.replace.packed_weight import place_of
 from xfm_fast.replace.swap import (
     BANDS,
     Fused,
@@ -338,8 +338,8 @@ class Report:
     @property
     def frozen_bytes(self) -> int:
         """Size of the weights that are packed in place of their parameters."""
-        packs = {id(pack): pack for pack, _ in map(place_of, filter(is_fused, self._frozen))}
-        return sum(pack.nbytes for pack in packs.values())
+        packs = {id(packed): packed for packed, *_ in map(slot_of, filter(is_fused, self._frozen))}
+        return sum(packed.numel() * packed.element_size() for packed in packs.values())
 
     @property
     def _unfrozen_bytes(self) -> int:

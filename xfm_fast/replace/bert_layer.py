@@ -19,7 +19,7 @@ from xfm_fast.kernels.cpu.norms import embed_layer_norm_forward
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.prepared import FEW, infers, prepared
+from xfm_fast.replace.cached_plan import FEW, cached_plan, infers
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     CalledByName,
@@ -305,9 +305,9 @@ def run_layer(
     marks a fused layer whose `intact()` was just checked.
     """
     if intact and memory is None and reads is None:
-        ready = prepared(layer, lambda: _parts(layer), x, settings, wide=True)
-        if ready is not None:
-            return ready.run(x, lambda *given: attend(*given).flatten(-2), settings)
+        plan = cached_plan(layer, lambda: _parts(layer), x, settings, wide=True)
+        if plan is not None:
+            return plan.run(x, lambda *given: attend(*given).flatten(-2), settings)
     projections = layer.attention.self
     if reads is None:
         made = settings.products("qkv", x, projections.query, projections.key, projections.value)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.masks import Dense
-from xfm_fast.replace.prepared import forget, prepared
+from xfm_fast.replace.cached_plan import cached_plan, forget
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
@@ -288,9 +288,9 @@ class FamilyLayer(CalledByName):
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
         order = self.layer_family.order
         if order != "behind branches":
-            ready = prepared(self, partial(self._parts, None), x, settings, wide=order == "behind sums")
-            if ready is not None:
-                return ready.run(x, attend, settings, None if rotary is None else partial(_turned, *rotary))
+            plan = cached_plan(self, partial(self._parts, None), x, settings, wide=order == "behind sums")
+            if plan is not None:
+                return plan.run(x, attend, settings, None if rotary is None else partial(_turned, *rotary))
         return self.compute(self._parts(rotary), attend, x, settings)
 
     def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:

@@ -25,7 +25,7 @@ from xfm_fast.replace.bert_layer import (
     run_layer,
     to_own_tokens,
 )
-from xfm_fast.replace.prepared import forget
+from xfm_fast.replace.cached_plan import forget
 from xfm_fast.replace.swap import (
     CalledByName,
     Rule,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
-from xfm_fast.replace.packed_weight import pack_of
 from xfm_fast.replace.swap import Settings
 
 # Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`.
@@ -77,7 +76,7 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
     }
     if parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None:
         assert parts.fc1 is not None
-        fc1, fc2 = _affine(parts.fc1, settings), _affine(parts.fc2, settings)
+        fc1, fc2 = settings.affine_of(parts.fc1, normed, x), settings.affine_of(parts.fc2, normed, x)
         if fc1 is not None and fc2 is not None:
             return ops.mlp_residual(normed, *fc1, *fc2, x, **branch)
     return _summed(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
@@ -196,30 +195,25 @@ def _ended(
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """End of a branch and the next norm: (normed, summed). With `wide` (post-norm) the norm keeps its dtype."""
-    x, affine = settings.operand(x), _affine(layer, settings)
+    x = settings.operand(x)
+    affine = settings.affine_of(layer, x, residual)
     rest["backend"] = settings.backend
     if not _is_layer_norm(norm):
         summed = _summed(x, layer, residual, settings, **rest)
         return called(norm, summed), summed
     scale: Any = (norm.weight, _shift(norm), norm.eps) if wide else _scale_and_shift(norm, settings)
     if affine is None:
-        if pack_of((layer,)) is not None:
-            summed = _summed(x, layer, residual, settings, **rest)
-            return ops.layer_norm(summed, *scale, backend=settings.backend), summed
         return ops.add_layer_norm(applied(layer, x, settings), residual, *scale, wide=wide, **rest)
     return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, **rest)
 
 
 def _summed(x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest: Any) -> Tensor:
     """`residual + row_scale · gamma · dropout(layer(x))`."""
-    affine = _affine(layer, settings)
+    affine = settings.affine_of(layer, x, residual)
     if affine is not None:
         return ops.linear_residual(x, *affine, residual, **rest)
-    dropout_p, rows, gamma = rest.get("dropout_p", 0.0), rest.get("row_scale"), rest.get("gamma")
-    packed = pack_of((layer,))
-    if packed is not None and gamma is None and rows is None and not dropout_p:
-        return packed.residual(settings.operand(x), layer.bias, residual)
-    out = _dropped(applied(layer, x, settings), dropout_p)
+    rows, gamma = rest.get("row_scale"), rest.get("gamma")
+    out = _dropped(applied(layer, x, settings), rest.get("dropout_p", 0.0))
     out = out if gamma is None else out * gamma
     return residual + (out if rows is None else out * rows.view(-1, *[1] * (out.ndim - 1)))
 
@@ -245,13 +239,4 @@ def _scale_and_shift(norm: Any, settings: Settings) -> tuple[Any, Any, float]:
 
 def _shift(norm: Any) -> Tensor:
     """The bias of a LayerNorm, or zeros."""
-    return _zeros(norm.weight, norm.weight.shape[0]) if norm.bias is None else norm.bias
-
-
-def _zeros(like: Tensor, count: int) -> Tensor:
-    return derived(f"zeros {count}", (like,), lambda: like.new_zeros(count))
-
-
-def _affine(layer: Any, settings: Settings) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer; None where the GEMM must come first (packed weights, adapters in training)."""
-    return None if pack_of((layer,)) is not None else settings.affine_of(layer)
+    return norm.bias if norm.bias is not None else derived("zeros", (norm.weight,), lambda: torch.zeros_like(norm.weight))

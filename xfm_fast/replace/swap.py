@@ -26,8 +26,8 @@ from torch.nn.modules import module as module_internals
 from xfm_fast.kernels import marked, ops
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.derived import derived
+from xfm_fast.models.frozen import packed_weight
 from xfm_fast.replace import adapters
-from xfm_fast.replace.packed_weight import pack_of
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 # Relative to the largest value of an output: summation order changes rounding.
@@ -90,12 +90,12 @@ class Settings:
 
         `name` is the cache key of the concatenated weights. `bias` is that of a single layer, stored outside it.
         """
-        packed = pack_of(layers)
+        x = self.operand(x)
+        packed = packed_weight(layers, self.backend, x)
         if packed is not None:
-            biases = [layer.bias if bias is None else bias for layer in layers]
-            shift = biases[0] if len(layers) == 1 else side_by_side(biases, packed.sizes)
-            together = packed.linear(self.operand(x), shift)
-            return (together,) if len(layers) == 1 else together.split(packed.sizes, -1)
+            widths = [layer.out_features for layer in layers]
+            shift = side_by_side([layer.bias if bias is None else bias for layer in layers], widths)
+            return ops.linear(x, packed, shift, backend=self.backend).split(widths, -1)
         bases = [adapters.base_layer(layer) for layer in layers]
         weights = [base.weight for base in bases]
         biases = [base.bias if bias is None else bias for base in bases]
@@ -113,11 +113,13 @@ class Settings:
             made = self.linear(x, *_side_by_side(name, weights, biases)).split(widths, -1)
         if not any(later):
             return made
-        x = self.operand(x)
         return tuple(reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True))
 
-    def affine_of(self, layer: Any) -> tuple[Tensor, Any] | None:
+    def affine_of(self, layer: Any, *operands: Tensor) -> tuple[Tensor, Any] | None:
         """Weight and bias of a layer with merged adapters; None where adapters run separately."""
+        packed = packed_weight((layer,), self.backend, *operands)
+        if packed is not None:
+            return packed, layer.bias
         base = adapters.base_layer(layer)
         weight, bias = base.weight, base.bias
         if base is not layer and (found := adapters.additions(layer)):
@@ -129,28 +131,22 @@ class Settings:
 
     def activated(self, x: Tensor, dense: Any, activation: Any) -> Tensor:
         """`activation(dense(x))`, in one pass for erf GELU; adapters included."""
-        erf_gelu = is_erf_gelu(activation)
-        packed = pack_of((dense,)) if erf_gelu else None
-        if packed is not None:
-            return packed.linear(self.operand(x), dense.bias, gelu=True)
-        affine = self.affine_of(dense) if erf_gelu else None
+        x = self.operand(x)
+        affine = self.affine_of(dense, x) if is_erf_gelu(activation) else None
         if affine is not None:
-            return ops.linear_gelu(self.operand(x), *affine, backend=self.backend)
+            return ops.linear_gelu(x, *affine, backend=self.backend)
         return activation(self.products("", x, dense)[0])
 
     def closed(
         self, x: Tensor, dense: Any, norm: Any, residual: Tensor, *, dropout_p: float = 0.0, wide: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(normed, summed) of `residual + dropout(dense(x))`, both `[..., M]`; adapters included."""
-        packed = pack_of((dense,))
-        if packed is not None and not dropout_p:
-            summed = packed.residual(self.operand(x), dense.bias, residual)
-            return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps, backend=self.backend), summed
-        affine, scale = self.affine_of(dense), (norm.weight, norm.bias, norm.eps)
+        x = self.operand(x)
+        affine, scale = self.affine_of(dense, x, residual), (norm.weight, norm.bias, norm.eps)
         after: dict[str, Any] = {"dropout_p": dropout_p, "wide": wide, "backend": self.backend}
         if affine is None:
             return ops.add_layer_norm(self.products("", x, dense)[0], residual, *scale, **after)
-        return ops.linear_add_layer_norm(self.operand(x), *affine, residual, *scale, **after)
+        return ops.linear_add_layer_norm(x, *affine, residual, *scale, **after)
 
     def rounded_mlp(self, x: Tensor, first: Any, activation: Any, second: Any, norm: Any) -> Tensor | None:
         """`norm(x + second(gelu(first(x))))` as one int8 op, which rounds the hidden layer finer; None if not int8."""
@@ -161,7 +157,8 @@ class Settings:
             or any(adapters.base_layer(layer) is not layer for layer in layers)
         ):
             return None
-        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        # The property `weight` of a frozen layer would unpack it.
+        weights, biases = [layer._parameters.get("weight") for layer in layers], [layer.bias for layer in layers]
         if any(marked.kind_of(weight) != "int8" for weight in weights):
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
@@ -198,8 +195,8 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
 def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
     """Concatenated biases, zeros for a layer without one; None if no layer has one."""
     given = [bias for bias in biases if bias is not None]
-    if not given:
-        return None
+    if len(biases) == 1 or not given:
+        return biases[0]
     return torch.cat([given[0].new_zeros(m) if b is None else b for b, m in zip(biases, widths, strict=True)])
 
 

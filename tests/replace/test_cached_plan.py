@@ -1,4 +1,4 @@
-"""Layers prepared for inference on a CPU: the numbers of the general way, and every change of a layer is seen."""
+"""Cached plans for CPU inference match the general path, and every change of a layer invalidates them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from xfm_fast import accelerate
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.marked import unmark
-from xfm_fast.replace import prepared as preparing
-from xfm_fast.replace.prepared import Prepared
+from xfm_fast.replace import cached_plan
+from xfm_fast.replace.cached_plan import CachedPlan
 
 FAMILIES: dict[str, dict[str, Any]] = {"BertModel": {}, "XLMRobertaModel": {"hidden_act": "gelu_new"}}
 if TRANSFORMERS >= 5:
@@ -44,32 +44,31 @@ def states(made: Any, given: dict[str, Any] | None = None) -> Tensor:
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Prepared]:
-    """The prepared layers that ran."""
-    seen: list[Prepared] = []
-    run = Prepared.run
-    monkeypatch.setattr(Prepared, "run", lambda layer, *given: seen.append(layer) or run(layer, *given))
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[CachedPlan]:
+    """The plans that ran."""
+    seen: list[CachedPlan] = []
+    run = CachedPlan.run
+    monkeypatch.setattr(CachedPlan, "run", lambda layer, *given: seen.append(layer) or run(layer, *given))
     return seen
 
 
-def generally(made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None) -> Tensor:
-    """What the general way gives."""
+def without_plans(made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any] | None = None) -> Tensor:
     with monkeypatch.context() as patched:
-        patched.setattr(preparing, "_TYPES", ())
+        patched.setattr(cached_plan, "_DTYPES", ())
         return states(made, given)
 
 
 @pytest.mark.parametrize("unpad", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_numbers_of_the_general_way(
-    name: str, dtype: Any, unpad: bool, ran: list[Prepared], monkeypatch: pytest.MonkeyPatch
+def test_plans_match_the_general_path(
+    name: str, dtype: Any, unpad: bool, ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
     made = model(name)
     accelerate(made, unpad=unpad, dtype=dtype)
-    wanted = generally(made, monkeypatch)
+    wanted = without_plans(made, monkeypatch)
     assert not ran
     for _ in range(2):
         found = states(made)
@@ -81,11 +80,11 @@ def test_the_numbers_of_the_general_way(
 
 
 @pytest.fixture
-def compiled_bytes(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes are multiplied by the compiled kernel, whether or not that is the quickest way here."""
+def compiled_int8(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Force the compiled int8 kernel, whether or not it is fastest here."""
     why = int8.why_not() or llvm.why_not(torch.int8)
     if why is not None:
-        pytest.skip(f"no compiled products of bytes here: {why}")
+        pytest.skip(f"no compiled int8 GEMM here: {why}")
     for dtype in (torch.float32, torch.bfloat16):
         found = selection.Selection("products of bytes", dtype, "llvm", {}, {}, "settled")
         monkeypatch.setitem(selection._selections, ("products of bytes", dtype), found)
@@ -93,9 +92,9 @@ def compiled_bytes(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Widths that the compiled kernel takes on every processor.
 _WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
-_IN_BYTES: dict[str, dict[str, Any]] = {"BertModel": _WIDE, "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"}}
+_IN_INT8: dict[str, dict[str, Any]] = {"BertModel": _WIDE, "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"}}
 if TRANSFORMERS >= 5:
-    _IN_BYTES |= {
+    _IN_INT8 |= {
         "MPNetModel": _WIDE,
         "DistilBertModel": _WIDE | {"hidden_dim": 192},
         "ModernBertModel": _WIDE | {"bos_token_id": 0},
@@ -103,25 +102,25 @@ if TRANSFORMERS >= 5:
 
 
 def _near(found: Tensor, wanted: Tensor) -> None:
-    """As near as another rounding of what is rounded to bytes comes."""
+    """Within another int8 rounding."""
     wide = wanted.float()
     assert float((found.float() - wide).abs().max()) <= 2.0**-6 * float(wide.abs().max())
     assert float((found.float() - wide).norm()) <= 2.0**-7 * float(wide.norm())
 
 
-@pytest.mark.usefixtures("compiled_bytes")
+@pytest.mark.usefixtures("compiled_int8")
 @pytest.mark.parametrize("unpad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", _IN_BYTES)
-def test_products_of_bytes(
-    name: str, dtype: torch.dtype, unpad: bool, ran: list[Prepared], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", _IN_INT8)
+def test_int8_plans(
+    name: str, dtype: torch.dtype, unpad: bool, ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
-    made = make(name, dtype, **_IN_BYTES[name]).eval()
+    made = make(name, dtype, **_IN_INT8[name]).eval()
     one = {key: value[:1] for key, value in batch().items()}
     accelerate(made, unpad=unpad, dtype="int8")
-    wanted, wanted_alone = generally(made, monkeypatch), generally(made, monkeypatch, one)
+    wanted, wanted_alone = without_plans(made, monkeypatch), without_plans(made, monkeypatch, one)
     assert not ran
     found, alone = states(made), states(made, one)
     assert len(ran) == 2 * made.config.num_hidden_layers
@@ -130,8 +129,8 @@ def test_products_of_bytes(
     _near(alone, wanted_alone)
 
 
-@pytest.mark.usefixtures("compiled_bytes")
-def test_layer_scale_of_bytes(ran: list[Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiled_int8")
+def test_layer_scale_in_int8(ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     if TRANSFORMERS < 5:
         pytest.skip("its layer has other names")
     sizes: dict[str, Any] = {"image_size": 32, "patch_size": 8, "mlp_ratio": 2}
@@ -146,7 +145,7 @@ def test_layer_scale_of_bytes(ran: list[Prepared], monkeypatch: pytest.MonkeyPat
     results: list[Tensor] = []
     for _ in range(2):
         with monkeypatch.context() as patched:
-            patched.setattr(preparing, "_TYPES", ())
+            patched.setattr(cached_plan, "_DTYPES", ())
             wanted = run()
         assert len(ran) == 2 * len(results)
         results.append(run())
@@ -159,8 +158,8 @@ def test_layer_scale_of_bytes(ran: list[Prepared], monkeypatch: pytest.MonkeyPat
     assert not torch.allclose(*results, rtol=1e-2)
 
 
-@pytest.mark.usefixtures("compiled_bytes")
-def test_marks_and_speed_decide_at_every_call(ran: list[Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiled_int8")
+def test_marks_and_speed_decide_at_every_call(ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     made = make("BertModel", torch.float32, **_WIDE).eval()
     accelerate(made, dtype="int8")
     before = states(made)
@@ -217,7 +216,7 @@ def _observed(layer: Any) -> None:
     "change",
     [_add, _behind_the_counter, _other_storage, _other_parameter, _other_layer, _other_activation, _observed],
 )
-def test_every_change_is_seen(change: Callable[[Any], None], unpad: bool, ran: list[Prepared]) -> None:
+def test_a_change_invalidates_the_plan(change: Callable[[Any], None], unpad: bool, ran: list[CachedPlan]) -> None:
     original = model()
     fast = copy.deepcopy(original)
     accelerate(fast, unpad=unpad)
@@ -230,7 +229,7 @@ def test_every_change_is_seen(change: Callable[[Any], None], unpad: bool, ran: l
     assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     ran.clear()
     states(fast)
-    # It is prepared anew, unless a part has to be called.
+    # The plan is rebuilt, unless a part must be called.
     assert len(ran) == 2 - (change is _observed)
 
 
@@ -247,7 +246,7 @@ def test_converted_weights_written_past_the_counter(dtype: Any) -> None:
     assert torch.equal(states(fast), after)
 
 
-def test_modes(ran: list[Prepared]) -> None:
+def test_modes(ran: list[CachedPlan]) -> None:
     made = make("BertModel", torch.float32, hidden_dropout_prob=0.3)
     accelerate(made)
     states(made)
@@ -278,9 +277,9 @@ def test_nothing_outlives_its_layer() -> None:
     report = accelerate(made)
     states(made)
     layers = [weakref.ref(layer) for layer in made.encoder.layer]
-    assert all(layer() in preparing._prepared for layer in layers)
+    assert all(layer() in cached_plan._plans for layer in layers)
     report.revert()
-    assert not any(layer() in preparing._prepared for layer in layers)
+    assert not any(layer() in cached_plan._plans for layer in layers)
     accelerate(made)
     states(made)
     del made, report

@@ -1,0 +1,300 @@
+"""Cached execution plans for layers on CPU inference.
+
+For a short text, looking up parts, joining weights and checking operands takes as long as the GEMMs. A plan does this
+once. It is valid while every parameter keeps its memory and version, every copied one its values, and nothing draws.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.kernels import fp8
+from xfm_fast.kernels.backend import resolve
+from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.cpu import products as cpu
+from xfm_fast.kernels.derived import samples
+from xfm_fast.kernels.marked import kind_of
+from xfm_fast.models.frozen import pack_of
+from xfm_fast.replace.structure import Attend, Parts
+from xfm_fast.replace.swap import Settings, links, side_by_side
+
+FEW = 64  # tokens up to which attention is bound by call overhead, and a GEMM by reading its weight
+_DTYPES = (torch.float32, torch.bfloat16)
+# A plan must not refer to its layer, which would keep both alive.
+_plans: weakref.WeakKeyDictionary[nn.Module, CachedPlan] = weakref.WeakKeyDictionary()
+
+
+class _Norm(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class _Linear(NamedTuple):
+    """`x Wᵀ + b` with a dense or packed weight.
+
+    A few rows in bfloat16 use PyTorch's default: they are bound by reading the weight from memory, which autotuning on
+    cached weights does not measure.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def linear(self, x: Tensor) -> Tensor:
+        few = _few(x, self.weight)
+        return F.linear(x, self.weight, self.bias) if few else cpu.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        if _few(x, self.weight):
+            return torch.ops.aten.gelu_(F.linear(x, self.weight, self.bias))
+        return cpu.linear_gelu(x, self.weight, self.bias)
+
+    def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
+        if _few(x, self.weight):
+            out = F.linear(x, self.weight, self.bias)
+            return torch.add(residual, out, out=out) if gamma is None else torch.addcmul(residual, out, gamma, out=out)
+        return cpu.linear_residual(x, self.weight, self.bias, residual, gamma)
+
+
+def _few(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.numel() <= FEW * x.shape[-1] and not weight.is_mkldnn
+
+
+class _Int8Linear(NamedTuple):
+    """The same in int8, for x of either dtype; LayerScale is folded into the weight."""
+
+    product: int8.Prepared
+    dtype: torch.dtype
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self._run(x, None)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self._run(x, None, gelu=True)
+
+    def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
+        return self._run(x, residual)
+
+    def _run(self, x: Tensor, residual: Tensor | None, *, gelu: bool = False) -> Tensor:
+        if x.ndim == 2:
+            return self.product(x, residual, gelu=gelu, dtype=self.dtype)
+        sums = None if residual is None else residual.flatten(0, -2)
+        return self.product(x.flatten(0, -2), sums, gelu=gelu, dtype=self.dtype).view(*x.shape[:-1], -1)
+
+
+class CachedPlan:
+    """The operands of one layer; `wide` (post-norm) keeps the dtype of the residual."""
+
+    def __init__(self, layer: nn.Module, parts: Parts, dtype: torch.dtype, *, wide: bool) -> None:
+        self.dtype, self.wide, self.parts = dtype, wide, parts
+        self._links = links(layer)
+        self._activation = None if parts.activation is None else parts.activation(layer)
+        needed = {id(value) for value in _weights(parts)}
+        self._sources = [
+            (part._parameters, name, value, value._version, value.data_ptr(), kind_of(value))
+            for part in layer.modules()
+            for name, value in part._parameters.items()
+            if value is not None and id(value) in needed
+        ]
+        self._others = [part.__dict__ for part in layer.modules() if part is not layer]
+        groups = _groups(parts)
+        self.rounded = tuple(value for _, _, value, _, _, kind in self._sources if kind == "int8")
+        # Copies do not see writes through `.data`, so their sources are compared by value.
+        copied = needed if self.rounded else {id(value) for g in groups if len(g) > 1 for value in _parameters(g)}
+        views = [samples(v) for _, _, v, *_ in self._sources if v.dtype != dtype or id(v) in copied]
+        self._views, self._values = views, torch.cat(views) if views else None
+        ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
+        self._linears = {
+            id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *_inner(parts))
+        }
+        self._qkv = [self._linear(group) for group in groups]
+        self._proj, self._fc2 = self._linears[id(parts.proj)], self._linears[id(parts.fc2)]
+        self._fc1 = None if parts.hidden is not None or parts.fc1 is None else self._linears[id(parts.fc1)]
+        self._first, self._second = (self._norm(norm) for norm in parts.norms)
+        self._shape = (cast(Any, parts.proj).out_features,)
+        self._scales = tuple(None if gamma is None else gamma.detach().to(dtype) for gamma in parts.gammas)
+
+    def is_valid(self, layer: nn.Module) -> bool:
+        if self._links is not links(layer):
+            return False
+        if self.parts.activation is not None and self.parts.activation(layer) is not self._activation:
+            return False
+        for owner, name, value, version, place, kind in self._sources:
+            if owner.get(name) is not value or value._version != version or value.data_ptr() != place:
+                return False
+            if kind_of(value) is not kind:
+                return False
+        if _busy(self._others):
+            return False
+        return self._values is None or torch.equal(torch.cat(self._views), self._values)
+
+    def run(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any = None) -> Tensor:
+        """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend`.
+
+        `adapt` maps q or k `[..., H, D]` with False, or both stacked `[..., 2, H, D]` with True.
+        """
+        return (self._post_norm if self.wide else self._pre_norm)(x, attend, settings, adapt)
+
+    def _pre_norm(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
+        x = x.to(self.dtype)
+        context = self._attended(self._normed(x, self._first), attend, settings, adapt)
+        x = self._proj.residual(context, x, self._scales[0])
+        normed, fc1, fc2 = self._normed(x, self._second), self._fc1, self._fc2
+        if isinstance(fc1, _Linear) and isinstance(fc2, _Linear) and not _few(normed, fc1.weight):
+            return cpu.mlp_residual(normed, *fc1, *fc2, x, self._scales[1])
+        if isinstance(fc1, _Int8Linear) and isinstance(fc2, _Int8Linear):
+            return _int8_mlp(fc1, fc2, normed, x)
+        return fc2.residual(self._hidden(normed), x, self._scales[1])
+
+    def _post_norm(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
+        fc1, fc2 = self._fc1, self._fc2
+        # int8 takes x in either dtype.
+        own = x if isinstance(self._qkv[0], _Int8Linear) else x.to(self.dtype)
+        x = self._normed(self._summed(self._attended(own, attend, settings, adapt), self._proj, x), self._first)
+        if isinstance(fc1, _Int8Linear) and isinstance(fc2, _Int8Linear):
+            return self._normed(_int8_mlp(fc1, fc2, x, x), self._second)
+        return self._normed(self._summed(self._hidden(x.to(self.dtype)), fc2, x), self._second)
+
+    def _attended(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
+        heads = self.parts.heads
+        made = [linear.linear(x) for linear in self._qkv]
+        if len(made) == 1:
+            together = made[0].view(*made[0].shape[:-1], 3, heads, -1)
+            q, k, v = together.unbind(-3)
+            if adapt is not None:
+                q, k = adapt(together.narrow(-3, 0, 2), True).unbind(-3)
+        else:
+            q, k, v = (each.view(*each.shape[:-1], heads, -1) for each in made)
+            if adapt is not None:
+                q, k = adapt(q, False), adapt(k, False)
+        return attend(q, k, v, 0.0, settings)
+
+    def _summed(self, x: Tensor, linear: _Linear | _Int8Linear, residual: Tensor) -> Tensor:
+        if residual.dtype == x.dtype or isinstance(linear, _Int8Linear):
+            return linear.residual(x, residual, None)
+        return residual + linear.linear(x)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        if self._fc1 is not None:
+            return self._fc1.gelu(x)
+        assert self.parts.hidden is not None
+        return self.parts.hidden(x, lambda layer, value: self._linears[id(layer)].linear(value))
+
+    def _normed(self, x: Tensor, norm: _Norm | None) -> Tensor:
+        return x if norm is None else torch.layer_norm(x, self._shape, norm.weight, norm.bias, norm.eps)
+
+    def _linear(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Linear | _Int8Linear:
+        """The operands of one layer, or of several on the same input."""
+        packed = pack_of(layers)
+        rounded = packed is None and kind_of(layers[0].weight) == "int8"
+        dtype = torch.float32 if rounded else self.dtype
+        biases = [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers]
+        bias = side_by_side(biases, [layer.out_features for layer in layers])
+        if packed is not None:
+            return _Linear(packed, bias)
+        weights = [layer.weight if rounded else layer.weight.detach().to(dtype) for layer in layers]
+        weight = weights[0] if len(layers) == 1 else torch.cat(weights)
+        return _Int8Linear(int8.Prepared.of(weight, bias, gamma), self.dtype) if rounded else _Linear(weight, bias)
+
+    def _norm(self, norm: Any) -> _Norm | None:
+        if isinstance(norm, nn.Identity):
+            return None
+        dtype, bias = norm.weight.dtype if self.wide else self.dtype, norm.bias
+        return _Norm(norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm.eps)
+
+
+def _int8_mlp(first: _Int8Linear, second: _Int8Linear, x: Tensor, residual: Tensor) -> Tensor:
+    """As one op, which rounds the hidden layer finer."""
+    rows, sums = (t if t.ndim == 2 else t.flatten(0, -2) for t in (x, residual))
+    return int8.prepared_mlp(first.product, second.product, rows, sums).view(residual.shape)
+
+
+def cached_plan(
+    layer: nn.Module, make_parts: Callable[[], Parts], x: Tensor, settings: Settings, *, wide: bool
+) -> CachedPlan | None:
+    """The plan of a layer whose `intact()` was just checked, for input x; None if the general path must run."""
+    dtype = settings.dtype or x.dtype
+    if layer.training or dtype not in _DTYPES or not infers(x, settings):
+        return None
+    plan, rows = _plans.get(layer), x.shape[:-1].numel()
+    if plan is not None and plan.dtype == dtype and plan.is_valid(layer):
+        # Floating point may be faster for this number of rows.
+        return plan if not plan.rounded or int8.compiled(rows, dtype, plan.rounded[:1]) else None
+    if links(layer) is None or _busy(part.__dict__ for part in layer.modules() if part is not layer):
+        return None
+    parts = make_parts()
+    if not _can_plan(layer, parts, dtype, mixed=settings.dtype is not None):
+        return None
+    rounded = [weight for weight in _weights(parts) if kind_of(weight) == "int8"]
+    if rounded and not int8.compiled(rows, dtype, rounded):
+        return None
+    # The first caller may be in inference mode; the plan must serve all.
+    with torch.inference_mode(False), torch.no_grad():
+        plan = _plans[layer] = CachedPlan(layer, parts, dtype, wide=wide)
+    return plan
+
+
+def forget(layer: nn.Module) -> None:
+    """Drop the plan of a layer."""
+    _plans.pop(layer, None)
+
+
+def infers(x: Tensor, settings: Settings) -> bool:
+    """True for plain CPU inference: no gradient, compiler, autocast, fp8 or other backend."""
+    if fp8.on() or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and resolve(settings.backend, x) == "cpu"
+
+
+def _busy(modules: Iterable[dict[str, Any]]) -> bool:
+    """True if a module, given by its `__dict__`, is in training mode or has hooks."""
+    return any(own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] for own in modules)
+
+
+def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
+    """True if all linear layers are plain, packed or int8, nothing draws, and unless mixed all have one dtype."""
+    if not parts.projections or parts.windows is not None or any(norm is not None for norm in parts.inner_norms):
+        return False
+    if parts.attention_p or parts.hidden_p or any(parts.branch_p) or parts.qkv_bias is not None:
+        return False
+    for group in (*_groups(parts), *((part,) for part in (parts.proj, parts.fc2, *_inner(parts)))):
+        packed = pack_of(group)
+        if packed is not None and packed.dtype != dtype:
+            return False
+        if packed is None and any(type(linear) is not nn.Linear for linear in group):
+            return False
+        if packed is None and len({kind_of(cast(Any, linear).weight) for linear in group}) > 1:
+            return False
+    if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
+        return False
+    weights, own = _weights(parts), {id(parameter) for parameter in layer.parameters()}
+    if any(kind_of(weight) == "fp8" for weight in weights):
+        return False
+    plain = all(p.is_floating_point() and not p.is_inference() and p.device.type == "cpu" for p in weights)
+    return plain and all(id(p) in own and (mixed or p.dtype == dtype) for p in weights)
+
+
+def _groups(parts: Parts) -> list[tuple[nn.Module, ...]]:
+    """The projections that share a GEMM."""
+    return [parts.projections] if parts.joins else [(part,) for part in parts.projections]
+
+
+def _inner(parts: Parts) -> tuple[nn.Module, ...]:
+    """The linear layers into the hidden layer."""
+    return parts.inner or (() if parts.fc1 is None else (parts.fc1,))
+
+
+def _parameters(parts: Iterable[nn.Module]) -> list[Tensor]:
+    return [value for part in parts for value in part._parameters.values() if value is not None]
+
+
+def _weights(parts: Parts) -> list[Tensor]:
+    """Every tensor that a layer computes with."""
+    linears = (*parts.projections, parts.proj, *_inner(parts), parts.fc2)
+    return _parameters((*linears, *parts.norms)) + [gamma for gamma in parts.gammas if gamma is not None]
