@@ -5,7 +5,6 @@ Layers are matched by the names of their submodules, which RoBERTa, ALBEF, X-VLM
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar, cast
@@ -20,7 +19,7 @@ from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.cached_plan import FEW, cached_plan, infers
-from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.structure import Attend, Parts, post_norm_mlp, proj_residual_norm, self_attention
 from xfm_fast.replace.swap import (
     CalledByName,
     Kinds,
@@ -103,9 +102,6 @@ def why_not_plain(layer: nn.Module) -> str | None:
     return None
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
-
-
 @dataclass
 class Padded:
     """Attention of a padded batch, `[B, L, H, D]`."""
@@ -116,7 +112,7 @@ class Padded:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         mask = self.mask
         if mask is not None and mask.ndim == 2:
-            return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings)
+            return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings).flatten(-2)
         if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
             # The lowest value of a wide dtype would overflow to -inf in a narrow one.
             mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
@@ -124,9 +120,9 @@ class Padded:
         if mask is not None and mask.is_floating_point() and torch.is_grad_enabled():
             # For a query without visible keys the fused kernels have different gradients.
             weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(-1)
-            return (F.dropout(weights, dropout_p) @ v).transpose(1, 2)
+            return (F.dropout(weights, dropout_p) @ v).transpose(1, 2).flatten(-2)
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, self.causal)
-        return out.transpose(1, 2)
+        return out.transpose(1, 2).flatten(-2)
 
 
 @dataclass
@@ -141,9 +137,10 @@ class Packed:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         layout = (self.cu_q, self.cu_k, self.longest_q, self.longest_k)
-        return ops.varlen_attention(
+        out = ops.varlen_attention(
             q, k, v, *layout, dropout_p=dropout_p, key_mask=self.key_mask, backend=settings.backend
         )
+        return out.flatten(-2)
 
 
 @dataclass
@@ -154,7 +151,7 @@ class Alike:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         q, k, v = (t.unflatten(0, (self.texts, -1)).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p).transpose(1, 2).flatten(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p).transpose(1, 2).flatten(0, 1).flatten(-2)
 
 
 def are_few(packing: Packing, settings: Settings) -> bool:
@@ -305,34 +302,26 @@ def run_layer(
     marks a fused layer whose `intact()` was just checked.
     """
     if intact and memory is None and reads is None:
-        plan = cached_plan(layer, lambda: _parts(layer), x, settings, wide=True)
-        if plan is not None:
-            return plan.run(x, lambda *given: attend(*given).flatten(-2), settings)
-    projections = layer.attention.self
+        ready = cached_plan(layer, lambda: _parts(layer), x, settings, wide=True)
+        if ready is not None:
+            return ready.run(x, attend, settings)
+    parts = _parts(layer)
     if reads is None:
-        made = settings.products("qkv", x, projections.query, projections.key, projections.value)
-        q, k, v = (t.unflatten(-1, (projections.num_attention_heads, -1)) for t in made)
+        context = self_attention(parts, x, attend, settings)
     else:
         k, v = keys_values(layer.attention, x, settings)
         x = x.index_select(0, reads)
-        q = _query(projections, x, settings)
-    x = _close(layer.attention.output, attend(q, k, v, _chance(projections), settings).flatten(-2), x, settings)
+        context = attend(_query(layer.attention.self, x, settings), k, v, parts.attention_p, settings)
+    x = _close(layer.attention.output, context, x, settings)
     if memory is not None:
-        cross = layer.crossattention
-        states = memory.states
+        cross, states = layer.crossattention, memory.states
         k, v = states.unbind(-3) if memory.projected else keys_values(cross, states, settings)
         q = _query(cross.self, x, settings)
         # One memory for the whole padded batch: all queries form one sequence.
-        asked = q.flatten(0, 1)[None] if memory.shared else q
-        context = memory.attend(asked, k, v, _chance(cross.self), settings).view(q.shape)
-        x = _close(cross.output, context.flatten(-2), x, settings)
-    first, activation, end = layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output
-    if not probability(end.dropout):
-        rounded = settings.rounded_mlp(x, first, activation, end.dense, end.LayerNorm)
-        if rounded is not None:
-            return rounded
-    hidden = settings.activated(x, first, activation)
-    return _close(layer.output, hidden, x, settings)
+        queries = q.flatten(0, 1)[None] if memory.shared else q
+        context = memory.attend(queries, k, v, _chance(cross.self), settings).view(*q.shape[:-2], -1)
+        x = _close(cross.output, context, x, settings)
+    return post_norm_mlp(parts, x, settings)
 
 
 def _parts(layer: Any) -> Parts:
@@ -371,7 +360,7 @@ def _query(projections: Any, x: Tensor, settings: Settings) -> Tensor:
 def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
     """Linear layer, dropout, residual and LayerNorm at the end of a branch."""
     p = probability(end.dropout)
-    return settings.closed(x, end.dense, end.LayerNorm, residual, dropout_p=p, wide=True)[0]
+    return proj_residual_norm(x, end.dense, residual, end.LayerNorm, settings, dropout_p=p, wide=True)[0]
 
 
 def _chance(projections: Any) -> float:

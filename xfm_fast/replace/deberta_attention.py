@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.replace.masks import merged
-from xfm_fast.replace.structure import Attend, applied
+from xfm_fast.replace.structure import Attend, apply_linear
 from xfm_fast.replace.swap import Settings
 from xfm_fast.replace.vit_block import attention
 
@@ -56,7 +56,7 @@ def _toward(kind: str, module: Any, positions: Tensor, places: Any, q: Tensor, k
         layer = module.key_proj if kind == "c2p" else module.query_proj
     else:
         layer = module.pos_key_proj if kind == "c2p" else module.pos_query_proj
-    made = applied(layer, positions, settings).unflatten(-1, (q.shape[2], -1))
+    made = apply_linear(layer, positions, settings).unflatten(-1, (q.shape[2], -1))
     content = q if kind == "c2p" else k
     scores = torch.einsum("bnhd,phd->bhnp", content, made.to(content.dtype))
     places = places.reshape(-1, 1, *places.shape[-2:])

@@ -137,10 +137,6 @@ class UnpaddedEncoder(CalledByName):
         positions = self._positions(call, packing)
         x = self._embedded(call, packing, positions)
         own = to_own_tokens(packing, self.settings)
-
-        def to_own(*given: Any) -> Tensor:
-            return own(*given).flatten(-2)
-
         bias = None
         if row.bias:
             # The method reads only the shape of its argument.
@@ -152,7 +148,7 @@ class UnpaddedEncoder(CalledByName):
                 window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
                 # Texts no longer than the window attend to all of their tokens.
                 local = window is not None and packing.shape[1] > window + 1
-                attend = to_own
+                attend = own
                 if bias is not None or local:
                     attend = Spread(packing, mask, bias, window if local else None)
                 rotary = None
@@ -167,7 +163,7 @@ class UnpaddedEncoder(CalledByName):
 
     def _layer(self, layer: Any, x: Tensor, attend: Attend, rotary: Any) -> Tensor:
         if isinstance(layer, FusedLayer):
-            run: Callable[[Tensor], Tensor] = partial(_run_bert_layer, layer, attend, self.settings)
+            run: Any = partial(run_layer, layer, attend=attend, settings=self.settings, intact=True)
         else:
             run = partial(run_packed, layer, attend, rotary)
         # transformers 5 keeps activations out of memory layer by layer.
@@ -203,13 +199,6 @@ class UnpaddedEncoder(CalledByName):
         x = embeddings(**inputs)
         project = find(self, row.project) if row.project else None
         return (x if project is None else project(x))[0]
-
-
-def _run_bert_layer(layer: Any, attend: Attend, settings: Settings, x: Tensor) -> Tensor:
-    def by_heads(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        return attend(q, k, v, dropout_p, settings).view(q.shape)
-
-    return run_layer(layer, x, by_heads, settings, intact=True)
 
 
 def is_encoder(module: nn.Module) -> bool:

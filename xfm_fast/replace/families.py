@@ -28,7 +28,7 @@ from xfm_fast.replace.structure import (
     norm_behind,
     post_norm,
     pre_norm,
-    rotated,
+    rotate,
 )
 from xfm_fast.replace.swap import (
     CalledByName,
@@ -290,7 +290,7 @@ class FamilyLayer(CalledByName):
         if order != "behind branches":
             plan = cached_plan(self, partial(self._parts, None), x, settings, wide=order == "behind sums")
             if plan is not None:
-                return plan.run(x, attend, settings, None if rotary is None else partial(_turned, *rotary))
+                return plan.run(x, attend, settings, None if rotary is None else partial(_rotate, *rotary))
         return self.compute(self._parts(rotary), attend, x, settings)
 
     def compute(self, parts: Parts, attend: Attend, x: Tensor, settings: Settings) -> Tensor:
@@ -338,7 +338,7 @@ class FamilyLayer(CalledByName):
             attention_p=self._chance(family.weights_p),
             hidden_p=self._chance(mlp.dropout),
             branch_p=(self._chance(family.branch_p[0]), self._chance(family.branch_p[1])),
-            adapt=None if rotary is None else partial(_rotated, *rotary),
+            adapt=None if rotary is None else partial(_rotate_both, *rotary),
         )
 
     def _chance(self, name: str) -> float:
@@ -403,21 +403,21 @@ def _hidden(
     return activation(first) if len(inner) == 1 else activation(first) * linear(inner[1], x)
 
 
-def _rotated(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _rotate_both(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Apply rotary positions to queries and keys `[..., N, H, D]`; prefix tokens without a position are unchanged."""
-    return _turned(cos, sin, q, False), _turned(cos, sin, k, False)
+    return _rotate(cos, sin, q, False), _rotate(cos, sin, k, False)
 
 
-def _turned(cos: Tensor, sin: Tensor, x: Tensor, both: bool) -> Tensor:
+def _rotate(cos: Tensor, sin: Tensor, x: Tensor, both: bool) -> Tensor:
     """The same for one tensor, or for q and k stacked as `[..., N, 2, H, D]`."""
     place = x.ndim - (4 if both else 3)
     prefix = x.shape[place] - cos.shape[-2]
     if both:
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if not prefix:
-        return rotated(x, cos, sin)
+        return rotate(x, cos, sin)
     first, rest = x.split((prefix, x.shape[place] - prefix), place)
-    return torch.cat((first, rotated(rest, cos, sin)), place)
+    return torch.cat((first, rotate(rest, cos, sin)), place)
 
 
 def _are_rotary(given: Any) -> bool:

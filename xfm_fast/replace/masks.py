@@ -46,7 +46,7 @@ class Dense:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         if self.mask is not None and self.bias is None and self.scale is None:
-            return Padded(self.mask)(q, k, v, dropout_p, settings).flatten(-2)
+            return Padded(self.mask)(q, k, v, dropout_p, settings)
         added = self._added(q.dtype)
         return attention(q, k, v, scale, added, settings, dropout_p=dropout_p, causal=self.causal)
 

@@ -57,8 +57,8 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
     """`x += s₁·γ₁·Attn(N₁(x)); x += s₂·γ₂·MLP(N₂(x))`: residual, LayerScale, stochastic depth and norm in one pass."""
     first, second = parts.norms
     x = settings.operand(x)
-    context = attended(parts, normalised(first, x, settings), attend, settings)
-    normed, x = _ended(
+    context = self_attention(parts, apply_norm(first, x, settings), attend, settings)
+    normed, x = proj_residual_norm(
         context,
         parts.proj,
         x,
@@ -79,49 +79,54 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
         fc1, fc2 = settings.affine_of(parts.fc1, normed, x), settings.affine_of(parts.fc2, normed, x)
         if fc1 is not None and fc2 is not None:
             return ops.mlp_residual(normed, *fc1, *fc2, x, **branch)
-    return _summed(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
+    return linear_residual(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
 
 
 def post_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """`x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`. The residual keeps its dtype."""
-    first, second = parts.norms
-    context = attended(parts, x, attend, settings)
-    x = _ended(context, parts.proj, x, first, settings, dropout_p=parts.branch_p[0], wide=True)[0]
+    context = self_attention(parts, x, attend, settings)
+    x = proj_residual_norm(context, parts.proj, x, parts.norms[0], settings, dropout_p=parts.branch_p[0], wide=True)[0]
+    return post_norm_mlp(parts, x, settings)
+
+
+def post_norm_mlp(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
+    """`N₂(x + MLP(x))`."""
+    second = parts.norms[1]
     plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
     if plain and _is_layer_norm(second) and parts.fc1 is not None:
         rounded = settings.rounded_mlp(x, parts.fc1, F.gelu, parts.fc2, second)
         if rounded is not None:
             return rounded
     hidden = hidden_layer(parts, x, settings)
-    return _ended(hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True)[0]
+    return proj_residual_norm(hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True)[0]
 
 
 def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """`x += s₁·N₁(Attn(x)); x += s₂·N₂(MLP(x))`: each branch is normalised before the sum (Swin V2)."""
     x = settings.operand(x)
-    out = applied(parts.proj, attended(parts, x, attend, settings), settings)
-    x = _added(x, normalised(parts.norms[0], _dropped(out, parts.branch_p[0]), settings), parts, 0)
-    out = applied(parts.fc2, hidden_layer(parts, x, settings), settings)
-    return _added(x, normalised(parts.norms[1], _dropped(out, parts.branch_p[1]), settings), parts, 1)
+    out = apply_linear(parts.proj, self_attention(parts, x, attend, settings), settings)
+    x = _add_branch(x, apply_norm(parts.norms[0], _dropout(out, parts.branch_p[0]), settings), parts, 0)
+    out = apply_linear(parts.fc2, hidden_layer(parts, x, settings), settings)
+    return _add_branch(x, apply_norm(parts.norms[1], _dropout(out, parts.branch_p[1]), settings), parts, 1)
 
 
-def attended(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
+def self_attention(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """Projections and attention of `[..., width]`, before proj."""
-    q, k, v = projected(parts, x if parts.windows is None else parts.windows.split(x), settings)
+    q, k, v = project_qkv(parts, x if parts.windows is None else parts.windows.split(x), settings)
     context = attend(q, k, v, parts.attention_p, settings)
     # Merge windows before proj, which skips the padding and fuses the residual.
     context = context if parts.windows is None else parts.windows.merge(context)
-    return context if parts.inner_norms[0] is None else called(parts.inner_norms[0], context)
+    return context if parts.inner_norms[0] is None else run_module(parts.inner_norms[0], context)
 
 
-def projected(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `[..., H, D]`."""
     if not parts.projections:
         made = [settings.linear(x, weight, bias) for weight, bias in parts.qkv]
     elif parts.joins:
         made = settings.products("qkv", x, *parts.projections, bias=parts.qkv_bias)
     else:
-        made = [applied(layer, x, settings) for layer in parts.projections]
+        made = [apply_linear(layer, x, settings) for layer in parts.projections]
     if len(made) == 1:
         q, k, v = made[0].unflatten(-1, (3, parts.heads, -1)).unbind(-3)
     else:
@@ -134,14 +139,14 @@ def projected(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tens
 def hidden_layer(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
     """The hidden layer of the MLP, as input of fc2."""
     if parts.hidden is not None:
-        hidden = parts.hidden(x, lambda layer, value: applied(layer, value, settings))
+        hidden = parts.hidden(x, lambda layer, value: apply_linear(layer, value, settings))
     else:
         hidden = settings.activated(x, parts.fc1, F.gelu)
-    hidden = _dropped(hidden, parts.hidden_p)
-    return hidden if parts.inner_norms[1] is None else called(parts.inner_norms[1], hidden)
+    hidden = _dropout(hidden, parts.hidden_p)
+    return hidden if parts.inner_norms[1] is None else run_module(parts.inner_norms[1], hidden)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary positions (arXiv 2104.09864) to `[..., N, H, D]` or `[T, H, D]`, pairing the halves of a head.
 
     `cos` and `sin` are `[..., N, D]` or `[T, D]`; the halves of the last dimension are equal.
@@ -153,21 +158,21 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat((-second, first), -1), sin).to(dtype)
 
 
-def normalised(norm: nn.Module, x: Tensor, settings: Settings) -> Tensor:
+def apply_norm(norm: nn.Module, x: Tensor, settings: Settings) -> Tensor:
     """A norm, fused if it is a LayerNorm, otherwise called."""
     if isinstance(norm, nn.Identity):
         return x
     if not _is_layer_norm(norm):
-        return called(norm, x)
+        return run_module(norm, x)
     return ops.layer_norm(x, *_scale_and_shift(norm, settings), backend=settings.backend)
 
 
-def applied(layer: Any, x: Tensor, settings: Settings) -> Tensor:
+def apply_linear(layer: Any, x: Tensor, settings: Settings) -> Tensor:
     """A linear layer with its adapters, in the compute dtype."""
     return settings.products("", x, layer)[0]
 
 
-def called(layer: nn.Module, x: Tensor) -> Tensor:
+def run_module(layer: nn.Module, x: Tensor) -> Tensor:
     """Call a module in its own dtype."""
     dtype = next((p.dtype for p in layer.parameters()), x.dtype)
     return layer(x.to(dtype)).to(x.dtype)
@@ -184,7 +189,7 @@ def branch_types(settings: Settings, device: torch.device) -> Iterator[Settings]
             yield replace(settings, dtype=None)
 
 
-def _ended(
+def proj_residual_norm(
     x: Tensor,
     layer: nn.Module,
     residual: Tensor,
@@ -194,38 +199,39 @@ def _ended(
     wide: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    """End of a branch and the next norm: (normed, summed). With `wide` (post-norm) the norm keeps its dtype."""
+    """End of a branch and the next norm: (normed, summed). `wide` (post-norm) keeps a wider residual's dtype."""
     x = settings.operand(x)
     affine = settings.affine_of(layer, x, residual)
     rest["backend"] = settings.backend
     if not _is_layer_norm(norm):
-        summed = _summed(x, layer, residual, settings, **rest)
-        return called(norm, summed), summed
-    scale: Any = (norm.weight, _shift(norm), norm.eps) if wide else _scale_and_shift(norm, settings)
+        summed = linear_residual(x, layer, residual, settings, **rest)
+        return run_module(norm, summed), summed
+    wide_norm = wide and residual.dtype != x.dtype
+    scale: Any = (norm.weight, _shift(norm), norm.eps) if wide_norm else _scale_and_shift(norm, settings)
     if affine is None:
-        return ops.add_layer_norm(applied(layer, x, settings), residual, *scale, wide=wide, **rest)
+        return ops.add_layer_norm(apply_linear(layer, x, settings), residual, *scale, wide=wide, **rest)
     return ops.linear_add_layer_norm(x, *affine, residual, *scale, wide=wide, **rest)
 
 
-def _summed(x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest: Any) -> Tensor:
+def linear_residual(x: Tensor, layer: Any, residual: Tensor, settings: Settings, **rest: Any) -> Tensor:
     """`residual + row_scale · gamma · dropout(layer(x))`."""
     affine = settings.affine_of(layer, x, residual)
     if affine is not None:
         return ops.linear_residual(x, *affine, residual, **rest)
     rows, gamma = rest.get("row_scale"), rest.get("gamma")
-    out = _dropped(applied(layer, x, settings), rest.get("dropout_p", 0.0))
+    out = _dropout(apply_linear(layer, x, settings), rest.get("dropout_p", 0.0))
     out = out if gamma is None else out * gamma
     return residual + (out if rows is None else out * rows.view(-1, *[1] * (out.ndim - 1)))
 
 
-def _added(x: Tensor, branch: Tensor, parts: Parts, number: int) -> Tensor:
+def _add_branch(x: Tensor, branch: Tensor, parts: Parts, number: int) -> Tensor:
     rows = parts.row_scales[number](x) if parts.row_scales else None
     gamma = parts.gammas[number]
     branch = branch if gamma is None else branch * gamma
     return x + (branch if rows is None else branch * rows.view(-1, *[1] * (x.ndim - 1)))
 
 
-def _dropped(x: Tensor, probability: float) -> Tensor:
+def _dropout(x: Tensor, probability: float) -> Tensor:
     return F.dropout(x, probability) if probability else x
 
 

@@ -137,17 +137,6 @@ class Settings:
             return ops.linear_gelu(x, *affine, backend=self.backend)
         return activation(self.products("", x, dense)[0])
 
-    def closed(
-        self, x: Tensor, dense: Any, norm: Any, residual: Tensor, *, dropout_p: float = 0.0, wide: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """(normed, summed) of `residual + dropout(dense(x))`, both `[..., M]`; adapters included."""
-        x = self.operand(x)
-        affine, scale = self.affine_of(dense, x, residual), (norm.weight, norm.bias, norm.eps)
-        after: dict[str, Any] = {"dropout_p": dropout_p, "wide": wide, "backend": self.backend}
-        if affine is None:
-            return ops.add_layer_norm(self.products("", x, dense)[0], residual, *scale, **after)
-        return ops.linear_add_layer_norm(x, *affine, residual, *scale, **after)
-
     def rounded_mlp(self, x: Tensor, first: Any, activation: Any, second: Any, norm: Any) -> Tensor | None:
         """`norm(x + second(gelu(first(x))))` as one int8 op, which rounds the hidden layer finer; None if not int8."""
         layers = (first, second)

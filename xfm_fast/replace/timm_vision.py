@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
 from xfm_fast.replace.adapters import Adaptable, is_adapted
-from xfm_fast.replace.structure import Parts, branch_types, called, norm_behind, pre_norm
+from xfm_fast.replace.structure import Parts, branch_types, run_module, norm_behind, pre_norm
 from xfm_fast.replace.swap import (
     Kinds,
     Rule,
@@ -235,14 +235,14 @@ def _adaptation(attn: Any, rope: Tensor | None) -> Callable[[Tensor, Tensor], tu
         return None
     prefix, half = getattr(attn, "num_prefix_tokens", 0), getattr(attn, "rotate_half", False)
 
-    def rotated(x: Tensor, rope: Tensor) -> Tensor:
+    def rotate(x: Tensor, rope: Tensor) -> Tensor:
         tokens = apply_rot_embed_cat(x[:, prefix:].transpose(1, 2), rope, half=half).transpose(1, 2)
         return torch.cat([x[:, :prefix], tokens.to(x.dtype)], dim=1)
 
     def adapt(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if norms:
-            q, k = called(norms[0], q), called(norms[1], k)
-        return (q, k) if rope is None else (rotated(q, rope), rotated(k, rope))
+            q, k = run_module(norms[0], q), run_module(norms[1], k)
+        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
 
     return adapt
 

@@ -14,12 +14,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.replace.bert_layer import Packed, plan
+from xfm_fast.replace.structure import Attend, Parts, post_norm, pre_norm
 from xfm_fast.replace.swap import (
     Fused,
     Kinds,
     Rule,
     Settings,
     find,
+    is_erf_gelu,
     observed,
     original_class,
     probability,
@@ -127,42 +129,33 @@ class FusedTransformerEncoderLayer(Fused):
         with self.settings.own_types(src.device):
             return self.run(src, attend)
 
-    def run(self, x: Tensor, attend: Any) -> Tensor:
+    def run(self, x: Tensor, attend: Attend) -> Tensor:
         """The layer on `[..., width]`; `attend` maps q, k, v `[..., H, D]` to `[..., width]`."""
-        layer, settings = cast(Any, self), self.settings
-        attention = layer.self_attn
-        x = settings.operand(x)
-        normed = _norm(layer.norm1, x, settings) if layer.norm_first else x
-        q, k, v = _project(attention, normed, normed, normed, settings)
-        context = attend(q, k, v, attention.dropout if attention.training else 0.0, settings)
-        following = layer.norm2 if layer.norm_first else layer.norm1
-        normed, summed = ops.linear_add_layer_norm(
-            context,
-            *settings.affine(attention.out_proj.weight, attention.out_proj.bias),
-            x,
-            *settings.affine(following.weight, following.bias),
-            following.eps,
-            dropout_p=probability(layer.dropout1),
-            wide=not layer.norm_first,
-            backend=settings.backend,
+        order = pre_norm if cast(Any, self).norm_first else post_norm
+        return order(self._parts(), self.settings.operand(x), attend, self.settings)
+
+    def _parts(self) -> Parts:
+        layer: Any = self
+        attention, activation, linear1 = layer.self_attn, layer.activation, layer.linear1
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        if weight is None:
+            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+            qkv = tuple(zip(weights, (None,) * 3 if bias is None else bias.chunk(3), strict=True))
+        else:
+            qkv = ((weight, bias),)
+        return Parts(
+            norms=(layer.norm1, layer.norm2),
+            qkv=qkv,
+            heads=attention.num_heads,
+            scale=1.0,
+            proj=attention.out_proj,
+            fc1=linear1,
+            fc2=layer.linear2,
+            hidden=None if is_erf_gelu(activation) else lambda x, linear: activation(linear(linear1, x)),
+            attention_p=attention.dropout if attention.training else 0.0,
+            hidden_p=probability(layer.dropout),
+            branch_p=(probability(layer.dropout1), probability(layer.dropout2)),
         )
-        hidden = settings.activated(normed, layer.linear1, layer.activation)
-        if layer.dropout.training and layer.dropout.p:
-            hidden = F.dropout(hidden, layer.dropout.p)
-        second = settings.affine(layer.linear2.weight, layer.linear2.bias)
-        dropout_p = probability(layer.dropout2)
-        if layer.norm_first:
-            return ops.linear_residual(hidden, *second, summed, dropout_p=dropout_p, backend=settings.backend)
-        return ops.linear_add_layer_norm(
-            hidden,
-            *second,
-            normed,
-            *settings.affine(layer.norm2.weight, layer.norm2.bias),
-            layer.norm2.eps,
-            dropout_p=dropout_p,
-            wide=True,
-            backend=settings.backend,
-        )[0]
 
 
 class UnpaddedTransformerEncoder(Fused):
@@ -190,11 +183,7 @@ class UnpaddedTransformerEncoder(Fused):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         packing, _ = planned
         cu, longest = packing.cu_seqlens, packing.longest
-        packed = Packed(cu, cu, longest, longest)
-
-        def attend(*arguments: Any) -> Tensor:
-            return packed(*arguments).flatten(-2)
-
+        attend = Packed(cu, cu, longest, longest)
         with self.settings.own_types(src.device):
             x = packing.pack(padded)
             for layer in layers:
