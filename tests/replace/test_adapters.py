@@ -75,7 +75,7 @@ def test_forward_and_gradients(first: str, unpad: bool, targets: Any, monkeypatc
     assert not torch.allclose(wanted, outputs(make("BertModel"), given), rtol=1e-2)
     assert not report.declining, str(report)
     assert "LoRA adapters on" in str(report)
-    assert "'default' at work" in str(report)
+    assert "'default' active" in str(report)
     if targets is None:
         only_fused(monkeypatch)
         assert torch.allclose(outputs(fast, given), wanted, rtol=0, atol=BOUND * float(wanted.abs().max()))
@@ -177,7 +177,7 @@ def test_other_adapters_run_and_are_told(first: str) -> None:
         assert not report.declining
         fast = adapted(fast, use_dora=True)
         told = {reason for path, reason in report.declining.items() if "layer" in path}
-        assert "run their original at present" in str(report)
+        assert "run their original" in str(report)
     kind = "attention.self.query has the adapter 'default' of another kind than plain LoRA (Dora)"
     assert any(kind in reason for reason in told if reason)
     assert_equal(original, fast, batch(), BOUND)

@@ -19,6 +19,7 @@ from tests.replace.text_models import TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import products
+from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace.swap import is_fused
 
 
@@ -33,6 +34,10 @@ def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     return make("BertModel", dtype, **changes).eval()
+
+
+def pack_of(layer: nn.Module) -> Tensor:
+    return slot_of(layer).packed
 
 
 def outputs(made: Any, given: dict[str, Any]) -> Tensor:
@@ -74,7 +79,7 @@ def test_outputs_and_every_bit_back(dtype: torch.dtype, band: float, unpad: bool
     linears = [m for m in layer.modules() if type(m).__bases__[-1] is nn.Linear]
     assert len(linears) == 6
     assert all("weight" not in m._parameters for m in linears)
-    assert layer.attention.self.query.__dict__["_xfm_fast_weight"].packed.is_mkldnn == blocked
+    assert pack_of(layer.attention.self.query).is_mkldnn == blocked
     assert "MB of weights packed in place" in str(report)
     report.revert()
     report.revert()
@@ -129,11 +134,9 @@ def test_state_dicts_and_copies(blocked: bool) -> None:
     for copied in copies:
         query = copied.encoder.layer[0].attention.self.query
         assert "weight" not in query._parameters
-        packs = [
-            getattr(copied.encoder.layer[0].attention.self, n).__dict__["_xfm_fast_weight"].packed for n in ("query", "key")
-        ]
-        assert packs[0] is packs[1]
-        assert packs[0].is_mkldnn == blocked
+        packed = pack_of(query)
+        assert packed is pack_of(copied.encoder.layer[0].attention.self.key)
+        assert packed.is_mkldnn == blocked
         assert_near(outputs(copied, given), wanted, 1e-5)
 
 
@@ -250,9 +253,9 @@ def test_families_of_names(blocked: bool) -> None:
     before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
     report = accelerate(made, unpad=True, freeze=True)
     layer = made.transformer.layer[0]
-    first, last = (layer.get_submodule(f"attention.{n}").__dict__["_xfm_fast_weight"].packed for n in ("q_lin", "v_lin"))
-    assert first is last
-    assert first.is_mkldnn == blocked
+    packed = pack_of(layer.attention.q_lin)
+    assert packed is pack_of(layer.attention.v_lin)
+    assert packed.is_mkldnn == blocked
     assert "weight" not in layer.ffn.lin2._parameters
     assert_near(outputs(made, given), wanted, 1e-5)
     report.revert()

@@ -409,7 +409,7 @@ def test_what_computes_something_else_is_left_alone() -> None:
     torch.manual_seed(0)
     for module in (embeddings(1, scale=2.0), randomised(replicas.LanguageHead(CONFIG, "tanh"))):
         module.train()
-        with pytest.raises(InputError, match="computes something else than its parts suggest"):
+        with pytest.raises(InputError, match="does not match its parts"):
             accelerate(module)
         assert all(part.training for part in module.modules())
         assert not is_fused(module)
@@ -420,7 +420,7 @@ def test_what_cannot_be_tried_is_left_alone() -> None:
         def forward(self, features: Tensor, masked_pos: Tensor) -> Tensor:
             return super().forward(features[masked_pos])
 
-    with pytest.raises(InputError, match=r"could not be tried out \(TypeError: .*masked_pos"):
+    with pytest.raises(InputError, match=r"TypeError: .*masked_pos"):
         accelerate(Demanding(CONFIG))
     with torch.device("meta"):
         unmade = replicas.LanguageHead(CONFIG)

@@ -68,9 +68,9 @@ def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: boo
     cost = report.rounding["last_hidden_state"]
     assert cost.cosine == pytest.approx(least_cosine(found, wanted), abs=1e-3)
     assert cost.ranks is not None
-    assert f"last_hidden_state has a cosine of at least {cost.cosine:.4f}, {cost.ranks:.0%} of the entries" in str(
-        report
-    )
+    (line,) = [line for line in str(report).splitlines() if "last_hidden_state" in line]
+    assert f"{cost.cosine:.4f}" in line
+    assert f"{cost.ranks:.0%}" in line
     after = made.state_dict()
     assert all(torch.equal(after[name], before[name]) and type(after[name]) is Tensor for name in before)
     report.revert()
@@ -179,7 +179,7 @@ def test_what_no_exemption_helps_is_refused(kind: EightBits, monkeypatch: pytest
     made, given = model(), batch()
     wanted = outputs(made, given)
     monkeypatch.setattr(quantised, "LEAST_COSINE", 1.1)
-    with pytest.raises(InputError, match=f"cosine of .* asked of {kind}"):
+    with pytest.raises(InputError, match=f"cosine of .*{kind}"):
         accelerate(made, dtype=kind, verify=given)
     assert torch.equal(outputs(made, given), wanted)
     assert not marked(made)
@@ -202,8 +202,8 @@ def test_weights_that_stay(kind: EightBits) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        pytest.param({"dtype": "int8", "freeze": True}, InputError, "leave freeze out", marks=needs_int8),
-        ({"dtype": "fp8", "freeze": True}, InputError, "rounded to fp8 .* leave freeze out"),
+        pytest.param({"dtype": "int8", "freeze": True}, InputError, "freeze=True.*int8", marks=needs_int8),
+        ({"dtype": "fp8", "freeze": True}, InputError, "freeze=True.*fp8"),
         ({"dtype": "int4"}, InputError, "dtype='int4' is unknown"),
         pytest.param(
             {"dtype": "int8", "include": "embeddings"}, InputError, "no linear layer to rou", marks=needs_int8
@@ -222,7 +222,7 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str)
 
 def test_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "why_not", lambda: "of a test")
-    with pytest.raises(UnavailableError, match="not offered here: of a test"):
+    with pytest.raises(UnavailableError, match="of a test"):
         accelerate(model(), dtype="int8")
     monkeypatch.setattr(fp8, "_why_not", lambda device, index: f"{device} of a test has none")
     made, given = model(), batch()

@@ -50,7 +50,7 @@ from xfm_fast.replace.swap import (
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 # Budget for timing the `verify` batch.
 _TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
-_ROW = "a row of names makes such a layer known (xfm_fast.replace.Family)"
+_ROW = "register a Family to support it (xfm_fast.replace.register)"
 
 
 def accelerate(
@@ -109,7 +109,9 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"accelerate takes a torch.nn.Module, not {type(model).__name__}")
-    _require_values(model)
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise InputError(f"parameters have no values yet ({meta} is on the meta device); load the weights first")
     kind = None
     if isinstance(dtype, str):
         kind, dtype = dtype, quantised.check(model, dtype, freeze)
@@ -118,8 +120,7 @@ def accelerate(
     if cuda_graphs:
         if unpad:
             raise InputError(
-                "unpad=True packs as many tokens as the values of a mask say, and cuda_graphs=True needs fixed sizes; "
-                "leave one of them out"
+                "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
             )
         require_gpu(model)
     graphs = model.__dict__.pop("forward") if _in_graphs(model) else None
@@ -275,8 +276,8 @@ class Report:
         self._frozen = freeze_weights(model, [m for m in self._modules if isinstance(m, Fused)], settings)
         if not self._frozen:
             raise InputError(
-                "freeze=True finds no weight to lay out: it knows layers like BERT's and those of registered families, "
-                "with weights of float32 or bfloat16 and no hooks or adapters on them; leave freeze out"
+                "freeze=True finds no weight to pack: it supports BERT-like layers and registered families in float32 "
+                "or bfloat16, without hooks or adapters; leave freeze out"
             )
 
     def quantise(self, model: nn.Module, kind: EightBits) -> None:
@@ -284,10 +285,10 @@ class Report:
         self._eight_bits = kind
         self._rounded = quantised.quantise(model, [m for m in self._modules if isinstance(m, Fused)], kind)
         if not self._rounded:
-            of_size = ", of sizes that are multiples of 16" if kind == "fp8" else ""
+            of_size = " with sizes that are multiples of 16" if kind == "fp8" else ""
             raise InputError(
-                f"dtype={kind!r} finds no linear layer to round: it knows those inside of blocks{of_size}, with "
-                "weights of float32 or bfloat16 and no hooks or adapters on them; choose another dtype"
+                f"dtype={kind!r} finds no linear layer to round: it supports blocks{of_size} in float32 or bfloat16, "
+                "without hooks or adapters; choose another dtype"
             )
 
     def keep_within(self, cosine: Callable[[], float]) -> None:
@@ -306,7 +307,7 @@ class Report:
             if found is None or found.shape != wanted.shape:
                 raise InputError(
                     f"{label} was {tuple(wanted.shape)} and is {None if found is None else tuple(found.shape)} after "
-                    "acceleration; the model was put back as it was"
+                    "acceleration; the model was reverted"
                 )
             if kind is not None:
                 self.rounding[name] = quantised.rounding(wanted, found, mask)
@@ -319,15 +320,13 @@ class Report:
                 cosine = self.rounding[name].cosine
                 if not cosine >= quantised.LEAST_COSINE:
                     raise InputError(
-                        f"{label} has a cosine of {cosine:.3f} to what it was, below the {quantised.LEAST_COSINE} "
-                        f"asked of {kind}; the model was put back as it was. exclude=… leaves modules out, "
-                        "dtype=torch.bfloat16 takes another type"
+                        f"{label} has a cosine of {cosine:.3f} to the original, below {quantised.LEAST_COSINE} for "
+                        f"{kind}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
                     )
             elif not self.differences[name] <= band:
                 raise InputError(
-                    f"{label} differs by {self.differences[name]:.1e} of its largest value after acceleration, more "
-                    f"than rounding in {dtype or wanted.dtype} explains ({band:.0e}); the model was put back as it "
-                    "was. exclude=… leaves modules out"
+                    f"{label} differs by {self.differences[name]:.1e} of its largest value, more than rounding in "
+                    f"{dtype or wanted.dtype} ({band:.0e}); the model was reverted. Use exclude=…"
                 )
 
     @property
@@ -354,7 +353,7 @@ class Report:
         for entry in self.entries:
             fate, why = entry.fused, entry.gain
             if entry.reason is not None:
-                fate, why = "left alone", entry.reason
+                fate, why = "not replaced", entry.reason
             elif entry.path in declining:
                 fate, why = "runs its original", declining[entry.path]
             gain = gains.get(entry.path) if fate == entry.fused else None
@@ -362,26 +361,26 @@ class Report:
         for (class_name, fate, gain, why), alike in groups.items():
             place, share = alike[0].path or "(the model)", sum(entry.share for entry in alike)
             if len(alike) > 1:
-                place += f" and {len(alike) - 1} alike"
+                place += f" and {len(alike) - 1} more"
             rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", gain, why))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * width for width in widths))
-        lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} left alone")
+        lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} not replaced")
         if declining:
-            lines[-1] += f"; {len(declining)} of those replaced run their original at present"
-        lines += [f"not known: {layers}; {_ROW}" for layers in self.unknown]
+            lines[-1] += f"; {len(declining)} of them currently run their original"
+        lines += [f"unknown: {layers}; {_ROW}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
-            line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place, none beside"
+            line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place"
             if left := self._unfrozen_bytes:
-                line += f"; {left / 2**20:,.1f} MB of other products stay parameters"
+                line += f"; {left / 2**20:,.1f} MB of other linear weights stay parameters"
             lines.append(line)
         if rounded := self.rounded_weights:
             exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
-            how = "where no gradient is wanted" if self._eight_bits == "int8" else "and have no gradient"
-            lines.append(f"products with {rounded} weights run in {self._eight_bits} {how}{exempt}")
+            how = "without gradients" if self._eight_bits == "int8" else "and cannot be trained"
+            lines.append(f"{rounded} weights run in {self._eight_bits} {how}{exempt}")
             if self._eight_bits == "fp8" and any(weight.is_cpu for group in self._rounded for weight in group):
-                lines.append("this CPU emulates fp8, slowly: results are those to expect of a GPU, times are not")
+                lines.append("this CPU emulates fp8, slowly: results match those of a GPU, times do not")
         lines.append(str(self.expected))
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
         found = self.rounding or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
@@ -405,7 +404,7 @@ class _InOneType(Fused):
 
 def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> Report:
     entries, replaced, known = [], [], rules()
-    told: set[nn.Module] = set()
+    reported: set[nn.Module] = set()
     inside: set[nn.Module] = set()
     for path, module in chosen.items():
         if module in inside:
@@ -416,7 +415,7 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
         entries.append(entry)
         if rule is None:
             # Norms inside unrecognised layers are recognised too.
-            told.update(module.modules() if product_parameters(module) else ())
+            reported.update(module.modules() if product_parameters(module) else ())
         else:
             replaced.append((module, rule.fused))
             # PyTorch's norms and attentions inside a fused module are read, never called.
@@ -426,8 +425,8 @@ def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings)
     for module, fused in replaced:
         within = [*module.modules()][1:]
         # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
-        told.update(within if computing.isdisjoint(within) else _bypassed(module, fused), [module])
-    unknown = unknown_layers(model, chosen, told)
+        reported.update(within if computing.isdisjoint(within) else _bypassed(module, fused), [module])
+    unknown = unknown_layers(model, chosen, reported)
     if not replaced:
         raise InputError(_nothing(model, entries, unknown))
     for module, fused in replaced:
@@ -490,7 +489,7 @@ def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -
                 continue
             if type(parameter.data) is not Tensor or not parameter.is_floating_point():
                 kind = type(parameter.data).__name__ if type(parameter.data) is not Tensor else parameter.dtype
-                return f"{name} has a weight of {kind} (quantised or sharded), which its own code alone computes with"
+                return f"{name} has a weight of {kind} (quantised or sharded)"
             types.setdefault(parameter.dtype, name)
     if len(types) > 1 and settings.dtype is None:
         (first, one), (second, other) = list(types.items())[:2]
@@ -509,17 +508,11 @@ def _under(modules: dict[str, nn.Module], selection: Selection, argument: str) -
             roots = [path for path, names in named.items() if any(fnmatchcase(name, one) for name in names)]
         if not roots:
             name = one if isinstance(one, str) else one.__name__
-            raise InputError(f"{argument}={name!r} matches no module of the model, neither by name nor by class")
+            raise InputError(f"{argument}={name!r} matches no module of the model, by name or class")
         for root in roots:
             inside = f"{root}." if root else ""
             found |= {path: module for path, module in modules.items() if path == root or path.startswith(inside)}
     return {path: module for path, module in modules.items() if path in found}
-
-
-def _require_values(model: nn.Module) -> None:
-    without = next((name for name, p in model.named_parameters() if p.is_meta), None)
-    if without is not None:
-        raise InputError(f"parameters have no values yet ({without} is on the meta device); load the weights first")
 
 
 def _check_machine(model: nn.Module, settings: Settings) -> None:
@@ -541,31 +534,31 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
         if device.type == "cpu" and settings.dtype is torch.float16:
             raise UnavailableError("float16 is for GPUs; on a CPU use dtype=torch.bfloat16 or None")
     if settings.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"dtype={settings.dtype} is no type to compute in; choose float32, bfloat16 or float16")
+        raise InputError(f"dtype={settings.dtype} is not supported; choose float32, bfloat16 or float16")
 
 
 def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]) -> str:
     name = original_class(model).__name__
     if original_class(model).__module__.startswith("xfm_fast."):
-        return f"{name} is computed by these kernels already; freeze() and quantise() make it faster yet on a CPU"
+        return f"{name} already uses these kernels; freeze() and quantise() make it faster on a CPU"
     paths: dict[str, list[str]] = {}
     for entry in entries:
         paths.setdefault(entry.reason or "", []).append(entry.path or name)
     reasons = [
-        f"{alike[0]}{f' and {len(alike) - 1} alike' if len(alike) > 1 else ''}: {reason}"
+        f"{alike[0]}{f' and {len(alike) - 1} more' if len(alike) > 1 else ''}: {reason}"
         for reason, alike in paths.items()
     ]
     why = "; ".join(reasons[:5])
-    foreign = f" Not known: {'; '.join(map(str, unknown[:5]))}; {_ROW}." if unknown else ""
+    foreign = f" Unknown: {'; '.join(map(str, unknown[:5]))}; {_ROW}." if unknown else ""
     if any(entry.class_name != "LayerNorm" for entry in entries):
-        return f"nothing of {name} can be replaced: {why}{f'.{foreign}' if foreign else ''}"
+        return f"no module of {name} can be replaced: {why}{f'.{foreign}' if foreign else ''}"
     return (
-        f"nothing in {name} is known to accelerate{f' ({why})' if why else ''}.{foreign} Recognised are encoders of "
+        f"no module of {name} is supported{f' ({why})' if why else ''}.{foreign} Supported are encoders of "
         "transformers (BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, ALBERT, ModernBERT, NomicBERT, LayoutLMv3, "
         "DeBERTa-v2, BEiT, Data2Vec, ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, ViT-MAE, Swin, BLIP), vision "
         "transformers of timm, towers of open_clip, the official X-FM and X²-VLM modules, and "
-        "torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.replace.register makes layers of "
-        "one's own known by a row of names, and xfm_fast.kernels.ops has operations to build with"
+        "torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.replace.register adds your own "
+        "layers, and xfm_fast.kernels.ops has operations to build with"
     )
 
 

@@ -130,7 +130,7 @@ def summary(modules: Iterable[nn.Module]) -> str | None:
     names = dict.fromkeys(name for layer in adapted for name in _active(layer))
     merged = sum(bool(layer.merged) for layer in adapted)
     off = all(layer.disable_adapters for layer in adapted)
-    state = "disabled" if off else f"{', '.join(map(repr, names)) or 'none'} at work"
+    state = "disabled" if off else f"{', '.join(map(repr, names)) or 'none'} active"
     return f"LoRA adapters on {len(adapted)} linear layers: {state}" + (f", merged in {merged}" if merged else "")
 
 

@@ -98,7 +98,7 @@ def why_not_plain(layer: nn.Module) -> str | None:
         if positions not in ("absolute", None):
             return f"its attention has {positions} positions"
     if hasattr(layer, "intermediate_query"):
-        return "it attends with query tokens beside the text"
+        return "it attends with query tokens in addition to the text"
     return None
 
 

@@ -30,8 +30,8 @@ from xfm_fast.replace.swap import (
 )
 from xfm_fast.replace.vit_block import PreNormBlock
 
-_GAIN = "nothing computed behind the end-of-text"
-_NOT_ASKED = "its texts are computed at full length; unpad=True cuts them behind the longest end-of-text"
+_GAIN = "stops at the end-of-text"
+_FULL_LENGTH = "it computes texts at full length; unpad=True cuts them after the longest end-of-text"
 # Share of tokens left after the cut above which packing does not pay off.
 _FULL = 0.95
 # CLIP configs that predate transformers' eos_token_id contain 2, and pool at the highest id.
@@ -108,7 +108,7 @@ class CutTextModel(CalledByName):
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        return None if settings.unpad else _NOT_ASKED
+        return None if settings.unpad else _FULL_LENGTH
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
@@ -202,7 +202,7 @@ class CutOpenClipText(Fused):
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         tower: Any = module
         if getattr(tower, "cls_emb", None) is not None:
-            return "its feature is read at a class token behind the text"
+            return "its feature is read at a class token after the text"
         if getattr(tower, "output_tokens", False):
             return "the states of its padding are part of its output"
         return _why_not_open_clip(module, settings, tower.pool_type)
@@ -247,8 +247,8 @@ def _why_not_open_clip(module: Any, settings: Settings, pool: str) -> str | None
     if pool not in ("argmax", "eos"):
         return f"its feature is pooled by {pool!r}, which reads more than the end-of-text"
     if getattr(module, "attn_mask", None) is None:
-        return "its texts attend in both directions, so that what is behind the end-of-text counts"
-    return None if settings.unpad else _NOT_ASKED
+        return "its attention is bidirectional, so that tokens after the end-of-text matter"
+    return None if settings.unpad else _FULL_LENGTH
 
 
 def _is(library: str, *names: str) -> Any:

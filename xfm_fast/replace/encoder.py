@@ -74,7 +74,7 @@ class UnpaddedEncoder(CalledByName):
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         if not settings.unpad:
-            return "its padding is computed; unpad=True leaves it out"
+            return "it computes padding; unpad=True skips it"
         if getattr(module.config, "is_decoder", False):
             return "a causal decoder keeps its padding"
         return None

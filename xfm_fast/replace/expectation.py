@@ -48,15 +48,15 @@ class Expectation:
         return self.bound if self.measured is None else min(self.bound, self.measured)
 
     def __str__(self) -> str:
-        parts = [f"{self.share:.0%} of the products are in replaced modules (counted)"]
+        parts = [f"{self.share:.0%} of the linear weights are in replaced modules (counted)"]
         if self.product is None:
-            parts.append("products not timed here yet: taken as they were")
+            parts.append("GEMMs not timed here yet: counted as unchanged")
         else:
-            parts.append(f"these {self.product:.2f}× as fast (measured in this process)")
+            parts.append(f"their GEMMs {self.product:.2f}× as fast (measured in this process)")
         if self.measured is not None:
-            parts.append(f"the batch given to verify ran {self.measured:.2f}× as fast (measured)")
+            parts.append(f"the verify batch ran {self.measured:.2f}× as fast (measured)")
         if self.useful < 1:
-            parts.append(f"{1 - self.useful:.0%} of the batch is padding, left out")
+            parts.append(f"{1 - self.useful:.0%} of the batch is padding, skipped")
         most = "at most " if self.measured is None and self.bound > 1 else ""
         return f"expected: {most}{self.overall:.2f}×; " + ", ".join(parts)
 
@@ -92,8 +92,8 @@ class Unknown(NamedTuple):
     share: float
 
     def __str__(self) -> str:
-        alike = f" and {len(self.paths) - 1} alike" if len(self.paths) > 1 else ""
-        return f"{self.class_name} ({self.paths[0]}{alike}), {self.share:.0%} of the products"
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+        return f"{self.class_name} ({self.paths[0]}{more}), {self.share:.0%} of the linear weights"
 
 
 def unknown_layers(model: nn.Module, chosen: Mapping[str, nn.Module], known: Collection[nn.Module]) -> list[Unknown]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.masks import Dense
 from xfm_fast.replace.cached_plan import cached_plan, forget
+from xfm_fast.replace.masks import Dense
 from xfm_fast.replace.structure import (
     Attend,
     Parts,
@@ -245,11 +245,11 @@ class FamilyLayer(CalledByName):
         family: Family = adapted["layer_family"]
         missing = family.missing(module)
         if missing is not None:
-            return f"this version of the library keeps {missing} elsewhere; a Family with its names makes it known"
+            return f"this version of the library keeps {missing} elsewhere; register a Family with its names"
         if family.rotary and family.rotary not in adapted["names"]:
             return f"this version of the library makes {family.rotary} inside of the layer"
         if (unread := family.unread(module)) is not None:
-            return f"its {unread} is in none of the parts of the row"
+            return f"the row does not cover its {unread}"
         if family.chunks and attrgetter(family.chunks)(module):
             return f"its feed-forward runs in chunks of {attrgetter(family.chunks)(module)}; chunk_size 0 is fused"
         norms: list[Any] = [find(module, name) for name in family.norms]
@@ -278,11 +278,9 @@ class FamilyLayer(CalledByName):
 
     def context(self, device: torch.device) -> Any:
         """Context manager for `run`; yields the settings."""
-        return (
-            _own_types(self.settings, device)
-            if self.layer_family.order == "behind sums"
-            else branch_types(self.settings, device)
-        )
+        if self.layer_family.order == "behind sums":
+            return self.settings.own_types(device)
+        return branch_types(self.settings, device)
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
@@ -373,20 +371,6 @@ def _scale(layer: nn.Module, name: str) -> Tensor | None:
 
 class _Absent(nn.Module):
     """Placeholder for a class that this version of the library lacks."""
-
-
-class _own_types:
-    """`Settings.own_types` as a context manager that yields the settings."""
-
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.settings, self.context = settings, settings.own_types(device)
-
-    def __enter__(self) -> Settings:
-        self.context.__enter__()
-        return self.settings
-
-    def __exit__(self, *error: Any) -> None:
-        self.context.__exit__(*error)
 
 
 _ORDERS = {"before": pre_norm, "behind sums": post_norm, "behind branches": norm_behind}

@@ -237,7 +237,7 @@ class UnpaddedModel(CalledByName):
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         if not settings.unpad:
-            return "its padding is computed; unpad=True leaves it out"
+            return "it computes padding; unpad=True skips it"
         if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
             return "a causal decoder keeps its padding"
         return None
@@ -245,7 +245,7 @@ class UnpaddedModel(CalledByName):
     def declines(self) -> str | None:
         layers = [layer for layer in cast(Any, self).encoder.layer if isinstance(layer, FusedLayer)]
         reasons = [reason for layer in layers if (reason := layer.declines()) is not None]
-        return f"padding is computed, since of a layer {reasons[0]}" if reasons else None
+        return f"it computes padding: in a layer, {reasons[0]}" if reasons else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)

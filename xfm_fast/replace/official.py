@@ -187,7 +187,7 @@ class OfficialTextEncoder(CalledByName):
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        return None if settings.unpad else "its padding is computed; unpad=True leaves it out"
+        return None if settings.unpad else "it computes padding; unpad=True skips it"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
@@ -287,7 +287,7 @@ class OfficialVisionBlock(PreNormBlock):
             window = tuple(attention.window_size)
             index = attention.relative_position_index
             if not torch.equal(index.cpu(), reference.relative_position_index(window)):
-                return "its positions are not numbered as BEiT numbers them"
+                return "its relative positions are not numbered like BEiT's"
         return reason
 
     def forward(
@@ -391,7 +391,7 @@ class OfficialVocabularyHead(VocabularyHead):
 def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor) -> str | None:
     """Why a fused form cannot replace a module: its output on an example differs. None if it matches."""
     if weight.device.type == "meta":
-        return "its parameters have no values yet, so it cannot be tried out"
+        return "its parameters have no values yet, so it cannot be tested"
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -403,15 +403,15 @@ def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Te
             finally:
                 restore(module)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        return f"it could not be tried out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return f"it failed on an example ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     finally:
         for part, training in modes.items():
             part.training = training
     if not isinstance(wanted, Tensor) or wanted.shape != found.shape:
-        return "it returns something else than its parts suggest"
+        return "its output shape does not match its parts"
     error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30))
     band = BANDS.get(wanted.dtype, BANDS[torch.float32])
-    return None if error <= band else f"it computes something else than its parts suggest (by {error:.0e} in a trial)"
+    return None if error <= band else f"its output does not match its parts (by {error:.0e})"
 
 
 RULES: tuple[Rule, ...] = (

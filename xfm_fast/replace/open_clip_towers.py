@@ -46,12 +46,12 @@ class OpenClipBlock(PreNormBlock, CalledByName):
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         attn: Any = find(module, "attn")
         if find(module, "ln_1_kv") is not None:
-            return "it attends to another sequence (ln_1_kv); its attention alone is fused"
+            return "it attends to another sequence (ln_1_kv); only its attention is fused"
         reason = why_not_bypassed(module, cls.bypassed) or lacks_parameters(module, ("ln_1", "ln_2"))
         if reason is None and (attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn):
-            reason = "attn has projections apart, or keys of its own"
+            reason = "attn has separate projections, or extra keys"
         if reason is None and not attn.batch_first:
-            reason = "attn takes the sequence first; batch_first=True is fused"
+            reason = "attn is sequence-first; batch_first=True is required"
         return reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,8 +33,8 @@ class Rounding(NamedTuple):
     ranks: float | None  # share of entries with the same nearest neighbour; None for fewer than 3
 
     def __str__(self) -> str:
-        kept = "" if self.ranks is None else f", {self.ranks:.0%} of the entries keep the one that is most like them"
-        return f"has a cosine of at least {self.cosine:.4f}{kept}"
+        ranks = "" if self.ranks is None else f", nearest-neighbour agreement {self.ranks:.0%}"
+        return f"has a cosine of at least {self.cosine:.4f}{ranks}"
 
 
 def check(model: nn.Module, kind: str, freeze: bool) -> torch.dtype | None:
@@ -42,8 +42,7 @@ def check(model: nn.Module, kind: str, freeze: bool) -> torch.dtype | None:
     types = {type_beside(kind, device) for device in {p.device for p in model.parameters()} or {torch.device("cpu")}}
     if freeze:
         raise InputError(
-            f"freeze=True keeps weights in the type that they are stored in, and rounded to {kind} they could not be "
-            f"restored; leave freeze out of dtype={kind!r}"
+            f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out"
         )
     return types.pop() if len(types) == 1 else None
 

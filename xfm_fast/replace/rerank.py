@@ -172,19 +172,19 @@ class Reranker:
         cu_keys, key_mask = memory.cu_keys, memory.key_mask
         projected = 0
         for layer in self._fusing:
-            asking: Sequences = packing
+            queries: Sequences = packing
             reads = None
             if layer is self._fusing[-1]:
-                asking = Reads.first_tokens(packing)
-                reads = asking.rows
+                queries = Reads.first_tokens(packing)
+                reads = queries.rows
             seen = None
             if has_cross_attention(layer):
                 # All texts of an image are one query sequence: cross-attention has no mask between queries.
-                cu_queries = groups.token_offsets(asking.cu_seqlens)
+                cu_queries = groups.token_offsets(queries.cu_seqlens)
                 across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
                 seen = Memory(memory.keys_values(projected), across, projected=True)
                 projected += 1
-            x = run_layer(layer, x, _within(packing, asking), self._settings, seen, reads=reads)
+            x = run_layer(layer, x, _within(packing, queries), self._settings, seen, reads=reads)
         return x
 
 
@@ -197,10 +197,10 @@ def _keys_values(projections: Any, images: Tensor, settings: Settings) -> Tensor
     return settings.linear(images, weight, bias).unflatten(-1, (2, heads, -1))
 
 
-def _within(packing: Packing, asking: Sequences | None = None) -> Packed:
+def _within(packing: Packing, queries: Sequences | None = None) -> Packed:
     """Self-attention of packed texts, with all tokens as queries or a subset."""
-    asking = packing if asking is None else asking
-    return Packed(asking.cu_seqlens, packing.cu_seqlens, asking.longest, packing.longest)
+    queries = packing if queries is None else queries
+    return Packed(queries.cu_seqlens, packing.cu_seqlens, queries.longest, packing.longest)
 
 
 def _text_mask(given: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
@@ -234,5 +234,5 @@ def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
             raise InputError(f"layer {path}.{number} cannot be re-ranked with: {reason}")
     # Layers are at `encoder.layer`; the embeddings are a sibling of `encoder`.
     *outer, _, _ = ["", *path.split(".")] if "." not in path else path.split(".")
-    beside = find(encoder, ".".join(outer)) if outer else encoder
-    return list(layers), None if beside is None or "." not in path else beside._modules.get("embeddings")
+    parent = find(encoder, ".".join(outer)) if outer else encoder
+    return list(layers), None if parent is None or "." not in path else parent._modules.get("embeddings")

@@ -245,4 +245,5 @@ def _scale_and_shift(norm: Any, settings: Settings) -> tuple[Any, Any, float]:
 
 def _shift(norm: Any) -> Tensor:
     """The bias of a LayerNorm, or zeros."""
-    return norm.bias if norm.bias is not None else derived("zeros", (norm.weight,), lambda: torch.zeros_like(norm.weight))
+    weight, bias = norm.weight, norm.bias
+    return derived("zeros", (weight,), lambda: torch.zeros_like(weight)) if bias is None else bias

@@ -160,13 +160,13 @@ class Settings:
         return ops.layer_norm(summed, scale, shift, norm.eps, backend=self.backend)
 
     @contextmanager
-    def own_types(self, device: torch.device) -> Iterator[None]:
+    def own_types(self, device: torch.device) -> Iterator[Settings]:
         """Disable autocast where fused modules convert themselves, which is faster without gradients."""
         if self.dtype is None or torch.is_grad_enabled():
-            yield
+            yield self
             return
         with torch.autocast(device.type, enabled=False):
-            yield
+            yield self
 
 
 def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -307,8 +307,8 @@ def why_not_bypassed(module: nn.Module, expected: Mapping[str, Kinds]) -> str | 
         if nn.Module not in kinds and original_class(part) not in kinds:
             if adapters.Adaptable not in kinds or not adapters.is_adapted(part):
                 own = original_class(part)
-                alike = any(own.__name__ == kind.__name__ for kind in kinds)
-                return f"{name} is a {f'{own.__module__}.' if alike else ''}{own.__name__}"
+                same_name = any(own.__name__ == kind.__name__ for kind in kinds)
+                return f"{name} is a {f'{own.__module__}.' if same_name else ''}{own.__name__}"
             reason = adapters.why_not(part)
             if reason is None and any(observed(called) for called in adapters.parts_called(part)):
                 reason = "has hooks inside"
@@ -367,13 +367,9 @@ def _remember(module: Fused) -> bool:
                 break
             parent = part
     parts = [part for _, _, part, _, _ in links.values() if part is not None]
-    if not any(adapters.is_adapted(p) or observed(p) or _hooks(p) for p in parts):
+    if not any(adapters.is_adapted(p) or observed(p) or any(getattr(p, name) for name in _HOOKS) for p in parts):
         _seen[module] = list(links.values())
     return True
-
-
-def _hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
 
 
 def observed(module: nn.Module) -> bool:

@@ -163,7 +163,7 @@ class UnpaddedTransformerEncoder(Fused):
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        return None if settings.unpad else "its padding goes PyTorch's way; unpad=True leaves it out in training too"
+        return None if settings.unpad else "PyTorch handles its padding; unpad=True skips it in training too"
 
     def forward(
         self,
@@ -215,7 +215,7 @@ class FusedLayerNorm(Fused):
         if len(norm.normalized_shape) != 1:
             return f"it normalises {len(norm.normalized_shape)} dimensions"
         chosen = resolve(settings.backend, norm.weight)
-        return None if chosen == "triton" else "PyTorch's own is as fast here; a kernel replaces it on NVIDIA GPUs"
+        return None if chosen == "triton" else "PyTorch's is as fast here; a kernel replaces it on NVIDIA GPUs"
 
     def forward(self, input: Tensor) -> Tensor:
         norm, settings = cast(Any, self), self.settings
