@@ -368,6 +368,12 @@ def _chance(projections: Any) -> float:
     return projections.dropout.p if projections.training else 0.0
 
 
+class BertLayer(CalledByName):
+    """Base of the fused forms that `run_layer` computes."""
+
+    joint = LAYER_JOINT
+
+
 class FusedEmbeddings(CalledByName):
     """Word, position and type embeddings with LayerNorm in one pass."""
 

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from xfm_fast.packing import Packing
-from xfm_fast.replace.bert_layer import default_positions, plan, run_layer, to_own_tokens
+from xfm_fast.replace.bert_layer import (
+    BertLayer,
+    FusedEmbeddings,
+    Memory,
+    default_positions,
+    packed_memory,
+    plan,
+    run_layer,
+    to_own_tokens,
+)
 from xfm_fast.replace.families import FamilyLayer, run_packed, short_name
-from xfm_fast.replace.huggingface_text import FusedLayer
 from xfm_fast.replace.masks import Spread
 from xfm_fast.replace.structure import Attend
-from xfm_fast.replace.swap import CalledByName, Settings, asks_beyond, find, observed, original_class, wants_named
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Fused,
+    Settings,
+    asks_beyond,
+    find,
+    observed,
+    original_class,
+    wants_named,
+)
 
 _PLAIN = ("eager", "sdpa", "xfm_fast", None)
-_WITHOUT_EFFECT = ("use_cache", "return_dict", "num_items_in_batch")
+_WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "num_items_in_batch")
+_MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
+# transformers drops BLIP's image mask; calls with one run the original.
+IGNORE_MEMORY_MASK = ("BlipTextLayer", "BlipTextModel")
 
 
 def _listed(model: Any, path: str) -> Iterable[nn.Module]:
@@ -44,7 +65,8 @@ class Encoder:
     kind: str = ""  # layer attribute; "sliding_attention" limits attention to the config's sliding_window
     # layers in execution order, for models that run a layer several times
     sequence: Callable[[Any, str], Iterable[nn.Module]] = _listed
-    has_pooled: bool = True  # the output has a field for the pooled state
+    output: str = "BaseModelOutputWithPooling"  # class of the output in transformers
+    memory: bool = False  # supports cross-attention
 
 
 _encoders: dict[str, Encoder] = {}
@@ -75,52 +97,89 @@ class UnpaddedEncoder(CalledByName):
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         if not settings.unpad:
             return "it computes padding; unpad=True skips it"
-        if getattr(module.config, "is_decoder", False):
+        if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
             return "a causal decoder keeps its padding"
         return None
 
+    def declines(self) -> str | None:
+        layers = [layer for layer in self._layers() if isinstance(layer, Fused)]
+        reasons = [reason for layer in layers if (reason := layer.declines()) is not None]
+        return f"it computes padding: in a layer, {reasons[0]}" if reasons else None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        planned = self._planned(call)
-        if planned is None:
-            return super().forward(*args, **kwargs)
+        packed = self.packed(call)
+        if packed is None:
+            return self.padded(*args, **kwargs)
         from transformers import modeling_outputs
 
-        packing, mask = planned
-        with self.settings.own_types(mask.device):
-            states: Any = packing.unpad(self._run(call, packing, mask))
-        if self.encoder_row.has_pooled:
-            pooled = self._pooled(states)
-            out = modeling_outputs.BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
-        else:
-            out = modeling_outputs.BaseModelOutput(last_hidden_state=states)
+        x, packing = packed
+        states: Any = packing.unpad(x)
+        made = {"last_hidden_state": states}
+        if self.encoder_row.output != "BaseModelOutput":
+            made["pooler_output"] = self._pooled(states)
+        out = getattr(modeling_outputs, self.encoder_row.output)(**made)
         return out if wants_named(self, call) else out.to_tuple()
 
-    def _planned(self, call: dict[str, Any]) -> tuple[Packing, Tensor] | None:
-        """Packing and mask of a call; None for calls that keep padding."""
-        row, config, mask = self.encoder_row, self.config, cast(Any, call.get("attention_mask"))
+    def padded(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, with padding."""
+        return super().forward(*args, **kwargs)
+
+    def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
+        """Final states `[T, width]` and their packing; None for calls that keep padding."""
+        row, mask, memory_mask = self.encoder_row, call.get("attention_mask"), call.get("encoder_attention_mask")
         given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
-        if asks_beyond(call, (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT)) or len(given) != 1:
-            return None
-        recorded: Any = any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states"))
-        if recorded or getattr(config, "_attn_implementation", None) not in _PLAIN:
+        understood = (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT, *(_MEMORY if row.memory else ()))
+        if asks_beyond(call, understood) or len(given) != 1 or not self._ready(call):
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != given[0].shape[:2]:
             return None
-        if not self._ready():
+        if memory_mask is not None and (not isinstance(memory_mask, Tensor) or memory_mask.ndim != 2):
             return None
-        planned = plan(mask, keep_first=self._has_pooler())
-        return None if planned is None else (planned[0], mask.bool())
+        planned = plan(mask, memory_mask, keep_first=self._has_pooler())
+        if planned is None:
+            return None
+        packing, whole_memory = planned
+        if not whole_memory:
+            # BLIP ignores the memory mask, and in transformers 4 so does every model that is no decoder.
+            version = int(sys.modules["transformers"].__version__.split(".")[0])
+            if version < 5 or original_class(self).__name__ in IGNORE_MEMORY_MASK:
+                return None
+        states, memory = call.get("encoder_hidden_states"), None
+        if states is not None and hasattr(self._layers()[0], "crossattention"):
+            memory = packed_memory(states, None if whole_memory else memory_mask, packing)
+        with self.settings.own_types(mask.device):
+            return self._run(call, packing, mask.bool(), memory), packing
 
-    def _ready(self) -> bool:
+    def _layers(self) -> list[Any]:
+        return list(self.encoder_row.sequence(self, self.encoder_row.layers))
+
+    def _ready(self, call: dict[str, Any]) -> bool:
         """True if no bypassed part has hooks and every layer can run on packed tokens."""
-        row = self.encoder_row
-        around = {row.layers.rpartition(".")[0], row.embeddings, row.project} - {""}
-        parts = [find(self, name) for name in around]
-        layers = list(row.sequence(self, row.layers))
+        row, config, layers = self.encoder_row, self.config, self._layers()
+        recorded: Any = any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states"))
+        if recorded or getattr(config, "_attn_implementation", None) not in _PLAIN:
+            return False
+        if call.get("encoder_hidden_states") is not None:
+            crosses = hasattr(layers[0], "crossattention") or not getattr(layers[0], "is_decoder", True)
+            if not crosses:
+                return False
+        parts = [find(self, name) for name in {self._holder, row.embeddings, row.project} - {""}]
         if any(part is not None and observed(part) for part in (*parts, *layers)):
             return False
-        return all(isinstance(layer, (FamilyLayer, FusedLayer)) and layer.intact() for layer in layers)
+        embeddings: Any = find(self, row.embeddings)
+        if isinstance(embeddings, FusedEmbeddings):
+            if not embeddings.intact():
+                return False
+        elif hasattr(embeddings, "token_type_ids"):
+            # The original would cut this buffer, which is shorter than packed texts may be.
+            return False
+        return all(isinstance(layer, (FamilyLayer, BertLayer)) and layer.intact() for layer in layers)
+
+    @property
+    def _holder(self) -> str:
+        """Name of the module around the layers."""
+        return self.encoder_row.layers.rpartition(".")[0]
 
     def _has_pooler(self) -> bool:
         return bool(self.encoder_row.pooler) and find(self, self.encoder_row.pooler) is not None
@@ -132,7 +191,7 @@ class UnpaddedEncoder(CalledByName):
         pooler = attrgetter(row.pooler)(self)
         return attrgetter(row.pooled_by)(self)(pooler(states[:, 0])) if row.pooled_by else pooler(states)
 
-    def _run(self, call: dict[str, Any], packing: Packing, mask: Tensor) -> Tensor:
+    def _run(self, call: dict[str, Any], packing: Packing, mask: Tensor, memory: Memory | None) -> Tensor:
         row, module = self.encoder_row, self
         positions = self._positions(call, packing)
         x = self._embedded(call, packing, positions)
@@ -142,7 +201,7 @@ class UnpaddedEncoder(CalledByName):
             # The method reads only the shape of its argument.
             bias = attrgetter(row.bias)(module)(x.new_empty(1, packing.shape[1], 1))
         attends: dict[str, tuple[Attend, Any]] = {}
-        for layer in row.sequence(module, row.layers):
+        for layer in self._layers():
             kind = getattr(layer, row.kind) if row.kind else ""
             if kind not in attends:
                 window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
@@ -157,19 +216,21 @@ class UnpaddedEncoder(CalledByName):
                     cos, sin = attrgetter(row.rotary)(module)(x, positions[None], *named)
                     rotary = cos[0], sin[0]
                 attends[kind] = attend, rotary
-            x = self._layer(layer, x, *attends[kind])
+            x = self._layer(layer, x, *attends[kind], memory)
         norm = find(module, row.norm) if row.norm else None
         return x if norm is None else norm(x)
 
-    def _layer(self, layer: Any, x: Tensor, attend: Attend, rotary: Any) -> Tensor:
-        if isinstance(layer, FusedLayer):
-            run: Any = partial(run_layer, layer, attend=attend, settings=self.settings, intact=True)
+    def _layer(self, layer: Any, x: Tensor, attend: Attend, rotary: Any, memory: Memory | None) -> Tensor:
+        if isinstance(layer, BertLayer):
+            run: Any = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory, intact=True)
         else:
             run = partial(run_packed, layer, attend, rotary)
-        # transformers 5 keeps activations out of memory layer by layer.
-        whole: Any = layer
-        checkpointed = getattr(whole, "gradient_checkpointing", False) and whole.training and torch.is_grad_enabled()
-        return whole._gradient_checkpointing_func(run, x) if checkpointed else run(x)
+        # transformers 5 checkpoints layer by layer, transformers 4 in the encoder.
+        owners: list[Any] = [layer, find(self, self._holder)] if torch.is_grad_enabled() else []
+        for owner in owners:
+            if getattr(owner, "gradient_checkpointing", False) and owner.training:
+                return owner._gradient_checkpointing_func(run, x)
+        return run(x)
 
     def _positions(self, call: dict[str, Any], packing: Packing) -> Tensor:
         """Position ids of the packed tokens."""
@@ -186,19 +247,23 @@ class UnpaddedEncoder(CalledByName):
         return packing.pack(positions.expand(packing.shape))
 
     def _embedded(self, call: dict[str, Any], packing: Packing, positions: Tensor) -> Tensor:
-        """Embeddings `[T, width]`; the embedding module sees one long text."""
+        """Embeddings `[T, width]`; a module that is not fused sees one long text."""
         row = self.encoder_row
         inputs: dict[str, Any] = {
-            name: packing.pack(call[name])[None] for name in row.takes if call.get(name) is not None
+            name: packing.pack(call[name])
+            for name in row.takes
+            if name != "position_ids" and call.get(name) is not None
         }
         embeddings: Any = find(self, row.embeddings)
-        if "position_ids" in row.takes:
-            inputs["position_ids"] = positions[None]
-        if "input_ids" not in inputs:
-            inputs["input_ids"] = None
-        x = embeddings(**inputs)
-        project = find(self, row.project) if row.project else None
-        return (x if project is None else project(x))[0]
+        if isinstance(embeddings, FusedEmbeddings):
+            tokens, types, embeds = (inputs.get(name) for name in ("input_ids", "token_type_ids", "inputs_embeds"))
+            x = embeddings.embed(tokens, positions, types, embeds)
+        else:
+            if "position_ids" in row.takes:
+                inputs["position_ids"] = positions
+            x = embeddings(**{"input_ids": None, **{name: value[None] for name, value in inputs.items()}})[0]
+        project: Any = find(self, row.project) if row.project else None
+        return x if project is None else project(x)
 
 
 def is_encoder(module: nn.Module) -> bool:

@@ -187,14 +187,14 @@ ENCODERS = (
         model="distilbert.DistilBertModel",
         layers="transformer.layer",
         takes=(*_IDS, "position_ids"),
-        has_pooled=False,
+        output="BaseModelOutput",
     ),
     Encoder(
         model="electra.ElectraModel",
         layers="encoder.layer",
         takes=(*_IDS, "position_ids", "token_type_ids"),
         project="embeddings_project",
-        has_pooled=False,
+        output="BaseModelOutput",
     ),
     Encoder(
         model="albert.AlbertModel",
@@ -212,7 +212,7 @@ ENCODERS = (
         norm="final_norm",
         rotary="rotary_emb",
         kind="attention_type",
-        has_pooled=False,
+        output="BaseModelOutput",
     ),
     Encoder(
         model="nomic_bert.NomicBertModel",

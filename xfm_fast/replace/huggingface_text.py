@@ -11,21 +11,18 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host, ops
 from xfm_fast.kernels.derived import derived
-from xfm_fast.packing import Packing, on_host
+from xfm_fast.packing import on_host
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.bert_layer import (
-    LAYER_JOINT,
+    BertLayer,
     FusedEmbeddings,
     Padded,
     VocabularyHead,
-    default_positions,
-    packed_memory,
     padded_memory,
-    plan,
     run_layer,
-    to_own_tokens,
 )
 from xfm_fast.replace.cached_plan import forget
+from xfm_fast.replace.encoder import IGNORE_MEMORY_MASK, Encoder, UnpaddedEncoder, register_encoder
 from xfm_fast.replace.swap import (
     CalledByName,
     Rule,
@@ -57,14 +54,10 @@ _LAYERS = {
     "roc_bert": "RoCBertLayer",
     "xlm_roberta": "XLMRobertaLayer",
 }
-_MODELS = {
-    "bert": "BertModel",
-    "blip": "BlipTextModel",
-    "camembert": "CamembertModel",
-    "data2vec": "Data2VecTextModel",
-    "roberta": "RobertaModel",
-    "xlm_roberta": "XLMRobertaModel",
-}
+_MODELS = (
+    *("bert.BertModel", "blip.BlipTextModel", "camembert.CamembertModel", "data2vec.Data2VecTextModel"),
+    *("roberta.RobertaModel", "xlm_roberta.XLMRobertaModel"),
+)
 _EMBEDDINGS = {
     "albert": "AlbertEmbeddings",
     "bert": "BertEmbeddings",
@@ -93,8 +86,6 @@ _HEADS = {
     "roberta": "RobertaLMHead",
     "xlm_roberta": "XLMRobertaLMHead",
 }
-# transformers drops BLIP's image mask; calls with one run the original.
-_MEMORY_UNMASKED = ("BlipTextLayer", "BlipTextModel")
 # Attention implementations that compute the plain function.
 _PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
 # Arguments without effect on the fused forms.
@@ -110,10 +101,9 @@ def is_of(table: dict[str, str], module: nn.Module) -> bool:
     return known and kind.__name__ in table.get(package[2], "").split()
 
 
-class FusedLayer(CalledByName):
+class FusedLayer(BertLayer):
     """A BERT layer: one GEMM for query, key and value; linear, residual and norm in one pass."""
 
-    joint = LAYER_JOINT
     returns_tuple: ClassVar[bool] = False
     _understood: ClassVar[set[str]] = {
         "hidden_states",
@@ -175,7 +165,7 @@ class FusedLayer(CalledByName):
         states, their_mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if not getattr(self, "is_decoder", True):
             states = None
-        unmasked = original_class(self).__name__ in _MEMORY_UNMASKED
+        unmasked = original_class(self).__name__ in IGNORE_MEMORY_MASK
         if unmasked and _hides_nothing(their_mask):
             their_mask = None
         attention = cast(Any, self).attention.self
@@ -222,114 +212,6 @@ def _hides_later_keys(attention: Any) -> bool:
     return _implementation(attention) in ("sdpa", "xfm_fast") and bool(getattr(attention, "is_causal", True))
 
 
-class UnpaddedModel(CalledByName):
-    """A whole encoder on packed tokens, embeddings included."""
-
-    _understood: ClassVar[set[str]] = {
-        "input_ids",
-        "attention_mask",
-        "token_type_ids",
-        "inputs_embeds",
-        "encoder_hidden_states",
-        "encoder_attention_mask",
-    }
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        if not settings.unpad:
-            return "it computes padding; unpad=True skips it"
-        if getattr(module.config, "is_decoder", False) and original_class(module).__name__ != "BlipTextModel":
-            return "a causal decoder keeps its padding"
-        return None
-
-    def declines(self) -> str | None:
-        layers = [layer for layer in cast(Any, self).encoder.layer if isinstance(layer, FusedLayer)]
-        reasons = [reason for layer in layers if (reason := layer.declines()) is not None]
-        return f"it computes padding: in a layer, {reasons[0]}" if reasons else None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.arguments(args, kwargs)
-        packed = self.packed(call)
-        if packed is None:
-            return self.padded(*args, **kwargs)
-        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-
-        x, packing = packed
-        states: Any = packing.unpad(x)
-        pooler: Any = self.pooler
-        out = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=states, pooler_output=None if pooler is None else pooler(states)
-        )
-        return out if wants_named(self, call) else out.to_tuple()
-
-    def padded(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, with padding."""
-        return super().forward(*args, **kwargs)
-
-    def packed(self, call: dict[str, Any]) -> tuple[Tensor, Packing] | None:
-        """Final states `[T, width]` and their packing; None for calls that keep padding."""
-        mask, memory_mask = call.get("attention_mask"), call.get("encoder_attention_mask")
-        given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
-        if asks_beyond(call, self._understood | _WITHOUT_EFFECT) or not self._can_pack(call):
-            return None
-        if (call.get("input_ids") is None) == (call.get("inputs_embeds") is None):
-            return None
-        masks = [m for m in (mask, memory_mask) if m is not None]
-        if mask is None or given is None or any(not isinstance(m, Tensor) or m.ndim != 2 for m in masks):
-            return None
-        if mask.shape != given.shape[:2]:
-            return None
-        planned = plan(mask, memory_mask, keep_first=self.pooler is not None)
-        if planned is None:
-            return None
-        packing, whole_memory = planned
-        # BLIP ignores the memory mask, and in transformers 4 so does every model that is no decoder.
-        if not whole_memory:
-            version = int(sys.modules["transformers"].__version__.split(".")[0])
-            if version < 5 or original_class(self).__name__ in _MEMORY_UNMASKED:
-                return None
-        with self.settings.own_types(mask.device):
-            return self._run(call | {"encoder_attention_mask": None if whole_memory else memory_mask}, packing), packing
-
-    def _can_pack(self, call: dict[str, Any]) -> bool:
-        config: Any = self.config
-        recorded = any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states"))
-        if recorded or config._attn_implementation not in _PLAIN_ATTENTION:
-            return False
-        module: Any = self
-        layers = list(module.encoder.layer)
-        crosses = hasattr(layers[0], "crossattention") or not getattr(layers[0], "is_decoder", True)
-        if call.get("encoder_hidden_states") is not None and not crosses:
-            return False
-        if any(observed(part) for part in (module.embeddings, module.encoder, *layers)):
-            return False
-        fused = is_fused(module.embeddings) and module.embeddings.intact()
-        return fused and all(isinstance(layer, FusedLayer) and layer.intact() for layer in layers)
-
-    def _run(self, call: dict[str, Any], packing: Packing) -> Tensor:
-        module: Any = self
-        tokens, embeds, types = (call.get(name) for name in ("input_ids", "inputs_embeds", "token_type_ids"))
-        positions = call.get("position_ids")
-        if positions is None:
-            # Without ids, RoBERTa treats every token as real.
-            counted = call["attention_mask"].new_full(packing.shape, -1) if tokens is None else tokens
-            positions = default_positions(module.embeddings, counted)
-        positions = packing.pack(positions.expand(packing.shape))
-        tokens, embeds, types = (None if t is None else packing.pack(t) for t in (tokens, embeds, types))
-        x = module.embeddings.embed(tokens, positions, types, embeds)
-        attend = to_own_tokens(packing, self.settings)
-        states = call.get("encoder_hidden_states")
-        memory = None
-        if states is not None and hasattr(module.encoder.layer[0], "crossattention"):
-            memory = packed_memory(states, call.get("encoder_attention_mask"), packing)
-        for layer in module.encoder.layer:
-            run = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory, intact=True)
-            # transformers 5 keeps activations out of memory layer by layer, transformers 4 for the whole encoder.
-            owners = [o for o in (layer, module.encoder) if getattr(o, "gradient_checkpointing", False) and o.training]
-            x = owners[0]._gradient_checkpointing_func(run, x) if owners and torch.is_grad_enabled() else run(x)
-        return x
-
-
 class FusedMaskedLM(CalledByName):
     """Encoder and masked-language head: only labelled positions reach the loss, and no padding the vocabulary."""
 
@@ -366,7 +248,7 @@ class FusedMaskedLM(CalledByName):
         module: Any = self
         base = getattr(module, module.base_model_prefix)
         run, states, packing, recorded = base, None, None, {}
-        if isinstance(base, UnpaddedModel) and not observed(base):
+        if isinstance(base, UnpaddedEncoder) and not observed(base):
             packed, mask = None, call.get("attention_mask")
             alike = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
             # Labels at padding count in the loss.
@@ -422,8 +304,21 @@ def _any(mask: Tensor) -> bool:
     return host.any_true(mask) if on_host(mask) else bool(mask.any())
 
 
+register_encoder(
+    *(
+        Encoder(
+            model=model,
+            layers="encoder.layer",
+            takes=("input_ids", "inputs_embeds", "position_ids", "token_type_ids"),
+            pooler="pooler",
+            output="BaseModelOutputWithPoolingAndCrossAttentions",
+            memory=True,
+        )
+        for model in _MODELS
+    )
+)
+
 RULES: tuple[Rule, ...] = (
-    Rule("UnpaddedModel", partial(is_of, _MODELS), UnpaddedModel, "padding left out of all layers"),
     Rule("FusedLayer", partial(is_of, _LAYERS), FusedLayer, "one product for q, k, v; GELU, residual and norm fused"),
     Rule("FusedEmbeddings", partial(is_of, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
     Rule(

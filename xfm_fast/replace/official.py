@@ -20,8 +20,8 @@ from xfm_fast.nn import qkv_bias
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import Adaptable, is_adapted
 from xfm_fast.replace.bert_layer import (
-    LAYER_JOINT,
     LAYER_PARTS,
+    BertLayer,
     FusedEmbeddings,
     Memory,
     Packed,
@@ -122,11 +122,10 @@ class _Keeping:
         return self._attend(q, k, v, dropout_p, settings)
 
 
-class OfficialTextLayer(CalledByName):
+class OfficialTextLayer(BertLayer):
     """A layer of the text or fusion encoder."""
 
     bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
-    joint = LAYER_JOINT
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
