@@ -147,7 +147,7 @@ def test_uses_that_cannot_be() -> None:
     made.to("cpu")
     made.float()
     assert report.frozen_bytes
-    with pytest.raises(InputError, match="query.weight"):
+    with pytest.raises(InputError, match=r"query\.weight"):
         made.load_state_dict(state)
     with pytest.raises(InputError, match=r"revert\(\)"):
         made.train()(**given)
@@ -221,7 +221,7 @@ def test_layers_that_stay() -> None:
     assert "weight" not in second.attention.self.query._parameters
     with pytest.raises(InputError, match="freeze"):
         accelerate(nn.TransformerEncoderLayer(8, 2, 16), freeze=True)
-    with pytest.raises(InputError, match="torch.bfloat16"):
+    with pytest.raises(InputError, match=r"torch\.bfloat16"):
         accelerate(model(), freeze=True, dtype=torch.bfloat16)
 
 

@@ -274,7 +274,7 @@ def test_stochastic_depth_of_images_keeps_or_drops_whole_branches() -> None:
 def test_positions_numbered_otherwise_are_left_alone() -> None:
     block = replicas.VisionBlock(32, 4, (3, 4))
     block.attn.relative_position_index.zero_()
-    with pytest.raises(InputError, match="not numbered as BEiT"):
+    with pytest.raises(InputError, match="not numbered like BEiT"):
         accelerate(block, exclude="norm*")
 
 

@@ -22,7 +22,7 @@ from xfm_fast import accelerate, accelerated  # noqa: E402
 from xfm_fast.errors import InputError  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace.families import Family, Mlp, family_of, register  # noqa: E402
-from xfm_fast.replace.masks import banded  # noqa: E402
+from xfm_fast.replace.masks import window_attention  # noqa: E402
 from xfm_fast.replace.swap import original_class  # noqa: E402
 
 if TRANSFORMERS < 5:
@@ -263,7 +263,7 @@ def test_bands_are_masked_attention(tokens: int, window: int) -> None:
     wanted = nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen
     ).transpose(1, 2)
-    found = banded(q, k, v, window, mask)
+    found = window_attention(q, k, v, window, mask)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True) for out in (wanted, found)]
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def pack(layers: Sequence[nn.Linear], *, blocked: bool) -> products.Frozen:
     packed = products.Frozen(products.laid_out(joined) if blocked else joined, requires_grad=False)
     sizes = tuple(weight.shape[0] for weight in weights)
     for number, layer in enumerate(layers):
-        parameter = layer.weight
+        parameter = cast(nn.Parameter, layer.weight)
         derived.forget(parameter)
         layer.__dict__[_SLOT] = Slot(packed, sizes, number, parameter)
         parameter.data = parameter.data.new_empty(0)
@@ -59,10 +59,12 @@ def unpack(layer: nn.Module) -> nn.Parameter:
 
 
 def is_packed(layer: nn.Module) -> bool:
+    """True if the weight of a layer is packed."""
     return _SLOT in layer.__dict__
 
 
 def slot_of(layer: nn.Module) -> Slot:
+    """The slot of a packed layer."""
     return layer.__dict__[_SLOT]
 
 

@@ -144,7 +144,7 @@ class Packed:
 
 
 @dataclass
-class Alike:
+class EqualLengths:
     """Attention of a few packed sequences of equal length `[T, H, D]`, run as a padded batch."""
 
     texts: int
@@ -154,15 +154,15 @@ class Alike:
         return F.scaled_dot_product_attention(q, k, v, None, dropout_p).transpose(1, 2).flatten(0, 1).flatten(-2)
 
 
-def are_few(packing: Packing, settings: Settings) -> bool:
+def is_small(packing: Packing, settings: Settings) -> bool:
     """True if there is no padding and so few tokens that attention is bound by call overhead."""
     return packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None
 
 
 def to_own_tokens(packing: Packing, settings: Settings) -> Attend:
     """Self-attention of packed texts."""
-    if are_few(packing, settings):
-        return Alike(packing.shape[0])
+    if is_small(packing, settings):
+        return EqualLengths(packing.shape[0])
     cu, longest = packing.cu_seqlens, packing.longest
     return Packed(cu, cu, longest, longest, packing.key_mask)
 
@@ -209,7 +209,7 @@ def attend_to_real_keys(
     return out.unflatten(0, (texts, length))
 
 
-def shares_one_memory(states: Tensor) -> bool:
+def is_expanded(states: Tensor) -> bool:
     """True if `[B, N, width]` states were expanded from one memory, so that projecting it once suffices."""
     return states.shape[0] > 1 and states.stride(0) == 0
 
@@ -270,7 +270,7 @@ def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memo
     """The memory `[P, N, width]` of packed texts; `mask` `[P, N]` is non-zero for visible tokens."""
     texts, length = states.shape[:2]
     cu, device = packing.cu_seqlens, states.device
-    if mask is None and shares_one_memory(states):
+    if mask is None and is_expanded(states):
         tokens = packing.positions.shape[0]
         queries, keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, length))
         return Memory(states[0], Packed(queries, keys, tokens, length))
@@ -281,7 +281,7 @@ def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memo
 
 def padded_memory(states: Tensor, mask: Tensor | None) -> Memory:
     """The memory `[B, N, width]` of a padded batch."""
-    if mask is None and shares_one_memory(states):
+    if mask is None and is_expanded(states):
         return Memory(states[:1], Padded(), shared=True)
     return Memory(states, Padded(mask))
 
@@ -319,7 +319,7 @@ def run_layer(
         q = _query(cross.self, x, settings)
         # One memory for the whole padded batch: all queries form one sequence.
         queries = q.flatten(0, 1)[None] if memory.shared else q
-        context = memory.attend(queries, k, v, _chance(cross.self), settings).view(*q.shape[:-2], -1)
+        context = memory.attend(queries, k, v, _dropout_p(cross.self), settings).view(*q.shape[:-2], -1)
         x = _close(cross.output, context, x, settings)
     return post_norm_mlp(parts, x, settings)
 
@@ -339,7 +339,7 @@ def _parts(layer: Any) -> Parts:
         fc2=ends[1].dense,
         hidden=None if is_erf_gelu(activation) else lambda x, linear: activation(linear(fc1, x)),
         activation=attrgetter("intermediate.intermediate_act_fn"),
-        attention_p=_chance(own),
+        attention_p=_dropout_p(own),
         branch_p=(probability(ends[0].dropout), probability(ends[1].dropout)),
     )
 
@@ -363,7 +363,7 @@ def _close(end: Any, x: Tensor, residual: Tensor, settings: Settings) -> Tensor:
     return proj_residual_norm(x, end.dense, residual, end.LayerNorm, settings, dropout_p=p, wide=True)[0]
 
 
-def _chance(projections: Any) -> float:
+def _dropout_p(projections: Any) -> float:
     """Dropout probability of the attention weights."""
     return projections.dropout.p if projections.training else 0.0
 

@@ -22,11 +22,11 @@ from xfm_fast.replace.swap import (
     Fused,
     Rule,
     Settings,
-    asks_beyond,
     find,
+    has_other_arguments,
     observed,
     original_class,
-    wants_named,
+    returns_dict,
 )
 from xfm_fast.replace.vit_block import PreNormBlock
 
@@ -160,7 +160,7 @@ class CutTextModel(CalledByName):
         pooled = x.index_select(0, packing.cu_seqlens[:-1] + ends)
         states = F.pad(packing.unpad(x), (0, 0, 0, whole - packing.shape[1]))
         out = BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
-        return out if wants_named(self, call) else out.to_tuple()
+        return out if returns_dict(self, call) else out.to_tuple()
 
     def _end(self) -> int | None:
         end = cast(Any, self).eos_token_id
@@ -168,7 +168,7 @@ class CutTextModel(CalledByName):
 
     def _needed(self, call: dict[str, Any]) -> list[int] | None:
         ids, mask, config = call.get("input_ids"), call.get("attention_mask"), cast(Any, self).config
-        if torch.compiler.is_compiling() or asks_beyond(call, self._understood):
+        if torch.compiler.is_compiling() or has_other_arguments(call, self._understood):
             return None
         if any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states")):
             return None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.replace.masks import merged
+from xfm_fast.replace.masks import add_mask
 from xfm_fast.replace.structure import Attend, apply_linear
 from xfm_fast.replace.swap import Settings
 from xfm_fast.replace.vit_block import attention
@@ -43,7 +43,7 @@ def disentangled(layer: Any, call: Mapping[str, Any]) -> Attend | None:
             weights = scores.masked_fill(~mask.bool(), torch.finfo(q.dtype).min).softmax(-1)
             return torch.einsum("bhnm,bmhd->bnhd", F.dropout(weights, dropout_p), v.to(weights.dtype)).flatten(2)
         shape = (*bias.shape[:2], *mask.shape[-2:]) if bias.shape[-1] == 1 else bias.shape
-        added = merged(bias.expand(shape), mask.bool(), q.dtype)
+        added = add_mask(bias.expand(shape), mask.bool(), q.dtype)
         return attention(q, k, v, scale, added, settings, dropout_p=dropout_p)
 
     return attend

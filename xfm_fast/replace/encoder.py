@@ -30,11 +30,11 @@ from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
     Settings,
-    asks_beyond,
     find,
+    has_other_arguments,
     observed,
     original_class,
-    wants_named,
+    returns_dict,
 )
 
 _PLAIN = ("eager", "sdpa", "xfm_fast", None)
@@ -119,7 +119,7 @@ class UnpaddedEncoder(CalledByName):
         if self.encoder_row.output != "BaseModelOutput":
             made["pooler_output"] = self._pooled(states)
         out = getattr(modeling_outputs, self.encoder_row.output)(**made)
-        return out if wants_named(self, call) else out.to_tuple()
+        return out if returns_dict(self, call) else out.to_tuple()
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with padding."""
@@ -130,7 +130,7 @@ class UnpaddedEncoder(CalledByName):
         row, mask, memory_mask = self.encoder_row, call.get("attention_mask"), call.get("encoder_attention_mask")
         given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
         understood = (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT, *(_MEMORY if row.memory else ()))
-        if asks_beyond(call, understood) or len(given) != 1 or not self._ready(call):
+        if has_other_arguments(call, understood) or len(given) != 1 or not self._ready(call):
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != given[0].shape[:2]:
             return None
@@ -171,8 +171,8 @@ class UnpaddedEncoder(CalledByName):
         if isinstance(embeddings, FusedEmbeddings):
             if not embeddings.intact():
                 return False
-        elif hasattr(embeddings, "token_type_ids"):
-            # The original would cut this buffer, which is shorter than packed texts may be.
+        elif row.memory:
+            # BERT's original cuts its buffer of token types, which may be shorter than the packed texts.
             return False
         return all(isinstance(layer, (FamilyLayer, BertLayer)) and layer.intact() for layer in layers)
 

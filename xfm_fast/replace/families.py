@@ -34,8 +34,8 @@ from xfm_fast.replace.swap import (
     CalledByName,
     Rule,
     Settings,
-    asks_beyond,
     find,
+    has_other_arguments,
     is_erf_gelu,
     observed,
     original_class,
@@ -261,7 +261,7 @@ class FamilyLayer(CalledByName):
         call = self.arguments(args, kwargs)
         family, x = self.layer_family, cast(Any, call.get(self.names[0]))
         understood = (self.names[0], "attention_mask", family.bias, family.rotary, *family.also_takes, *_WITHOUT_EFFECT)
-        covered = isinstance(x, Tensor) and x.ndim == 3 and x.numel() > 0 and not asks_beyond(call, understood)
+        covered = isinstance(x, Tensor) and x.ndim == 3 and x.numel() > 0 and not has_other_arguments(call, understood)
         attend = self._attention(call) if covered and self.intact() else None
         rotary = call.get(family.rotary) if family.rotary else None
         if attend is None or (family.rotary and not _are_rotary(rotary)):
@@ -333,13 +333,13 @@ class FamilyLayer(CalledByName):
             hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
             gammas=(_scale(self, family.scales[0]), _scale(self, family.scales[1])),
             row_scales=drops if any(family.drop_paths) else (),
-            attention_p=self._chance(family.weights_p),
-            hidden_p=self._chance(mlp.dropout),
-            branch_p=(self._chance(family.branch_p[0]), self._chance(family.branch_p[1])),
+            attention_p=self._dropout_p(family.weights_p),
+            hidden_p=self._dropout_p(mlp.dropout),
+            branch_p=(self._dropout_p(family.branch_p[0]), self._dropout_p(family.branch_p[1])),
             adapt=None if rotary is None else partial(_rotate_both, *rotary),
         )
 
-    def _chance(self, name: str) -> float:
+    def _dropout_p(self, name: str) -> float:
         """Probability of a dropout module, or of a number attribute, in the current mode."""
         if not name:
             return 0.0

@@ -46,9 +46,7 @@ class FrozenLinear(Fused):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> NoReturn:
-        raise InputError(
-            f"{prefix}weight is frozen for inference; call report.revert(), load, and accelerate again"
-        )
+        raise InputError(f"{prefix}weight is frozen for inference; call report.revert(), load, and accelerate again")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = torch.empty(0, dtype=slot_of(self).packed.dtype)

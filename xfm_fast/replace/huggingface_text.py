@@ -27,11 +27,11 @@ from xfm_fast.replace.swap import (
     CalledByName,
     Rule,
     Settings,
-    asks_beyond,
+    has_other_arguments,
     is_fused,
     observed,
     original_class,
-    wants_named,
+    returns_dict,
     why_not_bypassed,
 )
 
@@ -159,7 +159,10 @@ class FusedLayer(BertLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        if asks_beyond(call, self._understood | _WITHOUT_EFFECT | {"output_hidden_states"}) or not self.intact():
+        if (
+            has_other_arguments(call, self._understood | _WITHOUT_EFFECT | {"output_hidden_states"})
+            or not self.intact()
+        ):
             return super().forward(*args, **kwargs)
         x, mask = call["hidden_states"], call.get("attention_mask")
         states, their_mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
@@ -277,7 +280,7 @@ class FusedMaskedLM(CalledByName):
             shape = None if labels is None else labels.shape
             logits = packing.unpad(padded) if packing is not None else padded.unflatten(0, shape)
         out = MaskedLMOutput(loss=loss, logits=logits, **recorded)
-        return out if wants_named(self, call) else out.to_tuple()
+        return out if returns_dict(self, call) else out.to_tuple()
 
     def _loss_and_logits(
         self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None

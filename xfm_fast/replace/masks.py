@@ -12,7 +12,7 @@ from torch import Tensor
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
-from xfm_fast.replace.bert_layer import Padded, are_few
+from xfm_fast.replace.bert_layer import Padded, is_small
 from xfm_fast.replace.swap import Settings
 from xfm_fast.replace.vit_block import Bias, attention
 
@@ -23,7 +23,6 @@ class Dense:
 
     mask: Tensor | None = None  # additive, boolean (False hides) `[B, 1 or H, 1 or N, N]`, or key padding `[B, N]`
     bias: Bias = None  # added to the scaled scores, `[1 or B, H, N, N]`; or a position table, without a mask
-    scale: float | None = None
     causal: bool = False  # only without mask and bias
 
     @classmethod
@@ -44,21 +43,20 @@ class Dense:
         return None if mask.ndim != 4 or (boolean and implementation in ("eager", None)) else cls(mask, bias)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        if self.mask is not None and self.bias is None and self.scale is None:
+        if self.mask is not None and self.bias is None:
             return Padded(self.mask)(q, k, v, dropout_p, settings)
-        added = self._added(q.dtype)
-        return attention(q, k, v, scale, added, settings, dropout_p=dropout_p, causal=self.causal)
+        bias = self._masked_bias(q.dtype)
+        return attention(q, k, v, q.shape[-1] ** -0.5, bias, settings, dropout_p=dropout_p, causal=self.causal)
 
-    def _added(self, dtype: torch.dtype) -> Bias:
+    def _masked_bias(self, dtype: torch.dtype) -> Bias:
         """Bias and mask in one tensor."""
         mask, bias = self.mask, self.bias
         if mask is None or not isinstance(bias, Tensor):
-            return mask if bias is None else bias
+            return bias
         if bias.requires_grad and torch.is_grad_enabled():
-            return merged(bias, mask, dtype)
+            return add_mask(bias, mask, dtype)
         # All layers of a model get the same two.
-        return derived(f"with mask {dtype}", (bias, mask), lambda: merged(bias, mask, dtype))
+        return derived(f"with mask {dtype}", (bias, mask), lambda: add_mask(bias, mask, dtype))
 
 
 @dataclass
@@ -76,8 +74,8 @@ class Spread:
         else:
             q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
         if self.window is not None and q.shape[1] > 3 * self.window:
-            out = banded(q, k, v, self.window, self.mask, dropout_p)
-        elif self.window is None and self.bias is not None and not are_few(self.packing, settings):
+            out = window_attention(q, k, v, self.window, self.mask, dropout_p)
+        elif self.window is None and self.bias is not None and not is_small(self.packing, settings):
             # Without a mask the op can choose a kernel that hides no keys.
             keys, backend = None if self.packing.whole else self.mask, settings.backend
             out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
@@ -96,7 +94,7 @@ class Spread:
         return (keys & (distance <= self.window)) | (distance == 0)
 
 
-def merged(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+def add_mask(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias with the mask added."""
     bias, lowest = bias.to(dtype), torch.finfo(dtype).min
     if mask.is_floating_point():
@@ -104,7 +102,7 @@ def merged(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill(~mask, lowest)
 
 
-def banded(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
     """Attention `[B, N, H, D]` within a window, linear in N: blocks of `window` queries see three blocks of keys."""
     batch, tokens, heads, width = q.shape
     blocks = -(-tokens // window)

@@ -44,8 +44,8 @@ from xfm_fast.replace.swap import (
     Kinds,
     Rule,
     Settings,
-    asks_beyond,
     find,
+    has_other_arguments,
     observed,
     original_class,
     probability,
@@ -110,7 +110,7 @@ class _PackedTexts:
         return Packed(cu, cu, longest, longest, self.packing.key_mask)(q, k, v, dropout_p, settings)
 
 
-class _Keeping:
+class _RecordKeysValues:
     """Attention that records keys and values, which a layer returns for generation."""
 
     def __init__(self, attend: Padded) -> None:
@@ -145,7 +145,7 @@ class OfficialTextLayer(BertLayer):
             return run_layer(self, x[0], mask, self.settings, mask.memory if self._looks(call) else None)[None], None
         if not self._covers(call) or not self.intact():
             return super().forward(*args, **kwargs)
-        attend = _Keeping(Padded(mask))
+        attend = _RecordKeysValues(Padded(mask))
         with self.settings.own_types(x.device):
             memory = None
             if self._looks(call):
@@ -157,7 +157,7 @@ class OfficialTextLayer(BertLayer):
         return has_cross_attention(self) and call.get("encoder_hidden_states") is not None
 
     def _covers(self, call: dict[str, Any]) -> bool:
-        if asks_beyond(call, _TENSORS | {"mode"}) or drops_paths(self):
+        if has_other_arguments(call, _TENSORS | {"mode"}) or drops_paths(self):
             return False
         states, masks = call.get("encoder_hidden_states"), (call.get("attention_mask"),)
         if has_cross_attention(self):
@@ -209,7 +209,7 @@ class OfficialTextEncoder(CalledByName):
         if (
             torch.compiler.is_compiling()
             or head_masks
-            or asks_beyond(call, _TENSORS | {"mode", "return_dict", "head_mask"})
+            or has_other_arguments(call, _TENSORS | {"mode", "return_dict", "head_mask"})
         ):
             return None
         states = call.get("encoder_hidden_states")
@@ -356,7 +356,7 @@ class OfficialEmbeddings(FusedEmbeddings):
         # Include padding ids: RoBERTa's positions skip them.
         count = min(_TRIED_TOKENS, words.num_embeddings, places.num_embeddings // 2)
         ids = torch.arange(count, device=words.weight.device)[None].flip(1)
-        return _tried(module, cls, settings, words.weight, ids)
+        return _why_not_equal(module, cls, settings, words.weight, ids)
 
 
 class OfficialVocabularyHead(VocabularyHead):
@@ -384,10 +384,12 @@ class OfficialVocabularyHead(VocabularyHead):
         generator = torch.Generator().manual_seed(0)
         # Wide enough to expose another activation or GELU variant.
         features = 3 * torch.randn(2, dense.in_features, generator=generator)
-        return _tried(module, cls, settings, weight, features.to(weight.device, weight.dtype))
+        return _why_not_equal(module, cls, settings, weight, features.to(weight.device, weight.dtype))
 
 
-def _tried(module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor) -> str | None:
+def _why_not_equal(
+    module: nn.Module, fused: type[Fused], settings: Settings, weight: Tensor, example: Tensor
+) -> str | None:
     """Why a fused form cannot replace a module: its output on an example differs. None if it matches."""
     if weight.device.type == "meta":
         return "its parameters have no values yet, so it cannot be tested"

@@ -16,8 +16,8 @@ from xfm_fast.replace.swap import (
     Kinds,
     Rule,
     Settings,
-    asks_beyond,
     find,
+    has_other_arguments,
     original_class,
     why_not_bypassed,
 )
@@ -57,7 +57,7 @@ class OpenClipBlock(PreNormBlock, CalledByName):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
         x, mask = call["q_x"], call.get("attn_mask")
-        if asks_beyond(call, ("q_x", "attn_mask")) or not (_added(mask) and self.takes(x)):
+        if has_other_arguments(call, ("q_x", "attn_mask")) or not (_is_additive(mask) and self.takes(x)):
             return super().forward(*args, **kwargs)
         if mask is not None and mask.ndim == 3:
             mask = mask.unflatten(0, (-1, cast(Any, self).attn.num_heads))
@@ -85,7 +85,7 @@ class OpenClipBlock(PreNormBlock, CalledByName):
         )
 
 
-def _added(mask: Any) -> bool:
+def _is_additive(mask: Any) -> bool:
     """True for no mask, or an additive one."""
     return mask is None or (isinstance(mask, Tensor) and mask.is_floating_point() and mask.ndim in (2, 3))
 

@@ -41,9 +41,7 @@ def check(model: nn.Module, kind: str, freeze: bool) -> torch.dtype | None:
     """Validate 8-bit computation of a model and return the dtype of everything else; None follows the inputs."""
     types = {type_beside(kind, device) for device in {p.device for p in model.parameters()} or {torch.device("cpu")}}
     if freeze:
-        raise InputError(
-            f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out"
-        )
+        raise InputError(f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out")
     return types.pop() if len(types) == 1 else None
 
 

@@ -416,12 +416,12 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(module, Fused)
 
 
-def asks_beyond(call: Mapping[str, Any], understood: Collection[str]) -> bool:
+def has_other_arguments(call: Mapping[str, Any], understood: Collection[str]) -> bool:
     """True if a call sets an argument that is not in `understood`."""
     return any(value is not None and value is not False and name not in understood for name, value in call.items())
 
 
-def wants_named(model: Any, call: dict[str, Any]) -> bool:
+def returns_dict(model: Any, call: dict[str, Any]) -> bool:
     """True if a call returns a named output instead of a tuple."""
     asked = call.get("return_dict")
     return getattr(model.config, "return_dict", True) if asked is None else asked

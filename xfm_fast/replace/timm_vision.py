@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
 from xfm_fast.replace.adapters import Adaptable, is_adapted
-from xfm_fast.replace.structure import Parts, branch_types, run_module, norm_behind, pre_norm
+from xfm_fast.replace.structure import Parts, branch_types, norm_behind, pre_norm, run_module
 from xfm_fast.replace.swap import (
     Kinds,
     Rule,
     Settings,
-    asks_beyond,
     find,
+    has_other_arguments,
     original_class,
     probability,
     why_not_bypassed,
 )
 from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters, row_scale
-from xfm_fast.replace.window_block import continuous_bias, cosine, kept_bias, windows_of, within
+from xfm_fast.replace.window_block import cached_bias, continuous_bias, cosine, windows_of, within
 
 _NORMS = (nn.LayerNorm, LayerNorm)
 _MAYBE_DROP_PATH = (nn.Identity, DropPath)
@@ -126,7 +126,7 @@ class ViTBlock(_TimmBlock):
     }
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or asks_beyond(kwargs, ()) or not self.takes(x):
+        if args or has_other_arguments(kwargs, ()) or not self.takes(x):
             return super().forward(x, *args, **kwargs)
         block: Any = self
         gammas = (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None))
@@ -142,7 +142,7 @@ class BeitBlock(_TimmBlock):
         block: Any = self
         table = block.attn.relative_position_bias_table
         own = None if table is None else PositionTable(table, tuple(block.attn.window_size))
-        if asks_beyond(kwargs, ()) or (own is not None and not own.fits(x.shape[1])) or not self.takes(x):
+        if has_other_arguments(kwargs, ()) or (own is not None and not own.fits(x.shape[1])) or not self.takes(x):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias, **kwargs)
         bias: Bias = own or shared_rel_pos_bias
         if own is not None and shared_rel_pos_bias is not None:
@@ -156,7 +156,7 @@ class EvaBlock(_TimmBlock):
     bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": (eva.EvaAttention, eva.AttentionRope)}
 
     def forward(self, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if asks_beyond(kwargs, ()) or not self.takes(x):
+        if has_other_arguments(kwargs, ()) or not self.takes(x):
             return super().forward(x, rope=rope, **kwargs)
         block: Any = self
         return self.compute(self.parts((block.gamma_1, block.gamma_2), rope), x)
@@ -178,7 +178,7 @@ class RelPosBlock(_TimmBlock):
         positions = block.attn.rel_pos
         bias: Bias = shared_rel_pos
         if positions is not None:
-            bias = kept_bias("relative", positions, positions.parameters(), positions.get_bias, lambda: None)
+            bias = cached_bias("relative", positions, positions.parameters(), positions.get_bias, lambda: None)
         gammas = (getattr(find(self, "ls1"), "gamma", None), getattr(find(self, "ls2"), "gamma", None))
         behind = original_class(self) is vision_transformer_relpos.ResPostRelPosBlock
         return self.compute(self.parts(gammas), x, bias, order=norm_behind if behind else pre_norm)
@@ -216,7 +216,7 @@ class WindowBlock(_TimmBlock):
         windowed, attend = within(
             parts,
             windows_of(size, window, shift, x, fill_first=False),
-            lambda: kept_bias(name, source, sources(), make, mask),
+            lambda: cached_bias(name, source, sources(), make, mask),
         )
         with branch_types(self.settings, x.device) as settings:
             order = norm_behind if second else pre_norm

@@ -16,7 +16,7 @@ from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
 from xfm_fast.replace.families import FamilyLayer
 from xfm_fast.replace.structure import Attend, Parts
-from xfm_fast.replace.swap import Settings, asks_beyond, observed
+from xfm_fast.replace.swap import Settings, has_other_arguments, observed
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ def windows_of(
     """Cached windows of an image; `fill_first` pads before the shift (transformers) or after it (timm)."""
     if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
         # Tensors made during a trace belong to its graph.
-        return _made(size, window, shift, fill_first, x.device)
+        return _build_windows(size, window, shift, fill_first, x.device)
     with torch.inference_mode(False):
-        return _kept(size, window, shift, fill_first, x.device)
+        return _cached_windows(size, window, shift, fill_first, x.device)
 
 
-def _made(
+def _build_windows(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], fill_first: bool, device: torch.device
 ) -> Windows:
     height, width = size
@@ -68,7 +68,7 @@ def _made(
     return Windows(index, inverse, index.shape[0] // area, area, index.shape[0] > height * width)
 
 
-_kept = lru_cache(maxsize=64)(_made)
+_cached_windows = lru_cache(maxsize=64)(_build_windows)
 
 
 def within(parts: Parts, windows: Windows, bias: Callable[[], Tensor]) -> tuple[Parts, Attend]:
@@ -83,7 +83,7 @@ def within(parts: Parts, windows: Windows, bias: Callable[[], Tensor]) -> tuple[
     return parts._replace(windows=windows), attend
 
 
-def kept_bias(
+def cached_bias(
     name: str,
     module: nn.Module,
     sources: Iterable[Tensor],
@@ -129,7 +129,7 @@ class WindowLayer(FamilyLayer):
         module: Any = self
         known = ("hidden_states", "input_dimensions", "always_partition")
         implementation = getattr(getattr(module.attention, "config", None), "_attn_implementation", None)
-        if asks_beyond(call, known) or x.numel() == 0 or not self._plain(implementation) or not self.intact():
+        if has_other_arguments(call, known) or x.numel() == 0 or not self._plain(implementation) or not self.intact():
             return super(FamilyLayer, self).forward(*args, **kwargs)
         if hasattr(module, "set_shift_and_window_size") and not call.get("always_partition"):
             module.set_shift_and_window_size(size)
@@ -151,7 +151,7 @@ class WindowLayer(FamilyLayer):
         parts, module = self._parts(None), self
         tables: Any = getattr(module.attention, "relative_position_bias", None)
         if tables is not None:
-            return parts, partial(kept_bias, name, tables, (tables.relative_position_bias_table,), tables, mask)
+            return parts, partial(cached_bias, name, tables, (tables.relative_position_bias_table,), tables, mask)
         attention: Any = module.get_submodule("attention.self")
         mlp = attention.continuous_position_bias_mlp
         make = partial(
@@ -164,7 +164,7 @@ class WindowLayer(FamilyLayer):
             return None if hidden is None else 2 * hidden
 
         cosines = parts._replace(scale=1.0, adapt=partial(cosine, attention.logit_scale))
-        return cosines, partial(kept_bias, name, mlp, mlp.parameters(), make, doubled)
+        return cosines, partial(cached_bias, name, mlp, mlp.parameters(), make, doubled)
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
