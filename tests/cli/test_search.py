@@ -91,7 +91,7 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
         (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "exclude each other"),
         (["search", folder, "a dog", "--sheet", "a.gif"], ".html or .png"),
         (["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"], "in no format that Pillow reads"),
-        (["index", folder, "--random", "tiny"], "make another one elsewhere (--index)"),
+        (["index", folder, "--random", "tiny"], "(--index)"),
         (["index", tmp_path / "nowhere"], "does not exist"),
         (["index", folder, "--model", tmp_path / "nothing"], "nothing"),
     ):

@@ -47,9 +47,7 @@ def test_features_are_those_of_encode(photos: Path, model: SearchModel) -> None:
     assert names == sorted(names)
     assert isinstance(found.features.base, np.memmap)
     np.testing.assert_allclose(found.features, expected(model, photos, names), atol=1e-5)
-    assert {path.name.split("-")[0] for path in index_folder(photos).iterdir()} == {
-        ".lock", "index.json", "features", "images"
-    }  # fmt: skip
+    assert {path.name.split("-")[0] for path in index_folder(photos).iterdir()} == {"index.json", "features", "images"}
 
 
 def test_only_what_is_new_or_changed_is_read(photos: Path, model: SearchModel, read: list[str]) -> None:
@@ -107,24 +105,24 @@ def test_a_killed_run_goes_on(
 ) -> None:
     monkeypatch.setattr(index, "_PART", 2)
     written = 0
-    write = index._Parts._write
+    write = index._write_part
 
-    def killed(self: Any) -> None:
+    def killed(*arguments: Any) -> None:
         nonlocal written
         if written == 2:
             os._exit(9)
         written += 1
-        write(self)
+        write(*arguments)
 
-    monkeypatch.setattr(index._Parts, "_write", killed)
+    monkeypatch.setattr(index, "_write_part", killed)
     if (child := os.fork()) == 0:
         build_index(photos, model, batch_size=1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    monkeypatch.setattr(index._Parts, "_write", write)
+    monkeypatch.setattr(index, "_write_part", write)
     assert not (index_folder(photos) / "index.json").exists()
     # Half a part is none.
-    (index_folder(photos) / "part-0-0123456789ab.jsonl").write_text('{"of":')
+    (index_folder(photos) / f"part-0-{model.fingerprint}-0123456789ab.jsonl").write_text('{"name":')
     report = build_index(photos, model)
     assert len(read) == 3
     assert report.images == 7
@@ -141,7 +139,8 @@ def test_what_a_run_that_was_killed_at_its_end_left_is_removed(photos: Path, mod
     for name in foreign:
         (index_folder(photos) / name).write_text("")
     whole = sorted(path.name for path in index_folder(photos).iterdir())
-    for name in ("part-0-{}.jsonl", "part-0-{}.f32", "features-{}.f32", "images-{}.jsonl"):
+    ours = ("part-0-{}.jsonl", f"part-0-{model.fingerprint}-{{}}.f32", "features-{}.f32", "graph-{}.usearch")
+    for name in ours:
         (index_folder(photos) / name.format("0123456789ab")).write_text("")
     build_index(photos, model)
     assert sorted(path.name for path in index_folder(photos).iterdir()) == whole
@@ -177,7 +176,7 @@ def test_another_model_is_refused(photos: Path, model: SearchModel, tmp_path: Pa
     build_index(photos, model)
     other = open_model(write_model(tmp_path / "other", seed=1))
     for call in (lambda: build_index(photos, other), lambda: open_index(photos).check(other)):
-        with pytest.raises(DataError, match=r"was made with .*, and this is .*other .*make another one elsewhere"):
+        with pytest.raises(DataError, match=r"was made with .*this is .*other"):
             call()
     # The number format is none of its identity.
     open_index(photos).check(open_model(model.source, dtype=torch.bfloat16))
@@ -186,7 +185,7 @@ def test_another_model_is_refused(photos: Path, model: SearchModel, tmp_path: Pa
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda said: said | {"format": 1}, "has format 1, and this version reads 2; delete it"),
+        (lambda said: said | {"format": 1}, "has format 1"),
         (lambda said: said | {"images": 5}, "is damaged .*entries for 5 images"),
         (lambda said: said | {"images": -1}, "is damaged .*entries for -1 images"),
         (lambda said: {"format": 2}, "is damaged"),
@@ -204,10 +203,19 @@ def test_a_damaged_index_is_refused(photos: Path, model: SearchModel, damage: An
         open_index(photos)
 
 
-def test_a_cut_file_of_features_is_refused(photos: Path, model: SearchModel) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("features-*", lambda content: content[:-4]),
+        ("images-*", lambda content: content.replace(b'"row": null', b'"row": null, "fault": "?"', 1)),
+        ("images-*", lambda content: b"5\n" * 7),
+    ],
+    ids=["cut", "fault", "number"],
+)
+def test_damaged_rows_are_refused(photos: Path, model: SearchModel, name: str, damage: Any) -> None:
     build_index(photos, model)
-    path = next(index_folder(photos).glob("features-*"))
-    path.write_bytes(path.read_bytes()[:-4])
+    path = next(index_folder(photos).glob(name))
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match="is damaged"):
         open_index(photos)
 
@@ -230,7 +238,7 @@ def test_an_index_that_is_swapped_meanwhile_is_read_again(
     monkeypatch.setattr(json, "loads", late)
     assert len(open_index(photos).entries) == 8
     next(index_folder(photos).glob("images-*")).unlink()
-    with pytest.raises(DataError, match=r"lacks .*images-.*delete it and index again"):
+    with pytest.raises(DataError, match=r"lacks .*images-"):
         open_index(photos)
 
 
@@ -246,7 +254,7 @@ def test_an_index_moves_with_its_folder(photos: Path, model: SearchModel, tmp_pa
 
 def test_the_index_of_another_collection_is_refused(photos: Path, model: SearchModel, tmp_path: Path) -> None:
     build_index(photos, model, tmp_path / "index")
-    with pytest.raises(DataError, match=r"is the index of .*photos, and this is .*trip; name another folder"):
+    with pytest.raises(DataError, match=r"is the index of .*photos, this is .*trip"):
         build_index(photos / "trip", model, tmp_path / "index")
 
 
@@ -261,11 +269,11 @@ def test_rows_of_a_file(tmp_path: Path, model: SearchModel) -> None:
 
 def test_what_cannot_be_indexed(photos: Path, model: SearchModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"cannot be written .*--index"):
+    with pytest.raises(StorageError, match="file/index"):
         build_index(photos, model, tmp_path / "file" / "index")
     with pytest.raises(DataError, match="has no index; make one"):
         open_index(photos)
-    with pytest.raises(DataError, match="nowhere is not there; name what was indexed"):
+    with pytest.raises(DataError, match="nowhere"):
         open_index(tmp_path / "nowhere")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -279,7 +287,7 @@ def test_one_run_at_a_time(photos: Path, model: SearchModel, monkeypatch: pytest
 
     def second(*arguments: Any) -> Any:
         monkeypatch.setattr(index, "_embed", embed)
-        with pytest.raises(StorageError, match="is being written by another process"):
+        with pytest.raises(StorageError, match=r"index .* is in use"):
             build_index(photos, model)
         return embed(*arguments)
 

@@ -27,9 +27,21 @@ from xfm_fast.search import (
     search,
     write_sheet,
 )
+from xfm_fast.search import query as query_module
 from xfm_fast.search.query import match_images
 
 TEXT = "a red circle"
+
+
+def test_nearest_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = np.random.default_rng(0).standard_normal((1000, 8)).astype(np.float32)
+    query = torch.from_numpy(features[700])
+    whole = torch.from_numpy(features) @ query
+    monkeypatch.setattr(query_module, "_BLOCK", 64)
+    for k in (1, 100, 2000):
+        rows, values = query_module.nearest(features, query, k)
+        assert rows.tolist() == whole.argsort(descending=True)[:k].tolist()
+        torch.testing.assert_close(values, whole[rows])
 
 
 @pytest.fixture
@@ -104,7 +116,7 @@ def test_bad_queries(indexed: SearchIndex, model: SearchModel, photos: Path, tmp
 def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path: Path) -> None:
     bare = XFM.from_pretrained(weights, heads=["contrastive"])
     bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UnavailableError, match="no matching head to score candidates with"):
+    with pytest.raises(UnavailableError, match="no matching head"):
         search(indexed, open_model(tmp_path / "bare"), TEXT)
     assert search(indexed, open_model(tmp_path / "bare"), TEXT, candidates=0).hits
     XFM.from_pretrained(weights, heads=["matching"]).save_pretrained(tmp_path / "blind")
@@ -115,9 +127,9 @@ def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path
     with pytest.raises(UnavailableError, match=r"no tokenizer .*--tokenizer"):
         search(indexed, dumb, TEXT)
     (tmp_path / "bare" / TASK_FILE).write_text('{"format": 1, "task": {"kind": "nlvr2"}}')
-    with pytest.raises(CheckpointError, match="fine-tuned for the task nlvr2"):
+    with pytest.raises(CheckpointError, match="fine-tuned for nlvr2"):
         open_model(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="is a file; give a folder"):
+    with pytest.raises(CheckpointError, match="is a file"):
         open_model(weights / "config.json")
 
 
@@ -127,7 +139,7 @@ def test_random_weights_are_the_same_each_time() -> None:
     assert first.source.random
     assert first.fingerprint == second.fingerprint
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(DataError, match="nowhere holds no tokenizer"):
+    with pytest.raises(DataError, match="nowhere"):
         open_model(ModelSource(tokenizer="nowhere"))
 
 

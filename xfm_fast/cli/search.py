@@ -51,14 +51,12 @@ class IndexOptions:
         images: Folder of the images, if a file lists their paths. [the file's]
         batch_size: Images per batch.
         workers: Threads that read and decode images.
-        graph: Neighbour graph for approximate search; auto builds one above 200,000 images if usearch is installed.
     """
 
     index: Path | None = None
     images: Path | None = None
     batch_size: Annotated[int, Ge(1)] = 32
     workers: Annotated[int, Ge(1)] = 4
-    graph: Literal["auto", "always", "never"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,6 @@ class SearchOptions:
         rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum (match logit +
             similarity). [as recorded by the model's run, else match]
         sheet: Contact sheet to write, .html or .png.
-        exact: Compare all images, even if the index has a graph.
         index: Folder of the index. [in the indexed folder, or next to it]
         images: Folder of the images, if a file lists their paths. [the file's]
     """
@@ -80,7 +77,6 @@ class SearchOptions:
     candidates: Annotated[int, Ge(0)] = 64
     rank: Literal["match", "similarity", "sum"] | None = None
     sheet: Path | None = None
-    exact: bool = False
     index: Path | None = None
     images: Path | None = None
 
@@ -105,7 +101,6 @@ def index(
     from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE
-    from xfm_fast.search.neighbours import lacks_graph
     from xfm_fast.training.distributed import join_processes, stop_on_signal
 
     target = options.index or index_folder(collection)
@@ -117,7 +112,7 @@ def index(
         model = processes.together(lambda: open_model(source, device=processes.device, dtype=PRECISIONS[weights.dtype]))
         report = build_index(
             collection, model, target, images=options.images, batch_size=options.batch_size, workers=options.workers,
-            processes=processes, progress=advance, stop=stop, graph=options.graph,
+            processes=processes, progress=advance, stop=stop,
         )  # fmt: skip
         first = processes.first
     if not first:
@@ -125,8 +120,6 @@ def index(
     if report.interrupted:
         note("stopped; the same command resumes")
         return UNFINISHED
-    if (remark := lacks_graph(report.images)) is not None and options.graph == "auto":
-        note(remark)
     if as_json:
         print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random}))
         return 0
@@ -178,10 +171,7 @@ def search(
     device = "cuda" if weights.device != "cpu" and torch.cuda.is_available() else "cpu"
     model = open_model(source, device=device, dtype=PRECISIONS[weights.dtype])
     target = Path(query) if os.path.isfile(query) else query
-    found = find(
-        found_index, model, target, top=options.top, candidates=options.candidates, exact=options.exact,
-        rank=options.rank,
-    )  # fmt: skip
+    found = find(found_index, model, target, top=options.top, candidates=options.candidates, rank=options.rank)
     matches = [hit.match for hit in found.hits if hit.match is not None]
     if len(matches) > 1 and 0.1 < min(matches) <= max(matches) < min(0.9, min(matches) + _ALIKE):
         note("match scores hardly differ, as from an untrained head; try --rank similarity")

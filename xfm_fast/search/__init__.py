@@ -1,9 +1,7 @@
-"""Search one's own images by text or by image: an index of features on disk, re-ranked with the fusion encoder.
+"""Image search by text or by image: features in an index on disk, re-ranked with the fusion encoder.
 
-    index = build_index("photos", open_model("runs/base/model"))
-    for hit in search(open_index("photos"), open_model("runs/base/model"), "a red bicycle").hits: ...
-
-`xfm-fast index` and `xfm-fast search` are these functions.
+index = build_index("photos", open_model("runs/base/model"))
+for hit in search(open_index("photos"), open_model("runs/base/model"), "a red bicycle").hits: ...
 """
 
 from xfm_fast.data.collection import Collection, Entry, open_collection

@@ -1,9 +1,8 @@
-"""The index of a collection: features on disk, mapped into memory, of which only what is new or changed is made.
+"""The image index: features in a memory-mapped file, computed only for new and changed images.
 
-Processes append what they have done to parts of their own, so that a killed run goes on; at the end the first one puts
-the parts and what is still valid together, in the order of the collection, and swaps the new index in. Images stay
-where they are: the candidates of a search are few and read again, while the embeddings of all patches would take
-600 KB an image at 224 pixels, features 1 KB.
+Each process writes parts, so that a killed run resumes. At the end the first process merges them with the valid rows of
+the old index, in the order of the collection, and replaces index.json. Images stay where they are: a search reads its
+few candidates again, since the embeddings of all patches would take 600 KB an image, features take 1 KB.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain, repeat
 from pathlib import Path
 from threading import Event
 from typing import Any, BinaryIO, NamedTuple
@@ -27,78 +27,46 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast.checkpoint import write_bytes, write_files
+from xfm_fast.checkpoint import hold, write_bytes, write_files
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.documents import MOST_JSON_BYTES, is_plain_name, read_bytes, require_file
-from xfm_fast.errors import DataError, StorageError
+from xfm_fast.errors import DataError
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search.model import ModelSource, SearchModel
-from xfm_fast.search.neighbours import Graph, graph_of, open_graph, wants_graph
 from xfm_fast.training.distributed import Processes
 
 FORMAT_VERSION = 2
 INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
-# Images whose features a killed run may lose.
+# A killed run loses the features of at most this many images.
 _PART = 256
-# Batches that are read and decoded while the model computes.
-_AHEAD = 3
-_BLOCK = 1 << 14
-_OURS = re.compile(r"(part-\d+|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)")
-
-Progress = Callable[[int, int], None]
+# Batches that are decoded while the model computes.
+_PREFETCH = 3
+_OUR_FILES = re.compile(r"(part-\d+(-[0-9a-f]{32})?|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)")
 
 
 @dataclass(frozen=True)
 class SearchIndex:
-    """An index as it lies on disk.
-
-    Attributes:
-        folder: of the index.
-        entries: the images, by row.
-        features: `[I, embed_dim]` float32, L2-normalised, mapped.
-        faults: reasons why images or rows could not be read, by their name.
-        broken: the images among them, which are tried again when they change.
-        model: where the weights come from.
-        fingerprint: identifies the weights.
-        path, images: the collection; see `open_collection`.
-        graph_file, graph_bytes: name and size of the graph of neighbours; None where there is none.
-        root: folder below which pictures are read; None for that of the index, since it may come from anybody.
-    """
+    """An index on disk: `features` `[I, embed_dim]` float32, L2-normalised, row i of `entries[i]`."""
 
     folder: Path
     entries: list[Entry]
     features: np.ndarray
+    # Reasons by name of an image or row; `broken` are the images among them.
     faults: dict[str, str]
     broken: list[Entry]
     model: ModelSource
     fingerprint: str
+    # The collection; see `open_collection`.
     path: Path
     images: Path | None
-    graph_file: str | None = None
-    graph_bytes: int = 0
+    # Pictures are read below this folder; None for the folder of the index, which may come from anybody.
     root: Path | None = None
 
     @cached_property
-    def graph(self) -> Any | None:
-        """The graph of neighbours; None where all features are compared.
-
-        Raises:
-            DataError: it is damaged.
-        """
-        if self.graph_file is None:
-            return None
-        images, width = self.features.shape
-        return open_graph(self.folder / self.graph_file, images, width, self.graph_bytes)
-
-    @cached_property
     def collection(self) -> Collection:
-        """What was indexed.
-
-        Raises:
-            DataError: the index names a place outside its folder, and nobody else does.
-        """
+        """The indexed collection; raises `DataError` where only the index names a place outside its folder."""
         if self.root is None and not _is_below(self.path, self.folder):
             raise DataError(f"{self.folder} is an index of {self.path}; name that, with the index as --index")
         return open_collection(self.path, self.images)
@@ -114,24 +82,14 @@ class SearchIndex:
         """Raise `DataError` unless the index was made with this model."""
         if self.fingerprint != model.fingerprint:
             raise DataError(
-                f"{self.folder} was made with {self.model} ({self.fingerprint[:8]}), and this is {model.source} "
-                f"({model.fingerprint[:8]}), whose features are others; use that model, delete the index, or make "
-                "another one elsewhere (--index)"
+                f"{self.folder} was made with {self.model} ({self.fingerprint[:8]}), this is {model.source} "
+                f"({model.fingerprint[:8]}); use that model, or make another index elsewhere (--index)"
             )
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """What indexing did.
-
-    Attributes:
-        folder: of the index.
-        images: in the index now.
-        added: of these, those that are new or have changed.
-        removed: images that were in the index and are gone.
-        faults: reasons why images or rows could not be read, by their name.
-        interrupted: a signal came; the same call goes on from there.
-    """
+    """Counts of an indexing run; `interrupted` by a signal, the same call resumes."""
 
     folder: Path
     images: int = 0
@@ -141,8 +99,24 @@ class IndexReport:
     interrupted: bool = False
 
 
+class _Row(NamedTuple):
+    """An image and its feature, or the reason why it has none."""
+
+    entry: Entry
+    feature: np.ndarray | None
+    fault: str | None = None
+
+
+class _Rows(NamedTuple):
+    """A file of rows: entries with their features, and rows without one."""
+
+    entries: list[Entry]
+    features: np.ndarray
+    broken: list[_Row]
+
+
 def index_folder(path: str | os.PathLike[str]) -> Path:
-    """Where the index of a collection lies unless another folder is named: in its folder, or beside its file."""
+    """The default folder of the index of a collection: inside its folder, or next to its file."""
     path = Path(path).expanduser()
     return path / INDEX_FOLDER if path.is_dir() else path.with_name(f"{path.name}{INDEX_FOLDER}")
 
@@ -153,24 +127,31 @@ def open_index(
     *,
     images: str | os.PathLike[str] | None = None,
 ) -> SearchIndex:
-    """Read an index. Pictures are read below `path` and `images` alone, whatever the index names.
+    """Read an index. Pictures are read only below `path` and `images`, whichever places the index names.
 
     Args:
-        path: what was indexed; or the folder of an index, which then shows no pictures from elsewhere.
-        folder: of the index; by default in or beside `path`.
+        path: the indexed collection; or the folder of an index, which then shows no pictures from elsewhere.
+        folder: of the index; by default in or next to `path`.
         images: folder of the images, where a file lists their paths; by default that of the file.
 
     Raises:
-        DataError: there is none, it is damaged, or of another version.
+        DataError: there is no index, or it is damaged or of another version.
     """
     given = Path(path).expanduser()
     places = [given, index_folder(given)] if folder is None else [Path(folder).expanduser()]
     place = next((each for each in places if (each / INDEX_FILE).is_file()), None)
     if place is None:
         if not given.exists():
-            raise DataError(f"{path} is not there; name what was indexed, or the folder of the index")
+            raise DataError(f"{path} does not exist; name an indexed collection, or the folder of an index")
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
-    found = _opened(place)
+    try:
+        found = _read(place)
+    except FileNotFoundError:
+        # Another process has replaced the index and removed the old files.
+        try:
+            found = _read(place)
+        except FileNotFoundError as error:
+            raise DataError(f"the index {place} lacks {error.filename}; delete it and index again") from None
     if place == given:
         return found
     pictures = None if images is None else Path(images).expanduser()
@@ -178,44 +159,24 @@ def open_index(
     return replace(found, path=given, images=pictures or found.images, root=root)
 
 
-def _opened(folder: Path) -> SearchIndex:
-    try:
-        return _read(folder)
-    except FileNotFoundError:
-        # Another process has put a new index in its place, and taken the old one's files away.
-        try:
-            return _read(folder)
-        except FileNotFoundError as error:
-            raise DataError(f"the index {folder} lacks {error.filename}; delete it and index again") from None
-
-
 def _read(folder: Path) -> SearchIndex:
     try:
-        # Names of images may hold what no other text of ours may: bytes that are no UTF-8.
-        said = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
-        if said["format"] != FORMAT_VERSION:
-            raise DataError(
-                f"{folder} has format {said['format']!r}, and this version reads {FORMAT_VERSION}; delete it and index "
-                "again"
-            )
-        for name in (said["entries"], said["features"], said["graph"]):
-            if name is not None and not is_plain_name(name):
+        # Names of images may hold bytes that are no UTF-8, which `parse_json` refuses.
+        header = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
+        if header["format"] != FORMAT_VERSION:
+            raise DataError(f"{folder} has format {header['format']!r}, not {FORMAT_VERSION}; delete and make it again")
+        for name in (header["entries"], header["features"]):
+            if not is_plain_name(name):
                 raise ValueError(f"{name!r} is no file of this folder")
-        lines = require_file(folder / said["entries"]).read_text(encoding="utf-8").splitlines()
-        count, width = int(said["images"]), int(said["width"])
-        entries = [_entry(json.loads(line)) for line in lines]
-        if len(entries) != count or (folder / said["features"]).stat().st_size != 4 * count * width:
-            raise ValueError(f"{len(entries)} entries for {count} images")
-        features: np.ndarray = np.empty((0, width), np.float32)
-        if count:
-            features = np.memmap(folder / said["features"], np.float32, "r", shape=(count, width)).view(np.ndarray)
+        rows = _read_rows(folder / header["entries"], folder / header["features"], int(header["width"]))
+        if len(rows.entries) != header["images"] or rows.broken:
+            raise ValueError(f"{len(rows.entries)} entries for {header['images']} images")
         return SearchIndex(
-            folder, entries, features, dict(said["faults"]), [_entry(each) for each in said["broken"]],
-            ModelSource(**said["model"]), str(said["fingerprint"]), _beside(folder, said["path"]),
-            None if said["picture_folder"] is None else _beside(folder, said["picture_folder"]),
-            said["graph"], int(said["graph_bytes"]),
+            folder, rows.entries, rows.features, dict(header["faults"]), [_entry(each) for each in header["broken"]],
+            ModelSource(**header["model"]), str(header["fingerprint"]), _resolve(folder, header["path"]),
+            None if header["picture_folder"] is None else _resolve(folder, header["picture_folder"]),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, (DataError, FileNotFoundError)):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -231,11 +192,10 @@ def build_index(
     batch_size: int = 32,
     workers: int = 4,
     processes: Processes | None = None,
-    progress: Progress = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
     stop: Event | None = None,
-    graph: Graph = "auto",
 ) -> IndexReport:
-    """Make or renew the index of a collection; images that have not changed, by size and time, are not read.
+    """Make or update the index of a collection; images of the same size and modification time are not read again.
 
     All of several processes must see the folder, and each computes its share. Images that cannot be read are listed.
 
@@ -245,82 +205,58 @@ def build_index(
         folder: of the index; by default `index_folder(path)`.
         batch_size: images that are computed together.
         workers: threads that read and decode images.
-        processes: see `join_processes`; by default this one alone.
-        progress: called with images done and to do.
-        stop: once it is set, the call returns, and another one goes on from there.
-        graph: of neighbours, by which many images are searched: `auto` makes one beyond 200,000 images if `usearch` is
-            installed.
+        processes: see `join_processes`; by default this process.
+        progress: called with the numbers of images done and to do.
+        stop: once it is set, the call returns, and another call resumes.
 
     Raises:
         DataError: there are no images, none can be read, or the index is of another model or version.
         StorageError: the index cannot be written, or another process is writing it.
-        UnavailableError: a graph was asked for, and `usearch` is not installed.
     """
     processes = processes or Processes()
     target = index_folder(path) if folder is None else Path(folder).expanduser()
-    place = _Place(Path(path).expanduser(), None if images is None else Path(images).expanduser())
-    collection = processes.together(lambda: open_collection(place.path, place.images))
-    # Before hours of work, not behind them.
-    processes.together(lambda: wants_graph(graph, 0))
-    with _locked(target, processes):
+    place, pictures = Path(path).expanduser(), None if images is None else Path(images).expanduser()
+    collection = processes.together(lambda: open_collection(place, pictures))
+    with ExitStack() as stack:
+        processes.from_first(lambda: stack.enter_context(hold(target / ".lock", f"the index {target} (--index)")))
 
         def begin() -> tuple[list[Entry], dict[str, str], list[Entry]]:
             entries, faults = collection.listing()
-            old = open_index(target) if (target / INDEX_FILE).exists() else None
-            if old is not None:
+            if (old := _old_index(target)) is not None:
                 old.check(model)
-                if old.path.resolve() != place.path.resolve():
-                    raise DataError(
-                        f"{target} is the index of {old.path}, and this is {place.path}; name another folder "
-                        "(--index), or delete that one"
-                    )
-            done = _versions(old, _parts(target, model))
+                if old.path.resolve() != place.resolve():
+                    raise DataError(f"{target} is the index of {old.path}, this is {place}; name another --index")
+            done = {row.entry.version for row in _rows(target, model)}
             return entries, faults, [entry for entry in entries if entry.version not in done]
 
         entries, faults, todo = processes.from_first(begin)
         share = todo[processes.rank :: processes.world_size]
 
         def work() -> None:
-            with _Parts(target, model, processes.rank) as parts:
-                for number, made in enumerate(_embed(collection, share, model.model, batch_size, workers), start=1):
-                    parts.add(made)
+            pending: list[_Row] = []
+            try:
+                for number, row in enumerate(_embed(collection, share, model.model, batch_size, workers), start=1):
+                    pending.append(row)
+                    if len(pending) >= _PART:
+                        part, pending = pending, []
+                        _write_part(target, model, processes.rank, part)
                     progress(number * processes.world_size, len(todo))
                     if stop is not None and stop.is_set():
                         break
+            finally:
+                _write_part(target, model, processes.rank, pending)
 
         processes.together(work)
         if processes.any(stop is not None and stop.is_set()):
             return IndexReport(target, interrupted=True)
-        return processes.from_first(lambda: _assemble(target, model, place, entries, faults, todo, graph))
-
-
-class _Made(NamedTuple):
-    """An image, and its feature or the reason why it has none."""
-
-    entry: Entry
-    feature: np.ndarray | None
-    fault: str | None
-
-
-class _Place(NamedTuple):
-    """Where a collection is."""
-
-    path: Path
-    images: Path | None
-
-
-class _Part(NamedTuple):
-    """A finished part: entries, the features of those that have one, and the faults of the others."""
-
-    entries: list[Entry]
-    features: np.ndarray
-    faults: list[str | None]
+        header = {"path": _relative(target, place), "picture_folder": pictures and _relative(target, pictures)}
+        return processes.from_first(lambda: _merge(target, model, header, entries, faults, todo))
 
 
 def _embed(
     collection: Collection, entries: Sequence[Entry], model: XFM, batch_size: int, workers: int
-) -> Iterator[_Made]:
-    """Images with their features, in order, read ahead by threads."""
+) -> Iterator[_Row]:
+    """Features of images, in order; threads decode ahead."""
     transform = evaluation_transform(model.config.image_size)
 
     def load(entry: Entry) -> tuple[Entry, Tensor | str]:
@@ -330,15 +266,14 @@ def _embed(
         except DataError as error:
             return entry, str(error)
 
-    waiting: deque[list[Future[tuple[Entry, Tensor | str]]]] = deque()
-    left = batches(entries, batch_size)
+    queue: deque[list[Future[tuple[Entry, Tensor | str]]]] = deque()
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        while True:
-            while len(waiting) < _AHEAD and (batch := next(left, None)) is not None:
-                waiting.append([pool.submit(load, entry) for entry in batch])
-            if not waiting:
-                return
-            loaded = [future.result() for future in waiting.popleft()]
+        # Empty batches at the end flush the queue.
+        for batch in chain(batches(entries, batch_size), repeat((), _PREFETCH)):
+            queue.append([pool.submit(load, entry) for entry in batch])
+            if len(queue) <= _PREFETCH:
+                continue
+            loaded = [future.result() for future in queue.popleft()]
             pixels = [found for _, found in loaded if isinstance(found, Tensor)]
             features: Iterator[np.ndarray] = iter(())
             if pixels:
@@ -346,228 +281,139 @@ def _embed(
                     embeds = model.encode_image(torch.stack(pixels).to(model.device))
                     features = iter(model.project_image(embeds).float().cpu().numpy())
             for entry, found in loaded:
-                yield _Made(entry, None, found) if isinstance(found, str) else _Made(entry, next(features), None)
+                yield _Row(entry, None, found) if isinstance(found, str) else _Row(entry, next(features))
 
 
-class _Parts:
-    """The parts that a process writes, each whole or not at all."""
-
-    def __init__(self, folder: Path, model: SearchModel, rank: int) -> None:
-        self._folder, self._model, self._rank = folder, model, rank
-        self._waiting: list[_Made] = []
-
-    def __enter__(self) -> _Parts:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What is done is done, whatever ended the work.
-        with suppress(StorageError) if kind else nullcontext():
-            self._write()
-
-    def add(self, made: _Made) -> None:
-        """Take an image; now and then what was taken is written."""
-        self._waiting.append(made)
-        if len(self._waiting) >= _PART:
-            self._write()
-
-    def _write(self) -> None:
-        if not self._waiting:
-            return
-        made, self._waiting = self._waiting, []
-        name = f"part-{self._rank}-{secrets.token_hex(6)}"
-        lines = [{"of": self._model.fingerprint}]
-        lines += [asdict(each.entry) | {"fault": each.fault} for each in made]
-        features = [each.feature for each in made if each.feature is not None]
-        width = self._model.model.config.embed_dim
-        stacked = np.stack(features).astype(np.float32) if features else np.empty((0, width), np.float32)
-        # The entries come last: where they are, the features are.
-        write_bytes({self._folder / f"{name}.f32": stacked.tobytes()})
-        write_bytes({self._folder / f"{name}.jsonl": _lines(lines)})
+def _write_part(folder: Path, model: SearchModel, rank: int, rows: Sequence[_Row]) -> None:
+    if rows:
+        name = f"part-{rank}-{model.fingerprint}-{secrets.token_hex(6)}"
+        _write_rows(folder / f"{name}.jsonl", folder / f"{name}.f32", rows)
 
 
-def _parts(folder: Path, model: SearchModel) -> list[_Part]:
-    """The finished parts of work with this model."""
-    found = []
-    width = model.model.config.embed_dim
-    for path in sorted(_files_of_indexing(folder)):
-        if path.suffix != ".jsonl" or not path.name.startswith("part-"):
-            continue
-        try:
-            said, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if said != {"of": model.fingerprint}:
-                continue
-            faults = [line.pop("fault") for line in lines]
-            features = np.fromfile(path.with_suffix(".f32"), np.float32).reshape(-1, width)
-            part = _Part([_entry(line) for line in lines], features, faults)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            # A part that is damaged is made again.
-            continue
-        if len(features) == faults.count(None):
-            found.append(part)
-    return found
+def _rows(folder: Path, model: SearchModel) -> Iterator[_Row]:
+    """The rows of the old index, then of the parts by this model; a damaged part is skipped and computed again."""
+    if (old := _old_index(folder)) is not None:
+        yield from map(_Row, old.entries, old.features)
+        yield from (_Row(entry, None, old.faults.get(entry.name)) for entry in old.broken)
+    for path in sorted(folder.glob(f"part-*-{model.fingerprint}-*.jsonl")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            part = _read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim)
+            yield from map(_Row, part.entries, part.features)
+            yield from part.broken
 
 
-def _versions(old: SearchIndex | None, parts: Sequence[_Part]) -> set[tuple[str, int, int, int | None]]:
-    done = set() if old is None else {entry.version for entry in (*old.entries, *old.broken)}
-    return done | {entry.version for part in parts for entry in part.entries}
-
-
-def _assemble(
+def _merge(
     folder: Path,
     model: SearchModel,
-    place: _Place,
+    places: Mapping[str, str | None],
     entries: Sequence[Entry],
     faults: Mapping[str, str],
     todo: Sequence[Entry],
-    graph: Graph,
 ) -> IndexReport:
-    """The new index out of the old one and the parts, in the order of the collection."""
-    old = open_index(folder) if (folder / INDEX_FILE).exists() else None
-    # Where each image's feature lies; None for those that have none.
-    sources: dict[tuple[str, int, int, int | None], tuple[Entry, np.ndarray | None]] = {}
+    """Write the new index from the rows of the old one and the parts, in the order of `entries`."""
+    old = _old_index(folder)
+    rows = {row.entry.version: row for row in _rows(folder, model)}
     reasons = dict(faults)
-    if old is not None:
-        sources |= {entry.version: (entry, row) for entry, row in zip(old.entries, old.features, strict=True)}
-        sources |= {entry.version: (entry, None) for entry in old.broken}
-    told = {} if old is None else old.faults
-    for part in _parts(folder, model):
-        rows = iter(part.features)
-        for entry, fault in zip(part.entries, part.faults, strict=True):
-            sources[entry.version] = (entry, next(rows) if fault is None else None)
-            if fault is not None:
-                told = {**told, entry.name: fault}
-    kept: list[Entry] = []
+    good: list[_Row] = []
     broken: list[Entry] = []
-    features: list[np.ndarray] = []
     for entry in entries:
-        known, feature = sources[entry.version]
-        if feature is None:
+        row = rows[entry.version]
+        if row.feature is None:
             broken.append(entry)
-            reasons[entry.name] = told.get(entry.name, "it could not be read")
+            reasons[entry.name] = row.fault or "it could not be read"
         else:
-            kept.append(replace(entry, captions=entry.captions or (known.captions if entry.row is not None else ())))
-            features.append(feature)
-    if not kept:
+            # Captions of rows in a file are known once the row is read.
+            captions = row.entry.captions if entry.row is not None else ()
+            good.append(_Row(replace(entry, captions=entry.captions or captions), row.feature))
+    if not good:
         name, reason = next(iter(reasons.items()))
-        raise DataError(f"none of {len(entries)} images of {place.path} can be read, such as {name}: {reason}")
-    names = {entry.name for entry in entries}
-    new = {entry.version for entry in todo}
-    report = IndexReport(
-        folder, len(kept), sum(entry.version in new for entry in kept),
-        0 if old is None else sum(entry.name not in names for entry in old.entries), reasons,
-    )  # fmt: skip
-    with_graph = wants_graph(graph, len(kept))
-    same = old is not None and (kept, broken, reasons) == (old.entries, old.broken, old.faults)
-    if same and not todo and old is not None and with_graph == (old.graph_file is not None):
-        # A run that was killed behind its last rename has left what it was made of.
+        raise DataError(f"none of {len(entries)} images can be read, such as {name}: {reason}")
+    names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
+    removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
+    report = IndexReport(folder, len(good), sum(row.entry.version in new for row in good), removed, reasons)
+    new_entries = [row.entry for row in good]
+    if not todo and old is not None and (old.entries, old.broken, old.faults) == (new_entries, broken, reasons):
+        # A run that was killed after its last rename has left its parts.
         _tidy(folder)
         return report
-    name = secrets.token_hex(6)
-    files = {"features": f"features-{name}.f32", "entries": f"images-{name}.jsonl"}
-
-    def write_features(file: BinaryIO) -> None:
-        for some in batches(features, _BLOCK):
-            file.write(np.stack(some).tobytes())
-
-    stored = graph_of(np.stack(features)) if with_graph else b""
-    if with_graph:
-        files["graph"] = f"graph-{name}.usearch"
-    said: dict[str, Any] = {"graph": None, "graph_bytes": len(stored)} | {
-        "format": FORMAT_VERSION, "images": len(kept), "width": model.model.config.embed_dim, **files,
-        "model": asdict(_absolute(model.source)), "fingerprint": model.fingerprint,
-        "path": _from(folder, place.path),
-        "picture_folder": None if place.images is None else _from(folder, place.images),
+    token, source = secrets.token_hex(6), model.source
+    files = {"features": f"features-{token}.f32", "entries": f"images-{token}.jsonl"}
+    _write_rows(folder / files["entries"], folder / files["features"], good)
+    header = {
+        "format": FORMAT_VERSION, "images": len(good), "width": model.model.config.embed_dim, **files, **places,
+        "model": asdict(replace(source, weights=_absolute(source.weights), tokenizer=_absolute(source.tokenizer))),
+        "fingerprint": model.fingerprint,
         "faults": reasons, "broken": [asdict(entry) for entry in broken],
+        # Earlier versions of this format may have a graph of neighbours.
+        "graph": None, "graph_bytes": 0,
     }  # fmt: skip
-    lines = _lines([asdict(entry) for entry in kept])
-    writers: dict[Path, Callable[[BinaryIO], object]] = {
-        folder / files["features"]: write_features,
-        folder / files["entries"]: lambda file: file.write(lines),
-    }
-    if with_graph:
-        writers[folder / files["graph"]] = lambda file: file.write(stored)
-    write_files(writers)
-    write_bytes({folder / INDEX_FILE: (json.dumps(said, indent=1) + "\n").encode()})
+    write_bytes({folder / INDEX_FILE: (json.dumps(header, indent=1) + "\n").encode()})
     _tidy(folder)
     return report
 
 
+def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[_Row]) -> None:
+    def write_features(file: BinaryIO) -> None:
+        for row in rows:
+            if row.feature is not None:
+                file.write(row.feature.tobytes())
+
+    values = (asdict(row.entry) | ({"fault": row.fault} if row.feature is None else {}) for row in rows)
+    # ASCII, since names need not be Unicode, and some characters of captions end a line.
+    lines = "".join(json.dumps(value) + "\n" for value in values).encode()
+    # In this order: where the entries are, the features are.
+    write_files({features_file: write_features, entries_file: lambda file: file.write(lines)})
+
+
+def _read_rows(entries_file: Path, features_file: Path, width: int) -> _Rows:
+    lines = [json.loads(line) for line in require_file(entries_file).read_text(encoding="utf-8").splitlines()]
+    faults = [line.pop("fault", None) for line in lines]
+    entries = [_entry(line) for line in lines]
+    broken = [_Row(entry, None, fault) for entry, fault in zip(entries, faults, strict=True) if fault is not None]
+    entries = [entry for entry, fault in zip(entries, faults, strict=True) if fault is None]
+    if require_file(features_file).stat().st_size != 4 * len(entries) * width:
+        raise ValueError(f"{features_file.name} is not of {len(entries)} images")
+    features: np.ndarray = np.empty((0, width), np.float32)
+    if entries:
+        features = np.memmap(features_file, np.float32, "r", shape=(len(entries), width)).view(np.ndarray)
+    return _Rows(entries, features, broken)
+
+
+def _old_index(folder: Path) -> SearchIndex | None:
+    return open_index(folder) if (folder / INDEX_FILE).exists() else None
+
+
 def _tidy(folder: Path) -> None:
-    """Remove the files of indexing that the index does not consist of."""
-    said = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
-    for path in _files_of_indexing(folder):
-        if path.name not in (said["entries"], said["features"], said["graph"]):
+    """Remove files of ours that are no part of the index."""
+    header = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
+    for path in _our_files(folder):
+        if path.name not in (header["entries"], header["features"]):
             with suppress(OSError):
                 path.unlink()
 
 
-def _files_of_indexing(folder: Path) -> list[Path]:
-    """Regular files that have the names of ours; a folder may hold others."""
-    return [path for path in folder.iterdir() if _OURS.fullmatch(path.name) and path.is_file()]
-
-
-@contextmanager
-def _locked(folder: Path, processes: Processes) -> Iterator[None]:
-    """The folder, made if need be, which no other run writes to meanwhile."""
-
-    def take() -> int:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise StorageError(
-                f"the index {folder} cannot be written ({error.strerror or error}); name another folder (--index)"
-            ) from error
-        try:
-            import fcntl
-
-            # The system lets go of it when the process ends, however it does.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError:
-            os.close(handle)
-            raise StorageError(f"the index {folder} is being written by another process; wait for it") from None
-        return handle
-
-    handle: list[int] = []
-    processes.from_first(lambda: handle.append(take()))
-    try:
-        yield
-    finally:
-        for each in handle:
-            os.close(each)
-
-
-def _lines(values: Sequence[Mapping[str, Any]]) -> bytes:
-    # ASCII, for names need not be Unicode, and some characters of captions end a line.
-    return "".join(json.dumps(value) + "\n" for value in values).encode()
+def _our_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _OUR_FILES.fullmatch(path.name) and path.is_file()]
 
 
 def _entry(values: Mapping[str, Any]) -> Entry:
     return Entry(**{**values, "captions": tuple(values["captions"])})
 
 
-def _absolute(source: ModelSource) -> ModelSource:
-    """A folder by its whole path, so that a search from elsewhere finds it; names on the Hub stay as they are."""
-    changes = {
-        name: str(Path(value).expanduser().resolve())
-        for name, value in (("weights", source.weights), ("tokenizer", source.tokenizer))
-        if value is not None and Path(value).expanduser().exists()
-    }
-    return replace(source, **changes)
+def _absolute(name: str | None) -> str | None:
+    """The absolute path of a local folder; a name on the Hub stays."""
+    return str(place.resolve()) if name and (place := Path(name).expanduser()).exists() else name
 
 
-def _from(folder: Path, path: Path) -> str:
-    """A path as the index keeps it: relative where it holds or adjoins the index, so that both can move together."""
+def _relative(folder: Path, path: Path) -> str:
+    """A path as the index stores it: relative where it contains or adjoins the index, so that both can move."""
     path, folder = path.resolve(), folder.resolve()
     return os.path.relpath(path, folder) if path == folder.parent or path.parent == folder.parent else str(path)
 
 
+def _resolve(folder: Path, path: str) -> Path:
+    return Path(os.path.normpath(folder / path))
+
+
 def _is_below(path: Path, folder: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
-
-
-def _beside(folder: Path, path: str) -> Path:
-    # An absolute path stays as it is.
-    return Path(os.path.normpath(folder / path))

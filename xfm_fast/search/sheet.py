@@ -1,4 +1,4 @@
-"""Contact sheets of what was found: a self-contained page, or one picture."""
+"""Contact sheets of search results: a self-contained page, or one picture."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ _TEMPLATES = jinja2.Environment(
 )
 _SIDE = 320
 _COLUMNS, _CELL, _EDGE, _LINE = 4, 240, 12, 16
-_INK, _PAPER, _EMPTY = (32, 32, 32), (255, 255, 255), (225, 225, 225)
+_INK, _RED, _PAPER, _EMPTY = (32, 32, 32), (190, 0, 0), (255, 255, 255), (225, 225, 225)
 
 
 def write_sheet(path: str | Path, query: str | Path, found: Found, index: SearchIndex) -> Path:
     """Write hits with their pictures and scores.
 
     Args:
-        path: `.html` for a page that holds all it needs, `.png` for a picture.
-        query: what was searched for.
+        path: `.html` for a self-contained page, `.png` for a picture.
+        query: of the search.
         found: the result of `search`.
-        index: what was searched.
+        index: that was searched.
 
     Raises:
-        InputError: the suffix is another one.
+        InputError: another suffix.
         StorageError: the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm", ".png"):
-        raise InputError(f"a contact sheet is .html or .png, and {path} is neither; name one of these")
-    thumbnails = [_thumbnail(hit, index, _CELL if path.suffix.lower() == ".png" else _SIDE) for hit in found.hits]
+        raise InputError(f"{path}: a contact sheet is .html or .png; use one of these")
+    as_picture = path.suffix.lower() == ".png"
+    thumbnails = [_thumbnail(hit, index, _CELL if as_picture else _SIDE) for hit in found.hits]
     warning = f"The weights are random ({index.model}), so this order means nothing." if index.model.random else None
     title = query.name if isinstance(query, Path) else query
-    if path.suffix.lower() == ".png":
+    if as_picture:
         content = _picture(title, found.hits, thumbnails, warning)
     else:
         cells = [
@@ -63,10 +64,10 @@ def write_sheet(path: str | Path, query: str | Path, found: Found, index: Search
 
 
 def _thumbnail(hit: Hit, index: SearchIndex, side: int) -> Image.Image | None:
+    """None for an image that is gone since it was indexed."""
     try:
         image = (hit.image or index.load(hit.entry)).copy()
     except DataError:
-        # It was there when it was indexed; the sheet shows an empty place.
         return None
     image.thumbnail((side, side))
     return image
@@ -82,42 +83,32 @@ def _data_url(image: Image.Image | None) -> str | None:
 
 def _picture(title: str, hits: Sequence[Hit], thumbnails: Sequence[Image.Image | None], warning: str | None) -> bytes:
     font = ImageFont.load_default(13)
-    heads = [title, *([warning] if warning else [])]
-    top = _EDGE + len(heads) * (_LINE + 4)
-    step = _CELL + 2 * _LINE + _EDGE
     columns = min(_COLUMNS, max(1, len(hits)))
-    size = _EDGE + columns * (_CELL + _EDGE), top + -(-len(hits) // columns) * step + _EDGE
+    top, step = 2 * (_EDGE + _LINE), _CELL + 2 * _LINE + _EDGE
+    size = _EDGE + columns * (_CELL + _EDGE), top + -(-len(hits) // columns) * step
     sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, head in enumerate(heads):
-        place = (_EDGE, _EDGE + number * (_LINE + 4))
-        draw.text(place, _fitting(head, size[0] - 2 * _EDGE, font), (190, 0, 0) if number else _INK, font)
+    draw.text((_EDGE, _EDGE), title, _INK, font)
+    draw.text((_EDGE, _EDGE + _LINE), warning or "", _RED, font)
     for number, (hit, image) in enumerate(zip(hits, thumbnails, strict=True)):
-        left = _EDGE + number % columns * (_CELL + _EDGE)
-        upper = top + number // columns * step
+        # Texts that are too long end with the cell.
+        cell = Image.new("RGB", (_CELL, _CELL + 2 * _LINE), _PAPER)
         if image is None:
-            draw.rectangle((left, upper, left + _CELL, upper + _CELL), _EMPTY)
+            cell.paste(_EMPTY, (0, 0, _CELL, _CELL))
         else:
-            sheet.paste(image, (left + (_CELL - image.width) // 2, upper + (_CELL - image.height) // 2))
+            cell.paste(image, ((_CELL - image.width) // 2, (_CELL - image.height) // 2))
         for line, text in enumerate((f"{number + 1}. {scores(hit)}", Path(hit.location).name)):
-            draw.text((left, upper + _CELL + line * _LINE), _fitting(text, _CELL, font), _INK, font)
+            ImageDraw.Draw(cell).text((0, _CELL + line * _LINE), text, _INK, font)
+        sheet.paste(cell, (_EDGE + number % columns * (_CELL + _EDGE), top + number // columns * step))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def scores(hit: Hit) -> str:
-    """The numbers of a hit in words."""
-    similar = f"similarity {hit.similarity:.3f}"
-    return similar if hit.match is None else f"match {hit.match:.1%}, {similar}"
-
-
-def _fitting(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
+    """The scores of a hit, for a caption."""
+    similarity = f"similarity {hit.similarity:.3f}"
+    return similarity if hit.match is None else f"match {hit.match:.1%}, {similarity}"
 
 
 _TEMPLATES.filters["scores"] = scores
