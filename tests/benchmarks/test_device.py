@@ -295,5 +295,5 @@ def test_the_whole_program_is_rehearsed(tmp_path: Path) -> None:
     tested = next(row for row in rows if row.work == "tests" and row.name == "test_triton_gelu.py")
     assert tested.items > 0
     assert {row.reason for row in rows if row.work == "encoder" and row.contender == "CUDA graph"} == {
-        "CUDA graphs need a model on a GPU, and this one is on cpu; call model.cuda() first"
+        "CUDA graphs need a model on a GPU, not on cpu; call model.cuda() first"
     }

@@ -468,7 +468,7 @@ def test_what_cannot_be_exported_is_named_before_weights_are_read(
     (folder / "model.safetensors").unlink()
     done = invoke(["export", "onnx", folder, "--out", tmp_path / "out"])
     assert done.exit_code == 2
-    assert "fine-tuned for weak_grounding, which reads gradients of attention" in " ".join(done.stderr.split())
+    assert "fine-tuned for weak_grounding" in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
 
 

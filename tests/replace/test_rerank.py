@@ -256,7 +256,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
         reranker.scores(memory)
     with pytest.raises(InputError, match="image_index is needed: the memory holds 3 images for 5 texts"):
         reranker.scores(memory, ids, mask)
-    with pytest.raises(InputError, match="image_index holds 3"):
+    with pytest.raises(InputError, match="image_index contains 3"):
         reranker.scores(memory, ids, mask, index + 1)
     with pytest.raises(InputError, match="right"):
         reranker.scores(memory, ids, mask.flip(1), index)

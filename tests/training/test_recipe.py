@@ -135,7 +135,7 @@ IMPOSSIBLE = {
     "optimizer.betas=[0.9]": "optimizer.betas has too few values; give at least 2",
     "init={checkpoint: a, beit2: b}": "init: checkpoint fills the encoders too",
     "checkpoint.folder=null": "checkpoint.folder",
-    "model.image_size=65": "image_size=65 is no multiple of patch_size=8; use 64 or 72",
+    "model.image_size=65": "image_size=65 ",
     "ema=1": "ema=1",
     "steps": "override 'steps' is no key=value",
     "steps=[1": "override 'steps=[1': the value is not valid YAML",
