@@ -289,7 +289,7 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     assert_same(load_file(path), {name: value.detach() for name, value in state.items()})
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"xfm_fast_format": "1", "xfm_fast": version("xfm-fast")}
+        assert file.metadata() == {"format": "pt", "xfm_fast_format": "1", "xfm_fast": version("xfm-fast")}
 
 
 def test_dtypes_that_safetensors_lacks(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -374,3 +376,8 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     for nothing in ([], tmp_path, ""):
         with pytest.raises(DataError):
             _pairs(nothing)
+
+
+def test_a_system_without_hangups_imports_it() -> None:
+    code = "import signal; del signal.SIGHUP, signal.pthread_sigmask; import xfm_fast.data.streams"
+    subprocess.run([sys.executable, "-c", code], check=True)

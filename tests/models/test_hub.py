@@ -72,6 +72,8 @@ def test_pushed_and_fetched(hub: Path, model: XFM, monkeypatch: pytest.MonkeyPat
     }  # fmt: skip
     card = (hub / "someone/xfm-tiny/README.md").read_text()
     assert 'XFM.from_pretrained("someone/xfm-tiny")' in card
+    # No pipeline of transformers runs the model.
+    assert "pipeline_tag" not in card
     # A card that somebody wrote stays.
     (hub / "someone/xfm-tiny/README.md").write_text("mine")
     model.push_to_hub("someone/xfm-tiny", token="secret", branch="main", create_pr=True)

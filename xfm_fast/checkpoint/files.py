@@ -346,7 +346,9 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     package = "unknown"
     with suppress(PackageNotFoundError):
         package = version("xfm-fast")
-    header: dict[str, object] = {"__metadata__": {"xfm_fast_format": str(FORMAT_VERSION), "xfm_fast": package}}
+    header: dict[str, object] = {
+        "__metadata__": {"format": "pt", "xfm_fast_format": str(FORMAT_VERSION), "xfm_fast": package}
+    }
     offset = 0
     for name in names:
         tensor = tensors[name]

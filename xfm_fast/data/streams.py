@@ -34,7 +34,8 @@ B_co = TypeVar("B_co", bound=TensorBatch, covariant=True)
 # Batches draw other random numbers than items.
 _OF_BATCH = 1 << 16
 # What schedulers and closing terminals send to all processes of a run.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+_mask = getattr(signal, "pthread_sigmask", None)
 
 
 class BatchSource(Protocol[B_co]):
@@ -191,12 +192,13 @@ def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pi
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
-    # Block signals until a worker has installed its handlers: workers inherit the mask.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Block signals until a worker has installed its handlers: workers inherit the mask. Windows has none.
+    before = _mask(signal.SIG_BLOCK, _SIGNALS) if _mask is not None else ()
     try:
         batches = iter(loader)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if _mask is not None:
+            _mask(signal.SIG_SETMASK, before)
     for batch in batches:
         if isinstance(batch, XFMError):
             raise batch
@@ -229,4 +231,5 @@ def _begin_worker(_: int) -> None:
         # Passed over once. One that is ignored, as `nohup` has it, stays so.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    if _mask is not None:
+        _mask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -42,7 +42,6 @@ class Download(TypedDict, total=False):
 PREPROCESSOR_FILE, CARD_FILE = "preprocessor_config.json", "README.md"
 _CARD = """---
 library_name: xfm-fast
-pipeline_tag: zero-shot-image-classification
 tags: [x-fm, image-text-retrieval, vision-language]
 ---
 

@@ -293,8 +293,9 @@ def stop_on_signal() -> Iterator[threading.Event]:
         return
     signals = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     before = {number: signal.getsignal(number) for number in signals}
-    if before.get(signal.SIGHUP) == signal.SIG_IGN:
-        del before[signal.SIGHUP]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and before[hangup] == signal.SIG_IGN:
+        del before[hangup]
 
     def note(number: int, _: FrameType | None) -> None:
         request.set()
