@@ -98,7 +98,7 @@ class GraphRecord(_Record):
     profiles: list[ProfileRecord] = []
     quantisation: QuantisationRecord | None = None
     # In older exports, which could store the weights of an engine separately.
-    weights: None = Field(None, exclude=True)
+    weights: None = Field(default=None, exclude=True)
 
     @property
     def named(self) -> list[str]:

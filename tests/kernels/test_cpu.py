@@ -558,7 +558,7 @@ def test_few_rows_are_chosen_apart_and_without_another_copy_of_the_weights(monke
         return selection.Selection(operation, torch.float32, chosen, seconds, {})
 
     monkeypatch.setattr(products, "select", select)
-    monkeypatch.setattr(products, "compared", compared)
+    monkeypatch.setattr(products, "compare_candidates", compared)
     for operation, candidates in products.CANDIDATES.items():
         chosen = "aten"
         assert products._choose(operation, torch.empty(64, 64), 16) == "aten"

@@ -442,7 +442,7 @@ def test_what_cannot_be_served_is_said_first(
 
 def test_tokenizer_of_another_model(exported_fp32: Path) -> None:
     other = CaptionTokenizer.train_on_texts([f"word{number} and more" for number in range(2000)], 4000)
-    with pytest.raises(DataError, match=r"4,?000"):
+    with pytest.raises(DataError, match="512"):
         plan_models(Manifest.load(exported_fp32), RepositoryOptions(), other)
 
 
