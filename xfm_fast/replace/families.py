@@ -44,7 +44,12 @@ from xfm_fast.replace.swap import (
 
 # Arguments that do not affect a layer's numbers; requests for attention weights are handled elsewhere.
 _WITHOUT_EFFECT = (
-    *("position_ids", "use_cache", "return_dict", "cache_position", "num_items_in_batch", "output_hidden_states"),
+    "position_ids",
+    "use_cache",
+    "return_dict",
+    "cache_position",
+    "num_items_in_batch",
+    "output_hidden_states",
 )
 _PLAIN = ("eager", "sdpa", "xfm_fast", None)
 _KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
