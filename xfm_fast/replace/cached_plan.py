@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import fp8
@@ -24,7 +23,7 @@ from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.structure import Attend, Parts
 from xfm_fast.replace.swap import Settings, links, side_by_side
 
-FEW = 64  # tokens up to which attention is bound by call overhead, and a GEMM by reading its weight
+FEW = 64  # tokens up to which attention is bound by call overhead
 _DTYPES = (torch.float32, torch.bfloat16)
 # A plan must not refer to its layer, which would keep both alive.
 _plans: weakref.WeakKeyDictionary[nn.Module, CachedPlan] = weakref.WeakKeyDictionary()
@@ -37,33 +36,19 @@ class _Norm(NamedTuple):
 
 
 class _Linear(NamedTuple):
-    """`x Wᵀ + b` with a dense or packed weight.
-
-    A few rows in bfloat16 use PyTorch's default: they are bound by reading the weight from memory, which autotuning on
-    cached weights does not measure.
-    """
+    """`x Wᵀ + b` with a dense or packed weight."""
 
     weight: Tensor
     bias: Tensor | None
 
     def linear(self, x: Tensor) -> Tensor:
-        few = _few(x, self.weight)
-        return F.linear(x, self.weight, self.bias) if few else cpu.linear(x, self.weight, self.bias)
+        return cpu.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        if _few(x, self.weight):
-            return torch.ops.aten.gelu_(F.linear(x, self.weight, self.bias))
         return cpu.linear_gelu(x, self.weight, self.bias)
 
     def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
-        if _few(x, self.weight):
-            out = F.linear(x, self.weight, self.bias)
-            return torch.add(residual, out, out=out) if gamma is None else torch.addcmul(residual, out, gamma, out=out)
         return cpu.linear_residual(x, self.weight, self.bias, residual, gamma)
-
-
-def _few(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.numel() <= FEW * x.shape[-1] and not weight.is_mkldnn
 
 
 class _Int8Linear(NamedTuple):
@@ -108,7 +93,7 @@ class CachedPlan:
         # Copies do not see writes through `.data`, so their sources are compared by value.
         copied = needed if self.rounded else {id(value) for g in groups if len(g) > 1 for value in _parameters(g)}
         views = [samples(v) for _, _, v, *_ in self._sources if v.dtype != dtype or id(v) in copied]
-        self._views, self._values = views, torch.cat(views) if views else None
+        self._views, self._values = views, [view.clone() for view in views]
         ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
         self._linears = {
             id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *_inner(parts))
@@ -132,7 +117,7 @@ class CachedPlan:
                 return False
         if _busy(self._others):
             return False
-        return self._values is None or torch.equal(torch.cat(self._views), self._values)
+        return all(map(torch.equal, self._views, self._values))
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any = None) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend`.
@@ -146,7 +131,7 @@ class CachedPlan:
         context = self._attended(self._normed(x, self._first), attend, settings, adapt)
         x = self._proj.residual(context, x, self._scales[0])
         normed, fc1, fc2 = self._normed(x, self._second), self._fc1, self._fc2
-        if isinstance(fc1, _Linear) and isinstance(fc2, _Linear) and not _few(normed, fc1.weight):
+        if isinstance(fc1, _Linear) and isinstance(fc2, _Linear):
             return cpu.mlp_residual(normed, *fc1, *fc2, x, self._scales[1])
         if isinstance(fc1, _Int8Linear) and isinstance(fc2, _Int8Linear):
             return _int8_mlp(fc1, fc2, normed, x)
