@@ -23,7 +23,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme ablations downstream soak fuzz mutants docs test test-older test-oldest test-tritons test-all check lint types audit packages format dist clean distclean
+.PHONY: help venv install bench readme ablations downstream soak fuzz mutants sizes docs test test-older test-oldest test-tritons test-all check lint types audit packages format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ fuzz: $(VENV)/$(EXTRAS).stamp ## give every reader 100,000 damaged files
 mutants: $(VENV)/$(EXTRAS).stamp ## put faults into kernels, losses and metrics: a test must catch each
 	$(BIN)/python -m tests.reliability.seeded_faults $(ARGS)
 
+sizes: ## print lines per folder and other figures beside budget.toml
+	python3 -m tests.sizes $(ARGS)
+
 docs: $(VENV)/docs.stamp ## build the pages of docs/ with the API into site/; a warning fails it
 	$(BIN)/mkdocs build --quiet $(ARGS)
 
@@ -73,7 +76,7 @@ test-oldest: ## run the tests of models, kernels and training with the oldest pa
 	$(MAKE) venv VENV=$(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet uv
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
-		--editable ".[hf,serve,train,triton]" "hypothesis>=6.100" "pytest>=8.2" "pytest-xdist>=3.6" "httpx>=0.27"
+		--editable ".[cli,hf,serve,train,triton]" "hypothesis>=6.100" "pytest>=8.2" "pytest-xdist>=3.6" "httpx>=0.27"
 	OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_config.py \
 		tests/test_documents.py tests/test_nn.py tests/checkpoint tests/kernels tests/models tests/objectives tests/tasks \
 		tests/training tests/replace $(ARGS)

@@ -1,19 +1,14 @@
-"""A hook of MkDocs: links to files of the repository that are no page become their text, and README the first page."""
+"""MkDocs hook: links to repository files that are not pages become plain text."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)]*)\)")
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(\.\./[^)]*\)")
 _COMMENT = re.compile(r"^<!-- .* -->\n", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called with each page; on GitHub these links work, in a site there is nothing that they could lead to."""
-
-    def replaced(link: re.Match[str]) -> str:
-        text, target = link.groups()
-        return "[README](index.md)" if target == "../README.md" else text
-
-    return _LINK.sub(replaced, _COMMENT.sub("", markdown))
+    """The page without links out of docs/ and without comments."""
+    return _LINK.sub(r"\1", _COMMENT.sub("", markdown))

@@ -10,10 +10,10 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.sizes import ROOT, files_of_tests, sources, tree
+
 LEVELS = {
     "errors": 0,
     "documents": 0,
@@ -54,16 +54,8 @@ BANNER = re.compile(r"#\s*([-=#*~_─═])\s*(\1\s*){3,}")
 UNFINISHED = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 
 
-def _files() -> list[Path]:
-    folders = ("xfm_fast", "kernels", "export", "benchmarks", "tests")
-    # rglob does not enter the links in xfm_fast, so every file comes once.
-    files = {path for folder in folders for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts}
-    links = [path for path in (ROOT / "xfm_fast").iterdir() if path.is_symlink()]
-    return sorted(path for path in files if not any(path.is_relative_to(link) for link in links))
-
-
-FILES = _files()
-SOURCES = [path for path in FILES if not path.is_relative_to(ROOT / "tests")]
+SOURCES = sources()
+FILES = [*SOURCES, *files_of_tests()]
 
 
 def _module(path: Path) -> str:
@@ -90,16 +82,11 @@ def _level(part: str) -> int:
     return LEVELS.get(part, LEVELS["models"])
 
 
-@lru_cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
 def _imports(path: Path) -> Iterator[tuple[str, int]]:
     """Names and lines of all that a file imports, at its head or inside functions, relative imports resolved."""
     module = _module(path)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(_tree(path)):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno
@@ -195,7 +182,7 @@ def test_comments_are_sober() -> None:
 def test_torch_load_reads_weights_only() -> None:
     wrong = []
     for path in FILES:
-        for node in ast.walk(_tree(path)):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 if arguments.get("weights_only") != "True":

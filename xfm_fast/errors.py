@@ -3,6 +3,9 @@
 The command line prints an `XFMError` in one line and exits with code 2; a bug exits with code 70.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class XFMError(Exception):
     """Base of all errors that a user can cause and fix."""
@@ -38,3 +41,12 @@ class NonFiniteError(XFMError, ArithmeticError):
 
 class ExportError(XFMError, RuntimeError):
     """An export that is incomplete, edited, made for another machine, or not possible."""
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around imports of an optional package: the error of a missing one names the extra that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{error.name} is not installed; pip install 'xfm-fast[{extra}]'") from None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xfm_fast.errors import InputError
+from xfm_fast.errors import InputError, needs
 from xfm_fast.kernels import reference
 
 CLASS_ROWS = 3
@@ -96,7 +96,8 @@ def source_positions(side_from: int, side_to: int) -> np.ndarray:
 def _spline_matrix(side_from: int, side_to: int) -> np.ndarray:
     """Float64 `[side_to, side_from]` matrix that maps values at the source offsets to values at the integers."""
     # scipy costs more to import than the rest of this package, and most runs never interpolate.
-    from scipy.interpolate import make_interp_spline
+    with needs("vision"):
+        from scipy.interpolate import make_interp_spline
 
     x = source_positions(side_from, side_to)
     # The bisection stops short of the outermost target by up to 1e-4; the official spline then repeats its border.

@@ -20,7 +20,7 @@ from torch import Tensor
 from xfm_fast.data.headers import check_png, read_header
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.documents import require_file
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, needs
 
 # torchvision imports PyTorch's compiler, which is slow and not needed for text.
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ _BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you tru
 
 def evaluation_transform(image_size: int) -> v2.Compose:
     """Official evaluation transform: resize to R × R (bicubic, antialiased), normalise to `[3, R, R]`."""
-    from torchvision.transforms import InterpolationMode, v2
+    with needs("vision"):
+        from torchvision.transforms import InterpolationMode, v2
 
     return v2.Compose(
         [
@@ -76,10 +77,10 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
 
     def pixels(opened: Image.Image) -> Tensor:
         if opened.format in _FAST and opened.mode in ("RGB", "L") and (official or _is_plain(opened, data)):
-            from torchvision import io as fast
-
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, ModuleNotFoundError):
+                from torchvision import io as fast
+
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 found = getattr(fast, _FAST[opened.format])(encoded, mode=fast.ImageReadMode.RGB)
                 if found.dtype == torch.uint8:

@@ -15,12 +15,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.v2 import functional
 
 from xfm_fast.data.images import MEAN, STD
 from xfm_fast.data.rand_augment import RandAugment
-from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.errors import ConfigError, InputError, needs
+
+with needs("vision"):
+    from torchvision.transforms import InterpolationMode, v2
+    from torchvision.transforms.v2 import functional
 
 Picture = Image.Image | Tensor | NDArray[np.uint8]
 """A PIL image, or 8-bit pixels: a tensor `[3, H, W]` or an array `[H, W, 3]`."""

@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchvision import datasets
-from torchvision.transforms import v2
 
 from xfm_fast.batches import TensorBatch
 from xfm_fast.data.annotations import AnnotationRows, ImageLabelRecord, check_images
@@ -29,11 +27,15 @@ from xfm_fast.data.transforms import (
     probe_evaluation_transform,
     probe_training_transform,
 )
-from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.errors import ConfigError, DataError, needs
 from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
 from xfm_fast.finetuning.evaluation import Metrics, Row
 from xfm_fast.finetuning.task import Task, TaskOptions, require_inputs
 from xfm_fast.tasks.classification import ClassificationModel, HeadKind
+
+with needs("vision"):
+    from torchvision import datasets
+    from torchvision.transforms import v2
 
 _TRAINED_SHARE = 0.8
 

@@ -7,13 +7,15 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 from PIL import Image, ImageDraw, ImageFont
 
 from xfm_fast.checkpoint import write_bytes
-from xfm_fast.errors import DataError, InputError, StorageError
+from xfm_fast.errors import DataError, InputError, StorageError, needs
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.query import Found, Hit
+
+with needs("cli"):
+    import jinja2
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader(__package__ or "", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import InputError
+from xfm_fast.errors import InputError, needs
 from xfm_fast.models import inputs
 from xfm_fast.models.heads import DeepMLPHead, MLPHead
 from xfm_fast.models.xfm import Encoder
@@ -153,7 +153,8 @@ def f1_score(predicted: Tensor, targets: Tensor) -> float:
 def correlations(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
     """Pearson and Spearman correlation of two `[B]` tensors (STS-B); 0 if either is constant."""
     # SciPy's statistics take a second to import.
-    from scipy import stats
+    with needs("train"):
+        from scipy import stats
 
     a, b = (values.double().cpu().numpy() for values in (predicted, targets))
     if len(a) < 2 or not np.ptp(a) or not np.ptp(b):

@@ -19,8 +19,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,11 +29,15 @@ from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch,
 from xfm_fast.checkpoint import write_bytes
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import parse_json
-from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
+from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError, needs
 from xfm_fast.kernels import roofline
 from xfm_fast.training.distributed import Processes
 from xfm_fast.training.recipe import Recipe, Run
 from xfm_fast.training.recipe_fields import LogRecipe
+
+with needs("train"):
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LOG_FILE = "log.jsonl"
 ENCODERS = ("vision_encoder", "text_encoder", "fusion_encoder")
