@@ -41,12 +41,7 @@ _BEIT_QKV = (("q_proj", "k_proj", "v_proj"), ("attention.query", "attention.key"
 
 
 class TransformersEngine(ComposedSearch):
-    """RoBERTa, BEiT and BLIP's text encoder of transformers.
-
-    Args:
-        model: whose weights are copied.
-        parts: which of `vision`, `text`, `fusion` to build.
-    """
+    """RoBERTa, BEiT and BLIP's text encoder of transformers: those of `vision`, `text`, `fusion` that are `parts`."""
 
     def __init__(self, model: XFM, parts: frozenset[str]) -> None:
         self.model = model
@@ -88,18 +83,9 @@ class TimmEngine:
         config = model.config
         beit: Any = importlib.import_module("timm.models.beit")
         module = beit.Beit(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            num_classes=0,
-            embed_dim=config.vision_width,
-            depth=config.vision_depth,
-            num_heads=config.vision_heads,
-            mlp_ratio=config.vision_mlp_ratio,
-            norm_layer=partial(nn.LayerNorm, eps=config.vision_layer_norm_eps),
-            init_values=config.layer_scale_init,
-            use_abs_pos_emb=False,
-            use_rel_pos_bias=True,
-        )
+            num_classes=0, init_values=config.layer_scale_init, use_abs_pos_emb=False, use_rel_pos_bias=True,
+            **beit_settings(config),
+        )  # fmt: skip
         state = {name: tensor for name, tensor in _part(model, _VISION).items() if name != "mask_token"}
         _fill(module, state, "timm's Beit")
         self._model = model
@@ -131,36 +117,52 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
 def text_module(transformers: Any, model: XFM) -> Any:
     """RoBERTa of transformers with the weights of the text encoder."""
-    module = transformers.RobertaModel(_text_config(transformers.RobertaConfig, model.config), add_pooling_layer=False)
+    module = transformers.RobertaModel(
+        transformers.RobertaConfig(**roberta_settings(model.config)), add_pooling_layer=False
+    )
     _fill(module, _part(model, _TEXT), "RobertaModel")
     return module
 
 
 def _fusion_module(transformers: Any, model: XFM) -> nn.Module:
     blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
-    settings = _text_config(transformers.BlipTextConfig, model.config)
-    settings.num_hidden_layers, settings.is_decoder = model.config.fusion_layers, True
-    settings.encoder_hidden_size = model.config.vision_width
-    module = blip.BlipTextEncoder(settings)
+    settings = roberta_settings(model.config) | {"num_hidden_layers": model.config.fusion_layers, "is_decoder": True}
+    module = blip.BlipTextEncoder(
+        transformers.BlipTextConfig(**settings, encoder_hidden_size=model.config.vision_width)
+    )
     _fill(module, _part(model, _FUSION), "BlipTextEncoder")
     return module
 
 
-def _text_config(kind: Any, config: XFMConfig) -> Any:
-    return kind(
-        vocab_size=config.vocab_size,
-        hidden_size=config.text_width,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=config.text_heads,
-        intermediate_size=config.text_intermediate,
-        max_position_embeddings=config.max_positions,
-        type_vocab_size=config.type_vocab_size,
-        layer_norm_eps=config.text_layer_norm_eps,
-        hidden_act="gelu",
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-    )
+def roberta_settings(config: XFMConfig) -> dict[str, Any]:
+    """The sizes of the text encoder, by the names of transformers."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "intermediate_size": config.text_intermediate,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.text_layer_norm_eps,
+        "hidden_act": "gelu",
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+    }
+
+
+def beit_settings(config: XFMConfig) -> dict[str, Any]:
+    """The sizes of the vision encoder, by the names of timm and of the official code."""
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.vision_width,
+        "depth": config.vision_depth,
+        "num_heads": config.vision_heads,
+        "mlp_ratio": config.vision_mlp_ratio,
+        "norm_layer": partial(nn.LayerNorm, eps=config.vision_layer_norm_eps),
+    }
 
 
 def _vision_module(transformers: Any, model: XFM) -> nn.Module:

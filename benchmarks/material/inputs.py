@@ -1,4 +1,4 @@
-"""The models under test, and the inputs of requests: photographs, captions or synthetic texts, and their embeddings."""
+"""Models with shared weights, and the inputs of requests: photographs, captions or synthetic texts, embeddings."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ HEADS: tuple[Head, ...] = ("contrastive", "matching")
 _TABLE = ".relative_position_bias_table"
 MAX_TOKENS = 40
 """Length to which the official evaluation pads captions."""
-# The official decoder's layers; a small model, which is there to see that all runs, has those of its fusion encoder.
+# The official decoder has 12 layers; that of a small model has as many as its fusion encoder.
 _DECODER_LAYERS = 12
-# Distributions of synthetic lengths: shares of the mean that texts have in turn.
+# Synthetic lengths: shares of the mean, in turn.
 _SHAPES = {"fixed": (1.0,), "uniform": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "bimodal": (0.25, 1.75)}
 
 
@@ -50,22 +50,14 @@ TASK_MODELS: Mapping[str, Callable[[XFMConfig], XFM]] = {
 
 
 class Subjects:
-    """Models of one set of weights, built when first asked for.
+    """Models of one set of weights, built on first use, on `device`; `origin` is for reports.
 
-    Resolutions share every tensor but the position tables, which are interpolated from the weights as given;
-    every dtype has one converted copy. The part that a task has of its own is random; only the models of the task that
-    was asked for last are kept.
-
-    Attributes:
-        origin: where the weights come from, for reports.
-        trained: whether they come from a checkpoint.
-        device: of the models; set it before the first is built.
+    Resolutions share all tensors but the position tables, which are interpolated; every dtype has one converted copy.
+    The head of a task is random, and only the models of the last task are kept.
     """
 
     def __init__(self, config: XFMConfig, state: Mapping[str, Tensor], origin: str, *, trained: bool) -> None:
-        self.config = config
-        self.origin = origin
-        self.trained = trained
+        self.config, self.origin, self.trained = config, origin, trained
         self.device = torch.device("cpu")
         self._state = state
         self._shared: dict[torch.dtype, dict[str, nn.Parameter]] = {}
@@ -83,11 +75,7 @@ class Subjects:
 
     @classmethod
     def load(cls, path: str | Path, preset: PresetName) -> Subjects:
-        """Weights of an official checkpoint (then the preset gives the sizes) or of a folder that xfm-fast saved.
-
-        Raises:
-            CheckpointError: it cannot be read, or does not fit.
-        """
+        """Weights of an official checkpoint, with the sizes of the preset, or of a folder that xfm-fast saved."""
         path = Path(path)
         if path.is_dir():
             files = checkpoint.load_pretrained_files(path)
@@ -103,7 +91,7 @@ class Subjects:
         with torch.device("meta"):
             probe = XFM(config, heads=HEADS)
         probe = probe.to_empty(device="cpu").eval()
-        # Heads of a fine-tuned checkpoint have no use here.
+        # The heads of a fine-tuned checkpoint are not loaded.
         encoders = ("vision_encoder.", "text_encoder.", "fusion_encoder.")
         surplus = [n for n in state if n not in probe.state_dict() and not n.startswith(encoders)]
         if len(surplus) == len(state):
@@ -141,24 +129,24 @@ class Subjects:
         return self._models[key]
 
     def forget(self) -> None:
-        """Let go of all weights, for a process that has built what it needs."""
+        """Release all weights."""
         self._state, self._shared, self._models = {}, {}, {}
 
 
 def preset_config(preset: PresetName) -> XFMConfig:
-    """A preset with a vocabulary that gives captions their usual length: tiny's own would cut words into letters."""
+    """A preset with a vocabulary that gives captions their usual length."""
     return XFMConfig.preset(preset, **({"vocab_size": 2048} if preset == "tiny" else {}))
 
 
 def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[str, Tensor]:
-    """Random weights. Unlike in a fresh model nothing is zero, so that every term takes part in comparisons."""
+    """Random weights without zeros, unlike a fresh model, so that comparisons cover every term."""
     with torch.device("meta"):
         state = random_tensors(XFM(config, heads=heads).state_dict(), seed)
     return state | ({"temp": torch.tensor(0.07)} if "temp" in state else {})
 
 
 def random_tensors(wanted: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Random values in the shapes of some weights; those of a name are the same in every model."""
+    """Random values in the shapes of some weights; they depend on the name, not on the model."""
     state = {}
     for name, tensor in wanted.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
@@ -174,32 +162,19 @@ def random_tensors(wanted: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]
 
 
 def make_tokenizer(preset: PresetName, files: Path | None, collection: Collection) -> CaptionTokenizer:
-    """RoBERTa's from its files, or one trained on the captions."""
+    """RoBERTa's tokenizer from its files, or one trained on the captions."""
     if files is not None:
         return CaptionTokenizer.from_files(files)
     return CaptionTokenizer.train_on_texts(collection.captions, preset_config(preset).vocab_size)
 
 
 def described(collection: Collection, tokenizer: CaptionTokenizer) -> Data:
-    """Photographs, captions and tokens, for the head of a document."""
+    """The photographs, captions and tokenizer of a document."""
     return Data(
         origin=collection.origin, photos=len(collection.names), captions=len(collection.captions),
         skipped=[Skip(what=one.what, reason=one.reason) for one in collection.skipped],
         left_unread=collection.left_unread, tokenizer=tokenizer.origin, vocabulary=tokenizer.vocab_size,
     )  # fmt: skip
-
-
-def _mixed(count: int, mean: int) -> list[int]:
-    """Lengths from 3 to 40 that rise by a power, whose exponent gives them their mean.
-
-    Raises:
-        InputError: no such lengths have this mean.
-    """
-    least = 3
-    if not least < mean <= MAX_TOKENS:
-        raise InputError(f"lengths 'mixed-{mean}' have no such mean; ask for {least + 1} to {MAX_TOKENS}")
-    power = (MAX_TOKENS - least) / (mean - least) - 1
-    return [round(least + (MAX_TOKENS - least) * (place / max(count - 1, 1)) ** power) for place in range(count)]
 
 
 class Texts(NamedTuple):
@@ -214,18 +189,14 @@ class Texts(NamedTuple):
 
     @property
     def span(self) -> str:
-        """Shortest and longest, for names."""
+        """Shortest and longest length."""
         low, high = min(self.lengths), max(self.lengths)
         return str(low) if low == high else f"{low}-{high}"
 
 
 @dataclass
 class Material:
-    """Models, photographs and captions; embeddings are computed once, in fp32.
-
-    Attributes:
-        seed: of synthetic texts.
-    """
+    """Models, photographs and captions; embeddings are computed once, in fp32, and `seed` draws synthetic texts."""
 
     subjects: Subjects
     collection: Collection
@@ -241,7 +212,7 @@ class Material:
         return self.subjects.config.replace(image_size=image_size)
 
     def pixels(self, count: int, image_size: int) -> Tensor:
-        """`[count, 3, R, R]`; photographs come again where there are too few."""
+        """`[count, 3, R, R]`; photographs repeat if there are too few."""
         photos = len(self.collection.names)
         return self.collection.pixels((i % photos for i in range(count)), image_size).to(self.device)
 
@@ -258,25 +229,27 @@ class Material:
     def texts(self, count: int, lengths: str = "captions") -> Texts:
         """Captions, or synthetic texts: `fixed-16` are 16 tokens, `uniform-16` 4 to 28, `bimodal-16` 4 or 28.
 
-        `mixed-16` are 16 tokens on average and 40 at most, most of them short.
-
-        Raises:
-            InputError: the distribution is unknown, or longer than the model takes.
+        `mixed-16` are 3 to 40 tokens with a mean of 16, most of them short. Raises `InputError` for an unknown
+        distribution, or one with longer texts than the model takes.
         """
         if lengths == "captions":
             return self.encoded(self.collection.texts(count))
-        shape, _, mean = lengths.partition("-")
+        shape, _, number = lengths.partition("-")
         shapes = [*_SHAPES, "mixed"]
-        if shape not in shapes or not mean.isdigit():
+        if shape not in shapes or not number.isdigit():
             raise InputError(
                 f"length distribution {lengths!r} is unknown; choose captions, or {', '.join(shapes)} with a mean, "
                 "such as fixed-16"
             )
-        config = self.subjects.config
-        if shape == "mixed":
-            sizes = _mixed(count, int(mean))
+        config, mean, least = self.subjects.config, int(number), 3
+        if shape != "mixed":
+            sizes = [max(least, round(mean * _SHAPES[shape][i % len(_SHAPES[shape])])) for i in range(count)]
+        elif least < mean <= MAX_TOKENS:
+            # The mean of x ** power over [0, 1] is 1 / (1 + power).
+            power = (MAX_TOKENS - least) / (mean - least) - 1
+            sizes = [round(least + (MAX_TOKENS - least) * (i / max(count - 1, 1)) ** power) for i in range(count)]
         else:
-            sizes = [max(3, round(int(mean) * _SHAPES[shape][i % len(_SHAPES[shape])])) for i in range(count)]
+            raise InputError(f"lengths {lengths!r} have no such mean; ask for {least + 1} to {MAX_TOKENS}")
         room = config.max_positions - config.pad_token_id - 1
         if max(sizes) > room:
             raise InputError(
@@ -292,13 +265,13 @@ class Material:
         return Texts(ids, ids.ne(config.pad_token_id).long())
 
     def encoded(self, captions: list[str]) -> Texts:
-        """Captions padded to 40 tokens, as the official evaluation does it."""
+        """Captions padded to 40 tokens, as in the official evaluation."""
         ids, mask = self.tokenizer.encode(captions, MAX_TOKENS)
         return Texts(ids.to(self.device), mask.to(self.device))
 
     @cached_property
     def weights(self) -> dict[str, int]:
-        """Numbers that take part, by part of the model; tables of embeddings are read by the row."""
+        """Parameters that a pass reads, by encoder; embedding tables are read by row."""
         state = self.subjects.model(self.subjects.config.image_size, torch.float32).state_dict()
         parts = {
             "vision": "vision_encoder.",

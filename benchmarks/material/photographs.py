@@ -1,4 +1,4 @@
-"""Photographs with captions: those that scikit-image and scikit-learn install, or a user's own."""
+"""Photographs with captions: those of scikit-image and scikit-learn, or the user's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast.data.collection import Entry, open_collection
+from xfm_fast.data.collection import open_collection
 from xfm_fast.data.images import decode_image, evaluation_transform
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import pre_caption
@@ -23,7 +23,7 @@ MOST_PHOTOS = 64
 
 
 class Skipped(NamedTuple):
-    """Something that could not be used, and why."""
+    """A photograph or package that cannot be used, and why."""
 
     what: str
     reason: str
@@ -31,16 +31,9 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Collection:
-    """Decoded photographs and their cleaned captions.
+    """Decoded photographs with cleaned captions; `photo_of` has the photograph of every caption.
 
-    Attributes:
-        origin: where they come from, for reports.
-        names: of the photographs.
-        images: decoded to RGB.
-        captions: cleaned, all photographs' in one list.
-        photo_of: index of the photograph of each caption.
-        skipped: what was left out.
-        left_unread: photographs beyond the limit, which were not looked at.
+    `skipped` lists what cannot be used, and `left_unread` counts photographs beyond the limit.
     """
 
     origin: str
@@ -57,106 +50,80 @@ class Collection:
         return torch.stack([transform(self.images[i]) for i in indices])
 
     def captions_of(self, photo: int) -> list[str]:
+        """The captions of a photograph."""
         return [caption for caption, owner in zip(self.captions, self.photo_of, strict=True) if owner == photo]
 
     def texts(self, count: int) -> list[str]:
-        """`count` captions, one of each photograph in turn; repeated from the start when there are too few."""
-        by_turn: dict[int, list[int]] = {}
-        seen = dict.fromkeys(range(len(self.names)), 0)
-        for index, owner in enumerate(self.photo_of):
-            by_turn.setdefault(seen[owner], []).append(index)
-            seen[owner] += 1
-        order = [index for turn in sorted(by_turn) for index in by_turn[turn]]
+        """`count` captions: the first of every photograph, then the second, and from the start if there are too few."""
+        earlier = [self.photo_of[:index].count(owner) for index, owner in enumerate(self.photo_of)]
+        order = sorted(range(len(earlier)), key=earlier.__getitem__)
         return [self.captions[order[i % len(order)]] for i in range(count)]
+
+    def add(self, name: str, load: Callable[[], tuple[Image.Image, Sequence[str]]]) -> None:
+        """Add a photograph, or list it as skipped."""
+        try:
+            image, captions = load()
+        except DataError as error:
+            self.skipped.append(Skipped(name, str(error)))
+            return
+        cleaned = []
+        for caption in captions:
+            try:
+                cleaned.append(pre_caption(caption))
+            except DataError as error:
+                self.skipped.append(Skipped(name, str(error)))
+        if not cleaned:
+            self.skipped.append(Skipped(name, "has no usable caption"))
+            return
+        self.photo_of += [len(self.names)] * len(cleaned)
+        self.captions += cleaned
+        self.names.append(name)
+        self.images.append(image)
 
 
 def bundled() -> Collection:
-    """The photographs that scikit-image and scikit-learn ship, with captions of our own.
-
-    Raises:
-        DataError: neither package is installed.
-    """
+    """The photographs of scikit-image and scikit-learn, with our captions; `DataError` if neither is installed."""
     table = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8"))
-    entries = []
-    absent: dict[str, str] = {}
+    collection = Collection("the photographs of scikit-image and scikit-learn, captions written for xfm-fast")
+    absent: set[str] = set()
     for photo in table["photos"]:
         package = photo["package"]
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            absent[package] = f"{package} is not installed"
+            absent.add(package)
             continue
         path = Path(spec.origin).parent / table["folders"][package] / photo["file"]
-        entries.append((f"{package}/{photo['file']}", partial(_photo, path, photo["captions"])))
-    if not entries:
+        collection.add(f"{package}/{photo['file']}", partial(_open, path, photo["captions"]))
+    if not collection.names:
         raise DataError(
-            'no photographs: scikit-image and scikit-learn are not installed; pip install "xfm-fast[bench]", or name a '
-            "data of your own with --data"
+            'no photographs: scikit-image and scikit-learn are not installed; pip install "xfm-fast[bench]", or name '
+            "your own with --data"
         )
-    collection = _collected("the photographs of scikit-image and scikit-learn, captions written for xfm-fast", entries)
-    collection.skipped += [Skipped(package, reason) for package, reason in absent.items()]
+    collection.skipped += [Skipped(package, f"{package} is not installed") for package in sorted(absent)]
     return collection
 
 
-def _photo(path: Path, captions: Sequence[str]) -> tuple[Image.Image, Sequence[str]]:
+def _open(path: Path, captions: Sequence[str]) -> tuple[Image.Image, Sequence[str]]:
     return decode_image(path), captions
 
 
 def from_files(path: str | Path, most: int = MOST_PHOTOS) -> Collection:
-    """Photographs with their captions, in any of the forms of `xfm_fast.data.collection`.
+    """At most `most` photographs with captions, in any form of `xfm_fast.data.collection`.
 
-    What cannot be used is skipped and listed in the result.
-
-    Args:
-        path: folder of images, or a file that lists or holds them.
-        most: photographs to read.
-
-    Raises:
-        DataError: the folder or file cannot be read, or nothing usable is left.
+    Raises `DataError` if the folder or file cannot be read, or nothing in it can be used.
     """
     pictures = open_collection(path)
     entries, faults = pictures.listing()
-
-    def opened(entry: Entry) -> Callable[[], tuple[Image.Image, Sequence[str]]]:
-        return lambda: pictures.load(entry)
-
-    found = _collected(str(path), ((entry.name, opened(entry)) for entry in entries), most)
-    found.skipped[:0] = [Skipped(name, reason) for name, reason in faults.items()]
-    if not found.names:
-        reasons = "; ".join(f"{what}: {reason}" for what, reason in found.skipped[:3])
+    collection = Collection(str(path), skipped=[Skipped(name, reason) for name, reason in faults.items()])
+    for number, entry in enumerate(entries):
+        if len(collection.names) == most:
+            collection.left_unread = len(entries) - number
+            break
+        collection.add(entry.name, partial(pictures.load, entry))
+    if not collection.names:
+        reasons = "; ".join(f"{what}: {reason}" for what, reason in collection.skipped[:3])
         raise DataError(
             f"nothing in {path} can be used ({reasons}); give images with captions: a folder with captions.csv or with "
-            "name.txt beside each image, a CSV of image and caption, or a WebDataset shard"
+            "name.txt next to each image, a CSV of image and caption, or a WebDataset shard"
         )
-    return found
-
-
-def _collected(
-    origin: str,
-    entries: Iterable[tuple[str, Callable[[], tuple[Image.Image, Sequence[str]]]]],
-    most: int = MOST_PHOTOS,
-) -> Collection:
-    """Photographs by name, each opened in its turn."""
-    out = Collection(origin)
-    for name, load in entries:
-        if len(out.names) == most:
-            out.left_unread += 1
-            continue
-        try:
-            image, said = load()
-        except DataError as error:
-            out.skipped.append(Skipped(name, str(error)))
-            continue
-        captions = []
-        for caption in said:
-            try:
-                captions.append(pre_caption(caption))
-            except DataError as error:
-                out.skipped.append(Skipped(name, str(error)))
-        if not captions:
-            out.skipped.append(Skipped(name, "has no usable caption"))
-            continue
-        out.photo_of += [len(out.names)] * len(captions)
-        out.captions += captions
-        out.names.append(name)
-        out.images.append(image)
-    return out
+    return collection

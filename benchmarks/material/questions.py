@@ -1,35 +1,26 @@
-"""Questions and a list of answers of the shape that VQA v2 gives them, in random tokens.
+"""Questions and answers with the statistics of VQA v2, in random tokens.
 
-The list has the trie of the 3,129 usual answers of VQA v2 in RoBERTa's tokens: as many answers of each length, as many
-prefixes of each length, and as many of them that go on. Only how answers are spread over what they go on from is drawn,
-few prefixes having many: of the 1,276 first tokens one goes on in some 55 ways. Questions have the
-lengths of VQA v2's (6 words and a question mark on average), and an image has five of them; in the data set 5.4.
+The answers have the trie of the 3,129 usual answers in RoBERTa's tokens: as many answers, prefixes and inner prefixes
+of each length. Which prefix an answer extends is drawn from a skewed distribution: of the 1,276 first tokens, one has
+some 55 continuations. Questions have 6 words and a question mark on average; an image has five (5.4 in the dataset).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 
+from .inputs import Texts
+
 ANSWERS = 3129
-# By tokens between `<s>` and `</s>`: distinct prefixes, those that go on, and answers that end there.
+# By tokens between `<s>` and `</s>`: distinct prefixes, inner ones, and answers that end there.
 _PREFIXES = (1276, 1917, 770, 91, 20, 1)
-_GOING_ON = (731, 497, 87, 20, 1, 0)
+_INNER = (731, 497, 87, 20, 1, 0)
 _ENDING = (823, 1519, 695, 72, 19, 1)
-# Share of the children that the first of the going-on prefixes get over what the r-th gets: 1 / r to this power.
+# The r-th inner prefix gets 1 / r to this power of the children of the first.
 _SKEW = 0.7
 _QUESTION_LENGTHS = (9, 8, 12, 9, 10)
-
-
-class Texts(NamedTuple):
-    """Token ids and their mask, both `[N, L]`."""
-
-    ids: Tensor
-    mask: Tensor
 
 
 def answer_list(config: XFMConfig, seed: int) -> Texts:
@@ -39,7 +30,7 @@ def answer_list(config: XFMConfig, seed: int) -> Texts:
     answers: list[list[int]] = []
     for count, ending in zip(_PREFIXES, _ENDING, strict=True):
         weights = torch.arange(1, len(level) + 1).double() ** -_SKEW
-        # Each has a child, and who has more is drawn.
+        # Each has one child; the others are drawn.
         drawn = torch.multinomial(weights, count, replacement=True, generator=generator)[len(level) :]
         children = 1 + torch.bincount(drawn, minlength=len(level))
         below = [
@@ -49,8 +40,8 @@ def answer_list(config: XFMConfig, seed: int) -> Texts:
         ]
         order = torch.randperm(len(below), generator=generator).tolist()
         depth = len(below[0]) - 2
-        level = [below[place] for place in order[: _GOING_ON[depth]]]
-        # Answers end where nothing goes on, and beyond that where something does.
+        level = [below[place] for place in order[: _INNER[depth]]]
+        # Answers end at leaves, and some at inner prefixes.
         answers += [below[place] for place in order[::-1][:ending]]
     rows = [[*answer, config.eos_token_id] for answer in answers]
     shuffled = [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]

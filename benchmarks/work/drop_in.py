@@ -94,39 +94,35 @@ def _row(
 
 
 def _measure(
-    model: PublicModel,
-    names: list[str],
-    in_int8: bool,
-    options: DropInOptions,
-    probes: MachineProbes,
+    model: PublicModel, names: list[str], in_int8: bool, options: DropInOptions, probes: MachineProbes,
     progress: Progress,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
+    """Rows of a model in every dtype, untouched and accelerated, all interleaved."""
     torch.manual_seed(options.seed)
-    cpu, subject = torch.device("cpu"), model.make(2 if options.quick else 12)
+    subject = model.make(2 if options.quick else 12)
     module = subject.model.eval()
     runs: dict[str, Callable[[], Tensor]] = {}
-    report: list[str] = []
-    for name in names:
-        dtype = DTYPES[name]
-        if subject.adapted is not None:
-            runs[f"{OURS} {name}"] = partial(subject.adapted, dtype)
-            continue
-        fast = copy.deepcopy(module)
-        given = None if name == "fp32" else dtype
-        report = str(accelerate(fast, dtype=given, **model.accelerate)).splitlines()
-        runs[f"{OURS} {name}"] = partial(subject.call, fast)
     rows: list[Row] = []
-    if in_int8 and subject.adapted is None and not subject.trains:
-        fast = copy.deepcopy(module)
+    report: list[str] = []
+    in_int8 = in_int8 and subject.adapted is None and not subject.trains
+    for name in [*names, *(["int8"] if in_int8 else [])]:
+        if subject.adapted is not None:
+            runs[f"{OURS} {name}"] = partial(subject.adapted, DTYPES[name])
+            continue
+        fast, dtype = copy.deepcopy(module), {"fp32": None, "int8": "int8"}.get(name, DTYPES.get(name))
         try:
-            accelerate(fast, dtype="int8", **model.accelerate)
-            runs[f"{OURS} int8"] = partial(subject.call, fast)
+            changes = accelerate(fast, dtype=dtype, unpad=model.unpad)
         except XFMError as error:
+            if name != "int8":
+                raise
             rows.append(_row(model, OURS, "int8", "not offered", one_line(error)))
+            continue
+        report = report if name == "int8" else str(changes).splitlines()
+        runs[f"{OURS} {name}"] = partial(subject.call, fast)
     for name in dict.fromkeys(["fp32", *names]):
         own = module if name == "fp32" else copy.deepcopy(module).to(DTYPES[name])
         runs[f"{UNTOUCHED} {name}"] = partial(subject.call, own)
-    watched = {key: Watched(run, cpu) for key, run in runs.items()}
+    watched = {key: Watched(run, torch.device("cpu")) for key, run in runs.items()}
     samples = interleave(
         watched, probes, warmups=1, rounds=2 if options.quick else _ROUNDS,
         budget_s=0 if options.quick else _BUDGET_S, on_step=progress.step,
@@ -136,23 +132,23 @@ def _measure(
     if samples.failures:
         raise RuntimeError(next(iter(samples.failures.values())))
     expected = watched[f"{UNTOUCHED} fp32"].output
-    for key in watched:
+    for key, seen in watched.items():
         contender, name = key.split(" ")
         row = _row(model, contender, name, items=subject.items)
         if contender == OURS:
-            error, band = relative_error(watched[key].output, expected), INT8_BAND
-            if name != "int8":
+            error, band, cosine = relative_error(seen.output, expected), INT8_BAND, None
+            if name == "int8":
+                pair = seen.output.double().flatten(), expected.double().flatten()
+                cosine = finite(float(torch.cosine_similarity(*pair, dim=0)))
+            else:
                 own = 0.0 if name == "fp32" else relative_error(watched[f"{UNTOUCHED} {name}"].output, expected)
                 band = parity_band(DTYPES[name], own)
             row.parity = Parity(
-                error=finite(error), band=band, passed=error <= band, against=f"{UNTOUCHED} fp32"
-            )  # fmt: skip
-            if name == "int8":
-                pair = (watched[key].output.double().flatten(), expected.double().flatten())
-                row.parity.cosine = finite(float(torch.cosine_similarity(*pair, dim=0)))
+                error=finite(error), band=band, passed=error <= band, against=f"{UNTOUCHED} fp32", cosine=cosine
+            )
             row.replaced = report
             if not row.parity.passed:
                 rows.append(row.model_copy(update=differing(row, error, band)))
                 continue
-        rows.append(filled(row, key, samples, watched[key].memory))
+        rows.append(filled(row, key, samples, seen.memory))
     return agreeing(rows)

@@ -1,118 +1,647 @@
-"""`xfm-fast bench kernels`: every operation at the model's shapes against its alternatives. Correctness, then time.
+"""`xfm-fast bench kernels`: every public op at the model's shapes, against alternatives that compute the same.
 
-On a GPU times are those of graph replay, so that they are the kernels' own; the host's part is told apart. Results are
-handed over as soon as they are there, and an error of one contender, of whatever library, costs its own rows alone.
+Each case is compared with its reference in fp64 first, then timed in interleaved rounds, on a GPU by graph replay. Only
+`run` needs the schema of results: PyTorch and Triton are enough to measure a case (`benchmarks.device`).
 """
+
+# Backends take the inputs of their case as one tuple, of a length that no checker knows.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import math
+import statistics
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xfm_fast.errors import InputError
-from xfm_fast.kernels import roofline
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.kernels import ops, reference, roofline
+from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels.marked import mark
+from xfm_fast.kernels.roofline import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, WIDTH
 
 from .. import machine
-from ..measure import DTYPES, Progress, filled, interleave
-from ..options import KernelOptions
-from ..record import OURS, Document, Efficiency, Parity, Row, finite
-from ..timing import Clocked, one_line
-from .kernel_cases import Case, Direction, Entrant, cases, directions, entrants
+from ..timing import Clocked, one_line, parity_band, relative_error, rotated, why_not_compiled
 
+if TYPE_CHECKING:
+    from ..measure import Progress
+    from ..options import KernelOptions
+    from ..record import Document
+
+Run = Callable[..., Tensor]
+Direction = Literal["forward", "backward", "forward and backward"]
+PlainRow = dict[str, Any]
+"""The fields of a `record.Row`."""
+
+OURS, EAGER = "xfm-fast", "eager"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROUNDS = 7
-_TYPES = DTYPES | {"fp16": torch.float16}
+_SDPA = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+# The CPU template of FlexAttention compiles neither dynamic sizes nor parts of a graph.
+_ON_CPU: dict[str, Any] = {"dynamic": False, "fullgraph": True}
 
-Keep = Callable[[Document], None]
-"""Told of a document whenever it has new rows."""
+
+@dataclass
+class Case:
+    """One op at one shape.
+
+    `others` are alternatives, or the reason why one is missing here; `bounds` compute a part of the work, or similar
+    work, and have no parity. `work` has the directions that are timed, and FLOPs and traffic where they are known.
+    `rounded` is the reference in 8 bits, for cases with larger errors than those of floats.
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    ours: Run
+    reference: Run
+    work: dict[Direction, roofline.Work | None]
+    others: dict[str, Run | str] = field(default_factory=dict)
+    bounds: dict[str, Run] = field(default_factory=dict)
+    rounded: Run | None = None
+
+
+@dataclass
+class Backend:
+    """A backend of a case before it is timed: its error, a factory of the call for every direction, or why not."""
+
+    error: float | None = None
+    band: float | None = None
+    runs: dict[Direction, Callable[[], Callable[[], object]]] = field(default_factory=dict)
+    missing: dict[Direction, tuple[str, str]] = field(default_factory=dict)
+
+
+def compare(case: Case, only: Collection[str] | None = None) -> dict[str, Backend]:
+    """Run every backend of a case (or `only` these) once and compare it with the reference in fp64."""
+    exact, dtype = case.reference(*(t.double() for t in case.inputs)), case.inputs[0].dtype
+    own = relative_error(case.reference(*case.inputs), exact)
+    band = parity_band(dtype, own, fp32=16 * torch.finfo(dtype).eps)
+    if case.rounded is not None:
+        # Libraries choose their own levels, and none is exact.
+        band += 2 * relative_error(case.rounded(*(t.double() for t in case.inputs)), exact)
+    # torch.compile keeps few versions of a function and then runs it eagerly: forget those of other cases.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    backends: dict[str, Backend] = {}
+    for name, run in {OURS: case.ours, **case.others, **case.bounds}.items():
+        if only is not None and name not in only:
+            continue
+        backend = backends[name] = Backend()
+        if isinstance(run, str):
+            backend.missing = dict.fromkeys(case.work, ("absent", run))
+            continue
+        try:
+            with torch.no_grad():
+                out = run(*case.inputs)
+            if name not in case.bounds:
+                backend.error, backend.band = relative_error(out, exact), band
+        except Exception as error:  # any library: Triton, one not built for this card, out of memory
+            backend.missing = dict.fromkeys(case.work, ("failed", one_line(error)))
+            continue
+        if backend.error is not None and not backend.error <= band:
+            why = f"wrong: error {backend.error:.1e} exceeds {band:.1e}"
+            backend.missing = dict.fromkeys(case.work, ("parity failed", why))
+            continue
+        for direction in case.work:
+            try:
+                if direction != "forward":
+                    step(run, case.inputs, "forward and backward")()
+                backend.runs[direction] = partial(step, run, case.inputs, direction)
+            except UnavailableError as error:
+                backend.missing[direction] = "absent", str(error)
+            except Exception as error:  # some attentions have no gradient of a bias
+                backend.missing[direction] = "failed", one_line(error)
+    return backends
+
+
+def step(run: Run, inputs: tuple[Tensor, ...], direction: Direction) -> Callable[[], object]:
+    """The call that is timed: a pass in one direction, or both."""
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return run(*inputs)
+
+        return forward
+    leaves = tuple(t.detach().clone().requires_grad_() for t in inputs)
+
+    def output() -> Tensor:
+        with torch.enable_grad():
+            out = run(*leaves)
+        if not out.requires_grad:
+            raise UnavailableError("it has no gradient")
+        return out
+
+    def both() -> tuple[Tensor, ...]:
+        out = output()
+        return torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+
+    if direction == "forward and backward":
+        return both
+    out = output()
+    upstream = torch.ones_like(out)
+    return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True, allow_unused=True)
+
+
+def measure(
+    case: Case, device: torch.device, dtype: str = "fp32", on_step: Callable[[str], None] = lambda what: None,
+    left: Callable[[], float] = lambda: math.inf,
+) -> Iterator[list[PlainRow]]:  # fmt: skip
+    """Yield the rows of every direction of a case, all backends timed in interleaved rounds.
+
+    After three rounds it ends early once `left()` has no seconds left. An error of one backend, of any library, costs
+    its own rows.
+    """
+    try:
+        backends = compare(case)
+    except Exception as error:  # of the reference: there is nothing to compare with
+        direction = next(iter(case.work))
+        failed = Backend(missing={direction: ("failed", one_line(error))})
+        yield [_row(case, direction, OURS, dtype, failed, None, {})]
+        return
+    for direction in case.work:
+        clocks = {n: Clocked(one.runs[direction], device) for n, one in backends.items() if direction in one.runs}
+        seconds: dict[str, list[float]] = {name: [] for name in clocks}
+        # The first round compiles, warms up and records graphs.
+        for number in range(_ROUNDS + 1):
+            if number > 2 and left() < 0:
+                break
+            for name in rotated(list(clocks), number) if clocks else []:
+                if direction in backends[name].missing:
+                    continue
+                on_step(f"{name} {dtype}")
+                try:
+                    taken = clocks[name]()
+                except Exception as error:  # of any library; the others go on
+                    backends[name].missing[direction] = "failed", one_line(error)
+                    seconds[name] = []
+                else:
+                    seconds[name] += taken if number else []
+        yield [
+            _row(case, direction, name, dtype, backend, clocks.get(name), seconds) for name, backend in backends.items()
+        ]
+
+
+def _row(
+    case: Case, direction: Direction, name: str, dtype: str, backend: Backend, clock: Clocked | None,
+    seconds: dict[str, list[float]],
+) -> PlainRow:  # fmt: skip
+    """The row of a backend with what its clock measured, or with the reason why it has no times."""
+    row: PlainRow = {
+        "work": case.name.split()[0], "name": case.name, "direction": direction, "contender": name, "label": name,
+        "dtype": dtype, "unit": "calls", "items": 1, "bounds": name in case.bounds, "status": "measured", "seconds": [],
+    }  # fmt: skip
+    if backend.error is not None and backend.band is not None:
+        row["parity"] = {
+            "error": backend.error if math.isfinite(backend.error) else None, "band": backend.band,
+            "passed": backend.error <= backend.band, "against": "the definition in fp64",
+        }  # fmt: skip
+    if direction in backend.missing or clock is None:
+        row["status"], row["reason"] = backend.missing.get(direction, ("failed", None))
+        return row
+    median, work = statistics.median(seconds[name]), case.work[direction]
+    row |= {"seconds": seconds[name], "host_s": clock.host_s, "timed_by": clock.by, "reason": clock.reason}
+    row["throughput"] = {"value": 1 / median}
+    if work is not None:
+        sheet = machine.data_sheet(clock.device)
+        row["efficiency"] = {
+            "needed_flops": round(work.flops), "bytes": round(work.bytes), "intensity": work.flops / work.bytes,
+            "share_of_floor": None if sheet is None else work.floor(sheet) / median,
+        }  # fmt: skip
+    if name == OURS:
+        row["against"] = [
+            {"contender": n, "dtype": dtype, "like_for_like": True, "ratio": statistics.median(theirs) / median}
+            for n, theirs in seconds.items()
+            if n != OURS and theirs
+        ]
+    return row
 
 
 def run(
-    options: KernelOptions, progress: Progress | None = None, command: Sequence[str] = (), keep: Keep = lambda _: None
-) -> Document:
-    """Measure every case on the GPU, or on the CPU without one. Ctrl-C keeps the rows that are complete.
+    options: KernelOptions, progress: Progress | None = None, command: Sequence[str] = (),
+    keep: Callable[[Document], None] = lambda document: None,
+) -> Document:  # fmt: skip
+    """Measure every case on the GPU, or on the CPU without one; `keep` is called whenever the document has new rows.
 
-    Args:
-        keep: told of the document after every operation and direction.
-
-    Raises:
-        InputError: an unknown type.
+    Ctrl-C keeps the complete rows. Raises `InputError` for an unknown dtype.
     """
+    from ..measure import Progress, compared, throughput
+    from ..record import Document, Row
+
     progress, device = progress or Progress(), machine.choose_device(None)
     dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    if dtype not in _TYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(_TYPES)}")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     document = Document.begun("kernels", vars(options), command, device.type)
-    made = cases(device, _TYPES[dtype], small=options.small)
-    progress.begin(len(made))
-
-    def add(rows: list[Row]) -> None:
-        document.rows += rows
-        keep(document)
-
+    chosen = case_names(device, DTYPES[dtype])
+    progress.begin(len(chosen))
     try:
-        for case in made:
-            progress.stage(case.name)
-            try:
-                measure(case, device, machine.data_sheet(device), dtype, progress, add)
-            except Exception as error:  # of the definition or the inputs: there is nothing to compare with
-                failed = _row(case, directions(case)[0][0], OURS, Entrant(), dtype)
-                add([failed.model_copy(update={"status": "failed", "reason": one_line(error)})])
+        for name in chosen:
+            progress.stage(name)
+            case = CASES[name](device, DTYPES[dtype], options.small)
+            for plain in measure(case, device, dtype, progress.step):
+                rows = [Row.model_validate(row) for row in plain]
+                timed = [row for row in rows if row.seconds]
+                for row in timed:
+                    row.throughput = throughput(1, row.seconds)
+                for ours in (row for row in timed if row.ours):
+                    others = (row for row in timed if not row.ours)
+                    ours.against = [
+                        compared(other.contender, dtype, dtype, other.seconds, ours.seconds) for other in others
+                    ]
+                document.rows += rows
+                keep(document)
     except KeyboardInterrupt:
         document.interrupted = True
     return document
 
 
-def measure(
-    case: Case, device: torch.device, gpu: roofline.GPU | None, dtype: str = "fp32", progress: Progress | None = None,
-    add: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:  # fmt: skip
-    """Rows of both directions of one case, all contenders interleaved.
+def _both(work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...]) -> dict[Direction, roofline.Work | None]:
+    """Forward and backward pass, timed separately."""
+    element = inputs[0].element_size()
+    return {"forward": work(element=element), "backward": work(backward=True, element=element)}
 
-    Args:
-        add: takes the rows of a direction as soon as they are there.
+
+def _tensors(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+
+
+def available(package: str) -> bool:
+    """True if an optional package, or a module of one, can be imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+def _compiled(device: torch.device, small: bool, runs: dict[str, Run]) -> dict[str, Run | str]:
+    """Alternatives that torch.compile makes, or the reason why it cannot.
+
+    A CPU takes up to a minute for each, so small cases are without them.
     """
-    found, rows = entrants(case), []
-    for direction, work in directions(case):
-        blocks = {
-            f"{name} {dtype}": Clocked(entrant.runs[direction], device)
-            for name, entrant in found.items()
-            if direction in entrant.runs
-        }
-        samples = interleave(
-            blocks, rounds=_ROUNDS, budget_s=0, warmups=1, on_step=(progress or Progress()).step,
-            grad=direction != "forward",
-        )  # fmt: skip
-        made = []
-        for name, entrant in found.items():
-            row, key = _row(case, direction, name, entrant, dtype), f"{name} {dtype}"
-            if key in blocks:
-                clocked = blocks[key]
-                row = filled(row, key, samples).model_copy(
-                    update={"host_s": clocked.host_s, "timed_by": clocked.by if samples.seconds(key) else None}
-                )
-            if row.median_s:
-                row.efficiency = Efficiency(
-                    needed_flops=round(work.flops), bytes=round(work.bytes), intensity=work.flops / work.bytes,
-                    share_of_floor=None if gpu is None else work.floor(gpu) / row.median_s,
-                )  # fmt: skip
-            made.append(row)
-        add(made)
-        rows += made
-        if samples.interrupted:
-            raise KeyboardInterrupt
-    return rows
+    why = why_not_compiled(device)
+    if why is not None:
+        return dict.fromkeys(runs, why)
+    return {} if small and device.type == "cpu" else dict(runs)
 
 
-def _row(case: Case, direction: Direction, name: str, entrant: Entrant, dtype: str) -> Row:
-    """A row without times, which says why it has none."""
-    parity = None
-    if entrant.error is not None and entrant.band is not None:
-        passed = entrant.error <= entrant.band
-        parity = Parity(error=finite(entrant.error), band=entrant.band, passed=passed, against="the definition in fp64")
-    lacking = entrant.without_times(direction)
-    return Row(
-        work=case.name.split()[0], name=case.name, direction=direction, contender=name, label=name, dtype=dtype,
-        status="measured" if lacking is None else lacking[0], reason=None if lacking is None else lacking[1],
-        unit="calls", items=1, parity=parity, bounds=name in case.bounds,
-    )  # fmt: skip
+def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    side, batch = (side // 4, 2) if small else (side, 8)
+    tokens, window = side**2 + 1, (side, side)
+    q, k, v = _tensors(device, dtype, *[(batch, tokens, HEADS, HEAD_DIM)] * 3)
+    (table,) = _tensors(device, dtype, ((2 * side - 1) ** 2 + 3, HEADS))
+    index = reference.relative_position_index(window, device)
+    bias = reference.position_bias(table, window)[None].contiguous()
+
+    def bias_of(table: Tensor) -> Tensor:
+        """The bias as this model is usually written: inference computes it once, training gathers it every time."""
+        return table[index.view(-1)].view(1, tokens, tokens, HEADS).permute(0, 3, 1, 2) if _trains() else bias
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scores = (q * HEAD_DIM**-0.5) @ k.transpose(-1, -2) + bias_of(table)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    def sdpa(backend: SDPBackend | None, *, biased: bool = True) -> Run:
+        def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+            mask = bias_of(table).contiguous() if biased else None
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            with nullcontext() if backend is None else sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+        return run
+
+    def gathered(table: Tensor) -> Run:
+        return lambda head, query, key: table[index[query, key], head]
+
+    def read(table: Tensor) -> Run:
+        values = bias_of(table)[0].contiguous()
+        return lambda head, query, key: values[head, query, key]
+
+    others: dict[str, Run | str] = {EAGER: eager}
+    if device.type == "cuda":
+        others |= {f"SDPA {name} + bias": sdpa(backend) for name, backend in _SDPA.items()}
+        bounds = {"flash without bias": sdpa(SDPBackend.FLASH_ATTENTION, biased=False)}
+    else:
+        others["SDPA + bias"] = sdpa(None)
+        bounds = {"SDPA without bias": sdpa(None, biased=False)}
+    options = _ON_CPU if device.type == "cpu" else {}
+    flex = {
+        "FlexAttention, table gathered": _flex(gathered, **options),
+        "FlexAttention, bias read": _flex(read, **options),
+    }
+    others |= _compiled(device, small, flex)
+    if device.type == "cuda":
+        flash = _flex(read, kernel_options={"BACKEND": "FLASH"})
+        missing = "flash-attn-4 is not installed"
+        others["flash-attn 4, bias by score_mod"] = flash if available("flash_attn.cute") else missing
+    # Inference computes the bias once, before the graphs that read it are captured.
+    ready = ops.relpos_bias(table, window, dtype=dtype, scale=HEAD_DIM**-0.5, head_dim=HEAD_DIM)
+    inputs = q, k, v, table
+    return Case(
+        f"relpos_attention {batch} × {tokens}",
+        inputs,
+        lambda *a: ops.relpos_attention(*a, window, bias=None if _trains() else ready),
+        lambda *a: reference.relpos_attention(*a, window, HEAD_DIM**-0.5),
+        _both(partial(roofline.relpos_attention, batch, tokens), inputs),
+        others,
+        bounds,
+    )
+
+
+def _trains() -> bool:
+    return torch.is_grad_enabled()
+
+
+def _flex(
+    bias_from: Callable[[Tensor], Run], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+) -> Run:
+    """FlexAttention with a bias of head, query and key that is made from the table."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=fullgraph)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        _refuse_gradient(q, k, v, table)
+        bias = bias_from(table)
+
+        def biased(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + bias(head, query, key)
+
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out: Any = compiled(q, k, v, score_mod=biased, **options)
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _refuse_gradient(*inputs: Tensor) -> None:
+    """Raise an error that names the cause, which the compiler's own does not."""
+    if inputs[0].device.type == "cpu" and _trains() and any(t.requires_grad for t in inputs):
+        raise UnavailableError("FlexAttention has no gradient on a CPU")
+
+
+def _captions(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    """Self-attention of packed captions."""
+    texts, length = 8 if small else 256, 13
+    tokens = texts * length
+    offsets = torch.arange(texts + 1, dtype=torch.int32, device=device) * length
+    inputs = _tensors(device, dtype, *[(tokens, HEADS, HEAD_DIM)] * 3)
+    work = partial(roofline.varlen_attention, tokens * length, tokens, tokens, f"{texts} × {length}")
+    return _varlen(f"varlen_attention {texts} texts × {length}", work, offsets, offsets, inputs, small)
+
+
+def _captions_of_an_image(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    """Cross-attention of all captions of an image to its tokens."""
+    queries, keys = 64 if small else 3328, 577
+    of_queries, of_keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (queries, keys))
+    inputs = _tensors(device, dtype, *((n, HEADS, HEAD_DIM) for n in (queries, keys, keys)))
+    work = partial(roofline.varlen_attention, queries * keys, queries, keys, f"{queries} × {keys}")
+    name = f"varlen_attention {queries} queries × {keys} keys"
+    return _varlen(name, work, of_queries, of_keys, inputs, small)
+
+
+def _varlen(
+    name: str, work: Callable[..., roofline.Work], of_queries: Tensor, of_keys: Tensor, inputs: tuple[Tensor, ...],
+    small: bool,
+) -> Case:  # fmt: skip
+    device, sequences = inputs[0].device, len(of_queries) - 1
+    longest = [int(offsets.diff().max()) for offsets in (of_queries, of_keys)]
+
+    def plain(*qkv: Tensor) -> Tensor:
+        return reference.varlen_attention(*qkv, of_queries, of_keys, HEAD_DIM**-0.5)
+
+    def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(0, (sequences, -1)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+    def torch_varlen(*qkv: Tensor) -> Tensor:
+        # Older PyTorch lacks it: the row then shows the ImportError.
+        from torch.nn.attention.varlen import varlen_attn
+
+        out: Any = varlen_attn(*qkv, of_queries, of_keys, *longest)
+        return out
+
+    others: dict[str, Run | str] = {"eager, a sequence at a time": plain}
+    if all(bool((o.diff() == most).all()) for o, most in zip((of_queries, of_keys), longest, strict=True)):
+        others["SDPA"] = padded
+    if device.type == "cuda":
+        others["torch varlen_attn"] = torch_varlen
+        others["flash-attn"] = (
+            partial(_ours_varlen, of_queries, of_keys, longest, backend="flash_attn")
+            if available("flash_attn.flash_attn_interface")
+            else "flash-attn 2 is not installed"
+        )
+    else:
+        others |= _compiled(device, small, {"FlexAttention, document mask": _documents(of_queries, of_keys)})
+    ours = partial(_ours_varlen, of_queries, of_keys, longest)
+    return Case(name, inputs, ours, plain, _both(work, inputs), others)
+
+
+def _ours_varlen(of_queries: Tensor, of_keys: Tensor, longest: list[int], *qkv: Tensor, **options: Any) -> Tensor:
+    return ops.varlen_attention(*qkv, of_queries, of_keys, *longest, **options)
+
+
+def _documents(of_queries: Tensor, of_keys: Tensor) -> Run:
+    """FlexAttention of packed sequences with a document mask, of which the blocks are computed once."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, **_ON_CPU)
+    queries, keys = (torch.arange(len(o) - 1).repeat_interleave(o.diff()) for o in (of_queries, of_keys))
+
+    @cache
+    def mask() -> Any:
+        def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return queries[query] == keys[key]
+
+        return create_block_mask(same, None, None, len(queries), len(keys), device="cpu")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _refuse_gradient(q, k, v)
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out: Any = compiled(q, k, v, block_mask=mask())
+        return out[0].transpose(0, 1)
+
+    return run
+
+
+def _add_layer_norm(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    rows = 64 if small else 8 * 577
+    inputs = _tensors(device, dtype, (rows, WIDTH), (rows, WIDTH), (WIDTH,), (WIDTH,))
+
+    def eager(*a: Tensor) -> Tensor:
+        return reference.add_layer_norm(*a, 1e-5)[0]
+
+    @torch.no_grad()
+    def copy(x: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
+        residual.clone()
+        return x.clone()
+
+    work = _both(partial(roofline.add_layer_norm, rows), inputs)
+    ours = partial(_first, ops.add_layer_norm)
+    name = f"add_layer_norm {rows} × {WIDTH}"
+    return Case(name, inputs, ours, eager, work, {EAGER: eager}, {"copy of the same bytes": copy})
+
+
+def _first(op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
+    """The first result of an op with a norm."""
+    return op(*inputs, 1e-5)[0]
+
+
+def _linear_gelu(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    rows = 64 if small else 8 * 577
+    x, weight, bias = _tensors(device, dtype, (rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,))
+    inputs = x, weight / WIDTH**0.5, bias
+    eager, name = reference.linear_gelu, f"linear_gelu {rows} × {WIDTH} → {HIDDEN}"
+    work = _both(partial(roofline.linear_gelu, rows), inputs)
+    return Case(name, inputs, ops.linear_gelu, eager, work, {EAGER: eager}, {"the product alone": F.linear})
+
+
+def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    rows, entries = (32, 512) if small else (1440, VOCABULARY)
+    h, w, b = _tensors(device, dtype, (rows, WIDTH), (entries, WIDTH), (entries,))
+    target = torch.randint(entries, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def liger(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        # Imported where it runs: a failing import is a row.
+        from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyFunction as Liger,
+        )
+
+        return Liger.apply(h, w, target, b)[0]
+
+    others: dict[str, Run | str] = {EAGER: lambda *a: F.cross_entropy(F.linear(*a).float(), target)}
+    if available("liger_kernel"):
+        others["Liger"] = liger
+    elif h.is_cuda:
+        others["Liger"] = "liger-kernel is not installed"
+    return Case(
+        f"linear_cross_entropy {rows} × {WIDTH} → {entries}",
+        (h, w / WIDTH**0.5, b),
+        lambda *a: ops.linear_cross_entropy(*a, target),
+        lambda *a: reference.linear_cross_entropy(*a, target),
+        {"forward and backward": roofline.linear_cross_entropy(rows, entries, element=h.element_size())},
+        others,
+        {"the product alone": F.linear},
+    )
+
+
+def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    """A linear layer on a CPU with a weight that is rounded to int8 once, and inputs that are at every call."""
+    rows = 64 if small else 8 * 577
+    x, weight, bias = _tensors(device, dtype, (rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,))
+    weight /= WIDTH**0.5
+    marked = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    mark([marked], "int8")
+    names = "torchao", "torchao, torch.compile"
+    others: dict[str, Run | str] = dict.fromkeys(names, "torchao is not installed; pip install torchao")
+    if available("torchao"):
+        others = {names[0]: _torchao(weight, bias)}
+        others |= _compiled(device, small, {names[1]: _torchao(weight, bias, **_ON_CPU)})
+    element, size = x.element_size(), f"{rows} × {WIDTH} → {HIDDEN}"
+    traffic = rows * (WIDTH + HIDDEN) * element + WIDTH * HIDDEN
+    return Case(
+        f"linear in int8 {size}",
+        (x,),
+        lambda x: int8.linear(x, marked, bias),
+        lambda x: reference.linear(x, weight.to(x.dtype), bias.to(x.dtype)),
+        {"forward": roofline.Work("linear", size, 2 * rows * WIDTH * HIDDEN, traffic)},
+        others,
+        {"the product in floats": lambda x: F.linear(x, weight, bias)},
+        rounded=lambda x: reference.linear(
+            reference.as_int8(x), reference.as_int8(weight.float()).to(x.dtype), bias.to(x.dtype)
+        ),
+    )
+
+
+def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Run:
+    """The dynamic int8 of torchao: weights per channel, activations per token."""
+
+    @cache
+    def layer() -> Callable[[Tensor], Tensor]:
+        # Imported where it runs: a failing import is a row.
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int8DynamicActivationInt8WeightConfig,
+            quantize_,
+        )
+
+        inner = torch.nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+        inner.load_state_dict({"weight": weight, "bias": bias})
+        module = torch.nn.Sequential(inner).eval().requires_grad_(False)
+        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        return torch.compile(module, **compiled) if compiled else module
+
+    return lambda x: layer()(x)
+
+
+# The other ops, against the backend `reference`: a call, and its inputs by the names of `_other`.
+_OTHERS: dict[str, tuple[Run, str]] = {
+    "bias_attention": (ops.bias_attention, "heads heads heads scores"),
+    "embed_layer_norm": (lambda *a: ops.embed_layer_norm(_ids(a[0]), _ids(a[0]), *a, 1e-5), "x x row norm"),
+    "joined_linear": (lambda x, *layers: ops.joined_linear(x, layers[::2], layers[1::2]), "x up square"),
+    "layer_norm": (lambda *a: ops.layer_norm(*a, 1e-5), "x norm"),
+    "layer_norm_linear": (lambda x, w, b, *layer: ops.layer_norm_linear(x, w, b, 1e-5, *layer), "x norm up"),
+    "layer_norm_mlp": (lambda x, w, b, *layers: ops.layer_norm_mlp(x, w, b, 1e-5, *layers), "x norm up down"),
+    "linear": (ops.linear, "x up"),
+    "linear_add_layer_norm": (partial(_first, ops.linear_add_layer_norm), "wide down x norm"),
+    "linear_residual": (ops.linear_residual, "wide down x"),
+    "mlp_residual": (ops.mlp_residual, "x up down x"),
+    "token_log_likelihood": (lambda h, w, b: ops.token_log_likelihood(h, w, b, _ids(h)), "x up"),
+}
+
+
+def _ids(table: Tensor) -> Tensor:
+    return torch.arange(len(table), device=table.device)
+
+
+def _other(op: str, device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    rows = 32 if small else 2 * 197
+    shapes = {
+        "x": [(rows, WIDTH)], "wide": [(rows, HIDDEN)], "row": [(WIDTH,)], "norm": [(WIDTH,), (WIDTH,)],
+        "up": [(HIDDEN, WIDTH), (HIDDEN,)], "down": [(WIDTH, HIDDEN), (WIDTH,)], "square": [(WIDTH, WIDTH), (WIDTH,)],
+        "heads": [(1, rows, HEADS, HEAD_DIM)], "scores": [(1, HEADS, rows, rows)],
+    }  # fmt: skip
+    call, names = _OTHERS[op]
+    inputs = _tensors(device, dtype, *(shape for name in names.split() for shape in shapes[name]))
+    for tensor in inputs:
+        if tensor.ndim == 2 and len(tensor) != rows:
+            tensor /= tensor.shape[1] ** 0.5  # a weight, so that outputs are near one
+
+    def plain(*a: Tensor) -> Tensor:
+        with ops.use_backend("reference"):
+            return call(*a)
+
+    name = f"{op} {' × '.join(map(str, inputs[0].shape))}"
+    return Case(name, inputs, call, plain, {"forward": None, "backward": None}, {EAGER: plain})
+
+
+_INT8 = "linear in int8"
+CASES: dict[str, Callable[[torch.device, torch.dtype, bool], Case]] = {
+    "relpos_attention at 224 px": partial(_relpos, 14),
+    "relpos_attention at 384 px": partial(_relpos, 24),
+    "relpos_attention at 480 px": partial(_relpos, 30),
+    "varlen_attention of captions": _captions,
+    "varlen_attention to an image": _captions_of_an_image,
+    "add_layer_norm": _add_layer_norm,
+    "linear_gelu": _linear_gelu,
+    "linear_cross_entropy": _vocabulary,
+    _INT8: _int8_linear,
+    **{op: partial(_other, op) for op in _OTHERS},
+}
+"""Makes a case for a device and a dtype; small ones take milliseconds."""
+
+
+def case_names(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The cases that a device has: int8 needs a CPU with instructions for it."""
+    in_int8 = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and int8.why_not() is None
+    return [name for name in CASES if name != _INT8 or in_int8]

@@ -1,13 +1,11 @@
-"""The kernel benchmark measures what it says, checks before it times, and reports what could not run."""
+"""`bench kernels`: every case is compared before it is timed, and a row shows what could not run."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,53 +16,68 @@ import torch
 from tests.cli.runner import invoke
 from xfm_fast.benchmarks import files, report, timing
 from xfm_fast.benchmarks.options import KernelOptions
-from xfm_fast.benchmarks.record import Row
 from xfm_fast.benchmarks.timing import Clocked
-from xfm_fast.benchmarks.work import kernel_cases, kernels
-from xfm_fast.benchmarks.work.kernel_cases import Case, cases, int8_linear
-from xfm_fast.benchmarks.work.kernels import measure
-from xfm_fast.kernels import reference, roofline
+from xfm_fast.benchmarks.work import kernels
+from xfm_fast.benchmarks.work.kernels import CASES, Case, case_names, measure
+from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
-SMALL = cases(CPU, torch.float32, small=True)
-IN_FLOATS = [case for case in SMALL if case.rounded is None]
+INT8 = "linear in int8"
 compiles = pytest.mark.skipif(timing.why_not_compiled(CPU) is not None, reason="no C++ compiler")
-needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
+needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 here: {int8.why_not()}")
 
 
-@pytest.mark.parametrize("case", IN_FLOATS, ids=[case.name for case in IN_FLOATS])
-def test_every_contender_is_right_and_timed(case: Case) -> None:
-    rows = measure(case, CPU, roofline.H100)
-    for row in rows:
-        assert row.bounds == (row.contender in case.bounds)
-        if row.bounds:
-            assert row.parity is None
+def small(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
+    return dataclasses.replace(CASES[name](CPU, dtype, True), **changes)
+
+
+def rows_of(case: Case, dtype: str = "fp32") -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["contender"], row["direction"]): row for rows in measure(case, CPU, dtype) for row in rows}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != INT8])
+def test_every_backend_is_right_and_timed(name: str) -> None:
+    case = small(name)
+    rows = rows_of(case)
+    assert {direction for _, direction in rows} == set(case.work)
+    for (backend, direction), row in rows.items():
+        if backend in case.bounds:
+            assert row["bounds"]
+            assert "parity" not in row
             continue
-        assert row.median_s is not None, row.reason
-        assert len(row.samples) >= 5
-        assert row.efficiency is not None
-        assert row.efficiency.share_of_floor is not None
-        assert row.parity is not None
-        assert row.parity.error is not None
-        assert row.parity.error < 1e-5
-    directions = {row.direction for row in rows}
-    assert directions == ({"forward", "backward"} if case.backward_work else {"forward and backward"})
+        assert len(row["seconds"]) >= 5, row["reason"]
+        assert row["parity"]["error"] < 1e-5
+        assert (case.work[direction] is None) == ("efficiency" not in row)  # type: ignore[index]
+    assert any(row.get("against") for row in rows.values())
 
 
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xfm_fast.benchmarks.timing.shutil.which", lambda name: None)
+def test_every_op_has_a_case() -> None:
+    # A bias that is made once and has no gradient is a part of relpos_attention.
+    others = {"Backend", "check_contents", "relpos_bias", "use_backend", "use_fp8"}
+    assert {name.split()[0] for name in CASES} - {"linear"} == set(ops.__all__) - others - {"linear"}
+    assert ("linear in int8" in case_names(CPU, torch.float32)) == (int8.why_not() is None)
+    assert "linear in int8" not in case_names(CPU, torch.float16)
+
+
+def test_pytest_benchmark_times_the_cases() -> None:
+    pytest.importorskip("pytest_benchmark")
+    # pytest-benchmark times nothing in a worker of pytest-xdist, which this process may be.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-k", "tiny and layer_norm"]
+    command += ["--benchmark-min-rounds=2", "--benchmark-max-time=0.01"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "add_layer_norm 64 × 768, backward" in done.stdout
 
 
 @needs_int8
 class TestInt8:
-    """The linear layer in int8 beside torchao: here, absent, made up and wrong."""
+    """The linear layer in int8 beside torchao: right, wrong, missing."""
 
-    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     @pytest.mark.parametrize("wrong", [False, True])
-    def test_torchao_is_compared_as_all_are(self, dtype: str, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_torchao_is_compared_as_all_are(self, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         def quantize_(module: torch.nn.Sequential, config: object) -> None:
             layer = module[0]
             assert isinstance(layer, torch.nn.Linear)
@@ -76,149 +89,123 @@ class TestInt8:
         vars(made).update(quantize_=quantize_, Int8DynamicActivationInt8WeightConfig=object)
         monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
         monkeypatch.setitem(sys.modules, "torchao.quantization", made)
-        monkeypatch.setattr(kernel_cases, "available", lambda package: package == "torchao")
-        case = int8_linear(64, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], compiles=False)
-        rows = {row.contender: row for row in measure(case, CPU, None, dtype)}
-        assert {row.direction for row in rows.values()} == {"forward"}
-        ours, theirs = rows["xfm-fast"], rows["torchao"]
-        assert ours.status == "measured"
-        assert ours.parity is not None
-        # Rounding to bytes is seen, and no more than twice what it costs by its definition is explained by it.
-        assert 1e-3 < float(ours.parity.error or 0) < float(ours.parity.band or 0) < 0.05
-        assert theirs.status == ("parity failed" if wrong else "measured")
-        assert (theirs.median_s is None) == wrong
-        assert rows["the product in floats"].bounds
+        monkeypatch.setattr(kernels, "available", lambda package: package == "torchao")
+        rows = rows_of(small(INT8, torch.bfloat16), "bf16")
+        assert {direction for _, direction in rows} == {"forward"}
+        ours, theirs = rows["xfm-fast", "forward"], rows["torchao", "forward"]
+        # Rounding to int8 shows, and at most twice its cost by definition is allowed.
+        assert 1e-3 < ours["parity"]["error"] < ours["parity"]["band"] < 0.05
+        assert ours["seconds"]
+        assert theirs["status"] == ("parity failed" if wrong else "measured")
+        assert bool(theirs["seconds"]) != wrong
+        assert rows["the product in floats", "forward"]["bounds"]
 
-    def test_it_is_told_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernel_cases, "available", lambda package: False)
-        rows = {row.contender: row for row in measure(int8_linear(64, torch.float32, compiles=True), CPU, None)}
+    def test_without_torchao(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "available", lambda package: False)
+        rows = rows_of(small(INT8))
         for name in ("torchao", "torchao, torch.compile"):
-            assert (rows[name].status, rows[name].reason) == (
-                "absent", "torchao is not installed; pip install torchao",
-            )  # fmt: skip
-
-    @pytest.mark.slow
-    @compiles
-    def test_torchao_itself(self) -> None:
-        pytest.importorskip("torchao")
-        rows = {row.contender: row for row in measure(int8_linear(64, torch.float32, compiles=True), CPU, None)}
-        for name in ("torchao", "torchao, torch.compile"):
-            assert rows[name].median_s is not None, rows[name].reason
+            assert rows[name, "forward"]["status"] == "absent"
+            assert "pip install torchao" in rows[name, "forward"]["reason"]
 
 
-class TestFlexAttention:
-    """The CPU's template of FlexAttention, with the bias and with sequences of their own."""
-
-    @pytest.fixture
-    def offsets(self) -> torch.Tensor:
-        return torch.tensor([0, 13, 20, 40], dtype=torch.int32)
-
-    def made(self, offsets: torch.Tensor) -> list[Case]:
-        inputs = kernel_cases._tensors(CPU, torch.float32, *[(40, 12, 64)] * 3)
-        work = partial(roofline.varlen_attention, 618, 40, 40, "3 texts")
-        return [
-            kernel_cases._relpos(4, 2, CPU, torch.float32, True),
-            kernel_cases._varlen("varlen_attention 3 texts", work, (offsets, offsets), inputs, True),
-        ]
-
-    @pytest.mark.slow
-    @compiles
-    def test_it_is_right_and_has_no_gradient(self, offsets: torch.Tensor) -> None:
-        found = 0
-        for case in self.made(offsets):
-            for row in measure(case, CPU, None):
-                if not row.contender.startswith("FlexAttention"):
-                    continue
-                found += 1
-                assert row.parity is not None
-                assert row.parity.passed
-                if row.direction == "forward":
-                    assert row.median_s is not None, row.reason
-                else:
-                    assert row.status == "failed"
-                    assert "has no gradient on a CPU" in str(row.reason)
-        assert found == 6
-
-    @pytest.mark.usefixtures("no_compiler")
-    def test_without_a_compiler(self, offsets: torch.Tensor) -> None:
-        relative, packed = self.made(offsets)
-        assert {*relative.absent} == {"FlexAttention, table gathered", "FlexAttention, bias read"}
-        assert {*packed.absent} == {"FlexAttention, document mask"}
-        for why in (*relative.absent.values(), *packed.absent.values()):
-            assert "needs a C++ compiler" in why
-        assert not any(name.startswith("FlexAttention") for case in (relative, packed) for name in case.contenders)
+@pytest.mark.slow
+@compiles
+@pytest.mark.parametrize("name", ["relpos_attention at 224 px", "varlen_attention of captions"])
+def test_flex_attention_is_right_and_has_no_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As large cases do.
+    monkeypatch.setattr(kernels, "_compiled", lambda device, small, runs: runs)
+    found = [row for row in rows_of(small(name)).values() if row["contender"].startswith("FlexAttention")]
+    assert found
+    for row in found:
+        assert row["parity"]["passed"]
+        assert bool(row["seconds"]) == (row["direction"] == "forward"), row["reason"]
 
 
-def test_a_wrong_contender_is_not_timed() -> None:
-    case = dataclasses.replace(
-        SMALL[0],
-        others={
-            "wrong": lambda *a: SMALL[0].ours(*a) * 1.001,
-            "broken": lambda *a: torch.zeros(3) @ torch.zeros(4),
-        },
-    )
-    rows = {(row.contender, row.direction): row for row in measure(case, CPU, None)}
-    for direction in ("forward", "backward"):
-        assert not rows["wrong", direction].seconds
-        assert str(rows["wrong", direction].reason).startswith("wrong: error 1")
-        assert not rows["broken", direction].seconds
-        assert "size" in str(rows["broken", direction].reason)
-        assert rows["xfm-fast", direction].seconds
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xfm_fast.benchmarks.timing.shutil.which", lambda name: None)
+    for name in ("relpos_attention at 224 px", "varlen_attention of captions"):
+        others = small(name).others
+        reasons = [run for other, run in others.items() if other.startswith("FlexAttention")]
+        assert reasons
+        assert all("C++ compiler" in str(reason) for reason in reasons)
 
 
 class MadeUpTritonError(Exception):
     """As Triton's own: of no class that PyTorch knows."""
 
 
-def test_an_error_of_any_library_costs_its_own_rows_alone() -> None:
+def test_a_backend_that_is_wrong_fails_or_is_missing_costs_its_own_rows() -> None:
     def failing(*inputs: torch.Tensor) -> torch.Tensor:
         raise MadeUpTritonError("out of resource: shared memory")
 
-    kept: list[Row] = []
-    case = dataclasses.replace(SMALL[0], others={"failing": failing}, bounds={}, absent={"Liger": "not installed"})
-    rows = measure(case, CPU, None, add=kept.extend)
-    assert kept == rows
-    found = {(row.contender, row.direction): row for row in rows}
-    for direction in ("forward", "backward"):
-        assert found["failing", direction].status == "failed"
-        assert found["failing", direction].reason == "MadeUpTritonError: out of resource: shared memory"
-        assert found["xfm-fast", direction].seconds
-        assert found["xfm-fast", direction].timed_by == "clock"
-        assert (found["Liger", direction].status, found["Liger", direction].reason) == ("absent", "not installed")
-
-
-def test_a_contender_without_gradient_keeps_its_forward_pass() -> None:
-    """As cuDNN's attention, which has no gradient of a bias."""
-
     class NoGradient(torch.autograd.Function):
+        """As the attention of cuDNN, which has no gradient of a bias."""
+
         @staticmethod
         def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
-            return SMALL[0].truth(*inputs)
+            return reference.add_layer_norm(*inputs, 1e-5)[0]  # type: ignore[call-arg]
 
         @staticmethod
         def backward(ctx: Any, *upstream: Any) -> Any:
             raise MadeUpTritonError("no gradient of a bias")
 
-    case = dataclasses.replace(SMALL[0], others={"half": NoGradient.apply}, bounds={})
-    rows = {(row.contender, row.direction): row for row in measure(case, CPU, None)}
-    assert rows["half", "forward"].seconds
-    assert rows["half", "backward"].status == "failed"
-    assert "no gradient of a bias" in str(rows["half", "backward"].reason)
+    case = small("add_layer_norm")
+    case.others = {
+        "wrong": lambda *a: case.ours(*a) * 1.001, "other shape": lambda *a: case.ours(*a)[:1], "failing": failing,
+        "half": NoGradient.apply, "Liger": "not installed",
+    }  # fmt: skip
+    rows = rows_of(case)
+    for direction in ("forward", "backward"):
+        status = {backend: rows[backend, direction]["status"] for backend in case.others}
+        half = "measured" if direction == "forward" else "failed"
+        assert status == {
+            "wrong": "parity failed", "other shape": "parity failed", "failing": "failed", "half": half,
+            "Liger": "absent",
+        }  # fmt: skip
+        assert rows["failing", direction]["reason"] == "MadeUpTritonError: out of resource: shared memory"
+        assert all(bool(row["seconds"]) == (row["status"] == "measured") for row in rows.values() if not row["bounds"])
+        ours = rows["xfm-fast", direction]
+        assert ours["timed_by"] == "clock"
+        assert "wrong" not in {other["contender"] for other in ours["against"]}
 
 
-def test_rows_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A definition that fails loses its operation; what was measured before and comes after is there."""
+def test_rows_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A reference that fails loses its case; Ctrl-C ends the run and keeps what is complete."""
 
     def broken(*inputs: torch.Tensor) -> torch.Tensor:
         raise MadeUpTritonError("no such instruction")
 
-    few = [dataclasses.replace(SMALL[3], truth=broken), dataclasses.replace(SMALL[3], others={}, bounds={})]
-    monkeypatch.setattr(kernels, "cases", lambda *_, **__: few)
+    def interrupted(*_: Any) -> Case:
+        raise KeyboardInterrupt
+
+    cases = {
+        "broken": lambda *_: small("add_layer_norm", reference=broken), "good": lambda *_: small("add_layer_norm"),
+        "late": interrupted,
+    }  # fmt: skip
+    monkeypatch.setattr(kernels, "CASES", cases)
     seen: list[int] = []
-    document = kernels.run(KernelOptions(small=True), keep=lambda d: seen.append(len(d.rows)))
-    assert seen == [1, 2, 3]
-    assert [row.status for row in document.rows] == ["failed", "measured", "measured"]
+    document = kernels.run(KernelOptions(small=True), keep=lambda document: seen.append(len(document.rows)))
+    assert seen == [1, 4, 7]
+    assert document.interrupted
+    assert [row.status for row in document.rows[:2]] == ["failed", "measured"]
     assert "no such instruction" in str(document.rows[0].reason)
+    ours = next(row for row in document.rows if row.ours and row.measured)
+    ratio = ours.against[0]
+    assert ratio.low is not None
+    assert ratio.low <= ratio.ratio
+    path = tmp_path / "rows.json"
+    files.save_as(document, path)
+    assert f"{ratio.ratio:.2f}×" in report.html(files.load(path))
+    assert "add_layer_norm 64 × 768" in invoke(["bench", "report", str(path)]).output
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "CASES", {"linear": CASES["linear"]})
+    path = tmp_path / "rows.json"
+    done = invoke(["bench", "kernels", "--small", "--dtype", "bf16", "--json", path])
+    assert done.exit_code == 0, done.output
+    assert "linear 32 × 768" in done.output
+    assert {row.dtype for row in files.load(path).rows} == {"bf16"}
 
 
 class TestGraphReplay:
@@ -245,23 +232,18 @@ class TestGraphReplay:
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
 
     def test_time_is_that_of_one_run_of_a_graph(self) -> None:
-        calls, recorded = [0], []
-
-        def prepare() -> Any:
-            return lambda: calls.__setitem__(0, calls[0] + 1)
+        recorded = []
 
         def recorder(run: Any, runs: int, stream: Any) -> Any:
             recorded.append(runs)
             return lambda: [run() for _ in range(runs)]
 
-        clocked = Clocked(prepare, torch.device("cuda"), recorder)
+        clocked = Clocked(lambda: lambda: None, torch.device("cuda"), recorder)
         assert clocked() == clocked() == [pytest.approx(0.25e-3 / 4)]
         # A run of 0.25 ms: four of them fill a graph.
         assert recorded == [4]
-        assert clocked.by == "graph replay"
+        assert (clocked.by, clocked.reason) == ("graph replay", None)
         assert clocked.host_s is not None
-        assert clocked.host_s < 0.01
-        assert clocked.reason is None
 
     def test_work_that_no_graph_holds_is_timed_by_events(self) -> None:
         def recorder(run: Any, runs: int, stream: Any) -> Any:
@@ -271,89 +253,3 @@ class TestGraphReplay:
         assert clocked() == [pytest.approx(0.25e-3)]
         assert clocked.by == "events"
         assert "not permitted" in str(clocked.reason)
-
-
-def test_command_line(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "xfm_fast.cli",
-        "bench",
-        "kernels",
-        "--small",
-        "--json",
-        str(tmp_path / "rows.json"),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "relpos_attention" in done.stdout
-    document = json.loads((tmp_path / "rows.json").read_text())
-    assert {"machine", "command", "date", "rows"} <= document.keys()
-    assert "commit" in document["machine"]
-    assert all(min(row["seconds"]) > 0 for row in document["rows"] if row["contender"] == "xfm-fast")
-
-
-@pytest.fixture
-def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "cases", lambda *_, **__: SMALL[:2])
-
-
-@pytest.mark.usefixtures("few_cases")
-def test_results_are_shown_again_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*inputs: torch.Tensor) -> torch.Tensor:
-        return SMALL[0].ours(*inputs) * 1.001
-
-    monkeypatch.setitem(SMALL[0].others, "wrong & odd", wrong)
-    # Its error is no number, which JSON cannot hold.
-    monkeypatch.setitem(SMALL[0].others, "of another shape", lambda *inputs: SMALL[0].ours(*inputs)[:1])
-    path = tmp_path / "rows.json"
-    files.save_as(kernels.run(KernelOptions(small=True), command=["xfm-fast", "bench", "kernels"]), path)
-    loaded = files.load(path)
-    ours = next(row for row in loaded.rows if row.ours and row.direction == "forward")
-    eager, against = loaded.reference_row(ours), loaded.headline(ours)
-    assert eager is not None
-    assert against is not None
-    assert (eager.contender, eager.direction) == ("eager", "forward")
-    assert against.ratio == (eager.median_s or 0) / (ours.median_s or 1)
-    assert not eager.against
-    ratio, page, table = against.ratio, report.html(loaded), report.markdown(loaded)
-    for row in loaded.rows:
-        assert row.name in page
-    assert {row.status for row in loaded.rows if row.contender in ("wrong & odd", "of another shape")} == {
-        "parity failed"
-    }
-    assert f"{ratio:.2f}×" in page
-    assert f"{ratio:.2f}×" in table
-    assert "wrong &amp; odd" in page
-    shown = invoke(["bench", "report", str(path)])
-    assert f"{ratio:.2f}×" in shown.output, shown.output
-    compared = invoke(["bench", "compare", str(path), str(path)])
-    assert compared.exit_code == 0, compared.output
-    assert "no difference" in compared.output
-
-
-@pytest.mark.usefixtures("few_cases")
-def test_an_interrupted_run_keeps_whole_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-
-    def once(case: Case, *others: Any) -> list[Row]:
-        if done:
-            raise KeyboardInterrupt
-        done.append(case.name)
-        return measure(case, *others)
-
-    monkeypatch.setattr(kernels, "measure", once)
-    document = kernels.run(KernelOptions(small=True))
-    assert document.interrupted
-    assert {row.name for row in document.rows} == {SMALL[0].name}
-    assert "interrupted" in report.html(document)
-
-
-def test_an_unknown_dtype_is_one_line() -> None:
-    command = [sys.executable, "-m", "xfm_fast.cli", "bench", "kernels", "--small", "--dtype", "int4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2
-    assert 'Invalid value "int4" for --dtype. Choose from: "fp32", "fp16", "bf16"' in done.stderr
-    assert "Traceback" not in done.stderr

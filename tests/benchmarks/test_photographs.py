@@ -1,0 +1,91 @@
+"""The bundled photographs and folders of users, good and bad."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xfm_fast.benchmarks.material import photographs
+from xfm_fast.benchmarks.material.photographs import bundled, from_files
+from xfm_fast.errors import DataError
+from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
+
+TABLE = json.loads(Path(photographs.__file__).with_name("captions.json").read_text())
+
+
+def _picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+
+
+def test_captions_are_many_and_of_usual_length() -> None:
+    captions = [pre_caption(caption) for photo in TABLE["photos"] for caption in photo["captions"]]
+    assert len(captions) == len(set(captions))
+    assert all(len(photo["captions"]) >= 5 for photo in TABLE["photos"])
+    assert all(8 <= len(caption.split()) <= 14 for caption in captions)
+    lengths = CaptionTokenizer.train_on_texts(captions, 50265).encode(captions)[1].sum(1)
+    assert lengths.min() >= 10
+    assert lengths.max() <= 16
+
+
+def test_bundled_photographs_decode() -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    collection = bundled()
+    assert not collection.skipped
+    assert len(collection.names) == len(TABLE["photos"])
+    assert collection.pixels([0, 1], 32).shape == (2, 3, 32, 32)
+    texts = collection.texts(200)
+    assert len(texts) == 200
+    assert len(set(texts[: len(collection.captions)])) == len(collection.captions)
+    assert texts[0] in collection.captions_of(0)
+    assert texts[1] in collection.captions_of(1)
+
+
+def test_nothing_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"xfm-fast\[bench\]"):
+        bundled()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    _picture(tmp_path / "a.jpg")
+    _picture(tmp_path / "sub" / "b.png")
+    (tmp_path / "broken.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:400])
+    records = [
+        {"image": "a.jpg", "caption": "a noisy picture"},
+        {"image": "sub/b.png", "caption": ["another one", "?!", "with two captions"]},
+        {"image": "broken.jpg", "caption": "half a file"},
+        {"image": "absent.png", "caption": "no file"},
+        {"image": "a.jpg", "caption": "second caption of a"},
+    ]
+    (tmp_path / "captions.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+@pytest.mark.parametrize("table", ["", "captions.json"])
+def test_a_folder_of_photographs(folder: Path, table: str) -> None:
+    """Forms of collections are tested in tests/data; here, what is used of them and what is skipped."""
+    collection = from_files(folder / table)
+    assert collection.names == ["a.jpg", "sub/b.png"]
+    assert collection.captions == ["a noisy picture", "second caption of a", "another one", "with two captions"]
+    assert collection.photo_of == [0, 0, 1, 1]
+    assert collection.texts(3) == ["a noisy picture", "another one", "second caption of a"]
+    assert {name for name, _ in collection.skipped} >= {"sub/b.png", "broken.jpg", "absent.png"}
+
+
+def test_no_more_photographs_than_the_limit(folder: Path) -> None:
+    collection = from_files(folder, most=1)
+    assert collection.names == ["a.jpg"]
+    assert collection.left_unread == 2
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="absent"):
+        from_files(tmp_path / "absent")
+    (tmp_path / "a.json").write_text('[{"image": "x.png", "caption": "gone"}]')
+    with pytest.raises(DataError, match=r"x\.png"):
+        from_files(tmp_path / "a.json")
