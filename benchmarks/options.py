@@ -10,13 +10,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Le, MinLen, Predicate
+from annotated_types import Ge, Gt, Le, Predicate
 
 Preset = Literal["base", "tiny"]
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
-Axis = Literal["batch", "resolution", "texts", "lengths", "threads", "processes"]
-SessionWork = Literal["embed-image", "embed-text", "tokens", "rerank"]
 FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
 FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
 
@@ -68,7 +66,7 @@ class SuiteOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions(SuiteOptions):
-    """The size of the work and who takes part in it, in scenarios and sweeps.
+    """The size of the work and who takes part in it, in a scenario.
 
     Attributes:
         baselines: Names with commas, see xfm-fast bench list. [all that are installed]
@@ -102,21 +100,6 @@ class ScenarioOptions(SizeOptions):
     lengths: str = "captions"
     index: Annotated[int | None, Ge(1), Le(1_000_000)] = None
     k: Annotated[int | None, Ge(1), Le(1_000_000)] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepOptions(SizeOptions):
-    """Options of a sweep.
-
-    Attributes:
-        over: The axis, or several with commas, as far as the work has them. Processes compete for the same cores.
-        values: Of one axis, with commas: numbers, or for lengths captions and shapes such as fixed-16. [about 5]
-        add_to: Results of a sweep that was measured with the same code, model and machine: its rows come first.
-    """
-
-    over: Annotated[tuple[Axis, ...], MinLen(1)]
-    values: tuple[str, ...] = ()
-    add_to: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,17 +138,6 @@ class StepOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColdStartOptions(RunOptions):
-    """Options of the start of a process.
-
-    Attributes:
-        preset: Size of the model.
-    """
-
-    preset: Preset = "base"
-
-
-@dataclass(frozen=True, kw_only=True)
 class DropInOptions(RunOptions):
     """Options of the models of others; quick takes two layers and two samples, to see that all runs.
 
@@ -175,23 +147,6 @@ class DropInOptions(RunOptions):
     """
 
     only: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionOptions(ModelOptions):
-    """Options of exports on the CPU: their sessions, and their libraries by themselves.
-
-    Attributes:
-        work: embed-image, embed-text, tokens (cost of texts as they grow), rerank, or several with commas. [all]
-        baselines: Names with commas, see xfm-fast bench list. [every form of ONNX Runtime, OpenVINO and AOTInductor]
-        image_size: Pixels along a side. [224; tiny 32]
-        exports: Folder that keeps the exports, which are minutes of work, for the next run. [they are made anew]
-    """
-
-    work: Annotated[tuple[SessionWork, ...], MinLen(1)] = get_args(SessionWork)
-    baselines: tuple[str, ...] = ()
-    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
-    exports: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

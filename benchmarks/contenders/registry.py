@@ -33,7 +33,6 @@ CLONE_MARK = "models/xfm.py"
 # Of the largest value: a few times what rounding to int8 costs the base model.
 INT8_BAND = 0.1
 MODEL_WORK = ("embed-image", "embed-text", "rerank", "retrieve")
-SESSION_WORK = ("embed-image", "embed-text", "rerank")
 TASK_WORK = ("vqa", "vqa-best", "vqa-all", "vqa-list", "nlvr2", "grounding", "captioning")
 SCENARIOS = (*MODEL_WORK, *TASK_WORK)
 _ALL_WORK = (*SCENARIOS, "retrieval")
@@ -177,28 +176,18 @@ def _packages_absent(device: torch.device) -> str | None:
 
 
 def _sessions(
-    library: Any, label: str, dtypes: tuple[str, ...], why_absent: Callable[[torch.device], str | None]
+    library: Consumer, label: str, dtypes: tuple[str, ...], why_absent: Callable[[torch.device], str | None]
 ) -> Iterator[Contender]:
-    """The forms of a library on the CPU that `bench sessions` sets side by side, but for the session of every run."""
-    package = "torch" if library == "aoti" else library
-    texts = tuple(work for work in SESSION_WORK if work != "embed-image")
-
-    def contender(
-        mark: str, words: str, works: tuple[str, ...] = SESSION_WORK, band: float | None = None, **form: bool
-    ) -> Contender:
-        return Contender(
-            f"{library}{mark}", f"{label}{words}", _exported(library, **form), works, dtypes, why_absent, package,
-            heavy=True, named=True, schedule="own", band=band,
+    """Further forms of a library's sessions, which a run names with --baselines: packed texts, int8 GEMMs."""
+    texts = ("embed-text", "rerank")
+    for mark, words, works, form in (
+        ("packed", "packed texts", texts, {"packed": True}),
+        ("int8", "int8", ("embed-image", *texts), {"int8": True}),
+    ):
+        yield Contender(
+            f"{library}-{mark}", f"{label}, {words}", _exported(library, **form), works, dtypes, why_absent, library,
+            heavy=True, named=True, schedule="own", band=INT8_BAND if mark == "int8" else None,
         )  # fmt: skip
-
-    if library == "aoti":
-        yield contender("", "")
-        yield contender("-alone", " by itself", alone=True)
-        return
-    yield contender("-alone", " by itself", alone=True)
-    yield contender("-packed", ", texts in rows", texts, packed=True)
-    yield contender("-int8", ", products in int8", band=INT8_BAND, int8=True)
-    yield contender("-int8-alone", " by itself, products in int8", band=INT8_BAND, int8=True, alone=True)
 
 
 ALL: tuple[Contender, ...] = (
@@ -269,16 +258,11 @@ ALL: tuple[Contender, ...] = (
     ),
     *_sessions("onnxruntime", "ONNX Runtime", ("fp32",), _needs("onnxruntime", "onnx", "onnxscript", on="cpu")),
     *_sessions("openvino", "OpenVINO", ("fp32", "bf16"), _needs("openvino", "onnx", "onnxscript", on="cpu")),
-    *_sessions("aoti", "AOTInductor", ("fp32", "bf16"), _packages_absent),
+    Contender(
+        "aoti", "AOTInductor", _exported("aoti"), ("embed-image", "embed-text", "rerank"), why_absent=_packages_absent,
+        heavy=True, named=True, schedule="own",
+    ),
 )  # fmt: skip
-
-ALONE = {
-    contender.name: own
-    for contender in ALL
-    for own in [f"{contender.name.removesuffix('-packed')}-alone"]
-    if any(other.name == own for other in ALL)
-}
-"""Contenders that are sessions, and the one that is their library by itself, with texts padded to the longest."""
 
 
 def choose(
@@ -314,7 +298,7 @@ def choose(
         elif asked and contender.name not in asked and contender.name != OFFICIAL_CODE:
             why = "was not asked for"
         elif why is None and not asked and contender.named:
-            why = f"is one of bench sessions; --baselines {contender.name} takes it in"
+            why = f"takes part by name; --baselines {contender.name} takes it in"
         elif why is None and not asked and quick and contender.heavy:
             why = f"is left out of quick runs; --baselines {contender.name} takes it in"
         if why is None:

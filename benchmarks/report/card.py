@@ -36,14 +36,13 @@ def png(document: Document, path: Path, *, source: str = "") -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UnavailableError("a PNG needs matplotlib; install it with pip install 'xfm-fast[bench]'") from None
-    # One chart per kind of work, in the dtype that gains most, like for like; or growth, in a sweep.
+    # One chart per kind of work, in the dtype that gains most, like for like.
     document = document.model_copy(update={"rows": [row for row in document.rows if row.dtype != "int8"]})
     best: dict[str, charts.Bars] = {}
     for panel in (*charts.speeds(document), *charts.evaluation(document)):
         if panel.title not in best or _gain(panel) > _gain(best[panel.title]):
             best[panel.title] = panel
-    panels = list[charts.Bars | charts.Plot](best.values()) or charts.growth(document)
-    panels = panels[:_MOST_PANELS]
+    panels = list(best.values())[:_MOST_PANELS]
     if not panels:
         raise UnavailableError("these results have no two contenders at the same work, so there is nothing to draw")
     installed = set(font_manager.get_font_names())
@@ -59,33 +58,19 @@ def png(document: Document, path: Path, *, source: str = "") -> None:
         width = (_WIDTH - 2 * _MARGIN - gap * (across - 1)) / across
         # A little room that few bars leave goes above them.
         height = (_HEIGHT - _TOP - _BOTTOM) / down
-        spare = height - 48 - max(len(p.bars) if isinstance(p, charts.Bars) else 99 for p in panels) * _MOST_PITCH
+        spare = height - 48 - max(len(p.bars) for p in panels) * _MOST_PITCH
         top = _TOP + max(spare, 0) / 3
         for place, panel in enumerate(panels):
             row, column = divmod(place, across)
             left, bottom = _MARGIN + column * (width + gap), _HEIGHT - top - (row + 1) * height
-            inset = 0 if isinstance(panel, charts.Bars) else 50
-            box = ((left + inset) / _WIDTH, (bottom + inset) / _HEIGHT, (width - inset) / _WIDTH)
-            axes = picture.add_axes((*box, (height - 48 - inset) / _HEIGHT), facecolor=_GROUND)
+            box = (left / _WIDTH, bottom / _HEIGHT, width / _WIDTH)
+            axes = picture.add_axes((*box, (height - 48) / _HEIGHT), facecolor=_GROUND)
             title, room = panel.title.split(" (")[0], 90 // across
             while len(title) > room and ", " in title:
                 title = title.rpartition(", ")[0]
             title = textwrap.shorten(title, room, placeholder=" …")
             axes.set_title(title, loc="left", fontsize=15, weight="bold", pad=10)
-            if isinstance(panel, charts.Bars):
-                _bars(axes, panel, height - 48)
-                continue
-            for one in panel.series:
-                colour = {"ours": _OURS, "reference": _SOFT}.get(one.tone, _OTHER)
-                axes.plot(*zip(*one.points, strict=True), "os^D"[one.shape], color=colour, label=one.name)
-                if one.line:
-                    axes.plot(*zip(*one.line, strict=True), "--" if one.dashed else "-", color=colour)
-            axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel=panel.y_label)
-            axes.set_xticks(panel.x.ticks, [panel.tick(value, panel.x_unit) for value in panel.x.ticks])
-            axes.set_yticks(panel.y.ticks, [panel.tick(value, panel.y_unit) for value in panel.y.ticks])
-            axes.minorticks_off()
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
+            _bars(axes, panel, height - 48)
         picture.savefig(content, format="png", metadata={"Source": source})
     write_bytes({path: content.getvalue()})
 

@@ -8,12 +8,11 @@ tell contenders apart, and dashes the types of numbers.
 from __future__ import annotations
 
 import math
-import statistics
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..record import LEAST_POINTS, OURS, Document, Row, groups
+from ..record import OURS, Document, Row, groups
 from .table import duration, marks, number, pace, seconds, si, speed, times, work
 
 # The longest bar leaves room for the factor at its end.
@@ -306,33 +305,5 @@ def roofs(document: Document) -> list[Plot]:
         for contender, row in rows.items():
             own = [place for other, place in spots if other.contender == contender]
             plot.series.append(palette.series(row, own, line=own[:1]))
-        made.append(plot)
-    return made
-
-
-def growth(document: Document) -> list[Plot]:
-    """Time of a run as the work grows, with the line through the logarithms where there are points enough for one."""
-    made, palette = [], Palette(document)
-    swept = [row for row in document.measured if row.x is not None and row.median_s]
-    fits = {(fit.work, fit.over, fit.contender, fit.dtype): fit for fit in document.fits if fit.points >= LEAST_POINTS}
-    for name, over in dict.fromkeys((row.work, row.over) for row in swept):
-        rows = [row for row in swept if (row.work, row.over) == (name, over)]
-        label = next((fit.x_label for fit in document.fits if (fit.work, fit.over) == (name, over)), over or "size")
-        x, y = log_axis(row.x or 0 for row in rows), log_axis(row.median_s or 0 for row in rows)
-        plot = Plot(f"{name}, {rows[0].mode}", x, y, label, "time of a run", y_unit="s")
-        for contender, dtype in dict.fromkeys((row.contender, row.dtype) for row in rows):
-            own = [row for row in rows if (row.contender, row.dtype) == (contender, dtype)]
-            points = sorted((row.x or 0.0, row.median_s or 0.0) for row in own)
-            fit = fits.get((name, over or "", contender, dtype))
-            title, line = own[0].title, tuple[tuple[float, float], ...]()
-            if fit is not None:
-                known = fit.low is not None and fit.high is not None
-                spread = f" ({fit.low:.2f} to {fit.high:.2f})" if known else ""
-                title = f"{title}: time grows as size^{fit.exponent:.2f}{spread}"
-                # The line of that slope through the middle of the points, as least squares puts it.
-                offset = statistics.fmean(math.log(at) - fit.exponent * math.log(size) for size, at in points)
-                ends = (points[0][0], points[-1][0])
-                line = tuple((x, math.exp(offset + fit.exponent * math.log(x))) for x in ends)
-            plot.series.append(palette.series(own[0], points, title, line=line))
         made.append(plot)
     return made

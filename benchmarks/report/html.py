@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jinja2
 
-from ..record import LEAST_POINTS, Document
+from ..record import Document
 from . import charts, findings
 from .table import tables
 
@@ -52,12 +52,6 @@ def html(document: Document, *, image: str | None = None) -> str:
             "Requests a second under a bound",
             "p99 of latency as requests arrive faster. Filled marks held the bound, hollow ones broke it.",
             charts.arrivals(document),
-        ),
-        Section(
-            "Cost as work grows",
-            "Both scales are logarithmic. The line is a least-squares fit, where there are at least "
-            f"{LEAST_POINTS} points; below 1 larger work is cheaper for each item.",
-            charts.growth(document),
         ),
         Section(
             "Roofline",

@@ -12,7 +12,7 @@ from typing import Any
 
 from xfm_fast.errors import DataError
 
-from ..record import LEAST_POINTS, OURS, UNTOUCHED, Coco, Comparison, Document, Row, Share
+from ..record import OURS, UNTOUCHED, Coco, Comparison, Document, Row, Share
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def tables(document: Document) -> list[Table]:
     ]
     found = [
         build("All rows", [row for row in rows if row.ours or not alone], columns, about),
-        _fits(document), *_evaluation(document.coco), *_shares(rows), _missing(document),
+        *_evaluation(document.coco), *_shares(rows), _missing(document),
         build(f"Skipped ({len(skipped)})", skipped, reasons, "Data that could not be used.", detail=True),
     ]  # fmt: skip
     return [table for table in found if table.lines]
@@ -273,22 +273,6 @@ def _among(document: Document) -> list[Column]:
         *(Column(f"{OURS} {dtype} is", ratio(dtype)) for dtype in dtypes),
         *(Column(f"95% interval, {dtype}", interval(dtype), detail=True) for dtype in dtypes),
     ]
-
-
-def _fits(document: Document) -> Table:
-    columns = [
-        Column("work", lambda fit: fit.work, number=False),
-        Column("contender", lambda fit: fit.contender, number=False),
-        Column("dtype", lambda fit: fit.dtype, number=False),
-        Column("grows with", lambda fit: fit.x_label, number=False),
-        Column("exponent of time", lambda fit: f"{fit.exponent:.2f}"),
-        Column("95% interval", lambda fit: span(fit.low, fit.high)),
-        Column("R²", lambda fit: f"{fit.r2:.3f}", detail=True),
-        Column("points", lambda fit: str(fit.points), detail=True),
-    ]
-    about = "Time grows as size to the power of the exponent. Below 1 larger work is cheaper for each item."
-    fits = [fit for fit in document.fits if fit.points >= LEAST_POINTS]
-    return build("Cost as work grows", fits, columns, about)
 
 
 def _evaluation(coco: Coco | None) -> list[Table]:

@@ -40,7 +40,6 @@ _SPIN_S = 0.0005
 ELSEWHERE = {
     "train-step": "a step of pretraining or of a task, forward and backward: xfm-fast bench train-step",
     "kernels": "every operation against its alternatives: xfm-fast bench kernels",
-    "sessions": "sessions of exports on the CPU against their libraries by themselves: xfm-fast bench sessions",
 }
 
 

@@ -1,4 +1,4 @@
-"""`xfm-fast bench scenario`, `sweep`, `coco`, `train-step` and `list` as a user meets them, in this process."""
+"""`xfm-fast bench scenario`, `coco`, `train-step` and `list` as a user meets them, in this process."""
 
 from __future__ import annotations
 
@@ -37,15 +37,6 @@ def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
     assert (tmp_path / "latest.html").stat().st_size > 1000
 
 
-@pytest.mark.parametrize(("values", "points"), [("1,2", []), ("1,2,3,4", [4, 4])])
-def test_a_sweep_is_printed_and_saved(values: str, points: list[int], tmp_path: Path) -> None:
-    command = ["bench", "sweep", "embed-text", "--over", "batch", "--values", values, *TINY, "--out", str(tmp_path)]
-    done = invoke(command)
-    assert done.exit_code == 0, done.output
-    latest = json.loads((tmp_path / "latest.json").read_text())
-    assert [fit["points"] for fit in latest["fits"]] == points
-
-
 def test_the_step_of_a_task_is_printed_and_saved(tmp_path: Path) -> None:
     options = ["--task", "text", "--preset", "tiny", "--quick", "--threads", "1", "--dtype", "fp32", "--device", "cpu"]
     done = invoke(["bench", "train-step", *options, "--out", str(tmp_path)])
@@ -76,7 +67,6 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
     [
         (["scenario", "caption"], "choose from embed-image"),
         (["scenario", "train-step"], "xfm-fast bench train-step"),
-        (["sweep", "kernels", "--over", "batch"], "xfm-fast bench kernels"),
         (["scenario", "rerank", "--preset", "huge"], 'Choose from: "base", "tiny"'),
         (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
         (["coco", "--preset", "tiny", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),

@@ -12,15 +12,12 @@ from cyclopts import Parameter
 
 from xfm_fast.benchmarks.options import (
     CocoOptions,
-    ColdStartOptions,
     DropInOptions,
     KernelOptions,
     ScenarioOptions,
     ServeOptions,
-    SessionOptions,
     StepOptions,
     SuiteOptions,
-    SweepOptions,
 )
 from xfm_fast.cli.console import stdout, table
 from xfm_fast.cli.options import Flat, command_group
@@ -86,22 +83,6 @@ def bench_scenario(
     return _finish(document, out or _RESULTS / scenario)
 
 
-@app.command(name="sweep")
-def bench_sweep(scenario: str, /, *, options: Flat[SweepOptions], out: Path | None = None) -> int:
-    """Measure how cost scales: a scenario at several sizes, with a fitted exponent and its interval from four sizes on.
-
-    For embedding also the speed-up from threads, and the slowdown when several processes compete for the same cores.
-
-    Args:
-        scenario: embed-image, embed-text, rerank, retrieve, or a task; see xfm-fast bench list.
-        out: Folder that receives the results. [bench-results/sweep-SCENARIO-OVER]
-    """
-    from xfm_fast.benchmarks.work import sweep
-
-    document = _measure(lambda progress, command: sweep.run(scenario, options, progress, command))
-    return _finish(document, out or _RESULTS / f"sweep-{scenario}-{'-'.join(options.over)}")
-
-
 @app.command(name="coco")
 def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESULTS / "coco") -> int:
     """Estimate the cost of COCO's 5k retrieval evaluation on this machine, official and xfm-fast, part by part.
@@ -114,23 +95,6 @@ def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESUL
     from xfm_fast.benchmarks.work import coco
 
     return _finish(_measure(lambda progress, command: coco.run(options, progress, command)), out)
-
-
-@app.command(name="cold-start")
-def bench_cold_start(
-    *, options: Flat[ColdStartOptions] = ColdStartOptions(), out: Path = _RESULTS / "cold-start"
-) -> int:
-    """Measure cold-start cost: import, load weights from a safetensors folder, encode the first caption.
-
-    Every sample is a new process. The base model takes about two minutes, and 2 GB in the folder of temporary files.
-    Results go to a JSON file and a self-contained HTML page.
-
-    Args:
-        out: Folder that receives the results.
-    """
-    from xfm_fast.benchmarks.work import cold_start
-
-    return _finish(_measure(lambda progress, command: cold_start.run(options, progress, command)), out)
 
 
 @app.command(name="serve")
@@ -184,19 +148,6 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
     from xfm_fast.benchmarks.work import drop_in
 
     document = _measure(lambda progress, command: drop_in.run(options, progress, command))
-    return _save(document, json) or int(not document.ok)
-
-
-@app.command(name="sessions")
-def bench_sessions(*, options: Flat[SessionOptions] = SessionOptions(), json: JsonFile = None) -> int:
-    """Time exports on the CPU: export sessions against their libraries alone, and against xfm-fast.
-
-    ONNX Runtime, OpenVINO and AOTInductor in fp32, bf16 and int8, on the files of one export, in interleaved rounds of
-    one process. Rows of other --work in the file of --json stay. --exports keeps the exported files for the next run.
-    """
-    from xfm_fast.benchmarks.work import sessions
-
-    document = _measure(lambda progress, command: sessions.run(options, progress, command, json))
     return _save(document, json) or int(not document.ok)
 
 

@@ -182,32 +182,6 @@ def _compared(row: Row, group: list[Row]) -> Row:
     return row.model_copy(update={"against": against})
 
 
-def sweep() -> Document:
-    """Batches of images, by two contenders."""
-    rows, fits = [], []
-    for contender, exponent in (("xfm-fast", 0.93), ("official-algorithm", 0.99)):
-        for batch in (1, 2, 4, 8, 16):
-            row = _row("embed-image", "offline", contender, "fp32", batch**exponent, 5)
-            rows.append(
-                row.model_copy(update={"x": float(batch), "over": "batch", "name": f"embed {batch} images of 384 px"})
-            )
-        fits.append(
-            record.Fit(
-                work="embed-image",
-                contender=contender,
-                dtype="fp32",
-                over="batch",
-                x_label="requests together",
-                exponent=exponent,
-                low=exponent - 0.02,
-                high=exponent + 0.02,
-                r2=0.999,
-                points=5,
-            )
-        )
-    return _document("sweep").model_copy(update={"rows": rows, "fits": fits})
-
-
 def coco() -> Document:
     """A projected evaluation."""
     procedures: tuple[tuple[Literal["official-algorithm", "xfm-fast"], float], ...]
@@ -431,7 +405,6 @@ def serve() -> Document:
 DOCUMENTS = {
     "suite": suite,
     "scenario": scenarios,
-    "sweep": sweep,
     "coco": coco,
     "vqa": vqa,
     "train-step": train_step,

@@ -142,8 +142,8 @@ def test_every_width_and_scheme_was_seen(seen: tuple[str, dict[str, Any], str]) 
 
 
 def test_charts_are_drawn(seen: tuple[str, dict[str, Any], str]) -> None:
-    # Speeds in each type, latencies, arrivals, roofs; memory of a step; growth of a sweep.
-    charts = {"scenario": 18 + 3 + 3 + 2, "sweep": 1 + 1, "coco": 1, "train-step": 2 + 1, "drop-in": 4, "suite": 4}
+    # Speeds in each type, latencies, arrivals, roofs; memory of a step.
+    charts = {"scenario": 18 + 3 + 3 + 2, "coco": 1, "train-step": 2 + 1, "drop-in": 4, "suite": 4}
     charts |= {"vqa": 2, "serve": 1, "kernels": 2, "operations": 15, "images": 4 + 1 + 2}
     for one in seen[1]["found"]:
         assert one["empty"] == []

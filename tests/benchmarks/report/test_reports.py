@@ -107,7 +107,6 @@ def test_the_scenarios_page_has_every_chart() -> None:
     assert "TensorRT" in page
     assert "the package tensorrt is not installed" in page
     assert "✓ †" in page
-    assert "size^" not in page
 
 
 def test_bars_are_sorted_and_of_one_type() -> None:
@@ -149,30 +148,6 @@ def test_over_fp32_is_said_of_fp32_alone() -> None:
     assert "| 11.6 | 1.04 | 11.2× |" in text
 
 
-def test_the_sweep_page_prints_the_exponent_and_draws_its_line() -> None:
-    document = examples.sweep()
-    page = report.html(document)
-    assert "size^0.93 (0.91 to 0.95)" in page
-    (plot,) = charts.growth(document)
-    for series in plot.series:
-        (x0, y0), (x1, y1) = series.line
-        assert x1 > x0
-        assert y1 > y0
-        ends = [tuple(map(float, point.split(","))) for point in plot.path(series.line).split()]
-        assert ends[1][0] > ends[0][0]
-        assert ends[1][1] < ends[0][1]  # downwards in SVG: more work takes longer
-        assert all(0 <= place <= 100 for end in ends for place in end)
-
-
-def test_no_line_is_fitted_to_fewer_than_four_points() -> None:
-    document = examples.sweep()
-    for fit in document.fits:
-        fit.points = 3
-    assert all(series.line == () for plot in charts.growth(document) for series in plot.series)
-    assert "size^" not in report.html(document)
-    assert "exponent" not in report.markdown(document) + _shown(document)
-
-
 def test_interrupted_runs_are_marked_in_every_report() -> None:
     document = examples.scenarios()
     document.interrupted = True
@@ -192,8 +167,6 @@ def test_the_terminal_says_everything_that_was_measured() -> None:
     words = ("requests/s", "failed", "out of <memory>", "absent: TensorRT", "matrix products", "72%", "no energy")
     for word in words:
         assert word in shown
-    sweep = _shown(examples.sweep())
-    assert re.search(r"requests together +0.93 +0.91 to 0.95", sweep)
     whole = _shown(examples.coco())
     assert findings.headlines(examples.coco())[0].about.endswith("against the official algorithm, fp32")
     assert "13.0×" in whole
@@ -315,7 +288,7 @@ def test_pictures_have_the_size_that_links_show(document: Document, tmp_path: Pa
         colours = image.convert("RGB").getcolors(1 << 20)
     assert colours is not None
     # xfm-fast is dark and others are grey.
-    assert {(11, 93, 82), (138, 146, 155)} <= {colour for _, colour in colours} or document.benchmark == "sweep"
+    assert {(11, 93, 82), (138, 146, 155)} <= {colour for _, colour in colours}
 
 
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
-"""Scenarios, sweeps and the COCO evaluation from end to end on the tiny model; what breaks, and what is interrupted."""
+"""Scenarios and the COCO evaluation from end to end on the tiny model; what breaks, and what is interrupted."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +22,12 @@ from xfm_fast.benchmarks.contenders.registry import Contender
 from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.material.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
-from xfm_fast.benchmarks.options import CocoOptions, ModelOptions, ScenarioOptions, SweepOptions
+from xfm_fast.benchmarks.options import CocoOptions, ModelOptions, ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Row
-from xfm_fast.benchmarks.work import coco, scenario, setting, sweep
+from xfm_fast.benchmarks.work import coco, scenario, setting
 from xfm_fast.benchmarks.work.coco import Sizes, receipt
 from xfm_fast.benchmarks.work.setting import Scale
-from xfm_fast.benchmarks.work.sweep import fit_power_law
-from xfm_fast.config import XFMConfig
-from xfm_fast.errors import ConfigError, InputError, UnavailableError
+from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.cpu import products
 
 pytest.importorskip("skimage")
@@ -55,16 +52,6 @@ def _little_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _by_contender(document: Document, mode: str) -> dict[str, Row]:
     return {row.contender: row for row in document.rows if row.mode == mode}
-
-
-def test_lengths_reach_from_four_tokens_to_all_that_the_model_numbers() -> None:
-    fixed = [
-        v
-        for v in sweep.default_values("lengths", "embed-text", SweepOptions(over=("lengths",)))
-        if v.startswith("fixed-")
-    ]
-    assert fixed[0] == "fixed-4"
-    assert fixed[-1] == f"fixed-{XFMConfig.preset('base').max_text_length}" == "fixed-512"
 
 
 def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
@@ -207,84 +194,6 @@ def test_an_interrupted_server_keeps_its_trials() -> None:
     assert {row.status for row in document.rows} == {"partial"}
 
 
-def _sweep(over: Any, *values: str) -> SweepOptions:
-    return SweepOptions(**FEW, baselines=(OURS,), over=(over,), values=values)
-
-
-def test_a_sweep_has_an_exponent_for_everyone() -> None:
-    document = sweep.run("rerank", _sweep("texts", "2", "4", "8", "16"))
-    assert document.benchmark == "sweep"
-    assert [row.x for row in document.rows if row.contender == OURS] == [2, 4, 8, 16]
-    assert [row.point.texts for row in document.rows if row.contender == OURS] == [2, 4, 8, 16]
-    assert {(fit.contender, fit.points) for fit in document.fits} == {(OURS, 4), (OFFICIAL, 4)}
-    assert all(fit.low is not None and fit.low <= fit.exponent for fit in document.fits)
-    lengths = sweep.run("embed-text", _sweep("lengths", "fixed-4", "uniform-16"))
-    assert lengths.fits == []
-    # Three requests of the seven lengths: 4, 8 and 12.
-    assert [row.x for row in lengths.rows if row.contender == OURS] == [4, 8]
-
-
-def test_sessions_in_a_sweep_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts of one longest length: what a session pays for them, padded and in rows, has an exponent of its own."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="sessions run exports")
-    little = Scale.of
-    # As many texts as the mean is of.
-    monkeypatch.setattr(Scale, "of", lambda *given: replace(little(*given), requests=16, batch=16))
-    means, names = ("mixed-6", "mixed-12", "mixed-20", "mixed-30"), ("onnxruntime", "onnxruntime-packed")
-    document = sweep.run("embed-text", replace(_sweep("lengths", *means), baselines=names))
-    for name in (OURS, *names):
-        rows = [row for row in document.rows if row.contender == name]
-        assert [row.status for row in rows] == ["measured"] * 4, [(row.status, row.reason) for row in rows]
-        assert [round(row.x or 0) for row in rows] == [7, 13, 20, 29], "of sixteen texts"
-        assert all(row.median_s for row in rows)
-    assert {(fit.contender, fit.points) for fit in document.fits} == {(name, 4) for name in (OURS, OFFICIAL, *names)}
-
-
-@pytest.mark.parametrize(
-    ("work", "axis", "values", "error", "message"),
-    [
-        ("embed-text", "resolution", [], InputError, "choose from batch, lengths"),
-        ("rerank", "texts", ["4"], InputError, "two different values"),
-        ("rerank", "texts", ["4", "none"], InputError, "no number above zero"),
-        ("rerank", "resolution", ["32", "33"], ConfigError, "multiple of patch_size"),
-        ("caption", "batch", [], UnavailableError, "choose from embed-image"),
-    ],
-)
-def test_sweeps_that_cannot_be(work: str, axis: str, values: list[str], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        sweep.run(work, _sweep(axis, *values))
-
-
-@pytest.mark.slow
-def test_a_sweep_in_parts_has_one_document(tmp_path: Path) -> None:
-    whole, file = _sweep("batch", "1", "2", "4"), tmp_path / "first.json"
-    first = sweep.run("embed-text", whole)
-    files.save_as(first, file)
-    assert first.fits == []
-    document = sweep.run("embed-text", replace(whole, values=("8",), add_to=file))
-    assert [row.x for row in document.rows if row.ours] == [1, 2, 4, 8]
-    assert [row.seconds for row in document.rows if row.x != 8] == [row.seconds for row in first.rows]
-    assert [fit.points for fit in document.fits] == [4, 4]
-    assert document.duration_s > first.duration_s
-    files.save_as(document, file)
-    # A size that is measured again takes the place of what was there; another axis joins.
-    document = sweep.run("embed-text", replace(whole, values=("2",), add_to=file))
-    assert [row.x for row in document.rows if row.ours] == [1, 4, 8, 2]
-    files.save_as(document, file)
-    document = sweep.run("embed-text", replace(whole, over=("lengths",), values=("fixed-4",), add_to=file))
-    assert document.options["over"] == ["batch", "lengths"]
-    assert len(document.rows) == 10
-    for other, what in (
-        (replace(whole, add_to=file, seed=1), r"another seed \(0 there, 1 here\)"),
-        (replace(whole, add_to=file, threads=2), r"another threads \(1 there, 2 here\)"),
-    ):
-        with pytest.raises(InputError, match=what):
-            sweep.run("embed-text", other)
-    with pytest.raises(InputError, match="another scenario"):
-        sweep.run("rerank", replace(whole, add_to=file))
-
-
 def test_options_that_cannot_be() -> None:
     with pytest.raises(UnavailableError, match="choose from single-stream, offline, server"):
         scenario.run("rerank", replace(TINY, mode=("batch",)))
@@ -344,28 +253,3 @@ def test_the_evaluation_of_own_images_is_run(tmp_path: Path) -> None:
     assert found.receipt[-1].saving == "pairs of both directions once"
     assert found.recall is not None
     assert set(found.recall) >= {"txt_r1", "img_r10"}
-
-
-def test_an_exact_law_is_found_exactly() -> None:
-    law = fit_power_law([1, 2, 5, 9], [3 * x**1.7 for x in (1, 2, 5, 9)])
-    assert law is not None
-    assert law.exponent == pytest.approx(1.7)
-    assert (law.low, law.high) == (pytest.approx(1.7), pytest.approx(1.7))
-    assert law.r2 == pytest.approx(1)
-
-
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    draw = random.Random(0)
-    held = 0
-    for _ in range(400):
-        x = [1, 2, 4, 8, 16]
-        law = fit_power_law(x, [value**0.8 * draw.lognormvariate(0, 0.1) for value in x])
-        assert law is not None
-        held += law.low <= 0.8 <= law.high
-    assert 0.91 <= held / 400 <= 0.985
-
-
-def test_fewer_than_four_points_have_no_exponent() -> None:
-    assert fit_power_law([1, 2, 4], [1, 2, 4]) is None
-    assert fit_power_law([3, 3, 3, 3], [1, 2, 3, 4]) is None
-    assert fit_power_law([1, 2, 4, 8], [1, 2, 4, 8]) is not None

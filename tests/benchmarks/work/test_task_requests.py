@@ -17,9 +17,9 @@ from xfm_fast.benchmarks.contenders.ours import our_engine
 from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer, preset_config
 from xfm_fast.benchmarks.material.questions import ANSWERS, Texts, answer_list, questions
-from xfm_fast.benchmarks.options import ScenarioOptions, SweepOptions
+from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
-from xfm_fast.benchmarks.work import scenario, setting, sweep, task_requests
+from xfm_fast.benchmarks.work import scenario, setting, task_requests
 from xfm_fast.benchmarks.work.requests import Difference
 from xfm_fast.benchmarks.work.setting import Scale
 from xfm_fast.errors import InputError
@@ -131,15 +131,6 @@ def test_another_caption_is_as_wrong_as_it_is_unlikely(material: Material) -> No
     found = workload.compare([0, 1], wrong, best)
     assert found.error > 1e-3
     assert found.note == "near ties led to 1 other caption"
-
-
-def test_tasks_are_swept() -> None:
-    options = SweepOptions(
-        preset="tiny", quick=True, threads=1, device="cpu", dtype=("fp32",), image_size=48, batch=2, over=("texts",),
-        values=("1", "3"), baselines=(OURS,),
-    )  # fmt: skip
-    document = sweep.run("grounding", options)
-    assert [row.items for row in document.rows if row.ours] == [2, 6]
 
 
 def _ranking(*scores: float, first: int = 0) -> AnswerRanking:
