@@ -19,11 +19,6 @@ def wait_briefly(environment: MutableMapping[str, str]) -> None:
         environment.setdefault(SPINS, _BRIEFLY)
 
 
-def as_libgomp_waits(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without a word on how to wait."""
-    return {name: value for name, value in environment.items() if name not in (POLICY, SPINS)}
-
-
 def told(environment: Mapping[str, str]) -> str:
     """How threads wait, in words, and what to do where other processes compete."""
     policy, spins = environment.get(POLICY, "").lower(), environment.get(SPINS, "").lower()
