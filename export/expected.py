@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -24,10 +25,7 @@ from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
-from xfm_fast.tasks.captioning import CaptioningModel
-from xfm_fast.tasks.classification import ClassificationModel
-from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.task_model import TaskModel
 
 from .consumers import DTYPES, DType
 from .graphs import GraphName, M, in_dtype, memory_names
@@ -181,19 +179,22 @@ def _model_results(
             found |= _image_results(_part(model, "vision_encoder", dtype), examples, wanted)
         if wanted - {"vision", "image_memory"} and hasattr(model, "text_encoder"):
             found |= _text_results(_part(model, "text_encoder", dtype), examples, wanted)
-        if wanted & {"image_memory", "fusion", "nlvr2"}:
+        own = wanted & {*model.own_graphs} if isinstance(model, TaskModel) else frozenset()
+        if own or wanted & {"image_memory", "fusion"}:
             memory = _part(model, "fusion_encoder", dtype).image_memory(found["image_embeds"][:1])
             found |= graph_memory(memory)
-        decodes = bool(wanted & DECODER_GRAPHS)
-        # A VQA decoder reads every token of the fusion encoder.
-        if wanted & {"fusion", "match"} or (decodes and isinstance(model, VQAModel)):
-            whole = decodes or (all_tokens and "fusion" in wanted)
+        reads = model.decoder_reads if wanted & DECODER_GRAPHS and isinstance(model, TaskModel) else None
+        if wanted & {"fusion", "match"} or reads == "fusion":
+            whole = reads == "fusion" or (all_tokens and "fusion" in wanted)
             found |= _fusion_results(_part(model, "fusion_encoder", dtype), found, examples.attention_mask, whole)
-        if isinstance(model, NLVR2Model) and "nlvr2" in wanted:
-            found |= _nlvr2_results(in_dtype(model, dtype), examples, wanted)
-        if decodes and isinstance(model, VQAModel | CaptioningModel):
-            found |= _decoder_results(_part(model, "text_decoder", dtype), found, examples)
-        if not wanted & {"fusion", "text", "nlvr2"}:
+        if own and isinstance(model, TaskModel):
+            # The memory of other images than the first comes from `image_memory`.
+            images = examples.pixels if "image_memory" in wanted else examples.pixels[:1]
+            whole_model = in_dtype(model, dtype)
+            found |= whole_model.graph_results(images, examples.input_ids, examples.attention_mask)
+        if reads is not None:
+            found |= _decoder_results(_part(model, "text_decoder", dtype), reads, found, examples)
+        if not own and not wanted & {"fusion", "text"}:
             found.pop("text_embeds", None)
     finally:
         model.train(training)
@@ -215,8 +216,8 @@ def _image_results(model: XFM, examples: Examples, wanted: frozenset[str]) -> di
     found = {"image_embeds": model.encode_image(examples.pixels)}
     if "vision" in wanted and "contrastive" in model.heads:
         found["image_feature"] = model.project_image(found["image_embeds"])
-    if isinstance(model, ClassificationModel) and model.modality == "image":
-        found["class_logits"] = model.logits(examples.pixels)
+    if getattr(model, "modality", None) == "image":
+        found["class_logits"] = cast(Any, model).logits(examples.pixels)
     return found
 
 
@@ -225,8 +226,8 @@ def _text_results(model: XFM, examples: Examples, wanted: frozenset[str]) -> dic
     found = {"text_embeds": model.encode_text(*texts)}
     if "text" in wanted and "contrastive" in model.heads:
         found["text_feature"] = model.project_text(found["text_embeds"])
-    if isinstance(model, ClassificationModel) and model.modality == "text":
-        found["class_logits"] = model.logits(None, *texts)
+    if getattr(model, "modality", None) == "text":
+        found["class_logits"] = cast(Any, model).logits(None, *texts)
     return found
 
 
@@ -240,8 +241,8 @@ def _fusion_results(model: XFM, found: dict[str, Tensor], mask: Tensor, all_toke
     embeds = found["text_embeds"]
     heads = {"matching": ("match_logits", model.match_logits), "boxes": ("boxes", model.predict_boxes)}
     offered: dict[str, Callable[[Tensor], Tensor]] = dict(heads[head] for head in heads if head in model.heads)
-    if isinstance(model, ClassificationModel):
-        offered["class_logits"] = lambda fused: model.cls_head(fused[:, 0])
+    if getattr(model, "modality", None) == "pair":
+        offered["class_logits"] = lambda fused: cast(Any, model).cls_head(fused[:, 0])
     results: dict[str, list[Tensor]] = {"fused": [], **{name: [] for name in offered}}
     whole: dict[str, Tensor] = {}
     # Image by image: the memory of one at a time, as re-ranking does it.
@@ -260,24 +261,12 @@ def _fusion_results(model: XFM, found: dict[str, Tensor], mask: Tensor, all_toke
     return stacked | whole
 
 
-def _nlvr2_results(model: NLVR2Model, examples: Examples, wanted: frozenset[str]) -> dict[str, Tensor]:
-    """NLVR2 logits of every caption on image i and the next one; without `image_memory` on image 0 twice."""
-    images, texts = len(examples.pixels) if "image_memory" in wanted else 1, len(examples.input_ids)
-    logits = []
-    for number in range(images):
-        pair = examples.pixels[[number, (number + 1) % images]].repeat_interleave(texts, dim=0)
-        logits.append(model.logits(pair.to(model.dtype), examples.input_ids, examples.attention_mask))
-    return {"class_logits": torch.stack(logits)}
-
-
-def _decoder_results(
-    model: VQAModel | CaptioningModel, found: dict[str, Tensor], examples: Examples
-) -> dict[str, Tensor]:
+def _decoder_results(model: Any, reads: str, found: dict[str, Tensor], examples: Examples) -> dict[str, Tensor]:
     """A few decoder states, and teacher-forced steps of a few captions from each of them."""
-    if isinstance(model, VQAModel):
-        states = found["fused_tokens"][0, :_STATES]
+    if reads == "fusion":
         mask = examples.attention_mask[:_STATES].bool()
-        states, mask = states[:, : int(mask.sum(1).max())], mask[:, : int(mask.sum(1).max())]
+        longest = int(mask.sum(1).max())
+        states, mask = found["fused_tokens"][0, :_STATES, :longest], mask[:, :longest]
     else:
         states = found["image_embeds"][:_STATES]
         mask = torch.ones(states.shape[:2], dtype=torch.bool)

@@ -632,15 +632,12 @@ class Session:
         return outputs[name]
 
 
-TASK_SESSIONS: dict[str, type[Session]] = {}
-"""The sessions that answer for a task, by its kind: those of `session.tasks`, which the package imports."""
-
-
 def _class_of(folder: Path) -> type[Session]:
     """The session class of the task of an export, or `Session`."""
+    from .tasks import task_session
+
     try:
-        task = read_json(folder / TASK_FILE).get("task")
-        return TASK_SESSIONS.get(task.get("kind"), Session)
+        return task_session(read_json(folder / TASK_FILE).get("task").get("kind")) or Session
     # Graphs run without the file; `predict` reports a damaged one.
     except (OSError, ValueError, AttributeError, TypeError):
         return Session

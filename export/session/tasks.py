@@ -1,4 +1,4 @@
-"""Sessions of fine-tuned models, with the methods of the models of `xfm_fast.tasks`.
+"""Sessions of fine-tuned models: a session with the methods that its task adds (`Task.Session`).
 
 A decoder graph writes one token of every text per call; keys and values of earlier tokens live here between the calls,
 and beams and answer prefixes are gathered from them at every step.
@@ -8,84 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.models import inputs as checks
-from xfm_fast.models.decoder import generate
-from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree, rank
-from xfm_fast.tasks.vqa import AnswerRanking
+from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree
+from xfm_fast.tasks.task import TASKS
 
+from ..request import GraphName
 from ..slots import largest
-from .session import TASK_SESSIONS, Session, SessionMemory
+from .session import Session, SessionMemory
 
 # Rows of vocabulary logits of a pass: 100 MB in fp32 at base size.
 _LOGIT_ROWS = 512
 
 
-class GroundingSession(Session):
-    """See `xfm_fast.tasks.grounding.GroundingModel`."""
-
-    def boxes(
-        self,
-        pixels: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
-    ) -> Tensor:
-        """`GroundingModel.boxes`: `[P, 4]` boxes (cx, cy, w, h) relative to the image."""
-        mask = checks.check_tokens(input_ids, attention_mask, self.config)
-        memory = self.image_memory(self.encode_image(pixels))
-        return self.predict_boxes(
-            self.fuse(self.encode_text(input_ids, mask), mask, memory, image_index, first_token_only=True)
-        )
-
-
-class ClassificationSession(Session):
-    """See `xfm_fast.tasks.classification.ClassificationModel`."""
-
-    def logits(
-        self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        """`ClassificationModel.logits`: `[B, labels]` of images, of texts, or of texts with an image each."""
-        if input_ids is None:
-            if pixels is None:
-                raise InputError("pixels and input_ids are missing; a classifier reads one of them, or both")
-            return self.class_logits(self.encode_image(pixels), "encode_image")
-        mask = checks.check_tokens(input_ids, attention_mask, self.config)
-        texts = self.encode_text(input_ids, mask)
-        if pixels is None:
-            return self.class_logits(texts, "encode_text")
-        memory = self.image_memory(self.encode_image(pixels))
-        return self.class_logits(self.fuse(texts, mask, memory, first_token_only=True), "fuse")
-
-
-class NLVR2Session(Session):
-    """See `xfm_fast.tasks.nlvr2.NLVR2Model`."""
-
-    def logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`NLVR2Model.logits`: `[B, 2]` scores of "false" and "true"; images `[2B, 3, R, R]`, the first ones first."""
-        mask = checks.check_tokens(input_ids, attention_mask, self.config)
-        pairs = len(input_ids)
-        if len(pixels) != 2 * pairs:
-            raise InputError(f"there are {len(pixels)} images for {pairs} sentences; NLVR2 has two for each")
-        self.require("nlvr2")
-        both = self.image_memory(self.encode_image(pixels)).layers
-        memory = SessionMemory({name: layer.unflatten(0, (2, pairs)).transpose(0, 1) for name, layer in both.items()})
-        embeds = self.encode_text(input_ids, mask)
-        with torch.inference_mode():
-            most = max(self.limits.budget // max(input_ids.shape[1], 1), 1)
-            passes = [
-                self.call(
-                    "nlvr2", {"text_embeds": embeds[rows], "attention_mask": mask[rows], **memory.select(rows).layers}
-                )
-                for rows in _pieces(pairs, largest(self.slots("nlvr2"), "batch"), most)
-            ]
-            return self.joined("nlvr2", passes, pairs)["class_logits"]
+@cache
+def task_session(kind: str) -> type[TaskSession] | None:
+    """Session class of a task; None for an unknown task, or one that no export answers."""
+    methods = TASKS[kind].Session if kind in TASKS else None
+    return None if methods is None else type(f"{TASKS[kind].__name__}Session", (methods, TaskSession), {})
 
 
 @dataclass(frozen=True)
@@ -124,8 +68,21 @@ class SessionPast:
         return SessionPast(self.tokens.index_select(0, rows))
 
 
-class DecodingSession(Session):
-    """A session with the graphs of a decoder: a `xfm_fast.models.decoder.Writer` whose hidden states are logits."""
+class TaskSession(Session):
+    """A session of a fine-tuned model.
+
+    With the graphs of a decoder it is a `xfm_fast.models.decoder.Writer`, and its hidden states are logits.
+    """
+
+    @property
+    def writer(self) -> TaskSession:
+        return self
+
+    def pieces(self, graph: GraphName, axis: str, count: int, *limits: int) -> Sequence[slice]:
+        """0 to `count` in slices within the limits and the largest size of an axis of a graph."""
+        most = largest(self.slots(graph), axis)
+        size = max(1, min((*limits, count) if most is None else (*limits, count, most)))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     @property
     def positions(self) -> int:
@@ -149,11 +106,9 @@ class DecodingSession(Session):
         with torch.inference_mode():
             real = torch.full((batch, texts, max(behind, 1)), int(behind > 0), device=self.device)
             cached = (past if behind else past.new_zeros(batch, texts, 1, *past.shape[3:])).movedim(2, -2)
-            slots = self.slots(name)
-            columns = _pieces(texts, largest(slots, "texts"), _LOGIT_ROWS)
-            together = max(_LOGIT_ROWS // max(texts, 1), 1)
+            columns = self.pieces(name, "texts", texts, _LOGIT_ROWS)
             made = []
-            for rows in _pieces(batch, largest(slots, "batch"), together):
+            for rows in self.pieces(name, "batch", batch, max(_LOGIT_ROWS // max(texts, 1), 1)):
                 given = states.select(rows).inputs
                 row = [
                     self.call(
@@ -194,61 +149,8 @@ class DecodingSession(Session):
         """See `Writer`: a copy of what a step returned, in fp32."""
         return hidden.to(torch.float32, copy=True)
 
-
-class CaptioningSession(DecodingSession):
-    """See `xfm_fast.tasks.captioning.CaptioningModel`."""
-
-    def generate(
-        self, pixels: Tensor, prompt_ids: Tensor, *, max_length: int = 20, min_length: int = 5, num_beams: int = 3,
-        **options: Any,
-    ) -> Tensor:  # fmt: skip
-        """`CaptioningModel.generate`: `[B, length]` ids with prompt and `</s>`, padded."""
-        if prompt_ids.ndim == 1:
-            prompt_ids = prompt_ids.expand(len(pixels), -1)
-        memory = self.states(self.encode_image(pixels))
-        return generate(
-            self, memory, prompt_ids, max_length=max_length, min_length=min_length, num_beams=num_beams,
-            pad_token_id=self.config.pad_token_id, eos_token_id=self.config.eos_token_id, **options,
-        )  # fmt: skip
-
-
-class VQASession(DecodingSession):
-    """See `xfm_fast.tasks.vqa.VQAModel`."""
-
-    def encode_questions(
-        self,
-        pixels: Tensor,
-        question_ids: Tensor,
-        question_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
-        *,
-        attend_to_padding: bool = False,
-    ) -> SessionStates:
-        """`VQAModel.encode_questions`; graphs mask padding, so `attend_to_padding` raises `UnavailableError`."""
-        if attend_to_padding:
-            raise UnavailableError("official_ranking reads padding, which no export computes; predict with the run")
-        mask = checks.check_tokens(question_ids, question_mask, self.config)
-        memory = self.image_memory(self.encode_image(pixels))
-        return self.states(self.fuse(self.encode_text(question_ids, mask), mask, memory, image_index), mask.long())
-
-    def rank_answers(
-        self,
-        memory: SessionStates,
-        answers: AnswerTrie,
-        *,
-        k: int = 128,
-        best: int | None = None,
-        count_first_token_twice: bool = False,
-    ) -> AnswerRanking:
-        """`VQAModel.rank_answers`."""
-
-        def tree_of(part: SessionStates) -> SteppedTree:
-            return SteppedTree(self, part, answers)
-
-        return AnswerRanking(*rank(tree_of, memory, answers, k=k, best=best, first_token_twice=count_first_token_twice))
-
     def log_likelihoods(self, memory: SessionStates, answer_ids: Tensor) -> Tensor:
-        """`VQAModel.log_likelihoods`."""
+        """Log-likelihood `[Q]` of one text `[Q, L]` per state."""
         past = SessionPast(self.unwritten(len(answer_ids), 0))
         total = torch.zeros(len(answer_ids), dtype=torch.float64, device=self.device)
         for tokens, following in zip(answer_ids.unbind(1), answer_ids[:, 1:].unbind(1), strict=False):
@@ -256,20 +158,15 @@ class VQASession(DecodingSession):
             total += shares.gather(1, following[:, None])[:, 0] * (following != self.config.pad_token_id)
         return total
 
-    def generate(self, memory: SessionStates, *, max_length: int = 20, num_beams: int = 1, **options: Any) -> Tensor:
-        """`VQAModel.generate`: `[Q, length]` ids: `<s>`, the answer, `</s>`, then padding."""
-        config = self.config
-        prompt = torch.full((memory.states, 1), config.bos_token_id, device=self.device)
-        return generate(
-            self, memory, prompt, max_length=max_length, num_beams=num_beams,
-            pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id, **options,
-        )  # fmt: skip
+    def answer_tree(self, memory: SessionStates, trie: AnswerTrie) -> SteppedTree:
+        """Tree that decodes the answers of some questions."""
+        return SteppedTree(self, memory, trie)
 
 
 class SteppedTree(DecodedTree):
     """The answer tree over a step graph: nodes of a depth of all questions run in one step."""
 
-    def __init__(self, session: DecodingSession, memory: SessionStates, trie: AnswerTrie) -> None:
+    def __init__(self, session: TaskSession, memory: SessionStates, trie: AnswerTrie) -> None:
         super().__init__(trie, memory.states, torch.float32)
         self._session, self._memory = session, memory
         self._known = session.unwritten(0)
@@ -308,20 +205,3 @@ def _grids(questions: Tensor) -> Iterator[list[Tensor]]:
             grid = []
         grid.append(row)
     yield grid
-
-
-def _pieces(count: int, *limits: int | None) -> Sequence[slice]:
-    """0 to count in chunks within every limit."""
-    size = min((limit for limit in limits if limit is not None), default=count)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-TASK_SESSIONS.update(
-    captioning=CaptioningSession,
-    grounding=GroundingSession,
-    image=ClassificationSession,
-    nlvr2=NLVR2Session,
-    retrieval=Session,
-    text=ClassificationSession,
-    vqa=VQASession,
-)

@@ -16,13 +16,13 @@ from tests.search.conftest import photos as photos
 from tests.search.conftest import write_picture
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import check_images
-from xfm_fast.data.checking import Options, check
+from xfm_fast.data.caption_files import captioning_test_rows, retrieval_rows, retrieval_test_rows
 from xfm_fast.data.collection import open_collection
 from xfm_fast.data.images import decode_pixels, record_pixels
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import image_at, open_records
-from xfm_fast.data.task_files import captioning_test_rows, retrieval_rows, retrieval_test_rows
 from xfm_fast.errors import DataError
+from xfm_fast.tasks.checking import Options, check
 
 
 def test_a_folder(photos: Path) -> None:

@@ -29,21 +29,20 @@ from xfm_fast.export.pipeline import build_graphs, graph_records
 from xfm_fast.export.session import Session
 from xfm_fast.export.session import tasks as sessions
 from xfm_fast.export.slots import Slot
-from xfm_fast.finetuning.captioning import CaptioningOptions
-from xfm_fast.finetuning.evaluation import Evaluation
-from xfm_fast.finetuning.grounding import GroundingOptions
-from xfm_fast.finetuning.image import ImageTaskOptions
-from xfm_fast.finetuning.kinds import explanation, make_task
-from xfm_fast.finetuning.nlvr2 import NLVR2Options
 from xfm_fast.finetuning.prediction import Predictor, answer_lines
-from xfm_fast.finetuning.retrieval import RetrievalOptions
-from xfm_fast.finetuning.task import TaskOptions
-from xfm_fast.finetuning.text import TextTaskOptions
-from xfm_fast.finetuning.vqa import VQAOptions
-from xfm_fast.finetuning.weak_grounding import WeakGroundingOptions
 from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks.captioning import CaptioningOptions
 from xfm_fast.tasks.classification import ClassificationModel
+from xfm_fast.tasks.evaluation import Evaluation
+from xfm_fast.tasks.grounding import GroundingOptions
+from xfm_fast.tasks.image import ImageTaskOptions
+from xfm_fast.tasks.nlvr2 import NLVR2Options
+from xfm_fast.tasks.retrieval import RetrievalOptions
+from xfm_fast.tasks.task import TaskOptions, explanation, make_task
+from xfm_fast.tasks.text import TextTaskOptions
+from xfm_fast.tasks.vqa import VQAOptions
+from xfm_fast.tasks.weak_grounding import WeakGroundingOptions
 from xfm_fast.tokenizer import CaptionTokenizer
 
 SMALL: dict[str, Any] = {
@@ -302,7 +301,9 @@ def test_sessions_answer_as_the_model(
         versions={}, graphs=records, files=[],
     )  # fmt: skip
     runtime = Eager(built)
-    session = sessions.TASK_SESSIONS[predictor.task.options.kind](Path(), runtime, manifest=manifest)
+    made = sessions.task_session(predictor.task.options.kind)
+    assert made is not None
+    session = made(Path(), runtime, manifest=manifest)
     session.warm_up()
     count, texts = ASKED[task]
     _alike(Predictor(session, predictor.task).predict(images[:count], texts), predictor.predict(images[:count], texts))
@@ -334,7 +335,7 @@ def test_an_export_answers_as_its_run(
     assert expected
     _alike(xfm_fast.load(folder, runtime=runtime).predict(images[:count], texts), expected)
     session = Session.load(folder, runtime)
-    assert type(session) is sessions.TASK_SESSIONS[OPTIONS[task].kind]
+    assert type(session) is sessions.task_session(OPTIONS[task].kind)
     _alike(session.predict(images[:count], texts), expected)
     read = session.task
     assert xfm_fast.load(session).task is read, "the vocabulary is read once"

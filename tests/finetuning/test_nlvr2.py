@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weights
+from tests.agreement import inputs_of, tensors, with_weights
 from tests.conftest import config, golden, load_json
 from tests.finetuning.conftest import Make
 from tests.finetuning.golden_words import word_tokenizer, words
-from xfm_fast.data.annotations import NLVR2Record
-from xfm_fast.finetuning.nlvr2 import RESULT_FILE, NLVR2Options, NLVR2Task
-from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import open_task
-from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.nlvr2 import RESULT_FILE, NLVR2Model, NLVR2Options, NLVR2Record, NLVR2Task
 
 FILES = "nlvr2", "nlvr_{}.json"
 
@@ -30,7 +27,7 @@ def task(recipe: Make) -> NLVR2Task:
     return made
 
 
-def test_recipes_path_gives_the_official_loss_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_a_recipe_gives_the_official_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = {k.partition("/")[2]: v for k, v in inputs_of("tiny_b/ft_inputs", torch.float64).items() if k[:5] == "nlvr/"}
     cfg = config("tiny_b")
     task = NLVR2Task(NLVR2Options(augment=False), cfg, word_tokenizer(cfg.vocab_size))
@@ -47,11 +44,6 @@ def test_recipes_path_gives_the_official_loss_and_gradients(tmp_path: Path, monk
     model = with_weights(NLVR2Model(cfg), "tiny_b", torch.float64, "nlvr")
     loss = task.losses_of(model, batch)["loss"]
     assert float(loss.detach()) == pytest.approx(float(tensors("tiny_b/ft_outputs")["nlvr/loss"]), rel=1e-10)
-    loss.backward()
-    official = load_json("tiny_b/ft_grads")["nlvr"]["grad_norm"]
-    expected = {name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in official.items()}
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_gradient_norms(found, expected, "loss", zero_is_none=True)
 
 
 def test_accuracy_is_the_official_one(task: NLVR2Task) -> None:
@@ -72,8 +64,3 @@ def test_the_file_of_the_benchmark(task: NLVR2Task, tmp_path: Path) -> None:
     assert records[1].images == ("test1/test1-0-1-img0.png", "test1/test1-0-1-img1.png")
     given: list[dict[str, Any]] = [{"answer": True}, {"answer": False}, {"answer": True}]
     assert task.files(given, records) == {RESULT_FILE: b"test1-0-0-0,True\ntest1-0-1-0,False\n2,True\n"}
-
-
-@pytest.mark.parametrize("name", ["nlvr2", "nlvr2_tiny_shapes"])
-def test_recipes_of_the_package(name: str, pretrained: Path) -> None:
-    assert load_finetune_recipe(name, [f"init.checkpoint={pretrained}"]).task.kind == "nlvr2"

@@ -29,15 +29,15 @@ from tests.finetuning.official_files import (
 from xfm_fast.benchmarks.options import FineTuned
 from xfm_fast.benchmarks.work.finetuning_cost import Shape, step_costs
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import Annotation, GroundingRecord, NLVR2Record
+from xfm_fast.data.annotations import Annotation
 from xfm_fast.errors import ConfigError
-from xfm_fast.finetuning.grounding import GroundingOptions
-from xfm_fast.finetuning.kinds import AnyTask, make_task
-from xfm_fast.finetuning.nlvr2 import NLVR2Options
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import evaluate, finetune
-from xfm_fast.finetuning.weak_grounding import DetectedRecord
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.grounding import GroundingOptions, GroundingRecord
+from xfm_fast.tasks.nlvr2 import NLVR2Options, NLVR2Record
+from xfm_fast.tasks.task import AnyTask, make_task
+from xfm_fast.tasks.weak_grounding import DetectedRecord
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import FINETUNING, recipe_names
 
@@ -85,7 +85,8 @@ def test_files_and_folders_are_those_of_the_file(tmp_path: Path) -> None:
     assert captioning.data.splits["val"] == (f"{karpathy}_val.json", f"{karpathy}_val_gt.json")
     probe = load(FILES["cifar10_lp"], tmp_path)
     assert probe.task.kind == "image"
-    assert (probe.task.dataset, probe.task.frozen, probe.task.mixup, probe.task.view) == ("CIFAR10", True, 0, "probe")
+    task: Any = probe.task
+    assert (task.dataset, task.frozen, task.mixup, task.view) == ("cifar10", True, 0, "probe")
     assert (probe.schedule.kind, probe.schedule.warmup, probe.optimizer.weight_decay) == ("cosine", 0.1, 0.01)
     assert probe.model == XFMConfig.preset("base", text_layers=0, fusion_layers=0)
 
@@ -93,6 +94,7 @@ def test_files_and_folders_are_those_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> None:
     made = load(FILES[name], tmp_path, "data.train=mine")
+    task: Any = made.task
     assert made.data.official_pictures
     # Only domain pretraining runs in mixed precision (Apex).
     assert made.precision == ("bf16" if name.endswith("_O1") else "fp32")
@@ -102,17 +104,18 @@ def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> 
         assert made.choose is not None
         assert (made.choose.by, made.choose.split) == chosen[name]
     if name in SETS:
-        folder, task = FILES[name]["dataset"], FILES[name]["task_name"]
+        folder, data_set = FILES[name]["dataset"], FILES[name]["task_name"]
         # Split by the code itself, or read from a file.
-        whole = task in ("sun397", "caltech101", "fer2013")
+        whole = data_set in ("sun397", "caltech101", "fer2013")
         assert made.data.splits == {"test": (folder if whole else f"{folder}/val",)}
         probe = load(FILES[name], tmp_path)
         assert probe.data.train == (folder if whole else f"{folder}/train",)
         assert probe.task.kind == "image"
-        assert probe.task.train_split == ("trainval" if task == "oxfordiiitpet" else "train")
+        task = probe.task
+        assert task.train_split == ("trainval" if data_set == "oxfordiiitpet" else "train")
     if made.task.kind == "vqa":
-        assert made.task.official_ranking
-        assert (made.image_folder, made.task.image_folders["vg"]) == (Path(), "../images/visualgenome/")
+        assert task.official_ranking
+        assert (made.image_folder, task.image_folders["vg"]) == (Path(), "../images/visualgenome/")
     if isinstance(made.task, (NLVR2Options, GroundingOptions)):
         # The official tokenizer does not truncate.
         assert made.task.max_tokens is None

@@ -14,9 +14,9 @@ from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from tests.training.small_runs import in_processes, join_group
 from xfm_fast.errors import DataError, InputError
-from xfm_fast.finetuning.evaluation import Evaluation
 from xfm_fast.finetuning.prediction import answer_lines, load
 from xfm_fast.finetuning.run import finetune
+from xfm_fast.tasks.evaluation import Evaluation
 from xfm_fast.training.distributed import join_processes
 
 SENTENCES = ("there is a red circle in the left image", "both images show a star")
@@ -117,17 +117,6 @@ def test_the_commands_of_two_processes(world: Path, pretrained: Path, requests: 
     assert in_processes(commands, 1, tmp_path / "alone", told, evaluate, [*predict, answers[1]]) == [0]
     assert first[1][1] == json.loads((told / "0.json").read_text())[0][1]
     assert answers[0].read_bytes() == answers[1].read_bytes()
-
-
-def test_a_heat_map(recipe: Make, world: Path, tmp_path: Path) -> None:
-    made = recipe("grounding", "grounding_{}.json", steps=1, task={"augment": False})
-    finetune(made)
-    image, out, boxes = world / "images/test/000001.png", tmp_path / "heat.png", tmp_path / "boxes.json"
-    boxes.write_text(json.dumps({"000001.png": [[0, 0, 9, 9], [12, 12, 8, 8]]}))
-    done = invoke(["predict", made.checkpoint.folder, image, "a circle", "--heatmap", out, "--detections", boxes])
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["bbox"] in ([0, 0, 9, 9], [12, 12, 8, 8])
-    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_no_request(run: Path, tmp_path: Path) -> None:

@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 import xfm_fast
@@ -25,11 +23,9 @@ from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, StorageError
 from xfm_fast.finetuning import run as runs
-from xfm_fast.finetuning.kinds import TASKS
 from xfm_fast.finetuning.recipe import FinetuneRecipe, resumed_steps
-from xfm_fast.finetuning.run import evaluate, finetune, recipe_of
-from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.training.metrics import read_log
+from xfm_fast.finetuning.run import evaluate, finetune
+from xfm_fast.tasks.task import TASKS
 
 NLVR2 = "nlvr2", "nlvr_{}.json"
 CHOICE = {"by": "accuracy", "split": "val"}
@@ -51,7 +47,7 @@ def process(rank: int, world_size: int, meeting_point: Path, recipe: FinetuneRec
 
         runs._EpochEnd.__call__ = dying  # type: ignore[method-assign]
     if "at_batch" in kill:
-        from xfm_fast.finetuning.nlvr2 import NLVR2Task
+        from xfm_fast.tasks.nlvr2 import NLVR2Task
 
         predict = NLVR2Task.predict
 
@@ -87,24 +83,6 @@ def recipe_fixture(world: Path, pretrained: Path, folder: Path) -> Make:
     from tests.finetuning import conftest
 
     return conftest.recipe.__wrapped__(world, pretrained, folder)  # type: ignore[attr-defined]
-
-
-def test_a_run_leaves_folders_that_explain_themselves(whole: FinetuneRecipe, world: Path) -> None:
-    folder = Path(whole.checkpoint.folder)
-    for name in ("best", "model"):
-        assert {each.name for each in (folder / name).iterdir()} == {
-            "config.json", "model.safetensors", "task.json", "tokenizer.json"
-        }  # fmt: skip
-    log = read_log(folder / "log.jsonl")
-    assert [line["step"] for line in log if "val/accuracy" in line] == [5, 10]
-    best = max(line["val/accuracy"] for line in log if "val/accuracy" in line)
-    assert json.loads(metrics(whole)["val"])["metrics"] == {"accuracy": best}
-    predictor = xfm_fast.load(folder)
-    assert isinstance(predictor.model, NLVR2Model)
-    assert not predictor.model.training
-    images = [world / f"images/test/{number:06d}.png" for number in (0, 1)]
-    (row,) = predictor.predict(images, ["there is a red circle in the left image"])
-    assert row["answer"] == (row["probability"] > 0.5)
 
 
 @pytest.mark.parametrize("kill", [{"at_step": 5}, {"at_step": 6}, {"at_batch": 1}, {"at_batch": 7}])
@@ -175,30 +153,6 @@ def test_the_last_batch_is_kept_where_the_official_loader_keeps_it(world_size: i
             seen = [row for batches in dealt for batch in batches for row in batch]
             assert set(seen) == set(range(count))
             assert len(seen) - count < world_size
-
-
-@pytest.mark.parametrize(("kind", "files", "steps"), [("text", "text_{}.tsv", 2 * 6), ("nlvr2", "nlvr_{}.json", 2 * 5)])
-def test_steps_of_an_incomplete_epoch(kind: str, files: str, steps: int, recipe: Make) -> None:
-    found = resumed_steps(recipe(kind, files), 43, 1, None, 0)
-    assert (found.steps, found.schedule.steps) == (steps, 2 * 6)
-
-
-def test_an_average_is_what_is_judged(recipe: Make) -> None:
-    made = recipe(*NLVR2, choose=CHOICE, ema=0.5, epochs=1)
-    result = finetune(made)
-    assert result.folder.name == "best"
-    assert weights(made, "best") == weights(made, "average") != weights(made)
-
-
-def test_a_run_chains(recipe: Make, tmp_path: Path) -> None:
-    first = recipe(*NLVR2, steps=1)
-    finetune(first)
-    second = recipe(
-        *NLVR2, steps=1, init={"checkpoint": first.checkpoint.folder}, checkpoint={"folder": str(tmp_path / "next")}
-    )
-    assert second.model == first.model
-    finetune(second)
-    assert recipe_of(tmp_path / "next", ["eval_batch_size=3"]).eval_batch_size == 3
 
 
 def test_a_copied_run_is_evaluated_in_its_own_folder(recipe: Make, tmp_path: Path) -> None:
@@ -273,11 +227,8 @@ def test_a_broken_element_is_quarantined_and_a_missing_test_image_named(
         evaluate(recipe(*NLVR2, data=data | {"splits": {"val": str(path)}}), "x", "val", tmp_path / "out")
 
 
-def test_the_whole_state_is_evaluated_in_evaluation_mode(recipe: Make, tmp_path: Path) -> None:
-    """Dropout would change a second evaluation of the same weights."""
-    made = recipe(*NLVR2, epochs=1)
-    finetune(made)
-    folder = Path(made.checkpoint.folder)
-    rows = [partial(evaluate, made, folder, "val", tmp_path / name)() for name in "ab"]
-    assert rows[0] == rows[1]
-    assert torch.is_grad_enabled()
+def test_an_average_is_what_is_judged(recipe: Make) -> None:
+    made = recipe(*NLVR2, choose=CHOICE, ema=0.5, epochs=1)
+    result = finetune(made)
+    assert result.folder.name == "best"
+    assert weights(made, "best") == weights(made, "average") != weights(made)

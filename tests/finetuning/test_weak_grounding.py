@@ -6,21 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.finetuning.conftest import Make
 from xfm_fast import XFM
-from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import CheckpointError, DataError, InputError
-from xfm_fast.finetuning.kinds import make_task
 from xfm_fast.finetuning.prediction import load
 from xfm_fast.finetuning.recipe import FinetuneRecipe
 from xfm_fast.finetuning.run import evaluate, finetune, open_task
-from xfm_fast.finetuning.weak_grounding import WeakGroundingOptions, boxes_of
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap
+from xfm_fast.tasks.task import make_task
+from xfm_fast.tasks.weak_grounding import WeakGroundingOptions, boxes_of
 
 
 @pytest.fixture
@@ -61,15 +58,6 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, detections: dict[str, An
     assert rows[0]["bbox"] == list(record.detected[chosen])
     with pytest.raises(InputError, match="--heatmap OUT"):
         predictor.predict(["a.png"], ["a circle"])
-
-
-def test_training_sees_whole_images(weak: FinetuneRecipe, world: Path) -> None:
-    """The official code resizes, flips and augments; a crop may lose what an expression refers to."""
-    task = open_task(weak.model_copy(update={"task": WeakGroundingOptions()}))
-    (rows,) = task.rows([world / "grounding_train.json"])
-    record = rows.read(0)
-    whole = finetuning_transform(32, None)(Image.open(world / record.image).convert("RGB"), np.random.default_rng(3))
-    assert torch.equal(task.item(record, np.random.default_rng(3)).image, whole)
 
 
 def test_weights_of_retrieval_are_its_own(weak: FinetuneRecipe, recipe: Make, pretrained: Path, tmp_path: Path) -> None:

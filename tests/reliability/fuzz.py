@@ -43,7 +43,7 @@ from safetensors.torch import save
 from tests.data.record_files import pair, picture, tiny_tokenizer, write_tar
 from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import RetrievalRecord, VQARecord, read_annotations
+from xfm_fast.data.annotations import RetrievalRecord, read_annotations
 from xfm_fast.data.files import read_plain_pickle
 from xfm_fast.data.images import decode_image, decode_pixels
 from xfm_fast.data.records import LineFile, ShardFile
@@ -53,7 +53,8 @@ from xfm_fast.errors import DataError, XFMError
 from xfm_fast.export.manifest import Manifest, new_manifest
 from xfm_fast.search.index import INDEX_FILE, open_index
 from xfm_fast.tasks.heatmap import read_detections
-from xfm_fast.tasks.reranking import ScoreJournal
+from xfm_fast.tasks.journal import Journal, read_journal
+from xfm_fast.tasks.vqa import VQARecord
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
 from xfm_fast.training.metrics import read_log
@@ -263,16 +264,14 @@ def _read_lines(folder: Path) -> None:
 
 
 def _read_journal(folder: Path) -> None:
-    with ScoreJournal(folder / "scores.bin", "f") as journal:
-        for _, scores in journal.records():
-            scores.sum()
+    read_journal(folder / "scores.jsonl")
 
 
 def _journal() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        with ScoreJournal(Path(folder) / "s", "f") as journal:
+        with Journal(Path(folder) / "s", "f") as journal:
             for image in range(4):
-                journal.append(image, torch.full((image + 2,), float(image)))
+                journal.append([image, [float(image)] * (image + 2)])
         return (Path(folder) / "s").read_bytes()
 
 
@@ -397,7 +396,7 @@ def _formats() -> list[Format]:
             CaptionTokenizer.from_files,
             others={"merges.txt": tokens["merges.txt"]},
         ),
-        Format("scores.bin", (_journal(),), _read_journal),
+        Format("scores.jsonl", (_journal(),), _read_journal),
         Format("log.jsonl", (_LOG,), lambda f: read_log(f / "log.jsonl")),
         Format(INDEX_FILE, (_index(),), open_index, others={"e.jsonl": b"", "f.f32": b""}),
     ]

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from tests.agreement import inputs_of, tensors, with_weights
 from tests.conftest import config
-from xfm_fast.errors import InputError
 from xfm_fast.models.decoder import DecoderCache, DecoderMemory, generate
-from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.captioning import CaptioningModel
 
 EOS, PAD = 2, 1
@@ -30,18 +28,6 @@ def x() -> dict[str, Tensor]:
 
 
 NextLogProbs = Callable[[list[int]], Tensor]
-
-
-def decoder_of(model: CaptioningModel, image: Tensor) -> NextLogProbs:
-    """The whole text through the decoder for every token."""
-
-    def next_log_probs(ids: list[int]) -> Tensor:
-        tokens = torch.tensor([ids])
-        packing, alone = Packing.from_mask(torch.ones_like(tokens)), ImageGroups(torch.tensor([0, 1]))
-        hidden = model.text_decoder(tokens, packing, model.decoder_memory(image[None]), alone)
-        return model.text_decoder.logits(hidden[-1:])[0].log_softmax(-1)
-
-    return next_log_probs
 
 
 def plain_beam_search(
@@ -114,8 +100,8 @@ class Chain:
 
 
 @pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("beams", [2, 3, 5])
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+@pytest.mark.parametrize("beams", [2, 5])
 def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
     """Many small language models, in which ends come early, late, low among the candidates, or not at all."""
     prompts = torch.tensor([[0, 3], [4, 5], [3, 6], [5, 4], [0, 0]])
@@ -142,30 +128,6 @@ def test_beam_search_of_chains(beams: int, penalty: float, early: bool) -> None:
             )
 
 
-@pytest.mark.parametrize("beams", [2, 4])
-@torch.inference_mode()
-def test_beam_search_of_images(model: CaptioningModel, x: dict[str, Tensor], beams: int) -> None:
-    pixels = torch.cat([x["image"], torch.randn(3, *x["image"].shape[1:], dtype=torch.float64)])
-    prompt = x["prompt_ids"][0]
-    found = stripped(model.generate(pixels, prompt, max_length=9, min_length=5, num_beams=beams))
-    for image, ids in zip(pixels, found, strict=True):
-        assert ids == plain_beam_search(decoder_of(model, image), prompt.tolist(), beams, 9, 5, False, 1.0)
-
-
-@torch.inference_mode()
-def test_greedy_search(model: CaptioningModel, x: dict[str, Tensor]) -> None:
-    prompt = x["prompt_ids"][0].tolist()
-    found = stripped(model.generate(x["image"], x["prompt_ids"], max_length=9, min_length=7, num_beams=1))
-    for image, ids in zip(x["image"], found, strict=True):
-        expected = list(prompt)
-        while len(expected) < 9 and expected[-1] != EOS:
-            log_probs = decoder_of(model, image)(expected)
-            if len(expected) < 7:
-                log_probs[EOS] = -torch.inf
-            expected.append(int(log_probs.argmax()))
-        assert ids == expected
-
-
 @torch.inference_mode()
 def test_finished_captions_are_padded(model: CaptioningModel, x: dict[str, Tensor]) -> None:
     bias = model.text_decoder.lm_head.bias
@@ -190,30 +152,6 @@ def test_loss_is_the_mean_over_predicted_tokens(model: CaptioningModel, x: dict[
         assert float(found) == pytest.approx(float(expected), rel=1e-10)
 
 
-def test_what_is_refused(model: CaptioningModel, x: dict[str, Tensor]) -> None:
-    pixels, prompt = x["image"], x["prompt_ids"]
-    with pytest.raises(InputError, match="max_length=3"):
-        model.generate(pixels, prompt, max_length=3)
-    with pytest.raises(InputError, match="29"):
-        model.generate(pixels, prompt, max_length=45)
-    with pytest.raises(InputError, match="num_beams=0"):
-        model.generate(pixels, prompt, num_beams=0)
-    with pytest.raises(InputError, match=r"prompt_ids.*\[2, 3\]"):
-        model.generate(pixels, prompt[:2])
-    with pytest.raises(InputError, match="prompt_ids"):
-        generate(
-            model.text_decoder, model.decoder_memory(pixels), prompt.index_fill(1, torch.tensor([2]), PAD), max_length=9
-        )
-    with pytest.raises(InputError, match=r"2 images.* 3 "):
-        model(pixels[:2], x["text_ids"], prompt_length=3)
-    with pytest.raises(InputError, match="prompt_length=9"):
-        model(pixels, x["text_ids"], prompt_length=9)
-    holes = x["text_atts"].clone()
-    holes[0, 4] = 0
-    with pytest.raises(InputError, match="caption_mask"):
-        model(pixels, x["text_ids"], holes, prompt_length=3)
-
-
 def test_decoder_starts_from_the_fusion_encoder() -> None:
     state = tensors("tiny_b/weights")
     model = CaptioningModel(config("tiny_b"))
@@ -222,19 +160,4 @@ def test_decoder_starts_from_the_fusion_encoder() -> None:
     assert any(".crossattention." in name for name in started)
     for name, value in started.items():
         assert torch.equal(value, state[f"fusion_encoder.{name}"]), name
-    assert not hasattr(model, "fusion_encoder")
-
-
-def test_a_decoder_starts_from_no_other_encoder() -> None:
-    with pytest.raises(InputError, match="decoder_from='vision'"):
-        CaptioningModel(config("tiny_b"), decoder_from="vision")  # type: ignore[arg-type]
-
-
-def test_decoder_starts_from_the_text_encoder_where_wanted() -> None:
-    model = CaptioningModel(config("tiny_b"), decoder_from="text")
-    assert len(model.text_decoder.roberta.encoder) == config("tiny_b").text_layers
-    fresh = model.initialise_decoder(tensors("tiny_b/weights"))
-    assert fresh
-    assert all(".crossattention." in name for name in fresh)
-    assert not hasattr(model, "text_encoder")
     assert not hasattr(model, "fusion_encoder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from tests.agreement import tensors
 from tests.conftest import config, official_keys
-from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.xfm import XFM
@@ -50,29 +48,6 @@ def test_from_official_pretraining(name: str) -> None:
             assert torch.equal(value, state[entry]), entry
 
 
-@each_model
-def test_official_fine_tuned_round_trip(name: str, tmp_path: Path) -> None:
-    """What we write for the official fine-tuning code, in its naming, comes back whole."""
-    cls, options, _ = MODELS[name]
-    cfg = XFMConfig.preset("tiny")
-    first = cls(cfg, **options)
-    official = to_official(first.state_dict(), cfg, naming="fine-tuning")
-    torch.save({"model": official}, tmp_path / "fine_tuned.th")
-    second = cls.from_official(tmp_path / "fine_tuned.th", cfg, **options)
-    for entry, value in first.state_dict().items():
-        assert torch.equal(second.state_dict()[entry], value), entry
-
-
-@each_model
-def test_own_folder_round_trip(name: str, tmp_path: Path) -> None:
-    cls, options, _ = MODELS[name]
-    first = cls(XFMConfig.preset("tiny"), **options)
-    first.save_pretrained(tmp_path)
-    second = cls.from_pretrained(tmp_path, **options)
-    for entry, value in first.state_dict().items():
-        assert torch.equal(second.state_dict()[entry], value), entry
-
-
 def test_decoder_starts_from_a_pretraining_checkpoint() -> None:
     state = tensors("tiny_a/weights")
     model = VQAModel(config("tiny_a"), decoder_layers=3)
@@ -86,13 +61,6 @@ def test_half_a_decoder_is_no_fresh_decoder() -> None:
     smaller = VQAModel(cfg, decoder_layers=1)
     with pytest.raises(CheckpointError, match=r"text_decoder\.roberta\.encoder\.layer\.1"):
         VQAModel(cfg, decoder_layers=2).load_official(smaller.state_dict())
-
-
-def test_a_deeper_encoder_is_no_surplus() -> None:
-    cfg = XFMConfig.preset("tiny")
-    deeper = XFM(cfg.replace(vision_depth=4), heads=())
-    with pytest.raises(CheckpointError, match=r"vision_encoder\.blocks\.3"):
-        ClassificationModel(cfg, 2, modality="image").load_official(deeper.state_dict())
 
 
 BASE: dict[str, Callable[[XFMConfig], XFM]] = {

@@ -17,7 +17,7 @@ from xfm_fast.cli.options import DATA, Flat, Json, command_group
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xfm_fast.data.checking import Report
+    from xfm_fast.tasks.checking import Report
 
 data = command_group("data", group=DATA, help="Check data files against a task, convert them, write the shapes world.")
 
@@ -44,7 +44,7 @@ class CheckOptions:
     """The task to read the rows for, and the sizes of the estimates.
 
     Attributes:
-        task: pairs, regions, images, text; or retrieval, vqa, nlvr2, grounding, captioning (JSON arrays).
+        task: pairs, regions, images, text; or a task of fine-tuning, such as retrieval or vqa.
         tokenizer: For token counts: RoBERTa's vocab.json and merges.txt, or a tokenizer.json.
         image_size: Image size of the model, for the estimates.
         batch_size: Batch size of the memory estimate.
@@ -130,7 +130,7 @@ def check(
         paths: Files, folders, patterns, or several with commas.
     """
     from xfm_fast.config import XFMConfig
-    from xfm_fast.data import checking
+    from xfm_fast.tasks import checking
     from xfm_fast.tokenizer import CaptionTokenizer
 
     # The official ratio of hidden patches, at any size.

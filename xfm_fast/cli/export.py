@@ -290,8 +290,9 @@ def load_subject(source: ModelSource) -> Subject:
     if checkpoint is None:
         model, words = _random(preset, source.image_size), f"random weights of preset {preset}"
     elif checkpoint.is_dir():
-        from xfm_fast.finetuning.kinds import model_folder, task_of
+        from xfm_fast.checkpoint.files import model_folder
         from xfm_fast.models.xfm import XFM
+        from xfm_fast.tasks.task import task_of
 
         place = model_folder(checkpoint) or checkpoint
         if (options := task_of(place)) is not None:
@@ -310,15 +311,13 @@ def load_subject(source: ModelSource) -> Subject:
 
 def _fine_tuned(run: Path, kind: str, source: ModelSource) -> Subject:
     """Load the model of a run, with the sidecar files that `xfm-fast predict` needs for an export."""
-    from xfm_fast.export.session.tasks import TASK_SESSIONS
-    from xfm_fast.finetuning.kinds import explanation
     from xfm_fast.finetuning.prediction import load as load_run
     from xfm_fast.models.xfm import XFM
+    from xfm_fast.tasks.task import TASKS, explanation
 
-    if kind not in TASK_SESSIONS:
-        raise UnavailableError(
-            f"{run} is fine-tuned for {kind}, which needs gradients; export one of {', '.join(TASK_SESSIONS)}"
-        )
+    if TASKS[kind].Session is None:
+        offered = ", ".join(name for name, task in TASKS.items() if task.Session is not None)
+        raise UnavailableError(f"{run} is fine-tuned for {kind}, which needs gradients; export one of {offered}")
     if source.tokenizer is not None:
         raise InputError(f"{run} has a vocabulary of its own; leave out --tokenizer")
     predictor = load_run(run)

@@ -147,9 +147,9 @@ def predict(
         items: Image files, folders of images, and texts: an argument that is neither a file nor a folder is a text.
     """
     from xfm_fast.errors import InputError
-    from xfm_fast.finetuning.evaluation import Evaluation
     from xfm_fast.finetuning.prediction import answer_lines, is_export, load, requests_in
     from xfm_fast.models.xfm import PRECISIONS
+    from xfm_fast.tasks.evaluation import Evaluation
     from xfm_fast.training.distributed import join_processes
 
     if options.detections is not None and options.heatmap is None:
@@ -201,8 +201,8 @@ def _heatmap(
     from xfm_fast.checkpoint import write_bytes
     from xfm_fast.data.images import decode_image
     from xfm_fast.errors import InputError
-    from xfm_fast.finetuning.weak_grounding import boxes_of
     from xfm_fast.tasks.heatmap import best_box, overlay, read_detections
+    from xfm_fast.tasks.weak_grounding import boxes_of
 
     if len(images) != 1 or len(texts) != 1:
         raise InputError(

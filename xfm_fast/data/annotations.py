@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from xfm_fast.data.files import Paths, file_of, find_files, read_json, unreadable
@@ -22,8 +20,6 @@ from xfm_fast.errors import DataError
 _SHOWN, _LONGEST = 3, 60
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 10, 1000
 ARRAY = "one JSON array of objects, [{...}, {...}]"
-# Boxes of COCO reach past the edge by rounding.
-_EDGE = 1.0
 
 
 def _no_blank(text: str) -> str:
@@ -32,31 +28,10 @@ def _no_blank(text: str) -> str:
     return text
 
 
-def _drop_empty(value: Any) -> Any:
-    """Drop empty answers."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    answers = [each for each in map(answer_text, value) if not isinstance(each, str) or each.strip()]
-    if value and not answers:
-        raise PydanticCustomError("blank", "all answers are empty")
-    return answers
-
-
-def answer_text(value: Any) -> Any:
-    """Text of an answer, given as a string or an object."""
-    return value.get("answer") if isinstance(value, dict) else value
-
-
 Text = Annotated[str, AfterValidator(_no_blank)]
 Identity = int | Text
 Texts = Annotated[
     tuple[Text, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
-]
-Answers = Annotated[Texts, BeforeValidator(_drop_empty)]
-# Answers of ten annotators for scoring; an empty answer counts.
-PeopleAnswers = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda value: list(map(answer_text, value)) if isinstance(value, list) else value),
 ]
 Label = Annotated[
     str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value), AfterValidator(_no_blank)
@@ -90,63 +65,6 @@ class NLVR2Record(Annotation):
     images: Annotated[tuple[Text, ...], Field(min_length=2, max_length=2)]
     sentence: Text
     label: bool
-
-
-class VQARecord(Annotation):
-    """A question about an image, optionally with answers."""
-
-    image: Text
-    question: Text
-    question_id: Identity
-    answer: Answers | None = Field(default=None, description="what training takes; empty answers are left out")
-    dataset: str = "vqa"
-    answers: PeopleAnswers | None = Field(default=None, description="the ten people's, to score by")
-    question_type: str | None = None
-    answer_type: str | None = None
-
-    @property
-    def weighted_answers(self) -> list[tuple[str, float]]:
-        """Distinct answers with loss weights: the share of annotators, or 0.5 for Visual Genome."""
-        answers = self.answer or ()
-        if self.dataset == "vg":
-            return [(answer, 0.5) for answer in answers[:1]]
-        return [(answer, times / len(answers)) for answer, times in Counter(answers).items()]
-
-    @property
-    def scored(self) -> dict[str, Any] | None:
-        """Annotation for `tasks.vqa.vqa_accuracy`; None without annotators' answers."""
-        if self.answers is None:
-            return None
-        kinds = {"question_type": self.question_type, "answer_type": self.answer_type}
-        return {
-            "question_id": self.question_id,
-            "answers": [{"answer": answer} for answer in self.answers],
-            **{name: kind for name, kind in kinds.items() if kind is not None},
-        }
-
-
-class GroundingRecord(Annotation):
-    """A phrase and its box; `grounding_rows` looks up boxes of official files by `ref_id`."""
-
-    image: Text
-    text: Text
-    ref_id: Identity
-    bbox: tuple[float, float, float, float] | None = Field(default=None, description="x, y, w, h in pixels")
-    split: str | None = Field(default=None, description="val, testA, ...")
-    width: int | None = Field(default=None, gt=0, description="of the image, in pixels")
-    height: int | None = Field(default=None, gt=0, description="of the image, in pixels")
-
-    @model_validator(mode="after")
-    def _box_is_inside(self) -> GroundingRecord:
-        if self.bbox is not None:
-            x, y, w, h = self.bbox
-            if not all(map(math.isfinite, self.bbox)) or w <= 0 or h <= 0:
-                raise PydanticCustomError("box", "has no area; expected x, y, w, h in pixels")
-            right, below = self.width or math.inf, self.height or math.inf
-            if min(x, y) < -_EDGE or x + w > right + _EDGE or y + h > below + _EDGE:
-                size = f" {self.width}x{self.height}" if self.width and self.height else ""
-                raise PydanticCustomError("box", "is not inside the{size} image", {"size": size})
-        return self
 
 
 class CaptioningRecord(Annotation):
@@ -341,18 +259,6 @@ def label_names(rows: Iterable[AnnotationRows[Any]]) -> list[str]:
     return sorted(found)
 
 
-def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
-    """Candidate answers of VQA: a JSON array of unique non-empty strings."""
-    path = Path(path)
-    answers = array_of(path, read_json(path, "one JSON array of strings"), "one array of strings")
-    for number, answer in enumerate(answers):
-        if not isinstance(answer, str) or not answer.strip():
-            raise DataError(f"{path}: answer {number} is {answer!r}; expected a text that is not empty")
-    if twice := [answer for answer, times in Counter(answers).items() if times > 1]:
-        raise DataError(f"{path}: {_first(twice)} stand there more than once; leave one of each")
-    return answers
-
-
 class Named(NamedTuple):
     """Count and the first three examples."""
 
@@ -431,14 +337,6 @@ def _texts(items: Iterable[Any]) -> Iterator[str]:
         for row in item.elements if isinstance(item, AnnotationRows) else [item.model_dump()]:
             if isinstance(row, dict):
                 yield " / ".join(str(row[name]) for name in ("text", "text2") if row.get(name) is not None)
-
-
-def unlisted_answers(records: Iterable[VQARecord], answers: Iterable[str]) -> Named:
-    """The most frequent answers missing from the answer list, which ranking cannot predict."""
-    listed = set(answers)
-    best = (max(Counter(record.answer).items(), key=lambda item: item[1])[0] for record in records if record.answer)
-    lacking = [answer for answer in best if answer not in listed]
-    return Named(len(lacking), tuple(dict.fromkeys(lacking))[:_SHOWN])
 
 
 def identity_of(image: str) -> int | str:

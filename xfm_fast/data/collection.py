@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
+from xfm_fast.data.caption_files import captioning_test_rows, has_embedded_images
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import RecordSet, open_records
 from xfm_fast.data.tables import LINE_SUFFIXES, PICTURE_SUFFIXES, TABLE_SUFFIXES, caption_table, sidecar_captions
-from xfm_fast.data.task_files import captioning_test_rows, has_embedded_images
 from xfm_fast.errors import DataError
 
 _IMAGES = ImageOptions()

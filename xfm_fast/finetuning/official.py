@@ -101,11 +101,8 @@ _READ = {
     "glue_datasets", "schedular.warmup_epochs",
 }  # fmt: skip
 _TORCHVISION = {
-    "food101": "Food101", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stanfordcars": "StanfordCars",
-    "fgvcaircraft": "FGVCAircraft", "dtd": "DTD", "oxfordiiitpet": "OxfordIIITPet", "flowers102": "Flowers102",
-    "mnist": "MNIST", "stl10": "STL10", "sun397": "SUN397", "caltech101": "Caltech101", "caltech256": "Caltech256",
-    "gtsrb": "GTSRB", "country211": "Country211", "fer2013": "FER2013", "pcam": "PCAM", "kitti": "Kitti",
-    "renderedsst2": "RenderedSST2",
+    "food101", "cifar10", "cifar100", "stanfordcars", "fgvcaircraft", "dtd", "oxfordiiitpet", "flowers102", "mnist",
+    "stl10", "sun397", "caltech101", "caltech256", "gtsrb", "country211", "fer2013", "pcam", "kitti", "renderedsst2",
 }  # fmt: skip
 # Sets without folders `train` and `val`: split by the official code, or read from one file.
 _WHOLE = {"sun397", "caltech101", "caltech256", "fer2013"}
@@ -224,7 +221,7 @@ def _task(values: Mapping[str, Any], base: str) -> dict[str, Any]:
         return {"image_folders": folders, "official_ranking": True}
     if base.startswith("imagenet") and (name := values["task_name"]) in _TORCHVISION:
         split = "trainval" if name == "oxfordiiitpet" else "train"
-        return {"dataset": _TORCHVISION[name], "view": "probe", "train_split": split}
+        return {"dataset": name, "view": "probe", "train_split": split}
     return {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 from xfm_fast.checkpoint import write_bytes
-from xfm_fast.checkpoint.files import CONFIG_FILE
+from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import parse_json
 from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, StorageError
 from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.request import RuntimeChoice
 from xfm_fast.export.session import Session
-from xfm_fast.export.session.tasks import TASK_SESSIONS
-from xfm_fast.finetuning.evaluation import Evaluation, Row
-from xfm_fast.finetuning.kinds import TOKENIZER_FILE, make_task, model_folder, task_of
+from xfm_fast.export.session.tasks import task_session
 from xfm_fast.finetuning.run import load_weights
-from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.kernels.files import is_stream
 from xfm_fast.models.xfm import XFM, Precision
+from xfm_fast.tasks.evaluation import Evaluation, Row
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
+from xfm_fast.tasks.task import Task, TaskOptions, make_task, task_of
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 
@@ -87,12 +86,9 @@ def load(
     if isinstance(folder, Session):
         if device is not None or runtime != "auto":
             raise InputError(f"the session of {folder.folder} is open; leave out its device and runtime")
-        options, kind = _session_kind(folder.folder)
-        if not isinstance(folder, kind):
-            raise InputError(f"the session of {folder.folder} is none of the task {options.kind}; use Session.load")
-        return _answering(folder, options, dtype)
+        return _load_export(folder.folder, dtype, lambda kind: folder)
     if is_export(folder):
-        return _load_export(Path(folder), device, dtype, runtime)
+        return _load_export(Path(folder), dtype, lambda kind: kind.load(folder, runtime, device))
     if runtime != "auto":
         raise InputError(f"{folder} is a model of PyTorch and no export; leave out the runtime {runtime!r}")
     place = model_folder(Path(folder))
@@ -105,12 +101,10 @@ def load(
         raise CheckpointError(
             f"{place} holds a pretrained model, which has no task yet; read it by XFM.from_pretrained, or fine-tune it"
         )
-    vocabulary = place / TOKENIZER_FILE
-    tokenizer = CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
-    task = make_task(options, XFMConfig.load(place / CONFIG_FILE), tokenizer)
+    task = _open_task(options, XFMConfig.load(place / CONFIG_FILE), place)
     model = task.build()
     load_weights(model, task, place)
-    model.tokenizer = tokenizer
+    model.tokenizer = task.tokenizer if task.reads_text else None
     return Predictor(model.to(device or "cpu").cast(dtype).eval(), task)
 
 
@@ -119,35 +113,28 @@ def is_export(folder: str | Path) -> bool:
     return Path(folder, MANIFEST_FILE).is_file()
 
 
-def _load_export(
-    folder: Path, device: str | torch.device | None, dtype: Precision, runtime: RuntimeChoice
-) -> Predictor:
-    options, kind = _session_kind(folder)
-    return _answering(kind.load(folder, runtime, device), options, dtype)
+def _open_task(options: TaskOptions, config: XFMConfig, folder: Path) -> Task[Any, Any, Any, Any]:
+    vocabulary = folder / TOKENIZER_FILE
+    return make_task(options, config, CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None)
 
 
-def _session_kind(folder: Path) -> tuple[TaskOptions, type[Session]]:
-    """Task options and session class of an export."""
+def _load_export(folder: Path, dtype: Precision, session_of: Callable[[type[Session]], Session]) -> Predictor:
     options = task_of(folder)
     if options is None:
         raise ExportError(
             f"{folder} is an export of a model without a task; open it by xfm_fast.export.Session.load for "
             "embeddings and scores, or export a run of xfm-fast finetune"
         )
-    kind = TASK_SESSIONS.get(options.kind)
+    kind = task_session(options.kind)
     if kind is None:
         raise ExportError(f"exports do not answer for the task {options.kind}; name the run that {folder} was made of")
-    return options, kind
-
-
-def _answering(session: Session, options: TaskOptions, dtype: Precision) -> Predictor:
-    folder = session.folder
+    session = session_of(kind)
+    if not isinstance(session, kind):
+        raise InputError(f"the session of {folder} is none of the task {options.kind}; use Session.load")
     if dtype not in (torch.float32, session.dtype):
         raise InputError(f"{folder} computes in {session.manifest.dtype}; leave the type out, or export in another one")
     if session.task is None:
-        vocabulary = folder / TOKENIZER_FILE
-        tokenizer = CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
-        session.task = make_task(options, session.config, tokenizer)
+        session.task = _open_task(options, session.config, folder)
     return Predictor(session, session.task)
 
 

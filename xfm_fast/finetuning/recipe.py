@@ -12,8 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from xfm_fast.data.streams import epoch_batches
 from xfm_fast.documents import is_plain_name
 from xfm_fast.errors import ConfigError, DataError
-from xfm_fast.finetuning.kinds import TASKS, AnyTask, make_task
 from xfm_fast.finetuning.official import from_official, is_official
+from xfm_fast.tasks.task import TASKS, AnyTask, make_task
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of
 from xfm_fast.training.recipe_fields import Paths, Section
@@ -193,7 +193,7 @@ def resumed_steps(
     """Set the number of steps from the epochs.
 
     The schedule counts the last partial batch of an epoch even if it is dropped, as in the official code. A run resumed
-    with another number of processes keeps its completed steps and adds those of its remaining epochs. `saved` is the
+    with another number of processes keeps its completed steps and adds the ones of its remaining epochs. `saved` is the
     checkpoint's `state.json`, `batches_done` its micro-batches in this world size.
     """
     if recipe.steps:

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
-from xfm_fast.checkpoint.files import MODEL_FILE
+from xfm_fast.checkpoint.files import MODEL_FILE, model_folder
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord, overlap, overlap_of_texts
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches, epoch_batches
 from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, DataError
-from xfm_fast.finetuning.evaluation import Evaluation, Metrics
-from xfm_fast.finetuning.kinds import explanation, make_task, model_folder, task_of
 from xfm_fast.finetuning.recipe import STREAM, Choice, FinetuneRecipe, resumed_steps
-from xfm_fast.finetuning.task import Task, TaskOptions
 from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.evaluation import Evaluation, Metrics
+from xfm_fast.tasks.task import Task, TaskOptions, explanation, make_task, task_of
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
@@ -160,7 +159,7 @@ def finetune(
 
 
 def _update_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
-    """Options of weights, updated with those that a recipe may change."""
+    """Options of weights, updated with the ones that a recipe may change."""
     chosen = {name: value for name in options.free if (value := getattr(recipe, name)) != "auto"}
     return options.model_copy(update=chosen)
 

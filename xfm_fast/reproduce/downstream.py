@@ -26,13 +26,13 @@ from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.data.shapes.world import WORLD_FILE
 from xfm_fast.documents import read_json
 from xfm_fast.errors import XFMError
-from xfm_fast.finetuning.evaluation import METRICS_FILE
 from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import open_task
-from xfm_fast.finetuning.task import Task
 from xfm_fast.models.xfm import XFM
 from xfm_fast.reproduce.evaluation import HeldOut, shape_probe
+from xfm_fast.tasks.evaluation import METRICS_FILE
 from xfm_fast.tasks.grounding import pixel_iou
+from xfm_fast.tasks.task import Task
 from xfm_fast.training.recipe import load_recipe
 
 PRETRAINING = "pretrain_tiny_shapes"

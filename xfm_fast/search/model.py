@@ -9,13 +9,16 @@ from typing import Literal
 
 import torch
 
+from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, UnavailableError
-from xfm_fast.finetuning.kinds import model_folder, rank_of, task_of
 from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import XFM, Precision
-from xfm_fast.tasks.reranking import Rank, checksum
+from xfm_fast.tasks.journal import checksum
+from xfm_fast.tasks.reranking import Rank
+from xfm_fast.tasks.retrieval import rank_of
+from xfm_fast.tasks.task import task_of
 from xfm_fast.tokenizer import CaptionTokenizer
 
 # Counts changes of the image transform, which change features too.

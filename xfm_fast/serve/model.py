@@ -20,13 +20,13 @@ from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.session import Session
 from xfm_fast.export.session.ranking import SessionRanks
 from xfm_fast.export.slots import largest
-from xfm_fast.finetuning.kinds import rank_of
 from xfm_fast.models.processor import TOKENIZER_FILE, read_tokenizer
 from xfm_fast.models.xfm import PRECISIONS, XFM
 from xfm_fast.search.model import ModelSource, open_model
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
 from xfm_fast.tasks.reranking import Rank
+from xfm_fast.tasks.retrieval import rank_of
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")

@@ -201,7 +201,7 @@ class DecodedTree(ABC):
         self.log_likelihoods = torch.zeros(questions, trie.edges + 1, dtype=dtype, device=device)
 
     def decode(self, chosen: Tensor, *, keep: bool) -> None:
-        """Decode nodes chosen in `[Q, nodes]` whose ancestors are decoded or chosen; `keep` stores keys and values."""
+        """Decode nodes chosen in `[Q, nodes]` with decoded or chosen ancestors; `keep` stores keys and values."""
         questions, nodes = chosen.nonzero(as_tuple=True)
         if not len(nodes):
             return

@@ -7,28 +7,78 @@ behaviour, verified by parts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import InputError
+from xfm_fast.data.annotations import Annotation, AnnotationRows, CaptioningRecord, CaptioningTestRecord
+from xfm_fast.data.caption_files import captioning_rows, captioning_test_rows, is_dataset_folder
+from xfm_fast.data.files import find_files, read_json
+from xfm_fast.data.images import record_pixels
+from xfm_fast.data.options import ImageOptions
+from xfm_fast.data.records import Rows, open_records
+from xfm_fast.data.texts import choose_text
+from xfm_fast.errors import ConfigError, DataError, InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
 from xfm_fast.packing import ImageGroups
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.caption_metrics import caption_metrics
+from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.task import PairInput, Task, TaskOptions, register, require_inputs
+from xfm_fast.tasks.task_model import DecoderModel
+from xfm_fast.tokenizer import pre_caption
 
 
-class CaptioningModel(TaskModel):
+class CaptionsByDecoder:
+    """Generation of captions by a model or a session."""
+
+    def generate(
+        self: Any,
+        pixels: Tensor,
+        prompt_ids: Tensor,
+        *,
+        max_length: int = 20,
+        min_length: int = 5,
+        num_beams: int = 3,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+    ) -> Tensor:
+        """Generate captions `[B, length]` from prompt ids `[S]` or `[B, S]`; lengths include the prompt."""
+        if prompt_ids.ndim == 1:
+            prompt_ids = prompt_ids.expand(pixels.shape[0], -1)
+        inputs.check_tokens(prompt_ids, None, self.config)
+        with torch.no_grad():
+            memory = self.decoder_memory(pixels)
+        return generate(
+            self.writer, memory, prompt_ids, max_length=max_length, min_length=min_length, num_beams=num_beams,
+            length_penalty=length_penalty, early_stopping=early_stopping,
+            pad_token_id=self.config.pad_token_id, eos_token_id=self.config.eos_token_id,
+        )  # fmt: skip
+
+
+class CaptioningSession(CaptionsByDecoder):
+    """What an export adds to `xfm_fast.export.Session`."""
+
+    def decoder_memory(self: Any, pixels: Tensor) -> Any:
+        return self.states(self.encode_image(pixels))
+
+
+class CaptioningModel(CaptionsByDecoder, DecoderModel):
     """Vision encoder with a text decoder; the language and fusion encoders are not built.
 
     The decoder is initialised from `decoder_from`: the fusion encoder, or the text encoder (official), which leaves
     cross-attention random. `decoder_layers` defaults to the depth of that encoder.
     """
 
-    own_parts = ("text_decoder.",)
+    decoder_reads = "image"
 
     def __init__(
         self,
@@ -41,16 +91,9 @@ class CaptioningModel(TaskModel):
         if decoder_from not in depths:
             raise InputError(f"decoder_from={decoder_from!r} is no encoder to start from; choose from fusion, text")
         super().__init__(config, heads=(), encoders=("vision",))
-        self.decoder_from = decoder_from
+        self.decoder_from = f"{decoder_from}_encoder"
         layers = depths[decoder_from] if decoder_layers is None else decoder_layers
         self.text_decoder = TextDecoder(config, layers, config.vision_width)
-
-    def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Initialise the decoder from `decoder_from` of a pretraining state dict."""
-        return self.text_decoder.initialise_from(state, f"{self.decoder_from}_encoder")
-
-    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
-        return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
 
     def decoder_memory(self, pixels: Tensor) -> DecoderMemory:
         """Keys and values of images `[B, 3, R, R]`, projected once for all steps and beams."""
@@ -95,32 +138,224 @@ class CaptioningModel(TaskModel):
         )
         return losses.sum() / mask[:, prompt_length:].sum().clamp_min(1)
 
-    def generate(
-        self,
-        pixels: Tensor,
-        prompt_ids: Tensor,
-        *,
-        max_length: int = 20,
-        min_length: int = 5,
-        num_beams: int = 3,
-        length_penalty: float = 1.0,
-        early_stopping: bool = False,
-    ) -> Tensor:
-        """Generate captions `[B, length]` from prompt ids `[S]` or `[B, S]`; lengths include the prompt."""
-        if prompt_ids.ndim == 1:
-            prompt_ids = prompt_ids.expand(pixels.shape[0], -1)
-        inputs.check_tokens(prompt_ids, None, self.config)
-        with torch.no_grad():
-            memory = self.decoder_memory(pixels)
-        return generate(
-            self.text_decoder,
-            memory,
-            prompt_ids,
-            max_length=max_length,
-            min_length=min_length,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            early_stopping=early_stopping,
-            pad_token_id=self.config.pad_token_id,
-            eos_token_id=self.config.eos_token_id,
-        )
+
+class CaptionedImages(ImageOptions):
+    """Image-caption pairs in pretraining formats (line JSON, shards), instead of captioning files."""
+
+    caption_key: str = Field(
+        default="desc",
+        description="field of the caption: a string, or a list or mapping to draw from",
+    )
+    language: str | None = Field(
+        default=None, description="language to select from multilingual captions; null draws one"
+    )
+
+
+class CaptioningOptions(TaskOptions):
+    """Captioning."""
+
+    kind: Literal["captioning"] = "captioning"
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    prompt: str = Field(default="a picture of ", description="prefix of captions, excluded from the loss")
+    max_words: int = Field(default=40, gt=0, description="of a training caption")
+    max_tokens: int = Field(default=40, ge=3, description="of a training caption, including `<s>`, prompt and `</s>`")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    max_length: int = Field(default=20, gt=0, description="maximum tokens of a generated caption, as in max_tokens")
+    min_length: int = Field(default=5, ge=0, description="minimum tokens before `</s>`, including the prompt")
+    num_beams: int = Field(default=3, gt=0, description="1 is greedy decoding")
+    facts: bool = Field(default=False, description="also score the truth of captions (shapes dataset only)")
+    pairs: CaptionedImages | None = Field(
+        default=None,
+        description="train on pretraining pairs; splits still list captioning files",
+    )
+
+
+class Captioned(NamedTuple):
+    """An image view and the ids of `<s> prompt caption </s>`."""
+
+    image: Tensor
+    ids: list[int]
+
+
+@register
+class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, PairInput]):
+    """Captioning: `image` `[B, 3, R, R]` and one prompted caption per image, `input_ids` `[B, L]`.
+
+    Splits list images with all captions, or images plus a COCO captions file with the images' ids. A folder of images
+    without captions is captioned without metrics.
+    """
+
+    Options, Session = CaptioningOptions, CaptioningSession
+    metrics = (
+        "CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "true_captions", "true_sizes", "true_colours",
+        "true_textures", "true_shapes", "true_relations",
+    )  # fmt: skip
+    check_rows = staticmethod(partial(captioning_rows, split="all"))
+    test_record = CaptioningTestRecord
+
+    def prepare(self) -> None:
+        options, config = self.options, self.config
+        self.prompt = self.tokenizer.encode_prompt(options.prompt)
+        least, longest = len(self.prompt) + 2, config.max_text_length
+        for name, value in (("max_tokens", options.max_tokens), ("max_length", options.max_length)):
+            if not least <= value <= longest:
+                raise ConfigError(
+                    f"task.{name}={value}; the prompt {options.prompt!r} and a word need {least}, and the model has "
+                    f"{longest} positions"
+                )
+
+    def build(self) -> CaptioningModel:
+        return CaptioningModel(self.config)
+
+    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
+        if (pairs := self.options.pairs) is not None:
+            return open_records(paths, image_key=pairs.image_key, caption_key=pairs.caption_key).files
+        return captioning_rows(paths, split="train")
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[CaptioningTestRecord]]:
+        return captioning_test_rows(paths, split=split)
+
+    def records(self, paths: Sequence[Path], split: str) -> list[CaptioningTestRecord]:
+        files = find_files(paths, is_dataset_folder)
+        truth = {path: captions for path in files if (captions := _coco_captions(path)) is not None}
+        images = [path for path in files if path not in truth]
+        # Without images, a COCO captions file names them itself.
+        records = super().records(images or files, split)
+        if images:
+            by_identity = {identity: captions for each in truth.values() for identity, captions in each.items()}
+            records = [
+                record
+                if record.caption is not None or record.identity not in by_identity
+                else record.model_copy(update={"caption": tuple(by_identity[record.identity])})
+                for record in records
+            ]
+        first: dict[int | str, str] = {}
+        for record in records:
+            if (other := first.setdefault(record.identity, record.image)) != record.image:
+                raise DataError(
+                    f"images {other} and {record.image} both have the id {record.identity}, by which captions are "
+                    "scored; give each an image_id of its own"
+                )
+        return records
+
+    def item(self, record: Annotation | Mapping[str, Any], rng: np.random.Generator) -> Captioned:
+        from xfm_fast.data.transforms import pretraining_transform, whole_image
+
+        pairs, size = self.options.pairs, self.config.image_size
+        if isinstance(record, CaptioningRecord):
+            if record.caption is None:
+                raise DataError(f"image {record.image} has no caption to learn; add one, or remove the element")
+            ids = self._ids(record.caption)
+            return Captioned(self.augmented(record.image, rng), ids)
+        assert pairs is not None
+        assert isinstance(record, Mapping)
+        if pairs.caption_key not in record:
+            raise DataError(f"the record has no field {pairs.caption_key!r}; name the field of the caption")
+        # The text first: where it is broken the image need not be decoded.
+        ids = self._ids(choose_text(record[pairs.caption_key], rng, language=pairs.language))
+        root = None if pairs.image_root is None else self.images / pairs.image_root
+        official = pairs.official_pictures or self.official_pictures
+        options = pairs.model_copy(update={"image_root": root, "official_pictures": official})
+        picture = record_pixels(record, options, rng)
+        view = pretraining_transform(size)(picture, rng) if pairs.augment else whole_image(picture, size)
+        return Captioned(view, ids)
+
+    def collate(self, items: list[Captioned], rng: np.random.Generator) -> PairInput:
+        ids, mask = self.padded([item.ids for item in items])
+        return PairInput(image=torch.stack([item.image for item in items]), input_ids=ids, attention_mask=mask)
+
+    def losses_of(self, model: CaptioningModel, batch: PairInput) -> dict[str, Tensor]:
+        loss = model(
+            batch.image, batch.input_ids, batch.attention_mask, prompt_length=len(self.prompt),
+            label_smoothing=self.options.label_smoothing,
+        )  # fmt: skip
+        return {"loss": loss}
+
+    def predict(self, model: CaptioningModel, records: Sequence[CaptioningTestRecord]) -> list[Row]:
+        """Rows of `image` (path) and `caption` (without the prompt)."""
+        options = self.options
+        pixels = torch.stack([self.pixels(record.image) for record in records])
+        written = model.generate(
+            pixels.to(model.device), self.prompt.to(model.device), max_length=options.max_length,
+            min_length=options.min_length, num_beams=options.num_beams,
+        )  # fmt: skip
+        texts = [self.tokenizer.decode(ids) for ids in written[:, len(self.prompt) :].tolist()]
+        # The first token includes the space after the prompt.
+        return [
+            {"image": record.image, "caption": " ".join(text.split())}
+            for record, text in zip(records, texts, strict=True)
+        ]
+
+    def metrics_of(self, records: Sequence[CaptioningTestRecord]) -> Collection[str]:
+        if lacking := [record.image for record in records if record.caption is None]:
+            if len(lacking) == len(records):
+                return ()
+            raise DataError(
+                f"{len(lacking)} of {len(records)} images have no captions to score by, {lacking[0]} first; give "
+                "captions to all, or to none"
+            )
+        return [name for name in self.metrics if self.options.facts or not name.startswith("true_")]
+
+    def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
+        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D` times 100; with the option `facts` also `true_shares`."""
+        if not self.metrics_of(records):
+            return {}
+        candidates = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
+        found = caption_metrics(candidates, {record.identity: record.caption or () for record in records})
+        if self.options.facts:
+            from xfm_fast.data.shapes import true_shares
+
+            scenes = [_scene_of(self.images / record.image) for record in records]
+            found |= true_shares([row["caption"] for row in rows], scenes)
+        return {name: 100 * value for name, value in found.items()}
+
+    def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:
+        """`captions.json` for the COCO evaluation."""
+        found = [
+            {"image_id": record.identity, "caption": row["caption"]} for row, record in zip(rows, records, strict=True)
+        ]
+        return {"captions.json": (json.dumps(found, ensure_ascii=False) + "\n").encode()}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[CaptioningTestRecord]:
+        require_inputs(images, texts, "one image or several, and no text", ok=len(images) > 0 and not texts)
+        return [CaptioningTestRecord(image=str(image)) for image in images]
+
+    def _ids(self, caption: str) -> list[int]:
+        text = pre_caption(caption, self.options.max_words)
+        if prompt := self.options.prompt.rstrip():
+            text = f"{prompt} {text}"
+        return self.tokenizer.encode_ids([text], self.options.max_tokens)[0]
+
+
+def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
+    """Captions by image id of a COCO ground-truth file; None for any other file."""
+    if path.suffix.lower() != ".json":
+        return None
+    content = read_json(path, "one JSON array of objects, or COCO captions")
+    if not isinstance(content, dict) or "annotations" not in content:
+        return None
+    found: dict[int | str, list[str]] = {}
+    for number, annotation in enumerate(content["annotations"]):
+        try:
+            identity, caption = annotation["image_id"], annotation["caption"]
+            found.setdefault(identity, []).append(caption.strip())
+        except (TypeError, KeyError, AttributeError):
+            raise DataError(f"{path}, annotation {number} lacks image_id or caption; correct or remove it") from None
+    return found
+
+
+def _scene_of(image: Path) -> Any:
+    """Scene of an image in a shapes dataset; any other image raises `DataError`."""
+    from xfm_fast.data.shapes import Split, scene
+    from xfm_fast.data.shapes.world import WORLD_FILE
+
+    try:
+        seed = _seed_of(image.parents[2] / WORLD_FILE)
+        return scene(seed, int(image.stem), cast(Split, image.parent.name))
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise DataError(f"{image} is no image of a shapes world ({error}); set task.facts=false") from None
+
+
+@lru_cache(maxsize=1)
+def _seed_of(world: Path) -> int:
+    return read_json(world, "the description of a shapes world")["seed"]

@@ -6,21 +6,28 @@ a frozen encoder; GLUE with lr 1e-5 to 5e-5, 3 to 20 epochs, batch size 32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import InputError, needs
+from xfm_fast.data.annotations import Annotation, AnnotationRows, label_names
+from xfm_fast.errors import DataError, InputError, needs
 from xfm_fast.models import inputs
 from xfm_fast.models.heads import DeepMLPHead, MLPHead
 from xfm_fast.models.xfm import Encoder
 from xfm_fast.packing import Packing
+from xfm_fast.tasks.evaluation import Row
+from xfm_fast.tasks.task import Task, TaskOptions
 from xfm_fast.tasks.task_model import TaskModel
 
 Modality = Literal["image", "text", "pair"]
@@ -131,13 +138,6 @@ class ClassificationModel(TaskModel):
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
-def top_k_accuracy(logits: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5)) -> dict[int, float]:
-    """Top-k accuracy by k; the official ImageNet script's "Acc@5" is top-2."""
-    order = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
-    hits = order == targets[:, None]
-    return {k: hits[:, :k].any(1).float().mean().item() for k in ks}
-
-
 def matthews_correlation(predicted: Tensor, targets: Tensor) -> float:
     """Matthews correlation of two binary `[B]` tensors (CoLA); 0 if either is constant."""
     return correlations(predicted, targets)[0]
@@ -162,3 +162,118 @@ def correlations(predicted: Tensor, targets: Tensor) -> tuple[float, float]:
     measures: tuple[Any, ...] = (stats.pearsonr, stats.spearmanr)
     pearson, spearman = (float(measure(a, b).statistic) for measure in measures)
     return pearson, spearman
+
+
+class ClassificationSession:
+    """What an export adds to `xfm_fast.export.Session`: the head is an output of the last graph."""
+
+    def logits(
+        self: Any,
+        pixels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`ClassificationModel.logits`."""
+        if input_ids is None:
+            if pixels is None:
+                raise InputError("pixels and input_ids are missing; a classifier reads one of them, or both")
+            return self.class_logits(self.encode_image(pixels), "encode_image")
+        mask = inputs.check_tokens(input_ids, attention_mask, self.config)
+        texts = self.encode_text(input_ids, mask)
+        if pixels is None:
+            return self.class_logits(texts, "encode_text")
+        memory = self.image_memory(self.encode_image(pixels))
+        return self.class_logits(self.fuse(texts, mask, memory, first_token_only=True), "fuse")
+
+
+class LabelOptions(TaskOptions):
+    """Options of tasks with labelled records."""
+
+    record: ClassVar[type[Annotation]]
+    columns: dict[str, str] = Field(default={}, description="renamed table columns: {FIELD: COLUMN}")
+    labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
+
+    @model_validator(mode="after")
+    def _columns_exist(self) -> Self:
+        fields = self.record.model_fields
+        if unknown := [field for field in self.columns if field not in fields]:
+            raise ValueError(f"columns: {unknown[0]} is no field; known here: {', '.join(fields)}")
+        return self
+
+
+LabelOptionsT = TypeVar("LabelOptionsT", bound=LabelOptions)
+ItemT = TypeVar("ItemT")
+BatchT = TypeVar("BatchT", bound=TensorBatch)
+
+
+class LabelTask(Task[LabelOptionsT, Any, ItemT, BatchT]):
+    """A task with labelled records; evaluation files may lack labels, to predict only."""
+
+    Session = ClassificationSession
+    large_lr = ("cls_head",)
+    drop_last = False
+
+    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
+        """Rows of files, or of a split in folders."""
+        raise NotImplementedError
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+        return self.read(paths, "train", self.options.columns)
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
+        columns = self.options.columns
+        try:
+            return self.read(paths, split, columns)
+        except DataError:
+            # A file to predict for may lack the renamed label column.
+            if "label" not in columns:
+                raise
+            return self.read(paths, split, {field: name for field, name in columns.items() if field != "label"})
+
+    def has_truth(self, records: Sequence[Any], *, any_label: bool = False) -> bool:
+        """True if all records have a label, false if none has; mixed or unknown labels raise `DataError`."""
+        labels = [record.label for record in records]
+        known = {None, *self.options.labels}
+        if foreign := Counter(label for label in labels if label not in known and not any_label):
+            label, times = foreign.most_common(1)[0]
+            raise DataError(
+                f"{foreign.total()} of {len(labels)} records to evaluate on have a class that training does not know, "
+                f"such as {label!r} ({times}); correct them, or name all classes by task.labels=[...]"
+            )
+        absent = labels.count(None)
+        if 0 < absent < len(labels):
+            raise DataError(
+                f"{absent} of {len(labels)} records to evaluate on have no label; give all of them one, or none to "
+                "predict"
+            )
+        return absent == 0
+
+
+def class_names(given: Sequence[str], rows: Iterable[AnnotationRows[Any]]) -> tuple[str, ...]:
+    """Ordered class names: `given`, else the sorted labels of the training rows; fewer than two raise `DataError`."""
+    names = tuple(given or label_names(rows))
+    if len(names) < 2:
+        raise DataError(f"there is one class only, {', '.join(names)!r}; a classifier needs at least two")
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise DataError(f"the class {twice[0]!r} is named twice in task.labels; name it once")
+    return names
+
+
+def class_number(label: str | None, names: Sequence[str]) -> int:
+    """Index of a label; a missing or unknown label raises `DataError`."""
+    if label is None:
+        raise DataError("'label' is missing; training needs the class")
+    if label not in names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise DataError(f"label {label!r} is none of the {len(names)} classes ({shown}); correct it")
+    return names.index(label)
+
+
+def class_rows(logits: Tensor, names: Sequence[str], most: int = 5) -> list[Row]:
+    """Rows of `answer` and the `most` largest `probabilities` from logits `[B, classes]`."""
+    shares, places = logits.double().softmax(-1).topk(min(most, len(names)))
+    rows = []
+    for values, numbers in zip(shares.tolist(), places.tolist(), strict=True):
+        ranked = {names[number]: value for number, value in zip(numbers, values, strict=True)}
+        rows.append({"answer": names[numbers[0]], "probabilities": ranked})
+    return rows

@@ -6,18 +6,37 @@ region captions at 224 pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import InputError
+from xfm_fast.data.annotations import ARRAY, Annotation, AnnotationRows, Elements, Identity, Text, array_of, as_rows
+from xfm_fast.data.files import Paths, find_files, read_json, read_plain_pickle, unreadable
+from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform, image_size
+from xfm_fast.data.options import RegionOptions, RegionStreamOptions
+from xfm_fast.data.records import Rows, open_records
+from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.processor import pixel_boxes
 from xfm_fast.objectives import box_giou_loss, box_l1_loss
+from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.task import PairInput, Task, TaskOptions, group_by_image, register, require_inputs, unique_images
 from xfm_fast.tasks.task_model import TaskModel
+
+if TYPE_CHECKING:
+    from xfm_fast.data.regions import Rectangle
 
 __all__ = [
     "GroundingLosses",
@@ -28,26 +47,17 @@ __all__ = [
     "pixel_iou",
 ]
 
-
-class GroundingLosses(NamedTuple):
-    """The two loss terms, to be summed."""
-
-    l1: Tensor
-    giou: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.l1 + self.giou
+# Boxes of COCO reach past the edge by rounding, in pixels.
+_EDGE = 1.0
+# Ten times the largest file of referring expressions.
+_MOST_PICKLE = 512 << 20
 
 
-class GroundingModel(TaskModel):
-    """X-FM with its box head, trained with the box losses of pretraining."""
-
-    def __init__(self, config: XFMConfig) -> None:
-        super().__init__(config, heads=("boxes",))
+class BoxesOfTexts:
+    """Boxes of expressions, by a model or a session."""
 
     def boxes(
-        self,
+        self: Any,
         pixels: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -61,6 +71,24 @@ class GroundingModel(TaskModel):
         # In bf16 a coordinate would be off by up to a 512th of the image.
         with torch.autocast(fused.device.type, enabled=False):
             return self.predict_boxes(fused.to(self.dtype))
+
+
+class GroundingLosses(NamedTuple):
+    """The two loss terms, to be summed."""
+
+    l1: Tensor
+    giou: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.l1 + self.giou
+
+
+class GroundingModel(BoxesOfTexts, TaskModel):
+    """X-FM with its box head, trained with the box losses of pretraining."""
+
+    def __init__(self, config: XFMConfig) -> None:
+        super().__init__(config, heads=("boxes",))
 
     def forward(
         self,
@@ -117,3 +145,409 @@ def box_accuracy(
     for name, hit in zip(names, (pixel_iou(boxes, reference) >= threshold).tolist(), strict=True):
         grouped.setdefault(name, []).append(hit)
     return {name: sum(hits) / len(hits) for name, hits in grouped.items()}
+
+
+# Boxes of COCO reach past the edge by rounding, in pixels.
+_EDGE = 1.0
+
+
+class GroundingRecord(Annotation):
+    """A phrase and its box; `grounding_rows` looks up boxes of official files by `ref_id`."""
+
+    image: Text
+    text: Text
+    ref_id: Identity
+    bbox: tuple[float, float, float, float] | None = Field(default=None, description="x, y, w, h in pixels")
+    split: str | None = Field(default=None, description="val, testA, ...")
+    width: int | None = Field(default=None, gt=0, description="of the image, in pixels")
+    height: int | None = Field(default=None, gt=0, description="of the image, in pixels")
+
+    @model_validator(mode="after")
+    def _box_is_inside(self) -> GroundingRecord:
+        if self.bbox is not None:
+            x, y, w, h = self.bbox
+            if not all(map(math.isfinite, self.bbox)) or w <= 0 or h <= 0:
+                raise PydanticCustomError("box", "has no area; expected x, y, w, h in pixels")
+            right, below = self.width or math.inf, self.height or math.inf
+            if min(x, y) < -_EDGE or x + w > right + _EDGE or y + h > below + _EDGE:
+                size = f" {self.width}x{self.height}" if self.width and self.height else ""
+                raise PydanticCustomError("box", "is not inside the{size} image", {"size": size})
+        return self
+
+
+def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
+    """Referring expressions with boxes.
+
+    Formats: JSON arrays with `image`, `text`, `ref_id` and optionally `bbox`; refer's `refs(*).p` with
+    `instances.json`, which add boxes to arrays or are read as data.
+    """
+    arrays: list[Elements] = []
+    refs: list[Path] = []
+    instances: list[Instances] = []
+    for path in find_files(paths):
+        if path.suffix.lower() in (".p", ".pkl", ".pickle"):
+            refs.append(path)
+            continue
+        content = read_json(path, f"{ARRAY}, or COCO instances", _drop_segmentation)
+        if isinstance(content, dict):
+            instances.append(read_instances(path, content))
+        else:
+            arrays.append(Elements(str(path), array_of(path, content)))
+    if len(refs) != len(instances) or len(refs) > 1:
+        raise DataError(
+            f"{len(refs)} files of references and {len(instances)} of instances were given; give refs(*).p and "
+            "instances.json of one data set, or neither"
+        )
+    if refs and arrays:
+        arrays = [join_boxes(each, refs[0], instances[0]) for each in arrays]
+    elif refs:
+        arrays = [referring_elements(refs[0], instances[0])]
+    return as_rows(arrays, GroundingRecord)
+
+
+class Referred(NamedTuple):
+    """A RefCOCO reference: its box in pixels, image and split."""
+
+    image_id: int
+    annotation: int
+    split: str
+    sentences: tuple[str, ...]
+
+
+def read_refs(path: Path) -> dict[int, Referred]:
+    """References by `ref_id` of a `refs(*).p`; the pickle may contain only containers, strings and numbers."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return _refs(path, status.st_mtime_ns, status.st_size)
+
+
+# The files of train, val and test are read one after another, and refer to the same references.
+@lru_cache(maxsize=1)
+def _refs(path: Path, modified: int, size: int) -> dict[int, Referred]:
+    if size > _MOST_PICKLE:
+        raise DataError(f"{path} has {size:,} bytes, over the limit of {_MOST_PICKLE:,} for references; check the file")
+    content = read_plain_pickle(path)
+    try:
+        return {
+            ref["ref_id"]: Referred(
+                ref["image_id"],
+                ref["ann_id"],
+                str(ref["split"]),
+                tuple(str(each.get("sent", each.get("raw"))) for each in ref["sentences"]),
+            )
+            for ref in content
+        }
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no list of references ({error!r}); expected ref_id, ann_id, image_id, split and sentences"
+        ) from None
+
+
+class Instances(NamedTuple):
+    """COCO instances: boxes by annotation, and file name, width and height by image."""
+
+    path: Path
+    boxes: dict[int, Sequence[float]]
+    images: dict[int, tuple[str, int | None, int | None]]
+
+
+def _drop_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
+    """`object_hook` that drops segmentations, which are most of the file."""
+    fields.pop("segmentation", None)
+    return fields
+
+
+def read_instances(path: Path, content: Any) -> Instances:
+    """Boxes and images of a COCO instances file."""
+    try:
+        return Instances(
+            path,
+            {each["id"]: each["bbox"] for each in content["annotations"]},
+            {each["id"]: (each["file_name"], each.get("width"), each.get("height")) for each in content["images"]},
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is no file of COCO instances ({error!r}); expected images and annotations") from None
+
+
+def referring_elements(refs_path: Path, instances: Instances) -> Elements:
+    """Every sentence of every reference, with its box."""
+    refs = read_refs(refs_path)
+    values, labels = [], []
+    for identity, ref in refs.items():
+        found = _place(identity, refs, instances)
+        if isinstance(found, dict):
+            found = {**found, "image": instances.images[ref.image_id][0], "ref_id": identity}
+        for number, sentence in enumerate(ref.sentences):
+            values.append({**found, "text": sentence} if isinstance(found, dict) else found)
+            labels.append(f"ref_id {identity}, sentence {number}")
+    return Elements(str(refs_path), values, labels, others=(instances.path,))
+
+
+def join_boxes(elements: Elements, refs_path: Path, instances: Instances) -> Elements:
+    """Official elements joined with box, split and image size by `ref_id`."""
+    refs = read_refs(refs_path)
+
+    def joined(element: Any) -> Any:
+        if not isinstance(element, dict) or "ref_id" not in element:
+            return element
+        found = _place(element["ref_id"], refs, instances)
+        return {**element, **found} if isinstance(found, dict) else found
+
+    return elements._replace(values=[*map(joined, elements.values)], others=(refs_path, instances.path))
+
+
+def _place(identity: Any, refs: Mapping[int, Referred], instances: Instances) -> dict[str, Any] | DataError:
+    """Box, split and image size of a reference."""
+    try:
+        ref = refs[identity]
+    except (KeyError, TypeError):
+        return DataError(f"ref_id {identity!r} is none of the references; check that both are of one data set")
+    if ref.annotation not in instances.boxes or ref.image_id not in instances.images:
+        return DataError(
+            f"ref_id {identity}: annotation {ref.annotation} or image {ref.image_id} is not in {instances.path}; "
+            "check that both are of one data set"
+        )
+    _, width, height = instances.images[ref.image_id]
+    return {"bbox": instances.boxes[ref.annotation], "split": ref.split, "width": width, "height": height}
+
+
+class CaptionedRegions(RegionOptions):
+    """Image regions in pretraining's line JSON, instead of expressions.
+
+    A row is an image, so the recipe's `batch_size` counts images; a random subset of their texts makes the batch.
+    """
+
+    careful_flip: bool = Field(default=True, description="do not flip images with left or right in the captions")
+    max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
+    max_words: int | None = Field(default=40, gt=0, description="clean texts and truncate to this many words")
+    max_images: int = Field(default=28, gt=0, description="images per `texts` texts")
+    texts: int = Field(default=64, gt=0, description="texts per `max_images` images, in proportion to the batch")
+
+
+class GroundingOptions(TaskOptions):
+    """Grounding."""
+
+    kind: Literal["grounding"] = "grounding"
+    augment: bool = Field(
+        default=True, description="random crop around the box, flip and RandAugment; false only resizes"
+    )
+    careful_flip: bool = Field(default=True, description="do not flip images with left or right in the expression")
+    max_words: int = Field(default=30, gt=0, description="of an expression")
+    max_tokens: int | None = Field(default=None, ge=3, description="of an expression in training; null: unlimited")
+    regions: CaptionedRegions | None = Field(
+        default=None, description="train on region captions; splits still list expressions"
+    )
+
+
+class Expression(NamedTuple):
+    """An image view, expression ids and the box `[4]` (cx, cy, w, h) relative to the view."""
+
+    image: Tensor
+    ids: list[int]
+    box: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundingBatch(PairInput):
+    """Images and their texts."""
+
+    boxes: Tensor  # `[T, 4]` (cx, cy, w, h) relative to the image
+    image_index: Tensor | None = None  # `[T]` image of each text; None for one text per image
+    # `[T]`, true for captions of the whole image, which have no box; None if there are none
+    is_image: Tensor | None = None
+
+
+@register
+class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]):
+    """Grounding of expressions (items `Expression`), or of region captions (items `xfm_fast.data.items.Regions`).
+
+    Splits list arrays of expressions with boxes, or arrays without boxes plus refer's `refs(*).p` and `instances.json`,
+    which can also be read without arrays. Expressions marked with a split are used for training only if it is `train`.
+    """
+
+    Options, Session = GroundingOptions, BoxesOfTexts
+    check_rows = staticmethod(grounding_rows)
+    metrics = ("accuracy", "accuracy_val", "accuracy_testA", "accuracy_testB")
+    losses = ("bbox_l1", "bbox_giou")
+
+    def prepare(self) -> None:
+        if (regions := self.options.regions) is not None:
+            from xfm_fast.data.items import RegionItems
+
+            values = regions.model_dump(exclude={"texts"})
+            if regions.image_root is not None:
+                values["image_root"] = self.images / regions.image_root
+            values["official_pictures"] |= self.official_pictures
+            self._regions = RegionItems(RegionStreamOptions(**values), self.config, self.tokenizer, regions.texts)
+
+    def build(self) -> GroundingModel:
+        return GroundingModel(self.config)
+
+    def rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
+        if (regions := self.options.regions) is not None:
+            return open_records(paths, image_key=regions.image_key).files
+        return [expressions_of(rows, training=True) for rows in grounding_rows(paths)]
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[GroundingRecord]]:
+        return [expressions_of(rows, training=False) for rows in grounding_rows(paths)]
+
+    def records(self, paths: Sequence[Path], split: str) -> list[GroundingRecord]:
+        records = super().records(paths, split)
+        check_boxes(records, self.images, official=self.official_pictures)
+        return records
+
+    def item(self, record: GroundingRecord | Mapping[str, Any], rng: np.random.Generator) -> Any:
+        from xfm_fast.data.regions import Rectangle, relative_box, sample_grounding
+        from xfm_fast.data.transforms import picture_size
+
+        if not isinstance(record, GroundingRecord):
+            return self._regions.item(record, rng)
+        ids = self.caption_ids(record.text, self.options.max_words, self.options.max_tokens)
+        if record.bbox is None:
+            raise DataError(
+                f"expression {record.ref_id} has no box; give it a bbox, or name refs(*).p and instances.json of its "
+                "data set among the files"
+            )
+        if not self.options.augment:
+            image, (width, height) = self._view(record.image)
+            box = _box_inside(record.bbox, width, height)
+            return Expression(image, ids, torch.tensor(relative_box(box, Rectangle(0, 0, width, height))))
+        picture = decode_pixels(self.images / record.image, official=self.official_pictures)
+        image, target = sample_grounding(
+            picture, _clip_rounding(record.bbox, *picture_size(picture)), record.text, rng,
+            size=self.config.image_size, careful_flip=self.options.careful_flip,
+        )  # fmt: skip
+        return Expression(image, ids, target)
+
+    def collate(self, items: list[Any], rng: np.random.Generator) -> GroundingBatch:
+        if (regions := self.options.regions) is not None:
+            texts = -(-regions.texts * len(items) // regions.max_images)
+            batch = replace(self._regions, batch_size=texts).collate(items, rng)
+            return GroundingBatch(
+                image=batch.image, input_ids=batch.input_ids, attention_mask=batch.attention_mask, boxes=batch.boxes,
+                image_index=batch.image_index, is_image=batch.is_image,
+            )  # fmt: skip
+        images, texts, boxes = zip(*items, strict=True)
+        ids, mask = self.padded(texts)
+        return GroundingBatch(image=torch.stack(images), input_ids=ids, attention_mask=mask, boxes=torch.stack(boxes))
+
+    def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> dict[str, Tensor]:
+        losses = model(
+            batch.image, batch.input_ids, batch.attention_mask, batch.boxes, batch.image_index, batch.is_image
+        )
+        return {"bbox_l1": losses.l1, "bbox_giou": losses.giou}
+
+    def groups(self, records: Sequence[GroundingRecord]) -> list[list[int]]:
+        return group_by_image(records)
+
+    def predict(self, model: GroundingModel, records: Sequence[GroundingRecord]) -> list[Row]:
+        """Rows of `bbox` (x, y, w, h in pixels) and `relative` (cx, cy, w, h)."""
+        images, places = unique_images(records)
+        pixels, sizes = zip(*map(self._view, images), strict=True)
+        index = torch.tensor(places)
+        ids, mask = self.padded([self.caption_ids(record.text, self.options.max_words) for record in records])
+        given = (each.to(model.device) for each in (torch.stack(pixels), ids, mask, index))
+        relative = model.boxes(*given).double().cpu()
+        inside = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[index])
+        return [
+            {"bbox": box, "relative": shares} for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
+        ]
+
+    def metrics_of(self, records: Sequence[GroundingRecord]) -> Collection[str]:
+        return grounding_metric_names(records)
+
+    def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
+        return grounding_metrics(rows, records)
+
+    def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
+        """`boxes.json` for the official evaluation; `pred` is the relative box."""
+        found = [
+            {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]}
+            for row, record in zip(rows, records, strict=True)
+        ]
+        return {"boxes.json": (json.dumps(found) + "\n").encode()}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[GroundingRecord]:
+        require_inputs(images, texts, "an image and one expression or several", ok=len(images) == 1 and len(texts) > 0)
+        image = str(images[0])
+        return [
+            GroundingRecord.model_validate({"image": image, "text": text, "ref_id": number})
+            for number, text in enumerate(texts)
+        ]
+
+    def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
+        """Whole image `[3, R, R]` as in evaluation, and its (width, height) in pixels."""
+        decoded = decode_image(self.images / image, official=self.official_pictures)
+        return evaluation_transform(self.config.image_size)(decoded), decoded.size
+
+
+def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: bool) -> None:
+    """Raise `DataError` for reference boxes outside their image."""
+    # Refer's files say how large images are, and their boxes were held to it.
+    unsure = [(record, record.bbox) for record in records if record.width is None and record.bbox is not None]
+    sizes = {image: image_size(images / image, official=official) for image in {record.image for record, _ in unsure}}
+    for record, box in unsure:
+        size = sizes[record.image]
+        try:
+            _box_inside(box, *size)
+        except DataError as error:
+            raise DataError(f"expression {record.ref_id} of {record.image}: {error}") from None
+
+
+def grounding_metric_names(records: Sequence[GroundingRecord]) -> list[str]:
+    """`accuracy`, or `accuracy_<split>` if records have splits; empty without boxes, mixed raise `DataError`."""
+    lacking = sum(record.bbox is None for record in records)
+    if lacking == len(records):
+        return []
+    if lacking:
+        raise DataError(f"{lacking} of {len(records)} expressions have no box; give a box to each, or to none")
+    splits = [record.split for record in records]
+    return ["accuracy", *(f"accuracy_{split}" for split in dict.fromkeys(splits) if all(splits))]
+
+
+def grounding_metrics(rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
+    """Share of boxes with IoU of at least 0.5, by `grounding_metric_names`."""
+    if not grounding_metric_names(records):
+        return {}
+    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
+    reference = torch.tensor([record.bbox for record in records], dtype=torch.float64)
+    metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
+    if all(splits := [record.split for record in records]):
+        shares = box_accuracy(boxes, reference, [str(split) for split in splits])
+        metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
+    return metrics
+
+
+def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:
+    """Rows without expressions marked with another split."""
+
+    def kept(element: Any) -> bool:
+        split = element.get("split") if isinstance(element, dict) else None
+        return split is None or (split == "train") == training
+
+    chosen = [number for number, element in enumerate(rows.elements) if kept(element)]
+    if len(chosen) == len(rows):
+        return rows
+    if not chosen:
+        wanted = "the split train" if training else "a split other than train"
+        raise DataError(f"{rows.name} has no element of {wanted}; give the file of another split")
+    return AnnotationRows(
+        rows.name, [rows.elements[number] for number in chosen], rows.kind,
+        labels=[rows.label(number) for number in chosen], notes=rows.notes,
+    )  # fmt: skip
+
+
+def _box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:
+    from xfm_fast.data.regions import box_inside
+
+    return box_inside(_clip_rounding(box, width, height), width, height)
+
+
+def _clip_rounding(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """Clip a box that exceeds the image by a rounding error; others are unchanged."""
+    x, y, w, h = box
+    left, top, right, below = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+    past = max(left - x, top - y, x + w - right, y + h - below)
+    return (left, top, right - left, below - top) if 0 < past <= _EDGE else (x, y, w, h)

@@ -29,7 +29,6 @@ from xfm_fast.models.processor import evaluating
 from xfm_fast.models.text import TransformerLayer
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
-from xfm_fast.tasks.grounding import pixel_iou
 
 
 def cross_attention_heatmap(
@@ -221,13 +220,6 @@ def best_box(heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: t
     (x0, y0), (x1, y1) = low.t(), high.t()
     inside = corner[y1, x1] - corner[y0, x1] - corner[y1, x0] + corner[y0, x0]
     return int((inside / found[:, 2:].prod(1).sqrt()).argmax())
-
-
-def detection_accuracy(chosen: Tensor, reference: Tensor, *, threshold: float = 0.5) -> float:
-    """Share of chosen boxes with IoU (`pixel_iou`) of at least `threshold`."""
-    if chosen.shape != reference.shape or chosen.ndim != 2 or not chosen.shape[0]:
-        raise InputError(f"chosen is {[*chosen.shape]} and reference {[*reference.shape]}; both must be [P, 4], P > 0")
-    return float((pixel_iou(chosen.double(), reference.double()) >= threshold).double().mean())
 
 
 def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -5,22 +5,37 @@ Official recipe: 384 pixels, 8 pairs per GPU, lr 1e-5 (twice for the head), 15 e
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import InputError
+from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Text, as_rows, read_array
+from xfm_fast.data.files import Paths, find_files, unreadable
+from xfm_fast.data.tables import read_lines
+from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.packing import ImageGroups, Packing
+from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.task import PairInput, Task, TaskOptions, register, require_inputs
 from xfm_fast.tasks.task_model import TaskModel
+
+RESULT_FILE = "nlvr2_result.csv"
 
 
 class NLVR2Model(TaskModel):
     """X-FM with a binary head on the sentence fused with each image."""
 
     own_parts = ("cls_head.",)
+    own_graphs = ("nlvr2",)
 
     def __init__(self, config: XFMConfig) -> None:
         super().__init__(config, heads=())
@@ -31,25 +46,173 @@ class NLVR2Model(TaskModel):
 
         The sentence and the image-independent part of fusion run once; both images share one packed pass.
         """
-        mask = inputs.check_tokens(input_ids, attention_mask, self.config)
-        pairs = input_ids.shape[0]
-        if pixels.shape[0] != 2 * pairs:
-            raise InputError(f"there are {pixels.shape[0]} images for {pairs} sentences; NLVR2 has two for each")
+        mask = _check_inputs(pixels, input_ids, attention_mask, self.config)
         memory = self.image_memory(self.encode_image(pixels))
         once = Packing.from_mask(mask)
         tokens = self.fusion_encoder.first_self_attention(self.text_encoder(input_ids, once), once)
         twice = Packing.from_mask(torch.cat([mask, mask]))
-        groups = ImageGroups(torch.arange(2 * pairs + 1, device=pixels.device))
+        groups = ImageGroups(torch.arange(len(pixels) + 1, device=pixels.device))
         fused = self.fusion_encoder(
             torch.cat([tokens, tokens]), twice, memory, groups, first_token_only=True, self_attended=True
         )
-        return self.cls_head(torch.cat(fused.split(pairs), dim=-1))
+        return self.cls_head(torch.cat(fused.split(len(input_ids)), dim=-1))
+
+    def graph_results(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Logits `[I, T, 2]` of every sentence on image i and the next one."""
+        images, logits = len(pixels), []
+        for number in range(images):
+            pair = pixels[[number, (number + 1) % images]].repeat_interleave(len(input_ids), dim=0)
+            logits.append(self.logits(pair.to(self.dtype), input_ids, attention_mask))
+        return {"class_logits": torch.stack(logits)}
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, targets: Tensor) -> Tensor:
         """Cross-entropy with `targets` `[B]`, 1 if the sentence is true."""
         return F.cross_entropy(self.logits(pixels, input_ids, attention_mask), targets.long())
 
 
-def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Accuracy of logits `[B, 2]`."""
-    return (logits.argmax(-1) == targets).float().mean().item()
+class NLVR2Session:
+    """What an export adds to `xfm_fast.export.Session`: the graph `nlvr2`."""
+
+    def logits(self: Any, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """`NLVR2Model.logits`."""
+        mask, pairs = _check_inputs(pixels, input_ids, attention_mask, self.config), len(input_ids)
+        self.require("nlvr2")
+        both = self.image_memory(self.encode_image(pixels))
+        of_pairs = {name: layer.unflatten(0, (2, pairs)).transpose(0, 1) for name, layer in both.layers.items()}
+        memory, embeds = replace(both, layers=of_pairs), self.encode_text(input_ids, mask)
+        most = max(self.limits.budget // max(input_ids.shape[1], 1), 1)
+        with torch.inference_mode():
+            passes = [
+                self.call(
+                    "nlvr2", {"text_embeds": embeds[rows], "attention_mask": mask[rows], **memory.select(rows).layers}
+                )
+                for rows in self.pieces("nlvr2", "batch", pairs, most)
+            ]
+            return self.joined("nlvr2", passes, pairs)["class_logits"]
+
+
+def _check_inputs(pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, config: XFMConfig) -> Tensor:
+    """Mask of the sentences, which have two images each."""
+    if len(pixels) != 2 * len(input_ids):
+        raise InputError(f"there are {len(pixels)} images for {len(input_ids)} sentences; NLVR2 has two for each")
+    return inputs.check_tokens(input_ids, attention_mask, config)
+
+
+class NLVR2Record(Annotation):
+    """A statement about two images."""
+
+    images: Annotated[tuple[Text, ...], Field(min_length=2, max_length=2)]
+    sentence: Text
+    label: bool
+    identifier: str | None = Field(default=None, description="split-set-pair-sentence, e.g. test1-0-1-0")
+
+
+def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
+    """Statements about two images: official JSON, or NLVR2's lines (`train.json`, `dev.json`, `test1.json`).
+
+    Images of lines are `SPLIT/STEM-img0.png` and `SPLIT/STEM-img1.png`, or `SPLIT/DIRECTORY/...` for lines with a
+    `directory`; STEM is the identifier without its last number.
+    """
+
+    def elements(path: Path) -> Elements:
+        if not _holds_lines(path):
+            return Elements(str(path), read_array(path))
+        found = read_lines(path)
+        return found._replace(values=[_statement(each) if isinstance(each, dict) else each for each in found.values])
+
+    return as_rows(map(elements, find_files(paths)), NLVR2Record)
+
+
+def _holds_lines(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _statement(line: Mapping[str, Any]) -> Mapping[str, Any] | DataError:
+    identifier = line.get("identifier")
+    if identifier is None:
+        # An official element, one a line.
+        return line
+    stem, dash, _ = str(identifier).rpartition("-")
+    if not dash:
+        return DataError(f"identifier {identifier!r} is not of the form split-set-pair-sentence; correct the line")
+    folder = stem.partition("-")[0] + (f"/{line['directory']}" if "directory" in line else "")
+    return {**line, "images": [f"{folder}/{stem}-img{side}.png" for side in (0, 1)]}
+
+
+class NLVR2Options(TaskOptions):
+    """NLVR2."""
+
+    kind: Literal["nlvr2"] = "nlvr2"
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    max_words: int = Field(default=30, gt=0, description="of a sentence")
+    max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null: unlimited")
+
+
+class Statement(NamedTuple):
+    """Two images, sentence ids and the label."""
+
+    images: tuple[Tensor, Tensor]
+    ids: list[int]
+    label: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class NLVR2Batch(PairInput):
+    """`image` `[2B, 3, R, R]`: all first images, then all second ones; `targets` `[B]`."""
+
+    targets: Tensor
+
+
+@register
+class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
+    """NLVR2."""
+
+    Options, Session = NLVR2Options, NLVR2Session
+    metrics = ("accuracy",)
+    large_lr = ("cls_head",)
+    check_rows = staticmethod(nlvr2_rows)
+
+    def build(self) -> NLVR2Model:
+        return NLVR2Model(self.config)
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[NLVR2Record]]:
+        return nlvr2_rows(paths)
+
+    def item(self, record: NLVR2Record, rng: np.random.Generator) -> Statement:
+        ids = self.caption_ids(record.sentence, self.options.max_words, self.options.max_tokens)
+        first, second = (self.augmented(image, rng) for image in record.images)
+        return Statement((first, second), ids, record.label)
+
+    def collate(self, items: list[Statement], rng: np.random.Generator) -> NLVR2Batch:
+        ids, mask = self.padded([item.ids for item in items])
+        images = [item.images[place] for place in (0, 1) for item in items]
+        targets = torch.tensor([item.label for item in items], dtype=torch.int64)
+        return NLVR2Batch(image=torch.stack(images), input_ids=ids, attention_mask=mask, targets=targets)
+
+    def losses_of(self, model: NLVR2Model, batch: NLVR2Batch) -> dict[str, Tensor]:
+        return {"loss": model(batch.image, batch.input_ids, batch.attention_mask, batch.targets)}
+
+    def predict(self, model: NLVR2Model, records: Sequence[NLVR2Record]) -> list[Row]:
+        sentences = [self.caption_ids(record.sentence, self.options.max_words) for record in records]
+        ids, mask = (each.to(model.device) for each in self.padded(sentences))
+        pixels = torch.stack([self.pixels(record.images[place]) for place in (0, 1) for record in records])
+        shares = model.logits(pixels.to(model.device), ids, mask).double().softmax(-1)[:, 1].tolist()
+        return [{"answer": share > 0.5, "probability": share} for share in shares]
+
+    def score(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> Metrics:
+        right = [row["answer"] == record.label for row, record in zip(rows, records, strict=True)]
+        return {"accuracy": 100 * sum(right) / len(right)}
+
+    def files(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> dict[str, bytes]:
+        """Lines `identifier,label` for the benchmark's script, numbered if there are no identifiers."""
+        names = [record.identifier or number for number, record in enumerate(records)]
+        lines = [f"{name},{row['answer']}\n" for name, row in zip(names, rows, strict=True)]
+        return {RESULT_FILE: "".join(lines).encode()}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[NLVR2Record]:
+        require_inputs(images, texts, "two images and a sentence about both", ok=len(images) == 2 and len(texts) == 1)
+        return [NLVR2Record(images=(str(images[0]), str(images[1])), sentence=texts[0], label=False)]

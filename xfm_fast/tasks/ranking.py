@@ -388,7 +388,7 @@ class Ranker:
         return logits, rows, failures
 
     def _tiles(self, keys: Sequence[bytes], pairs: dict[bytes, list[int]], lengths: Tensor) -> list[list[bytes]]:
-        """Groups of images whose captions fill one pass."""
+        """Groups of images with captions for one pass."""
         tiles: list[list[bytes]] = []
         room = 0
         for key in keys:

@@ -7,16 +7,12 @@ memory; passes are limited by a caption token budget.
 from __future__ import annotations
 
 import hashlib
-import os
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, Self, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -24,10 +20,11 @@ from torch import Tensor
 from xfm_fast import flops
 from xfm_fast.checkpoint import hold
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import DataError, InputError, StorageError
+from xfm_fast.errors import DataError, InputError
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Sequences, offsets, ragged_rows
+from xfm_fast.tasks.journal import Journal, checksum, read_journal
 
 # Score of a pair that was no candidate, as in the official evaluation.
 UNSCORED = -100.0
@@ -40,9 +37,6 @@ _MEMORY_BYTES = 1 << 30
 _SLICE_VALUES = 1 << 26
 # Pairs whose features are gathered at a time: 128 MB at 256 features.
 _SLICE_PAIRS = 1 << 16
-# A journal begins with this line; a record is the image, the number of scores and their CRC-32.
-_MAGIC = b"xfm-fast scores 1\n"
-_RECORD = struct.Struct("<III")
 
 Progress = Callable[[int, int], None]
 Rank = Literal["match", "similarity", "sum"]
@@ -266,17 +260,28 @@ def score_candidates(
     with ExitStack() as stack:
         journal = None
         if resume is not None:
-            fingerprint = _fingerprint(scorer, images, texts, candidates)
-            path = Path(resume) / "scores.bin"
-            journal = stack.enter_context(ScoreJournal(path, fingerprint, _score_dtype(texts)))
+            path, identity = Path(resume) / "scores.jsonl", _fingerprint(scorer, images, texts, candidates)
+            stack.enter_context(hold(path.with_name(f".{path.name}.lock"), f"the journal {path}"))
+            if read_journal(path)[0] not in (None, identity):
+                raise DataError(
+                    f"{path} holds the scores of other work (other weights, embeddings or k); delete it to start over "
+                    "or name another folder. Embeddings that are computed again, not kept in a file, can differ in the "
+                    "last bit: torch.use_deterministic_algorithms(True) in both runs prevents it"
+                )
+            journal = stack.enter_context(Journal(path, identity))
         device = texts.tokens.device
         budget = TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
         per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
         most = max(1, _MEMORY_BYTES // per_image)
         scores = torch.full((candidates.pairs,), UNSCORED, dtype=_score_dtype(texts))
         finished: set[int] = set()
-        if journal is not None:
-            finished = _restore(journal, candidates, scores)
+        try:
+            for image, values in [] if journal is None else journal.entries:
+                start, stop = candidates.cu_pairs[image], candidates.cu_pairs[image + 1]
+                scores[start:stop] = torch.tensor(values, dtype=scores.dtype)
+                finished.add(image)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise DataError(f"{resume} holds scores that do not fit ({error}); delete it") from None
         resumed = int(candidates.cu_pairs.diff()[sorted(finished)].sum()) if finished else 0
         done = resumed
         starts = offsets(texts.lengths)[:-1].long()
@@ -313,8 +318,7 @@ def score_candidates(
                     first, last = int(candidates.cu_pairs[piece.image]), int(candidates.cu_pairs[piece.image + 1])
                     # An image is recorded when its last pair is scored.
                     if piece.stop == last:
-                        journal.append(piece.image, scores[first:last])
-                journal.sync()
+                        journal.append([piece.image, scores[first:last].tolist()])
             if progress is not None:
                 progress(done, candidates.pairs)
         receipt = Receipt.of(scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed, spent=spent)
@@ -346,19 +350,6 @@ def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _restore(journal: ScoreJournal, candidates: Candidates, scores: Tensor) -> set[int]:
-    cu_pairs = candidates.cu_pairs.tolist()
-    finished: set[int] = set()
-    for image, values in journal.records():
-        if image + 1 >= len(cu_pairs) or len(values) != cu_pairs[image + 1] - cu_pairs[image]:
-            raise DataError(
-                f"{journal.path} holds {len(values)} scores for image {image}, which does not fit; delete it"
-            )
-        scores[cu_pairs[image] : cu_pairs[image + 1]] = values
-        finished.add(image)
-    return finished
-
-
 def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candidates: Candidates) -> str:
     """Digest of everything that determines the scores, including patch embeddings."""
     digest = hashlib.sha256(scorer.fingerprint().encode())
@@ -371,12 +362,6 @@ def _fingerprint(scorer: PairScorer, images: ImageIndex, texts: TextIndex, candi
     for tensor in (images.features, texts.features, texts.tokens, texts.lengths, candidates.cu_pairs, candidates.texts):
         digest.update(f"{checksum(tensor):08x}".encode())
     return digest.hexdigest()
-
-
-def checksum(tensor: Tensor, start: int = 0) -> int:
-    """CRC-32 of a tensor's bytes, continuing from `start`."""
-    data = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(data.view(torch.uint8).numpy().data, start) if data.numel() else start
 
 
 @dataclass(frozen=True)
@@ -505,93 +490,3 @@ def _shares(text_rank: Tensor, image_rank: Tensor) -> dict[str, float]:
         result[f"{name}_r_mean"] = sum(result[f"{name}_r{depth}"] for depth in (1, 5, 10)) / 3
     result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
     return result
-
-
-class ScoreJournal:
-    """Append-only `(image, scores)` records; opening it truncates an incomplete last record.
-
-    A file with another `fingerprint` (weights, embeddings, candidates, dtype) is rejected.
-    """
-
-    def __init__(self, path: str | Path, fingerprint: str, dtype: torch.dtype = torch.float32) -> None:
-        self.path = Path(path)
-        self.dtype = dtype
-        self._header = _MAGIC + f"{fingerprint} {dtype}\n".encode()
-        self._alone = ExitStack()
-        self._alone.enter_context(hold(self.path.with_name(f".{self.path.name}.lock"), f"the journal {self.path}"))
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = open(self.path, "r+b" if self.path.exists() else "w+b")  # noqa: SIM115
-            found = self._file.read(len(self._header))
-            if found != self._header:
-                # After a power cut a file may have its length and zeros for its content.
-                if not self._header.startswith(found.rstrip(b"\0")):
-                    self._file.close()
-                    self._alone.close()
-                    raise DataError(
-                        f"{self.path} holds the scores of other work (other weights, embeddings or k); delete it to "
-                        "start over or name another folder. Embeddings that are computed again, not kept in a file, "
-                        "can differ in the last bit: torch.use_deterministic_algorithms(True) in both runs prevents it"
-                    )
-                self._file.seek(0)
-                self._file.truncate()
-                self._file.write(self._header)
-                self.sync()
-        except OSError as error:
-            self._alone.close()
-            raise self._failure(error) from None
-
-    def records(self) -> Iterator[tuple[int, Tensor]]:
-        """All complete records in order; truncates the file after the last one."""
-        self._file.seek(len(self._header))
-        end = self._file.tell()
-        size = os.fstat(self._file.fileno()).st_size
-        # Zeros, which a power cut may leave, would read as no scores of image 0, with the right checksum.
-        while len(head := self._file.read(_RECORD.size)) == _RECORD.size and any(head):
-            image, count, checksum = _RECORD.unpack(head)
-            if self.dtype.itemsize * count > size:
-                break
-            body = self._file.read(self.dtype.itemsize * count)
-            if len(body) != self.dtype.itemsize * count or zlib.crc32(body, image) != checksum:
-                break
-            end = self._file.tell()
-            yield image, torch.frombuffer(bytearray(body), dtype=self.dtype) if count else torch.empty(0)
-        self._file.seek(end)
-        self._file.truncate()
-
-    def append(self, image: int, scores: Tensor) -> None:
-        """Append the scores `[n]` of one image."""
-        body = scores.to("cpu", self.dtype).contiguous().numpy().tobytes()
-        try:
-            self._file.write(_RECORD.pack(image, len(scores), zlib.crc32(body, image)) + body)
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def sync(self) -> None:
-        """Flush to disk."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from None
-
-    def _failure(self, error: OSError) -> StorageError:
-        return StorageError(
-            f"{self.path} cannot be written ({error.strerror}); the scores recorded before are kept: free space and "
-            "resume"
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._file.close()
-        except OSError as failure:
-            # Closing flushes: a disk that filled up fails here once more, and the first failure is the one to report.
-            if kind is None:
-                raise self._failure(failure) from None
-        finally:
-            self._alone.close()

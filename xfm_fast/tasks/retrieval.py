@@ -7,32 +7,58 @@ captions. Scores are identical.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
+from pydantic import Field
+from safetensors.torch import save
 from torch import Tensor
 
+from xfm_fast.batches import PairBatch
+from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import InputError
-from xfm_fast.memory import create_mapped
+from xfm_fast.data.annotations import Annotation, AnnotationRows, RetrievalRecord, RetrievalTestRecord, held_out
+from xfm_fast.data.caption_files import retrieval_rows, retrieval_test_rows
+from xfm_fast.data.texts import EncodedText
+from xfm_fast.errors import DataError, InputError
+from xfm_fast.memory import create_mapped, open_mapped
 from xfm_fast.models import inputs
 from xfm_fast.models.xfm import XFM
-from xfm_fast.packing import Packing
+from xfm_fast.objectives import pretraining_losses
+from xfm_fast.packing import Packing, Sequences
+from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, delete, fingerprint
+from xfm_fast.tasks.journal import checksum
 from xfm_fast.tasks.reranking import (
+    RANKS,
     UNSCORED,
     ImageIndex,
     ModelScorer,
     PairScorer,
     Progress,
+    Rank,
     Receipt,
     RerankResult,
     TextIndex,
+    best_rank,
+    candidate_recall,
+    pair_similarity,
+    rank_score,
     recall,
     score_candidates,
     top_candidates,
 )
+from xfm_fast.tasks.task import Task, TaskOptions, register, require_inputs, task_of
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tokenizer import pre_caption
 
 __all__ = [
     "UNSCORED",
@@ -213,3 +239,293 @@ def _positive(k: int) -> int:
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = scores.topk(min(k, scores.shape[1]), dim=1)
     return indices, values
+
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Annotation)
+
+RECEIPT_FILE, SCORES_FILE = "receipt.json", "scores.safetensors"
+_RECALLS = (*(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")), "r_mean")
+
+
+class RetrievalOptions(TaskOptions):
+    """Retrieval."""
+
+    kind: Literal["retrieval"] = "retrieval"
+    free = ("k", "columns", "rank", "hold_out")
+    k: int = Field(default=256, gt=0, description="candidate texts per image and images per text for re-ranking")
+    rank: Rank | Literal["auto"] = Field(
+        default="match",
+        description="ranking score: match (logit, official), similarity (of features), sum (match + similarity, "
+        "as in BLIP), or auto (the best on the split of `choose`)",
+    )
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    max_words: int = Field(default=30, gt=0, description="of a text")
+    max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
+    columns: dict[Literal["image", "caption"], str] = Field(default={}, description="renamed table columns")
+    hold_out: float = Field(
+        default=0, ge=0, lt=1,
+        description="share of `data.train` images held out as the split val if there is none, chosen by the smallest "
+        "BLAKE2 digest of the relative name; at most 1,000, at least 10 of 40 or more",
+    )  # fmt: skip
+    official_itm_negatives: bool = Field(default=False, description="draw hard negatives within one rank")
+    official_itc_gradient: bool = Field(default=False, description="scale the contrastive gradient by 1 / world size")
+
+    @property
+    def resolved_rank(self) -> Rank:
+        """`rank`, or `sum` if `auto` was not resolved by validation."""
+        return "sum" if self.rank == "auto" else self.rank
+
+
+class Captioned(NamedTuple):
+    """An image, a caption and the image's id."""
+
+    image: Tensor
+    text: EncodedText
+    image_id: int
+
+
+@register
+class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
+    """Fine-tuning with ITC and ITM losses, evaluation by re-ranking (see `xfm_fast.tasks.retrieval`).
+
+    Evaluation reports recall by the rule `rank`, and for every rule of `xfm_fast.tasks.reranking.rank_score` as
+    `RULE/METRIC`: `similarity/r_mean` is the first stage.
+    """
+
+    Options = RetrievalOptions
+    metrics = tuple(f"{stage}{name}" for stage in ("", *(f"{rank}/" for rank in RANKS)) for name in _RECALLS)
+    losses = ("itc", "itm")
+    check_rows = staticmethod(partial(retrieval_rows, split="all"))
+    test_record = RetrievalTestRecord
+
+    def prepare(self) -> None:
+        self.check_length(self.options.max_tokens)
+
+    def build(self) -> TaskModel:
+        return TaskModel(self.config, heads=("contrastive", "matching"))
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[RetrievalRecord]]:
+        return self._split_rows(retrieval_rows(paths, split="train", columns=_columns(self.options)), held=False)
+
+    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[RetrievalTestRecord]]:
+        found = retrieval_test_rows(paths, split=split, columns=_columns(self.options))
+        return self._split_rows(found, held=True) if split == "val" else found
+
+    def _split_rows(self, files: list[AnnotationRows[R]], *, held: bool) -> list[AnnotationRows[R]]:
+        """Rows of images in the held-out split, or rows of all others."""
+        if not self.options.hold_out:
+            return files
+        images = held_out(files, self.options.hold_out, self.images)
+        return [each.of_images(images, others=not held) for each in files]
+
+    def ids(self, text: str) -> list[int]:
+        """Truncated ids of a text, in training too (the official code does not truncate there)."""
+        options = self.options
+        return self.tokenizer.encode_ids([pre_caption(text, options.max_words)], options.max_tokens)[0]
+
+    def item(self, record: RetrievalRecord, rng: np.random.Generator) -> Captioned:
+        ids = self.ids(record.caption)
+        # A digest is the same on every rank.
+        digest = hashlib.blake2b(json.dumps(record.image_id).encode(), digest_size=8).digest()
+        image_id = int.from_bytes(digest, "big", signed=True)
+        return Captioned(self.augmented(record.image, rng), EncodedText(ids, ids, [], []), image_id)
+
+    def collate(self, items: list[Captioned], rng: np.random.Generator) -> PairBatch:
+        from xfm_fast.data.items import collate_pairs
+
+        images, texts, image_ids = zip(*items, strict=True)
+        # Ranks exchange texts, which then must be equally wide. Padding is left out of all computations.
+        return collate_pairs(
+            images, texts, pad_token_id=self.tokenizer.pad_token_id, image_ids=image_ids, width=self.options.max_tokens
+        )
+
+    def losses_of(self, model: XFM, batch: PairBatch) -> dict[str, Tensor]:
+        # Unlike pretraining, the official fine-tuning lets the matching loss through to the language encoder.
+        return pretraining_losses(
+            model, batch, losses=self.losses, stop_gradient=False,
+            official_itm_negatives=self.options.official_itm_negatives,
+            official_itc_gradient=self.options.official_itc_gradient,
+        )  # fmt: skip
+
+    def predict(self, model: XFM, records: Sequence[RetrievalTestRecord]) -> list[Row]:
+        """Per image and text: match probability, feature cosine and the score by `rank`."""
+        place = {text: number for number, text in enumerate(dict.fromkeys(t for r in records for t in r.caption))}
+        ids, mask = (each.to(model.device) for each in self.padded([self.ids(text) for text in place]))
+        pixels = torch.stack([self.pixels(record.image) for record in records]).to(model.device, model.dtype)
+        images, texts = model.encode_image(pixels), model.encode_text(ids, mask)
+        of_image = torch.tensor([n for n, record in enumerate(records) for _ in record.caption], device=model.device)
+        of_text = torch.tensor([place[text] for record in records for text in record.caption], device=model.device)
+        cosine = (model.project_image(images)[of_image] * model.project_text(texts)[of_text]).double().sum(-1)
+        fused = model.fuse(
+            texts[of_text], mask[of_text], model.image_memory(images), of_image, first_token_only=True
+        )  # fmt: skip
+        logits = model.match_logits(fused).double()
+        score = rank_score(self.options.resolved_rank, logits[:, 1], cosine)
+        columns = (logits.softmax(-1)[:, 1], cosine, score)
+        values = iter(zip(*(column.tolist() for column in columns), strict=True))
+        return [
+            {
+                "image": record.image,
+                "texts": [
+                    {"text": text, "probability": p, "cosine": c, "score": s}
+                    for text, (p, c, s) in zip(record.caption, values, strict=False)
+                ],
+            }
+            for record in records
+        ]
+
+    def score(self, rows: Sequence[Row], records: Sequence[RetrievalTestRecord]) -> Metrics:
+        """Empty: ranking metrics need all pairs; see `evaluate`."""
+        return {}
+
+    def settled(self, metrics: Metrics) -> RetrievalOptions:
+        rank = self.options.rank
+        return self.options.model_copy(update={"rank": best_rank(metrics) if rank == "auto" else rank})
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RetrievalTestRecord]:
+        require_inputs(images, texts, "an image and a text, or several of each", ok=bool(images and texts))
+        for text in texts:
+            try:
+                self.ids(text)
+            except DataError as error:
+                raise InputError(str(error)) from None
+        return [RetrievalTestRecord(image=str(image), caption=tuple(texts)) for image in images]
+
+    def evaluate(
+        self, model: XFM, records: Sequence[RetrievalTestRecord], work: Evaluation
+    ) -> tuple[Metrics, dict[str, bytes]]:
+        return _Ranking(self, model, records, work).run()
+
+
+def rank_of(path: Path) -> Rank:
+    """Ranking rule of a run, weight folder or export; `match` if not recorded."""
+    options = task_of(model_folder(path) or path)
+    return options.resolved_rank if isinstance(options, RetrievalOptions) else "match"
+
+
+@dataclass
+class _Ranking:
+    """Evaluation of a split with images distributed in blocks.
+
+    One process embeds and scores a block, and stores its embeddings in a file. Blocks are independent of the number of
+    processes, so scores are bit-identical. Texts are embedded once and shared by all processes.
+    """
+
+    task: RetrievalTask
+    model: XFM
+    records: Sequence[RetrievalTestRecord]
+    work: Evaluation
+
+    def __post_init__(self) -> None:
+        self.retriever = Retriever(self.model)
+        self.processes = self.work.processes
+        size, images = self.work.batch_size, len(self.records)
+        self.blocks = [(start, min(start + size, images)) for start in range(0, images, size)]
+        self.own = range(self.processes.rank, len(self.blocks), self.processes.world_size)
+
+    def run(self) -> tuple[Metrics, dict[str, bytes]]:
+        """Metrics and files of the split, on the first process."""
+        identity = fingerprint(self.task, self.model, self.records, self.work.batch_size)
+        self.processes.from_first(self._make_room)
+        k, config = self.task.options.k, self.model.config
+        try:
+            texts = self._texts()
+            features = torch.cat(self._in_order(self.processes.together(lambda: {n: self._embed(n) for n in self.own})))
+            candidates = self.processes.from_first(lambda: top_candidates(features, texts.features.cpu(), k, k))
+            # Features that another machine computed may differ in the last bit, and then other pairs may be meant.
+            identity += f" {checksum(candidates.texts):08x} {checksum(candidates.cu_pairs):08x}"
+
+            def scores_of(block: int) -> list[float]:
+                start, stop = self.blocks[block]
+                shape = (stop - start, config.num_image_tokens, config.vision_width)
+                embeds = open_mapped(self._embeddings(block), shape, self.model.dtype)
+                images, pairs = ImageIndex(embeds, features[start:stop]), candidates.of_images(start, stop)
+                result = score_candidates(self.retriever.scorer, images, texts, pairs, None, None, None, prepared=True)
+                delete(self._embeddings(block))
+                return result.scores.tolist()
+
+            found = self.work.compute(identity, [stop - start for start, stop in self.blocks], scores_of)
+        finally:
+            for block in self.own:
+                with suppress(OSError):
+                    self._embeddings(block).unlink(missing_ok=True)
+        if not self.processes.first:
+            return {}, {}
+        similarity = pair_similarity(candidates, features, texts.features.cpu())
+        scores = [score for _, of_block in sorted(found.items()) for score in of_block]
+        match = torch.tensor(scores, dtype=torch.promote_types(self.model.dtype, torch.float32))
+        captions = torch.tensor([len(record.caption) for record in self.records])
+        image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
+        receipt = Receipt.of(config, candidates, texts.lengths.cpu(), config.num_image_tokens)
+        # How much of it an evaluation found that had been killed is no part of the result.
+        costs = {name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"}
+        costs |= {"pairs_saved": receipt.pairs_saved, "flops_ratio": receipt.flops_ratio}
+        pairs = {"image": candidates.images.int(), "text": candidates.texts.int(), "score": match}
+        pairs["similarity"] = similarity
+        pairs |= {"for_image": candidates.for_image, "for_text": candidates.for_text}
+        metrics: Metrics = {}
+        for rank in RANKS:
+            of_rank = candidate_recall(candidates, rank_score(rank, match, similarity), image_of_text)
+            metrics |= {f"{rank}/{name}": value for name, value in of_rank.items()}
+        return self._all_metrics(metrics), {
+            RECEIPT_FILE: (json.dumps(costs, indent=1) + "\n").encode(),
+            SCORES_FILE: save(pairs),
+        }
+
+    def _all_metrics(self, metrics: Metrics) -> Metrics:
+        """Metrics of the selected rule, then of every rule; warns if the first stage ranks better."""
+        best, rank = best_rank(metrics), self.task.options.rank
+        if rank == "auto":
+            rank = best
+        ours, features = metrics[f"{rank}/r_mean"], metrics["similarity/r_mean"]
+        if ours < features:
+            print(
+                f"re-ranking lowers recall: r_mean {ours:.1f} by task.rank={rank}, {features:.1f} by features alone; "
+                f"set task.rank={best} (r_mean {metrics[f'{best}/r_mean']:.1f}), or train the matching head longer",
+                file=sys.stderr,
+            )
+        return {name: metrics[f"{rank}/{name}"] for name in _RECALLS} | metrics
+
+    def _embeddings(self, block: int) -> Path:
+        return self.work.folder / f"images-{block:05d}.bin"
+
+    def _make_room(self) -> None:
+        self.work.make_folder()
+        for left in self.work.folder.glob("images-*.bin"):
+            delete(left)
+
+    def _in_order(self, values: dict[int, T]) -> list[T]:
+        """Values of all blocks in order."""
+        found = {number: value for part in self.processes.gather(values) for number, value in part.items()}
+        return [found[number] for number in sorted(found)]
+
+    @torch.inference_mode()
+    def _texts(self) -> TextIndex:
+        """All texts, with tokens from `prepare_texts`."""
+        ids = [self.task.ids(caption) for record in self.records for caption in record.caption]
+        size, device, scorer = self.work.batch_size, self.model.device, self.retriever.scorer
+
+        def embed() -> dict[int, tuple[Tensor, ...]]:
+            made: dict[int, tuple[Tensor, ...]] = {}
+            for start in range(self.processes.rank * size, len(ids), self.processes.world_size * size):
+                index = self.retriever.embed_texts([self.task.padded(ids[start : start + size])])
+                tokens = scorer.prepare(index.tokens, Sequences.from_lengths(index.lengths))
+                made[start] = tuple(part.cpu() for part in (tokens, index.lengths, index.features))
+            return made
+
+        parts = self._in_order(self.processes.together(embed))
+        return TextIndex(*(torch.cat(each).to(device) for each in zip(*parts, strict=True)))
+
+    def _embed(self, block: int) -> Tensor:
+        """Features `[B, embed_dim]` of a block of images; embeddings are written to its file."""
+        start, stop = self.blocks[block]
+        pixels = torch.stack([self.task.pixels(record.image) for record in self.records[start:stop]])
+        batches = [pixels.to(self.model.device, self.model.dtype)]
+        # A mapping for each block: what of one file was touched would all count as memory of the process.
+        index = self.retriever.embed_images(batches, path=self._embeddings(block), count=stop - start)
+        return index.features.cpu()
+
+
+def _columns(options: RetrievalOptions) -> dict[str, str]:
+    return {str(field): column for field, column in options.columns.items()}

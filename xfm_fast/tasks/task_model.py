@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from xfm_fast import checkpoint
 from xfm_fast.config import XFMConfig
+from xfm_fast.models.decoder import TextDecoder
 from xfm_fast.models.hub import Download, local_folder
 from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head, Precision
@@ -26,6 +27,14 @@ class TaskModel(XFM):
 
     own_parts: ClassVar[tuple[str, ...]] = ()
     """Prefixes of parameters missing in pretraining checkpoints."""
+    own_graphs: ClassVar[tuple[str, ...]] = ()
+    """Graphs of an export that no other model has."""
+    decoder_reads: ClassVar[Literal["image", "fusion"] | None] = None
+    """States that `text_decoder` reads: image tokens, or the tokens of the fusion encoder."""
+
+    def graph_results(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Outputs of `own_graphs` for I images and T texts, which an export is compared with."""
+        return {}
 
     def load_official(self, source: str | Path | Mapping[str, Tensor]) -> checkpoint.LoadResult:
         """Load an official pretraining or task checkpoint in place, atomically.
@@ -95,3 +104,22 @@ class TaskModel(XFM):
             model._start_own_parts(files.state | (files.unused or {}), result.fresh)
         model.load_tokenizer(tokenizer, place)
         return model.cast(dtype).eval()
+
+
+class DecoderModel(TaskModel):
+    """A task model with a text decoder, which starts from an encoder of pretraining."""
+
+    own_parts = ("text_decoder.",)
+    text_decoder: TextDecoder
+    decoder_from = "fusion_encoder"
+
+    @property
+    def writer(self) -> TextDecoder:
+        return self.text_decoder
+
+    def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Initialise the decoder from an encoder of a pretraining state dict; returns what stays random."""
+        return self.text_decoder.initialise_from(state, self.decoder_from)
+
+    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
+        return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]

@@ -6,21 +6,40 @@ questions per GPU, lr 2e-5, 10 epochs; 128 candidates out of 3,129 answers.
 
 from __future__ import annotations
 
+import copy
+import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import DataError, InputError
+from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Identity, Text, Texts, array_of, as_rows
+from xfm_fast.data.files import Paths, find_files, read_json
+from xfm_fast.errors import ConfigError, DataError, InputError, UnavailableError
 from xfm_fast.models import inputs
 from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
 from xfm_fast.packing import ImageGroups, offsets
 from xfm_fast.tasks.answer_trie import AnswerTrie, PackedTree, check_answers, rank
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
+from xfm_fast.tasks.task import PairInput, Task, TaskOptions, group_by_image, register, require_inputs, unique_images
+from xfm_fast.tasks.task_model import DecoderModel
+from xfm_fast.tokenizer import pre_question
+
+RESULT_FILE = "vqa_result.json"
+_RUNNERS_UP = 4
+_PEOPLE = 10
+_SHOWN = 3
 
 # The tables of the VQA v2 evaluation protocol (arXiv 1505.00468), with its oddities: "somebody'd" loses its apostrophe,
 # and "Id've", "Im", "Ive" can never match, because words are lower-cased first.
@@ -80,21 +99,78 @@ class AnswerRanking(NamedTuple):
         return self.scores.softmax(-1)
 
 
-class VQAModel(TaskModel):
+class AnswersByDecoder:
+    """Ranking and generation of answers by a model or a session."""
+
+    @torch.no_grad()
+    def rank_answers(
+        self: Any,
+        memory: Any,
+        answers: AnswerTrie | Tensor,
+        answer_mask: Tensor | None = None,
+        *,
+        k: int = 128,
+        best: int | None = None,
+        count_first_token_twice: bool = False,
+    ) -> AnswerRanking:
+        """Rank k candidates, chosen by their first token, by exact log-likelihood; returns `[Q, best]`.
+
+        `answers` is an `AnswerTrie`, built once for all batches, or ids `[N, La]`. k = N ranks all answers exactly;
+        `best` < k prunes candidates that cannot be among the best, with the same result. `count_first_token_twice`
+        reproduces the official score, which adds the log-probability of the first answer token twice.
+        """
+        trie = answers if isinstance(answers, AnswerTrie) else AnswerTrie.of(answers, answer_mask, self.config)
+        ranked = rank(
+            lambda part: self.answer_tree(part, trie), memory, trie, k=k, best=best,
+            first_token_twice=count_first_token_twice,
+        )  # fmt: skip
+        return AnswerRanking(*ranked)
+
+    @torch.no_grad()
+    def generate(
+        self: Any, memory: Any, *, max_length: int = 20, num_beams: int = 1, length_penalty: float = 1.0
+    ) -> Tensor:
+        """Generate answers freely: `[Q, length]` ids with `<s>` and `</s>`, padded."""
+        config = self.config
+        prompt = torch.full((memory.states, 1), config.bos_token_id, device=self.device)
+        return generate(
+            self.writer, memory, prompt, max_length=max_length, num_beams=num_beams, length_penalty=length_penalty,
+            pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id,
+        )  # fmt: skip
+
+
+class VQASession(AnswersByDecoder):
+    """What an export adds to `xfm_fast.export.Session`; graphs mask padding."""
+
+    def encode_questions(
+        self: Any,
+        pixels: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        *,
+        attend_to_padding: bool = False,
+    ) -> Any:
+        """`VQAModel.encode_questions`; `attend_to_padding` raises `UnavailableError`."""
+        if attend_to_padding:
+            raise UnavailableError("official_ranking reads padding, which no export computes; predict with the run")
+        mask = inputs.check_tokens(question_ids, question_mask, self.config)
+        memory = self.image_memory(self.encode_image(pixels))
+        return self.states(self.fuse(self.encode_text(question_ids, mask), mask, memory, image_index), mask.long())
+
+
+class VQAModel(AnswersByDecoder, DecoderModel):
     """X-FM with an answer decoder of `decoder_layers` (official `num_dec_layers`) on the fusion encoder."""
 
-    own_parts = ("text_decoder.",)
+    decoder_reads = "fusion"
 
     def __init__(self, config: XFMConfig, *, decoder_layers: int = 12) -> None:
         super().__init__(config, heads=())
         self.text_decoder = TextDecoder(config, decoder_layers, config.text_width)
 
-    def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Initialise the decoder from the fusion encoder of a pretraining state dict."""
-        return self.text_decoder.initialise_from(state, "fusion_encoder")
-
-    def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
-        return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
+    def answer_tree(self, memory: DecoderMemory, trie: AnswerTrie) -> PackedTree:
+        """Tree that decodes the answers of some questions."""
+        return PackedTree(self.text_decoder, memory, trie)
 
     def encode_questions(
         self,
@@ -107,7 +183,7 @@ class VQAModel(TaskModel):
     ) -> DecoderMemory:
         """Decoder memory of Q questions `[Q, L]` fused with their images (`image_index` `[Q]`).
 
-        `attend_to_padding` reproduces the official evaluation, whose decoder attends to padding, so that an answer
+        `attend_to_padding` reproduces the official evaluation: its decoder attends to padding, so that an answer
         depends on the rest of the batch.
         """
         mask = inputs.check_tokens(question_ids, question_mask, self.config)
@@ -149,47 +225,11 @@ class VQAModel(TaskModel):
         return (answer_weights * losses.sum(1)).sum() / questions
 
     @torch.no_grad()
-    def rank_answers(
-        self,
-        memory: DecoderMemory,
-        answers: AnswerTrie | Tensor,
-        answer_mask: Tensor | None = None,
-        *,
-        k: int = 128,
-        best: int | None = None,
-        count_first_token_twice: bool = False,
-    ) -> AnswerRanking:
-        """Rank k candidates, chosen by their first token, by exact log-likelihood; returns `[Q, best]`.
-
-        `answers` is an `AnswerTrie`, built once for all batches, or ids `[N, La]`. k = N ranks all answers exactly;
-        `best` < k prunes candidates that cannot be among the best, with the same result. `count_first_token_twice`
-        reproduces the official score, which adds the log-probability of the first answer token twice.
-        """
-        trie = answers if isinstance(answers, AnswerTrie) else AnswerTrie.of(answers, answer_mask, self.config)
-
-        def tree_of(part: DecoderMemory) -> PackedTree:
-            return PackedTree(self.text_decoder, part, trie)
-
-        return AnswerRanking(*rank(tree_of, memory, trie, k=k, best=best, first_token_twice=count_first_token_twice))
-
-    @torch.no_grad()
     def log_likelihoods(self, memory: DecoderMemory, answer_ids: Tensor) -> Tensor:
         """Log-likelihood `[Q]` of one answer `[Q, La]` per question."""
         each = ImageGroups(torch.arange(len(answer_ids) + 1, device=answer_ids.device))
         mask = answer_ids != self.config.pad_token_id
         return -self.text_decoder.token_losses(answer_ids, mask, memory, each).double().sum(1)
-
-    @torch.no_grad()
-    def generate(
-        self, memory: DecoderMemory, *, max_length: int = 20, num_beams: int = 1, length_penalty: float = 1.0
-    ) -> Tensor:
-        """Generate answers freely: `[Q, length]` ids with `<s>` and `</s>`, padded."""
-        config = self.config
-        prompt = torch.full((memory.states, 1), config.bos_token_id, device=memory.cu_seqlens.device)
-        return generate(
-            self.text_decoder, memory, prompt, max_length=max_length, num_beams=num_beams,
-            length_penalty=length_penalty, pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id,
-        )  # fmt: skip
 
 
 def strip_punctuation(answer: str) -> str:
@@ -259,3 +299,392 @@ def exact_match(predictions: Mapping[int, str], answers: Mapping[int, str]) -> f
     if missing or not answers:
         raise DataError(f"{len(missing)} of {len(answers)} questions have no prediction; predict an answer for each")
     return sum(predictions[question].strip() == answer.strip() for question, answer in answers.items()) / len(answers)
+
+
+def _drop_empty(value: Any) -> Any:
+    """Drop empty answers."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    answers = [each for each in map(answer_text, value) if not isinstance(each, str) or each.strip()]
+    if value and not answers:
+        raise PydanticCustomError("blank", "all answers are empty")
+    return answers
+
+
+def answer_text(value: Any) -> Any:
+    """Text of an answer, given as a string or an object."""
+    return value.get("answer") if isinstance(value, dict) else value
+
+
+Answers = Annotated[Texts, BeforeValidator(_drop_empty)]
+# Answers of ten annotators for scoring; an empty answer counts.
+PeopleAnswers = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: list(map(answer_text, value)) if isinstance(value, list) else value),
+]
+
+
+class VQARecord(Annotation):
+    """A question about an image, optionally with answers."""
+
+    image: Text
+    question: Text
+    question_id: Identity
+    answer: Answers | None = Field(default=None, description="what training takes; empty answers are left out")
+    dataset: str = "vqa"
+    answers: PeopleAnswers | None = Field(default=None, description="the ten people's, to score by")
+    question_type: str | None = None
+    answer_type: str | None = None
+
+    @property
+    def weighted_answers(self) -> list[tuple[str, float]]:
+        """Distinct answers with loss weights: the share of annotators, or 0.5 for Visual Genome."""
+        answers = self.answer or ()
+        if self.dataset == "vg":
+            return [(answer, 0.5) for answer in answers[:1]]
+        return [(answer, times / len(answers)) for answer, times in Counter(answers).items()]
+
+    @property
+    def scored(self) -> dict[str, Any] | None:
+        """Annotation for `vqa_accuracy`; None without annotators' answers."""
+        if self.answers is None:
+            return None
+        kinds = {"question_type": self.question_type, "answer_type": self.answer_type}
+        return {
+            "question_id": self.question_id,
+            "answers": [{"answer": answer} for answer in self.answers],
+            **{name: kind for name, kind in kinds.items() if kind is not None},
+        }
+
+
+def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
+    """Questions: official JSON, or VQA v2's `*_questions.json` and `*_annotations.json`."""
+    arrays, documents = [], []
+    for path in find_files(paths):
+        content = read_json(path, "official JSON or VQA v2 questions and annotations", _answer_only)
+        if isinstance(content, dict) and ("questions" in content or "annotations" in content):
+            documents.append((path, content))
+        else:
+            known = "an array of objects, or VQA v2's {questions} or {annotations}"
+            arrays.append(Elements(str(path), array_of(path, content, known)))
+    found = arrays + (vqa_elements(documents) if documents else [])
+    return as_rows([each._replace(notes=_empty_answers(each)) for each in found], VQARecord)
+
+
+def _empty_answers(elements: Elements) -> tuple[str, ...]:
+    """A note that counts empty answers, which are dropped (the official code trains on them)."""
+    found = [
+        str(element.get("question_id"))
+        for element in elements.values
+        if isinstance(element, dict) and isinstance(answers := element.get("answer"), list)
+        for answer in map(answer_text, answers)
+        if isinstance(answer, str) and not answer.strip()
+    ]
+    if not found:
+        return ()
+    return (f"{elements.name}: {len(found)} empty answers were left out (question {', '.join(found[:_SHOWN])})",)
+
+
+def _answer_only(fields: dict[str, Any]) -> Any:
+    """`object_hook` that reduces a VQA v2 answer to its text, to save gigabytes."""
+    return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
+
+
+def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:
+    """VQA v2 questions joined with their annotations, one `Elements` per question file."""
+    documents = list(documents)
+    answers: dict[Any, Mapping[str, Any]] = {}
+    sets, files = set(), []
+    for path, content in documents:
+        if "annotations" in content:
+            files.append(path)
+            sets.add(content.get("data_subtype"))
+            answers.update(
+                (each["question_id"], each)
+                for each in array_of(path, content["annotations"])
+                if isinstance(each, dict) and isinstance(each.get("question_id"), (int, str))
+            )
+    found = []
+    for path, content in documents:
+        if "questions" in content:
+            annotated = content.get("data_subtype") in sets
+            # test-dev2015 is a subset of the questions about test2015 images.
+            split = str(content.get("data_subtype", "")).replace("-dev", "")
+            values = [
+                _question(each, answers, annotated, split) if isinstance(each, dict) else each
+                for each in array_of(path, content["questions"])
+            ]
+            found.append(Elements(str(path), values, others=tuple(files)))
+    if not found:
+        raise DataError(f"{files[0]} holds only annotations; give their questions file too")
+    return found
+
+
+def _question(
+    question: Mapping[str, Any], annotations: Mapping[Any, Any], annotated: bool, split: str
+) -> dict[str, Any] | DataError:
+    identity, image = question.get("question_id"), question.get("image_id")
+    if not isinstance(image, int):
+        return DataError(f"question {identity} has no image (image_id is {image!r}); correct or remove it")
+    value = {
+        "image": f"{split}/COCO_{split}_{image:012d}.jpg",
+        "question": question.get("question"),
+        "question_id": identity,
+    }
+    annotation = annotations.get(identity) if isinstance(identity, (int, str)) else None
+    if annotation is None:
+        return (
+            DataError(f"question {identity} has no annotation; add it or remove the question") if annotated else value
+        )
+    kinds = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+    # Training takes the people's answers, and so does scoring.
+    return value | kinds | {"answer": annotation.get("answers"), "answers": annotation.get("answers")}
+
+
+def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
+    """Candidate answers of VQA: a JSON array of unique non-empty strings."""
+    path = Path(path)
+    answers = array_of(path, read_json(path, "one JSON array of strings"), "one array of strings")
+    for number, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer.strip():
+            raise DataError(f"{path}: answer {number} is {answer!r}; expected a text that is not empty")
+    if twice := [answer for answer, times in Counter(answers).items() if times > 1]:
+        raise DataError(f"{path}: {', '.join(map(repr, twice[:_SHOWN]))} stand there more than once; leave one of each")
+    return answers
+
+
+class VQAOptions(TaskOptions):
+    """VQA."""
+
+    kind: Literal["vqa"] = "vqa"
+    free = ("k", "generate", "test_max_words", "official_ranking")
+    learns = False
+    decoder_layers: int = Field(default=12, gt=0)
+    answers: str | tuple[str, ...] | None = Field(
+        default=None, description="JSON array of candidate answers in data.root, or the answers"
+    )
+    k: int | Literal["all"] = Field(
+        default=128, description="number of answers to rank, preselected by their first token; `all` ranks every answer"
+    )
+    official_ranking: bool = Field(
+        default=False,
+        description="rank as the official code does: count the first token twice, attend to question padding, keep "
+        "the file order, and normalise probabilities over the k answers",
+    )
+    generate: bool = Field(default=False, description="generate answers without a list")
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    max_words: int = Field(default=30, gt=0, description="of a question in training")
+    max_tokens: int = Field(default=40, ge=3, description="of a question in training, including `<s>` and `</s>`")
+    test_max_words: int = Field(default=50, gt=0, description="of a question in evaluation, with unlimited tokens")
+    image_folders: dict[str, str] = Field(default={}, description="folders in data.images by `dataset`, e.g. {vg: vg}")
+
+    @model_validator(mode="after")
+    def _answerable(self) -> Self:
+        if self.answers is None and not self.generate:
+            raise ValueError("there are no answers to rank; give answers=<file>, or generate=true to write them freely")
+        if isinstance(self.k, int) and self.k < 1:
+            raise ValueError(f"k={self.k} ranks nothing; give a positive number, or all")
+        return self
+
+    def completed(self, train: Sequence[Path], root: Path) -> Self:
+        """Options with the answers read from the answer file."""
+        if not isinstance(self.answers, str):
+            return self
+        path = root / self.answers
+        if not path.exists():
+            raise DataError(f"task.answers: there is no {path}; give task.answers=<file>, or task.generate=true")
+        return self.model_copy(update={"answers": tuple(read_answer_list(path))})
+
+
+class Question(NamedTuple):
+    """An image, question ids and answer ids with loss weights."""
+
+    image: Tensor
+    ids: list[int]
+    answers: list[list[int]]
+    weights: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQABatch(PairInput):
+    """B questions with one image each, and their answers."""
+
+    answer_ids: Tensor  # `[A, La]` int64: the answers of question 0, then of question 1, ...; padded
+    answer_mask: Tensor  # `[A, La]`, non-zero for real tokens
+    answers_per_question: Tensor  # `[B]` int64
+    answer_weights: Tensor  # `[A]`
+
+
+@register
+class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
+    """VQA."""
+
+    Options, Session = VQAOptions, VQASession
+    check_rows = staticmethod(vqa_rows)
+    metrics = ("accuracy", "exact_match", "accuracy_yes_no", "accuracy_number", "accuracy_other")
+    # A start from the fusion encoder leaves the decoder far from what it is to say; the official list is empty.
+    large_lr = ("text_decoder",)
+
+    def prepare(self) -> None:
+        options = self.options
+        answers = options.answers or ()
+        k = options.k if isinstance(options.k, int) else 1
+        if not options.generate and k > len(answers):
+            raise ConfigError(f"task.k={options.k}, but there are {len(answers)} answers to rank; give at most that")
+        self._runners_up = _RUNNERS_UP
+        self._tries: dict[torch.device, AnswerTrie] = {}
+
+    def build(self) -> VQAModel:
+        return VQAModel(self.config, decoder_layers=self.options.decoder_layers)
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[VQARecord]]:
+        found, folders = vqa_rows(paths), self.options.image_folders
+        for element in (element for rows in found for element in rows.elements if folders):
+            if isinstance(element, dict) and isinstance(element.get("image"), str):
+                folder = folders.get(element.get("dataset") or "vqa", "")
+                element["image"] = str(Path(folder, element["image"]))
+        for rows in found if not self.options.generate else []:
+            if absent := _unlisted_answers(rows, self.options.answers or ()):
+                shown = ", ".join(map(repr, [*dict.fromkeys(absent)][:_SHOWN]))
+                note = f"the answers of {len(absent)} questions are not in task.answers, so ranking cannot give them"
+                rows.notes += (f"{rows.name}: {note} ({shown}, ...)",)
+        return found
+
+    def item(self, record: VQARecord, rng: np.random.Generator) -> Question:
+        from xfm_fast.data.transforms import mentions_side
+
+        answers = record.weighted_answers
+        if not answers:
+            raise DataError(f"question {record.question_id} has no answer; add one or remove it")
+        texts = [answer for answer, _ in answers]
+        question = pre_question(record.question, self.options.max_words)
+        ids = self.tokenizer.encode_ids([question], self.options.max_tokens)[0]
+        answer_ids = self.tokenizer.encode_ids(texts, self.config.max_text_length)
+        image = self.augmented(record.image, rng, may_flip=not mentions_side(record.question, texts))
+        return Question(image, ids, answer_ids, [weight for _, weight in answers])
+
+    def collate(self, items: list[Question], rng: np.random.Generator) -> VQABatch:
+        ids, mask = self.padded([item.ids for item in items])
+        answer_ids, answer_mask = self.padded([answer for item in items for answer in item.answers])
+        return VQABatch(
+            image=torch.stack([item.image for item in items]),
+            input_ids=ids,
+            attention_mask=mask,
+            answer_ids=answer_ids,
+            answer_mask=answer_mask,
+            answers_per_question=torch.tensor([len(item.answers) for item in items]),
+            answer_weights=torch.tensor([weight for item in items for weight in item.weights]),
+        )
+
+    def losses_of(self, model: Any, batch: VQABatch) -> dict[str, Tensor]:
+        loss = model(
+            batch.image, batch.input_ids, batch.attention_mask, batch.answer_ids, batch.answer_mask,
+            batch.answers_per_question, batch.answer_weights,
+        )  # fmt: skip
+        return {"loss": loss}
+
+    def groups(self, records: Sequence[VQARecord]) -> list[list[int]]:
+        if self.options.official_ranking:
+            # What pads a question depends on the others of its batch.
+            return super().groups(records)
+        return group_by_image(records)
+
+    def predict(self, model: VQAModel, records: Sequence[VQARecord]) -> list[Row]:
+        """Answers with the probability of generating them, independent of the answer list."""
+        images, places = unique_images(records)
+        index = torch.tensor(places, device=model.device)
+        pixels = torch.stack([self.pixels(image) for image in images]).to(model.device, model.dtype)
+        ids, mask = (each.to(model.device) for each in self.padded([self._question_ids(record) for record in records]))
+        official = self.options.official_ranking
+        memory = model.encode_questions(pixels, ids, mask, index, attend_to_padding=official)
+        if self.options.generate:
+            return self._written(model, memory)
+        answers = self.options.answers or ()
+        k = len(answers) if self.options.k == "all" else self.options.k
+        most = min(1 + self._runners_up, k)
+        ranking = model.rank_answers(
+            memory, self._trie(model), k=k, best=k if official else most, count_first_token_twice=official
+        )
+        scores = ranking.scores.double()
+        shares = scores.softmax(-1) if official else scores.exp()
+        found = [
+            [{"answer": answers[number], "probability": share} for number, share in zip(*best, strict=True)]
+            for best in zip(ranking.indices[:, :most].tolist(), shares[:, :most].tolist(), strict=True)
+        ]
+        return [best[0] | ({"runners_up": best[1:]} if self._runners_up else {}) for best in found]
+
+    def _question_ids(self, record: VQARecord) -> list[int]:
+        """Question ids; an empty question is `<s> </s>`."""
+        question = pre_question(record.question, self.options.test_max_words)
+        if not question.strip():
+            return [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return self.tokenizer.encode_ids([question], self.config.max_text_length)[0]
+
+    def _written(self, model: VQAModel, memory: DecoderMemory) -> list[Row]:
+        ids = model.generate(memory)
+        shares = model.log_likelihoods(memory, ids).exp().tolist()
+        texts = map(self.tokenizer.decode, ids.tolist())
+        return [{"answer": text.strip(), "probability": share} for text, share in zip(texts, shares, strict=True)]
+
+    def _trie(self, model: VQAModel) -> AnswerTrie:
+        """Answer trie for `VQAModel.rank_answers`, cached per device."""
+        if model.device not in self._tries:
+            rows = self.tokenizer.encode_ids(self.options.answers or (), self.config.max_text_length)
+            ids, mask = (each.to(model.device) for each in self.padded(rows))
+            self._tries[model.device] = AnswerTrie.of(ids, mask, self.config)
+        return self._tries[model.device]
+
+    def evaluate(
+        self, model: VQAModel, records: Sequence[VQARecord], work: Evaluation
+    ) -> tuple[Metrics, dict[str, bytes]]:
+        # Only the best answer: most others need not be decoded to the end.
+        task = copy.copy(self)
+        task._runners_up = 0
+        return super(VQATask, task).evaluate(model, records, work)
+
+    def metrics_of(self, records: Sequence[VQARecord]) -> Collection[str]:
+        people, answered = any(map(_annotators, records)), any(record.answer for record in records)
+        return [name for name in self.metrics if (answered if name == "exact_match" else people)]
+
+    def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
+        """`accuracy`: VQA consensus, also by answer type; `exact_match` with the most frequent answer."""
+        # By position: question ids are unique per dataset, and a split may have several datasets.
+        given: dict[int, str] = {number: row["answer"] for number, row in enumerate(rows)}
+        people = {number: annotation for number, record in enumerate(records) if (annotation := _annotators(record))}
+        truths = {number: Counter(r.answer).most_common(1)[0][0] for number, r in enumerate(records) if r.answer}
+        metrics: Metrics = {}
+        if people:
+            found = vqa_accuracy(given, [annotation | {"question_id": number} for number, annotation in people.items()])
+            metrics["accuracy"] = found.overall
+            metrics |= {f"accuracy_{kind.replace('/', '_')}": each for kind, each in found.per_answer_type.items()}
+        return metrics | ({"exact_match": 100 * exact_match(given, truths)} if truths else {})
+
+    def files(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> dict[str, bytes]:
+        """Submission file for EvalAI."""
+        found = [
+            {"question_id": record.question_id, "answer": row["answer"]}
+            for row, record in zip(rows, records, strict=True)
+        ]
+        return {RESULT_FILE: (json.dumps(found, ensure_ascii=False) + "\n").encode()}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[VQARecord]:
+        require_inputs(images, texts, "an image and questions about it", ok=len(images) == 1 and bool(texts))
+        return [VQARecord(image=str(images[0]), question=text, question_id=n) for n, text in enumerate(texts)]
+
+
+def _unlisted_answers(rows: AnnotationRows[VQARecord], answers: Iterable[str]) -> list[str]:
+    """The most frequent answer of each question where it is missing from the answer list."""
+    listed, absent = {*answers}, []
+    for row in range(len(rows)):
+        # A broken row is counted by the quarantine.
+        with suppress(DataError):
+            if (given := rows.read(row).answer) and (best := Counter(given).most_common(1)[0][0]) not in listed:
+                absent.append(best)
+    return absent
+
+
+def _annotators(record: VQARecord) -> dict[str, Any] | None:
+    """Annotators' answers as an annotation for `vqa_accuracy`; official files store them in `answer`."""
+    if record.scored is None and record.dataset == "vqa" and len(record.answer or ()) == _PEOPLE:
+        return record.model_copy(update={"answers": record.answer}).scored
+    return record.scored

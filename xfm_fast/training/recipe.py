@@ -436,6 +436,8 @@ def _unknown(key: str, known: Iterable[str], what: str = "key") -> str:
 def _inside(hint: Any, part: int | str) -> tuple[Any, bool]:
     """Type at one component of a pydantic error location, and whether the component is a key (not a union tag)."""
     hint = _plain(hint)
+    if (section := getattr(hint, "of_kind", lambda kind: None)(part)) is not None:
+        return section, False
     for option in (hint, *get_args(hint)):
         if getattr(option, "model_fields", {}).get("kind") and option.model_fields["kind"].default == part:
             return option, False

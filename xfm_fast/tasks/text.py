@@ -18,10 +18,19 @@ from xfm_fast.batches import TensorBatch
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord
 from xfm_fast.data.tables import GLUE, text_rows
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
-from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
-from xfm_fast.finetuning.task import Task, TaskOptions, require_inputs
-from xfm_fast.tasks.classification import ClassificationModel, correlations, f1_score, matthews_correlation
+from xfm_fast.tasks.classification import (
+    ClassificationModel,
+    LabelOptions,
+    LabelTask,
+    class_names,
+    class_number,
+    class_rows,
+    correlations,
+    f1_score,
+    matthews_correlation,
+)
+from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
+from xfm_fast.tasks.task import register, require_inputs
 
 GlueName = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
 _RESULT_FILES: Mapping[str, str] = {
@@ -38,38 +47,33 @@ _FURTHER_METRICS: Mapping[str, tuple[str, ...]] = {"cola": ("matthews",), "mrpc"
 _MOST_SIMILAR = 5.0
 
 
-class TextTaskOptions(TaskOptions):
+class TextTaskOptions(LabelOptions):
     """Text classification or regression."""
 
+    record = TextRecord
     kind: Literal["text"] = "text"
     glue: GlueName | None = Field(default=None, description="GLUE task, read from its zip or from datasets")
-    columns: dict[str, str] = Field(default={}, description="renamed columns: {text: sentence1, text2: sentence2}")
     regression: bool = Field(default=False, description="predict numbers, as in stsb")
-    labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
     pairs: bool = Field(default=False, description="texts are pairs; detected from the training files")
     max_tokens: int = Field(default=128, ge=6, description="with special tokens; truncates the longer text of a pair")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        check_columns(self.columns, TextRecord)
         if self.glue is not None and self.columns:
             raise ValueError(f"the columns of glue={self.glue} are known; leave columns out")
         if self.regression and self.labels:
             raise ValueError("a regression has no classes; leave labels out")
         return self
 
-    def rows(
-        self, paths: Sequence[Path], split: str, columns: Mapping[str, str] | None = None
-    ) -> list[AnnotationRows[Any]]:
-        """Rows of files, or of a split in folders; `columns` overrides the option."""
-        columns = self.columns if columns is None else columns
+    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
+        """Rows of files, or of a split in folders."""
         return [*text_rows(paths, glue=self.glue, split=split, columns=columns, scores=self.regression)]
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """Options with class names and whether texts are pairs."""
         classes = None if self.glue is None else GLUE[self.glue].classes
         regression = self.regression or (self.glue is not None and classes is None)
-        rows = self.rows(train, "train")
+        rows = self.read(train, "train", self.columns)
         elements = (element for each in rows for element in each.elements if isinstance(element, dict))
         changes: dict[str, Any] = {"regression": regression}
         changes["pairs"] = self.pairs or any(element.get("text2") not in (None, "") for element in elements)
@@ -97,12 +101,12 @@ class LabelledTexts(TensorBatch):
 AnyTextRecord = TextRecord | TextScoreRecord
 
 
-class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
+@register
+class TextTask(LabelTask[TextTaskOptions, LabelledText, LabelledTexts]):
     """Text classification; see `xfm_fast.tasks.classification`. Texts are not cleaned like captions."""
 
+    Options = TextTaskOptions
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
-    large_lr = ("cls_head",)
-    drop_last = False
 
     def prepare(self) -> None:
         self.check_length(self.options.max_tokens)
@@ -110,18 +114,8 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
     def build(self) -> ClassificationModel:
         return ClassificationModel(self.config, len(self.options.labels) or 1, modality="text")
 
-    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
-        return self.options.rows(paths, "train")
-
-    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
-        try:
-            return self.options.rows(paths, split)
-        except DataError:
-            # A file to predict for may lack the column of labels, even where it is called otherwise.
-            columns = {field: column for field, column in self.options.columns.items() if field != "label"}
-            if columns == self.options.columns:
-                raise
-            return self.options.rows(paths, split, columns)
+    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
+        return self.options.read(paths, split, columns)
 
     def records(self, paths: Sequence[Path], split: str) -> list[Any]:
         records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
@@ -129,7 +123,7 @@ class TextTask(Task[TextTaskOptions, Any, LabelledText, LabelledTexts]):
         return records
 
     def _have_truth(self, records: Sequence[AnyTextRecord]) -> bool:
-        return have_truth(records, None if self.options.regression else self.options.labels)
+        return self.has_truth(records, any_label=self.options.regression)
 
     def _ids(self, record: AnyTextRecord) -> list[int]:
         if record.text2 is not None:

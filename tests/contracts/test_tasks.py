@@ -1,4 +1,4 @@
-"""What every task promises: predictions, requests, official weights, and its tiny twin from files to answers."""
+"""What every task promises, from files to answers; a task of one file, registered from outside the package, too."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 import xfm_fast
+from tests.contracts import toy_task
 from tests.finetuning.conftest import Make
+from tests.finetuning.conftest import pretrained as pretrained
+from tests.finetuning.conftest import recipe as recipe
+from tests.finetuning.conftest import world as world
 from tests.finetuning.test_run import process
 from tests.training.small_runs import in_processes
 from xfm_fast.checkpoint import to_official
-from xfm_fast.errors import InputError
-from xfm_fast.finetuning.kinds import TASKS
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.recipe import load_finetune_recipe
-from xfm_fast.finetuning.run import evaluate, load_weights, open_task
+from xfm_fast.finetuning.run import evaluate, finetune, load_weights, open_task
 from xfm_fast.reproduce.downstream import TWINS
+from xfm_fast.tasks.checking import Options, check
+from xfm_fast.tasks.task import TASKS, explanation
 from xfm_fast.training.recipe import FINETUNING, read_recipe, recipe_names
 
+KINDS = [kind for kind in TASKS if kind != toy_task.LikenessOptions().kind]
 NAMES = [name for name in recipe_names(FINETUNING) if name.endswith("_tiny_shapes")]
 IMAGES = "images/test/000001.png", "images/test/000002.png"
 
@@ -72,9 +80,9 @@ def _close(a: Any, b: Any) -> bool:
 
 
 def test_every_task_has_a_twin_and_a_place_in_the_study() -> None:
-    assert {read_recipe(name, FINETUNING)["task"]["kind"] for name in NAMES} == TASKS.keys() - {"weak_grounding"}
+    assert {read_recipe(name, FINETUNING)["task"]["kind"] for name in NAMES} == {*KINDS} - {"weak_grounding"}
     assert {twin.recipe for twin in TWINS} == set(NAMES)
-    assert TASKS.keys() - {"weak_grounding"} == CASES.keys()
+    assert {*KINDS} - {"weak_grounding"} == CASES.keys()
 
 
 @each_task
@@ -129,3 +137,58 @@ def test_a_few_steps(name: str, world: Path, pretrained: Path, tmp_path: Path) -
     rows = xfm_fast.load(folder).predict([world / image for image in case.images], case.texts)
     assert len(rows) == 1
     assert json.loads(json.dumps(rows)) == rows
+
+
+@each_task
+def test_a_batch_is_learnt(kind: str, recipe: Make) -> None:
+    made = recipe(kind, CASES[kind].files, task=CASES[kind].options, model={"hidden_dropout": 0, "drop_path_rate": 0})
+    task, rng = open_task(made), np.random.default_rng(0)
+    torch.manual_seed(0)
+    model, (rows, *_) = task.build().train(), task.rows(made.paths_of("train"))
+    batch = task.collate([task.item(rows.read(row), rng) for row in (0, 4, 8, 12)], rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        torch.manual_seed(0)
+        loss = torch.stack([*task.losses_of(model, batch).values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert min(losses) < 0.7 * losses[0]
+
+
+def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
+    """One file of 80 lines is fine-tuned, resumed, evaluated, asked, checked and exported."""
+    for split in ("train", "val", "test"):
+        elements = json.loads((world / f"retrieval_{split}.json").read_text())
+        captions = [each["caption"] if isinstance(each["caption"], str) else each["caption"][0] for each in elements]
+        rows = [{"image": each["image"], "caption": text, "likeness": 0.9}
+                for each, text in zip(elements, captions, strict=True)]  # fmt: skip
+        (tmp_path / f"likeness_{split}.json").write_text(json.dumps(rows[:24]))
+    files = str(tmp_path / "likeness_{}.json")
+    data = {"root": str(world), "images": str(world), "train": files.format("train"),
+            "splits": {split: files.format(split) for split in ("val", "test")}}  # fmt: skip
+    made = recipe("likeness", "", epochs=1, data=data, choose={"by": "closeness", "split": "val"})
+    result = finetune(made)
+    assert finetune(made).metrics == result.metrics
+    assert result.metrics["test"]["closeness"] > 50
+    run = Path(made.checkpoint.folder)
+    assert evaluate(made, run, "test", tmp_path / "again") == pytest.approx(result.metrics["test"], abs=1e-6)
+    request = [world / IMAGES[0]], ["a red circle"]
+    predictor = xfm_fast.load(run)
+    (row,) = predictor.predict(*request)
+    assert row["likeness"] > 0.5
+    with pytest.raises(InputError, match="2 texts"):
+        predictor.predict(request[0], ["a", "b"])
+    with pytest.raises(ConfigError, match=r"task\.augmnt .*augment"):
+        recipe("likeness", "", data=data, task={"augmnt": True})
+    options = Options(config=XFMConfig.preset("tiny", image_size=32, patch_size=8), image_root=world)
+    report = check([files.format("train")], "likeness", options)
+    assert (report.ok, report.rows, report.texts) == (True, 24, 24)
+    pytest.importorskip("onnxruntime", reason="exports are run by it")
+    from xfm_fast.export import export_onnx
+
+    model: Any = predictor.model
+    export_onnx(model, tmp_path / "out", graphs=("vision", "text"), companions=explanation(predictor.task))
+    assert xfm_fast.load(tmp_path / "out").predict(*request)[0] == pytest.approx(row, abs=1e-4)

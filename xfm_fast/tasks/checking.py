@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain
@@ -18,13 +18,7 @@ import numpy as np
 from PIL import Image
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import (
-    AnnotationRows,
-    CaptioningTestRecord,
-    GroundingRecord,
-    RetrievalTestRecord,
-    parse_annotation,
-)
+from xfm_fast.data.annotations import AnnotationRows, image_names, parse_annotation
 from xfm_fast.data.images import (
     decode_pixels,
     image_source,
@@ -38,20 +32,11 @@ from xfm_fast.data.options import STREAM_KINDS, AnyStreamOptions, ImageOptions, 
 from xfm_fast.data.order import item_generator
 from xfm_fast.data.records import RecordSet, Rows, image_at, open_records
 from xfm_fast.data.regions import every_region_text
-from xfm_fast.data.task_files import captioning_rows, grounding_rows, nlvr2_rows, retrieval_rows, vqa_rows
 from xfm_fast.data.texts import IDS_KEY, clean_text, every_text, text_of
 from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import DataError
+from xfm_fast.tasks.task import TASKS
 from xfm_fast.tokenizer import CaptionTokenizer
-
-_ANNOTATIONS: dict[str, Callable[[Any], Sequence[AnnotationRows[Any]]]] = {
-    "retrieval": lambda data: retrieval_rows(data, split="all"),
-    "vqa": vqa_rows,
-    "nlvr2": nlvr2_rows,
-    "grounding": grounding_rows,
-    "captioning": lambda data: captioning_rows(data, split="all"),
-}
-TASKS = (*STREAM_KINDS, *_ANNOTATIONS)
 
 _FINETUNING = TextOptions(max_tokens=40)
 # Number of rows to time like a training worker.
@@ -89,19 +74,25 @@ class Options:
         return made(**{name: getattr(self, name) for name in names if name in made.model_fields})
 
 
+def checkable_tasks() -> list[str]:
+    """Stream kinds of pretraining, and tasks with a file format to check."""
+    return [*STREAM_KINDS, *(kind for kind, task in TASKS.items() if task.check_rows is not None)]
+
+
 def check(
     data: Any, task: str, options: Options, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Report:
     """Read and count every row as `task` would, decoding every image; `progress` receives (rows done, total)."""
-    if task not in TASKS:
-        raise DataError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+    if task not in (known := checkable_tasks()):
+        raise DataError(f"task {task!r} is unknown; choose one of {', '.join(known)}")
     report = Report(task, tolerate_bad=options.tolerate_bad, batch_size=options.batch_size)
     if task in STREAM_KINDS:
         records = open_records(data, **options.stream(task).record_keys)
         reader: _Reader = _StreamReader(report, options)
     else:
-        records = RecordSet(_ANNOTATIONS[task](data))
-        reader = _AnnotationReader(report, options)
+        read = TASKS[task].check_rows
+        assert read is not None
+        records, reader = RecordSet(read(data)), _AnnotationReader(report, options)
     digests = array("Q")
     done = 0
     for rows in records.files:
@@ -256,7 +247,7 @@ class _AnnotationReader(_Reader):
 
     def __init__(self, report: Report, options: Options) -> None:
         super().__init__(report, options)
-        self.row_bytes = (1 + (report.task == "nlvr2")) * 3 * options.config.image_size**2 * _FLOAT + 2 * 8 * 40
+        self.row_bytes = 2 * 8 * 40
         self._transform = finetuning_transform(options.config.image_size)
         self._generator = item_generator(0, 0, 0, 0)
 
@@ -265,25 +256,21 @@ class _AnnotationReader(_Reader):
         element = rows.elements[row]
         # Evaluation files list all captions of an image.
         several = isinstance(element, dict) and isinstance(element.get("caption"), list)
-        kinds = {"retrieval": RetrievalTestRecord, "captioning": CaptioningTestRecord}
-        if several and self.report.task in kinds:
-            return parse_annotation(element, kinds[self.report.task])
-        return rows.read(row)
+        kind = TASKS[self.report.task].test_record
+        return parse_annotation(element, kind) if several and kind is not None else rows.read(row)
 
     def item(self, record: Any, file: Path) -> None:
-        for name in getattr(record, "images", None) or [record.image]:
-            place = (self.options.image_root or file.parent) / name
+        for image in image_names([record]):
+            place = (self.options.image_root or file.parent) / image
             self._transform(decode_pixels(image_at(place), str(place)), self._generator)
 
     def inspect(self, record: Any, file: Path) -> None:
+        images = [*image_names([record])]
+        sizes = [self.count_image(image_at((self.options.image_root or file.parent) / image)) for image in images]
+        self.row_bytes = max(self.row_bytes, len(images) * 3 * self.options.config.image_size**2 * _FLOAT + 2 * 8 * 40)
         element = record.model_dump()
-        sizes = [
-            self.count_image(image_at((self.options.image_root or file.parent) / name))
-            for name in element.get("images") or [element["image"]]
-        ]
-        if element.get("bbox") is not None:
-            width, height = sizes[0]
-            parse_annotation({**element, "width": width, "height": height}, GroundingRecord)
+        if {"width", "height"} <= element.keys():
+            parse_annotation({**element, "width": sizes[0][0], "height": sizes[0][1]}, type(record))
         texts = next(element[name] for name in ("caption", "question", "sentence", "text") if name in element)
         for text in (texts,) if isinstance(texts, str) else texts or ():
             self.count_text(text, _FINETUNING)

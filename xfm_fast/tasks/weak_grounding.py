@@ -15,21 +15,22 @@ from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.batches import PairBatch
-from xfm_fast.data.annotations import AnnotationRows, GroundingRecord, RetrievalRecord, check_images
+from xfm_fast.data.annotations import AnnotationRows, RetrievalRecord, check_images
 from xfm_fast.data.images import image_size
-from xfm_fast.data.task_files import grounding_rows
 from xfm_fast.errors import DataError, InputError
-from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.grounding import (
+from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.grounding import (
+    GroundingRecord,
     GroundingTask,
     check_boxes,
     expressions_of,
     grounding_metric_names,
     grounding_metrics,
+    grounding_rows,
 )
-from xfm_fast.finetuning.retrieval import Captioned, RetrievalOptions, RetrievalTask
-from xfm_fast.finetuning.task import Task, TaskOptions, group_by_image
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
+from xfm_fast.tasks.retrieval import Captioned, RetrievalOptions, RetrievalTask
+from xfm_fast.tasks.task import Task, TaskOptions, group_by_image, register, unique_images
 from xfm_fast.tasks.task_model import TaskModel
 
 
@@ -60,12 +61,14 @@ class _WholeImages(RetrievalTask):
     crop = None
 
 
+@register
 class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, PairBatch]):
     """Splits list expression files as in grounding, plus a JSON file of detections.
 
     Detections name an image by path, file name or COCO id.
     """
 
+    Options, Session = WeakGroundingOptions, None
     metrics = GroundingTask.metrics
     takes_weights_of = ("retrieval",)
     losses = ("itc", "itm")
@@ -115,16 +118,16 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
 
     def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:
         """Rows of `bbox`: the selected detection, (x, y, w, h) in pixels."""
-        number = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
-        pixels = torch.stack([self.pixels(image) for image in number]).to(model.device)
-        index = torch.tensor([number[record.image] for record in records], device=model.device)
+        images, places = unique_images(records)
+        pixels = torch.stack([self.pixels(image) for image in images]).to(model.device)
+        index = torch.tensor(places, device=model.device)
         texts = [self.caption_ids(record.text, self.options.max_words) for record in records]
         ids, mask = (each.to(model.device) for each in self.padded(texts))
         # All tokens, `<s>` and `</s>` among them, as in the official code.
         heat = cross_attention_heatmap(
             model, pixels, ids, mask, layer=self.options.layer, tokens=mask, image_index=index
         ).cpu()
-        sizes = {image: image_size(self.images / image, official=self.official_pictures) for image in number}
+        sizes = {image: image_size(self.images / image, official=self.official_pictures) for image in images}
         return [
             {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
             for of_text, record in zip(heat, records, strict=True)

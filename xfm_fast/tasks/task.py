@@ -1,28 +1,33 @@
-"""Task interface: one subclass per task for training, evaluation and prediction.
+"""Tasks: the interface of training, evaluation and prediction, and the registry `TASKS`.
 
-Training: files → rows → items → batches → losses. Evaluation: records → groups → result rows → metrics. Prediction:
-requests → records → result rows.
+A task is one file: options, records, items, batches, losses, metrics, predictions and requests, and how an export
+answers. Training: files → rows → items → batches → losses. Evaluation: records → groups → result rows → metrics.
+Prediction: requests → records → result rows.
 """
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import numpy as np
+from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter, ValidationError
 from torch import Tensor
 
 from xfm_fast.batches import TensorBatch
+from xfm_fast.checkpoint.files import TASK_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
 from xfm_fast.data.images import decode_pixels, load_image
 from xfm_fast.data.records import Rows, image_at
-from xfm_fast.data.transforms import finetuning_transform
-from xfm_fast.errors import ConfigError, InputError
-from xfm_fast.finetuning.evaluation import Evaluation, Metrics, Row
+from xfm_fast.documents import read_json
+from xfm_fast.errors import CheckpointError, ConfigError, InputError
+from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 from xfm_fast.training.recipe_fields import Section
@@ -31,6 +36,12 @@ RecordT = TypeVar("RecordT", bound=Annotation)
 OptionsT = TypeVar("OptionsT", bound="TaskOptions")
 BatchT = TypeVar("BatchT", bound=TensorBatch)
 ItemT = TypeVar("ItemT")
+
+FORMAT_VERSION = 1
+
+
+class PlainSession:
+    """Adds no method to `xfm_fast.export.Session`: the task predicts by what models and sessions share."""
 
 
 class TaskOptions(Section):
@@ -45,17 +56,26 @@ class TaskOptions(Section):
     learns: ClassVar[bool] = True
     """False if `completed` needs no training files, so that evaluation works without them."""
 
+    @classmethod
+    def of_kind(cls, kind: object) -> type[TaskOptions] | None:
+        """Options of a registered task, for messages about a recipe."""
+        return TASKS[kind].Options if cls is TaskOptions and isinstance(kind, str) and kind in TASKS else None
+
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """Options completed from the training files; `root` is the folder of relative paths in options."""
         return self
 
 
 class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
-    """A task: model, data, losses and metrics.
+    """A task: model, data, losses and metrics. Subclasses enter the registry by `register`.
 
     `images` is the folder of relative image paths. `official_pictures` ignores EXIF orientation and transparency.
     """
 
+    Options: ClassVar[type[TaskOptions]]
+    """Section `task` of a recipe."""
+    Session: ClassVar[type | None] = PlainSession
+    """Methods that an export adds to `xfm_fast.export.Session` to answer; None if no export can."""
     reads_text: ClassVar[bool] = True
     metrics: ClassVar[tuple[str, ...]] = ()
     """Metrics that `score` may return and `choose.by` may name."""
@@ -69,6 +89,10 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     """Drop the last partial batch; the official loaders of image classification and GLUE keep it."""
     crop: ClassVar[tuple[float, float] | None] = (0.5, 1.0)
     """Range of the random crop's area fraction; None: whole image."""
+    check_rows: ClassVar[Callable[[Any], Sequence[AnnotationRows[Any]]] | None] = None
+    """Reader of all rows of files, for `xfm-fast data check`; None if there is no format to check."""
+    test_record: ClassVar[type[Annotation] | None] = None
+    """Record of an element with a list of captions, if that is another one than in training."""
 
     def __init__(
         self,
@@ -188,6 +212,8 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
     def augmented(self, image: str | Path, rng: np.random.Generator, *, may_flip: bool = True) -> Tensor:
         """Training view `[3, R, R]` of an image, or the whole image without augmentation."""
+        from xfm_fast.data.transforms import finetuning_transform
+
         if not getattr(self.options, "augment", True):
             return self.pixels(image)
         place = self.images / image
@@ -221,9 +247,102 @@ def group_by_image(records: Sequence[Any]) -> list[list[int]]:
     return [*of_image.values()]
 
 
+def unique_images(records: Sequence[Any]) -> tuple[list[str], list[int]]:
+    """Distinct images of records in order, and the index of each record's image."""
+    places = {image: place for place, image in enumerate(dict.fromkeys(record.image for record in records))}
+    return [*places], [places[record.image] for record in records]
+
+
 def require_inputs(images: Sequence[Path], texts: Sequence[str], what: str, *, ok: bool) -> None:
     """Raise `InputError` for a blank text, or unless `ok`; `what` names the required input."""
     if not ok:
         raise InputError(f"{len(images)} images and {len(texts)} texts were given; this model needs {what}")
     if blank := [number for number, text in enumerate(texts) if not text.strip()]:
         raise InputError(f"text {blank[0]} of {len(texts)} is blank; this model needs {what}")
+
+
+AnyTaskType = type[Task[Any, Any, Any, Any]]
+T = TypeVar("T", bound=AnyTaskType)
+
+
+class Registry(Mapping[str, AnyTaskType]):
+    """Tasks by kind; built-in ones are imported on first use."""
+
+    def __init__(self, *kinds: str) -> None:
+        self._tasks: dict[str, AnyTaskType | None] = dict.fromkeys(kinds)
+
+    def __getitem__(self, kind: str) -> AnyTaskType:
+        if self._tasks[kind] is None:
+            import_module(f"xfm_fast.tasks.{kind}")
+        task = self._tasks[kind]
+        assert task is not None
+        return task
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def add(self, task: T) -> T:
+        """Class decorator that enters a task under the `kind` of its options."""
+        self._tasks[task.Options.model_fields["kind"].default] = task
+        return task
+
+
+TASKS = Registry("captioning", "grounding", "image", "nlvr2", "retrieval", "text", "vqa", "weak_grounding")
+register = TASKS.add
+
+
+def _parse_options(value: Any) -> TaskOptions:
+    if isinstance(value, TaskOptions):
+        return value
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    options = TaskOptions.of_kind(kind)
+    if options is None:
+        raise ValueError(f"kind={kind!r} is no task; choose one of {', '.join(TASKS)}")
+    try:
+        return options.model_validate(value)
+    except ValidationError as error:
+        # As for a tagged union, the place of a fault begins with the kind.
+        faults: Any = [{**each, "loc": (kind, *each["loc"])} for each in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data("task", faults) from None
+
+
+AnyTask = Annotated[SerializeAsAny[TaskOptions], BeforeValidator(_parse_options)]
+"""The section `task` of a recipe, discriminated by `kind`."""
+
+
+def explanation(task: Task[Any, Any, Any, Any], options: TaskOptions | None = None) -> dict[str, bytes]:
+    """Metadata files to save with the weights, optionally with other options."""
+    document = {"format": FORMAT_VERSION, "task": (options or task.options).model_dump(mode="json")}
+    files = {TASK_FILE: (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()}
+    return files | ({TOKENIZER_FILE: task.tokenizer.to_json().encode()} if task.reads_text else {})
+
+
+def task_of(folder: Path) -> TaskOptions | None:
+    """Task of a folder of weights; None for a pretrained model."""
+    path = folder / TASK_FILE
+    try:
+        content = read_json(path)
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT_VERSION:
+            version = content.get("format") if isinstance(content, Mapping) else None
+            raise CheckpointError(f"{path} has format {version!r}; this version reads {FORMAT_VERSION}")
+        return TypeAdapter(AnyTask).validate_python(content.get("task"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} does not describe a task ({reason}); copy the folder again") from None
+
+
+def make_task(
+    options: TaskOptions,
+    config: XFMConfig,
+    tokenizer: CaptionTokenizer | None,
+    images: Path = Path(),
+    *,
+    official_pictures: bool = False,
+) -> Task[Any, Any, Any, Any]:
+    """Create the task of completed options."""
+    return TASKS[options.kind](options, config, tokenizer, images=images, official_pictures=official_pictures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.batches import TensorBatch
@@ -28,10 +28,17 @@ from xfm_fast.data.transforms import (
     probe_training_transform,
 )
 from xfm_fast.errors import ConfigError, DataError, needs
-from xfm_fast.finetuning.classes import check_columns, class_names, class_number, class_rows, have_truth
-from xfm_fast.finetuning.evaluation import Metrics, Row
-from xfm_fast.finetuning.task import Task, TaskOptions, require_inputs
-from xfm_fast.tasks.classification import ClassificationModel, HeadKind
+from xfm_fast.tasks.classification import (
+    ClassificationModel,
+    HeadKind,
+    LabelOptions,
+    LabelTask,
+    class_names,
+    class_number,
+    class_rows,
+)
+from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.task import register, require_inputs
 
 with needs("vision"):
     from torchvision import datasets
@@ -40,9 +47,10 @@ with needs("vision"):
 _TRAINED_SHARE = 0.8
 
 
-class ImageTaskOptions(TaskOptions):
+class ImageTaskOptions(LabelOptions):
     """Image classification."""
 
+    record = ImageLabelRecord
     kind: Literal["image"] = "image"
     dataset: str | None = Field(
         default=None,
@@ -50,8 +58,6 @@ class ImageTaskOptions(TaskOptions):
         "named by the dataset: {test: cifar}",
     )
     train_split: str = Field(default="train", description="torchvision split, e.g. trainval of OxfordIIITPet")
-    columns: dict[str, str] = Field(default={}, description="renamed table columns: {image: file}")
-    labels: tuple[str, ...] = Field(default=(), description="classes; default: sorted classes of the training files")
     view: Literal["imagenet", "probe", "whole"] = Field(
         default="imagenet",
         description="imagenet: crop, flip, RandAugment, erasing, and a centre crop to evaluate; probe: crop, flip; "
@@ -65,11 +71,6 @@ class ImageTaskOptions(TaskOptions):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0, description="alpha of Mixup; 0 for none")
     cutmix: float = Field(default=0.0, ge=0, description="alpha of CutMix; with mixup each is used in half the batches")
-
-    @model_validator(mode="after")
-    def _columns_exist(self) -> Self:
-        check_columns(self.columns, ImageLabelRecord)
-        return self
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
         """Options with class names."""
@@ -103,13 +104,13 @@ class TorchvisionRecord(ImageLabelRecord):
     number: int
 
 
-class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, LabelledImages]):
+@register
+class ImageTask(LabelTask[ImageTaskOptions, LabelledImage, LabelledImages]):
     """Image classification; see `xfm_fast.tasks.classification`."""
 
+    Options = ImageTaskOptions
     metrics = ("top1", "top5")
     reads_text = False
-    large_lr = ("cls_head",)
-    drop_last = False
 
     def prepare(self) -> None:
         options, config = self.options, self.config
@@ -137,22 +138,13 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
             self.config, len(options.labels), modality="image", head=options.head, frozen=options.frozen
         )
 
-    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
-        if self.options.dataset is not None:
-            return self._torchvision_rows(paths, self.options.train_split)
-        return [*image_rows(paths, columns=self.options.columns)]
-
-    def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
+    def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
         if self.options.dataset is not None:
             return self._torchvision_rows(paths, split)
-        try:
-            return self.rows(paths)
-        except DataError:
-            # A file to predict for may lack the column of labels, even where it is called otherwise.
-            columns = {field: column for field, column in self.options.columns.items() if field != "label"}
-            if columns == self.options.columns:
-                raise
-            return [*image_rows(paths, columns=columns)]
+        return [*image_rows(paths, columns=columns)]
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
+        return self.read(paths, self.options.train_split, self.options.columns)
 
     def _torchvision_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
         rows: list[AnnotationRows[Any]] = []
@@ -176,7 +168,7 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
     def records(self, paths: Sequence[Path], split: str) -> list[ImageLabelRecord]:
         records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
         check_images([record for record in records if not isinstance(record, TorchvisionRecord)], self.images)
-        have_truth(records, self.options.labels)
+        self.has_truth(records)
         return records
 
     def item(self, record: ImageLabelRecord, rng: np.random.Generator) -> LabelledImage:
@@ -219,10 +211,10 @@ class ImageTask(Task[ImageTaskOptions, ImageLabelRecord, LabelledImage, Labelled
         return class_rows(model.logits(pixels.to(model.device)), self.options.labels)
 
     def metrics_of(self, records: Sequence[ImageLabelRecord]) -> Collection[str]:
-        return self.metrics if have_truth(records, self.options.labels) else ()
+        return self.metrics if self.has_truth(records) else ()
 
     def score(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> Metrics:
-        if not have_truth(records, self.options.labels):
+        if not self.has_truth(records):
             return {}
         pairs = [*zip(rows, records, strict=True)]
         first = sum(row["answer"] == record.label for row, record in pairs)

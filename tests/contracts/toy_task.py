@@ -1,0 +1,81 @@
+"""A task from outside the package: how well does a caption fit an image, by the cosine of their features?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Text, as_rows, read_array
+from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.task import PairInput, Task, TaskOptions, register, require_inputs
+from xfm_fast.tasks.task_model import TaskModel
+
+
+class LikenessRecord(Annotation):
+    image: Text
+    caption: Text
+    likeness: float | None = None
+
+
+class LikenessOptions(TaskOptions):
+    kind: Literal["likeness"] = "likeness"
+    augment: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikenessBatch(PairInput):
+    targets: Tensor
+
+
+def likeness_rows(paths: Sequence[Path]) -> list[AnnotationRows[LikenessRecord]]:
+    return as_rows([Elements(str(path), read_array(path)) for path in paths], LikenessRecord)
+
+
+def cosine(model: Any, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    images, texts = model.encode_image(image), model.encode_text(ids, mask)
+    return (model.project_image(images) * model.project_text(texts)).sum(-1)
+
+
+@register
+class LikenessTask(Task[LikenessOptions, LikenessRecord, Any, LikenessBatch]):
+    Options = LikenessOptions
+    metrics = ("closeness",)
+    check_rows = staticmethod(likeness_rows)
+
+    def build(self) -> TaskModel:
+        return TaskModel(self.config, heads=("contrastive",))
+
+    def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[LikenessRecord]]:
+        return likeness_rows(paths)
+
+    def item(self, record: LikenessRecord, rng: np.random.Generator) -> tuple[Tensor, list[int], float]:
+        return self.augmented(record.image, rng), self.caption_ids(record.caption, 30), record.likeness or 0.0
+
+    def collate(self, items: list[Any], rng: np.random.Generator) -> LikenessBatch:
+        images, texts, targets = zip(*items, strict=True)
+        ids, mask = self.padded(texts)
+        image = torch.stack(images)
+        return LikenessBatch(image=image, input_ids=ids, attention_mask=mask, targets=torch.tensor(targets))
+
+    def losses_of(self, model: Any, batch: LikenessBatch) -> dict[str, Tensor]:
+        return {"loss": F.mse_loss(cosine(model, batch.image, batch.input_ids, batch.attention_mask), batch.targets)}
+
+    def predict(self, model: Any, records: Sequence[LikenessRecord]) -> list[Row]:
+        ids, mask = self.padded([self.caption_ids(record.caption, 30) for record in records])
+        pixels = torch.stack([self.pixels(record.image) for record in records])
+        return [{"likeness": value} for value in cosine(model, pixels, ids, mask).tolist()]
+
+    def score(self, rows: Sequence[Row], records: Sequence[LikenessRecord]) -> Metrics:
+        errors = [abs(row["likeness"] - (record.likeness or 0)) for row, record in zip(rows, records, strict=True)]
+        return {"closeness": 100 - 100 * sum(errors) / len(errors)}
+
+    def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[LikenessRecord]:
+        require_inputs(images, texts, "an image and a caption", ok=len(images) == len(texts) == 1)
+        return [LikenessRecord(image=str(images[0]), caption=texts[0])]

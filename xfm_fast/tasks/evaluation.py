@@ -1,0 +1,156 @@
+"""Distributed, resumable evaluation of a split.
+
+Records are split into batches independently of the number of processes; each process computes some of them and appends
+the results to its own journal. So rows and metrics are the same for any number of processes, and a killed evaluation
+resumes. All processes need access to the journal folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xfm_fast.checkpoint import hold, write_bytes
+from xfm_fast.errors import DataError, StorageError
+from xfm_fast.models.processor import evaluating
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.journal import Journal, checksum, read_journal
+from xfm_fast.training.distributed import Processes
+
+if TYPE_CHECKING:
+    from xfm_fast.tasks.task import Task
+
+METRICS_FILE = "metrics.json"
+
+Row = dict[str, Any]
+"""A result as a JSON object."""
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Settings of an evaluation."""
+
+    folder: Path  # output folder, which also holds the journals
+    processes: Processes = field(default_factory=Processes)  # process group that shares the work
+    batch_size: int = 64  # minimum records per batch; batches contain whole groups
+    # autocast context of predictions
+    autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast("cpu", enabled=False)
+    progress: Callable[[int, int], None] = lambda done, of: None  # called with (records done by this process, total)
+
+    def run(self, task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any]) -> Metrics:
+        """Evaluate a split, write metrics and task files to the folder, and return the metrics on every process.
+
+        The model runs in evaluation mode, and its mode is restored.
+        """
+        if not records:
+            raise DataError("the split holds no records; a metric needs at least one")
+        with evaluating(model), self.autocast():
+            metrics, files = task.evaluate(model, records, self)
+
+        def save() -> Metrics:
+            summary = {"metrics": metrics, "records": len(records), "task": task.options.kind}
+            content = {**files, METRICS_FILE: (json.dumps(summary, indent=1) + "\n").encode()}
+            self.make_folder()
+            write_bytes({self.folder / name: data for name, data in content.items()})
+            for journal in self.folder.glob("rows-*"):
+                with suppress(OSError):
+                    journal.unlink()
+            return metrics
+
+        return self.processes.from_first(save)
+
+    def make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"folder {self.folder} cannot be made ({error.strerror or error}); choose another"
+            ) from error
+
+    def rows(self, task: Task[Any, Any, Any, Any], model: Any, records: Sequence[Any]) -> list[Row]:
+        """Rows of all records on the first process, empty on the others."""
+        batches: list[list[int]] = []
+        for group in task.groups(records):
+            if not batches or len(batches[-1]) >= self.batch_size:
+                batches.append([])
+            batches[-1] += group
+
+        def predict(batch: int) -> list[Row]:
+            return task.predict(model, [records[place] for place in batches[batch]])
+
+        identity = fingerprint(task, model, records, self.batch_size)
+        found = self.compute(identity, [len(batch) for batch in batches], predict)
+        rows: list[Row] = [{} for _ in records] if found else []
+        for number, of_batch in found.items():
+            for place, row in zip(batches[number], of_batch, strict=True):
+                rows[place] = row
+        return rows
+
+    def compute(
+        self, identity: str, sizes: Sequence[int], results_of: Callable[[int], list[Any]]
+    ) -> dict[int, list[Any]]:
+        """Results of every batch as JSON values, on the first process; `sizes` are records per batch. Collective.
+
+        Batches in journals with the same `identity` are not computed again.
+        """
+        with ExitStack() as stack:
+            done = self.processes.from_first(lambda: {*self._begin(identity, stack)})
+            path = self.folder / f"rows-{self.processes.rank:05d}.jsonl"
+            todo = [number for number in range(len(sizes)) if number not in done]
+
+            def work() -> None:
+                finished = 0
+                with Journal(path, identity) as journal:
+                    for number in todo[self.processes.rank :: self.processes.world_size]:
+                        journal.append([number, results_of(number)])
+                        finished += sizes[number]
+                        self.progress(finished * self.processes.world_size, sum(sizes))
+
+            self.processes.together(work)
+            return self._read(identity) if self.processes.first else {}
+
+    def _begin(self, identity: str, stack: ExitStack) -> dict[int, list[Any]]:
+        """Results in journals with the same identity; other journals are deleted."""
+        self.make_folder()
+        stack.enter_context(hold(self.folder / ".lock", f"the evaluation in {self.folder}"))
+        for path in self.folder.glob("rows-*.jsonl"):
+            if read_journal(path)[0] != identity:
+                delete(path)
+        return self._read(identity)
+
+    def _read(self, identity: str) -> dict[int, list[Any]]:
+        journals = [read_journal(path) for path in sorted(self.folder.glob("rows-*.jsonl"))]
+        return {batch: rows for found, entries in journals if found == identity for batch, rows in entries}
+
+
+def delete(path: Path) -> None:
+    """Delete a file; failure raises `StorageError`."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be deleted ({error.strerror or error}); check its permissions") from error
+
+
+def fingerprint(task: Task[Any, Any, Any, Any], model: Any, records: Sequence[Any], batch_size: int) -> str:
+    """Digest of everything that determines the rows; `model` is an `XFM` or a `Session`."""
+    kind = model.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    pictures = "official" if task.official_pictures else "upright"
+    key = f"{task.options.model_dump_json()} {batch_size} {model.dtype} {precision} {pictures}"
+    digest = hashlib.sha256(key.encode())
+    if isinstance(model, XFM):
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {checksum(tensor):08x}".encode())
+    else:
+        digest.update(model.fingerprint().encode())
+    for record in records:
+        digest.update(record.model_dump_json().encode())
+    return digest.hexdigest()
