@@ -28,7 +28,6 @@ from xfm_fast.benchmarks.report.readme import pages, picture_is_stale, regenerat
 from xfm_fast.benchmarks.report.table import number, times
 from xfm_fast.cli.app import app
 from xfm_fast.errors import DataError
-from xfm_fast.reproduce.ablations import TITLES
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
@@ -306,19 +305,6 @@ def test_markers_that_do_not_pair_up_are_refused(tmp_path: Path) -> None:
     readme.write_text("<!-- bench:begin results.json -->\n| old |\n", encoding="utf-8")
     with pytest.raises(DataError, match="do not pair up"):
         regenerated(readme)
-
-
-def test_the_ablations_are_those_of_the_committed_study() -> None:
-    document = json.loads((ROOT / "benchmarks/results/ablations-tiny-shapes.json").read_text(encoding="utf-8"))
-    for variant, title in TITLES.items():
-        runs = [run for run in document["runs"] if run["variant"] == variant]
-        assert runs
-        cells = [
-            ", ".join(f"{run['metrics'][metric]:.0f}" for run in runs)
-            for metric in ("image_to_text_r1", "text_to_image_r1", "grounding")
-        ]
-        minutes = sum(run["cost"]["cpu_seconds"] for run in runs) / len(runs) / 60
-        assert f"| {title} | {len(runs)} | {' | '.join(cells)} | {minutes:.1f} |" in _text(ROOT / "docs/training.md")
 
 
 def test_the_downstream_table_is_that_of_the_committed_study() -> None:

@@ -224,7 +224,6 @@ def test_wrong_usage_is_one_line(path: tuple[str, ...]) -> None:
         (["inof"], '"info"'),
         (["exprot", "onnx"], '"export"'),
         (["data", "chek"], '"check"'),
-        (["reproduce", "ablation"], '"ablations"'),
         (["info", "--jsom"], "--json"),
         (["data", "shapes", "out", "--trian", "3"], "--train"),
         (["tune", "--dtype", "fp61"], '"fp16"'),
@@ -418,7 +417,7 @@ def test_bars_take_turns_and_the_first_process_has_them(tmp_path: Path, monkeypa
     assert other.getvalue() == ""
 
 
-@pytest.mark.parametrize("group", [[], ["data"], ["reproduce"], ["export"]])
+@pytest.mark.parametrize("group", [[], ["data"], ["export"]])
 def test_a_group_without_a_command_shows_what_there_is(group: list[str]) -> None:
     done = invoke(group)
     assert done.exit_code == 2
@@ -458,7 +457,7 @@ def test_completion_is_installed(shell: str, tmp_path: Path, monkeypatch: pytest
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "home").exists()
     text = script.read_text()
-    assert all(word in text for word in ("reproduce", "ablations", "tolerate-bad", "webdataset"))
+    assert all(word in text for word in ("reproduce", "claims", "tolerate-bad", "webdataset"))
     if shell == "bash":
         typed = "COMP_WORDS=(xfm-fast data convert --to ''); COMP_CWORD=4"
         ask = f"source {script}; {typed}; _xfm_fast; echo ${{COMPREPLY[*]}}"

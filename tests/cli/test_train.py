@@ -1,15 +1,13 @@
-"""`xfm-fast pretrain`, from recipe to model, and `reproduce ablations`: output, files, exit codes."""
+"""`xfm-fast pretrain`, from recipe to model: output, files, exit codes."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,9 +15,6 @@ from tests.cli.runner import invoke
 from tests.training.small_runs import ROOT
 from xfm_fast.cli.options import UNFINISHED
 from xfm_fast.models.xfm import XFM
-from xfm_fast.reproduce import ablations
-from xfm_fast.reproduce.ablations import VARIANTS, Run
-from xfm_fast.reproduce.evaluation import METRICS
 from xfm_fast.training.metrics import read_log
 
 RECIPE = """
@@ -180,38 +175,3 @@ def test_signal_has_an_exit_code_of_its_own(recipe: Path, tmp_path: Path) -> Non
     _, told = process.communicate(timeout=60)
     assert process.returncode == UNFINISHED, told
     assert "stopped after step" in told
-
-
-@pytest.fixture
-def pretended_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pretend(variant: str, seed: int, recipe: Any) -> Run | None:
-        if variant == "neither" and seed == 1:
-            return None
-        return Run(variant, seed, dict.fromkeys(METRICS, 70.0 + seed), {"steps": 1, "seconds": 1, "cpu_seconds": 60})
-
-    monkeypatch.setattr(ablations, "_train", pretend)
-
-
-def test_a_finished_study(pretended_runs: None, tmp_path: Path) -> None:
-    result = invoke(["reproduce", "ablations", "--seeds", "1", "--variants", "full, neither", "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    assert "full method" in result.output
-    assert "neither confirms nor refutes" in " ".join(result.output.split())
-    content = json.loads((tmp_path / "ablations.json").read_text())
-    assert [run["variant"] for run in content["runs"]] == ["full", "neither"]
-
-
-def test_a_stopped_study_keeps_what_is_finished(pretended_runs: None, tmp_path: Path) -> None:
-    result = invoke(["reproduce", "ablations", "--seeds", "2", "--out", str(tmp_path)])
-    assert result.exit_code == UNFINISHED
-    assert "1 runs are missing" in result.output
-    content = json.loads((tmp_path / "ablations.json").read_text())
-    assert len(content["runs"]) == 2 * len(VARIANTS) - 1
-    assert content["missing"] == [{"variant": "neither", "seed": 1}]
-
-
-def test_an_unknown_variant_is_refused(pretended_runs: None, tmp_path: Path) -> None:
-    result = invoke(["reproduce", "ablations", "--variants", "half", "--out", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "variant half is unknown" in result.stderr
-    assert not list(tmp_path.iterdir())

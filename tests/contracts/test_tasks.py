@@ -23,7 +23,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import evaluate, finetune, load_weights, open_task
-from xfm_fast.reproduce.downstream import TWINS
+from xfm_fast.reproduce.tasks import TWINS
 from xfm_fast.tasks.checking import Options, check
 from xfm_fast.tasks.task import TASKS, explanation
 from xfm_fast.training.recipe import FINETUNING, read_recipe, recipe_names

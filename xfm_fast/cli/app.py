@@ -99,11 +99,10 @@ app.command(serve.serve, group=SERVE)
 app.command(trial.trial, name="try", group=MEASURE)
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
-for command in (train.pretrain, finetune.finetune, finetune.evaluate, finetune.predict):
+for command in (train.pretrain, train.reproduce, finetune.finetune, finetune.evaluate, finetune.predict):
     app.command(command, group=TRAIN)
 for command in (search.index, search.search):
     app.command(command, group=SEARCH)
-app.command(train.reproduce)
 app.command(data.data)
 app.command(data.convert, group=DATA)
 

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from xfm_fast.cli.console import note
-from xfm_fast.cli.options import TRAIN, UNFINISHED, Flat, command_group
-
-if TYPE_CHECKING:
-    from xfm_fast.reproduce.ablations import Study
-
-reproduce = command_group("reproduce", group=TRAIN, help="Reproduce the paper's experiments in miniature.")
+from xfm_fast.cli.options import UNFINISHED, Flat
 
 
 @dataclass(frozen=True)
-class AblationOptions:
-    """The size of an ablation study.
+class StudyOptions:
+    """The size of a study.
 
     Attributes:
-        seeds: Runs of each variant; intervals need at least 2.
-        variants: full, no-stop-gradient, no-mim-guidance, neither, joined by commas; or all.
-        minutes: Start no run after this many minutes. [no limit]
-        out: Folder of the study; finished runs in it are reused.
+        seeds: Runs of each part. [downstream 1, claims 10]
+        jobs: Fine-tunings at a time. [one a core]
+        out: Folder of the study; finished runs in it are reused. [runs/STUDY]
     """
 
-    seeds: Annotated[int, Ge(1)] = 3
-    variants: tuple[str, ...] = ("all",)
-    minutes: Annotated[float | None, Ge(0)] = None
-    out: Path = Path("runs/ablations")
+    seeds: Annotated[int | None, Ge(1)] = None
+    jobs: Annotated[int | None, Ge(1)] = None
+    out: Path | None = None
 
 
 def pretrain(recipe: str, /, *overrides: str) -> int:
@@ -58,64 +51,33 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
     return 0
 
 
-@reproduce.command
-def ablations(*, options: Flat[AblationOptions] = AblationOptions()) -> int:
-    """Train tiny models on the shapes world with and without stop-gradient and MIM guidance, and compare them.
+def reproduce(
+    study: Literal["downstream", "claims"], /, *overrides: str, options: Flat[StudyOptions] = StudyOptions()
+) -> int:
+    """Reproduce the paper's experiments in miniature, on generated scenes; writes a page and a JSON.
 
-    Reports linear probes, zero-shot retrieval and grounding on held-out combinations, with intervals over seeds, and
-    writes ablations.md and .json. An interrupted study resumes, and finished runs are not repeated.
-    """
-    from xfm_fast.reproduce.ablations import VARIANTS, markdown, run_ablations, save
-
-    def keep(study: Study) -> None:
-        if study.runs:
-            save(study, options.out)
-            note(f"{len(study.runs)} runs finished, {len(study.missing)} to go")
-
-    variants = [*VARIANTS] if options.variants == ("all",) else options.variants
-    study = run_ablations(options.out, seeds=options.seeds, variants=variants, minutes=options.minutes, on_change=keep)
-    if study.runs:
-        print(markdown(study))
-        print("saved: " + ", ".join(str(path) for path in save(study, options.out)))
-    if study.missing:
-        note(f"{len(study.missing)} runs are missing; the same command resumes")
-        return UNFINISHED
-    return 0
-
-
-@dataclass(frozen=True)
-class DownstreamOptions:
-    """The size of a study of the downstream tasks.
-
-    Attributes:
-        seeds: Runs of each task.
-        jobs: Runs at a time. [one a core]
-        out: Folder of the study; finished runs in it are reused.
-    """
-
-    seeds: Annotated[int, Ge(1)] = 1
-    jobs: Annotated[int | None, Ge(1)] = None
-    out: Path = Path("runs/downstream")
-
-
-@reproduce.command
-def downstream(*overrides: str, options: Flat[DownstreamOptions] = DownstreamOptions()) -> int:
-    """Pretrain a tiny model on the shapes world and fine-tune it for every task of the paper.
-
-    Reports the metric of each task on new scenes, with combinations of colour and shape from training and with held-out
-    ones, next to a baseline without images. Finished runs are reused.
+    An interrupted study resumes, and finished runs are not repeated.
 
     Args:
-        overrides: key=value for the pretraining recipe, in place of the study's.
+        study: downstream fine-tunes a tiny model for every task; claims trains with and without stop-gradient and
+            MIM guidance, and measures what the language encoder forgets and what image features contain.
+        overrides: key=value for the pretraining recipe.
     """
-    from xfm_fast.reproduce.downstream import OVERRIDES, Table, markdown, run_downstream, save
+    from xfm_fast.reproduce import claims, save, tasks
 
-    def keep(table: Table) -> None:
-        save(table, options.out)
-        note(f"{len(table.missing)} runs to go")
+    out = options.out or Path("runs", study)
+    module: Any = claims if study == "claims" else tasks
 
-    told = overrides or OVERRIDES
-    result = run_downstream(options.out, seeds=options.seeds, jobs=options.jobs, pretraining=told, on_change=keep)
-    print(markdown(result))
-    print("saved: " + ", ".join(str(path) for path in save(result, options.out)))
-    return 0
+    def keep(results: dict[str, Any]) -> list[Path]:
+        note(f"{len(results['missing'])} runs to go")
+        return save(results, module.markdown(results), out, module.STEM)
+
+    if study == "claims":
+        results = claims.run_claims(out, seeds=options.seeds or 10, overrides=overrides, on_change=keep)
+    else:
+        results = tasks.run_tasks(
+            out, seeds=options.seeds or 1, jobs=options.jobs, overrides=overrides or tasks.OVERRIDES, on_change=keep
+        )
+    print(module.markdown(results))
+    print("saved: " + ", ".join(map(str, keep(results))))
+    return UNFINISHED if results["missing"] else 0

@@ -1,1 +1,35 @@
-"""The paper's experiments on tiny models and generated data."""
+"""The paper's experiments on tiny models and generated data: every task (`tasks`), and its two claims (`claims`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xfm_fast.checkpoint.files import write_bytes
+from xfm_fast.documents import read_json
+from xfm_fast.errors import XFMError
+
+Progress = Callable[[dict[str, Any]], None]
+"""Receives the results so far, in the form that `save` writes."""
+
+
+def check_same_study(out: Path, overrides: tuple[str, ...]) -> None:
+    """Record the overrides of a study in its folder; raise `XFMError` if it has others."""
+    path = out / "pretraining.json"
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_bytes({path: json.dumps(overrides).encode()})
+    elif (recorded := tuple(read_json(path))) != overrides:
+        raise XFMError(
+            f"{out} holds a study with the pretraining overrides {' '.join(recorded) or '(none)'}, not "
+            f"{' '.join(overrides) or '(none)'}; repeat these, or give another folder"
+        )
+
+
+def save(results: dict[str, Any], page: str, folder: Path, stem: str) -> list[Path]:
+    """Write results as `<stem>.md` and `<stem>.json` atomically."""
+    contents = {folder / f"{stem}.md": page, folder / f"{stem}.json": json.dumps(results, indent=1) + "\n"}
+    write_bytes({path: text.encode() for path, text in contents.items()})
+    return list(contents)

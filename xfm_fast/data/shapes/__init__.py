@@ -6,47 +6,19 @@ writes 10,000 training, 500 validation and 500 test scenes in the official forma
 split) for index in ...])` and `captions(scene)` give the same data in memory.
 """
 
-from xfm_fast.data.shapes.language import (
-    ANSWERS,
-    VOCABULARY,
-    CaptionFacts,
-    Fact,
-    Reference,
-    caption_facts,
-    captions,
-    entailments,
-    questions,
-    references,
-    statements,
-    true_shares,
-)
-from xfm_fast.data.shapes.rendering import pixel_box, render, render_batch
-from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SPLITS, Scene, Split, Thing, allowed_pairs, scene
-from xfm_fast.data.shapes.world import write_world
+from xfm_fast.data.shapes.language import VOCABULARY, captions, true_shares
+from xfm_fast.data.shapes.scenes import Scene, Split, render, render_batch, scene
+from xfm_fast.data.shapes.world import WORLD_FILE, write_world
 
 __all__ = [
-    "ANSWERS",
-    "CANVAS",
-    "HELD_OUT",
-    "SPLITS",
     "VOCABULARY",
-    "CaptionFacts",
-    "Fact",
-    "Reference",
+    "WORLD_FILE",
     "Scene",
     "Split",
-    "Thing",
-    "allowed_pairs",
-    "caption_facts",
     "captions",
-    "entailments",
-    "pixel_box",
-    "questions",
-    "references",
     "render",
     "render_batch",
     "scene",
-    "statements",
     "true_shares",
     "write_world",
 ]

@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,14 @@ from xfm_fast.data.files import new_folder
 from xfm_fast.data.shapes.language import (
     ANSWERS,
     VOCABULARY,
+    Reference,
     captions,
     entailments,
-    full,
     questions,
     references,
     statements,
 )
-from xfm_fast.data.shapes.rendering import pixel_box, render
-from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SHAPES, SPLITS, Scene, Split, scene
+from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SHAPES, SPLITS, Scene, Split, pixel_box, render, scene
 from xfm_fast.documents import read_json
 from xfm_fast.errors import DataError, StorageError
 
@@ -67,17 +66,17 @@ def write_world(
                 f"images[{split!r}]={count}: give a positive number for each split out of {', '.join(SPLITS)}"
             )
     counts: dict[Split, int] = {split: images[split] for split in SPLITS if split in images}
-    wanted = {"format": FORMAT_VERSION, "seed": seed, "resolution": resolution, "images": counts}
-    if (existing := _existing(folder, wanted)) is not None:
+    asked = {"format": FORMAT_VERSION, "seed": seed, "resolution": resolution, "images": counts}
+    if (existing := _existing(folder, asked)) is not None:
         return existing
     try:
         with new_folder(folder, f"world {folder}") as temporary:
             digests = {"answers.json": _write(temporary / "answers.json", _json_array(ANSWERS))}
             numbers: dict[str, int] = {}
             for split, count in counts.items():
-                for name, (lines, digest) in _write_split(temporary, seed, split, count, resolution).items():
-                    digests[name], numbers[name] = digest, lines
-            world = wanted | {
+                for name, (rows, data) in _split_files(temporary, seed, split, count, resolution).items():
+                    digests[name], numbers[name] = _write(temporary / name, data), rows
+            world = asked | {
                 "rows": numbers,
                 "vocabulary": list(VOCABULARY),
                 "answers": list(ANSWERS),
@@ -88,13 +87,13 @@ def write_world(
             _write(temporary / WORLD_FILE, (json.dumps(world, indent=1) + "\n").encode())
     except StorageError:
         # Another process may have written the same world meanwhile.
-        if (existing := _existing(folder, wanted)) is None:
+        if (existing := _existing(folder, asked)) is None:
             raise
         return existing
     return world
 
 
-def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def _existing(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """Metadata of an existing identical dataset."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -102,7 +101,7 @@ def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         found = read_json(folder / WORLD_FILE)
     except (OSError, ValueError):
         raise DataError(f"{folder} exists and is no shapes world; choose another folder or remove it") from None
-    differing = [f"{name} {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
+    differing = [f"{name} {found.get(name)}, not {value}" for name, value in asked.items() if found.get(name) != value]
     if differing:
         raise DataError(
             f"{folder} holds another shapes world ({'; '.join(differing)}); choose another folder or remove it"
@@ -110,11 +109,10 @@ def _existing(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: int) -> dict[str, tuple[int, str]]:
-    """Write the files of a split; returns row count and digest of each."""
-    pictures = folder / "images" / split
-    pictures.mkdir(parents=True)
-    rows: dict[str, list[Any]] = {name: [] for name in ("pairs", "regions", "images", "texts")}
+def _split_files(folder: Path, seed: int, split: Split, count: int, resolution: int) -> dict[str, tuple[int, bytes]]:
+    """Write the images of a split; returns rows and content of each of its files."""
+    (folder / "images" / split).mkdir(parents=True)
+    lines: dict[str, list[Any]] = {name: [] for name in ("pairs", "regions", "images", "texts")}
     arrays: dict[str, list[Any]] = {name: [] for name in ("vqa", "nlvr", "retrieval", "grounding", "captioning")}
     tables: dict[str, list[list[str]]] = {"text": [], "image": []}
     before = scene(seed, count - 1, split)
@@ -127,19 +125,19 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
         binary = base64.b64encode(png).decode()
         texts = captions(made)
         elements = region_elements(made, resolution)
-        rows["pairs"].append({"binary": binary, "desc": texts, "image_id": index})
+        lines["pairs"].append({"binary": binary, "desc": texts, "image_id": index})
         if elements:
-            rows["regions"].append({"binary": binary, "caption": texts, "elems": elements})
+            lines["regions"].append({"binary": binary, "caption": texts, "elems": elements})
         arrays["vqa"] += [
             {"image": path, "question": question, "answer": [answer], "question_id": number, "dataset": "vqa"}
             for number, (question, answer) in enumerate(questions(made, split), len(arrays["vqa"]))
         ]
         # True and false statements about two consecutive scenes alternate.
-        wanted = index % 2 == 0
-        sentences = [sentence for sentence, truth in statements(before, made, split) if truth == wanted]
+        truth = index % 2 == 0
+        sentences = [sentence for sentence, true in statements(before, made, split) if true == truth]
         # 7 shares no factor with the lengths that occur often, so all kinds of statement come up.
         sentence = sentences[7 * index % len(sentences)]
-        arrays["nlvr"].append({"images": [paths[index - 1], path], "sentence": sentence, "label": str(wanted)})
+        arrays["nlvr"].append({"images": [paths[index - 1], path], "sentence": sentence, "label": str(truth)})
         first = len(arrays["grounding"])
         for number, element in enumerate(elements, first):
             text = element["caption"]
@@ -155,51 +153,44 @@ def _write_split(folder: Path, seed: int, split: Split, count: int, resolution: 
             {"image": path, "caption": each, "image_id": index} for each in (texts if split == "train" else [texts])
         ]
         tables["text"] += [
-            [caption, statement, LABELS["text"][truth]]
-            for caption, statement, truth in entailments(made, before, index)
+            [caption, statement, LABELS["text"][true]] for caption, statement, true in entailments(made, before, index)
         ]
         large = [thing for thing in made.things if thing.size == "large"] if len(made.things) > 1 else made.things
         if len(large) == 1:
             tables["image"].append([path, large[0].shape])
         before = made
         other = scene(seed, count + index, split)
-        rows["images"].append({"binary": base64.b64encode(_png(other, resolution)).decode()})
-        rows["texts"].append({"desc": captions(scene(seed, 2 * count + index, split))[index % 4]})
-    written: dict[str, tuple[int, str]] = {}
-    for name, lines in rows.items():
-        data = b"".join((json.dumps(line, separators=(",", ":")) + "\n").encode() for line in lines)
-        written[f"{name}_{split}.jsonl"] = len(lines), _write(folder / f"{name}_{split}.jsonl", data)
+        lines["images"].append({"binary": base64.b64encode(_png(other, resolution)).decode()})
+        lines["texts"].append({"desc": captions(scene(seed, 2 * count + index, split))[index % 4]})
+    files: dict[str, tuple[int, bytes]] = {}
+    for name, rows in lines.items():
+        data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        files[f"{name}_{split}.jsonl"] = len(rows), data.encode()
     if split != "train":
-        annotations = [
-            {"image_id": row["image_id"], "caption": caption}
-            for row in arrays["captioning"]
-            for caption in row["caption"]
+        truths = [
+            {"id": number, "image_id": index, "caption": caption}
+            for number, (index, caption) in enumerate(
+                (row["image_id"], caption) for row in arrays["captioning"] for caption in row["caption"]
+            )
         ]
-        truth = {
-            "images": [{"id": index, "file_name": path} for index, path in enumerate(paths)],
-            "annotations": [{"id": number} | annotation for number, annotation in enumerate(annotations)],
-        }
-        name = f"captioning_{split}_gt.json"
-        written[name] = len(annotations), _write(folder / name, (json.dumps(truth) + "\n").encode())
+        named = [{"id": index, "file_name": path} for index, path in enumerate(paths)]
+        content = json.dumps({"images": named, "annotations": truths}) + "\n"
+        files[f"captioning_{split}_gt.json"] = len(truths), content.encode()
         tables["image"] = _balanced(tables["image"])
     for file, columns, separator in (
         (f"text_{split}.tsv", ("sentence1", "sentence2", "label"), "\t"),
         (f"image_{split}.csv", ("image", "label"), ","),
     ):
-        lines = tables[file.partition("_")[0]]
+        rows = tables[file.partition("_")[0]]
         table = io.StringIO()
-        csv.writer(table, delimiter=separator, lineterminator="\n").writerows([columns, *lines])
-        written[file] = len(lines), _write(folder / file, table.getvalue().encode())
-    for name, array in arrays.items():
-        written[f"{name}_{split}.json"] = len(array), _write(folder / f"{name}_{split}.json", _json_array(array))
-    return written
+        csv.writer(table, delimiter=separator, lineterminator="\n").writerows([columns, *rows])
+        files[file] = len(rows), table.getvalue().encode()
+    return files | {f"{name}_{split}.json": (len(array), _json_array(array)) for name, array in arrays.items()}
 
 
-def _balanced(rows: Sequence[list[str]]) -> list[list[str]]:
+def _balanced(rows: list[list[str]]) -> list[list[str]]:
     """The first rows of every label, as many as the rarest label has."""
-    if not rows:
-        return []
-    least = min(Counter(label for _, label in rows).values())
+    least = min(Counter(label for _, label in rows).values(), default=0)
     seen: Counter[str] = Counter()
     kept: list[list[str]] = []
     for path, label in rows:
@@ -209,24 +200,24 @@ def _balanced(rows: Sequence[list[str]]) -> list[list[str]]:
     return kept
 
 
-def _png(made: Scene, resolution: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(render(made, resolution)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def region_elements(made: Scene, resolution: int = CANVAS) -> list[dict[str, Any]]:
     """Region annotations: `bb` (x, y, w, h in pixels) and `caption`, a shape with `attributes` or relations."""
     elements: list[dict[str, Any]] = []
     for index, thing in enumerate(made.things):
-        named = references(made, index)
+        names = references(made, index)
         box = list(pixel_box(thing, resolution))
-        whole = full(thing)
-        if whole in named:
+        whole = Reference(*thing.looks)
+        if whole in names:
             elements.append({"bb": box, "attributes": whole.adjectives, "caption": thing.shape})
-        if related := [str(ref) for ref in named if ref.other is not None]:
-            elements.append({"bb": box, "caption": related})
+        if relations := [str(ref) for ref in names if ref.other is not None]:
+            elements.append({"bb": box, "caption": relations})
     return elements
+
+
+def _png(made: Scene, resolution: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(render(made, resolution)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _json_array(rows: Iterable[Any]) -> bytes:

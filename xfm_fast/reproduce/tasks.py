@@ -12,24 +12,20 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from xfm_fast.checkpoint.files import write_bytes
-from xfm_fast.data.shapes.world import WORLD_FILE
 from xfm_fast.documents import read_json
 from xfm_fast.errors import XFMError
 from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import open_task
-from xfm_fast.models.xfm import XFM
-from xfm_fast.reproduce.evaluation import HeldOut, shape_probe
+from xfm_fast.reproduce import Progress, check_same_study
 from xfm_fast.tasks.evaluation import METRICS_FILE
 from xfm_fast.tasks.grounding import pixel_iou
 from xfm_fast.tasks.task import Task
@@ -42,14 +38,12 @@ OVERRIDES = (
 )  # fmt: skip
 """Pretraining overrides: 4-pixel patches resolve shapes, and position tables need a large rate to learn boxes."""
 STEM = "downstream-tiny-shapes"
-PROBE_FILE = "shape-probe-tiny-shapes.json"
-PRETRAINING_FILE = "pretraining.json"
 HELD_OUT, KNOWN = "test", "known"
 COLUMNS = {KNOWN: "known combinations", HELD_OUT: "held-out combinations"}
 """Evaluation splits, both of new scenes."""
 # Overrides of every recipe.
 _WORLD = "shapes.known=500"
-# Training boxes among which the best constant one is looked for.
+# Training boxes among which the best constant one is searched.
 _BOXES = 500
 
 
@@ -76,66 +70,38 @@ TWINS = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """Results of a study."""
-
-    values: dict[Twin, dict[str, dict[int, float]]]  # of every twin, by split and seed
-    chance: dict[Twin, dict[str, float]]  # metric of a constant or random answer, by twin and split
-    seconds: dict[str, dict[int, float]]  # core seconds by recipe (or pretraining) and seed
-    missing: tuple[tuple[str, int], ...]  # unfinished recipes and seeds
-    pretraining: tuple[str, ...] = ()  # overrides of the pretraining recipe
-
-
-def run_downstream(
+def run_tasks(
     out: Path,
     *,
     seeds: int = 1,
     jobs: int | None = None,
-    pretraining: Sequence[str] = OVERRIDES,
-    on_change: Callable[[Table], None] = lambda table: None,
-) -> Table:
-    """Pretrain once, probe the image tokens, then fine-tune and evaluate every twin with every seed.
+    overrides: Sequence[str] = OVERRIDES,
+    on_change: Progress = lambda results: None,
+) -> dict[str, Any]:
+    """Pretrain once, then fine-tune and evaluate every twin with every seed; returns `read_results`.
 
-    Runs are evaluated on new scenes with held-out and with known combinations. `jobs` runs execute in parallel
-    (default: one per core). A failed run raises `XFMError` with its output.
+    Runs are evaluated on new scenes with held-out and with known combinations. `overrides` are those of pretraining.
+    `jobs` runs execute in parallel (default: one per core). A failed run raises `XFMError` with its output.
     """
-    if seeds < 1:
-        raise XFMError(f"seeds={seeds}; at least one is needed")
-    # What the recipe does not know is refused before anything is written.
-    load_recipe(PRETRAINING, pretraining)
-    if (recorded := _pretraining(out)) is None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_bytes({out / PRETRAINING_FILE: json.dumps(pretraining).encode()})
-    elif recorded != tuple(pretraining):
-        raise XFMError(
-            f"{out} holds a study with the pretraining overrides {' '.join(recorded) or '(none)'}, not "
-            f"{' '.join(pretraining) or '(none)'}; repeat these, or give another folder"
-        )
+    # Unknown names are refused before anything is written.
+    load_recipe(PRETRAINING, overrides)
+    check_same_study(out, tuple(overrides))
     world, pretrained = out / "shapes_world", out / PRETRAINING
     if not (pretrained / "model").is_dir():
         places = [f"data={world}", f"checkpoint.folder={pretrained}"]
-        _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places, _WORLD, *pretraining])
-    if not (out / PROBE_FILE).is_file():
-        write_bytes({out / PROBE_FILE: (json.dumps(_probed(world, pretrained), indent=1) + "\n").encode()})
-    plan = [(recipe, seed) for seed in range(seeds) for recipe in dict.fromkeys(twin.recipe for twin in TWINS)]
+        _run(out, PRETRAINING, 0, ["pretrain", PRETRAINING, *places, _WORLD, *overrides])
 
-    def train(recipe: str, seed: int) -> None:
+    def finetune(recipe: str, seed: int) -> None:
         if not all(_metrics_file(out, recipe, seed, split).is_file() for split in COLUMNS):
             places = [f"checkpoint.folder={_folder(out, recipe, seed)}", f"seed={seed}"]
             _run(out, recipe, seed, ["finetune", recipe, *_overrides(out, recipe), *places])
-        on_change(read_table(out, seeds))
+        on_change(read_results(out, seeds))
 
+    plan = [(recipe, seed) for seed in range(seeds) for recipe in dict.fromkeys(twin.recipe for twin in TWINS)]
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        for done in [pool.submit(train, *each) for each in plan]:
+        for done in [pool.submit(finetune, *each) for each in plan]:
             done.result()
-    return read_table(out, seeds)
-
-
-def _pretraining(out: Path) -> tuple[str, ...] | None:
-    """Pretraining overrides recorded in the folder; None for a new folder."""
-    path = out / PRETRAINING_FILE
-    return tuple(read_json(path)) if path.is_file() else None
+    return read_results(out, seeds)
 
 
 def _folder(out: Path, recipe: str, seed: int) -> Path:
@@ -152,13 +118,6 @@ def _overrides(out: Path, recipe: str) -> list[str]:
     (test,) = load_finetune_recipe(recipe, [init]).data.splits[HELD_OUT]
     known = f"data.splits.{KNOWN}={test.replace(HELD_OUT, KNOWN)}"
     return [init, f"data.root={out / 'shapes_world'}", known, _WORLD]
-
-
-def _probed(world: Path, pretrained: Path) -> dict[str, float]:
-    """Shape probe of the pretrained image tokens."""
-    made = read_json(world / WORLD_FILE)
-    model = XFM.from_pretrained(pretrained / "model").eval()
-    return shape_probe(model, HeldOut(made["seed"], made["resolution"]))
 
 
 def _run(out: Path, recipe: str, seed: int, command: Sequence[str]) -> None:
@@ -178,22 +137,26 @@ def _run(out: Path, recipe: str, seed: int, command: Sequence[str]) -> None:
     write_bytes({folder / f"{seed}.json": json.dumps(round(used.ru_utime + used.ru_stime, 1)).encode()})
 
 
-def read_table(out: Path, seeds: int) -> Table:
-    """Results of all finished runs in a folder."""
-    values: dict[Twin, dict[str, dict[int, float]]] = {twin: {split: {} for split in COLUMNS} for twin in TWINS}
-    missing: list[tuple[str, int]] = []
-    for twin, seed, split in product(TWINS, range(seeds), COLUMNS):
-        path = _metrics_file(out, twin.recipe, seed, split)
-        if path.is_file():
-            values[twin][split][seed] = json.loads(path.read_text())["metrics"][twin.metric]
-        elif (twin.recipe, seed) not in missing:
-            missing.append((twin.recipe, seed))
+def read_results(out: Path, seeds: int) -> dict[str, Any]:
+    """Results of all finished runs in a folder: metric of every twin by split and seed, core seconds, missing runs."""
+    rows, missing = [], []
+    for twin in TWINS:
+        by_seed: dict[str, dict[int, float]] = {split: {} for split in COLUMNS}
+        for seed in range(seeds):
+            for split, values in by_seed.items():
+                path = _metrics_file(out, twin.recipe, seed, split)
+                if path.is_file():
+                    values[seed] = read_json(path)["metrics"][twin.metric]
+                elif (twin.recipe, seed) not in missing:
+                    missing.append((twin.recipe, seed))
+        chance = _chance(out, twin) if any(by_seed.values()) else {}
+        rows.append({**twin._asdict(), "by_seed": by_seed, "without_looking": chance})
     seconds = {
-        folder.name: {int(path.stem): json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        folder.name: {int(path.stem): read_json(path) for path in sorted(folder.glob("*.json"))}
         for folder in sorted((out / "seconds").glob("*"))
     }
-    chance = {twin: _chance(out, twin) for twin, of_split in values.items() if any(of_split.values())}
-    return Table(values, chance, seconds, tuple(missing), _pretraining(out) or ())
+    pretraining = read_json(out / "pretraining.json")
+    return {"splits": COLUMNS, "pretraining": pretraining, "rows": rows, "seconds": seconds, "missing": missing}
 
 
 @cache
@@ -242,19 +205,18 @@ def constant_answer(task: Task[Any, Any, Any, Any], recipe: FinetuneRecipe) -> d
     return {"answer": best, "caption": best, "probabilities": {best: 1.0}}
 
 
-def markdown(table: Table) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown."""
     heads = ["recipe", "metric", *COLUMNS.values(), "target", "without looking", "minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for twin in (twin for twin in TWINS if any(table.values[twin].values())):
-        minutes = [seconds / 60 for seconds in table.seconds.get(twin.recipe, {}).values()]
-        of_split = table.chance.get(twin, {})
-        target = "" if twin.target is None else f"≥ {twin.target:g}, {COLUMNS[twin.asked].partition(' ')[0]}"
+    for row in (row for row in results["rows"] if any(row["by_seed"].values())):
+        minutes = [seconds / 60 for seconds in results["seconds"].get(row["recipe"], {}).values()]
+        target, chance = row["target"], row["without_looking"]
         lines.append("| " + " | ".join([
-            f"`{twin.recipe}`", twin.metric,
-            *(", ".join(f"{value:.1f}" for value in table.values[twin][split].values()) for split in COLUMNS),
-            target,
-            ", ".join(f"{of_split[split]:.1f}" for split in COLUMNS if split in of_split),
+            f"`{row['recipe']}`", row["metric"],
+            *(", ".join(f"{value:.1f}" for value in row["by_seed"][split].values()) for split in COLUMNS),
+            "" if target is None else f"≥ {target:g}, {COLUMNS[row['asked']].partition(' ')[0]}",
+            ", ".join(f"{chance[split]:.1f}" for split in COLUMNS if split in chance),
             f"{sum(minutes) / len(minutes):.1f}" if minutes else "",
         ]) + " |")  # fmt: skip
     text = (
@@ -264,24 +226,6 @@ def markdown(table: Table) -> str:
         "best constant answer of the training files, on known and on held-out combinations. Minutes are those of one "
         "core."
     )
-    if table.pretraining:
-        text += f" Overrides of the pretraining recipe: `{' '.join(table.pretraining)}`."
+    if results["pretraining"]:
+        text += f" Overrides of the pretraining recipe: `{' '.join(results['pretraining'])}`."
     return "\n".join(["# The tasks of the paper in miniature", "", text, "", *lines, ""])
-
-
-def save(table: Table, folder: Path) -> list[Path]:
-    """Write the Markdown page and the JSON atomically."""
-    numbers = [
-        {
-            "recipe": twin.recipe, "metric": twin.metric, "target": twin.target, "asked": twin.asked,
-            "by_seed": table.values[twin], "without_looking": table.chance.get(twin, {}),
-        }
-        for twin in TWINS
-    ]  # fmt: skip
-    content = {
-        "splits": COLUMNS, "pretraining": table.pretraining, "rows": numbers, "seconds": table.seconds,
-        "missing": table.missing,
-    }  # fmt: skip
-    written = {folder / f"{STEM}.md": markdown(table), folder / f"{STEM}.json": json.dumps(content, indent=1) + "\n"}
-    write_bytes({path: text.encode() for path, text in written.items()})
-    return list(written)

@@ -1,0 +1,484 @@
+"""The shapes dataset: pure scenes, splits without leaks, true texts (read by a second implementation), stable bytes."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xfm_fast.data.shapes import (
+    VOCABULARY,
+    Scene,
+    Split,
+    captions,
+    render,
+    render_batch,
+    scene,
+    true_shares,
+    write_world,
+)
+from xfm_fast.data.shapes import world as world_module
+from xfm_fast.data.shapes.language import ANSWERS, caption_facts, entailments, questions, references, statements
+from xfm_fast.data.shapes.scenes import (
+    _GAPS,
+    _INSIDE,
+    CANVAS,
+    COLOURS,
+    HELD_OUT,
+    PAIRS,
+    RGB,
+    SHAPES,
+    SPLITS,
+    TEXTURES,
+    Thing,
+    allowed_pairs,
+    pixel_box,
+)
+from xfm_fast.errors import DataError, StorageError
+from xfm_fast.tokenizer import pre_caption
+
+SCENES = {split: [scene(11, index, split) for index in range(150)] for split in SPLITS}
+NUMBERS = ["no", "one", "two", "three", "four", "five", "six"]
+CANON = {"to the left of": "left of", "to the right of": "right of", "over": "above", "under": "below"}
+RELATION = re.compile(r" ((?:to the )?(?:left|right) of|above|over|below|under) ")
+COUNTS: dict[Split, int] = {"train": 24, "val": 8, "test": 8, "known": 8}
+each_split = pytest.mark.parametrize("split", SPLITS)
+
+
+def _is(thing: Thing, noun: str) -> bool:
+    """Whether every word of "small red circle" is true of the object; "object" is true of all."""
+    words = [word for word in noun.split() if word not in ("a", "an", "the", "object")]
+    return all(word in (thing.size, thing.colour, thing.texture, thing.shape) for word in words)
+
+
+def _stands(a: Thing, relation: str, b: Thing) -> bool:
+    (ax, ay), (bx, by) = ((thing.x + thing.side / 2, thing.y + thing.side / 2) for thing in (a, b))
+    distances = {"left of": bx - ax, "right of": ax - bx, "above": by - ay, "below": ay - by}
+    return distances[CANON.get(relation, relation)] >= 8
+
+
+def _meant(made: Scene, expression: str) -> list[Thing]:
+    noun, *rest = RELATION.split(expression, maxsplit=1)
+    things = [thing for thing in made.things if _is(thing, noun)]
+    if not rest:
+        return things
+    relation, anchor = rest
+    anchors = _meant(made, anchor)
+    assert len(anchors) == 1, expression
+    return [thing for thing in things if thing is not anchors[0] and _stands(thing, relation, anchors[0])]
+
+
+def _all_texts(split: Split) -> Iterator[str]:
+    before = scene(11, 999, split)
+    for made in SCENES[split]:
+        yield from captions(made)
+        for index in range(len(made.things)):
+            yield from map(str, references(made, index))
+        yield from (question for question, _ in questions(made, split))
+        yield from (sentence for sentence, _ in statements(before, made, split))
+        yield from (sentence for index in range(3) for _, sentence, _ in entailments(made, before, index))
+        before = made
+
+
+def test_a_scene_follows_from_seed_split_and_index() -> None:
+    """A change of the generator would silently change every dataset of a given seed."""
+    assert scene(0, 0, "train") == Scene(
+        things=(
+            Thing("triangle", "yellow", "large", "plain", 36, 38, 25),
+            Thing("square", "cyan", "small", "plain", 21, 5, 18),
+        ),
+        ground=181,
+    )
+    assert len({scene(seed, index, split) for seed in (1, 2) for index in range(20) for split in SPLITS}) == 160
+    for seed, index, split in ((-1, 0, "train"), (0, -1, "train"), (0, 0, "dev")):
+        with pytest.raises(DataError):
+            scene(seed, index, split)  # type: ignore[arg-type]
+
+
+@each_split
+def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split) -> None:
+    foreign = set().union(*(HELD_OUT[other] for other in SPLITS if other != split))
+    seen: set[tuple[str, str]] = set()
+    for index in range(1000):
+        made = scene(3, index, split)
+        pairs = {(thing.colour, thing.shape) for thing in made.things}
+        assert not pairs & foreign
+        assert not HELD_OUT[split] or pairs & HELD_OUT[split]
+        seen |= pairs
+        cover = np.zeros((CANVAS, CANVAS), int)
+        for thing in made.things:
+            assert min(thing.x, thing.y) >= 1
+            assert max(thing.x, thing.y) + thing.side < CANVAS
+            cover[thing.y - 1 : thing.y + thing.side + 1, thing.x - 1 : thing.x + thing.side + 1] += 1
+        assert cover.max() == 1
+    assert seen == allowed_pairs(split)
+    assert allowed_pairs("train") == PAIRS - HELD_OUT["val"] - HELD_OUT["test"]
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 64])
+def test_an_object_fills_its_box_and_nothing_else(resolution: int) -> None:
+    empty = render(Scene((), 210), resolution)
+    for shape in SHAPES:
+        for texture in TEXTURES:
+            made = Scene((Thing(shape, "black", "large", texture, 20, 30, 24),), ground=210)
+            rows, columns = np.nonzero((render(made, resolution) != empty).any(2))
+            x, y, width, height = pixel_box(made.things[0], resolution)
+            assert (x <= columns.min(), y <= rows.min()) == (True, True)
+            assert (columns.max() < x + width, rows.max() < y + height) == (True, True)
+            if resolution == CANVAS:
+                # Tight, but for dots on the very edge and the antialiased tip of a star.
+                assert min(np.ptp(columns) - width, np.ptp(rows) - height) >= -3
+    with pytest.raises(DataError, match="resolution=8"):
+        render(scene(0, 0), 8)
+
+
+def test_blending_agrees_with_floating_point() -> None:
+    """The plain twin: cover the ground with the colour, sample by sample, without fixed-point weights."""
+    red, blue = (88 * np.arange(CANVAS) / (CANVAS - 1) - 44 for _ in range(2))
+    light = np.stack(np.broadcast_arrays(red[None], -(red[None] + blue[:, None]) / 2, blue[:, None]), 2)
+    light = light.repeat(4, 0).repeat(4, 1)
+    scenes = [scene(3, index) for index in range(30)]
+    for made, image in zip(scenes, render_batch(scenes), strict=True):
+        expected = made.ground + light
+        for thing in made.things:
+            points = (np.arange(thing.side * 4) + 0.5) / 4
+            unit = 2 * points / thing.side - 1
+            inside = _INSIDE[thing.shape](unit[None, :], unit[:, None])
+            gap = _GAPS[thing.texture](points[None, :], points[:, None])
+            cover = (inside * (1 - 0.75 * gap))[:, :, None]
+            window = np.s_[4 * thing.y : 4 * (thing.y + thing.side), 4 * thing.x : 4 * (thing.x + thing.side)]
+            ink = np.array(RGB[thing.colour]) + light[window] / 2
+            expected[window] = cover * ink + (1 - cover) * expected[window]
+        expected = np.clip(expected.reshape(CANVAS, 4, CANVAS, 4, 3).mean((1, 3)), 0, 255)
+        # Three roundings down, and weights of 7 bits.
+        assert np.abs(image - expected).max() <= 4
+        assert np.array_equal(image, render(made))
+
+
+@each_split
+def test_captions_name_all_objects_in_their_relations(split: Split) -> None:
+    for made in SCENES[split]:
+        texts = captions(made)
+        assert [pre_caption(text) for text in texts] == texts
+        # A palindrome reads the same from both ends.
+        assert (len(texts), len(set(texts)) >= 3) == (4, True)
+        for text in texts:
+            parts = RELATION.split(re.sub("^(the image contains|there is|a picture of) ", "", text))
+            nouns, relations = parts[::2], parts[1::2]
+            # Between twins the names do not determine which end the caption starts from.
+            assert any(_describes(things, nouns, relations) for things in (made.things, made.things[::-1])), text
+
+
+def _describes(things: tuple[Thing, ...], nouns: list[str], relations: list[str]) -> bool:
+    names = [f"{thing.size} {thing.colour} {thing.texture} {thing.shape}" for thing in things]
+    return all(noun in (f"a {name}", f"an {name}") for name, noun in zip(names, nouns, strict=True)) and all(
+        _stands(a, relation, b) for a, relation, b in zip(things, relations, things[1:], strict=False)
+    )
+
+
+@each_split
+def test_references_mean_one_object(split: Split) -> None:
+    relational = 0
+    for made in SCENES[split]:
+        for index, thing in enumerate(made.things):
+            names = [str(reference) for reference in references(made, index)]
+            assert len(names) == len(set(names))
+            for expression in names:
+                assert _meant(made, expression) == [thing], expression
+                relational += bool(RELATION.search(expression))
+    assert relational > 100
+
+
+@each_split
+def test_answers_are_right(split: Split) -> None:
+    kinds: dict[str, set[str]] = {}
+    for made in SCENES[split]:
+        for question, answer in questions(made, split):
+            assert answer in ANSWERS
+            kinds.setdefault(" ".join(question.split()[:2]), set()).add(answer)
+            assert answer == _answer(made, question), question
+    assert kinds["is there"] == kinds["is the"] == {"yes", "no"}
+    assert kinds["how many"] == {"one", "two", "three"}
+    assert kinds["what shape"] == set(SHAPES)
+
+
+def _answer(made: Scene, question: str) -> str:
+    if question == "how many objects are there":
+        return NUMBERS[len(made.things)]
+    if match := re.fullmatch("is there (?:a|an) (.*)", question):
+        return "yes" if _meant(made, match[1]) else "no"
+    if match := re.fullmatch("what (color|size|shape) is the (.*)", question):
+        (thing,) = _meant(made, match[2])
+        return {"color": thing.colour, "size": thing.size, "shape": thing.shape}[match[1]]
+    if match := re.fullmatch("what shape is (left of|right of|above|below) the (.*)", question):
+        (anchor,) = _meant(made, match[2])
+        (thing,) = [one for one in made.things if one is not anchor and _stands(one, match[1], anchor)]
+        return thing.shape
+    match = re.fullmatch("is the (.*) (left of|right of|above|below) the (.*)", question)
+    assert match, question
+    (a,), (b,) = _meant(made, match[1]), _meant(made, match[3])
+    return "yes" if _stands(a, match[2], b) else "no"
+
+
+@each_split
+def test_statements_have_their_truth(split: Split) -> None:
+    labels = []
+    for left, right in zip(SCENES[split], SCENES[split][1:], strict=False):
+        made = statements(left, right, split)
+        for sentence, truth in made:
+            assert truth == _true(sentence, left, right), sentence
+        labels += [truth for _, truth in made]
+        assert {truth for _, truth in made} == {True, False}
+    assert 0.25 < sum(labels) / len(labels) < 0.75
+
+
+def _true(sentence: str, left: Scene, right: Scene) -> bool:
+    sides = {"left": left, "right": right}
+    if match := re.fullmatch("the (left|right) image contains more objects than the (left|right) image", sentence):
+        return len(sides[match[1]].things) > len(sides[match[2]].things)
+    if match := re.fullmatch("there are (.*) objects in total", sentence):
+        return len(left.things) + len(right.things) == NUMBERS.index(match[1])
+    if match := re.fullmatch("both images contain exactly (.*) objects?", sentence):
+        return len(left.things) == len(right.things) == NUMBERS.index(match[1])
+    if match := re.fullmatch("in the (left|right) image (.*) is (left of|right of|above|below) (.*)", sentence):
+        return _related(sides[match[1]], *match.groups()[1:])
+    quantities = "both images contain|exactly one image contains|the (left|right) image contains"
+    match = re.fullmatch(f"({quantities}) (.*)", sentence)
+    assert match, sentence
+    has = {side: any(_is(thing, match[3]) for thing in made.things) for side, made in sides.items()}
+    if match[2]:
+        return has[match[2]]
+    return all(has.values()) if match[1].startswith("both") else sum(has.values()) == 1
+
+
+def _related(made: Scene, first: str, relation: str, second: str) -> bool:
+    pairs = [(a, b) for a in made.things for b in made.things if a is not b and _is(a, first) and _is(b, second)]
+    return any(_stands(a, relation, b) for a, b in pairs)
+
+
+@each_split
+def test_entailments_follow_or_are_false(split: Split) -> None:
+    kinds: dict[str, int] = {}
+    for index, (made, other) in enumerate(zip(SCENES[split], SCENES[split][1:], strict=False)):
+        pairs = entailments(made, other, index)
+        assert [truth for _, _, truth in pairs] in ([], [True, False])
+        for caption, statement, truth in pairs:
+            described = made if caption in captions(made) else other
+            assert caption in captions(described)
+            kind, holds = _follows(statement, described)
+            kinds[kind] = kinds.get(kind, 0) + 1
+            assert truth == holds, (caption, statement)
+    assert min(kinds[kind] for kind in ("number", "relation", "object")) > 20
+
+
+def _follows(statement: str, made: Scene) -> tuple[str, bool]:
+    if match := re.fullmatch("there (?:is|are) exactly (.*) objects?", statement):
+        return "number", len(made.things) == NUMBERS.index(match[1])
+    if match := re.fullmatch("(.*) is (left of|right of|above|below) (.*)", statement):
+        return "relation", _related(made, *match.groups())
+    return "object", bool(_meant(made, statement.removeprefix("there is ")))
+
+
+def test_a_statement_does_not_reveal_its_label() -> None:
+    truths: dict[str, list[bool]] = {}
+    for index in range(600):
+        for _, statement, truth in entailments(scene(2, index), scene(2, index + 1), index):
+            truths.setdefault(re.sub("right|above", "left", statement.replace("below", "left")), []).append(truth)
+    assert all(2 * sum(found) == len(found) for found in truths.values())
+
+
+@each_split
+def test_facts_of_captions(split: Split) -> None:
+    """All claims of a caption are true; one wrong word is one false claim."""
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
+    texts, scenes = zip(*((text, made) for made in SCENES[split] for text in captions(made)), strict=True)
+    for text, made in zip(texts, scenes, strict=True):
+        facts = caption_facts(text, made)
+        assert facts is not None
+        assert [fact.true for fact in facts] == [True] * (5 * len(made.things) - 1)
+        for kind, words in (("colour", COLOURS), ("shape", SHAPES)):
+            present = {getattr(thing, kind) for thing in made.things}
+            wrong = next(word for word in words if word not in present)
+            facts = caption_facts(re.sub("|".join(present), wrong, text, count=1), made)
+            assert [(fact.kind, fact.claim) for fact in facts or () if not fact.true] == [(kind, wrong)]
+        if len({thing.looks for thing in made.things}) == len(made.things) > 1:
+            facts = caption_facts(" ".join(opposite.get(word, word) for word in text.split()), made)
+            assert [f.kind for f in facts or () if not f.true] == ["relation"] * (len(made.things) - 1)
+    assert set(true_shares(texts, scenes).values()) == {1}
+
+
+def test_facts_of_other_captions() -> None:
+    left, right = (Thing("circle", "red", "small", "plain", x, 20, 16) for x in (2, 44))
+    made = Scene((left, right, Thing("star", "blue", "large", "plain", 20, 30, 24)), 200)
+
+    def judged(text: str) -> list[bool] | None:
+        facts = caption_facts(text, made)
+        return None if facts is None else [fact.true for fact in facts]
+
+    assert judged("A star.") == [True]
+    assert judged("the red circle to the right of a star") == [True, True, True, True]
+    # Two circles are there, so either reading of the relation is true; a third one is missing.
+    assert judged("a circle right of a circle") == judged("a circle left of a circle") == [True] * 3
+    assert judged("a circle left of a circle left of a circle") != [True] * 5
+    crowd = caption_facts("a star left of a star left of a star left of a star", made) or []
+    assert sorted(fact.true for fact in crowd if fact.kind == "shape") == [False, False, False, True]
+    for text in ("", "a", "a red", "circle", "a circle left of", "a red blue circle", "a plain red circle", "a dog"):
+        assert judged(text) is None
+    assert judged("there is an object") == []
+    shares = true_shares(["a star", "a dog", "an object", "a red star"], [made] * 4)
+    assert shares["true_captions"] == 0.25
+    assert (shares["true_shapes"], shares["true_colours"], shares["true_relations"]) == (0.5, 1, 0)
+    with pytest.raises(DataError):
+        true_shares(["a star"], [])
+
+
+def test_texts_mention_the_vocabulary_and_no_combination_of_another_split() -> None:
+    # A colour and the shape of one noun are at most a texture apart.
+    noun = re.compile(rf"({'|'.join(COLOURS)})(?: (?:plain|striped|dotted))? ({'|'.join(SHAPES)})")
+    words: set[str] = set()
+    for split in SPLITS:
+        texts = [*_all_texts(split)]
+        words |= {word for text in texts for word in text.split()}
+        mentioned = {pair for text in texts for pair in noun.findall(text)}
+        assert len(mentioned) > 25
+        assert not mentioned & set().union(*(HELD_OUT[other] for other in SPLITS if other != split))
+    assert words == set(VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("worlds") / "world"
+    write_world(folder, seed=4, images=COUNTS)
+    return folder
+
+
+def _read(path: Path) -> Any:
+    text = path.read_text()
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def _picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+@each_split
+def test_files_of_a_split(world: Path, split: Split) -> None:
+    scenes = [scene(4, index, split) for index in range(COUNTS[split])]
+    pairs = _read(world / f"pairs_{split}.jsonl")
+    assert [row["desc"] for row in pairs] == [captions(made) for made in scenes]
+    for row, made in zip(pairs, scenes, strict=True):
+        assert np.array_equal(_picture(base64.b64decode(row["binary"])), render(made))
+    assert len(_read(world / f"images_{split}.jsonl")) == len(_read(world / f"texts_{split}.jsonl")) == len(scenes)
+    assert not {row["binary"] for row in pairs} & {row["binary"] for row in _read(world / f"images_{split}.jsonl")}
+    boxes: dict[str, dict[str, list[int]]] = {}
+    for row, made in zip(pairs, scenes, strict=True):
+        places = enumerate(made.things)
+        boxes[row["binary"]] = {str(ref): [*pixel_box(thing)] for i, thing in places for ref in references(made, i)}
+    for row in _read(world / f"regions_{split}.jsonl"):
+        for element in row["elems"]:
+            texts = element["caption"] if isinstance(element["caption"], list) else [element["caption"]]
+            for text in texts:
+                assert boxes[row["binary"]][f"{element.get('attributes', '')} {text}".strip()] == element["bb"]
+
+    vqa, nlvr, retrieval, grounding, captioning = (
+        _read(world / f"{task}_{split}.json") for task in ("vqa", "nlvr", "retrieval", "grounding", "captioning")
+    )
+    assert {answer for row in vqa for answer in row["answer"]} <= set(_read(world / "answers.json"))
+    assert len({row["question_id"] for row in vqa}) == len(vqa)
+    assert len({row["ref_id"] for row in grounding}) == len(grounding) > 0
+    assert [row["label"] for row in nlvr].count("True") == len(nlvr) / 2
+    names = {row["image"] for rows in (vqa, retrieval, grounding, captioning) for row in rows}
+    for path in names | {path for row in nlvr for path in row["images"]}:
+        assert np.array_equal(_picture((world / path).read_bytes()), render(scenes[int(Path(path).stem)]))
+    if split == "train":
+        assert len(retrieval) == len(captioning) == 4 * len(scenes)
+        assert not (world / f"captioning_{split}_gt.json").exists()
+    else:
+        assert len({row["caption"][0] for row in retrieval}) == len(retrieval) > 0
+        truth = _read(world / f"captioning_{split}_gt.json")
+        for row, made in zip(captioning, scenes, strict=True):
+            own = [each["caption"] for each in truth["annotations"] if each["image_id"] == row["image_id"]]
+            assert own == row["caption"] == captions(made)
+
+    with (world / f"text_{split}.tsv").open(newline="") as file:
+        text = list(csv.DictReader(file, delimiter="\t"))
+    assert [row["label"] for row in text] == ["yes", "no"] * (len(text) // 2)
+    assert all(yes["sentence1"] != no["sentence1"] for yes, no in zip(text[::2], text[1::2], strict=True))
+    with (world / f"image_{split}.csv").open(newline="") as file:
+        image = list(csv.DictReader(file))
+    for row in image:
+        things = scenes[int(Path(row["image"]).stem)].things
+        assert row["label"] == max(things, key=lambda thing: thing.side).shape
+    labels = [row["label"] for row in image]
+    assert split == "train" or len({labels.count(label) for label in labels}) == 1
+
+
+def test_bytes_follow_from_the_arguments(world: Path, tmp_path: Path) -> None:
+    """Another digest would make numbers on the dataset of a seed incomparable; these files hold no image."""
+    described = _read(world / "world.json")
+    assert {
+        task: described["sha256"][f"{task}_test.json"][:16] for task in ("vqa", "nlvr", "retrieval", "grounding")
+    } == {
+        "vqa": "8ca39c171312bd39",
+        "nlvr": "c007961d31a0c54d",
+        "retrieval": "8be1e6bc4ae2b824",
+        "grounding": "80c093b30819f85f",
+    }
+    for name, digest in described["sha256"].items():
+        assert hashlib.sha256((world / name).read_bytes()).hexdigest() == digest
+    (tmp_path / "again").mkdir()
+    assert write_world(tmp_path / "again", seed=4, images=dict(reversed(COUNTS.items()))) == described
+    assert [*tmp_path.iterdir()] == [tmp_path / "again"]
+
+
+def test_a_folder_is_reused_or_refused_but_never_overwritten(world: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
+    assert write_world(world, seed=4, images=COUNTS) == _read(world / "world.json")
+    with pytest.raises(DataError, match=r"seed 4.*5"):
+        write_world(world, seed=5, images=COUNTS)
+    with pytest.raises(DataError, match="images"):
+        write_world(world, seed=4, images={"train": 3})
+    assert {path: path.stat().st_mtime_ns for path in world.rglob("*")} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="shapes"):
+        write_world(tmp_path, images={"train": 1})
+    for images in ({"train": 0}, {"dev": 3}):
+        with pytest.raises(DataError):
+            write_world(tmp_path / "world", images=images)  # type: ignore[arg-type]
+    assert [*tmp_path.iterdir()] == [tmp_path / "notes.txt"]
+
+
+def test_an_interrupted_dataset_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(path: Path, data: bytes) -> str:
+        if path.suffix == ".jsonl":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(data)
+        return ""
+
+    monkeypatch.setattr(world_module, "_write", full_disk)
+    with pytest.raises(StorageError, match="space"):
+        write_world(tmp_path / "world", images={"train": 9})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_second_writer_reads_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finishes the same dataset, or another one, between the first look and the renaming."""
+    made = write_world(tmp_path / "world", images={"val": 2})
+    looks = iter([None])
+    look = world_module._existing
+    monkeypatch.setattr(world_module, "_existing", lambda *given: next(looks, look(*given)))
+    assert write_world(tmp_path / "world", images={"val": 2}) == made
+    looks = iter([None])
+    with pytest.raises(DataError, match="shapes"):
+        write_world(tmp_path / "world", images={"val": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
