@@ -98,9 +98,9 @@ def test_the_command_writes_the_table(calls: list[dict[str, str]], tmp_path: Pat
 def test_core_seconds_are_recorded_and_failures_quoted(tmp_path: Path) -> None:
     tasks._run(tmp_path, "image_tiny_shapes", 1, ["--version"])
     assert 0 < json.loads((tmp_path / "seconds/image_tiny_shapes/1.json").read_text()) < 60
-    with pytest.raises(XFMError, match="no_such_recipe"):
-        tasks._run(tmp_path, "no_such_recipe", 0, ["finetune", "no_such_recipe"])
-    assert not (tmp_path / "seconds/no_such_recipe").exists()
+    with pytest.raises(XFMError, match="no-such-command"):
+        tasks._run(tmp_path, "other", 0, ["no-such-command"])
+    assert not (tmp_path / "seconds/other").exists()
 
 
 def test_random_ranking() -> None:

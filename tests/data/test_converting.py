@@ -1,4 +1,4 @@
-"""Line JSON to shards and back: nothing is lost, nothing half-written stays, nothing is overwritten."""
+"""Line JSON to shards and back: the identity, atomic, and never over existing files."""
 
 import base64
 import json
@@ -16,16 +16,18 @@ from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
 from xfm_fast.errors import DataError, StorageError
 
+WRAPPED = "\n".join(base64_picture(0)[start : start + 60] for start in range(0, len(base64_picture(0)), 60))
 RECORDS: list[dict[str, Any]] = [
     *pairs(3),
     region(3),
-    {"desc": "text alone"},
+    {"desc": "text only"},
     {"desc": ["several", "texts"]},
     {"desc": {"en": "a", "de": "b"}, "binary": [base64_picture(1), base64_picture(2)]},
     {"desc": "", "binary": base64_picture(4, form="PNG"), "image_id": 7},
     {"input_ids": [5, 6, 7]},
     {"desc": "line\r\nend é ☕", "binary": base64_picture(5, form="WEBP")},
     {"desc": None, "binary": None},
+    {"desc": "another spelling of base64", "binary": WRAPPED},
 ]
 
 
@@ -40,10 +42,9 @@ def _there_and_back(records: list[dict[str, Any]], folder: Path, **options: Any)
 
 
 def test_there_and_back_is_the_identity(tmp_path: Path) -> None:
-    assert _there_and_back(RECORDS, tmp_path, samples_per_shard=3) == RECORDS
-    assert sorted(each.name for each in (tmp_path / "shards").iterdir() if each.suffix == ".tar") == [
-        f"{number:06d}.tar" for number in range(4)
-    ]
+    assert _there_and_back(RECORDS, tmp_path, samples_per_shard=4) == RECORDS
+    names = sorted(each.name for each in (tmp_path / "shards").iterdir() if each.suffix == ".tar")
+    assert names == [f"{number:06d}.tar" for number in range(3)]
 
 
 values = st.recursive(
@@ -56,17 +57,10 @@ images = st.one_of(st.binary(min_size=1, max_size=40).map(lambda data: base64.b6
     st.lists(st.fixed_dictionaries({"desc": values}, optional={"binary": images, "x": values}), min_size=1, max_size=6)
 )
 def test_any_records_survive(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]) -> None:
-    folder = tmp_path_factory.mktemp("records")
-    assert _there_and_back(records, folder, samples_per_shard=2) == records
+    assert _there_and_back(records, tmp_path_factory.mktemp("records"), samples_per_shard=2) == records
 
 
-def test_base64_in_another_spelling_stays_as_it_is(tmp_path: Path) -> None:
-    text = base64_picture(0)
-    wrapped = "\n".join(text[start : start + 60] for start in range(0, len(text), 60))
-    assert _there_and_back([{"binary": wrapped, "desc": "a"}], tmp_path) == [{"binary": wrapped, "desc": "a"}]
-
-
-def test_shards_are_what_other_programs_expect(tmp_path: Path) -> None:
+def test_shards_are_deterministic_webdataset(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", pairs(3))
     done = to_shards(lines, tmp_path / "shards", samples_per_shard=2)
     assert (done.rows, done.skipped, len(done.files)) == (3, 0, 2)
@@ -74,17 +68,13 @@ def test_shards_are_what_other_programs_expect(tmp_path: Path) -> None:
         assert archive.getnames() == ["000000000.jpg", "000000000.txt", "000000001.jpg", "000000001.txt"]
     to_shards(lines, tmp_path / "again", samples_per_shard=2)
     assert done.files[0].read_bytes() == (tmp_path / "again" / done.files[0].name).read_bytes()
+    assert len(to_shards(lines, tmp_path / "small", bytes_per_shard=3000).files) > 1
+    assert len(open_records(tmp_path / "small")) == 3
     webdataset = pytest.importorskip("webdataset")
     found = list(webdataset.WebDataset([str(path) for path in done.files], shardshuffle=False))
     assert [(sample["jpg"], sample["txt"].decode()) for sample in found] == [
         (picture(number), pairs(3)[number]["desc"]) for number in range(3)
     ]
-
-
-def test_shards_end_at_a_size(tmp_path: Path) -> None:
-    done = to_shards(write_lines(tmp_path / "a.jsonl", pairs(6)), tmp_path / "shards", bytes_per_shard=5000)
-    assert len(done.files) > 1
-    assert len(open_records(tmp_path / "shards")) == 6
 
 
 def test_paths_become_images(tmp_path: Path) -> None:
@@ -98,41 +88,24 @@ def test_paths_become_images(tmp_path: Path) -> None:
 
 def test_broken_rows_are_left_out_and_listed(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", [*pairs(2), "{cut", {"binary": "a", "desc": "b"}])
-    bad = Quarantine(tmp_path / "q.jsonl", tolerate_bad=0.5)
-    done = to_shards(lines, tmp_path / "shards", quarantine=bad)
+    done = to_shards(lines, tmp_path / "shards", quarantine=Quarantine(tmp_path / "q.jsonl", tolerate_bad=0.5))
     assert (done.rows, done.skipped) == (2, 2)
     assert [entry["row"] for entry in _rows(tmp_path / "q.jsonl")] == [3, 4]
-    with pytest.raises(DataError, match="2 of 4"):
-        to_shards(lines, tmp_path / "other")
-    with pytest.raises(DataError, match="2 of 4"):
-        to_lines(lines, tmp_path / "other.jsonl")
-    with pytest.raises(DataError):
-        to_shards(write_lines(tmp_path / "c.jsonl", ["{"]), tmp_path / "other")
-    assert {each.name for each in tmp_path.iterdir() if not each.name.endswith(".index")} == {
-        "a.jsonl", "c.jsonl", "q.jsonl", "shards",
-    }  # fmt: skip
-
-
-def test_other_files_of_samples_are_reported(tmp_path: Path) -> None:
+    for convert, target in ((to_shards, "other"), (to_lines, "other.jsonl")):
+        with pytest.raises(DataError, match="2 of 4"):
+            convert(lines, tmp_path / target)
+        assert not (tmp_path / target).exists()
     shard = write_tar(tmp_path / "a.tar", {"0.jpg": picture(0), "0.cls": b"1", "1.jpg": picture(1), "1.seg.png": b"x"})
-    assert to_lines(shard, tmp_path / "a.jsonl").ignored == {"cls": 1, "seg.png": 1}
+    assert to_lines(shard, tmp_path / "b.jsonl").ignored == {"cls": 1, "seg.png": 1}
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_existing_files_stay_and_failures_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = write_lines(tmp_path / "a.jsonl", pairs(1))
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "file").touch()
-    for target in (tmp_path / "used", lines):
-        with pytest.raises(DataError, match="exists"):
-            to_shards(lines, target)
-    with pytest.raises(DataError, match="exists"):
-        to_lines(lines, lines)
     (tmp_path / "empty").mkdir()
     to_shards(lines, tmp_path / "empty")
-
-
-def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = write_lines(tmp_path / "a.jsonl", pairs(3))
+    for convert, target in ((to_shards, tmp_path / "empty"), (to_shards, lines), (to_lines, lines)):
+        with pytest.raises(DataError, match="exists"):
+            convert(lines, target)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -140,7 +113,6 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(StorageError, match="space"):
         to_shards(lines, tmp_path / "shards")
-    (tmp_path / "file").touch()
     with pytest.raises(StorageError):
-        to_lines(lines, tmp_path / "file" / "b.jsonl")
-    assert {each.name for each in tmp_path.iterdir()} == {"a.jsonl", ".a.jsonl.index", "file"}
+        to_lines(lines, lines / "b.jsonl")
+    assert {each.name for each in tmp_path.iterdir()} == {"a.jsonl", ".a.jsonl.index", "empty"}

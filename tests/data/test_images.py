@@ -8,7 +8,6 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,15 +32,22 @@ def _bytes(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def _png(width: int, height: int) -> bytes:
-    """A PNG whose header promises this size, followed by next to nothing."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts
+def _png(
+    width: int,
+    height: int,
+    pixels: bytes = b"\0",
+    *,
+    mode: int = 2,
+    bits: int = 8,
+    interlaced: int = 0,
+    chunks: tuple[tuple[bytes, bytes], ...] = (),
+) -> bytes:
+    """A PNG whose header promises this size, followed by the given pixel data."""
+    header = struct.pack(">IIBBBBB", width, height, bits, mode, 0, 0, interlaced)
+    parts = ((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
+    )
 
 
 def test_transform_is_the_official_one() -> None:
@@ -69,24 +75,22 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_float_values_have_no_white() -> None:
-    data = _bytes(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF")
-    with pytest.raises(DataError, match="floating-point"):
-        decode_image(data)
-
-
 def test_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = _bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright(form: str, orientation: int) -> None:
+def test_pictures_are_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = _bytes(_picture(size=(20, 10)), form, exif=exif)
+    for form in ("JPEG", "PNG", "WEBP"):
+        _check_upright(_bytes(_picture(size=(20, 10)), form, exif=exif))
+    assert decode_image(_bytes(_picture(), "JPEG", exif=b"Exif\0\0damaged")).size == (37, 23)
+
+
+def _check_upright(data: bytes) -> None:
     stored = Image.open(io.BytesIO(data)).convert("RGB")
     upright = ImageOps.exif_transpose(stored)
     for official, expected in ((False, upright), (True, stored)):
@@ -118,12 +122,6 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
             decode_image(path)
 
 
-def test_paths_and_bytes_agree(tmp_path: Path) -> None:
-    data = _bytes(_picture())
-    (tmp_path / "a.png").write_bytes(data)
-    assert torch.equal(load_image(tmp_path / "a.png", 16), load_image(data, 16))
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -138,43 +136,29 @@ def test_paths_and_bytes_agree(tmp_path: Path) -> None:
     ],
 )
 def test_bad_bytes_are_one_clear_error(data: bytes, message: str, recwarn: pytest.WarningsRecorder) -> None:
-    with pytest.raises(DataError, match=message) as caught:
-        decode_image(data, "photo.jpg")
-    text = str(caught.value)
-    assert "photo.jpg" in text
-    assert "\n" not in text
+    for decode in (decode_image, decode_pixels):
+        with pytest.raises(DataError, match=rf"photo\.jpg.*{message}"):
+            decode(data, "photo.jpg")
     assert not len(recwarn)
 
 
-def _short(width: int, rows: int, *, mode: int = 2, interlaced: int = 0) -> bytes:
-    """A PNG of 20 rows, of which the data hold some; all its sums are right."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, 20, 8, mode, 0, 0, interlaced)
-    row = b"\0" + bytes([200]) * width * {0: 1, 2: 3}[mode]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        chunk(kind, body) for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(row * rows)), (b"IEND", b""))
-    )
-
-
-@pytest.mark.parametrize("decode", [decode_image, decode_pixels])
 @pytest.mark.parametrize("mode", [0, 2])
-@pytest.mark.parametrize("width", [1, 2, 9])
-def test_rows_that_are_missing_are_not_black(width: int, mode: int, decode: Any) -> None:
-    for rows in (0, 1, 10, 19):
-        with pytest.raises(DataError, match="truncated"):
-            decode(_short(width, rows, mode=mode))
-    assert decode(_short(width, 20, mode=mode)) is not None
-    with pytest.raises(DataError, match="truncated"):
-        decode(_short(width, 15, mode=mode, interlaced=1))
+def test_rows_that_are_missing_are_not_black(mode: int) -> None:
+    """PNGs of 20 rows with fewer rows of data and right checksums."""
+    for decode in (decode_image, decode_pixels):
+        for width in (1, 9):
+            row = b"\0" + bytes([200]) * width * {0: 1, 2: 3}[mode]
+            for rows in (0, 1, 19):
+                with pytest.raises(DataError, match="truncated"):
+                    decode(_png(width, 20, row * rows, mode=mode))
+            with pytest.raises(DataError, match="truncated"):
+                decode(_png(width, 20, row * 15, mode=mode, interlaced=1))
+            assert decode(_png(width, 20, row * 20, mode=mode)) is not None
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-@pytest.mark.parametrize("size", [(1, 60), (23, 17)])
-def test_what_is_cut_off_is_refused_or_was_nothing(form: str, size: tuple[int, int]) -> None:
-    data = _bytes(_picture(size=size).convert("P" if form == "GIF" else "RGB"), form)
+def test_what_is_cut_off_is_refused_or_was_nothing(form: str) -> None:
+    data = _bytes(_picture(size=(23, 17)).convert("P" if form == "GIF" else "RGB"), form)
     whole = decode_pixels(data)
     for kept in {*range(0, len(data), 1 + len(data) // 60), *range(len(data) - 20, len(data))}:
         try:
@@ -184,35 +168,14 @@ def test_what_is_cut_off_is_refused_or_was_nothing(form: str, size: tuple[int, i
         assert torch.equal(found, whole), f"{kept} of {len(data)} bytes"
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "I;16"])
-def test_whole_files_pass_whatever_their_form(mode: str) -> None:
-    for size in ((1, 1), (3, 2), (9, 17), (64, 33)):
-        image = _picture(size=size).convert("L" if mode == "I;16" else mode)
-        if mode == "I;16":
-            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-        assert decode_image(_bytes(image)).size == size
-
-
-def test_the_limit_is_that_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = _bytes(_picture(size=(30, 30)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 899)
-    with pytest.raises(DataError, match="30x30"):
-        decode_image(data)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert decode_image(data).size == (30, 30)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr", "P", "RGBA", "LA", "1"])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_pixels_are_those_of_pillow(mode: str, form: str) -> None:
-    picture = _picture(mode)
-    if (form == "JPEG" and mode in ("P", "RGBA", "LA")) or (form != "JPEG" and mode in ("CMYK", "YCbCr")):
-        picture = picture.convert("RGB")
-    for options in ({}, {"quality": 30, "progressive": True, "subsampling": 2}) if form == "JPEG" else ({},):
-        data = _bytes(picture, form, **options)
-        pixels = decode_pixels(data)
-        assert pixels.dtype == torch.uint8
-        assert torch.equal(pixels, torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
+def test_pixels_are_those_of_pillow(form: str) -> None:
+    for mode in ("RGB", "L", "CMYK", "YCbCr") if form == "JPEG" else ("RGB", "L", "P", "RGBA", "LA", "1"):
+        for options in ({}, {"quality": 30, "progressive": True, "subsampling": 2}) if form == "JPEG" else ({},):
+            data = _bytes(_picture(mode), form, **options)
+            pixels = decode_pixels(data)
+            assert pixels.dtype == torch.uint8
+            assert torch.equal(pixels, torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
 
 
 def test_pixels_do_not_depend_on_the_fast_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,67 +193,16 @@ def test_pixels_do_not_depend_on_the_fast_decoder(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(decode_pixels(data), fast)
 
 
-@pytest.mark.parametrize(
-    ("colour", "bits"),
-    [
-        *(("grey", bits) for bits in (1, 2, 4, 8, 16)),
-        ("rgb", 8),
-        ("rgb", 16),
-        *(("palette", bits) for bits in (1, 2, 4, 8)),
-    ],
-)
-@pytest.mark.parametrize("transparent", [False, True])
-def test_pixels_of_every_kind_of_png(colour: str, bits: int, transparent: bool) -> None:
-    width, height = 16, 4
-    channels = 3 if colour == "rgb" else 1
+@pytest.mark.parametrize(("mode", "depths"), [(0, (1, 2, 4, 8, 16)), (2, (8, 16)), (3, (1, 2, 4, 8))])
+def test_pixels_of_every_kind_of_png(mode: int, depths: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
-    row_bytes = width * channels * bits // 8
-    body = b"".join(b"\0" + rng.integers(0, 256, row_bytes, dtype=np.uint8).tobytes() for _ in range(height))
-    kind = {"grey": 0, "rgb": 2, "palette": 3}[colour]
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))]
-    if colour == "palette":
-        chunks.append((b"PLTE", rng.integers(0, 256, 3 * 2**bits, dtype=np.uint8).tobytes()))
-    if transparent:
-        chunks.append((b"tRNS", {"grey": b"\0\1", "rgb": b"\0\1\0\2\0\3", "palette": b"\x80\0"}[colour]))
-    chunks += [(b"IDAT", zlib.compress(body)), (b"IEND", b"")]
-    parts = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-    assert torch.equal(decode_pixels(data), torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_a_cut_image_is_refused_wherever_it_is_cut(form: str) -> None:
-    data = _bytes(_picture(size=(90, 70)), form)
-    for end in [*range(1, len(data), len(data) // 40), len(data) - 20, len(data) - 2]:
-        given, results = data[:end], []
-        for decode in (decode_image, decode_pixels):
-            try:
-                results.append(np.asarray(decode(given, "x")).size)
-            except DataError as error:
-                results.append(str(error))
-        assert results[0] == results[1]
-
-
-def test_a_broken_image_is_the_same_error_for_pixels() -> None:
-    for data in (
-        b"",
-        b"no image",
-        _bytes(_picture(size=(200, 200)), "JPEG")[:3000],
-        _png(60_000, 60_000),
-        _png(20, 20),
-    ):
-        with pytest.raises(DataError) as caught:
-            decode_image(data, "photo.jpg")
-        with pytest.raises(DataError) as again:
-            decode_pixels(data, "photo.jpg")
-        assert str(again.value) == str(caught.value)
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError):
-        decode_image(tmp_path / "absent.png")
-    with pytest.raises(DataError):
-        decode_image(tmp_path)
+    for bits in depths:
+        row_bytes = 16 * (3 if mode == 2 else 1) * bits // 8
+        body = b"".join(b"\0" + rng.integers(0, 256, row_bytes, dtype=np.uint8).tobytes() for _ in range(4))
+        palette = ((b"PLTE", rng.integers(0, 256, 3 * 2**bits, dtype=np.uint8).tobytes()),) if mode == 3 else ()
+        for transparent in ((), ((b"tRNS", {0: b"\0\1", 2: b"\0\1\0\2\0\3", 3: b"\x80\0"}[mode]),)):
+            data = _png(16, 4, body, mode=mode, bits=bits, chunks=(*palette, *transparent))
+            assert torch.equal(decode_pixels(data), torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xfm_fast import XFM, XFMConfig
 from xfm_fast.batches import RegionBatch, TextBatch
 from xfm_fast.data.items import collate_images, collate_pairs, collate_regions, collate_texts
 from xfm_fast.data.masking import block_mask
@@ -54,20 +53,6 @@ def test_texts_are_padded(texts: list[EncodedText], more: int) -> None:
     wide = collate_texts(texts, pad_token_id=PAD, width=width + more, most=most + more)
     assert wide.input_ids.shape[1] == width + more
     _check(wide, texts)
-
-
-def test_padding_does_not_matter() -> None:
-    config = XFMConfig.preset("tiny")
-    model = XFM(config).double().eval()
-    texts = [
-        EncodedText([0, 11, 12, 13, 2], [0, 99, 12, 13, 2], [1], [11]),
-        EncodedText([0, 21, 2], [0, 21, 99], [2], [2]),
-    ]
-    near, far = (collate_texts(texts, pad_token_id=PAD, width=width) for width in (None, 30))
-    with torch.no_grad():
-        a, b = (model.encode_text(batch.masked_input_ids, batch.attention_mask) for batch in (near, far))
-    for row, text in enumerate(texts):
-        torch.testing.assert_close(a[row, : len(text.ids)], b[row, : len(text.ids)], rtol=1e-12, atol=1e-12)
 
 
 def test_pairs_and_images() -> None:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from xfm_fast.data.rand_augment import GREY, IMAGENET_FILL, OPERATIONS, Operation, RandAugment
 from xfm_fast.data.transforms import IMAGENET_MEAN
-from xfm_fast.errors import ConfigError
 
 Pixels = NDArray[np.uint8]
 FACTOR = 7 / 10 * 1.8 + 0.1
@@ -89,16 +88,6 @@ def test_colour_operations_are_what_their_definition_says(name: str, definition:
         difference = np.abs(_apply(OPERATIONS["all"][name], picture).astype(int) - expected)
         assert difference.max() <= 1
         assert difference.mean() < 0.01
-
-
-def test_colour_operations_move_nothing() -> None:
-    operations = OPERATIONS["colour"]
-    assert list(operations) == ["Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"]
-    pixels = np.full((21, 25, 3), 40, np.uint8)
-    pixels[6:14, 8:19] = 200
-    for operation in operations.values():
-        inside = _apply(operation, Image.fromarray(pixels))[..., 0] > 128
-        assert np.array_equal(inside, pixels[..., 0] > 128)
 
 
 def _warped(pixels: Pixels, matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -212,15 +201,6 @@ def test_the_level_varies_where_it_is_to_and_stays_in_range(monkeypatch: pytest.
     assert 0.4 < levels[levels < 9].std() / math.sqrt(1 - 2 / math.pi) < 0.6
 
 
-def test_two_generators_of_one_seed_give_the_same_image() -> None:
-    picture = _picture()
-    for operations in OPERATIONS:
-        augment = RandAugment(operations, draws=4)
-        for seed in range(20):
-            once, again = (augment(picture, np.random.default_rng(seed)) for _ in range(2))
-            assert np.array_equal(np.asarray(once), np.asarray(again))
-
-
 INCREASING: dict[str, Callable[[NDArray[np.int64]], NDArray[Any]]] = {
     "Invert": lambda pixels: 255 - pixels,
     "Posterize": lambda pixels: pixels & 0b10000000,
@@ -289,10 +269,3 @@ def test_every_operation_works_at_every_level(operations: str, level: float) -> 
         for positive in (True, False):
             out = operation(picture, level, _Sign(positive))
             assert (out.size, out.mode) == (picture.size, "RGB")
-
-
-def test_what_there_is_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"operations='colours'.*imagenet"):
-        RandAugment("colours")
-    with pytest.raises(ConfigError, match="level=11"):
-        RandAugment(level=11)

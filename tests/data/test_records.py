@@ -1,13 +1,15 @@
 """Rows of line JSON and samples of shards by number, good, odd and damaged, and the index beside a file."""
 
 import gzip
-import io
 import json
 import os
 import pickle
+import re
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from tests.data.record_files import picture, write_lines, write_tar
 from xfm_fast.data import files, records
 from xfm_fast.data.files import find_files
-from xfm_fast.data.records import LineFile, ShardFile, split_name
+from xfm_fast.data.records import LineFile, ShardFile
 from xfm_fast.errors import DataError
 
 
@@ -89,35 +91,6 @@ def test_index_is_kept_beside_the_data_and_checked(tmp_path: Path, monkeypatch: 
     assert LineFile(path).label(1) == 3
 
 
-def test_index_goes_to_the_cache_where_data_are_read_only(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"a": 1}])
-    real = files.write_files
-
-    def refuse(writers: dict[Path, object]) -> None:
-        if any(each.parent == tmp_path for each in writers):
-            raise files.StorageError("read-only")
-        real(writers)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(files, "write_files", refuse)
-    assert LineFile(path).read(0) == {"a": 1}
-    assert not list(tmp_path.glob(".*"))
-    assert len(list(cache.rglob("*.index"))) == 1
-    monkeypatch.setattr(files, "write_files", lambda writers: (_ for _ in ()).throw(files.StorageError("full")))
-    other = write_lines(tmp_path / "b.jsonl", [{"b": 1}])
-    assert LineFile(other).read(0) == {"b": 1}
-
-
-def test_pickled_readers_do_not_carry_a_mapped_index(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", ({"a": number} for number in range(5000)))
-    file = LineFile(path)
-    assert file.read(4999) == {"a": 4999}
-    data = pickle.dumps(file)
-    assert len(data) < 2000
-    assert pickle.loads(data).read(4998) == {"a": 4998}
-
-
 def test_many_threads_make_one_valid_index(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", ({"a": number} for number in range(300)))
     found: list[int] = []
@@ -130,77 +103,43 @@ def test_many_threads_make_one_valid_index(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir() if "tmp" in each.name] == []
 
 
-def test_a_truncated_last_line_is_a_broken_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", ["[1, 2]", "17", "null", '"text"', "{a: 1}", '{"a": "cut he', "[" * 100_000, b'{"a": "\xff"}']
+)
+def test_broken_lines_are_named(tmp_path: Path, line: str | bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\n{"a": "cut he')
+    path.write_bytes(b'{"a": 1}\n' + (line.encode() if isinstance(line, str) else line))
     file = LineFile(path)
-    assert len(file) == 2
-    with pytest.raises(DataError, match="column 7"):
-        file.read(1)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("[1, 2]", "array"),
-        ("17", "number"),
-        ("null", "null"),
-        ('"text"', "string"),
-        ("{a: 1}", "column 2"),
-        ("[" * 100_000, "JSON"),
-    ],
-)
-def test_lines_that_are_no_objects(tmp_path: Path, line: str, message: str) -> None:
-    file = LineFile(write_lines(tmp_path / "a.jsonl", [{"a": 1}, line]))
-    with pytest.raises(DataError, match=message):
-        file.read(1)
-
-
-def test_a_line_that_is_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a": "\xff\xfe"}\n')
-    with pytest.raises(DataError, match="UTF-8"):
-        LineFile(path).read(1)
-
-
-def test_a_huge_line_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MOST_LINE_BYTES", 100)
-    file = LineFile(write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": "x" * 200}]))
     assert file.read(0) == {"a": 1}
-    with pytest.raises(DataError, match="100"):
+    with pytest.raises(DataError, match=r"JSON|UTF-8"):
+        file.read(1)
+    monkeypatch.setattr(records, "MOST_LINE_BYTES", 1)
+    with pytest.raises(DataError, match="limit of 1"):
         file.read(1)
 
 
+@pytest.mark.parametrize("reader", [LineFile, ShardFile])
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"", "empty"),
-        (b"\n\r\n \n", "blank"),
-        (gzip.compress(b'{"a": 1}\n', mtime=0), "gzip"),
-        ('{"a": 1}\n'.encode("utf-16"), "UTF-16"),
-        (b'\n[{"a": 1},\n{"a": 2}]', "array"),
+        b"",
+        b"\n\r\n \n",
+        gzip.compress(b'{"a": 1}\n', mtime=0),
+        '{"a": 1}\n'.encode("utf-16"),
+        b'\n[{"a": 1},\n{"a": 2}]',
     ],
 )
-def test_files_that_are_no_line_json(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        len(LineFile(path))
-    assert "a.jsonl" in str(caught.value)
-
-
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.jsonl"):
-        len(LineFile(tmp_path / "absent.jsonl"))
-    with pytest.raises(DataError):
-        len(LineFile(tmp_path))
+def test_files_of_other_formats_are_named(reader: Callable[..., Any], tmp_path: Path, content: bytes) -> None:
+    for name in ("absent", ".", "a"):
+        (tmp_path / "a").write_bytes(content)
+        with pytest.raises(DataError, match=re.escape(str(tmp_path / name))):
+            len(reader(tmp_path / name))
 
 
 def test_more_files_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_MOST_OPEN", 3)
     monkeypatch.setattr(files, "_open_files", files._OpenFiles())
-    paths = [write_lines(tmp_path / f"{number}.jsonl", [{"a": number}]) for number in range(8)]
-    readers = [LineFile(path) for path in paths]
+    readers = [LineFile(write_lines(tmp_path / f"{number}.jsonl", [{"a": number}])) for number in range(8)]
     for number in (0, 1, 2, 3, 0, 7, 6, 5, 0, 1):
         assert readers[number].read(0) == {"a": number}
         assert len(files._open_files.handles) <= 3
@@ -266,18 +205,24 @@ def _webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     out: list[tuple[str, dict[str, bytes]]] = []
     with tarfile.open(path) as archive:
         for member in archive:
-            file = archive.extractfile(member)
-            parts = split_name(member.name)
-            if file is None or parts is None:
+            parts = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", member.name, re.DOTALL)
+            if not member.isreg() or parts is None:
                 continue
-            if not out or out[-1][0] != parts[0]:
-                out.append((parts[0], {}))
-            out[-1][1][parts[1]] = file.read()
+            if not out or out[-1][0] != parts[1]:
+                out.append((parts[1], {}))
+            file = archive.extractfile(member)
+            assert file is not None
+            out[-1][1][parts[2].lower()] = file.read()
     return out
 
 
 def test_samples_become_records(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", _members(3))
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (("0003.jpg", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE), ("README", tarfile.REGTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0000.jpg"
+            archive.addfile(info)
     file = ShardFile(path, image_key="img", caption_key="text")
     assert len(file) == 3
     assert file.read(2) == {"id": 2, "img": picture(2), "text": "picture 2"}
@@ -301,36 +246,6 @@ def test_any_shard_reads_as_from_front_to_back(
     assert _samples(ShardFile(path)) == _webdataset(path)
     again = pickle.loads(pickle.dumps(ShardFile(path)))
     assert _samples(again) == _webdataset(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("a/b.jpg", ("a/b", "jpg")),
-        ("b.seg.PNG", ("b", "seg.png")),
-        ("a.d/b.txt", ("a.d/b", "txt")),
-        ("none", None),
-        (".hidden", None),
-        ("b.", None),
-        ("a.d/b", None),
-    ],
-)
-def test_names(name: str, parts: tuple[str, str] | None) -> None:
-    assert split_name(name) == parts
-
-
-def test_other_members_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as archive:
-        for name, kind in (("folder.jpg", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "0000.jpg"
-            archive.addfile(info)
-        for name, content in {"README": b"text", **_sample(0)}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    assert [key for key, _ in _samples(ShardFile(path))] == ["0000"]
 
 
 def test_a_cut_shard_keeps_what_is_whole(tmp_path: Path) -> None:
@@ -367,43 +282,13 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         ({"a.json": b"[1]"}, "object"),
         ({"a.txt": b"\xff\xfe"}, "UTF-8"),
         ({"a.jpg": b"1", "a.png": b"2"}, "2 images"),
+        ({"a.jpg": b"x", "a.JPG": b"y"}, "twice"),
+        ({"README": b"x"}, "sample"),
     ],
 )
 def test_samples_that_are_no_records(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ShardFile(write_tar(tmp_path / "a.tar", members)).read(0)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "empty"),
-        (b"x" * 2000, "tar"),
-        (gzip.compress(b"x" * 2000, mtime=0), "compressed"),
-        (b"\0" * 10240, r"sample|tar"),
-    ],
-)
-def test_files_that_are_no_shards(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        len(ShardFile(path))
-
-
-def test_no_samples_and_twofold_members(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="sample"):
-        len(ShardFile(write_tar(tmp_path / "a.tar", {"README": b"x"})))
-    path = write_tar(tmp_path / "b.tar", {"a.jpg": b"x", "a.JPG": b"y"})
-    with pytest.raises(DataError, match="twice"):
-        len(ShardFile(path))
-
-
-def test_the_index_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_tar(tmp_path / "a.tar", _members(2))
-    expected = _samples(ShardFile(path))
-    monkeypatch.setattr(records, "_scan_shard", lambda path: pytest.fail("scanned again"))
-    assert _samples(ShardFile(path)) == expected
-    assert (tmp_path / ".a.tar.index").is_file()
 
 
 def test_shards_of_the_webdataset_library(tmp_path: Path) -> None:

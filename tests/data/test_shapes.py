@@ -307,12 +307,12 @@ def test_facts_of_captions(split: Split) -> None:
         assert facts is not None
         assert [fact.true for fact in facts] == [True] * (5 * len(made.things) - 1)
         for kind, words in (("colour", COLOURS), ("shape", SHAPES)):
-            present = {getattr(thing, kind) for thing in made.things}
+            present: set[str] = {getattr(thing, kind) for thing in made.things}
             wrong = next(word for word in words if word not in present)
             facts = caption_facts(re.sub("|".join(present), wrong, text, count=1), made)
             assert [(fact.kind, fact.claim) for fact in facts or () if not fact.true] == [(kind, wrong)]
         if len({thing.looks for thing in made.things}) == len(made.things) > 1:
-            facts = caption_facts(" ".join(opposite.get(word, word) for word in text.split()), made)
+            facts = caption_facts(re.sub(r"\w+", lambda word: opposite.get(word[0], word[0]), text), made)
             assert [f.kind for f in facts or () if not f.true] == ["relation"] * (len(made.things) - 1)
     assert set(true_shares(texts, scenes).values()) == {1}
 

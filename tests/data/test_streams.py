@@ -28,12 +28,10 @@ from tests.data.record_files import (
     write_tar,
 )
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.data.images import decode_pixels
 from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.streams import Stream, load_batches
-from xfm_fast.data.transforms import normalise, resize_crop
 from xfm_fast.errors import ConfigError, DataError
 
 CONFIG, TOKENIZER = tiny_config(), tiny_tokenizer()
@@ -129,25 +127,6 @@ def test_epochs_visit_every_row_once(tmp_path: Path) -> None:
     assert [n for batch in range(8) for n in _numbers(plain.batch(batch))] == [*range(16), *range(16)]
 
 
-def test_the_rest_of_an_epoch_is_left_out() -> None:
-    source = _texts(_numbered(11))
-    assert len(source) == 2
-    first = [n for batch in range(2) for n in _numbers(source.batch(batch))]
-    assert len(set(first)) == 8
-    # Another epoch leaves out others.
-    missed = [
-        set(range(11)) - {n for b in range(2) for n in _numbers(source.batch(2 * epoch + b))} for epoch in range(6)
-    ]
-    assert len(set.union(*missed)) > 3
-
-
-def test_fewer_rows_than_a_batch_are_repeated() -> None:
-    source = _texts(_numbered(3))
-    assert len(source) == 1
-    assert sorted(set(_numbers(source.batch(0)))) == [0, 1, 2]
-    assert len(_numbers(source.batch(5))) == 4
-
-
 def test_ranks_share_the_global_batch(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "a.jsonl", pairs(16))
     whole = _pairs(data, batch_size=8)
@@ -156,13 +135,6 @@ def test_ranks_share_the_global_batch(tmp_path: Path) -> None:
     for number in range(3):
         together = torch.cat([part.batch(number).image for part in parts])
         assert torch.equal(together, whole.batch(number).image)
-
-
-def test_streams_with_one_seed_differ() -> None:
-    data = pairs(4)
-    first, second = _pairs(data), _pairs(data, number=1)
-    assert not torch.equal(first.batch(0).image, second.batch(0).image)
-    assert not torch.equal(first.batch(0).image, _pairs(data, seed=2).batch(0).image)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -181,15 +153,6 @@ def test_workers_give_the_same_batches(tmp_path: Path, method: str, monkeypatch:
         assert not [child for child in multiprocessing.active_children() if child.is_alive()]
     finally:
         multiprocessing.set_start_method(before, force=True)
-
-
-def test_resuming_is_starting_at_a_number(tmp_path: Path) -> None:
-    source = _pairs(write_lines(tmp_path / "a.jsonl", pairs(9)))
-    whole = load_batches(source)
-    expected = [next(whole) for _ in range(6)]
-    resumed = load_batches(_pairs(tmp_path / "a.jsonl"), start=4)
-    assert _same(next(resumed), expected[4])
-    assert _same(next(resumed), expected[5])
 
 
 def test_batches_come_prepared() -> None:
@@ -258,11 +221,6 @@ def test_too_many_broken_rows_stop(tmp_path: Path) -> None:
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 10
 
 
-def test_nothing_but_broken_rows() -> None:
-    with pytest.raises(DataError, match=" 5 "):
-        _texts([{"desc": ""}] * 5, quarantine=Quarantine(tolerate_bad=1)).batch(0)
-
-
 BAD_IMAGES = {
     "no base64": "a",
     "no image": base64.b64encode(b"something else").decode(),
@@ -281,14 +239,6 @@ def test_broken_images_are_replaced(tmp_path: Path, bad: object) -> None:
     assert source.batch(0).image.shape[0] == 6
     (entry,) = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
     assert entry["row"] == 6
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-def test_images_of_every_mode(mode: str) -> None:
-    record = {"binary": base64_picture(0, mode=mode), "desc": "a cat"}
-    batch = _pairs([record], batch_size=1, augment=False).batch(0)
-    pixels = decode_pixels(picture(0, mode=mode))
-    torch.testing.assert_close(batch.image[0], normalise(resize_crop(pixels, (0, 0, 40, 30), 32)))
 
 
 def test_images_by_path(tmp_path: Path) -> None:
@@ -314,31 +264,6 @@ def test_shards_give_the_batches_of_line_json(tmp_path: Path) -> None:
     assert all(_same(_pairs(shard).batch(number), _pairs(lines).batch(number)) for number in range(3))
 
 
-def test_records_in_memory_give_the_same(tmp_path: Path) -> None:
-    lines = write_lines(tmp_path / "a.jsonl", pairs(8))
-    assert _same(_pairs(pairs(8)).batch(1), _pairs(lines).batch(1))
-
-
-def test_a_list_of_images_begins_the_caption(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    record = {"binary": [base64_picture(0), base64_picture(1)], "desc": "cats"}
-    source = _pairs([record], batch_size=1, tokenizer=tokenizer, augment=False)
-    texts, images = set(), set()
-    for number in range(40):
-        batch = source.batch(number)
-        texts.add(tokenizer.decode(batch.input_ids[0].tolist()))
-        images.add(float(batch.image.sum()))
-    assert texts == {"a image of cats", "the image contains cats", "we can see cats", "a picture of cats"}
-    assert len(images) == 2
-
-
-def test_captions_in_lists_and_languages() -> None:
-    for given in (["a dog", "the dog"], {"en": "a dog", "it": "the dog"}, [{"en": "a dog", "it": "the dog"}]):
-        source = _pairs([{"binary": base64_picture(0), "desc": given}], batch_size=1)
-        seen = {TOKENIZER.decode(source.batch(number).input_ids[0].tolist()) for number in range(25)}
-        assert seen == {"a dog", "the dog"}
-
-
 def test_ids_that_were_made_before_are_not_made_again() -> None:
     text = "picture number 3 of a cat"
     (ids,) = TOKENIZER.encode_ids([text], 40)
@@ -350,16 +275,6 @@ def test_ids_that_were_made_before_are_not_made_again() -> None:
     for wrong in ([5, 10**6], [-1], "5", [1.5], [True], [], [0, 2]):
         with pytest.raises(DataError):
             _texts([{"input_ids": wrong}] * 3).batch(0)
-
-
-def test_regions_without_augmentation_keep_boxes_and_image(tmp_path: Path) -> None:
-    source = _open("regions", [region(3)], batch_size=3, max_images=1, seed=0, augment=False)
-    batch = source.batch(0)
-    assert batch.is_image.sum() == 1
-    pixels = decode_pixels(picture(3))
-    torch.testing.assert_close(batch.image[0], normalise(resize_crop(pixels, (0, 0, 40, 30), 32)))
-    boxes = {tuple(round(value, 4) for value in box) for box in batch.boxes.tolist()}
-    assert boxes == {(0.5, 0.5, 1.0, 1.0), (0.2125, 0.2333, 0.325, 0.2667), (0.625, 0.5833, 0.5, 0.5)}
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:

@@ -66,11 +66,6 @@ def test_what_is_no_text_is_named(value: Any) -> None:
         choose_text(value, _rng())
 
 
-def test_a_missing_language_is_named() -> None:
-    with pytest.raises(DataError, match=r"'zh'.*en, de"):
-        choose_text({"en": "a", "de": "b"}, _rng(), language="zh")
-
-
 def test_captions_are_cleaned_cut_and_masked(tokenizer: CaptionTokenizer) -> None:
     options = TextOptions(max_tokens=6, max_words=3, masking=MaskingOptions(0.5, 15))
     encoded = encode_text("A cat, on a mat!", tokenizer, options, _rng())

@@ -29,7 +29,7 @@ from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.cli.app import app
 from xfm_fast.cli.options import mentions
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import RetrievalRecord, read_annotations
+from xfm_fast.data.caption_files import retrieval_rows
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.records import open_records
 from xfm_fast.errors import XFMError
@@ -242,7 +242,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "Manifest.load": Manifest.load,
     "open_index": open_index,
     "open_records": _first_record,
-    "read_annotations": lambda path: read_annotations(path, RetrievalRecord),
+    "retrieval_rows": lambda path: [*retrieval_rows(path)[0].records()],
     "decode_image": decode_image,
 }
 

@@ -43,7 +43,7 @@ from safetensors.torch import save
 from tests.data.record_files import pair, picture, tiny_tokenizer, write_tar
 from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import RetrievalRecord, read_annotations
+from xfm_fast.data.caption_files import retrieval_rows
 from xfm_fast.data.files import read_plain_pickle
 from xfm_fast.data.images import decode_image, decode_pixels
 from xfm_fast.data.records import LineFile, ShardFile
@@ -54,7 +54,7 @@ from xfm_fast.export.manifest import Manifest, new_manifest
 from xfm_fast.search.index import INDEX_FILE, open_index
 from xfm_fast.tasks.heatmap import read_detections
 from xfm_fast.tasks.journal import Journal, read_journal
-from xfm_fast.tasks.vqa import VQARecord
+from xfm_fast.tasks.vqa import vqa_rows
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
 from xfm_fast.training.metrics import read_log
@@ -363,8 +363,8 @@ def _formats() -> list[Format]:
         Format("config.json", (_config(),), lambda f: XFMConfig.load(f / "config.json")),
         Format("recipe.yaml", (_RECIPE,), lambda f: read_recipe(f / "recipe.yaml", "xfm_fast.training")),
         Format("manifest.json", (_manifest(),), Manifest.load),
-        Format("pairs.json", (_ARRAY,), lambda f: read_annotations(f / "pairs.json", RetrievalRecord)),
-        Format("questions.json", (_QUESTIONS,), lambda f: read_annotations(f / "questions.json", VQARecord)),
+        Format("pairs.json", (_ARRAY,), lambda f: [*retrieval_rows(f / "pairs.json")[0].records()]),
+        Format("questions.json", (_QUESTIONS,), lambda f: [*vqa_rows(f / "questions.json")[0].records()]),
         Format(
             "boxes.json",
             (b'{"1": [[1, 2, 3, 4]]}', b'[{"image_id": 1, "box": [1, 2, 3, 4]}]'),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from xfm_fast.data.files import Paths, file_of, find_files, read_json, unreadable
+from xfm_fast.data.files import file_of, read_json, unreadable
 from xfm_fast.errors import DataError
 
 _SHOWN, _LONGEST = 3, 60
@@ -118,23 +118,8 @@ class ImageLabelRecord(Annotation):
     label: Label | None = None
 
 
-Record = TypeVar("Record", bound=Annotation)
-
-
-def read_annotations(paths: Paths, kind: type[Record]) -> list[Record]:
-    """Read and validate all elements of JSON arrays; errors name the first broken ones."""
-    records = []
-    for path in find_files(paths):
-        wrong = []
-        for number, element in enumerate(read_array(path)):
-            try:
-                records.append(parse_annotation(element, kind))
-            except DataError as error:
-                wrong.append(f"element {number}: {error}")
-        if wrong:
-            more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-            raise DataError(f"{path}, counting from 0: {'; '.join(wrong[:_SHOWN])}{more}")
-    return records
+Record = TypeVar("Record", bound=Annotation | Mapping[str, Any])
+Kind = TypeVar("Kind", bound=Annotation)
 
 
 def read_array(path: str | os.PathLike[str]) -> Sequence[Any]:
@@ -152,7 +137,7 @@ def array_of(path: Path, content: Any, known: str = "one array of objects, [{...
     return content
 
 
-def parse_annotation(element: Any, kind: type[Record]) -> Record:
+def parse_annotation(element: Any, kind: type[Kind]) -> Kind:
     """Validate one element."""
     if isinstance(element, DataError):
         raise DataError(str(element))
@@ -183,13 +168,13 @@ class Elements(NamedTuple):
 
 
 class AnnotationRows(Generic[Record]):
-    """Elements of a fine-tuning file as `Rows`, validated when read."""
+    """Elements of a file as `Rows`, validated when read: as a record type, or by a function that parses an element."""
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         elements: Sequence[Any],
-        kind: type[Record],
+        kind: type[Record] | Callable[[Any], Record],
         *,
         labels: Sequence[int | str] | None = None,
         notes: Sequence[str] = (),
@@ -220,7 +205,8 @@ class AnnotationRows(Generic[Record]):
 
     def read(self, row: int) -> Record:
         """Validated record of a row."""
-        return parse_annotation(self.elements[row], self.kind)
+        kind: Any = self.kind
+        return parse_annotation(self.elements[row], kind) if isinstance(kind, type) else kind(self.elements[row])
 
     def records(self) -> Iterator[Record]:
         """All records in order; a broken element raises `DataError`."""
@@ -238,7 +224,7 @@ def _place(label: int | str) -> str:
     return f"line {label}" if isinstance(label, int) else label
 
 
-def as_rows(elements: Iterable[Elements], kind: type[Record]) -> list[AnnotationRows[Record]]:
+def as_rows(elements: Iterable[Elements], kind: type[Kind]) -> list[AnnotationRows[Kind]]:
     """Wrap elements of several files as rows of one record type."""
     return [
         AnnotationRows(each.name, each.values, kind, labels=each.labels, notes=each.notes, others=each.others)

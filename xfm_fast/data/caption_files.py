@@ -30,6 +30,7 @@ from xfm_fast.data.tables import (
     PAIR_COLUMNS,
     TABLE_SUFFIXES,
     caption_table,
+    group_captions,
     has_images,
     read_caption_folder,
     read_table,
@@ -54,7 +55,7 @@ def retrieval_test_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[RetrievalTestRecord]]:
     """Images with all their captions, in first-seen order; arguments as in `retrieval_rows`."""
-    return as_rows(map(_grouped, _captions(paths, split, columns)), RetrievalTestRecord)
+    return as_rows(map(group_captions, _captions(paths, split, columns)), RetrievalTestRecord)
 
 
 def captioning_rows(
@@ -68,7 +69,7 @@ def captioning_test_rows(
     paths: Paths, *, split: str | None = None, columns: Mapping[str, str] | None = None
 ) -> list[AnnotationRows[CaptioningTestRecord]]:
     """Each image once with all known captions; also accepts a folder of images without captions."""
-    return as_rows(map(_grouped, _captions(paths, split, columns, bare=True)), CaptioningTestRecord)
+    return as_rows(map(group_captions, _captions(paths, split, columns, bare=True)), CaptioningTestRecord)
 
 
 def _captions(
@@ -154,26 +155,6 @@ def embedded_elements(path: Path) -> Elements:
             values.append({"image": image, "image_id": image} | ({} if caption is None else {"caption": caption}))
             labels.append(rows.label(row))
     return Elements(str(path), values, labels)
-
-
-def _grouped(elements: Elements) -> Elements:
-    """Group captions by image, in first-seen order."""
-    first: dict[str, dict[str, Any]] = {}
-    values, labels = [], []
-    for number, value in enumerate(elements.values):
-        image = value.get("image") if isinstance(value, dict) else None
-        caption = value.get("caption") if isinstance(value, dict) else None
-        captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
-        if isinstance(image, str) and image in first:
-            first[image].setdefault("caption", []).extend(captions)
-            continue
-        if isinstance(image, str):
-            value = first[image] = {name: each for name, each in value.items() if name != "caption"}
-            if captions:
-                value["caption"] = [*captions]
-        values.append(value)
-        labels.append(f"element {number}" if elements.labels is None else elements.labels[number])
-    return elements._replace(values=values, labels=labels)
 
 
 def is_karpathy(content: Any) -> bool:

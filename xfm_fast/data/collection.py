@@ -1,4 +1,4 @@
-"""Image collections: folders, lists of paths (CSV, JSON, line JSON), shards and lines with embedded images."""
+"""Image collections: folders, lists of paths (CSV, JSON, line JSON), and files with embedded images."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
 from xfm_fast.data.caption_files import captioning_test_rows, has_embedded_images
 from xfm_fast.data.images import decode_image, image_source, image_values
 from xfm_fast.data.options import ImageOptions
-from xfm_fast.data.records import RecordSet, open_records
-from xfm_fast.data.tables import LINE_SUFFIXES, PICTURE_SUFFIXES, TABLE_SUFFIXES, caption_table, sidecar_captions
+from xfm_fast.data.records import RecordSet, find_reader, open_records
+from xfm_fast.data.tables import (
+    LINE_SUFFIXES,
+    PICTURE_SUFFIXES,
+    TABLE_SUFFIXES,
+    caption_table,
+    find_images,
+    sidecar_captions,
+)
 from xfm_fast.errors import DataError
 
 _IMAGES = ImageOptions()
@@ -80,79 +87,66 @@ def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str]
     if path.is_dir():
         # A folder may hold shards. Data files next to images describe the images.
         shards = sorted(path.glob("*.tar"))
-        return Records(path, open_records(shards)) if shards and not _files(path) else Folder(path)
+        return Records(open_records(shards)) if shards and not _names(path) else Files(path, path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a folder of images, or a file that lists or holds some")
-    suffix = path.suffix.lower()
-    if ".tar" in path.suffixes:
-        return Records(path, open_records(path))
-    if has_embedded_images(path):
-        return Records(path, open_records(path))
-    if suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json"):
-        return Table(path, path.parent if images is None else Path(images).expanduser())
-    kinds = ", ".join((*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json", ".tar"))
-    raise DataError(f"{path} is neither a folder of images nor a file of one of {kinds}; give one of these")
+    kinds = (*TABLE_SUFFIXES, *LINE_SUFFIXES, ".json")
+    if path.suffix.lower() in kinds and not has_embedded_images(path):
+        return Files(path, path.parent if images is None else Path(images).expanduser())
+    if path.suffix.lower() in LINE_SUFFIXES or find_reader(path) not in ("lines", "pairs", None):
+        return Records(open_records(path))
+    raise DataError(f"{path} is neither a folder of images nor a file of one of {', '.join(kinds)}, .tar; give these")
 
 
-class Folder:
-    """Images in a folder tree, with captions in text files or a table; hidden files are skipped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def listing(self) -> Listing:
-        names = _files(self.path)
-        if not names:
-            raise DataError(f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it")
-        table = caption_table(self.path)
-        if table is not None:
-            listed, faults = Table(table, self.path).listing()
-            by_name: dict[str, tuple[str, ...]] = {}
-            for entry in listed:
-                name = os.path.normpath(entry.name)
-                by_name[name] = by_name.get(name, ()) + entry.captions
-            faults |= {
-                name: f"image {self.path / name} does not exist; correct {table.name}"
-                for name in by_name.keys() - map(os.path.normpath, names)
-            }
-            return Listing(
-                [_entry(name, self.path / name, by_name.get(os.path.normpath(name), ())) for name in names], faults
-            )
-        entries, faults = [], {}
-        for name in names:
-            captions: Iterable[tuple[int, str]] = ()
-            try:
-                captions = sidecar_captions(self.path / name) or ()
-            except DataError as error:
-                faults[str(Path(name).with_suffix(".txt"))] = str(error)
-            entries.append(_entry(name, self.path / name, tuple(caption for _, caption in captions)))
-        return Listing(entries, faults)
-
-    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        return decode_image(self.path / entry.name), entry.captions
-
-    def location(self, entry: Entry) -> str:
-        return str(self.path / entry.name)
-
-
-class Table:
-    """Images listed by path in a file, each once, with all captions."""
+class Files:
+    """Images in a folder tree, with captions in text files or a table, or images that a file lists by path."""
 
     def __init__(self, path: Path, images: Path) -> None:
         self.path, self.images = path, images
 
     def listing(self) -> Listing:
+        if not self.path.is_dir():
+            return self._table(self.path)
+        names = _names(self.path)
+        if not names:
+            raise DataError(f"{self.path} holds no images ({', '.join(PICTURE_SUFFIXES)}), nor do folders below it")
+        captions: dict[str, tuple[str, ...]] = {}
+        faults: dict[str, str] = {}
+        table = caption_table(self.path)
+        if table is not None:
+            entries, faults = self._table(table)
+            for entry in entries:
+                name = os.path.normpath(entry.name)
+                captions[name] = captions.get(name, ()) + entry.captions
+            for name in captions.keys() - set(names):
+                faults[name] = f"image {self.path / name} does not exist; correct {table.name}"
+        for name in names if table is None else ():
+            try:
+                captions[name] = tuple(caption for _, caption in sidecar_captions(self.path / name) or ())
+            except DataError as error:
+                faults[str(Path(name).with_suffix(".txt"))] = str(error)
+        return Listing([self._entry(name, captions.get(name, ())) for name in names], faults)
+
+    def _table(self, path: Path) -> Listing:
+        """Images listed in a file, each once, with all captions."""
         entries: dict[str, Entry] = {}
         faults: dict[str, str] = {}
-        for rows in captioning_test_rows(self.path, split="all"):
+        for rows in captioning_test_rows(path, split="all"):
             for row in range(len(rows)):
                 try:
                     record = rows.read(row)
                 except DataError as error:
-                    faults[f"{self.path.name}#{rows.label(row)}"] = str(error)
-                    continue
-                entries.setdefault(record.image, _entry(record.image, self.images / record.image, record.caption or ()))
+                    faults[f"{path.name}#{rows.label(row)}"] = str(error)
+                else:
+                    entries.setdefault(record.image, self._entry(record.image, record.caption or ()))
         return Listing([*entries.values()], faults)
+
+    def _entry(self, name: str, captions: Iterable[str]) -> Entry:
+        try:
+            status = (self.images / name).stat()
+        except (OSError, ValueError):
+            return Entry(name, -1, -1, captions=tuple(captions))
+        return Entry(name, status.st_size, status.st_mtime_ns, captions=tuple(captions))
 
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
         return decode_image(self.images / entry.name), entry.captions
@@ -164,18 +158,16 @@ class Table:
 class Records:
     """Images embedded in shards or lines; a changed file invalidates all its images."""
 
-    def __init__(self, path: Path, records: RecordSet) -> None:
-        self.path, self.records = path, records
+    def __init__(self, records: RecordSet) -> None:
+        self.records = records
 
     def listing(self) -> Listing:
         entries = []
-        number = 0
         for rows in self.records.files:
             size = os.stat(rows.name).st_size
             for row in range(len(rows)):
                 name = f"{Path(rows.name).name}#{rows.label(row)}"
-                entries.append(Entry(name, size, rows.modified, number))
-                number += 1
+                entries.append(Entry(name, size, rows.modified, len(entries)))
         return Listing(entries, {})
 
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
@@ -185,31 +177,15 @@ class Records:
         rows, row = self.records.locate(entry.row)
         record = rows.read(row)
         image = decode_image(image_source(image_values(record, _IMAGES)[0], _IMAGES), entry.name)
-        return image, _texts(record.get("desc", record.get("caption")))
+        captions = record.get("desc", record.get("caption"))
+        listed = captions if isinstance(captions, list) else [captions]
+        return image, tuple(each for each in listed if isinstance(each, str))
 
     def location(self, entry: Entry) -> str:
         return entry.name
 
 
-def _files(folder: Path) -> list[str]:
+def _names(folder: Path) -> list[str]:
     """Sorted relative POSIX paths of images in a folder tree."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        below = Path(parent).relative_to(folder)
-        for name in files:
-            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."):
-                found.append((below / name).as_posix())
-    return sorted(found)
-
-
-def _entry(name: str, path: Path, captions: tuple[str, ...]) -> Entry:
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return Entry(name, -1, -1, captions=captions)
-    return Entry(name, status.st_size, status.st_mtime_ns, captions=captions)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str))
+    top = Path(os.path.abspath(folder))
+    return sorted(path.relative_to(top).as_posix() for path in find_images(top, links=False))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xfm_fast.checkpoint.files import write_files
-from xfm_fast.data.files import Paths, new_folder
+from xfm_fast.data.files import Paths, new_folder, open_file
 from xfm_fast.data.images import image_source
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.quarantine import Quarantine
@@ -157,10 +157,8 @@ def _good_rows(
 def _content(source: Path | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
-    try:
-        return source.read_bytes()
-    except OSError as error:
-        raise DataError(f"image {source} cannot be read ({error.strerror}); check the path") from None
+    with open_file(source) as file:
+        return file.read()
 
 
 def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[str, bytes]:

@@ -112,8 +112,18 @@ def _parts(paths: Paths) -> list[str]:
     return [part for path in paths for part in _parts(path)]
 
 
+def open_file(path: Path) -> io.BufferedReader:
+    """Open a data file for reading; what is no regular file (a pipe might never end) raises `DataError`."""
+    try:
+        return open(require_file(path), "rb")
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
 def check_plain(path: Path, start: bytes) -> None:
-    """Raise `DataError` for compressed or UTF-16 files, which have no row offsets."""
+    """Raise `DataError` for empty, compressed or UTF-16 files, which have no row offsets."""
+    if not start:
+        raise DataError(f"{path} is empty (0 bytes); download or write it again")
     for magic, name in _PACKED.items():
         if start.startswith(magic):
             raise DataError(f"{path} is compressed ({name}) and cannot be read from the middle; decompress it first")
@@ -125,13 +135,9 @@ def read_json(
     path: Path, expected: str, object_hook: Callable[[dict[str, Any]], Any] | None = None, *, lines: str | None = None
 ) -> Any:
     """Read a JSON file, with or without BOM; `expected` and `lines` complete error messages."""
-    try:
-        data = require_file(path).read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
-    if not data.strip():
-        raise DataError(f"{path} is empty; download or write it again")
-    check_plain(path, data[:16])
+    with open_file(path) as file:
+        data = file.read()
+    check_plain(path, data.strip()[:16])
     try:
         value = json.loads(data.decode("utf-8-sig"), object_hook=object_hook)
         check_text(value, data)
@@ -150,10 +156,8 @@ def read_json(
 
 def read_plain_pickle(path: Path) -> Any:
     """Read a pickle of containers, strings and numbers without executing it; Python 2 strings are Latin-1."""
-    try:
-        data = require_file(path).read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with open_file(path) as file:
+        data = file.read()
     try:
         return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
     except _NotPlain as error:
@@ -225,7 +229,7 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         key = found.st_dev, found.st_ino
         handle = handles.pop(key, None)
         if handle is None:
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(require_file(path), os.O_RDONLY)
             if len(handles) >= _MOST_OPEN:
                 os.close(handles.popitem(last=False)[1])
         handles[key] = handle
@@ -238,15 +242,16 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         raise unreadable(path, error) from None
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
-    """`DataError` for an OS error on a data file."""
-    return DataError(f"{path} cannot be read ({error.strerror or error}); check that it is a readable file")
+def unreadable(path: Path, error: OSError | ValueError) -> DataError:
+    """`DataError` for a data file that cannot be opened or read."""
+    reason = getattr(error, "strerror", None) or error
+    return DataError(f"{path} cannot be read ({reason}); check that it is a readable file")
 
 
 class IndexedFile:
     """A data file with a cached row index, built on first use.
 
-    `build` scans the file; the index starts with the row count. A changed `version` invalidates cached indexes.
+    `build` scans the file. A changed `version` invalidates cached indexes.
     """
 
     def __init__(self, path: str | os.PathLike[str], build: Callable[[Path], np.ndarray], version: int) -> None:
@@ -271,8 +276,13 @@ class IndexedFile:
 
     @property
     def index(self) -> np.ndarray:
-        """int64 array returned by `build`."""
+        """int64 array returned by `build`: row count, row offsets, end of the last row, then what the format adds."""
         return self._loaded[_HEAD:]
+
+    def range(self, row: int) -> tuple[int, int]:
+        """Offsets of the first byte of a row and of the next row."""
+        start, end = self.index[1 + row : 3 + row].tolist()
+        return start, end
 
     @cached_property
     def _loaded(self) -> np.ndarray:
@@ -281,7 +291,7 @@ class IndexedFile:
         name = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:32]
         paths = [self.path.with_name(f".{self.path.name}.index"), cache / f"{name}.index"]
         try:
-            with open(self.path, "rb") as data:
+            with open_file(self.path) as data:
                 # Ranks that start together scan a file once: the first holds the lock, the others find its index.
                 with suppress(ImportError, OSError):
                     import fcntl

@@ -137,8 +137,9 @@ def _content(source: Source, name: str | None) -> tuple[str, bytes]:
         data = source if isinstance(source, bytes) else require_file(source).read_bytes()
     except FileNotFoundError:
         raise DataError(f"image {name} does not exist; check the path") from None
-    except OSError as error:
-        raise DataError(f"image {name} cannot be read ({error.strerror}); check that it is a readable file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"image {name} cannot be read ({reason}); check that it is a readable file") from None
     if not data:
         raise DataError(f"image {name} is empty (0 bytes); download or copy it again")
     return name, data

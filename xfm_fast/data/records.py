@@ -1,5 +1,6 @@
 """Random access to rows of line JSON, WebDataset shards, tables, image folders and in-memory lists.
 
+`READERS` holds the file formats; what is added to it is read by training, checks, conversion and search.
 WebDataset convention: consecutive archive members that share their path up to the first dot of the name are one sample;
 the rest of the name is the field.
 """
@@ -9,15 +10,15 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from xfm_fast.data.annotations import Elements
-from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, read_range, row_of
+from xfm_fast.data.annotations import AnnotationRows
+from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, open_file, read_range, row_of
 from xfm_fast.data.images import image_source, image_values
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.tables import (
@@ -26,6 +27,7 @@ from xfm_fast.data.tables import (
     PICTURE_SUFFIXES,
     TABLE_SUFFIXES,
     caption_table,
+    group_captions,
     has_images,
     read_caption_folder,
     read_table,
@@ -40,17 +42,12 @@ Data = Paths | Sequence[Record]
 MOST_LINE_BYTES = 256 << 20
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "img", "image")
 TEXT_SUFFIXES = ("txt", "text", "caption")
-# The fields of a table, and of line JSON that names its images by their paths.
-IMAGE_COLUMN, CAPTION_COLUMN = "image", "caption"
 
-_LINES_VERSION = 1
+_LINES_VERSION, _SHARD_VERSION = 1, 2
 _CHUNK = 16 << 20
 _NEWLINE = 10
 _MARK = b"\xef\xbb\xbf"
 _SHORT = 8
-_SHARD_VERSION = 1
-# Rows, members, bytes of the sample keys, bytes of the suffixes, then five arrays and the two texts.
-_COUNTS = 4
 
 
 class Rows(Protocol):
@@ -95,7 +92,7 @@ class LineFile(IndexedFile):
 
     def raw(self, row: int) -> bytes:
         """Bytes of a row without surrounding whitespace."""
-        start, end = (int(value) for value in self.index[1 + row : 3 + row])
+        start, end = self.range(row)
         if end - start > MOST_LINE_BYTES:
             raise DataError(
                 f"the line has {end - start:,} bytes, over the limit of {MOST_LINE_BYTES:,}; check its line ends"
@@ -103,22 +100,20 @@ class LineFile(IndexedFile):
         return read_range(self.path, start, end - start).strip()
 
     def read(self, row: int) -> dict[str, Any]:
-        line = self.raw(row)
-        try:
-            record = json.loads(line)
-            check_text(record, line)
-        except UnicodeDecodeError as error:
-            raise DataError(f"the line is not UTF-8 (byte {error.start}: {error.reason}); convert the file") from None
-        except (ValueError, RecursionError) as error:
-            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(
-                f"the line is no JSON{place} ({reason}); expected one object a line, such as {{...}}"
-            ) from None
-        if not isinstance(record, dict):
-            names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-            raise DataError(f"the line holds a JSON {names.get(type(record), 'null')} instead of an object {{...}}")
-        return record
+        return _parse_object(self.raw(row), "the line")
+
+
+def _parse_object(text: bytes, name: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+        check_text(record, text)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 (byte {error.start}: {error.reason}); convert the file") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is no JSON ({error}); expected one object, such as {{...}}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{name} holds a JSON {type(record).__name__} instead of an object {{...}}")
+    return record
 
 
 def _scan_lines(path: Path) -> np.ndarray:
@@ -127,10 +122,8 @@ def _scan_lines(path: Path) -> np.ndarray:
     view = np.frombuffer(buffer, np.uint8)
     ends = []
     size = 0
-    with open(path, "rb", buffering=0) as file:
+    with open_file(path) as file:
         start = os.pread(file.fileno(), 4096, 0)
-        if not start:
-            raise DataError(f"{path} is empty (0 bytes); download or write it again")
         check_plain(path, start)
         if start.removeprefix(_MARK).lstrip().startswith(b"["):
             raise DataError(
@@ -170,43 +163,26 @@ class ShardFile(IndexedFile):
 
     def label(self, row: int) -> str:
         """Key of a sample: the path prefix shared by its files."""
-        values = self.index
-        rows, members, keys, _ = (int(count) for count in values[:_COUNTS])
-        start = _COUNTS + (rows + 1) + 3 * members
-        first, last = (int(value) for value in values[start + row : start + row + 2])
-        text = values[start + rows + 1 :].view(np.uint8)[:keys]
-        return text[first:last].tobytes().decode("utf-8", "surrogateescape")
+        return self._files(row)[0].key
 
     def suffixes(self, row: int) -> list[str]:
         """Suffixes of the files of a sample."""
-        return [suffix for suffix, _, _ in self._files(row)]
+        return [file.suffix for file in self._files(row)]
 
-    def members(self, row: int) -> dict[str, bytes]:
+    def members(self, row: int, *, without: Collection[str] = ()) -> dict[str, bytes]:
         """Contents of a sample's files by suffix."""
-        return self._contents(self._files(row))
-
-    def _contents(self, files: Iterable[tuple[str, int, int]]) -> dict[str, bytes]:
         out = {}
-        for suffix, start, size in files:
-            content = read_range(self.path, start, size)
-            if len(content) < size:
-                raise DataError(f"the shard ends within .{suffix} ({len(content):,} of {size:,} bytes); copy it again")
-            out[suffix] = content
+        for file in self._files(row):
+            if file.suffix not in without:
+                out[file.suffix] = content = read_range(self.path, file.start, file.size)
+                if len(content) < file.size:
+                    sizes = f"{len(content):,} of {file.size:,} bytes"
+                    raise DataError(f"the shard ends within .{file.suffix} ({sizes}); copy it again")
         return out
 
-    def texts(self, row: int) -> dict[str, Any]:
-        """`read` without the image."""
-        return self._record(self._contents(each for each in self._files(row) if each[0] not in IMAGE_SUFFIXES))
-
-    def _files(self, row: int) -> list[tuple[str, int, int]]:
-        """Suffix, offset and size of each file of a sample."""
-        values = self.index
-        rows, count, keys, _ = (int(count) for count in values[:_COUNTS])
-        first, last = (int(value) for value in values[_COUNTS + row : _COUNTS + row + 2])
-        table = values[_COUNTS + rows + 1 : _COUNTS + rows + 1 + 3 * count].reshape(3, count)[:, first:last]
-        texts = values[_COUNTS + 2 * (rows + 1) + 3 * count :].view(np.uint8)
-        names = texts[_padded(keys) :].tobytes().rstrip(b"\0").decode("utf-8", "surrogateescape").split("\0")
-        return [(names[suffix], start, size) for start, size, suffix in table.T.tolist()]
+    def _files(self, row: int) -> list[_Member]:
+        with open_file(self.path) as file:
+            return [*_members(self.path, file, *self.range(row))]
 
     def raw(self, row: int) -> bytes:
         """Concatenated files of a sample, text files first."""
@@ -216,16 +192,12 @@ class ShardFile(IndexedFile):
     def read(self, row: int) -> dict[str, Any]:
         return self._record(self.members(row))
 
+    def texts(self, row: int) -> dict[str, Any]:
+        """`read` without the image."""
+        return self._record(self.members(row, without=IMAGE_SUFFIXES))
+
     def _record(self, files: Mapping[str, bytes]) -> dict[str, Any]:
-        record: dict[str, Any] = {}
-        if "json" in files:
-            try:
-                record = json.loads(files["json"])
-                check_text(record, files["json"])
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"the .json of the sample is no JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise DataError("the .json of the sample holds no object {...}")
+        record = _parse_object(files["json"], "the .json of the sample") if "json" in files else {}
         images = [suffix for suffix in files if suffix in IMAGE_SUFFIXES]
         if len(images) > 1:
             raise DataError(f"the sample has {len(images)} images (.{', .'.join(images)}); leave one")
@@ -240,60 +212,23 @@ class ShardFile(IndexedFile):
         return record
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case suffix of a member, e.g. `a/b.seg.png` → (`a/b`, `seg.png`); None without a suffix."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return (folder + slash + stem, suffix.lower()) if stem and dot and suffix else None
+class _Member(NamedTuple):
+    """A file in a shard: key of its sample, lower-case suffix, offsets of header and content, and size."""
+
+    key: str
+    suffix: str
+    header: int
+    start: int
+    size: int
 
 
-def _scan_shard(path: Path) -> np.ndarray:
-    with open(path, "rb") as file:
-        start = file.read(512)
-    if not start:
-        raise DataError(f"{path} is empty (0 bytes); download or write it again")
-    check_plain(path, start)
-    keys: list[str] = []
-    first: list[int] = []
-    table: list[tuple[int, int, int]] = []
-    suffixes: dict[str, int] = {}
-    inside: set[str] = set()
+def _members(path: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[_Member]:
+    """Files `key.suffix` between two offsets, including a truncated last one, which fails when read."""
+    file.seek(start)
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in _members(path, archive):
-                parts = split_name(member.name) if member.isreg() else None
-                if parts is None:
-                    continue
-                key, suffix = parts
-                if not keys or key != keys[-1]:
-                    keys.append(key)
-                    first.append(len(table))
-                    inside = set()
-                if suffix in inside:
-                    raise DataError(f"{path} holds {member.name} twice in one sample; write the shard again")
-                inside.add(suffix)
-                table.append((member.offset_data, member.size, suffixes.setdefault(suffix, len(suffixes))))
+        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115, `file` is what there is to close
     except tarfile.TarError as error:
         raise DataError(f"{path} is no tar file ({error}); give WebDataset shards or line-JSON files") from None
-    if not keys:
-        raise DataError(f"{path} holds no sample: files named key.suffix, such as 0001.jpg and 0001.json")
-    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    names = "\0".join(suffixes).encode("utf-8", "surrogateescape")
-    bounds = np.cumsum([0, *map(len, encoded)])
-    return np.concatenate(
-        [
-            np.array([len(keys), len(table), bounds[-1], len(names)], np.int64),
-            np.array([*first, len(table)], np.int64),
-            np.array(table, np.int64).T.reshape(-1),
-            bounds.astype(np.int64),
-            _as_int64(b"".join(encoded)),
-            _as_int64(names),
-        ]
-    )
-
-
-def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Members of a shard, including a truncated last one, which fails when read."""
     while True:
         # The list that the library keeps of all members is not needed.
         setattr(archive, "members", [])  # noqa: B010, the type stubs leave it out
@@ -301,23 +236,37 @@ def _members(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             member = archive.next()
         except tarfile.ReadError:
             return
-        if member is None:
+        if member is None or (end is not None and member.offset >= end):
             break
-        yield member
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if member.isreg() and stem and dot and suffix:
+            yield _Member(folder + slash + stem, suffix.lower(), member.offset, member.offset_data, member.size)
     # The library takes a damaged header for the end.
-    header = read_range(path, archive.offset, tarfile.BLOCKSIZE)
-    if len(header) == tarfile.BLOCKSIZE and header.strip(b"\0"):
+    header = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
+    if member is None and len(header) == tarfile.BLOCKSIZE and header.strip(b"\0"):
         raise DataError(
             f"{path} is damaged at byte {archive.offset:,}, and what follows there cannot be found; copy it again"
         )
 
 
-def _padded(count: int) -> int:
-    return -(-count // 8) * 8
-
-
-def _as_int64(text: bytes) -> np.ndarray:
-    return np.frombuffer(text.ljust(_padded(len(text)), b"\0"), np.int64)
+def _scan_shard(path: Path) -> np.ndarray:
+    """Index: sample count, offsets of the first header of each sample, file size."""
+    starts: list[int] = []
+    key, inside = None, set[str]()
+    with open_file(path) as file:
+        check_plain(path, os.pread(file.fileno(), 512, 0))
+        for member in _members(path, file):
+            if member.key != key or not starts:
+                key, inside = member.key, set()
+                starts.append(member.header)
+            if member.suffix in inside:
+                raise DataError(f"{path} holds {key}.{member.suffix} twice in one sample; write the shard again")
+            inside.add(member.suffix)
+        size = os.fstat(file.fileno()).st_size
+    if not starts:
+        raise DataError(f"{path} holds no sample: files named key.suffix, such as 0001.jpg and 0001.json")
+    return np.array([len(starts), *starts, size], np.int64)
 
 
 class ListRows:
@@ -363,57 +312,93 @@ class RecordSet:
         return self.files[file], number - (int(self._ends[file - 1]) if file else 0)
 
 
-class PairRows:
+class Schema(NamedTuple):
+    """Fields of image and caption in files that name their fields, and in the records read."""
+
+    image_key: str = "binary"
+    caption_key: str = "desc"
+
+
+OFFICIAL = Schema()
+"""The fields of the official line JSON."""
+
+
+class Reader(NamedTuple):
+    """A file format: which files or folders are of it, and how one is opened."""
+
+    accepts: Callable[[Path, Schema], bool]
+    open: Callable[[Path, Schema], Rows]
+
+
+def open_pairs(path: Path, schema: Schema) -> AnnotationRows[Any]:
     """Images of a table or folder in first-seen order, each with all its captions (a list if several)."""
-
-    def __init__(self, path: Path, *, image_key: str, caption_key: str) -> None:
-        self.name = str(path)
-        self._keys = image_key, caption_key
-        table = caption_table(path) if path.is_dir() else path
-        if table is None:
-            elements, folder = read_caption_folder(path), path
-        else:
-            elements, folder = read_table(table, PAIR_COLUMNS), table.parent
-        self._rows = _by_image(elements, folder)
-
-    @property
-    def modified(self) -> int:
-        return os.stat(self.name).st_mtime_ns
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def label(self, row: int) -> int | str:
-        return self._rows[row][0]
-
-    def raw(self, row: int) -> bytes:
-        return json.dumps(self._rows[row][1], default=str).encode()
-
-    def read(self, row: int) -> Record:
-        found = self._rows[row][1]
-        if isinstance(found, DataError):
-            raise found
-        image, captions = found
-        return dict(zip(self._keys, (image, captions[0] if len(captions) == 1 else captions), strict=True))
+    table = caption_table(path) if path.is_dir() else path
+    folder = path if table is None else table.parent
+    found = group_captions(read_caption_folder(path) if table is None else read_table(table, PAIR_COLUMNS))
+    return AnnotationRows(path, found.values, partial(_pair, folder, schema), labels=found.labels)
 
 
-def _by_image(elements: Elements, folder: Path) -> list[tuple[int | str, tuple[Path, list[str]] | DataError]]:
-    rows: list[tuple[int | str, tuple[Path, list[str]] | DataError]] = []
-    known: dict[Path, list[str]] = {}
-    for number, value in enumerate(elements.values):
-        label = number if elements.labels is None else elements.labels[number]
-        image, text = (value.get(IMAGE_COLUMN), value.get(CAPTION_COLUMN)) if isinstance(value, dict) else (None, None)
-        captions = [text] if isinstance(text, str) else text
-        if isinstance(value, DataError):
-            rows.append((label, value))
-        elif not (isinstance(image, str) and image and isinstance(captions, list) and captions):
-            rows.append((label, DataError(f"expected the path of an image and a caption, not {image!r} and {text!r}")))
-        elif (path := folder / image) in known:
-            known[path].extend(captions)
-        else:
-            known[path] = [*captions]
-            rows.append((label, (path, known[path])))
-    return rows
+def _pair(folder: Path, schema: Schema, value: Any) -> Record:
+    if isinstance(value, DataError):
+        raise value
+    image, captions = (value.get("image"), value.get("caption")) if isinstance(value, dict) else (None, None)
+    if not (isinstance(image, str) and image and isinstance(captions, list) and captions):
+        raise DataError(f"expected the path of an image and a caption, not {image!r} and {captions!r}")
+    return {schema.image_key: folder / image, schema.caption_key: captions[0] if len(captions) == 1 else captions}
+
+
+def _has_pairs(path: Path, schema: Schema) -> bool:
+    if path.is_dir():
+        return is_image_folder(path)
+    if path.suffix.lower() in LINE_SUFFIXES:
+        first = first_object(path)
+        return "image" in first and schema.image_key not in first
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+READERS: dict[str, Reader] = {
+    "lines": Reader(lambda path, _: path.is_file(), lambda path, _: LineFile(path)),
+    "pairs": Reader(_has_pairs, open_pairs),
+    "shards": Reader(
+        lambda path, _: path.is_file() and ".tar" in path.suffixes,
+        lambda path, schema: ShardFile(path, image_key=schema.image_key, caption_key=schema.caption_key),
+    ),
+}
+"""File formats by name; the last one that accepts a path reads it."""
+
+
+def find_reader(path: Path, schema: Schema = OFFICIAL) -> str | None:
+    """Name of the reader of a file or folder."""
+    return next((name for name, reader in reversed(READERS.items()) if reader.accepts(path, schema)), None)
+
+
+def open_rows(path: Path, schema: Schema = OFFICIAL) -> Rows:
+    """Open one file or folder as rows, by the reader that accepts it."""
+    name = find_reader(path, schema)
+    if name is None:
+        raise DataError(f"{path} is of no format that is read; use one of {', '.join(READERS)}")
+    return READERS[name].open(path, schema)
+
+
+def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "desc") -> RecordSet:
+    """Open files, or a list of records, as one indexed sequence of rows.
+
+    Files are `.tar` shards, line JSON with embedded images, CSV, TSV or line JSON with `image` and `caption`, folders
+    of images with captions in text files or in a table of `CAPTION_TABLES`, or of a format added to `READERS`.
+
+    Args:
+        data: paths (see `find_files`) or records.
+        image_key: field of the image, in line JSON and in the records returned.
+        caption_key: field of the captions.
+
+    Raises:
+        DataError: no data, or an unknown file format.
+    """
+    if not isinstance(data, (str, os.PathLike)) and data and isinstance(data[0], Mapping):
+        return RecordSet([ListRows(data)])  # type: ignore[arg-type]
+    schema = Schema(image_key, caption_key)
+    paths = find_files(data, lambda folder: find_reader(folder, schema) is not None)  # type: ignore[arg-type]
+    return RecordSet([open_rows(path, schema) for path in paths])
 
 
 def image_at(path: Path) -> Path | bytes:
@@ -458,41 +443,8 @@ def is_image_folder(folder: Path) -> bool:
 def first_object(path: Path) -> Mapping[str, Any]:
     """First object of a line-JSON file, for format detection; empty if it is not an object."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             found = json.loads(file.readline(MOST_LINE_BYTES))
-    except (OSError, ValueError, RecursionError):
+    except (DataError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "desc") -> RecordSet:
-    """Open files, or a list of records, as one indexed sequence of rows.
-
-    Files are `.tar` shards, line JSON with embedded images, CSV, TSV or line JSON with `image` and `caption`, or
-    folders of images with captions in text files or in a table of `CAPTION_TABLES`.
-
-    Args:
-        data: paths (see `find_files`) or records.
-        image_key: field of the image, in line JSON and in the records returned.
-        caption_key: field of the captions.
-
-    Raises:
-        DataError: no data, or an unknown file format.
-    """
-    if not isinstance(data, (str, os.PathLike)) and data and isinstance(data[0], Mapping):
-        return RecordSet([ListRows(data)])  # type: ignore[arg-type]
-    if not isinstance(data, (str, os.PathLike)) and not data:
-        raise DataError("the list of records or paths is empty; give at least one")
-    paths = find_files(data, is_image_folder)  # type: ignore[arg-type]
-    return RecordSet([_rows_of(path, image_key, caption_key) for path in paths])
-
-
-def _rows_of(path: Path, image_key: str, caption_key: str) -> Rows:
-    if ".tar" in path.suffixes:
-        return ShardFile(path, image_key=image_key, caption_key=caption_key)
-    suffix = path.suffix.lower()
-    tabular = path.is_dir() or suffix in TABLE_SUFFIXES
-    if not tabular and suffix in LINE_SUFFIXES:
-        first = first_object(path)
-        tabular = IMAGE_COLUMN in first and image_key not in first
-    return PairRows(path, image_key=image_key, caption_key=caption_key) if tabular else LineFile(path)

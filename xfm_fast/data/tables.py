@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xfm_fast.data.annotations import AnnotationRows, Elements, ImageLabelRecord, TextRecord, TextScoreRecord, as_rows
-from xfm_fast.data.files import Paths, check_plain, find_files, unreadable
+from xfm_fast.data.files import Paths, check_plain, find_files, open_file, unreadable
 from xfm_fast.errors import DataError, UnavailableError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -181,11 +182,11 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
     """Line number and cells of each non-blank row of a CSV or TSV file."""
     previous = csv.field_size_limit(_MOST_CELL)
     try:
-        with open(path, "rb") as file:
-            check_plain(path, file.read(16))
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open_file(path) as file:
+            check_plain(path, file.peek(16)[:16])
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             reader = csv.reader(
-                file,
+                text,
                 delimiter="," if path.suffix.lower() == ".csv" else "\t",
                 quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
             )
@@ -194,8 +195,6 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
                 if cells:
                     yield line, cells
                 line = reader.line_num + 1
-    except OSError as error:
-        raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     except csv.Error as error:
@@ -206,10 +205,8 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
 
 def read_lines(path: Path) -> Elements:
     """Read line JSON; a line that is not an object becomes a `DataError` element."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with open_file(path) as file:
+        data = file.read()
     check_plain(path, data[:16])
     values, labels = [], []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -330,14 +327,14 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
     return _require_rows(Elements(str(path), Columns(values)))
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Sorted images in a folder tree, without hidden files."""
+def find_images(folder: Path, *, links: bool = True) -> list[Path]:
+    """Sorted images in a folder tree, without hidden files; `links` follows links to folders."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename or folder), error)
 
     found = []
-    for place, folders, names in os.walk(os.path.abspath(folder), followlinks=True, onerror=refuse):
+    for place, folders, names in os.walk(os.path.abspath(folder), followlinks=links, onerror=refuse):
         # In place, so that the walk goes on in this order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [
@@ -365,14 +362,13 @@ def caption_table(folder: Path) -> Path | None:
 def sidecar_captions(image: Path) -> list[tuple[int, str]] | None:
     """Captions in `a.txt` next to `a.jpg`, one per line, with line numbers; None if there is no such file."""
     path = image.with_suffix(".txt")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    with open_file(path) as file:
+        try:
+            lines = file.read().decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -400,6 +396,26 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
     if left_out:
         notes = (f"{folder}: {len(left_out)} images without captions were left out ({', '.join(left_out[:_SHOWN])})",)
     return Elements(str(folder), values, labels, notes)
+
+
+def group_captions(elements: Elements) -> Elements:
+    """Group captions by image, in first-seen order: `caption` becomes a list."""
+    first: dict[str, dict[str, Any]] = {}
+    values, labels = [], []
+    for number, value in enumerate(elements.values):
+        image = value.get("image") if isinstance(value, dict) else None
+        caption = value.get("caption") if isinstance(value, dict) else None
+        captions = caption if isinstance(caption, list) else [] if caption is None else [caption]
+        if isinstance(image, str) and image in first:
+            first[image].setdefault("caption", []).extend(captions)
+            continue
+        if isinstance(image, str):
+            value = first[image] = {name: each for name, each in value.items() if name != "caption"}
+            if captions:
+                value["caption"] = [*captions]
+        values.append(value)
+        labels.append(f"element {number}" if elements.labels is None else elements.labels[number])
+    return elements._replace(values=values, labels=labels)
 
 
 def read_class_folder(folder: Path) -> Elements:

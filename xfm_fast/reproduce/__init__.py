@@ -11,7 +11,7 @@ from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.documents import read_json
 from xfm_fast.errors import XFMError
 
-Progress = Callable[[dict[str, Any]], None]
+Progress = Callable[[dict[str, Any]], object]
 """Receives the results so far, in the form that `save` writes."""
 
 

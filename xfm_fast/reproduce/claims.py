@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from scipy import stats
 from torch import Tensor
 
-from xfm_fast.batches import Batch
+from xfm_fast.batches import Batch, ImageBatch, PairBatch
 from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.data.options import TextStreamOptions
@@ -32,6 +31,7 @@ from xfm_fast.data.shapes import Scene, captions, render, scene
 from xfm_fast.data.shapes.scenes import COLOURS, TEXTURES
 from xfm_fast.data.streams import Stream
 from xfm_fast.documents import read_json
+from xfm_fast.errors import needs
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.objectives.losses import masked_image_loss
@@ -39,6 +39,9 @@ from xfm_fast.reproduce import Progress, check_same_study
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.loop import train
 from xfm_fast.training.recipe import load_recipe
+
+with needs("vision"):
+    from scipy import stats
 
 STEM = "claims-tiny-shapes"
 RECIPE = "pretrain_tiny_shapes"
@@ -161,7 +164,9 @@ class _FrozenTarget:
     def __call__(self, model: XFM, batch: Batch, *, losses: Iterable[str]) -> dict[str, Tensor]:
         found = pretraining_losses(model, batch, losses=[loss for loss in losses if loss != "mim"])
         if "mim" in losses:
-            image, mask = batch.image, batch.patch_mask  # pyright: ignore[reportAttributeAccessIssue]
+            assert isinstance(batch, (ImageBatch, PairBatch))
+            image, mask = batch.image, batch.patch_mask
+            assert mask is not None
             with torch.no_grad():
                 target = self.teacher.to(image.device).encode_image(image)
             found["mim"] = masked_image_loss(model.encode_image(image, mask), target, mask)

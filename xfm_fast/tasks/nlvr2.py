@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Text, as_rows, read_array
-from xfm_fast.data.files import Paths, find_files, unreadable
+from xfm_fast.data.files import Paths, find_files, open_file
 from xfm_fast.data.tables import read_lines
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
@@ -124,11 +124,8 @@ def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
 
 
 def _holds_lines(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with open_file(path) as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _statement(line: Mapping[str, Any]) -> Mapping[str, Any] | DataError:
