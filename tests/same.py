@@ -118,12 +118,11 @@ def _stable(value: Any) -> Any:
 
 def families() -> dict[str, Any]:
     """Outputs of every family accelerated, and the classes that replaced its modules."""
-    from tests.replace.test_every_family import FAMILIES, states
+    from tests.replace.families import FAMILIES, states
 
     found = {}
-    for kind, make in FAMILIES.items():
-        torch.manual_seed(0)
-        model, given = make(torch.float32)
+    for kind, case in FAMILIES.items():
+        model, given = case.model(torch.float32), case.inputs(torch.float32)
         report = accelerate(model.eval())
         replaced = sorted({f"{entry.class_name} -> {entry.fused}" for entry in report.replaced})
         with torch.no_grad():

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tests.replace.text_models import TRANSFORMERS, assert_equal, batch, make  # noqa: E402
+from tests.replace.families import assert_equal, batch, make  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
-from xfm_fast.replace.huggingface_text import FusedLayer  # noqa: E402
+from xfm_fast.replace.layer import FusedLayer  # noqa: E402
 from xfm_fast.replace.swap import is_fused  # noqa: E402
 
 EVERYWHERE = ["query", "key", "value", "dense"]
@@ -51,34 +51,6 @@ def only_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 def outputs(model: Any, given: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return model(**given).last_hidden_state[given["attention_mask"].bool()]
-
-
-@pytest.mark.parametrize("first", ["peft", "accelerate"])
-@pytest.mark.parametrize("unpad", [False, True])
-@pytest.mark.parametrize("targets", [None, EVERYWHERE])
-def test_forward_and_gradients(first: str, unpad: bool, targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("BertModel")
-    fast = copy.deepcopy(model)
-    original = adapted(model, targets=targets)
-    if first == "peft":
-        fast = adapted(fast, targets=targets)
-        report = accelerate(fast, unpad=unpad)
-    else:
-        report = accelerate(fast, unpad=unpad)
-        fast = adapted(fast, targets=targets)
-    given = batch()
-    trainable = [name for name, p in fast.named_parameters() if p.requires_grad]
-    assert trainable
-    assert all("lora_" in name for name in trainable)
-    assert_equal(original, fast, given, BOUND, only_real=unpad)
-    wanted = outputs(original, given)
-    assert not torch.allclose(wanted, outputs(make("BertModel"), given), rtol=1e-2)
-    assert not report.declining, str(report)
-    assert "LoRA adapters on" in str(report)
-    assert "'default' active" in str(report)
-    if targets is None:
-        only_fused(monkeypatch)
-        assert torch.allclose(outputs(fast, given), wanted, rtol=0, atol=BOUND * float(wanted.abs().max()))
 
 
 def test_every_change_of_an_adapter_is_seen() -> None:
@@ -217,58 +189,3 @@ def test_frozen_weights_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch)
     fast(**batch()).last_hidden_state.sum().backward()
     assert made == []
     assert any(isinstance(m, FusedLayer) for m in fast.modules())
-
-
-@pytest.mark.skipif(TRANSFORMERS < 5, reason="rows of families name the parts as transformers 5 does")
-@pytest.mark.parametrize(
-    ("name", "changes", "targets"),
-    [
-        ("DistilBertModel", DISTIL, ["q_lin", "v_lin", "lin1"]),
-        ("MPNetModel", {}, ["q", "v", "dense"]),
-    ],
-)
-@pytest.mark.parametrize("unpad", [False, True])
-def test_families_of_names(
-    name: str, changes: dict[str, Any], targets: list[str], unpad: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, fast = (adapted(make(name, **changes), targets=targets).train() for _ in range(2))
-    report = accelerate(fast, unpad=unpad)
-    assert not report.declining, str(report)
-    assert "LoRA adapters on" in str(report)
-    assert_equal(original, fast, batch(), BOUND, only_real=unpad)
-    original.eval()
-    fast.eval()
-    wanted = outputs(original, batch())
-    only_fused(monkeypatch)
-    with monkeypatch.context() as patched:
-        pooler = getattr(fast.base_model.model, "pooler", None)
-        if pooler is not None:
-            patched.setattr(type(pooler), "forward", lambda self, states: states[:, 0])
-        found = outputs(fast, batch())
-    assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
-
-
-@pytest.mark.skipif(TRANSFORMERS < 5, reason="rows of families name the parts as transformers 5 does")
-def test_a_vision_family() -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 63}
-    config = transformers.SiglipVisionConfig(image_size=32, patch_size=16, **sizes)
-    torch.manual_seed(0)
-    model = transformers.SiglipVisionModel(config).double()
-    original, fast = (adapted(copy.deepcopy(model), targets=["q_proj", "v_proj", "out_proj", "fc2"]) for _ in range(2))
-    report = accelerate(fast)
-    assert not report.declining, str(report)
-    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    for mode in (True, False):
-        sides = []
-        for one in (original.train(mode), fast.train(mode)):
-            one.zero_grad()
-            out = one(pixel_values=pixels).last_hidden_state
-            # The sum of squares behind a norm is next to constant, and its gradient next to nothing.
-            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-            (out * weights).sum().backward()
-            gradients = [p.grad for n, p in one.named_parameters() if "lora_" in n and p.grad is not None]
-            sides.append([out.detach(), *gradients])
-        assert len(sides[0]) == len(sides[1]) > 8
-        for wanted, found in zip(*sides, strict=True):
-            assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())

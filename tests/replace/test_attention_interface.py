@@ -17,7 +17,7 @@ pytest.importorskip("transformers.masking_utils", reason="this version has no at
 
 import xfm_fast  # noqa: E402
 from tests.agreement import relative_error  # noqa: E402
-from tests.replace.text_models import TRANSFORMERS, batch, make  # noqa: E402
+from tests.replace.families import TRANSFORMERS, batch, make  # noqa: E402
 from xfm_fast.errors import UnavailableError  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import attention_interface  # noqa: E402

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tests.replace.text_models import TRANSFORMERS, batch, make
-from tests.replace.vision_models import pixels
+from tests.replace.families import TRANSFORMERS, batch, make, pixels
 from xfm_fast import accelerate
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.cpu import int8, llvm, selection

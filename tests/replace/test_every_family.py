@@ -1,102 +1,295 @@
-"""Adapters on the linear layers of every listed family, and weights packed in their place."""
+"""What holds for every family: fused forms against the untouched model, in all that one does with a model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import pickle
+import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-pytest.importorskip("timm")
-
-from tests.replace import test_huggingface_vision as plain_vision  # noqa: E402
-from tests.replace import test_look_alikes as look_alikes  # noqa: E402
-from tests.replace import test_timm_vision as timm_vision  # noqa: E402
-from tests.replace.text_models import TRANSFORMERS, batch, make  # noqa: E402
-from xfm_fast import accelerate  # noqa: E402
-from xfm_fast.kernels.cpu import products  # noqa: E402
-from xfm_fast.replace.adapters import Adaptable, is_adapted  # noqa: E402
-from xfm_fast.replace.swap import Fused, is_fused, original_class  # noqa: E402
-
-Made = tuple[nn.Module, dict[str, Any]]
-FAMILIES: dict[str, Callable[[torch.dtype], Made]] = {
-    "BERT": lambda dtype: (make("BertModel", dtype), batch()),
-    "CLIP's texts": lambda dtype: (plain_vision.made("CLIP's texts", dtype), plain_vision.given("CLIP's texts", dtype)),
-}
-for _kind in ("ViT", "DeiT", "BEiT", "Data2Vec", "CLIP's images"):
-    FAMILIES[_kind] = lambda dtype, kind=_kind: (plain_vision.made(kind, dtype), plain_vision.given(kind, dtype))
-for _kind in ("BEiT-v2", "BEiT without bias", "ViT", "EVA", "EVA-02", "EVA-02 large"):
-    FAMILIES[f"timm's {_kind}"] = lambda dtype, kind=_kind: (
-        timm_vision.made(kind, dtype),
-        {"x": timm_vision.pixels(dtype)},
-    )
-for _kind in look_alikes.KINDS:
-    FAMILIES[_kind] = lambda dtype, kind=_kind: (look_alikes.made(kind, dtype), look_alikes.given(kind, dtype))
-if TRANSFORMERS >= 5:
-    from tests.replace import test_text_families as texts
-    from tests.replace import test_vision_families as vision
-
-    for _kind in texts.MODELS:
-        FAMILIES[_kind] = lambda dtype, kind=_kind: (texts.made(kind, dtype), texts.given(kind))
-    for _kind in vision.MODELS:
-        FAMILIES[_kind] = lambda dtype, kind=_kind: (vision.made(kind, dtype), vision.given(kind, dtype))
-# Their code reads the weight and does not call the layer, so peft's adapters have no effect on it either.
-WEIGHT_READ = {"timm's BEiT-v2": "attn.qkv", "timm's EVA": "attn.qkv", "timm's Swin V2": "attn.qkv"}
-SINGLE = ("ModernBERT", "DeBERTa-v3", "DeBERTa-v2", *look_alikes.SINGLE)
-QUICK = (
-    "ViTMSNLayer",
-    "BlipEncoderLayer",
-    "RobertaPreLayerNormLayer",
-    "MPNet",
-    "ModernBERT",
-    "DINOv3",
-    "Swin",
-    "CLIP's texts",
-    "timm's BEiT-v2",
-    "timm's EVA-02 large",
+from tests.replace.families import (
+    DROPOUTS,
+    FAMILIES,
+    Case,
+    assert_close,
+    batch,
+    gradients,
+    only_fused,
+    padded,
+    states,
+    without_chance,
 )
+from xfm_fast import accelerate, accelerated
+from xfm_fast.kernels.cpu import int8, products
+from xfm_fast.kernels.marked import kind_of
+from xfm_fast.replace.adapters import Adaptable, is_adapted
+from xfm_fast.replace.swap import Fused, is_fused, original_class
+
+# One of each kind; the slow suite takes all.
+QUICK = (
+    *("BERT", "CLIP's texts", "MPNet", "ModernBERT", "DeBERTa-v3", "ALBERT", "BEiT", "DINOv3", "Swin V2"),
+    *("timm's BEiT-v2", "timm's EVA-02 large", "timm's Swin", "PyTorch, post-norm", "official texts"),
+)
+# Their code reads the weight and does not call the layer, so adapters have no effect.
+WEIGHT_READ = {"timm's BEiT-v2": "attn.qkv", "timm's EVA": "attn.qkv", "timm's Swin V2": "attn.qkv"}
+BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def chosen() -> list[Any]:
-    """All families, of which a few run in the quick suite."""
-    return [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILIES]
+def of(*quick: str, unpads: bool = False, drops: bool = False, whole: bool = False) -> Any:
+    """Parametrised by family: the named ones (by default one of each kind) are quick, the others slow."""
+    kinds = [
+        kind
+        for kind, case in FAMILIES.items()
+        if (case.unpads or not unpads) and (case.drops or not drops) and (case.whole or not whole)
+    ]
+    chosen = quick or QUICK
+    marked = [kind if kind in chosen else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+    return pytest.mark.parametrize("kind", marked)
 
 
-def states(model: nn.Module, given: dict[str, Any]) -> Tensor:
-    # DINOv3 moves the places of its patches in training.
-    torch.manual_seed(5)
-    out: Any = model(**given)
-    out = out if isinstance(out, Tensor) else out.last_hidden_state
-    mask = given.get("attention_mask")
-    return out if mask is None or mask.shape != out.shape[:2] else out[mask.bool()]
+def outcome(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+    return gradients(without_chance(model), partial(states, model, given))
+
+
+def found_at(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {"output": states(model.eval(), given).float()}
+
+
+def fused(model: nn.Module, case: Case, **options: Any) -> Any:
+    fast = copy.deepcopy(model)
+    report = accelerate(fast, **options)
+    assert case.layer in {entry.class_name for entry in report.replaced}, str(report)
+    assert case.layer not in {entry.class_name for entry in report.left}
+    return fast
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_forward_gradients_and_revert(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = FAMILIES[kind]
+    dtype, bound = case.precise
+    model, given = case.model(dtype), case.inputs(dtype)
+    fast = copy.deepcopy(model)
+    report = accelerate(fast)
+    assert case.layer in {entry.class_name for entry in report.replaced}, str(report)
+    assert case.layer not in {entry.class_name for entry in report.left}
+    assert_close(outcome(model, given), outcome(fast, given), bound)
+    wanted = found_at(model, given)
+    with monkeypatch.context() as patched:
+        only_fused(patched, fast, case.layer)
+        for _ in range(2):
+            assert_close(wanted, found_at(fast, given), bound)
+    report.revert()
+    assert [type(part) for part in fast.modules()] == [type(part) for part in model.modules()]
+    assert torch.equal(found_at(fast, given)["output"], wanted["output"])
+
+
+@of(unpads=True)
+def test_padding_is_left_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = FAMILIES[kind]
+    dtype, bound = case.precise
+    model = case.model(dtype)
+    fast = fused(model, case, unpad=True)
+    plain = kind != "official texts"
+    for padding in ("right", "left", "holes") if plain else ("right",):
+        given = case.inputs(dtype) | (batch(padding) if plain else {})
+        assert_close(outcome(model, given), outcome(fast, given), bound)
+    given = case.inputs(dtype)
+    whole = {name: value for name, value in given.items() if name != "attention_mask"}
+    assert_close(found_at(model, whole), found_at(fast, whole), bound)
+    only_fused(monkeypatch, fast, case.layer, type(model).__name__ if plain else "")
+    assert not fast.eval()(**given).last_hidden_state[given["attention_mask"] == 0].any()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@of("BERT", "CLIP's texts", "LayoutLMv3", "BEiT", "SigLIP 2", "timm's EVA-02 large")
+def test_single_precision(kind: str, attention: str) -> None:
+    case = FAMILIES[kind]
+    model, given = case.model(torch.float32, attention), case.inputs(torch.float32)
+    fast = fused(model, case, unpad=case.unpads, verify=None if kind == "ViLT" else given)
+    assert_close(outcome(model, given), outcome(fast, given), 2e-5)
+
+
+@of()
+def test_half_precision_and_autocast(kind: str) -> None:
+    case = FAMILIES[kind]
+    model, given = case.model(torch.float32), case.inputs(torch.float32)
+    fast = fused(model, case, unpad=case.unpads)
+    wanted = found_at(model, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(wanted, found_at(fast, given), 2.0**-3)
+    if not BF16:
+        return
+    accelerate(fast, unpad=case.unpads, dtype=torch.bfloat16)
+    assert_close(wanted, found_at(fast, given), 2.0**-3)
+    wanted, found = outcome(model, given), outcome(fast, given)
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in fast.parameters())
+    sides = [torch.cat([value.float().flatten() for value in side.values()]) for side in (wanted, found)]
+    assert float(nn.functional.cosine_similarity(*sides, dim=0)) > 0.99
+
+
+@of("BERT", "MPNet", "ModernBERT", "BEiT", "Swin V2", "timm's vit_relpos", "timm's Swin", "official texts")
+def test_dropout_keeps_mean_and_spread(kind: str) -> None:
+    case, copies, moments = FAMILIES[kind], 256, []
+    options: dict[str, Any] = dict.fromkeys(DROPOUTS, 0.2)
+    if kind.startswith("timm"):
+        options = {"proj_drop_rate": 0.2} | ({} if "relpos" in kind else {"attn_drop_rate": 0.2})
+    elif kind.startswith(("PyTorch", "official")):
+        options = {}
+    model = case.model(torch.float32, **options)
+    for part in model.modules() if not options else ():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.2
+    fast, given = fused(model, case, unpad=case.unpads), case.inputs(torch.float32)
+    rows = {name: value[:1].expand(copies, *value.shape[1:]) for name, value in given.items()}
+    with torch.no_grad():
+        for each in (model.train(), fast.train()):
+            torch.manual_seed(0)
+            out: Any = each(**rows)
+            drawn = out if isinstance(out, Tensor) else out.last_hidden_state
+            moments.append((drawn.mean(0), drawn.std(0)))
+    (mean, spread), (other, width) = moments
+    error = (other - mean) / (spread * (2 / copies) ** 0.5)
+    assert float(spread.min()) > 1e-4
+    assert float(error.square().mean()) < 2
+    assert 0.9 < float((width / spread).mean()) < 1.1
+
+
+@of("BEiT", "DINOv2", "Swin", "timm's BEiT-v2", "timm's Swin", drops=True)
+def test_stochastic_depth_is_drawn_alike(kind: str) -> None:
+    case, found = FAMILIES[kind], []
+    model = case.model(drop_path_rate=0.4)
+    given = {name: value.repeat(4, 1, 1, 1) for name, value in case.inputs(torch.float64).items()}
+    for each in (model, fused(model, case)):
+        found.append(gradients(each.train(), partial(states, each, given)))
+    assert_close(found[0], found[1], 1e-11)
+    assert not torch.allclose(found[0]["output"], states(model.eval(), given), rtol=1e-3)
+
+
+@of("BERT", "ModernBERT", "CLIP's texts", "BEiT", "timm's BEiT-v2", "Swin V2")
+def test_gradient_checkpointing(kind: str) -> None:
+    case = FAMILIES[kind]
+    dtype, bound = case.precise
+    model, given = case.model(dtype), case.inputs(dtype)
+    fast = fused(model, case, unpad=case.unpads)
+    if hasattr(fast, "set_grad_checkpointing"):
+        fast.set_grad_checkpointing()
+    elif getattr(fast, "supports_gradient_checkpointing", False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            fast.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        pytest.skip("it has no gradient checkpointing")
+    assert_close(outcome(model, given), outcome(fast, given), bound)
+
+
+@of("BERT", "DeBERTa-v3", "Swin", "timm's Swin V2", "PyTorch, pre-norm", "official images")
+def test_copied_and_saved(kind: str, tmp_path: Path) -> None:
+    case = FAMILIES[kind]
+    dtype, bound = case.precise
+    model, given = case.model(dtype), case.inputs(dtype)
+    parts, keys, wanted = [*model.modules()], [*model.state_dict()], found_at(model, given)
+    with accelerated(model, unpad=case.unpads):
+        assert [*model.state_dict()] == keys
+        assert all(a is b for a, b in zip(model.modules(), parts, strict=True))
+        for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert any(map(is_fused, copied.modules()))
+            assert_close(wanted, found_at(copied, given), bound)
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(found_at(model, given)["output"], wanted["output"])
+
+
+@of()
+def test_hooks_and_requests_for_attention_weights_run_the_original(kind: str) -> None:
+    case = FAMILIES[kind]
+    dtype, bound = case.precise
+    model, given, seen = case.model(dtype, "eager"), case.inputs(dtype), []
+    fast = fused(model, case, unpad=case.unpads)
+    if hasattr(model, "config") and kind not in ("RemBERT", "ViLT"):
+        wanted, found = (each(**given, output_attentions=True).get("attentions") for each in (model, fast))
+        for one, other in zip(wanted or (), found or (), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    layer = next(part for part in fast.modules() if original_class(part).__name__ == case.layer)
+    *_, linear = (part for part in layer.modules() if isinstance(part, nn.Linear))
+    handle = linear.register_forward_hook(lambda *_: seen.append(1))
+    wanted = found_at(model, given)
+    assert_close(wanted, found_at(fast, given), max(bound, 1e-6))
+    calls = len(seen)
+    assert kind.startswith("PyTorch") or calls
+    handle.remove()
+    assert_close(wanted, found_at(fast, given), max(bound, 1e-6))
+    assert len(seen) == calls
+
+
+@of("BEiT", "Swin V2", "timm's BEiT-v2", "timm's vit_relpos", "DeBERTa-v3", "BERT")
+def test_weights_that_change_are_seen(kind: str) -> None:
+    case = FAMILIES[kind]
+    model, given = case.model(torch.float32), case.inputs(torch.float32)
+    fast = fused(model, case, unpad=case.unpads)
+    before = found_at(fast, given)["output"]
+    with torch.no_grad():
+        for each in (model, fast):
+            for parameter in each.parameters():
+                parameter.mul_(1.25)
+    assert_close(found_at(model, given), found_at(fast, given), 2e-5)
+    assert not torch.allclose(found_at(fast, given)["output"], before, rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_compiled(kind: str) -> None:
+    case = FAMILIES[kind]
+    model, given = case.model(torch.float32), case.inputs(torch.float32)
+    fast = without_chance(fused(model, case))
+    compiled: Any = torch.compile(fast, backend="aot_eager")
+    wanted = outcome(model, given)
+    assert_close(wanted, gradients(fast, partial(states, compiled, given)), 2e-5)
+
+
+@of("BERT", unpads=True)
+def test_one_graph_without_padding(kind: str) -> None:
+    if kind == "official texts":
+        pytest.skip("its encoder branches on values")
+    case, graphs = FAMILIES[kind], []
+    model = case.model(torch.float32)
+    fast = fused(model, case, unpad=True)
+
+    def backend(graph: Any, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled: Any = torch.compile(fast, fullgraph=True, dynamic=True, backend=backend)
+    for given in (padded(5, 11), padded(3, 9), padded(7, 17, left=True)):
+        assert_close(found_at(model, given), found_at(compiled, given), 2e-5)
+    assert len(graphs) == 1
 
 
 def multiplied(model: nn.Module) -> list[str]:
     """The linear layers that the fused forms of an accelerated model multiply with."""
+    parts = dict(model.named_modules())
     found = []
-    for path, module in model.named_modules():
-        if not isinstance(module, Fused):
-            continue
-        for name, kinds in type(module).bypassed.items():
-            part = module.get_submodule(name) if _has(module, name) else None
-            if part is not None and isinstance(kinds, tuple) and Adaptable in kinds:
-                found.append(f"{path}.{name}".lstrip("."))
+    for path, module in parts.items():
+        kinds_of = type(module).bypassed if isinstance(module, Fused) else {}
+        names = [name for name, kinds in kinds_of.items() if isinstance(kinds, tuple) and Adaptable in kinds]
+        found += [place for name in names if (place := f"{path}.{name}".lstrip(".")) in parts]
     return found
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return any(path == name for path, _ in module.named_modules())
-
-
-def adapted(model: nn.Module, targets: list[str]) -> nn.Module:
+def adapted(model: nn.Module, targets: list[str]) -> Any:
+    peft = pytest.importorskip("peft")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     made: Any = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
     generator = torch.Generator().manual_seed(3)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "lora_" in name:
@@ -104,94 +297,75 @@ def adapted(model: nn.Module, targets: list[str]) -> nn.Module:
     return made.to(dtype)
 
 
-def gradients(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
-    model.zero_grad()
-    out = states(model, given)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(out.dtype)
-    (out * weights).sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "lora_" in name}
-    return {"output": out.detach(), **found}
-
-
-def assert_near(found: Tensor, wanted: Tensor, band: float, scale: float | None = None) -> None:
-    assert float((found - wanted).abs().max()) <= band * (float(wanted.abs().max()) if scale is None else scale)
-
-
 @pytest.mark.parametrize("first", ["peft", "accelerate"])
-@pytest.mark.parametrize("kind", chosen())
+@of(whole=True)
 def test_adapters(kind: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    dtype, band = (torch.float32, 2e-5) if kind in SINGLE else (torch.float64, 1e-11)
-    if kind == "CLIP's texts" and TRANSFORMERS < 5:
-        # The causal masks of transformers 4 overflow in float64.
-        dtype, band = torch.float32, 2e-5
-    model, given = FAMILIES[kind](dtype)
-    model.eval()
-    probe = copy.deepcopy(model)
-    accelerate(probe)
-    targets = multiplied(probe)
+    peft = pytest.importorskip("peft")
+    case = FAMILIES[kind]
+    dtype, bound = case.precise
+    model, given = case.model(dtype), case.inputs(dtype)
+    targets = multiplied(fused(model, case))
     assert len(targets) >= 8
     original, fast = adapted(copy.deepcopy(model), targets), copy.deepcopy(model)
-    if first == "peft":
-        fast = adapted(fast, targets)
-        report = accelerate(fast)
-    else:
-        report = accelerate(fast)
-        fast = adapted(fast, targets)
+    fast = adapted(fast, targets) if first == "peft" else fast
+    report = accelerate(fast, unpad=case.unpads)
+    fast = fast if first == "peft" else adapted(fast, targets)
     assert not report.declining, str(report)
     assert "LoRA adapters on" in str(report)
-    wanted, found = gradients(original, given), gradients(fast, given)
-    assert wanted.keys() == found.keys()
-    largest = max(float(value.abs().max()) for name, value in wanted.items() if name != "output")
-    for name, value in wanted.items():
-        # The gradients of keys' adapters may be next to nothing.
-        assert_near(found[name], value, band, None if name == "output" else max(float(value.abs().max()), largest / 20))
-    called: list[nn.Module] = []
-    forward = peft.tuners.lora.layer.Linear.forward
-    monkeypatch.setattr(
-        peft.tuners.lora.layer.Linear,
-        "forward",
-        lambda layer, *args, **more: called.append(layer) or forward(layer, *args, **more),
-    )
-    with torch.no_grad():
-        plain, expected = states(model, given), states(original, given)
-        called.clear()
-        assert_near(states(fast, given), expected, band)
-    assert called == []
-    assert not torch.allclose(plain, expected, rtol=1e-2)
+    wanted, found = outcome(original, given), outcome(fast, given)
+    assert_close(wanted, found, bound)
+    assert any("lora_" in name and value.any() for name, value in found.items())
+    plain, expected = found_at(model, given)["output"], found_at(original, given)
+    monkeypatch.delattr(peft.tuners.lora.layer.Linear, "forward")
+    assert_close(expected, found_at(fast, given), bound)
+    assert not torch.allclose(plain, expected["output"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_READ)
+def test_adapters_that_a_library_reads_past(kind: str) -> None:
+    case = FAMILIES[kind]
+    model, given = case.model(), case.inputs(torch.float64)
+    original, fast = (adapted(copy.deepcopy(model), [WEIGHT_READ[kind]]) for _ in range(2))
+    accelerate(fast)
+    assert any(is_adapted(part) for part in fast.modules())
+    assert any(is_fused(part) and original_class(part).__name__ == case.layer for part in fast.modules())
+    wanted = found_at(model, given)
+    assert_close(wanted, found_at(original, given), 1e-12)
+    assert_close(wanted, found_at(fast, given), 1e-11)
 
 
 @pytest.mark.parametrize("blocked", [True, False], ids=["blocked", "dense"])
-@pytest.mark.parametrize("kind", chosen())
+@of(whole=True)
 def test_packed_weights(kind: str, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: blocked)
-    model, given = FAMILIES[kind](torch.float32)
-    model.eval()
-    before = copy.deepcopy(model.state_dict())
-    with torch.no_grad():
-        wanted = states(model, given)
-        report = accelerate(model, freeze=True)
-        names = multiplied(model)
-        assert names
-        left = [name for name in names if "weight" in model.get_submodule(name)._parameters]
-        # ALBERT's layers share one pack, and every other family has all of its weights in packs.
-        assert left == []
-        assert not report.declining, str(report)
-        assert_near(states(model, given), wanted, 2e-5)
-        report.revert()
-        assert torch.equal(states(model, given), wanted)
+    case = FAMILIES[kind]
+    model, given = case.model(torch.float32), case.inputs(torch.float32)
+    before, wanted = copy.deepcopy(model.state_dict()), found_at(model, given)
+    report = accelerate(model, freeze=True, unpad=case.unpads)
+    names = multiplied(model)
+    assert names
+    assert [name for name in names if "weight" in model.get_submodule(name)._parameters] == []
+    assert not report.declining, str(report)
+    assert_close(wanted, found_at(model, given), 2e-5)
+    report.revert()
+    assert torch.equal(found_at(model, given)["output"], wanted["output"])
     after = model.state_dict()
     assert [*after] == [*before]
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("kind", WEIGHT_READ if TRANSFORMERS >= 5 else [])
-def test_adapters_that_a_library_reads_past(kind: str) -> None:
-    model, given = FAMILIES[kind](torch.float64)
-    fast = adapted(copy.deepcopy(model.eval()), [WEIGHT_READ[kind]])
-    accelerate(fast)
-    assert any(is_adapted(part) for part in fast.modules())
-    assert any(is_fused(part) and original_class(part).__name__.endswith("Block") for part in fast.modules())
-    with torch.no_grad():
-        wanted = states(model, given)
-        assert_near(states(adapted(copy.deepcopy(model), [WEIGHT_READ[kind]]), given), wanted, 1e-12)
-        assert_near(states(fast, given), wanted, 1e-11)
+@pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 GEMM here: {int8.why_not()}")
+@pytest.mark.usefixtures("int8_chosen")
+@of(whole=True)
+def test_eight_bits(kind: str) -> None:
+    case = FAMILIES[kind]
+    model, given = case.model(torch.float32), case.inputs(torch.float32)
+    before, wanted = copy.deepcopy(model.state_dict()), found_at(model, given)["output"]
+    report = accelerate(model, dtype="int8", unpad=case.unpads)
+    assert report.rounded_weights
+    assert any(kind_of(p) for p in model.parameters())
+    found = found_at(model, given)["output"]
+    assert float(nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0)) > 0.97
+    report.revert()
+    assert torch.equal(found_at(model, given)["output"], wanted)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -15,7 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 pytest.importorskip("transformers")
 
-from tests.replace.text_models import TRANSFORMERS, batch, make
+from tests.replace.families import batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import products
@@ -244,20 +244,3 @@ def test_weights_that_are_no_plain_numbers() -> None:
     reason = next(entry.reason for entry in report.left if entry.path == "encoder.layer.0")
     assert "quantized.dynamic" in str(reason)
     assert_near(outputs(quantised, given), wanted, 1e-5)
-
-
-@pytest.mark.skipif(TRANSFORMERS < 5, reason="rows of families name the parts as transformers 5 does")
-def test_families_of_names(blocked: bool) -> None:
-    sizes: dict[str, Any] = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 63}
-    made, given = make("DistilBertModel", torch.float32, **sizes).eval(), batch()
-    before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
-    report = accelerate(made, unpad=True, freeze=True)
-    layer = made.transformer.layer[0]
-    packed = pack_of(layer.attention.q_lin)
-    assert packed is pack_of(layer.attention.v_lin)
-    assert packed.is_mkldnn == blocked
-    assert "weight" not in layer.ffn.lin2._parameters
-    assert_near(outputs(made, given), wanted, 1e-5)
-    report.revert()
-    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
-    assert torch.equal(outputs(made, given), wanted)

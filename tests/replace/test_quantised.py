@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tests.replace.text_models import batch, make
+from tests.replace.families import batch, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import fp8

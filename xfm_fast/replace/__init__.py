@@ -1,17 +1,20 @@
 """Fused modules for third-party models: swapped in on a live instance, verified, and reverted."""
 
+import warnings
+from typing import Any
+
 from xfm_fast.replace.acceleration import Entry, Report, accelerate, accelerated
 from xfm_fast.replace.attention_interface import register_attention
 from xfm_fast.replace.expectation import Expectation
-from xfm_fast.replace.families import Family, Mlp, register
+from xfm_fast.replace.layer import LayerSpec, Mlp, register
 from xfm_fast.replace.rerank import Reranker
 from xfm_fast.replace.swap import Fused, Rule
 
 __all__ = [
     "Entry",
     "Expectation",
-    "Family",
     "Fused",
+    "LayerSpec",
     "Mlp",
     "Report",
     "Reranker",
@@ -21,3 +24,10 @@ __all__ = [
     "register",
     "register_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Family":
+        warnings.warn("xfm_fast.replace.Family is now LayerSpec", DeprecationWarning, stacklevel=2)
+        return LayerSpec
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,19 @@ from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.marked import EightBits, keep_within, kind_of
 from xfm_fast.models.frozen import slot_of
-from xfm_fast.replace import adapters, quantised
+from xfm_fast.replace import (
+    adapters,
+    clip_text,
+    heads,
+    layer,
+    official,
+    quantised,
+    timm_vision,
+    torch_modules,
+    transformers_text,
+    transformers_vision,
+    unpadded,
+)
 from xfm_fast.replace.expectation import (
     Expectation,
     Unknown,
@@ -43,14 +55,16 @@ from xfm_fast.replace.swap import (
     is_fused,
     original_class,
     restore,
-    rules,
     swap,
 )
 
+# In order of precedence; the modules of rows register theirs at import.
+_RULES = (heads, unpadded, layer, clip_text, official, torch_modules)
+_ROWS = (transformers_text, transformers_vision, timm_vision)
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 # Budget for timing the `verify` batch.
 _TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
-_ROW = "register a Family to support it (xfm_fast.replace.register)"
+_ROW = "register a LayerSpec to support it (xfm_fast.replace.register)"
 
 
 def accelerate(
@@ -386,6 +400,11 @@ class Report:
         found = self.rounding or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
         lines += [f"verified: {name or 'output'} {cost}" for name, cost in found.items()]
         return "\n".join(lines)
+
+
+def rules() -> tuple[Rule, ...]:
+    """The rules of all libraries."""
+    return tuple(rule for module in _RULES for rule in module.RULES)
 
 
 def _in_graphs(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import ops
-from xfm_fast.replace.bert_layer import attend_to_real_keys
+from xfm_fast.replace.attention import attend_to_real_keys
 
 NAME = "xfm_fast"
 

@@ -20,10 +20,10 @@ from xfm_fast.kernels.cpu import products as cpu
 from xfm_fast.kernels.derived import samples
 from xfm_fast.kernels.marked import kind_of
 from xfm_fast.models.frozen import pack_of
-from xfm_fast.replace.structure import Attend, Parts
+from xfm_fast.replace.attention import Attend
+from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import Settings, links, side_by_side
 
-FEW = 64  # tokens up to which attention is bound by call overhead
 _DTYPES = (torch.float32, torch.bfloat16)
 # A plan must not refer to its layer, which would keep both alive.
 _plans: weakref.WeakKeyDictionary[nn.Module, CachedPlan] = weakref.WeakKeyDictionary()
@@ -244,7 +244,7 @@ def _busy(modules: Iterable[dict[str, Any]]) -> bool:
 
 def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool) -> bool:
     """True if all linear layers are plain, packed or int8, nothing draws, and unless mixed all have one dtype."""
-    if not parts.projections or parts.windows is not None or any(norm is not None for norm in parts.inner_norms):
+    if not parts.projections or any(norm is not None for norm in parts.inner_norms):
         return False
     if parts.attention_p or parts.hidden_p or any(parts.branch_p) or parts.qkv_bias is not None:
         return False

@@ -6,8 +6,6 @@ its longest text; if the texts differ in length and all layers are fused, they a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,7 +14,8 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import host
 from xfm_fast.packing import Packing, on_host
-from xfm_fast.replace.families import FamilyLayer, run_packed
+from xfm_fast.replace.attention import Causal
+from xfm_fast.replace.layer import can_run_packed
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -28,7 +27,6 @@ from xfm_fast.replace.swap import (
     original_class,
     returns_dict,
 )
-from xfm_fast.replace.vit_block import PreNormBlock
 
 _GAIN = "stops at the end-of-text"
 _FULL_LENGTH = "it computes texts at full length; unpad=True cuts them after the longest end-of-text"
@@ -58,39 +56,19 @@ def _packing(lengths: list[int], device: torch.device) -> Packing | None:
     return Packing.from_mask(kept, lengths=lengths)
 
 
-@dataclass
-class Causal:
-    """Causal attention of packed texts `[T, H, D]` on the padded batch: padding comes last, so no token sees it."""
-
-    packing: Packing
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        padded = self.packing.unpad(torch.stack((q, k, v), 1))
-        q, k, v = (t.transpose(1, 2) for t in padded.unbind(2))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-        return self.packing.pack(out.transpose(1, 2)).flatten(-2)
-
-
-def _run(layers: Iterable[Any], x: Tensor, packing: Packing) -> Tensor:
-    """Run layers accepted by `_packable` on packed tokens `[T, width]`."""
+def _run(layers: nn.Module, x: Tensor, packing: Packing) -> Tensor:
+    """Run layers on packed tokens `[T, width]`."""
+    found: Any = list(layers.children())
     attend = Causal(packing)
-    for layer in layers:
-        x = run_packed(layer, attend, None, x) if isinstance(layer, FamilyLayer) else layer.run(x, attend)
+    with found[0].context(x.device) as settings:
+        for layer in found:
+            x = layer.run(x, attend, settings)
     return x
 
 
 def _packable(holder: nn.Module | None, layers: nn.Module | None) -> bool:
     """True if all layers can run on packed tokens now and neither they nor their holder have hooks."""
-    if holder is None or layers is None or observed(holder):
-        return False
-    found = list(layers.children())
-    return bool(found) and all(
-        isinstance(layer, (FamilyLayer, PreNormBlock))
-        and hasattr(layer, "run")
-        and layer.intact()
-        and not observed(layer)
-        for layer in found
-    )
+    return holder is not None and layers is not None and not observed(holder) and can_run_packed([*layers.children()])
 
 
 def _ends(ids: Tensor, end: int | None) -> Tensor:
@@ -235,7 +213,7 @@ def _open_clip_feature(tower: Any, text: Tensor, pool: str, end: int | None) -> 
     else:
         places = packing.positions % longest
         x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(0, places).to(dtype)
-        x = _run(transformer.resblocks, x, packing)
+        x = _run(transformer.resblocks, x, packing).to(dtype)
         x = tower.ln_final(x.index_select(0, packing.cu_seqlens[:-1] + read))
     projection = tower.text_projection
     if projection is None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +17,15 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host, reference
 from xfm_fast.nn import qkv_bias
 from xfm_fast.packing import Packing, on_host
-from xfm_fast.replace.adapters import Adaptable, is_adapted
-from xfm_fast.replace.bert_layer import (
-    LAYER_PARTS,
-    BertLayer,
-    FusedEmbeddings,
-    Memory,
-    Packed,
-    Padded,
-    VocabularyHead,
-    drops_paths,
-    has_cross_attention,
-    is_layer,
-    packed_memory,
-    padded_memory,
-    plan,
-    run_layer,
-    why_not_plain,
-)
+from xfm_fast.replace.adapters import is_adapted
+from xfm_fast.replace.attention import Bias, Dense, Memory, Packed, Padded, PositionTable
+from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
+from xfm_fast.replace.layer import GAIN, FusedLayer, LayerSpec, Mlp, can_run_packed
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     BANDS,
     CalledByName,
     Fused,
-    Kinds,
     Rule,
     Settings,
     find,
@@ -53,7 +37,7 @@ from xfm_fast.replace.swap import (
     swap,
     why_not_bypassed,
 )
-from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters, row_scale
+from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -71,20 +55,6 @@ _LOOKING = ("multi_modal", "multimodal", "fusion")
 # The code masks by -10000, newer libraries by the dtype's minimum: exp underflows to 0 for both.
 _HIDDEN = -1000.0
 _BLOCK_ARGUMENTS = ("x", "rel_pos_bias", "return_attention", "return_qkv", "image_atts")
-_BLOCK_PARTS: dict[str, Kinds] = {
-    "norm1": nn.LayerNorm,
-    "attn": nn.Module,
-    "attn.qkv": (nn.Linear, Adaptable),
-    "attn.attn_drop": nn.Dropout,
-    "attn.proj": (nn.Linear, Adaptable),
-    "attn.proj_drop": nn.Dropout,
-    "drop_path": nn.Module,
-    "norm2": nn.LayerNorm,
-    "mlp": nn.Module,
-    "mlp.fc1": (nn.Linear, Adaptable),
-    "mlp.fc2": (nn.Linear, Adaptable),
-    "mlp.drop": nn.Dropout,
-}
 # Attributes of the attention.
 _BLOCK_ATTENTION = ("num_heads", "scale", "q_bias", "v_bias", "window_size", "relative_position_bias_table")
 _EMBEDDINGS = {"word_embeddings", "position_embeddings", "LayerNorm", "dropout"}
@@ -96,6 +66,60 @@ _TRIED_TOKENS = 5
 def _foreign(module: nn.Module) -> bool:
     """True unless the module's library has its own rules."""
     return original_class(module).__module__.partition(".")[0] not in ("transformers", "timm", "xfm_fast")
+
+
+# BERT's layer, in the code of ALBEF, X-VLM, X²-VLM, BLIP and X-FM.
+TEXT_LAYER = LayerSpec(
+    order="behind sums",
+    attention="attention.self",
+    own=(nn.Module,),
+    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+    proj="attention.output.dense",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    mlps=(Mlp(("intermediate.dense",), "intermediate.intermediate_act_fn", "output.dense"),),
+    heads="attention.self.num_attention_heads",
+    weights_p="attention.self.dropout",
+    branch_p=("attention.output.dropout", "output.dropout"),
+    # An addition of X²-VLM, which draws it per position across all texts.
+    drop_paths=("attention.output.drop_path", "output.drop_path"),
+    cross="crossattention",
+    refuses=lambda layer: why_not_plain(layer),
+)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """True if a module has the submodules of a BERT layer, with or without cross-attention."""
+    spec = TEXT_LAYER
+    if spec.missing(module) is not None or not hasattr(find(module, "intermediate"), "intermediate_act_fn"):
+        return False
+    named = [spec.weights_p, spec.branch_p[0]]
+    if has_cross_attention(module):
+        named += [spec.crossed(name) for name in (*spec.qkv, spec.proj, spec.norms[0], *named)]
+    whole = all(find(module, name) is not None for name in (*named, spec.branch_p[1]))
+    return whole and hasattr(find(module, "attention.self"), "num_attention_heads")
+
+
+def has_cross_attention(layer: nn.Module) -> bool:
+    """True if a layer has cross-attention."""
+    return find(layer, TEXT_LAYER.cross) is not None
+
+
+def drops_paths(layer: nn.Module) -> bool:
+    """True if stochastic depth is active."""
+    first, last = TEXT_LAYER.drop_paths
+    parts = (find(layer, name) for name in (first, TEXT_LAYER.crossed(first), last))
+    return any(part is not None and part.training and getattr(part, "drop_prob", None) for part in parts)
+
+
+def why_not_plain(layer: nn.Module) -> str | None:
+    """Why the attention of a layer differs from BERT's; None if it does not."""
+    for name in ("attention.self", "crossattention.self"):
+        positions = getattr(find(layer, name), "position_embedding_type", None)
+        if positions not in ("absolute", None):
+            return f"its attention has {positions} positions"
+    if hasattr(layer, "intermediate_query"):
+        return "it attends with query tokens in addition to the text"
+    return None
 
 
 @dataclass(frozen=True)
@@ -110,22 +134,21 @@ class _PackedTexts:
         return Packed(cu, cu, longest, longest, self.packing.key_mask)(q, k, v, dropout_p, settings)
 
 
-class _RecordKeysValues:
+@dataclass
+class _RecordKeysValues(Padded):
     """Attention that records keys and values, which a layer returns for generation."""
 
-    def __init__(self, attend: Padded) -> None:
-        self._attend = attend
-        self.kept: tuple[Tensor, Tensor] | None = None
+    kept: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         self.kept = (k.transpose(1, 2), v.transpose(1, 2))
-        return self._attend(q, k, v, dropout_p, settings)
+        return super().__call__(q, k, v, dropout_p, settings)
 
 
-class OfficialTextLayer(BertLayer):
-    """A layer of the text or fusion encoder."""
+class OfficialTextLayer(FusedLayer):
+    """A layer of the text or fusion encoder, which returns its keys and values too."""
 
-    bypassed: ClassVar[Mapping[str, Kinds]] = LAYER_PARTS
+    layer_spec = TEXT_LAYER
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
@@ -134,40 +157,36 @@ class OfficialTextLayer(BertLayer):
             return False
         return set(_argument_names(module)) >= _LAYER_ARGUMENTS
 
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        return why_not_plain(module) or why_not_bypassed(module, LAYER_PARTS)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        x, mask = call["hidden_states"], call.get("attention_mask")
-        if isinstance(mask, _PackedTexts):
-            return run_layer(self, x[0], mask, self.settings, mask.memory if self._looks(call) else None)[None], None
-        if not self._covers(call) or not self.intact():
-            return super().forward(*args, **kwargs)
-        attend = _RecordKeysValues(Padded(mask))
-        with self.settings.own_types(x.device):
-            memory = None
-            if self._looks(call):
-                memory = padded_memory(call["encoder_hidden_states"], call.get("encoder_attention_mask"))
-            out = run_layer(self, x, attend, self.settings, memory)
-        return out, attend.kept
+        x, attend = call["hidden_states"], call.get("attention_mask")
+        if isinstance(attend, _PackedTexts):
+            memory = attend.memory if self._looks(call) else None
+            return self.run(x[0], attend, self.settings, memory=memory)[None], None
+        attend = self._attend(call) if self.intact() else None
+        if attend is None:
+            return super(FusedLayer, self).forward(*args, **kwargs)
+        with self.settings.own_types(x.device) as settings:
+            return self.run(x, attend, settings, memory=attend.memory), attend.kept
 
     def _looks(self, call: dict[str, Any]) -> bool:
         return has_cross_attention(self) and call.get("encoder_hidden_states") is not None
 
-    def _covers(self, call: dict[str, Any]) -> bool:
+    def _attend(self, call: dict[str, Any]) -> _RecordKeysValues | None:
         if has_other_arguments(call, _TENSORS | {"mode"}) or drops_paths(self):
-            return False
+            return None
         states, masks = call.get("encoder_hidden_states"), (call.get("attention_mask"),)
         if has_cross_attention(self):
             # Without an image the original raises or skips the layer.
             if not isinstance(states, Tensor) or ("mode" in self.names and call.get("mode") not in _LOOKING):
-                return False
+                return None
             if getattr(find(self, "crossattention.self"), "save_attention", False):
-                return False
+                return None
             masks = (*masks, call.get("encoder_attention_mask"))
-        return all(m is None or (isinstance(m, Tensor) and m.ndim == 4 and m.is_floating_point()) for m in masks)
+        if not all(m is None or (isinstance(m, Tensor) and m.ndim == 4 and m.is_floating_point()) for m in masks):
+            return None
+        memory = padded_memory(states, masks[-1]) if isinstance(states, Tensor) and self._looks(call) else None
+        return _RecordKeysValues(masks[0], memory=memory)
 
 
 class OfficialTextEncoder(CalledByName):
@@ -230,15 +249,10 @@ class OfficialTextEncoder(CalledByName):
         return _PackedTexts(packing, memory)
 
     def _plain_layers(self) -> bool:
-        layers = find(self, "layer")
-        assert layers is not None
-        return all(
-            isinstance(layer, OfficialTextLayer)
-            and layer.intact()
-            and not observed(layer)
-            and not drops_paths(layer)
-            and not getattr(find(layer, "crossattention.self"), "save_attention", False)
-            for layer in layers.children()
+        layers: list[Any] = list(cast(Any, self).layer)
+        return can_run_packed(layers) and not any(
+            drops_paths(layer) or getattr(find(layer, "crossattention.self"), "save_attention", False)
+            for layer in layers
         )
 
 
@@ -256,84 +270,74 @@ def _visible(mask: Any) -> Tensor | None:
     return visible if (host.all_true(clean) if on_host(clean) else bool(clean)) else None
 
 
-class OfficialVisionBlock(PreNormBlock):
+def _vision_attention(block: Any, call: Mapping[str, Any]) -> Dense | None:
+    """BEiT's attention: a position table, added biases, or both."""
+    attention, x = block.attn, call["x"]
+    table = attention.relative_position_bias_table
+    bias: Bias = None if table is None else PositionTable(table, tuple(attention.window_size))
+    # Dropout placement in the MLP depends on the code version.
+    if probability(block.mlp.drop) or (isinstance(bias, PositionTable) and not bias.fits(x.shape[1])):
+        return None
+    added = [given for given in (call.get("rel_pos_bias"), call.get("image_atts")) if given is not None]
+    if added:
+        if isinstance(bias, PositionTable):
+            bias = reference.position_bias(bias.table, bias.window)
+        bias = cast(Tensor, sum(added, start=0 if bias is None else bias))
+    return Dense(bias=bias, scale=attention.scale)
+
+
+def _vision_biases(block: Any, parts: Parts) -> Parts:
+    attention = block.attn
+    bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
+    if is_adapted(attention.qkv):
+        # The official code reads the weight and does not call the layer, so adapters have no effect.
+        return parts._replace(projections=(), qkv=((attention.qkv.weight, bias),))
+    return parts._replace(qkv_bias=bias)
+
+
+def _vision_refusal(block: Any) -> str | None:
+    if block.attn.relative_position_bias_table is None:
+        return None
+    index = reference.relative_position_index(tuple(block.attn.window_size))
+    alike = torch.equal(block.attn.relative_position_index.cpu(), index)
+    return None if alike else "its relative positions are not numbered like BEiT's"
+
+
+VISION_BLOCK = LayerSpec(
+    order="before",
+    attention="attn",
+    own=(nn.Module,),
+    qkv=("attn.qkv",),
+    proj="attn.proj",
+    norms=("norm1", "norm2"),
+    mlps=(Mlp(("mlp.fc1",), "mlp.act", "mlp.fc2", dropout="mlp.drop"),),
+    heads="attn.num_heads",
+    weights_p="attn.attn_drop",
+    branch_p=("attn.proj_drop", ""),
+    scales=("gamma_1", "gamma_2"),
+    drop_paths=("drop_path", "drop_path"),
+    scores=_vision_attention,
+    also_takes=("rel_pos_bias", "image_atts"),
+    adjust=_vision_biases,
+    refuses=_vision_refusal,
+)
+
+
+class OfficialVisionBlock(FusedLayer):
     """Pre-norm block with query and value biases, position table, LayerScale and stochastic depth."""
 
-    bypassed: ClassVar[Mapping[str, Kinds]] = _BLOCK_PARTS
+    layer_spec = VISION_BLOCK
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
-        if (
-            not _foreign(module)
-            or any(find(module, name) is None for name in _BLOCK_PARTS)
-            or not hasattr(module, "gamma_1")
-        ):
+        spec, attention, drop_path = VISION_BLOCK, find(module, "attn"), find(module, "drop_path")
+        if not _foreign(module) or spec.missing(module) is not None or not hasattr(module, "gamma_1"):
             return False
-        attention, drop_path = find(module, "attn"), find(module, "drop_path")
-        named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
-        names = _argument_names(module)
-        return (
-            named
-            and names == _BLOCK_ARGUMENTS
-            and (isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob"))
-        )
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        reason = lacks_parameters(module, ("norm1", "norm2")) or why_not_bypassed(module, _BLOCK_PARTS)
-        attention = cast(Any, find(module, "attn"))
-        if reason is None and attention.relative_position_bias_table is not None:
-            window = tuple(attention.window_size)
-            index = attention.relative_position_index
-            if not torch.equal(index.cpu(), reference.relative_position_index(window)):
-                return "its relative positions are not numbered like BEiT's"
-        return reason
-
-    def forward(
-        self,
-        x: Tensor,
-        rel_pos_bias: Tensor | None = None,
-        return_attention: bool = False,
-        return_qkv: bool = False,
-        image_atts: Tensor | None = None,
-    ) -> Any:
-        attention = cast(Any, self.attn)
-        table = attention.relative_position_bias_table
-        bias: Bias = None if table is None else PositionTable(table, tuple(attention.window_size))
-        # Dropout placement in the MLP depends on the code version.
-        drops_hidden = probability(cast(Any, self.mlp).drop)
-        covered = not return_attention and not return_qkv and self.takes(x) and not drops_hidden
-        if not covered or (isinstance(bias, PositionTable) and not bias.fits(x.shape[1])):
-            return super().forward(x, rel_pos_bias, return_attention, return_qkv, image_atts)
-        added = [given for given in (rel_pos_bias, image_atts) if given is not None]
-        if added:
-            if isinstance(bias, PositionTable):
-                bias = reference.position_bias(bias.table, bias.window)
-            bias = cast(Tensor, sum(added, start=0 if bias is None else bias))
-        return self.compute(self.parts(), x, bias)
-
-    def parts(self) -> Parts:
-        block = cast(Any, self)
-        attention, mlp = block.attn, block.mlp
-        bias = None if attention.q_bias is None else qkv_bias(attention.q_bias, attention.v_bias)
-        read = is_adapted(attention.qkv)
-        return Parts(
-            norms=(block.norm1, block.norm2),
-            # The official code reads the weight and does not call the layer, so adapters have no effect.
-            qkv=((attention.qkv.weight, bias),) if read else (),
-            projections=() if read else (attention.qkv,),
-            qkv_bias=bias,
-            heads=attention.num_heads,
-            scale=attention.scale,
-            proj=attention.proj,
-            fc1=mlp.fc1,
-            fc2=mlp.fc2,
-            hidden=None if self.is_erf_gelu("mlp.act") else lambda normed, linear: mlp.act(linear(mlp.fc1, normed)),
-            gammas=(block.gamma_1, block.gamma_2),
-            row_scales=(partial(row_scale, block.drop_path),) * 2,
-            attention_p=probability(attention.attn_drop),
-            branch_p=(probability(attention.proj_drop), 0.0),
-        )
+        drops = (spec.weights_p, spec.branch_p[0], spec.mlps[0].dropout)
+        named = all(find(module, name) is not None for name in drops)
+        named = named and all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
+        known = isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob")
+        return named and known and _argument_names(module) == _BLOCK_ARGUMENTS
 
 
 class OfficialEmbeddings(FusedEmbeddings):
@@ -417,18 +421,8 @@ def _why_not_equal(
 
 RULES: tuple[Rule, ...] = (
     Rule("OfficialTextEncoder", OfficialTextEncoder.recognises, OfficialTextEncoder, "padding left out of all layers"),
-    Rule(
-        "OfficialTextLayer",
-        OfficialTextLayer.recognises,
-        OfficialTextLayer,
-        "one product for q, k, v; GELU, residual and norm fused",
-    ),
-    Rule(
-        "OfficialVisionBlock",
-        OfficialVisionBlock.recognises,
-        OfficialVisionBlock,
-        "position table expanded once, GELU, residual, LayerScale and norm fused",
-    ),
+    Rule("OfficialTextLayer", OfficialTextLayer.recognises, OfficialTextLayer, GAIN),
+    Rule("OfficialVisionBlock", OfficialVisionBlock.recognises, OfficialVisionBlock, GAIN),
     Rule(
         "OfficialEmbeddings",
         OfficialEmbeddings.recognises,

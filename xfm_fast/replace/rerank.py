@@ -20,16 +20,9 @@ from xfm_fast.models.inputs import check_attention_mask, check_embeddings, check
 from xfm_fast.models.text import concatenated
 from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences
 from xfm_fast.replace.adapters import is_adapted
-from xfm_fast.replace.bert_layer import (
-    LAYER_PARTS,
-    Memory,
-    Packed,
-    drops_paths,
-    has_cross_attention,
-    is_layer,
-    run_layer,
-    why_not_plain,
-)
+from xfm_fast.replace.attention import Memory, Packed
+from xfm_fast.replace.official import TEXT_LAYER, drops_paths, has_cross_attention, is_layer, why_not_plain
+from xfm_fast.replace.structure import post_norm
 from xfm_fast.replace.swap import Settings, find, observed, original_class, why_not_bypassed
 
 
@@ -163,7 +156,7 @@ class Reranker:
         self._check_mode()
         attend = _within(packing)
         for layer in self._alone:
-            x = run_layer(layer, x, attend, self._settings)
+            x = post_norm(TEXT_LAYER.parts(layer), x, attend, self._settings)
         return x
 
     def _fuse(self, x: Tensor, packing: Packing, memory: ImageMemory, groups: ImageGroups) -> Tensor:
@@ -177,14 +170,15 @@ class Reranker:
             if layer is self._fusing[-1]:
                 queries = Reads.first_tokens(packing)
                 reads = queries.rows
-            seen = None
+            seen = cross = None
             if has_cross_attention(layer):
                 # All texts of an image are one query sequence: cross-attention has no mask between queries.
                 cu_queries = groups.token_offsets(queries.cu_seqlens)
                 across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
                 seen = Memory(memory.keys_values(projected), across, projected=True)
-                projected += 1
-            x = run_layer(layer, x, _within(packing, queries), self._settings, seen, reads=reads)
+                projected, cross = projected + 1, TEXT_LAYER.cross_parts(layer)
+            parts, attend = TEXT_LAYER.parts(layer), _within(packing, queries)
+            x = post_norm(parts, x, attend, self._settings, seen, cross, reads)
         return x
 
 
@@ -227,7 +221,7 @@ def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:
         )
     path, layers = holders[0]
     for number, layer in enumerate(layers):
-        reason = why_not_plain(layer) or why_not_bypassed(layer, LAYER_PARTS)
+        reason = why_not_plain(layer) or why_not_bypassed(layer, TEXT_LAYER.bypassed(original_class(layer)))
         if reason is None and observed(layer):
             reason = "it has hooks"
         if reason is not None:

@@ -1,11 +1,11 @@
 """The parts of a transformer layer and the three orders in which layers compute with them.
 
-`Parts` names them once; `pre_norm`, `post_norm` and `norm_behind` run on padded `[B, N, width]` or packed `[T, width]`.
+`pre_norm`, `post_norm` and `norm_behind` run on padded `[B, N, width]` or packed `[T, width]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,24 +16,23 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.derived import derived
+from xfm_fast.replace.attention import Attend, Memory
 from xfm_fast.replace.swap import Settings
-
-# Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`.
-Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
 
 
 class Parts(NamedTuple):
-    """The parts of a block at the time of a call."""
+    """The parts of a layer at the time of a call."""
 
     norms: tuple[nn.Module, nn.Module]  # of the attention and of the MLP
     heads: int
-    scale: float
     proj: nn.Module  # linear layer after the attention
     fc2: nn.Module  # linear layer out of the MLP
-    # weight and bias of one joint projection, or of three; only without projections
-    qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()
+    projections: tuple[nn.Module, ...] = ()  # linear layers to queries, keys and values, or one to all three
+    qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()  # weights and biases in place of projections
+    qkv_bias: Tensor | None = None  # bias of a single projection, stored outside the layer
+    joins: bool = True  # one GEMM for all projections
     fc1: nn.Module | None = None  # linear layer into the MLP, if hidden is None
-    inner: tuple[nn.Module, ...] = ()  # linear layers that hidden applies, if known
+    inner: tuple[nn.Module, ...] = ()  # linear layers that hidden applies
     activation: Callable[[nn.Module], Any] | None = None  # looks up the activation in a layer
     # the hidden layer of (x, apply_linear), unless it is `gelu(fc1(x))`
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
@@ -42,15 +41,19 @@ class Parts(NamedTuple):
     attention_p: float = 0.0  # dropout of the attention weights
     hidden_p: float = 0.0  # dropout of the hidden layer
     branch_p: tuple[float, float] = (0.0, 0.0)  # dropout at the end of each branch
-    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # norms or rotation of q and k `[..., H, D]`
+    adapt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # rotation of q and k `[..., H, D]`
     inner_norms: tuple[nn.Module | None, nn.Module | None] = (None, None)  # before proj and before fc2
-    windows: Any = None  # splits an image into windows before the attention, merges them after it
-    projections: tuple[nn.Module, ...] = ()  # the layers of qkv, where they may carry adapters or packed weights
-    qkv_bias: Tensor | None = None  # bias of a single projection, stored outside the layer
-    joins: bool = True  # one GEMM for all projections
 
 
-Order = Callable[[Parts, Tensor, Attend, Settings], Tensor]
+class Cross(NamedTuple):
+    """The parts of a layer's cross-attention."""
+
+    projections: tuple[nn.Module, nn.Module, nn.Module]
+    heads: int
+    proj: nn.Module
+    norm: nn.Module
+    attention_p: float = 0.0
+    branch_p: float = 0.0
 
 
 def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
@@ -82,14 +85,45 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
     return linear_residual(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
 
 
-def post_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
-    """`x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`. The residual keeps its dtype."""
-    context = self_attention(parts, x, attend, settings)
+def post_norm(
+    parts: Parts,
+    x: Tensor,
+    attend: Attend,
+    settings: Settings,
+    memory: Memory | None = None,
+    cross: Cross | None = None,
+    reads: Tensor | None = None,
+) -> Tensor:
+    """`x = N₁(x + Attn(x)); x = N₂(x + MLP(x))`, and cross-attention to a memory between.
+
+    The residual keeps its dtype. With `reads` `[Q]`, only these packed rows are queries: returns `[Q, width]`.
+    """
+    if reads is None:
+        context = self_attention(parts, x, attend, settings)
+    else:
+        query, *rest = parts.projections
+        k, v = project("kv", rest, x, parts.heads, settings)
+        x = x.index_select(0, reads)
+        (q,) = project("query", [query], x, parts.heads, settings)
+        context = attend(q, k, v, parts.attention_p, settings)
     x = proj_residual_norm(context, parts.proj, x, parts.norms[0], settings, dropout_p=parts.branch_p[0], wide=True)[0]
-    return post_norm_mlp(parts, x, settings)
+    if memory is not None and cross is not None:
+        x = _cross_attention(cross, x, memory, settings)
+    return _post_norm_mlp(parts, x, settings)
 
 
-def post_norm_mlp(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
+def _cross_attention(cross: Cross, x: Tensor, memory: Memory, settings: Settings) -> Tensor:
+    query, *rest = cross.projections
+    states = memory.states
+    k, v = states.unbind(-3) if memory.projected else project("kv", rest, states, cross.heads, settings)
+    (q,) = project("query", [query], x, cross.heads, settings)
+    # One memory for the whole padded batch: all queries form one sequence.
+    queries = q.flatten(0, 1)[None] if memory.shared else q
+    context = memory.attend(queries, k, v, cross.attention_p, settings).view(*q.shape[:-2], -1)
+    return proj_residual_norm(context, cross.proj, x, cross.norm, settings, dropout_p=cross.branch_p, wide=True)[0]
+
+
+def _post_norm_mlp(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
     """`N₂(x + MLP(x))`."""
     second = parts.norms[1]
     plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
@@ -112,18 +146,24 @@ def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> 
 
 def self_attention(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """Projections and attention of `[..., width]`, before proj."""
-    q, k, v = project_qkv(parts, x if parts.windows is None else parts.windows.split(x), settings)
+    windows = getattr(attend, "windows", None)
+    q, k, v = _project_qkv(parts, x if windows is None else windows.split(x), settings)
     context = attend(q, k, v, parts.attention_p, settings)
     # Merge windows before proj, which skips the padding and fuses the residual.
-    context = context if parts.windows is None else parts.windows.merge(context)
+    context = context if windows is None else windows.merge(context)
     return context if parts.inner_norms[0] is None else run_module(parts.inner_norms[0], context)
 
 
-def project_qkv(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def project(name: str, layers: Sequence[nn.Module], x: Tensor, heads: int, settings: Settings) -> tuple[Tensor, ...]:
+    """Outputs `[..., H, D]` of linear layers on one input, with one GEMM; `name` is the cache key of their weights."""
+    return tuple(made.unflatten(-1, (heads, -1)) for made in settings.products(name, x, *layers))
+
+
+def _project_qkv(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values `[..., H, D]`."""
     if not parts.projections:
         made = [settings.linear(x, weight, bias) for weight, bias in parts.qkv]
-    elif parts.joins:
+    elif parts.joins or len(parts.projections) == 1:
         made = settings.products("qkv", x, *parts.projections, bias=parts.qkv_bias)
     else:
         made = [apply_linear(layer, x, settings) for layer in parts.projections]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, reduce, wraps
-from importlib import import_module
 from types import FunctionType
 from typing import Any, ClassVar, overload
 
@@ -418,7 +417,8 @@ def is_fused(module: nn.Module) -> bool:
 
 def has_other_arguments(call: Mapping[str, Any], understood: Collection[str]) -> bool:
     """True if a call sets an argument that is not in `understood`."""
-    return any(value is not None and value is not False and name not in understood for name, value in call.items())
+    given = [name for name, value in call.items() if value is not None and value is not False]
+    return not set(given).issubset(understood)
 
 
 def returns_dict(model: Any, call: dict[str, Any]) -> bool:
@@ -431,8 +431,11 @@ def is_erf_gelu(activation: Any) -> bool:
     """True for erf GELU: PyTorch's function or module, or the wrapper of transformers."""
     if isinstance(activation, nn.GELU):
         return activation.approximate == "none"
+    kind = type(activation)
+    if kind.__module__.startswith("timm.layers."):
+        return kind.__name__ == "GELU"
     # GELUActivation stores the function that it calls.
-    return activation is F.gelu or (type(activation).__name__ == "GELUActivation" and activation.act is F.gelu)
+    return activation is F.gelu or (kind.__name__ == "GELUActivation" and activation.act is F.gelu)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -444,20 +447,6 @@ def fused_form(module: nn.Module) -> type[Fused]:
     """The fused class of a fused module."""
     assert isinstance(module, Fused)
     return type(module).__bases__[0]
-
-
-# Rule modules in order of precedence, each with a tuple RULES. The module is imported only if the library
-# in the second column already is: no model of it can exist otherwise.
-_FAMILIES = (
-    ("xfm_fast.replace.huggingface_text", "transformers"),
-    ("xfm_fast.replace.huggingface_families", "transformers"),
-    ("xfm_fast.replace.families", None),
-    ("xfm_fast.replace.clip_text", None),
-    ("xfm_fast.replace.timm_vision", "timm"),
-    ("xfm_fast.replace.open_clip_towers", "open_clip"),
-    ("xfm_fast.replace.official", None),
-    ("xfm_fast.replace.torch_modules", None),
-)
 
 
 @dataclass(frozen=True)
@@ -473,9 +462,3 @@ class Rule:
     def reason_against(self, module: nn.Module, settings: Settings) -> str | None:
         """Why a recognised module must not be replaced; None if it may."""
         return (self.refusal or self.fused.refusal)(module, settings)
-
-
-def rules() -> tuple[Rule, ...]:
-    """Rules of all imported packages."""
-    families = [name for name, package in _FAMILIES if package is None or package in sys.modules]
-    return tuple(rule for name in families for rule in import_module(name).RULES)

@@ -1,267 +1,185 @@
-"""Blocks of timm's vision transformers: ViT and DeiT, relative positions, BEiT and BEiT-v2, EVA, Swin."""
+"""Blocks of timm and open_clip as rows: ViT, DeiT, relative positions, BEiT and BEiT-v2, EVA, Swin, CLIP's towers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm
-from timm.layers.activations import GELU
-from timm.layers.mlp import GluMlp, Mlp, SwiGLU
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
-from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
-from xfm_fast.replace.adapters import Adaptable, is_adapted
-from xfm_fast.replace.structure import Parts, branch_types, norm_behind, pre_norm, run_module
-from xfm_fast.replace.swap import (
-    Kinds,
-    Rule,
-    Settings,
-    find,
-    has_other_arguments,
-    original_class,
-    probability,
-    why_not_bypassed,
-)
-from xfm_fast.replace.vit_block import Bias, PositionTable, PreNormBlock, lacks_parameters, row_scale
-from xfm_fast.replace.window_block import cached_bias, continuous_bias, cosine, windows_of, within
+from xfm_fast.replace.adapters import is_adapted
+from xfm_fast.replace.attention import Attend, Bias, Dense, PositionTable
+from xfm_fast.replace.layer import LayerSpec, Mlp, register
+from xfm_fast.replace.structure import Parts, run_module
+from xfm_fast.replace.swap import Settings, find
+from xfm_fast.replace.windows import cached_bias, timm_swin_attention
 
-_NORMS = (nn.LayerNorm, LayerNorm)
-_MAYBE_DROP_PATH = (nn.Identity, DropPath)
-_BYPASSED: dict[str, Any] = {
-    "norm1": _NORMS,
-    "norm2": _NORMS,
-    "attn.qkv": (nn.Linear, Adaptable),
-    "attn.q_proj": (nn.Linear, Adaptable),
-    "attn.k_proj": (nn.Linear, Adaptable),
-    "attn.v_proj": (nn.Linear, Adaptable),
-    "attn.attn_drop": nn.Dropout,
-    "attn.proj": (nn.Linear, Adaptable),
-    "attn.proj_drop": nn.Dropout,
-    "drop_path1": _MAYBE_DROP_PATH,
-    "drop_path2": _MAYBE_DROP_PATH,
-    "mlp": (Mlp, GluMlp, SwiGLU),
-    "mlp.fc1": (nn.Linear, Adaptable),
-    "mlp.fc1_g": (nn.Linear, Adaptable),
-    "mlp.fc1_x": (nn.Linear, Adaptable),
-    "mlp.fc2": (nn.Linear, Adaptable),
-    "mlp.drop1": nn.Dropout,
-    "mlp.drop2": nn.Dropout,
-}
+_OWN = "Mlp GluMlp SwiGLU DropPath LayerScale LayerNorm"
 
 
-class _TimmBlock(PreNormBlock):
-    """Base of timm's blocks: the names of their parts."""
-
-    erf_gelus = (nn.GELU, GELU)
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        block: Any = module
-        reason = why_not_bypassed(module, cls.bypassed) or lacks_parameters(module, ("norm1", "norm2"))
-        if reason is None and find(module, "attn.gate") is not None:
-            reason = "attn has a gate on its output"
-        if reason is None and getattr(block.attn, "num_kv_groups", 1) > 1:
-            reason = "attn shares keys and values among query heads"
-        return reason
-
-    def parts(self, gammas: tuple[Tensor | None, Tensor | None], rope: Tensor | None = None) -> Parts:
-        block: Any = self
-        attn, mlp = block.attn, block.mlp
-        apart, bias, read = attn.qkv is None, None, ()
-        if not apart and getattr(attn, "q_bias", None) is not None:
-            bias = concatenated("qkv bias", attn.q_bias, attn.k_bias, attn.v_bias)
-            if is_adapted(attn.qkv) and not attn.qkv_bias_separate:
-                # timm reads the weight here and does not call the layer, so adapters have no effect.
-                read = ((attn.qkv.weight, bias),)
-        return Parts(
-            norms=(block.norm1, block.norm2),
-            qkv=read,
-            projections=(attn.q_proj, attn.k_proj, attn.v_proj) if apart else () if read else (attn.qkv,),
-            qkv_bias=bias,
-            joins=not apart,
-            heads=attn.num_heads,
-            scale=getattr(attn, "scale", 1.0),
-            proj=attn.proj,
-            fc1=getattr(mlp, "fc1", None),
-            fc2=mlp.fc2,
-            hidden=self._hidden(mlp),
-            gammas=gammas,
-            row_scales=(partial(row_scale, block.drop_path1), partial(row_scale, block.drop_path2)),
-            attention_p=probability(attn.attn_drop),
-            hidden_p=probability(mlp.drop1),
-            branch_p=(probability(attn.proj_drop), probability(mlp.drop2)),
-            adapt=_adaptation(attn, rope),
-            inner_norms=(_norm_of(attn), _norm_of(mlp)),
-        )
-
-    def _hidden(self, mlp: Any) -> Callable[..., Tensor] | None:
-        """The hidden layer, unless it is `gelu(fc1(x))`."""
-        kind = original_class(mlp)
-        if kind is SwiGLU:
-            return lambda x, linear: mlp.act(linear(mlp.fc1_g, x)) * linear(mlp.fc1_x, x)
-        if kind is GluMlp:
-
-            def gated(x: Tensor, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
-                first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
-                return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
-
-            return gated
-        if self.is_erf_gelu("mlp.act"):
-            return None
-        return lambda x, linear: mlp.act(linear(mlp.fc1, x))
-
-
-class ViTBlock(_TimmBlock):
-    """`timm.models.vision_transformer.Block`."""
-
-    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
-        "attn": vision_transformer.Attention,
-        "ls1": (nn.Identity, vision_transformer.LayerScale),
-        "ls2": (nn.Identity, vision_transformer.LayerScale),
+def _block(layer: str, attention: str, **more: Any) -> LayerSpec:
+    """A block with the names of timm's ViT; `attention` names its classes."""
+    own = " ".join(f"timm.layers.{name}" for name in _OWN.split())
+    row: dict[str, Any] = {
+        "order": "before",
+        "attention": "attn",
+        "own": f"{attention} {own} torch.nn.Identity",
+        "qkv": ("attn.qkv",),
+        "proj": "attn.proj",
+        "norms": ("norm1", "norm2"),
+        "mlps": tuple(
+            Mlp(inner, "mlp.act", "mlp.fc2", dropout="mlp.drop1")
+            for inner in (("mlp.fc1_g", "mlp.fc1_x"), ("mlp.fc1",))
+        ),
+        "heads": "attn.num_heads",
+        "weights_p": "attn.attn_drop",
+        "branch_p": ("attn.proj_drop", "mlp.drop2"),
+        "scales": ("ls1.gamma", "ls2.gamma"),
+        "drop_paths": ("drop_path1", "drop_path2"),
+        "inner_norms": ("attn.norm", "mlp.norm"),
+        "scores": _normalised,
+        "adjust": _adjust,
+        "refuses": _refusal,
     }
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or has_other_arguments(kwargs, ()) or not self.takes(x):
-            return super().forward(x, *args, **kwargs)
-        block: Any = self
-        gammas = (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None))
-        return self.compute(self.parts(gammas), x)
+    return LayerSpec(layer=f"timm.models.{layer}", **row | more)
 
 
-class BeitBlock(_TimmBlock):
-    """`timm.models.beit.Block`: the position bias is the layer's own or shared."""
-
-    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": beit.Attention}
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None, **kwargs: Any) -> Tensor:
-        block: Any = self
-        table = block.attn.relative_position_bias_table
-        own = None if table is None else PositionTable(table, tuple(block.attn.window_size))
-        if has_other_arguments(kwargs, ()) or (own is not None and not own.fits(x.shape[1])) or not self.takes(x):
-            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias, **kwargs)
-        bias: Bias = own or shared_rel_pos_bias
-        if own is not None and shared_rel_pos_bias is not None:
-            bias = block.attn._get_rel_pos_bias() + shared_rel_pos_bias
-        return self.compute(self.parts((block.gamma_1, block.gamma_2)), x, bias)
+def _refusal(block: Any) -> str | None:
+    if find(block, "attn.gate") is not None:
+        return "attn has a gate on its output"
+    if getattr(block.attn, "num_kv_groups", 1) > 1:
+        return "attn shares keys and values among query heads"
+    return None
 
 
-class EvaBlock(_TimmBlock):
-    """`timm.models.eva.EvaBlock`, with optional rotary positions."""
-
-    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {"attn": (eva.EvaAttention, eva.AttentionRope)}
-
-    def forward(self, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if has_other_arguments(kwargs, ()) or not self.takes(x):
-            return super().forward(x, rope=rope, **kwargs)
-        block: Any = self
-        return self.compute(self.parts((block.gamma_1, block.gamma_2), rope), x)
-
-
-class RelPosBlock(_TimmBlock):
-    """`RelPosBlock` and `ResPostRelPosBlock` (norms after the branches) of timm's `vit_relpos`."""
-
-    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
-        "attn": vision_transformer_relpos.RelPosAttention,
-        "ls1": (nn.Identity, vision_transformer_relpos.LayerScale),
-        "ls2": (nn.Identity, vision_transformer_relpos.LayerScale),
-    }
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        if not self.takes(x):
-            return super().forward(x, shared_rel_pos=shared_rel_pos)
-        block: Any = self
-        positions = block.attn.rel_pos
-        bias: Bias = shared_rel_pos
-        if positions is not None:
-            bias = cached_bias("relative", positions, positions.parameters(), positions.get_bias, lambda: None)
-        gammas = (getattr(find(self, "ls1"), "gamma", None), getattr(find(self, "ls2"), "gamma", None))
-        behind = original_class(self) is vision_transformer_relpos.ResPostRelPosBlock
-        return self.compute(self.parts(gammas), x, bias, order=norm_behind if behind else pre_norm)
+def _adjust(block: Any, parts: Parts) -> Parts:
+    """Biases beside the weights of `attn.qkv`, and halved hidden layers."""
+    attn, mlp = block.attn, block.mlp
+    if hasattr(mlp, "gate_last"):
+        parts = parts._replace(hidden=_gated(mlp))
+    if len(parts.projections) == 3:
+        return parts
+    bias = None
+    if getattr(attn, "q_bias", None) is not None:
+        bias = concatenated("qkv bias", attn.q_bias, attn.k_bias, attn.v_bias)
+        if is_adapted(attn.qkv) and not attn.qkv_bias_separate:
+            # timm reads the weight here and does not call the layer, so adapters have no effect.
+            return parts._replace(projections=(), qkv=((attn.qkv.weight, bias),))
+    return parts._replace(qkv_bias=bias)
 
 
-class WindowBlock(_TimmBlock):
-    """`SwinTransformerBlock`, and `SwinTransformerV2Block` with norms after the branches."""
+def _gated(mlp: Any) -> Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor]:
+    """The hidden layer of `GluMlp`."""
 
-    bypassed: ClassVar[Mapping[str, Kinds]] = _BYPASSED | {
-        "attn": (swin_transformer.WindowAttention, swin_transformer_v2.WindowAttention)
-    }
+    def hidden(x: Tensor, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
+        return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or not x.numel() or not self.intact():
-            return super().forward(x)
-        block: Any = self
-        attn, second = block.attn, original_class(self) is swin_transformer_v2.SwinTransformerV2Block
-        size, window, shift = tuple(x.shape[1:3]), tuple(block.window_size), tuple(block.shift_size)
-        whole = tuple(-(-side // part) * part for side, part in zip(size, window, strict=True))
-
-        def mask() -> Tensor | None:
-            moving = getattr(block, "dynamic_mask", False)
-            return block.get_attn_mask(x.new_empty(1, *whole, 1)) if moving else block.attn_mask
-
-        parts = self.parts((None, None))
-        if second:
-            parts = parts._replace(adapt=partial(cosine, attn.logit_scale))
-            source, sources = attn.cpb_mlp, attn.cpb_mlp.parameters
-            make = partial(
-                continuous_bias, source, attn.relative_coords_table, attn.relative_position_index, parts.heads
-            )
-        else:
-            source, sources, make = nn.Identity(), lambda: (attn.relative_position_bias_table,), attn._get_rel_pos_bias
-        name = f"{whole} {window} {shift}"
-        windowed, attend = within(
-            parts,
-            windows_of(size, window, shift, x, fill_first=False),
-            lambda: cached_bias(name, source, sources(), make, mask),
-        )
-        with branch_types(self.settings, x.device) as settings:
-            order = norm_behind if second else pre_norm
-            return order(windowed, x.flatten(1, 2), attend, settings).unflatten(1, size)
+    return hidden
 
 
-def _norm_of(part: nn.Module) -> nn.Module | None:
-    norm = find(part, "norm")
-    return None if norm is None or isinstance(norm, nn.Identity) else norm
-
-
-def _adaptation(attn: Any, rope: Tensor | None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Norms and rotation of queries and keys; None without them."""
+def _normalised(block: Any, call: Mapping[str, Any], bias: Bias = None) -> Attend:
+    """Attention after the norms and the rotation of queries and keys, if any."""
+    attn, rope, dense = block.attn, call.get("rope"), Dense(bias=bias)
     norms = [norm for norm in (find(attn, "q_norm"), find(attn, "k_norm")) if not isinstance(norm, nn.Identity | None)]
     if not norms and rope is None:
-        return None
-    prefix, half = getattr(attn, "num_prefix_tokens", 0), getattr(attn, "rotate_half", False)
+        return dense
 
-    def rotate(x: Tensor, rope: Tensor) -> Tensor:
-        tokens = apply_rot_embed_cat(x[:, prefix:].transpose(1, 2), rope, half=half).transpose(1, 2)
-        return torch.cat([x[:, :prefix], tokens.to(x.dtype)], dim=1)
-
-    def adapt(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         if norms:
             q, k = run_module(norms[0], q), run_module(norms[1], k)
-        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
+        if rope is not None:
+            q, k = _rotated(attn, q, rope), _rotated(attn, k, rope)
+        return dense(q.to(v.dtype), k.to(v.dtype), v, dropout_p, settings)
 
-    return adapt
-
-
-def _rule(form: type[_TimmBlock], original: type[nn.Module], gain: str) -> Rule:
-    return Rule(form.__name__, lambda module: original_class(module) is original, form, gain)
+    return attend
 
 
-_WINDOWS = "windows in one gather, bias and mask kept; products fused"
-RULES: tuple[Rule, ...] = (
-    _rule(
-        BeitBlock, beit.Block, "position bias expanded once; norms, GELU, LayerScale, DropPath and sums in the products"
+def _rotated(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+    prefix, half = getattr(attn, "num_prefix_tokens", 0), getattr(attn, "rotate_half", False)
+    tokens = apply_rot_embed_cat(x[:, prefix:].transpose(1, 2), rope, half=half).transpose(1, 2)
+    return torch.cat([x[:, :prefix], tokens.to(x.dtype)], dim=1)
+
+
+def _beit_attention(block: Any, call: Mapping[str, Any]) -> Attend | None:
+    """The position bias is the layer's own, shared, or both."""
+    attn, shared = block.attn, call.get("shared_rel_pos_bias")
+    if attn.relative_position_bias_table is None:
+        return Dense(bias=shared)
+    own = PositionTable(attn.relative_position_bias_table, tuple(attn.window_size))
+    if not own.fits(call["x"].shape[1]):
+        return None
+    return Dense(bias=own if shared is None else attn._get_rel_pos_bias() + shared)
+
+
+def _relative_attention(block: Any, call: Mapping[str, Any]) -> Attend:
+    positions, bias = block.attn.rel_pos, call.get("shared_rel_pos")
+    if positions is not None:
+        bias = cached_bias("relative", positions, positions.parameters(), positions.get_bias, lambda: None)
+    return _normalised(block, call, bias)
+
+
+def _unflattened(out: Tensor, x: Tensor) -> Tensor:
+    return out.unflatten(1, x.shape[1:3])
+
+
+def _clip_refusal(block: Any) -> str | None:
+    attn = block.attn
+    if find(block, "ln_1_kv") is not None:
+        return "it attends to another sequence (ln_1_kv); only its attention is fused"
+    if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn:
+        return "attn has separate projections, or extra keys"
+    return None if attn.batch_first else "attn is sequence-first; batch_first=True is required"
+
+
+def _additive(block: Any, call: Mapping[str, Any]) -> Attend | None:
+    """open_clip's attention, without a mask or with an additive one."""
+    mask = call.get("attn_mask")
+    if mask is None:
+        return Dense()
+    if not isinstance(mask, Tensor) or not mask.is_floating_point() or mask.ndim not in (2, 3):
+        return None
+    return Dense(bias=mask.unflatten(0, (-1, block.attn.num_heads)) if mask.ndim == 3 else mask)
+
+
+_GAMMAS: dict[str, Any] = {"scales": ("gamma_1", "gamma_2")}
+_RELATIVE: dict[str, Any] = {"scores": _relative_attention, "also_takes": ("shared_rel_pos",)}
+_WINDOWS: dict[str, Any] = {"scores": timm_swin_attention, "ndim": 4, "result": _unflattened, "scales": ("", "")}
+register(
+    _block("vision_transformer.Block", "Attention"),
+    _block("beit.Block", "Attention", scores=_beit_attention, also_takes=("shared_rel_pos_bias",), **_GAMMAS),
+    _block(
+        "eva.EvaBlock",
+        "EvaAttention AttentionRope",
+        qkv=("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        joins=False,
+        also_takes=("rope",),
+        **_GAMMAS,
     ),
-    _rule(ViTBlock, vision_transformer.Block, "norms, GELU, LayerScale, DropPath and sums in the products"),
-    _rule(
-        RelPosBlock, vision_transformer_relpos.RelPosBlock, "position bias kept; norms, GELU and sums in the products"
+    _block("vision_transformer_relpos.RelPosBlock", "RelPosAttention", **_RELATIVE),
+    _block("vision_transformer_relpos.ResPostRelPosBlock", "RelPosAttention", order="behind branches", **_RELATIVE),
+    _block("swin_transformer.SwinTransformerBlock", "WindowAttention", **_WINDOWS),
+    _block("swin_transformer_v2.SwinTransformerV2Block", "WindowAttention", order="behind branches", **_WINDOWS),
+    LayerSpec(
+        layer="open_clip.transformer.ResidualAttentionBlock",
+        order="before",
+        attention="attn",
+        own="LayerScale LayerNorm torch.nn.Identity torch.nn.MultiheadAttention torch.nn.Sequential",
+        proj="attn.out_proj",
+        norms=("ln_1", "ln_2"),
+        mlps=(Mlp(("mlp.c_fc",), "mlp.gelu", "mlp.c_proj"),),
+        heads="attn.num_heads",
+        weights_p="attn.dropout",
+        scales=("ls_1.gamma", "ls_2.gamma"),
+        scores=_additive,
+        also_takes=("attn_mask",),
+        adjust=lambda block, parts: parts._replace(qkv=((block.attn.in_proj_weight, block.attn.in_proj_bias),)),
+        refuses=_clip_refusal,
+        # After the last block the tower multiplies by a parameter in its storage dtype.
+        result=lambda out, x: out.to(x.dtype),
     ),
-    _rule(RelPosBlock, vision_transformer_relpos.ResPostRelPosBlock, "position bias kept; products and GELU fused"),
-    _rule(WindowBlock, swin_transformer.SwinTransformerBlock, _WINDOWS),
-    _rule(WindowBlock, swin_transformer_v2.SwinTransformerV2Block, _WINDOWS),
-    _rule(EvaBlock, eva.EvaBlock, "norms, GELU, LayerScale, DropPath and sums in the products"),
 )

@@ -13,33 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import resolve
-from xfm_fast.replace.bert_layer import Packed, plan
-from xfm_fast.replace.structure import Attend, Parts, post_norm, pre_norm
-from xfm_fast.replace.swap import (
-    Fused,
-    Kinds,
-    Rule,
-    Settings,
-    find,
-    is_erf_gelu,
-    observed,
-    original_class,
-    probability,
-    why_not_bypassed,
-)
+from xfm_fast.replace.attention import Attend, Packed
+from xfm_fast.replace.layer import LayerSpec, Mlp, can_run_packed, register
+from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.swap import Fused, Kinds, Rule, Settings, find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.unpadded import plan
 
 _ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
-_LAYER_PARTS: dict[str, Kinds] = {
-    "self_attn": nn.MultiheadAttention,
-    "self_attn.out_proj": NonDynamicallyQuantizableLinear,
-    "linear1": nn.Linear,
-    "dropout": nn.Dropout,
-    "linear2": nn.Linear,
-    "norm1": nn.LayerNorm,
-    "norm2": nn.LayerNorm,
-    "dropout1": nn.Dropout,
-    "dropout2": nn.Dropout,
-}
 
 
 class FusedMultiheadAttention(Fused):
@@ -95,67 +75,52 @@ class FusedMultiheadAttention(Fused):
         return (out if module.batch_first else out.transpose(0, 1)), weights
 
 
-class FusedTransformerEncoderLayer(Fused):
-    """`torch.nn.TransformerEncoderLayer`: one GEMM for q, k, v; activation, residual and norm fused."""
+def _layer_refusal(layer: Any) -> str | None:
+    if layer.self_attn.in_proj_weight is None:
+        return "self_attn has separate projections"
+    return FusedMultiheadAttention.refusal(layer.self_attn, Settings())
 
-    bypassed: ClassVar[Mapping[str, Kinds]] = _LAYER_PARTS
 
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
-        layer = cast(Any, module)
-        if layer.norm1.bias is None or layer.norm2.bias is None:
-            return "its norms have no bias"
-        reason = why_not_bypassed(module, _LAYER_PARTS)
-        return reason or FusedMultiheadAttention.refusal(layer.self_attn, settings)
+def _layer_attention(layer: Any, call: Mapping[str, Any]) -> Attend | None:
+    mask, padding = call.get("src_mask"), call.get("src_key_padding_mask")
+    if call["src"].is_nested or (call.get("is_causal") and mask is None):
+        return None
+    batch_first = layer.self_attn.batch_first
 
-    def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
-    ) -> Tensor:
-        if src.ndim != 3 or src.is_nested or (is_causal and src_mask is None) or not self.intact():
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        batch_first = cast(Any, self).self_attn.batch_first
+    def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        if not batch_first:
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        out = _attend(q, k, v, _merged(padding, mask, q, k.shape[1]), dropout_p)
+        return out if batch_first else out.transpose(0, 1)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-            if not batch_first:
-                q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-            mask = _merged(src_key_padding_mask, src_mask, q, k.shape[1])
-            out = _attend(q, k, v, mask, dropout_p)
-            return out if batch_first else out.transpose(0, 1)
+    return attend
 
-        with self.settings.own_types(src.device):
-            return self.run(src, attend)
 
-    def run(self, x: Tensor, attend: Attend) -> Tensor:
-        """The layer on `[..., width]`; `attend` maps q, k, v `[..., H, D]` to `[..., width]`."""
-        order = pre_norm if cast(Any, self).norm_first else post_norm
-        return order(self._parts(), self.settings.operand(x), attend, self.settings)
+def _joint_projection(layer: Any, parts: Parts) -> Parts:
+    attention = layer.self_attn
+    return parts._replace(qkv=((attention.in_proj_weight, attention.in_proj_bias),))
 
-    def _parts(self) -> Parts:
-        layer: Any = self
-        attention, activation, linear1 = layer.self_attn, layer.activation, layer.linear1
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        if weight is None:
-            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-            qkv = tuple(zip(weights, (None,) * 3 if bias is None else bias.chunk(3), strict=True))
-        else:
-            qkv = ((weight, bias),)
-        return Parts(
-            norms=(layer.norm1, layer.norm2),
-            qkv=qkv,
-            heads=attention.num_heads,
-            scale=1.0,
-            proj=attention.out_proj,
-            fc1=linear1,
-            fc2=layer.linear2,
-            hidden=None if is_erf_gelu(activation) else lambda x, linear: activation(linear(linear1, x)),
-            attention_p=attention.dropout if attention.training else 0.0,
-            hidden_p=probability(layer.dropout),
-            branch_p=(probability(layer.dropout1), probability(layer.dropout2)),
-        )
+
+register(
+    LayerSpec(
+        layer=nn.TransformerEncoderLayer,
+        order=lambda layer: "before" if layer.norm_first else "behind sums",
+        attention="self_attn",
+        own=(nn.MultiheadAttention,),
+        proj="self_attn.out_proj",
+        norms=("norm1", "norm2"),
+        mlps=(Mlp(("linear1",), "activation", "linear2", dropout="dropout"),),
+        heads="self_attn.num_heads",
+        weights_p="self_attn.dropout",
+        branch_p=("dropout1", "dropout2"),
+        scores=_layer_attention,
+        also_takes=("src_mask", "src_key_padding_mask", "is_causal"),
+        adjust=_joint_projection,
+        refuses=_layer_refusal,
+        # Its fast path reads the weights of linear layers and does not call them.
+        adaptable=False,
+    )
+)
 
 
 class UnpaddedTransformerEncoder(Fused):
@@ -184,24 +149,22 @@ class UnpaddedTransformerEncoder(Fused):
         packing, _ = planned
         cu, longest = packing.cu_seqlens, packing.longest
         attend = Packed(cu, cu, longest, longest)
-        with self.settings.own_types(src.device):
-            x = packing.pack(padded)
+        x = packing.pack(padded)
+        with layers[0].context(src.device) as settings:
             for layer in layers:
-                x = layer.run(x, attend)
+                x = layer.run(x, attend, settings)
         norm = cast(Any, self).norm
         # Unpack after the norm, which would map padding to its bias.
         out = packing.unpad(x if norm is None else norm(x))
         return out if batch_first else out.transpose(0, 1)
 
-    def _layers(self) -> list[FusedTransformerEncoderLayer] | None:
+    def _layers(self) -> list[Any] | None:
         """The layers, if all can run on packed tokens now."""
-        layers = find(self, "layers")
-        norm = find(self, "norm")
+        layers, norm = find(self, "layers"), find(self, "norm")
         if torch.compiler.is_compiling() or layers is None or (norm is not None and observed(norm)):
             return None
-        fused = [layer for layer in layers.children() if isinstance(layer, FusedTransformerEncoderLayer)]
-        ready = all(layer.intact() and not observed(layer) for layer in fused)
-        return fused if fused and ready and len(fused) == len(list(layers.children())) else None
+        found = list(layers.children())
+        return found if can_run_packed(found) else None
 
 
 class FusedLayerNorm(Fused):
@@ -297,12 +260,6 @@ RULES: tuple[Rule, ...] = (
         partial(_is, nn.TransformerEncoder),
         UnpaddedTransformerEncoder,
         "padding left out of all layers",
-    ),
-    Rule(
-        "FusedTransformerEncoderLayer",
-        partial(_is, nn.TransformerEncoderLayer),
-        FusedTransformerEncoderLayer,
-        "one product for q, k, v; activation, residual and norm fused",
     ),
     Rule(
         "FusedMultiheadAttention",

@@ -252,10 +252,10 @@ def test_texts_and_tokenizers_that_do_not_fit(bert: Path, tmp_path: Path) -> Non
 
 
 def test_a_form_that_differs_is_not_timed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xfm_fast.replace import huggingface_text
+    from xfm_fast.replace.layer import FusedLayer
 
-    inner = huggingface_text.run_layer
-    monkeypatch.setattr(huggingface_text, "run_layer", lambda *a, **k: inner(*a, **k) * 1.01)
+    inner = FusedLayer.run
+    monkeypatch.setattr(FusedLayer, "run", lambda *a, **k: inner(*a, **k) * 1.01)
     done = invoke(["try", bert, *QUICK])
     assert done.exit_code == 1
     assert "no speed is reported" in done.stdout

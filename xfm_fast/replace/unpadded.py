@@ -1,4 +1,4 @@
-"""Text encoders without padding: embeddings, layers of a registered family and final norm on packed tokens."""
+"""Text encoders without padding: embeddings, layers and final norm on packed tokens."""
 
 from __future__ import annotations
 
@@ -12,23 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.packing import Packing
-from xfm_fast.replace.bert_layer import (
-    BertLayer,
-    FusedEmbeddings,
-    Memory,
-    default_positions,
-    packed_memory,
-    plan,
-    run_layer,
-    to_own_tokens,
-)
-from xfm_fast.replace.families import FamilyLayer, run_packed, short_name
-from xfm_fast.replace.masks import Spread
-from xfm_fast.replace.structure import Attend
+from xfm_fast.kernels import host
+from xfm_fast.packing import Packing, offsets, on_host
+from xfm_fast.replace.attention import Attend, Memory, Packed, Padded, Spread, to_own_tokens
+from xfm_fast.replace.heads import FusedEmbeddings, default_positions
+from xfm_fast.replace.layer import PLAIN_ATTENTION, can_run_packed, short_name
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
+    Rule,
     Settings,
     find,
     has_other_arguments,
@@ -37,7 +29,6 @@ from xfm_fast.replace.swap import (
     returns_dict,
 )
 
-_PLAIN = ("eager", "sdpa", "xfm_fast", None)
 _WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "num_items_in_batch")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 # transformers drops BLIP's image mask; calls with one run the original.
@@ -52,7 +43,7 @@ def _listed(model: Any, path: str) -> Iterable[nn.Module]:
 class Encoder:
     """Where a model keeps the modules around its layers: dotted names relative to the model."""
 
-    model: str  # class name, in the form of `Family.layer`
+    model: str  # class name, in the form of `LayerSpec.layer`
     layers: str
     takes: tuple[str, ...]  # arguments of the embeddings with one entry per token
     embeddings: str = "embeddings"  # ids or given embeddings → states
@@ -158,14 +149,14 @@ class UnpaddedEncoder(CalledByName):
         """True if no bypassed part has hooks and every layer can run on packed tokens."""
         row, config, layers = self.encoder_row, self.config, self._layers()
         recorded: Any = any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states"))
-        if recorded or getattr(config, "_attn_implementation", None) not in _PLAIN:
+        if recorded or getattr(config, "_attn_implementation", None) not in PLAIN_ATTENTION:
             return False
         if call.get("encoder_hidden_states") is not None:
             crosses = hasattr(layers[0], "crossattention") or not getattr(layers[0], "is_decoder", True)
             if not crosses:
                 return False
         parts = [find(self, name) for name in {self._holder, row.embeddings, row.project} - {""}]
-        if any(part is not None and observed(part) for part in (*parts, *layers)):
+        if any(part is not None and observed(part) for part in parts):
             return False
         embeddings: Any = find(self, row.embeddings)
         if isinstance(embeddings, FusedEmbeddings):
@@ -174,7 +165,7 @@ class UnpaddedEncoder(CalledByName):
         elif row.memory:
             # BERT's original cuts its buffer of token types, which may be shorter than the packed texts.
             return False
-        return all(isinstance(layer, (FamilyLayer, BertLayer)) and layer.intact() for layer in layers)
+        return can_run_packed(layers)
 
     @property
     def _holder(self) -> str:
@@ -201,30 +192,31 @@ class UnpaddedEncoder(CalledByName):
             # The method reads only the shape of its argument.
             bias = attrgetter(row.bias)(module)(x.new_empty(1, packing.shape[1], 1))
         attends: dict[str, tuple[Attend, Any]] = {}
-        for layer in self._layers():
-            kind = getattr(layer, row.kind) if row.kind else ""
-            if kind not in attends:
-                window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
-                # Texts no longer than the window attend to all of their tokens.
-                local = window is not None and packing.shape[1] > window + 1
-                attend = own
-                if bias is not None or local:
-                    attend = Spread(packing, mask, bias, window if local else None)
-                rotary = None
-                if row.rotary:
-                    named = (kind,) if row.kind else ()
-                    cos, sin = attrgetter(row.rotary)(module)(x, positions[None], *named)
-                    rotary = cos[0], sin[0]
-                attends[kind] = attend, rotary
-            x = self._layer(layer, x, *attends[kind], memory)
+        layers = self._layers()
+        with layers[0].context(x.device) as settings:
+            for layer in layers:
+                kind = getattr(layer, row.kind) if row.kind else ""
+                if kind not in attends:
+                    window = getattr(module.config, "sliding_window", None) if kind == "sliding_attention" else None
+                    # Texts no longer than the window attend to all of their tokens.
+                    local = window is not None and packing.shape[1] > window + 1
+                    attend = own
+                    if bias is not None or local:
+                        attend = Spread(packing, mask, bias, window if local else None)
+                    rotary = None
+                    if row.rotary:
+                        named = (kind,) if row.kind else ()
+                        cos, sin = attrgetter(row.rotary)(module)(x, positions[None], *named)
+                        rotary = cos[0], sin[0]
+                    attends[kind] = attend, rotary
+                x = self._layer(layer, x, *attends[kind], memory, settings)
         norm = find(module, row.norm) if row.norm else None
         return x if norm is None else norm(x)
 
-    def _layer(self, layer: Any, x: Tensor, attend: Attend, rotary: Any, memory: Memory | None) -> Tensor:
-        if isinstance(layer, BertLayer):
-            run: Any = partial(run_layer, layer, attend=attend, settings=self.settings, memory=memory, intact=True)
-        else:
-            run = partial(run_packed, layer, attend, rotary)
+    def _layer(
+        self, layer: Any, x: Tensor, attend: Attend, rotary: Any, memory: Memory | None, settings: Settings
+    ) -> Tensor:
+        run = partial(layer.run, attend=attend, settings=settings, rotary=rotary, memory=memory)
         # transformers 5 checkpoints layer by layer, transformers 4 in the encoder.
         owners: list[Any] = [layer, find(self, self._holder)] if torch.is_grad_enabled() else []
         for owner in owners:
@@ -266,6 +258,85 @@ class UnpaddedEncoder(CalledByName):
         return x if project is None else project(x)
 
 
-def is_encoder(module: nn.Module) -> bool:
-    """True if the model has a registered `Encoder` row."""
+def is_expanded(states: Tensor) -> bool:
+    """True if `[B, N, width]` states were expanded from one memory, so that projecting it once suffices."""
+    return states.shape[0] > 1 and states.stride(0) == 0
+
+
+def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -> tuple[Packing, bool] | None:
+    """Packing of a mask `[P, L]`, with one device sync, and whether `memory_mask` `[P, N]` hides nothing.
+
+    With `keep_first`, token 0 of every text stays a query even if it is padding, because poolers read it. None if a
+    text has no token at all.
+    """
+    mask = mask.bool()
+    if torch.compiler.is_compiling():
+        return _traced_plan(mask, keep_first), memory_mask is None
+    if not mask.numel():
+        return None
+    if on_host(mask) and host.all_true(mask):
+        texts, length = mask.shape
+        places, ends = torch.arange(texts * length), torch.arange(0, texts * length + 1, length, dtype=torch.int32)
+        whole = memory_mask is None or host.all_true(memory_mask.bool())
+        packing = Packing(positions=places, cu_seqlens=ends, shape=(texts, length), max_seqlen=length, whole=True)
+        return packing, whole
+    kept = mask.clone() if keep_first else mask
+    if keep_first:
+        kept[:, 0] = True
+    lengths = kept.sum(1)
+    whole = mask.new_ones(()) if memory_mask is None else memory_mask.bool().all()
+    truths = (mask.any(1).all(), mask[:, 0].all(), whole)
+    facts = torch.stack([lengths.max(), lengths.sum(), *(truth.long() for truth in truths)])
+    longest, total, none_empty, first_real, whole_memory = host.integers(facts) if on_host(facts) else facts.tolist()
+    if not none_empty:
+        return None
+    flat = kept.flatten()
+    # A stable sort moves real tokens to the front, in order, without the device sync of `nonzero`.
+    order = host.true_places(flat) if on_host(flat) else flat.logical_not().to(torch.uint8).argsort(stable=True)
+    places = order[:total]
+    key_mask = None if first_real or not keep_first else mask.flatten()[places]
+    shape = (mask.shape[0], mask.shape[1])
+    packing = Packing(
+        positions=places, cu_seqlens=offsets(lengths), shape=shape, key_mask=key_mask, max_seqlen=int(longest)
+    )
+    return packing, bool(whole_memory)
+
+
+def _traced_plan(mask: Tensor, keep_first: bool) -> Packing:
+    """`plan` in a traced graph, without control flow on values: padding at token 0 attends to real tokens."""
+    kept = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
+    places = kept.flatten().nonzero().flatten()
+    return Packing(
+        positions=places,
+        cu_seqlens=offsets(kept.sum(1)),
+        shape=(mask.shape[0], mask.shape[1]),
+        key_mask=mask.flatten().index_select(0, places) if keep_first else None,
+        max_seqlen=mask.shape[1],
+    )
+
+
+def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
+    """The memory `[P, N, width]` of packed texts; `mask` `[P, N]` is non-zero for visible tokens."""
+    texts, length = states.shape[:2]
+    cu, device = packing.cu_seqlens, states.device
+    if mask is None and is_expanded(states):
+        tokens = packing.positions.shape[0]
+        queries, keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, length))
+        return Memory(states[0], Packed(queries, keys, tokens, length))
+    keys = torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=device)
+    key_mask = None if mask is None else mask.bool().flatten()
+    return Memory(states.flatten(0, 1), Packed(cu, keys, packing.longest, length, key_mask))
+
+
+def padded_memory(states: Tensor, mask: Tensor | None) -> Memory:
+    """The memory `[B, N, width]` of a padded batch."""
+    if mask is None and is_expanded(states):
+        return Memory(states[:1], Padded(), shared=True)
+    return Memory(states, Padded(mask))
+
+
+def _is_encoder(module: nn.Module) -> bool:
     return encoder_of(original_class(module)) is not None
+
+
+RULES: tuple[Rule, ...] = (Rule("UnpaddedEncoder", _is_encoder, UnpaddedEncoder, "padding left out of all layers"),)

@@ -1,4 +1,4 @@
-"""Vision transformers of transformers (Hugging Face) as table rows, and the attention of BEiT, CLIP and BLIP."""
+"""Vision transformers of transformers (Hugging Face) as rows, and the attention of BEiT, CLIP and BLIP."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from xfm_fast.replace.families import Family, FamilyLayer, Mlp, implementation_of
-from xfm_fast.replace.masks import Dense
-from xfm_fast.replace.structure import Attend
+from xfm_fast.replace.attention import Attend, Bias, Dense, PositionTable
+from xfm_fast.replace.layer import KERNELS, LayerSpec, Mlp, implementation_of, register
 from xfm_fast.replace.swap import find, observed
-from xfm_fast.replace.vit_block import Bias, PositionTable
+from xfm_fast.replace.windows import swin_attention
 
 # Any other implementation is a registered function that must be called.
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None)
+_ATTENTION = ("eager", "sdpa", None, *KERNELS)
 FC = Mlp(("mlp.fc1",), "mlp.activation_fn", "mlp.fc2")
 GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.act_fn", "mlp.down_proj")
 _UP_DOWN = Mlp(("mlp.up_proj",), "mlp.act_fn", "mlp.down_proj")
@@ -44,7 +43,7 @@ def _mask_of(*masks: Any) -> tuple[bool, Tensor | None]:
     return True, reduce(add, given) if given else None
 
 
-def _causal_or_masked(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
+def _causal_or_masked(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     """CLIP's attention: transformers 4 passes the causal mask separately, 5 may pass only `is_causal`."""
     implementation = implementation_of(layer)
     dense, mask = _mask_of(call.get("attention_mask"), call.get("causal_attention_mask"))
@@ -55,15 +54,15 @@ def _causal_or_masked(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | N
     return Dense(bias=mask, causal=causal)
 
 
-def _unmasked(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
+def _unmasked(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     """BLIP's attention, whose mask argument is a head mask."""
     known = implementation_of(layer) in _ATTENTION
     return Dense() if known and call.get("attention_mask") is None else None
 
 
-def _positioned(layer: FamilyLayer, call: Mapping[str, Any]) -> Attend | None:
+def _positioned(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     """BEiT's attention with its own position bias, a shared one passed as a mask, or both."""
-    attention: Any = find(layer, layer.layer_family.attention)
+    attention: Any = find(layer, layer.layer_spec.attention)
     positions = find(layer, "relative_position_bias") or find(attention, "relative_position_bias")
     dense, shared = _mask_of(call.get("attention_mask"), call.get("relative_position_bias"))
     if not dense or implementation_of(layer) not in _ATTENTION:
@@ -91,7 +90,13 @@ def _position_bias(
     return bias if other is None else bias + other
 
 
-def _vit(layer: str, **more: Any) -> Family:
+def _swin_refusal(layer: Any) -> str | None:
+    if not hasattr(layer, "get_attn_mask"):
+        return "this version of the library makes the mask of shifted windows elsewhere"
+    return "its feed-forward runs in chunks" if getattr(layer, "chunk_size_feed_forward", 0) else None
+
+
+def _vit(layer: str, **more: Any) -> LayerSpec:
     """A layer with the names of ViT in transformers 5."""
     row: dict[str, Any] = {
         "order": "before",
@@ -106,10 +111,12 @@ def _vit(layer: str, **more: Any) -> Family:
         "branch_p": ("dropout", "dropout"),
         "joins": False,
     }
-    return Family(layer=layer, **row | more)
+    return LayerSpec(layer=layer, **row | more)
 
 
-def _bert_named(layer: str, weights_p: str = "attention.attention.dropout_prob", own: str = "", **more: Any) -> Family:
+def _bert_named(
+    layer: str, weights_p: str = "attention.attention.dropout_prob", own: str = "", **more: Any
+) -> LayerSpec:
     """A pre-norm layer with BERT's names: every ViT in transformers 4, and some in 5."""
     parts = "Intermediate Output Attention SelfAttention SdpaSelfAttention SelfOutput DropPath"
     row: dict[str, Any] = {
@@ -125,7 +132,7 @@ def _bert_named(layer: str, weights_p: str = "attention.attention.dropout_prob",
     return _vit(layer, **row | more)
 
 
-def _clip(layer: str, **more: Any) -> Family:
+def _clip(layer: str, **more: Any) -> LayerSpec:
     """A layer with CLIP's names."""
     row: dict[str, Any] = {
         "attention": "self_attn",
@@ -140,13 +147,13 @@ def _clip(layer: str, **more: Any) -> Family:
     return _vit(layer, **row | more)
 
 
-def _blip(layer: str, weights_p: str) -> Family:
+def _blip(layer: str, weights_p: str) -> LayerSpec:
     """A BLIP vision layer: CLIP's names with a joint qkv projection."""
     joint: dict[str, Any] = {"qkv": ("self_attn.qkv",), "proj": "self_attn.projection", "joins": True}
     return _clip(layer, weights_p=f"self_attn.{weights_p}", scores=_unmasked, **joint)
 
 
-def _dino(layer: str, mlps: tuple[Mlp, ...] = (FC, GATED), **more: Any) -> Family:
+def _dino(layer: str, mlps: tuple[Mlp, ...] = (FC, GATED), **more: Any) -> LayerSpec:
     """A layer with DINOv2's names."""
     row: dict[str, Any] = {
         "own": own_parts(layer, "MLP Attention LayerScale SwiGLUFFN GatedMLP DropPath"),
@@ -166,12 +173,18 @@ _BEIT: dict[str, Any] = {
     **_DROPS,
 }
 _CAUSAL: dict[str, Any] = {"scores": _causal_or_masked, "also_takes": ("causal_attention_mask", "is_causal")}
+_SWIN: dict[str, Any] = {
+    "scores": swin_attention,
+    "also_takes": ("input_dimensions", "always_partition"),
+    "refuses": _swin_refusal,
+    "result": lambda out, x: (out, None),
+}
 _MODULE = "attention.attention.dropout"
 _PLAIN = (
     *("vit.ViTLayer", "deit.DeiTLayer", "vit_msn.ViTMSNLayer", "ijepa.IJepaLayer", "vit_mae.ViTMAELayer"),
     *("audio_spectrogram_transformer.ASTLayer", "vivit.VivitLayer"),
 )
-VISION = (
+register(
     *(_vit(layer) for layer in _PLAIN),
     *(_bert_named(layer) for layer in (*_PLAIN, "videomae.VideoMAELayer", "yolos.YolosLayer")),
     _bert_named("dpt.DPTViTLayer", own="DPTSelfAttention"),
@@ -196,7 +209,7 @@ VISION = (
         weights_p="attention.dropout",
         rotary="position_embeddings",
     ),
-    _vit("swin.SwinLayer", drop_paths=("drop_path", ""), windowed=True),
+    _vit("swin.SwinLayer", drop_paths=("drop_path", ""), **_SWIN),
     _bert_named(
         "swinv2.Swinv2Layer",
         weights_p="attention.self.dropout",
@@ -204,8 +217,8 @@ VISION = (
         attention="attention.self",
         qkv=projections("attention.self", "query key value"),
         head_size="attention.self.attention_head_size",
-        windowed=True,
         joins=True,
         **_DROPS,
+        **_SWIN,
     ),
 )

@@ -1,0 +1,311 @@
+"""Attention of a layer's queries, keys and values: padded, packed, masked, biased, causal, or within a band."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.cpu.attention import biased_attention
+from xfm_fast.kernels.derived import derived
+from xfm_fast.packing import Packing
+from xfm_fast.replace.swap import Settings
+
+# Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`. An attribute `memory` is what
+# cross-attention attends to, `windows` splits an image before the attention and merges it after.
+Attend = Callable[[Tensor, Tensor, Tensor, float, Settings], Tensor]
+FEW = 64  # tokens up to which attention is bound by call overhead
+
+
+class PositionTable(NamedTuple):
+    """A relative position bias table (BEiT, arXiv 2106.08254), `[(2wh-1)(2ww-1)+3, H]`, and its window (wh, ww)."""
+
+    table: Tensor
+    window: tuple[int, int]
+
+    def fits(self, tokens: int) -> bool:
+        """True if a sequence is one class token and this window of patches."""
+        height, width = self.window
+        return tokens == 1 + height * width and self.table.shape[0] == (2 * height - 1) * (2 * width - 1) + 3
+
+
+Bias = PositionTable | Tensor | None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Bias,
+    settings: Settings,
+    *,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    """Attention of `[B, N, H, D]` → `[B, N, H·D]`.
+
+    The bias is a position table, an additive tensor that broadcasts to `[B, H, N, N]`, a boolean one (False hides),
+    or None. `causal` hides later tokens, without a bias only.
+    """
+    backend = settings.backend
+    if isinstance(bias, PositionTable):
+        if not dropout_p:
+            table = settings.parameter(bias.table)
+            return ops.relpos_attention(q, k, v, table, bias.window, scale=scale, backend=backend).flatten(2)
+        bias = reference.position_bias(bias.table, bias.window)
+    if bias is None and not causal and (q.device.type == "cpu" or backend is not None):
+        # The varlen op chooses the fastest of several implementations, also for equal lengths.
+        batch, tokens = q.shape[:2]
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        layout = (offsets, offsets, tokens, tokens)
+        out = ops.varlen_attention(q, k, v, *layout, dropout_p=dropout_p, scale=scale, backend=backend)
+        return out.view(batch, tokens, -1)
+    if isinstance(bias, Tensor) and not dropout_p and _shared_on_cpu(q, k, v, bias):
+        _, tokens, heads, _ = q.shape
+        shared = bias.to(q.dtype).expand(1, heads, tokens, tokens)
+        return biased_attention(q, k, v, scale, shared).flatten(2)
+    if isinstance(bias, Tensor) and bias.is_floating_point():
+        bias = bias.to(q.dtype)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=causal, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
+    """True if the CPU kernel for a bias shared by the batch applies; it has no gradient."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, bias)):
+        return False
+    return bias.is_floating_point() and (bias.ndim == 3 or (bias.ndim == 4 and bias.shape[0] == 1))
+
+
+@dataclass
+class Memory:
+    """What cross-attention attends to."""
+
+    states: Tensor  # `[..., width]`, or keys and values `[..., 2, H, D]` if projected
+    attend: Attend
+    shared: bool = False  # one memory for the whole padded batch, whose queries form one sequence
+    projected: bool = False  # states are the keys and values of the layer that runs
+
+
+@dataclass
+class Padded:
+    """Attention of a padded batch, `[B, L, H, D]`."""
+
+    mask: Tensor | None = None  # as for `scaled_dot_product_attention`, or a key padding mask `[B, L]`
+    causal: bool = False  # only without a mask
+    memory: Memory | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        mask = self.mask
+        if mask is not None and mask.ndim == 2:
+            return attend_to_real_keys(q, k, v, mask, dropout_p, settings=settings).flatten(-2)
+        if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
+            # The lowest value of a wide dtype would overflow to -inf in a narrow one.
+            mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if mask is not None and mask.is_floating_point() and torch.is_grad_enabled():
+            # For a query without visible keys the fused kernels have different gradients.
+            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(-1)
+            return (F.dropout(weights, dropout_p) @ v).transpose(1, 2).flatten(-2)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, self.causal)
+        return out.transpose(1, 2).flatten(-2)
+
+
+@dataclass
+class Packed:
+    """Attention of packed sequences `[T, H, D]` over own keys or a memory; fields as in `ops.varlen_attention`."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    key_mask: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        layout = (self.cu_q, self.cu_k, self.longest_q, self.longest_k)
+        out = ops.varlen_attention(
+            q, k, v, *layout, dropout_p=dropout_p, key_mask=self.key_mask, backend=settings.backend
+        )
+        return out.flatten(-2)
+
+
+@dataclass
+class EqualLengths:
+    """Attention of a few packed sequences of equal length `[T, H, D]`, run as a padded batch."""
+
+    texts: int
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        q, k, v = (t.unflatten(0, (self.texts, -1)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p).transpose(1, 2).flatten(0, 1).flatten(-2)
+
+
+def is_small(packing: Packing, settings: Settings) -> bool:
+    """True if there is no padding and so few tokens that attention is bound by call overhead."""
+    return packing.whole and packing.positions.shape[0] <= FEW and settings.backend is None
+
+
+def to_own_tokens(packing: Packing, settings: Settings) -> Attend:
+    """Self-attention of packed texts."""
+    if is_small(packing, settings):
+        return EqualLengths(packing.shape[0])
+    cu, longest = packing.cu_seqlens, packing.longest
+    return Packed(cu, cu, longest, longest, packing.key_mask)
+
+
+def attend_to_real_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    dropout_p: float,
+    scale: float | None = None,
+    settings: Settings | None = None,
+) -> Tensor:
+    """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
+    if torch.compiler.is_exporting():
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        shown = mask.bool()[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, shown, dropout_p, scale=scale).transpose(1, 2)
+    # All layers of a model get the same mask.
+    keys = derived("packed keys", (mask,), lambda: Packing.from_mask(mask))
+    texts, length = q.shape[:2]
+    out = ops.varlen_attention(
+        q.flatten(0, 1),
+        keys.pack(k),
+        keys.pack(v),
+        torch.arange(0, texts * length + 1, length, dtype=torch.int32, device=q.device),
+        keys.cu_seqlens,
+        length,
+        keys.longest,
+        dropout_p=dropout_p,
+        scale=scale,
+        backend=None if settings is None else settings.backend,
+    )
+    return out.unflatten(0, (texts, length))
+
+
+@dataclass
+class Causal:
+    """Causal attention of packed texts `[T, H, D]` on the padded batch: padding comes last, so no token sees it."""
+
+    packing: Packing
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        padded = self.packing.unpad(torch.stack((q, k, v), 1))
+        q, k, v = (t.transpose(1, 2) for t in padded.unbind(2))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        return self.packing.pack(out.transpose(1, 2)).flatten(-2)
+
+
+@dataclass
+class Dense:
+    """Attention of `[B, N, H, D]`."""
+
+    mask: Tensor | None = None  # additive, boolean (False hides) `[B, 1 or H, 1 or N, N]`, or key padding `[B, N]`
+    bias: Bias = None  # added to the scaled scores, `[1 or B, H, N, N]`; or a position table, without a mask
+    causal: bool = False  # only without mask and bias
+    scale: float | None = None
+
+    @classmethod
+    def of(cls, mask: Any, bias: Any, implementation: str | None) -> Dense | None:
+        """The attention of a call in transformers; None for masks that the original must interpret."""
+        if bias is not None and not (isinstance(bias, Tensor) and bias.ndim == 4):
+            return None
+        if mask is None:
+            return cls(None, bias)
+        if not isinstance(mask, Tensor):
+            return None
+        if mask.ndim == 2:
+            if implementation != "xfm_fast":
+                return None
+            return cls(mask[:, None, None].bool(), bias) if bias is not None else cls(mask)
+        # Eager attention adds a boolean mask as ones and zeros.
+        boolean = not mask.is_floating_point()
+        return None if mask.ndim != 4 or (boolean and implementation in ("eager", None)) else cls(mask, bias)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        if self.mask is not None and self.bias is None:
+            return Padded(self.mask)(q, k, v, dropout_p, settings)
+        bias, scale = self._masked_bias(q.dtype), self.scale or q.shape[-1] ** -0.5
+        return attention(q, k, v, scale, bias, settings, dropout_p=dropout_p, causal=self.causal)
+
+    def _masked_bias(self, dtype: torch.dtype) -> Bias:
+        """Bias and mask in one tensor."""
+        mask, bias = self.mask, self.bias
+        if mask is None or not isinstance(bias, Tensor):
+            return bias
+        if bias.requires_grad and torch.is_grad_enabled():
+            return add_mask(bias, mask, dtype)
+        # All layers of a model get the same two.
+        return derived(f"with mask {dtype}", (bias, mask), lambda: add_mask(bias, mask, dtype))
+
+
+@dataclass
+class Spread:
+    """Attention of packed tokens `[T, H, D]` on the padded batch, for biases and windows that depend on positions."""
+
+    packing: Packing
+    mask: Tensor  # `[P, L]`, True for real tokens
+    bias: Tensor | None = None  # `[1 or P, H, L, L]`, added to the scaled scores
+    window: int | None = None  # maximum distance
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        if self.packing.whole:
+            q, k, v = map(self.packing.unpad, (q, k, v))
+        else:
+            q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
+        if self.window is not None and q.shape[1] > 3 * self.window:
+            out = window_attention(q, k, v, self.window, self.mask, dropout_p)
+        elif self.window is None and self.bias is not None and not is_small(self.packing, settings):
+            # Without a mask the op can choose a kernel that hides no keys.
+            keys, backend = None if self.packing.whole else self.mask, settings.backend
+            out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
+        else:
+            seen = None if self.packing.whole and self.window is None else self._hidden(q.device)
+            out = Dense(seen, self.bias)(q, k, v, dropout_p, settings).unflatten(-1, q.shape[-2:])
+        return self.packing.pack(out).flatten(-2)
+
+    def _hidden(self, device: torch.device) -> Tensor:
+        """Visible keys `[P, 1, 1 or L, L]`; every query sees itself, so that no row is empty."""
+        keys = self.mask[:, None, None]
+        if self.window is None:
+            return keys
+        places = torch.arange(self.mask.shape[1], device=device)
+        distance = (places[:, None] - places).abs()
+        return (keys & (distance <= self.window)) | (distance == 0)
+
+
+def add_mask(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias with the mask added."""
+    bias, lowest = bias.to(dtype), torch.finfo(dtype).min
+    if mask.is_floating_point():
+        return bias + mask.clamp(min=lowest).to(dtype)
+    return bias.masked_fill(~mask, lowest)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """Attention `[B, N, H, D]` within a window, linear in N: blocks of `window` queries see three blocks of keys."""
+    batch, tokens, heads, width = q.shape
+    blocks = -(-tokens // window)
+    rest = blocks * window - tokens
+    q = F.pad(q, (0, 0, 0, 0, 0, rest)).view(batch * blocks, window, heads, width)
+    k, v = (F.pad(t, (0, 0, 0, 0, window, rest + window)).unfold(1, 3 * window, window) for t in (k, v))
+    k, v = (t.permute(0, 1, 4, 2, 3).reshape(batch * blocks, 3 * window, heads, width) for t in (k, v))
+    keys = F.pad(mask, (window, rest + window)).unfold(1, 3 * window, window).reshape(batch * blocks, 1, 3 * window)
+    places = torch.arange(3 * window, device=q.device) - window
+    distance = (places[:window, None] + window - places).abs()
+    seen = (keys & (distance <= window)) | (distance == 0)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, seen[:, None], dropout_p)
+    return out.transpose(1, 2).reshape(batch, blocks * window, heads, width)[:, :tokens]

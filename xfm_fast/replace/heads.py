@@ -1,0 +1,285 @@
+"""Embeddings, vocabulary heads and masked-language models of BERT and its relatives in fused ops."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xfm_fast.kernels import host, ops
+from xfm_fast.kernels.cpu.norms import embed_layer_norm_forward
+from xfm_fast.packing import on_host
+from xfm_fast.replace.adapters import Adaptable
+from xfm_fast.replace.cached_plan import infers
+from xfm_fast.replace.layer import short_name
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Rule,
+    Settings,
+    is_fused,
+    observed,
+    original_class,
+    returns_dict,
+    why_not_bypassed,
+)
+
+# Classes by package of transformers; names of several versions are separated by spaces.
+_EMBEDDINGS = {
+    "albert": "AlbertEmbeddings",
+    "bert": "BertEmbeddings",
+    "blip": "BlipTextEmbeddings",
+    "camembert": "CamembertEmbeddings",
+    "data2vec": "Data2VecTextEmbeddings Data2VecTextForTextEmbeddings",
+    "distilbert": "Embeddings",
+    "electra": "ElectraEmbeddings",
+    "mpnet": "MPNetEmbeddings",
+    "roberta": "RobertaEmbeddings",
+    "xlm_roberta": "XLMRobertaEmbeddings",
+}
+_MASKED_LM = {
+    "bert": "BertForMaskedLM",
+    "camembert": "CamembertForMaskedLM",
+    "data2vec": "Data2VecTextForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+    "xlm_roberta": "XLMRobertaForMaskedLM",
+}
+_HEADS = {
+    "bert": "BertLMPredictionHead",
+    "blip": "BlipTextLMPredictionHead",
+    "camembert": "CamembertLMHead",
+    "data2vec": "Data2VecTextLMHead",
+    "mpnet": "MPNetLMHead",
+    "roberta": "RobertaLMHead",
+    "xlm_roberta": "XLMRobertaLMHead",
+}
+_IGNORED = -100
+
+
+class FusedEmbeddings(CalledByName):
+    """Word, position and type embeddings with LayerNorm in one pass."""
+
+    bypassed: ClassVar[Any] = {
+        "word_embeddings": nn.Embedding,
+        "position_embeddings": nn.Embedding,
+        "token_type_embeddings": nn.Embedding,
+        "LayerNorm": nn.LayerNorm,
+        "dropout": nn.Dropout,
+    }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        tokens, past = call.get("input_ids"), call.get("cache_length", call.get("past_key_values_length", 0))
+        types = call.get("token_type_ids")
+        # The fused op covers token type 0 only; on an accelerator the check would sync, so only None qualifies.
+        first_type = types is None or (on_host(types) and not host.any_true(types.ne(0)))
+        plain = call.get("inputs_embeds") is None and first_type
+        if tokens is None or not plain or not isinstance(past, int) or past or not self.intact() or not self._exact():
+            return super().forward(*args, **kwargs)
+        positions = call.get("position_ids")
+        if positions is None:
+            positions = default_positions(self, tokens)
+        with self.settings.own_types(tokens.device):
+            return self.embed(tokens, positions.expand(tokens.shape))
+
+    def _exact(self) -> bool:
+        """False where the op's gradient differs from `nn.Embedding`: max_norm, sparse, different padding_idx."""
+        module: Any = self
+        tables = (module.word_embeddings, module.position_embeddings)
+        if any(table.max_norm is not None or table.scale_grad_by_freq or table.sparse for table in tables):
+            return False
+        return not torch.is_grad_enabled() or tables[0].padding_idx == tables[1].padding_idx
+
+    def embed(
+        self, tokens: Tensor | None, positions: Tensor, types: Tensor | None = None, embeds: Tensor | None = None
+    ) -> Tensor:
+        """Token ids or word embeddings → embeddings after LayerNorm and dropout."""
+        module: Any = self
+        table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
+        word, position = module.word_embeddings, module.position_embeddings
+        if embeds is None and types is None and self._exact():
+            assert tokens is not None
+            row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
+            given = (tokens, positions, word.weight, position.weight, row, norm.weight, norm.bias, norm.eps)
+            if infers(word.weight, self.settings) and word.weight.dtype == norm.weight.dtype:
+                normed = embed_layer_norm_forward(*given)[0]
+            else:
+                backend = self.settings.backend
+                normed = ops.embed_layer_norm(*given, padding_idx=word.padding_idx, backend=backend)
+        else:
+            summed = word(tokens) if embeds is None else embeds
+            if table is not None:
+                summed = summed + (table.weight[0] if types is None else table(types))
+            summed = summed + position(positions)
+            normed = F.layer_norm(summed, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return module.dropout(normed)
+
+
+def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
+    """Position ids `[P, L]` or `[1, L]`: BERT counts all tokens, RoBERTa skips padding."""
+    pad = getattr(embeddings, "padding_idx", None)
+    if pad is None:
+        return embeddings.position_ids[:, : tokens.shape[1]]
+    real = tokens.ne(pad)
+    return real.cumsum(1) * real + pad
+
+
+class VocabularyHead(CalledByName):
+    """Masked-language head: dense, GELU, LayerNorm and vocabulary projection."""
+
+    multiplies_in_eight_bits: ClassVar[bool] = False
+    bypassed: ClassVar[Any] = {
+        "dense": (nn.Linear, Adaptable),
+        "layer_norm": nn.LayerNorm,
+        "transform.dense": (nn.Linear, Adaptable),
+        "transform.LayerNorm": nn.LayerNorm,
+        "decoder": nn.Linear,
+    }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        features = self.arguments(args, kwargs).get(self.names[0])
+        if features is None or not self.intact():
+            return super().forward(*args, **kwargs)
+        with self.settings.own_types(features.device):
+            return self.logits(self.transformed(features))
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_bypassed(module, cls.bypassed)
+
+    def intact(self) -> bool:
+        transform = self._modules.get("transform")
+        return super().intact() and (transform is None or not observed(transform))
+
+    def transformed(self, features: Tensor) -> Tensor:
+        """`[..., width]` → input of the vocabulary projection."""
+        module, settings = cast(Any, self), self.settings
+        if "transform" in self._modules:
+            dense, norm, activation = (getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn"))
+        else:
+            # RoBERTa's head calls F.gelu, BERT's has a module.
+            dense, norm, activation = module.dense, module.layer_norm, F.gelu
+        x = settings.activated(features, dense, activation)
+        scale, shift = settings.affine(norm.weight, norm.bias)
+        return ops.layer_norm(x, scale.to(x.dtype), shift.to(x.dtype), norm.eps, backend=settings.backend)
+
+    def vocabulary(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[V, width]` and bias `[V]` in the compute dtype."""
+        module: Any = self
+        return self.settings.affine(module.decoder.weight, module.decoder.bias)
+
+    def logits(self, transformed: Tensor) -> Tensor:
+        """`[..., width]` → `[..., V]`."""
+        weight, bias = self.vocabulary()
+        return ops.linear(transformed, weight, bias, backend=self.settings.backend)
+
+
+class FusedMaskedLM(CalledByName):
+    """Encoder and masked-language head: only labelled positions reach the loss, and no padding the vocabulary."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return why_not_bypassed(_head_of(module), VocabularyHead.bypassed)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        made = self._outputs(call) if self._covered(call) else None
+        return super().forward(*args, **kwargs) if made is None else made
+
+    def _covered(self, call: dict[str, Any]) -> bool:
+        """True if the labels can be read and the head has no hooks."""
+        module: Any = self
+        head = _head_of(self)
+        watched = [head, *([module.cls] if hasattr(module, "cls") else [])]
+        if any(observed(part) for part in watched) or not is_fused(head) or not head.intact():
+            return False
+        labels = call.get("labels")
+        if labels is None:
+            return self.settings.unpad
+        tokens = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        if tokens is None or not isinstance(labels, Tensor) or labels.shape != tokens.shape[:2]:
+            return False
+        # Without any label the mean is undefined: run the original.
+        return labels.device == tokens.device and _any(labels.ne(_IGNORED))
+
+    def _outputs(self, call: dict[str, Any]) -> Any:
+        from transformers.modeling_outputs import MaskedLMOutput
+
+        labels, head = call.get("labels"), _head_of(self)
+        inputs = {name: value for name, value in call.items() if name not in ("labels", "return_dict")}
+        module: Any = self
+        base = getattr(module, module.base_model_prefix)
+        run, states, packing, recorded = base, None, None, {}
+        if is_fused(base) and hasattr(base, "packed") and not observed(base):
+            packed, mask = None, call.get("attention_mask")
+            alike = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
+            # Labels at padding count in the loss.
+            if alike and _any(cast(Tensor, labels).ne(_IGNORED) & cast(Tensor, mask).eq(0)):
+                run = base.padded
+            else:
+                packed = base.packed(inputs)
+            if packed is not None:
+                states, packing = packed
+        if states is None:
+            if labels is None:
+                return None
+            outputs = run(**inputs, return_dict=True)
+            states = outputs.last_hidden_state.flatten(0, 1)
+            recorded = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        labelled = None
+        if labels is not None:
+            flat = labels.flatten() if packing is None else packing.pack(labels)
+            counted = flat.ne(_IGNORED)
+            rows = host.true_places(counted) if on_host(counted) else counted.nonzero().flatten()
+            labelled = rows, flat.index_select(0, rows)
+        with self.settings.own_types(states.device):
+            loss, logits = self._loss_and_logits(head, states, labelled)
+        if logits is not None:
+            padded: Any = logits
+            shape = None if labels is None else labels.shape
+            logits = packing.unpad(padded) if packing is not None else padded.unflatten(0, shape)
+        out = MaskedLMOutput(loss=loss, logits=logits, **recorded)
+        return out if returns_dict(self, call) else out.to_tuple()
+
+    def _loss_and_logits(
+        self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss and logits of states `[T, width]`; `labelled` holds rows and labels."""
+        skip = self.settings.skip_logits and self.training and labelled is not None
+        transformed = None if skip else head.transformed(states)
+        logits = None if transformed is None else head.logits(transformed)
+        if labelled is None:
+            return None, logits
+        rows, targets = labelled
+        chosen = states.index_select(0, rows) if transformed is None else transformed.index_select(0, rows)
+        chosen = head.transformed(chosen) if transformed is None else chosen
+        weight, bias = head.vocabulary()
+        loss = ops.linear_cross_entropy(chosen, weight, bias, targets, backend=self.settings.backend)
+        return loss.to(states.dtype if states.dtype == torch.float64 else loss.dtype), logits
+
+
+def _head_of(model: Any) -> Any:
+    return model.cls.predictions if hasattr(model, "cls") else model.lm_head
+
+
+def _any(mask: Tensor) -> bool:
+    return host.any_true(mask) if on_host(mask) else bool(mask.any())
+
+
+def _is_of(table: dict[str, str], module: nn.Module) -> bool:
+    package, _, name = short_name(original_class(module)).partition(".")
+    return name in table.get(package, "").split()
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("FusedEmbeddings", partial(_is_of, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
+    Rule(
+        "FusedMaskedLM",
+        partial(_is_of, _MASKED_LM),
+        FusedMaskedLM,
+        "loss over labelled positions only, without their logits in full",
+    ),
+    Rule("VocabularyHead", partial(_is_of, _HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
+)

@@ -1,0 +1,494 @@
+"""Transformer layers of any library: a `LayerSpec` names the parts of a layer, and one fused form runs them all.
+
+A new family is a row (`transformers_text`, `transformers_vision`, `timm_vision`) or a call of `register`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from operator import attrgetter
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from xfm_fast.errors import InputError
+from xfm_fast.replace.adapters import Adaptable
+from xfm_fast.replace.attention import Attend, Dense, Memory
+from xfm_fast.replace.cached_plan import cached_plan, forget
+from xfm_fast.replace.structure import Cross, Parts, branch_types, norm_behind, post_norm, pre_norm, rotate
+from xfm_fast.replace.swap import (
+    CalledByName,
+    Rule,
+    Settings,
+    find,
+    has_other_arguments,
+    is_erf_gelu,
+    observed,
+    original_class,
+    why_not_bypassed,
+)
+
+Order = Literal["before", "behind sums", "behind branches"]
+# Arguments that do not affect a layer's numbers; requests for attention weights are handled elsewhere.
+WITHOUT_EFFECT = (
+    "position_ids",
+    "use_cache",
+    "return_dict",
+    "cache_position",
+    "num_items_in_batch",
+    "output_hidden_states",
+)
+# Attention implementations of transformers that compute the plain function, and those that do without a mask.
+PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
+GAIN = "linear layers fused with activation, residual and norm"
+KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+class Mlp(NamedTuple):
+    """One form of a layer's MLP.
+
+    Attributes:
+        inner: linear layer into the hidden layer; two for a gate, `activation(first) · second`.
+        activation: module or function; empty for erf GELU in a layer without an activation module.
+        outer: linear layer out of the hidden layer.
+        halved: one linear layer computes both factors of the gate, the activated one first.
+        dropout: dropout of the hidden layer.
+    """
+
+    inner: tuple[str, ...]
+    activation: str
+    outer: str
+    halved: bool = False
+    dropout: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Where the layers of a family keep their parts: dotted names relative to the layer.
+
+    Attributes:
+        layer: class of the layer, its full name, or `package.Class` for one of `transformers.models.package`. With
+            several rows for one layer (library versions), the row whose first own class exists in the library applies.
+        order: norms before the branches, after the sums, or after the branches and before the sums; or a function of
+            the layer.
+        attention: the attention module, whose config selects the implementation.
+        own: classes that are bypassed besides the layer's, or their names in the layer's file (full names elsewhere).
+        qkv: projections to queries, keys and values, or one to all three; of several forms, those that a layer has.
+        proj: projection after the attention.
+        norms: of the attention and of the MLP.
+        mlps: possible forms of the MLP; the first that a layer has is used.
+        head_size: width of an attention head.
+        heads: number of heads, in place of head_size.
+        weights_p: dropout of the attention weights: a module, or a number that applies in training.
+        branch_p: dropout modules at the end of the branches; empty for none.
+        scales: LayerScale of each branch.
+        drop_paths: stochastic depth of each branch.
+        inner_norms: norms before proj and before the layer out of the MLP.
+        bias: argument with a bias `[B, H, N, N]` that is added to the scaled scores.
+        rotary: argument with cos and sin of rotary positions.
+        chunks: attribute that runs the feed-forward in chunks.
+        joins: compute queries, keys and values in one GEMM.
+        cross: module of the cross-attention, whose parts have the names of those in `attention`.
+        scores: builds a custom attention from the layer and the call; None falls back to the original.
+        also_takes: further arguments that scores handles.
+        adjust: corrects the parts that were found by name, for a layer.
+        refuses: why a layer must not be replaced, or None.
+        result: what the layer returns, from its output and its input.
+        adaptable: its linear layers may carry adapters or packed weights.
+        ndim: dimensions of the input, `[B, N, width]` or `[B, height, width, channels]`.
+    """
+
+    layer: str | type[nn.Module] = ""
+    order: Order | Callable[[Any], Order]
+    attention: str
+    own: str | tuple[type[nn.Module], ...]
+    qkv: tuple[str, ...] = ()
+    proj: str
+    norms: tuple[str, str]
+    mlps: tuple[Mlp, ...]
+    head_size: str = ""
+    heads: str = ""
+    weights_p: str = ""
+    branch_p: tuple[str, str] = ("", "")
+    scales: tuple[str, str] = ("", "")
+    drop_paths: tuple[str, str] = ("", "")
+    inner_norms: tuple[str, str] = ("", "")
+    bias: str = ""
+    rotary: str = ""
+    chunks: str = ""
+    joins: bool = True
+    cross: str = ""
+    scores: Callable[[Any, Mapping[str, Any]], Attend | None] | None = None
+    also_takes: tuple[str, ...] = ()
+    adjust: Callable[[Any, Parts], Parts] | None = None
+    refuses: Callable[[Any], str | None] | None = None
+    result: Callable[[Tensor, Tensor], Any] | None = None
+    adaptable: bool = True
+    ndim: int = 3
+
+    @property
+    def name(self) -> str:
+        """Lookup key of the layer class."""
+        return self.layer if isinstance(self.layer, str) else _full_name(self.layer)
+
+    def own_classes(self, kind: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """The bypassed classes that exist in the library of a layer class."""
+        if not isinstance(self.own, str):
+            return self.own
+        found = []
+        for name in self.own.split():
+            holder, _, last = name.rpartition(".")
+            library = import_module(holder) if holder else sys.modules[kind.__module__]
+            found.append(getattr(library, last, None))
+        return tuple(each for each in found if each is not None)
+
+    def fits(self, kind: type[nn.Module]) -> bool:
+        """False if the row is for another version of the library."""
+        return not isinstance(self.own, str) or hasattr(sys.modules[kind.__module__], self.own.split()[0])
+
+    def crossed(self, name: str) -> str:
+        """The name of a part of the cross-attention, from that in the self-attention."""
+        return self.cross + name.removeprefix(self.attention.partition(".")[0]) if name else ""
+
+    def _with_crossed(self, *names: str) -> tuple[str, ...]:
+        return (*names, *(self.crossed(name) for name in names)) if self.cross else names
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every linear layer in any form of the family."""
+        around = self._with_crossed(*self.qkv, self.proj)
+        return *around, *(name for mlp in self.mlps for name in (*mlp.inner, mlp.outer))
+
+    @property
+    def joint(self) -> tuple[tuple[str, ...], ...]:
+        """Linear layers on one input, computed by one GEMM."""
+        if not self.joins or len(self.qkv) < 2:
+            return ()
+        return (self.qkv, tuple(map(self.crossed, self.qkv[1:]))) if self.cross else (self.qkv,)
+
+    def bypassed(self, kind: type[nn.Module]) -> dict[str, Any]:
+        """The parts that are read and not called, with their possible classes."""
+        own = self.own_classes(kind)
+        ends = self._with_crossed(self.weights_p, self.branch_p[0])
+        dropouts = [name for name in (*ends, self.branch_p[1], *(mlp.dropout for mlp in self.mlps)) if name]
+        norms = (*self._with_crossed(self.norms[0]), self.norms[1])
+        drops = [name for name in (*self._with_crossed(self.drop_paths[0]), self.drop_paths[1]) if name]
+        counts = (self.head_size, self.heads)
+        names = (*self.linears, *norms, *dropouts, *self.scales, *drops, *self.inner_norms, *counts)
+        holders = sorted({name[:end] for name in names for end, letter in enumerate(name) if letter == "."})
+        found: dict[str, Any] = dict.fromkeys(holders, own or _Absent)
+        linear = (nn.Linear, NonDynamicallyQuantizableLinear, *((Adaptable,) if self.adaptable else ()))
+        found |= dict.fromkeys(self.linears, linear)
+        own_norms = (each for each in own if issubclass(each, nn.LayerNorm))
+        found |= dict.fromkeys(norms, (nn.LayerNorm, nn.Identity, *own_norms))
+        found |= dict.fromkeys(dropouts, (nn.Dropout, nn.Identity))
+        return found | dict.fromkeys(drops, (nn.Identity, *own))
+
+    def missing(self, layer: nn.Module) -> str | None:
+        """The first part that a layer lacks."""
+        absent = [name for name in self.qkv if find(layer, name) is None]
+        if len(self.qkv) > 3 and len(self.qkv) - len(absent) in (1, 3):
+            absent = []
+        needed = (*absent, self.proj, *self.norms)
+        found = next((name for name in needed if find(layer, name) is None), None)
+        if found is None and self.mlp(layer) is None:
+            return " or ".join(mlp.inner[0] for mlp in self.mlps)
+        return found
+
+    def unread(self, layer: nn.Module) -> str | None:
+        """The first parameter that no part covers: the row would not be the layer's whole forward."""
+        if self.scores is not None or self.adjust is not None:
+            return None
+        parts = (*self.linears, *self.norms, *(name for name in (*self.scales, *self.inner_norms) if name))
+        read = (*parts, *(f"{part}." for part in parts), "crossattention.")
+        names = (name for name, _ in layer.named_parameters())
+        return next((name for name in names if name not in parts and not name.startswith(read)), None)
+
+    def mlp(self, layer: nn.Module) -> Mlp | None:
+        """The MLP form of a layer."""
+        forms = self.mlps
+        return next((mlp for mlp in forms if all(find(layer, n) is not None for n in (*mlp.inner, mlp.outer))), None)
+
+    def parts(self, layer: nn.Module, rotary: Any = None) -> Parts:
+        """The parts of a layer, for this call."""
+        mlp, proj = self.mlp(layer), cast(Any, find(layer, self.proj))
+        assert mlp is not None
+        activation = attrgetter(mlp.activation)(layer) if mlp.activation else F.gelu
+        inner: Any = [find(layer, name) for name in mlp.inner]
+        gelu = is_erf_gelu(activation) and not (isinstance(activation, nn.Module) and observed(activation))
+        plain = len(inner) == 1 and not mlp.halved and gelu
+        norms: Any = tuple(find(layer, name) for name in self.norms)
+        drops = tuple(partial(_row_scale, find(layer, name) if name else None) for name in self.drop_paths)
+        made = Parts(
+            norms=norms,
+            projections=tuple(part for name in self.qkv if (part := find(layer, name)) is not None),
+            joins=self.joins,
+            heads=self._heads(layer, proj),
+            proj=proj,
+            fc1=inner[0],
+            inner=tuple(inner),
+            activation=attrgetter(mlp.activation) if mlp.activation else None,
+            fc2=cast(nn.Module, find(layer, mlp.outer)),
+            hidden=None if plain else partial(_hidden, inner, activation, mlp.halved),
+            gammas=(_scale(layer, self.scales[0]), _scale(layer, self.scales[1])),
+            row_scales=drops if any(self.drop_paths) else (),
+            attention_p=_dropout_p(layer, self.weights_p),
+            hidden_p=_dropout_p(layer, mlp.dropout),
+            branch_p=(_dropout_p(layer, self.branch_p[0]), _dropout_p(layer, self.branch_p[1])),
+            adapt=None if rotary is None else partial(_rotate_both, *rotary),
+            inner_norms=(_inner_norm(layer, self.inner_norms[0]), _inner_norm(layer, self.inner_norms[1])),
+        )
+        return made if self.adjust is None else self.adjust(layer, made)
+
+    def cross_parts(self, layer: nn.Module) -> Cross:
+        """The parts of a layer's cross-attention."""
+        qkv: Any = tuple(find(layer, self.crossed(name)) for name in self.qkv)
+        proj, norm = (cast(Any, find(layer, self.crossed(name))) for name in (self.proj, self.norms[0]))
+        weights_p, branch_p = (_dropout_p(layer, self.crossed(name)) for name in (self.weights_p, self.branch_p[0]))
+        return Cross(qkv, self._heads(layer, proj), proj, norm, weights_p, branch_p)
+
+    def _heads(self, layer: nn.Module, proj: Any) -> int:
+        return attrgetter(self.heads)(layer) if self.heads else proj.in_features // attrgetter(self.head_size)(layer)
+
+
+_specs: dict[str, tuple[LayerSpec, ...]] = {}
+
+
+def register(*specs: LayerSpec) -> None:
+    """Register families of layers with `accelerate`.
+
+    Raises:
+        InputError: a family without a layer name or without an MLP.
+    """
+    for spec in specs:
+        if "." not in spec.name or not spec.mlps:
+            raise InputError(
+                f"a LayerSpec needs a layer's class or 'package.Class' and at least one Mlp, not {spec.layer!r} with "
+                f"{spec.mlps!r}"
+            )
+        others = (other for other in _specs.get(spec.name, ()) if other.own != spec.own)
+        _specs[spec.name] = (spec, *others)
+    spec_of.cache_clear()
+
+
+def registered() -> tuple[LayerSpec, ...]:
+    """All families, in order of registration."""
+    return tuple(row for rows in _specs.values() for row in rows)
+
+
+@cache
+def spec_of(kind: type[nn.Module]) -> LayerSpec | None:
+    """The row of a layer class, or None."""
+    rows = _specs.get(_full_name(kind)) or _specs.get(short_name(kind), ())
+    return next((row for row in rows if row.fits(kind)), rows[-1] if rows else None)
+
+
+def _full_name(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def short_name(kind: type[nn.Module]) -> str:
+    """`package.Class` of a class of transformers; empty for others."""
+    package = kind.__module__.split(".")
+    known = package[:2] == ["transformers", "models"] and len(package) > 2
+    return f"{package[2]}.{kind.__name__}" if known else ""
+
+
+class FusedLayer(CalledByName):
+    """The fused form of every layer with a spec: linear layers, activation, residual and norm fused."""
+
+    layer_spec: ClassVar[LayerSpec]
+    layer_arguments: ClassVar[frozenset[str]] = frozenset()
+    returns_tuple: ClassVar[bool] = False  # the output is a tuple, with room for attention weights
+
+    @classmethod
+    def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
+        named = super().adapted(original)
+        names = named["names"]
+        spec = cls.__dict__.get("layer_spec") or spec_of(original)
+        assert spec is not None
+        understood = {*names[:1], "attention_mask", spec.bias, spec.rotary, *spec.also_takes, *WITHOUT_EFFECT}
+        return {
+            **named,
+            **({"layer_order": spec.order} if isinstance(spec.order, str) else {}),
+            "layer_spec": spec,
+            "bypassed": spec.bypassed(original),
+            "joint": spec.joint,
+            "layer_arguments": frozenset(understood),
+            "returns_tuple": "output_attentions" in names,
+        }
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        adapted = cls.adapted(original_class(module))
+        spec: LayerSpec = adapted["layer_spec"]
+        missing = spec.missing(module)
+        if missing is not None:
+            return f"this version of the library keeps {missing} elsewhere; register a LayerSpec with its names"
+        if spec.rotary and spec.rotary not in adapted["names"]:
+            return f"this version of the library makes {spec.rotary} inside of the layer"
+        if (unread := spec.unread(module)) is not None:
+            return f"the row does not cover its {unread}"
+        if spec.chunks and attrgetter(spec.chunks)(module):
+            return f"its feed-forward runs in chunks of {attrgetter(spec.chunks)(module)}; chunk_size 0 is fused"
+        norms: list[Any] = [find(module, name) for name in spec.norms]
+        if any(isinstance(norm, nn.LayerNorm) and norm.weight is None for norm in norms):
+            return f"{spec.norms[0]} has no weight"
+        reason = None if spec.refuses is None else spec.refuses(module)
+        return reason or why_not_bypassed(module, adapted["bypassed"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.arguments(args, kwargs)
+        spec, x, attend = self.layer_spec, cast(Any, call.get(self.names[0])), None
+        covered = isinstance(x, Tensor) and x.ndim == spec.ndim and x.numel() > 0
+        if covered and not has_other_arguments(call, self.layer_arguments) and self.intact():
+            attend = self._attention(call)
+        rotary = call.get(spec.rotary) if spec.rotary else None
+        if attend is None or (spec.rotary and not _are_rotary(rotary)):
+            return super().forward(*args, **kwargs)
+        with self.context(x.device) as settings:
+            tokens = x if spec.ndim == 3 else x.flatten(1, -2)
+            out = self.run(tokens, attend, settings, rotary, getattr(attend, "memory", None))
+        if spec.result is not None:
+            return spec.result(out, x)
+        return (out,) if self.returns_tuple else out
+
+    def release(self) -> None:
+        forget(self)
+        super().release()
+
+    @property
+    def layer_order(self) -> Order:
+        """The order of a spec with a function; others store theirs on the class."""
+        return cast(Callable[[Any], Order], self.layer_spec.order)(self)
+
+    def context(self, device: torch.device) -> Any:
+        """Context manager for `run`; yields the settings."""
+        behind_sums = self.layer_order == "behind sums"
+        return self.settings.own_types(device) if behind_sums else branch_types(self.settings, device)
+
+    def run(
+        self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None, memory: Memory | None = None
+    ) -> Tensor:
+        """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
+        spec, order = self.layer_spec, self.layer_order
+        if memory is None and order != "behind branches" and not hasattr(attend, "windows"):
+            plan = cached_plan(self, partial(spec.parts, self), x, settings, wide=order == "behind sums")
+            if plan is not None:
+                return plan.run(x, attend, settings, None if rotary is None else partial(_rotate, *rotary))
+        parts = spec.parts(self, rotary)
+        if order == "behind sums":
+            return post_norm(parts, x, attend, settings, memory, None if memory is None else spec.cross_parts(self))
+        return (pre_norm if order == "before" else norm_behind)(parts, x, attend, settings)
+
+    def _attention(self, call: Mapping[str, Any]) -> Attend | None:
+        """The attention of a call; None to run the original."""
+        spec, mask = self.layer_spec, call.get("attention_mask")
+        if spec.scores is not None:
+            return spec.scores(self, call)
+        implementation = implementation_of(self)
+        if implementation not in PLAIN_ATTENTION and not (implementation in KERNELS and mask is None):
+            return None
+        attention = find(self, spec.attention)
+        if mask is None and getattr(attention, "is_causal", getattr(attention, "is_decoder", False)):
+            return None
+        return Dense.of(mask, call.get(spec.bias) if spec.bias else None, implementation)
+
+
+def implementation_of(layer: Any) -> str | None:
+    """Name of the attention implementation in a layer of transformers."""
+    config = getattr(find(layer, layer.layer_spec.attention), "config", None)
+    return getattr(config, "_attn_implementation", None)
+
+
+def can_run_packed(layers: list[Any]) -> bool:
+    """True if all layers can run on packed tokens now, and none has hooks."""
+    ready = all(isinstance(layer, FusedLayer) and layer.intact() and not observed(layer) for layer in layers)
+    return ready and bool(layers)
+
+
+def _dropout_p(layer: nn.Module, name: str) -> float:
+    """Probability of a dropout module, or of a number attribute, in the current mode."""
+    if not name:
+        return 0.0
+    holder, _, last = name.rpartition(".")
+    owner: Any = find(layer, holder) if holder else layer
+    found = getattr(owner, last)
+    if isinstance(found, nn.Module):
+        return found.p if isinstance(found, nn.Dropout) and found.training else 0.0
+    return found if owner.training else 0.0
+
+
+def _scale(layer: Any, name: str) -> Tensor | None:
+    """A LayerScale; None where a library stores 1, None or an Identity."""
+    holder, _, last = name.rpartition(".")
+    owner = (find(layer, holder) if holder else layer) if name else None
+    found = getattr(owner, last, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _inner_norm(layer: nn.Module, name: str) -> nn.Module | None:
+    found = find(layer, name) if name else None
+    return None if isinstance(found, nn.Identity) else found
+
+
+class _Absent(nn.Module):
+    """Placeholder for a class that this version of the library lacks."""
+
+
+def _hidden(
+    inner: list[Any], activation: Any, halved: bool, x: Tensor, linear: Callable[[Any, Tensor], Tensor]
+) -> Tensor:
+    """The hidden layer: `activation(a(x))`, or `activation(a(x)) · b(x)`."""
+    first = linear(inner[0], x)
+    if halved:
+        first, second = first.chunk(2, -1)
+        return activation(first) * second
+    return activation(first) if len(inner) == 1 else activation(first) * linear(inner[1], x)
+
+
+def _rotate_both(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply rotary positions to queries and keys `[..., N, H, D]`; prefix tokens without a position are unchanged."""
+    return _rotate(cos, sin, q, False), _rotate(cos, sin, k, False)
+
+
+def _rotate(cos: Tensor, sin: Tensor, x: Tensor, both: bool) -> Tensor:
+    """The same for one tensor, or for q and k stacked as `[..., N, 2, H, D]`."""
+    place = x.ndim - (4 if both else 3)
+    prefix = x.shape[place] - cos.shape[-2]
+    if both:
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    if not prefix:
+        return rotate(x, cos, sin)
+    first, rest = x.split((prefix, x.shape[place] - prefix), place)
+    return torch.cat((first, rotate(rest, cos, sin)), place)
+
+
+def _are_rotary(given: Any) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and all(isinstance(t, Tensor) for t in given)
+
+
+def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
+    """Stochastic depth as one factor per entry, `[B]`, with the library's random draws; None if inactive."""
+    dropped: Any = getattr(drop_path, "drop_prob", None)
+    if drop_path is None or not drop_path.training or not dropped:
+        return None
+    if type(drop_path).__module__.startswith("transformers."):
+        draws = torch.rand(x.shape[0], dtype=x.dtype, device=x.device)
+        return torch.floor(draws + (1 - dropped)) / (1 - dropped)
+    factors = x.new_empty(x.shape[0]).bernoulli_(1 - dropped)
+    return factors.div_(1 - dropped) if dropped < 1 and getattr(drop_path, "scale_by_keep", True) else factors
+
+
+def _has_spec(module: nn.Module) -> bool:
+    return spec_of(original_class(module)) is not None
+
+
+RULES: tuple[Rule, ...] = (Rule("FusedLayer", _has_spec, FusedLayer, GAIN),)
