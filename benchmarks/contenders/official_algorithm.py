@@ -1,4 +1,4 @@
-"""The official algorithm in plain PyTorch, evaluation and pretraining: the yardstick of speed and exactness."""
+"""The official algorithm in plain PyTorch, evaluation and pretraining: the reference of speed and exactness."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ class OfficialTwin:
     """Evaluates the parameters of an `XFM` the way the official code does.
 
     It performs the operations of the official eager code, in its order: texts are padded and masked by adding -10000,
-    every projection is a product of its own, attention is matmul + softmax + matmul, the position bias is gathered from
+    every projection is a GEMM of its own, attention is matmul + softmax + matmul, the position bias is gathered from
     its table in every block of every call, the fusion encoder projects the image tokens of every pair in every layer,
-    and all positions pass through all layers although heads read token 0 alone. Nothing is cached or shared between
-    calls except the index of the position table, which the official model keeps as a buffer.
+    and all positions pass through all layers although heads read only token 0. Calls share the index of the position
+    table, a buffer of the official model, and no results.
 
-    The twin holds no copies: it reads the tensors of the model it was made from, in their dtype and under the autocast
-    of the moment, and gradients land in their `.grad`. While the model is in training mode, dropout and stochastic
-    depth are where the official code has them.
+    The twin reads the tensors of the model, in their dtype and under the current autocast, and gradients arrive in
+    their `.grad`. In training mode, dropout and stochastic depth are where the official code has them.
     """
 
     def __init__(self, model: XFM) -> None:
@@ -50,8 +49,7 @@ class OfficialTwin:
     def encode_image(self, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """`[B, 3, R, R]` → `[B, 1 + N, vision_width]`: image token, then patches.
 
-        Args:
-            patch_mask: `[B, N]`, non-zero for patches whose embedding the mask token replaces.
+        The mask token replaces the embeddings of patches with a non-zero `patch_mask` `[B, N]`.
         """
         x = self._embed_patches(pixels, patch_mask)
         for block in self.model.vision_encoder.blocks:
@@ -77,7 +75,7 @@ class OfficialTwin:
         return self._finish_image(local), self._finish_image(x)[image_index]
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`[B, L]` ids and mask → `[B, L, text_width]`, padded positions computed like the others."""
+        """`[B, L]` ids and mask → `[B, L, text_width]`, padded positions included."""
         encoder = self.model.text_encoder.roberta
         x = self._embed_tokens(encoder.embeddings, input_ids)
         mask = _additive(attention_mask, x.dtype)
@@ -98,16 +96,9 @@ class OfficialTwin:
     def fuse_pairs(
         self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor, token_mask: Tensor | None = None
     ) -> Tensor:
-        """Fuse P texts, each with image tokens of its own.
+        """Fuse P texts `[P, L, text_width]` with an image `[P, M, vision_width]` each → `[P, L, text_width]`.
 
-        Args:
-            text_embeds: `[P, L, text_width]`.
-            attention_mask: `[P, L]`, non-zero for real tokens.
-            image_embeds: `[P, M, vision_width]`, the image of each text (repeated for texts that share an image).
-            token_mask: `[P, M]`, non-zero for image tokens that the text attends to; by default all.
-
-        Returns:
-            `[P, L, text_width]`, padded positions included.
+        Masks `[P, L]` of texts and `[P, M]` of images (by default all tokens) are non-zero for real tokens.
         """
         text_mask = _additive(attention_mask, text_embeds.dtype)
         if token_mask is None:
@@ -136,11 +127,10 @@ class OfficialTwin:
     def decode_next(
         self, decoder: TextDecoder, ids: Tensor, states: Tensor, past: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """Logits `[A, vocabulary]` after n more tokens `[A, n]` of each text, and keys and values to go on with.
+        """Logits `[A, vocabulary]` after n more tokens `[A, n]` of each text, and the next `past`.
 
-        Args:
-            states: `[A, M, width]`, those of each text; their keys and values are projected by the first call.
-            past: of every layer the keys and values `[A, H, ..., D]` of the text, then those of the states; or empty.
+        `past` has for every layer the keys and values `[A, H, ..., D]` of the text, then those of the states
+        `[A, M, width]`; it is empty at first.
         """
         behind = past[0][0].shape[2] if past else 0
         x = self._embed_tokens(decoder.roberta.embeddings, ids, behind)
@@ -168,7 +158,7 @@ class OfficialTwin:
         return mlp_head(self.model.itm_head, fused[:, 0, :])
 
     def match_scores(self, fused: Tensor) -> Tensor:
-        """Fused embeddings `[P, L, text_width]` → `[P]`: the logit of "text describes image" to rank by."""
+        """Fused embeddings `[P, L, text_width]` → `[P]`: the logit of "text describes image"."""
         return self.match_logits(fused)[:, 1]
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
@@ -195,15 +185,9 @@ class OfficialTwin:
     def retrieve(
         self, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """The official retrieval evaluation: both directions in turn, each image or text against its k best candidates.
+        """The official retrieval evaluation: each of I images and T texts against its k best candidates.
 
-        Args:
-            image_embeds: `[I, M, vision_width]`.
-            text_embeds: `[T, L, text_width]`; attention_mask: `[T, L]`.
-            k: candidates per query, at most I and T.
-
-        Returns:
-            Scores `[I, T]` and `[T, I]`, -100 where a pair was not scored.
+        Returns scores `[I, T]` and `[T, I]`, -100 for pairs that were not scored.
         """
         similarity = self.project_image(image_embeds) @ self.project_text(text_embeds).t()
         images, texts = similarity.shape
@@ -271,25 +255,20 @@ class OfficialTwin:
 class OfficialTrainingTwin(OfficialTwin):
     """The losses of a batch as the official training loop computes them, in one process.
 
-    Beside what `OfficialTwin` does: negatives are drawn row by row, each row waiting for the host; positive pairs,
+    In addition to `OfficialTwin`: negatives are drawn row by row, each row waiting for the host; positive pairs,
     negative pairs and masked captions are three passes of the fusion encoder, padded, with keys and values of the
-    image for every pair; masked captions pass through the text encoder with a graph, which is then thrown away; the
-    language-modelling heads compute logits over the whole vocabulary for every slot of `masked_positions`, the empty
-    ones included; hidden patches are picked by boolean indexing.
+    image for every pair; masked captions pass through the text encoder with a graph, which is then discarded; the
+    language-modelling heads compute logits over the vocabulary for every slot of `masked_positions`, also for empty
+    ones; masked patches are selected by boolean indexing.
     """
 
     def losses(
         self, batch: Batch, *, hard_negatives: tuple[Tensor, Tensor] | None = None, patch_mask: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The scalar losses of a batch, under the names that `pretraining_losses` gives them.
+        """The losses of a batch, by the names of `pretraining_losses`.
 
-        Args:
-            batch: any of the four kinds.
-            hard_negatives: `[B]` image for each text and `[B]` text for each image; drawn when absent.
-            patch_mask: `[B, N]`, takes the place of the batch's own.
-
-        Raises:
-            InputError: masked image modelling without a patch mask.
+        `hard_negatives` are the image for each text and the text for each image, both `[B]`, by default drawn;
+        `patch_mask` `[B, N]` replaces that of the batch. Raises `InputError` if an image has no patch mask.
         """
         if isinstance(batch, ImageBatch):
             return {"mim": self._masked_image(batch, self.encode_image(batch.image), patch_mask)}
@@ -397,10 +376,10 @@ class OfficialTrainingTwin(OfficialTwin):
 class OfficialAnswerTwin(OfficialTwin):
     """Ranks a list of answers as the official evaluation of VQA v2 does.
 
-    Beside what `OfficialTwin` does: an image is encoded for each of its questions; after the first tokens of all
-    answers are compared, the k candidates of a question are decoded from `<s>` on, padded to the longest answer of the
-    whole list, each with a copy of the question's states, whose keys and values every layer projects for every copy;
-    logits over the whole vocabulary exist for every token, and the first token counts twice in the score.
+    In addition to `OfficialTwin`: an image is encoded for each of its questions; after the first tokens of all answers
+    are compared, the k candidates of a question are decoded from `<s>` on, padded to the longest answer of the list,
+    each with a copy of the question's states, which every layer projects for every copy; logits over the vocabulary
+    exist for every token, and the first token counts twice in the score.
     """
 
     def __init__(self, model: VQAModel) -> None:
@@ -411,12 +390,9 @@ class OfficialAnswerTwin(OfficialTwin):
         self, pixels: Tensor, question_ids: Tensor, question_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor,
         k: int,
     ) -> AnswerRanking:  # fmt: skip
-        """The k candidates of Q questions, best first.
+        """The k best of N answers `[N, La]` for Q questions `[Q, L]` with an image `[Q, 3, R, R]` each.
 
-        Args:
-            pixels: `[Q, 3, R, R]`, the image of each question.
-            question_ids, question_mask: `[Q, L]`. The decoder attends to padded tokens too.
-            answer_ids, answer_mask: `[N, La]`.
+        The decoder attends to padded tokens of questions too.
         """
         text = self.encode_text(question_ids, question_mask)
         states = self.fuse_pairs(text, question_mask, self.encode_image(pixels))
@@ -462,13 +438,13 @@ def mlp_head(head: MLPHead | DeepMLPHead, x: Tensor) -> Tensor:
 
 def box_losses(boxes: Tensor, target: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """L1 and GIoU losses of boxes `[P, 4]` (cx, cy, w, h); `counted` `[P]` is one where there is a box to predict."""
-    # torchvision's operators bring PyTorch's compiler, which takes seconds, and most benchmarks have no boxes.
+    # The operators of torchvision import PyTorch's compiler, which takes seconds.
     from torchvision.ops import box_convert, generalized_box_iou
 
     distance = F.l1_loss(boxes, target, reduction="none") * counted.view(-1, 1)
     corners = [box_convert(one, "cxcywh", "xyxy") for one in (boxes, target)]
     if any(bool((one[:, 2:] < one[:, :2]).any()) for one in corners):
-        # One box with a negative side, and the official code drops the loss of all.
+        # For one box with a negative side, the official code drops the loss of all.
         overlap = torch.zeros_like(counted)
     else:
         overlap = (1 - torch.diag(generalized_box_iou(*corners))) * counted
@@ -538,11 +514,9 @@ Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class OfficialEngine:
-    """One image or text at a time re-ranked, every pair with image tokens of its own, as the official evaluation does.
+    """Re-ranks one image or text at a time, every pair with image tokens of its own, as the official evaluation does.
 
-    Args:
-        model: whose tensors are read.
-        compiled: what is done to the functions first; an encoder then is one part.
+    `compiled` compiles its functions; an encoder then is one stage.
     """
 
     def __init__(self, model: XFM, compiled: Compile | None = None) -> None:

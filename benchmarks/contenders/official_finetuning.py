@@ -31,13 +31,13 @@ _Kind = TypeVar("_Kind", bound=XFM)
 class OfficialFineTuningTwin(OfficialTrainingTwin):
     """The loss of each task on the parameters of its model.
 
-    Beside what `OfficialTwin` does: texts come padded to the longest of the batch, and all their positions pass through
-    all layers although heads read token 0; the fusion encoder projects the image for every text in every layer, so for
-    retrieval three times for each pair, in two passes; the two images of a statement meet the sentence in two passes;
-    the states of a question are copied for each of its answers, every copy is projected by every layer of the decoder,
-    and logits over the whole vocabulary exist for every position of every answer, padded ones and the last included.
+    In addition to `OfficialTwin`: texts are padded to the longest of the batch, and all their positions pass through
+    all layers although heads read token 0; the fusion encoder projects the image for every text in every layer, for
+    retrieval three times for each pair, in two passes; the two images of a statement are fused in two passes; the
+    states of a question are copied for each of its answers, every layer of the decoder projects every copy, and logits
+    over the vocabulary exist for every position of every answer, also for padded ones and the last.
 
-    Arguments are those of the models' own losses. A method needs the model of its task.
+    Arguments are those of the losses of the models. A method needs the model of its task.
     """
 
     def retrieval(self, batch: PairBatch, hard_negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:

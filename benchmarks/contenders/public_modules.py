@@ -48,7 +48,7 @@ class TransformersEngine(ComposedSearch):
         transformers: Any = importlib.import_module("transformers")
         made = {
             name: build(transformers, model).to(model.device, model.dtype).eval().requires_grad_(False)
-            for name, build in (("vision", _vision_module), ("text", text_module), ("fusion", _fusion_module))
+            for name, build in (("vision", _vision_module), ("text", _text_module), ("fusion", _fusion_module))
             if name in parts
         }
         self._vision, self._text, self._fusion = (made.get(name) for name in ("vision", "text", "fusion"))
@@ -115,7 +115,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         raise RuntimeError(f"{what} of this version has other parameters, such as {wrong[0]}")
 
 
-def text_module(transformers: Any, model: XFM) -> Any:
+def _text_module(transformers: Any, model: XFM) -> Any:
     """RoBERTa of transformers with the weights of the text encoder."""
     module = transformers.RobertaModel(
         transformers.RobertaConfig(**roberta_settings(model.config)), add_pooling_layer=False

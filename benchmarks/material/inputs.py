@@ -65,12 +65,10 @@ class Subjects:
 
     @classmethod
     def chosen(cls, preset: PresetName, checkpoint_path: Path | None, seed: int) -> Subjects:
-        """Weights of a checkpoint, or random ones where there is none."""
-        return cls.random(preset_config(preset), seed) if checkpoint_path is None else cls.load(checkpoint_path, preset)
-
-    @classmethod
-    def random(cls, config: XFMConfig, seed: int) -> Subjects:
-        """The weights of `random_state`."""
+        """Weights of a checkpoint, or random ones without it."""
+        if checkpoint_path is not None:
+            return cls.load(checkpoint_path, preset)
+        config = preset_config(preset)
         return cls(config, random_state(config, HEADS, seed), f"random weights (seed {seed})", trained=False)
 
     @classmethod
@@ -127,10 +125,6 @@ class Subjects:
             model.load_state_dict({name: given[name] for name in wanted}, assign=True)
             self._models[key] = model.eval().requires_grad_(False)
         return self._models[key]
-
-    def forget(self) -> None:
-        """Release all weights."""
-        self._state, self._shared, self._models = {}, {}, {}
 
 
 def preset_config(preset: PresetName) -> XFMConfig:

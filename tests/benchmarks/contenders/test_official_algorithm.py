@@ -1,6 +1,5 @@
 """The twin against the model and against golden vectors of the official code."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,7 +16,6 @@ from xfm_fast.benchmarks.contenders.official_algorithm import (
     OfficialTwin,
     _drop_path,
 )
-from xfm_fast.checkpoint import load_into, to_ours
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.vision import Block
@@ -111,46 +109,38 @@ def test_local_attention_returns_the_class_token() -> None:
         _close(model.encode_image(pixels), twin.encode_image(pixels))
 
 
-def _official(case: str, cfg: XFMConfig, weights: dict[str, Tensor]) -> OfficialTwin:
-    model = XFM(cfg).double().eval()
-    state, _ = to_ours(weights, cfg)
-    load_into(model, state, what=case)
-    return OfficialTwin(model)
+@cache
+def _model(case: str, dtype: torch.dtype = torch.float64, **changes: int | bool) -> XFM:
+    return with_weights(XFM(config(case, **changes)), case, dtype)
 
 
-@pytest.mark.parametrize("case", ["tiny_a", "tiny_b"])
-def test_reproduces_the_official_outputs(
-    case: str, config: Callable[..., XFMConfig], load_tensors: Callable[[str], dict[str, Tensor]]
-) -> None:
-    twin = _official(case, config(case), load_tensors(f"{case}/weights"))
-    given, expected = load_tensors(f"{case}/inputs"), load_tensors(f"{case}/outputs")
-    mask = given["text_atts"]
+@pytest.mark.parametrize("case", CASES)
+def test_reproduces_the_official_outputs(case: str) -> None:
+    twin = OfficialTwin(_model(case).eval())
+    x, expected = inputs_of(f"{case}/inputs", torch.float64), tensors(f"{case}/outputs")
+    mask = x["text_atts"]
     with torch.no_grad():
-        images = twin.encode_image(given["image"].double())
-        texts = twin.encode_text(given["text_ids"], mask)
+        images, texts = twin.encode_image(x["image"]), twin.encode_text(x["text_ids"], mask)
         fused = twin.fuse_pairs(texts, mask, images)
-    _close(images, expected["image_embeds"])
-    _close(texts, expected["text_embeds"])
-    _close(fused, expected["cross_embeds"])
-    _close(twin.project_image(images), expected["image_feat"])
-    _close(twin.project_text(texts), expected["text_feat"])
-    _close(twin.match_logits(fused), expected["itm_logits"][: len(fused)])
+        _close(images, expected["image_embeds"])
+        _close(texts, expected["text_embeds"])
+        _close(fused, expected["cross_embeds"])
+        _close(twin.project_image(images), expected["image_feat"])
+        _close(twin.project_text(texts), expected["text_feat"])
+        _close(twin.match_logits(fused), expected["itm_logits"][: len(fused)])
 
 
-def test_reproduces_the_official_retrieval(
-    config: Callable[..., XFMConfig],
-    load_tensors: Callable[[str], dict[str, Tensor]],
-    load_json: Callable[[str], dict[str, Any]],
-) -> None:
+@torch.no_grad()
+def test_reproduces_the_official_retrieval() -> None:
     facts = load_json("tiny_b/config")
-    cfg = config("tiny_b", image_size=facts["ft_res"])
-    twin = _official("tiny_b", cfg, load_tensors("tiny_b/weights"))
-    given, expected = load_tensors("tiny_b/ft_inputs"), load_tensors("tiny_b/ft_outputs")
-    mask = given["retrieval_eval/text_atts"]
-    with torch.no_grad():
-        images = twin.encode_image(given["retrieval_eval/image"].double())
-        texts = twin.encode_text(given["retrieval_eval/text_ids"], mask)
-        i2t, t2i = twin.retrieve(images, texts, mask, facts["finetune"]["retrieval_eval"]["k_test"])
+    model = with_weights(XFM(config("tiny_b")), "tiny_b", torch.float32)
+    model.set_image_size(facts["ft_res"])
+    twin = OfficialTwin(model.double())
+    x, expected = inputs_of("tiny_b/ft_inputs", torch.float64), tensors("tiny_b/ft_outputs")
+    mask = x["retrieval_eval/text_atts"]
+    images = twin.encode_image(x["retrieval_eval/image"])
+    texts = twin.encode_text(x["retrieval_eval/text_ids"], mask)
+    i2t, t2i = twin.retrieve(images, texts, mask, facts["finetune"]["retrieval_eval"]["k_test"])
     _close(i2t, expected["retrieval_eval/score_i2t"])
     _close(t2i, expected["retrieval_eval/score_t2i"])
 
@@ -174,11 +164,6 @@ GOLDEN: dict[str, Golden] = {
     "total_text": ("texts", ("mlm",), {}),
 }
 LOCAL = [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)]
-
-
-@cache
-def _model(case: str, dtype: torch.dtype = torch.float64, **changes: int | bool) -> XFM:
-    return with_weights(XFM(config(case, **changes)), case, dtype)
 
 
 def _text_fields(x: dict[str, Tensor], prefix: str) -> dict[str, Any]:

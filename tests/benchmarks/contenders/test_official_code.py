@@ -10,7 +10,7 @@ import torch
 from xfm_fast.benchmarks.contenders.engine import NoStages, Pairs, SearchIndex
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialEngine
 from xfm_fast.benchmarks.contenders.official_code import OfficialCodeEngine
-from xfm_fast.benchmarks.material.inputs import Subjects, preset_config
+from xfm_fast.benchmarks.material.inputs import Subjects
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
@@ -48,7 +48,7 @@ class XFMForRetrieval(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def model() -> XFM:
-    return Subjects.random(preset_config("tiny"), 0).model(32, torch.float32)
+    return Subjects.chosen("tiny", None, 0).model(32, torch.float32)
 
 
 @pytest.fixture(scope="module")
