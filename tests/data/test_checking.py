@@ -16,7 +16,6 @@ from tests.data.record_files import (
     tiny_config,
     tiny_tokenizer,
     write_lines,
-    write_tar,
 )
 from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.data.quarantine import Quarantine
@@ -129,19 +128,6 @@ def test_the_limit_is_that_of_training(tmp_path: Path) -> None:
     assert _check(tmp_path / "a.jsonl", "text", tolerate_bad=0.05).ok
     assert len(_check(tmp_path / "a.jsonl", "text", most_problems=1).problems) == 1
     assert not _check(write_lines(tmp_path / "b.jsonl", ["{"]), "text").ok
-
-
-def test_shards(tmp_path: Path) -> None:
-    members = {"0.jpg": picture(0), "0.txt": b"a cat", "1.jpg": picture(1)[:300], "1.txt": b"a dog"}
-    report = _check(write_tar(tmp_path / "a.tar", members), "pairs")
-    assert (report.rows, report.broken) == (2, 1)
-    assert report.problems[0].row == "1"
-
-
-def test_repeated_samples_of_shards_are_those_with_the_same_content(tmp_path: Path) -> None:
-    black, white = (bytes([value]) * 10 for value in (0, 255))
-    members = {"0.txt": b"a", "0.img": black, "1.txt": b"a", "1.img": white, "2.txt": b"a", "2.img": black}
-    assert _check(write_tar(tmp_path / "a.tar", members), "images").duplicates == 1
 
 
 def _elements(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -75,12 +75,6 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_animation_gives_its_first_frame() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    data = _bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode_image(data).getpixel((0, 0)) == (255, 0, 0)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_upright(orientation: int) -> None:
     exif = Image.Exif()

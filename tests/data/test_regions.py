@@ -190,13 +190,9 @@ def test_careful_flip(texts: dict[str, Any]) -> None:
 
 BAD: list[tuple[Any, str]] = [
     ({"bb": [3, 3, 0, 5], "caption": "a"}, r"box \[3, 3, 0, 5\] shows nothing"),
-    ({"bb": [3, 3, 5, -2], "caption": "a"}, r"box \[3, 3, 5, -2\] shows nothing"),
-    ({"bb": [30, 3, 5, 5], "caption": "a"}, r"box \[30, 3, 5, 5\] shows nothing"),
     ({"bb": [-9, 3, 5, 5], "caption": "a"}, r"box \[-9, 3, 5, 5\] shows nothing"),
     ({"bb": [3, 3, 0.9, 5], "caption": "a"}, r"box \[3, 3, 0, 5\] shows nothing"),
     ({"bb": [3, 3, math.nan, 5], "caption": "a"}, "finite"),
-    ({"bb": [3, 3, math.inf, 5], "caption": "a"}, "finite"),
-    ({"bb": [3, 3, 5], "caption": "a"}, "four numbers"),
     ({"bb": "abcd", "caption": "a"}, "four numbers"),
     ({"bb": None, "caption": "a"}, "four numbers"),
     ({"caption": "a"}, "no mapping with 'bb' and 'caption'"),

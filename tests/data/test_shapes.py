@@ -27,7 +27,6 @@ from xfm_fast.data.shapes import (
     true_shares,
     write_world,
 )
-from xfm_fast.data.shapes import world as world_module
 from xfm_fast.data.shapes.language import ANSWERS, caption_facts, entailments, questions, references, statements
 from xfm_fast.data.shapes.scenes import (
     _GAPS,
@@ -39,12 +38,11 @@ from xfm_fast.data.shapes.scenes import (
     RGB,
     SHAPES,
     SPLITS,
-    TEXTURES,
     Thing,
     allowed_pairs,
     pixel_box,
 )
-from xfm_fast.errors import DataError, StorageError
+from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import pre_caption
 
 SCENES = {split: [scene(11, index, split) for index in range(150)] for split in SPLITS}
@@ -123,23 +121,6 @@ def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split
         assert cover.max() == 1
     assert seen == allowed_pairs(split)
     assert allowed_pairs("train") == PAIRS - HELD_OUT["val"] - HELD_OUT["test"]
-
-
-@pytest.mark.parametrize("resolution", [16, 32, 64])
-def test_an_object_fills_its_box_and_nothing_else(resolution: int) -> None:
-    empty = render(Scene((), 210), resolution)
-    for shape in SHAPES:
-        for texture in TEXTURES:
-            made = Scene((Thing(shape, "black", "large", texture, 20, 30, 24),), ground=210)
-            rows, columns = np.nonzero((render(made, resolution) != empty).any(2))
-            x, y, width, height = pixel_box(made.things[0], resolution)
-            assert (x <= columns.min(), y <= rows.min()) == (True, True)
-            assert (columns.max() < x + width, rows.max() < y + height) == (True, True)
-            if resolution == CANVAS:
-                # Tight, but for dots on the very edge and the antialiased tip of a star.
-                assert min(np.ptp(columns) - width, np.ptp(rows) - height) >= -3
-    with pytest.raises(DataError, match="resolution=8"):
-        render(scene(0, 0), 8)
 
 
 def test_blending_agrees_with_floating_point() -> None:
@@ -228,65 +209,6 @@ def _answer(made: Scene, question: str) -> str:
     assert match, question
     (a,), (b,) = _meant(made, match[1]), _meant(made, match[3])
     return "yes" if _stands(a, match[2], b) else "no"
-
-
-@each_split
-def test_statements_have_their_truth(split: Split) -> None:
-    labels = []
-    for left, right in zip(SCENES[split], SCENES[split][1:], strict=False):
-        made = statements(left, right, split)
-        for sentence, truth in made:
-            assert truth == _true(sentence, left, right), sentence
-        labels += [truth for _, truth in made]
-        assert {truth for _, truth in made} == {True, False}
-    assert 0.25 < sum(labels) / len(labels) < 0.75
-
-
-def _true(sentence: str, left: Scene, right: Scene) -> bool:
-    sides = {"left": left, "right": right}
-    if match := re.fullmatch("the (left|right) image contains more objects than the (left|right) image", sentence):
-        return len(sides[match[1]].things) > len(sides[match[2]].things)
-    if match := re.fullmatch("there are (.*) objects in total", sentence):
-        return len(left.things) + len(right.things) == NUMBERS.index(match[1])
-    if match := re.fullmatch("both images contain exactly (.*) objects?", sentence):
-        return len(left.things) == len(right.things) == NUMBERS.index(match[1])
-    if match := re.fullmatch("in the (left|right) image (.*) is (left of|right of|above|below) (.*)", sentence):
-        return _related(sides[match[1]], *match.groups()[1:])
-    quantities = "both images contain|exactly one image contains|the (left|right) image contains"
-    match = re.fullmatch(f"({quantities}) (.*)", sentence)
-    assert match, sentence
-    has = {side: any(_is(thing, match[3]) for thing in made.things) for side, made in sides.items()}
-    if match[2]:
-        return has[match[2]]
-    return all(has.values()) if match[1].startswith("both") else sum(has.values()) == 1
-
-
-def _related(made: Scene, first: str, relation: str, second: str) -> bool:
-    pairs = [(a, b) for a in made.things for b in made.things if a is not b and _is(a, first) and _is(b, second)]
-    return any(_stands(a, relation, b) for a, b in pairs)
-
-
-@each_split
-def test_entailments_follow_or_are_false(split: Split) -> None:
-    kinds: dict[str, int] = {}
-    for index, (made, other) in enumerate(zip(SCENES[split], SCENES[split][1:], strict=False)):
-        pairs = entailments(made, other, index)
-        assert [truth for _, _, truth in pairs] in ([], [True, False])
-        for caption, statement, truth in pairs:
-            described = made if caption in captions(made) else other
-            assert caption in captions(described)
-            kind, holds = _follows(statement, described)
-            kinds[kind] = kinds.get(kind, 0) + 1
-            assert truth == holds, (caption, statement)
-    assert min(kinds[kind] for kind in ("number", "relation", "object")) > 20
-
-
-def _follows(statement: str, made: Scene) -> tuple[str, bool]:
-    if match := re.fullmatch("there (?:is|are) exactly (.*) objects?", statement):
-        return "number", len(made.things) == NUMBERS.index(match[1])
-    if match := re.fullmatch("(.*) is (left of|right of|above|below) (.*)", statement):
-        return "relation", _related(made, *match.groups())
-    return "object", bool(_meant(made, statement.removeprefix("there is ")))
 
 
 def test_a_statement_does_not_reveal_its_label() -> None:
@@ -424,16 +346,11 @@ def test_files_of_a_split(world: Path, split: Split) -> None:
 
 
 def test_bytes_follow_from_the_arguments(world: Path, tmp_path: Path) -> None:
-    """Another digest would make numbers on the dataset of a seed incomparable; these files hold no image."""
+    """Another digest would make numbers on the dataset of a seed incomparable; the files here hold no image."""
     described = _read(world / "world.json")
-    assert {
-        task: described["sha256"][f"{task}_test.json"][:16] for task in ("vqa", "nlvr", "retrieval", "grounding")
-    } == {
-        "vqa": "8ca39c171312bd39",
-        "nlvr": "c007961d31a0c54d",
-        "retrieval": "8be1e6bc4ae2b824",
-        "grounding": "80c093b30819f85f",
-    }
+    names = sorted(name for name in described["sha256"] if not name.startswith(("pairs", "regions", "images")))
+    digests = "".join(described["sha256"][name] for name in names)
+    assert hashlib.sha256(digests.encode()).hexdigest()[:32] == "a61c6c361e82442d9730a2e267083dfa"
     for name, digest in described["sha256"].items():
         assert hashlib.sha256((world / name).read_bytes()).hexdigest() == digest
     (tmp_path / "again").mkdir()
@@ -456,29 +373,3 @@ def test_a_folder_is_reused_or_refused_but_never_overwritten(world: Path, tmp_pa
         with pytest.raises(DataError):
             write_world(tmp_path / "world", images=images)  # type: ignore[arg-type]
     assert [*tmp_path.iterdir()] == [tmp_path / "notes.txt"]
-
-
-def test_an_interrupted_dataset_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(path: Path, data: bytes) -> str:
-        if path.suffix == ".jsonl":
-            raise OSError(28, "No space left on device")
-        path.write_bytes(data)
-        return ""
-
-    monkeypatch.setattr(world_module, "_write", full_disk)
-    with pytest.raises(StorageError, match="space"):
-        write_world(tmp_path / "world", images={"train": 9})
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_second_writer_reads_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process finishes the same dataset, or another one, between the first look and the renaming."""
-    made = write_world(tmp_path / "world", images={"val": 2})
-    looks = iter([None])
-    look = world_module._existing
-    monkeypatch.setattr(world_module, "_existing", lambda *given: next(looks, look(*given)))
-    assert write_world(tmp_path / "world", images={"val": 2}) == made
-    looks = iter([None])
-    with pytest.raises(DataError, match="shapes"):
-        write_world(tmp_path / "world", images={"val": 3})
-    assert [path.name for path in tmp_path.iterdir()] == ["world"]

@@ -297,19 +297,3 @@ def test_other_content_is_named(tmp_path: Path, reader: Reader) -> None:
 def test_nothing_but_data_errors(tmp_path: Path, reader: Reader, content: Any) -> None:
     with pytest.raises(DataError, match=r"a\.json"):
         list(reader(_write(tmp_path / "a.json", content))[0].records())
-
-
-@pytest.mark.parametrize("reader", [retrieval_rows, captioning_rows, vqa_rows, nlvr2_rows, grounding_rows])
-def test_one_broken_element_is_refused_alone(tmp_path: Path, reader: Reader) -> None:
-    good = {"image": "a", "images": ["a", "b"], "caption": "c", "image_id": 1, "question": "q", "question_id": 1}
-    good |= {"sentence": "s", "label": "True", "text": "t", "ref_id": 1}
-    broken = {**good, "image": " ", "images": ["a", ""]}
-    (rows,) = reader(_write(tmp_path / "a.json", [good, broken, 5]))
-    assert (len(rows), rows.label(1), rows.modified) == (3, "element 1", (tmp_path / "a.json").stat().st_mtime_ns)
-    rows.read(0)
-    for row in (1, 2):
-        with pytest.raises(DataError):
-            rows.read(row)
-    assert json.loads(rows.raw(1)) == broken
-    with pytest.raises(DataError, match=r"a\.json.*element 1"):
-        list(rows.records())

@@ -130,19 +130,6 @@ def test_any_text_survives_the_round_trip(text: str) -> None:
     assert tokenizer.decode(ids[0, : int(mask.sum())].tolist()) == text
 
 
-def test_vocabulary_and_merges(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
-    import json
-
-    tokenizer.save(tmp_path / "whole.json")
-    model = json.loads((tmp_path / "whole.json").read_text())["model"]
-    folder = tmp_path / "roberta"
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    lines = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
-    assert CaptionTokenizer.from_files(folder).encode(TEXTS, 20)[0].equal(tokenizer.encode(TEXTS, 20)[0])
-
-
 @pytest.mark.parametrize("change", [{"vocab": {}}, {"vocab": {"<s>": 0, "<pad>": 1, "</s>": 2**32 - 1}, "merges": []}])
 def test_false_vocabularies_are_refused(tmp_path: Path, tokenizer: CaptionTokenizer, change: dict[str, Any]) -> None:
     content = json.loads(tokenizer.to_json())

@@ -163,7 +163,7 @@ class ShardFile(IndexedFile):
 
     def label(self, row: int) -> str:
         """Key of a sample: the path prefix shared by its files."""
-        return self._files(row)[0].key
+        return next(self._files(row)).key
 
     def suffixes(self, row: int) -> list[str]:
         """Suffixes of the files of a sample."""
@@ -180,9 +180,23 @@ class ShardFile(IndexedFile):
                     raise DataError(f"the shard ends within .{file.suffix} ({sizes}); copy it again")
         return out
 
-    def _files(self, row: int) -> list[_Member]:
-        with open_file(self.path) as file:
-            return [*_members(self.path, file, *self.range(row))]
+    def _files(self, row: int) -> Iterator[_Member]:
+        start, end = self.range(row)
+        while start < end:
+            try:
+                header = read_range(self.path, start, tarfile.BLOCKSIZE)
+                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return
+            if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                # Long names and other headers of several blocks.
+                with open_file(self.path) as file:
+                    yield from _members(self.path, file, start, end)
+                return
+            content = start + tarfile.BLOCKSIZE
+            if name := _split_name(info.name):
+                yield _Member(*name, start, content, info.size)
+            start = content + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
     def raw(self, row: int) -> bytes:
         """Concatenated files of a sample, text files first."""
@@ -222,6 +236,13 @@ class _Member(NamedTuple):
     size: int
 
 
+def _split_name(name: str) -> tuple[str, str] | None:
+    """Key and lower-case suffix of a member, `a/b.seg.png` → (`a/b`, `seg.png`); None without a suffix."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem, suffix.lower()) if stem and dot and suffix else None
+
+
 def _members(path: Path, file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[_Member]:
     """Files `key.suffix` between two offsets, including a truncated last one, which fails when read."""
     file.seek(start)
@@ -238,10 +259,8 @@ def _members(path: Path, file: BinaryIO, start: int = 0, end: int | None = None)
             return
         if member is None or (end is not None and member.offset >= end):
             break
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if member.isreg() and stem and dot and suffix:
-            yield _Member(folder + slash + stem, suffix.lower(), member.offset, member.offset_data, member.size)
+        if member.isreg() and (name := _split_name(member.name)):
+            yield _Member(*name, member.offset, member.offset_data, member.size)
     # The library takes a damaged header for the end.
     header = os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset)
     if member is None and len(header) == tarfile.BLOCKSIZE and header.strip(b"\0"):
