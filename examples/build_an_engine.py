@@ -10,8 +10,7 @@ import torch
 
 from xfm_fast import XFM
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export import Session, export_onnx
-from xfm_fast.export.engines.build import export_engines
+from xfm_fast.export import Session, export_engines, export_onnx
 
 model, out = XFM.from_pretrained(sys.argv[1]), Path(sys.argv[2])
 made = export_onnx(model, out / "onnx", consumer="onnxruntime", dtype="fp32", graphs=("vision",))

@@ -5,53 +5,47 @@
     session = Session.load("exported")
 
 Every export writes a folder with `manifest.json`: sizes, checksums, and the comparison with the model on examples.
-`quantize_int8` and `write_model_repository` derive further folders. Names are imported on first use.
+`quantize_int8` and `write_model_repository` derive further folders. A runtime is a class of the registry
+`export.runtimes`. Names are imported on first use.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .aoti import export_packages as export_packages
-    from .engines.build import export_engines as export_engines
-    from .expected import Examples as Examples
-    from .expected import generated_examples as generated_examples
-    from .expected import make_examples as make_examples
-    from .manifest import Manifest as Manifest
-    from .model_repository.repository import write_model_repository
-    from .onnx import export_onnx as export_onnx
-    from .quantise import quantize_int8 as quantize_int8
-    from .request import EngineRequest as EngineRequest
-    from .request import ExportRequest as ExportRequest
-    from .request import OnnxRequest as OnnxRequest
-    from .request import PackageRequest as PackageRequest
-    from .request import RepositoryOptions as RepositoryOptions
-    from .request import TensorRTRequest as TensorRTRequest
-    from .session import Session as Session
-    from .verification import verify as verify
-    from .verification import verify_export as verify_export
+    from .engines import export_engines
+    from .expected import Examples, generated_examples, make_examples
+    from .manifest import Manifest
+    from .model_repository import write_model_repository
+    from .onnx import export_onnx
+    from .quantise import quantize_int8
+    from .request import ExportRequest, OnnxRequest, RepositoryOptions
+    from .runtimes.aoti import PackageRequest
+    from .runtimes.tensorrt import EngineRequest, TensorRTRequest
+    from .session import Session
+    from .verification import verify, verify_export
 
 _HOMES = {
-    "EngineRequest": "request",
+    "EngineRequest": "runtimes.tensorrt",
     "Examples": "expected",
     "ExportRequest": "request",
     "Manifest": "manifest",
     "OnnxRequest": "request",
-    "PackageRequest": "request",
+    "PackageRequest": "runtimes.aoti",
     "RepositoryOptions": "request",
     "Session": "session",
-    "TensorRTRequest": "request",
-    "export_engines": "engines.build",
+    "TensorRTRequest": "runtimes.tensorrt",
+    "export_engines": "engines",
     "export_onnx": "onnx",
-    "export_packages": "aoti",
     "generated_examples": "expected",
     "make_examples": "expected",
     "quantize_int8": "quantise",
     "verify": "verification",
     "verify_export": "verification",
-    "write_model_repository": "model_repository.repository",
+    "write_model_repository": "model_repository",
 }
 
 __all__ = [
@@ -74,6 +68,13 @@ __all__ = [
     "verify_export",
     "write_model_repository",
 ]
+
+
+def export_packages(model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
+    """Compile graphs of a model to AOTInductor packages, see `runtimes.aoti`."""
+    from .runtimes import find_runtime
+
+    return find_runtime("aoti").export(model, folder, request, **given)
 
 
 def __getattr__(name: str) -> Any:

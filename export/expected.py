@@ -27,8 +27,8 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.task_model import TaskModel
 
-from .consumers import DTYPES, DType
-from .graphs import GraphName, M, in_dtype, memory_names
+from .graphs import DTYPES, M, in_dtype, memory_names
+from .request import DType, GraphName
 
 REFERENCE_FILE = "reference.safetensors"
 

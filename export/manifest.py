@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xfm_fast import __version__
 from xfm_fast.checkpoint.files import write_bytes
@@ -24,26 +24,23 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.documents import advice, is_plain_name, read_json
 from xfm_fast.errors import ExportError, StorageError
 
-from .consumers import Consumer, DType
-from .graphs import AttentionForm, GraphName
-from .request import Quantisation
+from .request import AttentionForm, DType, GraphName, Quantisation
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 Status = Literal["verified", "failed", "graphs verified", "unverified"]
-Kind = Literal["onnx", "tensorrt", "tensorrt-rtx", "aoti"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FileRecord(_Record):
     """A file of the export, by its name in the folder."""
 
     name: str
-    bytes: int
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -100,16 +97,11 @@ class GraphRecord(_Record):
     # In older exports, which could store the weights of an engine separately.
     weights: None = Field(default=None, exclude=True)
 
-    @property
-    def named(self) -> list[str]:
-        """The names of all files of the record; untrusted, since the folder may come from elsewhere."""
-        return [self.file, *self.files]
-
 
 class EngineTarget(_Record):
     """The machines that run engines: the library that built them and its version, and the GPUs."""
 
-    library: Literal["tensorrt", "tensorrt-rtx"]
+    library: str
     version: str
     compute_capabilities: list[int]  # such as 89
     version_compatible: bool = False
@@ -172,7 +164,7 @@ class Manifest(_Record):
     """An export: where it comes from, its graphs and files, and its verification."""
 
     format: int = FORMAT_VERSION
-    kind: Kind = "onnx"
+    kind: str = Field("onnx", description="of the files, see `runtimes.Runtime.kind`")
     created: str
     xfm_fast: str
     commit: str | None
@@ -181,7 +173,7 @@ class Manifest(_Record):
     tokenizer_sha256: str | None
     config: dict[str, Any]
     dtype: DType
-    consumer: Consumer | Literal["aoti"]
+    consumer: str = Field(description="the runtime that it was made for")
     opset: int | None
     attention: AttentionForm | Literal["function"] = Field(description="`function` is that of older exports")
     all_tokens: bool
@@ -199,6 +191,19 @@ class Manifest(_Record):
     verification: VerificationRecord | None = None
     graphs_verification: VerificationRecord | None = None
 
+    @model_validator(mode="after")
+    def _only_own_files(self) -> Self:
+        names = [name for graph in self.graphs for name in (graph.file, *graph.files)]
+        for name in (*names, *(record.name for record in self.files)):
+            if not is_plain_name(name):
+                raise ValueError(f"{name!r} is no file of this folder; give plain names")
+        return self
+
+    def unverified(self, **changes: Any) -> Self:
+        """A copy with changes, whose files were not compared with the model."""
+        fresh = {"status": "unverified", "reason": "it was not compared with the model", "verification": None}
+        return self.model_copy(update={**fresh, **changes})
+
     @property
     def xfm_config(self) -> XFMConfig:
         """Sizes of the exported model."""
@@ -212,7 +217,7 @@ class Manifest(_Record):
         """Raise `ExportError` where a graph uses a file without size and checksum in the manifest."""
         listed = {record.name for record in self.files}
         for graph in self.graphs:
-            used = {*graph.named}
+            used = {graph.file, *graph.files}
             if self.kind == "onnx" and graph.file in listed:
                 used |= external_files(folder / graph.file)
             if unlisted := sorted(used - listed):
@@ -271,14 +276,10 @@ class Manifest(_Record):
                 f"{FORMAT_VERSION}: {remedy}"
             )
         try:
-            manifest = cls.model_validate(content)
-            names = [name for graph in manifest.graphs for name in graph.named]
-            if foreign := [n for n in (*names, *(record.name for record in manifest.files)) if not is_plain_name(n)]:
-                raise ExportError(f"{path} names {foreign[0]!r}, which is no file of this folder; export again")
-            return manifest
+            return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = ".".join(str(part) for part in first["loc"]) or "its files"
             raise ExportError(f"{path} is damaged at {where} ({advice(first)}); export again") from None
 
     def require_target(self, *, library_version: str, compute_capability: int | None) -> None:
@@ -287,16 +288,18 @@ class Manifest(_Record):
         if target is None:
             return
         again = f"xfm-fast export {target.library}"
-        older = _numbers(library_version) < _numbers(target.version)
-        if library_version != target.version and (older or not target.version_compatible):
+        here, there = (
+            tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+            for version in (library_version, target.version)
+        )
+        if library_version != target.version and (here < there or not target.version_compatible):
             raise ExportError(
                 f"these engines were built by {target.library} {target.version} and this machine has "
                 f"{library_version}; install {target.library}=={target.version} or build again with {again}"
             )
         if compute_capability is None or compute_capability in target.compute_capabilities:
             return
-        ampere_plus = target.hardware_compatibility == "ampere_plus" and compute_capability >= 80
-        if not ampere_plus:
+        if target.hardware_compatibility != "ampere_plus" or compute_capability < 80:
             built = ", ".join(f"SM{number}" for number in target.compute_capabilities)
             raise ExportError(
                 f"these engines were built for {built} and this GPU is SM{compute_capability}; build for it with "
@@ -316,9 +319,6 @@ def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
     for record in files:
         path = folder / record.name
         try:
-            if Path(record.name).name != record.name:
-                yield f"{record.name} is no file of this folder"
-                continue
             size = path.stat().st_size
             if size < record.bytes:
                 yield f"{record.name} is truncated ({size:,} of {record.bytes:,} bytes)"
@@ -445,7 +445,3 @@ def _git(folder: Path, *arguments: str) -> str:
         ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
     )
     return done.stdout.strip()
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,12 +22,12 @@ from xfm_fast.errors import StorageError, UnavailableError
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 
-from .consumers import DTYPES, LARGEST_FILE, DType, Profile, profile
 from .expected import Examples
-from .graphs import Graph, check_fixed, frozen, tracing_call
+from .graphs import DTYPES, Graph, check_fixed, frozen, tracing_call
 from .manifest import GraphRecord, Manifest, package_versions
-from .pipeline import Progress, export_graphs, silent
-from .request import OnnxRequest, with_changes
+from .pipeline import export_graphs, split_request
+from .request import DType, OnnxRequest
+from .runtimes import LARGEST_FILE, Spelling, find_runtime
 
 # Smaller ones stay in the message: shapes are inferred from constants.
 _LEAST_BESIDE = 1024
@@ -37,23 +36,16 @@ _PAGE = 4096
 # Numbers of fields: of a model its graph, of a graph its weights, of a weight its entries.
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 
-Rewrite = Callable[[GraphRecord, Path], None]
-"""Changes the ONNX file of a graph in place, between export and build."""
-
 
 def export_onnx(
     model: XFM,
     folder: str | Path,
     request: OnnxRequest | None = None,
     *,
-    source: str = "a model in memory",
-    tokenizer_sha256: str | None = None,
     examples: Examples | None = None,
     compared: bool = True,
-    companions: Mapping[str, bytes] = {},
-    progress: Progress = silent,
     largest_file: int = LARGEST_FILE,
-    **changes: Any,
+    **given: Any,
 ) -> Manifest:
     """Write graphs of a model as ONNX files with a `manifest.json`.
 
@@ -61,25 +53,25 @@ def export_onnx(
         model: The model, left unchanged; weights are converted graph by graph.
         folder: Created if missing. Graphs of the same name in it are replaced.
         request: The graphs and their form.
-        source: Origin of the weights in words, for the manifest.
-        tokenizer_sha256: Vocabulary of the ids; by default that of the model's tokenizer.
         examples: Compare the export with the model on these; without them the manifest says `unverified`.
         compared: False defers the comparison to `verify`, which needs no model in memory.
-        companions: Sidecar files by name, in addition to tokenizer and preprocessor.
-        progress: Callback with a line of progress.
         largest_file: Bytes beyond which weights go into a separate file.
-        changes: Fields of the request: `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`.
+        given: Fields of the request, as in `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`; and for the
+            manifest `source`, the origin of the weights in words, `tokenizer_sha256` and `companions`, sidecar files
+            by name; `progress` is called with lines of progress.
 
     Raises:
         UnavailableError: An unknown consumer, dtype, opset or graph, a head that the model lacks, or a missing `onnx`.
         InputError: A fixed axis or size that no graph can have.
         StorageError: The folder is not writable or too small.
     """
-    request = with_changes(request, OnnxRequest, changes)
+    request, facts = split_request(request, OnnxRequest, given)
     spelling = check_spelling(request)
 
+    words = model.tokenizer
+    ends = {} if words is None else {"bos": words.bos_token_id, "eos": words.eos_token_id}
+
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
-        progress(f"exporting {record.name}")
         facts = {
             "graph": record.name,
             "version": __version__,
@@ -92,63 +84,46 @@ def export_onnx(
             "weights_sha256": content.weights_sha256,
             "tokenizer_sha256": content.tokenizer_sha256,
             "preprocessing": json.dumps(json.loads(preprocessor_json(model.config)), sort_keys=True),
-            "special_tokens": json.dumps(_special_tokens(model)),
+            "special_tokens": json.dumps(ends | {"pad": model.config.pad_token_id}),
         }
         metadata = {f"xfm_fast.{name}": value for name, value in facts.items() if value is not None}
-        written = write_onnx(
+        files = write_onnx(
             graph, Path(folder, record.file), spelling, content.dtype, fixed=graph.own_sizes(content.fixed),
             metadata=metadata, largest_file=largest_file,
         )  # fmt: skip
-        return [path.name for path in written.files]
+        return [path.name for path in files]
 
     return export_graphs(
         model, Path(folder), request, spelling, write, suffix=".onnx", consumer=request.consumer, opset=spelling.opset,
-        versions=package_versions("torch", "onnx", "onnxscript"), source=source, tokenizer_sha256=tokenizer_sha256,
-        examples=examples, compared=compared, companions=companions, progress=progress,
+        versions=package_versions("torch", "onnx", "onnxscript"), examples=examples, compared=compared, **facts,
     )  # fmt: skip
 
 
-def _special_tokens(model: XFM) -> dict[str, int]:
-    """The ids of bos, eos and pad; only pad where the model has no tokenizer."""
-    words = model.tokenizer
-    ends = {} if words is None else {"bos": words.bos_token_id, "eos": words.eos_token_id}
-    return ends | {"pad": model.config.pad_token_id}
-
-
-def check_spelling(request: OnnxRequest) -> Profile:
+def check_spelling(request: OnnxRequest) -> Spelling:
     """Attention form and opset of a request; raises `UnavailableError` before a checkpoint is read."""
-    spelling = profile(request.consumer, request.dtype, request.opset)
+    spelling = find_runtime(request.consumer).spelling(request.dtype, request.opset)
     require_onnx()
     return spelling
-
-
-@dataclass(frozen=True)
-class OnnxFile:
-    """A written file with its external data and opset."""
-
-    path: Path
-    files: tuple[Path, ...]
-    opset: int
 
 
 def write_onnx(
     graph: Graph,
     path: Path,
-    profile: Profile,
+    spelling: Spelling,
     dtype: DType,
     *,
     fixed: Mapping[str, int] | None = None,
     metadata: Mapping[str, str] | None = None,
     largest_file: int = LARGEST_FILE,
-) -> OnnxFile:
-    """Export a graph, its parameters in `dtype`, to `path`; weights beyond `largest_file` bytes go to `.data`."""
+) -> list[Path]:
+    """Export a graph, its parameters in `dtype`, to `path`, and return the files; weights beyond `largest_file` bytes
+    go to `.data`.
+    """
     onnx = require_onnx()
     fixed = dict(fixed or {})
     check_fixed([graph], fixed)
     inputs, shapes = tracing_call(graph, DTYPES[dtype], fixed)
     with (
-        # The exporter's messages about dimensions that it renames.
-        quiet("torch.onnx"),
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stderr(io.StringIO()),
         frozen(graph),
@@ -158,7 +133,7 @@ def write_onnx(
                 graph,
                 inputs,
                 dynamo=True,
-                opset_version=profile.opset,
+                opset_version=spelling.opset,
                 input_names=[spec.name for spec in graph.inputs],
                 output_names=[spec.name for spec in graph.outputs],
                 dynamic_shapes=shapes,
@@ -200,7 +175,7 @@ def write_onnx(
             f"{path} could not be written ({error.strerror or error}); free {size / 1e9:.1f} GB or choose another "
             "folder"
         ) from error
-    return OnnxFile(path, tuple(path.parent / name for name in names), profile.opset)
+    return [path.parent / name for name in names]
 
 
 def require_onnx() -> Any:
@@ -216,28 +191,22 @@ def require_onnx() -> Any:
 
 
 @contextlib.contextmanager
-def quiet(name: str | None = None) -> Iterator[None]:
-    """Silence a logger below ERROR."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def _fast_tracing() -> Iterator[None]:
-    """Speed up torch's exporter by a quarter: operators read once, no fake-tensor cache, no garbage collection."""
+    """Speed up torch's exporter by a quarter: operators read once, no fake-tensor cache, no garbage collection.
+
+    Its messages about dimensions that it renames are silenced.
+    """
     from torch._dynamo import config
 
-    collecting = gc.isenabled()
+    logger = logging.getLogger("torch.onnx")
+    collecting, level = gc.isenabled(), logger.level
     gc.disable()
+    logger.setLevel(logging.ERROR)
     try:
         with config.patch(fake_tensor_cache_enabled=False), _cached_operators():
             yield
     finally:
+        logger.setLevel(level)
         if collecting:
             gc.enable()
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,10 @@ from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 
-from .consumers import DTYPES, DType, Profile, data_type
 from .expected import DECODER_GRAPHS, Examples, reference_bytes
 from .graphs import (
+    DTYPES,
     LONGEST_ROW,
-    ROWS,
-    Axis,
     Graph,
     TensorSpec,
     build,
@@ -38,9 +37,11 @@ from .graphs import (
     needs_all_tokens,
 )
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
-from .readme import README_FILE, readme
-from .request import ALL_GRAPHS, ExportRequest, GraphName
+from .request import DType, ExportRequest, GraphName, Request
+from .runtimes import Spelling, data_type
 from .verification import compare_with_reference, keep_results
+
+README_FILE = "README.md"
 
 Progress = Callable[[str], None]
 """Callback with a line of progress."""
@@ -51,17 +52,27 @@ Write = Callable[[Graph, GraphRecord, Manifest], Sequence[str]]
 _TENSOR_TYPES: dict[DType, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Names, shapes and nodes.
 _ROOM_PER_GRAPH = 4 << 20
+_FACTS = ("source", "tokenizer_sha256", "companions", "progress", "examples", "compared")
 
 
 def silent(message: str) -> None:
     """No progress output."""
 
 
+def split_request(
+    request: Request | None, kind: type[Request], given: Mapping[str, Any]
+) -> tuple[Request, dict[str, Any]]:
+    """A request with changed fields, and the other keyword arguments of an export."""
+    facts = {name: given[name] for name in _FACTS if name in given}
+    changes = {name: value for name, value in given.items() if name not in facts}
+    return replace(request or kind(), **changes), facts
+
+
 def export_graphs(
     model: XFM,
     folder: Path,
     request: ExportRequest,
-    spelling: Profile,
+    spelling: Spelling,
     write: Write,
     *,
     suffix: str,
@@ -72,16 +83,14 @@ def export_graphs(
     companions: Mapping[str, bytes] = {},
     compared: bool = True,
     progress: Progress = silent,
-    **facts: Any,
+    **manifest: Any,
 ) -> Manifest:
-    """Write graphs of a model into a folder, with their manifest."""
+    """Write graphs of a model into a folder, with their manifest; `room` is the space needed for graphs of sizes."""
     dtype, fixed = data_type(request.dtype), request.sizes
     companions = XFMProcessor(model.config, model.tokenizer).files() | dict(companions)
     if tokenizer_sha256 is None and model.tokenizer is not None:
         tokenizer_sha256 = model.tokenizer.sha256()
-    built = build_graphs(
-        model, spelling, request.names, fixed=fixed, all_tokens=request.all_tokens, packed=request.packed
-    )
+    built = build_graphs(model, spelling, request)
     sizes = [graph_bytes(graph, model, dtype) for graph in built.values()]
     all_tokens = needs_all_tokens(model, request.all_tokens)
     records = graph_records(built, dtype, model, fixed, suffix)
@@ -100,13 +109,14 @@ def export_graphs(
         graphs=[],
         files=[],
         reason="it was not compared with the model",
-        **facts,
+        **manifest,
     )
 
     # Joined weights of all graphs together are a fifth of the model.
     del built
 
     def write_one(record: GraphRecord) -> Sequence[str]:
+        progress(f"exporting {record.name}")
         graph = build(record.name, model, spelling.form, all_tokens=all_tokens, packed=request.packed)
         converted = in_dtype(graph, DTYPES[dtype])
         files = write(converted, record, content)
@@ -160,29 +170,16 @@ def fill_folder(
     return content
 
 
-def build_graphs(
-    model: XFM,
-    spelling: Profile,
-    names: Sequence[GraphName] | None = None,
-    *,
-    fixed: Mapping[str, int] | None = None,
-    all_tokens: bool = False,
-    packed: bool = False,
-) -> dict[GraphName, Graph]:
+def build_graphs(model: XFM, spelling: Spelling, request: ExportRequest) -> dict[GraphName, Graph]:
     """The graphs to export, validated together; they share the model's parameters."""
-    names = default_graphs(model) if names is None else names
-    if not names:
-        raise InputError(f"no graph is named; choose from {', '.join(ALL_GRAPHS)}")
-    twice = sorted({name for name in names if [*names].count(name) > 1})
-    if twice:
+    names = default_graphs(model) if request.names is None else request.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"graph {twice[0]!r} is named twice; name it once")
-    all_tokens = needs_all_tokens(model, all_tokens)
-    built: dict[GraphName, Graph] = {
-        name: build(name, model, spelling.form, all_tokens=all_tokens, packed=packed) for name in names
-    }
-    check_fixed(built.values(), fixed or {})
+    form = {"all_tokens": needs_all_tokens(model, request.all_tokens), "packed": request.packed}
+    built: dict[GraphName, Graph] = {name: build(name, model, spelling.form, **form) for name in names}
+    check_fixed(built.values(), request.sizes)
     longest = model.config.max_text_length
-    for axis, size in (fixed or {}).items():
+    for axis, size in request.sizes.items():
         if axis in ("length", "past") and size > longest:
             raise InputError(f"{axis}={size} exceeds the {longest} positions of this model; use fewer")
     return built
@@ -192,32 +189,30 @@ def graph_records(
     built: Mapping[GraphName, Graph], dtype: DType, model: XFM, fixed: Mapping[str, int], suffix: str = ""
 ) -> list[GraphRecord]:
     """Records of graphs before they are written."""
-    return [
-        GraphRecord(
-            name=name, file=f"{name}{suffix}", files=[], build_seconds=0, **graph_interface(graph, dtype, model, fixed)
+
+    def tensor(spec: TensorSpec) -> TensorRecord:
+        kind = "int64" if spec.integer else _TENSOR_TYPES[dtype]
+        dims = [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.dims]
+        return TensorRecord.model_validate({"name": spec.name, "dtype": kind, "dims": dims})
+
+    records = []
+    for name, graph in built.items():
+        axes = [axis for spec in graph.inputs for axis in spec.axes.values() if axis not in fixed]
+        most: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
+        if "rows" in axes:
+            most["length"] = max(most["length"], LONGEST_ROW)
+        records.append(
+            GraphRecord(
+                name=name,
+                file=f"{name}{suffix}",
+                files=[],
+                inputs=[tensor(spec) for spec in graph.inputs],
+                outputs=[tensor(spec) for spec in graph.outputs],
+                axes={axis: AxisRecord(least=1, most=most.get(axis)) for axis in axes},
+                build_seconds=0,
+            )
         )
-        for name, graph in built.items()
-    ]
-
-
-def graph_interface(graph: Graph, dtype: DType, model: XFM, fixed: Mapping[str, int]) -> dict:
-    """Inputs, outputs and axes of a graph, as `GraphRecord` has them."""
-
-    def record(spec: TensorSpec) -> TensorRecord:
-        dims = [fixed.get(dim.name, dim.name) if isinstance(dim, Axis) else dim for dim in spec.dims]
-        return TensorRecord.model_validate(
-            {"name": spec.name, "dtype": _TENSOR_TYPES[dtype] if spec.dtype == "compute" else spec.dtype, "dims": dims}
-        )
-
-    axes = {axis.name: axis for spec in graph.inputs for axis in spec.axes.values() if axis.name not in fixed}
-    most: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
-    if ROWS in axes.values() and "length" in axes:
-        most["length"] = max(most["length"], LONGEST_ROW)
-    return {
-        "inputs": [record(spec) for spec in graph.inputs],
-        "outputs": [record(spec) for spec in graph.outputs],
-        "axes": {name: AxisRecord(least=axis.least, most=most.get(name)) for name, axis in axes.items()},
-    }
+    return records
 
 
 def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
@@ -250,7 +245,7 @@ def prepare_folder(folder: Path, needed: int) -> None:
         )
 
 
-def companions_of(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+def sidecar_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """The JSON sidecar files of an export, by name."""
     names = [record.name for record in manifest.files if record.name.endswith(".json")]
     try:
@@ -269,3 +264,47 @@ def weights_sha256(model: nn.Module, graphs: Iterable[nn.Module]) -> str:
         digest.update(f"{name} {parameter.dtype} {[*parameter.shape]}".encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def readme(manifest: Manifest) -> str:
+    """The text of `README.md` for a complete manifest."""
+    side = manifest.xfm_config.image_size
+    session = 'session = Session.load("this folder")'
+    rows = []
+    for graph in manifest.graphs:
+        sides = ("<br>".join(f"{each.name} {each.dims}" for each in side) for side in (graph.inputs, graph.outputs))
+        rows.append(f"| {graph.name} | {graph.file} | {' | '.join(sides)} |")
+    inputs = 'inputs = session.processor(images=["photo.jpg"], text=["a caption"])'
+    parts = [
+        f"# X-FM as {manifest.kind}",
+        f"Weights of {manifest.source}, {manifest.dtype}, by xfm-fast {manifest.xfm_fast}.",
+        "`manifest.json` has the sizes, and whether the files agree with the model.",
+        f"Images of {side}x{side} pixels are prepared as `preprocessor_config.json` says.",
+        "Texts are by `tokenizer.json`, where the model had one.",
+        f"```python\nfrom xfm_fast.export import Session\n\n{session}\n{inputs}\n```",
+        "\n".join(["| graph | file | inputs | outputs |", "|---|---|---|---|", *rows]),
+    ]
+    if manifest.kind == "onnx":
+        typed = "" if manifest.dtype == "fp32" else " --stronglyTyped"
+        lines = "\n".join(_trtexec(record, manifest.packed) + typed for record in manifest.graphs)
+        parts.append(f"## TensorRT engines without xfm-fast\n\n```sh\n{lines}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _trtexec(record: GraphRecord, packed: bool) -> str:
+    """The `trtexec` command of a graph for the sizes of the last default profile."""
+    from .engines import parse_profiles
+
+    axes = parse_profiles((), packed=packed)[-1].axes
+    options = [f"trtexec --onnx={record.file} --saveEngine={record.name}.engine --noTF32"]
+    for name, chosen in (("min", "least"), ("opt", "best"), ("max", "most")) if record.axes else ():
+        # A model may accept less than the profile has.
+        sizes = {
+            axis: min(getattr(axes[axis], chosen), has.most or axes[axis].most) for axis, has in record.axes.items()
+        }
+        shapes = (
+            f"{tensor.name}:{'x'.join(str(sizes[dim] if isinstance(dim, str) else dim) for dim in tensor.dims)}"
+            for tensor in record.inputs
+        )
+        options.append(f"--{name}Shapes={','.join(shapes)}")
+    return " ".join(options)

@@ -1,4 +1,4 @@
-"""Requests: every option of the export commands, as the library takes it.
+"""Requests: the options of the export commands, as the library takes them; a runtime may have more of its own.
 
 This module imports no PyTorch, so `--help` is fast. Exporters validate the values before they read weights.
 """
@@ -27,12 +27,12 @@ GRAPHS: tuple[GraphName, ...] = (*DEFAULT_GRAPHS, "match")
 DType = Literal["fp32", "fp16", "bf16"]
 Preset = Literal["base", "tiny"]
 
-RuntimeName = Literal["onnxruntime", "openvino", "tensorrt-rtx", "tensorrt", "aoti"]
-RuntimeChoice = Literal["auto", RuntimeName]
-
-Consumer = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "openvino"]
+AttentionForm = Literal["opset23", "primitives"]
+Precision = Literal["fp32", "bf16"]
 Quantisation = Literal["int8", "fp8"]
-HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
+
+RuntimeChoice = str
+"""The name of a runtime (`export.runtimes`), or `auto`."""
 
 BUDGET = 0.99
 """The least cosine of any output row with the model's, for exports with 8-bit GEMMs."""
@@ -89,13 +89,31 @@ class ExportRequest:
     @property
     def names(self) -> tuple[GraphName, ...] | None:
         """Names of the graphs; None for the default graphs of the model."""
-        return None if self.graphs is None else parse_graphs(joined(self.graphs))
+        if self.graphs is None:
+            return None
+        names = tuple(part.strip() for part in joined(self.graphs).split(",") if part.strip())
+        for name in names:
+            if name not in ALL_GRAPHS:
+                raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}")
+        if not names:
+            raise InputError(
+                f"--graphs {self.graphs!r} names no graph; choose from {', '.join(ALL_GRAPHS)}, or omit it"
+            )
+        return names  # pyright: ignore[reportReturnType]
 
     @property
     def sizes(self) -> dict[str, int]:
         """Sizes of the fixed axes; a program may pass a mapping."""
         given: Any = self.fixed
-        return dict(given) if isinstance(given, Mapping) else parse_fixed(joined(given))
+        if isinstance(given, Mapping):
+            return dict(given)
+        fixed = {}
+        for part in filter(None, (part.strip() for part in joined(given).split(","))):
+            name, _, size = (piece.strip() for piece in part.partition("="))
+            if not name or not size.isdigit():
+                raise InputError(f"--fixed {part!r} is not understood; write axis=size, such as batch=1,length=40")
+            fixed[name] = int(size)
+        return fixed
 
 
 @dataclass(frozen=True)
@@ -103,70 +121,12 @@ class OnnxRequest(ExportRequest):
     """Graphs as ONNX files.
 
     Attributes:
-        consumer: Library that reads the files.
+        consumer: Runtime that reads the files, for example onnxruntime.
         opset: ONNX opset, 20 to 24; by default 20 for fp32, and 23, which has attention, for 16 bits.
     """
 
-    consumer: Consumer = "onnxruntime"
+    consumer: str = "onnxruntime"
     opset: int | None = None
-
-
-@dataclass(frozen=True)
-class PackageRequest(ExportRequest):
-    """Graphs as AOTInductor packages.
-
-    Attributes:
-        device: Device of this machine that runs the packages.
-    """
-
-    device: Literal["cpu", "cuda"] = "cpu"
-
-
-@dataclass(frozen=True)
-class EngineRequest(ExportRequest):
-    """Graphs as TensorRT engines.
-
-    Attributes:
-        dtype: Dtype of weights and arithmetic.
-        opset: ONNX opset, 20 to 24; by default the best one for the builder.
-        profile: Sizes that an engine accepts, name:axis=least..best..most, for example
-            latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up
-            to 32]
-        sm: Compute capabilities to build for, for example 80,89,120. [this machine's GPU]
-        quantize: 8-bit GEMMs, with scales from --data or the photographs.
-        budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype.
-        level: Optimisation level of the builder; by default the builder's own.
-        keep_onnx: Keep the ONNX graphs of the engines in OUT/onnx.
-    """
-
-    dtype: DType = "bf16"
-    opset: int | None = None
-    profile: Sequence[str] = ()
-    sm: Sequence[str] = ()
-    quantize: Quantisation | None = None
-    budget: float = BUDGET
-    level: Annotated[int | None, Ge(0), Le(5)] = None
-    keep_onnx: bool = False
-
-    @property
-    def complete(self) -> TensorRTRequest:
-        """The request with the options of TensorRT, at their defaults for TensorRT for RTX."""
-        return self if isinstance(self, TensorRTRequest) else TensorRTRequest(**vars(self))
-
-
-@dataclass(frozen=True)
-class TensorRTRequest(EngineRequest):
-    """Graphs as TensorRT engines, with the options that TensorRT for RTX lacks.
-
-    Attributes:
-        timing_cache: File of kernel timings, read before and written after a build: later builds are faster.
-        version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
-        hardware_compatible: Other GPUs run the engine too.
-    """
-
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: HardwareCompatibility | None = None
 
 
 @dataclass(frozen=True)
@@ -214,28 +174,6 @@ Request = TypeVar("Request", bound=ExportRequest)
 def with_changes(request: Request | None, kind: type[Request], changes: Mapping[str, Any]) -> Request:
     """The request, or the default one of a kind, with changed fields."""
     return replace(request or kind(), **changes)
-
-
-def parse_graphs(text: str) -> tuple[GraphName, ...]:
-    """Graph names from a list with commas; raises for unknown names and an empty list."""
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
-    for name in names:
-        if name not in ALL_GRAPHS:
-            raise UnavailableError(f"graph {name!r} is unknown; choose from {', '.join(ALL_GRAPHS)}")
-    if not names:
-        raise InputError(f"--graphs {text!r} names no graph; choose from {', '.join(ALL_GRAPHS)}, or leave it out")
-    return names  # pyright: ignore[reportReturnType]
-
-
-def parse_fixed(text: str) -> dict[str, int]:
-    """Sizes of axes from a list such as `batch=1,length=40`; raises `InputError` for other entries."""
-    fixed = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, size = (piece.strip() for piece in part.partition("="))
-        if not name or not size.isdigit():
-            raise InputError(f"--fixed {part!r} is not understood; write axis=size, such as batch=1,length=40")
-        fixed[name] = int(size)
-    return fixed
 
 
 def joined(texts: Sequence[str]) -> str:

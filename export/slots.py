@@ -6,10 +6,10 @@ for each profile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from math import inf, prod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,56 +17,10 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 
+from .graphs import AXES, dims_of
 from .manifest import GraphRecord, TensorRecord
 
-_BATCH, _TEXTS, _LENGTH, _PAST, _ROWS = "batch", "texts", "length", "past", "rows"
-# Dynamic dimensions of tensors by name, without the number of a layer, and number of dimensions.
-_AXES: Mapping[tuple[str, int], tuple[str | None, ...]] = {
-    ("pixels", 4): (_BATCH,),
-    ("image_embeds", 3): (_BATCH,),
-    ("image_feature", 2): (_BATCH,),
-    ("memory_keys_", 4): (_BATCH,),
-    ("memory_values_", 4): (_BATCH,),
-    ("input_ids", 2): (_BATCH, _LENGTH),
-    ("input_ids", 3): (_BATCH, _TEXTS, _LENGTH),
-    ("attention_mask", 2): (_BATCH, _LENGTH),
-    ("attention_mask", 3): (_BATCH, _TEXTS, _LENGTH),
-    ("text_embeds", 3): (_BATCH, _LENGTH),
-    ("text_embeds", 4): (_BATCH, _TEXTS, _LENGTH),
-    ("text_feature", 2): (_BATCH,),
-    ("fused", 3): (_BATCH, _TEXTS),
-    ("fused", 4): (_BATCH, _TEXTS, _LENGTH),
-    ("match_logits", 3): (_BATCH, _TEXTS),
-    ("boxes", 3): (_BATCH, _TEXTS),
-    ("scores", 2): (_BATCH, _TEXTS),
-    ("class_logits", 2): (_BATCH,),
-    ("class_logits", 3): (_BATCH, _TEXTS),
-    ("memory_keys_", 5): (_BATCH,),
-    ("memory_values_", 5): (_BATCH,),
-    ("states", 3): (_BATCH, _LENGTH),
-    ("memory_mask", 2): (_BATCH, _LENGTH),
-    ("decoder_keys_", 4): (_BATCH, None, _LENGTH),
-    ("decoder_values_", 4): (_BATCH, None, _LENGTH),
-    ("token_ids", 2): (_BATCH, _TEXTS),
-    ("past", 7): (_BATCH, _TEXTS, None, None, None, _PAST),
-    ("past_mask", 3): (_BATCH, _TEXTS, _PAST),
-    ("logits", 3): (_BATCH, _TEXTS),
-    ("present", 6): (_BATCH, _TEXTS),
-    ("packed_ids", 2): (_ROWS, _LENGTH),
-    ("positions", 2): (_ROWS, _LENGTH),
-    ("segments", 2): (_ROWS, _LENGTH),
-    ("segments", 3): (_BATCH, _ROWS, _LENGTH),
-    ("firsts", 2): (_BATCH,),
-    ("firsts", 3): (_BATCH, _TEXTS),
-    ("packed_embeds", 3): (_ROWS, _LENGTH),
-    ("packed_embeds", 4): (_BATCH, _ROWS, _LENGTH),
-    ("fused_tokens", 4): (_BATCH, _ROWS, _LENGTH),
-}
-
-
-SMALL_SIZES = {"batch": 1, "texts": 4, "length": 16, "past": 4, "rows": 2}
-LARGE_SIZES = {"batch": 4, "texts": 16, "length": 40, "past": 16, "rows": 4}
-"""Sizes to warm up axes without a tuned size."""
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -109,20 +63,18 @@ class Slot:
             out[axis] = max(size, allowed.least)
         return out
 
-    def example(self, wanted: Mapping[str, int]) -> dict[str, int]:
-        """Sizes to warm up with: the tuned ones, else the nearest to `wanted`."""
+    def example(self, kind: Literal["small", "large"] = "small") -> dict[str, int]:
+        """Sizes to warm up with: the tuned ones, else the nearest to those of `AXES`."""
         out = {}
         for axis, allowed in self.ranges.items():
-            size = max(wanted[axis], allowed.least) if allowed.best is None else allowed.best
+            size = max(getattr(AXES[axis], kind), allowed.least) if allowed.best is None else allowed.best
             out[axis] = size if allowed.most is None else min(size, allowed.most)
         return out
 
 
-def axes_of(tensor: TensorRecord | str, dims: int | None = None) -> tuple[str | None, ...]:
-    """Axis names of the dimensions of a tensor, up to the last that varies; None for a dimension of constant size."""
-    name, number = (tensor, dims) if isinstance(tensor, str) else (tensor.name, len(tensor.dims))
-    assert number is not None
-    return _AXES[name.rstrip("0123456789"), number]
+def axes_of(tensor: TensorRecord) -> list[str | None]:
+    """The axis of every dimension of a tensor; None for a dimension that never varies."""
+    return [dim if dim in AXES else None for dim in dims_of(tensor.name, len(tensor.dims))]
 
 
 def graph_slots(record: GraphRecord) -> list[Slot]:
@@ -147,13 +99,11 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
         ]
     ranges: dict[str, SizeRange] = {}
     for tensor in record.inputs:
-        for axis, dim in zip(axes_of(tensor), tensor.dims, strict=False):
-            if axis is None:
-                continue
-            if isinstance(dim, int):
+        for axis, dim in zip(axes_of(tensor), tensor.dims, strict=True):
+            if axis is not None and isinstance(dim, int):
                 ranges[axis] = SizeRange(dim, dim)
-            else:
-                ranges[axis] = SizeRange(record.axes[dim].least, record.axes[dim].most)
+            elif axis is not None:
+                ranges[axis] = SizeRange(record.axes[axis].least, record.axes[axis].most)
     slot = Slot("dynamic", 0, ranges)
     return [Slot("fixed", 0, ranges) if slot.fixed else slot]
 
@@ -179,23 +129,25 @@ def largest(slots: Sequence[Slot], axis: str) -> int | None:
 
 def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     """Sizes of the axes of a request; raises `InputError` for missing, unknown or mismatched inputs."""
-    expected = {tensor.name: tensor for tensor in record.inputs}
-    if set(inputs) != set(expected):
-        wrong = ", ".join(sorted(set(inputs) ^ set(expected)))
-        raise InputError(f"graph {record.name!r}: inputs missing or unknown: {wrong}; give {', '.join(expected)}")
+    names = [tensor.name for tensor in record.inputs]
+    if wrong := sorted({*inputs} ^ {*names}):
+        raise InputError(
+            f"graph {record.name!r}: inputs missing or unknown: {', '.join(wrong)}; give {', '.join(names)}"
+        )
     sizes: dict[str, int] = {}
-    for name, tensor in expected.items():
-        value, axes = inputs[name], axes_of(tensor)
-        wanted = [axis or dim for axis, dim in zip_longest(axes, tensor.dims)]
-        if value.dim() != len(wanted) or any(
-            isinstance(dim, int) and dim != size for dim, size in zip(wanted, value.shape, strict=True)
+    for tensor in record.inputs:
+        shape, axes = [*inputs[tensor.name].shape], axes_of(tensor)
+        expected = [axis or dim for axis, dim in zip(axes, tensor.dims, strict=True)]
+        if len(shape) != len(expected) or any(
+            isinstance(dim, int) and dim != size for dim, size in zip(expected, shape, strict=True)
         ):
-            shape = ", ".join(map(str, wanted))
-            raise InputError(f"graph {record.name!r}: {name} is {[*value.shape]}; it must be [{shape}]")
-        for axis, size in zip(axes, value.shape, strict=False):
+            raise InputError(
+                f"graph {record.name!r}: {tensor.name} is {shape}; it must be [{', '.join(map(str, expected))}]"
+            )
+        for axis, size in zip(axes, shape, strict=True):
             if axis is not None and sizes.setdefault(axis, size) != size:
                 raise InputError(
-                    f"graph {record.name!r}: {name} is {[*value.shape]}, so {axis} is {size}, but another input has "
+                    f"graph {record.name!r}: {tensor.name} is {shape}, so {axis} is {size}, but another input has "
                     f"{sizes[axis]}"
                 )
     return sizes
@@ -219,15 +171,18 @@ def trim_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, i
     return value
 
 
-def output_shapes(record: GraphRecord, sizes: Mapping[str, int]) -> dict[str, torch.Size]:
-    """Shapes of the outputs of a graph at the given sizes."""
-    return {tensor.name: tensor_shape(tensor, sizes) for tensor in record.outputs}
-
-
 def tensor_shape(tensor: TensorRecord, sizes: Mapping[str, int]) -> torch.Size:
     """Shape of an input or output at the given sizes of its axes."""
-    axes = axes_of(tensor)
-    return torch.Size([int(dim) if axis is None else sizes[axis] for axis, dim in zip_longest(axes, tensor.dims)])
+    pairs = zip(axes_of(tensor), tensor.dims, strict=True)
+    return torch.Size([int(dim) if axis is None else sizes[axis] for axis, dim in pairs])
+
+
+def empty_tensors(tensors: Iterable[TensorRecord], sizes: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+    """Uninitialised memory for inputs or outputs of a graph at the given sizes."""
+    return {
+        each.name: torch.empty(tensor_shape(each, sizes), dtype=TORCH_DTYPES[each.dtype], device=device)
+        for each in tensors
+    }
 
 
 def _refusal(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> str:

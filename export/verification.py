@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,11 @@ from torch import Tensor
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .consumers import DTYPES, DType
 from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
-from .graphs import GraphName, is_memory
-from .layout import Layout, pack_rows
+from .graphs import DTYPES, is_memory
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
-from .request import BUDGET
+from .passes import Layout, pack_rows
+from .request import BUDGET, DType, GraphName
 from .slots import graph_slots, largest
 
 
@@ -86,45 +85,40 @@ def compare_with_reference(
     """Compare the files of an export with a reference and set status and reason in its manifest."""
     started = time.perf_counter()
     try:
-        if isinstance(runner, str):
-            runner = default_runner(folder, manifest, runner)
-        checks, ranks = compare(manifest, reference, runner)
+        runner = default_runner(folder, manifest, runner) if isinstance(runner, str) else runner
+        checks, ranks = Comparison(manifest, reference, runner).run()
     except UnavailableError as error:
         manifest.verification, graphs = None, manifest.graphs_verification
         if graphs is None:
             manifest.status, manifest.reason = "unverified", str(error)
         elif graphs.differing:
-            manifest.status, manifest.reason = (
-                "failed",
-                f"its graphs differ from the model: {', '.join(graphs.differing)}",
-            )
+            differing = ", ".join(graphs.differing)
+            manifest.status, manifest.reason = "failed", f"its graphs differ from the model: {differing}"
         else:
             manifest.status, manifest.reason = "graphs verified", f"engine not run here: {error}"
         return
-    manifest.verification = VerificationRecord(
+    record = VerificationRecord(
         runtime=runner.description,
         examples=manifest.examples,
         seconds=round(time.perf_counter() - started, 3),
         checks=checks,
         ranks=ranks,
     )
-    bad = manifest.verification.differing
+    bad = record.differing
+    manifest.verification = record
     manifest.status = "failed" if bad else "verified"
     manifest.reason = f"differs from the model: {', '.join(bad)}" if bad else ""
 
 
 def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> Runner:
     """A session of a runtime, as in `Session.load`; `auto` runs ONNX files on the CPU, bf16 graphs in fp32."""
-    from .runtimes.onnx_sessions import OnnxSessions, WidenedOnnx
+    from .runtimes.onnx_runtime import OnnxRuntime
     from .session import Session
 
     def opened(part: Manifest) -> Runner:
-        if manifest.kind != "onnx" or runtime not in ("auto", "onnxruntime"):
-            session = Session(folder, runtime, manifest=part)
-        elif manifest.dtype == "bf16":
-            session = Session(folder, WidenedOnnx(part), manifest=part)
-        else:
-            session = Session(folder, OnnxSessions(part, torch.device("cpu"), spare=True), manifest=part)
+        on_cpu = manifest.kind == "onnx" and runtime in ("auto", "onnxruntime")
+        kind = OnnxRuntime(part, torch.device("cpu"), compares=True) if on_cpu else runtime
+        session = Session(folder, kind, manifest=part)
         session.warm_up()
         return session
 
@@ -156,142 +150,12 @@ class _OneGraphAtATime:
         return self._loaded[graph]
 
 
-def threshold_of(manifest: Manifest) -> Threshold:
-    """The threshold of an export."""
-    if manifest.options.get("arithmetic"):
-        return eight_bit(manifest.options.get("budget", BUDGET))
-    return THRESHOLDS[manifest.dtype]
-
-
-def compare(manifest: Manifest, reference: Reference, runner: Runner) -> tuple[list[Check], list[RankCheck]]:
-    """Run every graph over the range of its shapes and compare all outputs with the reference."""
-    threshold = threshold_of(manifest)
-    checks: list[Check] = []
-    ranks: list[RankCheck] = []
-    for record in manifest.graphs:
-        found = Findings(record.name)
-        if record.name in DECODER_GRAPHS:
-            _Decoding(record, manifest, reference, runner, found).run()
-        else:
-            for case in cases(record, manifest, reference):
-                _run(record, case, manifest, reference, runner, found)
-        for output in found.outputs:
-            checks.append(found.check(output, threshold, reference, manifest.dtype))
-        if found.scores is not None:
-            ranks += _rank_check(record.name, found.scores, threshold, reference)
-    if manifest.options.get("arithmetic") and {"vision", "text", "image_memory", "fusion"} <= {*manifest.graph_names}:
-        # 8-bit errors accumulate from graph to graph, which the ranks of a single graph do not show.
-        scores = _reranked(manifest, reference, runner)
-        ranks += [] if scores is None else _rank_check("all", scores, threshold, reference)
-    return checks, ranks
-
-
-def _rank_check(
-    graph: GraphName | Literal["all"], scores: Tensor, threshold: Threshold, reference: Reference
-) -> list[RankCheck]:
-    tie = threshold.ties(reference)
-    agreement = rank_agreement(scores, reference.tensors["scores"], tie)
-    if agreement is None:
-        return []
-    return [
-        RankCheck(
-            graph=graph,
-            candidates=agreement.candidates,
-            agreement=agreement.agreeing,
-            identical=agreement.identical,
-            tie=tie,
-            least=threshold.ranks,
-            passed=agreement.agreeing >= threshold.ranks,
-        )
-    ]
-
-
-def _reranked(manifest: Manifest, reference: Reference, runner: Runner) -> Tensor | None:
-    """The scores `[I, T]` of the chained graphs, each fed with the computed results of the previous one."""
-    computed = dict(reference.tensors)
-    for graph, output in (("vision", "image_embeds"), ("text", "text_embeds")):
-        record = manifest.graph(graph)
-        values = computed[output] = computed[output].clone()
-        for case in _largest_cases(record, manifest, reference):
-            rows = case.images if graph == "vision" else case.texts[:, 0]
-            outputs = runner.run(graph, case_inputs(record, case, manifest, reference, runner))
-            if output in outputs:
-                made = outputs[output].float().cpu()
-            else:
-                packed = outputs["packed_embeds"].float().cpu()
-                made = _out_of_rows(record, case, manifest, reference, packed)
-            values[rows[:, None], torch.arange(made.shape[1])] = made
-    record, found = manifest.graph("fusion"), Findings("fusion")
-    for case in _largest_cases(record, manifest, reference):
-        _run(record, case, manifest, Reference({**computed}, reference.rounding), runner, found)
-    return found.scores
-
-
-def _largest_cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> list[Case]:
-    """The cases of the largest shape, which cover every image, caption or pair."""
-    found = [*cases(record, manifest, reference)]
-    last = found[-1]
-    sizes = (len(last.images), last.texts.shape)
-    return [case for case in found if (len(case.images), case.texts.shape) == sizes]
-
-
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One run of a graph: images `[B]` and captions `[B, T]` by number, and the padded length."""
 
     images: Tensor
     texts: Tensor
     length: int
-
-
-def cases(record: GraphRecord, manifest: Manifest, reference: Reference) -> Iterator[Case]:
-    """Shapes from smallest to largest within the profiles, each image with each caption; fixed axes keep their size."""
-    images, fixed = reference.images, manifest.fixed
-    slots = graph_slots(record)
-    if record.name in ("fusion", "nlvr2") and not _has_memories(manifest):
-        images = 1
-    lengths = reference.tensors["attention_mask"].sum(1)
-    longest = largest(slots, "length") if "length" in slots[0].ranges else None
-    # The texts that fit, by number.
-    usable = (lengths <= (longest or lengths.max())).nonzero().flatten()
-    texts = len(usable)
-
-    def case(image_rows: Tensor, text_rows: Tensor) -> Case:
-        return Case(image_rows, text_rows, fixed.get("length", int(lengths[text_rows].max())))
-
-    if record.name not in ("fusion", "match"):
-        count = images if record.name in ("vision", "image_memory") else texts
-        few = 3 if record.name == "text" else 2
-        for size in _sizes(fixed.get("batch"), (1, few, count), largest(slots, "batch") or count):
-            for rows in chunks(count, size):
-                yield case(rows % images, usable[rows % texts][:, None])
-        return
-    shapes = ((1, 1), (1, texts), (images, 1), (images, texts))
-    bounded: list[tuple[int, int]] = []
-    for batch, count in shapes:
-        # The memories that a profile takes, and the texts on each that it takes with them.
-        batch, count = fixed.get("batch", batch), fixed.get("texts", count)
-        batch = min(batch, largest(slots, "batch") or batch)
-        together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
-        bounded.append((batch, min(count, largest(together, "texts") or count)))
-    for batch, count in dict.fromkeys(bounded):
-        for image_rows in chunks(images, batch):
-            if count == 1 and fixed.get("texts") is None:
-                # A memory for each text: image b with a text of its own.
-                rows = torch.arange(batch)[:, None] + int(image_rows[0])
-                yield case(image_rows, usable[rows % texts])
-                continue
-            for text_rows in chunks(texts, count):
-                yield case(image_rows, usable[text_rows].expand(batch, -1))
-
-
-def _has_memories(manifest: Manifest) -> bool:
-    """Whether `image_memory` computes the memory of every image; the reference holds only that of image 0."""
-    return "image_memory" in manifest.graph_names
-
-
-def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ...]:
-    return (fixed,) if fixed is not None else tuple(dict.fromkeys(min(size, most) for size in free))
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:
@@ -300,129 +164,271 @@ def chunks(count: int, size: int) -> Iterator[Tensor]:
         yield torch.arange(start, start + size) % count
 
 
-def case_inputs(
-    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, runner: Runner
-) -> dict[str, Tensor]:
-    """Inputs of a graph from the reference; memories come from `image_memory` where it is exported."""
-    dtype = DTYPES[manifest.dtype]
-    known = reference.tensors
-    inputs: dict[str, Tensor] = {}
-    names = [tensor.name for tensor in record.inputs]
-    rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
-    if "pixels" in names:
-        inputs["pixels"] = known["pixels"][case.images].to(dtype)
-    if "image_embeds" in names:
-        inputs["image_embeds"] = known["image_embeds"][case.images].to(dtype)
-    memory = [name for name in names if is_memory(name)]
-    if memory:
-        pairs = record.name == "nlvr2"
+class Comparison:
+    """The graphs of an export on the inputs of a reference, and their outputs compared with its results."""
+
+    def __init__(self, manifest: Manifest, reference: Reference, runner: Runner) -> None:
+        self.manifest, self.reference, self.runner = manifest, reference, runner
+        self.known, self.dtype = reference.tensors, DTYPES[manifest.dtype]
+        self.padding: int = manifest.xfm_config.pad_token_id
+        # `image_memory` computes the memory of every image; the reference holds only that of image 0.
+        self.has_memories = "image_memory" in manifest.graph_names
+
+    def run(self) -> tuple[list[Check], list[RankCheck]]:
+        """Run every graph over the range of its shapes and compare all outputs with the reference."""
+        threshold, reference = threshold_of(self.manifest), self.reference
+        checks: list[Check] = []
+        ranks: list[RankCheck] = []
+        for record in self.manifest.graphs:
+            found = Findings(record.name)
+            if record.name in DECODER_GRAPHS:
+                self._decode(record, found)
+            else:
+                for case in self.cases(record):
+                    self._run(record, case, found)
+            checks += [found.check(output, threshold, reference, self.manifest.dtype) for output in found.outputs]
+            ranks += _rank_check(record.name, found.scores, threshold, reference)
+        composed = {"vision", "text", "image_memory", "fusion"} <= {*self.manifest.graph_names}
+        if self.manifest.options.get("arithmetic") and composed:
+            # 8-bit errors accumulate from graph to graph, which the ranks of a single graph do not show.
+            ranks += _rank_check("all", self._reranked(), threshold, reference)
+        return checks, ranks
+
+    def _reranked(self) -> Tensor | None:
+        """The scores `[I, T]` of the chained graphs, each fed with the computed results of the previous one."""
+        computed = dict(self.known)
+        for graph, output in (("vision", "image_embeds"), ("text", "text_embeds")):
+            record = self.manifest.graph(graph)
+            values = computed[output] = computed[output].clone()
+            for case in self._largest_cases(record):
+                rows = case.images if graph == "vision" else case.texts[:, 0]
+                outputs = self.runner.run(graph, self.inputs(record, case))
+                if output in outputs:
+                    made = outputs[output].float().cpu()
+                else:
+                    made = self._out_of_rows(record, case, outputs["packed_embeds"].float().cpu())
+                values[rows[:, None], torch.arange(made.shape[1])] = made
+        record, found = self.manifest.graph("fusion"), Findings("fusion")
+        chained = Comparison(self.manifest, Reference(computed, self.reference.rounding), self.runner)
+        for case in self._largest_cases(record):
+            chained._run(record, case, found)
+        return found.scores
+
+    def _largest_cases(self, record: GraphRecord) -> list[Case]:
+        """The cases of the largest shape, which cover every image, caption or pair."""
+        found = [*self.cases(record)]
+        return [case for case in found if case.texts.shape == found[-1].texts.shape]
+
+    def cases(self, record: GraphRecord) -> Iterator[Case]:
+        """Shapes from smallest to largest within the profiles, each image with each caption; fixed axes stay."""
+        images, fixed, slots = self.reference.images, self.manifest.fixed, graph_slots(record)
+        if record.name in ("fusion", "nlvr2") and not self.has_memories:
+            images = 1
+        lengths = self.known["attention_mask"].sum(1)
+        longest = largest(slots, "length") if "length" in slots[0].ranges else None
+        # The texts that fit, by number.
+        usable = (lengths <= (longest or lengths.max())).nonzero().flatten()
+        texts = len(usable)
+
+        def case(image_rows: Tensor, text_rows: Tensor) -> Case:
+            return Case(image_rows, text_rows, fixed.get("length", int(lengths[text_rows].max())))
+
+        if record.name not in ("fusion", "match"):
+            count = images if record.name in ("vision", "image_memory") else texts
+            few = 3 if record.name == "text" else 2
+            for size in _sizes(fixed.get("batch"), (1, few, count), largest(slots, "batch") or count):
+                for rows in chunks(count, size):
+                    yield case(rows % images, usable[rows % texts][:, None])
+            return
+        bounded: list[tuple[int, int]] = []
+        for batch, count in ((1, 1), (1, texts), (images, 1), (images, texts)):
+            # The memories that a profile takes, and the texts on each that it takes with them.
+            batch, count = fixed.get("batch", batch), fixed.get("texts", count)
+            batch = min(batch, largest(slots, "batch") or batch)
+            together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
+            bounded.append((batch, min(count, largest(together, "texts") or count)))
+        for batch, count in dict.fromkeys(bounded):
+            for image_rows in chunks(images, batch):
+                if count == 1 and fixed.get("texts") is None:
+                    # A memory for each text: image b with a text of its own.
+                    rows = torch.arange(batch)[:, None] + int(image_rows[0])
+                    yield case(image_rows, usable[rows % texts])
+                    continue
+                for text_rows in chunks(texts, count):
+                    yield case(image_rows, usable[text_rows].expand(batch, -1))
+
+    def inputs(self, record: GraphRecord, case: Case) -> dict[str, Tensor]:
+        """Inputs of a graph from the reference; memories come from `image_memory` where it is exported."""
+        known, names = self.known, [tensor.name for tensor in record.inputs]
+        rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
+        inputs: dict[str, Tensor] = {}
+        for name in names:
+            if name in ("pixels", "image_embeds"):
+                inputs[name] = known[name][case.images].to(self.dtype)
+            elif name in ("input_ids", "attention_mask"):
+                inputs[name] = _cut(known[name], rows, case.length, self.padding if name == "input_ids" else 0)
+            elif name == "text_embeds":
+                inputs[name] = _cut(known[name], rows, case.length, 0).to(self.dtype)
+        inputs |= self._memory([name for name in names if is_memory(name)], case, pairs=record.name == "nlvr2")
+        if "segments" in names:
+            inputs |= self._rows(record, case)
+        return inputs
+
+    def _memory(self, names: list[str], case: Case, *, pairs: bool) -> dict[str, Tensor]:
+        if not names:
+            return {}
         # Of a pair the image and the one behind it.
-        images = torch.stack([case.images, (case.images + 1) % reference.images], 1).flatten() if pairs else case.images
-        if _has_memories(manifest):
-            parts = images.split(largest(graph_slots(manifest.graph("image_memory")), "batch") or len(images))
-            embeds = [known["image_embeds"][rows].to(dtype) for rows in parts]
-            made = [runner.run("image_memory", {"image_embeds": each}) for each in embeds]
-            layers = {name: torch.cat([each[name] for each in made]) for name in memory}
+        images = case.images
+        if pairs:
+            images = torch.stack([images, (images + 1) % self.reference.images], 1).flatten()
+        if self.has_memories:
+            most = largest(graph_slots(self.manifest.graph("image_memory")), "batch") or len(images)
+            embeds = (self.known["image_embeds"][rows].to(self.dtype) for rows in images.split(most))
+            made = [self.runner.run("image_memory", {"image_embeds": each}) for each in embeds]
+            layers = {name: torch.cat([each[name] for each in made]) for name in names}
         else:
-            layers = {name: known[name].to(dtype).expand(len(images), -1, -1, -1).contiguous() for name in memory}
-        inputs |= {name: layer.unflatten(0, (-1, 2)) if pairs else layer for name, layer in layers.items()}
-    if "input_ids" in names:
-        inputs["input_ids"] = _cut(known["input_ids"], rows, case.length, manifest.config["pad_token_id"])
-    if "text_embeds" in names:
-        inputs["text_embeds"] = _cut(known["text_embeds"], rows, case.length, 0).to(dtype)
-    if "attention_mask" in names:
-        inputs["attention_mask"] = _cut(known["attention_mask"], rows, case.length, 0)
-    if "segments" in names:
-        layout, single = _layout(record, case, manifest, reference), record.name == "text"
-        real = _cut(known["attention_mask"], case.texts.flatten(), case.length, 0).bool()
+            layers = {
+                name: self.known[name].to(self.dtype).expand(len(images), -1, -1, -1).contiguous() for name in names
+            }
+        return {name: layer.unflatten(0, (-1, 2)) if pairs else layer for name, layer in layers.items()}
+
+    def _layout(self, record: GraphRecord, case: Case) -> tuple[Layout, Tensor]:
+        """Rows of the captions of a case (all for `text`, of each image for `fusion`), and their mask `[P, L]`."""
+        texts, slots = case.texts.flatten(), graph_slots(record)
+        lengths = self.known["attention_mask"].sum(1)[texts].tolist()
+        numbers = torch.arange(len(lengths)).view(1 if record.name == "text" else len(case.texts), -1).tolist()
+        most, longest = largest(slots, "rows"), largest(slots, "length")
+        width = self.manifest.config["text_width"]
+        found = [pack_rows(each, lengths, width, most_rows=most, most_length=longest) for each in numbers]
+        made = [rows for rows in found if rows is not None]
+        if len(made) < len(found):
+            raise InputError(f"graph {record.name!r}: {len(numbers[0])} texts do not fit; export with more rows")
+        # As many rows of each image as the one has that needs most of them.
+        count = max(len(each.texts) for each in made)
+        images = [(*each.texts, *((),) * (count - len(each.texts))) for each in made]
+        layout = Layout.of(images, lengths, max(each.length for each in made))
+        return layout, _cut(self.known["attention_mask"], texts, case.length, 0).bool()
+
+    def _rows(self, record: GraphRecord, case: Case) -> dict[str, Tensor]:
+        """The inputs of a packed graph."""
+        known, texts = self.known, case.texts.flatten()
+        layout, real = self._layout(record, case)
 
         def spread(values: Tensor, padding: int = 0) -> Tensor:
-            made = layout.spread(_cut(values, case.texts.flatten(), case.length, padding)[real], padding)
-            return made[0] if single else made
+            return layout.spread(_cut(values, texts, case.length, padding)[real], padding)
 
-        if single:
-            padding = manifest.config["pad_token_id"]
-            inputs["packed_ids"] = spread(known["input_ids"], padding)
-            inputs["positions"] = spread(known["attention_mask"].cumsum(1) + padding, padding)
-        else:
-            inputs["packed_embeds"] = spread(known["text_embeds"]).to(dtype)
-        inputs["segments"] = layout.segments[0] if single else layout.segments
-        inputs["firsts"] = layout.firsts[0] if single else layout.firsts
-    return inputs
+        given = {"segments": layout.segments, "firsts": layout.firsts}
+        if record.name != "text":
+            return given | {"packed_embeds": spread(known["text_embeds"]).to(self.dtype)}
+        padding = self.padding
+        given |= {
+            "packed_ids": spread(known["input_ids"], padding),
+            "positions": spread(known["attention_mask"].cumsum(1) + padding, padding),
+        }
+        return {name: value[0] for name, value in given.items()}
+
+    def _out_of_rows(self, record: GraphRecord, case: Case, value: Tensor) -> Tensor:
+        """`[..., R, L, width]` of a packed graph → `[P, L, width]` of the captions of a case, zero-padded."""
+        layout, real = self._layout(record, case)
+        tokens = value.new_empty(len(layout.source), value.shape[-1])
+        tokens[layout.source] = value.flatten(0, -2)[layout.place]
+        out = value.new_zeros(*real.shape, value.shape[-1])
+        out[real] = tokens
+        return out
+
+    def _run(self, record: GraphRecord, case: Case, found: Findings) -> None:
+        known, (image_rows, texts, length) = self.known, case
+        rows = texts if record.name in ("fusion", "match") else texts[:, 0]
+        inputs = self.inputs(record, case)
+        outputs = self.runner.run(record.name, inputs)
+        shape = [*inputs[record.inputs[0].name].shape]
+        images = image_rows[:, None].expand_as(texts)
+        # Rows of the reference: images, captions, or pairs.
+        rows_of: dict[str, Any] = {"vision": image_rows, "text": rows, "nlvr2": (image_rows, rows)}
+        index = rows_of.get(record.name, (images, texts))
+        for tensor in record.outputs:
+            name, value = tensor.name, outputs[tensor.name].float().cpu()
+            if is_memory(name):
+                # The reference holds the memory of image 0.
+                mine = value[image_rows == 0]
+                found.add("memory", shape, mine, known[name].expand_as(mine))
+            elif name == "text_embeds":
+                # Padded positions hold arbitrary values.
+                real = inputs["attention_mask"].bool()
+                found.add(name, shape, value[real], _cut(known[name], rows, length, 0)[real])
+            elif name in ("packed_embeds", "fused_tokens"):
+                name, real = name.replace("packed", "text"), self._layout(record, case)[1]
+                # The reference of fused tokens covers image 0 only.
+                real = real & (images.flatten() == 0)[:, None] if name == "fused_tokens" else real
+                truth = _cut(known[name] if name == "text_embeds" else known[name][0], texts.flatten(), length, 0)
+                found.add(name, shape, self._out_of_rows(record, case, value)[real], truth[real])
+            elif name == "fused" and self.manifest.all_tokens and not self.manifest.packed:
+                found.add(name, shape, value[:, :, 0], known["fused"][images, texts])
+                real = (image_rows == 0)[:, None, None] & inputs["attention_mask"].bool()
+                truth = _cut(known["fused_tokens"][0], texts, length, 0)
+                found.add("fused_tokens", shape, value[real], truth[real])
+            else:
+                found.add(name, shape, value, known[name][index])
+            if name in ("match_logits", "scores"):
+                scores = value[..., 1] if name == "match_logits" else value
+                found.add_scores(images, texts, scores, self.reference)
+
+    def _decode(self, record: GraphRecord, found: Findings) -> None:
+        """A decoder's graphs: projected states, or teacher-forced steps from them."""
+        known, slots, fixed = self.known, graph_slots(record), self.manifest.fixed
+        least = slots[0].ranges["length"].least
+        states, texts = len(known["states"]), len(known["tokens"])
+        for batch in _sizes(fixed.get("batch"), (1, states), largest(slots, "batch") or states):
+            for rows in chunks(states, batch):
+                if record.name == "decoder_memory":
+                    self._project(record, rows, least, found)
+                    continue
+                for count in _sizes(fixed.get("texts"), (1, texts), largest(slots, "texts") or texts):
+                    for chosen in chunks(texts, count):
+                        self._write(record, rows, chosen, least, found)
+
+    def _of_states(self, name: str, rows: Tensor, least: int) -> Tensor:
+        """A tensor of some states, padded where the graph has a fixed length."""
+        value = self.known[name][rows]
+        axis = 2 if name.startswith("decoder_") else 1
+        lacking = max(least - value.shape[axis], 0)
+        padded = F.pad(value.movedim(axis, -1), (0, lacking)).movedim(-1, axis).contiguous()
+        return padded.to(self.dtype) if value.is_floating_point() else padded
+
+    def _project(self, record: GraphRecord, rows: Tensor, least: int, found: Findings) -> None:
+        states = self._of_states("states", rows, least)
+        outputs = self.runner.run("decoder_memory", {"states": states})
+        # Padded positions are not read.
+        real = self._of_states("memory_mask", rows, least).bool()
+        for tensor in record.outputs:
+            both = outputs[tensor.name].float().cpu(), self._of_states(tensor.name, rows, least).float()
+            found.add("memory", [*states.shape], *(value.transpose(1, 2)[real] for value in both))
+
+    def _write(self, record: GraphRecord, rows: Tensor, chosen: Tensor, least: int, found: Findings) -> None:
+        """The same tokens from every state, each step fed with the results of the previous ones."""
+        tokens = self.known["tokens"][chosen].expand(len(rows), -1, -1)
+        present = self.known["present"][rows[:, None], chosen]
+        names = [tensor.name for tensor in record.inputs]
+        inputs = {
+            name: self._of_states(name, rows, least)
+            for name in names
+            if name.startswith("decoder_") or name == "memory_mask"
+        }
+        past = torch.zeros_like(present[:, :, :1], dtype=self.dtype)
+        most = largest(graph_slots(record), "past") or tokens.shape[2]
+        for step in range(min(tokens.shape[2], most + 1)):
+            real = torch.ones(*tokens.shape[:2], max(step, 1), dtype=torch.long) * bool(step)
+            inputs |= {"token_ids": tokens[:, :, step], "past": past.movedim(2, -2).contiguous(), "past_mask": real}
+            made = self.runner.run("decoder_step", inputs)
+            shape, logits = [*tokens.shape[:2], step], self.known["step_logits"][rows[:, None], chosen, step]
+            found.add("logits", shape, made["logits"].float().cpu(), logits)
+            found.add("present", shape, made["present"].float().cpu(), present[:, :, step])
+            new = made["present"].cpu()[:, :, None]
+            past = torch.cat([past, new], 2) if step else new
 
 
-def _layout(record: GraphRecord, case: Case, manifest: Manifest, reference: Reference) -> Layout:
-    """The captions of a case in rows: all of them for `text`, those of each image for `fusion`."""
-    lengths = reference.tensors["attention_mask"].sum(1)[case.texts.flatten()].tolist()
-    slots, width = graph_slots(record), manifest.config["text_width"]
-    numbers = torch.arange(len(lengths)).view(1 if record.name == "text" else len(case.texts), -1).tolist()
-    rows, length = largest(slots, "rows"), largest(slots, "length")
-    found = [pack_rows(texts, lengths, width, most_rows=rows, most_length=length) for texts in numbers]
-    made = [rows for rows in found if rows is not None]
-    if len(made) < len(found):
-        raise InputError(
-            f"graph {record.name!r}: {len(numbers[0])} texts do not fit into its rows; export with more or longer ones"
-        )
-    # As many rows of each image as the one has that needs most of them.
-    most = max(len(each.texts) for each in made)
-    images = [(*each.texts, *((),) * (most - len(each.texts))) for each in made]
-    return Layout.of(images, lengths, max(each.length for each in made))
-
-
-def _out_of_rows(
-    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, value: Tensor
-) -> Tensor:  # fmt: skip
-    """`[..., R, L, width]` of a packed graph → `[P, L, width]` of the captions of a case, zero-padded."""
-    layout, texts = _layout(record, case, manifest, reference), case.texts.flatten()
-    real = _cut(reference.tensors["attention_mask"], texts, case.length, 0).bool()
-    tokens = value.new_empty(len(layout.source), value.shape[-1])
-    tokens[layout.source] = value.flatten(0, -2)[layout.place]
-    out = value.new_zeros(*real.shape, value.shape[-1])
-    out[real] = tokens
-    return out
-
-
-def _run(
-    record: GraphRecord, case: Case, manifest: Manifest, reference: Reference, runner: Runner, found: Findings
-) -> None:
-    known = reference.tensors
-    rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
-    inputs = case_inputs(record, case, manifest, reference, runner)
-    outputs = runner.run(record.name, inputs)
-    shape = [*inputs[record.inputs[0].name].shape]
-    images = case.images[:, None].expand_as(case.texts)
-    # Rows of the reference: images, captions, or pairs.
-    rows_of: dict[str, Any] = {"vision": case.images, "text": rows, "nlvr2": (case.images, rows)}
-    index = rows_of.get(record.name, (images, case.texts))
-    for tensor in record.outputs:
-        name, value = tensor.name, outputs[tensor.name].float().cpu()
-        if is_memory(name):
-            # The reference holds the memory of image 0.
-            mine = value[case.images == 0]
-            found.add("memory", shape, mine, known[name].expand_as(mine))
-        elif name == "text_embeds":
-            # Padded positions hold arbitrary values.
-            real = inputs["attention_mask"].bool()
-            found.add(name, shape, value[real], _cut(known[name], rows, case.length, 0)[real])
-        elif name in ("packed_embeds", "fused_tokens"):
-            texts, name = case.texts.flatten(), name.replace("packed", "text")
-            real = _cut(known["attention_mask"], texts, case.length, 0).bool()
-            if name == "fused_tokens":
-                # The reference covers image 0 only.
-                real = real & (images.flatten() == 0)[:, None]
-            whole = known[name] if name == "text_embeds" else known[name][0]
-            truth = _cut(whole, texts, case.length, 0)
-            found.add(name, shape, _out_of_rows(record, case, manifest, reference, value)[real], truth[real])
-        elif name == "fused" and manifest.all_tokens and not manifest.packed:
-            real = inputs["attention_mask"].bool()
-            found.add(name, shape, value[:, :, 0], known["fused"][images, case.texts])
-            first = (case.images == 0)[:, None, None] & real
-            truth = _cut(known["fused_tokens"][0], case.texts, case.length, 0)
-            found.add("fused_tokens", shape, value[first], truth[first])
-        else:
-            found.add(name, shape, value, known[name][index])
-        if name in ("match_logits", "scores"):
-            found.add_scores(images, case.texts, value[..., 1] if name == "match_logits" else value, reference)
+def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ...]:
+    return (fixed,) if fixed is not None else tuple(dict.fromkeys(min(size, most) for size in free))
 
 
 def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
@@ -433,69 +439,6 @@ def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
         return chosen.contiguous()
     after = (0, 0) if values.dim() > 2 else ()
     return F.pad(chosen, (*after, 0, lacking), value=padding)
-
-
-@dataclass
-class _Decoding:
-    """The comparison of a decoder's graphs: projected states, and teacher-forced steps from them."""
-
-    record: GraphRecord
-    manifest: Manifest
-    reference: Reference
-    runner: Runner
-    found: Findings
-
-    def run(self) -> None:
-        known, slots, fixed = self.reference.tensors, graph_slots(self.record), self.manifest.fixed
-        states = len(known["states"])
-        for batch in _sizes(fixed.get("batch"), (1, states), largest(slots, "batch") or states):
-            for rows in chunks(states, batch):
-                if self.record.name == "decoder_memory":
-                    self._project(rows)
-                    continue
-                texts = len(known["tokens"])
-                for count in _sizes(fixed.get("texts"), (1, texts), largest(slots, "texts") or texts):
-                    for chosen in chunks(texts, count):
-                        self._write(rows, chosen, largest(slots, "past") or known["tokens"].shape[1])
-
-    def _of_states(self, name: str, rows: Tensor) -> Tensor:
-        """A tensor of some states, padded where the graph has a fixed length."""
-        value = self.reference.tensors[name][rows]
-        axis = 2 if name.startswith("decoder_") else 1
-        lacking = max(graph_slots(self.record)[0].ranges["length"].least - value.shape[axis], 0)
-        padded = F.pad(value.movedim(axis, -1), (0, lacking)).movedim(-1, axis).contiguous()
-        return padded.to(DTYPES[self.manifest.dtype]) if value.is_floating_point() else padded
-
-    def _project(self, rows: Tensor) -> None:
-        states = self._of_states("states", rows)
-        made = self.runner.run("decoder_memory", {"states": states})
-        real = self._of_states("memory_mask", rows).bool()
-        for tensor in self.record.outputs:
-            truth = self._of_states(tensor.name, rows).float()
-            # Padded positions are not read.
-            values = (value.transpose(1, 2)[real] for value in (made[tensor.name].float().cpu(), truth))
-            self.found.add("memory", [*states.shape], *values)
-
-    def _write(self, rows: Tensor, chosen: Tensor, most: int) -> None:
-        """The same tokens from every state, each step fed with the results of the previous ones."""
-        known, dtype = self.reference.tensors, DTYPES[self.manifest.dtype]
-        tokens = known["tokens"][chosen].expand(len(rows), -1, -1)
-        present = known["present"][rows[:, None], chosen]
-        given = {
-            tensor.name: self._of_states(tensor.name, rows)
-            for tensor in self.record.inputs
-            if tensor.name.startswith("decoder_") or tensor.name == "memory_mask"
-        }
-        past = torch.zeros_like(present[:, :, :1], dtype=dtype)
-        for step in range(min(tokens.shape[2], most + 1)):
-            real = torch.ones(*tokens.shape[:2], max(step, 1), dtype=torch.long) * bool(step)
-            given |= {"token_ids": tokens[:, :, step], "past": past.movedim(2, -2).contiguous(), "past_mask": real}
-            made = self.runner.run("decoder_step", given)
-            shape, logits = [*tokens.shape[:2], step], known["step_logits"][rows[:, None], chosen, step]
-            self.found.add("logits", shape, made["logits"].float().cpu(), logits)
-            self.found.add("present", shape, made["present"].float().cpu(), present[:, :, step])
-            new = made["present"].cpu()[:, :, None]
-            past = torch.cat([past, new], 2) if step else new
 
 
 @dataclass(frozen=True)
@@ -530,15 +473,19 @@ THRESHOLDS: dict[DType, Threshold] = {
     "bf16": Threshold(absolute=0, rounding=2, cosine=0.998, tie=0, ranks=0.99),
 }
 
-LEAST_RANKS = 0.95
-"""Share of candidates that keep their rank where GEMMs are in 8 bits."""
 
+def threshold_of(manifest: Manifest) -> Threshold:
+    """The threshold of an export.
 
-def eight_bit(budget: float) -> Threshold:
-    """The threshold of 8-bit exports: cosine ≥ budget; other outputs may err by √(2 - 2 cos) of the largest entry."""
+    With 8-bit GEMMs: cosine ≥ budget, other outputs may err by √(2 - 2 cos) of the largest entry, and 95% of the
+    candidates keep their rank.
+    """
+    if not manifest.options.get("arithmetic"):
+        return THRESHOLDS[manifest.dtype]
+    budget = manifest.options.get("budget", BUDGET)
     turned, unit = (2 - 2 * budget) ** 0.5, torch.finfo(torch.bfloat16).eps
     return Threshold(
-        absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=LEAST_RANKS, relative=turned, relative_tie=2 * unit
+        absolute=0, rounding=0, cosine=budget, tie=1e-5, ranks=0.95, relative=turned, relative_tie=2 * unit
     )
 
 
@@ -556,6 +503,16 @@ DIRECTIONS = frozenset(
         *("fused", "fused_tokens", "memory"),
     )
 )
+
+
+@dataclass
+class _Errors:
+    shapes: list[list[int]] = field(default_factory=list)
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    extent: float = 0.0
+    cosine: float = 1.0
 
 
 @dataclass
@@ -608,18 +565,32 @@ class Findings:
         )
 
 
-@dataclass
-class _Errors:
-    shapes: list[list[int]] = field(default_factory=list)
-    largest: float = 0.0
-    total: float = 0.0
-    count: int = 0
-    extent: float = 0.0
-    cosine: float = 1.0
+def _finite(value: float) -> float | None:
+    """JSON has no NaN; null stands for it."""
+    return value if value == value and abs(value) != float("inf") else None
 
 
-@dataclass(frozen=True)
-class RankAgreement:
+def _rank_check(
+    graph: GraphName | Literal["all"], scores: Tensor | None, threshold: Threshold, reference: Reference
+) -> list[RankCheck]:
+    """The order of scores compared with the model's; none without two candidates of an image."""
+    if scores is None:
+        return []
+    tie = threshold.ties(reference)
+    agreement = rank_agreement(scores, reference.tensors["scores"], tie)
+    if agreement is None:
+        return []
+    candidates, agreeing, identical = agreement
+    passed = agreeing >= threshold.ranks
+    return [
+        RankCheck(
+            graph=graph, candidates=candidates, agreement=agreeing, identical=identical, tie=tie,
+            least=threshold.ranks, passed=passed,
+        )
+    ]  # fmt: skip
+
+
+class RankAgreement(NamedTuple):
     """Two orders of the same candidates compared; `agreeing` counts ties as equal, `identical` does not."""
 
     candidates: int
@@ -643,8 +614,3 @@ def rank_agreement(found: Tensor, truth: Tensor, tie: float) -> RankAgreement | 
     if not candidates:
         return None
     return RankAgreement(candidates, agreeing / candidates, identical / candidates)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN; null stands for it."""
-    return value if value == value and abs(value) != float("inf") else None

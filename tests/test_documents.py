@@ -22,7 +22,7 @@ from xfm_fast.data.records import LineFile
 from xfm_fast.documents import is_plain_name, parse_json, parse_yaml, read_bytes
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, ExportError, StorageError, XFMError
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.model_repository.repository import Receipt
+from xfm_fast.export.model_repository import Receipt
 from xfm_fast.tasks.heatmap import read_detections
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.metrics import read_log

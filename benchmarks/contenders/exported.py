@@ -7,21 +7,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xfm_fast.errors import ExportError
-from xfm_fast.export.aoti import export_packages
-from xfm_fast.export.consumers import Consumer, DType, profile
-from xfm_fast.export.engines import export_engines
 from xfm_fast.export.expected import generated_examples
-from xfm_fast.export.graphs import GraphName
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, weights_sha256
 from xfm_fast.export.quantise import quantize_int8
+from xfm_fast.export.request import DType, ExportRequest, GraphName
+from xfm_fast.export.runtimes import Spelling, find_runtime
 from xfm_fast.export.session import Session
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.retrieval import Retriever
@@ -47,7 +44,7 @@ class Form:
         packed: texts in rows.
     """
 
-    library: Consumer | Literal["aoti"]
+    library: str
     int8: bool = False
     packed: bool = False
 
@@ -81,7 +78,7 @@ class SessionEngine:
 def build(model: XFM, form: Form, dtype: DType, scenario: str, scratch: Path, device: torch.device) -> Built:
     """Export the graphs of a scenario, build them where the library builds, and load them.
 
-    OpenVINO computes in bf16 from an fp32 export.
+    A runtime that offers bf16 as a precision computes in it from an fp32 export.
 
     Args:
         model: in fp32.
@@ -91,14 +88,15 @@ def build(model: XFM, form: Form, dtype: DType, scenario: str, scratch: Path, de
     Raises:
         XFMError: the library is missing here, or refuses.
     """
-    spelt: DType = "fp32" if form.library == "openvino" else dtype
+    offers = find_runtime(form.library).precisions
+    spelt: DType = "fp32" if offers else dtype
     begun = time.perf_counter()
     folder = _exported(model, form, spelt, GRAPHS[scenario], scratch)
     build_s = time.perf_counter() - begun
     begun = time.perf_counter()
     # This run has written the files, and compares results itself, those that 8 bits were not held to among them.
     manifest = Manifest.load(folder, check_files=False)
-    precision = "bf16" if form.library == "openvino" and dtype == "bf16" else None
+    precision = "bf16" if offers and dtype == "bf16" else None
     session = Session(folder, form.library, device, precision=precision, verify_files=False)
     session.warm_up()
     load_s = time.perf_counter() - begun
@@ -111,19 +109,17 @@ def _exported(model: XFM, form: Form, dtype: DType, graphs: tuple[GraphName, ...
     folder = scratch / "-".join([*marks, str(model.config.image_size)])
     with contextlib.suppress(ExportError):
         known = Manifest.load(folder, check_files=False).weights_sha256
-        if known == weights_sha256(model, build_graphs(model, profile("onnxruntime", "fp32"), graphs).values()):
+        built = build_graphs(model, Spelling("primitives", 20), ExportRequest(graphs=graphs))
+        if known == weights_sha256(model, built.values()):
             return folder
     common: dict[str, Any] = {"dtype": dtype, "graphs": graphs}
-    if form.library in ("tensorrt", "tensorrt-rtx"):
-        export_engines(model, folder, form.library, **common)
-    elif form.library == "aoti":
-        export_packages(model, folder, **common)
-    elif form.int8:
+    runtime = find_runtime(form.library)
+    if form.int8:
         with tempfile.TemporaryDirectory(dir=scratch) as wide:
             examples = generated_examples(model.config)
-            export_onnx(model, wide, consumer=form.library, packed=form.packed, examples=examples, **common)
+            runtime.export(model, wide, packed=form.packed, examples=examples, **common)
             quantize_int8(wide, folder)
     else:
         # The export converts what it needs, and leaves the model as it is.
-        export_onnx(model, folder, consumer=form.library, packed=form.packed, **common)
+        runtime.export(model, folder, packed=form.packed, **common)
     return folder

@@ -16,7 +16,8 @@ import torch
 
 import xfm_fast
 from xfm_fast.errors import UnavailableError
-from xfm_fast.export.consumers import Consumer, DType
+from xfm_fast.export.request import DType
+from xfm_fast.export.runtimes import Runtime, runtimes
 from xfm_fast.kernels.cpu import int8
 
 from ..material.inputs import Subjects
@@ -123,7 +124,7 @@ def _official_code(setup: Setup) -> Built:
     return official_code.build(setup.model, setup.official, setup.scratch)
 
 
-def _exported(library: Consumer | Literal["aoti"], **form: bool) -> Callable[[Setup], Built]:
+def _exported(library: str, **form: bool) -> Callable[[Setup], Built]:
     def build(setup: Setup) -> Built:
         from . import exported
 
@@ -171,23 +172,26 @@ def _int8_absent(device: torch.device) -> str | None:
     return int8.why_not() if device.type == "cpu" else "int8 is for CPUs"
 
 
-def _packages_absent(device: torch.device) -> str | None:
-    return _needs(on="cpu")(device) or why_not_compiled(device)
+def export_contenders(runtime: type[Runtime]) -> Iterator[Contender]:
+    """A runtime of exports; on a CPU with packed texts and int8 GEMMs too, which a run names with --baselines."""
+    package, texts = runtime.package.replace("_", "-"), ("embed-text", "rerank")
+    yield Contender(
+        runtime.name, runtime.title, _exported(runtime.name), MODEL_WORK, runtime.dtypes, runtime.why_absent, package,
+        heavy=True, named=not runtime.automatic, schedule="own",
+    )  # fmt: skip
 
+    def absent(device: torch.device) -> str | None:
+        return "is measured on the CPU" if device.type != "cpu" else runtime.why_absent(device)
 
-def _sessions(
-    library: Consumer, label: str, dtypes: tuple[str, ...], why_absent: Callable[[torch.device], str | None]
-) -> Iterator[Contender]:
-    """Further forms of a library's sessions, which a run names with --baselines: packed texts, int8 GEMMs."""
-    texts = ("embed-text", "rerank")
-    for mark, words, works, form in (
-        ("packed", "packed texts", texts, {"packed": True}),
-        ("int8", "int8", ("embed-image", *texts), {"int8": True}),
+    for mark, words, works, band in (
+        ("packed", "packed texts", texts, None),
+        ("int8", "int8", ("embed-image", *texts), INT8_BAND),
     ):
-        yield Contender(
-            f"{library}-{mark}", f"{label}, {words}", _exported(library, **form), works, dtypes, why_absent, library,
-            heavy=True, named=True, schedule="own", band=INT8_BAND if mark == "int8" else None,
-        )  # fmt: skip
+        if runtime.kind == "onnx":
+            yield Contender(
+                f"{runtime.name}-{mark}", f"{runtime.title}, {words}", _exported(runtime.name, **{mark: True}), works,
+                runtime.dtypes, absent, package, heavy=True, named=True, schedule="own", band=band,
+            )  # fmt: skip
 
 
 ALL: tuple[Contender, ...] = (
@@ -240,28 +244,7 @@ ALL: tuple[Contender, ...] = (
         "flash-attn", "xfm-fast with flash-attn", _plain(lambda s: OurEngine(s.model, "flash_attn")),
         ("embed-text", "rerank", "retrieve"), ("bf16",), _needs("flash_attn", on="cuda"), "flash-attn", schedule="ours",
     ),
-    Contender(
-        "onnxruntime", "ONNX Runtime", _exported("onnxruntime"), MODEL_WORK, ("fp32",),
-        _needs("onnxruntime", "onnx", "onnxscript"), "onnxruntime", heavy=True, schedule="own",
-    ),
-    Contender(
-        "openvino", "OpenVINO", _exported("openvino"), MODEL_WORK, why_absent=_needs("openvino", "onnx", on="cpu"),
-        package="openvino", heavy=True, schedule="own",
-    ),
-    Contender(
-        "tensorrt", "TensorRT", _exported("tensorrt"), MODEL_WORK, ("fp32", "bf16"),
-        _needs("tensorrt", "onnx", on="cuda"), "tensorrt", heavy=True, schedule="own",
-    ),
-    Contender(
-        "tensorrt-rtx", "TensorRT for RTX", _exported("tensorrt-rtx"), MODEL_WORK, ("fp32", "bf16"),
-        _needs("tensorrt_rtx", "onnx", on="cuda"), "tensorrt-rtx", heavy=True, schedule="own",
-    ),
-    *_sessions("onnxruntime", "ONNX Runtime", ("fp32",), _needs("onnxruntime", "onnx", "onnxscript", on="cpu")),
-    *_sessions("openvino", "OpenVINO", ("fp32", "bf16"), _needs("openvino", "onnx", "onnxscript", on="cpu")),
-    Contender(
-        "aoti", "AOTInductor", _exported("aoti"), ("embed-image", "embed-text", "rerank"), why_absent=_packages_absent,
-        heavy=True, named=True, schedule="own",
-    ),
+    *(contender for runtime in runtimes().values() for contender in export_contenders(runtime)),
 )  # fmt: skip
 
 

@@ -22,10 +22,10 @@ from xfm_fast.tasks.ranking import Query, Ranking
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 from ..manifest import GraphRecord
-from ..session import Session
-from ..session.ranking import SessionRanks
+from ..runtimes import Runtime
+from ..session import Session, SessionRanks
 from ..slots import Slot
-from .repository import TOKENIZER_FILE
+from . import TOKENIZER_FILE
 
 # Limits of an encoded image, and of a caption before the official cut to 30 words.
 _IMAGE_BYTES, _CAPTION_CHARACTERS = 32 << 20, 2000
@@ -47,7 +47,6 @@ class TritonPythonModel:
             self.ranker = Ranker(self.session, tokenizer, limits, int(values["cache_mb"]) << 20)
         except XFMError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
-        self.metrics = Metrics({"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Rank all requests together; an invalid request gets its own error."""
@@ -57,7 +56,6 @@ class TritonPythonModel:
             if queries and not self.session.ready:
                 self.session.warm_up()
             ranked = self.ranker.rank(queries)
-            self.metrics.count(ranked, self.ranker.cache.nbytes)
         except Exception as error:  # the model survives any failure of its requests
             return [_failed(found if isinstance(found, XFMError) else error) for found in parsed]
         answers = iter(ranked)
@@ -115,8 +113,8 @@ class Ranker(ranking.Ranker):
             raise DataError(f"caption {number}: {error}") from None
 
 
-class ServerRuntime:
-    """A `Runtime` whose graphs are the models `<prefix>_<graph>` of the server."""
+class ServerRuntime(Runtime):
+    """Graphs that are the models `<prefix>_<graph>` of the server."""
 
     enqueues = False
 
@@ -149,28 +147,6 @@ class ServerGraph:
             tensor.name(): torch.from_dlpack(tensor.to_dlpack()).to(self._device, copy=True)
             for tensor in response.output_tensors()
         }
-
-
-class Metrics:
-    """Counters of the rank model at the server's /metrics."""
-
-    def __init__(self, labels: Mapping[str, str]) -> None:
-        def metric(name: str, description: str, kind: str = "COUNTER") -> Any:
-            family = pb_utils.MetricFamily
-            owner = family(name=f"xfm_rank_{name}", description=description, kind=getattr(family, kind))
-            return owner, owner.Metric(labels=dict(labels))  # a metric lives as long as its family
-
-        self._images = metric("images_total", "Images of answered rank requests")
-        self._reused = metric("images_reused_total", "Images with a cached memory")
-        self._captions = metric("captions_total", "Captions of answered rank requests")
-        self._cached = metric("memory_bytes", "Bytes of cached image memories", "GAUGE")
-
-    def count(self, answers: Sequence[Ranking | XFMError], cached: int) -> None:
-        rankings = [answer for answer in answers if isinstance(answer, Ranking)]
-        self._images[1].increment(sum(len(ranking.reused) for ranking in rankings))
-        self._reused[1].increment(sum(int(ranking.reused.sum()) for ranking in rankings))
-        self._captions[1].increment(sum(ranking.scores.shape[1] for ranking in rankings))
-        self._cached[1].set(cached)
 
 
 def _failed(error: Exception) -> Any:

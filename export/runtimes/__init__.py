@@ -1,39 +1,51 @@
-"""Runtimes of exported graphs: one module per library, torch tensors in and out.
+"""The registry of runtimes: the libraries that run exported graphs, one class and one file each.
 
-The modules have other names than the packages that they import.
+    @register
+    class Toy(Runtime):
+        name, title, package = "toy", "Toy", "toy_library"
+
+        def load(self, record, path): ...
+
+`export_onnx(..., consumer="toy")`, `verify(folder, "toy")`, `Session.load(folder, "toy")` and the benchmarks then take
+it. The files of this folder register themselves. They import PyTorch and their library on first use, so that the
+requests of the commands are read without them.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, get_args
 
 from xfm_fast.errors import ExportError, UnavailableError
 
-from ..manifest import GraphRecord, Manifest
-from ..request import RuntimeName
-from ..slots import Slot
+from ..request import AttentionForm, DType, ExportRequest, OnnxRequest, Precision
 
-RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Precision = Literal["fp32", "bf16"]
-"""In which type OpenVINO computes an fp32 graph; bf16 trades digits for speed on processors that have it."""
+    from ..manifest import GraphRecord, Manifest
+    from ..slots import Slot
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
+_ATTENTION_OPSET = 23
+_BF16_OPSET = 22
+_GELU_OPSET = 20
+_NEWEST_OPSET = 24
 
-_MODULES: dict[RuntimeName, str] = {
-    "onnxruntime": "onnx_sessions",
-    "openvino": "openvino_models",
-    "tensorrt-rtx": "tensorrt_engines",
-    "tensorrt": "tensorrt_engines",
-    "aoti": "aoti_packages",
-}
+LARGEST_FILE = 2**31 - 2**20
+"""Protobuf reads no message of two gigabytes; larger graphs keep their weights beside the file."""
+
+
+class Spelling(NamedTuple):
+    """Form of attention and ONNX opset of a graph."""
+
+    form: AttentionForm
+    opset: int
 
 
 class LoadedGraph(Protocol):
@@ -44,53 +56,172 @@ class LoadedGraph(Protocol):
         ...
 
 
-class Runtime(Protocol):
-    """A library on a device."""
+class Runtime:
+    """A library on a device. A subclass sets the class attributes; its constructor checks machine and export.
+
+    Attributes:
+        name: Of the runtime, in options.
+        title: Of the library, in messages.
+        kind: The kind of export that it runs.
+        package: The module that it imports.
+        extra: The extra of this project that installs it.
+        request: The options of its export.
+        automatic: False for files that run code when they are loaded, which a user names.
+        precisions: The dtypes that it can compute an fp32 export in, an argument `precision` of the constructor.
+        dtypes: The dtypes that benchmarks run it in.
+        devices: The devices that it runs on.
+        description: Library, version and device, for the manifest.
+        device: Where inputs and outputs lie.
+        enqueues: True if `run` returns before the results are there.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    kind: ClassVar[str] = "onnx"
+    package: ClassVar[str]
+    extra: ClassVar[str] = ""
+    request: ClassVar[type[ExportRequest]] = OnnxRequest
+    automatic: ClassVar[bool] = True
+    precisions: ClassVar[tuple[Precision, ...]] = ()
+    dtypes: ClassVar[tuple[DType, ...]] = ("fp32", "bf16")
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
     description: str
     device: torch.device
-    enqueues: bool
+    enqueues: bool = False
+
+    def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
+        import torch
+
+        self.library: Any = self.import_library()
+        if device is not None and device.type != "cpu":
+            raise UnavailableError(f"{self.title} is used on the CPU here, not on {device}; use device='cpu'")
+        self.device = torch.device("cpu")
+        self.description = f"{self.name} {getattr(self.library, '__version__', '')}, CPU"
 
     def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         """Read a graph; raises `ExportError` where the library cannot load it."""
-        ...
+        raise NotImplementedError
 
-
-def choose_runtime(manifest: Manifest, folder: Path) -> RuntimeName:
-    """The runtime that `auto` stands for; raises `ExportError` for AOTInductor packages, which run code on loading."""
-    if manifest.kind == "aoti":
-        raise ExportError(
-            f"{folder} holds AOTInductor packages, native code that runs when it is loaded; if you trust "
-            "their origin, ask for it by name: runtime='aoti', or --runtime aoti on the command line"
+    @classmethod
+    def why_absent(cls, device: torch.device) -> str | None:
+        """Why a benchmark on a device cannot export for it and run it; None where it can."""
+        missing = [name for name in (cls.package, "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{' and '.join(missing)} not installed"
+        if device.type in cls.devices:
+            return None
+        return (
+            f"{'runs on the CPU' if 'cpu' in cls.devices else 'needs an NVIDIA GPU'}, and this run is on {device.type}"
         )
-    if manifest.kind != "onnx":
-        return manifest.kind
-    preferred: tuple[RuntimeName, ...] = ("onnxruntime", "openvino")
-    if manifest.consumer == "openvino":
-        preferred = ("openvino", "onnxruntime")
-    for name in preferred:
-        if importlib.util.find_spec(name) is not None:
-            return name
-    return preferred[0]
+
+    @classmethod
+    def export(cls, model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
+        """Export graphs of a model for this runtime, see `export_onnx`."""
+        from ..onnx import export_onnx
+
+        return export_onnx(model, folder, request, **{"consumer": cls.name, **given})
+
+    @classmethod
+    def spelling(cls, dtype: str, opset: int | None = None) -> Spelling:
+        """Attention form and opset of its ONNX files; by default the oldest opset with the operators."""
+        data_type(dtype)
+        if opset is not None and not _GELU_OPSET <= opset <= _NEWEST_OPSET:
+            raise UnavailableError(
+                f"opset {opset} is not supported; choose {_GELU_OPSET} (the first with Gelu) to {_NEWEST_OPSET}, "
+                f"{_ATTENTION_OPSET} being the first with Attention"
+            )
+        if dtype == "bf16" and opset is not None and opset < _BF16_OPSET:
+            raise UnavailableError(
+                f"opset {opset} has no bf16 convolution; choose {_BF16_OPSET} to {_NEWEST_OPSET}, or --dtype fp16"
+            )
+        if dtype == "fp32":
+            return Spelling("primitives", opset or _GELU_OPSET)
+        opset = opset or _ATTENTION_OPSET
+        return Spelling("opset23" if opset >= _ATTENTION_OPSET else "primitives", opset)
+
+    @classmethod
+    def import_library(cls) -> Any:
+        """The module of the library; raises `UnavailableError` with the install command."""
+        try:
+            return importlib.import_module(cls.package)
+        except (ImportError, OSError) as error:
+            remedy = f"pip install 'xfm-fast[{cls.extra}]'" if cls.extra else f"install {cls.package}"
+            raise UnavailableError(f"{cls.title} is not installed ({' '.join(str(error).split())}); {remedy}") from None
+
+
+_Kind = TypeVar("_Kind", bound=type[Runtime])
+_registered: dict[str, type[Runtime]] = {}
+
+
+def register(runtime: _Kind) -> _Kind:
+    """Make a runtime known by its name; a decorator."""
+    _registered[runtime.name] = runtime
+    return runtime
+
+
+def runtimes() -> Mapping[str, type[Runtime]]:
+    """All runtimes by name."""
+    _import_own()
+    return _registered
+
+
+@cache
+def _import_own() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+
+
+def find_runtime(name: str) -> type[Runtime]:
+    """The runtime of a name; raises `UnavailableError` for an unknown one."""
+    if name not in runtimes():
+        raise UnavailableError(f"runtime {name!r} is unknown; choose from {', '.join(runtimes())}")
+    return runtimes()[name]
+
+
+def data_type(name: str) -> DType:
+    """The dtype of a name; raises `UnavailableError` for an unknown one."""
+    if name not in get_args(DType):
+        raise UnavailableError(f"dtype {name!r} is unknown; choose from {', '.join(get_args(DType))}")
+    return name  # pyright: ignore[reportReturnType]
+
+
+def choose_runtime(manifest: Manifest, folder: Path) -> str:
+    """The runtime that `auto` stands for; raises `ExportError` for files that run code when they are loaded."""
+    fitting = [each for each in runtimes().values() if each.kind == manifest.kind]
+    if not fitting:
+        raise ExportError(f"{folder} holds {manifest.kind!r}, which no runtime runs; register one, or export again")
+    fitting.sort(key=lambda each: each.name != manifest.consumer)
+    for each in fitting:
+        if not each.automatic:
+            raise ExportError(
+                f"{folder} holds files of {each.title}, native code that runs when it is loaded; if you trust their "
+                f"origin, ask for it by name: runtime={each.name!r}, or --runtime {each.name} on the command line"
+            )
+    installed = (each.name for each in fitting if importlib.util.find_spec(each.package) is not None)
+    return next(installed, fitting[0].name)
 
 
 def open_runtime(
-    name: str, manifest: Manifest, device: torch.device | str | None, precision: Precision | None
+    name: str, manifest: Manifest, device: torch.device | str | None = None, precision: Precision | None = None
 ) -> Runtime:
-    """The runtime of a name, on a device, for an export; `precision` is for OpenVINO."""
-    if name not in _MODULES:
-        raise UnavailableError(f"runtime {name!r} is unknown; choose from auto, {', '.join(RUNTIMES)}")
-    kind = "onnx" if name in ("onnxruntime", "openvino") else name
-    if manifest.kind != kind:
-        fitting = "aoti" if manifest.kind == "aoti" else "auto"
+    """The runtime of a name, on a device, for an export."""
+    import torch
+
+    kind = find_runtime(name)
+    if manifest.kind != kind.kind:
+        fitting = next((each.name for each in runtimes().values() if each.kind == manifest.kind), "auto")
         raise ExportError(
-            f"runtime {name!r} runs {kind} and this export holds {manifest.kind}; load it with runtime={fitting!r}, or "
-            f"export again with xfm-fast export {kind}"
+            f"runtime {name!r} runs {kind.kind} and this export holds {manifest.kind}; load it with "
+            f"runtime={fitting!r}, or export again with xfm-fast export {kind.kind}"
         )
-    if precision is not None and name != "openvino":
-        raise UnavailableError(f"precision={precision!r} is a matter of OpenVINO; {name} computes in the export's type")
-    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
-    return module.open_runtime(name, manifest, None if device is None else torch.device(device), precision)
+    if precision is not None and precision not in kind.precisions:
+        raise UnavailableError(
+            f"precision={precision!r} is not offered by {name}; choose from {', '.join(kind.precisions) or 'none'}, or "
+            "leave it out"
+        )
+    chosen: dict[str, Any] = {} if precision is None else {"precision": precision}
+    return kind(manifest, None if device is None else torch.device(device), **chosen)
 
 
 def failed_run(description: str, graph: str, inputs: Mapping[str, Tensor], reason: str) -> ExportError:
@@ -102,11 +233,3 @@ def failed_run(description: str, graph: str, inputs: Mapping[str, Tensor], reaso
 def first_line(error: Exception) -> str:
     """The first line of a library's error message, or the name of its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def empty_outputs(record: GraphRecord, shapes: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:
-    """Uninitialised memory for the outputs of a graph."""
-    return {
-        output.name: torch.empty(shapes[output.name], dtype=TORCH_DTYPES[output.dtype], device=device)
-        for output in record.outputs
-    }

@@ -19,7 +19,7 @@ from xfm_fast.tasks.task import TASKS
 
 from ..request import GraphName
 from ..slots import largest
-from .session import Session, SessionMemory
+from . import Session, SessionMemory
 
 # Rows of vocabulary logits of a pass: 100 MB in fp32 at base size.
 _LOGIT_ROWS = 512

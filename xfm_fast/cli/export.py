@@ -18,16 +18,15 @@ from xfm_fast.cli.options import Flat, command_group
 from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.export.request import (
     BUDGET,
-    EngineRequest,
     ExportRequest,
     ModelSource,
     OnnxRequest,
-    PackageRequest,
     Preset,
     RepositoryOptions,
     RuntimeChoice,
-    TensorRTRequest,
 )
+from xfm_fast.export.runtimes.aoti import PackageRequest
+from xfm_fast.export.runtimes.tensorrt import EngineRequest, TensorRTRequest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
 
     from xfm_fast.benchmarks.material.photographs import Collection
     from xfm_fast.config import XFMConfig
-    from xfm_fast.export.engines.build import BuildProgress
-    from xfm_fast.export.engines.library import EngineConsumer
+    from xfm_fast.export.engines import BuildProgress
     from xfm_fast.export.expected import Examples
     from xfm_fast.export.manifest import Manifest, VerificationRecord
     from xfm_fast.models.xfm import XFM
@@ -96,11 +94,11 @@ def aoti(
 
     A package is native code that runs when it is loaded; commands that load one need `--runtime aoti`.
     """
-    from xfm_fast.export import aoti as library
+    from xfm_fast.export import export_packages
 
-    library.check_compiling(request.device, request.dtype)
+    request.check()
     subject, examples = load(named(run, source), request)
-    made = library.export_packages(subject.model, out, request, **subject.facts, examples=examples, progress=say)
+    made = export_packages(subject.model, out, request, **subject.facts, examples=examples, progress=say)
     return finish(made, out)
 
 
@@ -132,17 +130,17 @@ def tensorrt_rtx(
     return _engines("tensorrt-rtx", out, named(run, source), request, verbose)
 
 
-def _engines(consumer: EngineConsumer, out: Path, source: ModelSource, request: EngineRequest, verbose: bool) -> int:
-    from xfm_fast.export.engines import build
+def _engines(consumer: str, out: Path, source: ModelSource, request: EngineRequest, verbose: bool) -> int:
+    from xfm_fast.export import engines
 
-    build.check_request(consumer, request)
+    engines.check_request(consumer, request)
     subject, examples = load(source, request)
     calibration = None
     if request.quantize is not None:
         calibration = load_calibration(subject.model.config, subject.tokenizer, source.data)
     with (
         _show_progress(verbose) as progress,
-        build.engine_graphs(
+        engines.engine_graphs(
             subject.model, out, consumer, request, **subject.facts, examples=examples, calibration=calibration
         ) as build_engines,
     ):
@@ -217,7 +215,7 @@ def model_repository(
     """
     from rich.markup import escape
 
-    from xfm_fast.export.model_repository.repository import check_free, write_model_repository
+    from xfm_fast.export.model_repository import check_free, write_model_repository
     from xfm_fast.tokenizer import CaptionTokenizer
 
     options.check()
@@ -468,13 +466,13 @@ def _show_progress(verbose: bool) -> Iterator[BuildProgress]:
     """Progress bars on a terminal, or the builder's messages."""
     from rich.console import Console
 
-    from xfm_fast.export.engines.build import Silent
+    from xfm_fast.export.engines import Silent
 
     if verbose:
         from rich.logging import RichHandler
 
         handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
-        logger = logging.getLogger("xfm_fast.export.engines")
+        logger = logging.getLogger("xfm_fast.export")
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
         try:

@@ -17,8 +17,7 @@ from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.manifest import MANIFEST_FILE
-from xfm_fast.export.session import Session
-from xfm_fast.export.session.ranking import SessionRanks
+from xfm_fast.export.session import Session, SessionRanks
 from xfm_fast.export.slots import largest
 from xfm_fast.models.processor import TOKENIZER_FILE, read_tokenizer
 from xfm_fast.models.xfm import PRECISIONS, XFM

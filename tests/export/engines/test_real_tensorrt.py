@@ -60,23 +60,3 @@ def test_calls_of_the_real_module(bindings: tuple[Path, Path], scenario: str, tm
         env=os.environ | {"LD_LIBRARY_PATH": str(stubs), "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_engines_through_the_bindings_over_rtx(bindings: tuple[Path, Path], dtype: str, tmp_path: Path) -> None:
-    """The newest version alone: of others the C++ interface is not that of this TensorRT for RTX."""
-    folder, _ = bindings
-    if folder.name != VERSIONS[-1]:
-        pytest.skip(f"only {VERSIONS[-1]}")
-    libraries = Path(pytest.importorskip("tensorrt_rtx_libs").__file__).parent
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    assert compiler is not None
-    real_tensorrt.compile_stubs(compiler, tmp_path, int(folder.name.split(".")[0]), real_tensorrt.OVER_RTX)
-    core, parser = (libraries / f"libtensorrt{name}_rtx.so.1" for name in ("", "_onnxparser"))
-    done = subprocess.run(
-        [sys.executable, "-m", real_tensorrt.__name__, str(folder), "whole", str(tmp_path), dtype],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[3],
-        env=os.environ
-        | {"LD_LIBRARY_PATH": f"{tmp_path}:{libraries}", "RTX_LIBRARY": str(core), "RTX_PARSER": str(parser)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]

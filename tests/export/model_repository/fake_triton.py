@@ -9,7 +9,7 @@ import json
 import sys
 import types
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,32 +70,6 @@ class InferenceResponse:
         return self._tensors
 
 
-class MetricFamily:
-    """A family of metrics, whose values the tests read by its name."""
-
-    COUNTER, GAUGE = "counter", "gauge"
-    values: ClassVar[dict[str, float]] = {}
-
-    def __init__(self, name: str, description: str, kind: str) -> None:
-        assert description
-        assert kind in (self.COUNTER, self.GAUGE)
-        assert name.endswith("_total") == (kind == self.COUNTER)
-        self.name, self.kind = name, kind
-
-    def Metric(self, labels: dict[str, str]) -> "MetricFamily":
-        assert set(labels) == {"model", "version"}
-        self.values[self.name] = 0
-        return self
-
-    def increment(self, by: float) -> None:
-        assert by >= 0 or self.kind == self.GAUGE
-        self.values[self.name] += by
-
-    def set(self, value: float) -> None:
-        assert self.kind == self.GAUGE
-        self.values[self.name] = value
-
-
 class FakeServer:
     """The models of a repository, loaded.
 
@@ -128,7 +102,6 @@ class FakeServer:
             "TritonModelException": TritonModelException,
             "InferenceResponse": InferenceResponse,
             "InferenceRequest": InferenceRequest,
-            "MetricFamily": MetricFamily,
             "PreferredMemory": lambda memory, device: None,
             "TRITONSERVER_MEMORY_GPU": 1,
             "TRITONSERVER_MEMORY_CPU": 0,

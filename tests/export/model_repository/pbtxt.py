@@ -2,11 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
-
-_TOKEN = re.compile(
-    r'\s*(?:(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<word>[A-Za-z_]\w*)|(?P<number>-?\d+)|(?P<mark>[{}\[\]:,]))'
-)
 
 
 class Enum(str):
@@ -37,10 +34,7 @@ MODEL_CONFIG: dict[str, Any] = {
 
 def read(text: str) -> dict[str, Any]:
     """The message; an unknown field, a wrong type or a singular field given twice is an error."""
-    tokens = list(_tokens(text))
-    message, rest = _message(tokens, MODEL_CONFIG, None)
-    assert not rest, rest
-    return message
+    return _message(iter(text.splitlines()), MODEL_CONFIG)
 
 
 def parameters(config: dict[str, Any]) -> dict[str, str]:
@@ -48,63 +42,30 @@ def parameters(config: dict[str, Any]) -> dict[str, str]:
     return {entry["key"]: entry["value"]["string_value"] for entry in config.get("parameters", [])}
 
 
-def _tokens(text: str) -> Any:
-    place = 0
-    text = text.rstrip()
-    while place < len(text):
-        found = _TOKEN.match(text, place)
-        assert found, f"not understood: {text[place : place + 40]!r}"
-        place = found.end()
-        yield found.lastgroup, found.group(found.lastgroup or 0)
-
-
-def _message(tokens: list, schema: dict[str, Any], end: str | None) -> tuple[dict[str, Any], list]:
+def _message(lines: Iterator[str], schema: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    while tokens:
-        kind, name = tokens[0]
-        if (kind, name) == ("mark", end):
-            return made, tokens[1:]
-        assert kind == "word", name
+    for line in lines:
+        if line.strip() == "}":
+            return made
+        field = re.fullmatch(r"\s*(\w+)(?: \{|: (.*))", line)
+        assert field is not None, line
+        name, text = field.groups()
         assert name in schema, f"unknown field {name}"
-        value, tokens = _value(tokens[1:], schema[name], name)
-        if isinstance(schema[name], list):
-            made.setdefault(name, []).extend(value)
+        repeated = isinstance(schema[name], list)
+        kind = schema[name][0] if repeated else schema[name]
+        if text is None:
+            values = [_message(lines, kind)]
         else:
-            assert name not in made, f"{name} is given twice"
-            made[name] = value
-    assert end is None, "unclosed message"
-    return made, []
+            values = [_scalar(part, kind) for part in (text[1:-1].split(", ") if text[0] == "[" else [text])]
+        assert repeated or name not in made, f"{name} is given twice"
+        made[name] = made.get(name, []) + values if repeated else values[0]
+    return made
 
 
-def _value(tokens: list, schema: Any, name: str) -> tuple[Any, list]:
-    if isinstance(schema, list) and isinstance(schema[0], dict):
-        assert tokens[0] == ("mark", "{"), name
-        value, tokens = _message(tokens[1:], schema[0], "}")
-        return [value], tokens
-    if isinstance(schema, dict):
-        assert tokens[0] == ("mark", "{"), name
-        return _message(tokens[1:], schema, "}")
-    assert tokens[0] == ("mark", ":"), name
-    tokens = tokens[1:]
-    if isinstance(schema, list):
-        assert tokens[0] == ("mark", "["), name
-        values, tokens = [_scalar(tokens[1], schema[0], name)], tokens[2:]
-        while tokens[0] == ("mark", ","):
-            values.append(_scalar(tokens[1], schema[0], name))
-            tokens = tokens[2:]
-        assert tokens[0] == ("mark", "]"), name
-        return values, tokens[1:]
-    return _scalar(tokens[0], schema, name), tokens[1:]
-
-
-def _scalar(token: tuple[str, str], schema: type, name: str) -> Any:
-    kind, text = token
-    if schema is bool:
-        assert text in ("true", "false"), name
-        return text == "true"
-    assert kind == {int: "number", str: "string", Enum: "word"}[schema], (name, text)
-    if schema is int:
-        return int(text)
-    if schema is Enum:
+def _scalar(text: str, kind: type) -> Any:
+    if kind is Enum:
+        assert re.fullmatch(r"[A-Z]\w*", text), text
         return Enum(text)
-    return json.loads(text)
+    value = json.loads(text)
+    assert type(value) is kind, (kind, text)
+    return value

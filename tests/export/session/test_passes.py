@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfm_fast.errors import InputError
-from xfm_fast.export.session.passes import PassLimits, plan_passes, plan_rows, row_batches, token_batches
+from xfm_fast.export.passes import PassLimits, plan_passes, row_batches, token_batches
 from xfm_fast.export.slots import SizeRange, Slot
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
@@ -30,7 +30,7 @@ def test_every_text_is_in_one_pass_that_fits(lengths: list[int], budget: int, pr
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(lengths)))
     for batch in batches:
         assert batch.length == max(lengths[row] for row in batch.rows)
-        assert batch.tokens <= budget or len(batch.rows) == 1
+        assert len(batch.rows) * batch.length <= budget or len(batch.rows) == 1
         assert most is None or len(batch.rows) <= most
 
 
@@ -54,22 +54,7 @@ def test_divides_as_the_search_over_all_divisions_does(lengths: list[int], budge
     )
     batches = token_batches(lengths, budget, pass_tokens=price)
     # Pieces of a run are padded to their own longest text, which only saves.
-    assert sum(batch.tokens + price for batch in batches) <= cheapest
-
-
-def test_a_price_of_passes_trades_them_for_padding() -> None:
-    lengths = [10, 11, 12, 13, 14, 15, 16] * 9
-    free = token_batches(lengths, 2048)
-    assert sum(batch.tokens for batch in free) == sum(lengths)
-    assert len(free) == 7
-    priced = token_batches(lengths, 2048, pass_tokens=48)
-    assert len(priced) < 7
-    assert sum(batch.tokens for batch in priced) < 16 * len(lengths)
-    assert len(token_batches(lengths, 2048, pass_tokens=10_000)) == 1
-
-
-def test_no_texts_need_no_pass() -> None:
-    assert token_batches([], 10) == []
+    assert sum(len(batch.rows) * batch.length + price for batch in batches) <= cheapest
 
 
 @pytest.mark.parametrize(("budget", "most"), [(0, None), (10, 0)])
@@ -86,15 +71,15 @@ def test_fusion_passes_hold_every_pair_once(pairs: list[tuple[int, int]], budget
     for slots in (DYNAMIC, [latency, bulk]):
         limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
         passes = plan_passes(image_of, lengths, slots, limits)
-        seen = [(i, text) for work in passes for i, row in zip(work.images, work.texts, strict=True) for text in row]
+        seen = [(i, text) for work in passes for i, row in zip(work.images, work.parts, strict=True) for text in row]
         assert sorted(seen) == sorted(zip(image_of, range(len(pairs)), strict=True))
         for work in passes:
-            assert len({len(row) for row in work.texts}) == 1
-            assert work.length >= max(lengths[text] for row in work.texts for text in row)
+            assert len({len(row) for row in work.parts}) == 1
+            assert work.length >= max(lengths[text] for row in work.parts for text in row)
             assert work.length % limits.step == 0
-            sizes = {"batch": len(work.images), "texts": len(work.texts[0]), "length": work.length}
+            sizes = {"batch": len(work.images), "texts": len(work.parts[0]), "length": work.length}
             assert any(slot.padded(sizes) is not None for slot in slots)
-            if len(work.images) * len(work.texts[0]) > 1:
+            if len(work.images) * len(work.parts[0]) > 1:
                 assert work.tokens <= budget
 
 
@@ -128,27 +113,27 @@ def test_rows_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) ->
     image_of, lengths = [image for image, _ in pairs], [length for _, length in pairs]
     for slots in (ROWS_OF_ANY, BOUNDED_ROWS):
         limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
-        passes = plan_rows(image_of, lengths, slots, limits, 64)
+        passes = plan_passes(image_of, lengths, slots, limits, packed_width=64)
         seen = [
-            (i, t) for work in passes for i, rows in zip(work.images, work.rows, strict=True) for r in rows for t in r
+            (i, t) for work in passes for i, rows in zip(work.images, work.parts, strict=True) for r in rows for t in r
         ]
         assert sorted(seen) == sorted(zip(image_of, range(len(pairs)), strict=True))
         for work in passes:
-            assert len({len(rows) for rows in work.rows}) == 1
-            assert all(sum(lengths[text] for text in row) <= work.length for rows in work.rows for row in rows)
-            texts = max(sum(map(len, rows)) for rows in work.rows)
-            sizes = {"batch": len(work.images), "rows": len(work.rows[0]), "texts": texts, "length": work.length}
+            assert len({len(rows) for rows in work.parts}) == 1
+            assert all(sum(lengths[text] for text in row) <= work.length for rows in work.parts for row in rows)
+            texts = max(sum(map(len, rows)) for rows in work.parts)
+            sizes = {"batch": len(work.images), "rows": len(work.parts[0]), "texts": texts, "length": work.length}
             assert any(slot.padded(sizes) is not None for slot in slots)
-            for rows in work.rows:
+            for rows in work.parts:
                 assert sum(map(len, rows)) == 1 or sum(lengths[text] for row in rows for text in row) <= budget + 40
 
 
 def test_rows_follow_the_tokens() -> None:
     lengths = [40, *[3 + n % 20 for n in range(31)]]
     (rows,) = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(2048, 32), 768, "text")
-    assert sum(lengths) <= rows.tokens <= 1.05 * sum(lengths)
+    assert sum(lengths) <= len(rows.texts) * rows.length <= 1.05 * sum(lengths)
     padded = token_batches(lengths, 2048, pass_tokens=32)
-    assert rows.tokens < sum(batch.tokens + 32 for batch in padded)
+    assert len(rows.texts) * rows.length < sum(len(batch.rows) * batch.length + 32 for batch in padded)
     # Beyond the budget, passes of about as many tokens each.
     several = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(200, 32), 768, "text")
     sizes = [sum(lengths[text] for row in each.texts for text in row) for each in several]
@@ -156,13 +141,6 @@ def test_rows_follow_the_tokens() -> None:
     assert max(sizes) - min(sizes) <= 40
     with pytest.raises(InputError, match=r"length is 513"):
         row_batches([0], [513], ROWS_OF_ANY, PassLimits(2048, 32), 768, "text")
-
-
-def test_texts_of_an_image_share_its_memory_and_single_pairs_share_a_pass() -> None:
-    one = plan_passes([0] * 20, [12] * 20, DYNAMIC, PassLimits(2048, 48))
-    assert [(work.images, len(work.texts[0])) for work in one] == [((0,), 20)]
-    each = plan_passes(list(range(20)), [12] * 20, DYNAMIC, PassLimits(2048, 48))
-    assert [(work.images, len(work.texts[0])) for work in each] == [(tuple(range(20)), 1)]
 
 
 def test_fixed_shapes_are_filled_before_another_pass_begins() -> None:

@@ -5,67 +5,68 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from xfm_fast.errors import ExportError, UnavailableError
 
-from ..manifest import GraphRecord, Manifest
-from ..slots import Slot, output_shapes
-from . import Precision, empty_outputs, failed_run
+from . import Runtime, Spelling, data_type, failed_run, register
 
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..manifest import GraphRecord, Manifest
+    from ..request import Precision
+    from ..slots import Slot
+
 _FIRST_WITH_ATTENTION = (2026, 4)
 """The oldest version that was seen to read the operator `Attention` of opset 23."""
 
 
-def open_runtime(
-    name: str, manifest: Manifest, device: torch.device | None, precision: Precision | None
-) -> OpenVinoModels:
-    """See `runtimes.open_runtime`."""
-    return OpenVinoModels(manifest, device, precision)
+@register
+class OpenVINO(Runtime):
+    """Calls of one graph are serialised. bf16 is a precision of the arithmetic; tensors stay fp32."""
 
+    name = "openvino"
+    title = "OpenVINO"
+    package = "openvino"
+    extra = "openvino"
+    precisions = ("fp32", "bf16")
 
-class OpenVinoModels:
-    """A `Runtime`; calls of one graph are serialised."""
-
-    def __init__(self, manifest: Manifest, device: torch.device | None, precision: Precision | None) -> None:
-        try:
-            import openvino
-        except ImportError:
-            raise UnavailableError("openvino is not installed; pip install 'xfm-fast[openvino]'") from None
-        if device is not None and device.type != "cpu":
-            raise UnavailableError(f"OpenVINO is used on the CPU here, not on {device}; use device='cpu'")
-        if manifest.dtype == "bf16":
-            raise UnavailableError(
-                "OpenVINO reads no bf16 tensors from NumPy; export with --dtype fp32 and load with precision='bf16'"
-            )
-        version = openvino.__version__
+    def __init__(
+        self, manifest: Manifest, device: torch.device | None = None, *, precision: Precision = "fp32"
+    ) -> None:
+        super().__init__(manifest, device)
+        self.spelling(manifest.dtype)
+        version: str = self.library.__version__
         known = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
         if manifest.attention == "function" or (manifest.attention == "opset23" and known < _FIRST_WITH_ATTENTION):
             raise ExportError(
                 f"this export spells attention as {manifest.attention}, which OpenVINO {version} does not read; export "
                 "it with --for openvino"
             )
-        if precision is not None and precision not in _HINTS:
-            raise UnavailableError(f"precision {precision!r} is unknown; choose from {', '.join(_HINTS)}")
-        self._library: Any = openvino
-        self._core: Any = openvino.Core()
-        capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision == "bf16" and "BF16" not in capabilities:
+        self._core: Any = self.library.Core()
+        if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise UnavailableError("this processor has no bf16 arithmetic; leave out precision='bf16'")
-        self._precision = precision or "fp32"
-        self.device = torch.device("cpu")
-        self.enqueues = False
-        self.description = f"openvino {openvino.__version__.split('-')[0]}, CPU, {self._precision}"
+        self._precision: Precision = precision
+        self.description = f"openvino {version.split('-')[0]}, CPU, {precision}"
 
-    def load(self, record: GraphRecord, path: Path) -> _OpenVinoGraph:
+    @classmethod
+    def spelling(cls, dtype: str, opset: int | None = None) -> Spelling:
+        """See `Runtime.spelling`; all versions read primitives."""
+        if data_type(dtype) == "bf16":
+            raise UnavailableError(
+                "OpenVINO takes no bf16 tensors; export with --dtype fp32 and load the session with precision='bf16'"
+            )
+        return super().spelling("fp32", opset)
+
+    def load(self, record: GraphRecord, path: Path) -> _Model:
         """See `Runtime.load`."""
+        import torch
+
         options = {
             # The default is the fastest dtype, which is bf16 on some processors.
-            "INFERENCE_PRECISION_HINT": _HINTS[self._precision],
+            "INFERENCE_PRECISION_HINT": "bf16" if self._precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
             "PERFORMANCE_HINT": "LATENCY",
         }
@@ -75,10 +76,10 @@ class OpenVinoModels:
             raise ExportError(
                 f"{self.description} does not load {path.name} ({_reason(error)}); export it again with --for openvino"
             ) from error
-        return _OpenVinoGraph(self._library, compiled, record, self.description)
+        return _Model(self.library, compiled, record, self.description)
 
 
-class _OpenVinoGraph:
+class _Model:
     """A `LoadedGraph`."""
 
     def __init__(self, library: Any, compiled: Any, record: GraphRecord, description: str) -> None:
@@ -87,7 +88,11 @@ class _OpenVinoGraph:
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        outputs = empty_outputs(self._record, output_shapes(self._record, sizes), torch.device("cpu"))
+        import torch
+
+        from ..slots import empty_tensors
+
+        outputs = empty_tensors(self._record.outputs, sizes, torch.device("cpu"))
         with self._lock:
             for name, value in {**inputs, **outputs}.items():
                 self._request.set_tensor(name, self._library.Tensor(value.numpy(), shared_memory=True))

@@ -1,0 +1,212 @@
+"""AOTInductor packages: each graph compiled to machine code by PyTorch, without ONNX or TensorRT.
+
+A package needs PyTorch only, without this project. Loading one runs native code: load only packages that you trust.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Mapping
+from collections.abc import Sequence as Sequence  # the command line resolves inherited annotations here
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from xfm_fast.errors import ExportError, StorageError, UnavailableError
+
+from ..request import DType as DType
+from ..request import ExportRequest
+from . import Runtime, Spelling, data_type, failed_run, first_line, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..graphs import Graph
+    from ..manifest import GraphRecord, Manifest, PackageTarget
+
+# Extensions that compilers make use of for arithmetic, by the names that Linux gives them.
+_EXTENSIONS = ("amx", "asimd", "avx", "bf16", "bmi", "f16c", "fma", "gfni", "i8mm", "sse", "sve", "vaes", "vpclmul")
+# Subgraphs of weights only (such as the joined QKV bias of vision) are computed on loading, not in every call.
+_COMPILER = {"aot_inductor.use_runtime_constant_folding": True}
+
+
+@dataclass(frozen=True)
+class PackageRequest(ExportRequest):
+    """Graphs as AOTInductor packages.
+
+    Attributes:
+        device: Device of this machine that runs the packages.
+    """
+
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    def check(self) -> None:
+        """Check the compiler, device and dtype before a checkpoint is read."""
+        import torch
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        dtype, native = data_type(self.dtype), self.dtype == "fp32"
+        if self.device == "cuda":
+            if not torch.cuda.is_available():
+                raise UnavailableError("device cuda needs an NVIDIA GPU and PyTorch finds none; use --device cpu")
+            native = native or dtype == "fp16" or torch.cuda.get_device_capability() >= (8, 0)
+        elif self.device != "cpu":
+            raise UnavailableError(f"device {self.device!r} is unknown; choose from cpu, cuda")
+        elif not native:
+            probe = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", bool)
+            native = bool(probe())
+        if not native:
+            raise UnavailableError(f"{self.device} has no {dtype} arithmetic here; use --dtype fp32")
+        try:
+            get_cpp_compiler()
+        except Exception as error:  # of a private module, whose classes move
+            raise ExportError("a package needs a C++ compiler; install g++ or clang++, or set CXX") from error
+
+
+@register
+class AOTInductor(Runtime):
+    """Packages of one PyTorch and one kind of machine; calls of one graph are serialised."""
+
+    name = kind = "aoti"
+    title = "AOTInductor"
+    package = "torch"
+    request = PackageRequest
+    automatic = False
+
+    def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
+        import torch
+
+        target = manifest.package
+        if target is None:
+            raise ExportError("the manifest of these packages does not say what they were compiled for; export again")
+        if device is not None and device.type != target.device:
+            raise UnavailableError(f"these packages were compiled for {target.device}, not for {device.type}")
+        self.enqueues, self.device, where = target.device == "cuda", torch.device("cpu"), "CPU"
+        if self.enqueues:
+            if not torch.cuda.is_available():
+                raise UnavailableError("these packages were compiled for an NVIDIA GPU and PyTorch finds none here")
+            self.device = torch.device("cuda", torch.cuda.current_device() if device is None else device.index or 0)
+            where = torch.cuda.get_device_name(self.device)
+        check_target(target, local_target(target.device))
+        self.description = f"AOTInductor of torch {torch.__version__}, {where}"
+
+    def load(self, record: GraphRecord, path: Path) -> _Package:
+        """See `Runtime.load`."""
+        from torch._inductor import aoti_load_package
+
+        try:
+            package = aoti_load_package(str(path), device_index=self.device.index if self.enqueues else -1)
+        except Exception as error:  # of the loader, which has no errors of its own
+            raise ExportError(
+                f"{self.description} does not load {path.name} ({first_line(error)}); build it on this machine"
+            ) from error
+        return _Package(package, record, self.description)
+
+    @classmethod
+    def why_absent(cls, device: torch.device) -> str | None:
+        """See `Runtime.why_absent`."""
+        try:
+            PackageRequest(device="cuda" if device.type == "cuda" else "cpu").check()
+        except (ExportError, UnavailableError) as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def export(cls, model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
+        """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
+        from ..manifest import package_versions
+        from ..pipeline import export_graphs, split_request
+
+        request, facts = split_request(request, PackageRequest, given)
+        request.check()
+
+        def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
+            compile_package(graph, Path(folder, record.file), request, content.fixed)
+            return [record.file]
+
+        # While one is compiled its weights lie in a library, in an object file and in the package. Attention is
+        # decomposed by PyTorch and not by the graphs.
+        return export_graphs(
+            model, Path(folder), request, Spelling("primitives", 0), write, suffix=".pt2", kind="aoti",
+            room=lambda sizes: sum(sizes) + 3 * max(sizes), consumer="aoti", opset=None,
+            versions=package_versions("torch", "triton"), package=local_target(request.device), **facts,
+        )  # fmt: skip
+
+
+class _Package:
+    """A `LoadedGraph`."""
+
+    def __init__(self, package: Any, record: GraphRecord, description: str) -> None:
+        self._package, self._record, self._description = package, record, description
+
+    def run(self, inputs: Mapping[str, Tensor], slot: Any, sizes: Any) -> dict[str, Tensor]:
+        try:
+            results = self._package(*(inputs[tensor.name] for tensor in self._record.inputs))
+        except Exception as error:
+            raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
+        return {tensor.name: value for tensor, value in zip(self._record.outputs, results, strict=True)}
+
+
+def compile_package(graph: Graph, path: Path, request: PackageRequest, fixed: Mapping[str, int]) -> None:
+    """Compile a graph to `path`; a failure leaves no partial file."""
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.utils import fresh_cache
+
+    from ..graphs import trace
+
+    try:
+        # The compiler's files go to the folder with enough space and are removed afterwards.
+        with (
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch,
+            warnings.catch_warnings(action="ignore"),  # about the compiler's own code
+            fresh_cache(dir=scratch),
+        ):
+            program, made = trace(graph, request.dtype, fixed, request.device), Path(scratch, path.name)
+            aoti_compile_and_package(program, package_path=str(made), inductor_configs=_COMPILER)
+            made.replace(path)
+    except Exception as error:  # the compiler's own classes, which share no public base
+        full = os.strerror(errno.ENOSPC)
+        if isinstance(error, OSError) or full in str(error):
+            # The C++ compiler's last words, somewhere in its output.
+            raise StorageError(f"{path} could not be written ({full}?); free space there") from error
+        raise ExportError(
+            f"PyTorch does not compile {path.stem} for {request.device} in {request.dtype} ({first_line(error)}); "
+            "export it to ONNX, or upgrade PyTorch"
+        ) from error
+
+
+def local_target(device: Literal["cpu", "cuda"]) -> PackageTarget:
+    """The package target of this machine; instruction sets where the system lists them."""
+    import torch
+
+    from ..manifest import PackageTarget
+
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    major, minor = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    return PackageTarget(
+        torch=torch.__version__,
+        device=device,
+        architecture=platform.machine(),
+        instructions=sorted({flag for flag in flags if flag.startswith(_EXTENSIONS)}),
+        compute_capability=10 * major + minor or None,
+    )
+
+
+def check_target(target: PackageTarget, here: PackageTarget) -> None:
+    """Raise `ExportError` unless this machine runs packages compiled for `target`."""
+    lacking = sorted({*target.instructions} - {*here.instructions}) if here.instructions else []
+    for name in ("torch", "architecture", "compute_capability"):
+        if getattr(target, name) != getattr(here, name):
+            lacking.append(f"{name} {getattr(target, name)} (here {getattr(here, name)})")
+    if lacking:
+        raise ExportError(
+            f"these packages were compiled for a machine with {', '.join(lacking)}; build them again here with "
+            f"xfm-fast export aoti --device {target.device}"
+        )
