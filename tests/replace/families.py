@@ -361,6 +361,32 @@ def states(model: nn.Module, given: Inputs) -> Tensor:
     return real(out if isinstance(out, Tensor) else out.last_hidden_state, given.get("attention_mask"))
 
 
+def inferred(model: nn.Module, given: Inputs) -> Tensor:
+    """The final states at real tokens in evaluation mode, without gradients, in fp32 or wider."""
+    with torch.no_grad():
+        found = states(model.eval(), given)
+    return found if found.dtype == torch.float64 else found.float()
+
+
+def adapted(model: nn.Module, targets: list[str], *names: str, **options: Any) -> Any:
+    """The model with LoRA adapters of peft whose factors are not zero, in its own dtype."""
+    peft = pytest.importorskip("peft")
+    dtype, made = next(p.dtype for p in model.parameters() if p.is_floating_point()), None
+    for name in names or ("default",):
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **options)
+        if made is None:
+            made = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            made.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(3)
+    assert made is not None
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+    return made.to(dtype)
+
+
 def without_chance(model: nn.Module) -> nn.Module:
     """Training mode in which nothing is drawn."""
     model.train()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -12,55 +11,23 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from tests.replace.families import assert_equal, batch, make  # noqa: E402
+from tests.replace.families import adapted, assert_equal, batch, inferred, make  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
 from xfm_fast.replace.layer import FusedLayer  # noqa: E402
 from xfm_fast.replace.swap import is_fused  # noqa: E402
 
-EVERYWHERE = ["query", "key", "value", "dense"]
+EVERYWHERE, QUERIES = ["query", "key", "value", "dense"], ["query", "value"]
 BOUND = 1e-12
-DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 63, "dropout": 0.0, "attention_dropout": 0.0}
-
-
-def adapted(model: Any, *names: str, targets: list[str] | None = None, **options: Any) -> Any:
-    """The model with adapters whose factors are not zero."""
-    made: Any = None
-    for name in names or ("default",):
-        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets or ["query", "value"], **options)
-        if made is None:
-            made = peft.get_peft_model(model, config, adapter_name=name)
-        else:
-            made.add_adapter(name, config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
-    return made.double()
-
-
-def only_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let adapted layers raise where they are called."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the original ran")
-
-    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "forward", refuse)
-
-
-def outputs(model: Any, given: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model(**given).last_hidden_state[given["attention_mask"].bool()]
 
 
 def test_every_change_of_an_adapter_is_seen() -> None:
     """The sum of weight and adapters is kept, so each way to change one has to be noticed."""
-    original, fast = (adapted(make("BertModel"), "one", "two", targets=EVERYWHERE).eval() for _ in range(2))
+    original, fast = (adapted(make("BertModel"), EVERYWHERE, "one", "two").eval() for _ in range(2))
     accelerate(fast, unpad=True)
     given, seen = batch(), []
 
     def compare() -> None:
-        wanted, found = outputs(original, given), outputs(fast, given)
+        wanted, found = inferred(original, given), inferred(fast, given)
         assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
         assert not any(torch.allclose(wanted, other) for other in seen)
         seen.append(wanted)
@@ -88,20 +55,20 @@ def test_every_change_of_an_adapter_is_seen() -> None:
         assert "disabled" in str(accelerate(fast, unpad=True))
     for model in (original, fast):
         model.merge_adapter()
-    wanted, found = outputs(original, given), outputs(fast, given)
+    wanted, found = inferred(original, given), inferred(fast, given)
     assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
     with original.disable_adapter(), fast.disable_adapter():
-        wanted, found = outputs(original, given), outputs(fast, given)
+        wanted, found = inferred(original, given), inferred(fast, given)
         assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
 
 
 def test_merged_for_good() -> None:
-    original, fast = (adapted(make("BertModel"), targets=EVERYWHERE).eval() for _ in range(2))
+    original, fast = (adapted(make("BertModel"), EVERYWHERE).eval() for _ in range(2))
     report = accelerate(fast)
     plain = fast.merge_and_unload()
     assert all(type(layer.attention.self.query) is nn.Linear for layer in plain.encoder.layer)
     assert all(is_fused(layer) and layer.declines() is None for layer in plain.encoder.layer)
-    wanted, found = outputs(original, batch()), outputs(plain, batch())
+    wanted, found = inferred(original, batch()), inferred(plain, batch())
     assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
     assert "LoRA" not in str(report)
 
@@ -113,24 +80,25 @@ def test_dropout_is_on_the_input_of_the_adapter_alone(monkeypatch: pytest.Monkey
         return x * (torch.arange(x.shape[-1]) % 3 != 0) / (1 - p) if training and p else x
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropped)
-    original, fast = (adapted(make("BertModel"), targets=EVERYWHERE, lora_dropout=0.25).train() for _ in range(2))
+    original, fast = (adapted(make("BertModel"), EVERYWHERE, lora_dropout=0.25).train() for _ in range(2))
     accelerate(fast)
     assert_equal(original, fast, batch(), BOUND)
-    trained = outputs(fast, batch())
-    assert not torch.allclose(trained, outputs(fast.eval(), batch()))
+    with torch.no_grad():
+        trained = fast(**batch()).last_hidden_state[batch()["attention_mask"].bool()]
+    assert not torch.allclose(trained, inferred(fast, batch()))
 
 
 def test_bias_and_mixed_types() -> None:
-    original, fast = (adapted(make("BertModel"), targets=EVERYWHERE, lora_bias=True).eval() for _ in range(2))
+    original, fast = (adapted(make("BertModel"), EVERYWHERE, lora_bias=True).eval() for _ in range(2))
     accelerate(fast)
     assert_equal(original, fast, batch(), BOUND)
-    wanted, found = outputs(original, batch()), outputs(fast, batch())
+    wanted, found = inferred(original, batch()), inferred(fast, batch())
     assert float((found - wanted).abs().max()) <= BOUND * float(wanted.abs().max())
     for model in (original, fast):
         model.bfloat16()
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.float() if "lora_" in name else parameter.data
-    wanted, found = outputs(original, batch()).float(), outputs(fast, batch()).float()
+    wanted, found = inferred(original, batch()).float(), inferred(fast, batch()).float()
     assert float((found - wanted).abs().max()) <= 2.0**-5 * float(wanted.abs().max())
 
 
@@ -138,16 +106,16 @@ def test_bias_and_mixed_types() -> None:
 def test_other_adapters_run_and_are_told(first: str) -> None:
     model = make("BertModel")
     fast = copy.deepcopy(model)
-    original = adapted(model, use_dora=True)
+    original = adapted(model, QUERIES, use_dora=True)
     if first == "peft":
-        fast = adapted(fast, use_dora=True)
+        fast = adapted(fast, QUERIES, use_dora=True)
         report = accelerate(fast)
         told = {entry.reason for entry in report.left}
         assert "embeddings" in str(report)
     else:
         report = accelerate(fast)
         assert not report.declining
-        fast = adapted(fast, use_dora=True)
+        fast = adapted(fast, QUERIES, use_dora=True)
         told = {reason for path, reason in report.declining.items() if "layer" in path}
         assert "run their original" in str(report)
     kind = "attention.self.query has the adapter 'default' of another kind than plain LoRA (Dora)"
@@ -156,20 +124,20 @@ def test_other_adapters_run_and_are_told(first: str) -> None:
 
 
 def test_a_hook_inside_of_an_adapter_is_called() -> None:
-    fast = adapted(make("BertModel")).eval()
+    fast = adapted(make("BertModel"), QUERIES).eval()
     report = accelerate(fast)
     layer = fast.base_model.model.encoder.layer[0].attention.self.query
     seen: list[int] = []
     handle = layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
     assert any("query has hooks inside" in reason for reason in report.declining.values())
-    outputs(fast, batch())
+    inferred(fast, batch())
     assert seen == [1]
     handle.remove()
     assert not report.declining
 
 
 def test_adapters_by_row_of_a_batch() -> None:
-    original, fast = (adapted(make("BertModel"), "one", "two").eval() for _ in range(2))
+    original, fast = (adapted(make("BertModel"), QUERIES, "one", "two").eval() for _ in range(2))
     accelerate(fast, unpad=True)
     given = batch() | {"adapter_names": ["one", "two", "__base__", "one", "two"]}
     with torch.no_grad():
@@ -181,7 +149,7 @@ def test_frozen_weights_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch)
     """Training adapters must not cost the gradient of the weights that they stand beside."""
     from xfm_fast.kernels.cpu import products
 
-    fast = adapted(make("BertModel", torch.float32)).float().train()
+    fast = adapted(make("BertModel", torch.float32), QUERIES).float().train()
     accelerate(fast, unpad=True)
     made: list[torch.Size] = []
     inner = products.weight_gradient

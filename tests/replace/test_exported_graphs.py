@@ -70,7 +70,10 @@ def _inputs(name: str, batch: int, length: int) -> tuple[Tensor, ...]:
     return (pixels,) if name in ("vit", "dinov2", "xfm image") else (ids, mask)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+_QUICK = ("bert", "dinov2", "clip")
+
+
+@pytest.mark.parametrize("name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_an_accelerated_model_is_exported(name: str) -> None:
     torch.manual_seed(0)
     model = FAMILIES[name]().eval()

@@ -15,7 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 pytest.importorskip("transformers")
 
-from tests.replace.families import batch, make
+from tests.replace.families import batch, inferred, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import products
@@ -38,11 +38,6 @@ def model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
 
 def pack_of(layer: nn.Module) -> Tensor:
     return slot_of(layer).packed
-
-
-def outputs(made: Any, given: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return made(**given).last_hidden_state[given["attention_mask"].bool()].float()
 
 
 def assert_near(found: Tensor, wanted: Tensor, band: float) -> None:
@@ -72,9 +67,9 @@ def test_outputs_and_every_bit_back(dtype: torch.dtype, band: float, unpad: bool
     made, given = model(dtype), batch()
     names, parameters = zip(*made.named_parameters(), strict=True)
     made.embeddings.LayerNorm.weight.requires_grad_(False)
-    before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
+    before, wanted = copy.deepcopy(made.state_dict()), inferred(made, given)
     report = accelerate(made, unpad=unpad, freeze=True, verify=given)
-    assert_near(outputs(made, given), wanted, band)
+    assert_near(inferred(made, given), wanted, band)
     layer = made.encoder.layer[0]
     linears = [m for m in layer.modules() if type(m).__bases__[-1] is nn.Linear]
     assert len(linears) == 6
@@ -89,7 +84,7 @@ def test_outputs_and_every_bit_back(dtype: torch.dtype, band: float, unpad: bool
     assert [*made.named_parameters()] == [*zip(names, parameters, strict=True)]
     assert all(p is q for p, q in zip(made.parameters(), parameters, strict=True))
     assert [p.requires_grad for p in parameters].count(False) == 1
-    assert torch.equal(outputs(made, given), wanted)
+    assert torch.equal(inferred(made, given), wanted)
     assert not any(is_fused(m) or "_xfm_fast" in str(vars(m).keys()) for m in made.modules())
 
 
@@ -101,17 +96,17 @@ def test_memory_is_that_of_the_model_alone() -> None:
     # The operands that decide between libraries stay, and are made once.
     other = copy.deepcopy(made)
     accelerate(other, unpad=True)
-    outputs(other, given)
+    inferred(other, given)
     del other
     untouched = live_bytes()
     # What an earlier acceleration keeps beside the weights goes, too.
     accelerate(made, unpad=True)
-    outputs(made, given)
+    inferred(made, given)
     report = accelerate(made, unpad=True, freeze=True)
     assert report.frozen_bytes == weights
     frozen = live_bytes()
     for _ in range(2):
-        outputs(made, given)
+        inferred(made, given)
     used = live_bytes()
     slack = weights // 10
     assert abs(frozen - untouched) < slack
@@ -122,7 +117,7 @@ def test_memory_is_that_of_the_model_alone() -> None:
 
 def test_state_dicts_and_copies(blocked: bool) -> None:
     made, given = model(), batch()
-    before, wanted = copy.deepcopy(made.state_dict()), outputs(made, given)
+    before, wanted = copy.deepcopy(made.state_dict()), inferred(made, given)
     report = accelerate(made, freeze=True)
     frozen = made.state_dict()
     assert [*frozen] == [*before]
@@ -137,7 +132,7 @@ def test_state_dicts_and_copies(blocked: bool) -> None:
         packed = pack_of(query)
         assert packed is pack_of(copied.encoder.layer[0].attention.self.key)
         assert packed.is_mkldnn == blocked
-        assert_near(outputs(copied, given), wanted, 1e-5)
+        assert_near(inferred(copied, given), wanted, 1e-5)
 
 
 def test_uses_that_cannot_be() -> None:
@@ -159,13 +154,13 @@ def test_uses_that_cannot_be() -> None:
 
 def test_another_type_thaws() -> None:
     made, given = model(), batch()
-    wanted = outputs(copy.deepcopy(made).double(), given)
+    wanted = inferred(copy.deepcopy(made).double(), given)
     report = accelerate(made, freeze=True)
     made.double()
     assert report.frozen_bytes == 0
     assert {p.dtype for p in made.parameters()} == {torch.float64}
     assert "weight" in made.encoder.layer[0].output.dense._parameters
-    assert_near(outputs(made, given), wanted, 1e-6)
+    assert_near(inferred(made, given), wanted, 1e-6)
     report.revert()
     assert all(p.requires_grad for p in made.parameters())
 
@@ -186,22 +181,22 @@ def test_gradients_of_inputs_are_exact() -> None:
 
 def test_a_failure_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     made, given = model(), batch()
-    wanted = outputs(made, given)
+    wanted = inferred(made, given)
     report = accelerate(made, freeze=True)
-    frozen = outputs(made, given)
+    frozen = inferred(made, given)
     refuses = lambda *_: (_ for _ in ()).throw(InputError("no"))  # noqa: E731
     monkeypatch.setattr("xfm_fast.replace.acceleration.Report.compare", refuses)
     with pytest.raises(InputError, match="no"):
         accelerate(made, verify=given)
     assert "weight" not in made.encoder.layer[0].output.dense._parameters
-    assert torch.equal(outputs(made, given), frozen)
+    assert torch.equal(inferred(made, given), frozen)
     accelerate(made).revert()
-    assert torch.equal(outputs(made, given), wanted)
+    assert torch.equal(inferred(made, given), wanted)
     assert all(p.requires_grad for p in made.parameters())
     report.revert()
     with pytest.raises(InputError, match="no"):
         accelerate(made, freeze=True, verify=given)
-    assert torch.equal(outputs(made, given), wanted)
+    assert torch.equal(inferred(made, given), wanted)
     assert all(p.requires_grad for p in made.parameters())
 
 
@@ -211,10 +206,10 @@ def test_layers_that_stay() -> None:
     first, second = made.encoder.layer
     first.attention.self.key.register_forward_hook(lambda *_: seen.append(1))
     second.output.dense.weight = made.encoder.layer[0].output.dense.weight
-    wanted = outputs(made, given)
+    wanted = inferred(made, given)
     seen.clear()
     accelerate(made, freeze=True)
-    assert_near(outputs(made, given), wanted, 1e-5)
+    assert_near(inferred(made, given), wanted, 1e-5)
     assert seen == [1]
     assert "weight" in first.attention.self.query._parameters
     assert "weight" in second.output.dense._parameters
@@ -239,8 +234,8 @@ def test_weights_that_are_no_plain_numbers() -> None:
     assert [entry.path for entry in report.replaced if "layer" in entry.path] == ["encoder.layer.1"]
     report.revert()
     quantised = torch.ao.quantization.quantize_dynamic(model(), {nn.Linear})
-    wanted = outputs(quantised, given)
+    wanted = inferred(quantised, given)
     report = accelerate(quantised)
     reason = next(entry.reason for entry in report.left if entry.path == "encoder.layer.0")
     assert "quantized.dynamic" in str(reason)
-    assert_near(outputs(quantised, given), wanted, 1e-5)
+    assert_near(inferred(quantised, given), wanted, 1e-5)

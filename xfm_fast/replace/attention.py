@@ -73,9 +73,21 @@ def attention(
         return biased_attention(q, k, v, scale, shared).flatten(2)
     if isinstance(bias, Tensor) and bias.is_floating_point():
         bias = bias.to(q.dtype)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, is_causal=causal, scale=scale)
-    return out.transpose(1, 2).flatten(2)
+    return sdpa(q, k, v, bias, dropout_p, causal, scale)
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """PyTorch's attention of `[B, N, H, D]` → `[B, N, H·D]`."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale).transpose(1, 2).flatten(2)
 
 
 def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
@@ -112,13 +124,12 @@ class Padded:
         if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
             # The lowest value of a wide dtype would overflow to -inf in a narrow one.
             mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        if mask is None or not mask.is_floating_point() or not torch.is_grad_enabled():
+            return sdpa(q, k, v, mask, dropout_p, self.causal)
+        # For a query without visible keys the fused kernels have different gradients.
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if mask is not None and mask.is_floating_point() and torch.is_grad_enabled():
-            # For a query without visible keys the fused kernels have different gradients.
-            weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(-1)
-            return (F.dropout(weights, dropout_p) @ v).transpose(1, 2).flatten(-2)
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, self.causal)
-        return out.transpose(1, 2).flatten(-2)
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(-1)
+        return (F.dropout(weights, dropout_p) @ v).transpose(1, 2).flatten(-2)
 
 
 @dataclass
@@ -146,8 +157,8 @@ class EqualLengths:
     texts: int
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        q, k, v = (t.unflatten(0, (self.texts, -1)).transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p).transpose(1, 2).flatten(0, 1).flatten(-2)
+        shape = (self.texts, -1)
+        return sdpa(q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape), None, dropout_p).flatten(0, 1)
 
 
 def is_small(packing: Packing, settings: Settings) -> bool:
@@ -174,9 +185,7 @@ def attend_to_real_keys(
 ) -> Tensor:
     """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
     if torch.compiler.is_exporting():
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        shown = mask.bool()[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, shown, dropout_p, scale=scale).transpose(1, 2)
+        return sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale).unflatten(-1, v.shape[-2:])
     # All layers of a model get the same mask.
     keys = derived("packed keys", (mask,), lambda: Packing.from_mask(mask))
     texts, length = q.shape[:2]
@@ -202,10 +211,8 @@ class Causal:
     packing: Packing
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        padded = self.packing.unpad(torch.stack((q, k, v), 1))
-        q, k, v = (t.transpose(1, 2) for t in padded.unbind(2))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-        return self.packing.pack(out.transpose(1, 2)).flatten(-2)
+        q, k, v = self.packing.unpad(torch.stack((q, k, v), 1)).unbind(2)
+        return self.packing.pack(sdpa(q, k, v, None, dropout_p, causal=True))
 
 
 @dataclass
@@ -306,6 +313,4 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor,
     places = torch.arange(3 * window, device=q.device) - window
     distance = (places[:window, None] + window - places).abs()
     seen = (keys & (distance <= window)) | (distance == 0)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, seen[:, None], dropout_p)
-    return out.transpose(1, 2).reshape(batch, blocks * window, heads, width)[:, :tokens]
+    return sdpa(q, k, v, seen[:, None], dropout_p).reshape(batch, blocks * window, heads, width)[:, :tokens]

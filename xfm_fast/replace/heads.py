@@ -26,35 +26,20 @@ from xfm_fast.replace.swap import (
     why_not_bypassed,
 )
 
-# Classes by package of transformers; names of several versions are separated by spaces.
-_EMBEDDINGS = {
-    "albert": "AlbertEmbeddings",
-    "bert": "BertEmbeddings",
-    "blip": "BlipTextEmbeddings",
-    "camembert": "CamembertEmbeddings",
-    "data2vec": "Data2VecTextEmbeddings Data2VecTextForTextEmbeddings",
-    "distilbert": "Embeddings",
-    "electra": "ElectraEmbeddings",
-    "mpnet": "MPNetEmbeddings",
-    "roberta": "RobertaEmbeddings",
-    "xlm_roberta": "XLMRobertaEmbeddings",
-}
-_MASKED_LM = {
-    "bert": "BertForMaskedLM",
-    "camembert": "CamembertForMaskedLM",
-    "data2vec": "Data2VecTextForMaskedLM",
-    "roberta": "RobertaForMaskedLM",
-    "xlm_roberta": "XLMRobertaForMaskedLM",
-}
-_HEADS = {
-    "bert": "BertLMPredictionHead",
-    "blip": "BlipTextLMPredictionHead",
-    "camembert": "CamembertLMHead",
-    "data2vec": "Data2VecTextLMHead",
-    "mpnet": "MPNetLMHead",
-    "roberta": "RobertaLMHead",
-    "xlm_roberta": "XLMRobertaLMHead",
-}
+_EMBEDDINGS = (
+    *("albert.AlbertEmbeddings", "bert.BertEmbeddings", "blip.BlipTextEmbeddings", "camembert.CamembertEmbeddings"),
+    *("data2vec.Data2VecTextEmbeddings", "data2vec.Data2VecTextForTextEmbeddings", "distilbert.Embeddings"),
+    *("electra.ElectraEmbeddings", "mpnet.MPNetEmbeddings", "roberta.RobertaEmbeddings"),
+    "xlm_roberta.XLMRobertaEmbeddings",
+)
+_MASKED_LM = (
+    *("bert.BertForMaskedLM", "camembert.CamembertForMaskedLM", "data2vec.Data2VecTextForMaskedLM"),
+    *("roberta.RobertaForMaskedLM", "xlm_roberta.XLMRobertaForMaskedLM"),
+)
+_HEADS = (
+    *("bert.BertLMPredictionHead", "blip.BlipTextLMPredictionHead", "camembert.CamembertLMHead"),
+    *("data2vec.Data2VecTextLMHead", "mpnet.MPNetLMHead", "roberta.RobertaLMHead", "xlm_roberta.XLMRobertaLMHead"),
+)
 _IGNORED = -100
 
 
@@ -268,18 +253,17 @@ def _any(mask: Tensor) -> bool:
     return host.any_true(mask) if on_host(mask) else bool(mask.any())
 
 
-def _is_of(table: dict[str, str], module: nn.Module) -> bool:
-    package, _, name = short_name(original_class(module)).partition(".")
-    return name in table.get(package, "").split()
+def _is_one(names: tuple[str, ...], module: nn.Module) -> bool:
+    return short_name(original_class(module)) in names
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("FusedEmbeddings", partial(_is_of, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
+    Rule("FusedEmbeddings", partial(_is_one, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
     Rule(
         "FusedMaskedLM",
-        partial(_is_of, _MASKED_LM),
+        partial(_is_one, _MASKED_LM),
         FusedMaskedLM,
         "loss over labelled positions only, without their logits in full",
     ),
-    Rule("VocabularyHead", partial(_is_of, _HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
+    Rule("VocabularyHead", partial(_is_one, _HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
 )

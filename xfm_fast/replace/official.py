@@ -37,6 +37,7 @@ from xfm_fast.replace.swap import (
     swap,
     why_not_bypassed,
 )
+from xfm_fast.replace.transformers_text import bert_row
 from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
 
 _LAYER_ARGUMENTS = {
@@ -69,19 +70,14 @@ def _foreign(module: nn.Module) -> bool:
 
 
 # BERT's layer, in the code of ALBEF, X-VLM, X²-VLM, BLIP and X-FM.
-TEXT_LAYER = LayerSpec(
-    order="behind sums",
-    attention="attention.self",
+TEXT_LAYER = bert_row(
+    "",
     own=(nn.Module,),
-    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
-    proj="attention.output.dense",
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    mlps=(Mlp(("intermediate.dense",), "intermediate.intermediate_act_fn", "output.dense"),),
+    head_size="",
     heads="attention.self.num_attention_heads",
-    weights_p="attention.self.dropout",
-    branch_p=("attention.output.dropout", "output.dropout"),
     # An addition of X²-VLM, which draws it per position across all texts.
     drop_paths=("attention.output.drop_path", "output.drop_path"),
+    chunks="",
     cross="crossattention",
     refuses=lambda layer: why_not_plain(layer),
 )

@@ -212,12 +212,10 @@ class Fused(nn.Module):
 
     def intact(self) -> bool:
         """True if no bypassed submodule was exchanged, hooked, adapted, quantised or parametrised since the swap."""
-        if torch.compiler.is_exporting():
-            # Consumers of exported graphs recognise the original.
-            return False
-        # A compiler cannot trace weak references.
-        seen = not torch.compiler.is_compiling() and _unchanged(self)
-        return seen or why_not_bypassed(self, type(self).bypassed) is None
+        if torch.compiler.is_compiling():
+            # A compiler cannot trace weak references, and consumers of exported graphs recognise the original.
+            return not torch.compiler.is_exporting() and why_not_bypassed(self, type(self).bypassed) is None
+        return _unchanged(self) or why_not_bypassed(self, type(self).bypassed) is None
 
     def declines(self) -> str | None:
         """Why calls run the original now, regardless of arguments; None if they do not."""

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from xfm_fast.kernels import ops
 from xfm_fast.kernels.backend import resolve
-from xfm_fast.replace.attention import Attend, Packed
+from xfm_fast.replace.attention import Attend, Packed, sdpa
 from xfm_fast.replace.layer import LayerSpec, Mlp, can_run_packed, register
-from xfm_fast.replace.structure import Parts
+from xfm_fast.replace.structure import Parts, apply_norm
 from xfm_fast.replace.swap import Fused, Kinds, Rule, Settings, find, observed, original_class, why_not_bypassed
 from xfm_fast.replace.unpadded import plan
 
@@ -70,7 +69,7 @@ class FusedMultiheadAttention(Fused):
                 context, weights = _attend_with_weights(q, k, v, mask, dropout_p)
                 weights = weights.mean(1) if average_attn_weights else weights
             else:
-                context = _attend(q, k, v, mask, dropout_p)
+                context = sdpa(q, k, v, mask, dropout_p)
             out = settings.linear(context, module.out_proj.weight, module.out_proj.bias)
         return (out if module.batch_first else out.transpose(0, 1)), weights
 
@@ -90,7 +89,7 @@ def _layer_attention(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         if not batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        out = _attend(q, k, v, _merged(padding, mask, q, k.shape[1]), dropout_p)
+        out = sdpa(q, k, v, _merged(padding, mask, q, k.shape[1]), dropout_p)
         return out if batch_first else out.transpose(0, 1)
 
     return attend
@@ -183,7 +182,7 @@ class FusedLayerNorm(Fused):
     def forward(self, input: Tensor) -> Tensor:
         norm, settings = cast(Any, self), self.settings
         with settings.own_types(input.device):
-            return _norm(norm, settings.operand(input), settings)
+            return apply_norm(norm, settings.operand(input), settings)
 
 
 def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, ...]:
@@ -212,16 +211,10 @@ def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings
     return q, k, v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    """Attention of q `[B, L, H, D]` over k and v `[B, S, H, D]`: `[B, L, H·D]`."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p).transpose(1, 2).flatten(2)
-
-
 def _attend_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the weights `[B, H, L, S]`."""
+    """Attention, and the weights `[B, H, L, S]`."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
     weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p, dropout_p > 0)
@@ -244,10 +237,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
-
-
-def _norm(norm: Any, x: Tensor, settings: Settings) -> Tensor:
-    return ops.layer_norm(x, *settings.affine(norm.weight, norm.bias), norm.eps, backend=settings.backend)
 
 
 def _is(kind: type[nn.Module], module: nn.Module) -> bool:

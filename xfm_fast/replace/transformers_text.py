@@ -37,7 +37,7 @@ def _rotary(layer: str, mlp: Mlp) -> LayerSpec:
     )
 
 
-def _bert(layer: str, **more: Any) -> LayerSpec:
+def bert_row(layer: str, **more: Any) -> LayerSpec:
     """A layer with BERT's names and a few differences."""
     parts = "Attention SelfAttention SdpaSelfAttention CrossAttention SelfOutput Intermediate Output"
     row: dict[str, Any] = {
@@ -202,7 +202,7 @@ _BERT_MODELS = (
 )
 register(
     *(
-        _bert(
+        bert_row(
             layer,
             cross="crossattention",
             scores=_bert_attention,
@@ -269,8 +269,8 @@ register(
     ),
     _rotary("nomic_bert.NomicBertLayer", GATED),
     _rotary("jina_embeddings_v3.JinaEmbeddingsV3Layer", FC),
-    _bert("layoutlmv3.LayoutLMv3Layer", bias="position_bias"),
-    _bert(
+    bert_row("layoutlmv3.LayoutLMv3Layer", bias="position_bias"),
+    bert_row(
         "deberta_v2.DebertaV2Layer",
         own="DebertaV2Attention DisentangledSelfAttention DebertaV2SelfOutput DebertaV2Intermediate DebertaV2Output",
         qkv=projections("attention.self", "query_proj key_proj value_proj"),
@@ -279,19 +279,19 @@ register(
         also_takes=("relative_pos", "rel_embeddings"),
         result=lambda out, x: (out, None),
     ),
-    _bert("megatron_bert.MegatronBertLayer", order="before", norms=("attention.ln", "ln")),
-    _bert(
+    bert_row("megatron_bert.MegatronBertLayer", order="before", norms=("attention.ln", "ln")),
+    bert_row(
         "roberta_prelayernorm.RobertaPreLayerNormLayer",
         order="before",
         norms=("attention.LayerNorm", "intermediate.LayerNorm"),
     ),
-    _bert(
+    bert_row(
         "xlm_roberta_xl.XLMRobertaXLLayer",
         order="before",
         norms=("attention.self_attn_layer_norm", "LayerNorm"),
         branch_p=("attention.output.dropout", ""),
     ),
-    _bert(
+    bert_row(
         "esm.EsmLayer",
         order="before",
         norms=("attention.LayerNorm", "LayerNorm"),
@@ -299,7 +299,7 @@ register(
         rotary="position_embeddings",
         chunks="",
     ),
-    _bert("roformer.RoFormerLayer", scores=_interleaved, also_takes=("sinusoidal_pos",)),
+    bert_row("roformer.RoFormerLayer", scores=_interleaved, also_takes=("sinusoidal_pos",)),
 )
 
 
