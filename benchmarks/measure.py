@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.kernels.cpu import llvm
-from xfm_fast.kernels.cpu.products import compiled_linear
+from xfm_fast.kernels.cpu.gemm import compiled_linear
 from xfm_fast.memory import PeakMemory
 
 from .machine import EnergyMeter, GpuState

@@ -1,8 +1,12 @@
-"""Attention with a relative position bias, and attention of packed sequences: checks, registration, gradients."""
+"""Attention: with a relative position bias, of packed sequences, with any bias. Public functions and operators."""
+
+# Parts of named tuples are passed on as positional arguments, whose number no checker can know.
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +14,16 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 
-from . import checks, flash, reference
+from . import checks, flash, host, reference
 from .backend import Backend, _why_not, named, resolve, transformed
-from .checks import Packed
+from .checks import Biased, RelPos, Varlen
 from .cpu import attention, varlen
-from .cpu.attention import attention_backward, biased_attention
+from .cpu.attention import Hiding, attention_backward, biased_attention, tiled_attention
 from .cpu.workspace import Dropout
 from .derived import derived
-from .library import autocast_dtype, like, operator
-from .limits import HEAD_DIMS
-from .products import runs_cpu_inference
-
-_PACKED = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k, float scale, float dropout_p, Tensor? seed, "
-    "Tensor? key_mask"
-)
+from .ladder import Call, Op
+from .library import Gradients, autocast_dtype, differentiable, operator
+from .limits import BIAS_HEAD_DIMS, HEAD_DIMS, HIDDEN
 
 
 def relpos_attention(
@@ -58,29 +57,46 @@ def relpos_attention(
     Raises:
         ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
     """
-    checks.relpos_arguments(q, k, v, table, window, key_mask)
-    scale = checks.scale_of(q, scale)
-    chosen = resolve(backend, q, k, v, table, key_mask, has_flash=True)
-    if chosen == "flash_attn":
+    given = RelPos(q, k, v, table, window, checks.scale_of(q, scale), key_mask, bias)
+    return _relpos_attention(given, backend)
+
+
+def _relpos_reference(a: RelPos, call: Call) -> Tensor:
+    if call.chosen == "flash_attn":
         raise InputError("backend 'flash_attn' has no position bias; use 'auto', 'triton' or 'cpu'")
-    if bias is not None:
-        checks.position_bias(bias, q, padded=chosen == "triton")
-    if chosen == "reference" and (named(backend) or transformed()):
-        return reference.relpos_attention(q, k, v, table, window, scale, key_mask)
-    if chosen == "triton" and named(backend):
-        if key_mask is not None:
+    _check_bias(a, call)
+    if call.chosen == "reference" and (named(call.backend) or transformed()):
+        return reference.relpos_attention(*a[:7])
+    return _composed(a)
+
+
+def _relpos_inference(a: RelPos, call: Call) -> Tensor:
+    # The operator would take a tenth of the attention's time.
+    return _relpos_kernel(a, call) if a.key_mask is not None or type(a.q) is not Tensor else _on_cpu(a, call)
+
+
+def _on_cpu(a: RelPos, call: Call) -> Tensor:
+    _check_bias(a, call)
+    return _relpos_forward(a, "cpu")[0]
+
+
+def _relpos_kernel(a: RelPos, call: Call) -> Tensor:
+    _check_bias(a, call)
+    if a.key_mask is not None:
+        if call.chosen == "triton" and named(call.backend):
             raise InputError("backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'")
-    elif key_mask is not None or chosen == "reference" or (chosen == "triton" and q.shape[-1] not in HEAD_DIMS):
-        return _composed(q, k, v, table, window, scale, key_mask)
-    # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
-    dtype = q.dtype if q.dtype == torch.float64 else autocast_dtype(q.device) or q.dtype
-    if bias is None and chosen == "triton":
+        return _composed(a)
+    if a.bias is None and call.chosen == "triton":
+        # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
+        dtype = a.q.dtype if a.q.dtype == torch.float64 else autocast_dtype(a.q.device) or a.q.dtype
         # Outside the operator, so that a graph contains what fills it.
-        bias = _made_bias(table, window, scale, dtype, chosen, q.shape[-1])
-    if chosen == "cpu" and type(q) is Tensor and runs_cpu_inference(backend, q, k, v, table):
-        # The operator would take a tenth of the attention's time.
-        return _relpos_forward(q, k, v, table, *window, scale, chosen, bias)[0]
-    return _relpos(q, k, v, table, window[0], window[1], scale, chosen, bias)[0]
+        a = a._replace(bias=_made_bias(a.table, a.window, a.scale, dtype, call.chosen, a.q.shape[-1]))
+    return _relpos(a, call.chosen)[0]
+
+
+def _check_bias(a: RelPos, call: Call) -> None:
+    if a.bias is not None:
+        checks.position_bias(a.bias, a.q, padded=call.chosen == "triton")
 
 
 def relpos_bias(
@@ -110,7 +126,7 @@ def relpos_bias(
     """
     heads = table.shape[-1] if table.ndim else 0
     q = torch.empty((1, 1 + window[0] * window[1], heads, 1), device="meta")
-    checks.relpos_arguments(q, q, q, table, window, None)
+    RelPos(q, q, q, table, window).check()
     chosen = "triton" if resolve(backend, table, has_flash=True) == "triton" else "cpu"
     return _made_bias(table, window, scale, dtype, chosen, head_dim)
 
@@ -122,6 +138,130 @@ def _made_bias(
         return _bias(table, window)
     name = f"padded bias {window} {dtype} {scale} {head_dim}"
     return derived(name, (table,), lambda: _relpos_bias(table.detach(), *window, dtype, scale, False, head_dim))
+
+
+def _composed(a: RelPos) -> Tensor:
+    """PyTorch's own attention with the bias as its mask: what `auto` runs where no kernel applies."""
+    bias = reference.position_bias(a.table, a.window)[None]
+    # Half precision has its digits near 0, and no softmax sees what a row has in common.
+    bias = bias - bias.detach().amax(-1, keepdim=True)
+    if a.key_mask is not None:
+        bias = bias.masked_fill(~a.key_mask[:, None, None, :], -torch.inf)
+    q, k, v = (t.transpose(1, 2) for t in a[:3])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=a.scale)
+    return _laid_out(out.transpose(1, 2))
+
+
+def _laid_out(out: Tensor) -> Tensor:
+    """The result of PyTorch's attention; in an exported graph a copy, since its decomposition has other strides."""
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
+
+
+def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+    return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window))
+
+
+def _relpos_bias_made(
+    table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
+) -> Tensor:
+    from .triton.relpos_table import materialise_bias
+
+    fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
+    return materialise_bias(table, (height, width), dtype, scale, turned=turned, fragments=fragments)
+
+
+def _in_fragments(head_dim: int, dtype: torch.dtype, device: torch.device, *, turned: bool) -> bool:
+    """Whether a bias is stored in fragments; fakes ask too, possibly without Triton or a GPU."""
+    if not head_dim or turned or device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    from .triton.relpos_table import takes_fragments
+
+    return takes_fragments(head_dim, dtype, device)
+
+
+def _relpos_bias_fake(
+    table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
+) -> Tensor:
+    fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
+    shape = checks.bias_shape(1 + height * width, table.shape[1], fragments=fragments)
+    return table.new_empty(shape, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+
+
+def _padded_bias(a: RelPos) -> Tensor:
+    return _relpos_bias_made(a.table, *a.window, a.q.dtype, a.scale, turned=False) if a.bias is None else a.bias
+
+
+def _relpos_forward(a: RelPos, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from .triton.relpos_attention import relpos_attention_forward
+
+        return relpos_attention_forward(a.q, a.k, a.v, _padded_bias(a), a.scale)
+    bias = _bias(a.table, _pair(a.window)) if a.bias is None else a.bias
+    return biased_attention(a.q, a.k, a.v, a.scale, bias[None]), a.q.new_empty(0, dtype=torch.float32)
+
+
+def _pair(window: Sequence[int]) -> tuple[int, int]:
+    """A window, of which an operator makes a list."""
+    return window[0], window[1]
+
+
+def _relpos_fake(a: RelPos, backend: str) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads, _ = a.q.shape
+    lse = (batch, heads, tokens) if backend == "triton" else (0,)
+    return a.q.new_empty(a.q.shape), a.q.new_empty(lse, dtype=torch.float32)
+
+
+def _relpos_backward(
+    upstream: Gradients, a: RelPos, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+) -> Gradients:
+    (dout,), table, window = upstream, a.table, _pair(a.window)
+    assert dout is not None
+    if backend == "triton":
+        from .triton.relpos_attention import relpos_attention_backward
+
+        given = (dout, *a[:3], _padded_bias(a), table.shape[0], window, a.scale, *outputs, a.turned)
+        dq, dk, dv, dtable = relpos_attention_backward(*given)
+        return dq, dk, dv, dtable.to(table.dtype)
+    bias = _bias(table, window) if a.bias is None else a.bias
+    dq, dk, dv, dbias = attention_backward(dout, *a[:3], a.scale, bias[None], bias_gradient=True)
+    assert dbias is not None
+    return dq, dk, dv, attention.table_gradient(dbias[0], window, table.shape[0]).to(table.dtype)
+
+
+def _relpos_gradient(
+    call: Any, upstream: Gradients, a: RelPos, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+) -> Gradients:
+    if backend == "triton":
+        # Outside the operator too.
+        a = a._replace(turned=_relpos_bias(a.table.detach(), *a.window, a.q.dtype, a.scale, True))
+    return call(upstream, a, outputs, needs, backend)
+
+
+_relpos_bias = operator(
+    "relpos_bias(Tensor table, int height, int width, ScalarType dtype, float scale, bool turned, "
+    "int head_dim=0) -> Tensor",
+    _relpos_bias_made,
+    _relpos_bias_fake,
+)
+_relpos = differentiable(
+    "relpos_attention",
+    RelPos,
+    _relpos_forward,
+    _relpos_fake,
+    _relpos_backward,
+    wrt=("q", "k", "v", "table"),
+    outputs=2,
+    around=_relpos_gradient,
+    # Not the table: a converted copy would be rounded, and the bias recomputed at every call.
+    autocast=(0, 1, 2),
+)
+_relpos_attention = Op(
+    "relpos_attention",
+    RelPos,
+    {"inference": _relpos_inference, "kernel": _relpos_kernel, "reference": _relpos_reference},
+    fits=lambda a: a.q.shape[-1] in HEAD_DIMS,
+    attention=True,
+)
 
 
 def varlen_attention(
@@ -161,278 +301,283 @@ def varlen_attention(
             the tensors (checked on CPU and within `check_contents()`).
     """
     scale = checks.scale_of(q, scale)
-    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed, key_mask)
-    checks.varlen_arguments(q, k, v, packed)
-    chosen = resolve(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, seed, key_mask, has_flash=True)
-    if chosen == "triton" and not named(backend) and q.shape[-1] not in HEAD_DIMS:
-        chosen = "reference"
+    given = Varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, dropout_p, seed, key_mask)
+    return _varlen_attention(given, backend)
+
+
+def _varlen_reference(a: Varlen, call: Call) -> Tensor:
     if torch.compiler.is_exporting():
-        return _padded(q, k, v, packed)
-    if chosen == "reference":
-        packed.bounds(q, k)
-        return reference.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, dropout_p, key_mask, seed)
-    if chosen == "flash_attn":
-        if dropout_p and seed is not None:
+        return _padded(a)
+    if call.chosen == "flash_attn":
+        if a.dropout_p and a.seed is not None:
             raise InputError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
-        return _flash_attention(q, k, v, packed)
-    if chosen == "triton" and not named(backend) and _flash_is_faster(q, k, packed):
-        return _flash_attention(q, k, v, packed)
-    if chosen == "cpu" and not dropout_p and type(q) is Tensor and runs_cpu_inference(backend, q, k, v):
-        # Of one caption, the operator would take as long as the attention.
-        return varlen.varlen_attention(q, k, v, *packed.bounds(q, k), scale, None, key_mask)
-    if dropout_p and seed is None:
-        seed = torch.randint(1 << 62, (1,), device=q.device)
-    return _varlen(q, k, v, *packed[:6], seed if dropout_p else None, key_mask, chosen)[0]
+        return _flash_attention(a)
+    a.packed.bounds(a.q, a.k)
+    return reference.varlen_attention(*a[:5], a.scale, a.dropout_p, a.key_mask, a.seed)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+def _varlen_inference(a: Varlen, call: Call) -> Tensor:
+    if type(a.q) is not Tensor:
+        return _varlen_kernel(a, call)
+    # Of one caption, the operator would take as long as the attention.
+    return varlen.varlen_attention(*a[:3], *a.packed.bounds(a.q, a.k), a.scale, None, a.key_mask)
+
+
+def _varlen_kernel(a: Varlen, call: Call) -> Tensor:
+    if call.chosen == "triton" and not named(call.backend) and _flash_is_faster(a):
+        return _flash_attention(a)
+    return _varlen(a._replace(seed=checks.drawn_seed(a.dropout_p, a.seed, a.q.device)), call.chosen)[0]
+
+
+def _padded(a: Varlen) -> Tensor:
     """Attention of sequences that all have their greatest length: in an exported graph no value decides on a shape."""
-    texts = packed.cu_seqlens_q.shape[0] - 1
-    q = q.view(texts, packed.max_q, *q.shape[1:]).transpose(1, 2)
-    k, v = (t.view(texts, packed.max_k, *t.shape[1:]).transpose(1, 2) for t in (k, v))
-    mask = None if packed.key_mask is None else packed.key_mask.view(texts, 1, 1, packed.max_k)
-    out = F.scaled_dot_product_attention(q, k, v, mask, packed.dropout_p, scale=packed.scale)
+    texts = a.cu_seqlens_q.shape[0] - 1
+    q = a.q.view(texts, a.max_q, *a.q.shape[1:]).transpose(1, 2)
+    k, v = (t.view(texts, a.max_k, *t.shape[1:]).transpose(1, 2) for t in (a.k, a.v))
+    mask = None if a.key_mask is None else a.key_mask.view(texts, 1, 1, a.max_k)
+    out = F.scaled_dot_product_attention(q, k, v, mask, a.dropout_p, scale=a.scale)
     return _laid_out(out.transpose(1, 2)).flatten(0, 1)
 
 
-def _laid_out(out: Tensor) -> Tensor:
-    """The result of PyTorch's attention; in an exported graph a copy, since its decomposition has other strides."""
-    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
-
-
-def _composed(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], scale: float, key_mask: Tensor | None
-) -> Tensor:
-    """PyTorch's own attention with the bias as its mask: what `auto` runs where no kernel applies."""
-    bias = reference.position_bias(table, window)[None]
-    # Half precision has its digits near 0, and no softmax sees what a row has in common.
-    bias = bias - bias.detach().amax(-1, keepdim=True)
-    if key_mask is not None:
-        bias = bias.masked_fill(~key_mask[:, None, None, :], -torch.inf)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
-    return _laid_out(out.transpose(1, 2))
-
-
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    if checks.should_check_values(q):
-        packed.bounds(q, k)
+def _flash_attention(a: Varlen) -> Tensor:
+    if checks.should_check_values(a.q):
+        a.packed.bounds(a.q, a.k)
+    q, k, v = a[:3]
     if (dtype := autocast_dtype(q.device)) is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
-    return flash.varlen_attention(q, k, v, packed)
+    return flash.varlen_attention(q, k, v, a.packed)
 
 
-def _flash_is_faster(q: Tensor, k: Tensor, packed: Packed) -> bool:
+def _flash_is_faster(a: Varlen) -> bool:
     """Whether `tune` measured flash-attn to be faster for these sequences on this GPU, and it is installed."""
-    if torch.compiler.is_compiling() or packed.key_mask is not None or packed.dropout_p or not q.numel():
+    if torch.compiler.is_compiling() or a.key_mask is not None or a.dropout_p or not a.q.numel():
         return False
     from .triton.varlen_attention import tuned_backends
 
-    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    backends = tuned_backends(q, k, packed, autocast_dtype(q.device) or q.dtype, gradient=gradient)
-    return backends == {"flash_attn"} and _why_not("flash_attn", q.device.type, q.device.index) is None
+    gradient = torch.is_grad_enabled() and (a.q.requires_grad or a.k.requires_grad)
+    backends = tuned_backends(a.q, a.k, a.packed, autocast_dtype(a.q.device) or a.q.dtype, gradient=gradient)
+    return backends == {"flash_attn"} and _why_not("flash_attn", a.q.device.type, a.q.device.index) is None
 
 
-def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window))
-
-
-def _relpos_bias_made(
-    table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
-) -> Tensor:
-    from .triton.relpos_table import materialise_bias
-
-    fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
-    return materialise_bias(table, (height, width), dtype, scale, turned=turned, fragments=fragments)
-
-
-def _in_fragments(head_dim: int, dtype: torch.dtype, device: torch.device, *, turned: bool) -> bool:
-    """Whether a bias is stored in fragments; fakes ask too, possibly without Triton or a GPU."""
-    if not head_dim or turned or device.type != "cuda" or not torch.cuda.is_available():
-        return False
-    from .triton.relpos_table import takes_fragments
-
-    return takes_fragments(head_dim, dtype, device)
-
-
-def _relpos_bias_fake(
-    table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
-) -> Tensor:
-    fragments = _in_fragments(head_dim, dtype, table.device, turned=turned)
-    shape = checks.bias_shape(1 + height * width, table.shape[1], fragments=fragments)
-    return table.new_empty(shape, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
-
-
-def _relpos_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    backend: str,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from .triton.relpos_attention import relpos_attention_forward
-
-        if bias is None:
-            bias = _relpos_bias_made(table, height, width, q.dtype, scale, turned=False)
-        return relpos_attention_forward(q, k, v, bias, scale)
-    bias = _bias(table, (height, width)) if bias is None else bias
-    return biased_attention(q, k, v, scale, bias[None]), q.new_empty(0, dtype=torch.float32)
-
-
-def _relpos_forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    backend: str,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
-    lse = (batch, heads, tokens) if backend == "triton" else (0,)
-    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
-
-
-def _relpos_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    height: int,
-    width: int,
-    scale: float,
-    backend: str,
-    bias: Tensor | None = None,
-    turned: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    window = (height, width)
-    if backend == "triton":
-        from .triton.relpos_attention import relpos_attention_backward
-
-        if bias is None:
-            bias = _relpos_bias_made(table, height, width, q.dtype, scale, turned=False)
-        rest = (table.shape[0], window, scale, out, lse, turned)
-        dq, dk, dv, dtable = relpos_attention_backward(dout, q, k, v, bias, *rest)
-        return dq, dk, dv, dtable.to(table.dtype)
-    bias = _bias(table, window) if bias is None else bias
-    dq, dk, dv, dbias = attention_backward(dout, q, k, v, scale, bias[None], bias_gradient=True)
-    assert dbias is not None
-    return dq, dk, dv, attention.table_gradient(dbias[0], window, table.shape[0]).to(table.dtype)
-
-
-def _relpos_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # Callers of before the bias was an argument leave it out.
-    (q, k, v, table, *ctx.rest), (bias, *_) = inputs[:8], (*inputs[8:], None)
-    ctx.inputs = len(inputs)
-    ctx.save_for_backward(q, k, v, table, *output, bias)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _relpos_gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * (ctx.inputs - 4)
-    if dout is None:
-        return (None, None, None, None, *rest)
-    q, k, v, table, out, lse, bias = ctx.saved_tensors
-    height, width, scale, backend = ctx.rest
-    turned = None
-    if backend == "triton":
-        turned = _relpos_bias(table.detach(), height, width, q.dtype, scale, True)
-    return (*_relpos_grad(dout, q, k, v, table, out, lse, *ctx.rest, bias, turned), *rest)
-
-
-def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    packed, backend = Packed(*given[:-1]), given[-1]
+def _varlen_forward(a: Varlen, backend: str) -> tuple[Tensor, Tensor]:
+    packed = a.packed
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_forward
 
-        if checks.should_check_values(q):
-            packed.bounds(q, k)
-        return varlen_attention_forward(q, k, v, packed)
-    dropout = None if packed.seed is None else Dropout(packed.dropout_p, packed.seed)
-    out = varlen.varlen_attention(q, k, v, *packed.bounds(q, k), packed.scale, dropout, packed.key_mask)
-    return out, q.new_empty(0, dtype=torch.float32)
+        if checks.should_check_values(a.q):
+            packed.bounds(a.q, a.k)
+        return varlen_attention_forward(a.q, a.k, a.v, packed)
+    dropout = None if a.seed is None else Dropout(a.dropout_p, a.seed)
+    out = varlen.varlen_attention(*a[:3], *packed.bounds(a.q, a.k), a.scale, dropout, a.key_mask)
+    return out, a.q.new_empty(0, dtype=torch.float32)
 
 
-def _varlen_forward_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    lse = (q.shape[1], q.shape[0]) if given[-1] == "triton" else (0,)
-    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
+def _varlen_fake(a: Varlen, backend: str) -> tuple[Tensor, Tensor]:
+    lse = (a.q.shape[1], a.q.shape[0]) if backend == "triton" else (0,)
+    return a.q.new_empty(a.q.shape), a.q.new_empty(lse, dtype=torch.float32)
 
 
 def _varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *given: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    packed, backend = Packed(*given[:-1]), given[-1]
+    upstream: Gradients, a: Varlen, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+) -> Gradients:
+    (dout,), packed = upstream, a.packed
+    assert dout is not None
     if backend == "triton":
         from .triton.varlen_attention import varlen_attention_backward
 
-        return varlen_attention_backward(dout, q, k, v, out, lse, packed)
+        return varlen_attention_backward(dout, *a[:3], *outputs, packed)
     # The same seed draws the masks of the forward pass again.
-    dropout = None if packed.seed is None else Dropout(packed.dropout_p, packed.seed)
-    bounds = packed.bounds(q, k)
-    return varlen.varlen_attention_backward(dout, q, k, v, *bounds, packed.scale, dropout, packed.key_mask)
+    dropout = None if a.seed is None else Dropout(a.dropout_p, a.seed)
+    bounds = packed.bounds(a.q, a.k)
+    return varlen.varlen_attention_backward(dout, *a[:3], *bounds, a.scale, dropout, a.key_mask)
 
 
-def _varlen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, key_mask, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seed, key_mask)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _varlen_gradient(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 9
-    if dout is None:
-        return (None, None, None, *rest)
-    *tensors, cu_seqlens_q, cu_seqlens_k, seed, key_mask = ctx.saved_tensors
-    packed = (cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, key_mask)
-    return (*_varlen_grad(dout, *tensors, *packed, ctx.backend), *rest)
-
-
-_relpos_bias = operator(
-    "relpos_bias(Tensor table, int height, int width, ScalarType dtype, float scale, bool turned, "
-    "int head_dim=0) -> Tensor",
-    _relpos_bias_made,
-    _relpos_bias_fake,
-)
-_relpos_grad = operator(
-    "relpos_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor table, Tensor out, Tensor lse, "
-    "int height, int width, float scale, str backend, Tensor? bias=None, Tensor? turned=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _relpos_backward,
-    like(1, 2, 3, 4),
-)
-_relpos = operator(
-    "relpos_attention(Tensor q, Tensor k, Tensor v, Tensor table, int height, int width, float scale, str backend, "
-    "Tensor? bias=None) -> (Tensor, Tensor)",
-    _relpos_forward,
-    _relpos_forward_fake,
-    setup_context=_relpos_setup,
-    backward=_relpos_gradient,
-    # Not the table: a converted copy would be rounded, and the bias recomputed at every call.
-    autocast=(0, 1, 2),
-)
-_varlen_grad = operator(
-    "varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PACKED}, str backend) -> (Tensor, Tensor, Tensor)",
-    _varlen_backward,
-    like(1, 2, 3),
-)
-_varlen = operator(
-    f"varlen_attention(Tensor q, Tensor k, Tensor v, {_PACKED}, str backend) -> (Tensor, Tensor)",
+_varlen = differentiable(
+    "varlen_attention",
+    Varlen,
     _varlen_forward,
-    _varlen_forward_fake,
-    setup_context=_varlen_setup,
-    backward=_varlen_gradient,
+    _varlen_fake,
+    _varlen_backward,
+    wrt=("q", "k", "v"),
+    outputs=2,
     autocast=True,
+)
+_varlen_attention = Op(
+    "varlen_attention",
+    Varlen,
+    {"inference": _varlen_inference, "kernel": _varlen_kernel, "reference": _varlen_reference},
+    fits=lambda a: a.q.shape[-1] in HEAD_DIMS,
+    attention=True,
+)
+
+
+@overload
+def bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    seed: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor: ...
+
+
+@overload
+def bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    seed: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def bias_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    seed: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale · q kᵀ + bias) v, with deterministic gradients of all four inputs.
+
+    A bias that the batch shares is read once from memory and its gradient summed over it in order. Under autocast
+    q, k and v are converted; the bias keeps its dtype, and so does its gradient.
+
+    Args:
+        q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides.
+        bias: `[G, H, Nq, Nk]`: 1 for the whole batch, B for an entry each, or a divisor G of B: entry b mod G is for
+            batch entry b, as windows of an image share masks. H, Nq and Nk may be 1 for a broadcast. A bias of -1e30
+            or less (`limits.HIDDEN`) hides a key from a query. float64 where q is, else any floating-point dtype.
+        key_mask: `[B, Nk]` boolean, False for keys that a batch entry does not attend to.
+        dropout_p: probability of dropping an attention weight.
+        scale: of the scores; 1/sqrt(D) by default.
+        return_lse: return the logsumexp of the scores too; gradients flow through it.
+        seed: one int64 on the device of q, the seed of the dropout; drawn from PyTorch's generator by default.
+
+    Returns:
+        `[B, Nq, H, D]`; zeros for queries whose keys are all hidden, with zero gradients. With `return_lse`, also
+        `[B, H, Nq]`, at least fp32, -inf for these queries.
+
+    Raises:
+        ValueError: inconsistent shapes, dtypes or devices, or a backend that cannot run here.
+    """
+    if (dtype := autocast_dtype(q.device)) is not None:
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    given = Biased(q, k, v, bias, key_mask, dropout_p, seed, checks.scale_of(q, scale), return_lse)
+    out, lse = _bias_attention(given, backend)
+    return (out, lse) if return_lse else out
+
+
+def _expanded(a: Biased) -> Biased:
+    return a._replace(bias=a.bias.expand(-1, a.q.shape[2], a.q.shape[1], a.k.shape[1]))
+
+
+def _bias_reference(a: Biased, call: Call) -> tuple[Tensor, Tensor]:
+    if call.chosen == "flash_attn":
+        raise InputError("backend 'flash_attn' has no bias; use 'auto', 'triton' or 'cpu'")
+    return reference.bias_attention(*_expanded(a)[:4], a.scale, a.key_mask, a.dropout_p, a.seed)
+
+
+def _bias_kernel(a: Biased, call: Call) -> tuple[Tensor, Tensor]:
+    a, width = _expanded(a._replace(seed=checks.drawn_seed(a.dropout_p, a.seed, a.q.device))), a.q.shape[-1]
+    if call.chosen == "triton" and width not in BIAS_HEAD_DIMS and not named(call.backend):
+        wider = next(d for d in BIAS_HEAD_DIMS if d > width)
+        # Zeros beyond the head dimension change neither products nor sums.
+        a = a._replace(**{name: F.pad(getattr(a, name), (0, wider - width)) for name in "qkv"})
+    out, lse = _biased(a, call.chosen)
+    return out[..., :width] if out.shape[-1] != width else out, lse
+
+
+def _lse_room(a: Biased) -> tuple[int, ...]:
+    return (a.q.shape[0], a.q.shape[2], a.q.shape[1]) if a.return_lse else (0,)
+
+
+def _lse_type(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _hiding(a: Biased) -> Hiding | None:
+    """The hidden keys; None if every query sees every key, which saves passes over the scores."""
+    if a.key_mask is None and a.bias.numel() and host.number(a.bias.amin()) > HIDDEN:
+        return None
+    return Hiding(a.key_mask)
+
+
+def _biased_forward(a: Biased, backend: str) -> tuple[Tensor, Tensor]:
+    q, k, v, bias, key_mask, dropout_p, seed, scale, return_lse = a
+    if backend == "triton":
+        from .triton.bias_attention import bias_attention_forward
+
+        return bias_attention_forward(q, k, v, bias, scale, key_mask, dropout_p, seed)
+    lse = torch.full(_lse_room(a), -torch.inf, dtype=_lse_type(q))
+    if not q.numel() or not k.numel():
+        return torch.zeros(q.shape, dtype=q.dtype), lse
+    hiding = _hiding(a)
+    if hiding is None and seed is None and not return_lse:
+        bias = bias.to(q.dtype)
+        return biased_attention(q, k, v, scale, bias if bias.shape[0] > 1 else bias.contiguous()), lse
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    return tiled_attention(q, k, v, scale, bias, dropout, hiding, lse if return_lse else None), lse
+
+
+def _biased_fake(a: Biased, backend: str) -> tuple[Tensor, Tensor]:
+    shape = _lse_room(a._replace(return_lse=a.return_lse or backend == "triton"))
+    return a.q.new_empty(a.q.shape), a.q.new_empty(shape, dtype=_lse_type(a.q))
+
+
+def _biased_backward(
+    upstream: Gradients, a: Biased, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+) -> Gradients:
+    dout, dlse = upstream
+    q, k, v, bias, key_mask, dropout_p, seed, scale, _ = a
+    dout = torch.zeros_like(outputs[0]) if dout is None else dout
+    if backend == "triton":
+        from .triton.bias_attention import bias_attention_backward
+
+        given = (q, k, v, bias, *outputs, scale, key_mask, dropout_p, seed)
+        return bias_attention_backward(dout, dlse, *given, bias_gradient=needs[3])
+    if not q.numel() or not k.numel():
+        return [torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v, bias)]
+    # The same seed draws the masks of the forward pass again.
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    dq, dk, dv, dbias = attention_backward(
+        dout, q, k, v, scale, bias, dropout, bias_gradient=needs[3], hiding=_hiding(a), dlse=dlse
+    )
+    return dq, dk, dv, None if dbias is None else dbias.to(bias.dtype)
+
+
+_biased = differentiable(
+    "bias_attention",
+    Biased,
+    _biased_forward,
+    _biased_fake,
+    _biased_backward,
+    wrt=("q", "k", "v", "bias"),
+    outputs=2,
+    results=lambda a, _: 2 if a.return_lse else 1,
+)
+_bias_attention = Op(
+    "bias_attention",
+    Biased,
+    {"kernel": _bias_kernel, "reference": _bias_reference},
+    fits=lambda a: a.q.shape[-1] <= BIAS_HEAD_DIMS[-1],
+    attention=True,
 )

@@ -1,4 +1,4 @@
-"""Argument validation for the operations.
+"""Arguments of the operations, one named tuple each, and their validation.
 
 Shapes, dtypes and devices are always checked. Contents (offsets, labels, ids) are checked on CPU; on a GPU the check
 would synchronise every call, so it is enabled to find a fault:
@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,257 @@ def should_check_values(tensor: Tensor) -> bool:
     return _switch.on or tensor.device.type == "cpu"
 
 
+class Linear(NamedTuple):
+    """A linear layer: x `[..., K]`, weight `[M, K]`, bias `[M]`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def check(self) -> None:
+        """Raise InputError for arguments that do not fit, as every `check` below."""
+        x, weight, bias = self
+        if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
+            raise InputError(f"x is {[*x.shape]} and weight {[*weight.shape]}; they must be [..., K] and [M, K]")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(f"bias is {[*bias.shape]}; it must be [{weight.shape[0]}]")
+        _one_type(x=x, weight=_typed(weight), bias=bias)
+
+
+class LinearResidual(NamedTuple):
+    """A linear layer at the end of a branch, and the residual that the branch is added to."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor
+    gamma: Tensor | None = None
+    row_scale: Tensor | None = None
+    dropout_p: float = 0.0
+
+    def check(self) -> None:
+        Linear(self.x, self.weight, self.bias).check()
+        _branch((*self.x.shape[:-1], self.weight.shape[0]), self)
+
+
+class MLP(NamedTuple):
+    """Two linear layers with a GELU between them, and the residual that they are added to."""
+
+    x: Tensor
+    weight_in: Tensor
+    bias_in: Tensor | None
+    weight_out: Tensor
+    bias_out: Tensor | None
+    residual: Tensor
+    gamma: Tensor | None = None
+    row_scale: Tensor | None = None
+    dropout_p: float = 0.0
+
+    def check(self) -> None:
+        x, weight_in, bias_in, weight_out, bias_out, *_ = self
+        Linear(x, weight_in, bias_in).check()
+        if weight_out.ndim != 2 or weight_out.shape[1] != weight_in.shape[0]:
+            raise InputError(
+                f"weight_in is {[*weight_in.shape]} and weight_out {[*weight_out.shape]}; "
+                "they must be [F, M] and [M, F]"
+            )
+        if bias_out is not None and bias_out.shape != weight_out.shape[:1]:
+            raise InputError(f"bias_out is {[*bias_out.shape]}; it must be [{weight_out.shape[0]}]")
+        _one_type(x=x, weight_out=_typed(weight_out), bias_out=bias_out)
+        _branch((*x.shape[:-1], weight_out.shape[0]), self)
+
+
+class LinearGELU(NamedTuple):
+    """A linear layer and a GELU; `keep` saves what the GELU had for the gradient."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    keep: bool = False
+
+    def check(self) -> None:
+        Linear(*self[:3]).check()
+
+
+class Norm(NamedTuple):
+    """LayerNorm over the last dimension of x `[..., M]`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def check(self) -> None:
+        x, weight, bias, eps = self
+        if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
+            raise InputError(
+                f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
+            )
+        if not all(t.is_floating_point() for t in (x, weight, bias)):
+            raise InputError(f"x, weight, bias are {x.dtype}, {weight.dtype}, {bias.dtype}; they must be floating")
+        if not 0 <= eps < math.inf:
+            raise InputError(f"eps={eps}; it must be finite and not negative")
+
+
+class AddNorm(NamedTuple):
+    """A residual sum and its LayerNorm; residual and bias may be absent within the package."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    gamma: Tensor | None = None
+    row_scale: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    wide: bool = False
+
+    def check(self) -> None:
+        assert self.residual is not None
+        assert self.bias is not None
+        Norm(self.x, self.weight, self.bias, self.eps).check()
+        _branch(self.x.shape, self)
+        dropout(self.dropout_p, self.seed)
+
+
+class Embedding(NamedTuple):
+    """The sum of word, position and type embeddings, and its LayerNorm."""
+
+    tokens: Tensor
+    positions: Tensor
+    word: Tensor
+    position: Tensor
+    type_row: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    padding_idx: int | None = None
+
+    def check(self) -> None:
+        tokens, positions, word, position, type_row, weight, bias, eps, padding_idx = self
+        if (
+            tokens.shape != positions.shape
+            or word.ndim != 2
+            or position.ndim != 2
+            or word.shape[1:] != position.shape[1:]
+        ):
+            raise InputError(
+                f"tokens {[*tokens.shape]}, positions {[*positions.shape]}, word {[*word.shape]} and position "
+                f"{[*position.shape]} do not fit; they must be [...], [...], [V, M] and [P, M]"
+            )
+        if type_row.shape != word.shape[1:]:
+            raise InputError(f"type_row is {[*type_row.shape]}; it must be [{word.shape[1]}]")
+        for name, ids in (("tokens", tokens), ("positions", positions)):
+            if ids.dtype not in (torch.int32, torch.int64):
+                raise InputError(f"{name} is {ids.dtype}; ids must be int32 or int64")
+        smaller = min(word.shape[0], position.shape[0])
+        if padding_idx is not None and not 0 <= padding_idx < smaller:
+            raise InputError(f"padding_idx={padding_idx} is no row of both tables; the smaller one has {smaller}")
+        Norm(word, weight, bias, eps).check()
+
+
+class Vocabulary(NamedTuple):
+    """Logits `h w^T + b` of a vocabulary, and the target of each row. The last field is set by the operation."""
+
+    h: Tensor
+    w: Tensor
+    b: Tensor | None
+    target: Tensor
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    needs: tuple[bool, ...] = (True, True, True)
+
+    def check(self) -> None:
+        h, w, b, target, _, label_smoothing, _ = self
+        if w.ndim != 2 or h.shape[-1:] != w.shape[1:] or h.shape[:-1] != target.shape or 0 in w.shape:
+            raise InputError(
+                f"h is {[*h.shape]}, w {[*w.shape]} and target {[*target.shape]}; they must be [..., K], [V, K], [...]"
+            )
+        if b is not None and b.shape != w.shape[:1]:
+            raise InputError(f"b is {[*b.shape]}; it must be [{w.shape[0]}]")
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise InputError(f"target is {target.dtype}; labels are integers")
+        if not h.is_floating_point():
+            raise InputError(f"h is {h.dtype}; it must be floating point")
+        _one_type(h=h, w=w, b=b)
+        if not 0 <= label_smoothing <= 1:
+            raise InputError(f"label_smoothing={label_smoothing} lies outside [0, 1]")
+
+
+class RelPos(NamedTuple):
+    """Self-attention `[B, N, H, D]` with a relative position bias; `bias` and `turned` are the materialised table."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    window: tuple[int, int]
+    scale: float = 1.0
+    key_mask: Tensor | None = None
+    bias: Tensor | None = None
+    turned: Tensor | None = None
+
+    def check(self) -> None:
+        q, table, window, key_mask = self.q, self.table, self.window, self.key_mask
+        self_attention(q, self.k, self.v)
+        if not isinstance(window, tuple | list) or len(window) != 2 or min(window) < 1:
+            raise InputError(f"window is {window}; it must be two positive numbers of patches, (height, width)")
+        height, width = window
+        if q.shape[1] != 1 + height * width:
+            raise InputError(
+                f"q has {q.shape[1]} tokens; a {height}x{width} window with a class token has {1 + height * width}"
+            )
+        rows = (2 * height - 1) * (2 * width - 1) + 3
+        if table.shape != (rows, q.shape[2]) or not table.is_floating_point():
+            raise InputError(
+                f"table is {table.dtype} {[*table.shape]}; a {height}x{width} window with {q.shape[2]} heads needs "
+                f"floating point [{rows}, {q.shape[2]}]: interpolate it when the resolution changes"
+            )
+        _key_mask(key_mask, q.shape[:2])
+
+
+class Biased(NamedTuple):
+    """Attention with a bias `[G, H, Nq, Nk]`; see `ops.bias_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+    key_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    scale: float = 1.0
+    return_lse: bool = False
+
+    def check(self) -> None:
+        q, k, v, bias, key_mask, dropout_p, seed, *_ = self
+        fit = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
+        if not fit or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+            raise InputError(
+                f"q must be [B, Nq, H, D] and k, v [B, Nk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+            )
+        _one_attention_type(q, k, v)
+        (batch, queries, heads, _), keys = q.shape, k.shape[1]
+        sizes = (heads, queries, keys)
+        if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True)):
+            raise InputError(
+                f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}] or"
+                " have 1 where it is the same for all"
+            )
+        if bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0]):
+            raise InputError(
+                f"bias has {bias.shape[0]} entries for a batch of {batch}; it must have 1, or a divisor of it"
+            )
+        if not bias.is_floating_point() or (bias.dtype == torch.float64) != (q.dtype == torch.float64):
+            raise InputError(
+                f"bias is {bias.dtype} and q {q.dtype}; convert the bias: floating point, float64 only with float64"
+                " (of a boolean mask, zeros and -inf)"
+            )
+        _key_mask(key_mask, torch.Size((batch, keys)))
+        dropout(dropout_p, seed)
+
+
 class Packed(NamedTuple):
     """The arguments of `varlen_attention` besides q, k and v, in the order of its operator."""
 
@@ -63,6 +314,20 @@ class Packed(NamedTuple):
     seed: Tensor | None = None
     key_mask: Tensor | None = None
 
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """All but the contents of the offsets, for the operands that they describe."""
+        if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+            raise InputError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+        _one_attention_type(q, k, v)
+        for name, offsets in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
+            if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
+                raise InputError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
+        sizes = self.cu_seqlens_q.numel(), self.cu_seqlens_k.numel()
+        if sizes[0] != sizes[1]:
+            raise InputError(f"cu_seqlens_q has {sizes[0]} offsets and cu_seqlens_k {sizes[1]}; both need S + 1")
+        _key_mask(self.key_mask, k.shape[:1])
+        dropout(self.dropout_p, self.seed)
+
     def bounds(self, q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The offsets as numbers, which describe q and k or are refused."""
         found = offsets_of(self.cu_seqlens_q, q, self.max_q, "q")
@@ -71,33 +336,35 @@ class Packed(NamedTuple):
         return found, offsets_of(self.cu_seqlens_k, k, self.max_k, "k")
 
 
+class Varlen(NamedTuple):
+    """All arguments of `varlen_attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    scale: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    @property
+    def packed(self) -> Packed:
+        """Those besides q, k and v."""
+        return Packed(*self[3:])
+
+    def check(self) -> None:
+        self.packed.check(*self[:3])
+
+
 def self_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Operands of attention within one sequence."""
     if not q.ndim == k.ndim == v.ndim == 4 or not q.shape == k.shape == v.shape:
         raise InputError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
     _one_attention_type(q, k, v)
-
-
-def relpos_arguments(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, window: tuple[int, int], key_mask: Tensor | None
-) -> None:
-    """Arguments of `relpos_attention`."""
-    self_attention(q, k, v)
-    if not isinstance(window, tuple | list) or len(window) != 2 or min(window) < 1:
-        raise InputError(f"window is {window}; it must be two positive numbers of patches, (height, width)")
-    height, width = window
-    if q.shape[1] != 1 + height * width:
-        raise InputError(
-            f"q has {q.shape[1]} tokens; a {height}x{width} window with a class token has {1 + height * width}"
-        )
-    rows = (2 * height - 1) * (2 * width - 1) + 3
-    if table.shape != (rows, q.shape[2]) or not table.is_floating_point():
-        raise InputError(
-            f"table is {table.dtype} {[*table.shape]}; a {height}x{width} window with {q.shape[2]} heads needs floating"
-            f" point [{rows}, {q.shape[2]}]: interpolate it when the resolution changes"
-        )
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != q.shape[:2]):
-        raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[*q.shape[:2]]}")
 
 
 def bias_shape(tokens: int, heads: int, *, fragments: bool = False) -> tuple[int, ...]:
@@ -126,59 +393,6 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
         )
 
 
-def bias_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    key_mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    """Arguments of `bias_attention`."""
-    fit = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
-    if not fit or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise InputError(
-            f"q must be [B, Nq, H, D] and k, v [B, Nk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
-        )
-    _one_attention_type(q, k, v)
-    (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    sizes = (heads, queries, keys)
-    if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True)):
-        raise InputError(
-            f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}] or have 1"
-            " where it is the same for all"
-        )
-    if bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0]):
-        raise InputError(f"bias has {bias.shape[0]} entries for a batch of {batch}; it must have 1, or a divisor of it")
-    if not bias.is_floating_point() or (bias.dtype == torch.float64) != (q.dtype == torch.float64):
-        raise InputError(
-            f"bias is {bias.dtype} and q {q.dtype}; convert the bias: floating point, float64 only with float64"
-            " (of a boolean mask, zeros and -inf)"
-        )
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, keys)):
-        raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool {[batch, keys]}")
-    dropout(dropout_p, seed)
-
-
-def varlen_arguments(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> None:
-    """Arguments of `varlen_attention`, but for the contents of its offsets."""
-    cu_seqlens_q, cu_seqlens_k, key_mask = packed.cu_seqlens_q, packed.cu_seqlens_k, packed.key_mask
-    if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise InputError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    _one_attention_type(q, k, v)
-    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
-            raise InputError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise InputError(
-            f"cu_seqlens_q has {cu_seqlens_q.numel()} offsets and cu_seqlens_k {cu_seqlens_k.numel()}; both need S + 1"
-        )
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
-        raise InputError(f"key_mask is {key_mask.dtype} {[*key_mask.shape]}; it must be bool [{k.shape[0]}]")
-    dropout(packed.dropout_p, packed.seed)
-
-
 def dropout(dropout_p: float, seed: Tensor | None) -> None:
     """A probability, and what decides which elements it concerns."""
     if not 0 <= dropout_p < 1:
@@ -193,6 +407,13 @@ def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
     if seed is None:
         raise InputError(f"dropout_p={dropout_p} needs a seed: the backward must drop what the forward dropped")
     return seed
+
+
+def drawn_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed of a call, drawn from PyTorch's generator if there is none; None without dropout."""
+    if not dropout_p:
+        return None
+    return torch.randint(1 << 62, (1,), device=device) if seed is None else seed
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
@@ -225,102 +446,12 @@ def offsets_of(offsets: Tensor, packed: Tensor, longest: int, name: str) -> tupl
     return bounds
 
 
-def _typed(weight: Tensor) -> Tensor | None:
-    """The weight, if its type has to be that of the activations."""
-    return weight if kind_of(weight) is None else None
-
-
-def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Arguments of a linear layer."""
-    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
-        raise InputError(f"x is {[*x.shape]} and weight {[*weight.shape]}; they must be [..., K] and [M, K]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"bias is {[*bias.shape]}; it must be [{weight.shape[0]}]")
-    _one_type(x=x, weight=_typed(weight), bias=bias)
-
-
-def mlp_arguments(
-    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None
-) -> None:
-    """The two linear layers of an MLP."""
-    linear_arguments(x, weight_in, bias_in)
-    if weight_out.ndim != 2 or weight_out.shape[1] != weight_in.shape[0]:
-        raise InputError(
-            f"weight_in is {[*weight_in.shape]} and weight_out {[*weight_out.shape]}; they must be [F, M] and [M, F]"
-        )
-    if bias_out is not None and bias_out.shape != weight_out.shape[:1]:
-        raise InputError(f"bias_out is {[*bias_out.shape]}; it must be [{weight_out.shape[0]}]")
-    _one_type(x=x, weight_out=_typed(weight_out), bias_out=bias_out)
-
-
-def branch_arguments(
-    out: tuple[int, ...], residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, dropout_p: float
-) -> None:
-    """The factors of a branch of shape `[..., M]`, and the residual that it is added to."""
-    if residual.shape != out:
-        raise InputError(f"the branch is {[*out]} and residual {[*residual.shape]}; they must agree")
-    if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
-        raise InputError(f"gamma is {gamma.dtype} {[*gamma.shape]}; it must be floating point [{out[-1]}]")
-    if row_scale is not None and (len(out) < 2 or row_scale.shape != out[:1] or not row_scale.is_floating_point()):
-        raise InputError(
-            f"row_scale is {row_scale.dtype} {[*row_scale.shape]}; a branch {[*out]} needs one factor per entry of its "
-            f"first dimension: floating point {[*out[:1]]}"
-        )
-    dropout(dropout_p, None)
-
-
-def norm_arguments(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    """Arguments of a LayerNorm."""
-    if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
-        raise InputError(
-            f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
-        )
-    if not x.is_floating_point() or not weight.is_floating_point() or not bias.is_floating_point():
-        raise InputError(f"x, weight, bias are {x.dtype}, {weight.dtype}, {bias.dtype}; they must be floating point")
-    if not 0 <= eps < math.inf:
-        raise InputError(f"eps={eps}; it must be finite and not negative")
-
-
-def embedding_arguments(
-    tokens: Tensor, positions: Tensor, word: Tensor, position: Tensor, type_row: Tensor, padding_idx: int | None
-) -> None:
-    """Ids and tables, but for the ids' values."""
-    if tokens.shape != positions.shape or word.ndim != 2 or position.ndim != 2 or word.shape[1] != position.shape[1]:
-        raise InputError(
-            f"tokens {[*tokens.shape]}, positions {[*positions.shape]}, word {[*word.shape]} and position "
-            f"{[*position.shape]} do not fit; they must be [...], [...], [V, M] and [P, M]"
-        )
-    if type_row.shape != word.shape[1:]:
-        raise InputError(f"type_row is {[*type_row.shape]}; it must be [{word.shape[1]}]")
-    for name, ids in (("tokens", tokens), ("positions", positions)):
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise InputError(f"{name} is {ids.dtype}; ids must be int32 or int64")
-    smaller = min(word.shape[0], position.shape[0])
-    if padding_idx is not None and not 0 <= padding_idx < smaller:
-        raise InputError(f"padding_idx={padding_idx} is no row of both tables; the smaller one has {smaller}")
-
-
 def check_ids(ids: Tensor, rows: int, name: str) -> None:
     """Raise IndexError, as PyTorch does, for ids outside a table of `rows` rows."""
     outside = ((ids < 0) | (ids >= rows)).reshape(-1)
     if host.any_true(outside):
         first = host.integer(ids.reshape(-1)[host.true_places(outside)[0]])
         raise IndexError(f"{name} hold {first}, outside a table of {rows} rows: compare the tokenizer with the model")
-
-
-def vocabulary_arguments(h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> None:
-    """Arguments of a loss over a vocabulary, but for the labels' values."""
-    if w.ndim != 2 or h.shape[-1:] != w.shape[1:] or h.shape[:-1] != target.shape or 0 in w.shape:
-        raise InputError(
-            f"h is {[*h.shape]}, w {[*w.shape]} and target {[*target.shape]}; they must be [..., K], [V, K] and [...]"
-        )
-    if b is not None and b.shape != w.shape[:1]:
-        raise InputError(f"b is {[*b.shape]}; it must be [{w.shape[0]}]")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise InputError(f"target is {target.dtype}; labels are integers")
-    if not h.is_floating_point():
-        raise InputError(f"h is {h.dtype}; it must be floating point")
-    _one_type(h=h, w=w, b=b)
 
 
 def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -331,6 +462,31 @@ def check_targets(target: Tensor, vocabulary: int, ignore_index: int) -> None:
             f"target {host.integer(target.reshape(-1)[outside[0]])} is outside the vocabulary of {vocabulary} entries "
             f"(and is not ignore_index, {ignore_index})"
         )
+
+
+def _branch(out: tuple[int, ...], branch: Any) -> None:
+    """The factors of a branch of shape `[..., M]`, and the residual that it is added to."""
+    residual, gamma, row_scale = branch.residual, branch.gamma, branch.row_scale
+    if residual.shape != out:
+        raise InputError(f"the branch is {[*out]} and residual {[*residual.shape]}; they must agree")
+    if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
+        raise InputError(f"gamma is {gamma.dtype} {[*gamma.shape]}; it must be floating point [{out[-1]}]")
+    if row_scale is not None and (len(out) < 2 or row_scale.shape != out[:1] or not row_scale.is_floating_point()):
+        raise InputError(
+            f"row_scale is {row_scale.dtype} {[*row_scale.shape]}; a branch {[*out]} needs one factor per entry of its "
+            f"first dimension: floating point {[*out[:1]]}"
+        )
+    dropout(branch.dropout_p, None)
+
+
+def _key_mask(mask: Tensor | None, shape: torch.Size) -> None:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        raise InputError(f"key_mask is {mask.dtype} {[*mask.shape]}; it must be bool {[*shape]}")
+
+
+def _typed(weight: Tensor) -> Tensor | None:
+    """The weight, if its dtype has to be that of the activations."""
+    return weight if kind_of(weight) is None else None
 
 
 def _one_attention_type(q: Tensor, k: Tensor, v: Tensor) -> None:

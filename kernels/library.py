@@ -6,7 +6,7 @@ decomposes a `triton_op` even for CPU tensors and so bypasses the CPU implementa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,154 @@ def operator(
     return registered
 
 
+# Annotations of arguments, and their types in a schema.
+_TYPES = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "SymInt", "int | None": "int?",
+    "bool": "bool", "tuple[int, int]": "int[]", "tuple[bool, ...]": "bool[]", "list[Tensor]": "Tensor[]",
+    "torch.dtype": "ScalarType",
+}  # fmt: skip
+Tensors = Sequence[Any]
+"""Outputs; None for one that was not saved."""
+Gradients = Sequence[Tensor | None]
+
+
+def differentiable(
+    name: str,
+    arguments: type[Any],
+    forward: Callable[[Any, str], Tensors],
+    fake: Callable[[Any, str], Tensors],
+    backward: Callable[[Gradients, Any, Tensors, Sequence[bool], str], Gradients],
+    *,
+    wrt: tuple[str, ...],
+    outputs: int,
+    results: int | Callable[[Any, str], int] = 1,
+    keep: Callable[[Any, Tensors, str], tuple[Any, Tensors]] | None = None,
+    around: Callable[..., Gradients] | None = None,
+    backward_fake: Callable[[Any, Tensors, Sequence[bool]], Gradients] | None = None,
+    autocast: bool | tuple[int, ...] = False,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Register an operation and its gradient as operators; returns `call(arguments, backend)`, the outputs.
+
+    Args:
+        arguments: a named tuple, whose annotations are the schema. Tensors in a list are parts of one: `backward`
+            returns the gradient of their concatenation.
+        forward, fake: (arguments, backend) → all outputs, or their shapes.
+        backward: (upstream gradients, None for zeros; arguments; outputs; needs; backend) → the gradients `wrt`.
+        wrt: arguments with a gradient.
+        outputs: how many tensors `forward` returns, of which the first `results` have a gradient: at most two arrive
+            in `backward`.
+        keep: what is saved of arguments and outputs; by default all.
+        around: (operator of the gradient, upstream, arguments, outputs, needs, backend) → gradients, for what happens
+            outside of that operator.
+        backward_fake: (arguments, outputs, needs) → the gradients' shapes; by default those of the arguments.
+        autocast: as in `operator`.
+    """
+    fields: tuple[str, ...] = arguments._fields
+    kinds = [_TYPES[arguments.__annotations__[field].__forward_arg__] for field in fields]
+    most = 2 if callable(results) else results
+    lists = [place for place, kind in enumerate(kinds) if kind == "Tensor[]"]
+    places = [fields.index(field) for field in wrt]
+
+    def schema(kinds: list[str]) -> str:
+        return ", ".join(f"{kind} {field}" for kind, field in zip(kinds, fields, strict=True))
+
+    def returned(count: int) -> str:
+        return f"({', '.join(['Tensor'] * count)})"
+
+    def run_backward(*given: Any) -> tuple[Tensor, ...]:
+        upstream, rest = given[:most], given[most:]
+        values, kept, (needs, backend) = rest[: len(fields)], rest[len(fields) : -2], rest[-2:]
+        found = backward(upstream, arguments(*values), kept, needs, backend)
+        return _present(found, needs, upstream)
+
+    def fake_backward(*given: Any) -> tuple[Tensor, ...]:
+        upstream, rest = given[:most], given[most:]
+        saved, kept, needs = arguments(*rest[: len(fields)]), rest[len(fields) : -2], rest[-2]
+        if backward_fake is not None:
+            return _present(backward_fake(saved, kept, needs), needs, upstream)
+        wholes = [getattr(saved, field) for field in wrt]
+        wholes = [torch.cat(t) if isinstance(t, list) and t else t for t in wholes]
+        made = [t.new_empty(t.shape) if isinstance(t, Tensor) else None for t in wholes]
+        return _present(made, needs, upstream)
+
+    upstream_schema = ", ".join(f"Tensor? d{i}" for i in range(most))
+    kept_schema = ", ".join(f"Tensor? kept{i}" for i in range(outputs))
+    optional = schema(["Tensor?" if kind == "Tensor" else kind for kind in kinds])
+    gradient = operator(
+        f"{name}_backward({upstream_schema}, {optional}, {kept_schema}, bool[] needed, str backend) "
+        f"-> {returned(len(wrt))}",
+        run_backward,
+        fake_backward,
+        autocast=() if autocast == () else False,
+    )
+
+    def call_gradient(
+        upstream: Gradients, saved: Any, kept: Tensors, needs: Sequence[bool], backend: str
+    ) -> list[Tensor | None]:
+        found = gradient(*upstream, *saved, *kept, needs, backend)
+        return [g if need else None for g, need in zip(found, needs, strict=True)]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        saved, ctx.backend = arguments(*inputs[:-1]), inputs[-1]
+        count = results(saved, ctx.backend) if callable(results) else results
+        ctx.mark_non_differentiable(*output[count:])
+        # Or else zeros are written for results that have no gradient.
+        ctx.set_materialize_grads(False)
+        kept = output if keep is None else ()
+        if keep is not None:
+            saved, kept = keep(saved, output, ctx.backend)
+        values, parts = [*saved, *kept], list[Tensor]()
+        for place in lists:
+            parts += values[place]
+            values[place] = len(values[place])
+        ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values], *parts)
+        ctx.values = [None if isinstance(value, Tensor) else value for value in values]
+
+    def run_gradient(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        made: dict[str, Any] = {}
+        if any(g is not None for g in upstream[:most]):
+            tensors, count = ctx.saved_tensors, len(ctx.values)
+            values = [v if t is None else t for t, v in zip(tensors[:count], ctx.values, strict=True)]
+            for place in lists:
+                values[place], count = [*tensors[count : count + values[place]]], count + values[place]
+            saved, wanted = arguments(*values[: len(fields)]), [ctx.needs_input_grad[place] for place in places]
+            needs = [any(need) if isinstance(need, (list, tuple)) else need for need in wanted]
+            given = (upstream[:most], saved, values[len(fields) :], needs, ctx.backend)
+            found = call_gradient(*given) if around is None else around(call_gradient, *given)
+            for field, g, need in zip(wrt, found, wanted, strict=True):
+                parts = getattr(saved, field)
+                made[field] = _divided(g, parts, need) if isinstance(parts, list) else g
+        for field, need in zip(fields, ctx.needs_input_grad, strict=False):
+            if isinstance(need, (list, tuple)):
+                made.setdefault(field, [None] * len(need))
+        return (*(made.get(field) for field in fields), None)
+
+    registered = operator(
+        f"{name}({schema(kinds)}, str backend) -> {returned(outputs)}",
+        lambda *given: tuple(forward(arguments(*given[:-1]), given[-1])),
+        lambda *given: tuple(fake(arguments(*given[:-1]), given[-1])),
+        setup_context=setup_context,
+        backward=run_gradient,
+        autocast=autocast,
+    )
+    return lambda given, backend: registered(*given, backend)
+
+
+def _divided(gradient: Tensor | None, parts: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient of every part of a concatenation."""
+    if gradient is None:
+        return [None] * len(parts)
+    pairs = zip(gradient.split([len(part) for part in parts]), needs, strict=True)
+    return [part if need else None for part, need in pairs]
+
+
+def _present(found: Gradients, needs: Sequence[bool], upstream: Gradients) -> tuple[Tensor, ...]:
+    """Gradients, and empty tensors for those that nobody needs: an operator returns tensors only."""
+    like = next(g for g in upstream if g is not None)
+    pairs = zip(found, needs, strict=True)
+    return tuple(g if need and g is not None else like.new_empty(0) for g, need in pairs)
+
+
 class _Once(torch.autograd.Function):
     """A gradient as it is, which has no gradient with respect to what it was computed from."""
 
@@ -99,11 +247,6 @@ def on_device_of_arguments(implementation: Callable[..., Any]) -> Callable[..., 
             return implementation(*arguments)
 
     return run
-
-
-def like(*places: int) -> Callable[..., tuple[Tensor, ...]]:
-    """A fake with the shapes and dtypes of the arguments at these places."""
-    return lambda *given: tuple(given[i].new_empty(given[i].shape) for i in places)
 
 
 def _casting(

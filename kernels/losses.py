@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary without materialised logits: checks, registration, gradients."""
+"""Cross-entropy over a vocabulary without materialised logits: public functions and operators."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from . import checks, reference
-from .backend import Backend, resolve
+from .backend import Backend
+from .checks import Vocabulary
 from .cpu import losses as cpu
-from .library import operator
+from .ladder import Call, Op
+from .library import Gradients, differentiable, operator
 
 
 def linear_cross_entropy(
@@ -44,16 +46,8 @@ def linear_cross_entropy(
         ValueError: inconsistent shapes or devices, or a backend that cannot run here.
         IndexError: a target outside the vocabulary, on CPU and within `check_contents()`; otherwise the loss is NaN.
     """
-    checks.vocabulary_arguments(h, w, b, target)
-    target = target.long()
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing={label_smoothing} lies outside [0, 1]")
-    chosen = resolve(backend, h, w, b, target)
-    if chosen not in ("cpu", "triton"):
-        return reference.linear_cross_entropy(h, w, b, target, ignore_index, label_smoothing)
-    grad = torch.is_grad_enabled()
-    needs = tuple(grad and t is not None and t.requires_grad for t in (h, w, b))
-    return _cross_entropy(h, w, b, target, ignore_index, label_smoothing, *needs, chosen)[0]
+    given = Vocabulary(h, w, b, target, ignore_index, label_smoothing)
+    return _linear_cross_entropy(given, backend)
 
 
 def token_log_likelihood(
@@ -77,12 +71,7 @@ def token_log_likelihood(
     Raises:
         ValueError, IndexError: as in `linear_cross_entropy`; on a GPU a row with a target outside is NaN.
     """
-    checks.vocabulary_arguments(h, w, b, target)
-    target = target.long()
-    chosen = resolve(backend, h, w, b, target)
-    if chosen not in ("cpu", "triton"):
-        return reference.token_log_likelihood(h, w, b, target, ignore_index)
-    return _log_likelihood(h, w, b, target, ignore_index, chosen)[0]
+    return _token_log_likelihood(Vocabulary(h, w, b, target, ignore_index), backend)
 
 
 def race(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -100,123 +89,68 @@ def _module(backend: str) -> Any:
     return cross_entropy
 
 
-def _present(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The tensor, or an empty one for None: an operator returns tensors only."""
-    return like.new_empty(0) if tensor is None else tensor
+def _kernel(run: Any, a: Vocabulary, call: Call) -> Tensor:
+    grad = torch.is_grad_enabled()
+    needs = tuple(grad and t is not None and t.requires_grad for t in a[:3])
+    return run(a._replace(target=a.target.long(), needs=needs), call.chosen)[0]
 
 
-def _forward(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *needs, backend = rest
-    arguments = (h, w, b, target, ignore_index, label_smoothing)
+def _forward(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
+    """The loss; on a CPU its gradients, the logits' in place of that of w where they are smaller; else statistics."""
     if backend == "cpu":
-        dlogits = cpu.logits_gradient(h, w) if needs[1] else None
-        loss, (dh, dw, db) = cpu.linear_cross_entropy_forward(*arguments, needs, dlogits)
-        return loss, _present(dh, h), _present(dw if dlogits is None else dlogits, h), _present(db, h)
-    if checks.should_check_values(target):
-        checks.check_targets(target, w.shape[0], ignore_index)
-    loss, statistics = _module(backend).linear_cross_entropy_forward(*arguments)
-    return loss, statistics.maximum, statistics.log_sum, h.new_empty(0)
+        dlogits = cpu.logits_gradient(a.h, a.w) if a.needs[1] else None
+        loss, (dh, dw, db) = cpu.linear_cross_entropy_forward(*a, dlogits)
+        kept = (dh, dw if dlogits is None else dlogits, db)
+        return loss, *(a.h.new_empty(0) if t is None else t for t in kept)
+    if checks.should_check_values(a.target):
+        checks.check_targets(a.target, a.w.shape[0], a.ignore_index)
+    loss, statistics = _module(backend).linear_cross_entropy_forward(*a[:6])
+    return loss, *statistics, a.h.new_empty(0)
 
 
-def _forward_fake(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, *needs, backend = rest
+def _fake(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
+    h, w = a.h, a.w
     wide = torch.promote_types(h.dtype, torch.float32)
     loss = h.new_empty((), dtype=wide)
     if backend == "cpu":
-        dh, dw, db = _gradients_like(h, w, b, needs)
-        dlogits = cpu.logits_gradient(h, w) if needs[1] else None
+        pairs = zip(a[:3], a.needs, strict=True)
+        dh, dw, db = (t.new_empty(t.shape) if t is not None and need else h.new_empty(0) for t, need in pairs)
+        dlogits = cpu.logits_gradient(h, w) if a.needs[1] else None
         return loss, dh, dw if dlogits is None else dlogits, db
     rows = math.prod(h.shape[:-1])
     return loss, h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(0)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, w, b, target, ctx.ignore_index, ctx.label_smoothing, *ctx.needs, ctx.backend = inputs
-    ctx.has_bias = b is not None
-    # Or else zeros are written for results that have no gradient.
-    ctx.set_materialize_grads(False)
-    if ctx.backend == "cpu":
-        # The gradients depend on the inputs, and a gradient of them has to be refused.
-        late = ctx.needs[1] and cpu.keeps_logits(h, w)
-        ctx.save_for_backward(*output[1:], *((h, target) if late else ()))
-    else:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(h, w, b, target, output[1], output[2])
+def _kept(a: Vocabulary, outputs: Sequence[Tensor], backend: str) -> tuple[Vocabulary, Sequence[Any]]:
+    if backend != "cpu":
+        return a, (None, *outputs[1:3], None)
+    late = a.needs[1] and cpu.keeps_logits(a.h, a.w)
+    a = a._replace(w=None, b=None) if late else a._replace(h=None, w=None, b=None, target=None)
+    return a, (None, *outputs[1:])
 
 
-def _gradient(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 7
-    if dloss is None:
-        return (None, None, None, *rest)
-    if ctx.backend == "cpu":
-        dh, dw, db, *late = (t.detach() for t in ctx.saved_tensors)
-        if late:
-            dw = _vocabulary_grad(*late, dw, ctx.ignore_index)
-        gradients = tuple(g if need else None for g, need in zip((dh, dw, db), ctx.needs, strict=True))
-        if is_fake(dloss):
-            return (*(None if g is None else g * dloss.to(g.dtype) for g in gradients), *rest)
-        return (*cpu.linear_cross_entropy_backward(dloss, gradients), *rest)  # pyright: ignore[reportArgumentType]
-    options = (ctx.ignore_index, ctx.label_smoothing, *ctx.needs, ctx.backend)
-    gradients = _cross_entropy_grad(dloss, *ctx.saved_tensors, *options)
-    return (*(g if need else None for g, need in zip(gradients, ctx.needs, strict=True)), *rest)
+def _gradient(
+    call: Any, upstream: Gradients, a: Vocabulary, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+) -> Gradients:
+    if backend != "cpu":
+        return call(upstream, a, outputs, needs, backend)
+    dloss, (dh, dw, db) = upstream[0], (t.detach() for t in outputs[1:])
+    assert dloss is not None
+    if a.h is not None:
+        dw = _vocabulary_grad(a.h.detach(), a.target, dw, a.ignore_index)
+    gradients = tuple(g if need else None for g, need in zip((dh, dw, db), a.needs, strict=True))
+    if is_fake(dloss):
+        return tuple(None if g is None else g * dloss.to(g.dtype) for g in gradients)
+    return cpu.linear_cross_entropy_backward(dloss, gradients)  # type: ignore[arg-type]
 
 
 def _backward(
-    name: str, dout: Tensor, h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    maximum, log_sum, *options, need_h, need_w, need_b, backend = rest
+    name: str, upstream: Gradients, a: Vocabulary, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
+) -> Gradients:
     module = _module(backend)
-    statistics = module.RowStatistics(maximum, log_sum)
-    needs = (need_h, need_w, need_b)
-    dh, dw, db = getattr(module, name)(dout, h, w, b, target, statistics, *options, needs)
-    return _present(dh, h), _present(dw, h), _present(db, h)
-
-
-def _backward_fake(dloss: Tensor, h: Tensor, w: Tensor, b: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, need_h, need_w, need_b, _ = rest
-    return _gradients_like(h, w, b, (need_h, need_w, need_b))
-
-
-def _gradients_like(h: Tensor, w: Tensor, b: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    kept = [t if t is not None and need else None for t, need in zip((h, w, b), needs, strict=True)]
-    made = [h.new_empty(0) if t is None else t.new_empty(t.shape) for t in kept]
-    return made[0], made[1], made[2]
-
-
-def _rows_forward(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "triton" and checks.should_check_values(target):
-        checks.check_targets(target, w.shape[0], ignore_index)
-    out, statistics = _module(backend).token_log_likelihood_forward(h, w, b, target, ignore_index)
-    return out, statistics.maximum, statistics.log_sum
-
-
-def _rows_forward_fake(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(h.dtype, torch.float32)
-    rows = math.prod(h.shape[:-1])
-    return h.new_empty(target.shape, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide)
-
-
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, w, b, target, ctx.ignore_index, ctx.backend = inputs
-    ctx.save_for_backward(h, w, b, target, output[1], output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _rows_gradient(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 6
-    needs = tuple(ctx.needs_input_grad[:3])
-    gradients = _log_likelihood_grad(dout, *ctx.saved_tensors, ctx.ignore_index, *needs, ctx.backend)
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None)
+    statistics = module.RowStatistics(*outputs[1:3])
+    options = a[4:6] if name.startswith("linear") else a[4:5]
+    return getattr(module, name)(upstream[0], *a[:4], statistics, *options, tuple(needs))
 
 
 _vocabulary_grad = operator(
@@ -224,34 +158,58 @@ _vocabulary_grad = operator(
     cpu.vocabulary_gradient,
     lambda h, _, dlogits, __: h.new_empty(dlogits.shape[1], h.shape[-1]),
 )
-_cross_entropy_grad = operator(
-    "linear_cross_entropy_backward(Tensor dloss, Tensor h, Tensor w, Tensor? b, Tensor target, Tensor maximum, "
-    "Tensor log_sum, int ignore_index, float label_smoothing, bool need_h, bool need_w, bool need_b, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    partial(_backward, "linear_cross_entropy_backward"),
-    _backward_fake,
-)
-_cross_entropy = operator(
-    "linear_cross_entropy(Tensor h, Tensor w, Tensor? b, Tensor target, int ignore_index, float label_smoothing, "
-    "bool need_h, bool need_w, bool need_b, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+_cross_entropy = differentiable(
+    "linear_cross_entropy",
+    Vocabulary,
     _forward,
-    _forward_fake,
-    setup_context=_setup,
-    backward=_gradient,
+    _fake,
+    partial(_backward, "linear_cross_entropy_backward"),
+    wrt=("h", "w", "b"),
+    outputs=4,
+    # On a CPU the outputs that are saved are the gradients, whose own gradients have to be refused.
+    results=lambda _, backend: 4 if backend == "cpu" else 1,
+    keep=_kept,
+    around=_gradient,
     autocast=True,
 )
-_log_likelihood_grad = operator(
-    "token_log_likelihood_backward(Tensor dout, Tensor h, Tensor w, Tensor? b, Tensor target, Tensor maximum, "
-    "Tensor log_sum, int ignore_index, bool need_h, bool need_w, bool need_b, str backend) -> (Tensor, Tensor, Tensor)",
-    partial(_backward, "token_log_likelihood_backward"),
-    _backward_fake,
+_linear_cross_entropy = Op(
+    "linear_cross_entropy",
+    Vocabulary,
+    {
+        "kernel": lambda a, call: _kernel(_cross_entropy, a, call),
+        "reference": lambda a, _: reference.linear_cross_entropy(*a._replace(target=a.target.long())[:6]),
+    },
 )
-_log_likelihood = operator(
-    "token_log_likelihood(Tensor h, Tensor w, Tensor? b, Tensor target, int ignore_index, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+
+
+def _rows_forward(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
+    if backend == "triton" and checks.should_check_values(a.target):
+        checks.check_targets(a.target, a.w.shape[0], a.ignore_index)
+    out, statistics = _module(backend).token_log_likelihood_forward(*a[:5])
+    return out, *statistics
+
+
+def _rows_fake(a: Vocabulary, _: str) -> tuple[Tensor, ...]:
+    wide, rows = torch.promote_types(a.h.dtype, torch.float32), math.prod(a.h.shape[:-1])
+    return tuple(a.h.new_empty(shape, dtype=wide) for shape in (a.target.shape, rows, rows))
+
+
+_log_likelihood = differentiable(
+    "token_log_likelihood",
+    Vocabulary,
     _rows_forward,
-    _rows_forward_fake,
-    setup_context=_rows_setup,
-    backward=_rows_gradient,
+    _rows_fake,
+    partial(_backward, "token_log_likelihood_backward"),
+    wrt=("h", "w", "b"),
+    outputs=3,
+    keep=lambda a, outputs, _: (a, (None, *outputs[1:])),
     autocast=True,
+)
+_token_log_likelihood = Op(
+    "token_log_likelihood",
+    Vocabulary,
+    {
+        "kernel": lambda a, call: _kernel(_log_likelihood, a, call),
+        "reference": lambda a, _: reference.token_log_likelihood(*a._replace(target=a.target.long())[:5]),
+    },
 )

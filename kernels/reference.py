@@ -217,8 +217,8 @@ def add_layer_norm(
     gamma: Tensor | None = None,
     row_scale: Tensor | None = None,
     dropout_p: float = 0.0,
-    wide: bool = False,
     seed: Tensor | None = None,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(normed, summed): `summed = residual + row_scale · gamma · dropout(x)`, and its LayerNorm.
 

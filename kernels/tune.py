@@ -5,6 +5,9 @@ timed. The fastest candidate wins if all its shipped forms pass the audit. The a
 search cheap.
 """
 
+# Parts of named tuples are passed on as positional arguments, whose number no checker can know.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import itertools
@@ -20,7 +23,7 @@ import torch
 from . import flash
 from .audit import Form, Row, compile_rows
 from .backend import _why_not
-from .checks import FRAGMENT_TILE, Packed
+from .checks import FRAGMENT_TILE, AddNorm, Packed
 from .files import write_whole
 from .triton import launch
 from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
@@ -51,25 +54,17 @@ _ROWS = 8 * 577
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration for one kernel, dtype and size.
-
-    Attributes:
-        size: head dimension of an attention kernel, row width of any other.
-        seconds: of the timed call; `before`: with the current configuration.
-        rejected: candidates that the audit rejected.
-        timed: candidates that were timed.
-        flash: seconds of flash-attn for the same work; None without a timing.
-    """
+    """The configuration for one kernel, dtype and size."""
 
     kernel: str
     dtype: str
-    size: int
+    size: int  # head dimension of an attention kernel, row width of any other
     config: LaunchConfig
-    seconds: float
-    before: float
-    rejected: int
+    seconds: float  # of the timed call
+    before: float  # the same with the current configuration
+    rejected: int  # candidates, by the audit
     timed: int
-    flash: float | None = None
+    flash: float | None = None  # seconds of flash-attn for the same work
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[int]:
@@ -222,7 +217,7 @@ def gpu_timer(call: Callable[[], Any]) -> float:
     """Median seconds of a call, with a cold second-level cache before each."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, warmup=25, rep=100, return_mode="median")) / 1e3  # type: ignore[arg-type]
+    return float(do_bench(call, warmup=25, rep=100, return_mode="median")) / 1e3
 
 
 def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any]:
@@ -303,10 +298,11 @@ def _rows(noise: Callable[..., torch.Tensor], width: int, kernel: str) -> Callab
         return lambda: gelu.bias_gelu_forward(x, bias)
     if kernel == "bias_gelu_backward":
         return lambda: gelu.bias_gelu_backward(other, x, bias)
+    given = AddNorm(x, other, weight, bias, 1e-5)
     if kernel == "add_layer_norm_forward":
-        return lambda: layer_norm.add_layer_norm_forward(x, other, weight, bias, 1e-5)
-    _, summed, mean, rstd = layer_norm.add_layer_norm_forward(x, other, weight, bias, 1e-5)
-    return lambda: layer_norm.add_layer_norm_backward(other, x, summed, weight, mean, rstd, x)
+        return lambda: layer_norm.add_layer_norm_forward(given)
+    _, *kept = layer_norm.add_layer_norm_forward(given)
+    return lambda: layer_norm.add_layer_norm_backward(other, x, *kept, given)
 
 
 def _packed(

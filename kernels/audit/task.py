@@ -43,9 +43,22 @@ class Task:
         if not hasattr(kernel, "cache_key"):
             raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
         versions = compiler(), ptxas_version(arch)
-        parts = (kernel.cache_key, kernel.fn.__qualname__, repr(request), arch, *versions, _MEASURING_HASH)
+        parts = (source_hash(kernel), kernel.fn.__qualname__, repr(request), arch, *versions, _MEASURING_HASH)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()
         return cls(kernel.fn.__module__, kernel.fn.__qualname__, request, arch, key)
+
+
+def source_hash(kernel: Any) -> str:
+    """Triton's hash of a kernel and of all that it calls, as if each began at line 0: its place changes no code."""
+    pending, seen = [kernel], set[int]()
+    while pending:
+        function = pending.pop()
+        if id(function) not in seen:
+            seen.add(id(function))
+            if function.starting_line_number:
+                function.starting_line_number, function.hash = 0, None
+            pending += [value for value in function.fn.__globals__.values() if hasattr(value, "starting_line_number")]
+    return kernel.cache_key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from xfm_fast.errors import UnavailableError
 from .. import host, reference
 from ..derived import derived
 from ..limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
-from . import llvm, products
+from . import gemm, llvm
 from .selection import select
 from .workspace import scratch
 
@@ -386,9 +386,9 @@ _LAYERS: dict[str, tuple[tuple[int, int], ...]] = {
     "mlp_residual": ((4 * _WIDTH, _WIDTH), (_WIDTH, 4 * _WIDTH)),
 }
 _CANDIDATES: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "linear": {"int8": linear, "floats": products.linear},
-    "linear_residual": {"int8": linear_residual, "floats": products.linear_residual},
-    "mlp_residual": {"int8": mlp_residual, "floats": products.mlp_residual},
+    "linear": {"int8": linear, "floats": gemm.linear},
+    "linear_residual": {"int8": linear_residual, "floats": gemm.linear_residual},
+    "mlp_residual": {"int8": mlp_residual, "floats": gemm.mlp_residual},
 }
 _ROWS = {False: _MANY_ROWS, True: _FEW_ROWS}
 LIBRARIES = {

@@ -12,6 +12,7 @@ The GEMM of rows and vocabulary is the whole cost, so there are two arrangements
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -98,12 +99,13 @@ def linear_cross_entropy_forward(
 
 def logits_gradient(h: Tensor, w: Tensor) -> Tensor | None:
     """Memory for the gradient of all logits, `[rows, V]`, where it replaces the gradient of w; None elsewhere."""
-    return h.new_empty(h.shape[:-1].numel(), w.shape[0]) if keeps_logits(h, w) else None
+    return h.new_empty(math.prod(h.shape[:-1]), w.shape[0]) if keeps_logits(h, w) else None
 
 
 def keeps_logits(h: Tensor, w: Tensor) -> bool:
     """Whether the gradient of all logits is one block and no larger than w: the forward then saves it for dw."""
-    rows = h.shape[:-1].numel() if h.numel() else 0
+    # Not `Size.numel`, which specialises symbols: every number of rows would recompile.
+    rows = math.prod(h.shape[:-1]) if h.shape[-1] else 0
     return 0 < rows <= h.shape[-1] and len(_row_blocks(h.reshape(-1, h.shape[-1]), w.shape[0])) == 1
 
 

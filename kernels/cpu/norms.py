@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..checks import AddNorm, Embedding
 from .workspace import Dropout, scratch
 
 
@@ -26,85 +27,44 @@ class AddLayerNorm(NamedTuple):
 
 
 class AddLayerNormGradients(NamedTuple):
-    """Results of a backward; None for absent inputs."""
+    """Results of a backward; `dx` and `dresidual` are one tensor if the branch has no scale and their dtypes agree."""
 
     dx: Tensor
-    dresidual: Tensor | None
+    dresidual: Tensor
     dweight: Tensor
-    dbias: Tensor | None
+    dbias: Tensor
     dgamma: Tensor | None
 
 
-class EmbedGradients(NamedTuple):
-    """Gradients of the tables, of the row of the token type, and of the norm."""
-
-    dword: Tensor
-    dposition: Tensor
-    dtype_row: Tensor
-    dweight: Tensor
-    dbias: Tensor
-
-
-def add_layer_norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    wide: bool = False,
-) -> AddLayerNorm:
-    """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
-
-    x, residual `[..., M]`, possibly of two precisions; weight, bias, gamma `[M]`; row_scale `[B]`; seed `[1]` int64,
-    required for dropout. `normed` has the dtype of x, or of the sum with `wide`.
-    """
-    summed = _sum(x, residual, gamma, row_scale, dropout_p, seed)
-    normed, mean, rstd = normalise(summed, weight, bias, eps)
-    return AddLayerNorm(normed if wide else normed.to(x.dtype), summed, mean, rstd)
+def add_layer_norm_forward(a: AddNorm) -> AddLayerNorm:
+    """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm."""
+    summed = _sum(a)
+    normed, mean, rstd = normalise(summed, a.weight, a.bias, a.eps)
+    return AddLayerNorm(normed if a.wide else normed.to(a.x.dtype), summed, mean, rstd)
 
 
 def add_layer_norm_backward(
-    dnormed: Tensor,
-    dsummed: Tensor | None,
-    summed: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x: Tensor,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    has_residual: bool = True,
-    has_bias: bool = True,
+    dnormed: Tensor, dsummed: Tensor | None, summed: Tensor, mean: Tensor, rstd: Tensor, a: AddNorm
 ) -> AddLayerNormGradients:
-    """Gradients of every floating-point input; `dsummed` None means zero. Without gamma, only the dtype of x matters.
-
-    `dx` and `dresidual` are one tensor if the branch has no scale and their dtypes agree.
-    """
-    ds, dweight, dbias = normalise_backward(dnormed, summed, weight, mean, rstd)
+    """Gradients of every floating-point input; `dsummed` None means zero. Without gamma, x gives its dtype alone."""
+    x, gamma, row_scale = a.x, a.gamma, a.row_scale
+    ds, dweight, dbias = normalise_backward(dnormed, summed, a.weight, mean, rstd)
     if dsummed is not None:
         ds = ds + dsummed
-    kept, dgamma = _kept(summed, x.dtype, dropout_p, seed), None
+    kept, dgamma = _kept(summed, x.dtype, a.dropout_p, a.seed), None
     if gamma is not None:
         products = ds.to(_wide(summed)) * (x if kept is None else x * kept)
         if row_scale is None:
             dgamma = products.flatten(0, -2).sum(0).to(gamma.dtype)
         else:
-            sums = products.view(row_scale.shape[0], -1, summed.shape[-1]).sum(1)
+            rows = summed.numel() // max(1, row_scale.shape[0] * summed.shape[-1])
+            sums = products.view(row_scale.shape[0], rows, summed.shape[-1]).sum(1)
             dgamma = (row_scale[:, None] * sums).sum(0).to(gamma.dtype)
     factor = _factor(gamma, row_scale, summed)
     branch = ds if factor is None else ds * factor
     if kept is not None:
         branch = branch * kept
-    dbias = dbias if has_bias else None
-    return AddLayerNormGradients(branch.to(x.dtype), ds if has_residual else None, dweight, dbias, dgamma)
+    return AddLayerNormGradients(branch.to(x.dtype), ds, dweight, dbias, dgamma)
 
 
 def embed_layer_norm_forward(
@@ -124,28 +84,17 @@ def embed_layer_norm_forward(
     return normalise(_embed(tokens, positions, word, position, type_row), weight, bias, eps)
 
 
-def embed_layer_norm_backward(
-    dnormed: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_row: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    padding_idx: int | None = None,
-) -> EmbedGradients:
-    """Gradients of the five floating-point inputs, from recomputed sums; row `padding_idx` receives none."""
-    embedded = _embed(tokens, positions, word, position, type_row)
-    ds, dweight, dbias = normalise_backward(dnormed, embedded, weight, mean, rstd)
-    skipped = -1 if padding_idx is None else padding_idx
+def embed_layer_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
+    """Gradients of the tables, the type row and the norm, from recomputed sums; row `padding_idx` receives none."""
+    embedded = _embed(*a[:5])
+    ds, dweight, dbias = normalise_backward(dnormed, embedded, a.weight, mean, rstd)
+    skipped = -1 if a.padding_idx is None else a.padding_idx
     rows = ds.reshape(-1, ds.shape[-1]).to(_wide(ds))
     dword, dposition = (
         torch.ops.aten.embedding_dense_backward(rows, ids.reshape(-1), table.shape[0], skipped, False).to(table.dtype)
-        for ids, table in ((tokens, word), (positions, position))
+        for ids, table in ((a.tokens, a.word), (a.positions, a.position))
     )
-    return EmbedGradients(dword, dposition, rows.sum(0).to(type_row.dtype), dweight, dbias)
+    return dword, dposition, rows.sum(0).to(a.type_row.dtype), dweight, dbias
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -164,22 +113,13 @@ def _kept(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) 
     """The dropout factor of every element of x, reproducible by the seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
-    seed = checks.seed_of(dropout_p, seed)
-    if dropout_p >= 1:
-        return torch.zeros_like(x, dtype=dtype)
-    dropout = Dropout(dropout_p, seed)
+    dropout = Dropout(dropout_p, checks.seed_of(dropout_p, seed))
     return dropout.mask(tuple(x.shape), dtype).mul_(1 / dropout.kept)
 
 
-def _sum(
-    x: Tensor,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    kept, factor = _kept(x, x.dtype, dropout_p, seed), _factor(gamma, row_scale, x)
+def _sum(a: AddNorm) -> Tensor:
+    x, residual = a.x, a.residual
+    kept, factor = _kept(x, x.dtype, a.dropout_p, a.seed), _factor(a.gamma, a.row_scale, x)
     branch = x if kept is None else x * kept
     if residual is None:
         return branch if factor is None else (branch * factor).to(x.dtype)

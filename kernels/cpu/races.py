@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import attention, int8, losses, products
+from . import attention, gemm, int8, losses
 from .selection import Selection, compare_candidates, odd_size_fallback
 
 PATHS = {
@@ -48,11 +48,11 @@ class Race(NamedTuple):
 def races() -> dict[str, Race]:
     """All operations by name."""
     found: dict[str, Race] = {}
-    for operation, candidates in products.CANDIDATES.items():
-        for name, some in ((operation, candidates), (f"{operation} of few rows", products.LIGHT[operation])):
-            x, weight, *_ = products.EXAMPLES[name](torch.float32)
-            found[name] = Race(some, products.EXAMPLES[name], 2 * x.shape[0] * weight.numel())
-    for name, (candidates, example) in products.TRAINED.items():
+    for operation, candidates in gemm.CANDIDATES.items():
+        for name, some in ((operation, candidates), (f"{operation} of few rows", gemm.LIGHT[operation])):
+            x, weight, *_ = gemm.EXAMPLES[name](torch.float32)
+            found[name] = Race(some, gemm.EXAMPLES[name], 2 * x.shape[0] * weight.numel())
+    for name, (candidates, example) in gemm.TRAINED.items():
         x, other, *_ = example(torch.float32)
         found[name] = Race(candidates, example, 2 * x.numel() * other.shape[1])
     for name, (candidates, example) in attention.RACES.items():
@@ -61,9 +61,9 @@ def races() -> dict[str, Race]:
         found[name] = Race(candidates, example, flops)
     for operation, race in [*found.items()]:
         name, others = odd_size_fallback(operation, race.candidates)
-        if operation not in products.ANY_SIZES and len(others) > 1:
+        if operation not in gemm.ANY_SIZES and len(others) > 1:
             found.setdefault(name, race._replace(candidates=others))
-    candidates, example = products.LAYOUT
+    candidates, example = gemm.LAYOUT
     x, weight, _ = example(torch.float32)
     found["layout for few rows"] = Race(candidates, example, 2 * x.shape[0] * weight.numel())
     for role in losses.ROLES:

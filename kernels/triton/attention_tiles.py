@@ -32,8 +32,6 @@ from ..limits import HEAD_DIMS
 from .launch import KernelSpec, LaunchConfig
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 
 # Offsets within a tile are 32-bit; a tile has at most this many rows.
@@ -283,9 +281,6 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
     Triton's tiles are powers of two. Two products of exact size need no masks and, at 80, five eighths of the work of
     one that is padded to 128.
-
-    Raises:
-        InputError: the head dimension is not one of `HEAD_DIMS`.
     """
     if head_dim not in HEAD_DIMS:
         raise InputError(f"head dimension {head_dim} is not supported; the Triton kernels have {HEAD_DIMS}")

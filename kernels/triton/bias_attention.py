@@ -26,6 +26,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from .. import checks
+from ..checks import Biased
 from ..limits import BIAS_HEAD_DIMS, HIDDEN
 from .attention_tiles import (
     LOG2E,
@@ -37,8 +38,7 @@ from .attention_tiles import (
     load_rows,
     product,
 )
-from .bias_config import bias_config
-from .launch import KernelSpec, LaunchConfig, architecture, dtype_name, tail_size
+from .launch import KernelSpec, LaunchConfig, architecture, bias_config, dtype_name, tail_size
 from .varlen_attention import dropout_threshold
 
 __all__ = ["KERNELS", "bias_attention_backward", "bias_attention_forward"]
@@ -561,7 +561,7 @@ def bias_attention_forward(
     Dropout depends on the seed, the head, the query's place in the batch and the key's in its sequence only. InputError
     for unsupported arguments.
     """
-    checks.bias_arguments(q, k, v, bias, key_mask, dropout_p, seed)
+    Biased(q, k, v, bias, key_mask, dropout_p, seed).check()
     batch, queries, heads, _ = q.shape
     q, k, v = (_aligned(t) for t in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -601,7 +601,7 @@ def bias_attention_backward(
     which also stores the gradient of an unshared bias, and else the gradient of the bias (two). `dlse` None means
     zeros; without `bias_gradient` dbias is empty.
     """
-    checks.bias_arguments(q, k, v, bias, key_mask, dropout_p, seed)
+    Biased(q, k, v, bias, key_mask, dropout_p, seed).check()
     (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
     q, k, v, dout, out = (_aligned(t) for t in (q, k, v, dout, out))
     make = torch.zeros if not q.numel() or not k.numel() else torch.empty

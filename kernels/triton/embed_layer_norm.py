@@ -7,28 +7,19 @@ bits without atomics.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import Embedding
 from .launch import KernelSpec, LaunchConfig
 from .layer_norm import backward_config, forward_config, normalise, normalise_backward, width_of
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 
 _SEGMENTS = LaunchConfig({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}, num_warps=4, num_stages=1)
-
-
-class EmbedGradients(NamedTuple):
-    """Gradients of the tables, of the row of the token type, and of the norm."""
-
-    dword: Tensor
-    dposition: Tensor
-    dtype_row: Tensor
-    dweight: Tensor
-    dbias: Tensor
 
 
 @triton.jit
@@ -212,22 +203,12 @@ def embed_layer_norm_forward(
     return normed, mean, rstd
 
 
-def embed_layer_norm_backward(
-    dnormed: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_row: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    padding_idx: int | None = None,
-) -> EmbedGradients:
-    """Gradients of the five floating-point inputs; zero in row `padding_idx` of both tables, as in RoBERTa."""
-    width, count = width_of(word), tokens.numel()
+def embed_layer_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
+    """Gradients of tables, type row and norm; zero in row `padding_idx` of both tables, as in RoBERTa."""
+    word, position, weight = a.word, a.position, a.weight
+    width, count = width_of(word), a.tokens.numel()
     upstream = contiguous_rows(dnormed)
-    token_rows, position_rows = _ids(tokens, positions)
+    token_rows, position_rows = _ids(a.tokens, a.positions)
     ds = torch.empty(count, width, dtype=torch.float32, device=word.device)
     config = backward_config(width)
     programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), word.device)
@@ -238,7 +219,7 @@ def embed_layer_norm_backward(
         position_rows,
         word.contiguous(),
         position.contiguous(),
-        dense(type_row),
+        dense(a.type_row),
         dense(weight),
         mean,
         rstd,
@@ -250,11 +231,12 @@ def embed_layer_norm_backward(
         position.shape[0],
         **launch_options(config, WIDTH=width),
     )
-    dweight, dbias, dtype_row = ordered_sum(partials, weight, weight, type_row)
-    dword = embedding_gradient(token_rows, ds, word, padding_idx)
-    return EmbedGradients(
-        dword, embedding_gradient(position_rows, ds, position, padding_idx), dtype_row, dweight, dbias
+    dweight, dbias, dtype_row = ordered_sum(partials, weight, weight, a.type_row)
+    dword, dposition = (
+        embedding_gradient(ids, ds, table, a.padding_idx)
+        for ids, table in ((token_rows, word), (position_rows, position))
     )
+    return dword, dposition, dtype_row, dweight, dbias
 
 
 def embedding_gradient(ids: Tensor, rows: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:

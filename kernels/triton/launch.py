@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,24 +29,15 @@ _INTEGERS = {"i32", "i64", "u32", "u64"}
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """The tiling and compile options of a kernel.
+    """The tiling and compile options of a kernel."""
 
-    Attributes:
-        tiles: values of the tile constants: `{"BLOCK_M": 128, "BLOCK_N": 64}`.
-        num_warps: warps of one program.
-        num_stages: depth of the software pipeline over a loop's loads.
-        apart: GEMMs of supporting kernels have separate accumulators, added to the sums later: Hopper's GEMMs stay
-            in flight, for registers that other architectures would waste.
-        fenced: the last tile of supporting kernels follows a branch that is always taken, where Hopper's compiler would
-            otherwise see GEMMs in flight; see `relpos_attention.forward_kernel`.
-        registers: maximum per thread, where the compiler needs one; else 0.
-    """
-
-    tiles: Mapping[str, int]
+    tiles: Mapping[str, int]  # `{"BLOCK_M": 128, "BLOCK_N": 64}`
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 2  # of the software pipeline over a loop's loads
+    # GEMMs have separate accumulators, added to the sums later: Hopper's stay in flight, for registers.
     apart: bool = False
-    registers: int = 0
+    registers: int = 0  # maximum per thread, where the compiler needs one
+    # The last tile follows a branch that is always taken; see `relpos_attention.forward_kernel`.
     fenced: bool = False
 
     @property
@@ -69,33 +60,20 @@ class CompileRequest:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A kernel and its shipped forms.
+    """A kernel and its shipped forms. Pointers and `stride_*` are compiled as multiples of 16."""
 
-    Attributes:
-        name: unique over all families; also the kernel's key in `tuning/<arch>.json`.
-        kernel: the `triton.jit` function.
-        variants: the forms to compile, each a set of named properties: `{"head_dim": 64, "dropout": False}`.
-        types: (variant, Triton dtype: `"bf16"`) → Triton type of every argument that is not a `tl.constexpr`:
-            `"*bf16"`, `"*fp32"`, `"i32"`, `"fp32"`.
-        constants: (variant, dtype, launch configuration) → value of every `tl.constexpr` argument.
-        config: (variant, dtype, architecture: 90) → launch configuration.
-        unaligned: arguments whose address or value is not a multiple of 16. All other pointers and all integers named
-            `stride_*` are, in the launches that matter, and are compiled so.
-        tensor_core: whether the kernel multiplies matrices, and so must use the tensor cores.
-        dtypes: shipped compute dtypes.
-        arches: the only architectures to compile for; empty for all.
-    """
-
-    name: str
-    kernel: Any
-    variants: tuple[Mapping[str, Any], ...]
+    name: str  # unique; the kernel's key in `tuning/<arch>.json`
+    kernel: Any  # the `triton.jit` function
+    variants: tuple[Mapping[str, Any], ...]  # `{"head_dim": 64, "dropout": False}`
+    # (variant, "bf16") → types of all arguments but constants: `"*bf16"`, `"*fp32"`, `"i32"`.
     types: Callable[[Mapping[str, Any], str], dict[str, str]]
+    # (variant, "bf16", configuration) → values of the constants.
     constants: Callable[[Mapping[str, Any], str, LaunchConfig], dict[str, Any]]
+    # (variant, "bf16", 90) → launch configuration.
     config: Callable[[Mapping[str, Any], str, int], LaunchConfig]
-    unaligned: frozenset[str] = field(default_factory=frozenset)
-    tensor_core: bool = True
+    tensor_core: bool = True  # it multiplies matrices
     dtypes: tuple[str, ...] = ("fp16", "bf16")
-    arches: tuple[int, ...] = ()
+    arches: tuple[int, ...] = ()  # the only architectures to compile for; empty for all
 
     def request(
         self, variant: Mapping[str, Any], dtype: str, arch: int, config: LaunchConfig | None = None
@@ -109,14 +87,11 @@ class KernelSpec:
             raise ValueError(f"kernel {self.name}: arguments missing, unknown or given twice: {sorted(wrong)}")
         signature = {name: types.get(name, "constexpr") for name in names}
         attrs: dict[tuple[int, ...], list[list[Any]]] = {
-            (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if self._aligned(name, signature[name])
+            (i,): [["tt.divisibility", 16]]
+            for i, (name, kind) in enumerate(signature.items())
+            if kind.startswith("*") or (kind in _INTEGERS and name.startswith("stride_"))
         }
         return CompileRequest(self.kernel, signature, constants, attrs, config.options)
-
-    def _aligned(self, name: str, kind: str) -> bool:
-        if name in self.unaligned:
-            return False
-        return kind.startswith("*") or (kind in _INTEGERS and name.startswith("stride_"))
 
 
 def architecture(device: torch.device) -> int:
@@ -262,6 +237,62 @@ def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> Launc
     # Two more than two programs a multiprocessor may have, else.
     registers = 126 if kernel.endswith("_fragments") else 0
     return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart, registers)
+
+
+# (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
+# 64, 72 (the masks of whose second piece take registers), 96, 128, 192 and 256. Programs of the forward, dq and dbias
+# kernels own queries, those of the dkdv kernel keys.
+_Rows = tuple[_Row, _Row, _Row, _Row, _Row, _Row]
+_BIASED: dict[str, dict[int, _Rows]] = {
+    "bias_attention_forward": {
+        80: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
+        120: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+    },
+    "bias_attention_dkdv": {
+        80: ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
+        90: ((64, 64, 4, 2), (64, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 16, 4, 2)),
+        100: ((128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 16, 8, 1)),
+        120: ((64, 16, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)),
+    },
+    "bias_attention_dq": {
+        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
+        90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        100: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1), (128, 32, 8, 1)),
+        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 8, 1)),
+    },
+    "bias_attention_dbias": {
+        80: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        90: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        100: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+        120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    },
+}
+_WIDTHS = (64, 72, 96, 128, 192, 256)
+
+
+def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool) -> LaunchConfig:
+    """The configuration of a `bias_attention_*` kernel: tuned for the GPU, or free of spills in half precision.
+
+    The tuned table is for kernels without dropout, whose random bits take registers; fp32 is for exactness, not speed.
+    """
+    tuned = None if dropout else tuned_config(kernel, head_dim, dtype, arch)
+    if tuned is not None:
+        return tuned
+    if dtype == "fp32":
+        own, other, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
+    else:
+        rows = _BIASED[kernel][_nearest(arch)]
+        own, other, warps, stages = rows[next(i for i, width in enumerate(_WIDTHS) if head_dim <= width)]
+    if dropout and dtype != "fp32":
+        other = min(other, 32)
+    block_m, block_n = (other, own) if kernel == "bias_attention_dkdv" else (own, other)
+    widest = {"bias_attention_dkdv": 64, "bias_attention_dq": 192}.get(kernel, 0)
+    hopper = dtype != "fp32" and _nearest(arch) == 90
+    # Wider heads have no registers for products apart. Unfenced, those of 96 and 128 are serialised, and 256 spills.
+    apart, fenced = hopper and head_dim <= widest, hopper and 0 < widest < head_dim
+    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart, fenced=fenced)
 
 
 def _nearest(arch: int) -> int:

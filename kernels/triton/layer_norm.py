@@ -8,7 +8,7 @@ in a fixed order. What dropout zeroes follows from (seed, row, column), so it is
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,31 +18,14 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from .. import checks
+from ..checks import AddNorm
+from ..cpu.norms import AddLayerNorm, AddLayerNormGradients
 from ..limits import LARGEST_WIDTH
 from .fp8 import ARCHES, round_rows, row_wise
 from .launch import KernelSpec, LaunchConfig, row_config, tuned_config
 from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
 
 _DROPOUT_STEPS = 1 << 24
-
-
-class AddLayerNorm(NamedTuple):
-    """The forward: `normed` in the type of x or of `summed`, that as wide as its terms, fp32 statistics `[rows]`."""
-
-    normed: Tensor
-    summed: Tensor
-    mean: Tensor
-    rstd: Tensor
-
-
-class AddLayerNormGradients(NamedTuple):
-    """Results of the backward; None for absent inputs."""
-
-    dx: Tensor
-    dresidual: Tensor | None
-    dweight: Tensor
-    dbias: Tensor | None
-    dgamma: Tensor | None
 
 
 @triton.jit
@@ -227,44 +210,31 @@ def backward_config(width: int) -> LaunchConfig:
     return LaunchConfig({"BLOCK": block, "ROWS": rows}, warps, num_stages=1)
 
 
-def add_layer_norm_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    wide: bool = False,
-    rounded: tuple[Tensor, Tensor] | None = None,
-) -> AddLayerNorm:
+def add_layer_norm_forward(a: AddNorm, *, rounded: tuple[Tensor, Tensor] | None = None) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
-    x, residual `[..., M]`, possibly of two precisions, M up to 8192; weight, bias, gamma `[M]`; row_scale `[B]`; seed
-    `[1]` int64 on the device, required for dropout. `normed` has the dtype of x, or with `wide` of the sum; `rounded`
-    is memory from `fp8.room_for` for `normed` in fp8. `summed` is x itself without a residual, factor or dropout.
+    `normed` has the dtype of x, or with `wide` of the sum; `rounded` is memory from `fp8.room_for` for `normed` in fp8.
+    `summed` is x itself without a residual, factor or dropout.
     """
+    x, residual, gamma, row_scale = a.x, a.residual, a.gamma, a.row_scale
     width, rows = width_of(x), contiguous_rows(x)
-    plain = residual is None and gamma is None and row_scale is None and not dropout_p
+    plain = residual is None and gamma is None and row_scale is None and not a.dropout_p
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    normed = torch.empty(x.shape, dtype=dtype if wide else x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=dtype if a.wide else x.dtype, device=x.device)
     summed = x if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     added = None if residual is None else contiguous_rows(residual)
     config = row_config("add_layer_norm_forward", x, forward_config(width)) if rounded is None else row_wise(width)
-    drop_below, keep_scale = _dropout(dropout_p, seed)
+    drop_below, keep_scale = _dropout(a.dropout_p, a.seed)
     if rows.shape[0]:
         add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
             rows,
             added,
-            dense(weight),
-            dense(bias),
+            dense(a.weight),
+            dense(a.bias),
             dense(gamma),
             dense(row_scale),
-            seed if dropout_p else None,
+            a.seed if a.dropout_p else None,
             normed,
             None if plain else summed,
             mean,
@@ -274,10 +244,10 @@ def add_layer_norm_forward(
             0 if added is None else added.stride(0),
             rows.shape[0],
             _rows_per_scale(x, row_scale),
-            eps,
+            a.eps,
             drop_below,
             keep_scale,
-            **launch_options(config, WIDTH=width, HAS_DROPOUT=dropout_p > 0),
+            **launch_options(config, WIDTH=width, HAS_DROPOUT=a.dropout_p > 0),
         )
     return AddLayerNorm(normed, summed, mean, rstd)
 
@@ -286,25 +256,17 @@ def add_layer_norm_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
-    weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    x: Tensor,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    a: AddNorm,
     *,
     has_residual: bool = True,
-    has_bias: bool = True,
 ) -> AddLayerNormGradients:
-    """Gradients of every floating-point input; `dsummed` None means zero.
-
-    `dx` and `dresidual` are one tensor if the branch has no scale and their dtypes agree.
-    """
+    """Gradients of every floating-point input; `dsummed` None means zero."""
+    x, weight, gamma, row_scale = a.x, a.weight, a.gamma, a.row_scale
     width, rows, sums = width_of(x), contiguous_rows(x), contiguous_rows(summed).contiguous()
     upstream, skipped = contiguous_rows(dnormed), None if dsummed is None else contiguous_rows(dsummed)
-    scaled = gamma is not None or row_scale is not None or dropout_p > 0
+    scaled = gamma is not None or row_scale is not None or a.dropout_p > 0
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     apart = has_residual and (scaled or x.dtype != summed.dtype)
     dresidual = torch.empty(x.shape, dtype=summed.dtype, device=x.device) if apart else None
@@ -312,7 +274,7 @@ def add_layer_norm_backward(
     programs = first_stage_programs(triton.cdiv(rows.shape[0], config.tiles["ROWS"]), x.device)
     outputs = 2 if gamma is None else 3
     partials = torch.empty(outputs, programs, width, dtype=torch.float32, device=x.device)
-    drop_below, keep_scale = _dropout(dropout_p, seed)
+    drop_below, keep_scale = _dropout(a.dropout_p, a.seed)
     add_layer_norm_backward_kernel[(programs,)](
         upstream,
         skipped,
@@ -321,7 +283,7 @@ def add_layer_norm_backward(
         dense(weight),
         dense(gamma),
         dense(row_scale),
-        seed if dropout_p else None,
+        a.seed if a.dropout_p else None,
         mean,
         rstd,
         dx,
@@ -334,28 +296,26 @@ def add_layer_norm_backward(
         _rows_per_scale(x, row_scale),
         drop_below,
         keep_scale,
-        **launch_options(config, WIDTH=width, HAS_DROPOUT=dropout_p > 0),
+        **launch_options(config, WIDTH=width, HAS_DROPOUT=a.dropout_p > 0),
     )
     likes = [weight, weight] if gamma is None else [weight, weight, gamma]
     dweight, dbias, *rest = ordered_sum(partials, *likes)
-    if has_residual and dresidual is None:
-        dresidual = dx
-    return AddLayerNormGradients(dx, dresidual, dweight, dbias if has_bias else None, rest[0] if rest else None)
+    dgamma = rest[0] if rest else None
+    return AddLayerNormGradients(dx, dx if dresidual is None else dresidual, dweight, dbias, dgamma)
 
 
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm over the last dimension of `[..., M]`: normed, and mean and rstd `[rows]` fp32."""
-    normed, _, mean, rstd = add_layer_norm_forward(x, None, weight, bias, eps)
+    normed, _, mean, rstd = add_layer_norm_forward(AddNorm(x, None, weight, bias, eps))
     return normed, mean, rstd
 
 
 def layer_norm_backward(
-    dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, *, has_bias: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias)."""
-    dx, _, dweight, dbias, _ = add_layer_norm_backward(
-        dnormed, None, x, weight, mean, rstd, x, has_residual=False, has_bias=has_bias
-    )
+    given = AddNorm(x, None, weight, None, 0.0)
+    dx, _, dweight, dbias, _ = add_layer_norm_backward(dnormed, None, x, mean, rstd, given, has_residual=False)
     return dx, dweight, dbias
 
 

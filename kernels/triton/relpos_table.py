@@ -148,19 +148,9 @@ def materialise_bias(
 ) -> Tensor:
     """The bias of every (query, key) pair over the scale, at most 0, with columns of -inf up to a multiple of `tile`.
 
-    Args:
-        table: `[(2wh-1)(2ww-1)+3, H]`, rows as in `reference.relative_position_index`.
-        window: (wh, ww), N = 1 + wh·ww.
-        dtype: what attention computes in.
-        scale: of the products of attention, which multiplies their sum with the bias.
-        tile: at least the widest tile of keys or queries of any kernel; a multiple of 128.
-        turned: rows are keys and columns queries, as the kernel of dk and dv reads it.
-        fragments: tiles of 128 queries and 64 keys, each in the order of `fragment_rows`.
-
-    Returns:
-        `[H, N, N_pad]` contiguous, in `bias_dtype(dtype)`; of fragments, `[H, N_pad / 128, N_pad / 64, 256, 32]`.
-        The largest of every query is 0. Quotients below -60000 in fp16 and -1e30 in fp32 are clamped, -inf with them: a
-        bias of 7500 less than another one, at head dimension 64, is as good as infinitely less in a softmax.
+    `[H, N, N_pad]` in `bias_dtype(dtype)`, `turned` with keys as rows; of fragments `[H, N_pad / 128, N_pad / 64, 256,
+    32]`, see `fragment_rows`. The largest of every query is 0. Quotients below -60000 in fp16 and -1e30 in fp32 are
+    clamped, -inf with them: a bias of 7500 less than another, at head dimension 64, is as good as infinitely less.
     """
     table = table.detach()
     tokens, heads = 1 + window[0] * window[1], table.shape[1]

@@ -59,8 +59,6 @@ SHORT_ON_AVERAGE = 24
 # How many times more numbers of tiles are worth not to be searched, see `_tiles`.
 _WORTH = 1.5
 _SMALLEST = 16  # rows of a tile of the tensor cores
-# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 
 _CHUNK = tl.constexpr(256)
@@ -247,10 +245,6 @@ def heads_forward_kernel(
     tl.store(places, lse, mask=own[:, None] & (rows < length_q - start)[None, :])
 
 
-# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
-
 @triton.jit(do_not_specialize=["sequences", "tiles", "queries", "heads"])
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, cu_q_ptr, cu_k_ptr, mask_ptr, seed_ptr, row_lse_ptr, delta_ptr, dk_ptr, dv_ptr,
@@ -386,7 +380,7 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
     -inf. The upper bounds of the lengths select small or large tiles. Dropout depends on the seed, the head, the start
     of the sequence in `q` and the positions of query and key in it only. InputError for unsupported arguments.
     """
-    checks.varlen_arguments(q, k, v, packed)
+    packed.check(q, k, v)
     q, k, v = (addressable(t) for t in (q, k, v))
     total, heads, _ = q.shape
     sequences = packed.cu_seqlens_q.numel() - 1
@@ -421,7 +415,7 @@ def varlen_attention_backward(
     Two kernels recompute the scores and own their sums: dk and dv (four GEMMs of 2·H·D·Σ len_q·len_k operations), and
     dq (three).
     """
-    checks.varlen_arguments(q, k, v, packed)
+    packed.check(q, k, v)
     q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
     heads, sequences = q.shape[1], packed.cu_seqlens_q.numel() - 1
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))

@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from xfm_fast.kernels.audit import hazards, sass
 from xfm_fast.kernels.audit.task import disassemble
-from xfm_fast.kernels.checks import Packed
+from xfm_fast.kernels.checks import AddNorm, Embedding, Packed
 from xfm_fast.kernels.limits import BIAS_HEAD_DIMS
 from xfm_fast.kernels.triton import (
     bias_attention,
@@ -179,10 +179,9 @@ def norms(count: int, width: int, *, gamma: bool = False, dropout: float = 0.0) 
     x, residual, weight = _noise(count, width), _noise(count, width), _noise(width)
     factor, rows_of = (weight, torch.ones(count, dtype=torch.bfloat16)) if gamma else (None, None)
     chance = (dropout, torch.zeros(1, dtype=torch.int64) if dropout else None)
-    made = layer_norm.add_layer_norm_forward(x, residual, weight, weight, 1e-5, factor, rows_of, *chance)
-    layer_norm.add_layer_norm_backward(
-        x, residual, made.summed, weight, made.mean, made.rstd, x, factor, rows_of, *chance
-    )
+    given = AddNorm(x, residual, weight, weight, 1e-5, factor, rows_of, *chance)
+    made = layer_norm.add_layer_norm_forward(given)
+    layer_norm.add_layer_norm_backward(x, residual, made.summed, made.mean, made.rstd, given)
     normed, mean, rstd = layer_norm.layer_norm_forward(x, weight, weight, 1e-5)
     layer_norm.layer_norm_backward(normed, x, weight, mean, rstd)
 
@@ -190,8 +189,8 @@ def norms(count: int, width: int, *, gamma: bool = False, dropout: float = 0.0) 
 def embedding(count: int, width: int) -> None:
     """The input of a text encoder."""
     ids, word, position, row = torch.arange(count) % 7, _noise(50265, width), _noise(514, width), _noise(width)
-    normed, mean, rstd = embed_layer_norm.embed_layer_norm_forward(ids, ids, word, position, row, row, row, 1e-5)
-    embed_layer_norm.embed_layer_norm_backward(normed, ids, ids, word, position, row, row, mean, rstd, 1)
+    given = Embedding(ids, ids, word, position, row, row, row, 1e-5, 1)
+    embed_layer_norm.embed_layer_norm_backward(*embed_layer_norm.embed_layer_norm_forward(*given[:8]), given)
 
 
 def activation(count: int, width: int) -> None:
@@ -205,7 +204,7 @@ def rounding(count: int, width: int) -> None:
     """Rows in fp8: by themselves, on their way out of a norm and out of GELU."""
     x, weight = _noise(count, width), _noise(width)
     fp8.quantise_rows(x)
-    layer_norm.add_layer_norm_forward(x, x, weight, weight, 1e-5, weight, rounded=fp8.room_for(x))
+    layer_norm.add_layer_norm_forward(AddNorm(x, x, weight, weight, 1e-5, weight), rounded=fp8.room_for(x))
     gelu.bias_gelu_quantise(x, weight)
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.kernels.accuracy import ShuffledSums, assert_accurate, assert_as_accurate, draws, widened
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-each_seed = pytest.mark.parametrize("seed", range(2))
+each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 # Rows, terms of a sum, columns: a single result, a few, many; short and long sums.
-SHAPES = [(1, 64, 1), (2, 700, 3), (40, 96, 50), (13, 1500, 5), (7, 1, 9)]
+SHAPES = [(1, 64, 1), (2, 700, 3), (40, 96, 50)]
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -41,10 +37,6 @@ def one_by_one(x: Tensor, y: Tensor) -> Tensor:
     return found.to(x.dtype)
 
 
-def reversed_order(x: Tensor, y: Tensor) -> Tensor:
-    return one_by_one(x.flip(1), y.flip(0))
-
-
 def shuffled(x: Tensor, y: Tensor) -> Tensor:
     order = torch.randperm(len(y))
     return one_by_one(x[:, order], y[order])
@@ -55,30 +47,16 @@ def blocked(x: Tensor, y: Tensor) -> Tensor:
     return sum(parts[1:], parts[0]).to(x.dtype)
 
 
-def compensated(x: Tensor, y: Tensor) -> Tensor:
-    found = torch.zeros(len(x), y.shape[1], dtype=wide(x).dtype)
-    lost = torch.zeros_like(found)
-    for k in range(len(y)):
-        term = wide(x)[:, k, None] * wide(y)[k] - lost
-        following = found + term
-        lost = (following - found) - term
-        found = following
-    return found.to(x.dtype)
-
-
 def exact(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() @ y.double()).to(x.dtype)
 
 
-@each_seed
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("order", [one_by_one, reversed_order, shuffled, blocked, compensated, exact])
-def test_any_order_of_summation_is_accurate(
-    order: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int, int], dtype: torch.dtype, seed: int
-) -> None:
-    x, y = operands(shape, dtype, seed)
-    assert_as_accurate(order(x, y), product, x, y)
+def test_any_order_of_summation_is_accurate(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, y = operands(shape, dtype, 0)
+    for order in (one_by_one, shuffled, blocked, exact):
+        assert_as_accurate(order(x, y), product, x, y)
 
 
 def rejected(found: Tensor, x: Tensor, y: Tensor) -> None:
@@ -92,11 +70,9 @@ def spread(x: Tensor, y: Tensor) -> float:
     return max(float((p.double() - truth).square().mean().sqrt()) for p in draws(lambda: product(x, y)))
 
 
-@each_seed
 @each_dtype
-@pytest.mark.parametrize("shape", [(40, 96, 50), (13, 700, 20), (60, 300, 80)])
-def test_what_is_wrong_is_noticed(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
-    x, y = operands(shape, dtype, seed)
+def test_what_is_wrong_is_noticed(dtype: torch.dtype) -> None:
+    x, y = operands((13, 700, 20), dtype, 0)
     right = product(x, y)
     rejected(product(x[:, :-1], y[:-1]), x, y)
     wrong = right.clone()
@@ -109,11 +85,10 @@ def test_what_is_wrong_is_noticed(shape: tuple[int, int, int], dtype: torch.dtyp
     rejected(wrong, x, y)
 
 
-@each_seed
-@pytest.mark.parametrize("shape", [(40, 96, 50), (13, 700, 20), (60, 300, 80)])
-def test_small_but_systematic_errors_are_noticed(shape: tuple[int, int, int], seed: int) -> None:
+@pytest.mark.parametrize("shape", [(40, 96, 50), (13, 700, 20)])
+def test_small_but_systematic_errors_are_noticed(shape: tuple[int, int, int]) -> None:
     """All entries by three times the error that plain PyTorch makes; a single one by fifty times."""
-    x, y = operands(shape, torch.float32, seed)
+    x, y = operands(shape, torch.float32, 1)
     right, error = product(x, y), spread(x, y)
     rejected((right.double() + 3 * error).float(), x, y)
     wrong = right.clone()
@@ -128,10 +103,8 @@ def half_sums(x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-@each_seed
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_in_half_precision_are_noticed(dtype: torch.dtype, seed: int) -> None:
-    x, y = operands((40, 300, 50), dtype, seed)
+def test_sums_in_half_precision_are_noticed() -> None:
+    x, y = operands((40, 300, 50), torch.bfloat16, 0)
     rejected(half_sums(x, y), x, y)
     narrow = x.float(), y.float()
     rejected(half_sums(x, y).float(), *narrow)

@@ -56,12 +56,6 @@ def test_even_the_easiest_negative_can_be_drawn() -> None:
     assert 0.45 < float((found == 2).float().mean()) < 0.55
 
 
-def test_rows_are_drawn_independently() -> None:
-    found = draw(torch.zeros(2, 50_000, 4)[0], torch.zeros(50_000, 4, dtype=torch.bool), seeded(3))
-    pairs = torch.bincount(found[:-1] * 4 + found[1:], minlength=16) / (len(found) - 1)
-    assert (pairs - 1 / 16).abs().max() < 0.006
-
-
 def test_the_generator_decides() -> None:
     similarity, mask = torch.randn(64, 64), diagonal(64)
     first, second = (draw(similarity, mask, seeded(5)) for _ in range(2))
@@ -88,11 +82,3 @@ def test_never_an_excluded_column(rows: int, columns: int, scale: float, dtype: 
     assert found.shape == (rows,)
     assert found.dtype == torch.int64
     assert not mask[torch.arange(rows), found].any()
-
-
-def test_compiles_as_one_graph() -> None:
-    """Nothing in the way of a draw asks the host for a value."""
-    compiled = torch.compile(draw, fullgraph=True, backend="eager")
-    mask = diagonal(6)
-    found = compiled(torch.randn(6, 6), mask)
-    assert not mask[torch.arange(6), found].any()

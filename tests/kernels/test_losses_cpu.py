@@ -18,7 +18,7 @@ from xfm_fast.kernels import reference
 from xfm_fast.kernels.cpu import losses, workspace
 
 pytestmark = [pytest.mark.usefixtures("library"), each_library("aten", "onednn")]
-each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]
 NAMES = ("out", "dh", "dw", "db")
 
@@ -89,7 +89,7 @@ def compare(found: list[Tensor | None], arguments: Arguments, scalar: Any, facto
 
 
 @each_dtype
-@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 32, 211), (5, 63, 40), (37, 111, 300), (90, 24, 300)])
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 32, 211), (37, 111, 300)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.usefixtures("small_blocks")
 def test_loss(rows: int, width: int, vocabulary: int, smoothing: float, dtype: torch.dtype) -> None:
@@ -107,27 +107,12 @@ def test_rows(dtype: torch.dtype) -> None:
     check_rows(arguments, ignore_index=7)
 
 
-def test_shipped_blocks() -> None:
-    arguments = make(70, 96, 5000, torch.float32)
-    check_loss(arguments)
-    check_rows(arguments)
-
-
 @pytest.mark.usefixtures("small_blocks")
-def test_without_bias_with_leading_dimensions_and_views() -> None:
-    h, w, _, target = make(12, 48, 130, torch.float32, bias=False)
-    arguments = (h.view(4, 3, 48).transpose(0, 1), w.t().contiguous().t(), None, target.view(3, 4))
-    check_loss(arguments)
-    check_rows(arguments)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.25])
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.usefixtures("small_blocks")
-def test_large_logits(sign: int, smoothing: float) -> None:
+def test_large_logits() -> None:
     h, w, b, target = make(9, 16, 150, torch.float32)
     assert b is not None
-    check_loss((h, w, b + sign * 1e4 * (torch.arange(150) % 3 == 0), target), smoothing=smoothing)
+    for factor, smoothing in ((1e4, 0.0), (-1e4, 0.25)):
+        check_loss((h, w, b + factor * (torch.arange(150) % 3 == 0), target), smoothing=smoothing)
     certain = (torch.zeros(3, 16), w, torch.where(torch.arange(150) == 100, 1e4, -1e4), torch.tensor([100, 100, 99]))
     assert losses.token_log_likelihood_forward(*certain)[0].tolist() == [0.0, 0.0, -2e4]
 
@@ -154,55 +139,8 @@ def test_all_ignored() -> None:
         assert not gradient.any()
 
 
-def test_no_rows() -> None:
-    arguments = make(0, 16, 90, torch.float32)
-    loss, (dh, dw, _) = losses.linear_cross_entropy_forward(*arguments)
-    assert float(loss) == 0
-    assert dh is not None
-    assert dw is not None
-    assert dh.shape == (0, 16)
-    assert not dw.any()
-    out, statistics = losses.token_log_likelihood_forward(*arguments)
-    assert out.shape == (0,)
-    _, dw, _ = losses.token_log_likelihood_backward(out, *arguments, statistics)
-    assert dw is not None
-    assert not dw.any()
-
-
-@pytest.mark.parametrize("wrong", [90, -1, 10**9])
-def test_a_target_outside_the_vocabulary(wrong: int) -> None:
-    h, w, b, target = make(5, 16, 90, torch.float32)
-    target[2] = wrong
-    for function in (losses.linear_cross_entropy_forward, losses.token_log_likelihood_forward):
-        with pytest.raises(IndexError, match=f"{wrong} .*90"):
-            function(h, w, b, target)
-    assert losses.linear_cross_entropy_forward(h, w, b, target, ignore_index=wrong)[0].isfinite()
-
-
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
-@pytest.mark.usefixtures("small_blocks")
-def test_only_the_gradients_asked_for(needs: tuple[bool, bool, bool]) -> None:
-    arguments = make(41, 16, 90, torch.float32)
-    loss, everything = losses.linear_cross_entropy_forward(*arguments)
-    same, some = losses.linear_cross_entropy_forward(*arguments, needs=needs)
-    torch.testing.assert_close(same, loss)
-    for wanted, value, full in zip(needs, some, everything, strict=True):
-        assert full is not None
-        assert value is None if not wanted else value is not None and torch.equal(value, full)
-
-
-def test_a_gradient_of_one_is_not_multiplied() -> None:
-    _, gradients = losses.linear_cross_entropy_forward(*make(5, 16, 90, torch.float32))
-    assert losses.linear_cross_entropy_backward(torch.tensor(1.0), gradients) is gradients
-    doubled = losses.linear_cross_entropy_backward(torch.tensor(2.0), gradients)
-    for value, gradient in zip(doubled, gradients, strict=True):
-        assert gradient is not None
-        assert value is not None
-        assert torch.equal(value, 2 * gradient)
-
-
 @each_dtype
-@pytest.mark.parametrize("ignored", [0, 4, 9])
+@pytest.mark.parametrize("ignored", [4, 9])
 def test_the_gradient_of_the_vocabulary_can_wait(
     ignored: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,25 +159,6 @@ def test_the_gradient_of_the_vocabulary_can_wait(
         assert expected is not None
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
-
-
-@pytest.mark.parametrize(("rows", "block", "kept"), [(40, 40, True), (41, 41, False), (40, 39, False), (0, 40, False)])
-def test_logits_are_kept_where_they_are_the_smaller(
-    rows: int, block: int, kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    h, w, _, _ = make(rows, 40, 211, torch.float32)
-    monkeypatch.setattr(losses, "_BLOCK_BYTES", block * 211 * 4)
-    dlogits = losses.logits_gradient(h, w)
-    assert (dlogits is not None) == kept
-    assert dlogits is None or dlogits.shape == (rows, 211)
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_same_bits_twice() -> None:
-    arguments = make(37, 16, 150, torch.float32)
-    (first, a), (second, b) = (losses.linear_cross_entropy_forward(*arguments) for _ in range(2))
-    assert torch.equal(first, second)
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None)
 
 
 class Allocations(TorchDispatchMode):
@@ -271,7 +190,7 @@ def test_no_tensor_is_as_large_as_the_logits(function: Any, monkeypatch: pytest.
     assert seen.largest <= 1.2 * losses._BLOCK_BYTES < 4 * 400 * 4000 / 8
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     rows=st.integers(1, 70),
     width=st.integers(1, 40),

@@ -20,12 +20,6 @@ def test_attention_by_hand() -> None:
     assert backward.flops == 2.5 * work.flops
 
 
-def test_packed_queries_share_an_image() -> None:
-    work = roofline.varlen_attention(3328 * 577, 3328, 577, "3328 × 577")
-    assert work.flops == 4 * 3328 * 577 * 768
-    assert work.bytes == 2 * (2 * 3328 + 2 * 577) * 768 + 3328 * 12 * 4
-
-
 def test_floor_is_the_slower_of_the_two() -> None:
     loss = roofline.linear_cross_entropy(1440, 50_265)
     assert loss.flops == 3 * 2 * 1440 * 768 * 50_265
@@ -34,13 +28,6 @@ def test_floor_is_the_slower_of_the_two() -> None:
     # Four tensors of 8 × 577 × 768 in bf16, and mean and deviation of each row.
     assert norm.bytes == 4 * 8 * 577 * 768 * 2 + 8 * 577 * 8
     assert norm.floor(A100) == norm.bytes / 2.04e12
-
-
-def test_linear_gelu_saves_the_pre_activation_once() -> None:
-    rows = 100
-    forward = roofline.linear_gelu(rows)
-    assert forward.bytes == 2 * (rows * 768 + 768 * 3072 + 2 * rows * 3072)
-    assert roofline.linear_gelu(rows, backward=True).flops == 2 * forward.flops
 
 
 def test_floor_of_an_image_encoder_as_the_docs_have_it() -> None:

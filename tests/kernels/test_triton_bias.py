@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
-from tests.kernels.triton_testing import mutated, poison
+from tests.kernels.triton_testing import poison
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.limits import BIAS_HEAD_DIMS, HIDDEN
@@ -101,7 +99,6 @@ def check(c: Case, module: Any = bias_attention) -> None:
 
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-SMALL = LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 16})
 # (batch, entries of the bias, queries, keys, heads, head dimension), keys hidden, type
 CASES = [
     ((2, 1, 5, 9, 2, 16), False, torch.float32),
@@ -110,7 +107,6 @@ CASES = [
     ((2, 2, 33, 64, 1, 64), False, torch.float16),
     ((1, 1, 70, 130, 1, 64), False, torch.float16),
     ((3, 1, 64, 16, 1, 80), True, torch.float32),
-    ((2, 2, 1, 2, 3, 32), False, torch.float16),
 ]
 
 
@@ -142,15 +138,7 @@ def test_large_shapes(shape: Shape, dtype: torch.dtype) -> None:
     check(c)
 
 
-@pytest.mark.parametrize(
-    ("entries", "dtype"),
-    [
-        (1, torch.float32),
-        (2, torch.float16),
-        pytest.param(4, torch.float32, marks=pytest.mark.slow),
-        pytest.param(4, torch.float16, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("entries", "dtype"), [(1, torch.float32), (2, torch.float16)])
 def test_what_sees_nothing_is_zero_and_moves_nothing(entries: int, dtype: torch.dtype) -> None:
     """A query of one head whose bias hides all, in three ways of hiding; and a batch entry whose mask does."""
     c = case(4, entries, 7, 21, 2, 16, dtype, masked=True)
@@ -189,9 +177,7 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("layout", "keys"), [*((layout, 21) for layout in BIASES), ("keys first", 16), ("heads last", 16)]
-)
+@pytest.mark.parametrize(("layout", "keys"), [*((layout, 21) for layout in BIASES), ("keys first", 16)])
 def test_layouts_of_the_bias(layout: str, keys: int) -> None:
     c = case(2, 2, 6, keys, 2, 16, torch.float16)
     c = c._replace(bias=BIASES[layout](c.bias))
@@ -202,16 +188,7 @@ def test_layouts_of_the_bias(layout: str, keys: int) -> None:
         assert torch.equal(value, same), name
 
 
-def test_layouts_of_the_others() -> None:
-    c = case(2, 1, 6, 9, 3, 16, torch.float16)
-    views = [torch.randn(2, 3, n, 16).half().transpose(1, 2) for n in (6, 9, 9)]
-    strided = torch.randn(2, 6, 16, 3).half().transpose(2, 3)
-    check(c._replace(q=views[0], k=views[1], v=views[2], dout=strided))
-    odd = torch.randn(2, 9, 3, 17).half()[..., :16]
-    check(c._replace(q=strided, k=odd, dout=torch.randn(1, 1, 1, 1).half().expand(2, 6, 3, 16)))
-
-
-@pytest.mark.parametrize("tiles", [(16, 32), (32, 16), (16, 128)], ids=str)
+@pytest.mark.parametrize("tiles", [(32, 16), (16, 128)], ids=str)
 def test_every_tile_size_gives_the_result(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     config = LaunchConfig(dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True)))
     monkeypatch.setattr(bias_attention, "bias_config", lambda *_: config)
@@ -224,13 +201,6 @@ def test_the_gradient_of_a_shared_bias_is_summed_over_parts_of_the_batch() -> No
     check(case(9, 1, 2, 3, 1, 16, torch.float32))
 
 
-@pytest.mark.parametrize("entries", [1, 3])
-def test_same_bits_every_time(entries: int) -> None:
-    c = case(3, entries, 18, 25, 1, 32, torch.float16, masked=True, seed=torch.tensor([5]), dropout_p=0.2)
-    for first, second in zip(run(c), run(c), strict=True):
-        assert torch.equal(first, second)
-
-
 def test_the_gradient_of_the_bias_is_left_out_where_it_is_not_wanted() -> None:
     c = case(2, 1, 6, 9, 1, 16, torch.float32)
     expected = run(c)
@@ -240,9 +210,7 @@ def test_the_gradient_of_the_bias_is_left_out_where_it_is_not_wanted() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[2:5], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("entries", "tiles"), [(2, (16, 64)), *(pytest.param(n, (32, 32), marks=pytest.mark.slow) for n in (1, 4))]
-)
+@pytest.mark.parametrize(("entries", "tiles"), [(2, (16, 64))])
 def test_dropout(entries: int, tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """All kernels drop the same weights, whatever the tiles, and others in every head and batch entry."""
     c = case(4, entries, 18, 20, 2, 32, torch.float32, dlse=True, masked=True, seed=torch.tensor([9]), dropout_p=0.3)
@@ -259,75 +227,8 @@ def test_dropout(entries: int, tiles: tuple[int, int], monkeypatch: pytest.Monke
     check(c)
 
 
-@pytest.mark.parametrize(("queries", "keys", "batch"), [(0, 5, 2), (4, 0, 2), (4, 5, 0)])
-def test_nothing_to_attend(queries: int, keys: int, batch: int) -> None:
-    out, lse, *grads = run(case(batch, 1, queries, keys, 2, 16, torch.float32))
-    assert out.shape == (batch, queries, 2, 16)
-    assert not out.any()
-    assert (lse == -torch.inf).all()
-    assert not any(g.any() for g in grads)
-
-
 def test_heads_of_any_width_run_padded() -> None:
     """Asked for by name, a head dimension that the kernels lack is refused; `auto` on a GPU pads it."""
     c = case(2, 1, 6, 9, 2, 24, torch.float32)
     with pytest.raises(InputError, match="24"):
         ops.bias_attention(*c[:4], backend="triton")
-
-
-def test_unsupported_arguments_are_refused() -> None:
-    c = case(2, 1, 6, 9, 2, 16, torch.float16)
-    forward: Any = bias_attention.bias_attention_forward
-    with pytest.raises(InputError, match="scale"):
-        forward(*c[:4], -1.0)
-    with pytest.raises(InputError, match="float"):
-        forward(*(t.double() for t in c[:4]), 1.0)
-    with pytest.raises(InputError, match="seed"):
-        forward(*c[:4], 1.0, None, 0.1)
-    with pytest.raises(InputError, match="bias"):
-        forward(*c[:3], c.bias[..., :5], 1.0)
-
-
-FILE = "triton/bias_attention.py"
-MUTATIONS = {
-    "unscaled dk": ("dk_a * SCALE, dk_b", "dk_a, dk_b"),
-    "bias not over the scale": ("left, MASKED) * (1.0 / SCALE)", "left, MASKED)"),
-    "skipped last tile": ("TAIL=tail_size(k.shape[1]", "TAIL=0 * tail_size(k.shape[1]"),
-    "wrong entry of the bias": ("b % period * stride_bg", "0 * stride_bg"),
-    "dkdv reads one tile of its bias": ("bias_base += BLOCK_M", "bias_base += 0"),
-    "dropped delta": ("wide = weights * (dweights - delta[:, None])", "wide = weights * dweights"),
-    "dropped gradient of the logsumexp": ("if HAS_DLSE:", "if HAS_DLSE and False:"),
-    "key mask forgotten in dbias": ("weights = tl.where(allowed[None, :], weights, 0.0)", "weights = weights"),
-    "wrong batch entry in dbias": ("b = g + tl.cast(entry, tl.int64) * period", "b = tl.cast(entry, tl.int64)"),
-}
-
-
-def seeded() -> Case:
-    return case(4, 2, 33, 17, 1, 16, torch.float32, masked=True, dlse=True)
-
-
-QUICK = ("dkdv reads one tile of its bias", "wrong entry of the bias", "wrong batch entry in dbias")
-
-
-@pytest.mark.parametrize("mutation", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MUTATIONS])
-def test_a_seeded_bug_is_noticed(mutation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mutated(FILE, *MUTATIONS[mutation], tmp_path) as package:
-        module = importlib.import_module(f"{package.__name__}.triton.bias_attention")
-        monkeypatch.setattr(module, "bias_config", lambda *_: SMALL)
-        with pytest.raises(AssertionError, match="exceeds"):
-            check(seeded(), module)
-
-
-def test_the_input_of_the_seeded_bugs_passes_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bias_attention, "bias_config", lambda *_: SMALL)
-    check(seeded())
-
-
-@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
-def test_every_specification_describes_its_kernel(arch: int) -> None:
-    for spec in bias_attention.KERNELS:
-        for variant in spec.variants:
-            for dtype in (*spec.dtypes, "fp32"):
-                request = spec.request(variant, dtype, arch)
-                assert list(request.signature) == spec.kernel.arg_names
-                assert request.attrs

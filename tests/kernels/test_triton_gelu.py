@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
-from tests.kernels.triton_testing import interpreted_kernels, mutant, poison
+from tests.kernels.triton_testing import interpreted_kernels, poison
 
 interpreted_kernels()
 
@@ -45,8 +42,8 @@ def check(y: Tensor, bias: Tensor | None, dout: Tensor, module: Any = gelu) -> N
 
 
 @each_dtype
-@pytest.mark.parametrize("width", [32, 63, 111, 768, 1100])
-@pytest.mark.parametrize("rows", [1, 5, 37])
+@pytest.mark.parametrize("width", [32, 63, 1100])
+@pytest.mark.parametrize("rows", [1, 37])
 def test_bias_gelu(rows: int, width: int, dtype: torch.dtype) -> None:
     y, bias, dout = (2 * torch.randn(s).to(dtype) for s in ((rows, width), (width,), (rows, width)))
     check(y, bias, dout)
@@ -58,31 +55,11 @@ def test_without_bias(dtype: torch.dtype) -> None:
     check(y, None, dout)
 
 
-def test_strided_inputs() -> None:
-    y, dout = torch.randn(4, 96, 5)[:, ::2].transpose(1, 2), torch.ones(()).expand(4, 5, 48)
-    check(y, torch.randn(48), dout)
-
-
 def test_extreme_pre_activations() -> None:
     """Far out the activation is 0 or the identity, and no exponential overflows on the way there."""
     y = torch.tensor([[-1e4, -200.0, -14.0, -5.0, 0.0, 5.0, 14.0, 1e4]])
     check(y, torch.zeros(8), torch.ones_like(y))
     assert torch.equal(gelu.bias_gelu_forward(y, None)[0, [0, 7]], torch.tensor([-0.0, 1e4]))
-
-
-def test_overwriting() -> None:
-    y, bias = torch.randn(5, 40), torch.randn(40)
-    expected = gelu.bias_gelu_forward(y, bias)
-    out = gelu.bias_gelu_forward(y, bias, overwrite=True)
-    assert out.data_ptr() == y.data_ptr()
-    assert torch.equal(out, expected)
-
-
-def test_no_rows() -> None:
-    y, bias = torch.empty(0, 33), torch.randn(33)
-    out, dy, dbias = by_kernel(y, bias, y)
-    assert out.shape == dy.shape == (0, 33)
-    assert not dbias.any()
 
 
 @each_dtype
@@ -110,45 +87,3 @@ def test_linear_gelu(bias: bool, dtype: torch.dtype) -> None:
     assert nothing is None
     assert torch.equal(unkept, out)
     assert gelu.linear_gelu_backward(dout, x, w, b, y, (False, False, False)) == (None, None, None)
-
-
-def test_same_bits_twice() -> None:
-    arguments = [torch.randn(s).half() for s in ((37, 111), (111,), (37, 111))]
-    for first, second in zip(by_kernel(*arguments), by_kernel(*arguments), strict=True):
-        assert torch.equal(first, second)
-
-
-@settings(max_examples=15)
-@given(
-    rows=st.integers(1, 11),
-    width=st.integers(1, 140),
-    half=st.booleans(),
-    bias=st.booleans(),
-    transposed=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_any_shape(rows: int, width: int, half: bool, bias: bool, transposed: bool, seed: int) -> None:
-    torch.manual_seed(seed)
-    dtype = torch.float16 if half else torch.float32
-    y = (torch.randn(width, rows).t() if transposed else torch.randn(rows, width)).to(dtype)
-    check(y, torch.randn(width).to(dtype) if bias else None, torch.randn(rows, width).to(dtype))
-
-
-MUTATIONS = [
-    ("0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))", "0.5 * z * (1.0 + tl.erf(z * 0.7))"),
-    ("dbias += tl.sum(dy, 0)", "dbias += tl.sum(dout, 0)"),
-    ("dbias += tl.sum(dy, 0)", "dbias = tl.sum(dy, 0)"),
-    ("tl.exp(-0.5 * z * z)", "tl.exp(-z * z)"),
-    ("        z += bias", "        z += 0"),
-    ("dout_ptr + far * stride_dout", "dout_ptr + far * 0"),
-    ("rows, bias, out, rows.stride(0)", "rows, bias, out, width"),
-]
-
-
-@pytest.mark.parametrize(("old", "new"), MUTATIONS, ids=lambda s: s[:30])
-def test_bugs_are_noticed(old: str, new: str, tmp_path: Path) -> None:
-    # A view of wider rows, and enough of them for every program to take several steps.
-    y, bias, dout = torch.randn(37, 100)[:, :45], torch.randn(45), torch.randn(37, 45)
-    check(y, bias, dout)
-    with pytest.raises(AssertionError):
-        check(y, bias, dout, mutant(gelu, old, new, tmp_path))

@@ -14,43 +14,25 @@ interpreted_kernels()
 
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
-from tests.kernels.test_operators import CASES, WINDOW, shaped  # noqa: E402
-from xfm_fast.errors import InputError  # noqa: E402
+from tests.kernels.cases import CASES, Arguments, converted, leaves, run  # noqa: E402
 from xfm_fast.kernels import attention, ops, tune  # noqa: E402
 from xfm_fast.kernels.derived import forget  # noqa: E402
 from xfm_fast.kernels.triton import gelu, layer_norm, relpos_table  # noqa: E402
 from xfm_fast.kernels.triton.launch import LaunchConfig  # noqa: E402
 
 
-def _run(case: str, backend: ops.Backend) -> list[Tensor]:
-    function, inputs = CASES[case]
-    # The Triton kernels have the head dimensions of real models.
-    arguments = inputs(width=32) if case.startswith(("relpos", "varlen", "bias")) else inputs()
-    with ops.use_backend(backend), poison():
-        out = function(*arguments)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("name", [name for name in CASES if "triton" in CASES[name].forms])
+def test_agrees_with_the_reference(name: str) -> None:
+    arguments = CASES[name].arguments(grad=True)
     with poison():
-        return [out.detach(), *torch.autograd.grad(out, arguments, weight)]
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case != "varlen, long"])
-def test_agrees_with_the_definition(case: str) -> None:
-    for ours, expected in zip(_run(case, "triton"), _run(case, "reference"), strict=True):
+        found = run(CASES[name], arguments, "triton")
+    for ours, expected in zip(found, run(CASES[name], arguments, "reference"), strict=True):
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("case", [*(case for case in CASES if case != "varlen, long"), "norm"])
-def test_second_derivatives_are_refused(case: str) -> None:
-    function, inputs = (CASES | {"norm": (lambda x, w, b: ops.layer_norm(x, w, b, 1e-5), shaped((5, 16), 16, 16))})[
-        case
-    ]
-    arguments = inputs(width=32) if case.startswith(("relpos", "varlen", "bias")) else inputs()
-    with ops.use_backend("triton"):
-        first = torch.autograd.grad(function(*arguments).square().sum(), arguments, create_graph=True)
-    for gradient in first:
-        with pytest.raises(InputError):
-            torch.autograd.grad(gradient.square().sum(), arguments, allow_unused=True, retain_graph=True)
+def relpos(arguments: Arguments, **options: Any) -> Tensor:
+    return CASES["relpos"].operation(**arguments, backend="triton", **options)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -68,26 +50,25 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def test_autocast_leaves_the_position_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias is made of the parameter itself, once, and its gradient is not rounded to half precision."""
-    q, k, v, table = CASES["relpos"][1](width=32)
+    given = CASES["relpos"].arguments(grad=True)
     made = counting(monkeypatch)
-    with ops.use_backend("triton"), torch.autocast("cpu", torch.float16):
-        first, second = (ops.relpos_attention(q, k, v, table, WINDOW) for _ in range(2))
+    with torch.autocast("cpu", torch.float16):
+        first, second = (relpos(given) for _ in range(2))
     assert made == [False]
     assert first.dtype == torch.float16
     assert torch.equal(first, second)
-    (gradient,) = torch.autograd.grad(first.float().sum(), table)
+    (gradient,) = torch.autograd.grad(first.float().sum(), given["table"])
     assert gradient.dtype == torch.float32
     assert not torch.equal(gradient, gradient.half().float())
 
 
 def test_a_position_bias_may_be_made_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, table = CASES["relpos"][1](width=32)
-    with ops.use_backend("triton"):
-        expected = ops.relpos_attention(q, k, v, table, WINDOW)
-        bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=32**-0.5)
-        made = counting(monkeypatch)
-        found = ops.relpos_attention(q, k, v, table, WINDOW, bias=bias)
-        gradients = [torch.autograd.grad(out.square().sum(), (q, k, v, table)) for out in (found, expected)]
+    given = CASES["relpos"].arguments(grad=True)
+    expected = relpos(given)
+    bias = ops.relpos_bias(given["table"], (3, 5), dtype=torch.float32, scale=32**-0.5, backend="triton")
+    made = counting(monkeypatch)
+    found = relpos(given, bias=bias)
+    gradients = [torch.autograd.grad(out.square().sum(), leaves(given)) for out in (found, expected)]
     assert torch.equal(found, expected)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert made == [True, True], "only the backward pass makes one, with keys as rows"
@@ -95,52 +76,40 @@ def test_a_position_bias_may_be_made_beforehand(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_position_bias_in_fragments_changes_nothing_but_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Hopper's forward kernel reads: the backward pass makes the plain bias for itself."""
-    q, k, v, table = (t.detach().half().requires_grad_() for t in CASES["relpos"][1](width=32))
+    given = converted(CASES["relpos"].arguments(grad=True), torch.float16)
+    table = given["table"]
 
     def attend(**options: Any) -> list[Tensor]:
-        out = ops.relpos_attention(q, k, v, table, WINDOW, **options)
-        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, table))]
+        out = relpos(given, **options)
+        return [out, *torch.autograd.grad(out.float().square().sum(), leaves(given))]
 
-    with ops.use_backend("triton"):
-        expected = attend()
-        monkeypatch.setattr(attention, "_in_fragments", lambda head_dim, *_, turned: head_dim == 32 and not turned)
-        forget(table)
-        bias = ops.relpos_bias(table, WINDOW, dtype=q.dtype, scale=32**-0.5, head_dim=32)
-        assert bias.shape == (table.shape[1], 1, 2, 256, 32)
-        for found in (attend(), attend(bias=bias)):
-            for ours, right in zip(found, expected, strict=True):
-                torch.testing.assert_close(ours, right, rtol=5e-3, atol=5e-3 * float(right.detach().abs().max()))
+    expected = attend()
+    monkeypatch.setattr(attention, "_in_fragments", lambda head_dim, *_, turned: head_dim == 32 and not turned)
+    forget(table)
+    options = {"dtype": torch.float16, "scale": 32**-0.5, "head_dim": 32}
+    bias = ops.relpos_bias(table, (3, 5), **options, backend="triton")
+    assert bias.shape == (table.shape[1], 1, 2, 256, 32)
+    for found in (attend(), attend(bias=bias)):
+        for ours, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, right, rtol=5e-3, atol=5e-3 * float(right.detach().abs().max()))
 
 
 def test_a_graph_holds_what_fills_the_bias() -> None:
     """Or else a captured graph would read a bias that nothing in it writes."""
-    q, k, v, table = CASES["relpos"][1](grad=False, width=32)
+    given = CASES["relpos"].arguments()
     seen: list[str] = []
 
     def look(module: torch.fx.GraphModule, _: Any) -> Any:
         seen.extend(str(node.target) for node in module.graph.nodes)
         return module.forward
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
-        return ops.relpos_attention(q, k, v, table, WINDOW, backend="triton")
-
-    compiled = torch.compile(attend, backend=aot_autograd(fw_compiler=look), fullgraph=True)
+    compiled = torch.compile(relpos, backend=aot_autograd(fw_compiler=look), fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(q, k, v, table), attend(q, k, v, table))
+        torch.testing.assert_close(compiled(given), relpos(given))
     assert [name for name in seen if "relpos" in name] == [
         "xfm_fast.relpos_bias.default",
         "xfm_fast.relpos_attention.default",
     ]
-
-
-def test_dropout_replays_its_mask_in_the_gradient() -> None:
-    q, k, v = CASES["varlen"][1](width=32)
-    offsets = torch.tensor([0, 4, 17], dtype=torch.int32), torch.tensor([0, 9, 20], dtype=torch.int32)
-    with ops.use_backend("triton"):
-        out = ops.varlen_attention(q, k, v, *offsets, 13, 11, dropout_p=0.3, seed=torch.tensor([5]))
-    gradient = torch.autograd.grad(out.sum(), v)[0]
-    # The output is linear in v for a fixed mask.
-    torch.testing.assert_close((gradient * v).sum(), out.sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_whole_model_on_triton_kernels() -> None:
@@ -206,8 +175,3 @@ def test_row_kernels_are_launched_as_tuned(kernel: str, monkeypatch: pytest.Monk
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     call()
     assert seen[-1] == in_use
-
-
-def test_an_unknown_kernel_has_no_workload() -> None:
-    with pytest.raises(ValueError, match="ordered_sum"):
-        tune.model_workload("ordered_sum", 768, "bf16", device="cpu")

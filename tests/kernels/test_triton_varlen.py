@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, draws
-from tests.kernels.triton_testing import mutated, poison
-from xfm_fast.errors import InputError
+from tests.kernels.triton_testing import poison
 from xfm_fast.kernels import reference
 from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.triton import varlen_attention
@@ -139,10 +136,7 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 16}
 RAGGED = {
     "self-attention": ([13, 0, 1, 32, 7], [13, 0, 1, 32, 7]),
     "zeros on both sides": ([5, 0, 1, 17, 0, 3], [5, 7, 0, 17, 0, 1]),
-    "first and last empty": ([0, 4, 0], [6, 3, 5]),
     "texts over images": ([66, 0, 33], [50, 50, 65]),
-    "whole tiles": ([64, 128], [64, 64]),
-    "one query": ([1], [111]),
     "many single tokens": ([1] * 8, [1, 2] * 4),
 }
 
@@ -151,11 +145,6 @@ RAGGED = {
 @pytest.mark.parametrize("lengths", RAGGED.values(), ids=RAGGED)
 def test_ragged_batches(lengths: tuple[list[int], list[int]], dtype: torch.dtype) -> None:
     check(case(*lengths, 2, 64, dtype))
-
-
-@pytest.mark.parametrize("head_dim", [32, 80, 96, 128])
-def test_head_dimensions(head_dim: int) -> None:
-    check(case([67, 3], [40, 66], 1, head_dim, torch.float16))
 
 
 def test_sequences_that_are_short_on_average_have_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +164,7 @@ def test_sequences_that_are_short_on_average_have_small_tiles(monkeypatch: pytes
     assert taken == ["varlen_forward_short", "varlen_dkdv_dropout", "varlen_dq_short"]
 
 
-@pytest.mark.parametrize("heads", [1, 3, 5])
+@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("searched", [False, True], ids=["an equal share of tiles", "searched tiles"])
 def test_several_heads_a_program(heads: int, searched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads that do not fill the last program, sequences of more tiles than one, and some without queries or keys."""
@@ -183,30 +172,28 @@ def test_several_heads_a_program(heads: int, searched: bool, monkeypatch: pytest
     check(case([13, 0, 33, 1, 16, 2], [13, 4, 20, 0, 16, 40], heads, 32, torch.float16))
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_several_heads_a_program_of_every_head_dimension(head_dim: int) -> None:
     mask = torch.rand(26) > 0.4
     mask[20:] = False
     check(case([13, 3, 5], [17, 3, 6], 2, head_dim, torch.float16, key_mask=mask))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("keys", [65, 130, 80, 64, 81], ids=lambda n: f"{n} keys")
-def test_images_of_one_size_end_in_a_short_tile(keys: int, dtype: torch.dtype) -> None:
-    c = case([70, 3], [keys, keys], 1, 64, dtype)
+@pytest.mark.parametrize("keys", [65, 80, 64, 81], ids=lambda n: f"{n} keys")
+def test_images_of_one_size_end_in_a_short_tile(keys: int) -> None:
+    c = case([70, 3], [keys, keys], 1, 64, torch.float32)
     packed = Packed(c.cu_q, c.cu_k, *c.longest, 0.125)
     config = LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64})
-    assert varlen_attention._tail(c.k, packed, config) == (16 if keys in (65, 130, 80) else 0)
+    assert varlen_attention._tail(c.k, packed, config) == (16 if keys in (65, 80) else 0)
     assert varlen_attention._tail(c.k, packed._replace(max_k=keys + 1), config) == 0
     check(c)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("keys", [(33, 33), (64, 64), (48, 48), (70, 5), (3, 0)], ids=str)
-def test_tiles_of_half_as_many_keys(keys: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keys", [(33, 33), (64, 64), (70, 5)], ids=str)
+def test_tiles_of_half_as_many_keys(keys: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where keys are known to fill whole tiles and a few more, sums are kept apart until the end."""
     monkeypatch.setattr(varlen_attention, "_narrower", lambda *_: True)
-    check(case([70, 40], keys, 2, 64, dtype))
+    check(case([70, 40], keys, 2, 64, torch.float32))
 
 
 def test_tiles_are_narrower_where_that_saves_a_wave(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +245,7 @@ def test_long_sequences(head_dim: int, dtype: torch.dtype) -> None:
     check(case([197, 63, 0, 320], [577, 111, 197, 0], 2, head_dim, dtype))
 
 
-@pytest.mark.parametrize("tiles", [(16, 16), (32, 64), (64, 32), (128, 128)], ids=str)
+@pytest.mark.parametrize("tiles", [(16, 16), (64, 32)], ids=str)
 def test_every_tile_size_gives_the_result(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout and the mask of keys included."""
     config = LaunchConfig(dict(zip(("BLOCK_M", "BLOCK_N"), tiles, strict=True)))
@@ -310,26 +297,6 @@ def test_masked_keys_with_enormous_scores_leave_no_trace() -> None:
     check(c)
 
 
-def test_lse_is_the_logsumexp_of_the_scores() -> None:
-    c = case([5, 2], [70, 0], 2, 64, torch.float32)
-    lse = run(c)[-1]
-    scores = torch.einsum("qhd,khd->hqk", c.q[:5].double() * 0.125, c.k.double())
-    torch.testing.assert_close(lse[:, :5].double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
-    assert (lse[:, 5:] == -torch.inf).all()
-
-
-@pytest.mark.parametrize("lengths", [([], []), ([0, 0], [0, 0]), ([0], [3]), ([3], [0])], ids=str)
-def test_nothing_to_attend(lengths: tuple[list[int], list[int]]) -> None:
-    out, dq, dk, dv, _ = run(case(*lengths, 2, 32, torch.float32))
-    assert not any(t.any() for t in (out, dq, dk, dv))
-
-
-def test_same_bits_every_time() -> None:
-    c = case([70, 3], [40, 90], 1, 64, torch.float16, dropout_p=0.1, seed=torch.tensor([3]))
-    for a, b in zip(run(c), run(c), strict=True):
-        assert torch.equal(a, b)
-
-
 def kept_weights(seed: int, p: float, queries: int = 64, keys: int = 64, heads: int = 2) -> Tensor:
     """The kernel's own mask `[queries, heads, keys]`: equal weights and an identity for values make it visible."""
     q, k = torch.zeros(queries, heads, 64), torch.zeros(keys, heads, 64)
@@ -348,119 +315,6 @@ def test_dropout_keeps_what_philox_says() -> None:
         assert torch.equal(kept[:, head], philox_keep(seed, head, 0, 64, 64, 0.25))
 
 
-def test_dropout_statistics() -> None:
-    """4096 draws a head: the share, and the correlation of neighbours, heads and seeds, within five deviations."""
-    p = 0.3
-    kept = kept_weights(1, p, queries=128, keys=32).float() - (1 - p)
-    other = kept_weights(2, p, queries=128, keys=32).float() - (1 - p)
-    kept, other = kept[..., :32], other[..., :32]
-    assert abs(kept.mean()) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
-    pairs = {
-        "next key": (kept[..., 1:], kept[..., :-1]),
-        "next query": (kept[1:], kept[:-1]),
-        "other head": (kept[:, 0], kept[:, 1]),
-        "other seed": (kept, other),
-    }
-    for name, (a, b) in pairs.items():
-        assert abs((a * b).mean()) < 5 * p * (1 - p) / a.numel() ** 0.5, name
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_dropout_forward_and_backward(dtype: torch.dtype) -> None:
     check(case([20, 1, 70], [33, 5, 70], 2, 64, dtype, dropout_p=0.2, seed=torch.tensor([99])))
-
-
-def test_unsupported_arguments_are_refused() -> None:
-    c = case([3], [4], 1, 32, torch.float32)
-    with pytest.raises(InputError, match="q"):
-        run(c._replace(k=c.k[:, :, :16]))
-    with pytest.raises(InputError, match="float"):
-        run(c._replace(k=c.k.half()))
-    with pytest.raises(InputError, match="int"):
-        run(c._replace(cu_q=c.cu_q.float()))
-    with pytest.raises(InputError, match="cu_seqlens"):
-        run(c._replace(cu_q=torch.tensor([0, 1, 3])))
-    with pytest.raises(InputError, match="mask"):
-        run(c._replace(key_mask=torch.ones(3, dtype=torch.bool)))
-    with pytest.raises(InputError, match="seed"):
-        run(c._replace(dropout_p=0.1))
-    with pytest.raises(InputError, match="dropout"):
-        run(c._replace(dropout_p=1.0))
-    with pytest.raises(InputError, match="scale"):
-        run(c, scale=float("nan"))
-
-
-MUTATIONS = {
-    "wrong scale": ("triton/attention_tiles.py", "factor: tl.constexpr = SCALE", "factor: tl.constexpr = 1.01 * SCALE"),
-    "wrong scale of dq": ("triton/varlen_attention.py", "dq_a * SCALE", "dq_a * 0.13"),
-    "skipped last tile": (
-        "triton/varlen_attention.py", "if full < length_k:\n            last", "if full > length_k:\n            last",
-    ),
-    "skipped last tile of queries": ("triton/varlen_attention.py", "if full < length_q:", "if full > length_q:"),
-    "length of keys off by one": (
-        "triton/varlen_attention.py",
-        "length_k = (tl.load(cu_k_ptr + s + 1) -",
-        "length_k = (tl.load(cu_k_ptr + s + 1) - 1 -",
-    ),
-    "start of keys off by one": (
-        "triton/varlen_attention.py",
-        "first_k = tl.load(cu_k_ptr + s).to(tl.int64)",
-        "first_k = tl.maximum(tl.load(cu_k_ptr + s).to(tl.int64), 1) - 1",
-    ),
-    "keys of another sequence": (
-        "triton/varlen_attention.py", "tl.load(cu_q_ptr + s).to(tl.int64)", "tl.load(cu_k_ptr + s).to(tl.int64)",
-    ),
-    "forgotten mask": ("triton/attention_tiles.py", "tl.where(allowed[None, :],", "tl.where(inside[None, :],"),
-    "other weights dropped in the backward pass": (
-        "triton/attention_tiles.py", "stream, queries[None, :], keys", "stream + 1, queries[None, :], keys",
-    ),
-    "dropped weights not made up for": ("triton/varlen_attention.py", "rescale / row_sum", "1.0 / row_sum"),
-    "tile of another sequence": ("triton/varlen_attention.py", "s = tile // share", "s = tile // share * 0"),
-    "second tile of a sequence is the first": ("triton/varlen_attention.py", "tile % share * BLOCK", "tile * 0"),
-    "several heads, all the first": (
-        "triton/varlen_attention.py", "first_k * stride_vn + h * stride_vh)[", "first_k * stride_vn + 0 * h)[",
-    ),
-    "several heads, a key forgotten": (
-        "triton/varlen_attention.py", "allowed = columns < length_k - first\n        present",
-        "allowed = columns < length_k - first - 1\n        present",
-    ),
-    "several heads, the mask forgotten": (
-        "triton/varlen_attention.py", "columns, mask=allowed, other=0) != 0", "columns, mask=allowed, other=0) < 9",
-    ),
-    "several heads, the last not stored": ("triton/varlen_attention.py", "own = h < heads", "own = h < heads - 1"),
-}  # fmt: skip
-
-
-def seeded_cases() -> list[Case]:
-    lengths = ([70, 3, 40], [90, 70, 5])
-    return [
-        case(*lengths, 1, 64, torch.float32, key_mask=torch.rand(165) > 0.3),
-        case(*lengths, 1, 64, torch.float32, dropout_p=0.2, seed=torch.tensor([5])),
-        case([5, 20, 3], [9, 17, 16], 3, 32, torch.float16, key_mask=torch.rand(42) > 0.3),
-    ]
-
-
-def check_all(cases: list[Case], module: Any) -> None:
-    for c in cases:
-        check(c, module)
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_seeded_bug_is_noticed(mutation: str, tmp_path: Path) -> None:
-    with mutated(*MUTATIONS[mutation], tmp_path) as package:
-        module = importlib.import_module(f"{package.__name__}.triton.varlen_attention")
-        with pytest.raises(AssertionError, match=r"exceeds|not close"):
-            check_all(seeded_cases(), module)
-
-
-def test_the_input_of_the_seeded_bugs_passes_without_them() -> None:
-    check_all(seeded_cases(), varlen_attention)
-
-
-@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-def test_every_specification_describes_its_kernel(arch: int) -> None:
-    for spec in varlen_attention.KERNELS:
-        for variant in spec.variants:
-            for dtype in (*spec.dtypes, "fp32"):
-                request = spec.request(variant, dtype, arch)
-                assert list(request.signature) == spec.kernel.arg_names

@@ -15,14 +15,10 @@ import importlib
 import importlib.util
 import inspect
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
-from pathlib import Path
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -166,12 +162,6 @@ def compiled_kernels(device: torch.device) -> Iterator[None]:
         yield
 
 
-def shown_to_the_interpreter() -> None:
-    """Skips a test that only the interpreter can pass or needs to."""
-    if not INTERPRETED:
-        pytest.skip("bugs are seeded for the interpreter; compiling every one of them would take minutes")
-
-
 def compiling_environment() -> dict[str, str]:
     """The environment of a subprocess in which Triton compiles instead of interpreting."""
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
@@ -217,66 +207,3 @@ def _fill_with_garbage(tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.bool:
             return tensor.fill_(True)
         return tensor.fill_(torch.iinfo(tensor.dtype).max // 3)
-
-
-@contextmanager
-def mutated(file: str, old: str, new: str, folder: Path) -> Iterator[ModuleType]:
-    """The package `kernels` with one piece of its source replaced, to show that a test notices the difference.
-
-    Args:
-        file: path below `kernels`, such as `"triton/relpos_table.py"`.
-        old: text that must occur there; every occurrence is replaced by `new`.
-        folder: an empty folder.
-
-    Yields:
-        The package; `importlib.import_module(f"{package.__name__}.triton.relpos_attention")` loads a part of it.
-    """
-    import xfm_fast.kernels
-
-    shown_to_the_interpreter()
-    source = Path(str(xfm_fast.kernels.__file__)).parent
-    name = f"mutant_{abs(hash((file, old, new, str(folder))))}"
-    root = folder / name
-    for part in ("triton", "cpu"):
-        (root / part).mkdir(parents=True)
-    for path in (*source.glob("*.py"), *(source / "cpu").glob("*.py"), *(source / "triton").glob("*.py")):
-        shutil.copyfile(path, root / path.relative_to(source))
-    text = (root / file).read_text()
-    assert old in text, f"{file} does not contain {old!r} any more"
-    (root / file).write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location(name, root / "__init__.py", submodule_search_locations=[str(root)])
-    with _imported(spec) as package:
-        yield package
-
-
-@contextmanager
-def _imported(spec: ModuleSpec | None) -> Iterator[ModuleType]:
-    """A module that can be imported within the block: dataclasses look theirs up while they are made."""
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made
-    try:
-        spec.loader.exec_module(made)
-        yield made
-    finally:
-        for module in [m for m in sys.modules if m == spec.name or m.startswith(f"{spec.name}.")]:
-            del sys.modules[module]
-
-
-def mutant(module: ModuleType, old: str, new: str, folder: Path) -> Any:
-    """The module, imported once more from a copy of its source in which `new` stands for the only `old`.
-
-    The copy is a file because Triton reads the source of a kernel; it lies beside nothing, and imports its neighbours
-    by the package of the original.
-    """
-    shown_to_the_interpreter()
-    assert module.__file__ is not None
-    source = Path(module.__file__).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module.__name__}"
-    path = folder / f"mutant_{Path(module.__file__).name}"
-    path.write_text(source.replace(old, new))
-    name = f"{module.__package__}.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    with _imported(spec) as copy:
-        return copy

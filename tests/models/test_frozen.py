@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.export.graphs import build
-from xfm_fast.kernels.cpu import attention, products
+from xfm_fast.kernels.cpu import attention, gemm
 from xfm_fast.models.text import FrozenParts
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def _onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this processor does faster."""
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: True)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def encoder_weights(model: XFM) -> list[Tensor]:
 def test_a_frozen_model_gives_the_same_results(model: XFM) -> None:
     expected, dtype = results(model), model.dtype
     assert model.freeze() is model
-    assert sum(products.is_frozen(w) for w in encoder_weights(model)) > 20
+    assert sum(gemm.is_frozen(w) for w in encoder_weights(model)) > 20
     # Many layers of rounding, in another order.
     allowed = 200 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.1
     for found, right in zip(results(model), expected, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.agreement import deterministic_algorithms
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.kernels.backend import use_backend
-from xfm_fast.kernels.cpu import int8, products
+from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.models import shares, text
 from xfm_fast.models.shares import Texts
 from xfm_fast.models.xfm import record_hidden_states
@@ -111,7 +111,7 @@ def test_texts_are_cut_between_two_texts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_texts_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: True)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
     monkeypatch.setattr(text, "LEAST_TOKENS", 39 // 2)
     model = XFM(XFMConfig.preset("tiny"), heads=()).eval().to(dtype)
     ids = torch.randint(5, model.config.vocab_size, (6, 8))
@@ -150,7 +150,7 @@ def test_texts_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_images_in_shares(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: True)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
     model = XFM(XFMConfig.preset("tiny"), encoders=("vision",), heads=()).eval().to(dtype)
     size = model.config.image_size
     pixels = torch.randn(4, 3, size, size)

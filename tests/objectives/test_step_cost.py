@@ -29,8 +29,7 @@ from tests.objectives.steps import (
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, TextBatch
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
-from xfm_fast.kernels import attention, derived, norms, ops, products
-from xfm_fast.kernels import losses as kernel_losses
+from xfm_fast.kernels import attention, derived, ladder, linear, ops
 from xfm_fast.models.fusion import FusionEncoder
 from xfm_fast.models.text import TextEncoder, TransformerLayer
 from xfm_fast.models.vision import VisionEncoder
@@ -230,7 +229,7 @@ def test_nor_when_masks_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> str:
     """A device without values, whose kernels are known by the shapes of their results: to ask for one is an error."""
-    for module in (attention, kernel_losses, norms, products):
+    for module in (attention, ladder, linear):
         monkeypatch.setattr(module, "resolve", lambda *_, **__: "triton")
     monkeypatch.setattr(attention, "HEAD_DIMS", (16,))
     # Autocast does not know such a device.

@@ -36,14 +36,11 @@ _SLOW_TO_IMPORT = ("torch", "torchvision", "triton", "hypothesis", "scipy.stats"
 # The tests that shall see faults of a file, the quickest first.
 COVERED_BY: dict[str, tuple[str, ...]] = {
     "kernels/reference.py": (
-        "tests/kernels/test_cpu.py",
+        "tests/kernels/test_contract.py",
         "tests/kernels/test_varlen_cpu.py",
         "tests/kernels/test_losses_cpu.py",
-        "tests/kernels/test_norms_cpu.py",
+        "tests/kernels/test_cpu.py",
         "tests/kernels/test_hard_negatives.py",
-        "tests/kernels/test_ops.py",
-        "tests/kernels/test_operators.py",
-        "tests/kernels/test_triton_bias.py",
         "tests/kernels/test_fp8.py",
         "tests/models/test_golden.py",
     ),
@@ -72,14 +69,10 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
 }
 # Of these tests, that which is likeliest to see a fault of a function comes first.
 _FIRST = {
-    "add_layer_norm": "test_norms_cpu",
-    "embed_layer_norm": "test_norms_cpu",
-    "layer_norm": "test_norms_cpu",
     "linear_cross_entropy": "test_losses_cpu",
     "token_log_likelihood": "test_losses_cpu",
     "hard_negative_weights": "test_hard_negatives",
     "varlen_attention": "test_varlen_cpu",
-    "_dropout": "test_ops",
 }
 # Functions that faults are generated in: all of a file, or these. Checks of arguments have tests of their own.
 GENERATED: dict[str, tuple[str, ...]] = {

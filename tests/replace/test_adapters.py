@@ -147,13 +147,13 @@ def test_adapters_by_row_of_a_batch() -> None:
 
 def test_frozen_weights_get_no_gradient_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training adapters must not cost the gradient of the weights that they stand beside."""
-    from xfm_fast.kernels.cpu import products
+    from xfm_fast.kernels.cpu import gemm
 
     fast = adapted(make("BertModel", torch.float32), QUERIES).float().train()
     accelerate(fast, unpad=True)
     made: list[torch.Size] = []
-    inner = products.weight_gradient
-    monkeypatch.setattr(products, "weight_gradient", lambda dout, *rest: made.append(dout.shape) or inner(dout, *rest))
+    inner = gemm.weight_gradient
+    monkeypatch.setattr(gemm, "weight_gradient", lambda dout, *rest: made.append(dout.shape) or inner(dout, *rest))
     fast(**batch()).last_hidden_state.sum().backward()
     assert made == []
     assert any(isinstance(m, FusedLayer) for m in fast.modules())

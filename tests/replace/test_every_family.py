@@ -28,7 +28,7 @@ from tests.replace.families import (
     without_chance,
 )
 from xfm_fast import accelerate, accelerated
-from xfm_fast.kernels.cpu import int8, products
+from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.kernels.marked import kind_of
 from xfm_fast.replace.adapters import Adaptable, is_adapted
 from xfm_fast.replace.swap import Fused, is_fused, original_class
@@ -326,7 +326,7 @@ def test_adapters_that_a_library_reads_past(kind: str) -> None:
 @pytest.mark.parametrize("blocked", [True, False], ids=["blocked", "dense"])
 @of(whole=True)
 def test_packed_weights(kind: str, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: blocked)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: blocked)
     case = FAMILIES[kind]
     model, given = case.model(torch.float32), case.inputs(torch.float32)
     before, wanted = copy.deepcopy(model.state_dict()), found_at(model, given)

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from tests.replace.families import batch, inferred, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
-from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu import gemm
 from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace.swap import is_fused
 
@@ -26,9 +26,9 @@ from xfm_fast.replace.swap import is_fused
 @pytest.fixture(params=[True, False], ids=["blocked", "dense"], autouse=True)
 def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both layouts, whichever this processor would choose; weights stay dense where no product prefers oneDNN."""
-    monkeypatch.setattr(products, "prefers_onednn", lambda dtype, **_: request.param)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: request.param)
     if not request.param:
-        monkeypatch.setattr(products, "_choose", lambda operation, rows, dtype: "aten")
+        monkeypatch.setattr(gemm, "_choose", lambda operation, rows, dtype: "aten")
     return request.param
 
 

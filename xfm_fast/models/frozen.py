@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import derived
 from xfm_fast.kernels.backend import Backend
-from xfm_fast.kernels.cpu import products
-from xfm_fast.kernels.products import runs_cpu_inference
+from xfm_fast.kernels.cpu import gemm
+from xfm_fast.kernels.ladder import runs_cpu_inference
 from xfm_fast.models.text import AttentionProjections, TransformerLayer
 from xfm_fast.models.vision import Block
 
@@ -30,17 +30,17 @@ _HOOKS = "_xfm_fast_frozen_hooks"
 class Slot(NamedTuple):
     """Where the weight of a layer is packed, and its parameter, whose memory is released."""
 
-    packed: products.Frozen  # `[ΣM, K]`, of one or more layers on the same input
+    packed: gemm.Frozen  # `[ΣM, K]`, of one or more layers on the same input
     sizes: tuple[int, ...]  # M of each layer
     number: int
     parameter: nn.Parameter
 
 
-def pack(layers: Sequence[nn.Linear], *, blocked: bool) -> products.Frozen:
+def pack(layers: Sequence[nn.Linear], *, blocked: bool) -> gemm.Frozen:
     """Move the weights of layers on one input into one packed weight, blocked for oneDNN or dense."""
     weights = [layer.weight.detach() for layer in layers]
     joined = torch.cat(weights) if len(weights) > 1 else weights[0]
-    packed = products.Frozen(products.laid_out(joined) if blocked else joined, requires_grad=False)
+    packed = gemm.Frozen(gemm.laid_out(joined) if blocked else joined, requires_grad=False)
     sizes = tuple(weight.shape[0] for weight in weights)
     for number, layer in enumerate(layers):
         parameter = cast(nn.Parameter, layer.weight)
@@ -80,7 +80,7 @@ def state_weight(layer: nn.Module) -> Tensor:
     return weight if len(slot_of(layer).sizes) == 1 else weight.clone()
 
 
-def pack_of(layers: Sequence[nn.Module]) -> products.Frozen | None:
+def pack_of(layers: Sequence[nn.Module]) -> gemm.Frozen | None:
     """The packed weight of exactly these layers, in order; None if there is none."""
     if _SLOT not in layers[0].__dict__:
         return None
@@ -134,8 +134,8 @@ def freeze(model: nn.Module) -> None:
             continue
         # A text may be single and short; an image has hundreds of rows.
         dtype = group[0].weight.dtype
-        blocked = products.prefers_onednn(dtype, few_rows=of_texts)
-        if blocked or products.reads_as_quickly(dtype, few_rows=of_texts):
+        blocked = gemm.prefers_onednn(dtype, few_rows=of_texts)
+        if blocked or gemm.reads_as_quickly(dtype, few_rows=of_texts):
             group[0]._parameters["weight"] = pack(group, blocked=blocked)
     model.__dict__[_HOOKS] = (
         model.register_state_dict_post_hook(_dense_state),

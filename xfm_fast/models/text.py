@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.cpu import int8, products
+from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.kernels.cpu.attention import plain_attention
 from xfm_fast.kernels.derived import derived
 from xfm_fast.kernels.marked import kind_of, side_by_side
@@ -59,7 +59,7 @@ class AttentionProjections(nn.Module):
 
     def project_all(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[T, width]` → q, k, v `[T, H, D]` in one GEMM, or two if the model is frozen."""
-        if products.is_frozen(self.key.weight):
+        if gemm.is_frozen(self.key.weight):
             k, v = self.project_memory(x).unbind(-3)
             return self.project_query(x), k, v
         joined = _joined_linear("qkv", x, self.query, self.key, self.value)
@@ -72,7 +72,7 @@ class AttentionProjections(nn.Module):
 
     def project_memory(self, memory: Tensor) -> Tensor:
         """`[..., memory_width]` → keys and values `[..., 2, H, D]` in one GEMM."""
-        if products.is_frozen(self.key.weight):
+        if gemm.is_frozen(self.key.weight):
             # The frozen key weight contains the values too.
             bias = concatenated("kv bias", self.key.bias, self.value.bias)
             joined = ops.linear(memory, self.key.weight, bias)
@@ -208,7 +208,7 @@ class TransformerLayer(nn.Module):
         if found is None:
             return None
         linears = found.query, found.key, found.attended, found.first, found.second
-        return FrozenParts(found) if all(products.is_frozen(own["weight"]) for own in linears) else None
+        return FrozenParts(found) if all(gemm.is_frozen(own["weight"]) for own in linears) else None
 
     def int8_parts(self) -> Int8Parts | None:
         """The parameters of a layer without cross-attention, if all are int8 and no module has hooks."""
@@ -244,7 +244,7 @@ class FrozenParts(NamedTuple):
 
     parts: _Parts
 
-    def forward_short(self, x: Tensor, chosen: products.Chosen) -> Tensor:
+    def forward_short(self, x: Tensor, chosen: gemm.Chosen) -> Tensor:
         """Self-attention and MLP of one text `[T, width]`, without checks; `chosen` are the fastest GEMMs for its
         length.
         """
@@ -354,7 +354,7 @@ class LayerStack(nn.Module):
         frozen = [found for layer in layers if (found := layer.frozen_parts())]
         if not frozen or len(frozen) < count:
             return None
-        chosen = products.chosen(frozen[0].parts.first["weight"], len(x))
+        chosen = gemm.chosen(frozen[0].parts.first["weight"], len(x))
         for each in frozen:
             x = each.forward_short(x, chosen)
         return x

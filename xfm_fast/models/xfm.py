@@ -21,8 +21,8 @@ from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import fp8, marked, ops
+from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits
-from xfm_fast.kernels.products import type_beside
 from xfm_fast.models import frozen, hub, inputs
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.heads import MLPHead

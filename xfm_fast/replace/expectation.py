@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from xfm_fast.kernels.backend import Backend
-from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.cpu.selection import selections
 
 _RACES = ("linear", "linear_gelu", "linear_residual")
@@ -152,7 +152,7 @@ def measured_product(model: nn.Module, backend: Backend | None, dtype: torch.dty
 @cache
 def warn_of_slow_bfloat16() -> None:
     """Warn once if bfloat16 GEMMs are slower than float32 on this processor."""
-    share = products.seconds(torch.bfloat16) / products.seconds(torch.float32)
+    share = gemm.seconds(torch.bfloat16) / gemm.seconds(torch.float32)
     if share > _SLOWER:
         warnings.warn(
             f"bfloat16 takes {share:.1f} times as long as float32 on this CPU; use dtype=None with model.float()",

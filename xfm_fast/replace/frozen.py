@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
-from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu import gemm
 from xfm_fast.models.frozen import dense_weight, owner_counts, pack, slot_of, state_weight, stop_gradients, unpack
 from xfm_fast.replace import adapters
 from xfm_fast.replace.swap import Fused, Settings, find, observed, restore, swap
@@ -92,7 +92,7 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
             linears = cast(list[nn.Linear], layers)
             if len({(layer.weight.dtype, layer.in_features) for layer in linears}) > 1:
                 continue
-            pack(linears, blocked=products.prefers_onednn(linears[0].weight.dtype))
+            pack(linears, blocked=gemm.prefers_onednn(linears[0].weight.dtype))
             for layer in linears:
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)

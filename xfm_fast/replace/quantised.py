@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import fp8, marked
+from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits
-from xfm_fast.kernels.products import type_beside
 from xfm_fast.replace.swap import Fused, find, observed
 
 LEAST_COSINE = 0.99

@@ -28,7 +28,7 @@ from xfm_fast.benchmarks.work import coco, scenario, setting
 from xfm_fast.benchmarks.work.coco import Sizes, receipt
 from xfm_fast.benchmarks.work.setting import Scale
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels.cpu import products
+from xfm_fast.kernels.cpu import gemm
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -57,7 +57,7 @@ def _by_contender(document: Document, mode: str) -> dict[str, Row]:
 def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
     document = scenario.run("rerank", replace(TINY, baselines=("torch-eager",)), command=["xfm-fast", "bench"])
     assert document.ok
-    assert {each.operation: each.chosen for each in document.selections}.get("linear") in products.CANDIDATES["linear"]
+    assert {each.operation: each.chosen for each in document.selections}.get("linear") in gemm.CANDIDATES["linear"]
     assert not document.interrupted
     assert len(document.rows) == 9
     assert {b.contender: b.present for b in document.baselines}[OFFICIAL]

@@ -171,7 +171,7 @@ def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, 
     if name == "llvm":
         # The kernel rounds and scales the weight where it lays it out.
         scales = None if factors is None else factors.float().contiguous()
-        place = None if place is None else place.view(len(rows), -1)
+        place = None if place is None else place.view(-1, weight.shape[1])
         found = _compiled(rows, weight, None, turned=True, factors=scales, out=place)
     if found is None:
         weight = weight.to(dout.dtype)

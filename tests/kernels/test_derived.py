@@ -1,0 +1,135 @@
+"""The cache of tensors computed from parameters: what it notices, what it does not keep, and who waits for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.cases import CASES, run
+from tests.kernels.conftest import each_library
+from xfm_fast.kernels import derived as derived_module
+from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.derived import derived
+
+
+def test_inference_first_does_not_hinder_training() -> None:
+    """What inference mode leaves in the caches (plans, indices, concatenated weights) must serve a backward pass."""
+    derived_module.clear()
+    for name in ("relpos", "varlen", "linear_residual"):
+        with torch.inference_mode():
+            run(CASES[name], CASES[name].arguments())
+        assert all(t.isfinite().all() for t in run(CASES[name], CASES[name].arguments(grad=True)))
+    frozen = nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    with torch.inference_mode():
+        derived("doubled", (frozen,), lambda: frozen * 2)
+    x = torch.randn(2, 3, requires_grad=True)
+    (x @ derived("doubled", (frozen,), lambda: frozen * 2).t()).sum().backward()
+    assert x.grad is not None
+
+
+def changed_by_optimizer(layer: nn.Linear) -> None:
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.SGD([layer.weight], lr=0.1).step()
+    layer.weight.grad = None
+
+
+def changed_by_load_state_dict(layer: nn.Linear) -> None:
+    layer.load_state_dict({name: value + 1 for name, value in layer.state_dict().items()})
+
+
+def changed_by_assignment(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data * 2
+
+
+def changed_by_conversion(layer: nn.Linear) -> None:
+    layer.double()
+
+
+def changed_in_place(layer: nn.Linear) -> None:
+    with torch.no_grad():
+        layer.weight.mul_(3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [changed_by_optimizer, changed_by_load_state_dict, changed_by_assignment, changed_by_conversion, changed_in_place],
+)
+def test_derived_tensors_follow_their_parameters(change: Callable[[nn.Linear], None]) -> None:
+    layer = nn.Linear(3, 4)
+
+    def doubled() -> Tensor:
+        return derived("doubled", (layer.weight, layer.bias), lambda: layer.weight.detach() * 2)
+
+    kept = doubled()
+    assert doubled() is kept
+    change(layer)
+    assert torch.equal(doubled(), layer.weight.detach() * 2)
+    assert doubled() is doubled()
+
+
+def test_nothing_derived_within_a_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph fills its own memory, and goes on reading what it was captured with."""
+    weight = nn.Parameter(torch.ones(2))
+    kept = derived("twice", (weight,), lambda: weight.detach() * 2)
+    monkeypatch.setattr(derived_module, "_capturing", lambda source: source is weight)
+    captured = derived("twice", (weight,), lambda: weight.detach() * 2)
+    assert captured is not kept
+    with derived_module.held():
+        assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
+    monkeypatch.undo()
+    assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
+
+
+def test_another_stream_waits_for_what_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Stream:
+        def record_event(self) -> str:
+            return "filled"
+
+        def wait_event(self, event: str) -> None:
+            said.append(event)
+
+    class Value(torch.Tensor):
+        def record_stream(self, stream: Any) -> None:
+            said.append("recorded")
+
+    streams = [Stream(), Stream()]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
+    filled = derived_module._Filled(torch.device("cuda:1"))
+    value = torch.zeros(1).as_subclass(Value)
+    filled.wait(value)
+    assert said == []
+    streams.reverse()
+    filled.wait((value, 3))
+    assert said == ["filled", "recorded"]
+
+
+def test_derived_tensors_die_with_their_parameter() -> None:
+    derived_module.clear()
+    layer = nn.Linear(2, 2)
+    derived("ones", (layer.weight,), lambda: torch.ones(2))
+    assert len(derived_module._entries) == 1
+    del layer
+    assert len(derived_module._entries) == 0
+
+
+@pytest.mark.parametrize("change", [changed_by_optimizer, changed_by_load_state_dict, changed_by_assignment])
+@each_library("aten", "onednn", "onednn-packed")
+@pytest.mark.usefixtures("library")
+@torch.no_grad()
+def test_packed_weights_follow_their_parameters(change: Callable[[nn.Linear], None]) -> None:
+    """The same through an operation: whichever implementation is chosen, no stale weight is multiplied."""
+    layer, x = nn.Linear(32, 16), torch.randn(5, 32)
+    ops.linear(x, layer.weight, layer.bias)
+    ops.linear_residual(x, layer.weight, layer.bias, torch.zeros(5, 16), gamma=torch.ones(16))
+    change(layer)
+    assert_as_accurate(ops.linear(x, layer.weight, layer.bias), reference.linear, x, layer.weight, layer.bias)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(ops.linear(x, layer.weight, layer.bias), ops.linear(x, twin.weight, twin.bias))
