@@ -296,6 +296,13 @@ FAMILIES: dict[str, Case] = {
     "official texts": Case(
         "TextLayer", lambda _: replicas.TextModel(replicas.TextConfig()), _fused_texts, unpads=True, single=True
     ),
+    "X²-VLM's texts": Case(
+        "TextLayerWithoutMode",
+        lambda _: replicas.TextModel(replicas.TextConfig(), replicas.TextLayerWithoutMode),
+        _fused_texts,
+        unpads=True,
+        single=True,
+    ),
     "official images": Case(
         "VisionBlock",
         lambda _: replicas.VisionTransformer(),

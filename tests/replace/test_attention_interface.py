@@ -102,18 +102,6 @@ def test_models_with_a_position_bias(case: str, calls: list[tuple[int, ...]]) ->
     assert all(len(shape) == 4 for shape in calls)
 
 
-def test_half_precision_and_autocast(calls: list[tuple[int, ...]]) -> None:
-    model, fast = pair(*BIASED["BEiT"], dtype=torch.float32)
-    pixels = torch.randn(2, 3, 16, 16)
-    exact = model(pixels).last_hidden_state
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert relative_error(fast(pixels).last_hidden_state, exact.detach()) < 0.05
-    half = fast.to(torch.bfloat16)(pixels.bfloat16()).last_hidden_state
-    assert half.dtype == torch.bfloat16
-    assert relative_error(half, exact.detach()) < 0.05
-    assert len(calls) == 4
-
-
 @pytest.mark.parametrize(
     "form",
     [

@@ -63,33 +63,6 @@ def _counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     return calls
 
 
-LAYERS = [replicas.TextLayer, replicas.TextLayerWithoutMode]
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("unpad", [False, True])
-def test_text_and_fusion_layers_agree(
-    layer: type[replicas.TextLayer], unpad: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = replicas.TextModel(replicas.TextConfig(), layer)
-    texts = _texts()
-    real = texts["attention_mask"].bool() if unpad else None
-    wanted = _run(model, **texts, keep=real)
-    state = model.state_dict()
-    report = accelerate(model, unpad=unpad)
-    calls = _counted(monkeypatch, "linear_add_layer_norm")
-    found = _run(model, **texts, keep=real)
-    assert len(calls) >= 3 * 2
-    if unpad:
-        assert set(calls) == {sum(LENGTHS)}
-        assert not model(**texts).last_hidden_state[~texts["attention_mask"].bool()].any()
-    assert_close(wanted, found, CLOSE)
-    assert {entry.fused for entry in report.replaced} >= {"OfficialTextLayer"}
-    assert model.state_dict().keys() == state.keys()
-    report.revert()
-    assert not any(is_fused(module) for module in model.modules())
-
-
 def test_generation_keeps_its_keys_and_values() -> None:
     model = replicas.TextModel(replicas.TextConfig()).eval()
     texts = _texts()

@@ -226,6 +226,7 @@ class LayerSpec:
         plain = len(inner) == 1 and not mlp.halved and gelu
         norms: Any = tuple(find(layer, name) for name in self.norms)
         drops = tuple(partial(_row_scale, find(layer, name) if name else None) for name in self.drop_paths)
+        turn = partial(_rotate, *rotary or ())
         made = Parts(
             norms=norms,
             projections=tuple(part for name in self.qkv if (part := find(layer, name)) is not None),
@@ -242,7 +243,7 @@ class LayerSpec:
             attention_p=_dropout_p(layer, self.weights_p),
             hidden_p=_dropout_p(layer, mlp.dropout),
             branch_p=(_dropout_p(layer, self.branch_p[0]), _dropout_p(layer, self.branch_p[1])),
-            adapt=None if rotary is None else partial(_rotate_both, *rotary),
+            adapt=None if rotary is None else lambda q, k: (turn(q), turn(k)),
             inner_norms=(_inner_norm(layer, self.inner_norms[0]), _inner_norm(layer, self.inner_norms[1])),
         )
         return made if self.adjust is None else self.adjust(layer, made)
@@ -454,13 +455,11 @@ def _hidden(
     return activation(first) if len(inner) == 1 else activation(first) * linear(inner[1], x)
 
 
-def _rotate_both(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply rotary positions to queries and keys `[..., N, H, D]`; prefix tokens without a position are unchanged."""
-    return _rotate(cos, sin, q, False), _rotate(cos, sin, k, False)
+def _rotate(cos: Tensor, sin: Tensor, x: Tensor, both: bool = False) -> Tensor:
+    """Apply rotary positions to q or k `[..., N, H, D]`, or to both stacked as `[..., N, 2, H, D]`.
 
-
-def _rotate(cos: Tensor, sin: Tensor, x: Tensor, both: bool) -> Tensor:
-    """The same for one tensor, or for q and k stacked as `[..., N, 2, H, D]`."""
+    Prefix tokens without a position are unchanged.
+    """
     place = x.ndim - (4 if both else 3)
     prefix = x.shape[place] - cos.shape[-2]
     if both:
