@@ -207,6 +207,25 @@ def test_broken_rows_of_a_table_in_pretraining(tmp_path: Path) -> None:
     assert b"a.jpg" in rows.raw(0)
 
 
+def test_a_table_in_a_folder_names_images_of_the_folder_only(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for place in (folder / "a.jpg", tmp_path / "private.jpg"):
+        place.write_bytes(picture(0))
+    rows = [{"image": "./a.jpg", "caption": "a cat"}, {"image": "a.jpg", "caption": "one cat"}]
+    rows += [{"image": name, "caption": "a secret"} for name in ("../private.jpg", str(tmp_path / "private.jpg"))]
+    (folder / "captions.json").write_text(json.dumps(rows))
+    (read,) = open_records(folder).files
+    assert (len(read), read.read(0)) == (3, {"binary": folder / "a.jpg", "desc": ["a cat", "one cat"]})
+    for reader in (open_records(folder).files[0], captioning_test_rows(folder)[0]):
+        for row in (1, 2):
+            with pytest.raises(DataError, match=r"private\.jpg"):
+                reader.read(row)
+    entries, faults = open_collection(folder).listing()
+    assert [entry.name for entry in entries] == ["a.jpg"]
+    assert len(faults) == 2
+
+
 def test_pipes_are_not_read(tmp_path: Path) -> None:
     """A pipe beside an image, in place of a table or of an image would block the reader for ever."""
     (tmp_path / "a.jpg").write_bytes(picture(0))

@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import tarfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,18 +88,6 @@ def test_index_is_kept_beside_the_data_and_checked(tmp_path: Path, monkeypatch: 
     os.utime(path, ns=(1, 1))
     assert [row for _, row in _all(LineFile(path))] == [{"a": 1}, {"a": 234567890}]
     assert LineFile(path).label(1) == 3
-
-
-def test_many_threads_make_one_valid_index(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", ({"a": number} for number in range(300)))
-    found: list[int] = []
-    threads = [threading.Thread(target=lambda: found.append(len(LineFile(path)))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [300] * 8
-    assert [each.name for each in tmp_path.iterdir() if "tmp" in each.name] == []
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from xfm_fast.data.tables import (
     has_images,
     read_caption_folder,
     read_table,
+    resolve_images,
 )
 from xfm_fast.errors import DataError
 
@@ -85,7 +86,7 @@ def _captions(
     for path in find_files(paths, is_dataset_folder):
         suffix = path.suffix.lower()
         if path.is_dir() and (table := caption_table(path)) is not None:
-            found = [_resolve_images(path, each) for each in _captions(table, split, columns, bare=bare)]
+            found = [resolve_images(path, each) for each in _captions(table, split, columns, bare=bare)]
         elif path.is_dir() and not has_shards(path):
             found = [read_caption_folder(path, bare=bare)]
         elif path.is_dir() or ".tar" in path.suffixes or has_embedded_images(path):
@@ -123,17 +124,6 @@ def is_dataset_folder(folder: Path) -> bool:
 def has_embedded_images(path: Path) -> bool:
     """True for line JSON with embedded images."""
     return path.suffix.lower() in LINE_SUFFIXES and ImageOptions().image_key in first_object(path)
-
-
-def _resolve_images(folder: Path, elements: Elements) -> Elements:
-    """Elements of a table with image paths relative to its folder."""
-    values = [
-        {**value, "image": str(folder.absolute() / value["image"])}
-        if isinstance(value, dict) and isinstance(value.get("image"), str)
-        else value
-        for value in elements.values
-    ]
-    return elements._replace(values=values)
 
 
 def embedded_elements(path: Path) -> Elements:

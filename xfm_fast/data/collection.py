@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -55,22 +55,6 @@ class Listing(NamedTuple):
     faults: dict[str, str]
 
 
-class Collection(Protocol):
-    """Images that can be listed and loaded."""
-
-    def listing(self) -> Listing:
-        """All images, in order of names or rows."""
-        ...
-
-    def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
-        """RGB image and its captions; thread-safe, a broken image raises `DataError`."""
-        ...
-
-    def location(self, entry: Entry) -> str:
-        """Path of an image, or its name if embedded."""
-        ...
-
-
 def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> Collection:
     """Open a folder tree of images, or a file that lists or embeds images.
 
@@ -105,6 +89,7 @@ class Files:
         self.path, self.images = path, images
 
     def listing(self) -> Listing:
+        """All images, in order of names or rows."""
         if not self.path.is_dir():
             return self._table(self.path)
         names = _names(self.path)
@@ -149,9 +134,11 @@ class Files:
         return Entry(name, status.st_size, status.st_mtime_ns, captions=tuple(captions))
 
     def load(self, entry: Entry) -> tuple[Image.Image, tuple[str, ...]]:
+        """RGB image and its captions; thread-safe, a broken image raises `DataError`."""
         return decode_image(self.images / entry.name), entry.captions
 
     def location(self, entry: Entry) -> str:
+        """Path of an image, or its name if embedded."""
         return str(self.images / entry.name)
 
 
@@ -183,6 +170,10 @@ class Records:
 
     def location(self, entry: Entry) -> str:
         return entry.name
+
+
+Collection = Files | Records
+"""Images that can be listed and loaded."""
 
 
 def _names(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from xfm_fast.data.annotations import AnnotationRows
+from xfm_fast.data.annotations import AnnotationRows, Elements, read_array
 from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, open_file, read_range, row_of
 from xfm_fast.data.images import image_source, image_values
 from xfm_fast.data.options import ImageOptions
@@ -31,6 +31,7 @@ from xfm_fast.data.tables import (
     has_images,
     read_caption_folder,
     read_table,
+    resolve_images,
 )
 from xfm_fast.documents import check_text
 from xfm_fast.errors import DataError
@@ -353,7 +354,13 @@ def open_pairs(path: Path, schema: Schema) -> AnnotationRows[Any]:
     """Images of a table or folder in first-seen order, each with all its captions (a list if several)."""
     table = caption_table(path) if path.is_dir() else path
     folder = path if table is None else table.parent
-    found = group_captions(read_caption_folder(path) if table is None else read_table(table, PAIR_COLUMNS))
+    if table is None:
+        found = read_caption_folder(path)
+    elif table.suffix == ".json":
+        found = Elements(str(table), read_array(table))
+    else:
+        found = read_table(table, PAIR_COLUMNS)
+    found = group_captions(resolve_images(path, found) if path.is_dir() else found)
     return AnnotationRows(path, found.values, partial(_pair, folder, schema), labels=found.labels)
 
 

@@ -329,29 +329,24 @@ def read_dataset(path: Path, columns: Mapping[str, str], split: str | None = Non
 
 def find_images(folder: Path, *, links: bool = True) -> list[Path]:
     """Sorted images in a folder tree, without hidden files; `links` follows links to folders."""
+    return [*_walk_images(folder, links=links)]
 
+
+def _walk_images(folder: Path, *, links: bool) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename or folder), error)
 
-    found = []
     for place, folders, names in os.walk(os.path.abspath(folder), followlinks=links, onerror=refuse):
         # In place, so that the walk goes on in this order.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(place, name)
-            for name in sorted(names)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
-        ]
-    return found
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES:
+                yield Path(place, name)
 
 
 def has_images(folder: Path) -> bool:
     """True if a folder tree contains an image."""
-    return any(
-        os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith(".")
-        for _, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    )
+    return next(_walk_images(folder, links=True), None) is not None
 
 
 def caption_table(folder: Path) -> Path | None:
@@ -396,6 +391,19 @@ def read_caption_folder(folder: Path, *, bare: bool = False) -> Elements:
     if left_out:
         notes = (f"{folder}: {len(left_out)} images without captions were left out ({', '.join(left_out[:_SHOWN])})",)
     return Elements(str(folder), values, labels, notes)
+
+
+def resolve_images(folder: Path, elements: Elements) -> Elements:
+    """Image paths of the caption table of a folder, made absolute; one outside of the folder becomes a `DataError`."""
+    top, values = os.path.abspath(folder), []
+    for value in elements.values:
+        if isinstance(value, dict) and isinstance(image := value.get("image"), str):
+            path = os.path.normpath(os.path.join(top, image))
+            value = value | {"image": path}
+            if not path.startswith(top + os.sep):
+                value = DataError(f"image {image} is outside of {folder}; move it there, or name the table as the data")
+        values.append(value)
+    return elements._replace(values=values)
 
 
 def group_captions(elements: Elements) -> Elements:
