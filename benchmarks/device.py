@@ -97,13 +97,13 @@ class Context:
         """The dtype of the model: bf16 on a GPU."""
         return "bf16" if self.device_name == "cuda" else "fp32"
 
-    def add(self, work: str, name: str, contender: str, **fields: Any) -> None:
+    def add(self, work: str, name: str, backend: str, **fields: Any) -> None:
         """Append a row; see `plain_row`."""
-        self.append(row=plain_row(work, name, contender, **fields))
+        self.append(row=plain_row(work, name, backend, **fields))
 
-    def add_out_of_time(self, work: str, name: str, contender: str, **fields: Any) -> None:
+    def add_out_of_time(self, work: str, name: str, backend: str, **fields: Any) -> None:
         """Append a row of work that there was no time for."""
-        self.add(work, name, contender, status="absent", reason="no time was left for it in this stage", **fields)
+        self.add(work, name, backend, status="absent", reason="no time was left for it in this stage", **fields)
 
     def append(self, **content: Any) -> None:
         """Append a `row` or facts about the `machine`."""
@@ -146,17 +146,15 @@ class Plan:
 
 
 def plain_row(
-    work: str, name: str, contender: str, *, dtype: str = "-", status: str = "measured", unit: str = "calls",
-    items: int = 1, seconds: Sequence[float] = (), **fields: Any,
+    work: str, name: str, backend: str, *, dtype: str = "-", status: str = "measured", reason: str | None = None,
+    unit: str = "calls", items: int = 1, seconds: Sequence[float] = (), **extra: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A `record.Row` as plain values."""
-    row: dict[str, Any] = {
-        "work": work, "name": name, "contender": contender, "label": contender, "dtype": dtype, "status": status,
-        "unit": unit, "items": items, "seconds": list(seconds),
+    """A `record.Result` as plain values."""
+    return {
+        "work": work, "name": name, "backend": backend, "label": backend, "dtype": dtype, "status": status,
+        "reason": reason, "unit": unit, "items": items, "seconds": list(seconds),
+        "extra": {name: value for name, value in extra.items() if value is not None},
     }  # fmt: skip
-    if seconds:
-        row["throughput"] = {"value": items / sorted(seconds)[len(seconds) // 2]}
-    return row | fields
 
 
 def append_entry(path: Path, stage: str, **content: Any) -> None:
@@ -289,9 +287,9 @@ def _document(plan: Plan, date: str, duration: float, interrupted: bool) -> dict
     machine["commit"] = plan.commit or os.environ.get("XFM_COMMIT") or machine.get("commit")
     options = {"budget": plan.budget, "small": plan.small, "stages": [stage.name for stage in plan.stages]}
     return {
-        "schema_version": 3, "benchmark": "device", "date": date, "command": plan.command, "options": options,
-        "interrupted": interrupted, "device": plan.device, "machine": machine,
-        "rows": [entry["row"] for entry in entries if entry.get("row")], "duration_s": duration,
+        "schema_version": 4, "benchmark": "device", "title": "The first hour on a GPU", "reference": "eager",
+        "date": date, "command": plan.command, "options": options, "interrupted": interrupted, "device": plan.device,
+        "machine": machine, "rows": [entry["row"] for entry in entries if entry.get("row")], "duration_s": duration,
     }  # fmt: skip
 
 
@@ -313,21 +311,21 @@ def format_table(document: dict[str, Any]) -> str:
         _line("work", "backend", "dtype", "time", "host", "rate", "of peak", ""),
     ]
     for row in document["rows"]:
-        efficiency, times = row.get("efficiency") or {}, sorted(row["seconds"])
+        extra, times = row["extra"], sorted(row["seconds"])
         middle, rate = times[len(times) // 2] if times else None, ""
         if middle and row["unit"] not in ("calls", "stages", "tests"):
             rate = f"{row['items'] / middle:,.4g} {row['unit']}/s"
-        elif middle and efficiency.get("needed_flops"):
-            rate = f"{efficiency['needed_flops'] / middle / 1e12:.3g} TFLOP/s"
-        elif middle and efficiency.get("bytes"):
-            rate = f"{efficiency['bytes'] / middle / 1e9:,.4g} GB/s"
-        share = efficiency.get("mfu_data_sheet") or efficiency.get("share_of_floor")
+        elif middle and extra.get("needed_flops"):
+            rate = f"{extra['needed_flops'] / middle / 1e12:.3g} TFLOP/s"
+        elif middle and extra.get("bytes"):
+            rate = f"{extra['bytes'] / middle / 1e9:,.4g} GB/s"
+        share = extra.get("mfu_data_sheet") or extra.get("share_of_floor")
         status = "" if row["status"] == "measured" else row["status"]
-        by = "by events" if row.get("timed_by") == "events" else ""
+        by = "by events" if extra.get("timed_by") == "events" else ""
         lines.append(
             _line(
-                ", ".join(filter(None, (row["name"], row.get("direction")))), row["contender"], row["dtype"],
-                format_duration(middle), format_duration(row.get("host_s")), rate, f"{share:.0%}" if share else "",
+                ", ".join(filter(None, (row["name"], row.get("mode")))), row["backend"], row["dtype"],
+                format_duration(middle), format_duration(extra.get("host_s")), rate, f"{share:.0%}" if share else "",
                 ": ".join(filter(None, (by, status, row.get("reason")))),
             )
         )  # fmt: skip

@@ -36,12 +36,11 @@ _LENGTHS = (11, 12, 13, 14, 15)
 def efficiency(
     device: torch.device, flops: float, seconds: float, *, speed: float = 1.0, traffic: float | None = None
 ) -> dict[str, Any]:
-    """A `record.Efficiency` as plain values; `speed` is the rate of the dtype relative to bf16."""
+    """Arithmetic of a run as fields of a row; `speed` is the rate of the dtype relative to bf16."""
     sheet = machine.data_sheet(device)
     return {
         "needed_flops": round(flops),
         "bytes": None if traffic is None else round(traffic),
-        "intensity": flops / traffic if traffic else None,
         "mfu_data_sheet": flops / seconds / (speed * sheet.flops_per_s) if sheet and flops else None,
         "share_of_floor": traffic / sheet.bytes_per_s / seconds if sheet and traffic else None,
     }
@@ -98,9 +97,7 @@ def _add_ceiling(
     clock()
     seconds = [clock()[0] for _ in range(7)]
     share = efficiency(context.device, flops, statistics.median(seconds), **work)
-    context.add(
-        "ceiling", name, "torch", dtype=dtype, seconds=seconds, host_s=clock.host_s, timed_by=clock.by, efficiency=share
-    )
+    context.add("ceiling", name, "torch", dtype=dtype, seconds=seconds, host_s=clock.host_s, timed_by=clock.by, **share)
 
 
 def compile_launches(context: Context) -> None:
@@ -396,7 +393,6 @@ def _add_encoder(
     row = partial(
         context.add, "encoder", f"vision encoder, {batch} image{'s' if batch > 1 else ''} of {size}", contender,
         dtype="fp8" if contender == "fp8" else context.dtype, unit="images", items=batch,
-        point={"batch": batch, "image_size": size},
     )  # fmt: skip
     if context.left < least_s:
         row(status="absent", reason="no time was left for it in this stage")
@@ -414,7 +410,7 @@ def _add_encoder(
     else:
         needed, speed = flops.image_encoder(model.config, batch).total, 2.0 if contender == "fp8" else 1.0
         share = efficiency(device, needed, statistics.median(seconds), speed=speed)
-        row(seconds=seconds, host_s=host, efficiency=share)
+        row(seconds=seconds, host_s=host, **share)
 
 
 def _timed_blocks(run: Call, device: torch.device) -> tuple[list[float], float | None]:
@@ -459,8 +455,7 @@ def measure_training_step(context: Context) -> None:
         "train-step", f"training step, {pairs} pairs of {config.image_size} px, ITC + ITM + IMLM + MIM", "xfm-fast",
         dtype=context.dtype, unit="pairs", items=pairs, seconds=seconds,
         timed_by="events" if context.device.type == "cuda" else "clock",
-        point={"batch": pairs, "image_size": config.image_size, "dropout": False},
-        efficiency=efficiency(context.device, needed, statistics.median(seconds)),
+        **efficiency(context.device, needed, statistics.median(seconds)),
     )  # fmt: skip
 
 
@@ -543,7 +538,7 @@ def rerank_coco(context: Context) -> None:
     context.add(
         "rerank", f"COCO-5k re-ranking at {size}, random embeddings, {scored} of {candidates.pairs} pairs", "xfm-fast",
         dtype=context.dtype, unit="pairs", items=scored, seconds=[seconds],
-        status="measured" if complete else "partial", reason=reason, efficiency=efficiency(device, needed, seconds),
+        status="measured" if complete else "partial", reason=reason, **efficiency(device, needed, seconds),
     )  # fmt: skip
 
 

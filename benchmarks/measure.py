@@ -1,8 +1,8 @@
-"""How everything is measured: contenders take turns in one process, between probes of what the machine does just then.
+"""The harness: backends of a case agree with its reference, then take turns in one process, beside machine probes.
 
-The machine's speed drifts, so every round runs every contender, in an order that turns, with a matrix product and a
-copy timed before, between and after the rounds. Medians are reported with bootstrap intervals, ratios from samples of
-the same rounds. A result counts only where it agrees with the reference as far as rounding explains the difference.
+The machine's speed drifts, so every round runs every backend, in rotating order, with GEMM and copy probes before,
+between and after the rounds. Medians have bootstrap intervals, ratios come from samples of the same rounds. A backend
+is timed only if its result agrees with the reference as far as rounding explains the difference.
 """
 
 from __future__ import annotations
@@ -11,41 +11,44 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.kernels.cpu import llvm
-from xfm_fast.kernels.cpu.gemm import compiled_linear
+from xfm_fast.errors import XFMError
 from xfm_fast.memory import PeakMemory
 
-from .machine import EnergyMeter, GpuState
-from .record import Comparison, Conditions, Energy, Interval, Latency, Memory, Probe, Row, finite
-from .timing import DTYPES, one_line, rotated, timed
-from .timing import FP32_BAND as FP32_BAND
-from .timing import parity_band as parity_band
-from .timing import relative_error as relative_error
+from . import machine
+from .machine import EnergyMeter
+from .probes import MachineProbes, Readings
+from .record import (
+    SCHEMA_VERSION,
+    Comparison,
+    Direction,
+    Document,
+    Extra,
+    Mode,
+    Parity,
+    Result,
+    Status,
+    finite,
+    is_ours,
+)
+from .timing import DTYPES, FP32_BAND, one_line, parity_band, relative_error, rotated, timed
 
-# One layer's worth of work for the MLP of a base-size encoder; on a GPU a product that fills it.
-PROBE_SHAPE = {"cpu": (1280, 768, 3072), "cuda": (8192, 8192, 8192)}
-# Beyond any cache, and a millisecond of a GPU's time.
-_COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-# A probe that moves by more than this says that something else ran on the machine.
-CONTENTION = 0.10
-# An emulated type may take seconds for one product.
-_PROBE_S = 0.5
 _RESAMPLES = 2000
+# Samples from which an interval is given.
 _ENOUGH = 3
-"""Samples from which an interval is told."""
-
 # 16-bit results of the model differ from fp32 by the rounding of three encoders and of their embeddings, in spacings of
-# the type. The official algorithm's own error at a few requests is one draw: luck may make it a third of that, and then
-# says nothing about another order of summation.
+# the dtype. The official algorithm's own error at a few requests is one draw, and may be a third of that by luck.
 MODEL_ROUNDING = 3.5
 
 
@@ -56,7 +59,7 @@ class Progress:
     Attributes:
         begin: called with the number of stages.
         stage: called with the name of a stage when it begins.
-        step: called with what runs next within a stage, and how long the stage still takes where that is known.
+        step: called with what runs next within a stage.
     """
 
     begin: Callable[[int], None] = lambda stages: None
@@ -64,267 +67,260 @@ class Progress:
     step: Callable[[str], None] = lambda what: None
 
 
-class Sample(NamedTuple):
-    """One run: its output and seconds, and the memory that it took, of the process or of CUDA's allocator."""
+class Difference(NamedTuple):
+    """Largest difference between two results, relative to the largest value, and a remark."""
 
-    output: Any
-    seconds: float
-    memory: Memory
-
-
-def sample(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> Sample:
-    """Run once and see its time and its memory; `waits` as in `timed`."""
-    if device.type != "cuda":
-        with PeakMemory() as seen:
-            output, seconds = timed(run, device)
-        memory = Memory(peak_bytes=seen.peak, grown_bytes=seen.peak - seen.start, method=seen.method)
-        return Sample(output, seconds, memory)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    output, seconds = timed(run, device, waits=waits)
-    peak = torch.cuda.max_memory_allocated()
-    return Sample(output, seconds, Memory(peak_bytes=peak, grown_bytes=peak - before, method="CUDA allocator"))
+    error: float
+    note: str = ""
 
 
+def tensors_differ(ours: Tensor, theirs: Tensor) -> Difference:
+    """`relative_error` as a `Difference`."""
+    return Difference(relative_error(ours, theirs))
+
+
+Call = Callable[..., Any]
 Block = Callable[[], list[float]]
 """Runs once or a few times and returns the seconds of each run."""
 
 
-class Watched:
-    """A block of one run that also sees its memory; the last output and the highest peak are kept."""
+@dataclass
+class Backend:
+    """One way to do the work of a case, in one dtype.
 
-    def __init__(self, run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> None:
-        self._run, self._device, self._waits = run, device, waits
-        self.output: Any = None
-        self.memory: Memory | None = None
+    Attributes:
+        name: stable; `label` is for readers.
+        build: makes the call to time. It may raise whatever its library raises.
+        check: gives the result to compare with the reference; by default the call does.
+        lacking: status and reason if it does not run.
+        band: allowed error, if rounding in the dtype does not explain it.
+        optional: its result may differ; then it is not offered.
+        bounds: computes less than the work and so bounds its time; its result is not compared.
+        parity: if it was compared before.
+        extra: known before it runs.
+        detail: further `extra`, asked for after the timing with the median in seconds.
+    """
 
-    def __call__(self) -> list[float]:
-        self.output, seconds, memory = sample(self._run, self._device, waits=self._waits)
-        if self.memory is None or memory.peak_bytes > self.memory.peak_bytes:
-            self.memory = memory
-        return [seconds]
+    name: str
+    dtype: str
+    build: Callable[[], Any]
+    label: str = ""
+    check: Call | None = None
+    lacking: tuple[Status, str | None] | None = None
+    band: float | None = None
+    optional: bool = False
+    bounds: bool = False
+    parity: Parity | None = None
+    extra: Extra = field(default_factory=dict)
+    detail: Callable[[float], Extra] = lambda median_s: {}
 
+    def __post_init__(self) -> None:
+        self.label = self.label or self.name
 
-def _best_rate(amount: float, run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """`amount` a second in the fastest of a few runs."""
-    best, spent = math.inf, 0.0
-    for _ in range(repeats):
-        _, seconds = timed(run, device)
-        best, spent = min(best, seconds), spent + seconds
-        if spent > _PROBE_S:
-            break
-    return amount / best
-
-
-class GemmProbe:
-    """This machine's rate at matrix products, in FLOP/s: on a CPU the best of MKL (`F.linear`), oneDNN and our own."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
-        self.shape = rows, inputs, outputs = PROBE_SHAPE[device.type]
-        generator = torch.Generator().manual_seed(0)
-        self.flops, self._device = 2 * rows * inputs * outputs, device
-        x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
-        weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(device, dtype)
-        candidates: dict[str, Callable[[], object]] = {"cuBLAS" if x.is_cuda else "MKL": lambda: F.linear(x, weight)}
-        if not x.is_cuda:
-            candidates |= _onednn(x, weight)
-            if llvm.why_not(dtype) is None:
-                candidates["LLVM"] = lambda: compiled_linear(x, weight, None)
-        with torch.no_grad():
-            for run in candidates.values():
-                # The first call of a library prepares it, which may take longer than all that is timed.
-                run()
-            rates = {name: _best_rate(self.flops, run, device, 4) for name, run in candidates.items()}
-        self.library = max(rates, key=rates.__getitem__)
-        self._run = candidates[self.library]
-
-    def __call__(self, repeats: int = 3) -> float:
-        """Best rate of a few products."""
-        with torch.no_grad():
-            return _best_rate(self.flops, self._run, self._device, repeats)
-
-
-def _onednn(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    """OneDNN's products by name, as far as this build of PyTorch has them: the operations are private."""
-    try:
-        product = torch.ops.mkldnn._linear_pointwise
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
-        weights = {"oneDNN": weight, "oneDNN, packed weight": packed}
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return {}
-    usable: dict[str, Callable[[], object]] = {}
-    for name, given in weights.items():
-        try:
-            product(x, given, None, "none", [], "")
-        except (RuntimeError, AttributeError, NotImplementedError):
-            continue
-        usable[name] = lambda given=given: product(x, given, None, "none", [], "")
-    return usable
-
-
-def moved(rates: Sequence[float]) -> bool:
-    """True where a probe left its median by more than `CONTENTION`."""
-    middle = statistics.median(rates)
-    return max(abs(rate / middle - 1) for rate in rates) > CONTENTION
+    @property
+    def key(self) -> str:
+        """Name and dtype."""
+        return f"{self.name} {self.dtype}"
 
 
 @dataclass
-class Readings:
-    """Results of the probes, in order."""
+class Case:
+    """An amount of work, the backends that do it, and the reference that they have to agree with.
 
-    gemm: dict[str, list[float]]
-    copies: list[float] = field(default_factory=list)
-    clocks_mhz: list[float] = field(default_factory=list)
-    temperatures_c: list[float] = field(default_factory=list)
+    Attributes:
+        work: kind of work; `name` says the amount, for readers.
+        items: of one run, counted in `unit`.
+        judge: name of the reference; if it is a backend too, its first result is the reference.
+        reference: the reference's result in a dtype, in `exact` the truth; None where backends were compared before.
+        wide: the reference can be computed in fp64 too.
+        compare: the difference of two results.
+        fp32_band: error allowed in fp32; `rounding`: least error of 16-bit results, in spacings of the dtype.
+        count: `extra` that follows from a result, such as `needed_flops` and `bytes`.
+        block: makes of a call what is timed; by default one run, whose memory is watched.
+        search: measures the calls of the backends that agree in another way than by rounds, and fills in their results.
+        grad: leave automatic differentiation on.
+        rounds, budget_s, most_rounds, warmups, deadline: see `interleave`.
+    """
 
-    def rate(self, dtype: str) -> float | None:
-        """Median FLOP/s at matrix products; None where the type was not probed."""
-        return statistics.median(self.gemm[dtype]) if self.gemm.get(dtype) else None
+    work: str
+    name: str
+    backends: Sequence[Backend]
+    unit: str = "calls"
+    items: int = 1
+    mode: Mode | Direction = "offline"
+    judge: str = ""
+    reference: Callable[[str], Any] | None = None
+    exact: str = "fp32"
+    wide: bool = False
+    compare: Callable[[Any, Any], Difference] = tensors_differ
+    fp32_band: float = FP32_BAND
+    rounding: float = 0.0
+    count: Callable[[Backend, Any], Extra] = lambda backend, result: {}
+    block: Callable[[Call], Block] | None = None
+    search: Callable[[Run, dict[str, Call], dict[str, Result]], None] | None = None
+    grad: bool = False
+    rounds: int = 5
+    budget_s: float = 0.0
+    most_rounds: int = 15
+    warmups: int = 1
+    deadline: float = math.inf
 
-    def conditions(self, dtype: str) -> Conditions | None:
-        """Conditions of a row of this type."""
-        gemm = self.gemm.get(dtype)
-        if not gemm:
-            return None
-        remarks = []
-        if moved(gemm):
-            remarks.append(f"the matrix rate moved by more than {CONTENTION:.0%}")
-        if self.clocks_mhz and moved(self.clocks_mhz):
-            remarks.append(f"the GPU's clock went from {self.clocks_mhz[0]:.0f} to {self.clocks_mhz[-1]:.0f} MHz")
-        if self.temperatures_c and self.temperatures_c[-1] - self.temperatures_c[0] > 10:
-            remarks.append(f"the GPU warmed from {self.temperatures_c[0]:.0f} to {self.temperatures_c[-1]:.0f} °C")
-        return Conditions(
-            gemm_flops_per_s=list(gemm), copy_bytes_per_s=list(self.copies), contended=moved(gemm),
-            drift=gemm[-1] / gemm[0], clocks_mhz=list(self.clocks_mhz), temperatures_c=list(self.temperatures_c),
-            note="; ".join(remarks),
+    def result(self, backend: Backend) -> Result:
+        """A result without numbers."""
+        status, reason = backend.lacking or ("measured", None)
+        extra = backend.extra | ({"bounds": 1} if backend.bounds else {})
+        return Result(
+            work=self.work, name=self.name, mode=self.mode, backend=backend.name, label=backend.label,
+            dtype=backend.dtype, status=status, reason=reason, unit=self.unit, items=self.items, parity=backend.parity,
+            extra=extra,
         )  # fmt: skip
 
 
-class MachineProbes:
-    """The probes of some types on a device: products, copies and, of a GPU, clock and temperature, read together."""
+class Watched:
+    """A block of one run that keeps its last output and its peak memory."""
 
-    def __init__(self, dtypes: Sequence[str], device: torch.device) -> None:
-        self._device, self._gpu = device, GpuState(device)
-        self._gemm = {name: GemmProbe(DTYPES[name], device) for name in dtypes}
-        self._source = torch.ones(_COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device)
-        self._target = torch.empty_like(self._source)
-        self._copy()
+    def __init__(self, run: Call, device: torch.device) -> None:
+        self._run, self._device = run, device
+        self.output: Any = None
+        self.memory: Extra = {}
 
-    def _copy(self) -> float:
-        """Bytes a second that a large copy reads and writes."""
-        return _best_rate(2 * self._source.nbytes, lambda: self._target.copy_(self._source), self._device)
+    def __call__(self) -> list[float]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.output, seconds = timed(self._run, self._device)
+            peak, method = torch.cuda.max_memory_allocated(), "CUDA allocator"
+        else:
+            with PeakMemory() as seen:
+                self.output, seconds = timed(self._run, self._device)
+            peak, before, method = seen.peak, seen.start, seen.method
+        known = self.memory.get("peak_bytes")
+        if not isinstance(known, int) or peak > known:
+            self.memory = {"peak_bytes": peak, "grown_bytes": peak - before, "memory_method": method}
+        return [seconds]
 
-    def readings(self) -> Readings:
-        """An empty list of readings."""
-        return Readings({name: [] for name in self._gemm})
 
-    def read(self, into: Readings) -> None:
-        """Take one reading of everything."""
-        for name, probe in self._gemm.items():
-            into.gemm[name].append(probe())
-        into.copies.append(self._copy())
-        state = self._gpu()
-        if state is not None:
-            into.clocks_mhz.append(state.clock_mhz)
-            into.temperatures_c.append(state.temperature_c)
+class Comparator:
+    """Compares results of a case with its reference, whose results are computed once per dtype."""
 
-    def describe(self) -> dict[str, Probe]:
-        """A reading of its own for the head of a document."""
-        return {
-            name: Probe(
-                library=probe.library, shape=list(probe.shape), gemm_flops_per_s=probe(),
-                copy_bytes_per_s=self._copy(), copy_buffer_bytes=self._source.nbytes,
-            )
-            for name, probe in self._gemm.items()
-        }  # fmt: skip
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        # Results may be large: only the exact one is kept.
+        self._known: list[Any] = []
+        self._own: dict[str, float] = {}
+
+    def _exact(self) -> Any:
+        if not self._known:
+            self._known = [self._compute(self._case.exact)]
+        return self._known[0]
+
+    def _compute(self, dtype: str) -> Any:
+        assert self._case.reference is not None
+        with torch.set_grad_enabled(self._case.grad):
+            return self._case.reference(dtype)
+
+    def _own_error(self, dtype: str) -> float:
+        """Error of the reference itself in a dtype; in the exact one, against fp64."""
+        case = self._case
+        if dtype not in self._own:
+            if dtype != case.exact:
+                self._own[dtype] = case.compare(self._compute(dtype), self._exact()).error
+            elif case.wide:
+                self._own[dtype] = case.compare(self._exact(), self._compute("fp64")).error
+            else:
+                return 0.0
+        return self._own[dtype]
+
+    def parity(self, backend: Backend, result: Any) -> Parity:
+        """The difference from the reference, and the one that rounding explains."""
+        case, kind = self._case, DTYPES.get(backend.dtype, torch.float32)
+        if backend.name == case.judge and backend.dtype == case.exact:
+            self._known = self._known or [result]
+        difference = case.compare(result, self._exact())
+        error, band = difference.error, backend.band
+        if backend.name == case.judge and backend.dtype != case.exact:
+            self._own.setdefault(backend.dtype, error)
+        if band is None and kind == torch.float32 and error <= case.fp32_band:
+            band = case.fp32_band
+        if band is None:
+            least = 0.0 if kind == torch.float32 else case.rounding * torch.finfo(kind).eps
+            band = parity_band(kind, max(self._own_error(backend.dtype), least), fp32=case.fp32_band)
+        cosine = None
+        if backend.dtype == "int8" and isinstance(result, Tensor):
+            pair = (value.double().flatten() for value in (result, self._exact()))
+            cosine = finite(float(torch.cosine_similarity(*pair, dim=0)))
+        return Parity(
+            error=finite(error), band=band, passed=error <= band, against=f"{case.judge} {case.exact}",
+            note=difference.note, cosine=cosine,
+        )  # fmt: skip
 
 
 @dataclass
 class Samples:
-    """Results of the rounds, by the key of a contender: its name and, behind a blank, its type.
+    """Results of the rounds by the key of a backend, its name and dtype.
 
     Attributes:
         rounds: seconds of every run, round by round.
-        failures: one line for each contender that raised an error, which takes no part from then on.
-        joules, busy_s: counted during the blocks, and how long these took; empty without a counter.
+        failures: one line for each backend that raised an error, and takes no further part.
+        joules, busy_s: energy of the blocks, and their time; empty without a counter.
         interrupted: stopped by Ctrl-C; whole blocks were kept.
     """
 
     rounds: dict[str, list[list[float]]]
-    readings: Readings
+    readings: Readings = field(default_factory=Readings)
     failures: dict[str, str] = field(default_factory=dict)
     joules: dict[str, float] = field(default_factory=dict)
     busy_s: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
 
     def seconds(self, key: str) -> list[float]:
-        """Seconds of every run of a contender."""
+        """Seconds of every run of a backend."""
         return [second for block in self.rounds.get(key, []) for second in block]
 
     def share_of_rate(self, key: str, flops: float) -> float | None:
-        """Median of FLOP/s over the matrix rate that was probed before and after the same round."""
+        """Median of FLOP/s over the GEMM rate that was probed before and after the same round."""
         rates = self.readings.gemm.get(key.rsplit(" ", 1)[1], [])
         shares = shares_of_rate(flops, [statistics.median(block) for block in self.rounds[key]], rates)
         return statistics.median(shares) if shares else None
 
-    def against(self, key: str) -> list[Comparison]:
-        """The time of every other contender over that of `key`, from samples of the same rounds."""
-        dtype, ours, found = key.rsplit(" ", 1)[1], self.seconds(key), []
-        for other in self.rounds:
-            contender, its_dtype = other.rsplit(" ", 1)
-            theirs = self.seconds(other)
-            if other != key and ours and theirs:
-                found.append(compared(contender, its_dtype, dtype, theirs, ours))
-        return found
 
-    def energy(self, key: str, items: int, source: str) -> Energy | None:
-        """Joules an item."""
-        if key not in self.joules:
-            return None
-        done = items * len(self.seconds(key))
-        return Energy(
-            joules_per_item=self.joules[key] / done, watts=self.joules[key] / self.busy_s[key], source=source
-        )  # fmt: skip
-
-
-def compared(contender: str, its_dtype: str, dtype: str, theirs: Sequence[float], ours: Sequence[float]) -> Comparison:
-    """How many times as fast `ours` of a type are as another contender's samples of the same rounds."""
+def compared(key: str, dtype: str, theirs: Sequence[float], ours: Sequence[float]) -> Comparison:
+    """How many times as fast `ours` in a dtype are as the samples of another backend from the same rounds."""
+    backend, its_dtype = key.rsplit(" ", 1)
     low, high = ratio_interval(theirs, ours)
     ratio = statistics.median(theirs) / statistics.median(ours)
     same = its_dtype == dtype
-    return Comparison(contender=contender, dtype=its_dtype, like_for_like=same, ratio=ratio, low=low, high=high)
+    return Comparison(backend=backend, dtype=its_dtype, like_for_like=same, ratio=ratio, low=low, high=high)
 
 
 def interleave(
-    blocks: Mapping[str, Block], probes: MachineProbes | None = None, *, rounds: int, budget_s: float,
-    most_rounds: int = 15, warmups: Mapping[str, int] | int = 0, deadline: float = math.inf,
-    meter: EnergyMeter | None = None, on_step: Callable[[str], None] = lambda what: None, grad: bool = False,
+    blocks: Mapping[str, Block], probes: MachineProbes | None = None, *, rounds: int, budget_s: float = 0.0,
+    most_rounds: int = 15, warmups: int = 0, deadline: float = math.inf, meter: EnergyMeter | None = None,
+    on_step: Callable[[str], None] = lambda what: None, grad: bool = False,
 ) -> Samples:  # fmt: skip
-    """Run the block of every contender once a round, in an order that turns, with the probes before, between and after.
-
-    A contender that raises an error takes no further part; the others go on.
+    """Run the block of every backend once a round, in rotating order, with the probes before, between and after.
 
     Args:
-        blocks: by key, a contender's name and type.
-        rounds: at least so many, as far as the deadline allows, and one in any case.
+        blocks: by key, a backend's name and dtype.
+        rounds: least number, as far as the deadline allows, and one in any case.
         budget_s: more than `rounds` are run while all of them take no longer than this, up to `most_rounds`.
         warmups: untimed blocks of each before the first round.
         deadline: `time.perf_counter()` by which the last round has to end, unless it is the first.
         meter: counts energy where it can.
-        on_step: told what runs next, for a progress display.
+        on_step: called with what runs next, for a progress display.
         grad: leave automatic differentiation on.
     """
-    out = Samples({name: [] for name in blocks}, Readings({}) if probes is None else probes.readings())
+    out = Samples({name: [] for name in blocks})
 
     def read() -> None:
         if probes is not None:
             probes.read(out.readings)
 
-    with nullcontext() if grad else torch.no_grad():
+    with torch.set_grad_enabled(grad):
         try:
             for name, block in blocks.items():
-                for _ in range(warmups if isinstance(warmups, int) else warmups.get(name, 0)):
+                for _ in range(warmups):
                     on_step(f"{name}, warm-up")
                     _attempt(name, block, out)
             started, done = time.perf_counter(), 0
@@ -360,7 +356,7 @@ def _attempt(name: str, block: Block, out: Samples, meter: EnergyMeter | None = 
     before, begun = counter.joules() if counter else 0.0, time.perf_counter()
     try:
         seconds = block()
-    except Exception as error:  # a baseline of another library may fail in any way; the run goes on
+    except Exception as error:  # a backend of another library may fail in any way; the run goes on
         out.failures[name] = one_line(error)
         return None
     if counter:
@@ -369,40 +365,232 @@ def _attempt(name: str, block: Block, out: Samples, meter: EnergyMeter | None = 
     return seconds
 
 
-def filled(row: Row, key: str, samples: Samples, memory: Memory | None = None) -> Row:
-    """A row with what the rounds gave for its contender; `partial` where they were interrupted, or `failed`."""
-    seconds = samples.seconds(key)
+class Run:
+    """A benchmark that has begun: its options, document, machine probes and progress display.
+
+    Attributes:
+        dtypes: to measure; `absent` are those that this machine does not offer, with the reason.
+        scratch: a folder for files of this run.
+        keep: called with the document when it has new results.
+    """
+
+    def __init__(
+        self, document: Document, options: Any, progress: Progress, dtypes: Sequence[str], scratch: Path,
+        keep: Callable[[Document], None],
+    ) -> None:  # fmt: skip
+        self.document, self.options, self.progress, self.scratch, self.keep = document, options, progress, scratch, keep
+        self.device = torch.device(document.device)
+        self.dtypes, self.absent = machine.choose_dtypes(dtypes, self.device)
+        self.probes: MachineProbes | None = None
+        self.meter: EnergyMeter | None = None
+
+    def probe(self) -> None:
+        """Prepare the machine probes and the energy counter."""
+        self.probes, self.meter = MachineProbes(self.dtypes, self.device), EnergyMeter(self.device)
+        self.document.probes, self.document.energy_note = self.probes.describe(), self.meter.reason
+
+    def add(self, rows: Sequence[Result]) -> None:
+        """Add results to the document."""
+        self.document.rows += rows
+        self.keep(self.document)
+
+    def measure(self, case: Case) -> list[Result]:
+        """Measure a case and add its results.
+
+        Raises:
+            KeyboardInterrupt: the rounds were interrupted; the results are there.
+        """
+        rows, interrupted = _measured(case, self)
+        self.add(rows)
+        if interrupted:
+            raise KeyboardInterrupt
+        return rows
+
+
+class Benchmark(Protocol):
+    """Measures a list of cases: see `benchmark`."""
+
+    def __call__(
+        self, options: Any, progress: Progress | None = None, command: Sequence[str] = (),
+        keep: Callable[[Document], None] = ..., **given: Any,
+    ) -> Document:  # fmt: skip
+        """Measure on this machine; Ctrl-C ends the run and keeps what was measured, marked as interrupted.
+
+        Raises:
+            XFMError: an option or an input cannot be used.
+        """
+        ...
+
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..., Any]], Benchmark]:
+    """Register a benchmark: a generator of cases from a `Run`, each measured before the next is made.
+
+    Args:
+        name: in documents.
+        title: of its report.
+        reference: the backend that speed-ups refer to.
+    """
+
+    def register(cases: Callable[..., Any]) -> Benchmark:
+        def measure(
+            options: Any, progress: Progress | None = None, command: Sequence[str] = (),
+            keep: Callable[[Document], None] = lambda document: None, **given: Any,
+        ) -> Document:  # fmt: skip
+            begun = time.perf_counter()
+            asked: Any = SimpleNamespace(**{"threads": None, "seed": 0, "device": "cpu", "dtype": ()} | vars(options))
+            device = machine.choose_device(asked.device)
+            dtypes = asked.dtype if isinstance(asked.dtype, tuple) else [n for n in DTYPES if n == asked.dtype]
+            torch.set_num_threads(asked.threads or machine.default_threads())
+            torch.manual_seed(asked.seed)
+            plain = {
+                key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+                for key, value in (vars(options) | given).items()
+            }
+            document = Document(
+                schema_version=SCHEMA_VERSION, benchmark=name, title=title, reference=reference,
+                date=datetime.now(UTC).isoformat(timespec="seconds"), command=list(command), options=plain,
+                device=device.type, machine=machine.describe(),
+            )  # fmt: skip
+            with TemporaryDirectory(prefix="xfm-bench-", ignore_cleanup_errors=True) as scratch:
+                run = Run(document, options, progress or Progress(), dtypes, Path(scratch), keep)
+                try:
+                    with closing(cases(run, **given)) as listed:
+                        for case in listed:
+                            run.measure(case)
+                except KeyboardInterrupt:
+                    document.interrupted = True
+            document.duration_s = time.perf_counter() - begun
+            return document
+
+        BENCHMARKS[name] = measure
+        return measure
+
+    return register
+
+
+def _measured(case: Case, run: Run) -> tuple[list[Result], bool]:
+    """Results of a case, and whether its rounds were interrupted."""
+    rows = {backend.key: case.result(backend) for backend in case.backends}
+    calls: dict[str, Call] = {}
+    counted: dict[str, Extra] = {}
+    comparator = Comparator(case)
+    # The judge first: its result is the reference.
+    for backend in sorted(case.backends, key=lambda one: one.name != case.judge):
+        row = rows[backend.key]
+        if backend.lacking is not None:
+            continue
+        run.progress.step(f"comparing {backend.key}")
+        try:
+            with torch.set_grad_enabled(case.grad):
+                call = backend.build()
+                if case.reference is not None and not backend.bounds:
+                    found = (backend.check or call)()
+                    row.parity = comparator.parity(backend, found)
+                    counted[backend.key] = case.count(backend, found)
+                    del found
+                else:
+                    counted[backend.key] = case.count(backend, None)
+        except Exception as error:  # of any library: its own row alone is lost
+            refused = backend.dtype == "int8" and isinstance(error, XFMError)
+            row.status, row.reason = "not offered" if refused else "failed", one_line(error)
+            continue
+        if row.parity is not None and not row.parity.passed:
+            _refuse(row, optional=backend.optional)
+            continue
+        calls[backend.key] = call
+    del comparator
+    ours = [backend for backend in case.backends if is_ours(backend.name)]
+    if ours and not any(backend.key in calls for backend in ours):
+        # Nothing to compare with.
+        return [row for row in rows.values() if row.status != "measured"], False
+    interrupted = False
+    for key in calls:
+        rows[key].extra |= counted[key]
+    if case.search is not None:
+        try:
+            case.search(run, calls, rows)
+        except KeyboardInterrupt:
+            interrupted = True
+        return list(rows.values()), interrupted
+    block = case.block or (lambda call: Watched(call, run.device))
+    blocks = {key: block(call) for key, call in calls.items()}
+    samples = interleave(
+        blocks, run.probes, rounds=case.rounds, budget_s=case.budget_s, most_rounds=case.most_rounds,
+        warmups=case.warmups, deadline=case.deadline, meter=run.meter, on_step=run.progress.step, grad=case.grad,
+    )  # fmt: skip
+    for backend in case.backends:
+        if backend.key in blocks:
+            _fill(rows[backend.key], backend, samples, blocks[backend.key], run)
+    there = {(row.backend, row.dtype) for row in rows.values() if row.measured}
+    for row in rows.values():
+        row.against = [other for other in row.against if (other.backend, other.dtype) in there]
+    return list(rows.values()), samples.interrupted
+
+
+def _refuse(row: Result, *, optional: bool) -> None:
+    """Mark a result that differs from the reference."""
+    assert row.parity is not None
+    error = math.inf if row.parity.error is None else row.parity.error
+    row.reason = f"error {error:.1e} exceeds {row.parity.band:.1e}; no speed is reported"
+    row.status = "parity failed"
+    if optional:
+        row.status, row.parity = "not offered", None
+
+
+def _fill(row: Result, backend: Backend, samples: Samples, block: Block, run: Run) -> None:
+    """Fill in what the rounds gave."""
+    key, seconds = backend.key, samples.seconds(backend.key)
     if key in samples.failures:
-        return row.model_copy(update={"status": "failed", "reason": samples.failures[key]})
+        row.status, row.reason = "failed", samples.failures[key]
+        return
+    if samples.interrupted:
+        when = f"after {len(seconds)} samples" if seconds else "before its first sample"
+        row.status, row.reason = "partial", f"interrupted {when}"
     if not seconds:
-        return row.model_copy(update={"status": "partial", "reason": "interrupted before its first sample"})
-    updates: dict[str, Any] = {
-        "status": "partial" if samples.interrupted else "measured",
-        "reason": f"interrupted after {len(seconds)} samples" if samples.interrupted else None,
-        "against": samples.against(key) if row.ours else [],
-        "memory": memory,
-        "conditions": samples.readings.conditions(row.dtype),
-    }
-    if row.mode == "single-stream":
-        return row.model_copy(update=updates | {"latency": latency(seconds)})
-    return row.model_copy(update=updates | {"seconds": seconds, "throughput": throughput(row.items, seconds)})
+        return
+    row.seconds = seconds
+    if row.ours:
+        row.against = [
+            compared(other, row.dtype, samples.seconds(other), seconds)
+            for other in samples.rounds
+            if other != key and samples.seconds(other)
+        ]
+    row.contended = samples.readings.contended(row.dtype)
+    if note := samples.readings.note(row.dtype):
+        row.extra["note"] = note
+    low, high = bootstrap(np.median, seconds) or (None, None)
+    if low is not None and high is not None and row.mode == "offline":
+        row.extra |= {"rate_low": row.items / high, "rate_high": row.items / low}
+    if isinstance(block, Watched) and "peak_bytes" not in row.extra:
+        row.extra |= block.memory
+    if key in samples.joules and run.meter is not None:
+        items = row.items * len(seconds)
+        joules = samples.joules[key]
+        row.extra |= {"joules_per_item": joules / items, "watts": joules / samples.busy_s[key]}
+    _add_efficiency(row, samples, run.device)
+    if not samples.interrupted:
+        run.progress.step(f"{key}, detail")
+        row.extra |= backend.detail(statistics.median(seconds))
 
 
-def differing(row: Row, error: float, band: float) -> dict[str, Any]:
-    """Status and reason of a row whose result is not the reference's."""
-    parity = row.parity and row.parity.model_copy(update={"error": finite(error), "passed": False})
-    return {
-        "status": "parity failed", "reason": f"error {error:.1e} exceeds {band:.1e}; no speed is reported",
-        "parity": parity,
-    }  # fmt: skip
-
-
-def agreeing(rows: Sequence[Row]) -> list[Row]:
-    """Rows of one work, their comparisons only with rows that have numbers: no ratio to a result that differs."""
-    there = {(row.contender, row.dtype) for row in rows if row.measured}
-    for row in rows:
-        row.against = [other for other in row.against if (other.contender, other.dtype) in there]
-    return list(rows)
+def _add_efficiency(row: Result, samples: Samples, device: torch.device) -> None:
+    """Rates of the arithmetic of a run over those of the machine."""
+    needed, own, moved = (row.number(name) for name in ("needed_flops", "flops", "bytes"))
+    if needed is None or row.median_s is None:
+        return
+    key, sheet = f"{row.backend} {row.dtype}", machine.data_sheet(device)
+    row.extra["mfu"] = samples.share_of_rate(key, needed)
+    if own is not None:
+        row.extra["utilisation"] = samples.share_of_rate(key, own)
+    if sheet is not None and row.dtype != "fp32":
+        row.extra["mfu_data_sheet"] = needed / row.median_s / sheet.flops_per_s
+    rates = samples.readings.gemm.get(row.dtype)
+    if moved and rates and samples.readings.copies:
+        copies = statistics.median(samples.readings.copies)
+        row.extra["roof"] = min(statistics.median(rates), needed / moved * copies)
 
 
 def shares_of_rate(flops: float, seconds: Sequence[float], rates: Sequence[float]) -> list[float]:
@@ -411,7 +599,7 @@ def shares_of_rate(flops: float, seconds: Sequence[float], rates: Sequence[float
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values does not exceed: one that was measured."""
+    """The smallest value that at least this share of the values does not exceed."""
     return float(np.quantile(values, share, method="inverted_cdf"))
 
 
@@ -452,28 +640,3 @@ def ratio_interval(
         return np.median(a, axis) / np.median(b, axis)
 
     return bootstrap(ratio, slow[:rounds], fast[:rounds], paired=paired) or (None, None)
-
-
-def interval(values: Sequence[float], share: float) -> Interval:
-    """A percentile with its bootstrap interval; the median of an even number lies between two values."""
-
-    def statistic(chosen: Any, axis: int = -1) -> Any:
-        method = "linear" if share == 0.5 else "inverted_cdf"
-        return np.quantile(chosen, share, axis=axis, method=method)
-
-    low, high = bootstrap(statistic, values) or (None, None)
-    return Interval(value=float(statistic(values)), low=low, high=high)
-
-
-def latency(seconds: Sequence[float]) -> Latency:
-    """Percentiles of requests."""
-    p50, p90, p99 = (interval(seconds, share) for share in (0.5, 0.9, 0.99))
-    return Latency(samples=list(seconds), p50=p50, p90=p90, p99=p99, mean=statistics.fmean(seconds))
-
-
-def throughput(items: int, seconds: Sequence[float]) -> Interval:
-    """Items a second of runs of `items`."""
-    time_s = interval(seconds, 0.5)
-    low = None if time_s.high is None else items / time_s.high
-    high = None if time_s.low is None else items / time_s.low
-    return Interval(value=items / time_s.value, low=low, high=high)

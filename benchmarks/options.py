@@ -17,6 +17,8 @@ Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
 FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
 FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
+Count = Annotated[int, Ge(1), Le(1_000_000)]
+Pixels = Annotated[int, Ge(1), Le(16384)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,8 @@ class SuiteOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SizeOptions(SuiteOptions):
-    """The size of the work and who takes part in it, in a scenario.
+class ScenarioOptions(SuiteOptions):
+    """Options of a scenario.
 
     Attributes:
         baselines: Names with commas, see xfm-fast bench list. [all that are installed]
@@ -74,20 +76,6 @@ class SizeOptions(SuiteOptions):
         image_size: Pixels along a side. [384; vqa 480; tiny 48]
         batch: Requests of an offline run, and the most that a server answers together.
         texts: Captions of a rerank request, questions of vqa, expressions of grounding. [64, 5 and 5; quick 8, 2 and 2]
-    """
-
-    baselines: tuple[str, ...] = ()
-    device: Device | None = None
-    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
-    batch: Annotated[int | None, Ge(1), Le(1_000_000)] = None
-    texts: Annotated[int | None, Ge(1), Le(1_000_000)] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScenarioOptions(SizeOptions):
-    """Options of a scenario.
-
-    Attributes:
         mode: single-stream, offline or server; may be repeated. [all three]
         p99_ms: Bound of the server on the 99th percentile. [4 times one request of the official algorithm]
         lengths: Of texts: captions, or a mean with a shape, such as fixed-16, uniform-16, bimodal-16.
@@ -95,11 +83,16 @@ class ScenarioOptions(SizeOptions):
         k: Images that retrieve re-ranks, or candidates of a question of vqa. [8; quick 4; vqa 128]
     """
 
+    baselines: tuple[str, ...] = ()
+    device: Device | None = None
+    image_size: Pixels | None = None
+    batch: Count | None = None
+    texts: Count | None = None
     mode: tuple[Literal["single-stream", "offline", "server"], ...] = ()
     p99_ms: Annotated[float | None, Gt(0), Predicate(isfinite)] = None
     lengths: str = "captions"
-    index: Annotated[int | None, Ge(1), Le(1_000_000)] = None
-    k: Annotated[int | None, Ge(1), Le(1_000_000)] = None
+    index: Count | None = None
+    k: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +107,9 @@ class CocoOptions(ModelOptions):
     """
 
     device: Device | None = None
-    images: Annotated[int, Ge(1), Le(1_000_000)] = 64
-    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
-    k: Annotated[int | None, Ge(1), Le(1_000_000)] = None
+    images: Count = 64
+    image_size: Pixels | None = None
+    k: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,46 +148,36 @@ class KernelOptions:
 
     Attributes:
         dtype: The type of the tensors. [bf16 on a GPU, fp32 on a CPU]
+        device: The device to measure. [a GPU where there is one]
         small: Shapes of milliseconds, to see that everything runs.
     """
 
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    device: Device | None = None
     small: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """Options of the service under load.
+class ServeOptions(ModelOptions):
+    """Options of the service under load; quick takes two contenders instead of three.
 
     Attributes:
-        preset: Size of the model.
-        checkpoint: Folder that save_pretrained wrote. [random weights]
-        data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
-        device: The device to measure. [a GPU where there is one]
         dtype: Number format of the weights.
-        clients: Clients that ask at a time, with commas.
+        device: The device to measure. [a GPU where there is one]
+        clients: Clients at a time, with commas.
         documents: Documents of a request.
         requests: Requests of a window, at least as many as clients.
         rounds: Windows of each contender.
         soak: Seconds of a soak with all kinds of requests after the measurements; 600 are ten minutes.
-        quick: Two contenders instead of three.
-        seed: Of random weights and of what is asked.
     """
 
-    preset: Preset = "base"
-    checkpoint: Path | None = None
-    data: Path | None = None
-    tokenizer: Path | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"  # pyright: ignore[reportIncompatibleVariableOverride]
     device: Device | None = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
     clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
     documents: Annotated[int, Ge(4), Le(64)] = 16
     requests: Annotated[int, Ge(1)] = 32
     rounds: Annotated[int, Ge(1)] = 5
     soak: Annotated[float, Ge(0)] = 0.0
-    quick: bool = False
-    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,8 @@ from xfm_fast.export.runtimes import Runtime, runtimes
 from xfm_fast.kernels.cpu import int8
 
 from ..material.inputs import Subjects
-from ..measure import DTYPES
 from ..record import OFFICIAL, OFFICIAL_CODE, OURS
-from ..timing import why_not_compiled
+from ..timing import DTYPES, why_not_compiled
 from .engine import Built, Engine, Schedule, TaskEngine
 from .official_algorithm import OfficialEngine
 from .official_finetuning import official_engine

@@ -39,7 +39,7 @@ def png(document: Document, path: Path, *, source: str = "") -> None:
     # One chart per kind of work, in the dtype that gains most, like for like.
     document = document.model_copy(update={"rows": [row for row in document.rows if row.dtype != "int8"]})
     best: dict[str, charts.Bars] = {}
-    for panel in (*charts.speeds(document), *charts.evaluation(document)):
+    for panel in charts.speeds(document):
         if panel.title not in best or _gain(panel) > _gain(best[panel.title]):
             best[panel.title] = panel
     panels = list(best.values())[:_MOST_PANELS]
@@ -51,7 +51,7 @@ def png(document: Document, path: Path, *, source: str = "") -> None:
         picture = Figure(figsize=(_WIDTH / 100, _HEIGHT / 100), dpi=100, facecolor=_GROUND)
         left, soft = _MARGIN / _WIDTH, {"color": _SOFT, "fontsize": 11.5}
         picture.text(left, 0.895, OURS, fontsize=15, weight="bold", color=_OURS)
-        picture.text(left, 0.815, findings.TITLES[document.benchmark], fontsize=27, weight="bold")
+        picture.text(left, 0.815, document.title, fontsize=27, weight="bold")
         picture.text(left, 0.055, findings.place(document), **soft)
         across = min(len(panels), 2)
         down, gap = -(-len(panels) // across), 56

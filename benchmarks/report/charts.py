@@ -11,9 +11,10 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..record import OURS, Document, Row, groups
-from .table import duration, marks, number, pace, seconds, si, speed, times, work
+from ..record import OURS, Document, Result, groups
+from .table import marks, number, pace, quantile, seconds, si, speed, times, work
 
 # The longest bar leaves room for the factor at its end.
 LONGEST_BAR = 76.0
@@ -141,31 +142,36 @@ class Plot:
 
 
 class Palette:
-    """The look of each contender, the same in every plot of a document."""
+    """The look of each backend, the same in every plot of a document."""
 
     def __init__(self, document: Document) -> None:
         self._reference = document.reference
-        names = dict.fromkeys(row.contender for row in document.rows)
+        names = dict.fromkeys(row.backend for row in document.rows)
         self._shapes = {name: place for place, name in enumerate(sorted(names, key=lambda n: not n.startswith(OURS)))}
 
-    def series(self, row: Row, points: Sequence[tuple[float, float]], name: str = "", **more: object) -> Series:
+    def series(self, row: Result, points: Sequence[tuple[float, float]], name: str = "", **more: Any) -> Series:
         """The points of a row in its look."""
-        kind = "ours" if row.contender.startswith(OURS) else "other"
-        tone = "reference" if row.contender == self._reference else kind
-        shape, dashed = self._shapes.get(row.contender, 0) % 4, row.dtype != "fp32"
-        return Series(name or row.title, tone, shape, dashed, points, **more)  # pyright: ignore[reportArgumentType]
+        kind = "ours" if _ours(row) else "other"
+        tone = "reference" if row.backend == self._reference else kind
+        shape, dashed = self._shapes.get(row.backend, 0) % 4, row.dtype != "fp32"
+        return Series(name or row.title, tone, shape, dashed, points, **more)
+
+
+def _ours(row: Result) -> bool:
+    """True for xfm-fast in all of its forms."""
+    return row.ours or row.backend.startswith(OURS)
 
 
 def speeds(document: Document) -> list[Bars]:
-    """For each work and type all contenders, the fastest first; factors are over the reference in the same type."""
+    """For each case and dtype all backends, the fastest first; factors are over the reference in the same dtype."""
     found = []
-    for group in groups(row for row in document.measured if row.x is None):
+    for group in groups(document.measured):
         for dtype in dict.fromkeys(row.dtype for row in group if row.ours):
             rows = [row for row in group if row.dtype == dtype]
-            # A type in which the reference was not run is set against its fp32, by name.
+            # A dtype in which the reference was not run is compared with its fp32, by name.
             base = document.beside(rows[0], document.reference, dtype) or document.reference_row(rows[0])
             # Eager attention over texts of several lengths goes by a longer name.
-            base = base or next((row for row in rows if row.contender.startswith(document.reference)), None)
+            base = base or next((row for row in rows if row.backend.startswith(document.reference)), None)
             if base is not None and base not in rows:
                 rows.append(base)
             if len(rows) < 2:
@@ -176,120 +182,84 @@ def speeds(document: Document) -> list[Bars]:
     return found
 
 
-def _bar(row: Row, base: Row | None) -> Bar:
+def _bar(row: Result, base: Result | None) -> Bar:
     value, unit, _ = speed(row)
     here = pace(row)
-    compared = (c for c in row.against if base is not None and (c.contender, c.dtype) == (base.contender, base.dtype))
+    compared = (c for c in row.against if base is not None and (c.backend, c.dtype) == (base.backend, base.dtype))
     found = next(compared, None)
     factor = found.ratio if found else here / pace(base) if base is not None and pace(base) else None
-    # Intervals are told in the bar's own unit; that of a factor comes from samples that took turns.
+    # Intervals are in the bar's own unit; that of a factor comes from samples of the same rounds.
     known = (found.low, found.high, found.ratio) if found else (None, None, 0.0)
-    if None in known and row.throughput:
-        known = (row.throughput.low, row.throughput.high, row.throughput.value)
+    if None in known and row.rate:
+        known = (row.number("rate_low"), row.number("rate_high"), row.rate)
     low, high = (None if end is None else here * end / known[2] for end in known[:2])
     agrees = " ✓" if row.parity and row.parity.passed and row is not base else ""
     text = f"{number(value)} {unit}{agrees} {marks(row)}".rstrip()
     end = "" if factor is None else "1×" if row is base else times(factor)
     name = row.label.split(",")[0] if row is base else textwrap.shorten(row.label, _LONGEST_NAME, placeholder=" …")
-    name = f"{name}, {row.dtype}{' (a bound)' if row.bounds else ''}"
-    return Bar(name, here, end, text, row.contender.startswith(OURS), low, high)
-
-
-def evaluation(document: Document) -> list[Bars]:
-    """The whole evaluation by each procedure: shorter times are longer bars."""
-    if document.coco is None or len(document.coco.evaluations) < 2:
-        return []
-    runs = sorted(document.coco.evaluations, key=lambda run: run.total_s.value)
-    bars = [
-        Bar(
-            f"{run.procedure}, {run.dtype}",
-            1 / run.total_s.value,
-            "1×" if run is runs[-1] else times(runs[-1].total_s.value / run.total_s.value),
-            f"{duration(run.total_s.value)}, {run.kind}",
-            run.procedure == OURS,
-        )
-        for run in runs
-    ]
-    title = f"{document.coco.images:,} images, {document.coco.texts:,} texts, k = {document.coco.k}"
-    return [Bars(title, f"factors over {bars[-1].label}", bars)]
+    name = f"{name}, {row.dtype}{' (a bound)' if row.extra.get('bounds') else ''}"
+    return Bar(name, here, end, text, _ours(row), low, high)
 
 
 def memory(document: Document) -> list[Bars]:
     """Peak memory of training steps, where each procedure ran alone."""
     found = []
-    for group in groups(row for row in document.measured if row.memory and row.memory.gradient_bytes is not None):
-        ordered = sorted(group, key=lambda row: row.memory.peak_bytes if row.memory else 0, reverse=True)
-        most = ordered[0].memory.peak_bytes if ordered[0].memory else 1
-        bars = [
-            Bar(
-                row.title,
-                use.peak_bytes,
-                f"{use.peak_bytes / most:.0%}",
-                f"{use.peak_bytes / 1e9:.2f} GB",
-                row.ours,
-            )
-            for row in ordered
-            if (use := row.memory)
-        ]
+    for group in groups(row for row in document.measured if row.number("gradient_bytes") is not None):
+        peaks = sorted(((row.number("peak_bytes") or 0, row) for row in group), key=lambda one: -one[0])
+        most = peaks[0][0] or 1
+        bars = [Bar(row.title, peak, f"{peak / most:.0%}", f"{peak / 1e9:.2f} GB", row.ours) for peak, row in peaks]
         found.append(Bars(group[0].name, "shorter is better; shares of the largest", bars))
     return found
 
 
 def latencies(document: Document) -> list[Plot]:
     """Share of single requests that were answered within a time."""
-    made, palette = [], Palette(document)
-    alone = [r for r in document.measured if r.latency and r.mode == "single-stream" and r.x is None]
-    for group in groups(alone):
-        samples = [value for row in group for value in row.samples]
+    plots, palette = [], Palette(document)
+    for group in groups(row for row in document.measured if row.mode == "single-stream"):
+        samples = [value for row in group for value in row.seconds]
         plot = Plot(group[0].name, log_axis(samples), linear_axis(1.0), "time of a request", "share of requests", "s")
         for row in group:
-            ordered, steps = sorted(row.samples), []
+            ordered, steps = sorted(row.seconds), []
             for place, value in enumerate(ordered):
                 steps += [(value, place / len(ordered)), (value, (place + 1) / len(ordered))]
-            quantiles = {0.5: row.latency.p50, 0.9: row.latency.p90, 0.99: row.latency.p99} if row.latency else {}
-            marked = [(quantile.value, share) for share, quantile in quantiles.items()]
+            marked = [(quantile(row, share) or 0.0, share) for share in (0.5, 0.9, 0.99)]
             plot.series.append(palette.series(row, marked, line=steps))
-        made.append(plot)
-    return made
+        plots.append(plot)
+    return plots
 
 
 def arrivals(document: Document) -> list[Plot]:
     """The 99th percentile at each rate of Poisson arrivals that was tried, and the bound."""
-    made, palette = [], Palette(document)
-    for group in groups(r for r in document.measured if r.server and r.server.trials and r.x is None):
-        servers = [(row, row.server) for row in group if row.server]
-        bound = servers[0][1].bound_s
-        trials = [trial for _, server in servers for trial in server.trials]
+    plots, palette = [], Palette(document)
+    for group in groups(row for row in document.measured if row.parts("trials")):
+        bound = group[0].number("bound_s") or 0.0
+        trials = {row.key: sorted((float(rate), p99) for rate, p99 in row.parts("trials").items()) for row in group}
+        rates, times_s = zip(*(point for points in trials.values() for point in points), strict=True)
         plot = Plot(
-            group[0].name,
-            log_axis([trial.rate for trial in trials]),
-            log_axis([bound, *(trial.p99 for trial in trials)]),
-            "requests a second (Poisson)",
-            "p99 of latency",
-            y_unit="s",
-        )
+            group[0].name, log_axis(rates), log_axis([bound, *times_s]), "requests a second (Poisson)",
+            "p99 of latency", y_unit="s",
+        )  # fmt: skip
         ends = [(plot.x.low, bound), (plot.x.high, bound)]
         plot.series.append(Series("bound", "bound", 0, True, (), ends))
         plot.notes.append((plot.x.low, bound, f"bound {seconds(bound)}"))
-        for row, server in servers:
-            ordered = sorted(server.trials, key=lambda trial: trial.rate)
-            broken = frozenset(place for place, trial in enumerate(ordered) if not trial.held)
-            points = [(trial.rate, trial.p99) for trial in ordered]
-            name = f"{row.title}: {number(server.max_qps)}/s {marks(row)}".rstrip()
-            plot.series.append(palette.series(row, points, name, hollow=broken))
-        made.append(plot)
-    return made
+        for row in group:
+            broken = frozenset(place for place, (_, p99) in enumerate(trials[row.key]) if p99 > bound)
+            name = f"{row.title}: {number(row.number('max_qps') or 0)}/s {marks(row)}".rstrip()
+            plot.series.append(palette.series(row, trials[row.key], name, hollow=broken))
+        plots.append(plot)
+    return plots
 
 
 def roofs(document: Document) -> list[Plot]:
     """Rates of arithmetic over arithmetic intensity, under the roof that this machine was measured to have."""
-    made, palette = [], Palette(document)
+    plots, palette = [], Palette(document)
     for dtype, probe in document.probes.items():
         gemm, copy = probe.gemm_flops_per_s, probe.copy_bytes_per_s
         spots = [
-            (row, (e.intensity, e.share_of_roof * e.roof))
+            (row, ((row.number("needed_flops") or 0.0) / moved, rate))
             for row in document.measured
-            if row.dtype == dtype and (e := row.efficiency) and e.intensity and e.share_of_roof and e.roof
+            if row.dtype == dtype and (rate := row.per_second("needed_flops")) and (moved := row.number("bytes"))
+            if row.number("roof")
         ]
         if not spots or not copy:
             continue
@@ -297,13 +267,13 @@ def roofs(document: Document) -> list[Plot]:
         across = [x for _, (x, _) in spots] + [ridge / 4, ridge * 4]
         x = log_axis([min(across) / 1.5, max(across) * 1.5])
         y = log_axis([gemm * 1.3, copy * x.low, *(at for _, (_, at) in spots)])
-        title = f"{dtype}: products {si(gemm, 'FLOP/s')} ({probe.library}), copies {si(copy, 'B/s')}"
+        title = f"{dtype}: GEMMs {si(gemm, 'FLOP/s')} ({probe.library}), copies {si(copy, 'B/s')}"
         plot = Plot(title, x, y, "FLOP for each byte that must move", "FLOP/s", y_unit="FLOP/s")
         roof = [(at, min(gemm, copy * at)) for at in (x.low, ridge, x.high)]
         plot.series.append(Series("roof", "bound", 0, False, (), roof))
-        rows = {row.contender: row for row, _ in spots}
-        for contender, row in rows.items():
-            own = [place for other, place in spots if other.contender == contender]
+        rows = {row.backend: row for row, _ in spots}
+        for backend, row in rows.items():
+            own = [place for other, place in spots if other.backend == backend]
             plot.series.append(palette.series(row, own, line=own[:1]))
-        made.append(plot)
-    return made
+        plots.append(plot)
+    return plots

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from xfm_fast.errors import DataError
 
 from ..measure import ratio_interval
-from ..record import OURS, Document, Row
+from ..record import OURS, Document, Result
 from .table import Column, Table, build, span, work
 
 SIGNIFICANCE = 0.05
@@ -138,17 +138,17 @@ def compare(a: Document, b: Document) -> Changes:
         if key not in after:
             continue
         ratios[key], other = None, after[key]
-        m, n = len(one.samples), len(other.samples)
+        m, n = len(one.seconds), len(other.seconds)
         if m and n:
-            ratios[key] = statistics.median(one.samples) / statistics.median(other.samples)
+            ratios[key] = statistics.median(one.seconds) / statistics.median(other.seconds)
             # Could any outcome be significant? The smallest two-sided p-value is 2 over the number of orders.
             if not one.contended and not other.contended and 2 / math.comb(m + n, m) < SIGNIFICANCE:
                 tested.append(key)
-        elif one.server and other.server and one.server.max_qps and other.server.max_qps:
-            ratios[key] = other.server.max_qps / one.server.max_qps
+        elif (had := one.number("max_qps")) and (has := other.number("max_qps")):
+            ratios[key] = has / had
     from scipy import stats  # a second of loading, see `measure.bootstrap`
 
-    tests = (stats.mannwhitneyu(before[key].samples, after[key].samples).pvalue for key in tested)
+    tests = (stats.mannwhitneyu(before[key].seconds, after[key].seconds).pvalue for key in tested)
     adjusted = dict(zip(tested, stats.false_discovery_control(list(tests)) if tested else [], strict=True))
     changes = []
     for key in dict.fromkeys([*before, *after]):
@@ -158,19 +158,19 @@ def compare(a: Document, b: Document) -> Changes:
         if row is not None and had != has:
             gone = f"B: {other.status}. {other.reason or ''}".strip() if other is not None else "not in B"
             verdict = "lost" if had else "new"
-            changes.append(Change(key, row.name, row.contender, row.dtype, verdict, reason=gone if had else ""))
+            changes.append(Change(key, row.name, row.backend, row.dtype, verdict, reason=gone if had else ""))
         if one is None or other is None or not (had and has):
             continue
         ratio = ratios[key]
         # The samples are of different runs.
-        low, high = ratio_interval(one.samples, other.samples, paired=False)
+        low, high = ratio_interval(one.seconds, other.seconds, paired=False)
         p = float(adjusted[key]) if key in adjusted else None
         reference = b.reference_row(other)
         changes.append(
             Change(
                 key,
                 work(other).rpartition(", ")[0],
-                other.contender,
+                other.backend,
                 other.dtype,
                 _verdict(one, other, ratio, p),
                 ratio,
@@ -178,16 +178,16 @@ def compare(a: Document, b: Document) -> Changes:
                 high,
                 p,
                 ratios.get(reference.key) if reference is not None and reference is not other else None,
-                (len(one.samples), len(other.samples)),
+                (len(one.seconds), len(other.seconds)),
             )
         )
     return Changes(a.benchmark, changes, _flags(a, b))
 
 
-def _verdict(one: Row, other: Row, ratio: float | None, p: float | None) -> Verdict:
+def _verdict(one: Result, other: Result, ratio: float | None, p: float | None) -> Verdict:
     if one.contended or other.contended:
         return "contended"
-    if not one.samples or not other.samples:
+    if not one.seconds or not other.seconds:
         return "not tested"
     if p is None or ratio is None:
         return "too few samples"

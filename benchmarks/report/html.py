@@ -32,14 +32,14 @@ class Section(NamedTuple):
 
 def html(document: Document, *, image: str | None = None) -> str:
     """The page of a document; `image` is the address of its picture, for those who are shown a link."""
-    bounded = any(row.bounds for row in document.rows)
+    bounded = any(row.extra.get("bounds") for row in document.rows)
     bounds = " A bound computes less than the work: it is no alternative." if bounded else ""
     sections = [
         Section(
             "Speed",
             "Longer is faster. Contenders took turns in one process; the stroke is a bootstrap interval of 95%. "
             f"✓ results equal the reference's, † something else ran on the machine meanwhile.{bounds}",
-            [*charts.speeds(document), *charts.evaluation(document)],
+            charts.speeds(document),
         ),
         Section("Peak memory", "Each procedure alone, in a process of its own on a CPU.", charts.memory(document)),
         Section(
@@ -61,7 +61,7 @@ def html(document: Document, *, image: str | None = None) -> str:
         ),
     ]
     return _TEMPLATES.get_template("page.html").render(
-        title=findings.TITLES[document.benchmark],
+        title=document.title,
         description=findings.description(document),
         image=image,
         links=findings.links(),
@@ -70,6 +70,6 @@ def html(document: Document, *, image: str | None = None) -> str:
         headlines=findings.headlines(document),
         sections=[section for section in sections if section.charts],
         tables=tables(document),
-        replaced={row.name: row.replaced for row in document.rows if row.replaced},
+        replaced={row.name: row.extra["replaced"] for row in document.rows if row.extra.get("replaced")},
         facts=[*findings.facts(document), *findings.circumstances(document)],
     )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from xfm_fast.errors import DataError
 
-from ..record import OURS, UNTOUCHED, Coco, Comparison, Document, Row, Share
+from ..measure import percentile
+from ..record import OURS, UNTOUCHED, Comparison, Direction, Document, Result
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,21 @@ class Table:
 def build(
     title: str, rows: Iterable[Any], columns: Iterable[Column], about: str = "", *, detail: bool = False
 ) -> Table:
-    """A table of rows; columns that say nothing of any row are left out."""
+    """A table of rows; empty columns are left out."""
     rows = list(rows)
     filled = [(column, cells) for column in columns if any(cells := [column.cell(row) for row in rows])]
     lines = [list(line) for line in zip(*(cells for _, cells in filled), strict=True)]
-    weak = frozenset(place for place, row in enumerate(rows) if isinstance(row, Row) and not row.ours)
+    weak = frozenset(place for place, row in enumerate(rows) if isinstance(row, Result) and not row.ours)
     return Table(title, [column for column, _ in filled], lines, about, detail, weak)
 
 
 def tables(document: Document) -> list[Table]:
     """Every table of a document, the most important first; without empty ones.
 
-    In that of all rows one line is a contender at its work; a baseline that is alone stands beside xfm-fast.
+    In that of all rows one line is a backend at its case; a single baseline stands beside xfm-fast.
     """
     rows = document.measured
-    alone = {row.contender for row in rows if not row.ours} == {document.reference}
+    alone = {row.backend for row in rows if not row.ours} == {document.reference}
     about = "† something else ran on the machine meanwhile. * interrupted."
     about += " Errors are the largest difference from the reference, over its largest value."
     size = f" ({document.model.preset} size)" if document.model else ""
@@ -77,9 +78,12 @@ def tables(document: Document) -> list[Table]:
     ]
     found = [
         build("All rows", [row for row in rows if row.ours or not alone], columns, about),
-        *_evaluation(document.coco), *_shares(rows), _missing(document),
+        _shares(rows, "stages", "Where the time goes, by stage"),
+        _shares(rows, "operations", "Where the time goes, by kind of operation"),
+        *(_receipt(row) for row in rows),
+        _missing(document),
         build(f"Skipped ({len(skipped)})", skipped, reasons, "Data that could not be used.", detail=True),
-    ]  # fmt: skip
+    ]
     return [table for table in found if table.lines]
 
 
@@ -117,147 +121,167 @@ def span(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
-def speed(row: Row) -> tuple[float, str, bool]:
+def speed(row: Result) -> tuple[float, str, bool]:
     """The number that a row is measured for, its unit, and whether more is better."""
-    if row.server is not None:
-        return row.server.max_qps, "requests/s", True
-    if row.latency is not None:
-        return row.latency.p50.value * 1e3, "ms", False
-    if row.throughput is not None and row.direction is None:
-        return row.throughput.value, f"{row.unit}/s", True
-    return (row.median_s or 0.0) * 1e3, "ms", False
+    capacity = row.number("max_qps")
+    if capacity is not None:
+        return capacity, "requests/s", True
+    if row.unit == "evaluations":
+        return (row.median_s or 0.0) / 3600, "h", False
+    if row.mode == "single-stream" or row.mode in get_args(Direction):
+        return (row.median_s or 0.0) * 1e3, "ms", False
+    return row.rate or 0.0, f"{row.unit}/s", True
 
 
-def pace(row: Row) -> float:
+def pace(row: Result) -> float:
     """Speed as a number of which more is better."""
     value, _, more = speed(row)
     return value if more else 1 / value if value else 0.0
 
 
-def marks(row: Row) -> str:
+def marks(row: Result) -> str:
     """The signs behind a number: † something else ran on the machine, * interrupted."""
     return ("†" if row.contended else "") + ("*" if row.status == "partial" else "")
 
 
-def work(row: Row) -> str:
-    """The work of a row, with the unit that its speed is told in."""
-    how = [row.direction] if row.direction else [row.mode] if row.mode != "offline" else []
+def work(row: Result) -> str:
+    """The work of a row, with the unit of its speed."""
+    how = [row.mode] if row.mode != "offline" else []
     return ", ".join([row.name, *how, *([speed(row)[1]] if row.measured else [])])
 
 
-def _speed(row: Row) -> str:
+def _speed(row: Result) -> str:
     return f"{number(speed(row)[0])} {marks(row)}".rstrip()
 
 
-def _of(part: str, say: Callable[[Any], str | None]) -> Callable[[Row], str]:
-    """A cell that says something of one part of a row, and nothing where the row has none."""
+def _cell(find: Callable[[Result], float | None], form: str | Callable[[float], str]) -> Callable[[Result], str]:
+    """A cell with a number in a format; empty without the number."""
 
-    def cell(row: Row) -> str:
-        found = getattr(row, part)
-        return "" if found is None else say(found) or ""
+    def cell(row: Result) -> str:
+        value = find(row)
+        if value is None:
+            return ""
+        return form(value) if callable(form) else format(value, form)
 
     return cell
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+def _extra(name: str, form: str | Callable[[float], str], scale: float = 1.0) -> Callable[[Result], str]:
+    return _cell(lambda row: None if (value := row.number(name)) is None else value * scale, form)
 
 
-def _floor(row: Row) -> str:
-    """The time of a run whose arithmetic is all done at the rate of matrix products that was seen beside it."""
-    share = None if row.efficiency is None else row.efficiency.mfu
-    return "" if share is None or row.median_s is None else seconds(row.median_s * share)
+def _product(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value * other
 
 
-# Everything that is told of a contender at its work beyond how fast it is.
+def _error(row: Result) -> str:
+    if row.parity is None:
+        return ""
+    return "not finite" if row.parity.error is None else f"{row.parity.error:.0e}"
+
+
+def _cold_start(row: Result) -> str:
+    values = [row.number(name) for name in ("build_s", "load_s", "first_call_s")]
+    return " / ".join(seconds(value) if value else "0" for value in values) if any(values) else ""
+
+
+def quantile(row: Result, share: float) -> float | None:
+    """A percentile of the latency of requests, in seconds."""
+    if row.mode == "single-stream" and row.seconds:
+        return percentile(row.seconds, share)
+    return row.number(f"p{share * 100:.0f}_s")
+
+
+def _share_of_roof(row: Result) -> float | None:
+    rate, roof = row.per_second("needed_flops"), row.number("roof")
+    return rate / roof if rate and roof else None
+
+
+# Everything about a backend at its case beyond its speed.
 _MEASURES = [
-    Column("error", _of("parity", lambda p: "not finite" if p.error is None else f"{p.error:.0e}")),
-    Column("of matrix rate", _of("efficiency", lambda e: _percent(e.mfu))),
-    Column("floor of a run", lambda row: _floor(row), detail=True),
-    Column("of the floor", _of("efficiency", lambda e: _percent(e.share_of_floor))),
-    Column("peak GB", _of("memory", lambda m: f"{m.peak_bytes / 1e9:.2f}"), detail=True),
-    Column("grown GB", _of("memory", lambda m: f"{m.grown_bytes / 1e9:.2f}"), detail=True),
-    Column("tokens/s", _of("tokens", lambda t: f"{t.useful_per_s:,.0f}"), detail=True),
-    Column("with padding", _of("tokens", lambda t: f"{t.padded_per_s:,.0f}"), detail=True),
-    Column("TFLOP/s", lambda row: f"{row.flops_per_s / 1e12:.3g}" if row.flops_per_s else "", detail=True),
+    Column("error", _error),
+    Column("of matrix rate", _extra("mfu", ".0%")),
+    Column("floor of a run", _cell(lambda row: _product(row.median_s, row.number("mfu")), seconds), detail=True),
+    Column("of the floor", _extra("share_of_floor", ".0%")),
+    Column("peak GB", _extra("peak_bytes", ".2f", 1e-9), detail=True),
+    Column("grown GB", _extra("grown_bytes", ".2f", 1e-9), detail=True),
+    Column("tokens/s", _cell(lambda row: row.per_second("tokens"), ",.0f"), detail=True),
+    Column("with padding", _cell(lambda row: row.per_second("padded_tokens"), ",.0f"), detail=True),
+    Column("TFLOP/s", _cell(lambda row: _product(row.per_second("needed_flops"), 1e-12), ".3g"), detail=True),
     Column(
-        "GB/s", lambda row: f"{row.bytes_per_s / 1e9:.3g}" if row.direction and row.bytes_per_s else "", detail=True
-    ),
-    Column("of the roof", _of("efficiency", lambda e: _percent(e.share_of_roof)), detail=True),
-    Column("of data sheet", _of("efficiency", lambda e: _percent(e.mfu_data_sheet)), detail=True),
-    Column("error allowed", _of("parity", lambda p: f"{p.band:.0e}" if p.band is not None else ""), detail=True),
-    Column("p50 ms of clients", _of("clients", lambda c: number(c.p50.value * 1e3))),
-    Column("p99 ms of clients", _of("clients", lambda c: number(c.p99.value * 1e3))),
-    Column("CPU ms of a request", _of("clients", lambda c: number(c.cpu_s.value * 1e3) if c.cpu_s else "")),
-    Column("samples", lambda row: str(len(row.samples) or ""), detail=True),
-    Column(
-        "build / load / first call",
-        _of("cost", lambda c: " / ".join(seconds(v) if v else "0" for v in (c.build_s, c.load_s, c.first_call_s))),
+        "GB/s",
+        _cell(lambda r: _product(r.per_second("bytes"), 1e-9) if r.mode in get_args(Direction) else None, ".3g"),
         detail=True,
     ),
-    Column("J/item", _of("energy", lambda e: f"{e.joules_per_item:.3g}"), detail=True),
+    Column("of the roof", _cell(_share_of_roof, ".0%"), detail=True),
+    Column("of data sheet", _extra("mfu_data_sheet", ".0%"), detail=True),
+    Column("error allowed", _cell(lambda row: row.parity.band if row.parity else None, ".0e"), detail=True),
+    Column("p50 ms of clients", _extra("clients_p50_s", number, 1e3)),
+    Column("p99 ms of clients", _extra("clients_p99_s", number, 1e3)),
+    Column("CPU ms of a request", _extra("cpu_s", number, 1e3)),
+    Column("samples", lambda row: str(len(row.seconds) or ""), detail=True),
+    Column("build / load / first call", _cold_start, detail=True),
+    Column("J/item", _extra("joules_per_item", ".3g"), detail=True),
 ]
 
 
 def _beside(document: Document) -> list[Column]:
-    """Columns of documents of two contenders."""
-    reference = next((row.label for row in document.rows if row.contender == document.reference), "")
+    """Columns of documents of two backends."""
+    reference = next((row.label for row in document.rows if row.backend == document.reference), "")
 
-    def other(row: Row, dtype: str) -> str:
+    def other(row: Result, dtype: str) -> str:
         found = document.beside(row, document.reference, dtype)
         return _speed(found) if found is not None and found.measured else ""
 
-    def over_fp32(row: Row) -> str:
+    def over_fp32(row: Result) -> str:
         found = document.headline(row)
         # Without the reference in fp32 the headline is like for like, and stands there.
         return "" if found is None or found.dtype != "fp32" else f"{times(found.ratio)} {marks(row)}".rstrip()
 
-    def interval(row: Row) -> str:
+    def interval(row: Result) -> str:
         found = document.headline(row)
         return "" if found is None else span(found.low, found.high)
 
-    def like(row: Row) -> str:
+    def like(row: Result) -> str:
         found = document.like_for_like(row)
         return "" if found is None else times(found.ratio)
 
-    def peak(row: Row) -> str:
+    def peak(row: Result) -> float | None:
         found = document.reference_row(row)
-        return "" if found is None or found.memory is None else f"{found.memory.peak_bytes / 1e9:.2f}"
+        return None if found is None else _product(found.number("peak_bytes"), 1e-9)
 
     name = reference.split(",")[0]
-    in_fp32 = any(row.contender == document.reference and row.dtype == "fp32" for row in document.measured)
-    ours = next((row.label for row in document.rows if row.ours), OURS)
+    in_fp32 = any(row.backend == document.reference and row.dtype == "fp32" for row in document.measured)
+    labels = list(dict.fromkeys(row.label for row in document.measured if row.ours)) or [OURS]
     return [
+        Column("form", lambda row: row.label if len(labels) > 1 else "", number=False),
         Column("dtype", lambda row: row.dtype, number=False),
-        Column(ours, _speed),
+        Column(labels[0] if len(labels) == 1 else "accelerated", _speed),
         Column(f"{name} fp32", lambda row: other(row, "fp32")),
         Column("over fp32", over_fp32),
         Column(f"{name}, same dtype", lambda row: other(row, row.dtype) if row.dtype != "fp32" else "", detail=in_fp32),
         Column("like for like", like),
         Column("95% interval", interval, detail=True),
-        Column(f"{name} peak GB", peak, detail=True),
+        Column(f"{name} peak GB", _cell(peak, ".2f"), detail=True),
     ]
 
 
 def _among(document: Document) -> list[Column]:
-    """Columns of documents of several contenders: how many times as fast xfm-fast is, in each of its types."""
+    """Columns of documents of several backends: how many times as fast xfm-fast is, in each of its dtypes."""
 
-    def compared(row: Row, dtype: str) -> Comparison | None:
+    def compared(row: Result, dtype: str) -> Comparison | None:
         ours = document.beside(row, OURS, dtype)
-        found = (c for c in (ours.against if ours else []) if (c.contender, c.dtype) == (row.contender, row.dtype))
+        found = (c for c in (ours.against if ours else []) if (c.backend, c.dtype) == (row.backend, row.dtype))
         return None if row.ours else next(found, None)
 
-    def ratio(dtype: str) -> Callable[[Row], str]:
+    def ratio(dtype: str) -> Callable[[Result], str]:
         return lambda row: times(found.ratio) if (found := compared(row, dtype)) else ""
 
-    def interval(dtype: str) -> Callable[[Row], str]:
+    def interval(dtype: str) -> Callable[[Result], str]:
         return lambda row: span(found.low, found.high) if (found := compared(row, dtype)) else ""
 
-    def quantile(name: str) -> Callable[[Row], str]:
-        return _of("latency", lambda latency: number(getattr(latency, name).value * 1e3))
-
-    def alone(row: Row) -> Comparison | None:
-        return None if row.ours else next(iter(row.against), None)
+    def latency(share: float) -> Callable[[Result], str]:
+        return _cell(lambda row: _product(quantile(row, share), 1e3), number)
 
     dtypes = dict.fromkeys(row.dtype for row in document.measured if row.ours)
     return [
@@ -265,68 +289,45 @@ def _among(document: Document) -> list[Column]:
         Column("dtype", lambda row: row.dtype, number=False),
         Column("speed", _speed),
         # The speed of single requests is their p50.
-        Column("p50 ms", lambda row: quantile("p50")(row) if row.server else "", detail=True),
-        Column("p90 ms", quantile("p90"), detail=True),
-        Column("p99 ms", quantile("p99")),
-        Column("over the library", lambda row: times(found.ratio) if (found := alone(row)) else ""),
-        Column("95% interval, library", lambda row: span(f.low, f.high) if (f := alone(row)) else "", detail=True),
+        Column("p50 ms", lambda row: latency(0.5)(row) if row.mode == "server" else "", detail=True),
+        Column("p90 ms", latency(0.9), detail=True),
+        Column("p99 ms", latency(0.99)),
         *(Column(f"{OURS} {dtype} is", ratio(dtype)) for dtype in dtypes),
         *(Column(f"95% interval, {dtype}", interval(dtype), detail=True) for dtype in dtypes),
     ]
 
 
-def _evaluation(coco: Coco | None) -> list[Table]:
-    if coco is None:
-        return []
-    stages = dict.fromkeys(name for run in coco.evaluations for name in run.seconds)
-    runs = [
-        Column("procedure", lambda run: run.procedure, number=False),
-        Column("dtype", lambda run: run.dtype, number=False),
-        Column("kind", lambda run: run.kind, number=False),
-        Column("pairs", lambda run: f"{run.pairs:,}"),
-        Column("arithmetic", lambda run: si(run.flops, "FLOP")),
-        Column("rate", lambda run: si(run.flops_per_s, "FLOP/s"), detail=True),
-        Column("time", lambda run: duration(run.total_s.value)),
+def _shares(rows: list[Result], part: str, title: str) -> Table:
+    """Shares of one run's time, each part a column."""
+    split = [row for row in rows if row.parts(part)]
+
+    def share(row: Result, name: str) -> str:
+        parts = row.parts(part)
+        return f"{parts[name] / (sum(parts.values()) or 1):.0%}" if name in parts else ""
+
+    columns = [
+        Column("work", lambda row: work(row).rpartition(", ")[0], number=False),
+        Column("contender", lambda row: row.title, number=False),
         *(
-            Column(name, lambda run, name=name: duration(run.seconds[name]) if name in run.seconds else "", detail=True)
-            for name in stages
+            Column(name, lambda row, name=name: share(row, name))
+            for name in dict.fromkeys(name for row in split for name in row.parts(part))
         ),
     ]
-    receipt = [
-        Column("why it costs less", lambda step: step.saving, number=False),
-        Column("arithmetic left", lambda step: si(step.flops, "FLOP")),
-        Column("factor", lambda step: times(step.factor)),
+    return build(title, split, columns, "Shares of one run's time.", detail=True)
+
+
+def _receipt(row: Result) -> Table:
+    """FLOPs left after each saving of the procedure of xfm-fast."""
+    steps, before = list[tuple[str, float, float]](), 0.0
+    for name, left in row.parts("receipt").items():
+        steps.append((name, left, (before or left) / (left or 1)))
+        before = left
+    columns = [
+        Column("why it costs less", lambda step: step[0], number=False),
+        Column("arithmetic left", lambda step: si(step[1], "FLOP")),
+        Column("factor", lambda step: times(step[2])),
     ]
-    interval = span(coco.speed_up.low, coco.speed_up.high)
-    about = (
-        f"{coco.images:,} images of {coco.image_size} px, {coco.texts:,} texts of {coco.mean_length:.1f} tokens on "
-        f"average, k = {coco.k}: {coco.origin}. {times(coco.speed_up.value)} as fast"
-        f"{f' (95% interval {interval})' if interval else ''}. {coco.note}"
-    )
-    return [
-        build("Whole evaluation", coco.evaluations, runs, about.strip()),
-        build("Receipt", coco.receipt, receipt, detail=True),
-    ]
-
-
-def _shares(rows: list[Row]) -> list[Table]:
-    """Shares of one run's time: by stage of the procedure and by kind of operation, each part a column."""
-    found = []
-    for part, title in (("stages", "by stage"), ("operations", "by kind of operation")):
-        split = [row for row in rows if getattr(row, part) and row.x is None]
-
-        def share(row: Row, name: str, part: str = part) -> str:
-            parts: list[Share] = getattr(row, part)
-            return next((f"{one.share:.0%}" for one in parts if one.name == name), "")
-
-        names = dict.fromkeys(one.name for row in split for one in getattr(row, part))
-        columns = [
-            Column("work", lambda row: work(row).rpartition(", ")[0], number=False),
-            Column("contender", lambda row: row.title, number=False),
-            *(Column(name, lambda row, name=name: share(row, name)) for name in names),
-        ]
-        found.append(build(f"Where the time goes, {title}", split, columns, "Shares of one run's time.", detail=True))
-    return found
+    return build("Receipt", steps, columns, detail=True)
 
 
 def _missing(document: Document) -> Table:
@@ -334,7 +335,7 @@ def _missing(document: Document) -> Table:
     rows = [
         (work(row), row.title, row.status, row.reason or "") for row in document.rows if not row.measured or row.reason
     ]
-    # A type that the processor lacks is said once, not at every row.
+    # A dtype that the processor lacks is listed once, not at every row.
     lacking = {(title, reason) for _, title, status, reason in rows if status == "not offered"}
     rows = [row for row in rows if row[2] != "not offered"]
     rows += [("all", title, "not offered", reason) for title, reason in sorted(lacking)]
@@ -402,14 +403,14 @@ def int8_gains(document: Document) -> str:
     """
     lines = ["| model | int8 against untouched fp32 | cosine |", "|---|---:|---:|"]
     for row in _drop_in_rows(document):
-        against = next((c for c in row.against if (c.contender, c.dtype) == (UNTOUCHED, "fp32")), None)
+        against = next((c for c in row.against if (c.backend, c.dtype) == (UNTOUCHED, "fp32")), None)
         if row.dtype == "int8" and against is not None and row.parity is not None:
             cosine = "" if row.parity.cosine is None else f"{row.parity.cosine:.4f}"
             lines.append(f"| {row.name.split(', ')[0]} | {times(against.ratio)} | {cosine} |")
     return "\n".join(lines) + "\n"
 
 
-def _drop_in_rows(document: Document) -> list[Row]:
+def _drop_in_rows(document: Document) -> list[Result]:
     if document.benchmark != "drop-in":
         raise DataError(f"gains are of bench drop-in, and these are results of {document.benchmark}")
     return [row for row in document.rows if row.ours]

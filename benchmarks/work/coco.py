@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,25 +23,13 @@ from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 from xfm_fast.tasks.reranking import TOKEN_BUDGET, ModelScorer
 from xfm_fast.tasks.retrieval import UNSCORED, RerankResult, Retriever
 
-from .. import machine
 from ..contenders.engine import wait_for
 from ..contenders.official_algorithm import OfficialTwin
-from ..material.inputs import MAX_TOKENS, Texts
-from ..measure import (
-    DTYPES,
-    FP32_BAND,
-    MODEL_ROUNDING,
-    Block,
-    Progress,
-    interleave,
-    interval,
-    parity_band,
-    ratio_interval,
-    relative_error,
-)
-from ..options import CocoOptions
-from ..record import OFFICIAL, OURS, Coco, Document, Evaluation, Interval, Parity, ReceiptStep, finite
-from .setting import Scale, Setting, opened
+from ..material.inputs import MAX_TOKENS, Material, Texts
+from ..measure import MODEL_ROUNDING, Block, Case, Run, benchmark, compared, interleave
+from ..record import OFFICIAL, OURS, Parity, Result, finite
+from ..timing import DTYPES, FP32_BAND, one_line, parity_band, relative_error
+from .model import Scale, note_paths, prepare
 
 # Of the test split of Karpathy and Fei-Fei, as the official evaluation reads it, and its k_test.
 IMAGES, TEXTS, CANDIDATES = 5000, 25010, 256
@@ -91,14 +80,14 @@ class Sizes:
         return flops.official_pairs(self.images, self.texts, self.k)
 
 
-def receipt(config: XFMConfig, sizes: Sizes, scored: int | None = None) -> list[ReceiptStep]:
+def receipt(config: XFMConfig, sizes: Sizes, scored: int | None = None) -> dict[str, float]:
     """FLOPs of the evaluation, from the official procedure to ours, one saving after the other.
 
     Args:
         sizes: of the collection.
         scored: pairs that are left when those of both directions are scored once, where that is known.
     """
-    pairs, sample = sizes.pairs, sizes.lengths
+    sample, pairs = sizes.lengths, sizes.pairs
     vision = flops.image_encoder(config, sizes.images).total
     vision += flops.contrastive_features(config, sizes.images, sizes.texts).total
     text = flops.text_encoder(config, sample).total * sizes.texts / len(sample)
@@ -113,51 +102,49 @@ def receipt(config: XFMConfig, sizes: Sizes, scored: int | None = None) -> list[
     first = flops.first_self_attention(config, sample).total * sizes.texts / len(sample)
     shared_memory = vision + sizes.images * memory
     packed, last = shared_memory + text, fusion(sample, first_only=True, shared=True)
-    steps = [
-        ("official procedure", vision + padded + pairs * (fusion([MAX_TOKENS]) + memory)),
-        ("keys and values of an image once", shared_memory + padded + pairs * fusion([MAX_TOKENS])),
-        ("no padding", packed + pairs * fusion(sample)),
-        ("last layer for token 0 alone", packed + pairs * fusion(sample, first_only=True)),
-        ("first self-attention of a text once", packed + first + pairs * last),
-    ]
+    steps = {
+        "official procedure": vision + padded + pairs * (fusion([MAX_TOKENS]) + memory),
+        "keys and values of an image once": shared_memory + padded + pairs * fusion([MAX_TOKENS]),
+        "no padding": packed + pairs * fusion(sample),
+        "last layer for token 0 alone": packed + pairs * fusion(sample, first_only=True),
+        "first self-attention of a text once": packed + first + pairs * last,
+    }
     if scored is not None:
-        steps.append(("pairs of both directions once", packed + first + scored * last))
-    before = [steps[0][1], *(count for _, count in steps)]
-    return [
-        ReceiptStep(saving=saving, flops=count, factor=earlier / count)
-        for (saving, count), earlier in zip(steps, before, strict=False)
-    ]
+        steps["pairs of both directions once"] = packed + first + scored * last
+    return steps
 
 
-def run(options: CocoOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
-    """Project the evaluation, or with `options.data` run it. An interruption (Ctrl-C) leaves the document without it.
+@benchmark("coco", title="A whole retrieval evaluation", reference=OFFICIAL)
+def run(run: Run) -> Iterator[Case]:
+    """Project the evaluation from the times of its parts, or with `options.data` run it: rows of whole evaluations."""
+    options = run.options
+    scale = Scale.of("retrieve", options, run.device)
+    run.progress.begin(3 if options.data is None else 4)
+    material = prepare(run, scale.image_size, options.images)
+    evaluation = _Evaluation(run, material, scale)
+    run.progress.stage("rates of all parts")
+    rows = evaluation.project()
+    if options.data is not None:
+        run.progress.stage("the evaluation in full")
+        rows = evaluation.measure(rows)
+    run.add(rows)
+    note_paths(run)
+    yield from ()
 
-    Raises:
-        XFMError: an option, the checkpoint or the data cannot be used.
-    """
-    device = machine.choose_device(options.device)
-    scale = Scale.of("retrieve", options, device)
-    progress = progress or Progress()
-    progress.begin(3 if options.data is None else 4)
-    with opened(options, "coco", device, progress, command) as setting:
-        setting.prepare(scale.image_size, options.images)
-        setting.document.coco = _Evaluations(setting, options, scale).measure()
-    return setting.finish()
 
-
-class _Evaluations:
-    def __init__(self, setting: Setting, options: CocoOptions, scale: Scale) -> None:
-        self.setting, self.material, self.scale = setting, setting.material, scale
-        self.config = self.material.config(scale.image_size)
-        collection, self.measured = self.material.collection, options.data is not None
-        images = len(collection.names) if self.measured else IMAGES
-        texts = len(collection.captions) if self.measured else TEXTS
-        k = options.k or CANDIDATES
-        sample = self.material.encoded(collection.captions).lengths
-        self.sizes = Sizes(images, texts, min(k, images, texts) if self.measured else k, sample)
-        self.passes = passes = Passes.of(self.material.device, self.sizes)
-        self.given = self.material.texts(max(passes.texts, passes.captions, passes.official_pairs))
-        # The count of work for each part of a procedure, by its name.
+class _Evaluation:
+    def __init__(self, run: Run, material: Material, scale: Scale) -> None:
+        self.run, self.material, self.scale = run, material, scale
+        self.config = material.config(scale.image_size)
+        collection, own = material.collection, run.options.data is not None
+        images = len(collection.names) if own else IMAGES
+        texts = len(collection.captions) if own else TEXTS
+        k = run.options.k or CANDIDATES
+        sample = material.encoded(collection.captions).lengths
+        self.sizes = Sizes(images, texts, min(k, images, texts) if own else k, sample)
+        self.passes = passes = Passes.of(material.device, self.sizes)
+        self.given = material.texts(max(passes.texts, passes.captions, passes.official_pairs))
+        # How often each part of a procedure comes.
         self.counts = {
             "embed images": images / passes.photos,
             "embed texts": texts / passes.captions,
@@ -167,58 +154,54 @@ class _Evaluations:
             RERANKING: self.sizes.pairs / passes.official_pairs,
         }
 
-    def measure(self) -> Coco:
-        setting = self.setting
-        setting.progress.stage("rates of all parts")
+    def row(self, backend: str, dtype: str, seconds: list[float], parts: dict[str, float], flops: float) -> Result:
+        """A whole evaluation by one procedure."""
+        sizes = self.sizes
+        name = f"evaluate {sizes.images:,} images of {self.scale.image_size} px x {sizes.texts:,} texts, k = {sizes.k}"
+        return Result(
+            work="coco", name=name, backend=backend, label=backend, dtype=dtype, status="measured", unit="evaluations",
+            items=1, seconds=seconds, reason="projected from the times of its parts",
+            extra={"stages": parts, "flops": round(flops), "pairs": sizes.pairs},
+        )  # fmt: skip
+
+    def project(self) -> list[Result]:
+        """Rows from the times of all parts."""
         blocks = {f"{part}: {OFFICIAL} fp32": block for part, block in self._official_parts().items()}
-        for dtype in setting.dtypes:
+        for dtype in self.run.dtypes:
             blocks |= {f"{part}: {OURS} {dtype}": block for part, block in self._our_parts(dtype).items()}
         samples = interleave(
-            blocks, setting.probes, rounds=3, budget_s=self.scale.budget_s, most_rounds=30,
-            deadline=time.perf_counter() + 2 * self.scale.budget_s, warmups=1, on_step=setting.progress.step,
+            blocks, self.run.probes, rounds=3, budget_s=self.scale.budget_s, most_rounds=30, warmups=1,
+            deadline=time.perf_counter() + 2 * self.scale.budget_s, on_step=self.run.progress.step,
         )  # fmt: skip
         if samples.interrupted:
             raise KeyboardInterrupt
-        steps = receipt(self.config, self.sizes)
-        if samples.failures:
-            raise RuntimeError(": ".join(next(iter(samples.failures.items()))))
         # Seconds that each part takes in all, by round.
         parts: dict[str, dict[str, list[float]]] = {}
         for name in blocks:
             part, key = name.split(": ")
             parts.setdefault(key, {})[part] = [second * self.counts[part] for second in samples.seconds(name)]
-        totals = {key: [float(sum(one)) for one in zip(*found.values(), strict=True)] for key, found in parts.items()}
-        evaluations = []
+        steps = receipt(self.config, self.sizes)
+        needed, rows = list(steps.values()), list[Result]()
         for key, found in parts.items():
-            contender, dtype = key.split(" ")
-            count = steps[0].flops if contender == OFFICIAL else steps[-1].flops
-            evaluation = Evaluation(
-                procedure="official-algorithm" if contender == OFFICIAL else "xfm-fast", dtype=dtype, kind="projected",
-                pairs=self.sizes.pairs, flops=count, flops_per_s=count / statistics.median(totals[key]),
-                seconds={part: statistics.median(values) for part, values in found.items()},
-                total_s=interval(totals[key], 0.5),
-            )  # fmt: skip
-            evaluations.append(evaluation)
-        # The first type that was measured is the one to compare in, as official results are in fp32.
-        ours, official = totals[f"{OURS} {setting.dtypes[0]}"], totals[f"{OFFICIAL} fp32"]
-        low, high = ratio_interval(official, ours)
-        projected = Coco(
-            origin="the sizes of COCO's 5k test split, with the lengths of the captions at hand",
-            images=self.sizes.images,
-            texts=self.sizes.texts,
-            k=self.sizes.k,
-            image_size=self.scale.image_size,
-            mean_length=statistics.fmean(self.sizes.lengths),
-            padded_length=MAX_TOKENS,
-            evaluations=evaluations,
-            receipt=steps,
-            speed_up=Interval(value=statistics.median(official) / statistics.median(ours), low=low, high=high),
-            note="pairs that are candidates in both directions are counted twice here; ours scores them once",
-        )
-        if not self.measured:
-            return projected
-        setting.progress.stage("the evaluation in full")
-        return self._run(projected)
+            backend, dtype = key.split(" ")
+            totals = [float(sum(one)) for one in zip(*found.values(), strict=True)]
+            medians = {part: statistics.median(values) for part, values in found.items() if values}
+            row = self.row(backend, dtype, totals, medians, needed[0] if backend == OFFICIAL else needed[-1])
+            row.contended = samples.readings.contended(dtype)
+            failures = [why for name, why in samples.failures.items() if name.endswith(f": {key}")]
+            if failures:
+                row.status, row.reason, row.seconds = "failed", one_line(RuntimeError(failures[0])), []
+            rows.append(row)
+        rows[1].extra["receipt"] = steps
+        return self.compare(rows)
+
+    def compare(self, rows: list[Result]) -> list[Result]:
+        """The rows with the gain of ours over the official procedure."""
+        official = rows[0]
+        for row in rows[1:]:
+            if row.seconds and official.seconds:
+                row.against = [compared(f"{OFFICIAL} fp32", row.dtype, official.seconds, row.seconds)]
+        return rows
 
     def _our_parts(self, dtype: str) -> dict[str, Block]:
         model = self.material.subjects.model(self.scale.image_size, DTYPES[dtype])
@@ -271,10 +254,10 @@ class _Evaluations:
 
         return {name: lambda run=run: block(run) for name, run in parts.items()}
 
-    def _run(self, projected: Coco) -> Coco:
-        """The evaluation of the setting's collection: ours in full, the official one as time allows."""
-        material, sizes, dtype = self.material, self.sizes, self.setting.dtypes[0]
-        collection, step = material.collection, self.setting.progress.step
+    def measure(self, projected: list[Result]) -> list[Result]:
+        """Rows of the evaluation of the user's collection: ours in full, the official one as time allows."""
+        material, sizes, dtype = self.material, self.sizes, self.run.dtypes[0]
+        collection, step = material.collection, self.run.progress.step
         retriever = Retriever(material.subjects.model(self.scale.image_size, DTYPES[dtype]))
         seconds: dict[str, float] = {}
 
@@ -288,61 +271,45 @@ class _Evaluations:
 
         ids, mask = material.tokenizer.encode(collection.captions, MAX_TOKENS)
         # Both procedures read the same pixels, so decoding is not part of either.
+        starts = range(0, sizes.images, _IMAGE_BATCH)
         batches = [
-            collection.pixels(
-                range(start, min(start + _IMAGE_BATCH, sizes.images)), self.scale.image_size
-            ).to(DTYPES[dtype])
-            for start in range(0, sizes.images, _IMAGE_BATCH)
-        ]  # fmt: skip
+            collection.pixels(range(start, min(start + _IMAGE_BATCH, sizes.images)), self.scale.image_size)
+            for start in starts
+        ]
+        batches = [batch.to(DTYPES[dtype]) for batch in batches]
         with timed("embed images"):
             images = retriever.embed_images(batches)
         with timed("embed texts"):
             texts = retriever.embed_texts(zip(ids.split(_TEXT_BATCH), mask.split(_TEXT_BATCH), strict=True))
         with timed("re-ranking"):
             result = retriever.rerank(images, texts, sizes.k)
-        spent, total = result.receipt, sum(seconds.values())
+        spent = result.receipt
         steps = receipt(self.config, replace(sizes, lengths=mask.sum(1).tolist()), spent.pairs_scored)
-        ours = Evaluation(
-            procedure="xfm-fast", dtype=dtype, kind="measured", pairs=spent.pairs_scored, flops=steps[-1].flops,
-            flops_per_s=steps[-1].flops / total, seconds=seconds, total_s=Interval(value=total), measured_share=1.0,
-        )  # fmt: skip
+        needed = list(steps.values())
         step("official procedure")
         twin = OfficialTwin(material.subjects.model(self.scale.image_size, torch.float32))
         error, official_s, pairs = self._official_scores(
             twin, images.embeds.float(), ids.to(material.device), mask.to(material.device), result
         )
-        share = pairs / sizes.pairs
-        expected = next(e for e in projected.evaluations if e.procedure == OFFICIAL)
-        parts = expected.seconds | {RERANKING: official_s / share}
-        official = expected.model_copy(
-            update={
-                "kind": "measured in part",
-                "flops": steps[0].flops,
-                "flops_per_s": steps[0].flops / sum(parts.values()),
-                "seconds": parts,
-                "total_s": Interval(value=sum(parts.values())),
-                "measured_share": share,
-            }
-        )
-        # The scores of ours pass through encoders of this type, those of the official procedure begin with its own
+        # The scores of ours pass through encoders of this dtype, those of the official procedure begin with its own
         # texts.
         rounding = MODEL_ROUNDING * torch.finfo(DTYPES[dtype]).eps
         band = parity_band(DTYPES[dtype], rounding, fp32=3 * FP32_BAND)
-        others = [e for e in projected.evaluations if e.procedure != OFFICIAL and e.dtype != dtype]
-        return projected.model_copy(
-            update={
-                "origin": f"{collection.origin}, measured",
-                "evaluations": [official, ours, *others],
-                "receipt": steps,
-                "speed_up": Interval(value=official.total_s.value / total),
-                "parity": Parity(
-                    error=finite(error), band=band, passed=error <= band, against=f"{OFFICIAL} fp32",
-                    note=f"match scores of {pairs} pairs",
-                ),
-                "recall": result.recall(torch.tensor(collection.photo_of)),
-                "note": f"{spent.pairs_saved} of {spent.pairs_official} pairs are candidates in both directions",
-            }
+        ours = self.row(OURS, dtype, [sum(seconds.values())], seconds, needed[-1])
+        ours.parity = Parity(
+            error=finite(error), band=band, passed=error <= band, against=f"{OFFICIAL} fp32",
+            note=f"match scores of {pairs} pairs",
         )  # fmt: skip
+        recall: Any = result.recall(torch.tensor(collection.photo_of))
+        ours.extra |= {"receipt": steps, "recall": recall, "pairs": spent.pairs_scored}
+        ours.reason = f"{spent.pairs_saved} of {spent.pairs_official} pairs are candidates in both directions"
+        if not ours.parity.passed:
+            ours.status, ours.seconds = "parity failed", []
+        share = pairs / sizes.pairs
+        parts = projected[0].parts("stages") | {RERANKING: official_s / share}
+        official = self.row(OFFICIAL, "fp32", [sum(parts.values())], parts, needed[0])
+        official.reason = f"projected from {share:.1%} of the pairs"
+        return self.compare([official, ours, *(row for row in projected[1:] if row.dtype != dtype)])
 
     @torch.inference_mode()
     def _official_scores(

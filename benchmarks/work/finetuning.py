@@ -12,8 +12,7 @@ much the official procedure loses to padding and copies depends on the lengths, 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,24 +23,22 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.items import collate_pairs
 from xfm_fast.data.texts import EncodedText
-from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer
 
-from .. import machine
 from ..contenders.official_finetuning import OfficialFineTuningTwin
 from ..material import photographs
 from ..material.inputs import MAX_TOKENS, TASK_MODELS, decoder_layers, described, preset_config, random_state
 from ..material.photographs import Collection
 from ..material.questions import answer_list, questions
-from ..measure import MachineProbes, Progress
-from ..options import FINE_TUNING, FineTuned, StepOptions
-from ..record import OFFICIAL, OURS, Document, Model, Point, Row
+from ..measure import Case, Run, benchmark
+from ..options import FINE_TUNING, FineTuned
+from ..record import OFFICIAL, OURS
 from .finetuning_cost import Shape, step_costs
-from .training import LABELS, Procedure, StepPlan, StepRun, StepSubject, chosen_dtypes, repetitions
+from .training import Procedure, StepSubject, describe_model, pretraining, step_cases
 
 Batch = dict[str, Any]
 """Arguments of a task's loss by name."""
@@ -219,100 +216,41 @@ TASKS: Mapping[FineTuned, _Task] = {
 }  # fmt: skip
 
 
-def run(options: StepOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
-    """Measure a fine-tuning step of `options.task`, or of every task, on this machine.
-
-    An interruption (Ctrl-C) ends the run early and keeps the rows measured so far.
-
-    Raises:
-        XFMError: an option cannot be used, or a step does not fit into memory.
-    """
+@benchmark("train-step", title="A training step, fast against official", reference=OFFICIAL)
+def run(run: Run) -> Iterator[Case]:
+    """The step of pretraining, or of `options.task`, or of every task."""
+    options = run.options
+    if options.dtype == ("auto",) and run.device.type == "cuda":
+        # On a GPU this model is not trained in fp32.
+        run.dtypes.remove("fp32")
     if options.task is None:
-        raise InputError(f"task=None names no task; choose from {', '.join(TASKS)}, or all")
-    started = time.perf_counter()
-    torch.set_num_threads(options.threads or machine.default_threads())
-    torch.manual_seed(options.seed)
+        yield from pretraining(run)
+        return
     names: tuple[FineTuned, ...] = FINE_TUNING if options.task == "all" else (options.task,)
-    device = machine.choose_device(options.device)
-    document = Document.begun("train-step", vars(options), command, device.type)
-    try:
-        _measure(names, options, device, progress or Progress(), document)
-    except KeyboardInterrupt:
-        document.interrupted = True
-    except torch.OutOfMemoryError:
-        raise UnavailableError("a step does not fit into the memory of this GPU; lower --pairs") from None
-    document.duration_s = time.perf_counter() - started
-    return document
-
-
-def _measure(
-    names: Sequence[FineTuned], options: StepOptions, device: torch.device, progress: Progress, document: Document
-) -> None:
-    dtypes, absent = chosen_dtypes(options, device)
-    repeats = repetitions(options, device)
-    progress.begin(1 + len(names) * (2 + len(repeats.dropout)))
-    progress.stage("photographs and captions")
+    run.progress.begin(1 + len(names) * (2 if options.quick else 3))
+    run.progress.stage("photographs and captions")
     collection, config = photographs.bundled(), preset_config(options.preset)
     tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
-    document.data = described(collection, tokenizer)
-    probes = MachineProbes(dtypes, device)
-    document.probes = probes.describe()
+    run.document.data = described(collection, tokenizer)
+    run.probe()
     for name in names:
         task = TASKS[name]
-        count = options.pairs or task.counts[2 if device.type == "cuda" else options.quick]
-        plan = StepPlan(device, dtypes, count, *repeats)
-        progress.stage(f"model, {task.says}")
-        step = _TaskRun(name, options, plan, progress, document)
-        step.prepare(collection, tokenizer)
-        step.check()
-        step.time(probes, absent)
-
-
-class _TaskRun(StepRun):
-    """The step of one task."""
-
-    def __init__(
-        self, name: FineTuned, options: StepOptions, plan: StepPlan, progress: Progress, document: Document
-    ) -> None:
-        super().__init__(options, plan, progress, document)
-        self.name: FineTuned = name
-        self.task = TASKS[name]
-        self.says = f"fine-tuning step, {self.task.says}"
-        if options.preset != "tiny" and self.task.image_size is not None:
-            self.config = self.config.replace(image_size=self.task.image_size)
-
-    def prepare(self, collection: Collection, tokenizer: CaptionTokenizer) -> None:
-        """Build the model and the batch."""
-        material = Material(collection, tokenizer, self.config, self.options.seed)
-        subject = FineTuningSubject(self.name, material, self.plan.pairs, self.plan.device)
-        self.subject = subject
+        count = options.pairs or task.counts[2 if run.device.type == "cuda" else options.quick]
+        run.progress.stage(f"model, {task.says}")
+        sized = config
+        if options.preset != "tiny" and task.image_size is not None:
+            sized = config.replace(image_size=task.image_size)
+        subject = FineTuningSubject(name, Material(collection, tokenizer, sized, options.seed), count, run.device)
+        describe_model(run, subject.model)
         shape = subject.shape
-        self.lengths, self.padded = shape.lengths, shape.padded
-        if self.lengths:
-            self.tokens = {OURS: sum(self.lengths), OFFICIAL: len(self.lengths) * self.padded}
-        costs = step_costs(self.name, self.config, shape)
-        self.flops = {OURS: costs.needed, OFFICIAL: costs.official}
-        # Of several tasks the document describes the largest model.
-        parameters = sum(parameter.numel() for parameter in subject.model.parameters())
-        if self.document.model is None or self.document.model.parameters < parameters:
-            self.document.model = Model(
-                preset=self.options.preset, origin=f"random weights (seed {self.options.seed})", trained=False,
-                meaningful_recall=False, config=self.config.model_dump(), parameters=parameters,
-            )  # fmt: skip
-
-    def _row(self, procedure: Procedure, dtype: str, dropout: bool) -> Row:
-        task, count, lengths = self.task, self.plan.pairs, self.lengths
-        size = "" if task.image_size is None else f" of {self.config.image_size} px"
-        tokens = "" if task.image_size is not None else f" of {min(lengths)}-{max(lengths)} tokens"
-        return Row(
-            work=f"finetune-{self.name}" + "-dropout" * dropout,
-            name=f"{self.says}, {count} {task.unit}{size}{tokens}" + ", with dropout" * dropout,
-            point=Point(
-                batch=count, image_size=None if task.image_size is None else self.config.image_size, dropout=dropout,
-                mean_length=sum(lengths) / len(lengths) if lengths else None, padded_length=self.padded or None,
-            ),
-            contender=procedure, label=LABELS[procedure], dtype=dtype, status="measured", unit=task.unit,
-            items=count, parity=self._parity(procedure, dtype, dropout),
+        lengths, costs = shape.lengths, step_costs(name, sized, shape)
+        size = f" of {sized.image_size} px" if task.image_size is not None else ""
+        if task.image_size is None:
+            size = f" of {min(lengths)}-{max(lengths)} tokens"
+        yield from step_cases(
+            run, subject, f"finetune-{name}", f"fine-tuning step, {task.says}, {count} {task.unit}{size}", task.unit,
+            items=count, flops={OURS: costs.needed, OFFICIAL: costs.official}, memory={},
+            tokens={OURS: sum(lengths), OFFICIAL: len(lengths) * shape.padded} if lengths else {},
         )  # fmt: skip
 
 

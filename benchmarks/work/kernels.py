@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Run = Callable[..., Tensor]
 Direction = Literal["forward", "backward", "forward and backward"]
 PlainRow = dict[str, Any]
-"""The fields of a `record.Row`."""
+"""The fields of a `record.Result`."""
 
 OURS, EAGER = "xfm-fast", "eager"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -196,9 +196,10 @@ def _row(
     seconds: dict[str, list[float]],
 ) -> PlainRow:  # fmt: skip
     """The row of a backend with what its clock measured, or with the reason why it has no times."""
+    extra: dict[str, Any] = {"bounds": 1} if name in case.bounds else {}
     row: PlainRow = {
-        "work": case.name.split()[0], "name": case.name, "direction": direction, "contender": name, "label": name,
-        "dtype": dtype, "unit": "calls", "items": 1, "bounds": name in case.bounds, "status": "measured", "seconds": [],
+        "work": case.name.split()[0], "name": case.name, "mode": direction, "backend": name, "label": name,
+        "dtype": dtype, "unit": "calls", "items": 1, "status": "measured", "seconds": [], "extra": extra,
     }  # fmt: skip
     if backend.error is not None and backend.band is not None:
         row["parity"] = {
@@ -209,17 +210,15 @@ def _row(
         row["status"], row["reason"] = backend.missing.get(direction, ("failed", None))
         return row
     median, work = statistics.median(seconds[name]), case.work[direction]
-    row |= {"seconds": seconds[name], "host_s": clock.host_s, "timed_by": clock.by, "reason": clock.reason}
-    row["throughput"] = {"value": 1 / median}
+    row |= {"seconds": seconds[name], "reason": clock.reason}
+    extra |= {"host_s": clock.host_s, "timed_by": clock.by}
     if work is not None:
         sheet = machine.data_sheet(clock.device)
-        row["efficiency"] = {
-            "needed_flops": round(work.flops), "bytes": round(work.bytes), "intensity": work.flops / work.bytes,
-            "share_of_floor": None if sheet is None else work.floor(sheet) / median,
-        }  # fmt: skip
+        extra |= {"needed_flops": round(work.flops), "bytes": round(work.bytes)}
+        extra["share_of_floor"] = None if sheet is None else work.floor(sheet) / median
     if name == OURS:
         row["against"] = [
-            {"contender": n, "dtype": dtype, "like_for_like": True, "ratio": statistics.median(theirs) / median}
+            {"backend": n, "dtype": dtype, "like_for_like": True, "ratio": statistics.median(theirs) / median}
             for n, theirs in seconds.items()
             if n != OURS and theirs
         ]
@@ -234,35 +233,31 @@ def run(
 
     Ctrl-C keeps the complete rows. Raises `InputError` for an unknown dtype.
     """
-    from ..measure import Progress, compared, throughput
-    from ..record import Document, Row
+    from ..measure import benchmark, compared
+    from ..record import Result
 
-    progress, device = progress or Progress(), machine.choose_device(None)
-    dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    document = Document.begun("kernels", vars(options), command, device.type)
-    chosen = case_names(device, DTYPES[dtype])
-    progress.begin(len(chosen))
-    try:
+    @benchmark("kernels", title="Operations, against their alternatives", reference=EAGER)
+    def cases(run: Any) -> Iterator[Any]:
+        device = run.device
+        dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+        if dtype not in DTYPES:
+            raise InputError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        chosen = case_names(device, DTYPES[dtype])
+        run.progress.begin(len(chosen))
         for name in chosen:
-            progress.stage(name)
+            run.progress.stage(name)
             case = CASES[name](device, DTYPES[dtype], options.small)
-            for plain in measure(case, device, dtype, progress.step):
-                rows = [Row.model_validate(row) for row in plain]
-                timed = [row for row in rows if row.seconds]
-                for row in timed:
-                    row.throughput = throughput(1, row.seconds)
-                for ours in (row for row in timed if row.ours):
-                    others = (row for row in timed if not row.ours)
+            for plain in measure(case, device, dtype, run.progress.step):
+                rows = [Result.model_validate(row) for row in plain]
+                for ours in (row for row in rows if row.ours and row.seconds):
+                    others = (row for row in rows if not row.ours and row.seconds)
                     ours.against = [
-                        compared(other.contender, dtype, dtype, other.seconds, ours.seconds) for other in others
+                        compared(f"{other.backend} {dtype}", dtype, other.seconds, ours.seconds) for other in others
                     ]
-                document.rows += rows
-                keep(document)
-    except KeyboardInterrupt:
-        document.interrupted = True
-    return document
+                run.add(rows)
+        yield from ()
+
+    return cases(options, progress, command, keep)
 
 
 def _both(work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...]) -> dict[Direction, roofline.Work | None]:

@@ -8,7 +8,7 @@ captions (both embedded already), of `retrieve` one caption to which the index's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,18 +19,11 @@ from xfm_fast.tasks.retrieval import UNSCORED
 
 from ..contenders.engine import Clock, Engine, Evaluator, Everything, Found, Pairs, Schedule, SearchIndex
 from ..material.inputs import MAX_TOKENS, Material, Texts
-from ..measure import relative_error
-from ..record import Point
+from ..measure import Difference
+from ..timing import relative_error
 
 Answer = Callable[[Sequence[int], Clock], Any]
 """Runs the requests of these numbers as one batch."""
-
-
-class Difference(NamedTuple):
-    """Largest difference between two answers, relative to the largest value; and what else there is to say."""
-
-    error: float
-    note: str = ""
 
 
 def padded(lengths: Sequence[int], schedule: Schedule, official: int) -> list[int]:
@@ -45,16 +38,18 @@ class Workload:
 
     Attributes:
         work: its name; `unit` is what a request counts, `items` of them.
-        point: size of one request.
         requests: distinct ones; numbers beyond wrap around.
     """
 
     work: str
     unit: str
 
-    def __init__(self, material: Material, point: Point, requests: int, texts: Texts | None = None) -> None:
-        self.material, self.point, self.requests, self.items = material, point, requests, 1
-        self.config = material.config(point.image_size or material.subjects.config.image_size)
+    def __init__(
+        self, material: Material, requests: int, image_size: int | None = None, texts: Texts | None = None
+    ) -> None:
+        self.material, self.requests, self.items = material, requests, 1
+        self.image_size = image_size or material.subjects.config.image_size
+        self.config = material.config(self.image_size)
         self._texts = texts
         self._lengths = [] if texts is None else texts.lengths
 
@@ -105,7 +100,8 @@ class Workload:
         lengths = self.lengths(numbers)
         if not lengths or schedule == "own":
             return None
-        return sum(lengths), sum(padded(lengths, schedule, self.point.padded_length or max(lengths)))
+        official = max(lengths) if self._texts is None else self._texts.ids.shape[1]
+        return sum(lengths), sum(padded(lengths, schedule, official))
 
 
 class EmbedImage(Workload):
@@ -114,11 +110,11 @@ class EmbedImage(Workload):
     work, unit = "embed-image", "images"
 
     def __init__(self, material: Material, image_size: int, requests: int) -> None:
-        super().__init__(material, Point(image_size=image_size), requests)
+        super().__init__(material, requests, image_size)
         self._pixels = material.pixels(requests, image_size)
 
     def name(self, count: int) -> str:
-        return f"embed {counted(count, 'image')} of {self.point.image_size} px"
+        return f"embed {counted(count, 'image')} of {self.image_size} px"
 
     def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
         given = self._pixels.to(dtype)
@@ -139,10 +135,11 @@ class EmbedText(Workload):
 
     def __init__(self, material: Material, requests: int, lengths: str = "captions") -> None:
         self._given = material.texts(requests, lengths)
-        super().__init__(material, _point(self._given, 1, lengths), requests, self._given)
+        self._noun = _noun(lengths)
+        super().__init__(material, requests, texts=self._given)
 
     def name(self, count: int) -> str:
-        return f"embed {_texts(count, self.point)} ({self._given.span} tokens)"
+        return f"embed {counted(count, self._noun)} ({self._given.span} tokens)"
 
     def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
         def answer(numbers: Sequence[int], clock: Clock) -> Tensor:
@@ -172,16 +169,15 @@ class Rerank(Workload):
         self, material: Material, image_size: int, texts: int, requests: int, lengths: str = "captions"
     ) -> None:
         self._given = material.texts(texts, lengths)
-        point = _point(self._given, texts, lengths).model_copy(update={"image_size": image_size})
-        super().__init__(material, point, requests, self._given)
-        self.items = texts
+        super().__init__(material, requests, image_size, self._given)
+        self.items, self._noun = texts, _noun(lengths)
         self._images, _ = material.images(requests, image_size)
         with torch.inference_mode():
             self._embeds = material.subjects.model(image_size, torch.float32).encode_text(*self._given)
 
     def name(self, count: int) -> str:
-        texts = f"{_texts(self.items, self.point)} ({self._given.span} tokens)"
-        return f"re-rank {counted(count, 'image')} of {self.point.image_size} px x {texts}"
+        texts = f"{counted(self.items, self._noun)} ({self._given.span} tokens)"
+        return f"re-rank {counted(count, 'image')} of {self.image_size} px x {texts}"
 
     def _rows(self, numbers: Sequence[int]) -> list[int]:
         return [(number + i) % self.items for number in numbers for i in range(self.items)]
@@ -223,13 +219,12 @@ class Retrieve(Workload):
     def __init__(self, material: Material, image_size: int, index: int, k: int, requests: int) -> None:
         self._given = material.texts(requests)
         index = min(index, len(material.collection.names))
-        size = {"image_size": image_size, "index": index, "k": min(k, index)}
-        super().__init__(material, _point(self._given, 1, "captions").model_copy(update=size), requests, self._given)
+        super().__init__(material, requests, image_size, self._given)
         self._embeds, self._features = material.images(index, image_size)
         self._index, self._k = index, min(k, index)
 
     def name(self, count: int) -> str:
-        found = f"{self._k} best of {counted(self._index, 'image')} of {self.point.image_size} px, re-ranked"
+        found = f"{self._k} best of {counted(self._index, 'image')} of {self.image_size} px, re-ranked"
         return f"retrieve for {counted(count, 'caption')} ({self._given.span} tokens) the {found}"
 
     def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
@@ -285,12 +280,10 @@ class Retrieval(Workload):
         self._image_of_text = torch.tensor([photo for photo, captions in enumerate(chosen) for _ in captions])
         self._k, self._batch = min(k, photos), batch
         self._pixels = material.pixels(photos, image_size)
-        texts = _point(self._given, len(self._given.ids), "captions")
-        size = {"image_size": image_size, "index": photos, "k": self._k}
-        super().__init__(material, texts.model_copy(update=size), 1, self._given)
+        super().__init__(material, 1, image_size, self._given)
 
     def name(self, count: int) -> str:
-        images = f"{counted(len(self._pixels), 'image')} of {self.point.image_size} px"
+        images = f"{counted(len(self._pixels), 'image')} of {self.image_size} px"
         return f"retrieve {images} x {counted(len(self._given.ids), 'caption')}, k = {self._k}, end to end"
 
     def lengths(self, numbers: Sequence[int]) -> list[int]:
@@ -347,10 +340,5 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _texts(number: int, point: Point) -> str:
-    return counted(number, "caption" if point.lengths == "captions" else "text")
-
-
-def _point(given: Texts, texts: int, lengths: str) -> Point:
-    mean = sum(given.lengths) / len(given.lengths)
-    return Point(texts=texts, lengths=lengths, mean_length=mean, padded_length=given.ids.shape[1])
+def _noun(lengths: str) -> str:
+    return "caption" if lengths == "captions" else "text"

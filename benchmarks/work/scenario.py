@@ -12,23 +12,25 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
-from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.errors import UnavailableError
 
-from .. import machine
 from ..contenders.registry import SCENARIOS
-from ..measure import Progress, latency, percentile, rotated
+from ..measure import Call, Case, Run, benchmark, percentile
 from ..options import ScenarioOptions
-from ..record import MODES, OFFICIAL, Comparison, Document, Mode, Server, Trial
-from .entrants import Entrant, blank
-from .setting import Scale, Setting, opened
+from ..probes import Readings
+from ..record import MODES, OFFICIAL, OURS, Comparison, Mode, Result
+from ..timing import one_line, rotated
+from .model import Scale, case, engines, note_paths, prepare, require
+from .requests import Workload
 
 LATE_SHARE = 0.01
 """Of the requests that may exceed the bound: it is one on the 99th percentile."""
-# A bound that all contenders can be held to: what the official algorithm takes for one request, and some waiting.
+# A bound that all backends can be held to: what the official algorithm takes for one request, and some waiting.
 _BOUND_FACTOR = 4.0
 # Below this a bound would measure the scheduler of the operating system.
 _LEAST_BOUND_S = 0.025
@@ -43,182 +45,155 @@ ELSEWHERE = {
 }
 
 
-def run(
-    work: str, options: ScenarioOptions, progress: Progress | None = None, command: Sequence[str] = ()
-) -> Document:  # fmt: skip
-    """Measure a kind of work on this machine. An interruption (Ctrl-C) keeps what was measured so far and marks it.
-
-    Raises:
-        XFMError: an option, the checkpoint or the data cannot be used.
-    """
-    known(work)
-    unknown = [mode for mode in options.mode if mode not in MODES]
-    if unknown:
-        raise UnavailableError(f"mode {', '.join(unknown)!r} is unknown; choose from {', '.join(MODES)}")
-    if options.p99_ms is not None and options.p99_ms <= 0:
-        raise InputError(f"a bound of {options.p99_ms} ms on the latency cannot be kept; give one above zero")
-    device = machine.choose_device(options.device)
-    scale = Scale.of(work, options, device)
-    progress = progress or Progress()
+@benchmark("scenario", title="Beside other runtimes", reference=OFFICIAL)
+def run(run: Run, scenario: str) -> Iterator[Case]:
+    """One case for each way in which requests come."""
+    if scenario in ELSEWHERE:
+        raise UnavailableError(f"scenario {scenario!r} is a command of its own: xfm-fast bench {scenario}")
+    require(SCENARIOS, scenario, "scenario")
+    options: ScenarioOptions = run.options
+    for mode in options.mode:
+        require(MODES, mode, "mode")
+    scale = Scale.of(scenario, options, run.device)
     chosen: list[Mode] = [mode for mode in MODES if not options.mode or mode in options.mode]
-    progress.begin(3 + len(chosen))
-    with opened(options, "scenario", device, progress, command) as setting:
-        setting.prepare(scale.image_size, work=work)
-        setting.document.options["scenario"] = work
-        _Scenario(work, setting, scale, options).measure(chosen)
-    return setting.finish()
+    run.progress.begin(2 + len(chosen))
+    material = prepare(run, scale.image_size, work=scenario)
+    workload = scale.workload(scenario, material)
+    found = engines(run, material, scenario, scale.image_size, options.baselines, options.official)
+    for mode in chosen:
+        batch = scale.batch if mode == "offline" else 1
+        run.progress.stage(f"{workload.name(batch)}, {mode}")
+        yield case(
+            run, workload, found, batch=batch, mode=mode, block=scale.block, split=mode != "server",
+            rounds=scale.rounds, budget_s=scale.budget_s, most_rounds=60, warmups=0,
+            deadline=time.perf_counter() + 2 * scale.budget_s,
+            search=partial(search_rates, workload, scale) if mode == "server" else None,
+        )  # fmt: skip
+    note_paths(run)
 
 
-def known(work: str) -> None:
-    """Refuse what is no kind of work.
+def search_rates(
+    workload: Workload, scale: Scale, run: Run, calls: dict[str, Call], rows: dict[str, Result]
+) -> None:  # fmt: skip
+    """Find the highest rate of Poisson arrivals at which each backend keeps the bound on the latency.
 
     Raises:
-        UnavailableError: it is a command of its own, or unknown.
+        KeyboardInterrupt: the search was interrupted; the results hold the trials until then.
     """
-    if work in ELSEWHERE:
-        raise UnavailableError(f"scenario {work!r} is a command of its own: xfm-fast bench {work}")
-    if work not in SCENARIOS:
-        raise UnavailableError(f"scenario {work!r} is unknown; choose from {', '.join(SCENARIOS)}")
+    readings = Readings()
 
+    def read() -> None:
+        if run.probes is not None:
+            run.probes.read(readings)
 
-class _Scenario:
-    def __init__(self, work: str, setting: Setting, scale: Scale, options: ScenarioOptions) -> None:
-        self.setting, self.scale, self.options = setting, scale, options
-        self.workload = scale.workload(work, setting.material)
-        self.entrants: list[Entrant] = []
-
-    def measure(self, modes: Sequence[Mode]) -> None:
-        setting, scale, options = self.setting, self.scale, self.options
-        setting.progress.stage("building and comparing")
-        self.entrants = setting.entrants(self.workload.work, scale.image_size, options.baselines, options.official)
-        setting.check(self.entrants, self.workload)
-        if any(entrant.status == "parity failed" and entrant.ours for entrant in self.entrants):
-            wrong = [entrant for entrant in self.entrants if not entrant.runs]
-            setting.document.rows += [blank(entrant, self.workload, mode, 1) for mode in modes for entrant in wrong]
-            return
-        for entrant in self._running():
-            setting.progress.step(f"{entrant.key}, warm-up")
-            with entrant.trying():
-                # Requests of every shape alone, and a batch: libraries prepare for shapes when they first see them.
-                answer = entrant.answer(self.workload)
-                for number in self.workload.distinct():
-                    answer([number])
-                answer(self.workload.batch(scale.batch))
-        for mode in modes:
-            setting.progress.stage(f"{self.workload.name(scale.batch if mode == 'offline' else 1)}, {mode}")
-            if mode == "server":
-                self._server()
-                continue
-            setting.measure(
-                self.workload, self.entrants, mode, scale.batch if mode == "offline" else 1, rounds=scale.rounds,
-                budget_s=scale.budget_s, deadline=time.perf_counter() + 2 * scale.budget_s, block=scale.block,
-                split=True,
-            )  # fmt: skip
-
-    def _running(self) -> list[Entrant]:
-        return [entrant for entrant in self.entrants if entrant.runs]
-
-    def _server(self) -> None:
-        setting = self.setting
-        readings = setting.probes.readings()
-        setting.probes.read(readings)
-        alone, rates = self._paces()
-        bound_s, origin = self._bound(alone)
-        searches = {
-            key: RateSearch(_FIRST_SHARE * rate, self.scale.trials, self.scale.resolution)
-            for key, rate in rates.items()
-        }
-        best: dict[str, Served] = {}
-        interrupted, turn = False, 0
+    read()
+    singles: dict[str, float] = {}
+    searches: dict[str, RateSearch] = {}
+    batch, failures = workload.batch(scale.batch), dict[str, str]()
+    for key, call in calls.items():
+        run.progress.step(f"{key}, pace")
         try:
-            while any(not search.done for search in searches.values()):
-                for key in rotated(list(searches), turn):
-                    if not searches[key].done:
-                        self._trial(key, searches, best, bound_s)
-                setting.probes.read(readings)
-                turn += 1
-        except KeyboardInterrupt:
-            interrupted = True
-            setting.probes.read(readings)
-        for entrant in self.entrants:
-            row, search = blank(entrant, self.workload, "server", 1), searches.get(entrant.key)
-            if entrant.runs and search is not None:
-                served = best.get(entrant.key)
-                row.status, row.reason = "measured", None
-                if interrupted and not search.done:
-                    row.status, row.reason = "partial", f"interrupted after {len(search.trials)} trials"
-                elif served is None:
-                    row.reason = f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
-                elif search.worst == math.inf:
-                    row.reason = "the bound held at every rate that was tried"
-                row.server = Server(
-                    max_qps=search.best, bound_s=bound_s, bound_origin=origin, largest_batch=self.scale.batch,
-                    seed=self.options.seed, trials=search.trials,
-                )  # fmt: skip
-                row.latency = None if served is None else latency(served.latencies)
-                row.conditions = readings.conditions(entrant.dtype)
-                # How many times the rate of the others ours is; one that held none is left out.
-                for other, its in searches.items() if entrant.ours else ():
-                    if other != entrant.key and its.best > 0:
-                        contender, dtype = other.rsplit(" ", 1)
-                        compared = Comparison(
-                            contender=contender, dtype=dtype, like_for_like=dtype == entrant.dtype,
-                            ratio=search.best / its.best,
-                        )  # fmt: skip
-                        row.against.append(compared)
-            setting.document.rows.append(row)
-        if interrupted:
-            raise KeyboardInterrupt
-
-    def _trial(self, key: str, searches: dict[str, RateSearch], best: dict[str, Served], bound_s: float) -> None:
-        scale, search = self.scale, searches[key]
-        entrant = next(entrant for entrant in self.entrants if entrant.key == key)
-        rate = search.next_rate()
-        self.setting.progress.step(f"{key}, {rate:.3g} requests/s")
-        # Long enough that a rate which is too high by the resolution of the search piles up to the bound.
-        least = rate * bound_s / (scale.resolution - 1)
-        requests = int(max(10, least, min(scale.trial_requests, rate * scale.trial_s)))
-        with entrant.trying():
-            served = serve(
-                entrant.answer(self.workload), rate, requests, largest_batch=scale.batch, bound_s=bound_s,
-                seed=self.options.seed,
-            )  # fmt: skip
-            search.record(served.trial)
-            if served.trial.held and served.trial.rate >= search.best:
-                best[key] = served
-        if not entrant.runs:
-            del searches[key]
-
-    def _paces(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds of a request alone, and requests a second without a pause, in batches if that is faster."""
-        alone: dict[str, float] = {}
-        rates: dict[str, float] = {}
-        batch = self.workload.batch(self.scale.batch)
-        for entrant in self._running():
-            self.setting.progress.step(f"{entrant.key}, pace")
-            with entrant.trying():
-                answer = entrant.answer(self.workload)
-                seconds = statistics.median(_seconds(answer, [number]) for number in range(_BOUND_SAMPLES))
-                rates[entrant.key] = max(1 / seconds, len(batch) / _seconds(answer, batch))
-                alone[entrant.key] = seconds
-        return alone, rates
-
-    def _bound(self, single: dict[str, float]) -> tuple[float, str]:
-        if self.options.p99_ms is not None:
-            return self.options.p99_ms / 1e3, "asked for"
-        reference = f"{OFFICIAL} fp32"
-        key = reference if reference in single else next(iter(single), reference)
-        seconds = single.get(key, 1.0)
-        wanted, origin = _BOUND_FACTOR * seconds, f"{_BOUND_FACTOR:.0f} times one request of {key}"
-        if wanted < _LEAST_BOUND_S:
-            return _LEAST_BOUND_S, f"{origin} ({seconds * 1e3:.3g} ms), but at least {_LEAST_BOUND_S * 1e3:.0f} ms"
-        return wanted, f"{origin} ({seconds * 1e3:.3g} ms)"
+            singles[key] = statistics.median(_seconds(call, [number]) for number in range(_BOUND_SAMPLES))
+            rate = max(1 / singles[key], len(batch) / _seconds(call, batch))
+        except Exception as error:
+            failures[key] = one_line(error)
+            continue
+        searches[key] = RateSearch(_FIRST_SHARE * rate, scale.trials, scale.resolution)
+    bound_s, origin = _bound(run.options, singles)
+    best: dict[str, Trial] = {}
+    interrupted, turn = False, 0
+    try:
+        while any(not search.done for search in searches.values()):
+            for key in rotated(list(searches), turn):
+                search = searches[key]
+                if search.done:
+                    continue
+                rate = search.next_rate()
+                run.progress.step(f"{key}, {rate:.3g} requests/s")
+                # Long enough that a rate which is too high by the resolution of the search piles up to the bound.
+                least = rate * bound_s / (scale.resolution - 1)
+                requests = int(max(10, least, min(scale.trial_requests, rate * scale.trial_s)))
+                try:
+                    trial = serve(
+                        calls[key], rate, requests, largest_batch=scale.batch, bound_s=bound_s, seed=run.options.seed
+                    )
+                except Exception as error:
+                    failures[key] = one_line(error)
+                    del searches[key]
+                    continue
+                search.record(trial)
+                if trial.held and trial.rate >= search.best:
+                    best[key] = trial
+            read()
+            turn += 1
+    except KeyboardInterrupt:
+        interrupted = True
+        read()
+    for key, row in rows.items():
+        if key in failures:
+            row.status, row.reason = "failed", failures[key]
+        if key not in searches:
+            continue
+        search, served = searches[key], best.get(key)
+        if interrupted and not search.done:
+            row.status, row.reason = "partial", f"interrupted after {len(search.trials)} trials"
+        elif served is None:
+            row.reason = f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
+        elif search.worst == math.inf:
+            row.reason = "the bound held at every rate that was tried"
+        row.extra |= {
+            "max_qps": search.best, "bound_s": bound_s, "bound_origin": origin, "largest_batch": scale.batch,
+            "trials": {f"{trial.rate:.6g}": trial.percentile(0.99) for trial in search.trials},
+        }  # fmt: skip
+        if served is not None:
+            row.extra |= {f"p{share}_s": served.percentile(share / 100) for share in (50, 90, 99)}
+        row.contended = readings.contended(row.dtype)
+        # How many times the rate of the others ours is; one that held none is left out.
+        for other, its in searches.items() if row.backend == OURS else ():
+            if other != key and its.best > 0:
+                backend, dtype = other.rsplit(" ", 1)
+                ratio, same = search.best / its.best, dtype == row.dtype
+                row.against.append(Comparison(backend=backend, dtype=dtype, like_for_like=same, ratio=ratio))
+    if interrupted:
+        raise KeyboardInterrupt
 
 
-def _seconds(answer: Callable[..., Any], numbers: list[int]) -> float:
+def _bound(options: ScenarioOptions, single: dict[str, float]) -> tuple[float, str]:
+    if options.p99_ms is not None:
+        return options.p99_ms / 1e3, "--p99-ms"
+    reference = f"{OFFICIAL} fp32"
+    key = reference if reference in single else next(iter(single), reference)
+    seconds = single.get(key, 1.0)
+    bound, origin = _BOUND_FACTOR * seconds, f"{_BOUND_FACTOR:.0f} times one request of {key}"
+    if bound < _LEAST_BOUND_S:
+        return _LEAST_BOUND_S, f"{origin} ({seconds * 1e3:.3g} ms), but at least {_LEAST_BOUND_S * 1e3:.0f} ms"
+    return bound, f"{origin} ({seconds * 1e3:.3g} ms)"
+
+
+def _seconds(answer: Call, numbers: list[int]) -> float:
     begun = time.perf_counter()
     answer(numbers)
     return time.perf_counter() - begun
+
+
+class Trial(NamedTuple):
+    """Requests at one rate.
+
+    Attributes:
+        latencies: of the requests that were answered, in order of arrival.
+        late: how many took longer than the bound; `held` if that were at most 1%, `cut` if it ended early for them.
+    """
+
+    rate: float
+    latencies: list[float]
+    late: int
+    mean_batch: float
+    held: bool
+    cut: bool
+
+    def percentile(self, share: float) -> float:
+        """Of the latencies."""
+        return percentile(self.latencies, share)
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
@@ -231,14 +206,6 @@ def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
     return arrivals
 
 
-@dataclass(frozen=True)
-class Served:
-    """One trial; `latencies` of the requests that were answered, in order of arrival."""
-
-    trial: Trial
-    latencies: list[float]
-
-
 def serve(
     answer: Callable[[Sequence[int]], object],
     rate: float,
@@ -249,7 +216,7 @@ def serve(
     seed: int,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> Served:
+) -> Trial:
     """Answer `requests` requests that arrive at `rate` a second.
 
     Args:
@@ -281,20 +248,7 @@ def serve(
             late += latencies[-1] > bound_s
         sizes.append(size)
         done += size
-    elapsed = clock() - begun
-    trial = Trial(
-        rate=rate,
-        served_per_s=done / elapsed,
-        requests=done,
-        late=late,
-        p50=percentile(latencies, 0.5),
-        p90=percentile(latencies, 0.9),
-        p99=percentile(latencies, 0.99),
-        mean_batch=statistics.fmean(sizes),
-        held=late <= allowed,
-        cut=done < requests,
-    )
-    return Served(trial, latencies)
+    return Trial(rate, latencies, late, statistics.fmean(sizes), late <= allowed, done < requests)
 
 
 @dataclass
@@ -305,7 +259,7 @@ class RateSearch:
     trials.
 
     Attributes:
-        start: first rate; what the contender gives without a pause is a good one.
+        start: first rate; that of the backend without a pause is a good one.
         best: highest rate that held, 0 before any did; `worst`: lowest that failed.
     """
 

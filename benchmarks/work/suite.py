@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .. import machine
-from ..measure import Progress
-from ..options import Preset, SuiteOptions
-from ..record import OFFICIAL, OFFICIAL_CODE, OURS, Document, Parity
-from .entrants import Entrant, blank
-from .requests import EmbedImage, EmbedText, Rerank, Retrieval, Workload
-from .setting import Scale, Setting, opened
+from ..material.inputs import Material
+from ..measure import Case, Run, benchmark
+from ..options import Preset
+from ..record import OFFICIAL, OURS
+from .model import Engine, Scale, case, engines, note_paths, prepare
+from .requests import EmbedImage, EmbedText, Rerank, Retrieval
 from .task_requests import made
 
 _TASKS = ("vqa", "nlvr2", "grounding", "captioning")
@@ -26,7 +24,7 @@ class SuiteScale:
     """How much work the rows do, and how long.
 
     Attributes:
-        rounds: samples of each contender, at least.
+        rounds: samples of each backend, at least.
         budget_s: short rows get more samples within this time.
         deadline_s: once the suite has run this long, rows that are left get one sample; of tasks, once it has run for
             `tasks_s` more. Quick runs have no tasks.
@@ -50,6 +48,7 @@ class SuiteScale:
 
     @classmethod
     def of(cls, preset: Preset, *, quick: bool) -> SuiteScale:
+        """The sizes for a model."""
         small, large = (32, 48) if preset == "tiny" else (224, 384)
         if quick:
             budget = 0.2 if preset == "tiny" else 1.0
@@ -57,72 +56,18 @@ class SuiteScale:
         return cls(small, large, 8, 4, 32, 64, 6, 2, 3, rounds=3, budget_s=10.0, deadline_s=185)
 
 
-def run(options: SuiteOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
-    """Measure this machine's CPU. An interruption (Ctrl-C) ends the run early and keeps the rows measured so far.
-
-    Raises:
-        XFMError: the checkpoint, the data or an option cannot be used.
-    """
-    started, sizes = time.perf_counter(), SuiteScale.of(options.preset, quick=options.quick)
-    progress = progress or Progress()
+@benchmark("suite", title="Fast against official", reference=OFFICIAL)
+def run(run: Run) -> Iterator[Case]:
+    """Cases of the suite on the CPU."""
+    started, options = time.perf_counter(), run.options
+    sizes = SuiteScale.of(options.preset, quick=options.quick)
     tasks = () if options.quick else _TASKS
-    progress.begin(8 + len(tasks))
-    with opened(options, "suite", torch.device("cpu"), progress, command) as setting:
-        setting.prepare(sizes.small_image)
-        entrants = {
-            sizes.small_image: _entrants(setting, "embed-image", sizes.small_image, None),
-            sizes.large_image: _entrants(setting, "rerank", sizes.large_image, options.official),
-        }
-        progress.stage("checking that xfm-fast gives the official results")
-        parities = _check(setting, entrants, sizes)
-        if setting.document.ok:
-            _measure(setting, entrants, parities, sizes, started + sizes.deadline_s)
-            # Models of tasks are large.
-            entrants.clear()
-            for task in tasks:
-                _measure_task(setting, task, sizes, started + sizes.deadline_s + sizes.tasks_s)
-    document = setting.finish()
-    # The other contenders were not asked.
-    document.baselines = []
-    return document
-
-
-def _entrants(setting: Setting, work: str, image_size: int, official: Path | None) -> list[Entrant]:
-    """xfm-fast in every type, the official algorithm in fp32 and, where there is time for it, in bf16 too."""
-    quick = setting.options.quick or not machine.has_native_bf16()
-    found = setting.entrants(work, image_size, (OURS,), official)
-    return [e for e in found if e.ours or e.dtype == "fp32" or (e.contender.name == OFFICIAL and e.runs and not quick)]
-
-
-def _check(setting: Setting, entrants: dict[int, list[Entrant]], sizes: SuiteScale) -> list[dict[str, Parity]]:
-    """Compare results on little work, and add a row for what differs; returns parity by contender for every work."""
-    material, parities = setting.material, list[dict[str, Parity]]()
-    for workload in (
-        EmbedImage(material, sizes.small_image, 1),
-        EmbedImage(material, sizes.large_image, 1),
-        EmbedText(material, 4),
-        Rerank(material, sizes.large_image, 4, 1),
-    ):
-        group = entrants[workload.point.image_size or sizes.large_image]
-        ran = [entrant for entrant in group if entrant.runs]
-        setting.check(group, workload)
-        setting.document.rows += [blank(entrant, workload, "offline", 1) for entrant in ran if not entrant.runs]
-        parities.append({entrant.key: entrant.parity for entrant in ran if entrant.parity is not None})
-    # The scores of a whole retrieval pass through all the others.
-    parts = parities[1:]
-    whole = {
-        key: parity.model_copy(update={"band": 2 * sum(part[key].band or 0.0 for part in parts if key in part)})
-        for key, parity in parities[-1].items()
-    }
-    return [*parities, whole]
-
-
-def _measure(
-    setting: Setting, entrants: dict[int, list[Entrant]], parities: list[dict[str, Parity]], sizes: SuiteScale,
-    deadline: float,
-) -> None:  # fmt: skip
-    material, small, large = setting.material, sizes.small_image, sizes.large_image
-    works: list[Callable[[], Workload]] = [
+    run.progress.begin(7 + len(tasks))
+    material = prepare(run, sizes.small_image)
+    small, large = sizes.small_image, sizes.large_image
+    of_small = _engines(run, material, "embed-image", small, None)
+    of_large = _engines(run, material, "rerank", large, options.official)
+    for make in (
         lambda: EmbedImage(material, small, sizes.small_batch),
         lambda: EmbedImage(material, large, sizes.large_batch),
         lambda: EmbedText(material, sizes.texts),
@@ -130,37 +75,38 @@ def _measure(
         lambda: Retrieval(
             material, large, sizes.photos, sizes.captions_per_photo, sizes.candidates, sizes.large_batch
         ),
-    ]  # fmt: skip
-    for make, parity in zip(works, parities, strict=True):
+    ):  # fmt: skip
         workload = make()
         batch = workload.requests if workload.work.startswith("embed") else 1
-        setting.progress.stage(workload.name(batch))
-        group = [
-            entrant
-            for entrant in entrants[workload.point.image_size or large]
-            if workload.work in entrant.contender.works
-        ]
-        for entrant in group:
-            entrant.parity = parity.get(entrant.key)
-        # The check has run all code once; what is left to warm up are this work's own shapes, which a long run repeats
-        # many times within itself.
-        long = {"rerank": (OFFICIAL, OFFICIAL_CODE), "retrieval": (OFFICIAL, OURS)}.get(workload.work, ())
-        warmups = {entrant.key: int(entrant.contender.name not in long) for entrant in group}
-        setting.measure(
-            workload, group, batch=batch, rounds=sizes.rounds, budget_s=sizes.budget_s, most_rounds=15,
-            deadline=deadline, warmups=warmups,
+        run.progress.stage(workload.name(batch))
+        found = of_small if workload.work == "embed-image" and workload.image_size == small else of_large
+        found = [engine for engine in found if workload.work in engine.contender.works]
+        # The comparison has warmed up already.
+        yield case(
+            run, workload, found, batch=batch, warmups=0, rounds=sizes.rounds, budget_s=sizes.budget_s,
+            deadline=started + sizes.deadline_s,
         )  # fmt: skip
+    of_small.clear()
+    of_large.clear()
+    for task in tasks:
+        run.progress.stage(task)
+        scale = Scale.of(task, options, run.device)
+        several = task in ("vqa", "grounding")
+        texts, batch = (sizes.task_items, 1) if several else (1, sizes.task_items)
+        workload = made(task, material, scale.image_size, texts, scale.k, batch, "captions")
+        yield case(
+            run, workload, _engines(run, material, task, scale.image_size, None), batch=batch, warmups=0,
+            rounds=sizes.rounds, budget_s=sizes.budget_s, deadline=started + sizes.deadline_s + sizes.tasks_s,
+        )  # fmt: skip
+    note_paths(run)
+    # The other backends do not take part.
+    run.document.baselines = []
 
 
-def _measure_task(setting: Setting, task: str, sizes: SuiteScale, deadline: float) -> None:
-    setting.progress.stage(task)
-    scale = Scale.of(task, setting.options, setting.device)
-    several = task in ("vqa", "grounding")
-    texts, batch = (sizes.task_items, 1) if several else (1, sizes.task_items)
-    entrants = _entrants(setting, task, scale.image_size, None)
-    workload = made(task, setting.material, scale.image_size, texts, scale.k, batch, "captions")
-    setting.check(entrants, workload)
-    setting.measure(
-        workload, entrants, batch=batch, rounds=sizes.rounds, budget_s=sizes.budget_s, most_rounds=15,
-        deadline=deadline, warmups={entrant.key: int(entrant.ours) for entrant in entrants},
-    )  # fmt: skip
+def _engines(run: Run, material: Material, work: str, image_size: int, official: Path | None) -> list[Engine]:
+    """xfm-fast in every dtype, the official algorithm in fp32 and, where there is time for it, in bf16 too."""
+    quick = run.options.quick or not machine.has_native_bf16()
+    found = engines(run, material, work, image_size, (OURS,), official)
+    wide = [engine for engine in found if engine.ours or engine.dtype == "fp32"]
+    half = [one for one in found if one.contender.name == OFFICIAL and one.dtype != "fp32" and not one.lacking]
+    return wide if quick else wide + half

@@ -39,10 +39,10 @@ from ..contenders.engine import AnswerList, Clock, Schedule, TaskEngine
 from ..contenders.official_finetuning import OfficialFineTuningTwin
 from ..material.inputs import Material, Texts, decoder_layers
 from ..material.questions import answer_list, questions
-from ..measure import relative_error
-from ..record import Point
+from ..measure import Difference
+from ..timing import relative_error
 from .finetuning_cost import Shape, forward_costs
-from .requests import Answer, Difference, Workload, counted
+from .requests import Answer, Workload, counted
 
 _PROMPT = "a picture of "
 # Of the official configuration.
@@ -52,11 +52,9 @@ _BEAMS, _SHORTEST, _LONGEST = 3, 5, 20
 class TaskWorkload(Workload):
     """Requests that a fine-tuned model answers; official texts are padded to the longest of a batch."""
 
-    def __init__(self, material: Material, point: Point, requests: int, texts: Texts | None = None) -> None:
-        super().__init__(material, point, requests, texts)
-        assert point.image_size is not None
-        self._size = point.image_size
-        own = material.subjects.model(self._size, torch.float32, self.work).named_parameters()
+    def __init__(self, material: Material, requests: int, image_size: int, texts: Texts | None = None) -> None:
+        super().__init__(material, requests, image_size, texts)
+        own = material.subjects.model(image_size, torch.float32, self.work).named_parameters()
         # Tables of embeddings are read by the row.
         self._weights = sum(p.numel() for name, p in own if ".embeddings." not in name)
 
@@ -82,7 +80,7 @@ class TaskWorkload(Workload):
         return [max(lengths)] * len(lengths) if schedule == "official" else list(lengths)
 
     def traffic(self, numbers: Sequence[int], element: int) -> int:
-        return element * (self._weights + len(numbers) * 3 * self._size**2)
+        return element * (self._weights + len(numbers) * 3 * self.image_size**2)
 
 
 class Statements(TaskWorkload):
@@ -91,12 +89,11 @@ class Statements(TaskWorkload):
     work, unit = "nlvr2", "statements"
 
     def __init__(self, material: Material, image_size: int, requests: int) -> None:
-        point = Point(image_size=image_size, texts=1, lengths="captions")
-        super().__init__(material, point, requests, material.texts(requests))
+        super().__init__(material, requests, image_size, material.texts(requests))
         self._pixels = material.pixels(requests + 1, image_size)
 
     def name(self, count: int) -> str:
-        return f"judge {counted(count, 'statement')} on two images each of {self._size} px"
+        return f"judge {counted(count, 'statement')} on two images each of {self.image_size} px"
 
     def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)
@@ -116,12 +113,8 @@ class Statements(TaskWorkload):
 class _Several(TaskWorkload):
     """Photographs, each with several texts of its own."""
 
-    def __init__(
-        self, material: Material, image_size: int, texts: int, requests: int, given: Texts, lengths: str, **size: int
-    ) -> None:
-        mean = sum(given.lengths) / len(given.lengths)
-        point = Point(image_size=image_size, texts=texts, lengths=lengths, mean_length=mean)
-        super().__init__(material, point.model_copy(update=size), requests, given)
+    def __init__(self, material: Material, image_size: int, texts: int, requests: int, given: Texts) -> None:
+        super().__init__(material, requests, image_size, given)
         self.items = texts
         self._pixels = material.pixels(requests, image_size)
 
@@ -142,10 +135,10 @@ class Expressions(_Several):
 
     def __init__(self, material: Material, image_size: int, texts: int, requests: int, lengths: str) -> None:
         given = material.texts(requests * texts, lengths)
-        super().__init__(material, image_size, texts, requests, given, lengths)
+        super().__init__(material, image_size, texts, requests, given)
 
     def name(self, count: int) -> str:
-        return f"ground {counted(self.items, 'expression')} each in {counted(count, 'image')} of {self._size} px"
+        return f"ground {counted(self.items, 'expression')} each in {counted(count, 'image')} of {self.image_size} px"
 
     def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)
@@ -169,13 +162,13 @@ class Captions(TaskWorkload):
     work, unit = "captioning", "captions"
 
     def __init__(self, material: Material, image_size: int, requests: int) -> None:
-        super().__init__(material, Point(image_size=image_size), requests)
+        super().__init__(material, requests, image_size)
         self._pixels = material.pixels(requests, image_size)
         self._prompt = material.tokenizer.encode_prompt(_PROMPT).to(material.device)
         self._scores: dict[tuple[int, ...], float] = {}
 
     def name(self, count: int) -> str:
-        return f"caption {counted(count, 'image')} of {self._size} px, {_BEAMS} beams of {_LONGEST} tokens"
+        return f"caption {counted(count, 'image')} of {self.image_size} px, {_BEAMS} beams of {_LONGEST} tokens"
 
     def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)
@@ -197,7 +190,7 @@ class Captions(TaskWorkload):
     def _score(self, number: int, ids: Tensor) -> float:
         key = number % self.requests, *ids.tolist()
         if key not in self._scores:
-            twin = OfficialFineTuningTwin(self.material.subjects.model(self._size, torch.float32, self.work))
+            twin = OfficialFineTuningTwin(self.material.subjects.model(self.image_size, torch.float32, self.work))
             real, at = ids.ne(self.config.pad_token_id).long()[None], slice(key[0], key[0] + 1)
             with torch.inference_mode():
                 loss = twin.captions(self._pixels[at], ids[None], real, len(self._prompt), label_smoothing=0.0)
@@ -253,13 +246,12 @@ class Questions(_Several):
         trie = AnswerTrie.of(ids, mask, config)
         self._list = AnswerList(ids, mask, trie, k, self._kind.whole_list, self._kind.best)
         given = Texts(*(part.to(material.device) for part in questions(config, requests * texts, seed)))
-        size = {"index": trie.answers, "k": trie.answers if self._kind.whole_list else k}
-        super().__init__(material, image_size, texts, requests, given, "questions", **size)
+        super().__init__(material, image_size, texts, requests, given)
 
     def name(self, count: int) -> str:
         said = self._kind.says.format(k=self._list.k, n=f"{self._list.trie.answers:,}")
         images = "an image" if count == 1 else f"each of {count} images"
-        return f"{counted(self.items, 'question')} to {images} of {self._size} px, {said}"
+        return f"{counted(self.items, 'question')} to {images} of {self.image_size} px, {said}"
 
     def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)

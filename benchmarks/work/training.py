@@ -14,18 +14,17 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from xfm_fast import flops
 from xfm_fast.batches import PairBatch
@@ -41,16 +40,15 @@ from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.tokenizer import CaptionTokenizer
 
-from .. import machine
 from ..contenders.official_algorithm import OfficialTrainingTwin
 from ..material import photographs
 from ..material.inputs import described, preset_config, random_state
 from ..material.photographs import Collection
-from ..measure import MachineProbes, Progress, Samples, Watched, differing, filled, interleave, parity_band
-from ..options import StepOptions
-from ..record import OFFICIAL, OURS, Document, Efficiency, Memory, Model, Parity, Point, Row, Tokens, finite
+from ..measure import Backend, Case, Difference, Run
+from ..record import OFFICIAL, OURS, Extra, Model, Parity
 
-Procedure = Literal["xfm-fast", "official-algorithm"]
+Procedure = str
+"""`OURS` or `OFFICIAL`."""
 # What a user trains with: parameters in fp32, products in bf16 where that is asked for.
 AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 # In the worst of its parameters the official step of the base model misses fp64 by 1e-5 in fp32 (relative L2 norm of
@@ -68,242 +66,124 @@ _MEMORY_STEPS = 2
 _BATCH, _TASK = "batch.safetensors", "task.json"
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """The options with everything decided."""
+def step_cases(
+    run: Run, subject: StepSubject, work: str, name: str, unit: str, *, items: int, flops: Mapping[str, int],
+    tokens: Mapping[str, int], memory: Mapping[tuple[str, str, bool], Extra],
+) -> Iterator[Case]:  # fmt: skip
+    """A step without and, but for a quick run, with dropout; both procedures agree without it.
 
-    device: torch.device
-    dtypes: list[str]
-    pairs: int
-    dropout: tuple[bool, ...]
-    rounds: int
-    warmups: int
-    budget_s: float
-
-    def official_dtype(self, dtype: str) -> str:
-        """The official procedure's type in any case: on a GPU the same, on a CPU fp32, as it was published."""
-        return dtype if self.device.type == "cuda" else "fp32"
-
-
-def run(options: StepOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Document:
-    """Measure a training step on this machine.
-
-    An interruption (Ctrl-C) ends the run early and keeps the rows measured so far.
-
-    Raises:
-        XFMError: an option cannot be used, or the step does not fit into memory.
+    Args:
+        flops, tokens: of each procedure, by its name.
+        memory: where it was measured, by procedure, dtype and dropout.
     """
-    started = time.perf_counter()
-    torch.set_num_threads(options.threads or machine.default_threads())
-    torch.manual_seed(options.seed)
-    plan, absent = _plan(options)
-    document = Document.begun("train-step", vars(options), command, plan.device.type)
-    try:
-        StepRun(options, plan, progress or Progress(), document).measure(absent)
-    except KeyboardInterrupt:
-        document.interrupted = True
-    except torch.OutOfMemoryError:
-        raise UnavailableError(
-            f"a step of {plan.pairs} pairs does not fit into the memory of this GPU; lower --pairs"
-        ) from None
-    document.duration_s = time.perf_counter() - started
-    return document
+    quick, gpu = run.options.quick, run.device.type == "cuda"
+    # As published, the official procedure runs in fp32; on a GPU in the dtype of ours.
+    official = {dtype if gpu else "fp32" for dtype in run.dtypes} | (set() if quick else set(run.dtypes))
+    dtypes: dict[Procedure, list[str]] = {OURS: run.dtypes, OFFICIAL: [name for name in AUTOCAST if name in official]}
+    variants = [(procedure, dtype) for procedure in dtypes for dtype in dtypes[procedure]]
+    budget_s = 0.2 if run.options.preset == "tiny" else 10.0
+    rounds, warmups = (10, 3) if gpu else (3, 1)
+
+    def step(procedure: Procedure, dtype: str, dropout: bool) -> None:
+        subject.model.train(dropout)
+        subject.step(procedure, AUTOCAST[dtype])
+
+    def count(backend: Backend, result: object) -> Extra:
+        extra: Extra = {"needed_flops": flops[OURS], "flops": flops[backend.name]}
+        if tokens:
+            extra |= {"tokens": tokens[OURS], "padded_tokens": tokens[backend.name]}
+        if gpu:
+            parameters = sum(parameter.nbytes for parameter in subject.model.parameters())
+            extra |= {"parameter_bytes": parameters, "gradient_bytes": parameters}
+        return extra
+
+    def compare(ours: Outcome, truth: Outcome) -> Difference:
+        found = difference(ours, truth)
+        return Difference(found.error, found.note)
+
+    parity: dict[tuple[str, str], Parity | None] = {}
+    for dropout in (False,) if quick else (False, True):
+        run.progress.stage(name + ", with dropout" * dropout)
+        backends = [
+            Backend(OURS, dtype, dict, LABELS[OURS], lacking=("not offered", why)) for dtype, why in run.absent.items()
+        ]
+        for procedure, dtype in variants:
+            known = parity.get((procedure, dtype))
+            backend = Backend(
+                procedure, dtype, lambda procedure=procedure, dtype=dtype, dropout=dropout: partial(
+                    step, procedure, dtype, dropout
+                ),
+                LABELS[procedure], partial(subject.outcome, procedure, AUTOCAST[dtype]), parity=known,
+                extra=memory.get((procedure, dtype, dropout), {}),
+            )  # fmt: skip
+            if known is not None and not known.passed:
+                backend.lacking = "parity failed", "its gradients differ without dropout"
+            backends.append(backend)
+        yield Case(
+            work + "-dropout" * dropout, name + ", with dropout" * dropout, backends, unit, items, judge=OFFICIAL,
+            reference=None if dropout else lambda dtype: subject.outcome(OFFICIAL, AUTOCAST[dtype]), compare=compare,
+            fp32_band=FP32_GRADIENT_BAND, count=count, grad=True, rounds=2 if quick else rounds, warmups=warmups,
+            budget_s=budget_s / 10 if quick else budget_s,
+        )  # fmt: skip
+        parity = {
+            (row.backend, row.dtype): row.parity
+            and row.parity.model_copy(update={"note": f"{row.parity.note}; compared without dropout"})
+            for row in run.document.rows
+            if row.work == work
+        }
 
 
-def _plan(options: StepOptions) -> tuple[StepPlan, dict[str, str]]:
-    device = machine.choose_device(options.device)
-    names, absent = chosen_dtypes(options, device)
-    pairs = _PAIRS[device.type][options.quick] if options.pairs is None else options.pairs
+def pretraining(run: Run) -> Iterator[Case]:
+    """The step of ITC, ITM, IMLM and MIM."""
+    options, on_cpu = run.options, run.device.type == "cpu"
+    pairs = _PAIRS[run.device.type][options.quick] if options.pairs is None else options.pairs
     if pairs < 2:
         raise UnavailableError(f"a step of {pairs} pair has no hard negatives; use --pairs 2 or more")
-    return StepPlan(device, names, pairs, *repetitions(options, device)), absent
-
-
-def chosen_dtypes(options: StepOptions, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The types to measure, and why others that were asked for are absent."""
-    # On a GPU this model is not trained in fp32.
-    asked = ("bf16",) if device.type == "cuda" and options.dtype == ("auto",) else options.dtype
-    return machine.choose_dtypes(asked, device)
-
-
-class Repetitions(NamedTuple):
-    """How often a step is timed: without and with dropout, rounds, warm-ups, and seconds for more rounds."""
-
-    dropout: tuple[bool, ...]
-    rounds: int
-    warmups: int
-    budget_s: float
-
-
-def repetitions(options: StepOptions, device: torch.device) -> Repetitions:
-    """What suits the device and the haste."""
-    rounds, warmups = (10, 3) if device.type == "cuda" else (3, 1)
-    budget_s = 0.2 if options.preset == "tiny" else 10.0
-    if options.quick:
-        return Repetitions((False,), 2, warmups, budget_s / 10)
-    return Repetitions((False, True), rounds, warmups, budget_s)
-
-
-class StepRun:
-    """Compares and times the two procedures of one step, and fills the document; by itself that of pretraining."""
-
-    says = "training step"
-    """What is done, in names of stages."""
-
-    def __init__(self, options: StepOptions, plan: StepPlan, progress: Progress, document: Document) -> None:
-        self.options, self.plan, self.progress, self.document = options, plan, progress, document
-        self.config = preset_config(options.preset)
-        self.dtypes = list(plan.dtypes)
-        self.parity: dict[str, Parity] = {}
-        self.memory: dict[tuple[Procedure, str, bool], Memory] = {}
-        # Rows leave out what is not known here.
-        self.tokens: dict[str, int] = {}
-        self.flops: dict[str, int] = {}
-        self.subject: StepSubject
-        self.gpu = machine.data_sheet(plan.device)
-
-    def measure(self, absent: dict[str, str]) -> None:
-        plan, document = self.plan, self.document
-        on_cpu = plan.device.type == "cpu"
-        self.progress.begin(3 + len(plan.dropout) * (1 + on_cpu))
-        self.progress.stage("photographs and captions")
-        collection = photographs.bundled()
-        tokenizer = CaptionTokenizer.train_on_texts(collection.captions, self.config.vocab_size)
-        batch = pair_batch(collection, tokenizer, self.config, plan.pairs, self.options.seed)
-        document.data = described(collection, tokenizer)
-        lengths = batch.attention_mask.sum(1).tolist()
-        masked = (batch.masked_labels != -100).sum(1).tolist()
-        padded, slots = batch.input_ids.shape[1], batch.masked_labels.shape[1]
-        self.tokens = {OURS: sum(lengths), OFFICIAL: plan.pairs * padded}
-        self.flops = {
-            OURS: flops.pretraining_step(self.config, lengths, masked).total,
-            OFFICIAL: flops.official_pretraining_step(self.config, plan.pairs, padded, slots).total,
-        }
-        for dropout in plan.dropout if on_cpu else ():
-            self.progress.stage("peak memory" + ", with dropout" * dropout)
-            for procedure, dtype in self._variants():
-                self.progress.step(f"{procedure} {dtype}, own process")
-                measured = partial(
-                    memory_use, procedure, self.config, batch, dtype, training=dropout, seed=self.options.seed,
-                    threads=torch.get_num_threads(),
-                )  # fmt: skip
-                least = measured(checkpointed=True).peak_bytes if procedure == OURS else None
-                use = measured().model_copy(update={"checkpointed_bytes": least})
-                self.memory[procedure, dtype, dropout] = use
-        self.progress.stage("model")
-        self.subject = TrainingSubject(self.config, batch, seed=self.options.seed, device=plan.device)
-        document.model = Model(
-            preset=self.options.preset, origin=f"random weights (seed {self.options.seed})", trained=False,
-            meaningful_recall=False, config=self.config.model_dump(),
-            parameters=sum(parameter.numel() for parameter in self.subject.model.parameters()),
-        )  # fmt: skip
-        self.check()
-        probes = MachineProbes(self.dtypes, plan.device)
-        document.probes = probes.describe()
-        self.time(probes, absent)
-
-    def check(self) -> None:
-        """Compare losses and gradients on the batch that will be timed, negatives being given."""
-        self.progress.stage("checking that both leave the same gradients")
-        self.progress.step(f"{OFFICIAL} fp32")
-        truth = self.subject.outcome(OFFICIAL)
-        for name in self.plan.dtypes:
-            autocast, own = AUTOCAST[name], 0.0
-            if autocast is not None:
-                self.progress.step(f"{OFFICIAL} {name}")
-                own = difference(self.subject.outcome(OFFICIAL, autocast), truth).error
-            band = parity_band(autocast or torch.float32, own, fp32=FP32_GRADIENT_BAND)
-            self.progress.step(f"{OURS} {name}")
-            found = difference(self.subject.outcome(OURS, autocast), truth)
-            self.parity[name] = Parity(
-                error=finite(found.error), band=band, passed=found.error <= band, against=f"{OFFICIAL} fp32",
-                note=found.note,
+    steps = (False,) if options.quick else (False, True)
+    run.progress.begin(2 + len(steps) * (1 + on_cpu))
+    run.progress.stage("photographs and captions")
+    config, collection = preset_config(options.preset), photographs.bundled()
+    tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
+    batch = pair_batch(collection, tokenizer, config, pairs, options.seed)
+    run.document.data = described(collection, tokenizer)
+    lengths, masked = batch.attention_mask.sum(1).tolist(), (batch.masked_labels != -100).sum(1).tolist()
+    padded, slots = batch.input_ids.shape[1], batch.masked_labels.shape[1]
+    memory: dict[tuple[str, str, bool], Extra] = {}
+    for dropout in steps if on_cpu else ():
+        run.progress.stage("peak memory" + ", with dropout" * dropout)
+        official = ["fp32"] if options.quick else list(dict.fromkeys(["fp32", *run.dtypes]))
+        dtypes: dict[Procedure, list[str]] = {OURS: run.dtypes, OFFICIAL: official}
+        for procedure, dtype in ((one, dtype) for one in dtypes for dtype in dtypes[one]):
+            run.progress.step(f"{procedure} {dtype}, own process")
+            measured = partial(
+                memory_use, procedure, config, batch, dtype, training=dropout, seed=options.seed,
+                threads=torch.get_num_threads(),
             )  # fmt: skip
-            if not self.parity[name].passed:
-                self.dtypes.remove(name)
+            memory[procedure, dtype, dropout] = measured()
+            if procedure == OURS:
+                memory[procedure, dtype, dropout]["checkpointed_bytes"] = measured(checkpointed=True)["peak_bytes"]
+    run.progress.stage("model")
+    subject = TrainingSubject(config, batch, seed=options.seed, device=run.device)
+    describe_model(run, subject.model)
+    run.probe()
+    yield from step_cases(
+        run, subject, "train-step", f"training step, {pairs} pairs of {config.image_size} px, ITC + ITM + IMLM + MIM",
+        "pairs", items=pairs, memory=memory, tokens={OURS: sum(lengths), OFFICIAL: pairs * padded},
+        flops={
+            OURS: flops.pretraining_step(config, lengths, masked).total,
+            OFFICIAL: flops.official_pretraining_step(config, pairs, padded, slots).total,
+        },
+    )  # fmt: skip
 
-    def time(self, probes: MachineProbes, absent: Mapping[str, str]) -> None:
-        """Add the rows of both procedures; `absent` are types that this machine does not offer, and why."""
-        for dropout in self.plan.dropout:
-            for dtype in self.plan.dtypes:
-                parity = self.parity[dtype]
-                if not parity.passed:
-                    row = self._row(OURS, dtype, dropout)
-                    error = math.inf if parity.error is None else parity.error
-                    self.document.rows.append(row.model_copy(update=differing(row, error, parity.band or 0.0)))
-            if self.dtypes:
-                self._time(dropout, probes)
-            self.document.rows += [
-                self._row(OURS, dtype, dropout).model_copy(update={"status": "not offered", "reason": reason})
-                for dtype, reason in absent.items()
-            ]
 
-    def _variants(self) -> list[tuple[Procedure, str]]:
-        """Procedures and types that are run; the official one in the types of ours too where there is time for it."""
-        official = {self.plan.official_dtype(name) for name in self.dtypes}
-        official |= set() if self.options.quick else set(self.dtypes)
-        ours: list[tuple[Procedure, str]] = [(OURS, name) for name in self.dtypes]
-        return [*ours, *((OFFICIAL, name) for name in AUTOCAST if name in official)]
-
-    def _time(self, dropout: bool, probes: MachineProbes) -> None:
-        plan = self.plan
-        self.progress.stage(self.says + ", with dropout" * dropout)
-        watched = {
-            f"{procedure} {dtype}": Watched(partial(self.subject.step, procedure, AUTOCAST[dtype]), plan.device)
-            for procedure, dtype in self._variants()
-        }
-        self.subject.model.train(dropout)
-        try:
-            samples = interleave(
-                watched, probes, warmups=plan.warmups, rounds=plan.rounds, budget_s=plan.budget_s,
-                on_step=self.progress.step,
-            )  # fmt: skip
-        finally:
-            self.subject.model.eval()
-        self.document.rows += self._rows(samples, watched, dropout)
-        if samples.interrupted:
-            raise KeyboardInterrupt
-
-    def _rows(self, samples: Samples, watched: Mapping[str, Watched], dropout: bool) -> list[Row]:
-        rows = []
-        for procedure, dtype in self._variants():
-            key, memory = f"{procedure} {dtype}", self.memory.get((procedure, dtype, dropout))
-            seen = watched[key].memory
-            if self.plan.device.type == "cuda" and seen is not None:
-                memory = cuda_memory_use(seen.peak_bytes, self.subject.model)
-            row = filled(self._row(procedure, dtype, dropout), key, samples, memory)
-            if row.median_s is not None and self.tokens:
-                useful, computed = self.tokens[OURS], self.tokens[procedure]
-                row.tokens = Tokens(
-                    useful=useful, padded=computed, useful_per_s=useful / row.median_s,
-                    padded_per_s=computed / row.median_s,
-                )  # fmt: skip
-            if row.median_s is not None and self.flops:
-                needed, own = self.flops[OURS], self.flops[procedure]
-                # The sheet's rate is that of 16-bit products.
-                sheet = None if self.gpu is None or dtype == "fp32" else needed / row.median_s / self.gpu.flops_per_s
-                row.efficiency = Efficiency(
-                    flops=own, needed_flops=needed, mfu=samples.share_of_rate(key, needed), mfu_data_sheet=sheet,
-                    utilisation=samples.share_of_rate(key, own),
-                )  # fmt: skip
-            rows.append(row)
-        return rows
-
-    def _row(self, procedure: Procedure, dtype: str, dropout: bool) -> Row:
-        size = f"{self.plan.pairs} pairs of {self.config.image_size} px"
-        return Row(
-            work="train-step-dropout" if dropout else "train-step",
-            name=f"training step, {size}, ITC + ITM + IMLM + MIM" + ", with dropout" * dropout,
-            point=Point(batch=self.plan.pairs, image_size=self.config.image_size, dropout=dropout),
-            contender=procedure, label=LABELS[procedure], dtype=dtype, status="measured", unit="pairs",
-            items=self.plan.pairs, parity=self._parity(procedure, dtype, dropout),
+def describe_model(run: Run, model: XFM) -> None:
+    """Note a model with random weights; of several the largest."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if run.document.model is None or run.document.model.parameters < parameters:
+        run.document.model = Model(
+            preset=run.options.preset, origin=f"random weights (seed {run.options.seed})", trained=False,
+            meaningful_recall=False, config=model.config.model_dump(), parameters=parameters,
         )  # fmt: skip
-
-    def _parity(self, procedure: Procedure, dtype: str, dropout: bool) -> Parity | None:
-        parity = self.parity.get(dtype) if procedure == OURS else None
-        if not dropout or parity is None:
-            return parity
-        return parity.model_copy(update={"note": f"{parity.note}; compared without dropout"})
 
 
 def pair_batch(
@@ -332,7 +212,7 @@ class Outcome(NamedTuple):
     gradients: dict[str, Tensor | None]
 
 
-class Difference(NamedTuple):
+class Gradients(NamedTuple):
     """How far two outcomes are apart.
 
     Attributes:
@@ -401,6 +281,7 @@ class StepSubject(ABC):
 
     def outcome(self, procedure: Procedure, autocast: torch.dtype | None = None) -> Outcome:
         """A step with given negatives, and its gradients, which the parameters give away."""
+        self.model.eval()
         losses = self.step(procedure, autocast, given_negatives=True)
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         self.model.zero_grad(set_to_none=True)
@@ -430,12 +311,10 @@ class TrainingSubject(StepSubject):
     def losses(self, procedure: Procedure, hard_negatives: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
         if procedure == OURS:
             return pretraining_losses(self.model, self.batch, hard_negatives=hard_negatives)
-        if procedure == OFFICIAL:
-            return self.official.losses(self.batch, hard_negatives=hard_negatives)
-        assert_never(procedure)
+        return self.official.losses(self.batch, hard_negatives=hard_negatives)
 
 
-def difference(ours: Outcome, truth: Outcome) -> Difference:
+def difference(ours: Outcome, truth: Outcome) -> Gradients:
     """Compare two outcomes; NaN counts as infinite, and so does a gradient that only one of them has."""
     losses = max(_finite((ours.losses[name] / loss - 1).abs()) for name, loss in truth.losses.items())
     scale = max(float(gradient.double().norm()) for gradient in truth.gradients.values() if gradient is not None)
@@ -456,7 +335,7 @@ def difference(ours: Outcome, truth: Outcome) -> Difference:
             beside = truth.gradients.get(name.removesuffix("bias") + "weight")
             least = max(least, 0.0 if beside is None else float(beside.double().norm()))
         worst = max(worst, (distance / max(own, least), name))
-    return Difference(losses, (distances / squares) ** 0.5 if squares else 0.0, *worst)
+    return Gradients(losses, (distances / squares) ** 0.5 if squares else 0.0, *worst)
 
 
 def _finite(value: Tensor) -> float:
@@ -467,7 +346,7 @@ def _finite(value: Tensor) -> float:
 def memory_use(
     procedure: Procedure, config: XFMConfig, batch: PairBatch, dtype: str, *, training: bool, seed: int, threads: int,
     checkpointed: bool = False,
-) -> Memory:  # fmt: skip
+) -> Extra:  # fmt: skip
     """Run two steps of one procedure in a new process and see how much memory it takes.
 
     Args:
@@ -493,26 +372,10 @@ def memory_use(
             f"the process that measures the memory of a step ({procedure}, {dtype}) failed: {why[0]}; free memory, or "
             "take fewer --pairs or --preset tiny"
         )
-    return Memory.model_validate_json(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def cuda_memory_use(peak_bytes: int, model: nn.Module) -> Memory:
-    """The same from what CUDA's allocator counted during a step of `model`, whose gradients are still there."""
-    parameters = sum(parameter.nbytes for parameter in model.parameters())
-    return _step_memory(peak_bytes, parameters, model, "CUDA allocator")
-
-
-def _step_memory(peak_bytes: int, before_bytes: int, model: nn.Module, method: str) -> Memory:
-    parameters = list(model.parameters())
-    gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
-    return Memory(
-        peak_bytes=peak_bytes, grown_bytes=max(0, peak_bytes - before_bytes - gradients), method=method,
-        before_bytes=before_bytes, parameter_bytes=sum(parameter.nbytes for parameter in parameters),
-        gradient_bytes=gradients,
-    )  # fmt: skip
-
-
-def _measured_memory(folder: Path) -> Memory:
+def _measured_memory(folder: Path) -> Extra:
     task = json.loads((folder / _TASK).read_text())
     torch.set_num_threads(task["threads"])
     tensors: dict[str, Any] = load_file(folder / _BATCH)
@@ -528,9 +391,15 @@ def _measured_memory(folder: Path) -> Memory:
     with PeakMemory() as memory:
         for _ in range(_MEMORY_STEPS):
             subject.step(task["procedure"], AUTOCAST[task["dtype"]])
-    return _step_memory(memory.peak, before, subject.model, memory.method)
+    parameters = list(subject.model.parameters())
+    gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+    return {
+        "peak_bytes": memory.peak, "grown_bytes": max(0, memory.peak - before - gradients),
+        "memory_method": memory.method, "before_bytes": before,
+        "parameter_bytes": sum(parameter.nbytes for parameter in parameters), "gradient_bytes": gradients,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
     keep_freed_memory()
-    print(_measured_memory(Path(sys.argv[1])).model_dump_json())
+    print(json.dumps(_measured_memory(Path(sys.argv[1]))))

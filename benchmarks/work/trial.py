@@ -1,9 +1,9 @@
-"""The worth of `accelerate` for one's own model, here: opened, accelerated in each way, verified, timed in turns."""
+"""The gain of `accelerate` for one's own model, here: opened, accelerated in each way, verified, timed in rounds."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,32 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from xfm_fast.errors import InputError, XFMError
+from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import accelerate
 
-from .. import machine
 from ..material.models import Batch, Opened, example_texts, image_batch, open_model, read_texts, text_batch
-from ..measure import (
-    DTYPES,
-    MachineProbes,
-    Progress,
-    Watched,
-    agreeing,
-    differing,
-    filled,
-    interleave,
-    one_line,
-    parity_band,
-    relative_error,
-)
+from ..measure import Backend, Call, Case, Progress, Run, benchmark
 from ..options import TryOptions
-from ..record import OURS, UNTOUCHED, Document, Parity, Point, Row, finite
-from .drop_in import INT8_BAND
+from ..record import UNTOUCHED, Document, Extra, Result
+from ..timing import DTYPES
+from .drop_in import INT8_BAND, TITLE
 
-_ROUNDS, _BUDGET_S = 5, 15.0
 # A gain within what chance makes of two runs of one thing is none.
 _WORTH = 1.03
+# Calls of `accelerate` as source code, with their options.
+_PLAIN: dict[str, dict[str, Any]] = {"accelerate(model)": {}}
+_TEXTS: dict[str, dict[str, Any]] = {
+    "accelerate(model, unpad=True)": {"unpad": True},
+    "accelerate(model, unpad=True, freeze=True)": {"unpad": True, "freeze": True},
+}
+_INT8 = {
+    "images": ('accelerate(model, dtype="int8")', {"dtype": "int8"}),
+    "texts": ('accelerate(model, unpad=True, dtype="int8")', {"unpad": True, "dtype": "int8"}),
+}
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Trial:
     """The result of trying a model.
 
     Attributes:
-        document: every row.
+        document: every result.
         line: Python to paste: the fastest call in fp32 or bf16; None where the untouched model is as fast.
         told: sentences for the reader, the int8 call among them.
     """
@@ -55,26 +52,6 @@ class Trial:
     told: list[str]
 
 
-@dataclass(frozen=True)
-class _Way:
-    """One call of `accelerate` as source code, with its options."""
-
-    call: str
-    options: dict[str, Any]
-
-    @property
-    def int8(self) -> bool:
-        """Whether linear layers are rounded to 8 bits."""
-        return self.options.get("dtype") == "int8"
-
-
-_PLAIN = _Way("accelerate(model)", {})
-_UNPAD = _Way("accelerate(model, unpad=True)", {"unpad": True})
-_FROZEN = _Way("accelerate(model, unpad=True, freeze=True)", {"unpad": True, "freeze": True})
-_INT8 = _Way('accelerate(model, dtype="int8")', {"dtype": "int8"})
-_INT8_UNPAD = _Way('accelerate(model, unpad=True, dtype="int8")', {"unpad": True, "dtype": "int8"})
-
-
 def run(name: str, options: TryOptions, progress: Progress | None = None, command: Sequence[str] = ()) -> Trial:
     """Try a model by its name, as `open_model` takes it. Ctrl-C ends the measuring early and keeps what was measured.
 
@@ -82,66 +59,107 @@ def run(name: str, options: TryOptions, progress: Progress | None = None, comman
         InputError: nothing of the model is recognised, or what was given does not fit it.
         CheckpointError: it cannot be opened.
         DataError: texts or images cannot be read.
-        UnavailableError: a package is not installed, or a type unknown.
+        UnavailableError: a package is not installed, or a dtype unknown.
     """
-    progress = progress or Progress()
-    torch.set_num_threads(options.threads or machine.default_threads())
-    names, _ = machine.choose_dtypes(options.dtype)
-    progress.begin(3)
-    progress.stage(f"opening {name}")
     opened = open_model(name)
     batch = _batch(opened, options)
-    fast = _shared_copy(opened.model)
-    # What is not recognised is told before anything is timed; the copy shares the weights, and is thrown away.
-    report = accelerate(fast)
-    told = [*opened.notes, *batch.notes]
-    document = Document.begun("drop-in", {"model": name, **vars(options)}, command, "cpu")
-    try:
-        probes = MachineProbes(names, torch.device("cpu"))
-        document.probes = probes.describe()
-        ways = [_PLAIN, *([_UNPAD, _FROZEN] if batch.unit == "texts" else [])]
-        if options.dtype in ((), ("auto",)) and int8.why_not() is None:
-            ways.append(_INT8_UNPAD if batch.unit == "texts" else _INT8)
-        for one in (batch, batch.first()):
-            progress.stage(one.words)
-            document.rows += _measured(opened, one, ways, names, options, probes, progress)
-    except KeyboardInterrupt:
-        document.interrupted = True
+    # What is not recognised is reported before anything is timed; the copy shares the weights, and is thrown away.
+    report = accelerate(_shared_copy(opened.model))
+    document = _trial(options, progress, command, model=name, opened=opened, batch=batch)
+    del document.options["opened"], document.options["batch"]
     begins = (f"{len(report.replaced)} modules replaced", "not known: ")
-    told += [line for line in str(report).splitlines() if line.startswith(begins)]
-    return Trial(document, *_advice(document, batch.words, told))
+    notes = [*opened.notes, *batch.notes, *(line for line in str(report).splitlines() if line.startswith(begins))]
+    return Trial(document, *_advice(document, batch.words, notes))
 
 
-def _advice(document: Document, words: str, told: list[str]) -> tuple[str | None, list[str]]:
+@benchmark("try", title=TITLE, reference=UNTOUCHED)
+def _trial(run: Run, model: str, opened: Opened, batch: Batch) -> Iterator[Case]:
+    run.progress.begin(2)
+    run.probe()
+    ways, quick = dict(_PLAIN), run.options.quick
+    if batch.unit == "texts":
+        ways |= _TEXTS
+    if run.options.dtype in ((), ("auto",)) and int8.why_not() is None:
+        ways.update([_INT8[batch.unit if batch.unit == "texts" else "images"]])
+    for one in (batch, batch.first()):
+        run.progress.stage(one.words)
+        reports: dict[str, list[str]] = {}
+
+        def count(backend: Backend, result: object, reports: dict[str, list[str]] = reports) -> Extra:
+            return {"replaced": reports[backend.name]} if backend.name in reports else {}
+
+        yield Case(
+            "try", one.words, _backends(opened, one, ways, run.dtypes, reports), one.unit, one.items, judge=UNTOUCHED,
+            reference=lambda dtype, one=one: _output(one, copy.deepcopy(opened.model).to(DTYPES[dtype])),
+            count=count, rounds=2 if quick else 5, budget_s=0.0 if quick else 15.0,
+        )  # fmt: skip
+        row = next((row for row in run.document.rows if (row.backend, row.name) == (UNTOUCHED, one.words)), None)
+        if row is not None and row.status == "failed":
+            raise InputError(f"{opened.name} does not run on {one.words} as it is ({row.reason}); give another batch")
+
+
+def _backends(
+    opened: Opened, batch: Batch, ways: dict[str, dict[str, Any]], dtypes: Sequence[str], reports: dict[str, list[str]]
+) -> list[Backend]:
+    own: dict[str, nn.Module] = {}
+
+    def untouched(dtype: str) -> nn.Module:
+        if dtype not in own:
+            own[dtype] = opened.model if dtype == "fp32" else copy.deepcopy(opened.model).to(DTYPES[dtype])
+        return own[dtype]
+
+    def accelerated(call: str, options: dict[str, Any], dtype: str) -> Call:
+        apart = options.get("freeze") or options.get("dtype") == "int8"
+        fast = copy.deepcopy(untouched(dtype)) if apart else _shared_copy(untouched(dtype))
+        reports[call] = str(accelerate(fast, **options)).splitlines()
+        return partial(_output, batch, fast)
+
+    found = []
+    for dtype in dtypes:
+        for call, options in ways.items():
+            rounds = options.get("dtype") == "int8"
+            if rounds and dtype != dtypes[0]:
+                continue
+            backend = Backend(
+                call, "int8" if rounds else dtype, partial(accelerated, call, options, dtype),
+                band=INT8_BAND if rounds else None, optional=rounds,
+            )  # fmt: skip
+            found.append(backend)
+    return found + [
+        Backend(UNTOUCHED, dtype, lambda dtype=dtype: partial(_output, batch, untouched(dtype))) for dtype in dtypes
+    ]
+
+
+def _advice(document: Document, words: str, notes: list[str]) -> tuple[str | None, list[str]]:
     """The line to paste and the sentences, by the times of the whole batch in every dtype."""
-    rows = [row for row in document.rows if row.measured and row.name.startswith(f"{words}, ")]
+    rows = [row for row in document.rows if row.measured and row.name == words]
     untouched = max((row for row in rows if not row.ours), key=_rate, default=None)
     exact = max((row for row in rows if row.ours and row.dtype != "int8"), key=_rate, default=None)
     rounded = max((row for row in rows if row.ours and row.dtype == "int8"), key=_rate, default=None)
     if untouched is None:
-        return None, [*told, "the model was not measured; raise --threads or give a smaller batch"]
+        return None, [*notes, "the model was not measured; raise --threads or give a smaller batch"]
     line, best = None, _rate(untouched)
     if exact is not None and _rate(exact) >= _WORTH * best:
         convert = "" if exact.dtype == "fp32" else "import torch; model.to(torch.bfloat16); "
-        line = f"{convert}import xfm_fast; xfm_fast.{exact.work}"
-        told.append(
+        line = f"{convert}import xfm_fast; xfm_fast.{exact.backend}"
+        notes.append(
             f"{_rate(exact) / best:.2f}× the speed of the untouched model ({exact.dtype} against {untouched.dtype}, "
             "the fastest dtype of each)"
         )
         best = _rate(exact)
     else:
-        told.append("no gain here; leave the model as it is")
+        notes.append("no gain here; leave the model as it is")
     if rounded is not None and rounded.parity is not None and _rate(rounded) >= _WORTH * best:
-        told.append(
+        notes.append(
             f"int8 is {_rate(rounded) / best:.2f}× as fast as that; outputs differ by up to "
-            f"{rounded.parity.error:.1%} of the largest: xfm_fast.{rounded.work}"
+            f"{rounded.parity.error:.1%} of the largest: xfm_fast.{rounded.backend}"
         )
-    return line, told
+    return line, notes
 
 
-def _rate(row: Row) -> float:
+def _rate(row: Result) -> float:
     """Items per second."""
-    return row.throughput.value if row.throughput is not None else 0.0
+    return row.rate or 0.0
 
 
 def _batch(opened: Opened, options: TryOptions) -> Batch:
@@ -157,14 +175,14 @@ def _batch(opened: Opened, options: TryOptions) -> Batch:
     if not opened.takes_texts:
         return image_batch(opened, options.images)
     texts = example_texts() if options.texts is None else read_texts(options.texts)
-    made = text_batch(opened, texts[:4] if options.quick else texts)
+    batch = text_batch(opened, texts[:4] if options.quick else texts)
     if opened.takes_images:
         # Both towers of a model such as CLIP: as many texts as images, for a matrix of both.
-        seen = image_batch(opened, options.images)
-        made.arguments |= seen.arguments
-        made.words += f" and {seen.words}"
-        made.notes += seen.notes
-    return made
+        images = image_batch(opened, options.images)
+        batch.arguments |= images.arguments
+        batch.words += f" and {images.words}"
+        batch.notes += images.notes
+    return batch
 
 
 def _shared_copy(model: nn.Module) -> nn.Module:
@@ -173,80 +191,8 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _measured(
-    opened: Opened, batch: Batch, ways: Sequence[_Way], names: Sequence[str], options: TryOptions,
-    probes: MachineProbes, progress: Progress,
-) -> list[Row]:  # fmt: skip
-    """Rows of one batch: the untouched model in each type, and every way beside it."""
-    cpu, runs, refused = torch.device("cpu"), dict[str, Callable[[], Tensor]](), dict[str, str]()
-    reports: dict[str, list[str]] = {}
-    for name in names:
-        dtype = DTYPES[name]
-        own = opened.model if name == "fp32" else copy.deepcopy(opened.model).to(dtype)
-        runs[f"{UNTOUCHED} {name}"] = partial(_output, batch, own)
-        for way in ways:
-            if way.int8 and name != names[0]:
-                continue
-            fast = copy.deepcopy(own) if way.options.get("freeze") or way.int8 else _shared_copy(own)
-            try:
-                reports[f"{way.call} {name}"] = str(accelerate(fast, **way.options)).splitlines()
-            except XFMError as error:
-                refused[f"{way.call} {name}"] = one_line(error)
-                continue
-            runs[f"{way.call} {name}"] = partial(_output, batch, fast)
-    expected = None
-    if "fp32" not in names:
-        with torch.no_grad():
-            expected = _output(batch, opened.model.float())
-    watched = {key: Watched(call, cpu) for key, call in runs.items()}
-    samples = interleave(
-        watched, probes, warmups=1, rounds=2 if options.quick else _ROUNDS, budget_s=0 if options.quick else _BUDGET_S,
-        on_step=progress.step,
-    )  # fmt: skip
-    if samples.interrupted:
-        raise KeyboardInterrupt
-    if expected is None:
-        expected = watched[f"{UNTOUCHED} fp32"].output
-    if failed := samples.failures.get(f"{UNTOUCHED} {names[0]}"):
-        raise InputError(f"{opened.name} does not run on {batch.words} as it is ({failed}); the batch does not fit it")
-    rows: list[Row] = []
-    for name in names:
-        untouched = f"{UNTOUCHED} {name}"
-        for way in ways:
-            key = f"{way.call} {name}"
-            if key not in runs and key not in refused:
-                continue
-            title = f"{batch.words}, {way.call}"
-            common: dict[str, Any] = {
-                "work": way.call, "name": title, "dtype": name, "unit": batch.unit, "items": batch.items,
-                "point": Point(batch=batch.items),
-            }  # fmt: skip
-            ours = Row(contender=OURS, label="accelerated", status="measured", **common)
-            if way.int8:
-                ours.dtype = "int8"
-            if key in refused:
-                rows.append(ours.model_copy(update={"status": "not offered", "reason": refused[key]}))
-                continue
-            ours.replaced = reports[key]
-            row = filled(ours, key, samples, watched[key].memory)
-            if row.measured:
-                row.against = [other for other in row.against if other.contender == UNTOUCHED]
-                own = 0.0 if name == "fp32" else relative_error(watched[untouched].output, expected)
-                error = relative_error(watched[key].output, expected)
-                band = INT8_BAND if way.int8 else parity_band(DTYPES[name], own)
-                row.parity = Parity(error=finite(error), band=band, passed=error <= band, against=f"{UNTOUCHED} fp32")
-                if way.int8 and not row.parity.passed:
-                    why = f"int8 changes the outputs by {error:.1e}, more than {band:.1e}"
-                    row = ours.model_copy(update={"status": "not offered", "reason": why, "parity": None})
-                elif not row.parity.passed:
-                    row = row.model_copy(update={**differing(row, error, band), "against": []})
-            plain = Row(contender=UNTOUCHED, label="untouched", status="measured", **common)
-            rows += agreeing([row, filled(plain, untouched, samples, watched[untouched].memory)])
-    return rows
-
-
 def _output(batch: Batch, model: nn.Module) -> Tensor:
-    """All floating-point outputs side by side, without those of padding, which have no meaning."""
+    """All floating-point outputs in one vector, without those of padding, which have no meaning."""
     made = batch.run(model)
     mask = batch.arguments.get("attention_mask")
     leaves = made.to_tuple() if hasattr(made, "to_tuple") else pytree.tree_leaves(made)

@@ -24,7 +24,7 @@ from xfm_fast.benchmarks.device import (
     read_entries,
     run,
 )
-from xfm_fast.benchmarks.record import Document, Row
+from xfm_fast.benchmarks.record import Document, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 # Stages without work, so that the schedule is tested in seconds.
@@ -115,7 +115,8 @@ def test_the_document_is_of_the_common_schema(made_up: Path) -> None:
     assert document.benchmark == "device"
     assert document.machine["commit"] == "abc123"
     measured = next(row for row in document.rows if row.work == "made up")
-    assert (measured.host_s, measured.timed_by, measured.median_s) == (5e-6, "graph replay", 1.5e-3)
+    assert (measured.number("host_s"), measured.text("timed_by")) == (5e-6, "graph replay")
+    assert measured.median_s == 1.5e-3
     assert document.ok
 
 
@@ -179,7 +180,7 @@ def test_durations() -> None:
     assert [format_duration(value) for value in (None, 2.5, 0.0123, 3.25e-5)] == ["", "2.5 s", "12.3 ms", "32.5 µs"]
 
 
-def rehearse(out: Path, *arguments: str, path: Path | None = None) -> list[Row]:
+def rehearse(out: Path, *arguments: str, path: Path | None = None) -> list[Result]:
     """The rows of the program, run as a user would, without a GPU."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([*([str(path)] if path else []), str(ROOT)]), "OMP_NUM_THREADS": "1",
@@ -200,9 +201,9 @@ def test_kernel_stages_need_no_pydantic(tmp_path: Path) -> None:
         (tmp_path / name / "__init__.py").write_text(f"raise ImportError('{name} must not be needed here')\n")
     rows = rehearse(tmp_path / "out", "--stages", "tests,operations,tune", "--budget", "3000", path=tmp_path)
     ours = [row for row in rows if row.work == "relpos_attention" and row.ours]
-    assert {row.direction for row in ours} == {"forward", "backward"}
+    assert {row.mode for row in ours} == {"forward", "backward"}
     assert all(row.measured and row.parity is not None and row.parity.passed for row in ours)
-    assert any(other.contender == "eager" for other in ours[0].against)
+    assert any(other.backend == "eager" for other in ours[0].against)
     assert [row.status for row in rows if row.work == "stage"] == ["measured", "measured", "absent"]
     tested = next(row for row in rows if row.work == "tests" and row.name == "test_triton_gelu.py")
     assert tested.items > 0
@@ -220,4 +221,4 @@ def test_the_whole_program_is_rehearsed(tmp_path: Path) -> None:
     assert {"ceiling", "tests", "relpos_attention", "encoder", "train-step", "rerank"} <= done
     assert {row.name.split()[0] for row in rows if row.work == "ceiling"} == {"copy", "product"}
     assert json.loads((tmp_path / "out" / "device.json").read_text())["machine"]["cores_logical"]
-    assert {row.status for row in rows if row.work == "encoder" and row.contender == "CUDA graph"} == {"absent"}
+    assert {row.status for row in rows if row.work == "encoder" and row.backend == "CUDA graph"} == {"absent"}

@@ -1,113 +1,159 @@
-"""Interleaving, intervals, probes, parity bands and peak memory."""
+"""The harness: rounds, intervals, probes, parity bands, and what becomes of a backend that differs or fails."""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from xfm_fast.benchmarks.measure import (
-    FP32_BAND,
-    GemmProbe,
+    Backend,
+    Case,
+    Comparator,
     Watched,
+    benchmark,
     bootstrap,
     interleave,
-    moved,
-    parity_band,
     percentile,
     ratio_interval,
-    relative_error,
-    sample,
     shares_of_rate,
 )
-from xfm_fast.benchmarks.record import Memory
-from xfm_fast.memory import PeakMemory
+from xfm_fast.benchmarks.probes import GemmProbe, moved
+from xfm_fast.benchmarks.record import Document, groups
+from xfm_fast.benchmarks.timing import FP32_BAND, parity_band, relative_error
 
 CPU = torch.device("cpu")
+X = torch.linspace(-1, 1, 64)
 
 
-def test_every_variant_runs_once_a_round_in_changing_order() -> None:
+def test_every_backend_runs_once_a_round_in_changing_order() -> None:
     ran: list[str] = []
-
-    def work(name: str) -> Watched:
-        return Watched(lambda: ran.append(name), CPU)
-
-    works = {name: work(name) for name in "abc"}
-    measured = interleave(works, warmups={"a": 2}, rounds=4, budget_s=0, most_rounds=9)
-    assert ran[:2] == ["a", "a"]
-    rounds = [ran[2 + 3 * i : 5 + 3 * i] for i in range(4)]
+    works = {name: Watched(lambda name=name: ran.append(name), CPU) for name in "abc"}
+    measured = interleave(works, warmups=1, rounds=4, most_rounds=9)
+    assert ran[:3] == ["a", "b", "c"]
+    rounds = [ran[3 + 3 * i : 6 + 3 * i] for i in range(4)]
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert len({tuple(order) for order in rounds}) > 1
-    assert {order[0] for order in rounds} > {"a"}
     assert all(len(measured.seconds(name)) == 4 for name in works)
-    assert all(seen.memory is not None and seen.memory.peak_bytes > 0 for seen in works.values())
-
-
-def test_progress_says_whose_turn_it_is_and_how_long_it_takes() -> None:
-    said: list[str] = []
-    interleave({"a fp32": lambda: [0.0]}, rounds=3, budget_s=0, warmups=1, on_step=said.append)
-    assert said[:2] == ["a fp32, warm-up", "a fp32, 1 of 3"]
-    assert said[2].startswith("a fp32, 2 of 3, about 1 s left")
-
-
-def test_a_contender_that_fails_takes_no_further_part() -> None:
-    def broken() -> list[float]:
-        raise RuntimeError("out of\nluck")
-
-    measured = interleave({"a fp32": lambda: [1.0], "b fp32": broken}, rounds=3, budget_s=0)
-    assert measured.failures == {"b fp32": "RuntimeError: out of luck"}
-    assert (len(measured.seconds("a fp32")), measured.seconds("b fp32")) == (3, [])
+    assert all(block.memory["peak_bytes"] for block in works.values())
 
 
 def test_short_work_gets_more_rounds_and_a_deadline_ends_them() -> None:
-    def measure(budget_s: float, deadline: float = float("inf")) -> int:
+    def rounds(budget_s: float, deadline: float = float("inf")) -> int:
         measured = interleave({"a": lambda: [0.0]}, rounds=3, most_rounds=6, budget_s=budget_s, deadline=deadline)
         return len(measured.seconds("a"))
 
-    assert measure(budget_s=5) == 6
-    assert measure(budget_s=0) == 3
-    assert measure(budget_s=5, deadline=time.perf_counter()) == 1
+    assert (rounds(5), rounds(0), rounds(5, time.perf_counter())) == (6, 3, 1)
 
 
-def test_interruption_keeps_whole_samples() -> None:
-    runs = 0
+def _case(*backends: Backend, **more: Any) -> Case:
+    return Case("toy", "a toy", backends, judge="plain", reference=lambda dtype: X.sin(), rounds=3, **more)
 
-    def work() -> list[float]:
-        nonlocal runs
-        runs += 1
-        if runs == 3:
+
+def _measure(*cases: Case) -> Document:
+    @benchmark("toy", title="A toy", reference="plain")
+    def toy(run: Any) -> Any:
+        yield from cases
+
+    return toy(SimpleNamespace(threads=torch.get_num_threads()))
+
+
+def _plain(name: str = "plain", change: float = 0.0) -> Backend:
+    return Backend(name, "fp32", lambda: lambda: X.sin() + change)
+
+
+def test_what_agrees_is_timed_and_what_differs_fails_or_lacks_something_is_a_row() -> None:
+    def broken() -> Any:
+        raise RuntimeError("out of\nluck")
+
+    later = iter([X.sin()])
+    document = _measure(
+        _case(
+            _plain("xfm-fast"), _plain(), _plain("wrong", 1e-3), Backend("broken", "fp32", broken),
+            Backend("later", "fp32", lambda: lambda: next(later)),
+            Backend("absent", "fp32", broken, lacking=("absent", "is not installed")),
+            Backend("bound", "fp32", lambda: lambda: None, bounds=True),
+        )
+    )  # fmt: skip
+    rows = {row.backend: row for row in document.rows}
+    assert {name: row.status for name, row in rows.items()} == {
+        "xfm-fast": "measured", "plain": "measured", "wrong": "parity failed", "broken": "failed", "later": "failed",
+        "absent": "absent", "bound": "measured",
+    }  # fmt: skip
+    assert rows["broken"].reason == "RuntimeError: out of luck"
+    assert rows["wrong"].parity is not None
+    assert not rows["wrong"].seconds
+    assert {other.backend for other in rows["xfm-fast"].against} == {"plain", "bound"}
+    assert all(len(rows[name].seconds) == 3 for name in ("xfm-fast", "plain"))
+    assert document.ok
+    assert [[row.place for row in group] for group in groups(document.rows)] == [[rows["plain"].place] * 7]
+
+
+def test_without_an_xfm_fast_that_agrees_nothing_is_timed() -> None:
+    document = _measure(_case(_plain("xfm-fast", 1e-3), _plain()))
+    assert not document.ok
+    assert not document.measured
+    nothing = _measure(_case(Backend("xfm-fast", "fp32", lambda: lambda: X.sin() * float("nan")), _plain()))
+    assert nothing.rows[0].parity is not None
+    assert nothing.rows[0].parity.error is None
+
+
+def test_an_interruption_keeps_whole_samples() -> None:
+    calls = 0
+
+    def call() -> Any:
+        nonlocal calls
+        calls += 1
+        # Parity, warm-up and a round came before.
+        if calls == 4:
             raise KeyboardInterrupt
-        return [0.0]
+        return X.sin()
 
-    measured = interleave({"a": work}, rounds=5, budget_s=0)
-    assert measured.interrupted
-    assert len(measured.seconds("a")) == 2
+    document = _measure(_case(_plain("xfm-fast"), Backend("plain", "fp32", lambda: call)), _case(_plain("late")))
+    assert document.interrupted
+    assert {row.status for row in document.rows} == {"partial"}
+    assert {row.backend for row in document.rows} == {"xfm-fast", "plain"}
+    assert [len(row.seconds) for row in document.rows if row.backend == "plain"] == [1]
 
 
-def test_interval_holds_the_ratio_and_drift_cancels() -> None:
+def test_the_band_follows_from_the_reference_itself() -> None:
+    half = X.sin().bfloat16().float()
+    case = Case("toy", "a toy", [], judge="plain", reference=lambda dtype: half if dtype == "bf16" else X.sin())
+    parity = Comparator(case).parity(Backend("other", "bf16", dict), half)
+    assert parity.band == pytest.approx(parity_band(torch.bfloat16, relative_error(half, X.sin())))
+    assert parity.passed
+    wide = Case("toy", "a toy", [], judge="plain", wide=True, reference=lambda d: X.sin() + 2e-5 * (d == "fp64"))
+    assert Comparator(wide).parity(Backend("other", "fp32", dict), X.sin() + 5e-5).passed
+    assert not Comparator(case).parity(Backend("other", "fp32", dict), X.sin() + 5e-5).passed
+    int8 = Comparator(case).parity(Backend("other", "int8", dict, band=0.1), half)
+    assert int8.cosine == pytest.approx(1, abs=1e-3)
+
+
+def test_intervals_hold_their_value_and_drift_cancels() -> None:
     fast = [1.0, 2.0, 4.0, 1.5]
     assert ratio_interval([3 * s for s in fast], fast) == pytest.approx((3, 3), rel=0.75)
-    low, high = ratio_interval([3.0, 3.1, 2.9], [1.0, 1.02, 0.98])
-    assert low is not None
-    assert high is not None
-    assert low <= 3 <= high
-    assert high - low < 0.4
+    draw = random.Random(1)
+    values = [draw.gauss(10, 1) for _ in range(200)]
+    bounds = bootstrap(np.median, values)
+    assert bounds is not None
+    assert bounds[0] < statistics.median(values) < bounds[1]
+    # The standard error of a median is 1.25 σ / √n.
+    assert bounds[1] - bounds[0] == pytest.approx(2 * 1.96 * 1.25 / 200**0.5, rel=0.35)
+    assert bootstrap(np.median, values[:2]) is None
+    assert [percentile([float(v) for v in range(1, 101)], share) for share in (0.5, 0.99)] == [50, 99]
 
 
-def test_probe_multiplies_at_a_rate() -> None:
+def test_probes() -> None:
     probe = GemmProbe(torch.float32)
-    assert probe.library
     assert probe.flops == 2 * 1280 * 768 * 3072
     assert probe(1) > 1e8
-
-
-def test_shares_use_the_probes_around_each_round() -> None:
     assert shares_of_rate(100, [1.0, 2.0], [100.0, 300.0, 100.0]) == [0.5, 0.25]
-    assert shares_of_rate(10, [2.0, 5.0], [10.0] * 3) == [0.5, 0.2]
     assert not moved([100.0, 105.0, 96.0])
     assert moved([100.0, 120.0, 100.0])
 
@@ -121,57 +167,13 @@ def test_errors_and_what_rounding_allows() -> None:
     assert parity_band(torch.bfloat16, 0.01) == pytest.approx(0.02 + 2**-7)
 
 
-def test_peak_memory_sees_what_was_freed_again() -> None:
-    with PeakMemory() as memory:
-        block = torch.ones(20_000_000)
-        del block
-    assert memory.peak - memory.start > 60e6
-    assert memory.method in ("high-water mark", "sampled")
-
-
-class _Event:
-    clock = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.at = _Event.clock
-
-    def elapsed_time(self, other: _Event) -> float:
-        return other.at - self.at
-
-
-def test_sample_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+def test_memory_on_a_gpu_is_that_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"memory_allocated": 100, "max_memory_allocated": 170}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
-
-    def run() -> str:
-        calls.append("run")
-        _Event.clock += 250
-        return "output"
-
-    found = sample(run, torch.device("cuda"))
-    assert found == ("output", 0.25, Memory(peak_bytes=170, grown_bytes=70, method="CUDA allocator"))
-    assert calls == ["synchronize", "reset_peak_memory_stats", "run", "synchronize"]
-
-
-def test_percentiles_were_measured() -> None:
-    values = [float(v) for v in range(1, 101)]
-    assert [percentile(values, share) for share in (0.5, 0.9, 0.99, 1.0)] == [50, 90, 99, 100]
-    assert percentile([7.0], 0.99) == 7.0
-
-
-def test_bootstrap_brackets_the_median() -> None:
-    draw = random.Random(1)
-    values = [draw.gauss(10, 1) for _ in range(200)]
-    bounds = bootstrap(np.median, values)
-    assert bounds is not None
-    assert bounds[0] < statistics.median(values) < bounds[1]
-    # The standard error of a median is 1.25 σ / √n.
-    assert bounds[1] - bounds[0] == pytest.approx(2 * 1.96 * 1.25 / 200**0.5, rel=0.35)
-    assert bootstrap(np.median, values[:2]) is None
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 250.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    watched = Watched(lambda: "output", torch.device("cuda"))
+    assert (watched(), watched.output) == ([0.25], "output")
+    assert watched.memory == {"peak_bytes": 170, "grown_bytes": 70, "memory_method": "CUDA allocator"}

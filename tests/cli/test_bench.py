@@ -29,11 +29,8 @@ def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "saved: " in done.output
     latest = json.loads((tmp_path / "latest.json").read_text())
-    assert (latest["schema_version"], latest["benchmark"]) == (3, "scenario")
-    assert [(row["contender"], row["mode"]) for row in latest["rows"]] == [
-        ("xfm-fast", "offline"),
-        ("official-algorithm", "offline"),
-    ]
+    assert (latest["schema_version"], latest["benchmark"]) == (4, "scenario")
+    assert [row["backend"] for row in latest["rows"]] == ["xfm-fast", "official-algorithm"]
     assert (tmp_path / "latest.html").stat().st_size > 1000
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -60,7 +60,7 @@ def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Path = _RESULTS)
     """
     from xfm_fast.benchmarks.work import suite
 
-    return _finish(_measure(lambda progress, command: suite.run(options, progress, command)), out)
+    return _finish(_measure(suite.run, options), out)
 
 
 @app.command(name="scenario")
@@ -79,8 +79,7 @@ def bench_scenario(
     """
     from xfm_fast.benchmarks.work import scenario as scenarios
 
-    document = _measure(lambda progress, command: scenarios.run(scenario, options, progress, command))
-    return _finish(document, out or _RESULTS / scenario)
+    return _finish(_measure(scenarios.run, options, scenario=scenario), out or _RESULTS / scenario)
 
 
 @app.command(name="coco")
@@ -94,7 +93,7 @@ def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESUL
     """
     from xfm_fast.benchmarks.work import coco
 
-    return _finish(_measure(lambda progress, command: coco.run(options, progress, command)), out)
+    return _finish(_measure(coco.run, options), out)
 
 
 @app.command(name="serve")
@@ -109,7 +108,7 @@ def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RE
     """
     from xfm_fast.benchmarks.work import serving
 
-    return _finish(_measure(lambda progress, command: serving.run(options, progress, command)), out)
+    return _finish(_measure(serving.run, options), out)
 
 
 @app.command(name="train-step")
@@ -124,13 +123,12 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
         out: Folder that receives the results.
     """
     from xfm_fast.benchmarks import files
-    from xfm_fast.benchmarks.work import finetuning, training
+    from xfm_fast.benchmarks.work import finetuning
     from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
     # Both procedures use the heap settings of `pretrain` and `finetune`.
     keep_freed_memory()
-    run = training.run if options.task is None else finetuning.run
-    document = _measure(lambda progress, command: run(options, progress, command))
+    document = _measure(finetuning.run, options)
     # The file of a GPU's pretraining step holds no task rows.
     code, folder = _finish(document, out), files.reference_folder() if options.task is None else None
     if folder is not None and document.device == "cuda" and code == 0:
@@ -147,7 +145,7 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
     """
     from xfm_fast.benchmarks.work import drop_in
 
-    document = _measure(lambda progress, command: drop_in.run(options, progress, command))
+    document = _measure(drop_in.run, options)
     return _save(document, json) or int(not document.ok)
 
 
@@ -165,7 +163,7 @@ def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonF
         if json is not None:
             files.save_as(document, json)
 
-    return _save(_measure(lambda progress, command: kernels.run(options, progress, command, keep)), json)
+    return _save(_measure(kernels.run, options, keep=keep), json)
 
 
 @app.command(name="list")
@@ -279,12 +277,12 @@ def progress() -> Iterator[Progress]:
         )
 
 
-def _measure(run: Callable[[Progress, list[str]], Document]) -> Document:
+def _measure(run: Callable[..., Document], options: Any, **given: Any) -> Document:
     """Run a measurement with a progress display, and print its results."""
     from xfm_fast.benchmarks import report
 
     with progress() as display:
-        document = run(display, ["xfm-fast", *sys.argv[1:]])
+        document = run(options, display, ["xfm-fast", *sys.argv[1:]], **given)
     report.terminal(document, stdout())
     return document
 

@@ -17,7 +17,7 @@ from xfm_fast.benchmarks.material.photographs import Collection
 from xfm_fast.benchmarks.options import ServeOptions
 from xfm_fast.benchmarks.record import OURS
 from xfm_fast.benchmarks.work import serving
-from xfm_fast.benchmarks.work.serving import Asked, Material, Running, Soak, drive, soak
+from xfm_fast.benchmarks.work.serving import Material, Request, Running, Soak, drive, soak
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -74,7 +74,7 @@ def material() -> Material:
 
 def test_every_request_is_asked_once_by_so_many_clients(site: tuple[int, type[Answering]]) -> None:
     port, seen = site
-    requests = [Asked("/v1/rerank", json.dumps({"documents": [number]}).encode()) for number in range(40)]
+    requests = [Request("/v1/rerank", json.dumps({"documents": [number]}).encode()) for number in range(40)]
     window = drive(port, requests, 4)
     assert sorted(json.loads(body)["documents"][0] for body in seen.bodies) == list(range(40))
     assert seen.most <= 4
@@ -84,7 +84,7 @@ def test_every_request_is_asked_once_by_so_many_clients(site: tuple[int, type[An
 
 def test_answers_that_were_not_due_are_counted(site: tuple[int, type[Answering]]) -> None:
     port, _ = site
-    bad, good = Asked("/v1/rerank", b"{"), Asked("/v1/rerank", b'{"documents": [1]}')
+    bad, good = Request("/v1/rerank", b"{"), Request("/v1/rerank", b'{"documents": [1]}')
     window = drive(port, [bad, good, good._replace(status=400)], 1)
     assert len(window.failures) == 2
     assert window.failures[0].startswith("status 422 for /v1/rerank")
@@ -130,9 +130,9 @@ def test_the_whole_measurement_of_a_tiny_model() -> None:
     assert works == {"serve-known", "serve-new", "serve-soak"}
     for row in document.rows:
         assert row.status == "measured", row.reason
-        assert row.clients is not None
-        assert row.clients.failures == 0
+        assert row.number("failures") == 0
+        assert row.number("clients_p99_s")
         assert row.parity is not None
         assert row.parity.passed
-        if row.contender == OURS and row.work != "serve-soak":
-            assert {other.contender for other in row.against} == {"one-at-a-time", "one-at-a-time-cached"}
+        if row.backend == OURS and row.work != "serve-soak":
+            assert {other.backend for other in row.against} == {"one-at-a-time", "one-at-a-time-cached"}

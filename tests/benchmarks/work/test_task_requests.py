@@ -17,11 +17,12 @@ from xfm_fast.benchmarks.contenders.ours import our_engine
 from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer, preset_config
 from xfm_fast.benchmarks.material.questions import ANSWERS, Texts, answer_list, questions
+from xfm_fast.benchmarks.measure import Difference
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
-from xfm_fast.benchmarks.work import scenario, setting, task_requests
-from xfm_fast.benchmarks.work.requests import Difference
-from xfm_fast.benchmarks.work.setting import Scale
+from xfm_fast.benchmarks.work import model as model_cases
+from xfm_fast.benchmarks.work import scenario, task_requests
+from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.errors import InputError
 from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.vqa import AnswerRanking
@@ -39,7 +40,7 @@ TINY = ScenarioOptions(
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_work() -> Any:
-    before, few, whole = torch.get_num_threads(), slice(0, 40), Scale.of
+    few, whole = slice(0, 40), Scale.of
 
     def less(*given: Any) -> Scale:
         return replace(whole(*given), requests=3, rounds=2, budget_s=0.0)
@@ -47,12 +48,11 @@ def _little_work() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scale, "of", less)
         # The profiler takes longer than all the rest.
-        patch.setattr(setting, "operation_shares", lambda run, device: [])
+        patch.setattr(model_cases, "operation_shares", lambda run, device: {})
         patch.setattr(
             task_requests, "answer_list", lambda config, seed: Texts(*(t[few] for t in answer_list(config, seed)))
         )
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -81,25 +81,22 @@ def test_questions_have_the_lengths_of_vqa_v2() -> None:
     "work", ["vqa", pytest.param("vqa-all", marks=pytest.mark.slow), "nlvr2", "grounding", "captioning"]
 )
 def test_a_task_is_a_scenario(work: str) -> None:
-    document = scenario.run(work, TINY)
+    document = scenario.run(TINY, scenario=work)
     assert document.ok
-    assert [row.contender for row in document.rows] == [OURS, OFFICIAL, "torch-eager"]
+    assert [row.backend for row in document.rows] == [OURS, OFFICIAL, "torch-eager"]
     for row in document.rows:
-        assert (row.status, row.work, row.point.batch) == ("measured", work, 2)
+        assert (row.status, row.work) == ("measured", work)
         assert row.parity is not None
         assert row.parity.passed
         assert row.items == (4 if row.unit in ("questions", "expressions") else 2)
-        assert row.stages
+        assert row.parts("stages")
     ours, official, eager = document.rows
-    assert {compared.contender for compared in ours.against} == {OFFICIAL, "torch-eager"}
+    assert {compared.backend for compared in ours.against} == {OFFICIAL, "torch-eager"}
     if work == "vqa-all":
-        assert ours.efficiency is None
+        assert ours.number("needed_flops") is None
         return
-    assert ours.efficiency is not None
-    assert official.efficiency is not None
-    assert eager.efficiency is not None
-    assert ours.efficiency.flops == eager.efficiency.flops == ours.efficiency.needed_flops
-    assert 0 < (ours.efficiency.flops or 0) < (official.efficiency.flops or 0)
+    assert ours.number("flops") == eager.number("flops") == ours.number("needed_flops")
+    assert 0 < (ours.number("flops") or 0) < (official.number("flops") or 0)
 
 
 @pytest.mark.parametrize("work", ["vqa", "vqa-best", "vqa-all", "vqa-list", "nlvr2", "grounding", "captioning"])
@@ -167,4 +164,4 @@ def test_operations_of_both_procedures() -> None:
 
 def test_more_candidates_than_answers() -> None:
     with pytest.raises(InputError, match="k=4000; with 40 answers it must be 1 to 40"):
-        scenario.run("vqa", replace(TINY, k=4000))
+        scenario.run(replace(TINY, k=4000), scenario="vqa")

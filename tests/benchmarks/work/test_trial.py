@@ -13,11 +13,12 @@ from PIL import Image
 
 transformers = pytest.importorskip("transformers")
 
+from tests.benchmarks.report import examples  # noqa: E402
 from tests.cli.runner import invoke  # noqa: E402
 from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.benchmarks.material import models  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
-from xfm_fast.benchmarks.record import OURS, UNTOUCHED, Document, Interval, Parity, Row  # noqa: E402
+from xfm_fast.benchmarks.record import UNTOUCHED, Parity, Result  # noqa: E402
 from xfm_fast.benchmarks.work import trial  # noqa: E402
 from xfm_fast.errors import CheckpointError, DataError, InputError  # noqa: E402
 
@@ -49,12 +50,11 @@ def test_texts_of_a_folder(bert: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     rows = found["document"]["rows"]
-    ours = [row for row in rows if row["contender"] == "xfm-fast"]
-    assert {row["work"] for row in ours} >= {"accelerate(model)", "accelerate(model, unpad=True, freeze=True)"}
+    ours = [row for row in rows if row["backend"].startswith("accelerate(")]
+    assert {row["backend"] for row in ours} >= {"accelerate(model)", "accelerate(model, unpad=True, freeze=True)"}
     assert all(row["status"] == "measured" and row["parity"]["passed"] for row in ours)
-    assert any(row["name"].startswith("3 texts of 3 to 9 tokens, ") for row in ours)
-    assert any(row["name"].startswith("one text of 3 tokens, ") for row in ours)
-    assert all(len(row["against"]) == 1 for row in ours)
+    assert {row["name"] for row in ours} == {"3 texts of 3 to 9 tokens", "one text of 3 tokens"}
+    assert all("untouched" in [other["backend"] for other in row["against"]] for row in ours)
     assert any("of the tokens of the batch are padding" in one for one in found["told"])
     table = invoke(["try", bert, *QUICK])
     assert table.exit_code == 0
@@ -86,18 +86,16 @@ def test_a_line_to_paste_and_a_picture(bert: Path, tmp_path: Path, monkeypatch: 
 )
 def test_advice_ranks_by_time(rates: dict[str, tuple[float | None, float]], dtype: str | None, int8: bool) -> None:
     rows = [
-        Row(
-            work="accelerate(model)", contender=contender, label="", dtype=each, name="a batch, accelerate(model)",
-            status="measured", unit="texts", items=1, seconds=[1 / rate],
+        Result(
+            work="try", backend=backend, label="", dtype=each, name="a batch", status="measured", unit="texts",
+            items=1, seconds=[1 / rate],
             parity=Parity(error=0.01, band=0.1, passed=True, against=f"{UNTOUCHED} fp32"),
-            throughput=Interval(value=rate, low=rate, high=rate),
         )
         for each, pair in rates.items()
-        for contender, rate in zip((UNTOUCHED, OURS), pair, strict=True)
+        for backend, rate in zip((UNTOUCHED, "accelerate(model)"), pair, strict=True)
         if rate is not None
     ]  # fmt: skip
-    document = Document.begun("drop-in", {}, [], "cpu")
-    document.rows = rows
+    document = examples.document("try", rows=rows, reference=UNTOUCHED)
     line, sentences = trial._advice(document, "a batch", [])
     assert (line is not None and "bfloat16" in line) == (dtype == "bf16")
     assert (line is None) == (dtype is None)
@@ -117,9 +115,9 @@ def test_images_and_both(tmp_path: Path) -> None:
     vit = tmp_path / "vit"
     transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **SMALL)).save_pretrained(vit)
     found = trial.run(str(vit), TryOptions(quick=True, dtype=("fp32",), images=photos))
-    assert {row.work for row in found.document.rows} == {"accelerate(model)"}
+    assert {row.backend for row in found.document.rows} == {"accelerate(model)", UNTOUCHED}
     assert all(row.status == "measured" for row in found.document.rows)
-    assert found.document.rows[0].name.startswith("2 images at 32 px")
+    assert found.document.rows[0].name == "2 images at 32 px"
     with pytest.raises(InputError, match="takes no texts; give --images"):
         trial.run(str(vit), TryOptions(texts=photos / "note.txt"))
     clip = tmp_path / "clip"
