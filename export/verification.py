@@ -22,9 +22,8 @@ from xfm_fast.models.xfm import XFM
 from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
 from .graphs import DTYPES, is_memory
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
-from .passes import Layout, pack_rows
 from .request import BUDGET, DType, GraphName
-from .slots import graph_slots, largest
+from .slots import Layout, graph_slots, largest, pack_rows
 
 
 class Runner(Protocol):

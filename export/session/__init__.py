@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,18 +23,19 @@ from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import read_json
 from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
-from xfm_fast.memory import resident_bytes
 from xfm_fast.models import inputs as checks
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 
 from ..graphs import DTYPES, GraphName
 from ..manifest import MANIFEST_FILE, Manifest
-from ..passes import FusionPass, Layout, PassLimits, plan_passes, row_batches, token_batches
 from ..request import Precision
 from ..runtimes import LoadedGraph, Runtime, choose_runtime, first_line, open_runtime
 from ..slots import (
     TORCH_DTYPES,
+    FusionPass,
+    Layout,
+    PassLimits,
     Slot,
     axes_of,
     choose_slot,
@@ -43,8 +43,11 @@ from ..slots import (
     graph_slots,
     largest,
     pad_tensor,
+    plan_passes,
     request_sizes,
+    row_batches,
     tensor_shape,
+    token_batches,
     trim_tensor,
 )
 
@@ -99,15 +102,6 @@ class SessionMemory:
         return cls({name: torch.cat([each.layers[name] for each in memories]) for name in memories[0].layers})
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """Time to load a graph, time of its first runs, and growth of the memory in use."""
-
-    load_seconds: float
-    warm_seconds: float
-    memory_bytes: int
-
-
 class Session:
     """Runs the graphs of an export folder with the methods of the model. Use `Session.load`.
 
@@ -119,7 +113,6 @@ class Session:
         config: Sizes of the model.
         device: Device of the results; inputs are moved there.
         dtype: Dtype of embeddings and results.
-        loaded: Cost of loading, by graph.
         limits: Sizes of the passes of captions.
         task: The task of `predict`, set by its first call.
     """
@@ -144,7 +137,6 @@ class Session:
         self.runtime: Runtime = runtime
         self.device: torch.device = self.runtime.device
         self.dtype: torch.dtype = DTYPES[self.manifest.dtype]
-        self.loaded: dict[GraphName, LoadReport] = {}
         self._graphs: dict[GraphName, LoadedGraph] = {}
         try:
             self._slots = {record.name: graph_slots(record) for record in self.manifest.graphs}
@@ -246,10 +238,7 @@ class Session:
         for record in self.manifest.graphs:
             if record.name in self._graphs:
                 continue
-            before, started = self.memory_in_use(), time.perf_counter()
-            graph = self.runtime.load(record, self.folder / record.file)
-            loaded = time.perf_counter()
-            self._graphs[record.name] = graph
+            self._graphs[record.name] = self.runtime.load(record, self.folder / record.file)
             try:
                 for slot in self._slots[record.name]:
                     self.call(record.name, self.example_inputs(record.name, slot))
@@ -261,9 +250,6 @@ class Session:
                     f"graph {record.name!r} does not run as {MANIFEST_FILE} describes it ({first_line(error)}); export "
                     "it again"
                 ) from error
-            self.loaded[record.name] = LoadReport(
-                loaded - started, time.perf_counter() - loaded, max(self.memory_in_use() - before, 0)
-            )
         self._ready = True
 
     def slots(self, graph: GraphName) -> Sequence[Slot]:
@@ -287,13 +273,6 @@ class Session:
         """Wait for pending GPU work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def memory_in_use(self) -> int:
-        """Bytes in use by this process, or on the whole GPU."""
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            return total - free
-        return resident_bytes()
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one graph: all inputs by name, all outputs by name.

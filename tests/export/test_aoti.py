@@ -14,9 +14,9 @@ from tests.cli.runner import invoke
 from xfm_fast import XFM
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 from xfm_fast.export import export_packages
-from xfm_fast.export.graphs import build
+from xfm_fast.export.graphs import build, trace
 from xfm_fast.export.manifest import Manifest, PackageTarget
-from xfm_fast.export.request import GRAPHS
+from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS, GraphName
 from xfm_fast.export.runtimes.aoti import PackageRequest, check_target, local_target
 from xfm_fast.export.session import Session
 from xfm_fast.export.verification import verify, verify_export
@@ -73,6 +73,12 @@ def test_a_package_is_loaded_by_pytorch_without_this_project(
     torch.testing.assert_close(tuple(torch.load(tmp_path / "found.pt", weights_only=True)), expected, rtol=0, atol=1e-5)
     found = Session.load(memory_package, "aoti").image_memory(embeds).layers
     torch.testing.assert_close(tuple(found.values()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DEFAULT_GRAPHS)
+def test_a_program_has_no_operator_of_this_project(small_model: XFM, name: GraphName) -> None:
+    program = trace(build(name, small_model, "primitives"), "fp32", {})
+    assert not [node.target for node in program.graph.nodes if "xfm_fast" in str(node.target)]
 
 
 def test_packages_are_bound_to_their_machine(memory_package: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.expected import graph_memory
 from xfm_fast.export.graphs import build, in_dtype
-from xfm_fast.export.passes import Layout
 from xfm_fast.export.request import GraphName
+from xfm_fast.export.slots import Layout
 from xfm_fast.models.xfm import XFM
 
 MakeModel = Callable[..., XFM]

@@ -30,12 +30,11 @@ from xfm_fast.export.runtimes import Runtime, Spelling
 from xfm_fast.export.session import Session
 from xfm_fast.export.session import tasks as sessions
 from xfm_fast.export.slots import Slot
-from xfm_fast.finetuning.prediction import Predictor, answer_lines
+from xfm_fast.finetuning.prediction import Predictor
 from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.captioning import CaptioningOptions
 from xfm_fast.tasks.classification import ClassificationModel
-from xfm_fast.tasks.evaluation import Evaluation
 from xfm_fast.tasks.grounding import GroundingOptions
 from xfm_fast.tasks.image import ImageTaskOptions
 from xfm_fast.tasks.nlvr2 import NLVR2Options
@@ -356,17 +355,6 @@ def test_every_form_of_an_export_is_verified(tuned: Tuned, task: str, changes: d
         assert {("decoder_step", "logits"), ("decoder_step", "present"), ("decoder_memory", "memory")} <= checked
 
 
-@pytest.mark.slow
-def test_packages_answer_as_their_run(tuned: Tuned, images: list[str], tmp_path: Path) -> None:
-    from xfm_fast.export import export_packages
-
-    predictor: Any = xfm_fast.load(tuned("captioning"))
-    export_packages(predictor.model, tmp_path / "out", companions=explanation(predictor.task))
-    with pytest.raises(ExportError, match="runtime='aoti'"):
-        xfm_fast.load(tmp_path / "out")
-    _alike(xfm_fast.load(tmp_path / "out", runtime="aoti").predict(images), predictor.predict(images))
-
-
 @pytest.mark.parametrize("task", ["captioning", pytest.param("vqa", marks=pytest.mark.slow)])
 def test_a_damaged_step_is_found(exported: Exported, task: str, tmp_path: Path) -> None:
     """The comparison of a decoder's graphs sees weights that are not the model's."""
@@ -445,15 +433,3 @@ def test_sessions_that_do_not_answer(exported: Exported, images: list[str], tmp_
         (copy / "task.json").write_text(damage)
         with pytest.raises(CheckpointError, match=said):
             Session.load(copy, verify_files=False).predict(images)
-
-
-def test_answers_go_on_where_the_weights_are_the_same(exported: Exported, images: list[str], tmp_path: Path) -> None:
-    """The journal of an export's answers is told from that of another export."""
-    predictor = xfm_fast.load(exported("image"))
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text("".join(json.dumps({"image": image}) + "\n" for image in images))
-    out = tmp_path / "answers.jsonl"
-    assert answer_lines(predictor, lines, out, Evaluation(tmp_path / "parts", batch_size=2)) == 3
-    assert len(out.read_text().splitlines()) == 3
-    with pytest.raises(InputError, match="3 images and 1 texts"):
-        predictor.predict(images, ["x"])

@@ -246,22 +246,6 @@ def test_failures_of_the_builder_name_layer_and_remedy(
     assert [file.name for file in tmp_path.iterdir()] == ["g.onnx"]
 
 
-@pytest.mark.parametrize(("kind", "target"), [("BFLOAT16", 89), ("BFLOAT16", 120)])
-def test_attention_over_packed_texts_is_read_and_has_no_kernel(kind: str, target: int, tmp_path: Path) -> None:
-    """The day that it has, engines of `--packed` graphs are to be made of it: see docs/export.md, texts in rows."""
-    library = rtx()
-    onnx = pytest.importorskip("onnx")
-    types, tokens = onnx.TensorProto, (getattr(onnx.TensorProto, kind), [96, 12, 64])
-    inputs = dict.fromkeys("qkv", tokens) | {"lengths": (types.INT32, [5])}
-    node = onnx.helper.make_node(
-        "TRT_Attention", [*"qkv", "", "lengths", "lengths"], ["o"], name="node_att", domain="other",
-        query_form="packed_nhd", kv_form="packed_nhd",
-    )  # fmt: skip
-    path = onnx_of(tmp_path / "g.onnx", [node], inputs, tokens[0])
-    with pytest.raises(ExportError, match=r"cannot build graph 'g'.*packed \(NHD\) inputs .* no fused kernel"):
-        engines.build_engine(library, path, tmp_path / "g.engine", TensorRTRequest(), (target,), [])
-
-
 def test_a_layer_that_no_message_names_is_found_by_halving(
     exported_fp16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

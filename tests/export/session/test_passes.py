@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfm_fast.errors import InputError
-from xfm_fast.export.passes import PassLimits, plan_passes, row_batches, token_batches
-from xfm_fast.export.slots import SizeRange, Slot
+from xfm_fast.export.slots import PassLimits, SizeRange, Slot, plan_passes, row_batches, token_batches
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 

@@ -17,8 +17,8 @@ from xfm_fast import XFM, Retriever, flops
 from xfm_fast.errors import ConfigError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.manifest import record_files
 from xfm_fast.export.onnx import export_onnx
-from xfm_fast.export.passes import PassLimits
 from xfm_fast.export.session import Session
+from xfm_fast.export.slots import PassLimits
 from xfm_fast.export.verification import verify_export
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.reranking import UNSCORED
