@@ -181,8 +181,8 @@ def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
     assert row["likeness"] > 0.5
     with pytest.raises(InputError, match="2 texts"):
         predictor.predict(request[0], ["a", "b"])
-    with pytest.raises(ConfigError, match=r"task\.augmnt .*augment"):
-        recipe("likeness", "", data=data, task={"augmnt": True})
+    with pytest.raises(ConfigError, match=r"task\.knd .*kind"):
+        recipe("likeness", "", data=data, task={"knd": 1})
     options = Options(config=XFMConfig.preset("tiny", image_size=32, patch_size=8), image_root=world)
     report = check([files.format("train")], "likeness", options)
     assert (report.ok, report.rows, report.texts) == (True, 24, 24)

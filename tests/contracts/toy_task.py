@@ -1,18 +1,15 @@
 """A task from outside the package: how well does a caption fit an image, by the cosine of their features?"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Text, as_rows, read_array
+from xfm_fast.data.files import Paths, find_files
 from xfm_fast.tasks.evaluation import Metrics, Row
 from xfm_fast.tasks.task import PairInput, Task, TaskOptions, register, require_inputs
 from xfm_fast.tasks.task_model import TaskModel
@@ -26,7 +23,6 @@ class LikenessRecord(Annotation):
 
 class LikenessOptions(TaskOptions):
     kind: Literal["likeness"] = "likeness"
-    augment: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +30,12 @@ class LikenessBatch(PairInput):
     targets: Tensor
 
 
-def likeness_rows(paths: Sequence[Path]) -> list[AnnotationRows[LikenessRecord]]:
-    return as_rows([Elements(str(path), read_array(path)) for path in paths], LikenessRecord)
+def likeness_rows(paths: Paths) -> list[AnnotationRows[LikenessRecord]]:
+    return as_rows([Elements(str(path), read_array(path)) for path in find_files(paths)], LikenessRecord)
 
 
 def cosine(model: Any, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    images, texts = model.encode_image(image), model.encode_text(ids, mask)
-    return (model.project_image(images) * model.project_text(texts)).sum(-1)
+    return (model.project_image(model.encode_image(image)) * model.project_text(model.encode_text(ids, mask))).sum(-1)
 
 
 @register
@@ -55,17 +50,19 @@ class LikenessTask(Task[LikenessOptions, LikenessRecord, Any, LikenessBatch]):
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[LikenessRecord]]:
         return likeness_rows(paths)
 
-    def item(self, record: LikenessRecord, rng: np.random.Generator) -> tuple[Tensor, list[int], float]:
-        return self.augmented(record.image, rng), self.caption_ids(record.caption, 30), record.likeness or 0.0
+    def item(self, record: LikenessRecord, rng: Any) -> tuple[Tensor, list[int], float]:
+        return self.pixels(record.image), self.caption_ids(record.caption, 30), record.likeness or 0.0
 
-    def collate(self, items: list[Any], rng: np.random.Generator) -> LikenessBatch:
+    def collate(self, items: list[Any], rng: Any) -> LikenessBatch:
         images, texts, targets = zip(*items, strict=True)
         ids, mask = self.padded(texts)
-        image = torch.stack(images)
-        return LikenessBatch(image=image, input_ids=ids, attention_mask=mask, targets=torch.tensor(targets))
+        return LikenessBatch(
+            image=torch.stack(images), input_ids=ids, attention_mask=mask, targets=torch.tensor(targets)
+        )
 
     def losses_of(self, model: Any, batch: LikenessBatch) -> dict[str, Tensor]:
-        return {"loss": F.mse_loss(cosine(model, batch.image, batch.input_ids, batch.attention_mask), batch.targets)}
+        found = cosine(model, batch.image, batch.input_ids, batch.attention_mask)
+        return {"loss": (found - batch.targets).square().mean()}
 
     def predict(self, model: Any, records: Sequence[LikenessRecord]) -> list[Row]:
         ids, mask = self.padded([self.caption_ids(record.caption, 30) for record in records])

@@ -21,7 +21,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import CaptioningTestRecord
 from xfm_fast.data.images import load_image
 from xfm_fast.data.shapes import captions, scene
-from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import finetune
 from xfm_fast.tasks.caption_metrics import caption_metrics
 from xfm_fast.tasks.captioning import CaptioningModel, CaptioningOptions, CaptioningTask
@@ -63,27 +63,6 @@ def test_the_loss_is_the_official_one(task: Open) -> None:
     predicted = (truth["captioning/labels"] != -100).sum()
     wanted = truth["captioning/loss_per_sample_sum"].sum() / predicted
     assert float(made.losses_of(model, batch)["loss"]) == pytest.approx(float(wanted), rel=1e-10)
-
-
-def test_the_path_of_a_row(task: Open, world: Path) -> None:
-    made = task(augment=False)
-    (rows,) = made.rows([world / "captioning_train.json"])
-    records: list[Any] = [rows.read(number) for number in (0, 1, 7)]
-    batch = made.collate([made.item(each, generator()) for each in records], generator())
-    assert torch.equal(batch.image, torch.stack([load_image(world / each.image, 32) for each in records]))
-    texts = [f"a picture of {each.caption}" for each in records]
-    ids, mask = made.tokenizer.encode(texts, 40, pad_to_longest=True)
-    assert torch.equal(batch.input_ids, ids)
-    assert torch.equal(ids[:, : len(made.prompt)], made.prompt.expand(3, -1))
-    model = made.build().eval()
-    expected = model(batch.image, ids, mask, prompt_length=len(made.prompt), label_smoothing=0.1)
-    torch.testing.assert_close(made.losses_of(model, batch)["loss"], expected)
-
-
-@pytest.mark.parametrize(("name", "value"), [("max_tokens", 5), ("max_length", 5), ("max_length", 100_000)])
-def test_lengths_that_cannot_be(task: Open, name: str, value: int) -> None:
-    with pytest.raises(ConfigError, match=rf"task\.{name}={value}.* 6"):
-        task(**{name: value})
 
 
 def test_score_and_file(task: Open, world: Path) -> None:

@@ -18,7 +18,6 @@ from tests.cli.runner import invoke
 from tests.conftest import config, load_json
 from tests.finetuning.conftest import Make
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import finetune
 from xfm_fast.tasks.grounding import GroundingBatch, GroundingModel, GroundingOptions, GroundingRecord, GroundingTask
@@ -70,22 +69,6 @@ def test_losses_are_the_official_ones(task: Open) -> None:
     assert set(losses) == set(GroundingTask.losses)
     assert float(values["bbox_l1"]) == pytest.approx(float(truth["grounding/loss_bbox"]), rel=1e-10)
     assert float(values["bbox_giou"]) == pytest.approx(float(truth["grounding/loss_giou"]), rel=1e-10)
-
-
-def test_the_path_of_a_row(task: Open, world: Path) -> None:
-    made = task(augment=False)
-    (rows,) = made.rows([world / "grounding_train.json"])
-    records = [rows.read(number) for number in range(3)]
-    batch = made.collate([made.item(each, generator()) for each in records], generator())
-    pixels = torch.stack([load_image(world / each.image, 32) for each in records])
-    x, y, w, h = (torch.tensor([each.bbox for each in records]) / 32).T
-    assert torch.equal(batch.image, pixels)
-    assert torch.allclose(batch.boxes, torch.stack([x + w / 2, y + h / 2, w, h], 1))
-    model = made.build().eval()
-    ids, mask = made.tokenizer.encode([each.text for each in records], 40, pad_to_longest=True)
-    wanted = model(pixels, ids, mask, batch.boxes)
-    found = made.losses_of(model, batch)
-    assert (found["bbox_l1"], found["bbox_giou"]) == (wanted.l1, wanted.giou)
 
 
 @pytest.mark.parametrize("augment", [False, True])

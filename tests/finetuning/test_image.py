@@ -20,7 +20,7 @@ from tests.finetuning.official_data import accept_made_up_files, fer, mnist
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import ImageLabelRecord
 from xfm_fast.errors import ConfigError, DataError, InputError
-from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
+from xfm_fast.finetuning.recipe import FinetuneRecipe
 from xfm_fast.finetuning.run import finetune, open_task
 from xfm_fast.tasks.image import ImageTask, ImageTaskOptions, LabelledImage, open_torchvision
 
@@ -169,33 +169,6 @@ def test_fer2013_is_judged_by_its_private_test(form: str, tmp_path: Path, monkey
         place.unlink()
     train, test = (open_torchvision("FER2013", tmp_path, split) for split in ("train", "test"))
     assert (train.targets, test.targets) == ([0, 1, 2, 3], [0, 1])
-
-
-def test_sets_of_torchvision_that_cannot_be_read(recipe: Make, tmp_path: Path) -> None:
-    data = {"root": str(tmp_path), "train": ".", "splits": {"test": "."}}
-    with pytest.raises(DataError, match=r"CIFAR10.*'train'"):
-        finetune(recipe("image", "", data=data, task={"dataset": "cifar10"}))
-    with pytest.raises(ConfigError, match=r"task\.dataset=FakeData"):
-        finetune(recipe("image", "", data=data, task={"dataset": "FakeData"}))
-    with pytest.raises(ConfigError, match=r"task\.dataset=imagenot"):
-        finetune(recipe("image", "", data=data, task={"dataset": "imagenot"}))
-    mnist(tmp_path)
-    with pytest.raises(DataError, match=r"MNIST.*'val'.*train"):
-        finetune(recipe("image", "", data={**data, "splits": {"val": "."}}, task={"dataset": "mnist"}))
-
-
-def test_recipes() -> None:
-    whole, probe = load_finetune_recipe("imagenet_ft"), load_finetune_recipe("imagenet_linear")
-    for made, batch in ((whole, 128), (probe, 256)):
-        assert isinstance(made.task, ImageTaskOptions)
-        assert (made.task.view, made.task.head, made.task.label_smoothing) == ("imagenet", "official_image", 0.1)
-        assert (made.batch_size, made.epochs, made.optimizer.lr, made.schedule.min_lr) == (batch, 100, 4e-5, 1e-7)
-        assert (made.schedule.kind, made.schedule.warmup) == ("cosine", 0.1)
-        assert made.optimizer.decay_all
-    assert isinstance(whole.task, ImageTaskOptions)
-    assert (whole.task.mixup, whole.task.cutmix, whole.task.frozen) == (0.8, 1.0, False)
-    assert isinstance(probe.task, ImageTaskOptions)
-    assert (probe.task.mixup, probe.task.cutmix, probe.task.frozen) == (0, 0, True)
 
 
 @pytest.mark.slow

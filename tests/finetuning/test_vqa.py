@@ -17,7 +17,7 @@ from tests.agreement import inputs_of, tensors, with_weights
 from tests.conftest import config, load_json
 from tests.finetuning.conftest import Make
 from tests.finetuning.golden_words import word_tokenizer, words
-from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import evaluate, finetune, initial_model, open_task
 from xfm_fast.tasks.vqa import RESULT_FILE, VQAModel, VQAOptions, VQARecord, VQATask
 
@@ -198,18 +198,6 @@ def test_answer_lists_that_are_none(recipe: Make, tmp_path: Path, answers: Any, 
         open_task(recipe(*FILES, task=TINY | {"answers": str(path)}))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"k": 25}, r"task\.k=25.* 2\d "),
-        ({"answers": None}, "answers"),
-    ],
-)
-def test_options_that_do_not_go(recipe: Make, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        open_task(recipe(*FILES, task=TINY | options))
-
-
 def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sets with images in folders of their own; an unlisted and an empty answer; ranked, then written freely."""
     elements = json.loads((world / "vqa_train.json").read_text())[:20]
@@ -239,8 +227,3 @@ def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys
     made = made.model_copy(update={"task": made.task.model_copy(update={"generate": True})})
     evaluate(made, run, "val", tmp_path / "free")
     assert len(json.loads((tmp_path / "free" / RESULT_FILE).read_text())) == 20
-
-
-def test_evaluation_needs_no_training_files(recipe: Make, world: Path) -> None:
-    data = {"root": str(world), "train": "not_here.json", "splits": {"val": "vqa_val.json"}}
-    assert len(open_task(recipe(*FILES, task=TINY, data=data)).options.answers) > 20

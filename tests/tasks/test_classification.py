@@ -11,8 +11,6 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from tests.agreement import with_weights
-from tests.conftest import config
 from xfm_fast.config import XFMConfig
 from xfm_fast.tasks.classification import (
     ClassificationModel,
@@ -65,19 +63,6 @@ def test_a_probe_trains_its_head_alone() -> None:
     model(images, targets=torch.tensor([0, 2])).backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {"cls_head.weight", "cls_head.bias"}
-
-
-def test_the_official_image_head_reads_one_vector_twice() -> None:
-    """Design §7: token 0 *is* the mean of the patches, so the second half of its input says nothing new."""
-    model = with_weights(
-        ClassificationModel(config("tiny_b"), 5, modality="image", head="official_image"),
-        "tiny_b",
-        torch.float64,
-        "cls_image",
-    )
-    features = model.features(torch.randn(2, 3, 40, 40, dtype=torch.float64))
-    first, second = features.chunk(2, dim=1)
-    assert torch.allclose(first, second, rtol=0, atol=1e-14)
 
 
 @torch.inference_mode()

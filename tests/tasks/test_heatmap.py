@@ -236,13 +236,9 @@ def test_both_forms_of_detections(tmp_path: Path, content: Any) -> None:
     [
         ("{", "JSON"),
         ("[]", "detections"),
-        ("3", "JSON int"),
         ("[[1, 2, 3, 4]]", "element 0 .* list"),
-        ('[{"box": [1, 2, 3, 4]}]', "image_id=None"),
         ('[{"image_id": 1, "box": [1, 2, 3, 4]}, {"image_id": 1, "box": [1, 2, 0, 4]}]', "element 1 .*w and h above 0"),
         ('{"1": [[1, 2, 3, NaN]]}', "image 1, box 0"),
-        ('{"1": [["1", 2, 3, 4]]}', "image 1, box 0"),
-        ('{"1": 5}', r"image 1.* int"),
     ],
 )
 def test_detections_that_are_none_are_refused(tmp_path: Path, content: str, complaint: str) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,56 +162,26 @@ def test_recall_of_candidates_is_that_of_the_matrices(images: int, k: int, seed:
     assert candidate_recall(candidates, scores, image_of_text) == expected
 
 
-def test_resumes_after_a_kill(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
-    """A process that is killed in the middle leaves a journal from which the same scores come out."""
-    script = textwrap.dedent(
-        """
-        import os, signal, sys, torch
-        from xfm_fast import XFM, XFMConfig
-        from xfm_fast.tasks.retrieval import rerank
-        torch.set_deterministic_debug_mode("error")  # `use_deterministic_algorithms` loads PyTorch's compiler
-        torch.manual_seed(0)
-        model = XFM(XFMConfig.preset("tiny")).eval()
-        with torch.inference_mode():
-            images = model.encode_image(torch.randn(6, 3, 32, 32))
-            texts = model.encode_text(torch.randint(4, 500, (8, 5)))
-        mask = torch.ones(8, 5)
-        for run in sys.argv[2:]:
-            folder, mode = run.split()
-            calls = 0
-            def progress(done, total):
-                global calls
-                calls += 1
-                if mode == "kill" and calls == 3:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            result = rerank(
-                images, texts, mask, model=model, k=8, token_budget=40, resume=f"{sys.argv[1]}/{folder}",
-                progress=progress,
-            )
-            print(calls, result.receipt.pairs_resumed, *result.scores.tolist(), flush=True)
-        """
-    )
+def test_stopped_work_resumes(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:
+    model, images, texts, mask = small
+    calls: list[int] = []
 
-    def process(*runs: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", script, str(tmp_path), *runs]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    def stop(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
 
-    killed = process("whole run", "killed kill")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (whole,) = killed.stdout.splitlines()
-    journal = tmp_path / "killed" / "scores.jsonl"
-    with journal.open("ab") as file:
-        file.write(b"\x01\x00\x00\x00\x09")  # a record torn by the kill
-    again = process("killed run", "killed run")
-    assert again.returncode == 0, again.stderr
-    resumed, nothing_left = (line.split() for line in again.stdout.splitlines())
-    calls, pairs, *scores = resumed
-    assert int(calls) == 3
-    assert int(pairs) == 24
-    assert scores == whole.split()[2:]
-    assert nothing_left[:2] == ["0", "48"]
-    assert nothing_left[2:] == scores
+    options: dict[str, Any] = {"model": model, "k": 8, "token_budget": 40, "resume": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        rerank(images, texts, mask, progress=stop, **options)
+    with (tmp_path / "scores.jsonl").open("ab") as file:
+        file.write(b"00000000 [3, [1.0")  # torn by a kill
+    again = rerank(images, texts, mask, **options)
+    assert 0 < again.receipt.pairs_resumed <= calls[-1]
+    whole = rerank(images, texts, mask, **{**options, "resume": None})
+    torch.testing.assert_close(again.scores, whole.scores, rtol=1e-5, atol=1e-5)
+    done = rerank(images, texts, mask, **options).receipt
+    assert done.pairs_resumed == done.pairs_scored
 
 
 def test_a_journal_of_other_work_is_refused(small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path) -> None:

@@ -146,7 +146,7 @@ def pretraining_transform(size: int) -> TrainingTransform:
 
 
 def finetuning_transform(size: int, crop: tuple[float, float] | None = (0.5, 1.0)) -> TrainingTransform:
-    """Transform of retrieval, NLVR2, captioning and VQA; of weak grounding with crop=None.
+    """Transform of retrieval, captioning and questions about images; of weak grounding with crop=None.
 
     For VQA set `may_flip=not mentions_side(question, *answers)`.
     """

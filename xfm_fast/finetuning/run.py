@@ -108,7 +108,11 @@ def finetune(
         recipe = recipe.model_copy(update={"task": task.options})
         records = {split: task.records(recipe.paths_of(split), split) for split in recipe.data.splits}
         for split, found in records.items():
-            _check_truth(recipe, task, split, found)
+            if not found:
+                raise DataError(f"data.splits.{split} holds no records; a metric needs at least one")
+            known, choose = task.metrics_of(found), recipe.choose
+            if choose is not None and choose.split == split and choose.by not in known:
+                raise _no_metric(choose, known)
         quarantine = Quarantine(
             folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
         )
@@ -162,15 +166,6 @@ def _update_free(options: TaskOptions, recipe: TaskOptions) -> TaskOptions:
     """Options of weights, updated with the ones that a recipe may change."""
     chosen = {name: value for name in options.free if (value := getattr(recipe, name)) != "auto"}
     return options.model_copy(update=chosen)
-
-
-def _check_truth(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any], split: str, records: Sequence[Any]) -> None:
-    """Validate evaluation data before training starts."""
-    if not records:
-        raise DataError(f"data.splits.{split} holds no records; a metric needs at least one")
-    known, choose = task.metrics_of(records), recipe.choose
-    if choose is not None and choose.split == split and choose.by not in known:
-        raise _no_metric(choose, known)
 
 
 def _no_metric(choose: Choice, known: Iterable[str]) -> ConfigError:

@@ -230,11 +230,12 @@ class LabelTask(Task[LabelOptionsT, Any, ItemT, BatchT]):
                 raise
             return self.read(paths, split, {field: name for field, name in columns.items() if field != "label"})
 
-    def has_truth(self, records: Sequence[Any], *, any_label: bool = False) -> bool:
+    def has_truth(self, records: Sequence[Any]) -> bool:
         """True if all records have a label, false if none has; mixed or unknown labels raise `DataError`."""
         labels = [record.label for record in records]
-        known = {None, *self.options.labels}
-        if foreign := Counter(label for label in labels if label not in known and not any_label):
+        # The labels of a regression are numbers.
+        known = {*labels} if getattr(self.options, "regression", False) else {None, *self.options.labels}
+        if foreign := Counter(label for label in labels if label not in known):
             label, times = foreign.most_common(1)[0]
             raise DataError(
                 f"{foreign.total()} of {len(labels)} records to evaluate on have a class that training does not know, "

@@ -147,10 +147,6 @@ def box_accuracy(
     return {name: sum(hits) / len(hits) for name, hits in grouped.items()}
 
 
-# Boxes of COCO reach past the edge by rounding, in pixels.
-_EDGE = 1.0
-
-
 class GroundingRecord(Annotation):
     """A phrase and its box; `grounding_rows` looks up boxes of official files by `ref_id`."""
 
@@ -183,30 +179,30 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
     """
     arrays: list[Elements] = []
     refs: list[Path] = []
-    instances: list[Instances] = []
+    instances: list[tuple[Path, Any]] = []
     for path in find_files(paths):
         if path.suffix.lower() in (".p", ".pkl", ".pickle"):
             refs.append(path)
             continue
         content = read_json(path, f"{ARRAY}, or COCO instances", _drop_segmentation)
         if isinstance(content, dict):
-            instances.append(read_instances(path, content))
+            instances.append((path, content))
         else:
             arrays.append(Elements(str(path), array_of(path, content)))
     if len(refs) != len(instances) or len(refs) > 1:
+        files = ", ".join(map(str, [*refs, *(path for path, _ in instances)]))
         raise DataError(
-            f"{len(refs)} files of references and {len(instances)} of instances were given; give refs(*).p and "
-            "instances.json of one data set, or neither"
+            f"{len(refs)} files of references and {len(instances)} of instances were given ({files}); give refs(*).p "
+            "and instances.json of one data set, or neither"
         )
-    if refs and arrays:
-        arrays = [join_boxes(each, refs[0], instances[0]) for each in arrays]
-    elif refs:
-        arrays = [referring_elements(refs[0], instances[0])]
+    if refs:
+        refer = Refer(refs[0], *instances[0])
+        arrays = [refer.join(each) for each in arrays] or [refer.elements()]
     return as_rows(arrays, GroundingRecord)
 
 
-class Referred(NamedTuple):
-    """A RefCOCO reference: its box in pixels, image and split."""
+class Reference(NamedTuple):
+    """A RefCOCO reference: image, annotation of its box, split and expressions."""
 
     image_id: int
     annotation: int
@@ -214,103 +210,90 @@ class Referred(NamedTuple):
     sentences: tuple[str, ...]
 
 
-def read_refs(path: Path) -> dict[int, Referred]:
+def read_references(path: Path) -> dict[int, Reference]:
     """References by `ref_id` of a `refs(*).p`; the pickle may contain only containers, strings and numbers."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    return _refs(path, status.st_mtime_ns, status.st_size)
+    return _references(path, status.st_mtime_ns, status.st_size)
 
 
 # The files of train, val and test are read one after another, and refer to the same references.
 @lru_cache(maxsize=1)
-def _refs(path: Path, modified: int, size: int) -> dict[int, Referred]:
+def _references(path: Path, modified: int, size: int) -> dict[int, Reference]:
     if size > _MOST_PICKLE:
         raise DataError(f"{path} has {size:,} bytes, over the limit of {_MOST_PICKLE:,} for references; check the file")
     content = read_plain_pickle(path)
     try:
-        return {
-            ref["ref_id"]: Referred(
-                ref["image_id"],
-                ref["ann_id"],
-                str(ref["split"]),
-                tuple(str(each.get("sent", each.get("raw"))) for each in ref["sentences"]),
-            )
-            for ref in content
-        }
+        found = {}
+        for ref in content:
+            sentences = tuple(str(each.get("sent", each.get("raw"))) for each in ref["sentences"])
+            found[ref["ref_id"]] = Reference(ref["image_id"], ref["ann_id"], str(ref["split"]), sentences)
+        return found
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{path} is no list of references ({error!r}); expected ref_id, ann_id, image_id, split and sentences"
         ) from None
 
 
-class Instances(NamedTuple):
-    """COCO instances: boxes by annotation, and file name, width and height by image."""
+class Refer:
+    """References of a RefCOCO data set, and the boxes and images of its COCO instances."""
 
-    path: Path
-    boxes: dict[int, Sequence[float]]
-    images: dict[int, tuple[str, int | None, int | None]]
+    def __init__(self, refs: Path, instances: Path, content: Any) -> None:
+        self.files, self.references = (refs, instances), read_references(refs)
+        try:
+            self.boxes = {each["id"]: each["bbox"] for each in content["annotations"]}
+            self.images = {
+                each["id"]: (each["file_name"], each.get("width"), each.get("height")) for each in content["images"]
+            }
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{instances} is no file of COCO instances ({error!r}); expected images and annotations"
+            ) from None
+
+    def place(self, identity: Any) -> dict[str, Any] | DataError:
+        """Box, split and image size of a reference."""
+        try:
+            ref = self.references[identity]
+        except (KeyError, TypeError):
+            return DataError(f"ref_id {identity!r} is none of the references; check that both are of one data set")
+        if ref.annotation not in self.boxes or ref.image_id not in self.images:
+            return DataError(
+                f"ref_id {identity}: annotation {ref.annotation} or image {ref.image_id} is not in {self.files[1]}; "
+                "check that both are of one data set"
+            )
+        _, width, height = self.images[ref.image_id]
+        return {"bbox": self.boxes[ref.annotation], "split": ref.split, "width": width, "height": height}
+
+    def elements(self) -> Elements:
+        """Every sentence of every reference, with its box."""
+        values, labels = [], []
+        for identity, ref in self.references.items():
+            place = self.place(identity)
+            if isinstance(place, dict):
+                place = {**place, "image": self.images[ref.image_id][0], "ref_id": identity}
+            for number, sentence in enumerate(ref.sentences):
+                values.append({**place, "text": sentence} if isinstance(place, dict) else place)
+                labels.append(f"ref_id {identity}, sentence {number}")
+        return Elements(str(self.files[0]), values, labels, others=self.files[1:])
+
+    def join(self, elements: Elements) -> Elements:
+        """Official elements with box, split and image size by `ref_id`."""
+
+        def joined(element: Any) -> Any:
+            if not isinstance(element, dict) or "ref_id" not in element:
+                return element
+            place = self.place(element["ref_id"])
+            return {**element, **place} if isinstance(place, dict) else place
+
+        return elements._replace(values=[*map(joined, elements.values)], others=self.files)
 
 
 def _drop_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
     """`object_hook` that drops segmentations, which are most of the file."""
     fields.pop("segmentation", None)
     return fields
-
-
-def read_instances(path: Path, content: Any) -> Instances:
-    """Boxes and images of a COCO instances file."""
-    try:
-        return Instances(
-            path,
-            {each["id"]: each["bbox"] for each in content["annotations"]},
-            {each["id"]: (each["file_name"], each.get("width"), each.get("height")) for each in content["images"]},
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is no file of COCO instances ({error!r}); expected images and annotations") from None
-
-
-def referring_elements(refs_path: Path, instances: Instances) -> Elements:
-    """Every sentence of every reference, with its box."""
-    refs = read_refs(refs_path)
-    values, labels = [], []
-    for identity, ref in refs.items():
-        found = _place(identity, refs, instances)
-        if isinstance(found, dict):
-            found = {**found, "image": instances.images[ref.image_id][0], "ref_id": identity}
-        for number, sentence in enumerate(ref.sentences):
-            values.append({**found, "text": sentence} if isinstance(found, dict) else found)
-            labels.append(f"ref_id {identity}, sentence {number}")
-    return Elements(str(refs_path), values, labels, others=(instances.path,))
-
-
-def join_boxes(elements: Elements, refs_path: Path, instances: Instances) -> Elements:
-    """Official elements joined with box, split and image size by `ref_id`."""
-    refs = read_refs(refs_path)
-
-    def joined(element: Any) -> Any:
-        if not isinstance(element, dict) or "ref_id" not in element:
-            return element
-        found = _place(element["ref_id"], refs, instances)
-        return {**element, **found} if isinstance(found, dict) else found
-
-    return elements._replace(values=[*map(joined, elements.values)], others=(refs_path, instances.path))
-
-
-def _place(identity: Any, refs: Mapping[int, Referred], instances: Instances) -> dict[str, Any] | DataError:
-    """Box, split and image size of a reference."""
-    try:
-        ref = refs[identity]
-    except (KeyError, TypeError):
-        return DataError(f"ref_id {identity!r} is none of the references; check that both are of one data set")
-    if ref.annotation not in instances.boxes or ref.image_id not in instances.images:
-        return DataError(
-            f"ref_id {identity}: annotation {ref.annotation} or image {ref.image_id} is not in {instances.path}; "
-            "check that both are of one data set"
-        )
-    _, width, height = instances.images[ref.image_id]
-    return {"bbox": instances.boxes[ref.annotation], "split": ref.split, "width": width, "height": height}
 
 
 class CaptionedRegions(RegionOptions):
@@ -456,10 +439,26 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
         ]
 
     def metrics_of(self, records: Sequence[GroundingRecord]) -> Collection[str]:
-        return grounding_metric_names(records)
+        """`accuracy`, and `accuracy_<split>` if records have splits; empty without boxes, mixed raise `DataError`."""
+        lacking = sum(record.bbox is None for record in records)
+        if lacking == len(records):
+            return []
+        if lacking:
+            raise DataError(f"{lacking} of {len(records)} expressions have no box; give a box to each, or to none")
+        splits = [record.split for record in records]
+        return ["accuracy", *(f"accuracy_{split}" for split in dict.fromkeys(splits) if all(splits))]
 
     def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
-        return grounding_metrics(rows, records)
+        """Share of boxes with IoU of at least 0.5, by `metrics_of`."""
+        if not self.metrics_of(records):
+            return {}
+        boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
+        reference = torch.tensor([record.bbox for record in records], dtype=torch.float64)
+        metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
+        if all(splits := [record.split for record in records]):
+            shares = box_accuracy(boxes, reference, [str(split) for split in splits])
+            metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
+        return metrics
 
     def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
         """`boxes.json` for the official evaluation; `pred` is the relative box."""
@@ -494,30 +493,6 @@ def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: b
             _box_inside(box, *size)
         except DataError as error:
             raise DataError(f"expression {record.ref_id} of {record.image}: {error}") from None
-
-
-def grounding_metric_names(records: Sequence[GroundingRecord]) -> list[str]:
-    """`accuracy`, or `accuracy_<split>` if records have splits; empty without boxes, mixed raise `DataError`."""
-    lacking = sum(record.bbox is None for record in records)
-    if lacking == len(records):
-        return []
-    if lacking:
-        raise DataError(f"{lacking} of {len(records)} expressions have no box; give a box to each, or to none")
-    splits = [record.split for record in records]
-    return ["accuracy", *(f"accuracy_{split}" for split in dict.fromkeys(splits) if all(splits))]
-
-
-def grounding_metrics(rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
-    """Share of boxes with IoU of at least 0.5, by `grounding_metric_names`."""
-    if not grounding_metric_names(records):
-        return {}
-    boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
-    reference = torch.tensor([record.bbox for record in records], dtype=torch.float64)
-    metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
-    if all(splits := [record.split for record in records]):
-        shares = box_accuracy(boxes, reference, [str(split) for split in splits])
-        metrics |= {f"accuracy_{split}": 100 * share for split, share in shares.items()}
-    return metrics
 
 
 def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -78,44 +78,20 @@ class Ranking:
 
 
 class RankModel(Protocol):
-    """Model interface of `Ranker`; M is the memory of one image, with `nbytes`."""
+    """Model interface of `Ranker`, as `ModelRanks` implements it; the memory of an image has `nbytes`."""
 
     @property
     def config(self) -> XFMConfig: ...
-
     @property
-    def dtype_name(self) -> str:
-        """Compute dtype, e.g. `fp32`."""
-        ...
-
+    def dtype_name(self) -> str: ...
     @property
-    def token_budget(self) -> int:
-        """Caption tokens per pass."""
-        ...
-
-    def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Packed embeddings of captions `[T, L]`: `[sum(lengths), width]`."""
-        ...
-
-    def images(self, pixels: Tensor) -> Tensor:
-        """Image embeddings: `[B, 3, R, R]` → `[B, 1 + N, width]`."""
-        ...
-
-    def memories(self, embeds: Tensor) -> list[Any]:
-        """Memories of B images, each with its own storage."""
-        ...
-
-    def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[Any], counts: Sequence[int]) -> Tensor:
-        """Match logits `[P, 2]` of P packed captions, `counts[b]` of them with image b."""
-        ...
-
-    def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """L2-normalised contrastive caption features `[T, embed_dim]`."""
-        ...
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """L2-normalised contrastive image features `[B, embed_dim]`."""
-        ...
+    def token_budget(self) -> int: ...
+    def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def images(self, pixels: Tensor) -> Tensor: ...
+    def memories(self, embeds: Tensor) -> list[Any]: ...
+    def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[Any], counts: Sequence[int]) -> Tensor: ...
+    def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def image_features(self, pixels: Tensor) -> Tensor: ...
 
 
 class ModelRanks:
@@ -128,6 +104,7 @@ class ModelRanks:
         self.token_budget, self._images = _BUDGETS["cpu" if model.device.type == "cpu" else "cuda"]
 
     def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Packed embeddings of captions `[T, L]`: `[sum(lengths), width]`."""
         parts = []
         for ids, mask in self._captions(input_ids, attention_mask):
             packing = Packing.from_mask(mask)
@@ -137,14 +114,17 @@ class ModelRanks:
         return torch.cat(parts)
 
     def images(self, pixels: Tensor) -> Tensor:
+        """Image embeddings: `[B, 3, R, R]` → `[B, 1 + N, width]`."""
         parts = pixels.split(self._images)
         return torch.cat([self.model.encode_image(part.to(self.model.device)) for part in parts])
 
     def memories(self, embeds: Tensor) -> list[ImageMemory]:
+        """Memories of B images, each with its own storage."""
         layers = self.model.image_memory(embeds).layers
         return [ImageMemory(tuple(layer[row : row + 1].clone() for layer in layers)) for row in range(len(embeds))]
 
     def logits(self, tokens: Tensor, lengths: Tensor, memories: Sequence[ImageMemory], counts: Sequence[int]) -> Tensor:
+        """Match logits `[P, 2]` of P packed captions, `counts[b]` of them with image b."""
         memory = memories[0]
         if len(memories) > 1:
             memory = ImageMemory(tuple(map(torch.cat, zip(*(each.layers for each in memories), strict=True))))
@@ -201,23 +181,13 @@ def _failure(picture: Picture, number: int, failures: dict[bytes, XFMError]) -> 
     return error if picture.name else type(error)(f"image {number} of the request: {error}")
 
 
-class Kept(Protocol):
-    """A value with `nbytes`."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-V = TypeVar("V", bound=Kept)
-
-
-class MemoryCache(Generic[V]):
-    """LRU cache limited to `most_bytes`; larger values are not cached, 0 disables it."""
+class MemoryCache:
+    """LRU cache of values with `nbytes`, limited to `most_bytes`; larger values are not cached, 0 disables it."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self.nbytes = 0
-        self._kept: OrderedDict[bytes, V] = OrderedDict()
+        self._kept: OrderedDict[bytes, Any] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -225,14 +195,14 @@ class MemoryCache(Generic[V]):
     def __contains__(self, key: bytes) -> bool:
         return key in self._kept
 
-    def get(self, key: bytes) -> V | None:
+    def get(self, key: bytes) -> Any:
         """Value of a key, marked as most recently used."""
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
         return found
 
-    def put(self, key: bytes, value: V) -> None:
+    def put(self, key: bytes, value: Any) -> None:
         """Cache a value, which should own its storage."""
         earlier = self._kept.pop(key, None)
         if earlier is not None:
@@ -254,8 +224,8 @@ class Ranker:
 
     def __init__(self, model: RankModel, cache_bytes: int) -> None:
         self.model = model
-        self.cache: MemoryCache[Any] = MemoryCache(cache_bytes)
-        self.features: MemoryCache[Tensor] = MemoryCache(cache_bytes // _FEATURES_PART)
+        self.cache: MemoryCache = MemoryCache(cache_bytes)
+        self.features: MemoryCache = MemoryCache(cache_bytes // _FEATURES_PART)
         self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="decode")
         # One at a time, in one thread, since every thread keeps memory that it had for its largest image.
         self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")

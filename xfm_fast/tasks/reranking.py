@@ -45,33 +45,16 @@ RANKS: tuple[Rank, ...] = get_args(Rank)
 
 
 class PairScorer(Protocol):
-    """Model interface of re-ranking."""
+    """Model interface of re-ranking, as `ModelScorer` implements it."""
 
     config: XFMConfig
 
-    def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
-        """Image-independent part of fusion, once per text: `[T, width]` → `[T, width]`."""
-        ...
-
-    def preparation_flops(self, lengths: Tensor) -> flops.Count:
-        """FLOPs of `prepare` for texts of these lengths."""
-        ...
-
-    def memory(self, image_embeds: Tensor) -> Any:
-        """Memory of images `[B, 1 + N, width]`, shared by their texts."""
-        ...
-
-    def scores(self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups) -> Tensor:
-        """Match score `[P]` of every prepared text with its image."""
-        ...
-
-    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
-        """FLOPs of `scores` for texts of these lengths."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Digest of the weights that determine scores."""
-        ...
+    def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor: ...
+    def preparation_flops(self, lengths: Tensor) -> flops.Count: ...
+    def memory(self, image_embeds: Tensor) -> Any: ...
+    def scores(self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups) -> Tensor: ...
+    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count: ...
+    def fingerprint(self) -> str: ...
 
 
 class ModelScorer:
@@ -82,15 +65,18 @@ class ModelScorer:
         self.config = model.config
 
     def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor:
+        """Image-independent part of fusion, once per text: `[T, width]` → `[T, width]`."""
         return self.model.fusion_encoder.first_self_attention(tokens, sequences)
 
     def preparation_flops(self, lengths: Tensor) -> flops.Count:
         return flops.first_self_attention(self.config, lengths)
 
     def memory(self, image_embeds: Tensor) -> ImageMemory:
+        """Memory of images `[B, 1 + N, width]`, shared by their texts."""
         return self.model.image_memory(image_embeds)
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: ImageMemory, groups: ImageGroups) -> Tensor:
+        """Match score `[P]` of every prepared text with its image."""
         fused = self.model.fusion_encoder(tokens, sequences, memory, groups, first_token_only=True, self_attended=True)
         # In half precision many pairs would have equal scores, and ties count against the true one.
         with torch.autocast(fused.device.type, enabled=False):
@@ -100,6 +86,7 @@ class ModelScorer:
         return flops.fusion(self.config, lengths, image_tokens, first_token_only=True, self_attended=True)
 
     def fingerprint(self) -> str:
+        """Digest of the weights that determine scores."""
         crc = 0
         for name, tensor in self.model.state_dict().items():
             if name.startswith(("fusion_encoder.roberta.encoder", "itm_head")):

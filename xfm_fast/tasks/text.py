@@ -119,11 +119,8 @@ class TextTask(LabelTask[TextTaskOptions, LabelledText, LabelledTexts]):
 
     def records(self, paths: Sequence[Path], split: str) -> list[Any]:
         records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
-        self._have_truth(records)
+        self.has_truth(records)
         return records
-
-    def _have_truth(self, records: Sequence[AnyTextRecord]) -> bool:
-        return self.has_truth(records, any_label=self.options.regression)
 
     def _ids(self, record: AnyTextRecord) -> list[int]:
         if record.text2 is not None:
@@ -154,7 +151,7 @@ class TextTask(LabelTask[TextTaskOptions, LabelledText, LabelledTexts]):
         return class_rows(logits, self.options.labels)
 
     def metrics_of(self, records: Sequence[AnyTextRecord]) -> Collection[str]:
-        if not self._have_truth(records):
+        if not self.has_truth(records):
             return ()
         if self.options.regression:
             return "pearson", "spearman"

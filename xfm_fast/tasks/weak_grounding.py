@@ -5,7 +5,7 @@ Training is that of retrieval on images and expressions; see `xfm_fast.tasks.hea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,12 @@ from xfm_fast.batches import PairBatch
 from xfm_fast.data.annotations import AnnotationRows, RetrievalRecord, check_images
 from xfm_fast.data.images import image_size
 from xfm_fast.errors import DataError, InputError
-from xfm_fast.tasks.evaluation import Metrics, Row
+from xfm_fast.tasks.evaluation import Row
 from xfm_fast.tasks.grounding import (
     GroundingRecord,
     GroundingTask,
     check_boxes,
     expressions_of,
-    grounding_metric_names,
-    grounding_metrics,
     grounding_rows,
 )
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
@@ -70,6 +68,8 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
 
     Options, Session = WeakGroundingOptions, None
     metrics = GroundingTask.metrics
+    metrics_of: Any = GroundingTask.metrics_of
+    score: Any = GroundingTask.score
     takes_weights_of = ("retrieval",)
     losses = ("itc", "itm")
 
@@ -132,12 +132,6 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
             {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}
             for of_text, record in zip(heat, records, strict=True)
         ]
-
-    def metrics_of(self, records: Sequence[DetectedRecord]) -> Collection[str]:
-        return grounding_metric_names(records)
-
-    def score(self, rows: Sequence[Row], records: Sequence[DetectedRecord]) -> Metrics:
-        return grounding_metrics(rows, records)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[DetectedRecord]:
         raise InputError(
