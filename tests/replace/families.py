@@ -153,7 +153,6 @@ class Case:
     unpads: bool = False
     single: bool = False  # computes a part in fp32 whatever the dtype
     whole: bool = True  # every linear weight of its layers can be packed
-    drops: bool = False  # has stochastic depth
 
     def model(self, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **options: Any) -> Any:
         return randomised(self.build(attention, **self.options | options), dtype)
@@ -177,13 +176,13 @@ def _text(name: str, layer: str = "", inputs: Any = _texts, **options: Any) -> C
 
 
 def _vision(name: str, layer: str = "", inputs: Any = _images, **options: Any) -> Case:
-    flags = {flag: options.pop(flag) for flag in ("single", "drops") if flag in options}
+    flags = {flag: options.pop(flag) for flag in ("single",) if flag in options}
     sizes = {"image_size": IMAGE, **NO_DROPOUT} if "Swin" in name else PIXELS
     build = partial(_transformers, name, sizes)
     return Case(layer or name.removesuffix("Model") + "Layer", build, inputs, options, **flags)
 
 
-def _timm(name: str, layer: str, drops: bool = False, **options: Any) -> Case:
+def _timm(name: str, layer: str, **options: Any) -> Case:
     def build(attention: str, **changes: Any) -> nn.Module:
         torch.manual_seed(0)
         return timm.create_model(name, num_classes=7, **changes)
@@ -193,7 +192,7 @@ def _timm(name: str, layer: str, drops: bool = False, **options: Any) -> Case:
 
     swin = {"img_size": IMAGE, "patch_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 3)}
     plain = {"img_size": IMAGE, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    return Case(layer, build, images, (swin if "swin" in name else plain) | options, drops=drops)
+    return Case(layer, build, images, (swin if "swin" in name else plain) | options)
 
 
 def _encoder(norm_first: bool, attention: str, **options: Any) -> nn.Module:
@@ -242,10 +241,8 @@ FAMILIES: dict[str, Case] = {
     "ViT": _vision("ViTModel"),
     "ViT without biases": _vision("ViTModel", qkv_bias=False, hidden_act="gelu_new"),
     "DeiT": _vision("DeiTModel"),
-    "BEiT": _vision("BeitModel", use_relative_position_bias=True, drops=True),
-    "BEiT, shared bias": _vision(
-        "BeitModel", use_shared_relative_position_bias=True, layer_scale_init_value=0.0, drops=True
-    ),
+    "BEiT": _vision("BeitModel", use_relative_position_bias=True),
+    "BEiT, shared bias": _vision("BeitModel", use_shared_relative_position_bias=True, layer_scale_init_value=0.0),
     "BEiT, both biases": _vision("BeitModel", use_shared_relative_position_bias=True, use_relative_position_bias=True),
     "Data2Vec": _vision("Data2VecVisionModel", use_relative_position_bias=True),
     "CLIP's images": _vision("CLIPVisionModel", "CLIPEncoderLayer"),
@@ -264,7 +261,7 @@ FAMILIES: dict[str, Case] = {
     "BLIP-2's images": _vision("Blip2VisionModel", "Blip2EncoderLayer"),
     "InstructBLIP's images": _vision("InstructBlipVisionModel", "InstructBlipEncoderLayer"),
     # timm.
-    "timm's BEiT-v2": _timm("beitv2_base_patch16_224", "Block", drops=True),
+    "timm's BEiT-v2": _timm("beitv2_base_patch16_224", "Block"),
     "timm's BEiT, shared bias": _timm(
         "beit_base_patch16_224", "Block", use_rel_pos_bias=False, use_shared_rel_pos_bias=True
     ),
@@ -272,20 +269,20 @@ FAMILIES: dict[str, Case] = {
     "timm's BEiT without bias": _timm(
         "beit_base_patch16_224", "Block", use_rel_pos_bias=False, init_values=None, qkv_bias=False
     ),
-    "timm's ViT": _timm("vit_base_patch16_224", "Block", drops=True),
+    "timm's ViT": _timm("vit_base_patch16_224", "Block"),
     "timm's ViT, norms of q and k": _timm("vit_base_patch16_224", "Block", init_values=0.1, qk_norm=True),
     "timm's ViT of CLIP": _timm("vit_base_patch16_clip_quickgelu_224", "Block"),
     "timm's ViT-SO400M": _timm("vit_so400m_patch14_siglip_224", "Block"),
     "timm's DeiT": _timm("deit_base_distilled_patch16_224", "Block"),
     "timm's BEiT-3": _timm("beit3_base_patch16_224", "Block"),
     "timm's EVA": _timm("eva_giant_patch14_224", "EvaBlock"),
-    "timm's EVA-02": _timm("eva02_base_patch14_224", "EvaBlock", drops=True),
+    "timm's EVA-02": _timm("eva02_base_patch14_224", "EvaBlock"),
     "timm's EVA-02 large": _timm("eva02_large_patch14_224", "EvaBlock"),
-    "timm's vit_relpos": _timm("vit_relpos_base_patch16_224", "RelPosBlock", drops=True),
+    "timm's vit_relpos": _timm("vit_relpos_base_patch16_224", "RelPosBlock"),
     "timm's vit_relpos, Swin's table": _timm("vit_relpos_base_patch16_224", "RelPosBlock", rel_pos_type="bias"),
     "timm's vit_relpos, shared": _timm("vit_relpos_base_patch16_rpn_224", "ResPostRelPosBlock", shared_rel_pos=True),
     "timm's vit_srelpos": _timm("vit_srelpos_small_patch16_224", "RelPosBlock"),
-    "timm's Swin": _timm("swin_tiny_patch4_window7_224", "SwinTransformerBlock", window_size=3, drops=True),
+    "timm's Swin": _timm("swin_tiny_patch4_window7_224", "SwinTransformerBlock", window_size=3),
     "timm's Swin, moving mask": _timm(
         "swin_tiny_patch4_window7_224", "SwinTransformerBlock", window_size=4, strict_img_size=False
     ),
@@ -340,16 +337,16 @@ if TRANSFORMERS >= 5:
         ),
         "DeBERTa-v2": _text("DebertaV2Model", pos_att_type=["c2p"], **_DISENTANGLED),
         "SigLIP's texts": _text("SiglipTextModel", "SiglipEncoderLayer", projection_size=48, **_CLIP),
-        "Pixio": _vision("PixioModel", mlp_ratio=2, drops=True),
+        "Pixio": _vision("PixioModel", mlp_ratio=2),
         "SigLIP's images": _vision("SiglipVisionModel", "SiglipEncoderLayer"),
         "SigLIP 2": _vision("Siglip2VisionModel", "Siglip2EncoderLayer", inputs=_patches, num_patches=16),
-        "DINOv2": _vision("Dinov2Model", mlp_ratio=2, drops=True),
+        "DINOv2": _vision("Dinov2Model", mlp_ratio=2),
         "DINOv2, SwiGLU": _vision("Dinov2Model", mlp_ratio=2, use_swiglu_ffn=True),
         "DINOv2 with registers": _vision("Dinov2WithRegistersModel", mlp_ratio=2),
         "DINOv3": _vision("DINOv3ViTModel", num_register_tokens=2),
         "DINOv3, gated": _vision("DINOv3ViTModel", num_register_tokens=2, use_gated_mlp=True),
         "ViT-MAE": _vision("ViTMAEModel", inputs=_noisy, mask_ratio=0.5),
-        "Swin": _vision("SwinModel", drops=True, **_SWIN),
+        "Swin": _vision("SwinModel", **_SWIN),
         "Swin, whole windows": _vision("SwinModel", **_WHOLE),
         "Swin V2": _vision("Swinv2Model", **_SWIN),
     }

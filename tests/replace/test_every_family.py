@@ -43,15 +43,12 @@ WEIGHT_READ = {"timm's BEiT-v2": "attn.qkv", "timm's EVA": "attn.qkv", "timm's S
 BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def of(*quick: str, unpads: bool = False, drops: bool = False, whole: bool = False) -> Any:
-    """Parametrised by family: the named ones (by default one of each kind) are quick, the others slow."""
-    kinds = [
-        kind
-        for kind, case in FAMILIES.items()
-        if (case.unpads or not unpads) and (case.drops or not drops) and (case.whole or not whole)
-    ]
-    chosen = quick or QUICK
-    marked = [kind if kind in chosen else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+def of(*named: str, unpads: bool = False, whole: bool = False) -> Any:
+    """Parametrised by the named families, or by all that qualify, of which one of each kind is quick."""
+    if named:
+        return pytest.mark.parametrize("kind", [kind for kind in named if kind in FAMILIES])
+    kinds = [kind for kind, case in FAMILIES.items() if (case.unpads or not unpads) and (case.whole or not whole)]
+    marked = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
     return pytest.mark.parametrize("kind", marked)
 
 
@@ -162,7 +159,7 @@ def test_dropout_keeps_mean_and_spread(kind: str) -> None:
     assert 0.9 < float((width / spread).mean()) < 1.1
 
 
-@of("BEiT", "DINOv2", "Swin", "timm's BEiT-v2", "timm's Swin", drops=True)
+@of("BEiT", "DINOv2", "Swin", "timm's BEiT-v2", "timm's Swin")
 def test_stochastic_depth_is_drawn_alike(kind: str) -> None:
     case, found = FAMILIES[kind], []
     model = case.model(drop_path_rate=0.4)
@@ -257,10 +254,8 @@ def test_compiled(kind: str) -> None:
     assert_close(wanted, gradients(fast, partial(states, compiled, given)), 2e-5)
 
 
-@of("BERT", unpads=True)
+@of("BERT")
 def test_one_graph_without_padding(kind: str) -> None:
-    if kind in ("official texts", "X²-VLM's texts"):
-        pytest.skip("its encoder branches on values")
     case, graphs = FAMILIES[kind], []
     model = case.model(torch.float32)
     fast = fused(model, case, unpad=True)
