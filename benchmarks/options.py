@@ -97,17 +97,15 @@ class ScenarioOptions(SuiteOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CocoOptions(ModelOptions):
-    """Options of a whole evaluation; with `data` it is run, not projected.
+    """Options of a whole evaluation.
 
     Attributes:
         device: The device to measure. [a GPU where there is one]
-        images: Of --data, read into memory: 5000 of COCO take 5 GB.
         image_size: Pixels along a side. [384; tiny 48]
         k: Candidates of every query. [256]
     """
 
     device: Device | None = None
-    images: Count = 64
     image_size: Pixels | None = None
     k: Count | None = None
 

@@ -86,7 +86,7 @@ def bench_scenario(
 def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESULTS / "coco") -> int:
     """Estimate the cost of COCO's 5k retrieval evaluation on this machine, official and xfm-fast, part by part.
 
-    Projected from the times of its parts; with --data, run on your own images and captions.
+    Projected from the times of its parts.
 
     Args:
         out: Folder that receives the results.

@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from xfm_fast import flops
 from xfm_fast.benchmarks import files, report
@@ -209,14 +207,14 @@ def test_the_search_closes_in_on_the_capacity(capacity: float, start: float) -> 
 def test_the_receipt_ends_at_what_ours_spends() -> None:
     config = preset_config("tiny")
     sizes = Sizes(images=3, texts=4, k=2, lengths=[5, 9, 5, 9])
-    steps = list(receipt(config, sizes, scored=9).values())
+    steps = list(receipt(config, sizes).values())
     encoders = flops.image_encoder(config, 3) + flops.contrastive_features(config, 3, 4)
     official = encoders + flops.text_encoder(config, [40] * 4) + flops.official_fusion(config, 14, 40)
     assert steps[0] == official.total
     ours = encoders + flops.text_encoder(config, sizes.lengths) + flops.first_self_attention(config, sizes.lengths)
     ours += flops.image_memory(config, 3)
-    fused = flops.fusion(config, [5, 9], first_token_only=True, self_attended=True).total * 9 / 2
-    assert steps[-1] == pytest.approx(ours.total + fused + flops.matching_head(config, 9).total)
+    fused = flops.fusion(config, [5, 9], first_token_only=True, self_attended=True).total * 14 / 2
+    assert steps[-1] == pytest.approx(ours.total + fused + flops.matching_head(config, 14).total)
     assert steps == sorted(steps, reverse=True)
 
 
@@ -242,19 +240,3 @@ def test_the_evaluation_is_projected_from_its_parts(monkeypatch: pytest.MonkeyPa
     assert next(iter(ours.parts("receipt").values())) == official.number("flops")
     assert (official.number("flops") or 0) > (ours.number("flops") or 0)
     assert ours.against[0].ratio == pytest.approx((official.median_s or 0) / (ours.median_s or 1))
-
-
-def test_the_evaluation_of_own_images_is_run(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0)
-    for number in range(5):
-        Image.fromarray(noise.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.jpg")
-        (tmp_path / f"{number}.txt").write_text(f"picture {number} of noise\nanother caption with number {number}\n")
-    document = coco.run(CocoOptions(**FEW, data=tmp_path, k=3))
-    official, ours = document.rows
-    assert document.ok
-    assert "5 images" in ours.name
-    assert ours.parity is not None
-    assert ours.parity.passed
-    assert (ours.number("pairs") or 0) <= (official.number("pairs") or 0) == 5 * 3 + 10 * 3
-    assert list(ours.parts("receipt"))[-1] == "pairs of both directions once"
-    assert set(ours.parts("recall")) >= {"txt_r1", "img_r10"}
