@@ -8,10 +8,10 @@ random, so that all can be tried and nothing is found.
 
 import sys
 
-from xfm_fast.search import ModelSource, build_index, open_index, open_model, search, write_sheet
+from xfm_fast.search import Source, build_index, open_index, open_model, search, write_sheet
 
 folder, text, *rest = sys.argv[1:]
-model = open_model(ModelSource(rest[0] if rest else None))
+model = open_model(Source(rest[0]) if rest else Source(random="tiny"))
 report = build_index(folder, model)  # again: reads only what is new or has changed
 print(f"{report.images} images, of which {report.added} were read now, in {report.folder}")
 for name, reason in report.faults.items():

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
 from xfm_fast.errors import InputError, UnavailableError
 
@@ -25,7 +24,6 @@ GRAPHS: tuple[GraphName, ...] = (*DEFAULT_GRAPHS, "match")
 """The graphs of a pretrained model; the other graphs belong to tasks."""
 
 DType = Literal["fp32", "fp16", "bf16"]
-Preset = Literal["base", "tiny"]
 
 AttentionForm = Literal["opset23", "primitives"]
 Precision = Literal["fp32", "bf16"]
@@ -39,27 +37,6 @@ BUDGET = 0.99
 
 Pipeline = Literal["rank", "graphs"]
 ServedDevice = Literal["auto", "cpu", "gpu"]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """The model to export, and the examples that verify its export.
-
-    Attributes:
-        checkpoint: Official .th/.pth, .safetensors, or a folder of save_pretrained.
-        preset: Random weights of a model of this size, instead of a checkpoint.
-        config: Official YAML or a JSON of sizes, for a checkpoint file that is not of base size.
-        image_size: Interpolate position tables to this size.
-        tokenizer: Folder of RoBERTa's vocab.json and merges.txt, or a tokenizer.json. [the checkpoint's]
-        data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
-    """
-
-    checkpoint: Path | None = None
-    preset: Preset | None = None
-    config: Path | None = None
-    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
-    tokenizer: Path | None = None
-    data: Path | None = None
 
 
 @dataclass(frozen=True)

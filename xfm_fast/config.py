@@ -12,8 +12,8 @@ import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from xfm_fast.documents import MOST_YAML_BYTES, advice, parse_json, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError
+from xfm_fast.io import MOST_YAML_BYTES, advice, parse_json, parse_yaml, read_bytes
 
 PresetName = Literal["tiny", "base"]
 
@@ -231,6 +231,13 @@ class XFMConfig(BaseModel):
     def replace(self, **changes: Any) -> XFMConfig:
         """Return a copy with some fields changed, validated again."""
         return XFMConfig(**(self.model_dump() | changes))
+
+    def resized(self, image_size: int | None) -> XFMConfig:
+        """Return a copy for another resolution, which hides no more patches than there are."""
+        if image_size in (None, self.image_size):
+            return self
+        hidden = max(1, min(self.num_masking_patches, (image_size // self.patch_size) ** 2))
+        return self.replace(image_size=image_size, num_masking_patches=hidden)
 
     @classmethod
     def preset(cls, name: PresetName, **overrides: Any) -> XFMConfig:

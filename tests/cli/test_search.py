@@ -69,6 +69,8 @@ def test_an_index_names_no_model_and_no_pictures(folder: Path, tmp_path: Path) -
     assert str(folder) in done.stderr
     # A stranger's entries: one outside the folder, one inside it.
     write_picture(tmp_path / "private.png", 9)
+    header = folder / ".xfm-index/index.json"
+    header.write_text(json.dumps({**json.loads(header.read_text()), "sums": {}}))
     entries = next((folder / ".xfm-index").glob("images-*.jsonl"))
     entries.write_text(entries.read_text().replace('"0.png"', '"../private.png"', 1))
     sheet = tmp_path / "sheet.html"
@@ -88,7 +90,7 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a text file")
     for arguments, message in (
         (["search", folder, "a dog", "--random", "tiny"], "was made with"),
-        (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "exclude each other"),
+        (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "--model x and --random tiny"),
         (["search", folder, "a dog", "--sheet", "a.gif"], ".html or .png"),
         (["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"], "in no format that Pillow reads"),
         (["index", folder, "--random", "tiny"], "(--index)"),

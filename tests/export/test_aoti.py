@@ -39,8 +39,8 @@ def memory_package(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -
     """A package of the graph that compiles fastest, made by the command."""
     folder = tmp_path_factory.mktemp("packages")
     small_model.save_pretrained(folder / "model")
-    given = ["--checkpoint", str(folder / "model"), "--out", str(folder / "memory"), "--graphs", "image_memory"]
-    done = invoke(["export", "aoti", *given])
+    given = [str(folder / "model"), "--out", str(folder / "memory"), "--graphs", "image_memory"]
+    done = invoke(["export", "--to", "aoti", *given])
     assert done.exit_code == 0, done.output
     return folder / "memory"
 
@@ -124,12 +124,12 @@ def test_a_package_runs_only_by_name(
 
 
 def test_errors_come_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was read"))
+    monkeypatch.setattr("xfm_fast.cli.export.open_model", lambda *_, **__: pytest.fail("a model was read"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, named in (
-        (("--device", "cuda"), "cuda"), (("--device", "tpu"), '"tpu"'), (("--dtype", "fp8"), '"fp8"'),
+        (("--device", "cuda"), "cuda"), (("--device", "tpu"), '"tpu"'), (("--dtype", "fp8"), "fp8"),
     ):  # fmt: skip
-        done = invoke(["export", "aoti", "--preset", "tiny", "--out", str(tmp_path / "out"), *options])
+        done = invoke(["export", "--to", "aoti", "--random", "tiny", "--out", str(tmp_path / "out"), *options])
         assert done.exit_code == 2, done.output
         assert named in done.stderr
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -19,13 +19,13 @@ import torch
 from tests.cli.runner import invoke
 from xfm_fast.checkpoint import to_official
 from xfm_fast.cli import export as commands
-from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.export import onnx, verification
 from xfm_fast.export.expected import Reference
 from xfm_fast.export.graphs import DTYPES, is_memory
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.request import ModelSource
 from xfm_fast.export.verification import keep_reference
+from xfm_fast.loading import Opened, Source, open_model
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -42,7 +42,7 @@ def _run(*arguments: str, expect: int = 0) -> str:
 
 def test_export_and_verify(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shown = _run("onnx", "--preset", "tiny", "--out", str(out), "--graphs", "image_memory", "--dtype", "fp16")
+    shown = _run("--random", "tiny", "--out", str(out), "--graphs", "image_memory", "--dtype", "fp16")
     assert "verified" in shown
     assert re.search(r"image_memory +memory .* ok", shown)
     manifest = Manifest.load(out)
@@ -54,7 +54,7 @@ def test_export_and_verify(tmp_path: Path) -> None:
 
 def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    _run("onnx", "--preset", "tiny", "--out", str(out), "--graphs", "image_memory")
+    _run("--random", "tiny", "--out", str(out), "--graphs", "image_memory")
     manifest, reference = Manifest.load(out), Reference.load(out)
     # Engines that cannot run here, built from graphs that were compared; and from graphs that were not.
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
@@ -79,19 +79,19 @@ def test_a_model_is_let_go_before_its_export_is_compared(
 
     made: list[weakref.ref[XFM]] = []
     compared = []
-    load, compare = commands.load_subject, verification.compare_with_reference
+    compare = verification.compare_with_reference
 
-    def loaded(source: ModelSource) -> commands.Subject:
-        subject = load(source)
-        made.append(weakref.ref(subject.model))
-        return subject
+    def loaded(source: Source, **options: Any) -> Opened:
+        opened = open_model(source, **options)
+        made.append(weakref.ref(opened.model))
+        return opened
 
     def comparing(*given: Any) -> None:
         gc.collect()
         compared.extend(ref() is None for ref in made)
         compare(*given)
 
-    monkeypatch.setattr(commands, "load_subject", loaded)
+    monkeypatch.setattr(commands, "open_model", loaded)
     for module in (verification, engines):
         monkeypatch.setattr(module, "compare_with_reference", comparing)
     options = ["--graphs", "image_memory", "--out", str(tmp_path / "out")]
@@ -99,7 +99,7 @@ def test_a_model_is_let_go_before_its_export_is_compared(
         pytest.importorskip("tensorrt_rtx")
         # Calibration computes with the model, and is done with it.
         options += ["--sm", "89", "--dtype", "fp16", "--quantize", "int8"]
-    invoke(["export", command, "--preset", "tiny", *options])
+    invoke(["export", "--to", command, "--random", "tiny", *options])
     assert Manifest.load(tmp_path / "out").status in ("verified", "graphs verified")
     assert {*compared} == {True}
 
@@ -125,16 +125,17 @@ def test_failed_verification_keeps_the_files(copied: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--preset"),
-        (["--preset", "tiny", "--checkpoint", "x.th"], "--preset"),
-        (["--preset", "huge"], '"huge"'),
-        (["--preset", "tiny", "--dtype", "fp8"], '"fp8"'),
-        (["--preset", "tiny", "--for", "toaster"], "'toaster'"),
-        (["--preset", "tiny", "--graphs", "vision,sound"], "'sound'"),
-        (["--preset", "tiny", "--fixed", "height=3"], "'height'"),
-        (["--preset", "tiny", "--image-size", "33"], "image_size=33"),
-        (["--preset", "tiny", "--config", "sizes.json"], "--config"),
-        (["--checkpoint", "absent.th"], "absent.th"),
+        ([], "--random"),
+        (["--random", "tiny", "--model", "x.th"], "--random"),
+        (["--random", "huge"], '"huge"'),
+        (["--random", "tiny", "--dtype", "fp8"], "fp8"),
+        (["--random", "tiny", "--sm", "80"], "--sm"),
+        (["--random", "tiny", "--for", "toaster"], "'toaster'"),
+        (["--random", "tiny", "--graphs", "vision,sound"], "'sound'"),
+        (["--random", "tiny", "--fixed", "height=3"], "'height'"),
+        (["--random", "tiny", "--image-size", "33"], "image_size=33"),
+        (["--random", "tiny", "--config", "sizes.json"], "--config"),
+        (["absent.th"], "absent.th"),
     ],
 )
 def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
@@ -142,7 +143,7 @@ def test_errors_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opt
         raise AssertionError("exported")
 
     monkeypatch.setattr(onnx, "write_onnx", refuse)
-    assert message in _run("onnx", "--out", str(tmp_path / "out"), *options, expect=2)
+    assert message in _run("--out", str(tmp_path / "out"), *options, expect=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -164,24 +165,24 @@ def test_checkpoints_of_either_form(make_model: Callable[..., XFM], tmp_path: Pa
     )  # fmt: skip
     state = to_official(model.state_dict(), config)
     torch.save({"model": state}, tmp_path / "official.th")
-    ours = commands.load_subject(ModelSource(tmp_path / "ours"))
-    official = commands.load_subject(ModelSource(tmp_path / "official.th", config=tmp_path / "sizes.json"))
-    assert (ours.source, official.source) == ("checkpoint ours", "checkpoint official.th")
+    ours = open_model(Source(str(tmp_path / "ours")))
+    official = open_model(Source(str(tmp_path / "official.th"), config=str(tmp_path / "sizes.json")))
+    assert (ours.origin, official.origin) == ("checkpoint ours", "checkpoint official.th")
     for subject in (ours, official):
         assert {*subject.model.heads} == {"contrastive", "matching", "boxes"}
         for name, value in subject.model.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
-    larger = commands.load_subject(ModelSource(tmp_path / "ours", image_size=48))
+    larger = open_model(Source(str(tmp_path / "ours"), image_size=48))
     assert larger.model.config.image_size == 48
     with pytest.raises(InputError, match="--config"):
-        commands.load_subject(ModelSource(tmp_path / "ours", config=tmp_path / "sizes.json"))
-    with pytest.raises(UnavailableError, match="preset 'small'"):
-        commands.load_subject(ModelSource(preset="small"))  # pyright: ignore[reportArgumentType]
+        open_model(Source(str(tmp_path / "ours"), config=str(tmp_path / "sizes.json")))
+    with pytest.raises(ConfigError, match="small"):
+        open_model(Source(random="small"))  # pyright: ignore[reportArgumentType]
 
 
 def test_examples_are_photographs_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("skimage")
-    subject = commands.load_subject(ModelSource(preset="tiny"))
+    subject = open_model(Source(random="tiny")).model
     examples, note = commands.load_examples(subject, None, {"length": 40})
     assert note == ""
     assert "photographs" in examples.origin
@@ -203,7 +204,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def _base(out: Path, command: str, dtype: str, *options: str, expect: int = 0) -> Manifest:
     """An export of the base model in a process of its own, which holds at most twice the fp32 weights, all together."""
-    started = [sys.executable, "-m", "xfm_fast", "export", command, "--preset", "base", "--dtype", dtype]
+    started = [sys.executable, "-m", "xfm_fast", "export", "--to", command, "--random", "base", "--dtype", dtype]
     peak = out.with_name(f"{out.name}-peak")
     done = subprocess.run([sys.executable, "-c", _STARTER, peak, *started, *options, "--out", str(out)], check=False)
     assert done.returncode == expect
@@ -237,7 +238,7 @@ def test_base_model_in_half_precision(tmp_path: Path, dtype: str) -> None:
 
 
 def rtx(out: Path, *more: str) -> tuple[str, ...]:
-    return ("export", "tensorrt-rtx", "--out", str(out), "--preset", "tiny", "--sm", "80,89,120", *more)
+    return ("export", "--to", "tensorrt-rtx", "--out", str(out), "--random", "tiny", "--sm", "80,89,120", *more)
 
 
 def test_engines_from_the_command_line(tmp_path: Path) -> None:
@@ -275,7 +276,7 @@ def test_bad_options_are_refused_at_once(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr("xfm_fast.cli.export.load_subject", lambda *_, **__: pytest.fail("a model was made"))
+    monkeypatch.setattr("xfm_fast.cli.export.open_model", lambda *_, **__: pytest.fail("a model was made"))
     done = invoke(rtx(tmp_path, *arguments))
     assert done.exit_code == 2
     assert message in done.stderr

@@ -1,9 +1,11 @@
 """Every format that a stranger may have written, damaged at random: read, or refused by an error of ours, in bounds.
 
-`make fuzz` gives each format 100,000 inputs; `test_fuzz.py` a few. An input is a whole file of the format to which
-some edits were done: bytes turned, cut, repeated, moved, or replaced by numbers and words that readers trip over. Where
-a checksum would refuse nearly all of them, the edits are done to what it covers and the sum is made anew: the pickle in
-a checkpoint, the header of a safetensors file, the chunks of a PNG, the files that a manifest lists.
+`make fuzz` gives each format 100,000 inputs; `test_fuzz.py` a few. An input is a whole file of the format after some
+edits: bytes flipped, cut, repeated, moved, or replaced by numbers and words that readers trip over. In JSON also the
+values: replaced by values of another type, infinite, huge or nested ones and names outside the folder, dropped, or
+repeated. Where a checksum would refuse nearly all of them, the edits are done to what it covers and the sum is
+computed again: the pickle in a checkpoint, the header of a safetensors file, the chunks of a PNG, the files of a
+manifest.
 
 Two bounds hold for every input: resident memory rises by at most 256 MiB at any moment of the read, or by 1 GiB for
 images, whose pixels Pillow's limit bounds; and the read takes at most 10 seconds of the processor's time (asked of
@@ -29,8 +31,9 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +54,14 @@ from xfm_fast.data.tables import read_table
 from xfm_fast.documents import parse_json, parse_yaml
 from xfm_fast.errors import DataError, XFMError
 from xfm_fast.export.manifest import Manifest, new_manifest
+from xfm_fast.finetuning.prediction import requests_in
+from xfm_fast.finetuning.recipe import load_finetune_recipe
+from xfm_fast.finetuning.run import recipe_of
 from xfm_fast.search.index import INDEX_FILE, open_index
 from xfm_fast.tasks.heatmap import read_detections
 from xfm_fast.tasks.journal import Journal, read_journal
+from xfm_fast.tasks.retrieval import RetrievalOptions
+from xfm_fast.tasks.task import explanation, make_task, task_of
 from xfm_fast.tasks.vqa import vqa_rows
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
@@ -127,6 +135,44 @@ def edited(data: bytes, changes: list[Edit]) -> bytes:
     return data
 
 
+_VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 1, 2.5, 1 << 31, 1 << 63, -(1 << 63) - 1, 10**30, 1e308, float("inf"), float("-inf"),
+    float("nan"), "", "x", "a\0b", "../x", "/dev/zero", "/etc/passwd", "a\udcff", "x" * 5000, "²", [], {}, [None],
+    [[1, 2]], {"a": {"b": None}}, {"": 0},
+)  # fmt: skip
+
+
+def changed(data: bytes, drawn: bytes) -> bytes:
+    """The JSON document (or its lines) with one to three values replaced, dropped, repeated or renamed."""
+    choose = random.Random(drawn)
+    lines = len(data.splitlines()) > 1 and not data.lstrip().startswith((b"[", b"{\n"))
+    document: Any = [json.loads(line) for line in data.splitlines()] if lines else json.loads(data)
+    for _ in range(choose.randint(1, 3)):
+        document = _change(document, choose)
+    if lines and isinstance(document, list):
+        return b"".join(json.dumps(line).encode() + b"\n" for line in document)
+    return json.dumps(document).encode()
+
+
+def _change(value: Any, choose: random.Random) -> Any:
+    if not isinstance(value, dict | list) or not value or choose.random() < 0.15:
+        return choose.choice(_VALUES)
+    inside = dict(value) if isinstance(value, dict) else list(value)
+    key: Any = choose.choice([*inside]) if isinstance(inside, dict) else choose.randrange(len(inside))
+    kind = choose.randrange(8)
+    if kind == 0:
+        inside.pop(key)
+    elif kind == 1 and isinstance(inside, dict):
+        inside[choose.choice(["x", "a\0b", "", key + "_"])] = inside.pop(key)
+    elif kind == 1:
+        inside += [inside[key]] * choose.choice([1, 50])  # type: ignore[operator]
+    elif kind == 2:
+        inside[key] = [inside[key]]
+    else:
+        inside[key] = _change(inside[key], choose)
+    return inside
+
+
 @dataclass(frozen=True)
 class Format:
     """A format: whole files of it, how one becomes a file again after edits, and what reads it.
@@ -138,6 +184,7 @@ class Format:
         refuses: the errors that it may raise.
         others: files that lie beside it.
         most_bytes: by which memory may rise.
+        values: it is JSON, and its values are changed too.
     """
 
     name: str
@@ -147,6 +194,7 @@ class Format:
     refuses: tuple[type[Exception], ...] = (XFMError,)
     others: dict[str, bytes] = field(default_factory=dict)
     most_bytes: int = MOST_BYTES
+    values: bool = False
 
 
 _STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5, dtype=torch.bfloat16)}
@@ -326,10 +374,46 @@ def _manifest() -> bytes:
         return (Path(folder) / "manifest.json").read_bytes()
 
 
+_ENTRY = {"name": "a.jpg", "size": 5, "modified": 7, "row": None, "captions": ["a cat"]}
+_ENTRIES = (json.dumps(_ENTRY) + "\n" + json.dumps(_ENTRY | {"name": "b.jpg"}) + "\n").encode()
+_FEATURES = struct.pack("<16f", *range(16))
+
+
 def _index() -> bytes:
-    said = {"format": 2, "entries": "e.jsonl", "features": "f.f32", "images": 0, "width": 8, "faults": {"a.jpg": "?"}}
-    said |= {"broken": [], "model": {}, "fingerprint": "0", "path": ".", "picture_folder": None, "graph": None}
-    return json.dumps(said | {"graph_bytes": 0}).encode()
+    header = {
+        "format": 2, "entries": "e.jsonl", "features": "f.f32", "images": 2, "width": 8, "faults": {"a.jpg": "?"},
+        "broken": [_ENTRY], "model": {"weights": None, "tokenizer": None, "size": "tiny"}, "fingerprint": "0",
+        "path": ".", "picture_folder": None, "graph": None, "graph_bytes": 0,
+        "sums": {"f.f32": zlib.crc32(_FEATURES)},
+    }  # fmt: skip
+    return json.dumps(header).encode()
+
+
+def _read_index(folder: Path) -> None:
+    index = open_index(folder)
+    with suppress(DataError, OSError):
+        for entry in (*index.entries, *index.broken):
+            index.load(entry)
+
+
+@cache
+def _retrieval() -> Any:
+    tokenizer = tiny_tokenizer()
+    config = XFMConfig.preset("tiny", vocab_size=max(320, tokenizer.vocab_size))
+    return make_task(RetrievalOptions(), config, tokenizer)
+
+
+_REQUESTS = b'{"image": "a.jpg", "text": "a cat"}\n{"images": ["b.jpg"], "text": ["a dog"]}\n'
+
+
+def _task() -> bytes:
+    return explanation(_retrieval())["task.json"]
+
+
+def _run_recipe() -> bytes:
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        recipe = load_finetune_recipe("retrieval_tiny_shapes", [])
+    return json.dumps(recipe.model_dump(mode="json")).encode()
 
 
 def _table(folder: Path) -> Any:
@@ -352,23 +436,30 @@ def _formats() -> list[Format]:
         ),
         Format("a.safetensors", (save(_STATE),), lambda f: read_state_dict(f / "a.safetensors")),
         Format("header.safetensors", (header,), lambda f: read_state_dict(f / "header.safetensors"), _safetensors),
-        Format("state.json", (_training_state(),), _read_training),
-        Format("a.json", (_ARRAY, _CONFIG), lambda f: parse_json((f / "a.json").read_bytes()), refuses=plain),
+        Format("state.json", (_training_state(),), _read_training, values=True),
+        Format(
+            "a.json", (_ARRAY, _CONFIG), lambda f: parse_json((f / "a.json").read_bytes()), refuses=plain, values=True
+        ),
+        Format("task.json", (_task(),), task_of, values=True),
+        Format("recipe.json", (_run_recipe(),), recipe_of, values=True),
+        Format("requests.jsonl", (_REQUESTS,), lambda f: requests_in(_retrieval(), f / "requests.jsonl"), values=True),
+        Format("e.jsonl", (_ENTRIES,), _read_index, others={INDEX_FILE: _index(), "f.f32": _FEATURES}, values=True),
         Format(
             "a.yaml",
             (_YAML, _RECIPE),
             lambda f: parse_yaml((f / "a.yaml").read_bytes()),
             refuses=(ValueError, yaml.YAMLError),
         ),
-        Format("config.json", (_config(),), lambda f: XFMConfig.load(f / "config.json")),
+        Format("config.json", (_config(),), lambda f: XFMConfig.load(f / "config.json"), values=True),
         Format("recipe.yaml", (_RECIPE,), lambda f: read_recipe(f / "recipe.yaml", "xfm_fast.training")),
-        Format("manifest.json", (_manifest(),), Manifest.load),
-        Format("pairs.json", (_ARRAY,), lambda f: [*retrieval_rows(f / "pairs.json")[0].records()]),
-        Format("questions.json", (_QUESTIONS,), lambda f: [*vqa_rows(f / "questions.json")[0].records()]),
+        Format("manifest.json", (_manifest(),), Manifest.load, values=True),
+        Format("pairs.json", (_ARRAY,), lambda f: [*retrieval_rows(f / "pairs.json")[0].records()], values=True),
+        Format("questions.json", (_QUESTIONS,), lambda f: [*vqa_rows(f / "questions.json")[0].records()], values=True),
         Format(
             "boxes.json",
             (b'{"1": [[1, 2, 3, 4]]}', b'[{"image_id": 1, "box": [1, 2, 3, 4]}]'),
             lambda f: read_detections(f / "boxes.json"),
+            values=True,
         ),
         Format("a.csv", (b"image,caption\na.jpg,a cat\nb.jpg,a dog\n",), _table),
         Format("a.jsonl", ("".join(json.dumps(pair(n)) + "\n" for n in range(3)).encode(),), _read_lines),
@@ -383,6 +474,7 @@ def _formats() -> list[Format]:
             "tokenizer.json",
             (tokens["tokenizer.json"],),
             lambda f: CaptionTokenizer.from_files(f / "tokenizer.json"),
+            values=True,
         ),
         Format(
             "merges.txt",
@@ -397,8 +489,8 @@ def _formats() -> list[Format]:
             others={"merges.txt": tokens["merges.txt"]},
         ),
         Format("scores.jsonl", (_journal(),), _read_journal),
-        Format("log.jsonl", (_LOG,), lambda f: read_log(f / "log.jsonl")),
-        Format(INDEX_FILE, (_index(),), open_index, others={"e.jsonl": b"", "f.f32": b""}),
+        Format("log.jsonl", (_LOG,), lambda f: read_log(f / "log.jsonl"), values=True),
+        Format(INDEX_FILE, (_index(),), _read_index, others={"e.jsonl": _ENTRIES, "f.f32": _FEATURES}, values=True),
     ]
 
 
@@ -430,8 +522,10 @@ class Peak:
         return self._read("VmHWM") - self.floor if self.works else 0
 
 
-def attack(form: Format, inputs: int, *, number: int = 0, most_seconds: float | None = None) -> Counter[str]:
-    """Give a format so many edited inputs; how each ended, by the class of the error.
+def attack(
+    form: Format, inputs: int, *, number: int = 0, most_seconds: float | None = None, values: bool = False
+) -> Counter[str]:
+    """Give a format so many inputs with edited bytes, or with changed values; how each ended, by error class.
 
     Raises:
         AssertionError: an input broke a bound.
@@ -467,9 +561,9 @@ def attack(form: Format, inputs: int, *, number: int = 0, most_seconds: float | 
     def block(first: int) -> None:
         @seed(number + first)
         @settings(max_examples=min(BLOCK, inputs - first), deadline=None, database=None, suppress_health_check=every)
-        @given(st.sampled_from(form.whole), edits)
-        def run(whole: bytes, changes: list[Edit]) -> None:
-            ends[tried(form.packed(edited(whole, changes)))] += 1
+        @given(st.sampled_from(form.whole), st.binary(min_size=8, max_size=8) if values else edits)
+        def run(whole: bytes, changes: Any) -> None:
+            ends[tried(form.packed(changed(whole, changes) if values else edited(whole, changes)))] += 1
 
         run()
 
@@ -498,16 +592,17 @@ def main() -> int:
     for form in FORMATS.values():
         if options.format not in form.name:
             continue
-        begun = time.perf_counter()
-        try:
-            ends = attack(form, options.inputs, number=options.seed, most_seconds=MOST_SECONDS)
-        except Exception as error:
-            broken += 1
-            print(f"{form.name}: BROKEN, {type(error).__name__}: {error}", flush=True)
-            print("\n".join(getattr(error, "__notes__", [])), flush=True)
-            continue
-        told = ", ".join(f"{name} {count:,}" for name, count in ends.most_common())
-        print(f"{form.name}: {told} ({time.perf_counter() - begun:.0f} s)", flush=True)
+        for values in (False, True) if form.values else (False,):
+            begun, what = time.perf_counter(), f"{form.name}, {'values' if values else 'bytes'}"
+            try:
+                ends = attack(form, options.inputs, number=options.seed, most_seconds=MOST_SECONDS, values=values)
+            except Exception as error:
+                broken += 1
+                print(f"{what}: BROKEN, {type(error).__name__}: {error}", flush=True)
+                print("\n".join(getattr(error, "__notes__", [])), flush=True)
+                continue
+            counts = ", ".join(f"{name} {count:,}" for name, count in ends.most_common())
+            print(f"{what}: {counts} ({time.perf_counter() - begun:.0f} s)", flush=True)
     print(f"{broken} formats broken")
     return int(broken > 0)
 

@@ -187,11 +187,12 @@ def test_another_model_is_refused(photos: Path, model: SearchModel, tmp_path: Pa
     [
         (lambda said: said | {"format": 1}, "has format 1"),
         (lambda said: said | {"images": 5}, "is damaged .*entries for 5 images"),
-        (lambda said: said | {"images": -1}, "is damaged .*entries for -1 images"),
+        (lambda said: said | {"images": -1}, "is damaged .*images"),
         (lambda said: {"format": 2}, "is damaged"),
-        (lambda said: said | {"entries": "/dev/zero"}, "'/dev/zero' is no file of this folder"),
-        (lambda said: said | {"features": "../images"}, "is no file of this folder"),
+        (lambda said: said | {"entries": "/dev/zero"}, "is damaged .*entries"),
+        (lambda said: said | {"features": "../images"}, "is damaged .*features"),
         (lambda said: said | {"entries": [1]}, "is damaged"),
+        (lambda said: said | {"sums": {said["features"]: 1}}, "checksum"),
         (lambda said: [], "is damaged"),
     ],
 )

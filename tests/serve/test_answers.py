@@ -17,6 +17,7 @@ from PIL import Image
 from tests.serve.conftest import Running, Start, data_url, image, photo, running
 from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.models.xfm import XFM
+from xfm_fast.search import SearchModel, Source
 from xfm_fast.search.query import match_images
 from xfm_fast.serve.model import load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
@@ -71,7 +72,8 @@ def test_the_rule_that_ranks_is_named_or_recorded(weights: Path, model: XFM, tmp
     from xfm_fast.serve import Service
 
     paths = pictures(tmp_path, 1, 2, 3)
-    logits = match_images(model, [Image.open(path).convert("RGB") for path in paths], CAPTIONS[1], 3)[:, 1]
+    opened = SearchModel(model, Source(), "")
+    logits = match_images(opened, [Image.open(path).convert("RGB") for path in paths], CAPTIONS[1], 3)[:, 1]
     similarity = model.similarity(paths, CAPTIONS[1])
     expected = {"sum": (logits + similarity).tolist(), "similarity": ((1 + similarity) / 2).tolist()}
     run = shutil.copytree(weights, tmp_path / "run")

@@ -24,7 +24,7 @@ import torch
 from tests.cli.runner import invoke
 from tests.conftest import config, golden, load_tensors
 from tests.serve.conftest import image, photo, raw, running, until
-from xfm_fast.errors import CheckpointError, InputError, UnavailableError
+from xfm_fast.errors import InputError, UnavailableError, XFMError
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("fastapi", reason="the extra 'serve'")
@@ -180,7 +180,7 @@ def test_models_without_a_tokenizer_or_of_other_tasks(tmp_path: Path, weights: P
     other = shutil.copytree(weights, tmp_path / "other")
     options = {"kind": "text", "classes": ["no", "yes"]}
     (other / "task.json").write_text(json.dumps({"format": 1, "task": options}))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(XFMError, match="other"):
         load(other, SourceOptions(device="cpu"), 0)
 
 
@@ -190,7 +190,7 @@ def test_an_official_checkpoint_is_served(tmp_path: Path) -> None:
     words = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *string.ascii_lowercase]
     (tmp_path / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    source = SourceOptions(tokenizer=tmp_path, config=golden("tiny_b/config.json"), device="cpu", name="golden")
+    source = SourceOptions(tokenizer=tmp_path, config=str(golden("tiny_b/config.json")), device="cpu", name="golden")
     served = load(tmp_path / "official.th", source, 0)
     offline = XFM.from_official(load_tensors("tiny_b/weights"), config("tiny_b"), tokenizer=tmp_path)
     (tmp_path / "1.png").write_bytes(photo(1))

@@ -2,13 +2,9 @@
 
 from xfm_fast.checkpoint.files import (
     PretrainedFiles,
-    hold,
     load_pretrained_files,
     read_state_dict,
     save_pretrained,
-    sync_folder,
-    write_bytes,
-    write_files,
     write_safetensors,
 )
 from xfm_fast.checkpoint.loading import LoadResult, assign_into, compare, load_into, require_depth, without_values
@@ -16,6 +12,7 @@ from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
     Head,
     LoadReport,
+    config_of,
     heads_in,
     select_heads,
     to_official,
@@ -25,6 +22,7 @@ from xfm_fast.checkpoint.names import (
 from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index
 from xfm_fast.checkpoint.relatives import Relative, read_x2vlm, refuse_relative, relative_of
 from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initialise, roberta_state
+from xfm_fast.io import hold, sync_folder, write_bytes, write_files
 
 __all__ = [
     "HEAD_PREFIXES",
@@ -37,6 +35,7 @@ __all__ = [
     "assign_into",
     "beit2_state",
     "compare",
+    "config_of",
     "heads_in",
     "hold",
     "initialise",

@@ -1,40 +1,30 @@
-"""State dicts in files: read without executing any of their content, written atomically."""
+"""State dicts in files: read without executing any of their content, and streamed to files."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import pickle
 import re
-import secrets
-import socket
-import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.documents import parse_json, require_file
 from xfm_fast.errors import CheckpointError, StorageError
-from xfm_fast.kernels.files import is_stream
-
-try:
-    import fcntl
-except ImportError:  # not every system has it
-    fcntl = None
+from xfm_fast.io import hold as hold
+from xfm_fast.io import require_file, write_files
+from xfm_fast.io import sync_folder as sync_folder
+from xfm_fast.io import write_bytes as write_bytes
 
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
@@ -208,6 +198,11 @@ def _as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}{where} has a {type(value).__name__} under {name!r}, not a tensor; save model.state_dict() only"
             )
+        if value.is_nested or value.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{name!r} in {path}{where} is {'nested' if value.is_nested else value.dtype}, unlike any model here; "
+                "convert it to float32"
+            )
         if value.layout == torch.strided and not value.is_meta and value.nbytes > value.untyped_storage().nbytes():
             raise CheckpointError(
                 f"{name!r} in {path}{where} expands {value.untyped_storage().nbytes():,} bytes to {list(value.shape)}; "
@@ -253,23 +248,25 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"folder {folder} cannot be created ({_reason(error)}); choose another folder") from error
+        raise StorageError(
+            f"folder {folder} cannot be created ({error.strerror or error}); choose another folder"
+        ) from error
     writers: dict[Path, Callable[[BinaryIO], object]] = {
         folder / MODEL_FILE: lambda file: write_safetensors(file, module_state),
-        folder / CONFIG_FILE: lambda file: _write(file, config.to_json().encode()),
+        folder / CONFIG_FILE: lambda file: file.write(config.to_json().encode()),
     }
     if unused:
         dead = unused
         writers[folder / UNUSED_FILE] = lambda file: write_safetensors(file, dead)
     for name, content in (files or {}).items():
-        writers[folder / name] = lambda file, content=content: _write(file, content)
+        writers[folder / name] = lambda file, content=content: file.write(content)
     write_files(writers)
     if not unused:
         try:
             (folder / UNUSED_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(
-                f"{folder / UNUSED_FILE} of an earlier save cannot be removed ({_reason(error)}); delete it"
+                f"{folder / UNUSED_FILE} of an earlier save cannot be removed ({error.strerror or error}); delete it"
             ) from error
 
 
@@ -288,51 +285,6 @@ def load_pretrained_files(dir: str | os.PathLike[str]) -> PretrainedFiles:
     state = _read(folder / MODEL_FILE)
     unused = folder / UNUSED_FILE
     return PretrainedFiles(config, state, _read(unused) if unused.is_file() else None)
-
-
-def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
-    """Write several files atomically: each appears complete or not at all.
-
-    Every writer fills a temporary file next to its target, which is flushed to disk; renames follow when all have
-    succeeded. On failure the temporary files are removed; a killed process may leave one, named
-    `.<name>.<process>-<random>.tmp`. Devices and pipes are written directly. Raises `StorageError` with the path.
-    """
-    finished: dict[Path, Path] = {}
-    replaced: list[str] = []
-    current = Path()
-    try:
-        streams = {path: writer for path, writer in writers.items() if is_stream(path)}
-        for current, writer in writers.items():
-            if current in streams:
-                continue
-            temporary = current.with_name(f".{current.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-            finished[temporary] = current
-            with temporary.open("xb") as file:
-                writer(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for current, writer in streams.items():
-            with current.open("wb") as file:
-                writer(file)
-        for temporary, current in finished.items():
-            os.replace(temporary, current)
-            replaced.append(current.name)
-        for folder in {path.parent for path in finished.values()}:
-            sync_folder(folder)
-    except OSError as error:
-        changed = f"{', '.join(replaced)} is already replaced" if replaced else "the files are unchanged"
-        raise StorageError(
-            f"{current} could not be written ({_reason(error)}); {changed}: free space or choose another folder"
-        ) from error
-    finally:
-        for temporary in finished:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
-    """`write_files` for in-memory contents."""
-    write_files({path: lambda file, content=content: _write(file, content) for path, content in contents.items()})
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
@@ -363,123 +315,18 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    _write(file, len(encoded).to_bytes(8, "little") + encoded)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
     for name in names:
         flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-        _write(file, flat.view(torch.uint8).numpy().data)
-
-
-def _write(file: BinaryIO, data: bytes | memoryview) -> None:
-    file.write(data)
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     state = read_state_dict(path)
     with safe_open(path, framework="pt") as file:
         written = (file.metadata() or {}).get("xfm_fast_format", str(FORMAT_VERSION))
-    if not written.isdigit() or int(written) > FORMAT_VERSION:
+    if not re.fullmatch(r"\d{1,9}", written, re.ASCII) or int(written) > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {written}; this xfm-fast reads up to {FORMAT_VERSION}: upgrade xfm-fast"
         )
     return state
-
-
-_held: set[Path] = set()
-_held_guard = threading.Lock()
-
-
-@contextmanager
-def hold(lock: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock file until the block or the process ends.
-
-    The file names its holder and is deleted with the block. Processes forked inside the block do not inherit the lock.
-    On file systems without locks the existence of the file is the lock; one left by a dead process on this machine is
-    reused. `what` names the locked thing in the message, such as `the run in runs/a`. Raises `StorageError` if it is
-    locked already or cannot be written.
-    """
-    me = {
-        "process": os.getpid(),
-        "host": socket.gethostname(),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    made = not lock.parent.exists()
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        key = lock.parent.resolve() / lock.name
-        # The system's locks belong to the process, and are lost when it closes the file anywhere.
-        with _held_guard:
-            if key in _held:
-                raise _lock_error(what, me)
-            file = _acquire_lock(lock, what)
-            _held.add(key)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{lock} cannot be written ({_reason(error)}); choose another folder") from error
-    try:
-        with suppress(OSError):
-            os.truncate(file.fileno(), 0)
-            file.write(json.dumps(me).encode())
-        yield
-    finally:
-        with suppress(OSError):
-            lock.unlink(missing_ok=True)
-            # Do not leave an empty folder after an error.
-            if made:
-                lock.parent.rmdir()
-        with _held_guard:
-            _held.discard(key)
-            file.close()
-
-
-def _acquire_lock(lock: Path, what: str) -> FileIO:
-    while True:
-        file = FileIO(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
-        try:
-            if fcntl is None:
-                raise OSError(errno.ENOLCK, "no locks")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = _read_holder(file)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.close()
-                raise _lock_error(what, holder) from None
-            # A process on another machine may be alive; on this machine a dead one left the file.
-            if holder and (holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])):
-                file.close()
-                raise _lock_error(what, holder) from None
-        try:
-            # The former holder may have removed it in between.
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
-                return file
-        except FileNotFoundError:
-            pass
-        file.close()
-
-
-def _read_holder(file: FileIO) -> dict[str, Any]:
-    try:
-        holder = parse_json(os.pread(file.fileno(), 1000, 0))
-        return holder if isinstance(holder, dict) and isinstance(holder.get("process"), int) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def _lock_error(what: str, holder: Mapping[str, Any]) -> StorageError:
-    who = f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}" if holder else "another"
-    return StorageError(f"{what} is in use by {who}; wait until it ends, or choose another folder")
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk: a rename survives a power cut only then."""
-    # Some systems cannot open a folder.
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)

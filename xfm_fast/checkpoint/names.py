@@ -168,6 +168,17 @@ def fit_table(name: str, table: Tensor, grid: int, interpolated: dict[str, tuple
     return fitted
 
 
+def config_of(state: Mapping[str, Tensor], sizes: XFMConfig, image_size: int | None = None) -> XFMConfig:
+    """`sizes` at `image_size`, or at the resolution of the first position table of a checkpoint."""
+    table = next((value for name, value in state.items() if name.endswith(TABLE)), None)
+    if image_size is None and table is not None:
+        try:
+            image_size = window_of(table) * sizes.patch_size
+        except InputError as error:
+            raise CheckpointError(str(error)) from None
+    return sizes.resized(image_size)
+
+
 def merge_tied(state: dict[str, Tensor]) -> dict[str, str]:
     """Keep one name of each tied tensor, in place; returns dropped name → remaining name.
 

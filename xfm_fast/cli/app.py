@@ -31,7 +31,7 @@ from cyclopts import (
 )
 
 from xfm_fast import __version__
-from xfm_fast.cli import console, data, finetune, kernels, options, search, serve, train, trial
+from xfm_fast.cli import console, data, finetune, kernels, model, options, search, train, trial
 from xfm_fast.cli.options import DATA, MEASURE, SEARCH, SERVE, TRAIN
 from xfm_fast.errors import StorageError, UnavailableError, XFMError
 from xfm_fast.kernels.cpu.waiting import wait_briefly
@@ -90,12 +90,12 @@ app.command(
     "xfm_fast.cli.export:app",
     name="export",
     group=SERVE,
-    help="""Export to ONNX and engines, verified against the model.
+    help="""Export a model to ONNX, AOTInductor or TensorRT, and verify the graphs against the model.
 
-    Exit code 1: the export differs from the model; 3: no GPU ran the engines, but the graphs agree; 4: not
-    compared.""",
+    An exported run answers `xfm-fast predict` as the run does. Exit code 1: the export differs from the model; 3: no
+    GPU ran the engines, but the graphs agree; 4: not compared.""",
 )
-app.command(serve.serve, group=SERVE)
+app.command(model.serve, group=SERVE)
 app.command(trial.trial, name="try", group=MEASURE)
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
@@ -104,7 +104,7 @@ for command in (train.pretrain, train.reproduce, finetune.finetune, finetune.eva
 for command in (search.index, search.search):
     app.command(command, group=SEARCH)
 app.command(data.data)
-app.command(data.convert, group=DATA)
+app.command(model.convert, group=DATA)
 
 
 @app.command(name="--version")
@@ -173,6 +173,9 @@ def run(arguments: Sequence[str]) -> int:
         if sys.stdout is None:
             console.note("standard output is closed; redirect it to a file or /dev/null")
             return USAGE_ERROR
+        arguments, warnings = options.modernised(arguments)
+        for warning in warnings:
+            console.note(f"{warning}; the former name goes with the next version")
         command, bound, _ = app.parse_args(arguments)
         code: Any = command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
@@ -264,7 +267,7 @@ def _usage(error: CycloptsError) -> str:
     """Format a usage error in one line, with the nearest name for a typo."""
     from pydantic import ValidationError
 
-    from xfm_fast.documents import advice
+    from xfm_fast.io import advice
 
     error.verbose = False
     text = str(error)

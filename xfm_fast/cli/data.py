@@ -1,4 +1,4 @@
-"""`xfm-fast data` and `convert`: check and convert data files, write the shapes world, convert checkpoints."""
+"""`xfm-fast data`: check and convert data files, write the shapes world."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le
-from cyclopts import Parameter
 
 from xfm_fast.cli.console import progress, stdout, table
 from xfm_fast.cli.options import DATA, Flat, Json, command_group
@@ -92,25 +91,6 @@ class WorldOptions:
     train: Annotated[int, Ge(1)] = 10_000
     val: Annotated[int, Ge(1)] = 500
     test: Annotated[int, Ge(1)] = 500
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """The format and size to convert a checkpoint to.
-
-    Attributes:
-        to: official or xfm; by default the one that the source is not.
-        image_size: Interpolate position tables to this size.
-        config: Official YAML, or a JSON of sizes, of the checkpoint.
-        preset: Sizes of the checkpoint when no --config is given.
-        keep_unused: Keep weights that no output depends on.
-    """
-
-    to: Literal["official", "xfm"] | None = None
-    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
-    config: Path | None = None
-    preset: Literal["base", "tiny"] = "base"
-    keep_unused: Annotated[bool, Parameter(negative="--drop-unused")] = True
 
 
 @data.command
@@ -200,26 +180,6 @@ def shapes(out: Path, /, *, options: Flat[WorldOptions] = WorldOptions()) -> Non
         out, seed=options.seed, images={"train": options.train, "val": options.val, "test": options.test}
     )
     print(f"{out}: {sum(world['rows'].values()):,} rows in {len(world['rows'])} files")
-
-
-def convert(source: Path, destination: Path, /, *, options: Flat[ConvertOptions] = ConvertOptions()) -> None:
-    """Convert a checkpoint between the official format and ours, without loss.
-
-    Args:
-        source: Official checkpoint file, one of X²-VLM, or a folder written by xfm-fast.
-        destination: Folder (to xfm) or .safetensors/.th/.pth file (to official).
-    """
-    from xfm_fast.config import XFMConfig
-    from xfm_fast.models.convert import to_official_file, to_xfm_folder
-
-    sizes: Any = {"image_size": options.image_size, "keep_unused": options.keep_unused}
-    if (options.to or ("official" if source.is_dir() else "xfm")) == "official":
-        report = to_official_file(source, destination, **sizes)
-    else:
-        found = XFMConfig.preset(options.preset) if options.config is None else XFMConfig.from_official(options.config)
-        report = to_xfm_folder(source, destination, found, **sizes)
-    for line in report:
-        print(line)
 
 
 def _print_report(report: Report, console: Console) -> None:

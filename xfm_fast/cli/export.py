@@ -1,32 +1,32 @@
-"""`xfm-fast export`: export a model for other runtimes, verified against the model."""
+"""`xfm-fast export`: export a model to other runtimes, verified against the model."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts import default_name_transform as dashes
 
 from xfm_fast.cli.console import note, say, stdout, table
-from xfm_fast.cli.options import Flat, command_group
-from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.cli.options import Flat, Model, command_group, named
+from xfm_fast.errors import DataError, InputError
 from xfm_fast.export.request import (
     BUDGET,
     ExportRequest,
-    ModelSource,
     OnnxRequest,
-    Preset,
+    Quantisation,
     RepositoryOptions,
     RuntimeChoice,
 )
 from xfm_fast.export.runtimes.aoti import PackageRequest
-from xfm_fast.export.runtimes.tensorrt import EngineRequest, TensorRTRequest
+from xfm_fast.export.runtimes.tensorrt import EngineRequest, HardwareCompatibility, TensorRTRequest
+from xfm_fast.loading import Opened, Source, open_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,106 +46,122 @@ _PHOTOS, _CAPTIONS = 4, 48
 # Photographs to choose 8-bit products on, and how few of their own are too few.
 _CALIBRATED, _LEAST_CALIBRATED = 16, 4
 
-Run = Annotated[Path | None, Parameter(name="RUN", help="Run of xfm-fast finetune, instead of --checkpoint.")]
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
-Verbose = Annotated[bool, Parameter(help="Show the builder's own messages.")]
-
-
-# `for` is a Python keyword, so the option --for is called consumer here.
-OnnxOptions = Annotated[
-    OnnxRequest, Parameter(name="*", name_transform=lambda name: "for" if name == "consumer" else dashes(name))
+Tokenizer = Annotated[
+    Path | None,
+    Parameter(help="RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [the export's]"),
 ]
+Form = Literal["onnx", "aoti", "tensorrt", "tensorrt-rtx"]
+_REQUESTS: dict[Form, type[ExportRequest]] = {
+    "onnx": OnnxRequest,
+    "aoti": PackageRequest,
+    "tensorrt": TensorRTRequest,
+    "tensorrt-rtx": EngineRequest,
+}
 
 
-@app.command
-def onnx(
-    run: Run = None,
-    /,
-    *,
-    out: Out,
-    source: Flat[ModelSource] = ModelSource(),
-    request: OnnxOptions = OnnxRequest(),
-) -> int:
-    """Export to ONNX and verify the graphs against the model.
+@dataclass(frozen=True)
+class ExportOptions:
+    """The form of the export.
 
-    An exported run answers `xfm-fast predict` as the run does.
+    Attributes:
+        to: ONNX graphs; AOTInductor packages, native code that runs when it is loaded; or engines of TensorRT for the
+            GPU here, or of TensorRT for RTX for the GPUs given, built on any machine.
+        consumer: Library that reads the ONNX files. [onnxruntime]
+        graphs: vision, text, image_memory, fusion, match; for tasks nlvr2, decoder_memory, decoder_step; with commas.
+            [all but match, or the graphs of the task]
+        fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
+        all_tokens: fusion returns every token instead of token 0.
+        packed: text and fusion take captions packed into rows, so that their cost follows the real tokens; by default
+            captions are padded to the longest.
+        opset: ONNX opset, 20 to 24. [20 for fp32, 23, which has attention, for 16 bits; the best for the builder]
+        profile: Sizes that an engine accepts, name:axis=least..best..most, for example
+            latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up to 32]
+        sm: Compute capabilities to build engines for, for example 80,89,120. [this machine's GPU]
+        quantize: 8-bit GEMMs of engines, with scales from --data or the photographs.
+        budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
+        timing_cache: File of kernel timings of TensorRT, read before and written after a build: later ones are faster.
+        version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
+        hardware_compatible: Other GPUs run the engine of TensorRT too.
+        verbose: Show the builder's own messages.
+        data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
-    from xfm_fast.export import onnx as library
-    from xfm_fast.export import verification
 
-    library.check_spelling(request)
-    subject, examples = load(named(run, source), request)
-    library.export_onnx(subject.model, out, request, **subject.facts, examples=examples, compared=False, progress=say)
-    # The compared runtime holds a second copy of the weights.
-    del subject
-    return finish(verification.verify(out, check_files=False), out)
+    to: Form = "onnx"
+    consumer: Annotated[str | None, Parameter(name="--for")] = None
+    graphs: Sequence[str] | None = None
+    fixed: Sequence[str] = ()
+    all_tokens: bool = False
+    packed: bool = False
+    opset: int | None = None
+    profile: Sequence[str] = ()
+    sm: Sequence[str] = ()
+    quantize: Quantisation | None = None
+    budget: float | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: HardwareCompatibility | None = None
+    verbose: bool = False
+    data: Path | None = None
+
+    def request(self, source: Source) -> Any:
+        """The library's request; raises `InputError` for an option that its form does not have."""
+        kind = _REQUESTS[self.to]
+        given = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
+        known = {each.name for each in fields(kind)}
+        if source.dtype is not None:
+            given["dtype"] = source.dtype
+        if "device" in known and source.device != "auto":
+            given["device"] = source.device
+        for name in ("to", "verbose", "data"):
+            given.pop(name, None)
+        if unknown := sorted(given.keys() - known):
+            option = "for" if unknown[0] == "consumer" else dashes(unknown[0])
+            raise InputError(f"--{option} does not apply to --to {self.to}; leave it out")
+        if source.dtype in ("int8", "fp8"):
+            raise InputError(f"--dtype {source.dtype}: use fp32, fp16 or bf16; 8 bits: --quantize, or export int8")
+        return kind(**given)
 
 
-@app.command
-def aoti(
-    run: Run = None,
+@app.default
+def export(
+    model: Model = None,
     /,
     *,
     out: Out,
-    source: Flat[ModelSource] = ModelSource(),
-    request: Flat[PackageRequest] = PackageRequest(),
+    source: Flat[Source] = Source(),
+    options: Flat[ExportOptions] = ExportOptions(),
 ) -> int:
-    """Compile AOTInductor packages and verify them against the model.
+    """Export a model; the help is in `app`."""
+    from xfm_fast.export import engines, export_packages, onnx, verification
 
-    A package is native code that runs when it is loaded; commands that load one need `--runtime aoti`.
-    """
-    from xfm_fast.export import export_packages
-
-    request.check()
-    subject, examples = load(named(run, source), request)
-    made = export_packages(subject.model, out, request, **subject.facts, examples=examples, progress=say)
-    return finish(made, out)
-
-
-@app.command
-def tensorrt(
-    run: Run = None,
-    /,
-    *,
-    out: Out,
-    source: Flat[ModelSource] = ModelSource(),
-    request: Flat[TensorRTRequest] = TensorRTRequest(),
-    verbose: Verbose = False,
-) -> int:
-    """Build TensorRT engines for the GPU of this machine."""
-    return _engines("tensorrt", out, named(run, source), request, verbose)
-
-
-@app.command
-def tensorrt_rtx(
-    run: Run = None,
-    /,
-    *,
-    out: Out,
-    source: Flat[ModelSource] = ModelSource(),
-    request: Flat[EngineRequest] = EngineRequest(),
-    verbose: Verbose = False,
-) -> int:
-    """Build engines of TensorRT for RTX, on any machine, for the GPUs given."""
-    return _engines("tensorrt-rtx", out, named(run, source), request, verbose)
-
-
-def _engines(consumer: str, out: Path, source: ModelSource, request: EngineRequest, verbose: bool) -> int:
-    from xfm_fast.export import engines
-
-    engines.check_request(consumer, request)
-    subject, examples = load(source, request)
+    request, source = options.request(source), named(model, source)
+    if options.to == "onnx":
+        onnx.check_spelling(request)
+    elif options.to == "aoti":
+        request.check()
+    else:
+        engines.check_request(options.to, request)
+    opened, examples = load(source, options.data, request.sizes)
+    facts = export_facts(opened)
+    if options.to == "onnx":
+        onnx.export_onnx(opened.model, out, request, **facts, examples=examples, compared=False, progress=say)
+        # The compared runtime holds a second copy of the weights.
+        del opened
+        return finish(verification.verify(out, check_files=False), out)
+    if options.to == "aoti":
+        return finish(export_packages(opened.model, out, request, **facts, examples=examples, progress=say), out)
     calibration = None
     if request.quantize is not None:
-        calibration = load_calibration(subject.model.config, subject.tokenizer, source.data)
+        calibration = load_calibration(opened.model.config, opened.model.tokenizer, options.data)
     with (
-        _show_progress(verbose) as progress,
+        _show_progress(options.verbose) as progress,
         engines.engine_graphs(
-            subject.model, out, consumer, request, **subject.facts, examples=examples, calibration=calibration
+            opened.model, out, options.to, request, **facts, examples=examples, calibration=calibration
         ) as build_engines,
     ):
         # The builder holds several copies of a graph's weights.
-        del subject
+        del opened
         made = build_engines(progress)
     return finish(made, out)
 
@@ -166,7 +182,7 @@ def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
 
 @app.command
 def int8(
-    folder: Path, /, *, out: Path, budget: float = BUDGET, data: Path | None = None, tokenizer: Path | None = None
+    folder: Path, /, *, out: Path, budget: float = BUDGET, data: Path | None = None, tokenizer: Tokenizer = None
 ) -> int:
     """Quantise an fp32 export to int8 for the CPU, and measure the cost in accuracy.
 
@@ -175,8 +191,6 @@ def int8(
         out: Folder that receives the int8 export.
         budget: Minimum cosine between any output row and the model's. GEMMs that cost more stay in fp32.
         data: Images with captions for calibration. [the examples of the export]
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json, for the captions of --data.
-            [the export's]
     """
     from xfm_fast.export.manifest import Manifest
     from xfm_fast.export.quantise import check_quantisation, quantize_int8
@@ -202,7 +216,7 @@ def model_repository(
     *,
     out: Path,
     options: Flat[RepositoryOptions] = RepositoryOptions(),
-    tokenizer: Path | None = None,
+    tokenizer: Tokenizer = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server from an export.
@@ -210,7 +224,6 @@ def model_repository(
     Args:
         folder: Folder of an export.
         out: The repository; must not exist without --overwrite.
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json, for rank. [the export's]
         overwrite: Replace an existing repository.
     """
     from rich.markup import escape
@@ -234,140 +247,38 @@ def model_repository(
     print(f"serve it with: tritonserver --model-repository={out}")
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model to export."""
+def load(source: Source, data: Path | None, sizes: Mapping[str, int]) -> tuple[Opened, Examples]:
+    """Open the model to export and its examples; prints a note if these are not photographs."""
+    from xfm_fast.tasks.task import TASKS
 
-    model: XFM
-    source: str  # origin of its weights, without local paths
-    tokenizer: CaptionTokenizer | None  # tokenizer of its captions, if given
-    # sidecar files that describe a fine-tuned model, by name
-    companions: Mapping[str, bytes] = field(default_factory=dict)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Manifest entries of an export, and its sidecar files."""
-        sha256 = self.tokenizer.sha256() if self.tokenizer else None
-        return {"source": self.source, "tokenizer_sha256": sha256, "companions": self.companions}
-
-
-def named(run: Path | None, source: ModelSource) -> ModelSource:
-    """The source with a run as its checkpoint; raises `InputError` if it names another one too."""
-    if run is None:
-        return source
-    if source.checkpoint is not None or source.preset is not None:
-        raise InputError(f"{run} is the run to export; omit --checkpoint and --preset")
-    return replace(source, checkpoint=run)
-
-
-def load(source: ModelSource, request: ExportRequest) -> tuple[Subject, Examples]:
-    """Load the model to export and its examples; prints a note if these are not photographs."""
-    if source.data is not None:
+    if data is not None:
         # Validate before a checkpoint is read.
         from xfm_fast.benchmarks.material import photographs
 
-        photographs.from_files(source.data, most=1)
-    subject = load_subject(source)
-    examples, message = load_examples(subject, source.data, request.sizes)
+        photographs.from_files(data, most=1)
+    exported = [name for name, task in TASKS.items() if task.Session is not None]
+    opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
+    examples, message = load_examples(opened.model, data, sizes)
     if message:
         note(message)
-    return subject, examples
+    return opened, examples
 
 
-def load_subject(source: ModelSource) -> Subject:
-    """Load the model of the options: a checkpoint, or random weights of a preset; raises `InputError` for both or
-    neither.
-    """
-    checkpoint, preset = source.checkpoint, source.preset
-    if (checkpoint is None) == (preset is None):
-        raise InputError("give exactly one of RUN or --checkpoint (its weights) and --preset (random weights)")
-    if preset is not None and preset not in get_args(Preset):
-        raise UnavailableError(f"preset {preset!r} is unknown; choose one of {', '.join(get_args(Preset))}")
-    if source.config is not None and (checkpoint is None or checkpoint.is_dir()):
-        raise InputError("--config gives the sizes of an official checkpoint file; leave it out here")
-    if checkpoint is None:
-        model, words = _random(preset, source.image_size), f"random weights of preset {preset}"
-    elif checkpoint.is_dir():
-        from xfm_fast.checkpoint.files import model_folder
-        from xfm_fast.models.xfm import XFM
-        from xfm_fast.tasks.task import task_of
+def export_facts(opened: Opened) -> dict[str, Any]:
+    """Manifest entries of an export, and its sidecar files, which `xfm-fast predict` needs for a task."""
+    from xfm_fast.tasks.task import explanation
 
-        place = model_folder(checkpoint) or checkpoint
-        if (options := task_of(place)) is not None:
-            return _fine_tuned(checkpoint, options.kind, source)
-        model, words = XFM.from_pretrained(place), f"checkpoint {checkpoint.resolve().name}"
-        if source.image_size not in (None, model.config.image_size):
-            model.set_image_size(source.image_size)
-    else:
-        model, words = _official(checkpoint, source.config, source.image_size), f"checkpoint {checkpoint.name}"
-    if source.tokenizer is not None:
-        from xfm_fast.models.processor import read_tokenizer
-
-        model.tokenizer = read_tokenizer(source.tokenizer, model.config)
-    return Subject(model.requires_grad_(False).eval(), words, model.tokenizer)
+    vocabulary = opened.model.tokenizer
+    if opened.task is not None and not opened.task.reads_text:
+        vocabulary = None
+    return {
+        "source": opened.origin,
+        "tokenizer_sha256": vocabulary and vocabulary.sha256(),
+        "companions": {} if opened.task is None else explanation(opened.task),
+    }
 
 
-def _fine_tuned(run: Path, kind: str, source: ModelSource) -> Subject:
-    """Load the model of a run, with the sidecar files that `xfm-fast predict` needs for an export."""
-    from xfm_fast.finetuning.prediction import load as load_run
-    from xfm_fast.models.xfm import XFM
-    from xfm_fast.tasks.task import TASKS, explanation
-
-    if TASKS[kind].Session is None:
-        offered = ", ".join(name for name, task in TASKS.items() if task.Session is not None)
-        raise UnavailableError(f"{run} is fine-tuned for {kind}, which needs gradients; export one of {offered}")
-    if source.tokenizer is not None:
-        raise InputError(f"{run} has a vocabulary of its own; leave out --tokenizer")
-    predictor = load_run(run)
-    model, task = predictor.model, predictor.task
-    assert isinstance(model, XFM)
-    if source.image_size not in (None, model.config.image_size):
-        model.set_image_size(source.image_size)
-    vocabulary = task.tokenizer if task.reads_text else None
-    words = f"run {run.resolve().name} of the task {kind}"
-    return Subject(model.requires_grad_(False).eval(), words, vocabulary, explanation(task))
-
-
-def _random(preset: Any, image_size: int | None) -> XFM:
-    import torch
-
-    from xfm_fast.benchmarks.material.inputs import random_state
-    from xfm_fast.config import XFMConfig
-    from xfm_fast.models.xfm import XFM
-
-    config = _resize(XFMConfig.preset(preset), image_size)
-    heads = ("contrastive", "matching", "boxes")
-    with torch.device("meta"):
-        model = XFM(config, heads=heads)
-    # No parameter is zero, unlike in a fresh model, so that a comparison covers every term.
-    model.load_state_dict(random_state(config, heads, seed=0), assign=True)
-    return model
-
-
-def _official(file: Path, sizes: Path | None, image_size: int | None) -> XFM:
-    from xfm_fast import checkpoint
-    from xfm_fast.checkpoint.position_table import window_of
-    from xfm_fast.config import XFMConfig
-    from xfm_fast.models.xfm import XFM
-
-    state = checkpoint.read_state_dict(file)
-    config = XFMConfig.preset("base") if sizes is None else XFMConfig.from_official(sizes)
-    tables = (value for name, value in state.items() if name.endswith(".relative_position_bias_table"))
-    if image_size is None and (position := next(tables, None)) is not None:
-        image_size = window_of(position) * config.patch_size
-    config = _resize(config, image_size)
-    ours, _ = checkpoint.to_ours(state, config)
-    return XFM.from_official(state, config, heads=checkpoint.heads_in(ours))
-
-
-def _resize(config: XFMConfig, image_size: int | None) -> XFMConfig:
-    if image_size is None or image_size == config.image_size:
-        return config
-    # An export does not mask, and the number of masked patches need not fit every size.
-    return config.replace(image_size=image_size, num_masking_patches=1, min_num_patches=1)
-
-
-def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int]) -> tuple[Examples, str]:
+def load_examples(model: XFM, data: Path | None, sizes: Mapping[str, int]) -> tuple[Examples, str]:
     """Load photographs and captions to compare on, and a note for the user ("" if there is none).
 
     By default the bundled photographs, or generated images if these are not installed. `sizes` are the fixed axes.
@@ -377,21 +288,21 @@ def load_examples(subject: Subject, data: Path | None, sizes: Mapping[str, int])
 
     longest = sizes.get("length", LONGEST)
     if data is not None:
-        return _examples(photographs.from_files(data, most=_PHOTOS), subject, longest), ""
+        return _examples(photographs.from_files(data, most=_PHOTOS), model, longest), ""
     try:
         collection = photographs.bundled()
     except DataError as error:
         message = f"compared on generated images, not photographs: {error}"
-        return generated_examples(subject.model.config, longest=longest), message
-    return _examples(collection, subject, longest), ""
+        return generated_examples(model.config, longest=longest), message
+    return _examples(collection, model, longest), ""
 
 
-def _examples(collection: Collection, subject: Subject, longest: int) -> Examples:
+def _examples(collection: Collection, model: XFM, longest: int) -> Examples:
     from xfm_fast.export.expected import make_examples
 
-    config = subject.model.config
+    config = model.config
     captions = collection.texts(min(_CAPTIONS, len(collection.captions)))
-    rows = _ids(captions, collection, config, subject.tokenizer, longest)
+    rows = _ids(captions, collection, config, model.tokenizer, longest)
     photos = range(min(_PHOTOS, len(collection.names)))
     origin = f"{len(photos)} photographs and {len(rows)} captions"
     return make_examples(collection.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)

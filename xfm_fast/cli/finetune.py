@@ -9,16 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 from cyclopts import Parameter
 
 from xfm_fast.cli.console import first_process, note, progress, stdout, table
-from xfm_fast.cli.options import UNFINISHED, Flat, Json
+from xfm_fast.cli.options import UNFINISHED, Flat, Json, named
+from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.export.request import RuntimeChoice
+from xfm_fast.loading import Source, open_model
 
 if TYPE_CHECKING:
+    import torch
+
     from xfm_fast.finetuning.prediction import Predictor
     from xfm_fast.finetuning.run import ShowProgress
 
@@ -48,8 +52,6 @@ class PredictOptions:
         heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the fusion encoder.
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
         batch_size: Requests per batch.
-        device: Device to run on.
-        dtype: Dtype of the weights, or 8-bit linear layers: int8 on a CPU, fp8 on a GPU.
         runtime: Library that runs the graphs of an export. AOTInductor packages are code that runs when it is loaded:
             they need aoti, for packages that you trust.
     """
@@ -58,8 +60,6 @@ class PredictOptions:
     heatmap: Path | None = None
     detections: Path | None = None
     batch_size: Annotated[int, Ge(1)] = 32
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     runtime: RuntimeChoice = "auto"
 
 
@@ -91,7 +91,7 @@ def finetune(recipe: str, /, *overrides: str) -> int:
 
 
 def evaluate(
-    weights: Annotated[Path, Parameter(name="RUN|CHECKPOINT")],
+    model: Annotated[str, Parameter(name="MODEL")],
     /,
     *overrides: str,
     options: Flat[EvaluateOptions] = EvaluateOptions(),
@@ -102,10 +102,9 @@ def evaluate(
     Works under torchrun too, with the same result on any number of processes. An interrupted evaluation resumes.
 
     Args:
-        weights: A run, a folder of weights, or an official checkpoint.
+        model: A run, a folder of weights, a name on the Hugging Face Hub, or an official checkpoint.
         overrides: key=value for the recipe, such as data.root=/data.
     """
-    from xfm_fast.errors import ConfigError
     from xfm_fast.finetuning.recipe import load_finetune_recipe
     from xfm_fast.finetuning.run import evaluate as run
     from xfm_fast.finetuning.run import recipe_of
@@ -113,17 +112,17 @@ def evaluate(
     # The weights exist already, so the validation split is optional.
     unchosen = "choose=null"
     if options.recipe is None:
-        recipe = recipe_of(weights, [*overrides, unchosen])
-        out = options.out or weights / "evaluation"
+        recipe = recipe_of(Path(model), [*overrides, unchosen])
+        out = options.out or Path(model) / "evaluation"
     else:
-        given = [*overrides, unchosen, f"init.checkpoint={json.dumps(str(weights))}"]
+        given = [*overrides, unchosen, f"init.checkpoint={json.dumps(model)}"]
         recipe = load_finetune_recipe(options.recipe, given)
         out = options.out or Path("runs") / f"evaluate_{Path(options.recipe).stem}"
     splits = [*recipe.data.splits] if options.split is None else [options.split]
     if not splits:
         raise ConfigError("the recipe has no split to evaluate on; add data.splits.test=<file>")
     with _bars() as show:
-        metrics = {split: run(recipe, weights, split, out / split, show=show) for split in splits}
+        metrics = {split: run(recipe, model, split, out / split, show=show) for split in splits}
     if as_json:
         _say(json.dumps(metrics))
     else:
@@ -133,9 +132,10 @@ def evaluate(
 
 
 def predict(
-    run: Annotated[Path, Parameter(name="RUN")],
+    model: Annotated[str, Parameter(name="MODEL")],
     /,
     *items: Annotated[str, Parameter(name="FILE|TEXT")],
+    source: Flat[Source] = Source(),
     options: Flat[PredictOptions] = PredictOptions(),
 ) -> int:
     """Predict for image files and texts: a caption, an answer, a box, a class or a score, as JSON lines.
@@ -143,12 +143,10 @@ def predict(
     Under torchrun the processes share the requests of --lines.
 
     Args:
-        run: A run, a folder of its weights, or an export of either.
+        model: A run, a folder of its weights or its name on the Hugging Face Hub, or an export of either.
         items: Image files, folders of images, and texts: an argument that is neither a file nor a folder is a text.
     """
-    from xfm_fast.errors import InputError
-    from xfm_fast.finetuning.prediction import answer_lines, is_export, load, requests_in
-    from xfm_fast.models.xfm import PRECISIONS
+    from xfm_fast.finetuning.prediction import answer_lines, requests_in
     from xfm_fast.tasks.evaluation import Evaluation
     from xfm_fast.training.distributed import join_processes
 
@@ -156,10 +154,9 @@ def predict(
         raise InputError("--detections needs a heatmap; add --heatmap FILE")
     if len(items) > 1 if options.lines else not items:
         raise InputError("give image files and texts, or --lines with files of requests and answers")
-    with join_processes(options.device) as processes:
-        # The default runtime of the export.
-        device = None if options.device == "auto" and is_export(run) else processes.device
-        predictor = load(run, device=device, dtype=PRECISIONS[options.dtype], runtime=options.runtime)
+    source = named(model, source)
+    with join_processes(source.device) as processes:
+        predictor = _predictor(source, options.runtime, processes.device)
         if options.lines is None:
             # Too few requests to share.
             return _predict(predictor, items, options) if processes.first else 0
@@ -174,6 +171,20 @@ def predict(
             answer_lines(predictor, options.lines, out, work)
     _say(f"saved: {out}")
     return 0
+
+
+def _predictor(source: Source, runtime: RuntimeChoice, device: torch.device) -> Predictor:
+    from xfm_fast.finetuning.prediction import Predictor, load
+
+    if source.is_export:
+        # By default on the device of the runtime.
+        return load(source.model or "", device=None if source.device == "auto" else device, runtime=runtime)
+    if runtime != "auto":
+        raise InputError(f"{source.model} is a model of PyTorch and no export; leave out --runtime {runtime}")
+    opened = open_model(source, device=device)
+    if opened.task is None:
+        raise CheckpointError(f"{source} is a pretrained model, which has no task yet; fine-tune it")
+    return Predictor(opened.model, opened.task)
 
 
 def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions) -> int:
@@ -200,7 +211,6 @@ def _heatmap(
     """Draw the heatmap of one text on one image, and print the detection that it selects."""
     from xfm_fast.checkpoint import write_bytes
     from xfm_fast.data.images import decode_image
-    from xfm_fast.errors import InputError
     from xfm_fast.tasks.heatmap import best_box, overlay, read_detections
     from xfm_fast.tasks.weak_grounding import boxes_of
 

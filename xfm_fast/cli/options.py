@@ -1,19 +1,33 @@
-"""Shared options, and how config fields become options."""
+"""Shared options, how config fields become options, and the former names of commands and options."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 from cyclopts import App, Group, Parameter
+
+from xfm_fast.errors import InputError
+from xfm_fast.loading import Weights
 
 UNFINISHED = 75
 """Exit code of interrupted work (EX_TEMPFAIL): the same command resumes it."""
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Weights)
 Flat = Annotated[T, Parameter(name="*")]
 """A command parameter with its fields as options: `options: Flat[CheckOptions]`."""
 
 Json = Annotated[bool, Parameter(name="--json", help="Print JSON instead of tables.")]
+Model = Annotated[
+    str | None,
+    Parameter(
+        name="MODEL",
+        help="A run, a folder of weights, a name on the Hugging Face Hub, an official checkpoint file, or an export; "
+        "the same as --model.",
+    ),
+]
 
 MEASURE, TRAIN, SEARCH, DATA, SERVE = (
     Group.create_ordered(name) for name in ("Measure", "Train", "Search", "Data and checkpoints", "Export and serve")
@@ -27,6 +41,15 @@ def command_group(name: str, **settings: Any) -> App:
     return App(name=name, group_parameters=OPTIONS, version_flags=(), **settings)
 
 
+def named(model: str | None, source: S) -> S:
+    """The source with the positional MODEL; raises `InputError` unless there is one model."""
+    if model is not None and source.model is not None:
+        raise InputError(f"{model} and --model {source.model} name two models; give one")
+    source = source if model is None else replace(source, model=model)
+    source.check()
+    return source
+
+
 def mentions(hint: Any, kind: type) -> bool:
     """True if a type hint is or contains `kind`: `tuple[int, ...] | None` mentions int."""
     return hint is kind or get_origin(hint) is kind or any(mentions(part, kind) for part in get_args(hint))
@@ -37,3 +60,59 @@ def shown(default: Any) -> str | None:
     if isinstance(default, bool) or default in (None, "", (), []):
         return None
     return ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+
+
+class Renamed(NamedTuple):
+    """A former name of a command, or of an option of a command and its sub-commands.
+
+    Without `option` the words of the command become `new`, otherwise the option does; `new` of None is retired, and
+    `instead` says what to use.
+    """
+
+    command: str
+    option: str | None
+    new: str | None
+    instead: str = ""
+
+
+RENAMED: tuple[Renamed, ...] = (
+    Renamed("export onnx", None, "export"),
+    *(Renamed(f"export {form}", None, f"export --to {form}") for form in ("aoti", "tensorrt", "tensorrt-rtx")),
+    Renamed("export", "--checkpoint", "--model"),
+    Renamed("export", "--preset", "--random"),
+    Renamed("convert", "--preset", "--config"),
+    Renamed("export", "--level", None, "EngineRequest(level=) in Python"),
+    Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
+)
+"""Names of the version before; they work for this one, with a warning."""
+
+
+def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line with today's names, and a warning for every former one; raises `InputError` for a retired one."""
+    line, warnings = list(arguments), []
+    for each in RENAMED:
+        words = each.command.split()
+        if line[: len(words)] != words:
+            continue
+        if each.option is None:
+            line[: len(words)] = (each.new or "").split()
+            warnings.append(f"{each.command} is now {each.new}")
+            continue
+        for place, word in _options(line):
+            name, equals, value = word.partition("=")
+            if name != each.option:
+                continue
+            if each.new is None:
+                raise InputError(f"{each.option} is retired; use {each.instead}")
+            line[place] = f"{each.new}{equals}{value}"
+            warnings.append(f"{each.option} is now {each.new}")
+    return line, warnings
+
+
+def _options(line: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Places and words of options, up to a `--`."""
+    for place, word in enumerate(line):
+        if word == "--":
+            return
+        if word.startswith("--"):
+            yield place, word

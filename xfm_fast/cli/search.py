@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 from cyclopts import Parameter
 
 from xfm_fast.cli.console import note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
-
-if TYPE_CHECKING:
-    from xfm_fast.search import ModelSource
+from xfm_fast.errors import InputError
+from xfm_fast.loading import Source
 
 _SHOWN = 5
 # Match probabilities that differ by less, away from 0 and 1, indicate an untrained head.
 _ALIKE = 0.01
-
-
-@dataclass(frozen=True)
-class WeightOptions:
-    """The model, and where it runs.
-
-    Attributes:
-        model: A run, a folder written by save_pretrained, or a name on the Hugging Face Hub. [random weights, for a
-            trial without meaningful results]
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [the model folder's]
-        random: Random weights of this size.
-        device: Device to run on.
-        dtype: Dtype of the weights, or 8-bit linear layers: int8 on a CPU, fp8 on a GPU.
-    """
-
-    model: str | None = None
-    tokenizer: str | None = None
-    random: Literal["tiny", "base"] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
 
 
 @dataclass(frozen=True)
@@ -86,7 +65,7 @@ def index(
     /,
     *,
     options: Flat[IndexOptions] = IndexOptions(),
-    weights: Flat[WeightOptions] = WeightOptions(),
+    source: Flat[Source] = Source(),
     as_json: Json = False,
 ) -> int:
     """Index images for search, or update the index: only new and changed images are read.
@@ -98,18 +77,17 @@ def index(
         collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or JSON lines with image
             and optional caption; JSON lines with binary and desc; WebDataset shard.
     """
-    from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE
     from xfm_fast.training.distributed import join_processes, stop_on_signal
 
     target = options.index or index_folder(collection)
     known = open_index(target).model if (target / INDEX_FILE).is_file() else None
-    source = _source(weights, known)
-    with join_processes(weights.device) as processes, stop_on_signal() as stop, progress("indexing") as advance:
+    source = _known(source, known)
+    with join_processes(source.device) as processes, stop_on_signal() as stop, progress("indexing") as advance:
         if source.random and processes.first:
             _warn(source)
-        model = processes.together(lambda: open_model(source, device=processes.device, dtype=PRECISIONS[weights.dtype]))
+        model = processes.together(lambda: open_model(source, device=processes.device))
         report = build_index(
             collection, model, target, images=options.images, batch_size=options.batch_size, workers=options.workers,
             processes=processes, progress=advance, stop=stop,
@@ -121,7 +99,7 @@ def index(
         note("stopped; the same command resumes")
         return UNFINISHED
     if as_json:
-        print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random}))
+        print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random is not None}))
         return 0
     for name, reason in list(report.faults.items())[:_SHOWN]:
         note(f"skipped {name}: {reason}")
@@ -131,7 +109,7 @@ def index(
     print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
     named = "".join(
         f" --{name} {value}"
-        for name, value in (("model", source.weights), ("index", options.index), ("images", options.images))
+        for name, value in (("model", source.model), ("index", options.index), ("images", options.images))
         if value is not None
     )
     print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{named}")
@@ -144,7 +122,7 @@ def search(
     /,
     *,
     options: Flat[SearchOptions] = SearchOptions(),
-    weights: Flat[WeightOptions] = WeightOptions(),
+    source: Flat[Source] = Source(),
     as_json: Json = False,
 ) -> int:
     """Search indexed images by a text, or by a similar image.
@@ -153,23 +131,16 @@ def search(
         where: The indexed folder or file.
         query: A text or an image file; an argument that is not an existing file is a text.
     """
-    from xfm_fast.errors import InputError, UnavailableError
-    from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.search import open_index, open_model, write_sheet
     from xfm_fast.search import search as find
 
     if options.sheet is not None and options.sheet.suffix.lower() not in (".html", ".htm", ".png"):
         raise InputError(f"--sheet {options.sheet}: name a .html or .png file")
     found_index = open_index(where, options.index, images=options.images)
-    source = _source(weights, found_index.model)
+    source = _known(source, found_index.model)
     if source.random:
         _warn(source)
-    import torch
-
-    if weights.device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
-    device = "cuda" if weights.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = open_model(source, device=device, dtype=PRECISIONS[weights.dtype])
+    model = open_model(source)
     target = Path(query) if os.path.isfile(query) else query
     found = find(found_index, model, target, top=options.top, candidates=options.candidates, rank=options.rank)
     matches = [hit.match for hit in found.hits if hit.match is not None]
@@ -185,7 +156,7 @@ def search(
             }
             for rank, hit in enumerate(found.hits, start=1)
         ]  # fmt: skip
-        print(json.dumps({"query": query, "random": source.random, "hits": rows}))
+        print(json.dumps({"query": query, "random": source.random is not None, "hits": rows}))
     else:
         made = table("", "", "match", "similarity", "image", right=("", "match", "similarity"))
         from rich.markup import escape
@@ -200,23 +171,19 @@ def search(
     return 0
 
 
-def _source(weights: WeightOptions, known: ModelSource | None) -> ModelSource:
-    """The weights of the options, or the random ones of the index; other weights of an index need a matching option."""
-    from dataclasses import replace
-
-    from xfm_fast.errors import InputError
-    from xfm_fast.search import ModelSource
-
-    if weights.model is not None and weights.random is not None:
-        raise InputError(f"--model {weights.model} and --random {weights.random} exclude each other; give one")
-    if weights.model is None and weights.random is None and known is not None:
-        if known.weights is not None:
-            raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
-        if known.tokenizer is not None and weights.tokenizer is None:
+def _known(source: Source, known: Source | None) -> Source:
+    """The model of the options, or the random one of the index; another model of an index needs a matching option."""
+    if source.model is None and source.random is None:
+        if known is None or known.random is None:
+            if known is not None:
+                raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
+            return replace(source, random="tiny")
+        if known.tokenizer is not None and source.tokenizer is None:
             raise InputError(f"the index uses a tokenizer; if you trust it, add --tokenizer {known.tokenizer}")
-        return replace(known, tokenizer=weights.tokenizer)
-    return ModelSource(weights.model, weights.tokenizer, weights.random or "tiny")
+        source = replace(source, random=known.random)
+    source.check()
+    return source
 
 
-def _warn(source: ModelSource) -> None:
+def _warn(source: Source) -> None:
     note(f"THE WEIGHTS ARE RANDOM ({source}): results are meaningless. Give trained weights with --model")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast.checkpoint import write_bytes
-from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, model_folder
+from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.documents import parse_json
 from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, StorageError
@@ -23,6 +23,7 @@ from xfm_fast.export.session import Session
 from xfm_fast.export.session.tasks import task_session
 from xfm_fast.finetuning.run import load_weights
 from xfm_fast.kernels.files import is_stream
+from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM, Precision
 from xfm_fast.tasks.evaluation import Evaluation, Row
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
@@ -73,7 +74,7 @@ def load(
     """Load a fine-tuned model, or an export of one, with its tokenizer and transforms.
 
     Args:
-        folder: a run, a folder of weights with `task.json`, an export of either, or an open session.
+        folder: a run, a folder of weights with `task.json` or its Hub name, an export of either, or an open session.
         device: of the model; default: CPU, for exports the runtime's preference.
         dtype: of the model, or "int8" or "fp8" (see `XFM.quantise`); an export has a fixed dtype.
         runtime: of an export, see `Session.load`.
@@ -91,8 +92,8 @@ def load(
         return _load_export(Path(folder), dtype, lambda kind: kind.load(folder, runtime, device))
     if runtime != "auto":
         raise InputError(f"{folder} is a model of PyTorch and no export; leave out the runtime {runtime!r}")
-    place = model_folder(Path(folder))
-    if place is None:
+    place = resolve(folder)
+    if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{folder} is neither a run nor a folder of weights: there is no {CONFIG_FILE} in it, in best/ or in model/"
         )

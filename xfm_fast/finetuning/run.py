@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
-from xfm_fast.checkpoint.files import MODEL_FILE, model_folder
+from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord, overlap, overlap_of_texts
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
@@ -19,6 +19,7 @@ from xfm_fast.data.streams import ShuffledBatches, epoch_batches
 from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, DataError
 from xfm_fast.finetuning.recipe import STREAM, Choice, FinetuneRecipe, resumed_steps
+from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.evaluation import Evaluation, Metrics
 from xfm_fast.tasks.task import Task, TaskOptions, explanation, make_task, task_of
@@ -65,23 +66,23 @@ def initial_model(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any]) -> Tas
     """Task model initialised as in `init`."""
     model, init = task.build(), recipe.init
     if init.checkpoint is not None:
-        load_weights(model, task, Path(init.checkpoint))
+        load_weights(model, task, init.checkpoint)
     elif init.roberta or init.beit2:
         initialise(model, roberta=init.roberta, beit2=init.beit2)
     return model
 
 
-def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: Path) -> bool:
-    """Load our folder or an official checkpoint in place; false if the task's own parts stay random."""
-    folder = model_folder(place)
+def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: str | Path) -> bool:
+    """Load a run, folder, Hub model or official checkpoint in place; false if the task's own parts stay random."""
+    weights = resolve(place)
     kinds = (task.options.kind, *task.takes_weights_of)
-    if folder is not None and (found := task_of(folder)) is not None and found.kind not in kinds:
+    if (found := task_of(weights)) is not None and found.kind not in kinds:
         raise CheckpointError(
             f"{place} was fine-tuned for the task {found.kind}, and this is {task.options.kind}; give a pretrained "
             "model, or one of this task"
         )
     # Our names are the official ones, so that position tables are fitted to this model's size either way.
-    state = read_state_dict(place if folder is None else folder / MODEL_FILE)
+    state = read_state_dict(weights / MODEL_FILE if weights.is_dir() else weights)
     model.load_official(state)
     return not model.own_parts or any(name.startswith(model.own_parts) for name in state)
 
@@ -251,21 +252,21 @@ def evaluate(
 ) -> Metrics:
     """Metrics of weights on a split of a recipe, on one process or under `torchrun`.
 
-    `weights` is a run, a weight folder or an official checkpoint (pretrained ones only for tasks without new parts,
-    e.g. retrieval). `folder` receives `metrics.json` and the benchmark's files; a killed evaluation resumes there.
+    `weights` is a run, a weight folder, a Hub name or an official checkpoint (pretrained ones only for tasks without
+    new parts, e.g. retrieval). `folder` receives `metrics.json` and the benchmark's files; a killed evaluation
+    resumes there.
     """
     with join_processes(recipe.device) as processes:
         processes.from_first(recipe.make_world)
         recipe.check_device()
-        place = model_folder(Path(weights))
-        options = None if place is None else task_of(place)
+        options = task_of(resolve(weights))
         if options is not None and options.kind == recipe.task.kind:
             # Class names and answers come from the weights.
             recipe = recipe.model_copy(update={"task": _update_free(options, recipe.task)})
         task = open_task(recipe, complete=options is None)
         records = task.records(recipe.paths_of(split), split)
         model = task.build().to(processes.device)
-        if not load_weights(model, task, Path(weights)):
+        if not load_weights(model, task, weights):
             raise CheckpointError(
                 f"{weights} lacks {', '.join(model.own_parts)}*, which the task {task.options.kind} trains; fine-tune "
                 "it first: xfm-fast finetune"

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from xfm_fast import checkpoint
 from xfm_fast.checkpoint.names import TABLE, fit_table, our_name
-from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
-from xfm_fast.models.hub import PREPROCESSOR_FILE
-from xfm_fast.models.processor import preprocessor_json
+from xfm_fast.models.processor import XFMProcessor, find_tokenizer, read_tokenizer
 from xfm_fast.models.xfm import ALL_ENCODERS, ALL_HEADS, XFM, Encoder, Head
 
 _SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
@@ -35,13 +33,20 @@ class _Source:
 
 
 def to_xfm_folder(
-    source: Path, destination: Path, config: XFMConfig, *, image_size: int | None = None, keep_unused: bool = True
+    source: Path,
+    destination: Path,
+    config: XFMConfig,
+    *,
+    image_size: int | None = None,
+    keep_unused: bool = True,
+    tokenizer: Path | None = None,
 ) -> list[str]:
     """Convert an official, X²-VLM or CCLM-X²-VLM file, or one of our folders, to a folder for `XFM.from_pretrained`.
 
     `config` gives the sizes of an official checkpoint (its image size is read from the position tables, and all sizes
     of X²-VLM from its weights); position tables are interpolated to `image_size`. `keep_unused` stores dead weights in
-    a file of their own, so that the way back is exact. Returns the lines of a report. Raises `CheckpointError` if the
+    a file of their own, so that the way back is exact. The folder gets `tokenizer`, or that of
+    the source. Returns the lines of a report. Raises `CheckpointError` if the
     source cannot be read or does not fit, `StorageError` if the destination cannot be written; both leave the
     destination unchanged.
     """
@@ -49,7 +54,11 @@ def to_xfm_folder(
         raise InputError(f"destination {destination} is a file name; name a folder")
     found = _read(source, config, image_size)
     unused = found.unused if keep_unused else None
-    files = {PREPROCESSOR_FILE: preprocessor_json(found.config)}
+    if tokenizer is None:
+        vocabulary = find_tokenizer(source, found.config) if source.is_dir() else None
+    else:
+        vocabulary = read_tokenizer(tokenizer, found.config)
+    files = XFMProcessor(found.config, vocabulary).files()
     checkpoint.save_pretrained(found.state, found.config, destination, unused=unused, files=files)
     if found.unused and not keep_unused:
         found.report.append(f"dropped: {_join_names(list(found.unused))}")
@@ -88,7 +97,7 @@ def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _So
         files = checkpoint.load_pretrained_files(source)
         found = _Source(files.config, dict(files.state), files.unused)
         if image_size is not None:
-            found.config = _at_image_size(files.config, image_size)
+            found.config = files.config.resized(image_size)
             changed: dict[str, tuple[int, int]] = {}
             for name, value in files.state.items():
                 if name.endswith(TABLE):
@@ -105,10 +114,7 @@ def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _
     official = checkpoint.read_state_dict(source)
     if (relative := checkpoint.relative_of(official)) is not None:
         return _from_relative(source, official, relative, image_size)
-    if image_size is None:
-        table = next((value for name, value in official.items() if name.endswith(TABLE)), None)
-        image_size = config.image_size if table is None else window_of(table) * config.patch_size
-    config = _at_image_size(config, image_size)
+    config = checkpoint.config_of(official, config, image_size)
     state, changes = checkpoint.to_ours(official, config)
     report = [f"read {source}: {changes.naming} naming, {_describe(official)}"]
     if changes.renamed:
@@ -137,13 +143,6 @@ def _from_relative(source: Path, theirs: Mapping[str, Tensor], name: str, image_
     return _Source(config, state, None, report)
 
 
-def _at_image_size(config: XFMConfig, image_size: int) -> XFMConfig:
-    """Change the image size; masked image modelling cannot hide more patches than there are."""
-    patches = (image_size // config.patch_size) ** 2
-    hidden = max(1, min(config.num_masking_patches, patches))
-    return config.replace(image_size=image_size, num_masking_patches=hidden)
-
-
 def _check(found: _Source, source: Path) -> None:
     """Refuse an incomplete X-FM model; a task head is allowed."""
     names = list(found.state)
@@ -161,8 +160,7 @@ def _check(found: _Source, source: Path) -> None:
         model = XFM(config, heads=heads, encoders=encoders)
     known = tuple(model.state_dict())
     task = [name for name in names if name not in known and not name.startswith(tuple(_ENCODERS.values()))]
-    checkpoint.compare(model, found.state, what=f"checkpoint {source}", surplus=task)
-    checkpoint.load_into(model.to_empty(device="cpu"), found.state, what=f"checkpoint {source}", surplus=task)
+    checkpoint.compare(model, found.state, what=f"checkpoint {source}", surplus=task, finite=True)
     found.config = config
     if task:
         found.report.append(f"task head copied: {_join_names(task)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 from torch import nn
 
-from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE
+from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE, TASK_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
 
@@ -76,13 +77,20 @@ def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
         ) from None
     try:
         # Only these files are downloaded.
-        patterns = [CONFIG_FILE, MODEL_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE]
+        patterns = [CONFIG_FILE, MODEL_FILE, TASK_FILE, TOKENIZER_FILE, PREPROCESSOR_FILE]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **download))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is not a folder and cannot be downloaded from the Hub ({_one_line(error)}); "
             "check the name and hf auth login"
         ) from error
+
+
+def resolve(model: str | Path) -> Path:
+    """The folder of weights of a run, a folder or a Hub name (downloaded), or the file of an official checkpoint."""
+    path = Path(os.path.expanduser(model))
+    place = path if path.exists() else local_folder(str(model))
+    return model_folder(place) or place
 
 
 def push(

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, write_bytes
+from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import MEAN, STD, decode_image, evaluation_transform, to_rgb
 from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.io import write_bytes
 from xfm_fast.models.hub import PREPROCESSOR_FILE, local_folder
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 

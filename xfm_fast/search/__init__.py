@@ -4,9 +4,12 @@ index = build_index("photos", open_model("runs/base/model"))
 for hit in search(open_index("photos"), open_model("runs/base/model"), "a red bicycle").hits: ...
 """
 
+import warnings
+
 from xfm_fast.data.collection import Collection, Entry, open_collection
+from xfm_fast.loading import Source
 from xfm_fast.search.index import IndexReport, SearchIndex, build_index, index_folder, open_index
-from xfm_fast.search.model import ModelSource, SearchModel, open_model
+from xfm_fast.search.model import SearchModel, open_model
 from xfm_fast.search.query import Found, Hit, search
 from xfm_fast.search.sheet import write_sheet
 
@@ -16,9 +19,9 @@ __all__ = [
     "Found",
     "Hit",
     "IndexReport",
-    "ModelSource",
     "SearchIndex",
     "SearchModel",
+    "Source",
     "build_index",
     "index_folder",
     "open_collection",
@@ -27,3 +30,10 @@ __all__ = [
     "search",
     "write_sheet",
 ]
+
+
+def __getattr__(name: str) -> type[Source]:
+    if name != "ModelSource":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("ModelSource is now xfm_fast.loading.Source", DeprecationWarning, stacklevel=2)
+    return Source

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,21 +21,25 @@ from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
 from threading import Event
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Ge, Lt
 from PIL import Image
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from xfm_fast.checkpoint import hold, write_bytes, write_files
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
-from xfm_fast.documents import MOST_JSON_BYTES, is_plain_name, read_bytes, require_file
+from xfm_fast.documents import MOST_JSON_BYTES, advice, is_plain_name, read_bytes, require_file
 from xfm_fast.errors import DataError
+from xfm_fast.export.session import Session
+from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search.model import ModelSource, SearchModel
+from xfm_fast.search.model import SearchModel
 from xfm_fast.training.distributed import Processes
 
 FORMAT_VERSION = 2
@@ -56,7 +61,7 @@ class SearchIndex:
     # Reasons by name of an image or row; `broken` are the images among them.
     faults: dict[str, str]
     broken: list[Entry]
-    model: ModelSource
+    model: Source
     fingerprint: str
     # The collection; see `open_collection`.
     path: Path
@@ -159,28 +164,110 @@ def open_index(
     return replace(found, path=given, images=pictures or found.images, root=root)
 
 
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("it holds a NUL")
+    return text
+
+
+def _plain(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError("it is no file of this folder")
+    return name
+
+
+Text = Annotated[str, AfterValidator(_no_nul)]
+Count = Annotated[int, Ge(0), Lt(1 << 63)]
+
+
+class _Line(BaseModel):
+    """A line of entries, and an entry of the header."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Text
+    size: Annotated[int, Ge(-1), Lt(1 << 63)]
+    modified: Annotated[int, Ge(-(1 << 63)), Lt(1 << 63)]
+    row: Count | None = None
+    captions: list[Text] = []
+    fault: str | None = None
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.name, self.size, self.modified, self.row, tuple(self.captions))
+
+
+class _Weights(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    weights: Text | None = None
+    tokenizer: Text | None = None
+    size: Literal["tiny", "base"] = "tiny"
+
+    @property
+    def source(self) -> Source:
+        tokenizer = None if self.tokenizer is None else Path(self.tokenizer)
+        return Source(self.weights, None if self.weights else self.size, tokenizer=tokenizer)
+
+
+class _Header(BaseModel):
+    """`index.json`; sums are CRC-32 of the files, absent in older indexes."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[2]
+    images: Count
+    width: Annotated[int, Ge(1), Lt(1 << 20)]
+    entries: Annotated[str, AfterValidator(_plain)]
+    features: Annotated[str, AfterValidator(_plain)]
+    path: Text
+    picture_folder: Text | None
+    model: _Weights
+    fingerprint: str
+    faults: dict[str, str]
+    broken: list[_Line]
+    sums: dict[str, int] = {}
+
+
+def _read_header(folder: Path) -> _Header:
+    # Names of images may hold bytes that are no UTF-8, which `parse_json` refuses.
+    values = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
+    if isinstance(values, dict) and values.get("format") != FORMAT_VERSION:
+        raise DataError(f"{folder} has format {values.get('format')!r}, not {FORMAT_VERSION}; delete and make it again")
+    return _Header.model_validate(values)
+
+
 def _read(folder: Path) -> SearchIndex:
     try:
-        # Names of images may hold bytes that are no UTF-8, which `parse_json` refuses.
-        header = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
-        if header["format"] != FORMAT_VERSION:
-            raise DataError(f"{folder} has format {header['format']!r}, not {FORMAT_VERSION}; delete and make it again")
-        for name in (header["entries"], header["features"]):
-            if not is_plain_name(name):
-                raise ValueError(f"{name!r} is no file of this folder")
-        rows = _read_rows(folder / header["entries"], folder / header["features"], int(header["width"]))
-        if len(rows.entries) != header["images"] or rows.broken:
-            raise ValueError(f"{len(rows.entries)} entries for {header['images']} images")
+        header = _read_header(folder)
+        for name, crc in header.sums.items():
+            if _crc(folder / _plain(name)) != crc:
+                raise ValueError(f"{name} has another checksum")
+        rows = _read_rows(folder / header.entries, folder / header.features, header.width)
+        if len(rows.entries) != header.images or rows.broken:
+            raise ValueError(f"{len(rows.entries)} entries for {header.images} images")
         return SearchIndex(
-            folder, rows.entries, rows.features, dict(header["faults"]), [_entry(each) for each in header["broken"]],
-            ModelSource(**header["model"]), str(header["fingerprint"]), _resolve(folder, header["path"]),
-            None if header["picture_folder"] is None else _resolve(folder, header["picture_folder"]),
+            folder, rows.entries, rows.features, header.faults, [each.entry for each in header.broken],
+            header.model.source, header.fingerprint, _resolve(folder, header.path),
+            None if header.picture_folder is None else _resolve(folder, header.picture_folder),
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _DAMAGE as error:
         if isinstance(error, (DataError, FileNotFoundError)):
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"the index {folder} is damaged ({reason}); delete it and index again") from None
+        reason = error.errors()[0] if isinstance(error, ValidationError) else {}
+        words = f"{'.'.join(map(str, reason['loc']))}: {advice(reason)}" if reason else " ".join(str(error).split())
+        raise DataError(f"the index {folder} is damaged ({words[:200]}); delete it and index again") from None
+
+
+_DAMAGE = (OSError, ValueError, RecursionError)
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with require_file(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def build_index(
@@ -254,7 +341,7 @@ def build_index(
 
 
 def _embed(
-    collection: Collection, entries: Sequence[Entry], model: XFM, batch_size: int, workers: int
+    collection: Collection, entries: Sequence[Entry], model: XFM | Session, batch_size: int, workers: int
 ) -> Iterator[_Row]:
     """Features of images, in order; threads decode ahead."""
     transform = evaluation_transform(model.config.image_size)
@@ -296,7 +383,7 @@ def _rows(folder: Path, model: SearchModel) -> Iterator[_Row]:
         yield from map(_Row, old.entries, old.features)
         yield from (_Row(entry, None, old.faults.get(entry.name)) for entry in old.broken)
     for path in sorted(folder.glob(f"part-*-{model.fingerprint}-*.jsonl")):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with suppress(*_DAMAGE):
             part = _read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim)
             yield from map(_Row, part.entries, part.features)
             yield from part.broken
@@ -341,8 +428,11 @@ def _merge(
     _write_rows(folder / files["entries"], folder / files["features"], good)
     header = {
         "format": FORMAT_VERSION, "images": len(good), "width": model.model.config.embed_dim, **files, **places,
-        "model": asdict(replace(source, weights=_absolute(source.weights), tokenizer=_absolute(source.tokenizer))),
-        "fingerprint": model.fingerprint,
+        "model": {
+            "weights": _absolute(source.model), "tokenizer": _absolute(source.tokenizer),
+            "size": source.random or "tiny",
+        },
+        "fingerprint": model.fingerprint, "sums": {name: _crc(folder / name) for name in files.values()},
         "faults": reasons, "broken": [asdict(entry) for entry in broken],
         # Earlier versions of this format may have a graph of neighbours.
         "graph": None, "graph_bytes": 0,
@@ -366,11 +456,10 @@ def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[_Row]) -
 
 
 def _read_rows(entries_file: Path, features_file: Path, width: int) -> _Rows:
-    lines = [json.loads(line) for line in require_file(entries_file).read_text(encoding="utf-8").splitlines()]
-    faults = [line.pop("fault", None) for line in lines]
-    entries = [_entry(line) for line in lines]
-    broken = [_Row(entry, None, fault) for entry, fault in zip(entries, faults, strict=True) if fault is not None]
-    entries = [entry for entry, fault in zip(entries, faults, strict=True) if fault is None]
+    texts = require_file(entries_file).read_text(encoding="utf-8").splitlines()
+    lines = [_Line.model_validate(json.loads(text)) for text in texts]
+    broken = [_Row(line.entry, None, line.fault) for line in lines if line.fault is not None]
+    entries = [line.entry for line in lines if line.fault is None]
     if require_file(features_file).stat().st_size != 4 * len(entries) * width:
         raise ValueError(f"{features_file.name} is not of {len(entries)} images")
     features: np.ndarray = np.empty((0, width), np.float32)
@@ -385,9 +474,9 @@ def _old_index(folder: Path) -> SearchIndex | None:
 
 def _tidy(folder: Path) -> None:
     """Remove files of ours that are no part of the index."""
-    header = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
+    header = _read_header(folder)
     for path in _our_files(folder):
-        if path.name not in (header["entries"], header["features"]):
+        if path.name not in (header.entries, header.features):
             with suppress(OSError):
                 path.unlink()
 
@@ -396,13 +485,12 @@ def _our_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _OUR_FILES.fullmatch(path.name) and path.is_file()]
 
 
-def _entry(values: Mapping[str, Any]) -> Entry:
-    return Entry(**{**values, "captions": tuple(values["captions"])})
-
-
-def _absolute(name: str | None) -> str | None:
+def _absolute(name: str | Path | None) -> str | None:
     """The absolute path of a local folder; a name on the Hub stays."""
-    return str(place.resolve()) if name and (place := Path(name).expanduser()).exists() else name
+    if name is None:
+        return None
+    place = Path(name).expanduser()
+    return str(place.resolve() if place.exists() else name)
 
 
 def _relative(folder: Path, path: Path) -> str:

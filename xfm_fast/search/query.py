@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.collection import Entry
-from xfm_fast.data.images import decode_image, evaluation_transform
 from xfm_fast.errors import DataError, InputError, UnavailableError
-from xfm_fast.models.processor import batches, text_tokens
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.processor import batches, image_pixels, text_tokens
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.model import SearchModel
 from xfm_fast.tasks.reranking import Rank, rank_score
@@ -77,14 +75,21 @@ def search(
         raise InputError(f"top={top}, candidates={candidates}; use at least 1 and 0")
     index.check(model)
     xfm, rank = model.model, rank or model.rank
-    if isinstance(query, str) and xfm.tokenizer is None:
+    if isinstance(query, str) and model.tokenizer is None:
         raise UnavailableError(f"{model.source} has no tokenizer for the text; give --tokenizer, or search by an image")
     text = query if isinstance(query, str) and candidates > 0 and rank != "similarity" else None
     if text is not None and not ("matching" in xfm.heads and xfm.config.fusion_layers):
         raise UnavailableError(f"{model.source} has no matching head to score candidates with; use rank=similarity")
-    # Decoded here: a broken query image is no broken image of the collection.
-    features = xfm.encode(decode_image(query) if isinstance(query, Path) else query)
-    rows, similarities = nearest(index.features, features.float().cpu(), top if text is None else max(top, candidates))
+    with torch.no_grad():
+        if isinstance(query, Path):
+            features = xfm.project_image(xfm.encode_image(image_pixels([query], xfm.config, xfm.device)))
+        else:
+            input_ids, mask = text_tokens([query], model.tokenizer, xfm.config, xfm.device)
+            features = xfm.project_text(xfm.encode_text(input_ids, mask))
+    depth = top if text is None else max(top, candidates)
+    rows, similarities = nearest(index.features, features[0].float().cpu(), depth)
+    if not similarities.isfinite().all():
+        raise DataError(f"{index.folder} holds features that are not finite; delete it and index again")
     entries = [index.entries[row] for row in rows.tolist()]
     hits = [
         Hit(index.collection.location(entry), similarity, None, entry, None, similarity)
@@ -98,7 +103,7 @@ def search(
             opened.append(hit._replace(image=index.load(hit.entry)))
         except DataError as error:
             lost[hit.location] = str(error)
-    logits = match_images(xfm, [hit.image for hit in opened if hit.image], text, batch_size)
+    logits = match_images(model, [hit.image for hit in opened if hit.image], text, batch_size)
     matches = logits.softmax(1)[:, 1]
     cosines = torch.tensor([hit.similarity for hit in opened])
     scores = matches if rank == "match" else rank_score(rank, logits[:, 1], cosines)
@@ -121,20 +126,19 @@ def nearest(features: np.ndarray, query: Tensor, k: int) -> tuple[Tensor, Tensor
     return rows, best
 
 
-def match_images(model: XFM, images: Sequence[Image.Image], text: str, batch_size: int) -> Tensor:
+def match_images(opened: SearchModel, images: Sequence[Image.Image], text: str, batch_size: int) -> Tensor:
     """Logits `[I, 2]` of the matching head for the text with each image; the text is encoded once."""
-    device, transform = model.device, evaluation_transform(model.config.image_size)
-    found = [torch.empty(0, 2)]
+    model: Any = opened.model
+    logits = [torch.empty(0, 2)]
     with torch.no_grad():
-        input_ids, mask = text_tokens([text], model.tokenizer, model.config, device)
+        input_ids, mask = text_tokens([text], opened.tokenizer, model.config, model.device)
         embeds = model.encode_text(input_ids, mask)
         for batch in batches(images, batch_size):
-            pixels = torch.stack([transform(image) for image in batch]).to(device)
-            memory = model.image_memory(model.encode_image(pixels))
+            memory = model.image_memory(model.encode_image(image_pixels(batch, model.config, model.device)))
             count = len(batch)
             fused = model.fuse(embeds.expand(count, -1, -1), mask.expand(count, -1), memory, first_token_only=True)
-            found.append(model.match_logits(fused).float().cpu())
-    return torch.cat(found)
+            logits.append(model.match_logits(fused).float().cpu())
+    return torch.cat(logits)
 
 
 def _order(hit: Hit) -> tuple[float, float, str]:

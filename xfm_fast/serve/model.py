@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,22 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast import checkpoint
-from xfm_fast.checkpoint.position_table import window_of
+from xfm_fast.checkpoint.files import TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, UnavailableError, XFMError
-from xfm_fast.export.manifest import MANIFEST_FILE
-from xfm_fast.export.session import Session, SessionRanks
+from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
+from xfm_fast.export.session import SessionRanks
 from xfm_fast.export.slots import largest
-from xfm_fast.models.processor import TOKENIZER_FILE, read_tokenizer
-from xfm_fast.models.xfm import PRECISIONS, XFM
-from xfm_fast.search.model import ModelSource, open_model
+from xfm_fast.loading import open_model, open_session
+from xfm_fast.models.xfm import XFM
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
 from xfm_fast.tasks.reranking import Rank
-from xfm_fast.tasks.retrieval import rank_of
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
+_HEADS = ("contrastive", "matching")
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
 # The official evaluation truncates captions to this length.
 _MOST_TOKENS = 40
@@ -153,11 +150,11 @@ class ServedModel:
         return [next(of_texts) if isinstance(item, Text) else next(of_pictures) for item in items]
 
 
-def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:
-    """Load a run, a folder of weights, an official checkpoint, an export or a model of the Hugging Face Hub.
+def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:
+    """Load a model from any source.
 
     Args:
-        path: The source; None for random weights.
+        path: The model, as `options.model`.
         options: See `SourceOptions`.
         cache_bytes: Size of the cache of image memories.
 
@@ -166,79 +163,40 @@ def load(path: Path | None, options: SourceOptions, cache_bytes: int) -> ServedM
     """
     if options.name is not None and not options.name.strip():
         raise InputError(f"--name {options.name!r} is empty; leave it out, or name the model")
-    if (path is None) == (options.random is None):
-        raise InputError("give either a model (a run, a checkpoint or an export) or --random tiny")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("--device cuda, but PyTorch finds no GPU; use cpu or auto")
-    if path is not None and (path.expanduser() / MANIFEST_FILE).is_file():
-        return _export(path.expanduser(), options, cache_bytes)
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype = PRECISIONS[options.dtype]
-    rank: Rank = "match"
-    words = None if options.tokenizer is None else str(options.tokenizer)
-    if path is not None and path.expanduser().is_file():
-        file = path.expanduser()
-        model, source, name = _official(file, options).to(device).cast(dtype).eval(), str(path), file.stem
-    else:
-        if options.config is not None:
-            raise InputError(f"--config {options.config} gives the sizes of an official checkpoint file; leave it out")
-        wanted = ModelSource(None if path is None else str(path), words, options.random or "tiny")
-        found = open_model(wanted, device=device, dtype=dtype)
-        model, source, rank = found.model, str(found.source), found.rank
-        name = f"random-{options.random}" if path is None else path.resolve().name if path.exists() else str(path)
+    options = options if path is None else replace(options, model=str(path))
+    options.check()
+    if options.is_export:
+        return _export(options, cache_bytes)
+    if options.model is not None and options.tokenizer is None and Path(options.model).expanduser().is_file():
+        raise InputError(f"{options.model} holds no vocabulary; give RoBERTa's vocabulary with --tokenizer")
+    opened = open_model(options, needs=_HEADS, tasks=("retrieval",))
+    model: XFM = opened.model
     if model.tokenizer is None:
-        raise UnavailableError(f"{source} has no tokenizer to read texts with; give the model's with --tokenizer")
-    heads = tuple(head for head in ("contrastive", "matching") if head in model.heads)
-    if not model.config.fusion_layers:
-        heads = tuple(head for head in heads if head != "matching")
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        raise UnavailableError(f"{options} has no tokenizer to read texts with; give the model's with --tokenizer")
+    heads = tuple(head for head in _HEADS if head in model.heads and (head != "matching" or model.config.fusion_layers))
+    if model.device.type == "cpu" and options.dtype in (None, "fp32", "bf16"):
         model.freeze()
     return ServedModel(
-        options.name or name, source, path is None, heads, model.tokenizer, device,
-        ModelRanks(model.requires_grad_(False)), cache_bytes, min(_MOST_TOKENS, model.config.max_text_length),
-        options.rank or rank,
+        options.name or opened.name, str(options), options.model is None, heads, model.tokenizer, model.device,
+        ModelRanks(model), cache_bytes, min(_MOST_TOKENS, model.config.max_text_length), options.rank or opened.rank,
     )  # fmt: skip
 
 
-def _official(file: Path, options: SourceOptions) -> XFM:
-    if options.tokenizer is None:
-        raise InputError(f"{file} holds no vocabulary; give RoBERTa's vocabulary with --tokenizer")
-    state = checkpoint.read_state_dict(file)
-    config = XFMConfig.preset("base") if options.config is None else XFMConfig.from_official(options.config)
-    tables = (value for key, value in state.items() if key.endswith(".relative_position_bias_table"))
-    if (table := next(tables, None)) is not None and window_of(table) != config.grid:
-        size = window_of(table) * config.patch_size
-        # Masking is unused here, and its default counts do not fit every size.
-        config = config.replace(image_size=size, num_masking_patches=1, min_num_patches=1)
-    ours, _ = checkpoint.to_ours(state, config)
-    model = XFM.from_official(state, config, heads=checkpoint.heads_in(ours), tokenizer=options.tokenizer)
-    if not {"contrastive", "matching"} & set(model.heads):
-        raise CheckpointError(f"{file} has neither a contrastive nor a matching head; give a model with one of them")
-    return model
-
-
-def _export(folder: Path, options: SourceOptions, cache_bytes: int) -> ServedModel:
-    session = Session.load(folder, options.runtime, None if options.device == "auto" else options.device)
+def _export(options: SourceOptions, cache_bytes: int) -> ServedModel:
+    opened = open_session(options, options.runtime)
+    session, folder = opened.model, options.model
     missing = [graph for graph in _RANK_GRAPHS if graph not in session.manifest.graph_names]
     if missing:
         raise ExportError(
             f"serving needs the graphs {', '.join(_RANK_GRAPHS)} and {folder} lacks {', '.join(missing)}; export them"
         )
-    place = options.tokenizer or folder / TOKENIZER_FILE
-    if not place.exists():
+    tokenizer = session.processor.tokenizer
+    if tokenizer is None:
         raise InputError(f"{folder} has no {TOKENIZER_FILE} to read texts with; give the model's with --tokenizer")
-    tokenizer = read_tokenizer(place, session.config)
-    if session.manifest.tokenizer_sha256 not in (None, tokenizer.sha256()):
-        raise InputError(
-            f"the vocabulary in {tokenizer.origin} has sha256 {tokenizer.sha256()[:16]}… and the export was made with "
-            f"{str(session.manifest.tokenizer_sha256)[:16]}…; give the one that the model was trained with"
-        )
-    heads = tuple(head for head in ("contrastive", "matching") if head in session.heads)
-    source = f"{folder} ({session.manifest.source}, {session.description})"
-    random = session.manifest.source.startswith("random weights")
     longest = [largest(session.slots(graph), "length") for graph in ("text", "fusion")]
     tokens = min(_MOST_TOKENS, session.config.max_text_length, *filter(None, longest))
     return ServedModel(
-        options.name or folder.resolve().name, source, random, heads, tokenizer, session.device, SessionRanks(session),
-        cache_bytes, tokens, options.rank or rank_of(folder),
+        options.name or opened.name, f"{folder} ({opened.origin}, {session.description})",
+        opened.origin.startswith("random weights"), tuple(head for head in _HEADS if head in session.heads), tokenizer,
+        session.device, SessionRanks(session), cache_bytes, tokens, options.rank or opened.rank,
     )  # fmt: skip

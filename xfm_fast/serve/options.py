@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path  # noqa: F401, cyclopts resolves inherited annotations here
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
 from xfm_fast.export.request import RuntimeChoice
+from xfm_fast.loading import Source
 
 
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(Source):
     """The served model.
 
     Attributes:
-        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [that of the model's folder]
-        config: Official YAML, or a JSON of sizes, of a checkpoint file that is not of base size.
-        random: Random weights of this size instead of a model, to try the service.
-        device: Device of the model.
-        dtype: dtype of the weights, or int8 (CPU) or fp8 (GPU) for the GEMMs; an export has its own.
         runtime: Library that runs an export. AOTInductor packages run code when they load: aoti, for packages that you
             trust.
         rank: Score of a text with an image: match of the fusion encoder, similarity of features, or sum (match logit +
@@ -29,11 +25,6 @@ class SourceOptions:
         name: The model's name in requests and responses. [that of its folder]
     """
 
-    tokenizer: Path | None = None
-    config: Path | None = None
-    random: Literal["tiny", "base"] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     runtime: RuntimeChoice = "auto"
     rank: Literal["match", "similarity", "sum"] | None = None
     name: str | None = None

@@ -25,7 +25,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 def run(
-    path: Path | None,
+    path: str | Path | None,
     source: SourceOptions | None = None,
     options: ServiceOptions | None = None,
     *,

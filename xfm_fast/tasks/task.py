@@ -329,7 +329,7 @@ def task_of(folder: Path) -> TaskOptions | None:
             version = content.get("format") if isinstance(content, Mapping) else None
             raise CheckpointError(f"{path} has format {version!r}; this version reads {FORMAT_VERSION}")
         return TypeAdapter(AnyTask).validate_python(content.get("task"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,18 +1,19 @@
-"""`xfm-fast serve`: a model as an HTTP service."""
+"""`xfm-fast serve` and `convert`: a model as an HTTP service, and in another format."""
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from xfm_fast.cli.console import note
-from xfm_fast.cli.options import Flat
+from xfm_fast.cli.options import Flat, Model, named
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.loading import Weights
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 
 if TYPE_CHECKING:
@@ -21,8 +22,21 @@ if TYPE_CHECKING:
     from xfm_fast.serve import ServedModel
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The format to convert a checkpoint to.
+
+    Attributes:
+        to: official or xfm; by default the one that the source is not.
+        keep_unused: Keep weights that no output depends on.
+    """
+
+    to: Literal["official", "xfm"] | None = None
+    keep_unused: Annotated[bool, Parameter(negative="--drop-unused")] = True
+
+
 def serve(
-    model: Annotated[Path | None, Parameter(name="RUN|CHECKPOINT|EXPORT")] = None,
+    model: Model = None,
     /,
     *,
     source: Flat[SourceOptions] = SourceOptions(),
@@ -31,9 +45,6 @@ def serve(
     """Serve a model over HTTP: /v1/rerank, /v1/embeddings and /v1/score, for clients of Cohere and OpenAI.
 
     It listens on this machine only unless --host is given, and shuts down cleanly on SIGTERM. /docs describes the API.
-
-    Args:
-        model: A run or a folder of weights, a name on the Hugging Face Hub, an official checkpoint, or an export.
     """
     key = options.api_key if options.api_key is not None else os.environ.get("XFM_API_KEY")
     if key is not None and (not key.isascii() or not key.strip() or key != key.strip()):
@@ -49,14 +60,45 @@ def serve(
     if not options.loopback and key is None:
         note(f"WITHOUT AN API KEY, anyone who reaches {options.host} can use this service; set XFM_API_KEY")
 
+    source = named(model, source)
+
     def loaded(model: ServedModel, sock: socket.socket) -> None:
         if model.random:
             note(f"THE WEIGHTS ARE RANDOM ({model.source}): results mean nothing. Give a trained model")
         memory = f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
         print(f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C", flush=True)
 
-    run(model, source, options, loaded=loaded)
+    run(None, source, options, loaded=loaded)
     # Worker threads may still run, and libraries take seconds to unload.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def convert(
+    model: Annotated[str, Parameter(name="MODEL")],
+    destination: Path,
+    /,
+    *,
+    source: Flat[Weights] = Weights(),
+    options: Flat[ConvertOptions] = ConvertOptions(),
+) -> None:
+    """Convert a checkpoint between the official format and ours, without loss.
+
+    Args:
+        model: Official checkpoint file, one of X²-VLM, a folder written by xfm-fast, or a name on the Hub.
+        destination: Folder (to xfm) or .safetensors/.th/.pth file (to official).
+    """
+    from xfm_fast.loading import official_sizes
+    from xfm_fast.models.convert import to_official_file, to_xfm_folder
+    from xfm_fast.models.hub import resolve
+
+    named(model, source)
+    place, sizes = resolve(model), official_sizes(source.config)
+    settings: Any = {"image_size": source.image_size, "keep_unused": options.keep_unused}
+    if (options.to or ("official" if place.is_dir() else "xfm")) == "official":
+        report = to_official_file(place, destination, **settings)
+    else:
+        report = to_xfm_folder(place, destination, sizes, tokenizer=source.tokenizer, **settings)
+    for line in report:
+        print(line)

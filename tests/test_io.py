@@ -1,0 +1,339 @@
+"""JSON and YAML of any content are read or refused by `ValueError` in bounds; files are written whole, locks held."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.checkpoint.conftest import STATE, assert_same
+from xfm_fast import io
+from xfm_fast.benchmarks import files
+from xfm_fast.checkpoint import load_pretrained_files, read_state_dict, save_pretrained
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.files import find_files
+from xfm_fast.data.files import read_json as read_annotations
+from xfm_fast.data.records import LineFile
+from xfm_fast.errors import CheckpointError, ConfigError, DataError, ExportError, StorageError, XFMError
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.model_repository import Receipt
+from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, write_bytes, write_files
+from xfm_fast.kernels.files import write_whole
+from xfm_fast.tasks.heatmap import read_detections
+from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training.recipe import override, read_recipe
+
+DEEP = "[" * 100_000
+HOSTILE = {
+    "deep": (DEEP, "nested"),
+    "deep but parsed": ("[" * 100 + "]" * 100, "nested more than 64 deep"),
+    "half a pair": (r'{"a": "\ud800"}', r"half of a surrogate pair, \\ud800"),
+    "half a pair as a key": (r'{"\udfff": 1}', r"half of a surrogate pair, \\udfff"),
+    "long number": ("1" + "0" * 4000, "more than 64 bits"),
+    "longer number": ("1" * 10_000, "Exceeds the limit"),
+}
+LAUGHS = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
+
+
+@pytest.mark.parametrize(("text", "message"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("parse", [parse_json, parse_yaml])
+def test_hostile_texts(parse: Callable[[str], Any], text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{message}|more than"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("&a [*a]", "nested more than 64 deep"),
+        ("a: &a {b: *a}", "nested more than 64 deep"),
+        (LAUGHS, "aliases"),
+        ("2026-13-45", "month must be"),
+        ("!!timestamp x", "a tag does not fit"),
+        ("a: 0x" + "f" * 20, "more than 64 bits"),
+        (b"\xff\xfe", "not UTF-8"),
+        (" " * (1 << 21), "more than 1,048,576 bytes"),
+    ],
+)
+def test_hostile_yaml(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_yaml(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | st.text(st.sampled_from("{}[]&*!:-?|>'\"\\,#% \nab01.e\x00\ud800"), max_size=60))
+def test_nothing_else_is_raised(text: str | bytes) -> None:
+    for parse, errors in ((parse_json, (ValueError,)), (parse_yaml, (ValueError, yaml.YAMLError))):
+        with suppress(*errors):
+            json.dumps(parse(text), default=str, ensure_ascii=False, skipkeys=True).encode()
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match="not a file"):
+            read_bytes(path, 10)
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(DataError, match="not a file"):
+            find_files(str(path))
+        with pytest.raises(DataError, match="not a file"):
+            read_annotations(path, "a list")
+        with pytest.raises(CheckpointError, match="not a file"):
+            read_state_dict(path)
+    (tmp_path / "long").write_bytes(bytes(11))
+    with pytest.raises(ValueError, match="more than 10 bytes"):
+        read_bytes(tmp_path / "long", 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("a.onnx", True), ("ä", True), *((n, False) for n in ("", ".", "..", "a/b", "/a", "a\\b", "a\0", "x" * 256))],
+)
+def test_plain_names(name: str, plain: bool) -> None:
+    assert is_plain_name(name) == plain
+
+
+def _override(path: Path) -> None:
+    override({}, [f"steps={path.read_text()}"])
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any], type[XFMError]]] = {
+    "config": ("c.json", XFMConfig.load, ConfigError),
+    "official config": ("c.yaml", XFMConfig.from_official, ConfigError),
+    "recipe": ("r.yaml", lambda path: read_recipe(path, "xfm_fast.training"), ConfigError),
+    "override": ("o", _override, ConfigError),
+    "results": ("r.json", files.load, DataError),
+    "annotations": ("a.json", lambda path: read_annotations(path, "a list"), DataError),
+    "detections": ("p.json", read_detections, DataError),
+    "manifest": ("manifest.json", lambda path: Manifest.load(path.parent), ExportError),
+    "receipt": ("repository.json", lambda path: Receipt.load(path.parent), StorageError),
+    "tokenizer": ("tokenizer.json", CaptionTokenizer.from_files, DataError),
+    "record": ("r.jsonl", lambda path: LineFile(path).read(0), DataError),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("text", [DEEP, r'{"a": "\ud800"}', '{"a": ' + "9" * 5000 + "}"], ids=["deep", "pair", "long"])
+def test_every_reader_refuses_by_its_own_error(tmp_path: Path, reader: str, text: str) -> None:
+    name, read, error = READERS[reader]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(error) as caught:
+        read(tmp_path / name)
+    str(caught.value).encode()
+
+
+def test_bounds_leave_room_for_what_is_written() -> None:
+    inner: Any = {}
+    for _ in range(io.MOST_DEPTH - 2):
+        inner = {"a": inner}
+    assert parse_json(json.dumps(inner)) == inner
+    assert parse_json('["\\ud83d\\ude00", 18446744073709551615]') == ["😀", 2**64 - 1]
+
+
+BIGGER = {"w": torch.randn(600, 600)}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_pretrained(STATE, XFMConfig.preset("tiny"), tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def assert_untouched(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = load_pretrained_files(folder)
+    assert loaded.config == XFMConfig.preset("tiny")
+    assert_same(loaded.state, STATE)
+
+
+@pytest.mark.parametrize(("call", "successes"), [("fsync", 0), ("fsync", 1), ("replace", 0)])
+def test_a_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, call: str, successes: int) -> None:
+    real, calls = getattr(os, call), 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > successes:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, call, failing)
+    with pytest.raises(StorageError, match="No space left") as error:
+        save_pretrained(BIGGER, XFMConfig.preset("base"), saved)
+    monkeypatch.undo()
+    assert str(saved) in str(error.value)
+    assert_untouched(saved)
+
+
+def test_a_rename_that_fails_after_another_is_told(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if target.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(StorageError, match=r"config\.json.*model\.safetensors"):
+        save_pretrained(BIGGER, XFMConfig.preset("base"), saved)
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_file_size_limit(saved: Path) -> None:
+    """The system itself refuses to write on, half-way through the weights."""
+    resource = pytest.importorskip("resource", reason="limits on file size need a POSIX system")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"model\.safetensors could not be written"):
+            save_pretrained(BIGGER, XFMConfig.preset("base"), saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_untouched(saved)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL needs a POSIX system")
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_killed_process_leaves_the_earlier_save(saved: Path, moment: int) -> None:
+    program = f"""
+        import os, signal, torch
+        from xfm_fast.checkpoint import save_pretrained
+        from xfm_fast.config import XFMConfig
+        real, calls = os.fsync, 0
+        def fsync(handle):
+            global calls
+            calls += 1
+            if calls == {moment}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(handle)
+        os.fsync = fsync
+        save_pretrained({{"w": torch.randn(600, 600)}}, XFMConfig.preset("base"), {str(saved)!r})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    for leftover in saved.glob(".*.tmp"):
+        leftover.unlink()
+    assert_untouched(saved)
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted(file: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_files({tmp_path / "a": interrupted})
+    assert list(tmp_path.iterdir()) == []
+
+
+def _write_pair(stream: Path) -> None:
+    write_bytes({stream.with_name("beside"): b"new", stream: b"content"})
+
+
+@pytest.mark.parametrize("write", [_write_pair, lambda path: write_whole(path, b"content")])
+def test_streams_are_written_through(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write(pipe)
+    assert os.read(reader, 100) == b"content"
+    os.close(reader)
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    (tmp_path / "beside").write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        write(full)
+    assert (tmp_path / "beside").read_bytes() == b"old"
+    assert pipe.is_fifo()
+    assert full.is_char_device()
+    assert len([*tmp_path.iterdir()]) == 3
+
+
+@pytest.fixture(params=["fcntl", "no fcntl", "no locks there"])
+def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "no fcntl":
+        monkeypatch.setattr(io, "fcntl", None)
+    elif request.param == "no locks there":
+        monkeypatch.setattr(io.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no")))
+    return request.param
+
+
+def _holding(lock: Path) -> subprocess.Popen[str]:
+    program = f"""
+        import time
+        from pathlib import Path
+        from xfm_fast.io import hold
+        with hold(Path({str(lock)!r}), "it"):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_holds_and_the_second_is_told_who(tmp_path: Path, locks: str) -> None:
+    lock = tmp_path / "run" / ".lock"
+    other = _holding(lock)
+    try:
+        message = rf"the run is in use by process {other.pid} on .* since 20"
+        with pytest.raises(StorageError, match=message), hold(lock, "the run"):
+            pytest.fail("it was held twice")
+    finally:
+        other.kill()
+        other.wait()
+    # What a killed process leaves is no obstacle.
+    assert lock.exists()
+    with hold(lock, "the run"):
+        with pytest.raises(StorageError, match=rf"in use by process {os.getpid()} "), hold(lock, "the run"):
+            pytest.fail("it was held twice")
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_a_forked_child_does_not_hold(tmp_path: Path) -> None:
+    program = f"""
+        import os, time
+        from pathlib import Path
+        from xfm_fast.io import hold
+        with hold(Path({str(tmp_path / "l")!r}), "it"):
+            if not os.fork():
+                print(os.getpid(), flush=True)
+                time.sleep(60)
+            os.kill(os.getpid(), 9)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.wait()
+    try:
+        with hold(tmp_path / "l", "it"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file"):
+        save_pretrained(STATE, XFMConfig.preset("tiny"), tmp_path / "file")
+    with pytest.raises(StorageError, match="cannot be written"), hold(tmp_path / "file" / ".lock", "it"):
+        pass

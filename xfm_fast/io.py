@@ -1,0 +1,337 @@
+"""Files: untrusted JSON and YAML within limits, atomic writes, and locks.
+
+Reading raises `OSError` or `ValueError` and no other error, in seconds and in memory of a few times the file's size;
+the caller converts either into an error of `xfm_fast.errors`. Writing raises `StorageError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+import yaml
+
+from xfm_fast.errors import StorageError
+from xfm_fast.kernels.files import is_stream
+
+try:
+    import fcntl
+except ImportError:  # not every system has it
+    fcntl = None
+
+MOST_JSON_BYTES = 64 << 20
+# The parser is slow, and no configuration of a person is larger.
+MOST_YAML_BYTES = 1 << 20
+MOST_DEPTH = 64
+# A reference in YAML repeats what it refers to, so that a few lines can stand for more than any memory holds.
+_MOST_VALUES = 1 << 24
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """Read a regular file of at most `most` bytes; raises `OSError` (also for pipes and devices) or `ValueError`."""
+    path = require_file(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return content
+
+
+def require_file(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a regular file; raises `OSError` for others: reading a pipe or a device may never end."""
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is a folder or a device, not a file", str(path))
+    return path
+
+
+def read_json(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> Any:
+    """Parse a UTF-8 JSON file of at most `most` bytes; raises `OSError`, or `ValueError` as `parse_json` does."""
+    return parse_json(read_bytes(path, most))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse a JSON text.
+
+    Raises `ValueError` for text that is not JSON (a `json.JSONDecodeError`) or not UTF-8, is nested more than 64 deep,
+    or holds a number of more than 64 bits or half of a surrogate pair.
+    """
+    try:
+        value = json.loads(_decode(text))
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
+    _check(value)
+    return value
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Parse a YAML text of at most 1 MiB into plain values.
+
+    Raises `yaml.YAMLError` for text that is not YAML, and `ValueError` as `parse_json` does, or for aliases that are
+    cyclic or expand to too many values.
+    """
+    if len(text) > MOST_YAML_BYTES:
+        raise ValueError(f"it has more than {MOST_YAML_BYTES:,} bytes")
+    try:
+        value = yaml.safe_load(_decode(text))
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
+    except (yaml.YAMLError, ValueError):
+        raise
+    except Exception as error:
+        # A tag that does not fit its text, for example `!!timestamp x`, raises any exception.
+        raise ValueError(f"a tag does not fit its value ({type(error).__name__})") from None
+    _check(value)
+    return value
+
+
+def check_text(value: Any, text: str | bytes) -> None:
+    """Raise `ValueError` if the parsed value contains half of a surrogate pair, which cannot be written as UTF-8."""
+    # Only an escape can add a surrogate, and such escapes are rare.
+    if (b"\\ud" in text or b"\\uD" in text) if isinstance(text, bytes) else ("\\ud" in text or "\\uD" in text):
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(_surrogate_message(error)) from None
+
+
+def is_plain_name(name: str) -> bool:
+    """Return True for a plain file name: no path separators, and no name that an operating system refuses."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(os.fsencode(name)) <= 255
+
+
+def advice(problem: Mapping[str, Any]) -> str:
+    """Rephrase one of pydantic's `ValidationError.errors()` as what to write; messages of our validators stay."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _ADVICE:
+        return _ADVICE[kind].format(**context)
+    for ending, sentence in _ADVICE_OF_KINDS.items():
+        if kind.endswith(ending) or kind.startswith(ending):
+            return sentence.format(**context)
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+_ADVICE = {
+    "greater_than": "use more than {gt}",
+    "greater_than_equal": "use at least {ge}",
+    "less_than": "use less than {lt}",
+    "less_than_equal": "use at most {le}",
+    "finite_number": "use a finite number",
+    "predicate_failed": "use a finite number",
+    "literal_error": "use {expected}",
+    "missing": "is missing; add it",
+    "extra_forbidden": "is unknown; remove it",
+    "too_short": "give at least {min_length}",
+    "too_long": "give at most {max_length}",
+    "int_from_float": "use an integer",
+    "model_type": "give names with values",
+    "none_required": "leave it out",
+}
+_ADVICE_OF_KINDS = {
+    "int_": "use an integer",
+    "float_": "use a number",
+    "bool_": "use true or false",
+    "string_": "use text",
+    "path_": "use a path",
+    "list_type": "give a list",
+    "tuple_type": "give a list",
+    "set_type": "give a list",
+    "dict_type": "give names with values",
+    "mapping_type": "give names with values",
+    "dataclass_type": "give names with values",
+}
+
+
+def _decode(text: str | bytes) -> str:
+    try:
+        return text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 (byte {error.start})") from None
+
+
+def _check(value: Any) -> None:
+    count, rest = 0, [(value, 1)]
+    while rest:
+        value, depth = rest.pop()
+        count += 1
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(_surrogate_message(error)) from None
+        elif isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError("it contains an integer of more than 64 bits")
+        elif isinstance(value, (dict, list, tuple, set)):
+            inside = [*value, *value.values()] if isinstance(value, dict) else list(value)
+            count += len(inside)
+            if depth > MOST_DEPTH:
+                raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+            rest += [(each, depth + 1) for each in inside]
+        if count > _MOST_VALUES:
+            raise ValueError(f"its aliases expand to more than {_MOST_VALUES:,} values")
+
+
+def _surrogate_message(error: UnicodeEncodeError) -> str:
+    return f"it contains half of a surrogate pair, \\u{ord(error.object[error.start]):04x}"
+
+
+def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
+    """Write several files atomically: each appears complete or not at all.
+
+    Every writer fills a temporary file next to its target, which is flushed to disk; renames follow when all have
+    succeeded. On failure the temporary files are removed; a killed process may leave one, named
+    `.<name>.<process>-<random>.tmp`. Devices and pipes are written directly. Raises `StorageError` with the path.
+    """
+    finished: dict[Path, Path] = {}
+    replaced: list[str] = []
+    current = Path()
+    try:
+        streams = {path: writer for path, writer in writers.items() if is_stream(path)}
+        for current, writer in writers.items():
+            if current in streams:
+                continue
+            temporary = current.with_name(f".{current.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            finished[temporary] = current
+            with temporary.open("xb") as file:
+                writer(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for current, writer in streams.items():
+            with current.open("wb") as file:
+                writer(file)
+        for temporary, current in finished.items():
+            os.replace(temporary, current)
+            replaced.append(current.name)
+        for folder in {path.parent for path in finished.values()}:
+            sync_folder(folder)
+    except OSError as error:
+        changed = f"{', '.join(replaced)} is already replaced" if replaced else "the files are unchanged"
+        raise StorageError(
+            f"{current} could not be written ({_reason(error)}); {changed}: free space or choose another folder"
+        ) from error
+    finally:
+        for temporary in finished:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """`write_files` for in-memory contents."""
+    write_files({path: lambda file, content=content: _write(file, content) for path, content in contents.items()})
+
+
+def _write(file: BinaryIO, data: bytes | memoryview) -> None:
+    file.write(data)
+
+
+_held: set[Path] = set()
+_held_guard = threading.Lock()
+
+
+@contextmanager
+def hold(lock: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock file until the block or the process ends.
+
+    The file names its holder and is deleted with the block. Processes forked inside the block do not inherit the lock.
+    On file systems without locks the existence of the file is the lock; one left by a dead process on this machine is
+    reused. `what` names the locked thing in the message, such as `the run in runs/a`. Raises `StorageError` if it is
+    locked already or cannot be written.
+    """
+    me = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    made = not lock.parent.exists()
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        key = lock.parent.resolve() / lock.name
+        # The system's locks belong to the process, and are lost when it closes the file anywhere.
+        with _held_guard:
+            if key in _held:
+                raise _lock_error(what, me)
+            file = _acquire_lock(lock, what)
+            _held.add(key)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{lock} cannot be written ({_reason(error)}); choose another folder") from error
+    try:
+        with suppress(OSError):
+            os.truncate(file.fileno(), 0)
+            file.write(json.dumps(me).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)
+            # Do not leave an empty folder after an error.
+            if made:
+                lock.parent.rmdir()
+        with _held_guard:
+            _held.discard(key)
+            file.close()
+
+
+def _acquire_lock(lock: Path, what: str) -> FileIO:
+    while True:
+        file = FileIO(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, "no locks")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _read_holder(file)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise _lock_error(what, holder) from None
+            # A process on another machine may be alive; on this machine a dead one left the file.
+            if holder and (holder.get("host") != socket.gethostname() or psutil.pid_exists(holder["process"])):
+                file.close()
+                raise _lock_error(what, holder) from None
+        try:
+            # The former holder may have removed it in between.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()
+
+
+def _read_holder(file: FileIO) -> dict[str, Any]:
+    try:
+        holder = parse_json(os.pread(file.fileno(), 1000, 0))
+        return holder if isinstance(holder, dict) and isinstance(holder.get("process"), int) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _lock_error(what: str, holder: Mapping[str, Any]) -> StorageError:
+    who = f"process {holder['process']} on {holder.get('host')} since {holder.get('since')}" if holder else "another"
+    return StorageError(f"{what} is in use by {who}; wait until it ends, or choose another folder")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk: a rename survives a power cut only then."""
+    # Some systems cannot open a folder.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,290 @@
+"""`open_model`: an X-FM from every source that the tools accept, and the options that name it.
+
+PyTorch is imported when a model is opened, so that `--help` is fast.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+
+from xfm_fast.errors import InputError, UnavailableError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from xfm_fast.config import XFMConfig
+    from xfm_fast.models.xfm import XFM, Head
+    from xfm_fast.tasks.reranking import Rank
+    from xfm_fast.tasks.task import Task
+
+MANIFEST_FILE = "manifest.json"
+_TABLE = ".relative_position_bias_table"
+
+
+def local_path(name: str) -> Path:
+    """The path of a name, with `~` expanded where it is a home."""
+    return Path(os.path.expanduser(name))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a model.
+
+    Attributes:
+        model: A run, a folder of save_pretrained, a name on the Hugging Face Hub, an official checkpoint file, or an
+            export.
+        random: Random weights of this size instead of a model, for a trial.
+        config: Sizes of an official checkpoint file: the official YAML, a JSON, or base or tiny. [base]
+        image_size: Interpolate position tables to this size. [the model's]
+        tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [the model's]
+    """
+
+    model: str | None = None
+    random: Literal["tiny", "base"] | None = None
+    config: str | None = None
+    image_size: Annotated[int | None, Ge(1), Le(16384)] = None
+    tokenizer: Path | None = None
+
+    def __str__(self) -> str:
+        return self.model or f"a random {self.random} model"
+
+    @property
+    def label(self) -> str:
+        """Name of the model without its path; the whole name on the Hub."""
+        if self.model is None:
+            return f"random-{self.random}"
+        path = local_path(self.model)
+        return path.resolve().name if path.is_dir() else path.stem if path.is_file() else self.model
+
+    @property
+    def is_export(self) -> bool:
+        """True for a folder written by `xfm-fast export`."""
+        return self.model is not None and (local_path(self.model) / MANIFEST_FILE).is_file()
+
+    def check(self) -> None:
+        """Raise `InputError` unless the options name one model and fit its kind."""
+        if (self.model is None) == (self.random is None):
+            given = f"--model {self.model} and --random {self.random}" if self.model else "no model"
+            raise InputError(f"{given}; give either --model or --random")
+        if self.config is not None and (self.model is None or local_path(self.model).is_dir()):
+            raise InputError(f"--config {self.config} gives the sizes of an official checkpoint file; leave it out")
+        if self.is_export and self.image_size is not None:
+            raise InputError(f"{self.model} is an export, of one size; leave out --image-size")
+
+
+@dataclass(frozen=True)
+class Source(Weights):
+    """The model, and where it runs.
+
+    Attributes:
+        device: Device to run on. [a GPU if there is one]
+        dtype: Dtype of the weights; or int8 (CPU) or fp8 (GPU) for the linear layers. [fp32]
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.is_export and self.dtype is not None:
+            raise InputError(f"{self.model} is an export, of one dtype; leave out --dtype")
+
+    def choose_device(self) -> torch.device:
+        """The device of the options; raises `UnavailableError` for a GPU that is not there."""
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UnavailableError("--device cuda, but PyTorch finds no GPU here; use cpu or auto")
+        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in evaluation mode.
+
+    Attributes:
+        model: The model; `Session` for an export.
+        name: `Source.label`.
+        origin: Origin of the weights without local paths, for reports.
+        task: The task that it is fine-tuned for.
+        rank: Ranking rule that its run recorded.
+    """
+
+    model: Any
+    name: str
+    origin: str
+    task: Task[Any, Any, Any, Any] | None = None
+    rank: Rank = "match"
+
+
+def open_model(
+    source: Source,
+    *,
+    needs: Collection[str] = (),
+    tasks: Collection[str] | None = None,
+    device: str | torch.device | None = None,
+) -> Opened:
+    """Load or initialise an X-FM from any source but an export.
+
+    Args:
+        source: The options.
+        needs: Heads of which the model must have one.
+        tasks: Tasks that a fine-tuned model may have; all by default.
+        device: Replaces the device of the options.
+
+    Raises:
+        InputError: The options name no model or two, or do not fit its kind.
+        CheckpointError: The source cannot be read.
+        UnavailableError: It is for another task or lacks the heads; or the device or dtype is missing here.
+    """
+    import torch
+
+    from xfm_fast.models.xfm import PRECISIONS
+
+    source.check()
+    if source.is_export:
+        raise InputError(f"{source.model} is an export; predict, serve, index and search run it: name the run it is of")
+    place = source.choose_device() if device is None else torch.device(device)
+    if source.model is None:
+        opened = _random(source)
+    elif (file := local_path(source.model)).is_file():
+        opened = _official(source, file)
+    else:
+        opened = _folder(source, tasks)
+    model: XFM = opened.model
+    if needs and not {*needs} & {*model.heads}:
+        raise UnavailableError(
+            f"{opened.name} has no {' or '.join(needs)} head (it has: {', '.join(model.heads) or 'none'}); "
+            "use a pretrained model or one of retrieval"
+        )
+    model.to(place).cast(PRECISIONS[source.dtype or "fp32"]).requires_grad_(False).eval()
+    return opened
+
+
+def _random(source: Source) -> Opened:
+    from xfm_fast.checkpoint import without_values
+    from xfm_fast.config import XFMConfig
+    from xfm_fast.data.shapes import VOCABULARY
+    from xfm_fast.models.processor import read_tokenizer
+    from xfm_fast.models.xfm import ALL_HEADS, XFM
+    from xfm_fast.tokenizer import CaptionTokenizer
+
+    words = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 1000)
+    config = XFMConfig.preset(source.random or "tiny")
+    config = config.replace(vocab_size=max(config.vocab_size, words.vocab_size)).resized(source.image_size)
+    with without_values():
+        model = XFM(config)
+    model.load_state_dict(random_state(config, ALL_HEADS), assign=True)
+    model.tokenizer = words if source.tokenizer is None else read_tokenizer(source.tokenizer, config)
+    return Opened(model, source.label, f"random weights of preset {source.random}")
+
+
+def _official(source: Source, file: Path) -> Opened:
+    from xfm_fast import checkpoint
+    from xfm_fast.checkpoint.names import our_name
+    from xfm_fast.models.xfm import XFM
+
+    state = checkpoint.read_state_dict(file)
+    if checkpoint.relative_of(state) is not None:
+        model = XFM.from_x2vlm(state, image_size=source.image_size, tokenizer=source.tokenizer)
+    else:
+        config = checkpoint.config_of(state, official_sizes(source.config), source.image_size)
+        heads = checkpoint.heads_in(map(our_name, state))
+        model = XFM.from_official(state, config, heads=heads, tokenizer=source.tokenizer)
+    return Opened(model, source.label, f"checkpoint {file.name}")
+
+
+def _folder(source: Source, tasks: Collection[str] | None) -> Opened:
+    from xfm_fast.finetuning.prediction import load
+    from xfm_fast.models.hub import resolve
+    from xfm_fast.models.xfm import XFM
+    from xfm_fast.tasks.retrieval import rank_of
+    from xfm_fast.tasks.task import task_of
+
+    assert source.model is not None
+    place = resolve(source.model)
+    options, task = task_of(place), None
+    if options is None:
+        model, origin = XFM.from_pretrained(place, tokenizer=source.tokenizer), f"checkpoint {source.label}"
+    elif tasks is not None and options.kind not in tasks:
+        raise UnavailableError(f"{source.model} is fine-tuned for {options.kind}; give one of {', '.join(tasks)}")
+    elif source.tokenizer is not None:
+        raise InputError(f"{source.model} has a vocabulary of its own; leave out --tokenizer")
+    else:
+        predictor = load(place)
+        model, task, origin = predictor.model, predictor.task, f"run {source.label} of the task {options.kind}"
+        assert isinstance(model, XFM)
+    if source.image_size not in (None, model.config.image_size):
+        model.set_image_size(source.image_size)
+    return Opened(model, source.label, origin, task, rank_of(place))
+
+
+def official_sizes(config: str | None) -> XFMConfig:
+    """The configuration that `--config` names: a preset, or the file of an official YAML or a JSON."""
+    from xfm_fast.config import XFMConfig
+
+    if config in (None, "base", "tiny"):
+        return XFMConfig.preset(config or "base")
+    return XFMConfig.from_official(config)
+
+
+def open_session(source: Source, runtime: str = "auto") -> Opened:
+    """Load an export; raises `ExportError` where it is damaged or cannot run here."""
+    from xfm_fast.errors import ExportError
+    from xfm_fast.export.session import Session
+    from xfm_fast.models.processor import read_tokenizer
+    from xfm_fast.tasks.retrieval import rank_of
+
+    source.check()
+    folder = local_path(source.model or "")
+    if not source.is_export:
+        raise ExportError(f"{folder} is no export: it has no {MANIFEST_FILE}")
+    session = Session.load(folder, runtime, None if source.device == "auto" else source.device)
+    if source.tokenizer is not None:
+        session.processor.tokenizer = read_tokenizer(source.tokenizer, session.config)
+    tokenizer, trained_with = session.processor.tokenizer, session.manifest.tokenizer_sha256
+    if tokenizer is not None and trained_with not in (None, tokenizer.sha256()):
+        raise InputError(
+            f"the vocabulary in {tokenizer.origin} has sha256 {tokenizer.sha256()[:16]}… and the export was made with "
+            f"{trained_with[:16]}…; give the one that the model was trained with"
+        )
+    return Opened(session, source.label, session.manifest.source, rank=rank_of(folder))
+
+
+def random_state(config: XFMConfig, heads: Collection[Head], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of a model. Nothing is zero, unlike in a fresh model, so that every term shows in comparisons."""
+    import torch
+
+    from xfm_fast.checkpoint import without_values
+    from xfm_fast.models.xfm import XFM
+
+    with without_values():
+        wanted = XFM(config, heads=tuple(heads)).state_dict()
+    return random_tensors(wanted, seed) | ({"temp": torch.tensor(0.07)} if "temp" in wanted else {})
+
+
+def random_tensors(wanted: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Random values in the shapes of weights; those of a name are the same in every model."""
+    import zlib
+
+    import torch
+
+    state = {}
+    for name, tensor in wanted.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        mean, spread = 0.0, 0.02
+        if name.endswith(_TABLE):
+            spread = 0.2
+        elif ".gamma_" in name:
+            mean, spread = 0.1, 0.01
+        elif tensor.ndim == 1 and name.endswith("weight"):
+            mean, spread = 1.0, 0.05
+        state[name] = torch.empty(tensor.shape, device="cpu").normal_(mean, spread, generator=generator)
+    return state
