@@ -254,7 +254,7 @@ def describe() -> dict[str, Any]:
         "cores_logical": psutil.cpu_count(),
         "cores_allowed": len(_allowed_cores()),
         "threads": torch.get_num_threads(),
-        "threads_wait": waiting.told(os.environ),
+        "threads_wait": waiting.describe(os.environ),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "freed_memory_kept": keeps_freed_memory(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),

@@ -39,6 +39,7 @@ from .graphs import (
 from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
 from .request import DType, ExportRequest, GraphName, Request
 from .runtimes import Spelling, data_type
+from .slots import parse_profiles
 from .verification import compare_with_reference, keep_results
 
 README_FILE = "README.md"
@@ -293,8 +294,6 @@ def readme(manifest: Manifest) -> str:
 
 def _trtexec(record: GraphRecord, packed: bool) -> str:
     """The `trtexec` command of a graph for the sizes of the last default profile."""
-    from .engines import parse_profiles
-
     axes = parse_profiles((), packed=packed)[-1].axes
     options = [f"trtexec --onnx={record.file} --saveEngine={record.name}.engine --noTF32"]
     for name, chosen in (("min", "least"), ("opt", "best"), ("max", "most")) if record.axes else ():

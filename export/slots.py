@@ -14,6 +14,7 @@ images with similar captions share one too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
@@ -28,11 +29,121 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from .graphs import AXES, dims_of
-from .manifest import GraphRecord, TensorRecord
+from .manifest import GraphRecord, ProfileRecord, TensorRecord
 
 # Tokens of a row that are tried: about as many as a caption has, to where attention begins to count.
 _TARGETS = (32, 48, 64, 96, 128)
+_SYNTAX = "write name:axis=least..best..most, such as latency:batch=1,texts=1..8..64,length=1..16..40"
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
+
+
+class AxisRange(NamedTuple):
+    """Sizes of one axis, 1 ≤ least ≤ best ≤ most; the engine is tuned for `best`."""
+
+    least: int
+    best: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> AxisRange:
+        """A range from `size` or `least..best..most`; `a..b` is tuned for b."""
+        pieces = [piece.strip() for piece in text.split("..")]
+        if not 1 <= len(pieces) <= 3 or not all(piece.isascii() and piece.isdigit() for piece in pieces):
+            raise InputError(f"{text!r} is no range; write a size such as 1, or least..best..most such as 1..8..64")
+        sizes = [int(piece) for piece in pieces]
+        made = cls(sizes[0], sizes[len(sizes) // 2], sizes[-1])
+        if not 1 <= made.least <= made.best <= made.most:
+            raise InputError(f"range {made} does not rise from 1 or more: least..best..most; write it so")
+        return made
+
+    def __str__(self) -> str:
+        return f"{self.least}..{self.best}..{self.most}"
+
+
+class ShapeProfile(NamedTuple):
+    """A named set of ranges, one per axis."""
+
+    name: str
+    axes: Mapping[str, AxisRange]
+
+    def __str__(self) -> str:
+        return f"{self.name}:" + ",".join(f"{axis}={sizes}" for axis, sizes in self.axes.items())
+
+
+def _default_profiles(length: AxisRange, **more: AxisRange) -> tuple[ShapeProfile, ...]:
+    axes = {"texts": AxisRange(1, 16, 64), "length": length, "past": AxisRange(1, 8, 40), **more}
+    return (
+        ShapeProfile("latency", {"batch": AxisRange(1, 1, 1), **axes}),
+        ShapeProfile("bulk", {"batch": AxisRange(1, 16, 32), **axes}),
+    )
+
+
+DEFAULT_PROFILES = _default_profiles(AxisRange(1, 16, 40))
+"""One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40, and a decoder
+writes as many. The second takes all that the first does, so that a server may put requests together."""
+
+PACKED_PROFILES = _default_profiles(AxisRange(1, 64, 128), rows=AxisRange(1, 4, 16))
+"""The same for graphs that take texts in rows: as many texts, of 13 tokens each."""
+
+
+def parse_profile(text: str) -> ShapeProfile:
+    """A profile from its text; raises `InputError` for unknown axes and bad ranges."""
+    name, colon, rest = text.partition(":")
+    name = name.strip()
+    if not colon or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+        raise InputError(f"profile {text!r} has no name; {_SYNTAX}")
+    axes: dict[str, AxisRange] = {}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        axis, _, sizes = (piece.strip() for piece in part.partition("="))
+        if axis not in AXES:
+            raise InputError(f"profile {name!r} names an axis {axis!r}; the axes are {', '.join(AXES)}")
+        if axis in axes:
+            raise InputError(f"profile {name!r} names the axis {axis!r} twice; name it once")
+        try:
+            axes[axis] = AxisRange.parse(sizes)
+        except InputError as error:
+            raise InputError(f"profile {name!r}, axis {axis!r}: {error}") from None
+    if not axes:
+        raise InputError(f"profile {name!r} names no axis; {_SYNTAX}")
+    return ShapeProfile(name, axes)
+
+
+def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[ShapeProfile, ...]:
+    """Profiles from their texts; without texts `PACKED_PROFILES` or `DEFAULT_PROFILES`."""
+    profiles = tuple(parse_profile(text) for text in texts) or (PACKED_PROFILES if packed else DEFAULT_PROFILES)
+    names = [profile.name for profile in profiles]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"two profiles are named {twice[0]!r}; give each a name of its own")
+    return profiles
+
+
+def graph_profiles(graph: GraphRecord, profiles: Sequence[ShapeProfile]) -> list[ProfileRecord]:
+    """The input shapes of a graph under each profile, duplicates dropped; empty without dynamic axes."""
+    records: list[ProfileRecord] = []
+    for profile in profiles if graph.axes else ():
+        for axis, accepted in graph.axes.items():
+            if axis not in profile.axes:
+                raise InputError(
+                    f"profile {profile.name!r} lacks {axis!r}, an axis of graph {graph.name!r}; add "
+                    f"{axis}=least..best..most to it"
+                )
+            sizes, top = profile.axes[axis], accepted.most
+            if sizes.least < accepted.least or (top is not None and sizes.most > top):
+                raise InputError(
+                    f"profile {profile.name!r} has {axis}={sizes} and graph {graph.name!r} accepts {accepted.least} "
+                    f"to {'any size' if top is None else top}; narrow the range"
+                )
+        shapes = {
+            bound: {
+                tensor.name: [getattr(profile.axes[dim], bound) if isinstance(dim, str) else dim for dim in tensor.dims]
+                for tensor in graph.inputs
+            }
+            for bound in ("least", "best", "most")
+        }
+        record = ProfileRecord(name=profile.name, **shapes)
+        if all(record.model_copy(update={"name": other.name}) != other for other in records):
+            records.append(record)
+    return records
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def _relpos_kernel(a: RelPos, call: Call) -> Tensor:
         # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
         dtype = a.q.dtype if a.q.dtype == torch.float64 else autocast_dtype(a.q.device) or a.q.dtype
         # Outside the operator, so that a graph contains what fills it.
-        a = a._replace(bias=_made_bias(a.table, a.window, a.scale, dtype, call.chosen, a.q.shape[-1]))
+        a = a._replace(bias=_make_bias(a.table, a.window, a.scale, dtype, call.chosen, a.q.shape[-1]))
     return _relpos(a, call.chosen)[0]
 
 
@@ -128,10 +128,10 @@ def relpos_bias(
     q = torch.empty((1, 1 + window[0] * window[1], heads, 1), device="meta")
     RelPos(q, q, q, table, window).check()
     chosen = "triton" if resolve(backend, table, has_flash=True) == "triton" else "cpu"
-    return _made_bias(table, window, scale, dtype, chosen, head_dim)
+    return _make_bias(table, window, scale, dtype, chosen, head_dim)
 
 
-def _made_bias(
+def _make_bias(
     table: Tensor, window: tuple[int, int], scale: float, dtype: torch.dtype, backend: str, head_dim: int
 ) -> Tensor:
     if backend != "triton":
@@ -161,7 +161,7 @@ def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window))
 
 
-def _relpos_bias_made(
+def _make_relpos_bias(
     table: Tensor, height: int, width: int, dtype: torch.dtype, scale: float, turned: bool, head_dim: int = 0
 ) -> Tensor:
     from .triton.relpos_table import materialise_bias
@@ -188,7 +188,7 @@ def _relpos_bias_fake(
 
 
 def _padded_bias(a: RelPos) -> Tensor:
-    return _relpos_bias_made(a.table, *a.window, a.q.dtype, a.scale, turned=False) if a.bias is None else a.bias
+    return _make_relpos_bias(a.table, *a.window, a.q.dtype, a.scale, turned=False) if a.bias is None else a.bias
 
 
 def _relpos_forward(a: RelPos, backend: str) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ def _relpos_gradient(
 _relpos_bias = operator(
     "relpos_bias(Tensor table, int height, int width, ScalarType dtype, float scale, bool turned, "
     "int head_dim=0) -> Tensor",
-    _relpos_bias_made,
+    _make_relpos_bias,
     _relpos_bias_fake,
 )
 _relpos = differentiable(

@@ -121,7 +121,7 @@ def _fake(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
     return loss, h.new_empty(rows, dtype=wide), h.new_empty(rows, dtype=wide), h.new_empty(0)
 
 
-def _kept(a: Vocabulary, outputs: Sequence[Tensor], backend: str) -> tuple[Vocabulary, Sequence[Any]]:
+def _saved_for_backward(a: Vocabulary, outputs: Sequence[Tensor], backend: str) -> tuple[Vocabulary, Sequence[Any]]:
     if backend != "cpu":
         return a, (None, *outputs[1:3], None)
     late = a.needs[1] and cpu.keeps_logits(a.h, a.w)
@@ -168,7 +168,7 @@ _cross_entropy = differentiable(
     outputs=4,
     # On a CPU the outputs that are saved are the gradients, whose own gradients have to be refused.
     results=lambda _, backend: 4 if backend == "cpu" else 1,
-    keep=_kept,
+    keep=_saved_for_backward,
     around=_gradient,
     autocast=True,
 )

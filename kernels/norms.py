@@ -207,7 +207,7 @@ def _add_norm_gradient(
     return dx if needs[0] else None, dx if needs[1] else None, *rest
 
 
-def _add_norm_kept(a: AddNorm, outputs: Sequence[Tensor], backend: str) -> tuple[AddNorm, Sequence[Any]]:
+def _saved_for_add_norm(a: AddNorm, outputs: Sequence[Tensor], backend: str) -> tuple[AddNorm, Sequence[Any]]:
     # Only the gradient of gamma needs the branch itself; on a CPU its dtype is else enough.
     x = a.x.new_empty(0) if backend == "cpu" and a.gamma is None else a.x
     return a._replace(x=x, residual=None, bias=None), (None, *outputs[1:])
@@ -222,7 +222,7 @@ _add_norm = differentiable(
     wrt=("x", "residual", "weight", "bias", "gamma"),
     outputs=4,
     results=2,
-    keep=_add_norm_kept,
+    keep=_saved_for_add_norm,
     around=_add_norm_gradient,
     backward_fake=_add_norm_backward_fake,
 )

@@ -51,7 +51,7 @@ def add_layer_norm_backward(
     ds, dweight, dbias = normalise_backward(dnormed, summed, a.weight, mean, rstd)
     if dsummed is not None:
         ds = ds + dsummed
-    kept, dgamma = _kept(summed, x.dtype, a.dropout_p, a.seed), None
+    kept, dgamma = _dropout_factor(summed, x.dtype, a.dropout_p, a.seed), None
     if gamma is not None:
         products = ds.to(_wide(summed)) * (x if kept is None else x * kept)
         if row_scale is None:
@@ -109,7 +109,7 @@ def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor
     return rows if gamma is None else rows * gamma
 
 
-def _kept(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor | None:
+def _dropout_factor(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) -> Tensor | None:
     """The dropout factor of every element of x, reproducible by the seed: 0 or 1/(1-p)."""
     if not dropout_p:
         return None
@@ -119,7 +119,7 @@ def _kept(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tensor | None) 
 
 def _sum(a: AddNorm) -> Tensor:
     x, residual = a.x, a.residual
-    kept, factor = _kept(x, x.dtype, a.dropout_p, a.seed), _factor(a.gamma, a.row_scale, x)
+    kept, factor = _dropout_factor(x, x.dtype, a.dropout_p, a.seed), _factor(a.gamma, a.row_scale, x)
     branch = x if kept is None else x * kept
     if residual is None:
         return branch if factor is None else (branch * factor).to(x.dtype)

@@ -84,7 +84,7 @@ class Selection:
         trusted, own = next(iter(self.seconds)), self.seconds[self.chosen]
         best = min(self.seconds, key=self.seconds.__getitem__)
         if self.chosen == _FAVOURED != best:
-            asked = f"below the {_asked(best, self.noise):.0%} that justify it"
+            asked = f"below the {_margin(best, self.noise):.0%} that justify it"
             return f"{best} measured {_faster(own, self.seconds[best])} than {self.chosen}, {asked}{where[self.source]}"
         if self.chosen != trusted:
             beaten = dict.fromkeys((trusted, *({_FAVOURED} & {*self.seconds} - {self.chosen})))
@@ -94,11 +94,11 @@ class Selection:
         other = self.seconds[name]
         if other >= own:
             return f"{trusted} measured {_faster(other, own)} than {name}{where[self.source]}"
-        asked = f"below the {_asked(name, self.noise):.0%} that justify it"
+        asked = f"below the {_margin(name, self.noise):.0%} that justify it"
         return f"{name} measured {_faster(own, other)} than {trusted}, {asked}{where[self.source]}"
 
 
-def _asked(name: str, noise: float) -> float:
+def _margin(name: str, noise: float) -> float:
     """How much faster a candidate has to be than one that is preferred to it."""
     return 1 - 1 / (_FAVOUR if _COPIES in name else 1 + noise)
 
@@ -125,7 +125,7 @@ def select(
     `alike=False`: all candidates are trusted, and differ by more than the order of summation. InputError for an
     unusable file in XFM_CPU_CHOICES.
     """
-    if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _given():
+    if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _file_choices():
         return next(iter(candidates))
     return compare_candidates(operation, candidates, make_arguments, dtype, alike=alike).chosen
 
@@ -156,7 +156,7 @@ def compare_candidates(
         or (torch.are_deterministic_algorithms_enabled() and found.source == "measured")
     ):
         with _lock:
-            given = _given().get(key)
+            given = _file_choices().get(key)
             if given is not None and given.chosen not in candidates:
                 raise InputError(
                     f"{os.environ[CHOICES]} chooses {given.chosen!r} for {operation} in {dtype}; known are "
@@ -212,7 +212,7 @@ def choices() -> dict[str, Any]:
     return {"schema": _SCHEMA, "processor": processor(), "torch": torch.__version__, "choices": found}
 
 
-def _given() -> dict[tuple[str, torch.dtype], Selection]:
+def _file_choices() -> dict[tuple[str, torch.dtype], Selection]:
     """The choices in the file of XFM_CPU_CHOICES; empty without one."""
     path = os.environ.get(CHOICES)
     return _read(path) if path else {}

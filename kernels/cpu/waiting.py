@@ -19,7 +19,7 @@ def wait_briefly(environment: MutableMapping[str, str]) -> None:
         environment.setdefault(SPINS, _BRIEFLY)
 
 
-def told(environment: Mapping[str, str]) -> str:
+def describe(environment: Mapping[str, str]) -> str:
     """How threads wait, in words, and what to do where other processes compete."""
     policy, spins = environment.get(POLICY, "").lower(), environment.get(SPINS, "").lower()
     if policy == "passive" or (spins.isdigit() and int(spins) <= int(_BRIEFLY)):

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from xfm_fast import XFM, Retriever
 from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export.engines import graph_profiles, parse_profiles
 from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
@@ -30,7 +29,7 @@ from xfm_fast.export.runtimes import tensorrt as engine_library
 from xfm_fast.export.runtimes.onnx_runtime import OnnxRuntime, session_options
 from xfm_fast.export.runtimes.tensorrt import Library, TensorRT
 from xfm_fast.export.session import Session
-from xfm_fast.export.slots import graph_slots
+from xfm_fast.export.slots import graph_profiles, graph_slots, parse_profiles
 from xfm_fast.export.verification import verify
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the stand-in for engines computes with onnxruntime")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from xfm_fast.models.processor import evaluating
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.journal import Journal, checksum, read_journal
 from xfm_fast.training.distributed import Processes
-
-if TYPE_CHECKING:
-    from xfm_fast.tasks.task import Task
 
 METRICS_FILE = "metrics.json"
 
@@ -45,8 +42,8 @@ class Evaluation:
     autocast: Callable[[], AbstractContextManager[Any]] = lambda: torch.autocast("cpu", enabled=False)
     progress: Callable[[int, int], None] = lambda done, of: None  # called with (records done by this process, total)
 
-    def run(self, task: Task[Any, Any, Any, Any], model: XFM, records: Sequence[Any]) -> Metrics:
-        """Evaluate a split, write metrics and task files to the folder, and return the metrics on every process.
+    def run(self, task: Any, model: XFM, records: Sequence[Any]) -> Metrics:
+        """Evaluate a split of a `Task`, write metrics and its files to the folder, return the metrics on every process.
 
         The model runs in evaluation mode, and its mode is restored.
         """
@@ -75,7 +72,7 @@ class Evaluation:
                 f"folder {self.folder} cannot be made ({error.strerror or error}); choose another"
             ) from error
 
-    def rows(self, task: Task[Any, Any, Any, Any], model: Any, records: Sequence[Any]) -> list[Row]:
+    def rows(self, task: Any, model: Any, records: Sequence[Any]) -> list[Row]:
         """Rows of all records on the first process, empty on the others."""
         batches: list[list[int]] = []
         for group in task.groups(records):
@@ -139,7 +136,7 @@ def delete(path: Path) -> None:
         raise StorageError(f"{path} cannot be deleted ({error.strerror or error}); check its permissions") from error
 
 
-def fingerprint(task: Task[Any, Any, Any, Any], model: Any, records: Sequence[Any], batch_size: int) -> str:
+def fingerprint(task: Any, model: Any, records: Sequence[Any], batch_size: int) -> str:
     """Digest of everything that determines the rows; `model` is an `XFM` or a `Session`."""
     kind = model.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype

@@ -17,12 +17,12 @@ import pytest
 from tests.export.conftest import TARGETS
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import engines
-from xfm_fast.export.engines import parse_profiles
 from xfm_fast.export.expected import generated_examples
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.runtimes import tensorrt as engine_library
 from xfm_fast.export.runtimes import tensorrt as tensorrt_engines
 from xfm_fast.export.runtimes.tensorrt import TensorRTRequest, check_engine_file, load_library
+from xfm_fast.export.slots import graph_profiles, parse_profiles
 from xfm_fast.export.verification import verify
 from xfm_fast.models.xfm import XFM
 
@@ -288,7 +288,7 @@ def test_a_layer_that_no_message_names_is_found_by_halving(
     with pytest.raises(ExportError, match=f"graph 'text' at {culprit}:"):
         engines.build_engine(
             library, exported_fp16 / "text.onnx", tmp_path / "t.engine", TensorRTRequest(), TARGETS,
-            engines.graph_profiles(record, parse_profiles(PROFILES)),
+            graph_profiles(record, parse_profiles(PROFILES)),
         )  # fmt: skip
     assert 2 < made[0].builds < 15
 

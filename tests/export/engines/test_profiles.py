@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfm_fast.errors import InputError
-from xfm_fast.export.engines import (
+from xfm_fast.export.manifest import AxisRecord, GraphRecord, TensorRecord
+from xfm_fast.export.slots import (
     DEFAULT_PROFILES,
     PACKED_PROFILES,
     AxisRange,
@@ -14,7 +15,6 @@ from xfm_fast.export.engines import (
     parse_profile,
     parse_profiles,
 )
-from xfm_fast.export.manifest import AxisRecord, GraphRecord, TensorRecord
 
 TEXT = GraphRecord(
     name="text",

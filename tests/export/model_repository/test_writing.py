@@ -21,7 +21,6 @@ from xfm_fast.data.images import load_image
 from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError, XFMError
 from xfm_fast.export import manifest as manifests
 from xfm_fast.export import model_repository as writing
-from xfm_fast.export.engines import DEFAULT_PROFILES
 from xfm_fast.export.manifest import EngineTarget, Manifest, PackageTarget, ProfileRecord
 from xfm_fast.export.model_repository import (
     RECEIPT_FILE,
@@ -31,6 +30,7 @@ from xfm_fast.export.model_repository import (
     render,
     write_model_repository,
 )
+from xfm_fast.export.slots import DEFAULT_PROFILES
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
