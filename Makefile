@@ -78,7 +78,7 @@ test-oldest: ## run the tests of models, kernels and training with the oldest pa
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
 		--editable ".[cli,hf,serve,train,triton]" "hypothesis>=6.100" "pytest>=8.2" "pytest-xdist>=3.6" "httpx>=0.27"
 	OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_config.py \
-		tests/test_documents.py tests/test_nn.py tests/checkpoint tests/kernels tests/models tests/objectives tests/tasks \
+		tests/test_io.py tests/test_nn.py tests/checkpoint tests/kernels tests/models tests/objectives tests/tasks \
 		tests/training tests/replace $(ARGS)
 
 test-tritons: $(VENV)/$(EXTRAS).stamp ## compile what a GPU is given with other Tritons than the one installed

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from xfm_fast.checkpoint.files import write_bytes
-from xfm_fast.documents import advice, read_json
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.io import advice, read_json, write_bytes
 
 from .record import SCHEMA_VERSION, Document
 

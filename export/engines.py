@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from xfm_fast.checkpoint.files import write_bytes, write_files
 from xfm_fast.errors import ExportError
+from xfm_fast.io import write_bytes, write_files
 from xfm_fast.models.xfm import XFM
 
 from .expected import Examples, Reference, generated_examples

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xfm_fast.checkpoint.files import write_files, write_safetensors
+from xfm_fast.checkpoint.files import write_safetensors
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError
+from xfm_fast.io import write_files
 from xfm_fast.kernels.derived import unkept
 from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.models.fusion import ImageMemory

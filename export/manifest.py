@@ -19,10 +19,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from xfm_fast import __version__
-from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.config import XFMConfig
-from xfm_fast.documents import advice, is_plain_name, read_json
 from xfm_fast.errors import ExportError, StorageError
+from xfm_fast.io import advice, is_plain_name, read_json, write_bytes
 
 from .request import AttentionForm, DType, GraphName, Quantisation
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import InputError, StorageError
+from xfm_fast.io import write_bytes
 from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM

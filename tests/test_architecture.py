@@ -12,11 +12,10 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.sizes import ROOT, files_of_tests, sources, tree
+from tests.sizes import BUDGET, ROOT, files_of_tests, over_budget, sources, tree
 
 LEVELS = {
     "errors": 0,
-    "documents": 1,
     "io": 1,
     "config": 1,
     "memory": 1,
@@ -190,3 +189,18 @@ def test_torch_load_reads_weights_only() -> None:
                 if arguments.get("weights_only") != "True":
                     wrong += _places(path, iter([node.lineno]))
     assert not wrong, "torch.load without weights_only=True runs code from the file"
+
+
+def test_size_and_language_stay_within_the_budget() -> None:
+    assert not list(over_budget())
+
+
+def test_few_files_have_one_importer() -> None:
+    """A file that one other file imports usually belongs into it."""
+    importers: dict[str, set[Path]] = {}
+    for path in SOURCES:
+        for imported, _ in _imports(path):
+            if imported in MODULES and path.name != "__init__.py":
+                importers.setdefault(imported, set()).add(path)
+    single = sorted(module for module, paths in importers.items() if len(paths) == 1)
+    assert len(single) <= BUDGET["limits"]["files with one importer"], single

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.data.images import decode_image
-from xfm_fast.documents import read_bytes, read_json
 from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError
+from xfm_fast.io import read_bytes, read_json
 
 from .photographs import bundled
 

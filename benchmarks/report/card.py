@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import UnavailableError
+from xfm_fast.io import write_bytes
 
 from ..record import OURS, Document
 from . import charts, findings

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.errors import DataError
+from xfm_fast.io import write_bytes
 
 from ..files import load
 from .card import gains_png

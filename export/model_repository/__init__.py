@@ -21,9 +21,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from xfm_fast import __version__
-from xfm_fast.checkpoint.files import sync_folder, write_bytes
-from xfm_fast.documents import advice, read_json
 from xfm_fast.errors import ExportError, InputError, StorageError
+from xfm_fast.io import advice, read_json, sync_folder, write_bytes
 from xfm_fast.models.processor import find_tokenizer
 from xfm_fast.tokenizer import CaptionTokenizer
 

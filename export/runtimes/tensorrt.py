@@ -715,7 +715,7 @@ class _KernelCache:
 
     def save(self) -> None:
         """Write the compiled kernels; an unwritable folder costs the next load its time."""
-        from xfm_fast.checkpoint.files import write_bytes
+        from xfm_fast.io import write_bytes
 
         if self._cache is None:
             return

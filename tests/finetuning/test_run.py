@@ -16,7 +16,6 @@ import xfm_fast
 from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from tests.training.small_runs import in_processes, join_group, numbers
-from xfm_fast.checkpoint import hold
 from xfm_fast.data.annotations import AnnotationRows, TextRecord
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
@@ -25,6 +24,7 @@ from xfm_fast.errors import CheckpointError, ConfigError, DataError, StorageErro
 from xfm_fast.finetuning import run as runs
 from xfm_fast.finetuning.recipe import FinetuneRecipe, resumed_steps
 from xfm_fast.finetuning.run import evaluate, finetune
+from xfm_fast.io import hold
 from xfm_fast.tasks.task import TASKS
 
 NLVR2 = "nlvr2", "nlvr_{}.json"

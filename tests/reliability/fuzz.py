@@ -51,12 +51,12 @@ from xfm_fast.data.files import read_plain_pickle
 from xfm_fast.data.images import decode_image, decode_pixels
 from xfm_fast.data.records import LineFile, ShardFile
 from xfm_fast.data.tables import read_table
-from xfm_fast.documents import parse_json, parse_yaml
 from xfm_fast.errors import DataError, XFMError
 from xfm_fast.export.manifest import Manifest, new_manifest
 from xfm_fast.finetuning.prediction import requests_in
 from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import recipe_of
+from xfm_fast.io import parse_json, parse_yaml
 from xfm_fast.search.index import INDEX_FILE, open_index
 from xfm_fast.tasks.heatmap import read_detections
 from xfm_fast.tasks.journal import Journal, read_journal

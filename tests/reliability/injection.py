@@ -261,7 +261,7 @@ def _indexed(folder: Path) -> Any:
 
 
 def _rerank(folder: Path, rank: int, world_size: int) -> None:
-    from xfm_fast.checkpoint import write_bytes
+    from xfm_fast.io import write_bytes
     from xfm_fast.models.xfm import XFM
     from xfm_fast.tasks.retrieval import rerank
 

@@ -22,7 +22,6 @@ from xfm_fast.checkpoint.names import (
 from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index
 from xfm_fast.checkpoint.relatives import Relative, read_x2vlm, refuse_relative, relative_of
 from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initialise, roberta_state
-from xfm_fast.io import hold, sync_folder, write_bytes, write_files
 
 __all__ = [
     "HEAD_PREFIXES",
@@ -37,7 +36,6 @@ __all__ = [
     "compare",
     "config_of",
     "heads_in",
-    "hold",
     "initialise",
     "interpolate_table",
     "load_into",
@@ -51,12 +49,9 @@ __all__ = [
     "roberta_state",
     "save_pretrained",
     "select_heads",
-    "sync_folder",
     "to_official",
     "to_ours",
     "underivable",
     "without_values",
-    "write_bytes",
-    "write_files",
     "write_safetensors",
 ]

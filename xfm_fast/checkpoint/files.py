@@ -21,10 +21,7 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError
-from xfm_fast.io import hold as hold
 from xfm_fast.io import require_file, write_files
-from xfm_fast.io import sync_folder as sync_folder
-from xfm_fast.io import write_bytes as write_bytes
 
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"

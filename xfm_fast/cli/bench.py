@@ -208,7 +208,7 @@ def bench_report(
         png: File that receives a picture of 1200 by 630 to share.
     """
     from xfm_fast.benchmarks import files, report
-    from xfm_fast.checkpoint import write_bytes
+    from xfm_fast.io import write_bytes
 
     document = files.load(results)
     for name, path in (("--html", html), ("--png", png)):

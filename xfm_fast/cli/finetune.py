@@ -209,8 +209,8 @@ def _heatmap(
     predictor: Predictor, images: Sequence[str], texts: Sequence[str], path: Path, detections: Path | None
 ) -> int:
     """Draw the heatmap of one text on one image, and print the detection that it selects."""
-    from xfm_fast.checkpoint import write_bytes
     from xfm_fast.data.images import decode_image
+    from xfm_fast.io import write_bytes
     from xfm_fast.tasks.heatmap import best_box, overlay, read_detections
     from xfm_fast.tasks.weak_grounding import boxes_of
 

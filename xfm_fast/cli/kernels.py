@@ -203,7 +203,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
 
 
 def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    from xfm_fast.checkpoint import write_bytes
+    from xfm_fast.io import write_bytes
 
     write_bytes({path: (json.dumps(rows, indent=1) + "\n").encode()})
 
@@ -261,7 +261,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
 
 def _tune_cpu(options: TuneOptions) -> None:
     from xfm_fast.benchmarks.machine import choose_paths
-    from xfm_fast.checkpoint import write_bytes
+    from xfm_fast.io import write_bytes
     from xfm_fast.kernels.cpu.selection import CHOICES, RULE, choices
 
     if os.environ.get(CHOICES):

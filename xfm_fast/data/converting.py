@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xfm_fast.checkpoint.files import write_files
 from xfm_fast.data.files import Paths, new_folder, open_file
 from xfm_fast.data.images import image_source
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile, open_records
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.io import write_files
 
 SAMPLES_PER_SHARD = 10_000
 BYTES_PER_SHARD = 1 << 30

@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from xfm_fast.checkpoint.files import write_files
-from xfm_fast.documents import check_text, require_file
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.io import check_text, require_file, write_files
 from xfm_fast.kernels.files import cache_folder
 
 _ROW = re.compile(r"(.+\.(?:tar|jsonl|ndjson))#(\d+)", re.DOTALL)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from xfm_fast.data.headers import check_png, read_header
 from xfm_fast.data.options import ImageOptions
-from xfm_fast.documents import require_file
 from xfm_fast.errors import DataError, needs
+from xfm_fast.io import require_file
 
 # torchvision imports PyTorch's compiler, which is slow and not needed for text.
 if TYPE_CHECKING:

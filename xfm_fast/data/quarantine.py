@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.data.records import Rows
-from xfm_fast.documents import parse_json
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.io import parse_json
 
 _EXCERPT = 120
 _REASON = 400

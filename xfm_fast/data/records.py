@@ -33,8 +33,8 @@ from xfm_fast.data.tables import (
     read_table,
     resolve_images,
 )
-from xfm_fast.documents import check_text
 from xfm_fast.errors import DataError
+from xfm_fast.io import check_text
 
 Record = Mapping[str, Any]
 Data = Paths | Sequence[Record]

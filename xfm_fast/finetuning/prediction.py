@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfm_fast.checkpoint import write_bytes
 from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
-from xfm_fast.documents import parse_json
 from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, StorageError
 from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.request import RuntimeChoice
 from xfm_fast.export.session import Session
 from xfm_fast.export.session.tasks import task_session
 from xfm_fast.finetuning.run import load_weights
+from xfm_fast.io import parse_json, write_bytes
 from xfm_fast.kernels.files import is_stream
 from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM, Precision

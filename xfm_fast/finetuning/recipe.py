@@ -10,9 +10,9 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from xfm_fast.data.streams import epoch_batches
-from xfm_fast.documents import is_plain_name
 from xfm_fast.errors import ConfigError, DataError
 from xfm_fast.finetuning.official import from_official, is_official
+from xfm_fast.io import is_plain_name
 from xfm_fast.tasks.task import TASKS, AnyTask, make_task
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of

@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xfm_fast.checkpoint import initialise, read_state_dict, write_bytes
+from xfm_fast.checkpoint import initialise, read_state_dict
 from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord, overlap, overlap_of_texts
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import ShuffledBatches, epoch_batches
-from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, DataError
 from xfm_fast.finetuning.recipe import STREAM, Choice, FinetuneRecipe, resumed_steps
+from xfm_fast.io import read_json, write_bytes
 from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.evaluation import Evaluation, Metrics

@@ -16,6 +16,7 @@ from xfm_fast import checkpoint
 from xfm_fast.checkpoint.names import TABLE, fit_table, our_name
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.io import write_files
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer, read_tokenizer
 from xfm_fast.models.xfm import ALL_ENCODERS, ALL_HEADS, XFM, Encoder, Head
 
@@ -86,7 +87,7 @@ def to_official_file(
     lacking = checkpoint.underivable([our_name(name) for name in state], found.config)
     if lacking:
         found.report.append(f"dead weights omitted: {_join_names(lacking)}")
-    checkpoint.write_files({destination: _writer(state, destination.suffix)})
+    write_files({destination: _writer(state, destination.suffix)})
     size = found.config.image_size
     found.report.append(f"wrote {destination}: {_describe(state)} in {naming} naming at {size} pixels")
     return found.report

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xfm_fast.checkpoint.files import write_bytes
-from xfm_fast.documents import read_json
 from xfm_fast.errors import XFMError
+from xfm_fast.io import read_json, write_bytes
 
 Progress = Callable[[dict[str, Any]], object]
 """Receives the results so far, in the form that `save` writes."""

@@ -24,14 +24,13 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.batches import Batch, ImageBatch, PairBatch
-from xfm_fast.checkpoint.files import write_bytes
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.data.options import TextStreamOptions
 from xfm_fast.data.shapes import Scene, captions, render, scene
 from xfm_fast.data.shapes.scenes import COLOURS, TEXTURES
 from xfm_fast.data.streams import Stream
-from xfm_fast.documents import read_json
 from xfm_fast.errors import needs
+from xfm_fast.io import read_json, write_bytes
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.objectives.losses import masked_image_loss

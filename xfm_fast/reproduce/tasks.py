@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from xfm_fast.checkpoint.files import write_bytes
-from xfm_fast.documents import read_json
 from xfm_fast.errors import XFMError
 from xfm_fast.finetuning.recipe import STREAM, FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import open_task
+from xfm_fast.io import read_json, write_bytes
 from xfm_fast.reproduce import Progress, check_same_study
 from xfm_fast.tasks.evaluation import METRICS_FILE
 from xfm_fast.tasks.grounding import pixel_iou

@@ -30,12 +30,11 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from xfm_fast.checkpoint import hold, write_bytes, write_files
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
-from xfm_fast.documents import MOST_JSON_BYTES, advice, is_plain_name, read_bytes, require_file
 from xfm_fast.errors import DataError
 from xfm_fast.export.session import Session
+from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, read_bytes, require_file, write_bytes, write_files
 from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import XFM

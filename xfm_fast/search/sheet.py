@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from xfm_fast.checkpoint import write_bytes
 from xfm_fast.errors import DataError, InputError, StorageError, needs
+from xfm_fast.io import write_bytes
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.query import Found, Hit
 

@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from xfm_fast.documents import advice, parse_json
 from xfm_fast.errors import NonFiniteError
+from xfm_fast.io import advice, parse_json
 from xfm_fast.serve.budget import Budget
 from xfm_fast.serve.images import image_content, is_url
 from xfm_fast.serve.model import Found, Read, ServedModel, Text, Work

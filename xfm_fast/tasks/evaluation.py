@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from xfm_fast.checkpoint import hold, write_bytes
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.io import hold, write_bytes
 from xfm_fast.models.processor import evaluating
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.journal import Journal, checksum, read_journal

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.files import unreadable
-from xfm_fast.documents import read_json
 from xfm_fast.errors import DataError, InputError
+from xfm_fast.io import read_json
 from xfm_fast.models import inputs
 from xfm_fast.models.processor import evaluating
 from xfm_fast.models.text import TransformerLayer

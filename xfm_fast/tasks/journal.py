@@ -11,9 +11,8 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from xfm_fast.checkpoint import write_bytes
-from xfm_fast.documents import parse_json
 from xfm_fast.errors import StorageError
+from xfm_fast.io import parse_json, write_bytes
 
 
 def checksum(tensor: Tensor, start: int = 0) -> int:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast import flops
-from xfm_fast.checkpoint import hold
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, InputError
+from xfm_fast.io import hold
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Sequences, offsets, ragged_rows

@@ -25,8 +25,8 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
 from xfm_fast.data.images import decode_pixels, load_image
 from xfm_fast.data.records import Rows, image_at
-from xfm_fast.documents import read_json
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
+from xfm_fast.io import read_json
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption

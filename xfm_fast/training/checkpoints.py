@@ -31,17 +31,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from xfm_fast.checkpoint import (
-    read_state_dict,
-    save_pretrained,
-    sync_folder,
-    write_bytes,
-    write_files,
-    write_safetensors,
-)
+from xfm_fast.checkpoint import read_state_dict, save_pretrained, write_safetensors
 from xfm_fast.checkpoint.files import MODEL_FILE
-from xfm_fast.documents import advice, is_plain_name, read_json
 from xfm_fast.errors import CheckpointError, StorageError, XFMError
+from xfm_fast.io import advice, is_plain_name, read_json, sync_folder, write_bytes, write_files
 from xfm_fast.kernels.cpu.selection import selections, settle
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes

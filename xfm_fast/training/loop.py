@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast.batches import Batch
-from xfm_fast.checkpoint import hold
 from xfm_fast.data.streams import BatchSource, load_batches
 from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.io import hold
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training import checkpoints, setup

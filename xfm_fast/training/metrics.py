@@ -26,10 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TensorBatch, TextBatch
-from xfm_fast.checkpoint import write_bytes
 from xfm_fast.config import XFMConfig
-from xfm_fast.documents import parse_json
 from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError, needs
+from xfm_fast.io import parse_json, write_bytes
 from xfm_fast.kernels import roofline
 from xfm_fast.training.distributed import Processes
 from xfm_fast.training.recipe import Recipe, Run

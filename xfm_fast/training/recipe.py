@@ -17,8 +17,8 @@ from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.options import AnyStreamOptions, ImageOptions
 from xfm_fast.data.records import open_records
-from xfm_fast.documents import MOST_YAML_BYTES, advice, parse_yaml, read_bytes
 from xfm_fast.errors import ConfigError, DataError, UnavailableError
+from xfm_fast.io import MOST_YAML_BYTES, advice, parse_yaml, read_bytes
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
     AnyStream,

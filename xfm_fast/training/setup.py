@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files, write_bytes
+from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
 from xfm_fast.checkpoint.files import MODEL_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
 from xfm_fast.errors import DataError, StorageError, XFMError
+from xfm_fast.io import write_bytes
 from xfm_fast.models.hub import PREPROCESSOR_FILE
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM

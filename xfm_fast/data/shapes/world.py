@@ -27,8 +27,8 @@ from xfm_fast.data.shapes.language import (
     statements,
 )
 from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, SHAPES, SPLITS, Scene, Split, pixel_box, render, scene
-from xfm_fast.documents import read_json
 from xfm_fast.errors import DataError, StorageError
+from xfm_fast.io import read_json
 
 FORMAT_VERSION = 2
 WORLD_FILE = "world.json"
