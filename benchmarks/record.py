@@ -32,7 +32,7 @@ SCHEMA_VERSION = 4
 OURS: Final = "xfm-fast"
 OFFICIAL: Final = "official-algorithm"
 OFFICIAL_CODE = "official-code"
-UNTOUCHED, EAGER, ONE_AT_A_TIME, HUGGING_FACE = "untouched", "eager", "one-at-a-time", "huggingface"
+UNTOUCHED, ONE_AT_A_TIME = "untouched", "one-at-a-time"
 
 Mode = Literal["single-stream", "offline", "server"]
 MODES: tuple[Mode, ...] = get_args(Mode)

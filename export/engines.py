@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -26,7 +26,7 @@ from .manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record
 from .onnx import export_onnx, require_onnx
 from .pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder, sidecar_files
 from .quantise import Calibration, check_quantisation, eight_bit_options, make_rewrite, require_eight_bits
-from .request import OnnxRequest, with_changes
+from .request import OnnxRequest
 from .runtimes import Spelling, data_type, find_runtime
 from .runtimes.tensorrt import (
     EngineRequest,
@@ -92,7 +92,7 @@ def engine_graphs(
 ) -> Iterator[Callable[[BuildProgress | None], Manifest]]:
     """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
-    request = with_changes(request, TensorRTRequest, changes).complete
+    request = replace(request or TensorRTRequest(), **changes).complete
     library, targets, spelling = check_request(consumer, request)
     profiles = parse_profiles(request.profile, packed=request.packed)
     dtype = data_type(request.dtype)

@@ -286,7 +286,7 @@ class Manifest(_Record):
         target = self.target
         if target is None:
             return
-        again = f"xfm-fast export {target.library}"
+        again = f"xfm-fast export --to {target.library}"
         here, there = (
             tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
             for version in (library_version, target.version)

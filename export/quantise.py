@@ -565,7 +565,7 @@ def quantize_int8(
     if source.kind != "onnx" or arithmetic != "fp32":
         raise ExportError(
             f"{folder} holds an export to {source.kind} in {arithmetic}; int8 is made of fp32 ONNX files: xfm-fast "
-            "export onnx --dtype fp32"
+            "export --dtype fp32"
         )
     reference = Reference.load(folder)
     if examples is None:

@@ -73,7 +73,7 @@ class Weights:
         if (self.model is None) == (self.random is None):
             given = f"--model {self.model} and --random {self.random}" if self.model else "no model"
             raise InputError(f"{given}; give either --model or --random")
-        if self.config is not None and (self.model is None or local_path(self.model).is_dir()):
+        if self.config is not None and (self.model is None or not local_path(self.model).is_file()):
             raise InputError(f"--config {self.config} gives the sizes of an official checkpoint file; leave it out")
         if self.is_export and self.image_size is not None:
             raise InputError(f"{self.model} is an export, of one size; leave out --image-size")
@@ -206,7 +206,7 @@ def _folder(source: Source, tasks: Collection[str] | None) -> Opened:
     from xfm_fast.models.hub import resolve
     from xfm_fast.models.xfm import XFM
     from xfm_fast.tasks.retrieval import rank_of
-    from xfm_fast.tasks.task import task_of
+    from xfm_fast.tasks.task import make_task, task_of
 
     assert source.model is not None
     place = resolve(source.model)
@@ -223,6 +223,8 @@ def _folder(source: Source, tasks: Collection[str] | None) -> Opened:
         assert isinstance(model, XFM)
     if source.image_size not in (None, model.config.image_size):
         model.set_image_size(source.image_size)
+        if task is not None:
+            task = make_task(task.options, model.config, model.tokenizer)
     return Opened(model, source.label, origin, task, rank_of(place))
 
 

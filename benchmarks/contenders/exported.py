@@ -83,7 +83,7 @@ def build(model: XFM, form: Form, dtype: DType, scenario: str, scratch: Path, de
     Args:
         model: in fp32.
         scratch: folder for the files, which stay until it is removed. Those of the same weights in the same form that
-            lie there already, of this run or of an earlier one, are used again.
+            lie there already are used again.
 
     Raises:
         XFMError: the library is missing here, or refuses.

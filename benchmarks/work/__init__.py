@@ -1,1 +1,1 @@
-"""The benchmarks: the suite, scenarios, sweeps, whole evaluations, training steps, drop-in models and kernels."""
+"""The benchmarks: the suite, scenarios, whole evaluations, training steps, drop-in models and kernels."""

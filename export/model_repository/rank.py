@@ -116,8 +116,6 @@ class Ranker(ranking.Ranker):
 class ServerRuntime(Runtime):
     """Graphs that are the models `<prefix>_<graph>` of the server."""
 
-    enqueues = False
-
     def __init__(self, prefix: str, device: torch.device) -> None:
         self.description, self.device, self._prefix = f"models {prefix}_* of the server ({device})", device, prefix
 

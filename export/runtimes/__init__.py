@@ -192,14 +192,14 @@ def choose_runtime(manifest: Manifest, folder: Path) -> str:
     if not fitting:
         raise ExportError(f"{folder} holds {manifest.kind!r}, which no runtime runs; register one, or export again")
     fitting.sort(key=lambda each: each.name != manifest.consumer)
-    for each in fitting:
-        if not each.automatic:
-            raise ExportError(
-                f"{folder} holds files of {each.title}, native code that runs when it is loaded; if you trust their "
-                f"origin, ask for it by name: runtime={each.name!r}, or --runtime {each.name} on the command line"
-            )
-    installed = (each.name for each in fitting if importlib.util.find_spec(each.package) is not None)
-    return next(installed, fitting[0].name)
+    first = fitting[0]
+    if not first.automatic:
+        raise ExportError(
+            f"{folder} holds files of {first.title}, native code that runs when it is loaded; if you trust their "
+            f"origin, ask for it by name: runtime={first.name!r}, or --runtime {first.name} on the command line"
+        )
+    installed = (each.name for each in fitting if each.automatic and importlib.util.find_spec(each.package) is not None)
+    return next(installed, first.name)
 
 
 def open_runtime(
@@ -213,7 +213,7 @@ def open_runtime(
         fitting = next((each.name for each in runtimes().values() if each.kind == manifest.kind), "auto")
         raise ExportError(
             f"runtime {name!r} runs {kind.kind} and this export holds {manifest.kind}; load it with "
-            f"runtime={fitting!r}, or export again with xfm-fast export {kind.kind}"
+            f"runtime={fitting!r}, or export again with xfm-fast export --to {kind.kind}"
         )
     if precision is not None and precision not in kind.precisions:
         raise UnavailableError(

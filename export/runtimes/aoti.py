@@ -90,7 +90,8 @@ class AOTInductor(Runtime):
         if self.enqueues:
             if not torch.cuda.is_available():
                 raise UnavailableError("these packages were compiled for an NVIDIA GPU and PyTorch finds none here")
-            self.device = torch.device("cuda", torch.cuda.current_device() if device is None else device.index or 0)
+            index = None if device is None else device.index
+            self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
             where = torch.cuda.get_device_name(self.device)
         check_target(target, local_target(target.device))
         self.description = f"AOTInductor of torch {torch.__version__}, {where}"
@@ -110,8 +111,10 @@ class AOTInductor(Runtime):
     @classmethod
     def why_absent(cls, device: torch.device) -> str | None:
         """See `Runtime.why_absent`."""
+        if device.type != "cpu":
+            return "is measured on the CPU"
         try:
-            PackageRequest(device="cuda" if device.type == "cuda" else "cpu").check()
+            PackageRequest().check()
         except (ExportError, UnavailableError) as error:
             return str(error)
         return None
@@ -173,7 +176,8 @@ def compile_package(graph: Graph, path: Path, request: PackageRequest, fixed: Ma
         full = os.strerror(errno.ENOSPC)
         if isinstance(error, OSError) or full in str(error):
             # The C++ compiler's last words, somewhere in its output.
-            raise StorageError(f"{path} could not be written ({full}?); free space there") from error
+            reason = getattr(error, "strerror", None) or full
+            raise StorageError(f"{path} could not be written ({reason}); free space or use another folder") from error
         raise ExportError(
             f"PyTorch does not compile {path.stem} for {request.device} in {request.dtype} ({first_line(error)}); "
             "export it to ONNX, or upgrade PyTorch"
@@ -208,5 +212,5 @@ def check_target(target: PackageTarget, here: PackageTarget) -> None:
     if lacking:
         raise ExportError(
             f"these packages were compiled for a machine with {', '.join(lacking)}; build them again here with "
-            f"xfm-fast export aoti --device {target.device}"
+            f"xfm-fast export --to aoti --device {target.device}"
         )

@@ -138,7 +138,7 @@ class Library:
     title: ClassVar[str] = "TensorRT"
     newest: ClassVar[int] = 11
     """The last major version that was tried."""
-    instead: ClassVar[str] = ", or export for a machine without it: xfm-fast export tensorrt-rtx"
+    instead: ClassVar[str] = ", or export for a machine without it: xfm-fast export --to tensorrt-rtx"
     least: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
 
     def __init__(self) -> None:
@@ -183,13 +183,13 @@ class Library:
         if present is None:
             raise UnavailableError(
                 "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
-                "a machine with one, or use xfm-fast export tensorrt-rtx, which needs none"
+                "a machine with one, or use xfm-fast export --to tensorrt-rtx, which needs none"
             )
         targets = parse_targets(joined(request.sm))
         if targets and set(targets) != {present}:
             raise UnavailableError(
                 f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(targets)}; "
-                "leave out --sm and use --hardware-compatible, or use xfm-fast export tensorrt-rtx"
+                "leave out --sm and use --hardware-compatible, or use xfm-fast export --to tensorrt-rtx"
             )
         level, known = request.hardware_compatible, get_args(HardwareCompatibility)
         if level and level not in known:
@@ -242,7 +242,7 @@ class Library:
     def declared_size(self, head: bytes) -> int | None:
         """Bytes of an engine according to its header, or None; raises `ExportError` for another library's engine."""
         if head[:4] == _RTX_MAGIC:
-            raise ExportError("it was built by TensorRT for RTX; build it with xfm-fast export tensorrt")
+            raise ExportError("it was built by TensorRT for RTX; build it with xfm-fast export --to tensorrt")
         return None
 
 
@@ -299,7 +299,7 @@ class LibraryForRTX(Library):
 
     def declared_size(self, head: bytes) -> int | None:
         if len(head) < _RTX_HEADER or head[:4] != _RTX_MAGIC:
-            raise ExportError("it is no engine of TensorRT for RTX; build it with xfm-fast export tensorrt-rtx")
+            raise ExportError("it is no engine of TensorRT for RTX; build it with xfm-fast export --to tensorrt-rtx")
         return int.from_bytes(head[16:24], "little")
 
 
@@ -376,7 +376,7 @@ def _names(targets: Sequence[int]) -> str:
 
 def check_engine_file(path: Path, library: Library, *, expected_bytes: int | None = None) -> None:
     """Raise `ExportError` for a missing, empty, truncated or foreign engine, before a runtime asserts on it."""
-    again = f"copy the file again or build it with xfm-fast export {library.name}"
+    again = f"copy the file again or build it with xfm-fast export --to {library.name}"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -446,7 +446,7 @@ class TensorRT(Runtime):
         if capability is None:
             raise UnavailableError(
                 f"{self.title} needs an NVIDIA GPU and PyTorch finds none here; export to ONNX for this machine: "
-                "xfm-fast export onnx"
+                "xfm-fast export"
             )
         self.manifest.require_target(library_version=self.library.version, compute_capability=capability)
         index = torch.cuda.current_device() if chosen is None or chosen.index is None else chosen.index
@@ -482,7 +482,7 @@ class TensorRT(Runtime):
         if engine is None:
             raise ExportError(
                 f"{self.title} {self.library.version} does not load {path.name} ({first_error(self.errors)}); "
-                f"build it on this machine with xfm-fast export {self.name}"
+                f"build it on this machine with xfm-fast export --to {self.name}"
             )
         return _Engine(self, engine, record, path)
 

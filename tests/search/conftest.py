@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from xfm_fast.data.shapes import VOCABULARY, render, scene
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import SearchModel, open_model
 from xfm_fast.tokenizer import CaptionTokenizer
-
-Photos = Callable[[int], Path]
 
 
 def write_picture(path: Path, number: int) -> Path:

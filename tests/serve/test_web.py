@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -99,9 +99,6 @@ def port() -> Iterator[int]:
         site.shutdown()
         site.server_close()
         thread.join(10)
-
-
-Resolved = Callable[..., list[Any]]
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:

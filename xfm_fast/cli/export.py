@@ -113,6 +113,8 @@ class ExportOptions:
             given["dtype"] = source.dtype
         if "device" in known and source.device != "auto":
             given["device"] = source.device
+        elif source.device != "auto":
+            raise InputError(f"--device does not apply to --to {self.to}; leave it out")
         for name in ("to", "verbose", "data"):
             given.pop(name, None)
         if unknown := sorted(given.keys() - known):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 from cyclopts import Parameter
+from cyclopts import default_name_transform as dashes
 
 from xfm_fast.cli.console import note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
@@ -108,9 +109,13 @@ def index(
     left = f", {len(report.faults):,} left out" if report.faults else ""
     print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
     named = "".join(
-        f" --{name} {value}"
-        for name, value in (("model", source.model), ("index", options.index), ("images", options.images))
-        if value is not None
+        f" --{dashes(name)} {value}"
+        for options_of, names in (
+            (source, ("model", "config", "image_size", "tokenizer")),
+            (options, ("index", "images")),
+        )
+        for name in names
+        if (value := getattr(options_of, name)) is not None
     )
     print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{named}")
     return 0

@@ -10,6 +10,7 @@ from annotated_types import Ge
 
 from xfm_fast.cli.console import note
 from xfm_fast.cli.options import UNFINISHED, Flat
+from xfm_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def reproduce(
     """
     from xfm_fast.reproduce import claims, save, tasks
 
+    if study == "claims" and options.jobs is not None:
+        raise InputError("--jobs applies to downstream; leave it out")
     out = options.out or Path("runs", study)
     module: Any = claims if study == "claims" else tasks
 

@@ -59,14 +59,6 @@ class RetrievalTestRecord(Annotation):
     caption: Texts
 
 
-class NLVR2Record(Annotation):
-    """A statement about two images."""
-
-    images: Annotated[tuple[Text, ...], Field(min_length=2, max_length=2)]
-    sentence: Text
-    label: bool
-
-
 class CaptioningRecord(Annotation):
     """An image, with a caption for training."""
 

@@ -387,7 +387,7 @@ class XFM(nn.Module):
 
     def set_image_size(self, image_size: int) -> None:
         """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""
-        config = self.config.replace(image_size=image_size)
+        config = self.config.resized(image_size)
         window = (config.grid, config.grid)
         for block in self.vision_encoder.blocks:
             assert isinstance(block, Block)

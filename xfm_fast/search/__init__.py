@@ -5,6 +5,8 @@ for hit in search(open_index("photos"), open_model("runs/base/model"), "a red bi
 """
 
 import warnings
+from pathlib import Path
+from typing import Literal
 
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.loading import Source
@@ -12,6 +14,8 @@ from xfm_fast.search.index import IndexReport, SearchIndex, build_index, index_f
 from xfm_fast.search.model import SearchModel, open_model
 from xfm_fast.search.query import Found, Hit, search
 from xfm_fast.search.sheet import write_sheet
+
+Preset = Literal["tiny", "base"]
 
 __all__ = [
     "Collection",
@@ -32,8 +36,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> type[Source]:
-    if name != "ModelSource":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def ModelSource(weights: str | None = None, tokenizer: str | None = None, size: Preset = "tiny") -> Source:
+    """Former name of `Source`."""
     warnings.warn("ModelSource is now xfm_fast.loading.Source", DeprecationWarning, stacklevel=2)
-    return Source
+    return Source(weights, None if weights else size, tokenizer=Path(tokenizer) if tokenizer else None)

@@ -14,12 +14,6 @@ from xfm_fast.io import write_bytes
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.query import Found, Hit
 
-with needs("cli"):
-    import jinja2
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader(__package__ or "", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
 _SIDE = 320
 _COLUMNS, _CELL, _EDGE, _LINE = 4, 240, 12, 16
 _INK, _RED, _PAPER, _EMPTY = (32, 32, 32), (190, 0, 0), (255, 255, 255), (225, 225, 225)
@@ -52,7 +46,12 @@ def write_sheet(path: str | Path, query: str | Path, found: Found, index: Search
             {"hit": hit, "image": _data_url(image), "number": number}
             for number, (hit, image) in enumerate(zip(found.hits, thumbnails, strict=True), start=1)
         ]
-        page = _TEMPLATES.get_template("sheet.html").render(
+        with needs("cli"):
+            import jinja2
+        loader = jinja2.PackageLoader(__package__ or "", "templates")
+        templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        templates.filters["scores"] = scores
+        page = templates.get_template("sheet.html").render(
             title=title, cells=cells, warning=warning, searched=len(index.entries), where=str(index.path),
             model=str(index.model), lost=found.lost,
         )  # fmt: skip
@@ -111,6 +110,3 @@ def scores(hit: Hit) -> str:
     """The scores of a hit, for a caption."""
     similarity = f"similarity {hit.similarity:.3f}"
     return similarity if hit.match is None else f"match {hit.match:.1%}, {similarity}"
-
-
-_TEMPLATES.filters["scores"] = scores

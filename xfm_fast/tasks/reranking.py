@@ -265,6 +265,8 @@ def score_candidates(
         try:
             for image, values in [] if journal is None else journal.entries:
                 start, stop = candidates.cu_pairs[image], candidates.cu_pairs[image + 1]
+                if len(values) != stop - start:
+                    raise ValueError(f"{len(values)} scores for image {image}")
                 scores[start:stop] = torch.tensor(values, dtype=scores.dtype)
                 finished.add(image)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
