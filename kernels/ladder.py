@@ -83,11 +83,10 @@ class Op:
                 arguments = self._floating(arguments)
                 tensors = [value for value in arguments if isinstance(value, Tensor)]
         # CPU paths are opaque to a compiler, which has its own.
-        if call.chosen == "cpu" and not compiling:
-            if "inference" in rungs and self._infers(arguments, call, tensors):
-                return rungs["inference"](arguments, call)
-            if "training" in rungs and trains(call, _floats(arguments[place] for place in self._operands)):
-                return rungs["training"](arguments, call)
+        if "inference" in rungs and not compiling and self._infers(arguments, call, tensors):
+            return rungs["inference"](arguments, call)
+        if "training" in rungs and trains(call, _floats(arguments[place] for place in self._operands)):
+            return rungs["training"](arguments, call)
         fits = self.fits is None or call.chosen != "triton" or named(backend) or self.fits(arguments)
         if "kernel" in rungs and call.chosen in self.kernels and fits:
             return rungs["kernel"](arguments, call)
@@ -143,7 +142,7 @@ class Op:
         """True without dropout and stochastic depth."""
         for place in self._chance:
             value = arguments[place]
-            if value is not None and not (isinstance(value, float) and not value):
+            if value is not None and (isinstance(value, Tensor) or value):
                 return False
         return True
 

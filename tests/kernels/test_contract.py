@@ -71,6 +71,16 @@ def test_no_rows(name: str, backend: ops.Backend) -> None:
     assert all(t.isfinite().all() for t in found)
 
 
+@each_case
+def test_gradients_of_one_argument_are_those_of_all(name: str) -> None:
+    arguments = CASES[name].arguments(grad=True)
+    every = run(CASES[name], arguments)
+    grads = every[len(every) - len(leaves(arguments)) :]
+    for leaf, grad in zip(leaves(arguments), grads, strict=True):
+        alone = {key: t.detach() if isinstance(t, Tensor) and t is not leaf else t for key, t in arguments.items()}
+        torch.testing.assert_close(run(CASES[name], alone)[-1], grad, rtol=1e-4, atol=1e-4)
+
+
 def _strided(value: Any) -> Any:
     """The same values, every other element of memory; what lies between must not be read."""
     if not isinstance(value, Tensor) or not value.ndim:

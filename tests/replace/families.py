@@ -176,10 +176,9 @@ def _text(name: str, layer: str = "", inputs: Any = _texts, **options: Any) -> C
 
 
 def _vision(name: str, layer: str = "", inputs: Any = _images, **options: Any) -> Case:
-    flags = {flag: options.pop(flag) for flag in ("single",) if flag in options}
     sizes = {"image_size": IMAGE, **NO_DROPOUT} if "Swin" in name else PIXELS
     build = partial(_transformers, name, sizes)
-    return Case(layer or name.removesuffix("Model") + "Layer", build, inputs, options, **flags)
+    return Case(layer or name.removesuffix("Model") + "Layer", build, inputs, options)
 
 
 def _timm(name: str, layer: str, **options: Any) -> Case:

@@ -342,8 +342,8 @@ class FusedLayer(CalledByName):
         norms: list[Any] = [find(module, name) for name in spec.norms]
         if any(isinstance(norm, nn.LayerNorm) and norm.weight is None for norm in norms):
             return f"{spec.norms[0]} has no weight"
-        reason = None if spec.refuses is None else spec.refuses(module)
-        return reason or why_not_bypassed(module, adapted["bypassed"])
+        reason = why_not_bypassed(module, adapted["bypassed"])
+        return reason if reason or spec.refuses is None else spec.refuses(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
