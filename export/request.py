@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from annotated_types import Ge
 
@@ -143,6 +143,9 @@ class RepositoryOptions:
             value, least = getattr(self, name), int(name not in ("queue_delay", "cache_mb"))
             if value < least:
                 raise InputError(f"{name} is {value}; it must be at least {least}")
+
+
+Request = TypeVar("Request", bound=ExportRequest)
 
 
 def joined(texts: Sequence[str]) -> str:

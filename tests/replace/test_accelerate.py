@@ -166,7 +166,7 @@ def test_the_product_that_gains_least_counts_less_the_noise(monkeypatch: pytest.
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
 def test_slow_bfloat16_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     expectation.warn_of_slow_bfloat16.cache_clear()
-    monkeypatch.setattr(expectation.products, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0)
+    monkeypatch.setattr(expectation.gemm, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0)
     with pytest.warns(UserWarning, match=r"bfloat16.*1\.5"):
         accelerate(model(), dtype=torch.bfloat16)
     with warnings.catch_warnings():

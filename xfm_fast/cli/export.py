@@ -113,8 +113,8 @@ class ExportOptions:
             given["dtype"] = source.dtype
         if "device" in known and source.device != "auto":
             given["device"] = source.device
-        elif source.device != "auto":
-            raise InputError(f"--device does not apply to --to {self.to}; leave it out")
+        elif self.to == "onnx" and source.device == "cuda":
+            raise InputError("--device cuda does not apply to --to onnx, which traces on the CPU; leave it out")
         for name in ("to", "verbose", "data"):
             given.pop(name, None)
         if unknown := sorted(given.keys() - known):
