@@ -17,15 +17,13 @@ from xfm_fast.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from xfm_fast.config import XFMConfig
-    from xfm_fast.models.xfm import XFM, Head
+    from xfm_fast.models.xfm import XFM
     from xfm_fast.tasks.reranking import Rank
     from xfm_fast.tasks.task import Task
 
 MANIFEST_FILE = "manifest.json"
-_TABLE = ".relative_position_bias_table"
 
 
 def local_path(name: str) -> Path:
@@ -169,11 +167,11 @@ def open_model(
 
 
 def _random(source: Source) -> Opened:
-    from xfm_fast.checkpoint import without_values
+    from xfm_fast.checkpoint import random_tensors, without_values
     from xfm_fast.config import XFMConfig
     from xfm_fast.data.shapes import VOCABULARY
     from xfm_fast.models.processor import read_tokenizer
-    from xfm_fast.models.xfm import ALL_HEADS, XFM
+    from xfm_fast.models.xfm import XFM
     from xfm_fast.tokenizer import CaptionTokenizer
 
     words = CaptionTokenizer.train_on_texts([" ".join(VOCABULARY)], 1000)
@@ -181,7 +179,7 @@ def _random(source: Source) -> Opened:
     config = config.replace(vocab_size=max(config.vocab_size, words.vocab_size)).resized(source.image_size)
     with without_values():
         model = XFM(config)
-    model.load_state_dict(random_state(config, ALL_HEADS), assign=True)
+    model.load_state_dict(random_tensors(model.state_dict()), assign=True)
     model.tokenizer = words if source.tokenizer is None else read_tokenizer(source.tokenizer, config)
     return Opened(model, source.label, f"random weights of preset {source.random}")
 
@@ -258,35 +256,3 @@ def open_session(source: Source, runtime: str = "auto") -> Opened:
             f"{trained_with[:16]}…; give the one that the model was trained with"
         )
     return Opened(session, source.label, session.manifest.source, rank=rank_of(folder))
-
-
-def random_state(config: XFMConfig, heads: Collection[Head], seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of a model. Nothing is zero, unlike in a fresh model, so that every term shows in comparisons."""
-    import torch
-
-    from xfm_fast.checkpoint import without_values
-    from xfm_fast.models.xfm import XFM
-
-    with without_values():
-        wanted = XFM(config, heads=tuple(heads)).state_dict()
-    return random_tensors(wanted, seed) | ({"temp": torch.tensor(0.07)} if "temp" in wanted else {})
-
-
-def random_tensors(wanted: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Random values in the shapes of weights; those of a name are the same in every model."""
-    import zlib
-
-    import torch
-
-    state = {}
-    for name, tensor in wanted.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-        mean, spread = 0.0, 0.02
-        if name.endswith(_TABLE):
-            spread = 0.2
-        elif ".gamma_" in name:
-            mean, spread = 0.1, 0.01
-        elif tensor.ndim == 1 and name.endswith("weight"):
-            mean, spread = 1.0, 0.05
-        state[name] = torch.empty(tensor.shape, device="cpu").normal_(mean, spread, generator=generator)
-    return state

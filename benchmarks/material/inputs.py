@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -120,7 +119,9 @@ class Subjects:
             with torch.device("meta"):
                 model = TASK_MODELS[task](config) if task else XFM(config, heads=HEADS)
             wanted = model.state_dict()
-            own = random_tensors({name: tensor for name, tensor in wanted.items() if name not in self._state}, 0)
+            own = checkpoint.random_tensors(
+                {name: tensor for name, tensor in wanted.items() if name not in self._state}, 0
+            )
             given = {**self._shared[dtype], **tables, **{n: t.to(self.device, dtype) for n, t in own.items()}}
             model.load_state_dict({name: given[name] for name in wanted}, assign=True)
             self._models[key] = model.eval().requires_grad_(False)
@@ -135,24 +136,7 @@ def preset_config(preset: PresetName) -> XFMConfig:
 def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[str, Tensor]:
     """Random weights without zeros, unlike a fresh model, so that comparisons cover every term."""
     with torch.device("meta"):
-        state = random_tensors(XFM(config, heads=heads).state_dict(), seed)
-    return state | ({"temp": torch.tensor(0.07)} if "temp" in state else {})
-
-
-def random_tensors(wanted: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Random values in the shapes of some weights; they depend on the name, not on the model."""
-    state = {}
-    for name, tensor in wanted.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-        mean, spread = 0.0, 0.02
-        if name.endswith(_TABLE):
-            spread = 0.2
-        elif ".gamma_" in name:
-            mean, spread = 0.1, 0.01
-        elif tensor.ndim == 1 and name.endswith("weight"):
-            mean, spread = 1.0, 0.05
-        state[name] = torch.empty(tensor.shape, device="cpu").normal_(mean, spread, generator=generator)
-    return state
+        return checkpoint.random_tensors(XFM(config, heads=heads).state_dict(), seed)
 
 
 def make_tokenizer(preset: PresetName, files: Path | None, collection: Collection) -> CaptionTokenizer:

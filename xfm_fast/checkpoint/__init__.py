@@ -7,7 +7,15 @@ from xfm_fast.checkpoint.files import (
     save_pretrained,
     write_safetensors,
 )
-from xfm_fast.checkpoint.loading import LoadResult, assign_into, compare, load_into, require_depth, without_values
+from xfm_fast.checkpoint.loading import (
+    LoadResult,
+    assign_into,
+    compare,
+    load_into,
+    random_tensors,
+    require_depth,
+    without_values,
+)
 from xfm_fast.checkpoint.names import (
     HEAD_PREFIXES,
     Head,
@@ -40,6 +48,7 @@ __all__ = [
     "interpolate_table",
     "load_into",
     "load_pretrained_files",
+    "random_tensors",
     "read_state_dict",
     "read_x2vlm",
     "refuse_relative",

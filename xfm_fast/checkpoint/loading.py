@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,24 @@ def without_values() -> Iterator[None]:
     """
     with torch.device("meta"), _Uninitialised():
         yield
+
+
+def random_tensors(wanted: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights by name, the same in every model. No weight is zero, so that every term shows in comparisons."""
+    state = {}
+    for name, tensor in wanted.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        mean, spread = 0.0, 0.02
+        if name.endswith(TABLE):
+            spread = 0.2
+        elif name == "temp":
+            mean, spread = 0.07, 0.0
+        elif ".gamma_" in name:
+            mean, spread = 0.1, 0.01
+        elif tensor.ndim == 1 and name.endswith("weight"):
+            mean, spread = 1.0, 0.05
+        state[name] = torch.empty(tensor.shape, device="cpu").normal_(mean, spread, generator=generator)
+    return state
 
 
 def load_into(
