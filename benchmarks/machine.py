@@ -1,85 +1,85 @@
-"""This machine's offer: processor, memory, accelerators, optional packages, counters of energy, chosen kernels."""
+"""This machine: hardware, versions, optional packages, energy counters, and probes of its rates during a measurement.
+
+It needs no schema of results, so that it runs where PyTorch alone is installed.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import xfm_fast
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import roofline
 from xfm_fast.kernels.backend import compiler_versions
-from xfm_fast.kernels.cpu import waiting
+from xfm_fast.kernels.cpu import llvm, waiting
+from xfm_fast.kernels.cpu.gemm import compiled_linear
 from xfm_fast.kernels.cpu.races import compare_all
 from xfm_fast.kernels.cpu.workspace import keeps_freed_memory
 
-# Package -> (import name, the extra that installs it).
-OPTIONAL = {
-    "triton": ("triton", "installed with xfm-fast on Linux"),
-    "tensorrt": ("tensorrt", "tensorrt"),
-    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx"),
-    "onnxruntime": ("onnxruntime", "export"),
-    "openvino": ("openvino", "openvino"),
-    "flash-attn": ("flash_attn", "flash-attn"),
-    "transformers": ("transformers", "hf"),
-    "timm": ("timm", "hf"),
-}
-_OTHER_NAMES = {
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-    "onnxruntime": ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
-}
-# Feature -> the name of the same thing in /proc/cpuinfo, and in torch.cpu where that knows it.
+from .timing import DTYPES, timed
+
+# Optional packages: import name, the extra or the way to install it, and further names of distributions.
+_OPTIONAL: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "triton": ("triton", "installed with xfm-fast on Linux", ()),
+    "tensorrt": ("tensorrt", "tensorrt", ("tensorrt-cu13", "tensorrt-cu12")),
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt-rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12")),
+    "onnxruntime": (
+        "onnxruntime", "export", ("onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+    ),
+    "openvino": ("openvino", "openvino", ()),
+    "flash-attn": ("flash_attn", "flash-attn", ()),
+    "transformers": ("transformers", "hf", ()),
+    "timm": ("timm", "hf", ()),
+}  # fmt: skip
+# Instruction sets: the flag of Linux, and the function of torch.cpu that detects it on other systems.
 _FEATURES = {
     "AVX2": ("avx2", "_is_avx2_supported"),
     "AVX-512": ("avx512f", "_is_avx512_supported"),
     "AVX-512 BF16": ("avx512_bf16", "_is_avx512_bf16_supported"),
     "AVX-512 VNNI": ("avx512_vnni", "_is_vnni_supported"),
-    "AVX VNNI": ("avx_vnni", None),
+    "AVX VNNI": ("avx_vnni", ""),
     "AMX": ("amx_tile", "_is_amx_tile_supported"),
-    "AMX BF16": ("amx_bf16", None),
-    "AMX INT8": ("amx_int8", None),
-    "NEON": ("asimd", None),
-    "SVE": ("sve", None),
-    "ARM BF16": ("bf16", None),
-    "ARM I8MM": ("i8mm", None),
+    "AMX BF16": ("amx_bf16", ""),
+    "AMX INT8": ("amx_int8", ""),
+    "NEON": ("asimd", ""),
+    "SVE": ("sve", ""),
+    "ARM BF16": ("bf16", ""),
+    "ARM I8MM": ("i8mm", ""),
 }
-_TYPES = ("fp32", "bf16")
 _BF16_FEATURES = ("AVX-512 BF16", "AMX BF16", "ARM BF16")
-
-
-@dataclass(frozen=True)
-class Package:
-    """An optional package: its version, or None with the extra that brings it."""
-
-    name: str
-    version: str | None
-    extra: str
-    detail: str = ""
-
-    @property
-    def remedy(self) -> str:
-        """The command that installs it."""
-        return self.extra if " " in self.extra else f'pip install "xfm-fast[{self.extra}]"'
+_POWERCAP = Path("/sys/class/powercap")
+# The MLP of one layer of a base-size encoder; on a GPU a GEMM that fills it.
+PROBE_SHAPE = {"cpu": (1280, 768, 3072), "cuda": (8192, 8192, 8192)}
+# Beyond any cache, and a millisecond of a GPU's time.
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+# A probe that moves by more than this shows that something else ran on the machine.
+CONTENTION = 0.10
+# An emulated dtype may take seconds for one GEMM.
+_PROBE_S = 0.5
 
 
 @cache
 def _cpuinfo() -> dict[str, str]:
-    """Facts of the first processor as Linux tells them; empty elsewhere."""
+    """Linux's facts of the first processor; empty elsewhere."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
         return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
@@ -87,67 +87,53 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction-set flags as Linux lists them; empty where the system does not say."""
+    """Instruction-set flags of Linux; empty elsewhere."""
     return frozenset((_cpuinfo().get("flags") or _cpuinfo().get("Features", "")).split())
 
 
 @cache
 def cpu_features() -> dict[str, bool]:
-    """The instruction sets that matter to matrix products on this architecture, present or not."""
+    """The instruction sets of this architecture that matter to GEMMs, present or not."""
     arm = platform.machine().lower() in ("arm64", "aarch64")
     found = {}
     for name, (flag, probe) in _FEATURES.items():
-        if arm != (name.startswith("ARM") or name in ("NEON", "SVE")):
-            continue
-        supported = flag in cpu_flags()
-        if probe is not None and not supported:
-            with suppress(Exception):  # private functions: absent from some versions of PyTorch
-                supported = bool(getattr(torch.cpu, probe)())
-        found[name] = supported
+        if arm == (name.startswith("ARM") or name in ("NEON", "SVE")):
+            found[name] = flag in cpu_flags()
+            if probe and not found[name]:
+                with suppress(Exception):  # private functions: absent from some versions of PyTorch
+                    found[name] = bool(getattr(torch.cpu, probe)())
     return found
 
 
 def has_native_bf16() -> bool:
-    """True where the processor multiplies bf16 itself; elsewhere bf16 is emulated and slower than fp32."""
-    features = cpu_features()
-    return any(features.get(name, False) for name in _BF16_FEATURES)
+    """True if the processor multiplies bf16 itself; otherwise bf16 is emulated and slower than fp32."""
+    return any(cpu_features().get(name, False) for name in _BF16_FEATURES)
 
 
 def choose_dtypes(
-    asked: Sequence[str],
+    names: Sequence[str],
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> tuple[list[str], dict[str, str]]:
-    """The types to measure on a device, and those that it does not offer with the reason.
+    """The dtypes to measure on a device, and those that it does not offer with the reason.
 
-    Args:
-        asked: names; none and `auto` stand for what the processor multiplies itself.
-
-    Raises:
-        UnavailableError: one that was asked for is unknown.
+    No names and `auto` stand for what the processor multiplies itself. Raises `UnavailableError` for an unknown one.
     """
-    if asked and asked != ("auto",):
-        unknown = [name for name in asked if name not in _TYPES]
-        if unknown:
-            raise UnavailableError(f"dtype {', '.join(unknown)!r} is unknown; choose from {', '.join(_TYPES)}")
-        return list(dict.fromkeys(asked)), {}
+    if names and names != ("auto",):
+        if unknown := [name for name in names if name not in DTYPES]:
+            raise UnavailableError(f"dtype {', '.join(unknown)!r} is unknown; choose from {', '.join(DTYPES)}")
+        return list(dict.fromkeys(names)), {}
     if device.type == "cuda" or has_native_bf16():
-        return [*_TYPES], {}
+        return [*DTYPES], {}
     return ["fp32"], {"bf16": "not offered by this CPU (no AVX-512 BF16, AMX or ARM BF16); --dtype bf16 emulates it"}
 
 
-def choose_device(asked: str | None) -> torch.device:
-    """The device to measure: a GPU where there is one.
-
-    Raises:
-        UnavailableError: the one that was asked for is unknown or absent.
-    """
-    if asked is None:
+def choose_device(name: str | None) -> torch.device:
+    """The device to measure, by default a GPU if there is one; raises `UnavailableError` if it is absent."""
+    if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked not in ("cpu", "cuda"):
-        raise UnavailableError(f"device {asked!r} is unknown; choose cpu or cuda")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("device 'cuda' was asked for, but PyTorch sees no GPU; leave --device out")
-    return torch.device(asked)
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise UnavailableError(f"PyTorch finds no device {name!r} here; use --device cpu or auto")
+    return torch.device(name)
 
 
 def data_sheet(device: torch.device) -> roofline.GPU | None:
@@ -158,43 +144,21 @@ def data_sheet(device: torch.device) -> roofline.GPU | None:
     return next((gpu for gpu in roofline.GPUS if gpu.name in name), None)
 
 
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    if found := _cpuinfo().get("model name") or _cpuinfo().get("Model"):
-        return found
-    if sys.platform == "darwin":
-        with suppress(OSError, subprocess.SubprocessError):
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    return platform.processor() or platform.machine()
-
-
-def gpus() -> list[dict[str, Any]]:
-    """Name, compute capability and memory of every CUDA device."""
-    if not torch.cuda.is_available():
-        return []
-    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [
-        {"name": p.name, "compute_capability": f"{p.major}.{p.minor}", "memory_gb": round(p.total_memory / 1e9, 1)}
-        for p in properties
-    ]
-
-
-def optional_packages() -> list[Package]:
-    """Every optional package with its version and, for ONNX Runtime, its execution providers."""
+def optional_packages() -> list[dict[str, str | None]]:
+    """Every optional package: `name`, `version` (None if absent), `remedy`, and execution providers as `detail`."""
     packages = []
-    for name, (module, extra) in OPTIONAL.items():
-        found = None
+    for name, (module, extra, others) in _OPTIONAL.items():
+        found, detail = None, ""
         if importlib.util.find_spec(module) is not None:
-            found = next((v for n in (name, *_OTHER_NAMES.get(name, ())) if (v := _version(n))), "unknown version")
-        detail = ""
+            found = next((v for n in (name, *others) if (v := _version(n))), "unknown version")
         if found and name == "onnxruntime":
             try:
                 providers = importlib.import_module("onnxruntime").get_available_providers()
                 detail = ", ".join(provider.removesuffix("ExecutionProvider") for provider in providers)
             except Exception as error:  # a broken installation is worth a line, not a traceback
                 detail = f"does not import ({type(error).__name__}: {error})"
-        packages.append(Package(name, found, extra, detail))
+        remedy = extra if " " in extra else f'pip install "xfm-fast[{extra}]"'
+        packages.append({"name": name, "version": found, "remedy": remedy, "detail": detail})
     return packages
 
 
@@ -205,54 +169,42 @@ def _version(name: str) -> str | None:
         return None
 
 
-def ptxas_version() -> str | None:
-    """Of the assembler of Triton's kernels for the GPU at hand, else for Hopper; None without Triton."""
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-    with suppress(Exception):  # without Triton, without its NVIDIA backend, of a version that has no such function
-        return compiler_versions(10 * capability[0] + capability[1])[1]
-    return None
-
-
-def commit() -> dict[str, Any]:
-    """Commit of the source tree that runs, and whether it was changed; nulls outside a git checkout."""
-    folder = Path(__file__).resolve().parents[1]
-    unknown = {"commit": None, "dirty": None}
-    if not (folder / ".git").exists():
-        return unknown
-    try:
-        head = _git(folder, "rev-parse", "HEAD")
-        return {"commit": head, "dirty": bool(_git(folder, "status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return unknown
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-
 def default_threads() -> int:
-    """Threads that torch takes by itself, at most one per physical core that this process may use."""
+    """Threads that PyTorch takes by itself, at most one per physical core that this process may use."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return max(1, min(torch.get_num_threads(), physical, len(_allowed_cores()) or physical))
+    return max(1, min(torch.get_num_threads(), physical, _allowed_cores() or physical))
 
 
-def _allowed_cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def _allowed_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe() -> dict[str, Any]:
     """Everything a reader needs to place a measurement: hardware, system, versions, commit."""
     names = ("numpy", "triton", "tokenizers", "safetensors", "pillow", "torchvision", "scikit-image", "scikit-learn")
+    cpu, gpus, ptxas, commit = _cpuinfo().get("model name") or _cpuinfo().get("Model"), [], None, None
+    if not cpu and sys.platform == "darwin":
+        cpu = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    if torch.cuda.is_available():
+        for each in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
+            capability = f"{each.major}.{each.minor}"
+            memory = round(each.total_memory / 1e9, 1)
+            gpus.append({"name": each.name, "compute_capability": capability, "memory_gb": memory})
+    with suppress(Exception):  # without Triton, without its NVIDIA backend, of a version without this function
+        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        ptxas = compiler_versions(10 * major + minor)[1]
+    folder = Path(__file__).resolve().parents[1]
+    if (folder / ".git").exists():
+        commit = _output("git", "-C", str(folder), "rev-parse", "HEAD")
     return {
-        "cpu": cpu_model(),
+        "cpu": cpu or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "cpu_features": [name for name, present in cpu_features().items() if present],
         "cpu_flags": sorted(cpu_flags()),
         "native_bf16": has_native_bf16(),
         "cores_physical": psutil.cpu_count(logical=False),
         "cores_logical": psutil.cpu_count(),
-        "cores_allowed": len(_allowed_cores()),
+        "cores_allowed": _allowed_cores(),
         "threads": torch.get_num_threads(),
         "threads_wait": waiting.describe(os.environ),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
@@ -260,26 +212,29 @@ def describe() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "load_average": [round(load, 2) for load in psutil.getloadavg()],
-        "gpus": gpus(),
+        "gpus": gpus,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "mkl": torch.backends.mkl.is_available(),
         "onednn": torch.backends.mkldnn.is_available(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {name: _version(name) for name in names} | {"ptxas": ptxas_version()},
+        "versions": {name: _version(name) for name in names} | {"ptxas": ptxas},
         "xfm_fast": xfm_fast.__version__,
-        **commit(),
+        "commit": commit,
+        "dirty": bool(_output("git", "-C", str(folder), "status", "--porcelain")) if commit else None,
     }
 
 
-def as_dict(packages: list[Package]) -> list[dict[str, Any]]:
-    """Packages as plain values, for JSON."""
-    return [asdict(package) for package in packages]
+def _output(*command: str) -> str | None:
+    """The output of a command; None if it fails."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return None
 
 
 def choose_paths() -> list[dict[str, Any]]:
-    """Compare every operation that has alternatives, in every dtype that this processor is good at.
+    """Compare every operation that has alternatives, in every dtype that this processor multiplies itself.
 
     Returns:
         Operation, dtype, the chosen implementation and why, FLOP/s of each that passed, and why others were left out.
@@ -297,100 +252,180 @@ def choose_paths() -> list[dict[str, Any]]:
     ]
 
 
-POWERCAP = Path("/sys/class/powercap")
+class Nvml:
+    """Counters of a GPU by NVML; raises the error of the library where it lacks them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        self._nvml.nvmlInit()
+        # NVML numbers GPUs in another order than CUDA_VISIBLE_DEVICES.
+        identifier = str(torch.cuda.get_device_properties(device).uuid)
+        self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{identifier.removeprefix('GPU-')}")
+
+    def joules(self) -> float:
+        """Energy of the board since some moment."""
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
+
+    def state(self) -> tuple[float, float]:
+        """Clock of the multiprocessors in MHz, and temperature in °C."""
+        clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+        return float(clock), float(self._nvml.nvmlDeviceGetTemperature(self._handle, self._nvml.NVML_TEMPERATURE_GPU))
 
 
 class EnergyMeter:
-    """Joules since some moment, where the platform counts them.
+    """Joules since some moment, where the platform counts them; `reason` is why it does not."""
 
-    Attributes:
-        source: what counts; None where nothing does, and then `reason` says why.
-    """
-
-    def __init__(self, device: torch.device, powercap: Path = POWERCAP) -> None:
-        self.source: str | None = None
+    def __init__(self, device: torch.device, powercap: Path = _POWERCAP) -> None:
         self.reason: str | None = None
-        self._packages: list[_Package] = []
-        self._handle: Any = None
-        if device.type != "cuda":
-            self._open_rapl(powercap)
-            return
-        try:
-            self._nvml, handle = _nvml_handle(device)
-            self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except ImportError:
-            self.reason = "no energy counter: the package nvidia-ml-py (pynvml) is not installed"
-        except Exception as error:  # NVML has one exception class a failure, all of which mean: not offered
-            self.reason = f"NVML does not count energy here ({error})"
-        else:
-            self._handle, self.source = handle, "NVML, the whole board"
-
-    def joules(self) -> float:
-        """The counter; differences between two calls mean something, and none may be a day apart."""
-        if self._handle is not None:
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
-        return sum(package.joules() for package in self._packages)
-
-    def _open_rapl(self, powercap: Path) -> None:
-        if not powercap.is_dir():
-            self.reason = f"no energy counter: {powercap} is absent (virtual machines hide it)"
+        self._gpu: Nvml | None = None
+        # Counters in microjoules, their ranges at which they start again, and their last values.
+        self._files: list[Path] = []
+        self._ranges: list[int] = []
+        self._last: list[int] = []
+        self._total = 0
+        if device.type == "cuda":
+            try:
+                self._gpu = Nvml(device)
+                self._gpu.joules()
+            except Exception as error:  # the package is missing, or NVML does not count energy here
+                self.reason, self._gpu = f"no energy counter of the GPU ({error}); it needs nvidia-ml-py", None
             return
         # Packages; their parts (cores, memory) have one more number in their name.
         folders = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
-        if not folders:
-            self.reason = f"no energy counter: {powercap} lists no RAPL package"
-            return
         try:
-            self._packages = [_Package(folder) for folder in folders]
+            self._files = [folder / "energy_uj" for folder in folders]
+            self._ranges = [int((folder / "max_energy_range_uj").read_text()) for folder in folders]
+            self._last = [int(file.read_text()) for file in self._files]
         except (OSError, ValueError) as error:
             self.reason = f"the RAPL counter cannot be read ({error}); it is root's on most systems"
-            return
-        self.source = f"RAPL, {len(folders)} package{'s' if len(folders) > 1 else ''}"
-
-
-class _Package:
-    """A counter in microjoules that starts again at its range."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "energy_uj"
-        self._range = int((folder / "max_energy_range_uj").read_text())
-        self._last = int(self._file.read_text())
-        self._total = 0
+        if not folders:
+            self.reason = f"no energy counter: {powercap} lists no RAPL package (virtual machines hide it)"
 
     def joules(self) -> float:
-        now = int(self._file.read_text())
-        self._total += now - self._last if now >= self._last else now + self._range - self._last
+        """The counter; differences between calls less than a day apart have a meaning."""
+        if self._gpu is not None:
+            return self._gpu.joules()
+        now = [int(file.read_text()) for file in self._files]
+        for before, after, largest in zip(self._last, now, self._ranges, strict=True):
+            self._total += after - before if after >= before else after + largest - before
         self._last = now
         return self._total / 1e6
 
 
-class GpuReading(NamedTuple):
-    """Clock of the multiprocessors in MHz, temperature in °C."""
+def _best_rate(amount: float, run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """`amount` per second in the fastest of a few runs."""
+    best, spent = math.inf, 0.0
+    for _ in range(repeats):
+        _, seconds = timed(run, device)
+        best, spent = min(best, seconds), spent + seconds
+        if spent > _PROBE_S:
+            break
+    return amount / best
 
-    clock_mhz: float
-    temperature_c: float
+
+class GemmProbe:
+    """This machine's GEMM rate in FLOP/s: on a CPU the best of MKL (`F.linear`), oneDNN and our own kernels."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+        rows, inputs, outputs = PROBE_SHAPE[device.type]
+        generator = torch.Generator().manual_seed(0)
+        self.flops, self._device = 2 * rows * inputs * outputs, device
+        x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
+        weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(device, dtype)
+        candidates: dict[str, Callable[[], object]] = {"cuBLAS" if x.is_cuda else "MKL": lambda: F.linear(x, weight)}
+        if not x.is_cuda:
+            candidates |= _onednn(x, weight)
+            if llvm.why_not(dtype) is None:
+                candidates["LLVM"] = lambda: compiled_linear(x, weight, None)
+        rates = {}
+        with torch.no_grad():
+            for name, run in candidates.items():
+                with suppress(RuntimeError, AttributeError, NotImplementedError):  # private ops of this build
+                    # The first call of a library prepares it, which may take longer than all that is timed.
+                    run()
+                    rates[name] = _best_rate(self.flops, run, device, 4)
+        self.library = max(rates, key=rates.__getitem__)
+        self._run = candidates[self.library]
+
+    def __call__(self, repeats: int = 3) -> float:
+        """Best rate of a few GEMMs."""
+        with torch.no_grad():
+            return _best_rate(self.flops, self._run, self._device, repeats)
 
 
-class GpuState:
-    """Clock and temperature of a GPU at this moment; None on a CPU and without NVML."""
+def _onednn(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
+    """OneDNN's GEMMs by name, if this build of PyTorch has them: the ops are private."""
+    try:
+        linear = torch.ops.mkldnn._linear_pointwise
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return {}
+    return {
+        "oneDNN": lambda: linear(x, weight, None, "none", [], ""),
+        "oneDNN, packed weight": lambda: linear(x, packed, None, "none", [], ""),
+    }
 
-    def __init__(self, device: torch.device) -> None:
-        self._handle: Any = None
+
+def moved(rates: Sequence[float]) -> bool:
+    """True if a probe left its median by more than `CONTENTION`."""
+    middle = statistics.median(rates)
+    return max(abs(rate / middle - 1) for rate in rates) > CONTENTION
+
+
+@dataclass
+class Readings:
+    """Readings of the probes, in order of time; `gemm` by dtype, `gpu` the clock in MHz and the temperature in °C."""
+
+    gemm: dict[str, list[float]] = field(default_factory=dict)
+    copies: list[float] = field(default_factory=list)
+    gpu: list[tuple[float, float]] = field(default_factory=list)
+
+    def contended(self, dtype: str) -> bool:
+        """True if the GEMM rate in a dtype moved."""
+        return bool(self.gemm.get(dtype)) and moved(self.gemm[dtype])
+
+    def note(self, dtype: str) -> str:
+        """What is remarkable about the machine meanwhile."""
+        remarks = [f"the GEMM rate moved by more than {CONTENTION:.0%}"] if self.contended(dtype) else []
+        if self.gpu:
+            (clock, cold), (last, warm) = self.gpu[0], self.gpu[-1]
+            if moved([mhz for mhz, _ in self.gpu]):
+                remarks.append(f"the GPU's clock went from {clock:.0f} to {last:.0f} MHz")
+            if warm - cold > 10:
+                remarks.append(f"the GPU warmed from {cold:.0f} to {warm:.0f} °C")
+        return "; ".join(remarks)
+
+
+class MachineProbes:
+    """Probes of the GEMM rate in some dtypes, of the copy rate, and of a GPU's clock and temperature."""
+
+    def __init__(self, dtypes: Sequence[str], device: torch.device) -> None:
+        self._device, self._gpu = device, None
         if device.type == "cuda":
-            with suppress(Exception):  # whatever is missing, a run goes on without these two numbers
-                self._nvml, self._handle = _nvml_handle(device)
+            with suppress(Exception):  # without NVML these two numbers are missing
+                gpu = Nvml(device)
+                gpu.state()
+                self._gpu = gpu
+        self._gemm = {name: GemmProbe(DTYPES[name], device) for name in dtypes}
+        self._source = torch.ones(COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+        self._target = torch.empty_like(self._source)
+        self._copy()
 
-    def __call__(self) -> GpuReading | None:
-        if self._handle is None:
-            return None
-        clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
-        warmth = self._nvml.nvmlDeviceGetTemperature(self._handle, self._nvml.NVML_TEMPERATURE_GPU)
-        return GpuReading(float(clock), float(warmth))
+    def _copy(self) -> float:
+        """Bytes per second that a large copy reads and writes."""
+        return _best_rate(2 * self._source.nbytes, lambda: self._target.copy_(self._source), self._device)
 
+    def read(self, into: Readings) -> None:
+        """Add one reading of everything."""
+        for name, probe in self._gemm.items():
+            into.gemm.setdefault(name, []).append(probe())
+        into.copies.append(self._copy())
+        if self._gpu is not None:
+            into.gpu.append(self._gpu.state())
 
-def _nvml_handle(device: torch.device) -> tuple[Any, Any]:
-    """By its unique identifier: NVML numbers GPUs in another order than CUDA_VISIBLE_DEVICES."""
-    nvml: Any = importlib.import_module("pynvml")
-    nvml.nvmlInit()
-    identifier = str(torch.cuda.get_device_properties(device).uuid)
-    return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{identifier.removeprefix('GPU-')}")
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """A reading for the head of a document: `record.Probe` by dtype, as plain values."""
+        return {
+            name: {"library": probe.library, "gemm_flops_per_s": probe(), "copy_bytes_per_s": self._copy()}
+            for name, probe in self._gemm.items()
+        }

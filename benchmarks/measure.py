@@ -1,4 +1,4 @@
-"""The harness: backends of a case agree with its reference, then take turns in one process, beside machine probes.
+"""The harness: backends of a case agree with its reference, then run in interleaved rounds of one process.
 
 The machine's speed drifts, so every round runs every backend, in rotating order, with GEMM and copy probes before,
 between and after the rounds. Medians have bootstrap intervals, ratios come from samples of the same rounds. A backend
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ from xfm_fast.errors import XFMError
 from xfm_fast.memory import PeakMemory
 
 from . import machine
-from .machine import EnergyMeter
-from .probes import MachineProbes, Readings
+from .machine import EnergyMeter, MachineProbes, Readings
 from .record import (
     SCHEMA_VERSION,
     Comparison,
@@ -37,6 +36,7 @@ from .record import (
     Extra,
     Mode,
     Parity,
+    Probe,
     Result,
     Status,
     finite,
@@ -51,16 +51,14 @@ _ENOUGH = 3
 # the dtype. The official algorithm's own error at a few requests is one draw, and may be a third of that by luck.
 MODEL_ROUNDING = 3.5
 
+Call = Callable[..., Any]
+Block = Callable[[], list[float]]
+"""Runs once or a few times and returns the seconds of each run."""
+
 
 @dataclass
 class Progress:
-    """Listeners to a benchmark; the defaults are silent.
-
-    Attributes:
-        begin: called with the number of stages.
-        stage: called with the name of a stage when it begins.
-        step: called with what runs next within a stage.
-    """
+    """Listeners to a benchmark: `begin` gets the number of stages, `stage` a name, `step` what runs next within it."""
 
     begin: Callable[[int], None] = lambda stages: None
     stage: Callable[[str], None] = lambda name: None
@@ -79,11 +77,6 @@ def tensors_differ(ours: Tensor, theirs: Tensor) -> Difference:
     return Difference(relative_error(ours, theirs))
 
 
-Call = Callable[..., Any]
-Block = Callable[[], list[float]]
-"""Runs once or a few times and returns the seconds of each run."""
-
-
 @dataclass
 class Backend:
     """One way to do the work of a case, in one dtype.
@@ -95,7 +88,6 @@ class Backend:
         lacking: status and reason if it does not run.
         band: allowed error, if rounding in the dtype does not explain it.
         optional: its result may differ; then it is not offered.
-        bounds: computes less than the work and so bounds its time; its result is not compared.
         parity: if it was compared before.
         extra: known before it runs.
         detail: further `extra`, asked for after the timing with the median in seconds.
@@ -109,7 +101,6 @@ class Backend:
     lacking: tuple[Status, str | None] | None = None
     band: float | None = None
     optional: bool = False
-    bounds: bool = False
     parity: Parity | None = None
     extra: Extra = field(default_factory=dict)
     detail: Callable[[float], Extra] = lambda median_s: {}
@@ -131,7 +122,7 @@ class Case:
         work: kind of work; `name` says the amount, for readers.
         items: of one run, counted in `unit`.
         judge: name of the reference; if it is a backend too, its first result is the reference.
-        reference: the reference's result in a dtype, in `exact` the truth; None where backends were compared before.
+        reference: the reference's result in a dtype, in fp32 the truth; None where backends were compared before.
         wide: the reference can be computed in fp64 too.
         compare: the difference of two results.
         fp32_band: error allowed in fp32; `rounding`: least error of 16-bit results, in spacings of the dtype.
@@ -150,7 +141,6 @@ class Case:
     mode: Mode | Direction = "offline"
     judge: str = ""
     reference: Callable[[str], Any] | None = None
-    exact: str = "fp32"
     wide: bool = False
     compare: Callable[[Any, Any], Difference] = tensors_differ
     fp32_band: float = FP32_BAND
@@ -168,20 +158,18 @@ class Case:
     def result(self, backend: Backend) -> Result:
         """A result without numbers."""
         status, reason = backend.lacking or ("measured", None)
-        extra = backend.extra | ({"bounds": 1} if backend.bounds else {})
         return Result(
             work=self.work, name=self.name, mode=self.mode, backend=backend.name, label=backend.label,
             dtype=backend.dtype, status=status, reason=reason, unit=self.unit, items=self.items, parity=backend.parity,
-            extra=extra,
+            extra=dict(backend.extra),
         )  # fmt: skip
 
 
 class Watched:
-    """A block of one run that keeps its last output and its peak memory."""
+    """A block of one run that keeps its peak memory."""
 
     def __init__(self, run: Call, device: torch.device) -> None:
         self._run, self._device = run, device
-        self.output: Any = None
         self.memory: Extra = {}
 
     def __call__(self) -> list[float]:
@@ -189,12 +177,12 @@ class Watched:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            self.output, seconds = timed(self._run, self._device)
+            _, seconds = timed(self._run, self._device)
             peak, method = torch.cuda.max_memory_allocated(), "CUDA allocator"
         else:
-            with PeakMemory() as seen:
-                self.output, seconds = timed(self._run, self._device)
-            peak, before, method = seen.peak, seen.start, seen.method
+            with PeakMemory() as memory:
+                _, seconds = timed(self._run, self._device)
+            peak, before, method = memory.peak, memory.start, memory.method
         known = self.memory.get("peak_bytes")
         if not isinstance(known, int) or peak > known:
             self.memory = {"peak_bytes": peak, "grown_bytes": peak - before, "memory_method": method}
@@ -202,45 +190,42 @@ class Watched:
 
 
 class Comparator:
-    """Compares results of a case with its reference, whose results are computed once per dtype."""
+    """Compares results of a case with its reference, which is computed once per dtype."""
 
     def __init__(self, case: Case) -> None:
         self._case = case
-        # Results may be large: only the exact one is kept.
-        self._known: list[Any] = []
+        # Results may be large: only the one in fp32 is kept, and errors of the reference itself by dtype.
+        self._exact: list[Any] = []
         self._own: dict[str, float] = {}
 
-    def _exact(self) -> Any:
-        if not self._known:
-            self._known = [self._compute(self._case.exact)]
-        return self._known[0]
-
-    def _compute(self, dtype: str) -> Any:
+    def _reference(self, dtype: str) -> Any:
         assert self._case.reference is not None
+        if dtype == "fp32" and self._exact:
+            return self._exact[0]
         with torch.set_grad_enabled(self._case.grad):
-            return self._case.reference(dtype)
+            result = self._case.reference(dtype)
+        if dtype == "fp32":
+            self._exact = [result]
+        return result
 
     def _own_error(self, dtype: str) -> float:
-        """Error of the reference itself in a dtype; in the exact one, against fp64."""
-        case = self._case
+        """Error of the reference itself against fp32; in fp32 against fp64, if that can be computed."""
         if dtype not in self._own:
-            if dtype != case.exact:
-                self._own[dtype] = case.compare(self._compute(dtype), self._exact()).error
-            elif case.wide:
-                self._own[dtype] = case.compare(self._exact(), self._compute("fp64")).error
-            else:
-                return 0.0
+            wider = "fp32" if dtype != "fp32" or not self._case.wide else "fp64"
+            pair = self._reference(dtype), self._reference(wider)
+            self._own[dtype] = self._case.compare(*pair).error if wider != dtype else 0.0
         return self._own[dtype]
 
     def parity(self, backend: Backend, result: Any) -> Parity:
         """The difference from the reference, and the one that rounding explains."""
         case, kind = self._case, DTYPES.get(backend.dtype, torch.float32)
-        if backend.name == case.judge and backend.dtype == case.exact:
-            self._known = self._known or [result]
-        difference = case.compare(result, self._exact())
-        error, band = difference.error, backend.band
-        if backend.name == case.judge and backend.dtype != case.exact:
+        judge = backend.name == case.judge
+        if judge and backend.dtype == "fp32" and not self._exact:
+            self._exact = [result]
+        error, note = case.compare(result, self._reference("fp32"))
+        if judge and backend.dtype != "fp32":
             self._own.setdefault(backend.dtype, error)
+        band = backend.band
         if band is None and kind == torch.float32 and error <= case.fp32_band:
             band = case.fp32_band
         if band is None:
@@ -248,11 +233,11 @@ class Comparator:
             band = parity_band(kind, max(self._own_error(backend.dtype), least), fp32=case.fp32_band)
         cosine = None
         if backend.dtype == "int8" and isinstance(result, Tensor):
-            pair = (value.double().flatten() for value in (result, self._exact()))
+            pair = (value.double().flatten() for value in (result, self._reference("fp32")))
             cosine = finite(float(torch.cosine_similarity(*pair, dim=0)))
         return Parity(
-            error=finite(error), band=band, passed=error <= band, against=f"{case.judge} {case.exact}",
-            note=difference.note, cosine=cosine,
+            error=finite(error), band=band, passed=error <= band, against=f"{case.judge} fp32", note=note,
+            cosine=cosine,
         )  # fmt: skip
 
 
@@ -263,26 +248,19 @@ class Samples:
     Attributes:
         rounds: seconds of every run, round by round.
         failures: one line for each backend that raised an error, and takes no further part.
-        joules, busy_s: energy of the blocks, and their time; empty without a counter.
+        energy: joules of the blocks, and their seconds; empty without a counter.
         interrupted: stopped by Ctrl-C; whole blocks were kept.
     """
 
     rounds: dict[str, list[list[float]]]
     readings: Readings = field(default_factory=Readings)
     failures: dict[str, str] = field(default_factory=dict)
-    joules: dict[str, float] = field(default_factory=dict)
-    busy_s: dict[str, float] = field(default_factory=dict)
+    energy: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     interrupted: bool = False
 
     def seconds(self, key: str) -> list[float]:
         """Seconds of every run of a backend."""
         return [second for block in self.rounds.get(key, []) for second in block]
-
-    def share_of_rate(self, key: str, flops: float) -> float | None:
-        """Median of FLOP/s over the GEMM rate that was probed before and after the same round."""
-        rates = self.readings.gemm.get(key.rsplit(" ", 1)[1], [])
-        shares = shares_of_rate(flops, [statistics.median(block) for block in self.rounds[key]], rates)
-        return statistics.median(shares) if shares else None
 
 
 def compared(key: str, dtype: str, theirs: Sequence[float], ours: Sequence[float]) -> Comparison:
@@ -317,12 +295,29 @@ def interleave(
         if probes is not None:
             probes.read(out.readings)
 
+    def attempt(name: str, *, warmup: bool = False) -> None:
+        if name in out.failures:
+            return
+        before, begun = meter.joules() if meter else 0.0, time.perf_counter()
+        try:
+            seconds = blocks[name]()
+        except Exception as error:  # a backend of another library may fail in any way; the run goes on
+            out.failures[name] = one_line(error)
+            return
+        if not warmup:
+            out.rounds[name].append(seconds)
+            if meter:
+                used = meter.joules() - before, time.perf_counter() - begun
+                out.energy.setdefault(name, []).append(used)
+
+    if meter is not None and meter.reason is not None:
+        meter = None
     with torch.set_grad_enabled(grad):
         try:
-            for name, block in blocks.items():
+            for name in blocks:
                 for _ in range(warmups):
                     on_step(f"{name}, warm-up")
-                    _attempt(name, block, out)
+                    attempt(name, warmup=True)
             started, done = time.perf_counter(), 0
             read()
             while len(out.failures) < len(blocks):
@@ -337,9 +332,7 @@ def interleave(
                     left = f"{planned}, about {max(1, each * (planned - done)):.0f} s left"
                 for name in rotated(list(blocks), done):
                     on_step(f"{name}, {done + 1} of {left}")
-                    seconds = _attempt(name, blocks[name], out, meter)
-                    if seconds is not None:
-                        out.rounds[name].append(seconds)
+                    attempt(name)
                 read()
                 done += 1
         except KeyboardInterrupt:
@@ -347,22 +340,6 @@ def interleave(
             while probes is not None and len(out.readings.copies) < 2:
                 read()
     return out
-
-
-def _attempt(name: str, block: Block, out: Samples, meter: EnergyMeter | None = None) -> list[float] | None:
-    if name in out.failures:
-        return None
-    counter = None if meter is None or meter.source is None else meter
-    before, begun = counter.joules() if counter else 0.0, time.perf_counter()
-    try:
-        seconds = block()
-    except Exception as error:  # a backend of another library may fail in any way; the run goes on
-        out.failures[name] = one_line(error)
-        return None
-    if counter:
-        out.joules[name] = out.joules.get(name, 0.0) + counter.joules() - before
-        out.busy_s[name] = out.busy_s.get(name, 0.0) + time.perf_counter() - begun
-    return seconds
 
 
 class Run:
@@ -387,7 +364,8 @@ class Run:
     def probe(self) -> None:
         """Prepare the machine probes and the energy counter."""
         self.probes, self.meter = MachineProbes(self.dtypes, self.device), EnergyMeter(self.device)
-        self.document.probes, self.document.energy_note = self.probes.describe(), self.meter.reason
+        self.document.probes = {name: Probe(**rates) for name, rates in self.probes.describe().items()}
+        self.document.energy_note = self.meter.reason
 
     def add(self, rows: Sequence[Result]) -> None:
         """Add results to the document."""
@@ -407,26 +385,17 @@ class Run:
         return rows
 
 
-class Benchmark(Protocol):
-    """Measures a list of cases: see `benchmark`."""
-
-    def __call__(
-        self, options: Any, progress: Progress | None = None, command: Sequence[str] = (),
-        keep: Callable[[Document], None] = ..., **given: Any,
-    ) -> Document:  # fmt: skip
-        """Measure on this machine; Ctrl-C ends the run and keeps what was measured, marked as interrupted.
-
-        Raises:
-            XFMError: an option or an input cannot be used.
-        """
-        ...
-
+Benchmark = Callable[..., Document]
+"""Measures on this machine: `(options, progress=None, command=(), keep=..., **given)`; see `benchmark`."""
 
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
 def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..., Any]], Benchmark]:
     """Register a benchmark: a generator of cases from a `Run`, each measured before the next is made.
+
+    It becomes a function of options, a progress display, the command line and `keep`, which is called with the document
+    when it has new results; Ctrl-C ends it and keeps what was measured, marked as interrupted.
 
     Args:
         name: in documents.
@@ -440,11 +409,11 @@ def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..
             keep: Callable[[Document], None] = lambda document: None, **given: Any,
         ) -> Document:  # fmt: skip
             begun = time.perf_counter()
-            asked: Any = SimpleNamespace(**{"threads": None, "seed": 0, "device": "cpu", "dtype": ()} | vars(options))
+            asked: Any = SimpleNamespace(**{"threads": None, "device": "cpu", "dtype": ()} | vars(options))
             device = machine.choose_device(asked.device)
             dtypes = asked.dtype if isinstance(asked.dtype, tuple) else [n for n in DTYPES if n == asked.dtype]
             torch.set_num_threads(asked.threads or machine.default_threads())
-            torch.manual_seed(asked.seed)
+            torch.manual_seed(0)
             plain = {
                 key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
                 for key, value in (vars(options) | given).items()
@@ -485,36 +454,37 @@ def _measured(case: Case, run: Run) -> tuple[list[Result], bool]:
         run.progress.step(f"comparing {backend.key}")
         try:
             with torch.set_grad_enabled(case.grad):
-                call = backend.build()
-                if case.reference is not None and not backend.bounds:
-                    found = (backend.check or call)()
-                    row.parity = comparator.parity(backend, found)
-                    counted[backend.key] = case.count(backend, found)
-                    del found
-                else:
-                    counted[backend.key] = case.count(backend, None)
+                call, result = backend.build(), None
+                if case.reference is not None:
+                    result = (backend.check or call)()
+                    row.parity = comparator.parity(backend, result)
+                counted[backend.key] = case.count(backend, result)
+                del result
         except Exception as error:  # of any library: its own row alone is lost
             refused = backend.dtype == "int8" and isinstance(error, XFMError)
             row.status, row.reason = "not offered" if refused else "failed", one_line(error)
             continue
-        if row.parity is not None and not row.parity.passed:
-            _refuse(row, optional=backend.optional)
+        if row.parity is None or row.parity.passed:
+            calls[backend.key] = call
             continue
-        calls[backend.key] = call
+        error = math.inf if row.parity.error is None else row.parity.error
+        row.reason = f"error {error:.1e} exceeds {row.parity.band:.1e}; no speed is reported"
+        row.status = "parity failed"
+        if backend.optional:
+            row.status, row.parity = "not offered", None
     del comparator
     ours = [backend for backend in case.backends if is_ours(backend.name)]
     if ours and not any(backend.key in calls for backend in ours):
         # Nothing to compare with.
         return [row for row in rows.values() if row.status != "measured"], False
-    interrupted = False
     for key in calls:
         rows[key].extra |= counted[key]
     if case.search is not None:
         try:
             case.search(run, calls, rows)
         except KeyboardInterrupt:
-            interrupted = True
-        return list(rows.values()), interrupted
+            return list(rows.values()), True
+        return list(rows.values()), False
     block = case.block or (lambda call: Watched(call, run.device))
     blocks = {key: block(call) for key, call in calls.items()}
     samples = interleave(
@@ -530,18 +500,8 @@ def _measured(case: Case, run: Run) -> tuple[list[Result], bool]:
     return list(rows.values()), samples.interrupted
 
 
-def _refuse(row: Result, *, optional: bool) -> None:
-    """Mark a result that differs from the reference."""
-    assert row.parity is not None
-    error = math.inf if row.parity.error is None else row.parity.error
-    row.reason = f"error {error:.1e} exceeds {row.parity.band:.1e}; no speed is reported"
-    row.status = "parity failed"
-    if optional:
-        row.status, row.parity = "not offered", None
-
-
 def _fill(row: Result, backend: Backend, samples: Samples, block: Block, run: Run) -> None:
-    """Fill in what the rounds gave."""
+    """Fill in the times, comparisons, memory, energy and efficiency of the rounds."""
     key, seconds = backend.key, samples.seconds(backend.key)
     if key in samples.failures:
         row.status, row.reason = "failed", samples.failures[key]
@@ -558,39 +518,36 @@ def _fill(row: Result, backend: Backend, samples: Samples, block: Block, run: Ru
             for other in samples.rounds
             if other != key and samples.seconds(other)
         ]
-    row.contended = samples.readings.contended(row.dtype)
-    if note := samples.readings.note(row.dtype):
+    readings = samples.readings
+    row.contended = readings.contended(row.dtype)
+    if note := readings.note(row.dtype):
         row.extra["note"] = note
-    low, high = bootstrap(np.median, seconds) or (None, None)
-    if low is not None and high is not None and row.mode == "offline":
-        row.extra |= {"rate_low": row.items / high, "rate_high": row.items / low}
+    interval = bootstrap(np.median, seconds) if row.mode == "offline" else None
+    if interval is not None:
+        row.extra |= {"rate_low": row.items / interval[1], "rate_high": row.items / interval[0]}
     if isinstance(block, Watched) and "peak_bytes" not in row.extra:
         row.extra |= block.memory
-    if key in samples.joules and run.meter is not None:
-        items = row.items * len(seconds)
-        joules = samples.joules[key]
-        row.extra |= {"joules_per_item": joules / items, "watts": joules / samples.busy_s[key]}
-    _add_efficiency(row, samples, run.device)
+    if key in samples.energy:
+        joules, busy_s = (sum(part) for part in zip(*samples.energy[key], strict=True))
+        row.extra |= {"joules_per_item": joules / (row.items * len(seconds)), "watts": joules / busy_s}
+    median = statistics.median(seconds)
+    needed, own, traffic = (row.number(name) for name in ("needed_flops", "flops", "bytes"))
+    if needed is not None:
+        # The arithmetic of a run over the rates of the machine.
+        sheet, rates = machine.data_sheet(run.device), readings.gemm.get(row.dtype, [])
+        medians = [statistics.median(block) for block in samples.rounds[key]]
+        for name, flops in (("mfu", needed), ("utilisation", own)):
+            if flops is not None:
+                shares = shares_of_rate(flops, medians, rates)
+                row.extra[name] = statistics.median(shares) if shares else None
+        if sheet is not None and row.dtype != "fp32":
+            row.extra["mfu_data_sheet"] = needed / median / sheet.flops_per_s
+        if traffic and rates and readings.copies:
+            copies = statistics.median(readings.copies)
+            row.extra["roof"] = min(statistics.median(rates), needed / traffic * copies)
     if not samples.interrupted:
         run.progress.step(f"{key}, detail")
-        row.extra |= backend.detail(statistics.median(seconds))
-
-
-def _add_efficiency(row: Result, samples: Samples, device: torch.device) -> None:
-    """Rates of the arithmetic of a run over those of the machine."""
-    needed, own, moved = (row.number(name) for name in ("needed_flops", "flops", "bytes"))
-    if needed is None or row.median_s is None:
-        return
-    key, sheet = f"{row.backend} {row.dtype}", machine.data_sheet(device)
-    row.extra["mfu"] = samples.share_of_rate(key, needed)
-    if own is not None:
-        row.extra["utilisation"] = samples.share_of_rate(key, own)
-    if sheet is not None and row.dtype != "fp32":
-        row.extra["mfu_data_sheet"] = needed / row.median_s / sheet.flops_per_s
-    rates = samples.readings.gemm.get(row.dtype)
-    if moved and rates and samples.readings.copies:
-        copies = statistics.median(samples.readings.copies)
-        row.extra["roof"] = min(statistics.median(rates), needed / moved * copies)
+        row.extra |= backend.detail(median)
 
 
 def shares_of_rate(flops: float, seconds: Sequence[float], rates: Sequence[float]) -> list[float]:

@@ -25,7 +25,7 @@ from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.report.readme import pages, picture_is_stale, regenerated
-from xfm_fast.benchmarks.report.table import number, times
+from xfm_fast.benchmarks.report.tables import number, times
 from xfm_fast.cli.app import app
 from xfm_fast.errors import DataError
 

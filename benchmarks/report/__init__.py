@@ -1,9 +1,7 @@
-"""Reports of results documents, of whichever benchmark: page, picture, terminal, Markdown, and two set side by side."""
+"""Reports of a results document of any benchmark: terminal, Markdown, page, picture, and two documents compared."""
 
-from .card import png
-from .compare import Changes, compare
-from .html import html
-from .table import gains, markdown
-from .terminal import print_changes, terminal
+from .compare import Changes, compare, print_changes
+from .page import html, png, terminal
+from .tables import gains, markdown
 
 __all__ = ["Changes", "compare", "gains", "html", "markdown", "png", "print_changes", "terminal"]

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from xfm_fast.errors import UnavailableError
 
 from ..contenders.registry import SCENARIOS
+from ..machine import Readings
 from ..measure import Call, Case, Run, benchmark, percentile
 from ..options import ScenarioOptions
-from ..probes import Readings
 from ..record import MODES, OFFICIAL, OURS, Comparison, Mode, Result
 from ..timing import one_line, rotated
 from .model import Scale, case, engines, note_paths, prepare, require

@@ -91,7 +91,7 @@ def info(*, as_json: Json = False) -> None:
 
     facts, packages, paths = machine.describe(), machine.optional_packages(), choose_paths()
     if as_json:
-        print(json.dumps({"machine": facts, "packages": machine.as_dict(packages), "paths": paths}, indent=1))
+        print(json.dumps({"machine": facts, "packages": packages, "paths": paths}, indent=1))
         return
     console, there = stdout(120), machine.cpu_features()
     features = (f"{name} {'[green]yes[/]' if has else '[dim]no[/]'}" for name, has in there.items())
@@ -116,8 +116,8 @@ def info(*, as_json: Json = False) -> None:
     console.print(hardware)
     optional = table("optional packages", "package", "version", "")
     for package in packages:
-        version, remark = (package.version, package.detail) if package.version else ("absent", package.remedy)
-        optional.add_row(package.name, escape(version), escape(remark), style=None if package.version else "dim")
+        version, remark = package["version"], package["detail" if package["version"] else "remedy"] or ""
+        optional.add_row(package["name"], escape(version or "absent"), escape(remark), style=None if version else "dim")
     console.print(optional)
     chosen = table("paths on this CPU", "operation", "dtype", "path", "measured")
     for path in paths:

@@ -82,6 +82,7 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("export", "--preset", "--random"),
     Renamed("convert", "--preset", "--config"),
     Renamed("export", "--level", None, "EngineRequest(level=) in Python"),
+    *(Renamed(name, "--seed", None, "the fixed seed 0") for name in ("bench", "try")),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
 )
 """Names of the version before; they work for this one, with a warning."""

@@ -1,4 +1,4 @@
-"""Reports of every kind of document: page, picture, terminal, Markdown, and the commands that show stored results."""
+"""Reports of stored documents: page, picture, terminal, Markdown, and the commands that show them."""
 
 from __future__ import annotations
 
@@ -12,43 +12,29 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.benchmarks.report import examples
 from tests.cli.runner import invoke
 from xfm_fast.benchmarks import files, report
-from xfm_fast.benchmarks.record import Document
-from xfm_fast.benchmarks.report import charts, findings
-from xfm_fast.benchmarks.report.table import Column, build, duration, number, seconds, si, tables, times
+from xfm_fast.benchmarks.record import Comparison, Document, Skip, is_ours
+from xfm_fast.benchmarks.report import page
+from xfm_fast.benchmarks.report.tables import Column, build, number, pivot, seconds, si, tables, times
 from xfm_fast.errors import StorageError, UnavailableError
 
-VOID = {"meta", "link", "br", "rect", "line", "circle", "path", "polyline"}
+VOID = {"meta", "br", "rect", "line"}
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 STORED = sorted(RESULTS.glob("*-2threads.json"))
+KINDS = (
+    "cpu-avx512", "embed-image-cpu-amx", "train-step-cpu-avx512", "drop-in-cpu-amx", "kernels-cpu-avx512",
+    "serve-cpu-avx512",
+)  # fmt: skip
 
 
-class _Tags(HTMLParser):
-    """Checks nesting; SVG's own empty elements close themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loaded: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in ("script", "img", "link", "iframe", "object", "use", "image"):
-            self.loaded.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+def _load(name: str) -> Document:
+    return files.load(RESULTS / f"{name}-2threads.json")
 
 
-@pytest.fixture(params=examples.DOCUMENTS)
+@pytest.fixture(params=KINDS)
 def document(request: pytest.FixtureRequest) -> Document:
-    return examples.DOCUMENTS[request.param]()
+    return _load(request.param)
 
 
 def _shown(document: Document, width: int = 180) -> str:
@@ -57,159 +43,153 @@ def _shown(document: Document, width: int = 180) -> str:
     return console.export_text()
 
 
+class _Tags(HTMLParser):
+    """Checks nesting; SVG's own empty elements close themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "img", "link", "iframe", "object", "use", "image")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
 def test_pages_are_well_formed_and_self_contained(document: Document) -> None:
-    document.machine = document.machine | {"cpu": "<script>alert(1)</script> & co"}
-    page = report.html(document, image='x" onload="y')
+    document.machine = document.machine | {"cpu": "<b>alert</b> & co"}
+    text = report.html(document, image='x" onload="y')
     tags = _Tags()
-    tags.feed(page)
+    tags.feed(text)
     assert tags.open == []
-    assert tags.loaded == []
-    for word in ("url(", "@import", "<script", "src=", 'onload="y'):
-        assert word not in page
-    assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL))
-    for word in ("prefers-color-scheme: dark", "0123456789abcdef", "&amp; co", " ".join(document.command), "numpy 2.1"):
-        assert word in page
+    for word in ("url(", "@import", "<script", "src=", 'onload="y', "<b>alert"):
+        assert word not in text
+    assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL))
+    for word in ("&amp; co", document.machine["commit"], "<h2>Speed</h2>", "<h2>All rows</h2>"):
+        assert word in text
     assert "og:image" not in report.html(document)
 
 
-def test_the_scenarios_page_has_every_chart() -> None:
-    page = report.html(examples.scenarios())
-    for title in ("Speed", "Latency", "Requests a second under a bound", "Roofline", "All rows"):
-        assert f"<h2>{title}</h2>" in page
-    for words in ("RuntimeError: out of &lt;memory&gt;", "the package tensorrt is not installed", "✓ †"):
-        assert words in page
-    assert "<h2>Peak memory</h2>" in report.html(examples.train_step())
-
-
 def test_bars_are_sorted_and_of_one_dtype() -> None:
-    found = charts.speeds(examples.scenarios())
-    # Three kinds of work in three modes, in fp32 and in bf16.
-    assert len(found) == 18
-    for chart in found:
-        values = [bar.value for bar in chart.bars]
-        assert values == sorted(values, reverse=True)
-        assert [bar.label.startswith("xfm-fast") for bar in chart.bars] == [bar.ours for bar in chart.bars]
-    like = next(chart for chart in found if chart.about.startswith("fp32"))
-    assert {bar.label.rpartition(", ")[2] for bar in like.bars} == {"fp32"}
-    assert [bar.factor for bar in like.bars if bar.label.startswith("official")] == ["1×"]
-    # The official algorithm was not run in bf16: its bar has its own dtype.
-    other = next(chart for chart in found if chart.about.startswith("bf16"))
-    assert [bar.label for bar in other.bars] == ["xfm-fast, bf16", "official algorithm, fp32"]
-    ours, official = charts.speeds(examples.suite())[0].bars
-    assert ours.value == pytest.approx(3 * official.value)
-    assert ours.low is not None
-    assert ours.high is not None
-    assert ours.low < ours.value < ours.high
+    for name in ("cpu-avx512", "embed-image-cpu-amx", "kernels-cpu-avx512"):
+        charts = page.speeds(_load(name))
+        assert charts
+        for chart in charts:
+            values = [bar.value for bar in chart.bars]
+            assert values == sorted(values, reverse=True)
+            if chart.about:
+                assert [bar.factor for bar in chart.bars].count("1×") == 1
+                dtypes = {bar.label.rpartition(", ")[2].removesuffix(" (a bound)") for bar in chart.bars}
+                assert dtypes <= {chart.about.split(";")[0], "fp32"}
+            for bar in chart.bars:
+                assert bar.low is None or bar.high is None or bar.low <= bar.value <= bar.high
+    peaks = page.memory(_load("train-step-cpu-avx512"))
+    assert peaks[0].bars[0].factor == "100%"
 
 
-def test_every_speed_up_names_its_dtypes() -> None:
-    text, rerank = findings.headlines(examples.suite())
-    assert (text.factor, rerank.factor) == ("10.2×", "46.7×")
-    assert "in bf16, against official algorithm, eager, fp32" in rerank.about
-    assert rerank.like_for_like == "23.4× like for like, both bf16"
-    for medium in (report.html(examples.suite()), _shown(examples.suite(), 90), report.markdown(examples.suite())):
-        assert "46.7×" in medium
-        assert "23.4×" in medium
-    for head in ("official algorithm fp32", "over fp32", "like for like"):
-        assert head in report.markdown(examples.suite())
-    # A service whose reference ran in bf16 alone.
-    stored = report.markdown(files.load(RESULTS / "serve-bf16-cpu-avx512-2threads.json"))
-    assert "over fp32" not in stored
-    assert "| 11.6 | 1.04 | 11.2× |" in stored
+def test_a_speed_up_names_both_dtypes_and_is_no_lucky_or_contended_one() -> None:
+    document = _load("cpu-avx512")
+    row = next(row for row in document.rows if row.ours and row.dtype == "bf16")
+    document.rows = [other for other in document.rows if other.place == row.place]
+    compared, like = document.headline(row), document.like_for_like(row)
+    assert compared is not None
+    assert like is not None
+    (headline,) = page.headlines(document)
+    assert headline.factor == times(compared.ratio)
+    assert "in bf16, against " in headline.about
+    assert headline.about.endswith("fp32")
+    assert headline.like_for_like == f"{times(like.ratio)} like for like, both bf16"
+    for medium in (report.html(document), _shown(document), report.markdown(document)):
+        assert times(compared.ratio) in medium
+        assert times(like.ratio) in medium
+    fp32 = next(other for other in document.rows if other.ours and other.dtype == "fp32")
+    fp32.against = [Comparison(backend=document.reference, dtype="fp32", like_for_like=True, ratio=99.0, low=1.0)]
+    assert page.headlines(document)[0].factor == times(compared.ratio)
+    row.contended = True
+    assert page.headlines(document)[0].factor == "99.0×"
 
 
-def test_a_headline_is_no_lucky_or_contended_pair() -> None:
-    steady, wild, contended = (row for row in examples.drop_in().rows[:3])
-    contended.contended = True
-    steady.against = [examples.comparison("untouched", "fp32", "fp32", 3.0)]
-    wild.against = [steady.against[0].model_copy(update={"ratio": 5.0, "low": 1.2})]
-    candidates = [(row, row.against[0]) for row in (wild, steady)]
-    assert findings.best_of(candidates) is candidates[1]
-    contended_pair = (contended, steady.against[0].model_copy(update={"low": 99.0}))
-    assert findings.best_of([contended_pair, candidates[0]]) is candidates[0]
-    tiles = report.html(examples.drop_in())
-    tiles = tiles[tiles.index('<div class="tiles">') : tiles.index("<h2>Speed")]
-    assert "9.8×" in tiles
-    assert "1.20×" in tiles
-    assert "4.4×" not in tiles
-
-
-def test_interrupted_runs_are_marked_in_every_report() -> None:
-    document = examples.scenarios()
+def test_what_has_no_numbers_is_shown_with_its_reason() -> None:
+    document = _load("cpu-avx512")
     document.interrupted = True
-    document.rows[0].status, document.rows[0].reason = "partial", "interrupted after 3 of 20 samples"
-    document.rows[1] = examples.absent(document.rows[1], "partial", "interrupted before its first sample")
-    shown = _shown(document)
-    assert "The run was interrupted" in report.html(document)
-    assert "interrupted after 3 of 20 samples" in shown
+    ours = [row for row in document.rows if row.ours]
+    ours[0].status, ours[0].reason = "partial", "interrupted after 3 samples"
+    ours[1].status, ours[1].reason, ours[1].seconds = "failed", "RuntimeError: out of <memory>", []
+    for row in ours[2:4]:
+        row.status, row.reason, row.dtype, row.seconds = "not offered", "no fp16 here", "fp16", []
+    assert document.data is not None
+    document.data.skipped = [Skip(what=f"{place}.jpg", reason="no image & text") for place in range(20)]
+    shown, text = _shown(document), report.html(document)
+    for words in ("The run was interrupted", "interrupted after 3 samples", "out of <memory>", "11.jpg", "8 more"):
+        assert words in shown
+    assert "12.jpg" not in shown
+    assert shown.count("no fp16 here") == 1
+    for words in ("out of &lt;memory&gt;", "no image &amp; text", "19.jpg"):
+        assert words in text
     assert "*" in report.markdown(document)
 
 
-def test_the_terminal_shows_what_was_measured() -> None:
-    shown = _shown(examples.scenarios())
-    for words in ("requests/s", "failed", "out of <memory>", "absent: TensorRT", "matrix products", "72%", "no energy"):
-        assert words in shown
-    whole = _shown(examples.coco())
-    for words in ("13.0×", "193 PFLOP", "25.6", "Receipt"):
-        assert words in whole
-    shown = _shown(examples.suite())
-    for words in (
-        "re-rank 1 image", "46.7×", "R@1/5/10 50/50/50", "equal in all 4 comparisons",
-        "error 2.0e-02 exceeds 1.0e-05", "this processor has no fp16", "<b>.jpg",
-    ):  # fmt: skip
-        assert words in shown
-    step = " ".join(_shown(examples.train_step()).split())
-    assert "peak memory, train-step bf16: 50%" in step
-    assert "33% with activation checkpointing" in step
+def test_the_terminal_shows_where_the_time_and_memory_go() -> None:
+    shown = " ".join(_shown(_load("retrieve-cpu-amx")).split())
+    assert "Where the time goes, by stage" in shown
+    assert "R@1/5/10" in _shown(_load("cpu-avx512"))
+    step = " ".join(_shown(_load("train-step-cpu-avx512")).split())
+    assert "peak memory, train-step fp32" in step
+    assert "GB); beyond parameters and gradients" in step
 
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_terminals_tables_fit_with_whole_words(document: Document, width: int) -> None:
-    shown = _shown(document, width)
-    known = {word for table in tables(document) for line in table.lines for cell in line for word in cell.split()}
-    known |= {word for table in tables(document) for column in table.columns for word in column.head.split()}
-    known |= {word for table in tables(document) for word in table.title.split()}
-    for line in shown.splitlines():
+    texts = [cell for table in tables(document) for line in table.lines for cell in line]
+    texts += [text for table in tables(document) for text in (table.title, *(c.head for c in table.columns))]
+    known = {word for text in texts for word in text.split()}
+    for line in _shown(document, width).splitlines():
         # Sentences wrap where the terminal does; tables are as wide as it is.
         if line.endswith(" ") or "─" in line:
             assert len(line) <= width
             assert set(line.replace("─", " ").split()) <= known, line
 
 
-def test_markdown_is_a_table(document: Document) -> None:
+def test_markdown_is_a_table_without_details(document: Document) -> None:
     document.rows[0].name += "a | b"
-    for block in report.markdown(document).strip().split("\n\n"):
+    written = report.markdown(document)
+    assert "95% interval" not in written
+    for block in written.strip().split("\n\n"):
         lines = block.splitlines()
         assert len(lines) > 2
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 def test_markdown_has_the_comparison_of_each_backend() -> None:
-    document = examples.scenarios()
-    row = next(row for row in document.rows if row.ours and row.mode == "offline")
-    against = next(other for other in row.against if other.backend == "official-algorithm")
+    document = _load("embed-image-cpu-amx")
+    row = next(row for row in document.rows if row.ours and row.dtype == "fp32" and row.mode == "offline")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown(document).splitlines()]
     heads, lines = table[0], table[2:]
-    line = next(line for line in lines if line[0] == f"{row.name}, {row.unit}/s" and line[1].startswith("official"))
-    assert line[heads.index("xfm-fast fp32 is")] == times(against.ratio)
-    assert all(line[heads.index("xfm-fast fp32 is")] == "" for line in lines if line[1] == "xfm-fast")
+    for other in (other for other in row.against if not is_ours(other.backend)):
+        label = next(one.label for one in document.rows if one.backend == other.backend)
+        line = next(line for line in lines if line[:3] == [f"{row.name}, images/s", label, other.dtype])
+        assert line[heads.index("xfm-fast fp32 is")] == times(other.ratio)
     assert "p99 ms" in heads
-    document.rows = [row for row in document.rows if row.mode == "offline"]
-    assert "p99" not in report.markdown(document)
 
 
-def test_saved_documents_are_shown_again(document: Document, tmp_path: Path) -> None:
+def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from PIL import Image
 
+    document = _load("embed-image-cpu-amx")
     saved = files.save(document, tmp_path / "out", report.html(document))
     assert files.load(saved.document) == document
-    page, card = tmp_path / "page.html", tmp_path / "card.png"
-    written = invoke(["bench", "report", str(saved.document), "--markdown"])
-    assert written.output == report.markdown(document)
-    done = invoke(["bench", "report", str(saved.document), "--html", str(page), "--png", str(card)])
+    text, card = tmp_path / "page.html", tmp_path / "card.png"
+    assert invoke(["bench", "report", saved.document, "--markdown"]).output == report.markdown(document)
+    done = invoke(["bench", "report", saved.document, "--html", text, "--png", card])
     assert done.exit_code == 0, done.output
-    assert 'og:image" content="card.png"' in page.read_text(encoding="utf-8")
+    assert 'og:image" content="card.png"' in text.read_text(encoding="utf-8")
     with Image.open(card) as image:
         assert image.size == (1200, 630)
         colours = image.convert("RGB").getcolors(1 << 20)
@@ -217,17 +197,13 @@ def test_saved_documents_are_shown_again(document: Document, tmp_path: Path) -> 
     # xfm-fast is dark and others are grey.
     assert {(11, 93, 82), (138, 146, 155)} <= {colour for _, colour in colours}
     for option in ("--html", "--png"):
-        assert invoke(["bench", "report", str(saved.document), option, str(tmp_path)]).exit_code == 2
-
-
-def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+        assert invoke(["bench", "report", saved.document, option, tmp_path]).exit_code == 2
     with pytest.raises(UnavailableError):
-        report.png(examples.coco().model_copy(update={"rows": []}), tmp_path / "card.png")
+        report.png(document.model_copy(update={"rows": []}), card)
 
 
 def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document, folder = examples.coco(), tmp_path / "deep" / "out"
+    document, folder = _load("cpu-avx2"), tmp_path / "deep" / "out"
     saved = files.save(document, folder, "page")
     assert (folder / "latest.json").read_bytes() == saved.document.read_bytes()
     assert files.save(document, folder, "page").document != saved.document
@@ -246,42 +222,30 @@ def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: p
 
 
 def test_results_of_a_gpu_are_kept_under_its_name(tmp_path: Path) -> None:
-    document = examples.train_step()
+    document = _load("train-step-cpu-avx512")
     document.machine = document.machine | {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}
     path = files.save_reference(document, tmp_path)
     assert path.name == "train-step-nvidia-h100-80gb-hbm3.json"
     assert files.load(path) == document
 
 
-@pytest.mark.parametrize("file", STORED, ids=lambda file: file.stem)
-def test_the_stored_results_can_all_be_shown(file: Path) -> None:
-    document = files.load(file)
-    assert report.html(document).startswith("<!doctype html>")
-    written = report.markdown(document)
-    assert written.startswith("| work")
-    for row in document.measured:
-        for found in filter(None, [document.headline(row)] if row.ours else []):
-            assert times(found.ratio) in written
+def test_the_stored_results_can_all_be_shown() -> None:
+    for file in STORED:
+        document = files.load(file)
+        assert report.html(document).startswith("<!doctype html>")
+        written = report.markdown(document)
+        assert written.startswith("| work")
+        for row in document.measured:
+            for found in filter(None, [document.headline(row)] if row.ours else []):
+                assert times(found.ratio) in written, file
 
 
-def test_axes_hold_their_values_and_have_ticks() -> None:
-    for values in ([0.1, 0.11], [3e-6, 2.0], [5.0, 5.0], [1e9, 3.4e11]):
-        axis = charts.log_axis(values)
-        assert all(0 <= axis(value) <= 100 for value in values)
-        assert 2 <= len(axis.ticks) <= 5, values
-        assert all(axis.low <= tick <= axis.high for tick in axis.ticks)
-    for top in (0.003, 7.9, 1e9):
-        axis = charts.linear_axis(top)
-        assert axis(0) == 0
-        assert axis(top) <= 100
-        assert 2 <= len(axis.ticks) <= 8
-
-
-def test_numbers_are_short() -> None:
+def test_numbers_are_short_and_empty_columns_are_left_out() -> None:
     assert (si(3.4e11, "FLOP/s"), si(0.0021, "s"), si(999.9999e9, "B/s")) == ("340 GFLOP/s", "2.1 ms", "1 TB/s")
-    assert (number(12345.6), number(0.01234)) == ("12,346", "0.0123")
+    assert (number(12345.6), number(0.01234), seconds(0.0021)) == ("12,346", "0.0123", "2.1 ms")
     assert (times(1.064), times(2.88), times(46.7)) == ("1.06×", "2.9×", "46.7×")
-    assert (seconds(0.0021), duration(3 * 86400), duration(7200)) == ("2.1 ms", "3.0 days", "2.0 h")
     rows = [{"a": "1", "b": ""}, {"a": "", "b": ""}]
     table = build("", rows, [Column(head, lambda row, head=head: row[head]) for head in ("a", "b")])
     assert ([column.head for column in table.columns], table.lines) == (["a"], [["1"], [""]])
+    table = pivot(("model",), [(("m",), "x", "1"), (("n",), "y", "2"), (("m",), "y", "3")])
+    assert table.lines == [["m", "1", "3"], ["n", "", "2"]]

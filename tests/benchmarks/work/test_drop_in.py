@@ -15,7 +15,7 @@ from torch import nn
 from tests.cli.runner import invoke
 from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.options import DropInOptions
-from xfm_fast.benchmarks.report.table import gains, int8_gains
+from xfm_fast.benchmarks.report.tables import gains, int8_gains
 from xfm_fast.benchmarks.work import drop_in, public_models
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8

@@ -13,15 +13,16 @@ from PIL import Image
 
 transformers = pytest.importorskip("transformers")
 
-from tests.benchmarks.report import examples  # noqa: E402
 from tests.cli.runner import invoke  # noqa: E402
 from xfm_fast import XFM, XFMConfig  # noqa: E402
+from xfm_fast.benchmarks.files import load  # noqa: E402
 from xfm_fast.benchmarks.material import models  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
 from xfm_fast.benchmarks.record import UNTOUCHED, Parity, Result  # noqa: E402
 from xfm_fast.benchmarks.work import trial  # noqa: E402
 from xfm_fast.errors import CheckpointError, DataError, InputError  # noqa: E402
 
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 QUICK = ["--quick", "--dtype", "fp32", "--threads", str(torch.get_num_threads())]
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "home"]
@@ -95,7 +96,7 @@ def test_advice_ranks_by_time(rates: dict[str, tuple[float | None, float]], dtyp
         for backend, rate in zip((UNTOUCHED, "accelerate(model)"), pair, strict=True)
         if rate is not None
     ]  # fmt: skip
-    document = examples.document("try", rows=rows, reference=UNTOUCHED)
+    document = load(RESULTS / "drop-in-cpu-amx-2threads.json").model_copy(update={"rows": rows})
     line, sentences = trial._advice(document, "a batch", [])
     assert (line is not None and "bfloat16" in line) == (dtype == "bf16")
     assert (line is None) == (dtype is None)
