@@ -1,4 +1,4 @@
-"""A file format added from outside the package is read by training, checks, conversion and search."""
+"""A file format added from outside the package is read by training, fine-tuning, checks, conversion and search."""
 
 import ast
 from pathlib import Path
@@ -9,11 +9,12 @@ import pytest
 
 from tests.data.record_files import base64_picture, picture, tiny_config, tiny_tokenizer, write_lines, write_tar
 from xfm_fast.data import records
+from xfm_fast.data.caption_files import retrieval_rows
 from xfm_fast.data.collection import open_collection
 from xfm_fast.data.converting import to_lines
 from xfm_fast.data.files import open_file
 from xfm_fast.data.options import PairStreamOptions
-from xfm_fast.data.records import READERS, Reader, Schema, open_records
+from xfm_fast.data.records import READERS, Reader, Schema, image_at, open_records
 from xfm_fast.data.streams import Stream
 from xfm_fast.errors import DataError
 from xfm_fast.tasks.checking import Options, check
@@ -61,6 +62,9 @@ def test_a_format_from_outside_is_read_everywhere(toy: Path, tmp_path: Path) -> 
     assert [entry.name for entry in entries] == ["a.blocks#block 0", "a.blocks#block 1", "a.blocks#block 2"]
     assert collection.load(entries[1])[1] == ("the dog",)
     assert to_lines(toy, tmp_path / "a.jsonl").rows == 2
+    (rows,) = retrieval_rows([toy])
+    pair = rows.read(1)
+    assert (pair.caption, image_at(Path(pair.image))) == ("the dog", picture(1))
     batches = []
     for data in (toy, tmp_path / "a.jsonl"):
         options: Any = PairStreamOptions(shuffle=False, augment=False, bad_share=0.5)

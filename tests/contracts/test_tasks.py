@@ -23,7 +23,6 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.recipe import load_finetune_recipe
 from xfm_fast.finetuning.run import evaluate, finetune, load_weights, open_task
-from xfm_fast.reproduce.tasks import TWINS
 from xfm_fast.tasks.checking import Options, check
 from xfm_fast.tasks.task import TASKS, explanation
 from xfm_fast.training.recipe import FINETUNING, read_recipe, recipe_names
@@ -79,9 +78,8 @@ def _close(a: Any, b: Any) -> bool:
     return a == (pytest.approx(b, rel=1e-3, abs=1e-4) if isinstance(a, float) else b)
 
 
-def test_every_task_has_a_twin_and_a_place_in_the_study() -> None:
+def test_every_task_has_a_tiny_recipe() -> None:
     assert {read_recipe(name, FINETUNING)["task"]["kind"] for name in NAMES} == {*KINDS} - {"weak_grounding"}
-    assert {twin.recipe for twin in TWINS} == set(NAMES)
     assert {*KINDS} - {"weak_grounding"} == CASES.keys()
 
 

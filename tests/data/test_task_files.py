@@ -136,9 +136,9 @@ def test_vqa_v2(tmp_path: Path) -> None:
     assert "2 empty answers" in rows.notes[0]
     assert "90, 90" in rows.notes[0]
     # People's empty answers count when scoring.
-    assert record.scored is not None
-    assert len(record.scored["answers"]) == 10
-    assert vqa_accuracy({90: "no"}, [record.scored]).per_answer_type == {"yes/no": 30.0}
+    assert record.people is not None
+    assert len(record.people) == 10
+    assert vqa_accuracy(["no"], [record.people], [record.answer_type]) == {"overall": 30.0, "yes/no": 30.0}
     for row, message in [(1, "question 91"), (2, "question 92")]:
         with pytest.raises(DataError, match=message):
             rows.read(row)
@@ -187,7 +187,7 @@ def test_references_alone(tmp_path: Path, protocol: int) -> None:
     first, second = rows.read(0), rows.read(1)
     assert (first.text, second.text, first.image) == ("left dog", "brown dog", "COCO_7.jpg")
     assert (first.bbox, first.ref_id, first.split, first.width, first.height) == ((1, 2, 3.5, 4), 0, "train", 100, 80)
-    for row, message in [(2, "100x80"), (3, "annotation 12 or image 7")]:
+    for row, message in [(2, "100x80"), (3, "annotation 12")]:
         with pytest.raises(DataError, match=message):
             rows.read(row)
     assert rows.label(2) == "ref_id 1, sentence 0"

@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render_batch, scene
+from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render, scene
 from xfm_fast.export.expected import Examples, padded_texts
 from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS
 from xfm_fast.models.xfm import XFM
@@ -76,7 +76,7 @@ def scenes_examples(model: XFM, first: int, images: int) -> Examples:
 
 
 def _pixels(scenes: list[Scene], model: XFM) -> Tensor:
-    drawn = torch.from_numpy(render_batch(scenes, model.config.image_size))
+    drawn = torch.stack([torch.from_numpy(render(each, model.config.image_size)) for each in scenes])
     return drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -1,4 +1,4 @@
-"""A small world, and a pretrained model with random weights and the world's vocabulary."""
+"""A small shapes dataset, and a pretrained model with random weights and its vocabulary."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ def pretrained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(world: Path, pretrained: Path, tmp_path: Path) -> Make:
+    return make_recipe(world, pretrained, tmp_path)
+
+
+def make_recipe(world: Path, pretrained: Path, folder: Path) -> Make:
     """Makes recipes of a task on the world; `recipe("nlvr2", "nlvr_{}.json", epochs=1, ...)`."""
 
     def make(kind: str, files: str, **changes: Any) -> FinetuneRecipe:
@@ -66,7 +70,7 @@ def recipe(world: Path, pretrained: Path, tmp_path: Path) -> Make:
             "eval_batch_size": 4,
             "optimizer": {"lr": 1e-3, "clip_norm": None},
             "device": "cpu",
-            "checkpoint": {"folder": str(tmp_path / "run"), "every": 2},
+            "checkpoint": {"folder": str(folder / "run"), "every": 2},
             "log": {"every": 1},
         }
         return FinetuneRecipe(**(values | changes))

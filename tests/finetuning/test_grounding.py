@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.agreement import inputs_of, tensors, with_weights
 from tests.cli.runner import invoke
-from tests.conftest import config, load_json
+from tests.conftest import load_json
 from tests.finetuning.conftest import Make
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import finetune
-from xfm_fast.tasks.grounding import GroundingBatch, GroundingModel, GroundingOptions, GroundingRecord, GroundingTask
+from xfm_fast.tasks.grounding import GroundingOptions, GroundingRecord, GroundingTask
 from xfm_fast.tokenizer import CaptionTokenizer
 
 FILES = "grounding", "grounding_{}.json"
@@ -56,27 +54,12 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
-def test_losses_are_the_official_ones(task: Open) -> None:
-    x = {name.partition("/")[2]: t for name, t in inputs_of("tiny_b/ft_inputs", torch.float64).items()
-         if name.startswith("grounding/")}  # fmt: skip
-    truth = tensors("tiny_b/ft_outputs")
-    model = with_weights(GroundingModel(config("tiny_b")), "tiny_b", torch.float64, "grounding")
-    batch = GroundingBatch(
-        image=x["image"], input_ids=x["text_ids"], attention_mask=x["text_atts"], boxes=x["target_bbox"]
-    )
-    losses = task().losses_of(model, batch)
-    values = {name: loss.detach() for name, loss in losses.items()}
-    assert set(losses) == set(GroundingTask.losses)
-    assert float(values["bbox_l1"]) == pytest.approx(float(truth["grounding/loss_bbox"]), rel=1e-10)
-    assert float(values["bbox_giou"]) == pytest.approx(float(truth["grounding/loss_giou"]), rel=1e-10)
-
-
 @pytest.mark.parametrize("augment", [False, True])
 def test_boxes_at_the_edge(task: Open, photo: Path, augment: bool) -> None:
     made = task(augment=augment)
     rounded = record(image=str(photo), bbox=(-0.5, 10, 60.9, 30.25))
     item: Any = made.item(rounded, generator())
-    cx, cy, w, h = item.box.tolist()
+    cx, cy, w, h = item.target.tolist()
     assert min(cx - w / 2, cy - h / 2) >= -1e-6
     assert max(cx + w / 2, cy + h / 2) <= 1 + 1e-6
     for box in ((10, 10, 55, 5), (0, 30, 5, 12)):
@@ -90,13 +73,12 @@ def test_boxes_at_the_edge(task: Open, photo: Path, augment: bool) -> None:
 def test_boxes_are_in_pixels_and_expressions_grouped_by_image(task: Open, world: Path, photo: Path) -> None:
     made = task()
     records = [*made.records([world / "grounding_test.json"], "test")[:7], record(image=str(photo))]
-    together = made.predict(made.build().eval(), records)
-    cx, cy, w, h = together[-1]["relative"]
-    assert together[-1]["bbox"] == pytest.approx([60 * (cx - w / 2), 40 * (cy - h / 2), 60 * w, 40 * h])
+    *_, last = made.predict(made.build().eval(), records)
+    cx, cy, w, h = last["relative"]
+    assert last["bbox"] == pytest.approx([60 * (cx - w / 2), 40 * (cy - h / 2), 60 * w, 40 * h])
     groups = made.groups(records)
     assert sorted(number for group in groups for number in group) == [*range(8)]
-    assert all(len({records[number].image for number in group}) == 1 for group in groups)
-    assert len(groups) == len({each.image for each in records})
+    assert [len({records[number].image for number in group}) for group in groups] == [1] * len(groups)
 
 
 def test_score_and_file(task: Open) -> None:
@@ -119,9 +101,9 @@ def test_score_and_file(task: Open) -> None:
         "ref_id": golden[0]["ref_id"], "pred": golden[0]["pred_cxcywh_norm"], "bbox": rows[0]["bbox"]
     }  # fmt: skip
     assert set(made.score(rows[:2], [record(bbox=each.bbox) for each in records[:2]])) == {"accuracy"}
-    assert made.score(rows[:2], [record()] * 2) == {}
+    assert not made.metrics_of([record()] * 2)
     with pytest.raises(DataError, match="1 of 2"):
-        made.score(rows[:2], [record(), records[0]])
+        made.metrics_of([record(), records[0]])
 
 
 @pytest.mark.parametrize(
@@ -144,42 +126,19 @@ def test_boxes_to_evaluate_on_are_judged_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def refer(tmp_path: Path) -> list[Path]:
-    """RefCOCO's two files about four images, one a split."""
-    splits = ("train", "val", "testA", "testB")
-    refs = [
-        {"ref_id": n, "ann_id": 10 + n, "image_id": n, "split": split, "sentences": [{"sent": "left star"}]}
-        for n, split in enumerate(splits)
-    ]
-    instances = {
-        "images": [{"id": n, "file_name": f"{n}.png", "width": 60, "height": 40} for n in range(4)],
-        "annotations": [{"id": 10 + n, "bbox": [n, 2, 20, 10]} for n in range(4)],
-    }
-    paths = [tmp_path / "refs(unc).p", tmp_path / "instances.json"]
-    paths[0].write_bytes(pickle.dumps(refs, protocol=2))
-    paths[1].write_text(json.dumps(instances))
-    return paths
-
-
-def test_files_of_refer(task: Open, refer: list[Path], tmp_path: Path) -> None:
-    """With arrays without boxes, and alone; training takes the split train, evaluation the others."""
-    made = task()
-    (alone,) = made.rows(refer)
-    assert [alone.read(n).bbox for n in range(len(alone))] == [(0, 2, 20, 10)]
-    (others,) = made.test_rows(refer, "test")
-    assert [each.split for each in others.records()] == ["val", "testA", "testB"]
-    assert others.label(0) == "ref_id 1, sentence 0"
-    arrays = tmp_path / "arrays.json"
-    arrays.write_text(json.dumps([{"image": "x.png", "text": "star", "ref_id": n} for n in (2, 3)]))
-    (rows,) = made.test_rows([arrays, *refer], "test")
-    assert [(each.image, each.bbox, each.split) for each in rows.records()] == [
-        ("x.png", (2, 2, 20, 10), "testA"), ("x.png", (3, 2, 20, 10), "testB")
+def test_training_takes_the_split_train_and_evaluation_the_others(task: Open, tmp_path: Path) -> None:
+    path, splits = tmp_path / "arrays.json", ("train", "val", None)
+    elements = [{"image": "x.png", "text": "star", "ref_id": n, "split": split} for n, split in enumerate(splits)]
+    path.write_text(json.dumps(elements))
+    (rows,), (others,) = task().rows([path]), task().test_rows([path], "test")
+    trained: list[Any] = [rows.read(row) for row in range(len(rows))]
+    assert [each.ref_id for each in trained] == [0, 2]
+    assert [(each.ref_id, others.label(n)) for n, each in enumerate(others.records())] == [
+        (1, "element 1"), (2, "element 2")
     ]  # fmt: skip
+    path.write_text(json.dumps(elements[1:2]))
     with pytest.raises(DataError, match="train"):
-        made.rows([arrays, *refer])
-    with pytest.raises(DataError, match=r"1 .* 0 "):
-        made.rows([arrays, refer[0]])
+        task().rows([path])
 
 
 REGIONS = {"max_images": 4, "texts": 10, "max_tokens": 32}

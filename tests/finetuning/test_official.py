@@ -1,4 +1,4 @@
-"""The official configurations as recipes, on made-up data, and what the recipes of the package say of themselves."""
+"""The official configurations as recipes, trained on generated data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from pydantic import TypeAdapter
@@ -29,17 +28,14 @@ from tests.finetuning.official_files import (
 from xfm_fast.benchmarks.options import FineTuned
 from xfm_fast.benchmarks.work.finetuning_cost import Shape, step_costs
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import Annotation
 from xfm_fast.errors import ConfigError
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import evaluate, finetune
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.grounding import GroundingOptions, GroundingRecord
-from xfm_fast.tasks.nlvr2 import NLVR2Options, NLVR2Record
+from xfm_fast.tasks.grounding import GroundingOptions
+from xfm_fast.tasks.nlvr2 import NLVR2Options
 from xfm_fast.tasks.task import AnyTask, make_task
-from xfm_fast.tasks.weak_grounding import DetectedRecord
 from xfm_fast.tokenizer import CaptionTokenizer
-from xfm_fast.training.recipe import FINETUNING, recipe_names
 
 
 def load(values: dict[str, Any], tmp_path: Path, *overrides: str) -> FinetuneRecipe:
@@ -181,32 +177,16 @@ def test_a_published_file_trains_and_is_evaluated(
         assert evaluate(recipe, result.folder, split, tmp_path / split) == pytest.approx(metrics, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("kind", "record"),
-    [
-        ("nlvr2", {"images": ["images/val/000000.png"] * 2, "sentence": "TEXT", "label": "True"}),
-        ("grounding", {"image": "images/val/000000.png", "text": "TEXT", "ref_id": 0, "bbox": [1, 2, 9, 8]}),
-        ("weak_grounding", {"image": "images/val/000000.png", "text": "TEXT", "ref_id": 0, "detected": [[1, 2, 9, 8]]}),
-    ],
-)
-def test_texts_to_judge_are_not_cut(
-    kind: str, record: dict[str, Any], official_world: Path, world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Thirty words are kept, however many tokens they have; the official evaluation gives the tokenizer no length."""
+@pytest.mark.parametrize("kind", ["nlvr2", "grounding"])
+def test_texts_are_truncated_to_words_only(kind: str, official_world: Path) -> None:
+    """Thirty words are kept, however many tokens they have; the official code gives the tokenizer no length."""
     tokenizer = CaptionTokenizer.from_files(official_world / "../data/roberta-base/tokenizer.json")
     config = XFMConfig.load(official_world / "pretrained/config.json")
-    task = make_task(TypeAdapter(AnyTask).validate_python({"kind": kind}), config, tokenizer, world)
-    text = " ".join(["quixotry"] * 30)
-    known: type[Annotation] = {"nlvr2": NLVR2Record, "grounding": GroundingRecord}.get(kind, DetectedRecord)
-    made = known.model_validate({name: text if value == "TEXT" else value for name, value in record.items()})
-    lengths: list[int] = []
-    monkeypatch.setattr(task, "padded", lambda rows: lengths.extend(map(len, rows)) or tokenizer.pad(rows))
-    task.predict(task.build().eval(), [made])
-    whole = len(tokenizer.encode_ids([text], 500)[0])
-    assert lengths == [whole]
-    assert whole > 40
-    if kind != "weak_grounding":
-        assert len(task.item(made, np.random.default_rng(0)).ids) == whole
+    task = make_task(TypeAdapter(AnyTask).validate_python({"kind": kind}), config, tokenizer)
+    text = " ".join(["quixotry"] * 31)
+    ids = task.caption_ids(text, task.options.max_words, task.options.max_tokens)
+    assert ids == tokenizer.encode_ids([text.rpartition(" ")[0]], 500)[0]
+    assert len(ids) > 40
 
 
 @pytest.mark.parametrize(("values", "ours"), [(REGIONS, "refcoco_domain"), (PAIRS, "captioning_domain")])
@@ -237,39 +217,18 @@ def test_values_in_sections_arrive(tmp_path: Path) -> None:
     assert (found.caption_key, found.language) == ("text", "en")
 
 
-def test_what_cannot_be_translated_is_named(tmp_path: Path) -> None:
+def test_untranslatable_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"regions\.max_regoins.*regions\.max_regions"):
         load(REGIONS | {"regions": {"max_regoins": 3}}, tmp_path)
-    with pytest.raises(ConfigError, match=r"images\.is_image_rpath=True.*False"):
+    with pytest.raises(ConfigError, match=r"images\.is_image_rpath=True"):
         load(PAIRS | {"images": PAIRS["images"] | {"is_image_rpath": True}}, tmp_path)
-    with pytest.raises(ConfigError, match=r"k_tset.*k_test"):
-        load(FILES["Retrieval_coco"] | {"k_tset": 3}, tmp_path)
-    with pytest.raises(ConfigError, match=r"mixup_prob=0\.5.*1\.0"):
-        load(FILES["cifar10_lp"] | {"mixup_prob": 0.5}, tmp_path)
-    with pytest.raises(ConfigError, match=r"epochs=0.*xfm-fast evaluate"):
+    with pytest.raises(ConfigError, match="epochs=0"):
         finetune(load(FILES["Retrieval_coco"] | trained("3e-5", 0), tmp_path))
     with pytest.raises(ConfigError, match="task"):
         load(MODEL | {"train_file": ["x"]}, tmp_path)
 
 
-def head_of(name: str) -> str:
-    """The comments of a recipe, of which the first are its head, as one line."""
-    text = (Path(__file__).parents[2] / f"xfm_fast/finetuning/recipes/{name}.yaml").read_text()
-    return " ".join(line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
-
-
-@pytest.mark.parametrize("name", recipe_names(FINETUNING))
-def test_recipes_say_what_to_expect(name: str) -> None:
-    head = head_of(name)
-    order = [head.index(said) for said in ("command: ", "expected time: ", "expected number: ")]
-    assert order == sorted(order)
-    assert f"finetune {name}" in head[order[0] : order[1]]
-    if not name.endswith("_tiny_shapes"):
-        assert re.search(r"FLOP.*\(counted\).*(A100|H100)", head[order[1] : order[2]])
-        assert re.search(r"README|arXiv|none is published|that of refcoco_plus", head[order[2] :])
-
-
-# What their time is counted for: the items of a step, or one where that of an item is said, and tokens of a text.
+# Task, items of a step (1: the recipe counts per item) and tokens of a text, of the FLOPs in a recipe's comments.
 COUNTED: dict[str, tuple[FineTuned, int, int]] = {
     "retrieval_coco": ("retrieval", 32, 13), "retrieval_flickr30k": ("retrieval", 32, 17), "vqa2": ("vqa", 1, 10),
     "nlvr2": ("nlvr2", 1, 18), "refcoco_plus": ("grounding", 20, 6), "refcoco_plus_weak": ("retrieval", 32, 6),
@@ -281,20 +240,11 @@ COUNTED: dict[str, tuple[FineTuned, int, int]] = {
 @pytest.mark.parametrize("name", COUNTED)
 def test_operations_of_recipes_are_counted(name: str) -> None:
     task, items, tokens = COUNTED[name]
-    said = re.search(r"([\d.]+) ([GT])FLOP", head_of(name))
-    assert said is not None
+    text = (Path(__file__).parents[2] / f"xfm_fast/finetuning/recipes/{name}.yaml").read_text()
+    written = re.search(r"([\d.]+) ([GT])FLOP", text)
+    assert written is not None
     shape = Shape(
         items, [tokens] * items if tokens else (), tokens, [[3, 4]] * items, 4, given=5, decoder_layers=12, classes=1000
     )
     counted = step_costs(task, load_finetune_recipe(name).model, shape).needed
-    assert float(said[1]) * {"G": 1e9, "T": 1e12}[said[2]] == pytest.approx(counted, rel=0.02)
-
-
-@pytest.mark.parametrize("name", [name for name in recipe_names(FINETUNING) if name.startswith("glue_")])
-def test_operations_of_glue_are_counted(name: str) -> None:
-    said = re.search(r"([\d,]+) steps of one GPU, ([\d.]+) PFLOP at (\d+) tokens", head_of(name))
-    assert said is not None
-    recipe, tokens = load_finetune_recipe(name), int(said[3])
-    shape = Shape(recipe.batch_size, [tokens] * recipe.batch_size, tokens, classes=3)
-    counted = int(said[1].replace(",", "")) * step_costs("text", recipe.model, shape).needed
-    assert float(said[2]) * 1e15 == pytest.approx(counted, rel=0.05)
+    assert float(written[1]) * {"G": 1e9, "T": 1e12}[written[2]] == pytest.approx(counted, rel=0.02)

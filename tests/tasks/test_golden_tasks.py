@@ -8,23 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.agreement import assert_agrees, assert_gradient_norms, inputs_of, tensors, with_weights
-from tests.conftest import CASES, config, load_json
+from tests.conftest import CASES, config, golden, load_json
 from tests.kernels.accuracy import draws
+from xfm_fast.batches import PairBatch
 from xfm_fast.kernels import ops
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import contrastive_loss, hard_negative_weights, matching_loss
+from xfm_fast.objectives import contrastive_loss, hard_negative_weights, matching_loss, step
+from xfm_fast.objectives.losses import HardNegatives
 from xfm_fast.packing import ImageGroups, Packing, offsets
 from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
-from xfm_fast.tasks.grounding import GroundingModel
-from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.vqa import VQAModel
+from xfm_fast.tasks.grounding import GroundingBatch, GroundingModel
+from xfm_fast.tasks.image import LabelledImages
+from xfm_fast.tasks.nlvr2 import RESULT_FILE, NLVR2Batch, NLVR2Model, NLVR2Options, NLVR2Record, NLVR2Task
+from xfm_fast.tasks.task import TASKS as TASK_TYPES
+from xfm_fast.tasks.task import PairInput
+from xfm_fast.tasks.text import LabelledTexts
+from xfm_fast.tasks.vqa import VQABatch, VQAModel
+from xfm_fast.tokenizer import CaptionTokenizer
 
 DTYPES = [torch.float64, torch.float32]
 DECODER_LAYERS = {"tiny_a": 2, "tiny_b": 3}
@@ -198,6 +207,18 @@ def test_every_task_is_compared(case: str) -> None:
     assert {name.partition("/")[0] for name in tensors(f"{case}/ft_outputs")} == {*TASKS, ELSEWHERE}
 
 
+def test_metric_and_file_of_nlvr2() -> None:
+    task = NLVR2Task(NLVR2Options(), config("tiny_b"), create_autospec(CaptionTokenizer))
+    stored = np.load(golden("metrics/nlvr.npz"))
+    rows = [{"answer": bool(false < true)} for false, true in stored["logits"]]
+    records = [NLVR2Record(images=("a", "b"), sentence="c", label=bool(target)) for target in stored["targets"]]
+    official = 100 * load_json("metrics/metrics")["nlvr"]["accuracy"]
+    assert task.score(rows, records) == {"accuracy": pytest.approx(official, rel=1e-6)}
+    records[0] = records[0].model_copy(update={"identifier": "test1-0-0-0"})
+    lines = f"test1-0-0-0,{rows[0]['answer']}\n1,{rows[1]['answer']}\n"
+    assert task.files(rows[:2], records[:2]) == {RESULT_FILE: lines.encode()}
+
+
 def loss_of(task: str, case: str, model: nn.Module) -> Tensor:
     x = inputs_of(f"{case}/ft_inputs", torch.float64)
     values = of(x, task)
@@ -219,16 +240,81 @@ def loss_of(task: str, case: str, model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("task", ["retrieval", "nlvr", "grounding", "vqa", *CLASSIFIERS])
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_norms(case: str, task: str) -> None:
-    golden = load_json(f"{case}/ft_grads")
-    if task not in golden:
+    official = load_json(f"{case}/ft_grads")
+    if task not in official:
         pytest.skip(f"the official gradients of {task} were not recorded")
     model = model_of(task, case, torch.float64)
     model.zero_grad(set_to_none=True)
     value = loss_of(task, case, model)
     value.backward()
-    assert float(value.detach()) == pytest.approx(golden[task]["value"], rel=1e-10)
-    official = golden[task]["grad_norm"]
-    expected = {name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in official.items()}
+    assert float(value.detach()) == pytest.approx(official[task]["value"], rel=1e-10)
+    norms = official[task]["grad_norm"]
+    expected = {name.replace("text_encoder.", "text_encoder.roberta."): norm for name, norm in norms.items()}
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_gradient_norms(found, expected, task, zero_is_none=True)
     model.zero_grad(set_to_none=True)
+
+
+def batch_of_recipe(name: str, x: dict[str, Tensor]) -> Any:
+    """The golden inputs as the batch of a task."""
+    image: dict[str, Any] = {"image": x["image"]}
+    if name == "vqa":
+        return VQABatch(
+            **image, input_ids=x["question_ids"], attention_mask=x["question_atts"], answer_ids=x["train_answer_ids"],
+            answer_mask=x["train_answer_atts"], answers_per_question=x["train_n_answers"],
+            answer_weights=x["train_weights"],
+        )  # fmt: skip
+    text: dict[str, Any] = {"input_ids": x["text_ids"], "attention_mask": x["text_atts"]}
+    if name.startswith("cls_image"):
+        return LabelledImages(**image, targets=x["targets"])
+    if name.startswith("cls_text"):
+        return LabelledTexts(**text, targets=x["targets_regression" if "regression" in name else "targets"])
+    if name == "nlvr":
+        return NLVR2Batch(**image, **text, targets=x["targets"])
+    if name == "grounding":
+        return GroundingBatch(**image, **text, boxes=x["target_bbox"])
+    if name == "captioning":
+        return PairInput(**image, **text)
+    nothing = torch.zeros(len(x["text_ids"]), 0, dtype=torch.long)
+    masks: dict[str, Any] = {"masked_input_ids": x["text_ids"], "masked_positions": nothing, "masked_labels": nothing}
+    return PairBatch(**image, **text, **masks, image_ids=x["idx"])
+
+
+RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "vqa": ("vqa", {"decoder_layers": 3, "generate": True}, {"loss": "vqa/train_loss"}),
+    "nlvr": ("nlvr2", {}, {"loss": "nlvr/loss"}),
+    "grounding": ("grounding", {}, {"bbox_l1": "grounding/loss_bbox", "bbox_giou": "grounding/loss_giou"}),
+    "captioning": (
+        "captioning", {"label_smoothing": 0, "max_tokens": 11, "max_length": 11},
+        {"loss": "captioning/loss_per_sample_sum"},
+    ),
+    "retrieval": ("retrieval", {"max_tokens": 20}, {"itc": "retrieval/loss_itc", "itm": "retrieval/loss_itm"}),
+    "cls_image": ("image", {"labels": "abcde", "head": "official_image"}, {"loss": "cls_image/loss"}),
+    "cls_image_lp": ("image", {"labels": "abcde", "frozen": True}, {"loss": "cls_image_lp/loss"}),
+    "cls_text": ("text", {"labels": "abcde", "max_tokens": 16}, {"loss": "cls_text/loss"}),
+    "cls_text_regression": ("text", {"regression": True, "max_tokens": 16}, {"loss": "cls_text_regression/loss"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_losses_of_a_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`losses_of` gives a batch to the model as the official scripts do."""
+    kind, options, losses = RECIPES[name]
+    x, truth = inputs_of("tiny_b/ft_inputs", torch.float64), tensors("tiny_b/ft_outputs")
+    values = of(x, "cls" if name.startswith("cls") else name)
+    tokenizer = create_autospec(CaptionTokenizer)
+    if name == "captioning":
+        tokenizer.encode_prompt.return_value = values["prompt_ids"][0]
+        # The official sums without smoothing, as a mean over the predicted tokens.
+        predicted = (truth["captioning/labels"] != -100).sum()
+        truth = {"captioning/loss_per_sample_sum": truth["captioning/loss_per_sample_sum"].sum() / predicted}
+    if name == "retrieval":
+        drawn = HardNegatives(values["itm_image_neg_idx"], values["itm_text_neg_idx"])
+        monkeypatch.setattr(step, "sample_hard_negatives", lambda *_, **__: drawn)
+    if "labels" in options:
+        options = options | {"labels": tuple(options["labels"])}
+    task = TASK_TYPES[kind](TASK_TYPES[kind].Options(**options), config("tiny_b"), tokenizer)
+    found = task.losses_of(model_of(name, "tiny_b", torch.float64), batch_of_recipe(name, values))
+    assert found.keys() == losses.keys() == set(task.losses)
+    for loss, official in losses.items():
+        assert float(found[loss].detach()) == pytest.approx(float(truth[official]), rel=1e-10)

@@ -7,8 +7,7 @@ import torch
 
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config, load_json
-from xfm_fast.errors import InputError
-from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, grounding_accuracy, pixel_boxes, pixel_iou
+from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes, pixel_iou
 
 
 def test_official_metric() -> None:
@@ -18,7 +17,7 @@ def test_official_metric() -> None:
     reference = torch.tensor([row["ref_box_xywh"] for row in rows])
     overlap = pixel_iou(pixel_boxes(boxes, sizes), reference)
     assert overlap.tolist() == pytest.approx([row["iou"] for row in rows], abs=1e-5)
-    accuracy = grounding_accuracy(boxes, sizes, reference, [row["split"] for row in rows])
+    accuracy = box_accuracy(pixel_boxes(boxes, sizes), reference, [row["split"] for row in rows])
     assert {f"{split}_d": value for split, value in accuracy.items()} == load_json("metrics/metrics")["grounding"][
         "result"
     ]
@@ -33,13 +32,9 @@ def test_pixel_convention() -> None:
 
 
 def test_accuracy_without_splits() -> None:
-    boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
-    sizes, reference = torch.tensor([[100, 50], [100, 50]]), torch.tensor([[0.0, 0, 100, 50], [50, 25, 50, 25]])
-    assert grounding_accuracy(boxes, sizes, reference) == {"all": 0.5}
-    with pytest.raises(InputError):
-        grounding_accuracy(boxes, sizes[:1], reference)
-    # Half of the pixels is enough.
-    assert box_accuracy(torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[0.0, 0, 4, 2]])) == {"all": 1.0}
+    """Half of the pixels is enough."""
+    boxes, reference = torch.tensor([[0.0, 0, 4, 4], [9, 9, 2, 2]]), torch.tensor([[0.0, 0, 4, 2], [0, 0, 2, 2]])
+    assert box_accuracy(boxes, reference) == {"all": 0.5}
 
 
 @torch.inference_mode()

@@ -48,14 +48,6 @@ def test_from_official_pretraining(name: str) -> None:
             assert torch.equal(value, state[entry]), entry
 
 
-def test_decoder_starts_from_a_pretraining_checkpoint() -> None:
-    state = tensors("tiny_a/weights")
-    model = VQAModel(config("tiny_a"), decoder_layers=3)
-    assert model.load_official(state).fresh == []
-    embeddings = "roberta.embeddings.position_embeddings.weight"
-    assert torch.equal(model.text_decoder.state_dict()[embeddings], state[f"fusion_encoder.{embeddings}"])
-
-
 def test_half_a_decoder_is_no_fresh_decoder() -> None:
     cfg = XFMConfig.preset("tiny")
     smaller = VQAModel(cfg, decoder_layers=1)

@@ -1,4 +1,4 @@
-"""Queries ranked together score as the model does pair by pair, whatever the passes, the cache and the company."""
+"""Queries ranked together score as the model does pair by pair, for any pass size and cache."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def logits(model: XFM) -> dict[Query, torch.Tensor]:
     return {query: expected(model, query) for query in (FIRST, SECOND)}
 
 
-@pytest.mark.parametrize("budget", [1, 9, 2048])
-@pytest.mark.parametrize("memories", [0, 1, 100])
+@pytest.mark.parametrize(("budget", "memories"), [(1, 1), (9, 0), (2048, 100)])
 def test_passes_and_cache_change_nothing(
     model: XFM, logits: dict[Query, torch.Tensor], budget: int, memories: int
 ) -> None:  # fmt: skip
@@ -92,20 +91,13 @@ def test_features_are_those_of_the_model_and_are_kept(model: XFM, monkeypatch: p
     torch.testing.assert_close(ranker.embed_images(pictures[:2]), [*images[:2]], rtol=0, atol=1e-6)
 
 
-def test_an_image_of_several_tiles_or_of_an_ended_request(model: XFM) -> None:
-    ranker = Ranker(ModelRanks(model), 0)
-    pictures = [picture(seed) for seed in range(40)]
-    features = ranker.embed_images(pictures)
-    assert len({tuple(row.tolist()) for row in features if isinstance(row, torch.Tensor)}) == 40
+def test_a_broken_image_or_an_ended_request_fails_one_query(model: XFM) -> None:
+    ranker = Ranker(ModelRanks(model), 1 << 20)
     ended = picture(1)._replace(needed=lambda: False)
     # The same image is decoded for a request that still waits.
     gone, waits = ranker.rank([Query((ended, picture(2)), CAPTIONS), Query((picture(2),), CAPTIONS)])
     assert (type(gone), type(waits)) == (InputError, Ranking)
     assert all(isinstance(each, torch.Tensor) for each in ranker.embed_images([ended, picture(1)]))
-
-
-def test_one_broken_image_fails_its_query_alone(model: XFM) -> None:
-    ranker = Ranker(ModelRanks(model), 1 << 20)
     broken = picture(4)._replace(content=picture(4).content[:60], key=b"broken")
     wrong, right = ranker.rank([Query((picture(1), broken), CAPTIONS), Query((picture(1),), CAPTIONS)])
     assert isinstance(wrong, DataError)

@@ -161,9 +161,8 @@ def predict(
             # Too few requests to share.
             return _predict(predictor, items, options) if processes.first else 0
         if not items:
-            for records in _parts(requests_in(predictor.task, options.lines), options.batch_size):
-                for row in predictor.answer(records) if processes.first else []:
-                    print(json.dumps(row, ensure_ascii=False), flush=True)
+            if processes.first:
+                _print_answers(predictor, requests_in(predictor.task, options.lines), options.batch_size)
             return 0
         out = Path(items[0])
         with progress("answering") as advance:
@@ -195,14 +194,14 @@ def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions
     texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
         return _heatmap(predictor, list(map(str, paths)), texts, options.heatmap, options.detections)
-    for records in _parts(predictor.task.requests(paths, texts), options.batch_size):
-        for row in predictor.answer(records):
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+    _print_answers(predictor, predictor.task.requests(paths, texts), options.batch_size)
     return 0
 
 
-def _parts(records: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (records[start : start + size] for start in range(0, len(records), size))
+def _print_answers(predictor: Predictor, records: Sequence[Any], size: int) -> None:
+    for start in range(0, len(records), size):
+        for row in predictor.answer(records[start : start + size]):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def _heatmap(

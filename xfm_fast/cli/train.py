@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,16 +65,20 @@ def reproduce(
             MIM guidance, and measures what the language encoder forgets and what image features contain.
         overrides: key=value for the pretraining recipe.
     """
-    from xfm_fast.reproduce import claims, save, tasks
+    from xfm_fast.io import write_bytes
+    from xfm_fast.reproduce import claims, tasks
 
     if study == "claims" and options.jobs is not None:
         raise InputError("--jobs applies to downstream; leave it out")
     out = options.out or Path("runs", study)
     module: Any = claims if study == "claims" else tasks
 
-    def keep(results: dict[str, Any]) -> list[Path]:
+    page, document = out / f"{module.STEM}.md", out / f"{module.STEM}.json"
+
+    def keep(results: dict[str, Any]) -> None:
         note(f"{len(results['missing'])} runs to go")
-        return save(results, module.markdown(results), out, module.STEM)
+        content = json.dumps(results, indent=1) + "\n"
+        write_bytes({page: module.markdown(results).encode(), document: content.encode()})
 
     if study == "claims":
         results = claims.run_claims(out, seeds=options.seeds or 10, overrides=overrides, on_change=keep)
@@ -82,5 +87,6 @@ def reproduce(
             out, seeds=options.seeds or 1, jobs=options.jobs, overrides=overrides or tasks.OVERRIDES, on_change=keep
         )
     print(module.markdown(results))
-    print("saved: " + ", ".join(map(str, keep(results))))
+    keep(results)
+    print(f"saved: {page}, {document}")
     return UNFINISHED if results["missing"] else 0

@@ -190,7 +190,10 @@ class AnnotationRows(Generic[Record]):
 
     def of_images(self, images: Collection[str], *, others: bool = False) -> AnnotationRows[Record]:
         """Rows about the given images, or with `others` all other rows."""
-        rows = [row for row in range(len(self)) if (_image_of(self.elements[row]) in images) != others]
+        return self.select([row for row in range(len(self)) if (_image_of(self.elements[row]) in images) != others])
+
+    def select(self, rows: Sequence[int]) -> AnnotationRows[Record]:
+        """Some of the rows, with their labels."""
         found = copy(self)
         found.elements, found._labels = [self.elements[row] for row in rows], [self.label(row) for row in rows]
         return found

@@ -24,7 +24,7 @@ from xfm_fast.data.annotations import (
 )
 from xfm_fast.data.files import Paths, find_files, read_json
 from xfm_fast.data.options import ImageOptions
-from xfm_fast.data.records import ShardFile, first_object, has_shards, open_records
+from xfm_fast.data.records import ShardFile, find_reader, first_object, has_shards, open_records
 from xfm_fast.data.tables import (
     LINE_SUFFIXES,
     PAIR_COLUMNS,
@@ -89,7 +89,7 @@ def _captions(
             found = [resolve_images(path, each) for each in _captions(table, split, columns, bare=bare)]
         elif path.is_dir() and not has_shards(path):
             found = [read_caption_folder(path, bare=bare)]
-        elif path.is_dir() or ".tar" in path.suffixes or has_embedded_images(path):
+        elif path.is_dir() or has_embedded_images(path) or find_reader(path) not in ("lines", "pairs", None):
             yield from map(embedded_elements, sorted(path.glob("*.tar")) if path.is_dir() else [path])
             continue
         elif suffix in (*TABLE_SUFFIXES, *LINE_SUFFIXES):

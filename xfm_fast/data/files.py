@@ -28,7 +28,7 @@ from xfm_fast.errors import DataError, StorageError
 from xfm_fast.io import check_text, require_file, write_files
 from xfm_fast.kernels.files import cache_folder
 
-_ROW = re.compile(r"(.+\.(?:tar|jsonl|ndjson))#(\d+)", re.DOTALL)
+_ROW = re.compile(r"(.+\.\w+)#(\d+)", re.DOTALL)
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -61,7 +61,7 @@ def row_of(image: str) -> tuple[str, int] | None:
 def file_of(image: str) -> str:
     """Path of an image file, or of the file that embeds it (see `row_of`)."""
     found = row_of(image)
-    return image if found is None else found[0]
+    return image if found is None or os.path.exists(image) else found[0]
 
 
 def find_files(paths: Paths, whole: Callable[[Path], bool] = lambda folder: False) -> list[Path]:

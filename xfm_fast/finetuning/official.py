@@ -115,7 +115,11 @@ def is_official(values: Mapping[str, Any]) -> bool:
 
 def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Recipe values from an official configuration; `name` is used in messages and as the run folder."""
-    known, flat = [*_KEYS, *_MODEL, *_ONLY, *_IDLE, *_READ], _flat(values)
+    known = [*_KEYS, *_MODEL, *_ONLY, *_IDLE, *_READ]
+    # Values of sections as `section.key`.
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}
     if unknown := [key for key in flat if key not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         raise ConfigError(
@@ -140,7 +144,11 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
             # The official tokenizer gets this length without `truncation`: it does not cut.
             continue
         if value is not None:
-            _put(recipe, ours, float(value) if ours.rpartition(".")[2] in _NUMBERS else value)
+            *sections, last = ours.split(".")
+            section = recipe
+            for name_of_section in sections:
+                section = section[name_of_section]
+            section[last] = float(value) if last in _NUMBERS else value
     if kind == "vqa":
         # The official list of parameters to multiply it for is empty; here it means the decoder.
         recipe["optimizer"]["lr_mult"] = 1.0
@@ -166,7 +174,12 @@ def from_official(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not recipe["data"]["train"]:
         # As the published files of domain pretraining have it; the message about a missing key says how to give it.
         del recipe["data"]["train"]
-    recipe["task"] |= _task(values, base)
+    if kind == "vqa":
+        folders = {"vqa": values["vqa_root"], "vg": values["vg_root"]}
+        recipe["task"] |= {"image_folders": folders, "official_ranking": True}
+    if kind == "image" and (data_set := values["task_name"]) in _TORCHVISION:
+        split = "trainval" if data_set == "oxfordiiitpet" else "train"
+        recipe["task"] |= {"dataset": data_set, "view": "probe", "train_split": split}
     recipe["checkpoint"] = recipe["checkpoint"] | {"folder": f"runs/{Path(name).stem}"}
     choice, splits = recipe.get("choose"), recipe["data"].get("splits", {})
     if choice is not None and choice["split"] not in splits:
@@ -215,30 +228,5 @@ def _data(values: Mapping[str, Any], data: Mapping[str, Any], base: str) -> dict
     return {**data, "train": [*_list(values["train_file"]), *beside], "splits": splits}
 
 
-def _task(values: Mapping[str, Any], base: str) -> dict[str, Any]:
-    if base == "vqa2":
-        folders = {"vqa": values["vqa_root"], "vg": values["vg_root"]}
-        return {"image_folders": folders, "official_ranking": True}
-    if base.startswith("imagenet") and (name := values["task_name"]) in _TORCHVISION:
-        split = "trainval" if name == "oxfordiiitpet" else "train"
-        return {"dataset": name, "view": "probe", "train_split": split}
-    return {}
-
-
 def _list(value: Any) -> list[str]:
     return [] if value is None else value if isinstance(value, list) else [value]
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of sections as `section.key`, plus top-level values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else {key: value}
-    return flat
-
-
-def _put(recipe: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        recipe = recipe[section]
-    recipe[last] = value

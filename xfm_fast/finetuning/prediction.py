@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, StorageError
+from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError
 from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.request import RuntimeChoice
 from xfm_fast.export.session import Session
@@ -24,20 +24,15 @@ from xfm_fast.io import parse_json, write_bytes
 from xfm_fast.kernels.files import is_stream
 from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM, Precision
-from xfm_fast.tasks.evaluation import Evaluation, Row
+from xfm_fast.tasks.evaluation import Evaluation, Row, make_folder
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
-from xfm_fast.tasks.task import Task, TaskOptions, make_task, task_of
+from xfm_fast.tasks.task import Task, make_task, task_of
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A task model that predicts from files and strings.
-
-    Attributes:
-        model: task model in evaluation mode, or the session of an export.
-        task: tokenizer, transforms and options.
-    """
+    """A task model in evaluation mode, or the session of an export, that predicts from files and strings."""
 
     model: XFM | Session
     task: Task[Any, Any, Any, Any]
@@ -87,7 +82,7 @@ def load(
         if device is not None or runtime != "auto":
             raise InputError(f"the session of {folder.folder} is open; leave out its device and runtime")
         return _load_export(folder.folder, dtype, lambda kind: folder)
-    if is_export(folder):
+    if Path(folder, MANIFEST_FILE).is_file():
         return _load_export(Path(folder), dtype, lambda kind: kind.load(folder, runtime, device))
     if runtime != "auto":
         raise InputError(f"{folder} is a model of PyTorch and no export; leave out the runtime {runtime!r}")
@@ -101,21 +96,16 @@ def load(
         raise CheckpointError(
             f"{place} holds a pretrained model, which has no task yet; read it by XFM.from_pretrained, or fine-tune it"
         )
-    task = _open_task(options, XFMConfig.load(place / CONFIG_FILE), place)
+    task = make_task(options, XFMConfig.load(place / CONFIG_FILE), _tokenizer_of(place))
     model = task.build()
     load_weights(model, task, place)
     model.tokenizer = task.tokenizer if task.reads_text else None
     return Predictor(model.to(device or "cpu").cast(dtype).eval(), task)
 
 
-def is_export(folder: str | Path) -> bool:
-    """True for a folder written by `xfm-fast export`."""
-    return Path(folder, MANIFEST_FILE).is_file()
-
-
-def _open_task(options: TaskOptions, config: XFMConfig, folder: Path) -> Task[Any, Any, Any, Any]:
+def _tokenizer_of(folder: Path) -> CaptionTokenizer | None:
     vocabulary = folder / TOKENIZER_FILE
-    return make_task(options, config, CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None)
+    return CaptionTokenizer.from_files(vocabulary) if vocabulary.is_file() else None
 
 
 def _load_export(folder: Path, dtype: Precision, session_of: Callable[[type[Session]], Session]) -> Predictor:
@@ -134,7 +124,7 @@ def _load_export(folder: Path, dtype: Precision, session_of: Callable[[type[Sess
     if dtype not in (torch.float32, session.dtype):
         raise InputError(f"{folder} computes in {session.manifest.dtype}; leave the type out, or export in another one")
     if session.task is None:
-        session.task = _open_task(options, session.config, folder)
+        session.task = make_task(options, session.config, _tokenizer_of(folder))
     return Predictor(session, session.task)
 
 
@@ -151,10 +141,7 @@ def answer_lines(predictor: Predictor, lines: Path, out: Path, work: Evaluation)
         rows = work.rows(predictor.task, predictor.model, records)
 
     def save() -> None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"folder {out.parent} cannot be made ({error.strerror or error})") from error
+        make_folder(out.parent)
         write_bytes({out: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()})
         shutil.rmtree(work.folder, ignore_errors=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from xfm_fast.data.streams import epoch_batches
-from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.errors import ConfigError
 from xfm_fast.finetuning.official import from_official, is_official
 from xfm_fast.io import is_plain_name
 from xfm_fast.tasks.task import TASKS, AnyTask, make_task
@@ -132,18 +131,12 @@ class FinetuneRecipe(Run):
         return first if first.is_dir() else first.parent
 
     def paths_of(self, split: str) -> list[Path]:
-        """Files and folders of `train` or a split, glob patterns expanded in sorted order."""
-        if split != STREAM and split not in self.data.splits:
+        """Files and folders of `train` or a split."""
+        if split == STREAM:
+            return self.expand(self.data.train, "data.train", "or set data.root=<folder>")
+        if split not in self.data.splits:
             raise ConfigError(f"there is no split {split}; data.splits has {', '.join(self.data.splits) or 'none'}")
-        key = "data.train" if split == STREAM else f"data.splits.{split}"
-        found: list[Path] = []
-        for path in self.data.train if split == STREAM else self.data.splits[split]:
-            pattern = str(Path(self.data.root) / path)
-            matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-            if not matches:
-                raise DataError(f"{key}: there is no {pattern}; give {key}=..., or set data.root=<folder>")
-            found += [Path(match) for match in matches]
-        return found
+        return self.expand(self.data.splits[split], f"data.splits.{split}", "or set data.root=<folder>")
 
     def tokenizer_path(self) -> Path | None:
         """Vocabulary in the recipe, or next to the initial weights, if any."""
@@ -154,11 +147,7 @@ class FinetuneRecipe(Run):
         self.check_device()
         for split in (STREAM, *self.data.splits):
             self.paths_of(split)
-        places = {"init.roberta": self.init.roberta, "init.beit2": self.init.beit2}
-        places |= {"init.checkpoint": self.init.checkpoint, "tokenizer": self.tokenizer}
-        for key, place in places.items():
-            if place is not None and not Path(place).exists():
-                raise DataError(f"{key}: there is no {place}; give {key}=<path>")
+        self.check_places(self.tokenizer)
 
 
 def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:

@@ -180,10 +180,11 @@ def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, 
         texts = isinstance(records[0], (TextRecord, TextScoreRecord))
         what, shared = ("texts", overlap_of_texts(files, records)) if texts else ("images", overlap(files, records))
         if shared.number:
+            more = ", ..." if shared.number > len(shared.first) else ""
             print(
                 f"{shared.number} {what} of the split {split} are in the files of training too "
-                f"({', '.join(shared.first)}{', ...' if shared.number > len(shared.first) else ''}), so its metrics do "
-                "not say how the model does on new ones; take them out of one of the two",
+                f"({', '.join(shared.first)}{more}), so its metrics do not say how the model does on new ones; take "
+                "them out of one of the two",
                 file=sys.stderr,
             )
 
@@ -202,10 +203,10 @@ class _EpochEnd:
 
     def evaluate(self, split: str, model: XFM) -> Metrics:
         """Metrics of a split."""
-        folder = Path(self.recipe.checkpoint.folder) / "evaluation" / split
-        return evaluation(self.recipe, folder, self.processes, partial(self.show, split)).run(
-            self.task, model, self.records[split]
-        )
+        folder = Path(self.recipe.checkpoint.folder, "evaluation", split)
+        precision, size = partial(autocast, self.recipe, self.processes), self.recipe.eval_batch_size
+        work = Evaluation(folder, self.processes, size, autocast=precision, progress=partial(self.show, split))
+        return work.run(self.task, model, self.records[split])
 
     def __call__(self, step: int, model: XFM, average: WeightAverage | None) -> Metrics | None:
         choose, steps = self.recipe.choose, self.recipe.steps
@@ -232,14 +233,6 @@ class _EpochEnd:
         if earlier is None or metrics[choose.by] > earlier:
             save_whole(judged, folder / "best", self.processes, files=self.explained)
         return {f"{choose.split}/{name}": value for name, value in metrics.items()}
-
-
-def evaluation(
-    recipe: FinetuneRecipe, folder: Path, processes: Processes, progress: Callable[[int, int], None]
-) -> Evaluation:
-    """Evaluation settings of a recipe."""
-    precision = partial(autocast, recipe, processes)
-    return Evaluation(folder, processes, recipe.eval_batch_size, autocast=precision, progress=progress)
 
 
 def evaluate(
@@ -271,7 +264,9 @@ def evaluate(
                 f"{weights} lacks {', '.join(model.own_parts)}*, which the task {task.options.kind} trains; fine-tune "
                 "it first: xfm-fast finetune"
             )
-        return evaluation(recipe, Path(folder), processes, partial(show, split)).run(task, model, records)
+        precision, size = partial(autocast, recipe, processes), recipe.eval_batch_size
+        work = Evaluation(Path(folder), processes, size, autocast=precision, progress=partial(show, split))
+        return work.run(task, model, records)
 
 
 def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:

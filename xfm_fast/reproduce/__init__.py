@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from xfm_fast.errors import XFMError
 from xfm_fast.io import read_json, write_bytes
 
 Progress = Callable[[dict[str, Any]], object]
-"""Receives the results so far, in the form that `save` writes."""
+"""Receives the results so far, in the form that is saved."""
 
 
 def check_same_study(out: Path, overrides: tuple[str, ...]) -> None:
@@ -27,8 +27,13 @@ def check_same_study(out: Path, overrides: tuple[str, ...]) -> None:
         )
 
 
-def save(results: dict[str, Any], page: str, folder: Path, stem: str) -> list[Path]:
-    """Write results as `<stem>.md` and `<stem>.json` atomically."""
-    contents = {folder / f"{stem}.md": page, folder / f"{stem}.json": json.dumps(results, indent=1) + "\n"}
-    write_bytes({path: text.encode() for path, text in contents.items()})
-    return list(contents)
+def page(title: str, text: str, *tables: Iterable[Sequence[str]]) -> str:
+    """A Markdown page; the first row of a table is its head."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    lines = [f"# {title}", "", text, ""]
+    for head, *rows in tables:
+        lines += [line(head), "|---" * len(head) + "|", *map(line, rows), ""]
+    return "\n".join(lines)

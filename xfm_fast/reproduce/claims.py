@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -26,15 +26,15 @@ from torch import Tensor
 from xfm_fast.batches import Batch, ImageBatch, PairBatch
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.data.options import TextStreamOptions
-from xfm_fast.data.shapes import Scene, captions, render, scene
-from xfm_fast.data.shapes.scenes import COLOURS, TEXTURES
+from xfm_fast.data.shapes.language import captions
+from xfm_fast.data.shapes.scenes import COLOURS, TEXTURES, render, scene
 from xfm_fast.data.streams import Stream
 from xfm_fast.errors import needs
 from xfm_fast.io import read_json, write_bytes
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.objectives.losses import masked_image_loss
-from xfm_fast.reproduce import Progress, check_same_study
+from xfm_fast.reproduce import Progress, check_same_study, page
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.loop import train
 from xfm_fast.training.recipe import load_recipe
@@ -95,9 +95,9 @@ def run_claims(
     check_same_study(out, tuple(overrides))
     if not (out / "tokenizer.json").is_file():
         texts = documentation()
-        for name, held_out in (("train", False), ("held_out", True)):
-            lines = "".join(json.dumps({"desc": text}) + "\n" for text in texts if _is_held_out(text) == held_out)
-            write_bytes({out / f"documentation_{name}.jsonl": lines.encode()})
+        for name in ("train", "held_out"):
+            lines = [json.dumps({"desc": text}) + "\n" for text in texts if is_held_out(text) == (name == "held_out")]
+            write_bytes({out / f"documentation_{name}.jsonl": "".join(lines).encode()})
         scenes = (scene(_SEED, index) for index in range(2000))
         words = [*texts, *(text for made in scenes for text in captions(made))]
         CaptionTokenizer.train_on_texts(words, _VOCABULARY).save(out / "tokenizer.json")
@@ -120,7 +120,8 @@ def documentation() -> list[str]:
     return [text for text in dict.fromkeys(sentences) if text.isascii() and 6 <= len(text.split()) <= 24]
 
 
-def _is_held_out(text: str) -> bool:
+def is_held_out(text: str) -> bool:
+    """True for an eighth of all texts."""
     return zlib.crc32(text.encode()) % 8 == 0
 
 
@@ -130,46 +131,45 @@ def _result(out: Path, seed: int, name: str) -> Path:
 
 def _run(out: Path, seed: int, name: str, overrides: Sequence[str]) -> bool:
     """Train and measure a part; False if a signal stopped it."""
-    part, folder = PARTS[name], _result(out, seed, name).parent
+    part, path = PARTS[name], _result(out, seed, name)
     own = [
-        f"data={out / 'world'}", f"shapes.seed={_SEED}", f"seed={seed}", f"checkpoint.folder={folder}",
+        f"data={out / 'world'}", f"shapes.seed={_SEED}", f"seed={seed}", f"checkpoint.folder={path.parent}",
         f"tokenizer={out / 'tokenizer.json'}", f"model.vocab_size={_VOCABULARY}",
     ]  # fmt: skip
-    if name == "text":
+    objective = None
+    if part.start is None:
         own.append(f"streams.text.paths={out / 'documentation_train.jsonl'}")
-    teacher = None
-    if part.start is not None:
+    else:
         start = _result(out, seed, part.start).parent
         own.append(f"init.checkpoint={start}")
-        teacher = XFM.from_pretrained(start / "model").eval() if name == "frozen" else None
-    recipe = load_recipe(RECIPE, (*part.overrides, *own, *overrides))
-    result = train(recipe, objective=None if teacher is None else _FrozenTarget(teacher))
+        if name == "frozen":
+            objective = _frozen_target(XFM.from_pretrained(start / "model").eval())
+    result = train(load_recipe(RECIPE, (*part.overrides, *own, *overrides)), objective=objective)
     if result.interrupted:
         return False
-    tokenizer, held_out = CaptionTokenizer.from_files(out / "tokenizer.json"), out / "documentation_held_out.jsonl"
-    model = result.model.eval()
+    model, tokenizer = result.model.eval(), CaptionTokenizer.from_files(out / "tokenizer.json")
     with torch.inference_mode():
-        found = {"masked-word loss": masked_word_loss(model, tokenizer, held_out)} | object_probes(model)
-    write_bytes({_result(out, seed, name): (json.dumps(found, indent=1) + "\n").encode()})
+        loss = masked_word_loss(model, tokenizer, out / "documentation_held_out.jsonl")
+        metrics = {"masked-word loss": loss} | object_probes(model)
+    write_bytes({path: (json.dumps(metrics, indent=1) + "\n").encode()})
     return True
 
 
-class _FrozenTarget:
+def _frozen_target(teacher: XFM) -> Callable[..., dict[str, Tensor]]:
     """Pretraining losses whose MIM predicts the embeddings of a frozen model."""
 
-    def __init__(self, teacher: XFM) -> None:
-        self.teacher = teacher
-
-    def __call__(self, model: XFM, batch: Batch, *, losses: Iterable[str]) -> dict[str, Tensor]:
+    def losses_of(model: XFM, batch: Batch, *, losses: Iterable[str]) -> dict[str, Tensor]:
         found = pretraining_losses(model, batch, losses=[loss for loss in losses if loss != "mim"])
         if "mim" in losses:
             assert isinstance(batch, (ImageBatch, PairBatch))
-            image, mask = batch.image, batch.patch_mask
-            assert mask is not None
+            assert batch.patch_mask is not None
             with torch.no_grad():
-                target = self.teacher.to(image.device).encode_image(image)
-            found["mim"] = masked_image_loss(model.encode_image(image, mask), target, mask)
+                target = teacher.to(batch.image.device).encode_image(batch.image)
+            predicted = model.encode_image(batch.image, batch.patch_mask)
+            found["mim"] = masked_image_loss(predicted, target, batch.patch_mask)
         return found
+
+    return losses_of
 
 
 def masked_word_loss(model: XFM, tokenizer: CaptionTokenizer, path: Path) -> float:
@@ -183,29 +183,18 @@ def masked_word_loss(model: XFM, tokenizer: CaptionTokenizer, path: Path) -> flo
 
 def object_probes(model: XFM) -> dict[str, float]:
     """Balanced accuracy in percent of linear probes for the textures and colours in an image (chance 50)."""
-    features, targets = [], []
     scenes = [scene(_SEED, _UNSEEN + index) for index in range(_FITTED + _TESTED)]
-    for pixels in _pixels(model, scenes):
-        features.append(model.encode_image(pixels).mean(1).double().cpu())
-    for made in scenes:
-        seen = {thing.texture for thing in made.things} | {thing.colour for thing in made.things}
-        targets.append([word in seen for word in (*TEXTURES, *COLOURS)])
-    x, y = torch.cat(features), torch.tensor(targets)
-    scores = fit_probe(x[:_FITTED], y[:_FITTED], strength=_STRENGTH, test=x[_FITTED:])
-    right, truth = (scores > 0) == y[_FITTED:], y[_FITTED:]
-    accuracy = [
-        50 * (right[truth[:, place], place].double().mean() + right[~truth[:, place], place].double().mean()).item()
-        for place in range(y.shape[1])
-    ]
-    textures, colours = accuracy[: len(TEXTURES)], accuracy[len(TEXTURES) :]
-    return {"texture": sum(textures) / len(textures), "colour": sum(colours) / len(colours)}
-
-
-def _pixels(model: XFM, scenes: Sequence[Scene]) -> Iterator[Tensor]:
-    transform = evaluation_transform(model.config.image_size)
+    transform, features = evaluation_transform(model.config.image_size), []
     for start in range(0, len(scenes), 64):
-        images = [Image.fromarray(render(made, 32)) for made in scenes[start : start + 64]]
-        yield torch.stack([transform(image) for image in images]).to(model.device)
+        images = [transform(Image.fromarray(render(made, 32))) for made in scenes[start : start + 64]]
+        features.append(model.encode_image(torch.stack(images).to(model.device)).mean(1).double().cpu())
+    seen = [{word for thing in made.things for word in (thing.texture, thing.colour)} for made in scenes]
+    x, y = torch.cat(features), torch.tensor([[word in words for word in (*TEXTURES, *COLOURS)] for words in seen])
+    scores = fit_probe(x[:_FITTED], y[:_FITTED], strength=_STRENGTH, test=x[_FITTED:])
+    right, truth = ((scores > 0) == y[_FITTED:]).double(), y[_FITTED:]
+    recalls = [(right * part).sum(0) / part.sum(0) for part in (truth, ~truth)]
+    accuracy = 50 * (recalls[0] + recalls[1])
+    return {"texture": accuracy[: len(TEXTURES)].mean().item(), "colour": accuracy[len(TEXTURES) :].mean().item()}
 
 
 def fit_probe(features: Tensor, targets: Tensor, *, strength: float, test: Tensor) -> Tensor:
@@ -260,26 +249,26 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report as Markdown."""
+    """The results as a Markdown page."""
+
+    def shown(mean: float, half: float | None) -> str:
+        return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
+
     metrics = ("masked-word loss", "texture", "colour")
-    lines = ["| part | seeds | " + " | ".join(metrics) + " |", "|---" * (2 + len(metrics)) + "|"]
+    parts = [["part", "seeds", *metrics]]
     for name, by_seed in results["parts"].items():
         if by_seed:
-            means = [mean_interval([each[metric] for each in by_seed.values()]) for metric in metrics]
-            lines.append(f"| {name} | {len(by_seed)} | " + " | ".join(_shown(*each) for each in means) + " |")
-    lines += ["", "| metric | difference | mean | different from 0 |", "|---|---|---|---|"]
+            means = (shown(*mean_interval([each[metric] for each in by_seed.values()])) for metric in metrics)
+            parts.append([name, str(len(by_seed)), *means])
+    differences = [["metric", "difference", "mean", "different from 0"]]
     for row in results["differences"]:
         mean, half = row["mean"], row["half"]
         clear = "unknown" if half is None else "yes" if abs(mean) > half else "no"
-        lines.append(f"| {row['metric']} | {row['part']} − {row['minus']} | {_shown(mean, half)} | {clear} |")
+        differences.append([row["metric"], f"{row['part']} − {row['minus']}", shown(mean, half), clear])
     text = (
         f"Tiny models, Python {results['python']}. Masked-word loss: nats per masked token of held-out Python "
         "documentation. Texture, colour: balanced accuracy in percent of linear probes on image features, chance 50. "
         "Means over seeds ± half the 95% interval (Student's t); differences are paired by seed. `text` is the "
         "language encoder before pairs, `stop-gradient` the start of the last three parts."
     )
-    return "\n".join(["# The two claims of the paper in miniature", "", text, "", *lines, ""])
-
-
-def _shown(mean: float, half: float | None) -> str:
-    return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
+    return page("The two claims of the paper in miniature", text, parts, differences)

@@ -112,11 +112,18 @@ def check_answers(answer_ids: Tensor, answer_mask: Tensor | None, config: XFMCon
     return mask
 
 
-class Ranked(NamedTuple):
-    """Answer indices and log-likelihoods, best first: both `[Q, best]`."""
+class AnswerRanking(NamedTuple):
+    """The best answers of Q questions, best first."""
 
     indices: Tensor
+    """`[Q, best]` indices into the answer list."""
     scores: Tensor
+    """`[Q, best]` log-likelihood of each answer given the question."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """`[Q, best]`: softmax over the returned answers only."""
+        return self.scores.softmax(-1)
 
 
 class Questions(Protocol):
@@ -138,7 +145,7 @@ def rank(
     k: int,
     best: int | None,
     first_token_twice: bool,
-) -> Ranked:
+) -> AnswerRanking:
     """Rank the k answers with the likeliest first tokens and return the `best`, for Q questions.
 
     With best = k (or None) all are decoded in one pass. With fewer, a prefix less likely than `best` complete answers
@@ -156,10 +163,10 @@ def rank(
         _rank_part(tree_of(memory.part(start, min(start + step, memory.states))), trie, k, best, first_token_twice)
         for start in range(0, memory.states, step)
     ]
-    return Ranked(torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts]))
+    return AnswerRanking(torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts]))
 
 
-def _rank_part(tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_token_twice: bool) -> Ranked:
+def _rank_part(tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_token_twice: bool) -> AnswerRanking:
     tree.decode(tree.none.index_fill(1, tree.none.new_zeros(1, dtype=torch.long), True), keep=True)
     if first_token_twice:
         tree.log_likelihoods *= 2
@@ -185,7 +192,7 @@ def _rank_part(tree: DecodedTree, trie: AnswerTrie, k: int, best: int, first_tok
         # Node 0 has been decoded: it stands for answers without a next node.
         chosen = tree.none.scatter(1, following * open_, True)
     ranked = scores.topk(best, dim=1)
-    return Ranked(candidates.gather(1, ranked.indices), ranked.values)
+    return AnswerRanking(candidates.gather(1, ranked.indices), ranked.values)
 
 
 class DecodedTree(ABC):

@@ -7,11 +7,10 @@ behaviour, verified by parts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,17 +27,21 @@ from xfm_fast.data.records import Rows, open_records
 from xfm_fast.data.texts import choose_text
 from xfm_fast.errors import ConfigError, DataError, InputError
 from xfm_fast.models import inputs
-from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
+from xfm_fast.models.decoder import TextDecoder, generate
 from xfm_fast.packing import ImageGroups
 from xfm_fast.tasks.caption_metrics import caption_metrics
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import PairInput, Task, TaskOptions, register, require_inputs
+from xfm_fast.tasks.task import Item, PairInput, Task, TaskOptions, json_file, register, require_inputs
 from xfm_fast.tasks.task_model import DecoderModel
 from xfm_fast.tokenizer import pre_caption
 
 
 class CaptionsByDecoder:
     """Generation of captions by a model or a session."""
+
+    def decoder_memory(self: Any, pixels: Tensor) -> Any:
+        """Keys and values of images `[B, 3, R, R]`, projected once for all steps and beams."""
+        return self.states(self.encode_image(pixels))
 
     def generate(
         self: Any,
@@ -64,13 +67,6 @@ class CaptionsByDecoder:
         )  # fmt: skip
 
 
-class CaptioningSession(CaptionsByDecoder):
-    """What an export adds to `xfm_fast.export.Session`."""
-
-    def decoder_memory(self: Any, pixels: Tensor) -> Any:
-        return self.states(self.encode_image(pixels))
-
-
 class CaptioningModel(CaptionsByDecoder, DecoderModel):
     """Vision encoder with a text decoder; the language and fusion encoders are not built.
 
@@ -94,10 +90,6 @@ class CaptioningModel(CaptionsByDecoder, DecoderModel):
         self.decoder_from = f"{decoder_from}_encoder"
         layers = depths[decoder_from] if decoder_layers is None else decoder_layers
         self.text_decoder = TextDecoder(config, layers, config.vision_width)
-
-    def decoder_memory(self, pixels: Tensor) -> DecoderMemory:
-        """Keys and values of images `[B, 3, R, R]`, projected once for all steps and beams."""
-        return self.text_decoder.memory(self.encode_image(pixels))
 
     def token_losses(
         self,
@@ -170,28 +162,22 @@ class CaptioningOptions(TaskOptions):
     )
 
 
-class Captioned(NamedTuple):
-    """An image view and the ids of `<s> prompt caption </s>`."""
-
-    image: Tensor
-    ids: list[int]
-
-
 @register
-class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, PairInput]):
+class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Item, PairInput]):
     """Captioning: `image` `[B, 3, R, R]` and one prompted caption per image, `input_ids` `[B, L]`.
 
     Splits list images with all captions, or images plus a COCO captions file with the images' ids. A folder of images
     without captions is captioned without metrics.
     """
 
-    Options, Session = CaptioningOptions, CaptioningSession
+    Options, Session = CaptioningOptions, CaptionsByDecoder
     metrics = (
         "CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "true_captions", "true_sizes", "true_colours",
         "true_textures", "true_shapes", "true_relations",
     )  # fmt: skip
     check_rows = staticmethod(partial(captioning_rows, split="all"))
     test_record = CaptioningTestRecord
+    truth = "caption"
 
     def prepare(self) -> None:
         options, config = self.options, self.config
@@ -221,16 +207,11 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Pa
         images = [path for path in files if path not in truth]
         # Without images, a COCO captions file names them itself.
         records = super().records(images or files, split)
-        if images:
-            by_identity = {identity: captions for each in truth.values() for identity, captions in each.items()}
-            records = [
-                record
-                if record.caption is not None or record.identity not in by_identity
-                else record.model_copy(update={"caption": tuple(by_identity[record.identity])})
-                for record in records
-            ]
+        captions_of = {identity: texts for each in truth.values() for identity, texts in each.items()} if images else {}
         first: dict[int | str, str] = {}
-        for record in records:
+        for number, record in enumerate(records):
+            if record.caption is None and record.identity in captions_of:
+                records[number] = record.model_copy(update={"caption": tuple(captions_of[record.identity])})
             if (other := first.setdefault(record.identity, record.image)) != record.image:
                 raise DataError(
                     f"images {other} and {record.image} both have the id {record.identity}, by which captions are "
@@ -238,15 +219,14 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Pa
                 )
         return records
 
-    def item(self, record: Annotation | Mapping[str, Any], rng: np.random.Generator) -> Captioned:
+    def item(self, record: Annotation | Mapping[str, Any], rng: np.random.Generator) -> Item:
         from xfm_fast.data.transforms import pretraining_transform, whole_image
 
         pairs, size = self.options.pairs, self.config.image_size
         if isinstance(record, CaptioningRecord):
             if record.caption is None:
                 raise DataError(f"image {record.image} has no caption to learn; add one, or remove the element")
-            ids = self._ids(record.caption)
-            return Captioned(self.augmented(record.image, rng), ids)
+            return Item(self.augmented(record.image, rng), self._ids(record.caption))
         assert pairs is not None
         assert isinstance(record, Mapping)
         if pairs.caption_key not in record:
@@ -258,11 +238,10 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Pa
         options = pairs.model_copy(update={"image_root": root, "official_pictures": official})
         picture = record_pixels(record, options, rng)
         view = pretraining_transform(size)(picture, rng) if pairs.augment else whole_image(picture, size)
-        return Captioned(view, ids)
+        return Item(view, ids)
 
-    def collate(self, items: list[Captioned], rng: np.random.Generator) -> PairInput:
-        ids, mask = self.padded([item.ids for item in items])
-        return PairInput(image=torch.stack([item.image for item in items]), input_ids=ids, attention_mask=mask)
+    def collate(self, items: list[Item], rng: np.random.Generator) -> PairInput:
+        return PairInput(**self.pair_inputs(items))
 
     def losses_of(self, model: CaptioningModel, batch: PairInput) -> dict[str, Tensor]:
         loss = model(
@@ -274,10 +253,9 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Pa
     def predict(self, model: CaptioningModel, records: Sequence[CaptioningTestRecord]) -> list[Row]:
         """Rows of `image` (path) and `caption` (without the prompt)."""
         options = self.options
-        pixels = torch.stack([self.pixels(record.image) for record in records])
         written = model.generate(
-            pixels.to(model.device), self.prompt.to(model.device), max_length=options.max_length,
-            min_length=options.min_length, num_beams=options.num_beams,
+            self.pixels_of([record.image for record in records], model), self.prompt.to(model.device),
+            max_length=options.max_length, min_length=options.min_length, num_beams=options.num_beams,
         )  # fmt: skip
         texts = [self.tokenizer.decode(ids) for ids in written[:, len(self.prompt) :].tolist()]
         # The first token includes the space after the prompt.
@@ -287,19 +265,11 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Pa
         ]
 
     def metrics_of(self, records: Sequence[CaptioningTestRecord]) -> Collection[str]:
-        if lacking := [record.image for record in records if record.caption is None]:
-            if len(lacking) == len(records):
-                return ()
-            raise DataError(
-                f"{len(lacking)} of {len(records)} images have no captions to score by, {lacking[0]} first; give "
-                "captions to all, or to none"
-            )
-        return [name for name in self.metrics if self.options.facts or not name.startswith("true_")]
+        names = super().metrics_of(records)
+        return [name for name in names if self.options.facts or not name.startswith("true_")]
 
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
         """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D` times 100; with the option `facts` also `true_shares`."""
-        if not self.metrics_of(records):
-            return {}
         candidates = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
         found = caption_metrics(candidates, {record.identity: record.caption or () for record in records})
         if self.options.facts:
@@ -311,10 +281,9 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Captioned, Pa
 
     def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:
         """`captions.json` for the COCO evaluation."""
-        found = [
-            {"image_id": record.identity, "caption": row["caption"]} for row, record in zip(rows, records, strict=True)
-        ]
-        return {"captions.json": (json.dumps(found, ensure_ascii=False) + "\n").encode()}
+        pairs = zip(rows, records, strict=True)
+        found = [{"image_id": record.identity, "caption": row["caption"]} for row, record in pairs]
+        return json_file("captions.json", found)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[CaptioningTestRecord]:
         require_inputs(images, texts, "one image or several, and no text", ok=len(images) > 0 and not texts)
@@ -346,16 +315,15 @@ def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
 
 def _scene_of(image: Path) -> Any:
     """Scene of an image in a shapes dataset; any other image raises `DataError`."""
-    from xfm_fast.data.shapes import Split, scene
-    from xfm_fast.data.shapes.world import WORLD_FILE
+    from xfm_fast.data.shapes import WORLD_FILE, Split, scene
 
     try:
         seed = _seed_of(image.parents[2] / WORLD_FILE)
         return scene(seed, int(image.stem), cast(Split, image.parent.name))
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{image} is no image of a shapes world ({error}); set task.facts=false") from None
+        raise DataError(f"{image} is no image of a shapes dataset ({error}); set task.facts=false") from None
 
 
 @lru_cache(maxsize=1)
 def _seed_of(world: Path) -> int:
-    return read_json(world, "the description of a shapes world")["seed"]
+    return read_json(world, "the description of a shapes dataset")["seed"]

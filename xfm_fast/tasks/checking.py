@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import time
-from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -46,26 +45,16 @@ _FLOAT = 4
 
 @dataclass(frozen=True)
 class Options:
-    """How files are read, and the run that estimates refer to.
-
-    Attributes:
-        config: model configuration; determines the image size.
-        batch_size: batch size of the memory estimate.
-        tokenizer: counts tokens; None counts words only.
-        image_key, caption_key, tokenized: as in a recipe's stream; not for fine-tuning files.
-        image_root: image folder for files with paths; for fine-tuning files by default that of the file.
-        tolerate_bad: maximum share of broken rows per file.
-        most_problems: maximum number of listed broken rows.
-    """
+    """How files are read, and the run that estimates refer to; `image_key` to `tokenized` are as in a stream."""
 
     config: XFMConfig
     batch_size: int = 96
-    tokenizer: CaptionTokenizer | None = None
+    tokenizer: CaptionTokenizer | None = None  # None counts words only
     image_key: str = "binary"
     caption_key: str = "desc"
-    image_root: Path | None = None
+    image_root: Path | None = None  # for fine-tuning files by default the folder of the file
     tokenized: bool = False
-    tolerate_bad: float = 0.01
+    tolerate_bad: float = 0.01  # maximum share of broken rows per file
     most_problems: int = 20
 
     def stream(self, kind: str) -> AnyStreamOptions:
@@ -132,26 +121,27 @@ def _seconds_per_item(records: RecordSet, reader: _Reader) -> float | None:
     return spent / (made - 1) if made > 1 else None
 
 
-class _Reader(ABC):
+class _Reader:
     """Reads and counts the records of a task; `row_bytes` is the memory of a record in a batch."""
 
     row_bytes: int
 
     def __init__(self, report: Report, options: Options) -> None:
         self.report, self.options = report, options
+        self._generator = item_generator(0, 0, 0, 0)
         self._sizes: dict[Path, tuple[int, int]] = {}
 
     def record(self, rows: Rows, row: int) -> Any:
         """Parse a row; a broken one raises `DataError`."""
         return rows.read(row)
 
-    @abstractmethod
     def item(self, record: Any, file: Path) -> None:
         """Process a record as training does."""
+        raise NotImplementedError
 
-    @abstractmethod
     def inspect(self, record: Any, file: Path) -> None:
         """Add a record to the report; a broken one raises `DataError`."""
+        raise NotImplementedError
 
     def count_text(self, text: str, options: TextOptions) -> None:
         """Count a text before truncation; an empty one raises `DataError`."""
@@ -199,7 +189,6 @@ class _StreamReader(_Reader):
         # Any vocabulary detects broken rows and takes about as long.
         self._tokenizer = options.tokenizer or CaptionTokenizer.train_on_texts(["a picture of a thing"], 300)
         self._items = self._plain = ITEMS[kind](stream, config, self._tokenizer, options.batch_size)
-        self._generator = item_generator(0, 0, 0, 0)
         self.row_bytes = 0
         if isinstance(stream, ImageOptions):
             # Augmentation is slow and rejects no row.
@@ -249,7 +238,6 @@ class _AnnotationReader(_Reader):
         super().__init__(report, options)
         self.row_bytes = 2 * 8 * 40
         self._transform = finetuning_transform(options.config.image_size)
-        self._generator = item_generator(0, 0, 0, 0)
 
     def record(self, rows: Rows, row: int) -> Any:
         assert isinstance(rows, AnnotationRows)

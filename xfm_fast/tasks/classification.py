@@ -6,6 +6,7 @@ a frozen encoder; GLUE with lr 1e-5 to 5e-5, 3 to 20 epochs, batch size 32.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from xfm_fast.models.heads import DeepMLPHead, MLPHead
 from xfm_fast.models.xfm import Encoder
 from xfm_fast.packing import Packing
 from xfm_fast.tasks.evaluation import Row
-from xfm_fast.tasks.task import Task, TaskOptions
+from xfm_fast.tasks.task import Item, Task, TaskOptions
 from xfm_fast.tasks.task_model import TaskModel
 
 Modality = Literal["image", "text", "pair"]
@@ -37,6 +38,7 @@ _ENCODERS: dict[Modality, tuple[Encoder, ...]] = {
     "text": ("text",),
     "pair": ("vision", "text", "fusion"),
 }
+_READS = {"image": ("pixels",), "text": ("input_ids",), "pair": ("pixels", "input_ids")}
 
 
 class ClassificationModel(TaskModel):
@@ -96,12 +98,12 @@ class ClassificationModel(TaskModel):
         self, pixels: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Head inputs: `[B, width]`, or `[B, 2 · vision_width]` for the official image head."""
-        for name, value, modality in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
-            needed = self.modality != modality
-            if needed != (value is not None):
-                state = "missing" if needed else "given"
-                reads = {"image": "pixels", "text": "input_ids", "pair": "pixels and input_ids"}[self.modality]
-                raise InputError(f"{name} is {state}; a classifier of modality {self.modality!r} reads {reads}")
+        for name, value, other in (("pixels", pixels, "text"), ("input_ids", input_ids, "image")):
+            if (self.modality == other) != (value is None):
+                raise InputError(
+                    f"{name} is {'missing' if value is None else 'given'}; a classifier of modality "
+                    f"{self.modality!r} reads {' and '.join(_READS[self.modality])}"
+                )
         with torch.no_grad() if self.frozen else nullcontext():
             if pixels is None:
                 assert input_ids is not None
@@ -136,11 +138,6 @@ class ClassificationModel(TaskModel):
         if self.labels == 1:
             return F.mse_loss(logits[:, 0], targets.to(logits.dtype))
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-
-
-def matthews_correlation(predicted: Tensor, targets: Tensor) -> float:
-    """Matthews correlation of two binary `[B]` tensors (CoLA); 0 if either is constant."""
-    return correlations(predicted, targets)[0]
 
 
 def f1_score(predicted: Tensor, targets: Tensor) -> float:
@@ -202,20 +199,20 @@ class LabelOptions(TaskOptions):
 
 
 LabelOptionsT = TypeVar("LabelOptionsT", bound=LabelOptions)
-ItemT = TypeVar("ItemT")
 BatchT = TypeVar("BatchT", bound=TensorBatch)
 
 
-class LabelTask(Task[LabelOptionsT, Any, ItemT, BatchT]):
+class LabelTask(Task[LabelOptionsT, Any, Item, BatchT]):
     """A task with labelled records; evaluation files may lack labels, to predict only."""
 
     Session = ClassificationSession
     large_lr = ("cls_head",)
     drop_last = False
+    truth = "label"
 
+    @abstractmethod
     def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
         """Rows of files, or of a split in folders."""
-        raise NotImplementedError
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
         return self.read(paths, "train", self.options.columns)
@@ -230,24 +227,19 @@ class LabelTask(Task[LabelOptionsT, Any, ItemT, BatchT]):
                 raise
             return self.read(paths, split, {field: name for field, name in columns.items() if field != "label"})
 
-    def has_truth(self, records: Sequence[Any]) -> bool:
-        """True if all records have a label, false if none has; mixed or unknown labels raise `DataError`."""
-        labels = [record.label for record in records]
+    def records(self, paths: Sequence[Path], split: str) -> list[Any]:
+        """Evaluation records; classes that training does not know raise `DataError`."""
+        records = super().records(paths, split)
         # The labels of a regression are numbers.
-        known = {*labels} if getattr(self.options, "regression", False) else {None, *self.options.labels}
-        if foreign := Counter(label for label in labels if label not in known):
+        known = {None, *self.options.labels}
+        foreign = Counter(label for each in records if isinstance(label := each.label, str) and label not in known)
+        if foreign:
             label, times = foreign.most_common(1)[0]
             raise DataError(
-                f"{foreign.total()} of {len(labels)} records to evaluate on have a class that training does not know, "
+                f"{foreign.total()} of {len(records)} records to evaluate on have a class that training does not know, "
                 f"such as {label!r} ({times}); correct them, or name all classes by task.labels=[...]"
             )
-        absent = labels.count(None)
-        if 0 < absent < len(labels):
-            raise DataError(
-                f"{absent} of {len(labels)} records to evaluate on have no label; give all of them one, or none to "
-                "predict"
-            )
-        return absent == 0
+        return records
 
 
 def class_names(given: Sequence[str], rows: Iterable[AnnotationRows[Any]]) -> tuple[str, ...]:
@@ -262,8 +254,6 @@ def class_names(given: Sequence[str], rows: Iterable[AnnotationRows[Any]]) -> tu
 
 def class_number(label: str | None, names: Sequence[str]) -> int:
     """Index of a label; a missing or unknown label raises `DataError`."""
-    if label is None:
-        raise DataError("'label' is missing; training needs the class")
     if label not in names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise DataError(f"label {label!r} is none of the {len(names)} classes ({shown}); correct it")

@@ -55,7 +55,7 @@ class Evaluation:
         def save() -> Metrics:
             summary = {"metrics": metrics, "records": len(records), "task": task.options.kind}
             content = {**files, METRICS_FILE: (json.dumps(summary, indent=1) + "\n").encode()}
-            self.make_folder()
+            make_folder(self.folder)
             write_bytes({self.folder / name: data for name, data in content.items()})
             for journal in self.folder.glob("rows-*"):
                 with suppress(OSError):
@@ -63,14 +63,6 @@ class Evaluation:
             return metrics
 
         return self.processes.from_first(save)
-
-    def make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"folder {self.folder} cannot be made ({error.strerror or error}); choose another"
-            ) from error
 
     def rows(self, task: Any, model: Any, records: Sequence[Any]) -> list[Row]:
         """Rows of all records on the first process, empty on the others."""
@@ -99,7 +91,17 @@ class Evaluation:
         Batches in journals with the same `identity` are not computed again.
         """
         with ExitStack() as stack:
-            done = self.processes.from_first(lambda: {*self._begin(identity, stack)})
+
+            def begin() -> set[int]:
+                """Batches in journals with the same identity; other journals are deleted."""
+                make_folder(self.folder)
+                stack.enter_context(hold(self.folder / ".lock", f"the evaluation in {self.folder}"))
+                for path in self.folder.glob("rows-*.jsonl"):
+                    if read_journal(path)[0] != identity:
+                        delete(path)
+                return {*self._read(identity)}
+
+            done = self.processes.from_first(begin)
             path = self.folder / f"rows-{self.processes.rank:05d}.jsonl"
             todo = [number for number in range(len(sizes)) if number not in done]
 
@@ -114,18 +116,17 @@ class Evaluation:
             self.processes.together(work)
             return self._read(identity) if self.processes.first else {}
 
-    def _begin(self, identity: str, stack: ExitStack) -> dict[int, list[Any]]:
-        """Results in journals with the same identity; other journals are deleted."""
-        self.make_folder()
-        stack.enter_context(hold(self.folder / ".lock", f"the evaluation in {self.folder}"))
-        for path in self.folder.glob("rows-*.jsonl"):
-            if read_journal(path)[0] != identity:
-                delete(path)
-        return self._read(identity)
-
     def _read(self, identity: str) -> dict[int, list[Any]]:
         journals = [read_journal(path) for path in sorted(self.folder.glob("rows-*.jsonl"))]
         return {batch: rows for found, entries in journals if found == identity for batch, rows in entries}
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder; failure raises `StorageError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"folder {folder} cannot be made ({error.strerror or error}); choose another") from error
 
 
 def delete(path: Path) -> None:

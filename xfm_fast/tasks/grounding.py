@@ -6,7 +6,6 @@ region captions at 224 pixels.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -32,20 +31,21 @@ from xfm_fast.models import inputs
 from xfm_fast.models.processor import pixel_boxes
 from xfm_fast.objectives import box_giou_loss, box_l1_loss
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import PairInput, Task, TaskOptions, group_by_image, register, require_inputs, unique_images
+from xfm_fast.tasks.task import (
+    Item,
+    PairInput,
+    Task,
+    TaskOptions,
+    group_by_image,
+    json_file,
+    register,
+    require_inputs,
+    unique_images,
+)
 from xfm_fast.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     from xfm_fast.data.regions import Rectangle
-
-__all__ = [
-    "GroundingLosses",
-    "GroundingModel",
-    "box_accuracy",
-    "grounding_accuracy",
-    "pixel_boxes",
-    "pixel_iou",
-]
 
 # Boxes of COCO reach past the edge by rounding, in pixels.
 _EDGE = 1.0
@@ -118,18 +118,6 @@ def pixel_iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, shared / union.where(union > 0, torch.ones_like(union)), torch.zeros_like(union))
 
 
-def grounding_accuracy(
-    boxes: Tensor, sizes: Tensor, reference: Tensor, splits: Sequence[str] | None = None, *, threshold: float = 0.5
-) -> dict[str, float]:
-    """`box_accuracy` of relative (cx, cy, w, h) predictions `[P, 4]` on images of `sizes` (width, height) `[P, 2]`."""
-    count = boxes.shape[0]
-    if sizes.shape != (count, 2):
-        raise InputError(
-            f"{count} boxes and sizes {[*sizes.shape]} do not belong together; there must be one of each per expression"
-        )
-    return box_accuracy(pixel_boxes(boxes, sizes), reference, splits, threshold=threshold)
-
-
 def box_accuracy(
     boxes: Tensor, reference: Tensor, splits: Sequence[str] | None = None, *, threshold: float = 0.5
 ) -> dict[str, float]:
@@ -171,6 +159,12 @@ class GroundingRecord(Annotation):
         return self
 
 
+def _without_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
+    """`object_hook` that drops segmentations, which are most of the file."""
+    fields.pop("segmentation", None)
+    return fields
+
+
 def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
     """Referring expressions with boxes.
 
@@ -184,7 +178,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         if path.suffix.lower() in (".p", ".pkl", ".pickle"):
             refs.append(path)
             continue
-        content = read_json(path, f"{ARRAY}, or COCO instances", _drop_segmentation)
+        content = read_json(path, f"{ARRAY}, or COCO instances", _without_segmentation)
         if isinstance(content, dict):
             instances.append((path, content))
         else:
@@ -197,38 +191,30 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         )
     if refs:
         refer = Refer(refs[0], *instances[0])
-        arrays = [refer.join(each) for each in arrays] or [refer.elements()]
+        arrays = [refer.join_all(each) for each in arrays] or [refer.elements()]
     return as_rows(arrays, GroundingRecord)
 
 
 class Reference(NamedTuple):
     """A RefCOCO reference: image, annotation of its box, split and expressions."""
 
-    image_id: int
+    image: int
     annotation: int
     split: str
-    sentences: tuple[str, ...]
-
-
-def read_references(path: Path) -> dict[int, Reference]:
-    """References by `ref_id` of a `refs(*).p`; the pickle may contain only containers, strings and numbers."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    return _references(path, status.st_mtime_ns, status.st_size)
+    sentences: list[str]
 
 
 # The files of train, val and test are read one after another, and refer to the same references.
 @lru_cache(maxsize=1)
-def _references(path: Path, modified: int, size: int) -> dict[int, Reference]:
+def _references(path: Path, modified: int, size: int) -> dict[Any, Reference]:
+    """References by `ref_id` of a `refs(*).p`, a pickle of containers, strings and numbers."""
     if size > _MOST_PICKLE:
         raise DataError(f"{path} has {size:,} bytes, over the limit of {_MOST_PICKLE:,} for references; check the file")
     content = read_plain_pickle(path)
     try:
         found = {}
         for ref in content:
-            sentences = tuple(str(each.get("sent", each.get("raw"))) for each in ref["sentences"])
+            sentences = [str(each.get("sent", each.get("raw"))) for each in ref["sentences"]]
             found[ref["ref_id"]] = Reference(ref["image_id"], ref["ann_id"], str(ref["split"]), sentences)
         return found
     except (TypeError, KeyError, AttributeError) as error:
@@ -238,10 +224,14 @@ def _references(path: Path, modified: int, size: int) -> dict[int, Reference]:
 
 
 class Refer:
-    """References of a RefCOCO data set, and the boxes and images of its COCO instances."""
+    """References of a RefCOCO data set with the boxes and images of its COCO instances."""
 
     def __init__(self, refs: Path, instances: Path, content: Any) -> None:
-        self.files, self.references = (refs, instances), read_references(refs)
+        try:
+            status = os.stat(refs)
+        except OSError as error:
+            raise unreadable(refs, error) from None
+        self.files, self.references = (refs, instances), _references(refs, status.st_mtime_ns, status.st_size)
         try:
             self.boxes = {each["id"]: each["bbox"] for each in content["annotations"]}
             self.images = {
@@ -252,48 +242,32 @@ class Refer:
                 f"{instances} is no file of COCO instances ({error!r}); expected images and annotations"
             ) from None
 
-    def place(self, identity: Any) -> dict[str, Any] | DataError:
-        """Box, split and image size of a reference."""
+    def join(self, identity: Any, element: dict[str, Any]) -> dict[str, Any] | DataError:
+        """An element with image, box, split and image size of a reference; its own image stays."""
         try:
             ref = self.references[identity]
-        except (KeyError, TypeError):
-            return DataError(f"ref_id {identity!r} is none of the references; check that both are of one data set")
-        if ref.annotation not in self.boxes or ref.image_id not in self.images:
+            (image, width, height), box = self.images[ref.image], self.boxes[ref.annotation]
+        except (KeyError, TypeError) as error:
             return DataError(
-                f"ref_id {identity}: annotation {ref.annotation} or image {ref.image_id} is not in {self.files[1]}; "
-                "check that both are of one data set"
+                f"ref_id {identity!r}: there is no reference, image or annotation {error} in "
+                f"{' and '.join(map(str, self.files))}; check that all are of one data set"
             )
-        _, width, height = self.images[ref.image_id]
-        return {"bbox": self.boxes[ref.annotation], "split": ref.split, "width": width, "height": height}
+        return {"image": image, **element, "bbox": box, "split": ref.split, "width": width, "height": height}
 
     def elements(self) -> Elements:
-        """Every sentence of every reference, with its box."""
-        values, labels = [], []
-        for identity, ref in self.references.items():
-            place = self.place(identity)
-            if isinstance(place, dict):
-                place = {**place, "image": self.images[ref.image_id][0], "ref_id": identity}
-            for number, sentence in enumerate(ref.sentences):
-                values.append({**place, "text": sentence} if isinstance(place, dict) else place)
-                labels.append(f"ref_id {identity}, sentence {number}")
+        """Every sentence of every reference."""
+        texts = [(identity, *each) for identity, ref in self.references.items() for each in enumerate(ref.sentences)]
+        values = [self.join(identity, {"text": text, "ref_id": identity}) for identity, _, text in texts]
+        labels = [f"ref_id {identity}, sentence {number}" for identity, number, _ in texts]
         return Elements(str(self.files[0]), values, labels, others=self.files[1:])
 
-    def join(self, elements: Elements) -> Elements:
-        """Official elements with box, split and image size by `ref_id`."""
-
-        def joined(element: Any) -> Any:
-            if not isinstance(element, dict) or "ref_id" not in element:
-                return element
-            place = self.place(element["ref_id"])
-            return {**element, **place} if isinstance(place, dict) else place
-
-        return elements._replace(values=[*map(joined, elements.values)], others=self.files)
-
-
-def _drop_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
-    """`object_hook` that drops segmentations, which are most of the file."""
-    fields.pop("segmentation", None)
-    return fields
+    def join_all(self, elements: Elements) -> Elements:
+        """Official elements, joined by their `ref_id`."""
+        values = [
+            self.join(each["ref_id"], each) if isinstance(each, dict) and "ref_id" in each else each
+            for each in elements.values
+        ]
+        return elements._replace(values=values, others=self.files)
 
 
 class CaptionedRegions(RegionOptions):
@@ -324,14 +298,6 @@ class GroundingOptions(TaskOptions):
     )
 
 
-class Expression(NamedTuple):
-    """An image view, expression ids and the box `[4]` (cx, cy, w, h) relative to the view."""
-
-    image: Tensor
-    ids: list[int]
-    box: Tensor
-
-
 @dataclass(frozen=True, kw_only=True)
 class GroundingBatch(PairInput):
     """Images and their texts."""
@@ -344,7 +310,7 @@ class GroundingBatch(PairInput):
 
 @register
 class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]):
-    """Grounding of expressions (items `Expression`), or of region captions (items `xfm_fast.data.items.Regions`).
+    """Grounding of expressions (items `Item`), or of region captions (items `xfm_fast.data.items.Regions`).
 
     Splits list arrays of expressions with boxes, or arrays without boxes plus refer's `refs(*).p` and `instances.json`,
     which can also be read without arrays. Expressions marked with a split are used for training only if it is `train`.
@@ -352,6 +318,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
 
     Options, Session = GroundingOptions, BoxesOfTexts
     check_rows = staticmethod(grounding_rows)
+    truth = "bbox"
     metrics = ("accuracy", "accuracy_val", "accuracy_testA", "accuracy_testB")
     losses = ("bbox_l1", "bbox_giou")
 
@@ -396,13 +363,13 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
         if not self.options.augment:
             image, (width, height) = self._view(record.image)
             box = _box_inside(record.bbox, width, height)
-            return Expression(image, ids, torch.tensor(relative_box(box, Rectangle(0, 0, width, height))))
+            return Item(image, ids, torch.tensor(relative_box(box, Rectangle(0, 0, width, height))))
         picture = decode_pixels(self.images / record.image, official=self.official_pictures)
         image, target = sample_grounding(
             picture, _clip_rounding(record.bbox, *picture_size(picture)), record.text, rng,
             size=self.config.image_size, careful_flip=self.options.careful_flip,
         )  # fmt: skip
-        return Expression(image, ids, target)
+        return Item(image, ids, target)
 
     def collate(self, items: list[Any], rng: np.random.Generator) -> GroundingBatch:
         if (regions := self.options.regions) is not None:
@@ -412,9 +379,7 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
                 image=batch.image, input_ids=batch.input_ids, attention_mask=batch.attention_mask, boxes=batch.boxes,
                 image_index=batch.image_index, is_image=batch.is_image,
             )  # fmt: skip
-        images, texts, boxes = zip(*items, strict=True)
-        ids, mask = self.padded(texts)
-        return GroundingBatch(image=torch.stack(images), input_ids=ids, attention_mask=mask, boxes=torch.stack(boxes))
+        return GroundingBatch(**self.pair_inputs(items), boxes=torch.stack([item.target for item in items]))
 
     def losses_of(self, model: GroundingModel, batch: GroundingBatch) -> dict[str, Tensor]:
         losses = model(
@@ -429,29 +394,23 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
         """Rows of `bbox` (x, y, w, h in pixels) and `relative` (cx, cy, w, h)."""
         images, places = unique_images(records)
         pixels, sizes = zip(*map(self._view, images), strict=True)
-        index = torch.tensor(places)
-        ids, mask = self.padded([self.caption_ids(record.text, self.options.max_words) for record in records])
-        given = (each.to(model.device) for each in (torch.stack(pixels), ids, mask, index))
-        relative = model.boxes(*given).double().cpu()
+        index, texts = torch.tensor(places), [self.caption_ids(each.text, self.options.max_words) for each in records]
+        views = torch.stack(pixels).to(model.device, model.dtype)
+        boxes = model.boxes(views, *self.padded(texts, model.device), index.to(model.device))
+        relative = boxes.double().cpu()
         inside = pixel_boxes(relative, torch.tensor(sizes, dtype=torch.float64)[index])
         return [
             {"bbox": box, "relative": shares} for box, shares in zip(inside.tolist(), relative.tolist(), strict=True)
         ]
 
     def metrics_of(self, records: Sequence[GroundingRecord]) -> Collection[str]:
-        """`accuracy`, and `accuracy_<split>` if records have splits; empty without boxes, mixed raise `DataError`."""
-        lacking = sum(record.bbox is None for record in records)
-        if lacking == len(records):
-            return []
-        if lacking:
-            raise DataError(f"{lacking} of {len(records)} expressions have no box; give a box to each, or to none")
-        splits = [record.split for record in records]
-        return ["accuracy", *(f"accuracy_{split}" for split in dict.fromkeys(splits) if all(splits))]
+        """`accuracy`, and `accuracy_<split>` if records have splits."""
+        splits = [record.split for record in records] if self.has_truth(records) else []
+        names = [f"accuracy_{split}" for split in dict.fromkeys(splits) if all(splits)]
+        return ["accuracy", *names] if splits else []
 
     def score(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> Metrics:
         """Share of boxes with IoU of at least 0.5, by `metrics_of`."""
-        if not self.metrics_of(records):
-            return {}
         boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float64)
         reference = torch.tensor([record.bbox for record in records], dtype=torch.float64)
         metrics = {"accuracy": 100 * box_accuracy(boxes, reference)["all"]}
@@ -462,19 +421,13 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
 
     def files(self, rows: Sequence[Row], records: Sequence[GroundingRecord]) -> dict[str, bytes]:
         """`boxes.json` for the official evaluation; `pred` is the relative box."""
-        found = [
-            {"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]}
-            for row, record in zip(rows, records, strict=True)
-        ]
-        return {"boxes.json": (json.dumps(found) + "\n").encode()}
+        pairs = zip(rows, records, strict=True)
+        found = [{"ref_id": record.ref_id, "pred": row["relative"], "bbox": row["bbox"]} for row, record in pairs]
+        return json_file("boxes.json", found)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[GroundingRecord]:
         require_inputs(images, texts, "an image and one expression or several", ok=len(images) == 1 and len(texts) > 0)
-        image = str(images[0])
-        return [
-            GroundingRecord.model_validate({"image": image, "text": text, "ref_id": number})
-            for number, text in enumerate(texts)
-        ]
+        return [GroundingRecord(image=str(images[0]), text=text, ref_id=n) for n, text in enumerate(texts)]
 
     def _view(self, image: str) -> tuple[Tensor, tuple[int, int]]:
         """Whole image `[3, R, R]` as in evaluation, and its (width, height) in pixels."""
@@ -484,34 +437,24 @@ class GroundingTask(Task[GroundingOptions, GroundingRecord, Any, GroundingBatch]
 
 def check_boxes(records: Sequence[GroundingRecord], images: Path, *, official: bool) -> None:
     """Raise `DataError` for reference boxes outside their image."""
-    # Refer's files say how large images are, and their boxes were held to it.
+    # Records with an image size, e.g. those of refer's files, were validated when read.
     unsure = [(record, record.bbox) for record in records if record.width is None and record.bbox is not None]
     sizes = {image: image_size(images / image, official=official) for image in {record.image for record, _ in unsure}}
     for record, box in unsure:
-        size = sizes[record.image]
         try:
-            _box_inside(box, *size)
+            _box_inside(box, *sizes[record.image])
         except DataError as error:
             raise DataError(f"expression {record.ref_id} of {record.image}: {error}") from None
 
 
 def expressions_of(rows: AnnotationRows[GroundingRecord], *, training: bool) -> AnnotationRows[GroundingRecord]:
     """Rows without expressions marked with another split."""
-
-    def kept(element: Any) -> bool:
-        split = element.get("split") if isinstance(element, dict) else None
-        return split is None or (split == "train") == training
-
-    chosen = [number for number, element in enumerate(rows.elements) if kept(element)]
-    if len(chosen) == len(rows):
-        return rows
+    splits = [element.get("split") if isinstance(element, dict) else None for element in rows.elements]
+    chosen = [row for row, split in enumerate(splits) if split is None or (split == "train") == training]
     if not chosen:
         wanted = "the split train" if training else "a split other than train"
         raise DataError(f"{rows.name} has no element of {wanted}; give the file of another split")
-    return AnnotationRows(
-        rows.name, [rows.elements[number] for number in chosen], rows.kind,
-        labels=[rows.label(number) for number in chosen], notes=rows.notes,
-    )  # fmt: skip
+    return rows.select(chosen)
 
 
 def _box_inside(box: Sequence[float], width: int, height: int) -> Rectangle:

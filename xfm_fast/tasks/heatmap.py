@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from xfm_fast.errors import DataError, InputError
 from xfm_fast.io import read_json
 from xfm_fast.models import inputs
 from xfm_fast.models.processor import evaluating
-from xfm_fast.models.text import TransformerLayer
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing
 
@@ -58,7 +56,7 @@ def cross_attention_heatmap(
         text = model.encode_text(input_ids, mask)
         number = max(0, config.fusion_layers // 2 - 1) if layer is None else layer
         chosen = _chosen(mask, tokens, number, config.fusion_layers)
-        with torch.enable_grad(), explicit_cross_attention(model, number) as recorded:
+        with torch.enable_grad(), _explicit_cross_attention(model, number) as recorded:
             fused = model.fuse(text, mask, memory, image_index)
             # Not `first_token_only`: if the last layer is chosen, all its tokens are needed.
             fused = fused[torch.arange(len(fused), device=fused.device), mask.long().argmax(1), None]
@@ -80,7 +78,7 @@ def cross_attention_heatmap(
 
 
 @contextmanager
-def explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
+def _explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
     """Run one fusion layer's cross-attention unfused, and yield a list that records its probabilities.
 
     Each pass appends `[H, T, M]`: heads, packed text tokens in image order, image tokens. The probabilities are leaves
@@ -93,14 +91,18 @@ def explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
     recorded: list[Tensor] = []
 
     def cross_attention(
-        x: Tensor,
-        keys_values: Tensor,
-        cu_queries: Tensor,
-        cu_keys: Tensor,
-        longest: int,
-        key_mask: Tensor | None = None,
+        x: Tensor, keys_values: Tensor, cu_queries: Tensor, cu_keys: Tensor, longest: int, key_mask: None = None
     ) -> Tensor:
-        return _attend(block, x.detach(), keys_values.detach(), cu_queries, cu_keys, key_mask, recorded)
+        """`TransformerLayer.cross_attention`, image by image."""
+        x, attention = x.detach(), block.crossattention
+        q = attention.self.project_query(x)
+        k, v = keys_values.detach().unbind(-3)
+        spans = list(zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True))
+        scores = [torch.einsum("qhd,khd->hqk", q[a:b], k[c:d]) * q.shape[-1] ** -0.5 for (a, b), (c, d) in spans]
+        probabilities = torch.cat([each.softmax(-1) for each in scores], dim=1).detach().requires_grad_()
+        recorded.append(probabilities)
+        context = [torch.einsum("hqk,khd->qhd", probabilities[:, a:b], v[c:d]) for (a, b), (c, d) in spans]
+        return attention.output(torch.cat(context).flatten(-2), x)
 
     own = vars(block)
     former = own.get("cross_attention")
@@ -112,38 +114,6 @@ def explicit_cross_attention(model: XFM, layer: int) -> Iterator[list[Tensor]]:
             del own["cross_attention"]
         else:
             own["cross_attention"] = former
-
-
-def _attend(
-    block: TransformerLayer,
-    x: Tensor,
-    keys_values: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    key_mask: Tensor | None,
-    recorded: list[Tensor],
-) -> Tensor:
-    """`TransformerLayer.cross_attention` image by image, with an equal number of tokens per image."""
-    attention = block.crossattention
-    q = attention.self.project_query(x)
-    k, v = keys_values.unbind(-3)
-    spans = list(zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True))
-    found: list[Tensor] = []
-    for (q_start, q_stop), (k_start, k_stop) in spans:
-        scores = torch.einsum("qhd,khd->hqk", q[q_start:q_stop], k[k_start:k_stop]) * q.shape[-1] ** -0.5
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[k_start:k_stop], -torch.inf)
-        # A query without any key to attend to gets zeros.
-        found.append(scores.softmax(-1).nan_to_num())
-    probabilities = torch.cat(found, dim=1).detach().requires_grad_()
-    recorded.append(probabilities)
-    context = torch.cat(
-        [
-            torch.einsum("hqk,khd->qhd", probabilities[:, q_start:q_stop], v[k_start:k_stop])
-            for (q_start, q_stop), (k_start, k_stop) in spans
-        ]
-    )
-    return attention.output(context.flatten(-2), x)
 
 
 def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Tensor:
@@ -177,21 +147,14 @@ def overlay(picture: Image.Image, heatmap: Tensor | NDArray[Any]) -> Image.Image
         raise InputError(f"heatmap is {[*heat.shape]}; it must be [h, w] of finite values, the map of one text")
     width, height = picture.size
     smooth = F.interpolate(heat[None, None], size=(height, width), mode="bilinear")[0, 0].clamp_min(0)
-    largest = float(smooth.max())
-    levels = (smooth / largest * 255).round().to(torch.uint8) if largest > 0 else smooth.to(torch.uint8)
-    colours = Image.fromarray(_colours()[levels.numpy()])
-    return Image.blend(picture.convert("RGB"), colours, 0.5)
-
-
-@cache
-def _colours() -> NDArray[np.uint8]:
-    """Cubehelix colour map `[256, 3]` from black to white, linear in brightness (Green 2011, BASI 39, 289)."""
-    level = np.linspace(0, 1, 256)
+    level = (smooth / smooth.max().clamp_min(torch.finfo(smooth.dtype).tiny)).double().numpy()
+    # Cubehelix colours, linear in brightness (Green 2011, BASI 39, 289).
     angle = 2 * np.pi * (0.5 / 3 - 1.5 * level)
-    radius = level * (1 - level) / 2
     turn = np.array([[-0.14861, 1.78277], [-0.29227, -0.90649], [1.97294, 0.0]])
-    rgb = level[:, None] + radius[:, None] * (np.stack([np.cos(angle), np.sin(angle)], axis=1) @ turn.T)
-    return np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8)
+    radius = level * (1 - level) / 2
+    rgb = level[..., None] + radius[..., None] * (np.stack([np.cos(angle), np.sin(angle)], axis=-1) @ turn.T)
+    colours = np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8)
+    return Image.blend(picture.convert("RGB"), Image.fromarray(colours), 0.5)
 
 
 def best_box(heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]) -> int:
@@ -235,31 +198,28 @@ def read_detections(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise unreadable(path, error) from None
     except ValueError as error:
         raise DataError(f"{path} is no JSON ({error}); write it again") from None
-    found: dict[str, list[list[float]]] = {}
     if isinstance(content, list):
-        for number, element in enumerate(content):
-            where = f"{path}, element {number} counting from 0"
-            if not isinstance(element, dict):
-                raise DataError(f"{where} is a {type(element).__name__}; expected an object with image_id and box")
-            image = element.get("image_id", element.get("image"))
-            if not isinstance(image, str | int):
-                raise DataError(f"{where} has image_id={image!r}; expected the image's id or path")
-            found.setdefault(str(image), []).append(_box(element.get("box"), where))
-    elif isinstance(content, dict):
-        for image, boxes in content.items():
-            if not isinstance(boxes, list):
-                raise DataError(f"{path}, image {image} holds a {type(boxes).__name__}; expected a list of boxes")
-            found[image] = [_box(box, f"{path}, image {image}, box {number}") for number, box in enumerate(boxes)]
+        named = [each if isinstance(each, dict) else {} for each in content]
+        boxes = [
+            (f"element {number} counting from 0", each.get("image_id", each.get("image")), each.get("box"))
+            for number, each in enumerate(named)
+        ]
     else:
-        raise DataError(f"{path} holds a JSON {type(content).__name__}; expected a list of detections, or an object")
-    if not found:
-        raise DataError(f"{path} holds no detections; give at least one")
-    return {image: torch.tensor(boxes, dtype=torch.float64).view(-1, 4) for image, boxes in found.items()}
-
-
-def _box(value: object, where: str) -> list[float]:
-    if isinstance(value, list) and len(value) >= 4:
-        numbers = [float(each) for each in value[:4] if isinstance(each, int | float) and not isinstance(each, bool)]
-        if len(numbers) == 4 and np.isfinite(numbers).all() and min(numbers[2:]) > 0:
-            return numbers
-    raise DataError(f"{where}: box {value!r} is none; expected [x, y, w, h] in pixels, w and h above 0")
+        lists = content.items() if isinstance(content, dict) else ()
+        boxes = [
+            (f"image {image}, box {number}", image, box)
+            for image, of_image in lists
+            for number, box in enumerate(of_image if isinstance(of_image, list) else [of_image])
+        ]
+    if not boxes:
+        raise DataError(f"{path} holds no detections; expected a list of them, or an object of lists by image")
+    found: dict[str, list[list[float]]] = {}
+    for where, image, box in boxes:
+        first = box[:4] if isinstance(box, list) else []
+        numbers = [float(each) for each in first if isinstance(each, int | float) and not isinstance(each, bool)]
+        if len(numbers) < 4 or not np.isfinite(numbers).all() or min(numbers[2:]) <= 0:
+            raise DataError(f"{path}, {where}: box {box!r} is none; expected [x, y, w, h] in pixels, w and h above 0")
+        if not isinstance(image, str | int):
+            raise DataError(f"{path}, {where} has image_id={image!r}; expected the image's id or path")
+        found.setdefault(str(image), []).append(numbers)
+    return {image: torch.tensor(of_image, dtype=torch.float64) for image, of_image in found.items()}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.batches import TensorBatch
-from xfm_fast.data.annotations import AnnotationRows, ImageLabelRecord, check_images
+from xfm_fast.data.annotations import AnnotationRows, ImageLabelRecord
 from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform
 from xfm_fast.data.tables import Columns, image_rows
 from xfm_fast.data.transforms import (
@@ -38,7 +38,7 @@ from xfm_fast.tasks.classification import (
     class_rows,
 )
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import register, require_inputs
+from xfm_fast.tasks.task import Item, register, require_inputs
 
 with needs("vision"):
     from torchvision import datasets
@@ -81,13 +81,6 @@ class ImageTaskOptions(LabelOptions):
         return self.model_copy(update={"labels": class_names(self.labels, rows)})
 
 
-class LabelledImage(NamedTuple):
-    """An image `[3, R, R]` and its class index."""
-
-    pixels: Tensor
-    target: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages(TensorBatch):
     """B images and their classes."""
@@ -105,7 +98,7 @@ class TorchvisionRecord(ImageLabelRecord):
 
 
 @register
-class ImageTask(LabelTask[ImageTaskOptions, LabelledImage, LabelledImages]):
+class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
     """Image classification; see `xfm_fast.tasks.classification`."""
 
     Options = ImageTaskOptions
@@ -113,23 +106,18 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImage, LabelledImages]):
     reads_text = False
 
     def prepare(self) -> None:
-        options, config = self.options, self.config
-        size, name = config.image_size, (options.dataset or "").lower()
-        self._train_view: Callable[[Picture, np.random.Generator], Tensor] | None
+        options, size, count = self.options, self.config.image_size, len(self.options.labels)
+        name, self.image_files = (options.dataset or "").lower(), options.dataset is None
+        self._train_view: Callable[[Picture, np.random.Generator], Tensor] | None = None
+        self._test_view: Callable[[Image.Image], Tensor] = evaluation_transform(size)
         if options.view == "imagenet":
             self._train_view, self._test_view = imagenet_training_transform(size), imagenet_evaluation_transform(size)
         elif options.view == "probe":
             self._train_view = probe_training_transform(size, name)
             self._test_view = probe_evaluation_transform(size, name)
-        else:
-            self._train_view, self._test_view = None, evaluation_transform(size)
-        count = len(options.labels)
-        mixes: list[v2.Transform] = []
-        if options.mixup:
-            mixes.append(v2.MixUp(alpha=options.mixup, num_classes=count))
-        if options.cutmix:
-            mixes.append(v2.CutMix(alpha=options.cutmix, num_classes=count))
-        self._mix = v2.RandomChoice(mixes) if mixes else None
+        mixes = ((v2.MixUp, options.mixup), (v2.CutMix, options.cutmix))
+        chosen = [mix(alpha=alpha, num_classes=count) for mix, alpha in mixes if alpha]
+        self._mix = v2.RandomChoice(chosen) if chosen else None
         self._sets: dict[tuple[str, str], TorchvisionSet] = {}
 
     def build(self) -> ClassificationModel:
@@ -139,49 +127,37 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImage, LabelledImages]):
         )
 
     def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
-        if self.options.dataset is not None:
-            return self._torchvision_rows(paths, split)
-        return [*image_rows(paths, columns=columns)]
+        if self.options.dataset is None:
+            return [*image_rows(paths, columns=columns)]
+        rows: list[AnnotationRows[Any]] = []
+        for path in paths:
+            found = self._sets[str(path), split] = open_torchvision(self.options.dataset, path, split)
+            count = len(found.numbers)
+            columns_of_set = {
+                "image": [f"{split}/{number}" for number in found.numbers],
+                "label": [found.classes[target] for target in found.targets],
+                "folder": [str(path)] * count,
+                "split": [split] * count,
+                "number": found.numbers,
+            }
+            rows.append(AnnotationRows(path, Columns(columns_of_set), TorchvisionRecord))
+        return rows
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[Any]]:
         return self.read(paths, self.options.train_split, self.options.columns)
 
-    def _torchvision_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[Any]]:
-        rows: list[AnnotationRows[Any]] = []
-        for path in paths:
-            assert self.options.dataset is not None
-            key = str(path), split
-            found = self._sets[key] = open_torchvision(self.options.dataset, path, split)
-            count = len(found.numbers)
-            columns = Columns(
-                {
-                    "image": [f"{split}/{number}" for number in found.numbers],
-                    "label": [found.classes[target] for target in found.targets],
-                    "folder": [str(path)] * count,
-                    "split": [split] * count,
-                    "number": found.numbers,
-                }
-            )
-            rows.append(AnnotationRows(path, columns, TorchvisionRecord))
-        return rows
-
-    def records(self, paths: Sequence[Path], split: str) -> list[ImageLabelRecord]:
-        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
-        check_images([record for record in records if not isinstance(record, TorchvisionRecord)], self.images)
-        self.has_truth(records)
-        return records
-
-    def item(self, record: ImageLabelRecord, rng: np.random.Generator) -> LabelledImage:
+    def item(self, record: ImageLabelRecord, rng: np.random.Generator) -> Item:
         target = class_number(record.label, self.options.labels)
         if self._train_view is None:
-            return LabelledImage(self._test_pixels(record), target)
+            return Item(self.pixels_of_record(record), target=target)
         if self.options.grey or isinstance(record, TorchvisionRecord):
-            return LabelledImage(self._train_view(self._picture(record), rng), target)
+            return Item(self._train_view(self._picture(record), rng), target=target)
         # In two thirds of the time.
         pixels = decode_pixels(self.images / record.image, official=self.official_pictures)
-        return LabelledImage(self._train_view(pixels, rng), target)
+        return Item(self._train_view(pixels, rng), target=target)
 
-    def _test_pixels(self, record: ImageLabelRecord) -> Tensor:
+    def pixels_of_record(self, record: ImageLabelRecord) -> Tensor:
+        """View `[3, R, R]` of evaluation."""
         return self._test_view(self._picture(record))
 
     def _picture(self, record: ImageLabelRecord) -> Image.Image:
@@ -191,8 +167,8 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImage, LabelledImages]):
             picture = decode_image(self.images / record.image, official=self.official_pictures)
         return picture.convert("L").convert("RGB") if self.options.grey else picture
 
-    def collate(self, items: list[LabelledImage], rng: np.random.Generator) -> LabelledImages:
-        image = torch.stack([item.pixels for item in items])
+    def collate(self, items: list[Item], rng: np.random.Generator) -> LabelledImages:
+        image = torch.stack([item.image for item in items])
         targets = torch.tensor([item.target for item in items])
         if self._mix is not None:
             # torchvision draws from the CPU's global state, which here is the batch's for so long. (torch.manual_seed
@@ -207,15 +183,10 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImage, LabelledImages]):
         return {"loss": model(batch.image, targets=batch.targets, label_smoothing=smoothing)}
 
     def predict(self, model: ClassificationModel, records: Sequence[ImageLabelRecord]) -> list[Row]:
-        pixels = torch.stack([self._test_pixels(record) for record in records])
+        pixels = torch.stack([self.pixels_of_record(record) for record in records])
         return class_rows(model.logits(pixels.to(model.device)), self.options.labels)
 
-    def metrics_of(self, records: Sequence[ImageLabelRecord]) -> Collection[str]:
-        return self.metrics if self.has_truth(records) else ()
-
     def score(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> Metrics:
-        if not self.has_truth(records):
-            return {}
         pairs = [*zip(rows, records, strict=True)]
         first = sum(row["answer"] == record.label for row, record in pairs)
         among = sum(record.label in row["probabilities"] for row, record in pairs)

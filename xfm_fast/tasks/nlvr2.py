@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from xfm_fast.models import inputs
 from xfm_fast.models.heads import MLPHead
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import PairInput, Task, TaskOptions, register, require_inputs
+from xfm_fast.tasks.task import Item, PairInput, Task, TaskOptions, register, require_inputs
 from xfm_fast.tasks.task_model import TaskModel
 
 RESULT_FILE = "nlvr2_result.csv"
@@ -115,17 +115,14 @@ def nlvr2_rows(paths: Paths) -> list[AnnotationRows[NLVR2Record]]:
     """
 
     def elements(path: Path) -> Elements:
-        if not _holds_lines(path):
+        with open_file(path) as file:
+            holds_lines = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+        if not holds_lines:
             return Elements(str(path), read_array(path))
         found = read_lines(path)
         return found._replace(values=[_statement(each) if isinstance(each, dict) else each for each in found.values])
 
     return as_rows(map(elements, find_files(paths)), NLVR2Record)
-
-
-def _holds_lines(path: Path) -> bool:
-    with open_file(path) as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _statement(line: Mapping[str, Any]) -> Mapping[str, Any] | DataError:
@@ -149,14 +146,6 @@ class NLVR2Options(TaskOptions):
     max_tokens: int | None = Field(default=None, ge=3, description="of a sentence in training; null: unlimited")
 
 
-class Statement(NamedTuple):
-    """Two images, sentence ids and the label."""
-
-    images: tuple[Tensor, Tensor]
-    ids: list[int]
-    label: bool
-
-
 @dataclass(frozen=True, kw_only=True)
 class NLVR2Batch(PairInput):
     """`image` `[2B, 3, R, R]`: all first images, then all second ones; `targets` `[B]`."""
@@ -165,7 +154,7 @@ class NLVR2Batch(PairInput):
 
 
 @register
-class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
+class NLVR2Task(Task[NLVR2Options, NLVR2Record, Item, NLVR2Batch]):
     """NLVR2."""
 
     Options, Session = NLVR2Options, NLVR2Session
@@ -179,25 +168,23 @@ class NLVR2Task(Task[NLVR2Options, NLVR2Record, Statement, NLVR2Batch]):
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[NLVR2Record]]:
         return nlvr2_rows(paths)
 
-    def item(self, record: NLVR2Record, rng: np.random.Generator) -> Statement:
+    def item(self, record: NLVR2Record, rng: np.random.Generator) -> Item:
         ids = self.caption_ids(record.sentence, self.options.max_words, self.options.max_tokens)
-        first, second = (self.augmented(image, rng) for image in record.images)
-        return Statement((first, second), ids, record.label)
+        return Item(torch.stack([self.augmented(image, rng) for image in record.images]), ids, record.label)
 
-    def collate(self, items: list[Statement], rng: np.random.Generator) -> NLVR2Batch:
-        ids, mask = self.padded([item.ids for item in items])
-        images = [item.images[place] for place in (0, 1) for item in items]
-        targets = torch.tensor([item.label for item in items], dtype=torch.int64)
-        return NLVR2Batch(image=torch.stack(images), input_ids=ids, attention_mask=mask, targets=targets)
+    def collate(self, items: list[Item], rng: np.random.Generator) -> NLVR2Batch:
+        pairs = self.pair_inputs(items)
+        targets = torch.tensor([item.target for item in items], dtype=torch.int64)
+        return NLVR2Batch(**pairs | {"image": pairs["image"].transpose(0, 1).flatten(0, 1)}, targets=targets)
 
     def losses_of(self, model: NLVR2Model, batch: NLVR2Batch) -> dict[str, Tensor]:
         return {"loss": model(batch.image, batch.input_ids, batch.attention_mask, batch.targets)}
 
     def predict(self, model: NLVR2Model, records: Sequence[NLVR2Record]) -> list[Row]:
         sentences = [self.caption_ids(record.sentence, self.options.max_words) for record in records]
-        ids, mask = (each.to(model.device) for each in self.padded(sentences))
-        pixels = torch.stack([self.pixels(record.images[place]) for place in (0, 1) for record in records])
-        shares = model.logits(pixels.to(model.device), ids, mask).double().softmax(-1)[:, 1].tolist()
+        pixels = self.pixels_of([record.images[place] for place in (0, 1) for record in records], model)
+        logits = model.logits(pixels, *self.padded(sentences, model.device))
+        shares = logits.double().softmax(-1)[:, 1].tolist()
         return [{"answer": share > 0.5, "probability": share} for share in shares]
 
     def score(self, rows: Sequence[Row], records: Sequence[NLVR2Record]) -> Metrics:

@@ -26,6 +26,7 @@ from xfm_fast.errors import DataError, InputError, NonFiniteError, XFMError
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets, ragged_rows
+from xfm_fast.tasks.reranking import TOKEN_BUDGET, slices
 
 # Pillow reads formats that run other programs; from strangers only these are taken.
 _TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
@@ -34,8 +35,8 @@ _DECODING_THREADS = min(8, os.cpu_count() or 1)
 _LARGE = 2 << 20
 # Memories that lie side by side in a pass; more of them gain little and take much room.
 _IMAGES_PER_TILE = 16
-# Caption tokens of a pass, and images that are encoded together.
-_BUDGETS = {"cpu": (2048, 8), "cuda": (32768, 64)}
+# Images that are encoded together.
+_IMAGES = {"cpu": 8, "cuda": 64}
 # Features are small compared with memories: this share holds features of many more images.
 _FEATURES_PART = 16
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -101,7 +102,8 @@ class ModelRanks:
         self.model = model
         self.config = model.config
         self.dtype_name = _DTYPES[model.dtype]
-        self.token_budget, self._images = _BUDGETS["cpu" if model.device.type == "cpu" else "cuda"]
+        kind = "cpu" if model.device.type == "cpu" else "cuda"
+        self.token_budget, self._images = TOKEN_BUDGET[kind], _IMAGES[kind]
 
     def captions(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Packed embeddings of captions `[T, L]`: `[sum(lengths), width]`."""
@@ -131,7 +133,7 @@ class ModelRanks:
         image_of = torch.repeat_interleave(torch.arange(len(memories)), torch.tensor(counts))
         starts, found = offsets(lengths).tolist(), []
         # One image may have more captions than a pass takes.
-        for first, last in _slices(lengths.tolist(), self.token_budget):
+        for first, last in slices(lengths.tolist(), self.token_budget):
             sizes = lengths[first:last].to(tokens.device)
             low, high = int(image_of[first]), int(image_of[last - 1]) + 1
             groups = ImageGroups.from_index((image_of[first:last] - low).to(tokens.device), high - low)
@@ -147,32 +149,17 @@ class ModelRanks:
         return torch.cat(found)
 
     def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        self.model.require_head("contrastive")
         parts = self._captions(input_ids, attention_mask)
         return torch.cat([self.model.project_text(self.model.encode_text(ids, mask)) for ids, mask in parts])
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        self.model.require_head("contrastive")
         parts = [self.model.encode_image(part.to(self.model.device)) for part in pixels.split(self._images)]
         return torch.cat([self.model.project_image(part) for part in parts])
 
     def _captions(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for first, last in _slices(attention_mask.sum(1).tolist(), self.token_budget):
+        for first, last in slices(attention_mask.sum(1).tolist(), self.token_budget):
             ids, mask = input_ids[first:last], attention_mask[first:last]
             yield ids.to(self.model.device), mask.to(self.model.device)
-
-
-def _slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive texts within the token budget; a single text may exceed it."""
-    first = room = 0
-    for place, length in enumerate(lengths):
-        if length > room:
-            if place:
-                yield first, place
-            first, room = place, max(budget, length)
-        room -= length
-    if lengths:
-        yield first, len(lengths)
 
 
 def _failure(picture: Picture, number: int, failures: dict[bytes, XFMError]) -> XFMError:
@@ -345,57 +332,34 @@ class Ranker:
             for picture in query.pictures:
                 wanted.setdefault(picture.key, {}).update(dict.fromkeys(rows[ids] for ids in query.captions))
         pairs = {key: list(texts) for key, texts in wanted.items()}
-        # Known memories come first, while none of them has made room for a new one.
-        tiles = self._tiles(sorted(pairs, key=lambda key: key not in known), pairs, lengths)
-        new = [[key for key in tile if key not in known] for tile in tiles]
-        pictures = [picture for query in queries for picture in query.pictures]
-        for tile, pixels in zip(tiles, self._decoded(new, pictures, failures), strict=True):
-            embeds: dict[bytes, Tensor] = {}
-            if pixels:
-                embeds = dict(zip(pixels, self.model.images(torch.stack([*pixels.values()])).split(1), strict=True))
-            if scored := [key for key in tile if key not in failures]:
-                logits |= self._scored(scored, pairs, embeds, tokens, lengths)
-        return logits, rows, failures
-
-    def _tiles(self, keys: Sequence[bytes], pairs: dict[bytes, list[int]], lengths: Tensor) -> list[list[bytes]]:
-        """Groups of images with captions for one pass."""
+        # Groups of images with captions for one pass. Known memories come first, while none of them has made room for
+        # a new one.
         tiles: list[list[bytes]] = []
         room = 0
-        for key in keys:
+        for key in sorted(pairs, key=lambda key: key not in known):
             cost = int(lengths[pairs[key]].sum())
             if not tiles or cost > room or len(tiles[-1]) == _IMAGES_PER_TILE:
                 tiles.append([])
                 room = self.model.token_budget
             tiles[-1].append(key)
             room -= cost
-        return tiles
-
-    def _scored(
-        self,
-        tile: Sequence[bytes],
-        pairs: dict[bytes, list[int]],
-        embeds: dict[bytes, Tensor],
-        tokens: Tensor,
-        lengths: Tensor,
-    ) -> dict[bytes, dict[int, list[float]]]:
-        """Both logits by image and caption."""
-        texts = torch.tensor([text for key in tile for text in pairs[key]])
-        starts = lengths.cumsum(0) - lengths
-        chosen = tokens.index_select(0, ragged_rows(starts[texts], lengths[texts]).to(tokens.device))
-        counts = [len(pairs[key]) for key in tile]
-        found = iter(self.model.logits(chosen, lengths[texts], self._memories(tile, embeds), counts).float().tolist())
-        return {key: {text: next(found) for text in pairs[key]} for key in tile}
-
-    def _memories(self, tile: Sequence[bytes], embeds: dict[bytes, Tensor]) -> list[Any]:
-        new = [key for key in tile if key in embeds]
-        made: dict[bytes, Any] = {}
-        if new:
-            made = dict(zip(new, self.model.memories(torch.cat([embeds[key] for key in new])), strict=True))
-        memories = []
-        for key in tile:
-            kept = made[key] if key in made else self.cache.get(key)
-            assert kept is not None, "known memories are read before new ones are kept"
-            memories.append(kept)
-        for key in new:
-            self.cache.put(key, made[key])
-        return memories
+        new = [[key for key in tile if key not in known] for tile in tiles]
+        pictures = [picture for query in queries for picture in query.pictures]
+        for tile, pixels in zip(tiles, self._decoded(new, pictures, failures), strict=True):
+            made: dict[bytes, Any] = {}
+            if pixels:
+                embeds = self.model.images(torch.stack([*pixels.values()]))
+                made = dict(zip(pixels, self.model.memories(embeds), strict=True))
+            scored = [key for key in tile if key not in failures]
+            if not scored:
+                continue
+            memories = [made[key] if key in made else self.cache.get(key) for key in scored]
+            for key, memory in made.items():
+                self.cache.put(key, memory)
+            texts = torch.tensor([text for key in scored for text in pairs[key]])
+            starts = lengths.cumsum(0) - lengths
+            chosen = tokens.index_select(0, ragged_rows(starts[texts], lengths[texts]).to(tokens.device))
+            found = self.model.logits(chosen, lengths[texts], memories, [len(pairs[key]) for key in scored])
+            values = iter(found.float().tolist())
+            logits |= {key: {text: next(values) for text in pairs[key]} for key in scored}
+        return logits, rows, failures

@@ -7,10 +7,11 @@ memory; passes are limited by a caption token budget.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -199,36 +200,43 @@ class RerankResult:
         return recall(self.score_i2t, self.score_t2i, image_of_text)
 
 
-class _Piece(NamedTuple):
-    """Pairs `start:stop` of one image in one pass."""
+def slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive texts within the token budget; a single text may exceed it."""
+    first = room = 0
+    for place, length in enumerate(lengths):
+        if length > room:
+            if place:
+                yield first, place
+            first, room = place, max(budget, length)
+        room -= length
+    if lengths:
+        yield first, len(lengths)
 
-    image: int
-    start: int
-    stop: int
 
+def _passes(
+    candidates: Candidates, lengths: Tensor, skip: set[int], budget: int, most: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Split candidates into passes of at most `budget` tokens and `most` images.
 
-def _tiles(candidates: Candidates, lengths: Tensor, skip: set[int], budget: int, most: int) -> Iterator[list[_Piece]]:
-    """Split candidates into passes of at most `budget` tokens and `most` images; large images span several."""
+    A pass is a list of (image, first pair, last pair + 1); an image with many pairs spans several passes.
+    """
     cu_tokens = offsets(lengths[candidates.texts]).tolist()
     cu_pairs = candidates.cu_pairs.tolist()
-    tile: list[_Piece] = []
+    pieces: list[tuple[int, int, int]] = []
     room = budget
-    for image in range(len(cu_pairs) - 1):
-        start, end = cu_pairs[image], cu_pairs[image + 1]
-        if image in skip:
-            continue
-        while start < end:
-            if tile and (len(tile) == most or cu_tokens[end] - cu_tokens[start] > room):
-                yield tile
-                tile, room = [], budget
+    for image, (start, end) in enumerate(pairwise(cu_pairs)):
+        while start < end and image not in skip:
+            if pieces and (len(pieces) == most or cu_tokens[end] - cu_tokens[start] > room):
+                yield pieces
+                pieces, room = [], budget
             stop = start + 1
             while stop < end and cu_tokens[stop + 1] - cu_tokens[start] <= room:
                 stop += 1
-            tile.append(_Piece(image, start, stop))
+            pieces.append((image, start, stop))
             room -= cu_tokens[stop] - cu_tokens[start]
             start = stop
-    if tile:
-        yield tile
+    if pieces:
+        yield pieces
 
 
 @torch.inference_mode()
@@ -260,7 +268,9 @@ def score_candidates(
         budget = TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"]) if token_budget is None else token_budget
         per_image = flops.image_memory_values(scorer.config, images.embeds.shape[1]) * texts.tokens.element_size()
         most = max(1, _MEMORY_BYTES // per_image)
-        scores = torch.full((candidates.pairs,), UNSCORED, dtype=_score_dtype(texts))
+        # fp32 for half-precision models, since scores are compared.
+        dtype = torch.promote_types(texts.tokens.dtype, torch.float32)
+        scores = torch.full((candidates.pairs,), UNSCORED, dtype=dtype)
         finished: set[int] = set()
         try:
             for image, values in [] if journal is None else journal.entries:
@@ -282,8 +292,8 @@ def score_candidates(
             spent += scorer.preparation_flops(texts.lengths)
         # What the host decides by, it knows: a pass is prepared while the one before it runs.
         known = texts.lengths.cpu()
-        for tile in _tiles(candidates, known, finished, budget, most):
-            chosen = [piece.image for piece in tile]
+        for pieces in _passes(candidates, known, finished, budget, most):
+            chosen = [image for image, _, _ in pieces]
             if chosen != memory_of:
                 # A slice of mapped embeddings is read as it lies, while an index copies rows one by one.
                 adjoining = chosen[-1] - chosen[0] == len(chosen) - 1
@@ -291,32 +301,27 @@ def score_candidates(
                 memory = scorer.memory(images.embeds[rows].to(device))
                 memory_of = chosen
                 spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
-            pairs = torch.cat([torch.arange(piece.start, piece.stop) for piece in tile])
+            pairs = torch.cat([torch.arange(start, stop) for _, start, stop in pieces])
             selected = candidates.texts[pairs].to(device)
             lengths, of_pairs = texts.lengths[selected], known[candidates.texts[pairs]]
             places = ragged_rows(starts[selected], lengths, int(of_pairs.sum()))
             tokens = tokens_of_texts.index_select(0, places)
-            groups = ImageGroups(offsets(torch.tensor([piece.stop - piece.start for piece in tile], device=device)))
+            groups = ImageGroups(offsets(torch.tensor([stop - start for _, start, stop in pieces], device=device)))
             sequences = Sequences.from_lengths(lengths, int(of_pairs.max()))
             scored = scorer.scores(tokens, sequences, memory, groups)
             spent += scorer.fusion_flops(of_pairs, groups, images.embeds.shape[1])
             scores[pairs] = scored.to("cpu", scores.dtype)
             done += len(pairs)
             if journal is not None:
-                for piece in tile:
-                    first, last = int(candidates.cu_pairs[piece.image]), int(candidates.cu_pairs[piece.image + 1])
+                for image, _, stop in pieces:
+                    first, last = candidates.cu_pairs[image : image + 2].tolist()
                     # An image is recorded when its last pair is scored.
-                    if piece.stop == last:
-                        journal.append([piece.image, scores[first:last].tolist()])
+                    if stop == last:
+                        journal.append([image, scores[first:last].tolist()])
             if progress is not None:
                 progress(done, candidates.pairs)
         receipt = Receipt.of(scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed, spent=spent)
         return RerankResult(candidates, scores, receipt)
-
-
-def _score_dtype(texts: TextIndex) -> torch.dtype:
-    """fp32 for half-precision models, since scores are compared."""
-    return torch.promote_types(texts.tokens.dtype, torch.float32)
 
 
 def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
@@ -325,17 +330,10 @@ def prepare_texts(scorer: PairScorer, texts: TextIndex, budget: int) -> Tensor:
     The slicing can change the last bit.
     """
     known = texts.lengths.cpu()
-    bounds = offsets(known).tolist()
-    parts: list[Tensor] = []
-    start = 0
-    while start < len(texts):
-        stop = start + 1
-        while stop < len(texts) and bounds[stop + 1] - bounds[start] <= budget:
-            stop += 1
-        tokens = texts.tokens[bounds[start] : bounds[stop]]
+    bounds, parts = offsets(known).tolist(), []
+    for start, stop in slices(known.tolist(), budget):
         sequences = Sequences.from_lengths(texts.lengths[start:stop], int(known[start:stop].max()))
-        parts.append(scorer.prepare(tokens, sequences))
-        start = stop
+        parts.append(scorer.prepare(texts.tokens[bounds[start] : bounds[stop]], sequences))
     return torch.cat(parts)
 
 

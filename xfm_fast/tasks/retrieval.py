@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from xfm_fast.models import inputs
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.packing import Packing, Sequences
-from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, delete, fingerprint
+from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, delete, fingerprint, make_folder
 from xfm_fast.tasks.journal import checksum
 from xfm_fast.tasks.reranking import (
     RANKS,
@@ -56,9 +56,8 @@ from xfm_fast.tasks.reranking import (
     score_candidates,
     top_candidates,
 )
-from xfm_fast.tasks.task import Task, TaskOptions, register, require_inputs, task_of
+from xfm_fast.tasks.task import Item, Task, TaskOptions, register, require_inputs, task_of
 from xfm_fast.tasks.task_model import TaskModel
-from xfm_fast.tokenizer import pre_caption
 
 __all__ = [
     "UNSCORED",
@@ -239,7 +238,60 @@ RECEIPT_FILE, SCORES_FILE = "receipt.json", "scores.safetensors"
 _RECALLS = (*(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")), "r_mean")
 
 
-class RetrievalOptions(TaskOptions):
+class PairOptions(TaskOptions):
+    """Training on pairs of an image and a text."""
+
+    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
+    max_words: int = Field(default=30, gt=0, description="of a text")
+    max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
+    official_itm_negatives: bool = Field(default=False, description="draw hard negatives within one rank")
+    official_itc_gradient: bool = Field(default=False, description="scale the contrastive gradient by 1 / world size")
+
+
+PairOptionsT = TypeVar("PairOptionsT", bound=PairOptions)
+
+
+class PairTask(Task[PairOptionsT, Any, Item, PairBatch]):
+    """Training with ITC and ITM losses on images and captions."""
+
+    losses = ("itc", "itm")
+
+    def prepare(self) -> None:
+        self.check_length(self.options.max_tokens)
+
+    def build(self) -> TaskModel:
+        return TaskModel(self.config, heads=("contrastive", "matching"))
+
+    def ids(self, text: str) -> list[int]:
+        """Truncated ids of a text, in training too (the official code does not truncate there)."""
+        return self.caption_ids(text, self.options.max_words, self.options.max_tokens)
+
+    def item(self, record: Any, rng: np.random.Generator) -> Item:
+        ids = self.ids(record.caption)
+        # A digest is the same on every rank.
+        digest = hashlib.blake2b(json.dumps(record.image_id).encode(), digest_size=8).digest()
+        return Item(self.augmented(record.image, rng), ids, int.from_bytes(digest, "big", signed=True))
+
+    def collate(self, items: list[Item], rng: np.random.Generator) -> PairBatch:
+        from xfm_fast.data.items import collate_pairs
+
+        texts = [EncodedText([*item.ids], [*item.ids], [], []) for item in items]
+        # Ranks exchange texts, which then must be equally wide. Padding is left out of all computations.
+        return collate_pairs(
+            [item.image for item in items], texts, pad_token_id=self.tokenizer.pad_token_id,
+            image_ids=[item.target for item in items], width=self.options.max_tokens,
+        )  # fmt: skip
+
+    def losses_of(self, model: XFM, batch: PairBatch) -> dict[str, Tensor]:
+        # Unlike pretraining, the official fine-tuning lets the matching loss through to the language encoder.
+        return pretraining_losses(
+            model, batch, losses=self.losses, stop_gradient=False,
+            official_itm_negatives=self.options.official_itm_negatives,
+            official_itc_gradient=self.options.official_itc_gradient,
+        )  # fmt: skip
+
+
+class RetrievalOptions(PairOptions):
     """Retrieval."""
 
     kind: Literal["retrieval"] = "retrieval"
@@ -250,17 +302,12 @@ class RetrievalOptions(TaskOptions):
         description="ranking score: match (logit, official), similarity (of features), sum (match + similarity, "
         "as in BLIP), or auto (the best on the split of `choose`)",
     )
-    augment: bool = Field(default=True, description="random crop, flip and RandAugment; false only resizes")
-    max_words: int = Field(default=30, gt=0, description="of a text")
-    max_tokens: int = Field(default=40, ge=3, description="including `<s>` and `</s>`")
     columns: dict[Literal["image", "caption"], str] = Field(default={}, description="renamed table columns")
     hold_out: float = Field(
         default=0, ge=0, lt=1,
         description="share of `data.train` images held out as the split val if there is none, chosen by the smallest "
         "BLAKE2 digest of the relative name; at most 1,000, at least 10 of 40 or more",
     )  # fmt: skip
-    official_itm_negatives: bool = Field(default=False, description="draw hard negatives within one rank")
-    official_itc_gradient: bool = Field(default=False, description="scale the contrastive gradient by 1 / world size")
 
     @property
     def resolved_rank(self) -> Rank:
@@ -268,16 +315,8 @@ class RetrievalOptions(TaskOptions):
         return "sum" if self.rank == "auto" else self.rank
 
 
-class Captioned(NamedTuple):
-    """An image, a caption and the image's id."""
-
-    image: Tensor
-    text: EncodedText
-    image_id: int
-
-
 @register
-class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
+class RetrievalTask(PairTask[RetrievalOptions]):
     """Fine-tuning with ITC and ITM losses, evaluation by re-ranking (see `xfm_fast.tasks.retrieval`).
 
     Evaluation reports recall by the rule `rank`, and for every rule of `xfm_fast.tasks.reranking.rank_score` as
@@ -286,22 +325,19 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
 
     Options = RetrievalOptions
     metrics = tuple(f"{stage}{name}" for stage in ("", *(f"{rank}/" for rank in RANKS)) for name in _RECALLS)
-    losses = ("itc", "itm")
     check_rows = staticmethod(partial(retrieval_rows, split="all"))
     test_record = RetrievalTestRecord
 
-    def prepare(self) -> None:
-        self.check_length(self.options.max_tokens)
-
-    def build(self) -> TaskModel:
-        return TaskModel(self.config, heads=("contrastive", "matching"))
-
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[RetrievalRecord]]:
-        return self._split_rows(retrieval_rows(paths, split="train", columns=_columns(self.options)), held=False)
+        return self._split_rows(retrieval_rows(paths, split="train", columns=self._columns), held=False)
 
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[RetrievalTestRecord]]:
-        found = retrieval_test_rows(paths, split=split, columns=_columns(self.options))
+        found = retrieval_test_rows(paths, split=split, columns=self._columns)
         return self._split_rows(found, held=True) if split == "val" else found
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        return {str(field): column for field, column in self.options.columns.items()}
 
     def _split_rows(self, files: list[AnnotationRows[R]], *, held: bool) -> list[AnnotationRows[R]]:
         """Rows of images in the held-out split, or rows of all others."""
@@ -310,65 +346,27 @@ class RetrievalTask(Task[RetrievalOptions, Any, Captioned, PairBatch]):
         images = held_out(files, self.options.hold_out, self.images)
         return [each.of_images(images, others=not held) for each in files]
 
-    def ids(self, text: str) -> list[int]:
-        """Truncated ids of a text, in training too (the official code does not truncate there)."""
-        options = self.options
-        return self.tokenizer.encode_ids([pre_caption(text, options.max_words)], options.max_tokens)[0]
-
-    def item(self, record: RetrievalRecord, rng: np.random.Generator) -> Captioned:
-        ids = self.ids(record.caption)
-        # A digest is the same on every rank.
-        digest = hashlib.blake2b(json.dumps(record.image_id).encode(), digest_size=8).digest()
-        image_id = int.from_bytes(digest, "big", signed=True)
-        return Captioned(self.augmented(record.image, rng), EncodedText(ids, ids, [], []), image_id)
-
-    def collate(self, items: list[Captioned], rng: np.random.Generator) -> PairBatch:
-        from xfm_fast.data.items import collate_pairs
-
-        images, texts, image_ids = zip(*items, strict=True)
-        # Ranks exchange texts, which then must be equally wide. Padding is left out of all computations.
-        return collate_pairs(
-            images, texts, pad_token_id=self.tokenizer.pad_token_id, image_ids=image_ids, width=self.options.max_tokens
-        )
-
-    def losses_of(self, model: XFM, batch: PairBatch) -> dict[str, Tensor]:
-        # Unlike pretraining, the official fine-tuning lets the matching loss through to the language encoder.
-        return pretraining_losses(
-            model, batch, losses=self.losses, stop_gradient=False,
-            official_itm_negatives=self.options.official_itm_negatives,
-            official_itc_gradient=self.options.official_itc_gradient,
-        )  # fmt: skip
-
     def predict(self, model: XFM, records: Sequence[RetrievalTestRecord]) -> list[Row]:
         """Per image and text: match probability, feature cosine and the score by `rank`."""
-        place = {text: number for number, text in enumerate(dict.fromkeys(t for r in records for t in r.caption))}
-        ids, mask = (each.to(model.device) for each in self.padded([self.ids(text) for text in place]))
-        pixels = torch.stack([self.pixels(record.image) for record in records]).to(model.device, model.dtype)
-        images, texts = model.encode_image(pixels), model.encode_text(ids, mask)
-        of_image = torch.tensor([n for n, record in enumerate(records) for _ in record.caption], device=model.device)
-        of_text = torch.tensor([place[text] for record in records for text in record.caption], device=model.device)
+        pairs = [(number, text) for number, record in enumerate(records) for text in record.caption]
+        place = {text: number for number, text in enumerate(dict.fromkeys(text for _, text in pairs))}
+        ids, mask = self.padded([self.ids(text) for text in place], model.device)
+        images, texts = (
+            model.encode_image(self.pixels_of([r.image for r in records], model)),
+            model.encode_text(ids, mask),
+        )
+        of_image, of_text = torch.tensor([(n, place[text]) for n, text in pairs], device=model.device).unbind(1)
         cosine = (model.project_image(images)[of_image] * model.project_text(texts)[of_text]).double().sum(-1)
-        fused = model.fuse(
-            texts[of_text], mask[of_text], model.image_memory(images), of_image, first_token_only=True
-        )  # fmt: skip
+        memory = model.image_memory(images)
+        fused = model.fuse(texts[of_text], mask[of_text], memory, of_image, first_token_only=True)
         logits = model.match_logits(fused).double()
         score = rank_score(self.options.resolved_rank, logits[:, 1], cosine)
-        columns = (logits.softmax(-1)[:, 1], cosine, score)
-        values = iter(zip(*(column.tolist() for column in columns), strict=True))
-        return [
-            {
-                "image": record.image,
-                "texts": [
-                    {"text": text, "probability": p, "cosine": c, "score": s}
-                    for text, (p, c, s) in zip(record.caption, values, strict=False)
-                ],
-            }
-            for record in records
-        ]
-
-    def score(self, rows: Sequence[Row], records: Sequence[RetrievalTestRecord]) -> Metrics:
-        """Empty: ranking metrics need all pairs; see `evaluate`."""
-        return {}
+        rows: list[Row] = [{"image": record.image, "texts": []} for record in records]
+        columns = (column.tolist() for column in (logits.softmax(-1)[:, 1], cosine, score))
+        for (number, text), probability, similarity, value in zip(pairs, *columns, strict=True):
+            row = {"text": text, "probability": probability, "cosine": similarity, "score": value}
+            rows[number]["texts"].append(row)
+        return rows
 
     def settled(self, metrics: Metrics) -> RetrievalOptions:
         rank = self.options.rank
@@ -418,7 +416,13 @@ class _Ranking:
     def run(self) -> tuple[Metrics, dict[str, bytes]]:
         """Metrics and files of the split, on the first process."""
         identity = fingerprint(self.task, self.model, self.records, self.work.batch_size)
-        self.processes.from_first(self._make_room)
+
+        def make_room() -> None:
+            make_folder(self.work.folder)
+            for left in self.work.folder.glob("images-*.bin"):
+                delete(left)
+
+        self.processes.from_first(make_room)
         k, config = self.task.options.k, self.model.config
         try:
             texts = self._texts()
@@ -481,11 +485,6 @@ class _Ranking:
     def _embeddings(self, block: int) -> Path:
         return self.work.folder / f"images-{block:05d}.bin"
 
-    def _make_room(self) -> None:
-        self.work.make_folder()
-        for left in self.work.folder.glob("images-*.bin"):
-            delete(left)
-
     def _in_order(self, values: dict[int, T]) -> list[T]:
         """Values of all blocks in order."""
         found = {number: value for part in self.processes.gather(values) for number, value in part.items()}
@@ -516,7 +515,3 @@ class _Ranking:
         # A mapping for each block: what of one file was touched would all count as memory of the process.
         index = self.retriever.embed_images(batches, path=self._embeddings(block), count=stop - start)
         return index.features.cpu()
-
-
-def _columns(options: RetrievalOptions) -> dict[str, str]:
-    return {str(field): column for field, column in options.columns.items()}

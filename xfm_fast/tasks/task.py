@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
+import torch
 from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
 from xfm_fast.data.images import decode_pixels, load_image
 from xfm_fast.data.records import Rows, image_at
-from xfm_fast.errors import CheckpointError, ConfigError, InputError
+from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
 from xfm_fast.io import read_json
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task_model import TaskModel
@@ -93,6 +94,10 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     """Reader of all rows of files, for `xfm-fast data check`; None if there is no format to check."""
     test_record: ClassVar[type[Annotation] | None] = None
     """Record of an element with a list of captions, if that is another one than in training."""
+    image_files: bool = True
+    """Records name image files, which must exist."""
+    truth: ClassVar[str | None] = None
+    """Field of a record that holds the ground truth, if records without it can be predicted."""
 
     def __init__(
         self,
@@ -145,7 +150,8 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
         """Evaluation records; a broken one or a missing image raises `DataError`."""
         records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
-        check_images(records, self.images)
+        if self.image_files:
+            check_images(records, self.images)
         return records
 
     @abstractmethod
@@ -168,13 +174,25 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
     def predict(self, model: Any, records: Sequence[RecordT]) -> list[Row]:
         """One result row per record, in order."""
 
-    def metrics_of(self, records: Sequence[RecordT]) -> Collection[str]:
-        """Names of the metrics that `score` returns for these records; partly labelled records raise `DataError`."""
-        return self.metrics
+    def has_truth(self, records: Sequence[RecordT]) -> bool:
+        """True if all records have ground truth, false if none has; a mix raises `DataError`."""
+        if self.truth is None:
+            return True
+        absent = sum(getattr(record, self.truth) is None for record in records)
+        if 0 < absent < len(records):
+            raise DataError(
+                f"{absent} of {len(records)} records to evaluate on have no {self.truth}; give it to all of them, or "
+                "to none to predict"
+            )
+        return not absent
 
-    @abstractmethod
+    def metrics_of(self, records: Sequence[RecordT]) -> Collection[str]:
+        """Names of the metrics that `score` returns for these records."""
+        return self.metrics if self.has_truth(records) else ()
+
     def score(self, rows: Sequence[Row], records: Sequence[RecordT]) -> Metrics:
-        """Metrics of a split in percent; empty for unlabelled records."""
+        """Metrics of a split with ground truth, in percent."""
+        return {}
 
     def settled(self, metrics: Metrics) -> OptionsT:
         """Options updated by validation metrics."""
@@ -186,8 +204,11 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
 
     def evaluate(self, model: Any, records: Sequence[RecordT], work: Evaluation) -> tuple[Metrics, dict[str, bytes]]:
         """Metrics and files of a split, on the first process; collective."""
+        scored = bool(self.metrics_of(records))
         rows = work.rows(self, model, records)
-        return (self.score(rows, records), self.files(rows, records)) if work.processes.first else ({}, {})
+        if not work.processes.first:
+            return {}, {}
+        return self.score(rows, records) if scored else {}, self.files(rows, records)
 
     @abstractmethod
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[RecordT]:
@@ -225,9 +246,27 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         cleaned = pre_caption(text, max_words)
         return self.tokenizer.encode_ids([cleaned], max_tokens or self.config.max_text_length)[0]
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Ids padded to `[B, L]`, and their mask."""
-        return self.tokenizer.pad(rows)
+        ids, mask = self.tokenizer.pad(rows)
+        return ids.to(device), mask.to(device)
+
+    def pixels_of(self, images: Sequence[str], model: Any) -> Tensor:
+        """Whole images `[I, 3, R, R]` as inputs of a model or session."""
+        return torch.stack([self.pixels(image) for image in images]).to(model.device, model.dtype)
+
+    def pair_inputs(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """Images and padded texts of items, as the fields of `PairInput`."""
+        ids, mask = self.padded([item.ids for item in items])
+        return {"image": torch.stack([item.image for item in items]), "input_ids": ids, "attention_mask": mask}
+
+
+class Item(NamedTuple):
+    """A training item: the view `[3, R, R]` of an image, ids of a text, and the target."""
+
+    image: Any = None
+    ids: Sequence[int] = ()
+    target: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +276,11 @@ class PairInput(TensorBatch):
     image: Tensor  # `[I, 3, R, R]` normalised pixels
     input_ids: Tensor  # `[T, L]` int64, padded
     attention_mask: Tensor  # `[T, L]`, non-zero for real tokens
+
+
+def json_file(name: str, content: Any) -> dict[str, bytes]:
+    """A result file of JSON."""
+    return {name: (json.dumps(content, ensure_ascii=False) + "\n").encode()}
 
 
 def group_by_image(records: Sequence[Any]) -> list[list[int]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xfm_fast import checkpoint
 from xfm_fast.config import XFMConfig
-from xfm_fast.models.decoder import TextDecoder
+from xfm_fast.models.decoder import DecoderMemory, TextDecoder
 from xfm_fast.models.hub import Download, local_folder
 from xfm_fast.models.processor import read_tokenizer
 from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Head, Precision
@@ -116,6 +116,10 @@ class DecoderModel(TaskModel):
     @property
     def writer(self) -> TextDecoder:
         return self.text_decoder
+
+    def states(self, states: Tensor, mask: Tensor | None = None) -> DecoderMemory:
+        """Keys and values of states `[B, M, width]`, projected once for all steps and beams."""
+        return self.text_decoder.memory(states, mask)
 
     def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
         """Initialise the decoder from an encoder of a pretraining state dict; returns what stays random."""

@@ -7,7 +7,7 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -27,23 +27,13 @@ from xfm_fast.tasks.classification import (
     class_rows,
     correlations,
     f1_score,
-    matthews_correlation,
 )
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
-from xfm_fast.tasks.task import register, require_inputs
+from xfm_fast.tasks.task import Item, register, require_inputs
 
 GlueName = Literal["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"]
-_RESULT_FILES: Mapping[str, str] = {
-    "cola": "CoLA.tsv",
-    "mnli": "MNLI-m.tsv",
-    "mrpc": "MRPC.tsv",
-    "qnli": "QNLI.tsv",
-    "qqp": "QQP.tsv",
-    "rte": "RTE.tsv",
-    "sst2": "SST-2.tsv",
-    "stsb": "STS-B.tsv",
-}
-_FURTHER_METRICS: Mapping[str, tuple[str, ...]] = {"cola": ("matthews",), "mrpc": ("f1",), "qqp": ("f1",)}
+_RESULT_FILES = {"cola": "CoLA.tsv", "mnli": "MNLI-m.tsv", "sst2": "SST-2.tsv", "stsb": "STS-B.tsv"}
+_FURTHER_METRICS = {"cola": ("matthews",), "mrpc": ("f1",), "qqp": ("f1",)}
 _MOST_SIMILAR = 5.0
 
 
@@ -66,7 +56,6 @@ class TextTaskOptions(LabelOptions):
         return self
 
     def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
-        """Rows of files, or of a split in folders."""
         return [*text_rows(paths, glue=self.glue, split=split, columns=columns, scores=self.regression)]
 
     def completed(self, train: Sequence[Path], root: Path) -> Self:
@@ -82,13 +71,6 @@ class TextTaskOptions(LabelOptions):
         return self.model_copy(update=changes)
 
 
-class LabelledText(NamedTuple):
-    """Ids of a text or pair, with its class index or value."""
-
-    ids: list[int]
-    target: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class LabelledTexts(TensorBatch):
     """B texts with targets."""
@@ -98,14 +80,12 @@ class LabelledTexts(TensorBatch):
     targets: Tensor  # `[B]` classes (int64), or values (float32)
 
 
-AnyTextRecord = TextRecord | TextScoreRecord
-
-
 @register
-class TextTask(LabelTask[TextTaskOptions, LabelledText, LabelledTexts]):
+class TextTask(LabelTask[TextTaskOptions, LabelledTexts]):
     """Text classification; see `xfm_fast.tasks.classification`. Texts are not cleaned like captions."""
 
     Options = TextTaskOptions
+    image_files = False
     metrics = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
     def prepare(self) -> None:
@@ -117,24 +97,19 @@ class TextTask(LabelTask[TextTaskOptions, LabelledText, LabelledTexts]):
     def read(self, paths: Sequence[Path], split: str, columns: Mapping[str, str]) -> list[AnnotationRows[Any]]:
         return self.options.read(paths, split, columns)
 
-    def records(self, paths: Sequence[Path], split: str) -> list[Any]:
-        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
-        self.has_truth(records)
-        return records
-
-    def _ids(self, record: AnyTextRecord) -> list[int]:
+    def _ids(self, record: TextRecord | TextScoreRecord) -> list[int]:
         if record.text2 is not None:
             return self.tokenizer.encode_pair(record.text, record.text2, self.options.max_tokens)
         return self.tokenizer.encode_ids([record.text], self.options.max_tokens)[0]
 
-    def item(self, record: AnyTextRecord, rng: np.random.Generator) -> LabelledText:
-        if isinstance(record, TextRecord):
-            return LabelledText(self._ids(record), class_number(record.label, self.options.labels))
+    def item(self, record: TextRecord | TextScoreRecord, rng: np.random.Generator) -> Item:
         if record.label is None:
-            raise DataError("'label' is missing; training needs the number to predict")
-        return LabelledText(self._ids(record), record.label)
+            raise DataError("'label' is missing; training needs the class, or the number to predict")
+        number = isinstance(record, TextScoreRecord)
+        target = record.label if number else class_number(record.label, self.options.labels)
+        return Item(ids=self._ids(record), target=target)
 
-    def collate(self, items: list[LabelledText], rng: np.random.Generator) -> LabelledTexts:
+    def collate(self, items: list[Item], rng: np.random.Generator) -> LabelledTexts:
         ids, mask = self.padded([item.ids for item in items])
         dtype = torch.float32 if self.options.regression else torch.int64
         targets = torch.tensor([item.target for item in items], dtype=dtype)
@@ -143,53 +118,49 @@ class TextTask(LabelTask[TextTaskOptions, LabelledText, LabelledTexts]):
     def losses_of(self, model: ClassificationModel, batch: LabelledTexts) -> dict[str, Tensor]:
         return {"loss": model(None, batch.input_ids, batch.attention_mask, targets=batch.targets)}
 
-    def predict(self, model: ClassificationModel, records: Sequence[AnyTextRecord]) -> list[Row]:
-        ids, mask = (each.to(model.device) for each in self.padded([self._ids(record) for record in records]))
-        logits = model.logits(None, ids, mask)
+    def predict(self, model: ClassificationModel, records: Sequence[TextRecord | TextScoreRecord]) -> list[Row]:
+        logits = model.logits(None, *self.padded([self._ids(record) for record in records], model.device))
         if self.options.regression:
             return [{"answer": value} for value in logits[:, 0].tolist()]
         return class_rows(logits, self.options.labels)
 
-    def metrics_of(self, records: Sequence[AnyTextRecord]) -> Collection[str]:
+    def metrics_of(self, records: Sequence[TextRecord | TextScoreRecord]) -> Collection[str]:
         if not self.has_truth(records):
             return ()
         if self.options.regression:
             return "pearson", "spearman"
         return "accuracy", *_FURTHER_METRICS.get(self.options.glue or "", ())
 
-    def score(self, rows: Sequence[Row], records: Sequence[AnyTextRecord]) -> Metrics:
-        options, wanted = self.options, self.metrics_of(records)
-        if not wanted:
-            return {}
-        pairs = [(row["answer"], record.label) for row, record in zip(rows, records, strict=True)]
-        if not options.regression:
-            pairs = [(options.labels.index(answer), options.labels.index(label)) for answer, label in pairs]
-        predicted, targets = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-        if options.regression:
-            pearson, spearman = correlations(predicted, targets)
+    def score(self, rows: Sequence[Row], records: Sequence[TextRecord | TextScoreRecord]) -> Metrics:
+        pairs: list[Any] = [(row["answer"], record.label) for row, record in zip(rows, records, strict=True)]
+        if self.options.regression:
+            pearson, spearman = correlations(*torch.tensor(pairs, dtype=torch.float64).unbind(1))
             return {"pearson": 100 * pearson, "spearman": 100 * spearman}
-        metrics = {"accuracy": 100 * (predicted == targets).double().mean().item()}
-        if "f1" in wanted:
-            metrics["f1"] = 100 * f1_score(predicted, targets)
-        if "matthews" in wanted:
-            metrics["matthews"] = 100 * matthews_correlation(predicted, targets)
-        return metrics
+        number = self.options.labels.index
+        predicted, targets = torch.tensor([(number(answer), number(label)) for answer, label in pairs]).unbind(1)
+        values = {
+            "accuracy": lambda: (predicted == targets).double().mean().item(),
+            "f1": lambda: f1_score(predicted, targets),
+            # The Matthews correlation is Pearson's, of two binary variables.
+            "matthews": lambda: correlations(predicted, targets)[0],
+        }
+        return {name: 100 * values[name]() for name in self.metrics_of(records)}
 
-    def files(self, rows: Sequence[Row], records: Sequence[AnyTextRecord]) -> dict[str, bytes]:
+    def files(self, rows: Sequence[Row], records: Sequence[TextRecord | TextScoreRecord]) -> dict[str, bytes]:
         """GLUE submission table (`index`, `prediction`) by file name."""
-        table = io.StringIO()
+        table, glue = io.StringIO(), self.options.glue
         writer = csv.writer(table, delimiter="\t", lineterminator="\n")
         writer.writerow(["index", "prediction"])
         for number, (row, record) in enumerate(zip(rows, records, strict=True)):
             answer = row["answer"]
-            if self.options.glue == "stsb":
+            if glue == "stsb":
                 answer = f"{min(max(answer, 0.0), _MOST_SIMILAR):.3f}"
             writer.writerow([number if record.index is None else record.index, answer])
-        name = _RESULT_FILES[self.options.glue] if self.options.glue is not None else "predictions.tsv"
+        name = "predictions.tsv" if glue is None else _RESULT_FILES.get(glue, f"{glue.upper()}.tsv")
         return {name: table.getvalue().encode()}
 
     def evaluate(
-        self, model: ClassificationModel, records: Sequence[AnyTextRecord], work: Evaluation
+        self, model: ClassificationModel, records: Sequence[TextRecord | TextScoreRecord], work: Evaluation
     ) -> tuple[Metrics, dict[str, bytes]]:
         metrics, files = super().evaluate(model, records, work)
         # The two halves of MNLI are two files, distinguished only by the split name.
@@ -200,6 +171,6 @@ class TextTask(LabelTask[TextTaskOptions, LabelledText, LabelledTexts]):
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[Any]:
         if self.options.pairs:
             require_inputs(images, texts, "two texts, and no image", ok=not images and len(texts) == 2)
-            return [TextRecord(text=texts[0], text2=texts[1], index=None)]
+            return [TextRecord(text=texts[0], text2=texts[1])]
         require_inputs(images, texts, "texts, and no image", ok=not images and bool(texts))
-        return [TextRecord(text=text, index=None) for text in texts]
+        return [TextRecord(text=text) for text in texts]

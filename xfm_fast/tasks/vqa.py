@@ -7,7 +7,6 @@ questions per GPU, lr 2e-5, 10 epochs; 128 candidates out of 3,129 answers.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -30,9 +29,19 @@ from xfm_fast.errors import ConfigError, DataError, InputError, UnavailableError
 from xfm_fast.models import inputs
 from xfm_fast.models.decoder import DecoderMemory, TextDecoder, generate
 from xfm_fast.packing import ImageGroups, offsets
-from xfm_fast.tasks.answer_trie import AnswerTrie, PackedTree, check_answers, rank
+from xfm_fast.tasks.answer_trie import AnswerRanking, AnswerTrie, PackedTree, check_answers, rank
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
-from xfm_fast.tasks.task import PairInput, Task, TaskOptions, group_by_image, register, require_inputs, unique_images
+from xfm_fast.tasks.task import (
+    Item,
+    PairInput,
+    Task,
+    TaskOptions,
+    group_by_image,
+    json_file,
+    register,
+    require_inputs,
+    unique_images,
+)
 from xfm_fast.tasks.task_model import DecoderModel
 from xfm_fast.tokenizer import pre_question
 
@@ -85,22 +94,31 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 _FULL_STOPS = 32
 
 
-class AnswerRanking(NamedTuple):
-    """The best answers of Q questions, best first."""
-
-    indices: Tensor
-    """`[Q, best]` indices into the answer list."""
-    scores: Tensor
-    """`[Q, best]` log-likelihood of each answer given the question."""
-
-    @property
-    def probabilities(self) -> Tensor:
-        """`[Q, best]`: softmax over the returned answers only."""
-        return self.scores.softmax(-1)
-
-
 class AnswersByDecoder:
     """Ranking and generation of answers by a model or a session."""
+
+    def encode_questions(
+        self: Any,
+        pixels: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
+        *,
+        attend_to_padding: bool = False,
+    ) -> Any:
+        """Decoder memory of Q questions `[Q, L]` fused with their images (`image_index` `[Q]`).
+
+        `attend_to_padding` reproduces the official evaluation: its decoder attends to padding, so that an answer
+        depends on the rest of the batch. An export, whose graphs mask padding, raises `UnavailableError`.
+        """
+        mask = inputs.check_tokens(question_ids, question_mask, self.config)
+        if attend_to_padding and not isinstance(self, VQAModel):
+            raise UnavailableError("official_ranking reads padding, which no export computes; predict with the run")
+        padding = {"keep_padding": True} if attend_to_padding else {}
+        memory = self.image_memory(self.encode_image(pixels))
+        text = self.encode_text(question_ids, mask, **padding)
+        states = self.fuse(text, mask, memory, image_index, **padding)
+        return self.states(states, None if attend_to_padding else mask.long())
 
     @torch.no_grad()
     def rank_answers(
@@ -120,11 +138,10 @@ class AnswersByDecoder:
         reproduces the official score, which adds the log-probability of the first answer token twice.
         """
         trie = answers if isinstance(answers, AnswerTrie) else AnswerTrie.of(answers, answer_mask, self.config)
-        ranked = rank(
+        return rank(
             lambda part: self.answer_tree(part, trie), memory, trie, k=k, best=best,
             first_token_twice=count_first_token_twice,
         )  # fmt: skip
-        return AnswerRanking(*ranked)
 
     @torch.no_grad()
     def generate(
@@ -139,26 +156,6 @@ class AnswersByDecoder:
         )  # fmt: skip
 
 
-class VQASession(AnswersByDecoder):
-    """What an export adds to `xfm_fast.export.Session`; graphs mask padding."""
-
-    def encode_questions(
-        self: Any,
-        pixels: Tensor,
-        question_ids: Tensor,
-        question_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
-        *,
-        attend_to_padding: bool = False,
-    ) -> Any:
-        """`VQAModel.encode_questions`; `attend_to_padding` raises `UnavailableError`."""
-        if attend_to_padding:
-            raise UnavailableError("official_ranking reads padding, which no export computes; predict with the run")
-        mask = inputs.check_tokens(question_ids, question_mask, self.config)
-        memory = self.image_memory(self.encode_image(pixels))
-        return self.states(self.fuse(self.encode_text(question_ids, mask), mask, memory, image_index), mask.long())
-
-
 class VQAModel(AnswersByDecoder, DecoderModel):
     """X-FM with an answer decoder of `decoder_layers` (official `num_dec_layers`) on the fusion encoder."""
 
@@ -171,26 +168,6 @@ class VQAModel(AnswersByDecoder, DecoderModel):
     def answer_tree(self, memory: DecoderMemory, trie: AnswerTrie) -> PackedTree:
         """Tree that decodes the answers of some questions."""
         return PackedTree(self.text_decoder, memory, trie)
-
-    def encode_questions(
-        self,
-        pixels: Tensor,
-        question_ids: Tensor,
-        question_mask: Tensor | None = None,
-        image_index: Tensor | None = None,
-        *,
-        attend_to_padding: bool = False,
-    ) -> DecoderMemory:
-        """Decoder memory of Q questions `[Q, L]` fused with their images (`image_index` `[Q]`).
-
-        `attend_to_padding` reproduces the official evaluation: its decoder attends to padding, so that an answer
-        depends on the rest of the batch.
-        """
-        mask = inputs.check_tokens(question_ids, question_mask, self.config)
-        memory = self.image_memory(self.encode_image(pixels))
-        text = self.encode_text(question_ids, mask, keep_padding=attend_to_padding)
-        states = self.fuse(text, mask, memory, image_index, keep_padding=attend_to_padding)
-        return self.text_decoder.memory(states, None if attend_to_padding else mask)
 
     def forward(
         self,
@@ -248,56 +225,30 @@ def normalise_answer(answer: str) -> str:
     return " ".join(_SPELLINGS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-@dataclass(frozen=True)
-class VQAAccuracy:
-    """Accuracies in percent, rounded to two digits as in the protocol."""
+def vqa_accuracy(
+    predictions: Sequence[str], people: Sequence[Sequence[str]], kinds: Sequence[str | None]
+) -> dict[str, float]:
+    """VQA v2 consensus accuracy in percent, rounded to two digits as in the protocol: `overall`, and by kind.
 
-    overall: float
-    per_question: dict[int, float]
-    per_question_type: dict[str, float]
-    per_answer_type: dict[str, float]
-
-
-def vqa_accuracy(predictions: Mapping[int, str], annotations: Iterable[Mapping[str, Any]]) -> VQAAccuracy:
-    """VQA v2 consensus accuracy of answers by question id: full credit for agreement with three of nine annotators."""
-    scores: dict[int, float] = {}
-    kinds: dict[str, dict[str, list[float]]] = {"question_type": {}, "answer_type": {}}
-    for annotation in annotations:
-        question = annotation["question_id"]
-        if question not in predictions:
-            raise DataError(f"question {question} has no prediction; predict an answer for every annotated question")
-        given = normalise_answer(predictions[question].replace("\n", " ").replace("\t", " ").strip())
-        answers = [answer["answer"] for answer in annotation["answers"]]
+    Full credit is for agreement with three of nine annotators.
+    """
+    found: dict[str, list[float]] = {"overall": []}
+    for prediction, answers, kind in zip(predictions, people, kinds, strict=True):
+        given = normalise_answer(prediction.replace("\n", " ").replace("\t", " ").strip())
         if len(set(answers)) > 1:
-            # People's answers get the first step of the normalisation only, and only when they disagree.
+            # The annotators' answers get the first step of the normalisation only, and only when they disagree.
             answers = [strip_punctuation(answer) for answer in answers]
         hits = answers.count(given)
-        # Leaving out one person at a time: those who gave this answer have one match fewer.
+        # Leaving out one annotator at a time: for those who gave this answer there is one match fewer.
         score = sum(min(1.0, (hits - (answer == given)) / 3) for answer in answers) / len(answers)
-        scores[question] = score
-        for kind, found in kinds.items():
-            if kind in annotation:
-                found.setdefault(annotation[kind], []).append(score)
-    if not scores:
-        raise DataError("there are no annotations; an accuracy needs at least one question")
-    by_type = {kind: {name: _percent(of) for name, of in found.items()} for kind, found in kinds.items()}
-    return VQAAccuracy(
-        _percent(list(scores.values())),
-        {question: _percent([score]) for question, score in scores.items()},
-        by_type["question_type"],
-        by_type["answer_type"],
-    )
-
-
-def _percent(scores: Sequence[float]) -> float:
-    return round(100 * sum(scores) / len(scores), 2)
+        for name in ("overall", kind):
+            if name is not None:
+                found.setdefault(name, []).append(score)
+    return {name: round(100 * sum(scores) / len(scores), 2) for name, scores in found.items()}
 
 
 def exact_match(predictions: Mapping[int, str], answers: Mapping[int, str]) -> float:
     """Share of predictions equal to the answer up to outer whitespace, as in the official script."""
-    missing = [question for question in answers if question not in predictions]
-    if missing or not answers:
-        raise DataError(f"{len(missing)} of {len(answers)} questions have no prediction; predict an answer for each")
     return sum(predictions[question].strip() == answer.strip() for question, answer in answers.items()) / len(answers)
 
 
@@ -345,16 +296,11 @@ class VQARecord(Annotation):
         return [(answer, times / len(answers)) for answer, times in Counter(answers).items()]
 
     @property
-    def scored(self) -> dict[str, Any] | None:
-        """Annotation for `vqa_accuracy`; None without annotators' answers."""
-        if self.answers is None:
-            return None
-        kinds = {"question_type": self.question_type, "answer_type": self.answer_type}
-        return {
-            "question_id": self.question_id,
-            "answers": [{"answer": answer} for answer in self.answers],
-            **{name: kind for name, kind in kinds.items() if kind is not None},
-        }
+    def people(self) -> tuple[str, ...] | None:
+        """The annotators' answers to score by, if any; official files store them in `answer`."""
+        if self.answers is None and self.dataset == "vqa" and len(self.answer or ()) == _PEOPLE:
+            return self.answer
+        return self.answers
 
 
 def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
@@ -367,22 +313,20 @@ def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
         else:
             known = "an array of objects, or VQA v2's {questions} or {annotations}"
             arrays.append(Elements(str(path), array_of(path, content, known)))
-    found = arrays + (vqa_elements(documents) if documents else [])
-    return as_rows([each._replace(notes=_empty_answers(each)) for each in found], VQARecord)
+    rows = as_rows(arrays + (_vqa_elements(documents) if documents else []), VQARecord)
+    for each in rows:
+        # Empty answers are dropped (the official code trains on them).
+        questions = [str(element.get("question_id")) for element in each.elements for _ in _empty_answers(element)]
+        if questions:
+            shown = ", ".join(questions[:_SHOWN])
+            each.notes = (f"{each.name}: {len(questions)} empty answers were left out (question {shown})",)
+    return rows
 
 
-def _empty_answers(elements: Elements) -> tuple[str, ...]:
-    """A note that counts empty answers, which are dropped (the official code trains on them)."""
-    found = [
-        str(element.get("question_id"))
-        for element in elements.values
-        if isinstance(element, dict) and isinstance(answers := element.get("answer"), list)
-        for answer in map(answer_text, answers)
-        if isinstance(answer, str) and not answer.strip()
-    ]
-    if not found:
-        return ()
-    return (f"{elements.name}: {len(found)} empty answers were left out (question {', '.join(found[:_SHOWN])})",)
+def _empty_answers(element: Any) -> list[str]:
+    answers = element.get("answer") if isinstance(element, dict) else None
+    texts = map(answer_text, answers) if isinstance(answers, list) else ()
+    return [text for text in texts if isinstance(text, str) and not text.strip()]
 
 
 def _answer_only(fields: dict[str, Any]) -> Any:
@@ -390,55 +334,49 @@ def _answer_only(fields: dict[str, Any]) -> Any:
     return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
 
 
-def vqa_elements(documents: Iterable[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:
+def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:
     """VQA v2 questions joined with their annotations, one `Elements` per question file."""
-    documents = list(documents)
-    answers: dict[Any, Mapping[str, Any]] = {}
-    sets, files = set(), []
+    annotations: dict[Any, Mapping[str, Any]] = {}
+    annotated = {path: content.get("data_subtype") for path, content in documents if "annotations" in content}
     for path, content in documents:
-        if "annotations" in content:
-            files.append(path)
-            sets.add(content.get("data_subtype"))
-            answers.update(
-                (each["question_id"], each)
-                for each in array_of(path, content["annotations"])
-                if isinstance(each, dict) and isinstance(each.get("question_id"), (int, str))
-            )
+        for each in array_of(path, content["annotations"]) if path in annotated else ():
+            if isinstance(each, dict) and isinstance(each.get("question_id"), (int, str)):
+                annotations[each["question_id"]] = each
     found = []
     for path, content in documents:
         if "questions" in content:
-            annotated = content.get("data_subtype") in sets
+            subtype = content.get("data_subtype", "")
             # test-dev2015 is a subset of the questions about test2015 images.
-            split = str(content.get("data_subtype", "")).replace("-dev", "")
+            split = str(subtype).replace("-dev", "")
             values = [
-                _question(each, answers, annotated, split) if isinstance(each, dict) else each
+                _question(each, annotations, split, required=subtype in annotated.values())
+                if isinstance(each, dict)
+                else each
                 for each in array_of(path, content["questions"])
             ]
-            found.append(Elements(str(path), values, others=tuple(files)))
+            found.append(Elements(str(path), values, others=tuple(annotated)))
     if not found:
-        raise DataError(f"{files[0]} holds only annotations; give their questions file too")
+        raise DataError(f"{documents[0][0]} holds only annotations; give their questions file too")
     return found
 
 
 def _question(
-    question: Mapping[str, Any], annotations: Mapping[Any, Any], annotated: bool, split: str
+    question: Mapping[str, Any], annotations: Mapping[Any, Any], split: str, *, required: bool
 ) -> dict[str, Any] | DataError:
+    """A question with its annotation; a missing image or `required` annotation is an error."""
     identity, image = question.get("question_id"), question.get("image_id")
     if not isinstance(image, int):
         return DataError(f"question {identity} has no image (image_id is {image!r}); correct or remove it")
-    value = {
-        "image": f"{split}/COCO_{split}_{image:012d}.jpg",
-        "question": question.get("question"),
-        "question_id": identity,
-    }
+    name = f"{split}/COCO_{split}_{image:012d}.jpg"
+    value = {"image": name, "question": question.get("question"), "question_id": identity}
     annotation = annotations.get(identity) if isinstance(identity, (int, str)) else None
-    if annotation is None:
-        return (
-            DataError(f"question {identity} has no annotation; add it or remove the question") if annotated else value
-        )
-    kinds = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
-    # Training takes the people's answers, and so does scoring.
-    return value | kinds | {"answer": annotation.get("answers"), "answers": annotation.get("answers")}
+    if annotation is not None:
+        kinds = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+        # Training takes the annotators' answers, and so does scoring.
+        return value | kinds | {"answer": annotation.get("answers"), "answers": annotation.get("answers")}
+    if required:
+        return DataError(f"question {identity} has no annotation; add it or remove the question")
+    return value
 
 
 def read_answer_list(path: str | os.PathLike[str]) -> list[str]:
@@ -496,15 +434,6 @@ class VQAOptions(TaskOptions):
         return self.model_copy(update={"answers": tuple(read_answer_list(path))})
 
 
-class Question(NamedTuple):
-    """An image, question ids and answer ids with loss weights."""
-
-    image: Tensor
-    ids: list[int]
-    answers: list[list[int]]
-    weights: list[float]
-
-
 @dataclass(frozen=True, kw_only=True)
 class VQABatch(PairInput):
     """B questions with one image each, and their answers."""
@@ -516,10 +445,10 @@ class VQABatch(PairInput):
 
 
 @register
-class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
+class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
     """VQA."""
 
-    Options, Session = VQAOptions, VQASession
+    Options, Session = VQAOptions, AnswersByDecoder
     check_rows = staticmethod(vqa_rows)
     metrics = ("accuracy", "exact_match", "accuracy_yes_no", "accuracy_number", "accuracy_other")
     # A start from the fusion encoder leaves the decoder far from what it is to say; the official list is empty.
@@ -550,7 +479,7 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
                 rows.notes += (f"{rows.name}: {note} ({shown}, ...)",)
         return found
 
-    def item(self, record: VQARecord, rng: np.random.Generator) -> Question:
+    def item(self, record: VQARecord, rng: np.random.Generator) -> Item:
         from xfm_fast.data.transforms import mentions_side
 
         answers = record.weighted_answers
@@ -561,20 +490,16 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         ids = self.tokenizer.encode_ids([question], self.options.max_tokens)[0]
         answer_ids = self.tokenizer.encode_ids(texts, self.config.max_text_length)
         image = self.augmented(record.image, rng, may_flip=not mentions_side(record.question, texts))
-        return Question(image, ids, answer_ids, [weight for _, weight in answers])
+        return Item(image, ids, [*zip(answer_ids, (weight for _, weight in answers), strict=True)])
 
-    def collate(self, items: list[Question], rng: np.random.Generator) -> VQABatch:
-        ids, mask = self.padded([item.ids for item in items])
-        answer_ids, answer_mask = self.padded([answer for item in items for answer in item.answers])
+    def collate(self, items: list[Item], rng: np.random.Generator) -> VQABatch:
+        answers, weights = zip(*(pair for item in items for pair in item.target), strict=True)
+        answer_ids, answer_mask = self.padded(answers)
         return VQABatch(
-            image=torch.stack([item.image for item in items]),
-            input_ids=ids,
-            attention_mask=mask,
-            answer_ids=answer_ids,
-            answer_mask=answer_mask,
-            answers_per_question=torch.tensor([len(item.answers) for item in items]),
-            answer_weights=torch.tensor([weight for item in items for weight in item.weights]),
-        )
+            **self.pair_inputs(items), answer_ids=answer_ids, answer_mask=answer_mask,
+            answers_per_question=torch.tensor([len(item.target) for item in items]),
+            answer_weights=torch.tensor(weights),
+        )  # fmt: skip
 
     def losses_of(self, model: Any, batch: VQABatch) -> dict[str, Tensor]:
         loss = model(
@@ -592,13 +517,13 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
     def predict(self, model: VQAModel, records: Sequence[VQARecord]) -> list[Row]:
         """Answers with the probability of generating them, independent of the answer list."""
         images, places = unique_images(records)
-        index = torch.tensor(places, device=model.device)
-        pixels = torch.stack([self.pixels(image) for image in images]).to(model.device, model.dtype)
-        ids, mask = (each.to(model.device) for each in self.padded([self._question_ids(record) for record in records]))
-        official = self.options.official_ranking
-        memory = model.encode_questions(pixels, ids, mask, index, attend_to_padding=official)
+        questions = self.padded([self._question_ids(record) for record in records], model.device)
+        official, index = self.options.official_ranking, torch.tensor(places, device=model.device)
+        memory = model.encode_questions(self.pixels_of(images, model), *questions, index, attend_to_padding=official)
         if self.options.generate:
-            return self._written(model, memory)
+            ids = model.generate(memory)
+            shares, texts = model.log_likelihoods(memory, ids).exp().tolist(), map(self.tokenizer.decode, ids.tolist())
+            return [{"answer": text.strip(), "probability": p} for text, p in zip(texts, shares, strict=True)]
         answers = self.options.answers or ()
         k = len(answers) if self.options.k == "all" else self.options.k
         most = min(1 + self._runners_up, k)
@@ -620,18 +545,11 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
             return [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return self.tokenizer.encode_ids([question], self.config.max_text_length)[0]
 
-    def _written(self, model: VQAModel, memory: DecoderMemory) -> list[Row]:
-        ids = model.generate(memory)
-        shares = model.log_likelihoods(memory, ids).exp().tolist()
-        texts = map(self.tokenizer.decode, ids.tolist())
-        return [{"answer": text.strip(), "probability": share} for text, share in zip(texts, shares, strict=True)]
-
     def _trie(self, model: VQAModel) -> AnswerTrie:
         """Answer trie for `VQAModel.rank_answers`, cached per device."""
         if model.device not in self._tries:
             rows = self.tokenizer.encode_ids(self.options.answers or (), self.config.max_text_length)
-            ids, mask = (each.to(model.device) for each in self.padded(rows))
-            self._tries[model.device] = AnswerTrie.of(ids, mask, self.config)
+            self._tries[model.device] = AnswerTrie.of(*self.padded(rows, model.device), self.config)
         return self._tries[model.device]
 
     def evaluate(
@@ -643,29 +561,29 @@ class VQATask(Task[VQAOptions, VQARecord, Question, VQABatch]):
         return super(VQATask, task).evaluate(model, records, work)
 
     def metrics_of(self, records: Sequence[VQARecord]) -> Collection[str]:
-        people, answered = any(map(_annotators, records)), any(record.answer for record in records)
+        people, answered = any(record.people for record in records), any(record.answer for record in records)
         return [name for name in self.metrics if (answered if name == "exact_match" else people)]
 
     def score(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> Metrics:
         """`accuracy`: VQA consensus, also by answer type; `exact_match` with the most frequent answer."""
         # By position: question ids are unique per dataset, and a split may have several datasets.
         given: dict[int, str] = {number: row["answer"] for number, row in enumerate(rows)}
-        people = {number: annotation for number, record in enumerate(records) if (annotation := _annotators(record))}
+        people = {number: each for number, record in enumerate(records) if (each := record.people)}
         truths = {number: Counter(r.answer).most_common(1)[0][0] for number, r in enumerate(records) if r.answer}
         metrics: Metrics = {}
         if people:
-            found = vqa_accuracy(given, [annotation | {"question_id": number} for number, annotation in people.items()])
-            metrics["accuracy"] = found.overall
-            metrics |= {f"accuracy_{kind.replace('/', '_')}": each for kind, each in found.per_answer_type.items()}
+            kinds = [records[number].answer_type for number in people]
+            found = vqa_accuracy([given[number] for number in people], [*people.values()], kinds)
+            metrics["accuracy"] = found.pop("overall")
+            metrics |= {f"accuracy_{kind.replace('/', '_')}": each for kind, each in found.items()}
         return metrics | ({"exact_match": 100 * exact_match(given, truths)} if truths else {})
 
     def files(self, rows: Sequence[Row], records: Sequence[VQARecord]) -> dict[str, bytes]:
         """Submission file for EvalAI."""
-        found = [
-            {"question_id": record.question_id, "answer": row["answer"]}
-            for row, record in zip(rows, records, strict=True)
-        ]
-        return {RESULT_FILE: (json.dumps(found, ensure_ascii=False) + "\n").encode()}
+        pairs = zip(rows, records, strict=True)
+        return json_file(
+            RESULT_FILE, [{"question_id": each.question_id, "answer": row["answer"]} for row, each in pairs]
+        )
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[VQARecord]:
         require_inputs(images, texts, "an image and questions about it", ok=len(images) == 1 and bool(texts))
@@ -681,10 +599,3 @@ def _unlisted_answers(rows: AnnotationRows[VQARecord], answers: Iterable[str]) -
             if (given := rows.read(row).answer) and (best := Counter(given).most_common(1)[0][0]) not in listed:
                 absent.append(best)
     return absent
-
-
-def _annotators(record: VQARecord) -> dict[str, Any] | None:
-    """Annotators' answers as an annotation for `vqa_accuracy`; official files store them in `answer`."""
-    if record.scored is None and record.dataset == "vqa" and len(record.answer or ()) == _PEOPLE:
-        return record.model_copy(update={"answers": record.answer}).scored
-    return record.scored

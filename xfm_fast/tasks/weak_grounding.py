@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xfm_fast.batches import PairBatch
 from xfm_fast.data.annotations import AnnotationRows, RetrievalRecord, check_images
 from xfm_fast.data.images import image_size
 from xfm_fast.errors import DataError, InputError
@@ -27,23 +26,18 @@ from xfm_fast.tasks.grounding import (
     grounding_rows,
 )
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
-from xfm_fast.tasks.retrieval import Captioned, RetrievalOptions, RetrievalTask
-from xfm_fast.tasks.task import Task, TaskOptions, group_by_image, register, unique_images
+from xfm_fast.tasks.retrieval import PairOptions, PairTask
+from xfm_fast.tasks.task import Item, group_by_image, register, unique_images
 from xfm_fast.tasks.task_model import TaskModel
 
 
-class WeakGroundingOptions(TaskOptions):
+class WeakGroundingOptions(PairOptions):
     """Weakly supervised grounding."""
 
     kind: Literal["weak_grounding"] = "weak_grounding"
     free = ("layer",)
-    augment: bool = Field(default=True, description="flip and RandAugment of whole images; false only resizes")
-    max_words: int = Field(default=30, gt=0, description="of an expression")
-    max_tokens: int = Field(default=40, ge=3, description="of an expression in training")
     layer: int | None = Field(
-        default=None,
-        ge=0,
-        description="fusion layer of the heat map; default: the last of the first half",
+        default=None, ge=0, description="fusion layer of the heat map; default: the last of the first half"
     )
 
 
@@ -53,35 +47,21 @@ class DetectedRecord(GroundingRecord):
     detected: tuple[tuple[float, float, float, float], ...]
 
 
-class _WholeImages(RetrievalTask):
-    """Retrieval without random crops, which may remove the referred object."""
-
-    crop = None
-
-
 @register
-class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, PairBatch]):
+class WeakGroundingTask(PairTask[WeakGroundingOptions]):
     """Splits list expression files as in grounding, plus a JSON file of detections.
 
-    Detections name an image by path, file name or COCO id.
+    Detections name an image by path, file name or COCO id. Training images are whole, because a crop may remove the
+    referred object.
     """
 
     Options, Session = WeakGroundingOptions, None
+    truth = "bbox"
     metrics = GroundingTask.metrics
     metrics_of: Any = GroundingTask.metrics_of
     score: Any = GroundingTask.score
     takes_weights_of = ("retrieval",)
-    losses = ("itc", "itm")
-
-    def prepare(self) -> None:
-        values = self.options.model_dump(exclude={"kind", "layer"})
-        self._retrieval = _WholeImages(
-            RetrievalOptions(**values), self.config, self.tokenizer, images=self.images,
-            official_pictures=self.official_pictures,
-        )  # fmt: skip
-
-    def build(self) -> TaskModel:
-        return self._retrieval.build()
+    crop = None
 
     def rows(self, paths: Sequence[Path]) -> Sequence[AnnotationRows[Any]]:
         return [expressions_of(rows, training=True) for rows in grounding_rows(paths)]
@@ -102,16 +82,9 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
             for record in records
         ]
 
-    def item(self, record: GroundingRecord, rng: np.random.Generator) -> Captioned:
+    def item(self, record: GroundingRecord, rng: np.random.Generator) -> Item:
         # Expressions of one image describe it all, and are no negatives of each other.
-        pair = {"image": record.image, "caption": record.text, "image_id": record.image}
-        return self._retrieval.item(RetrievalRecord.model_validate(pair), rng)
-
-    def collate(self, items: list[Captioned], rng: np.random.Generator) -> PairBatch:
-        return self._retrieval.collate(items, rng)
-
-    def losses_of(self, model: TaskModel, batch: PairBatch) -> dict[str, Tensor]:
-        return self._retrieval.losses_of(model, batch)
+        return super().item(RetrievalRecord(image=record.image, caption=record.text, image_id=record.image), rng)
 
     def groups(self, records: Sequence[DetectedRecord]) -> list[list[int]]:
         return group_by_image(records)
@@ -119,14 +92,13 @@ class WeakGroundingTask(Task[WeakGroundingOptions, DetectedRecord, Captioned, Pa
     def predict(self, model: TaskModel, records: Sequence[DetectedRecord]) -> list[Row]:
         """Rows of `bbox`: the selected detection, (x, y, w, h) in pixels."""
         images, places = unique_images(records)
-        pixels = torch.stack([self.pixels(image) for image in images]).to(model.device)
-        index = torch.tensor(places, device=model.device)
         texts = [self.caption_ids(record.text, self.options.max_words) for record in records]
-        ids, mask = (each.to(model.device) for each in self.padded(texts))
+        ids, mask = self.padded(texts, model.device)
         # All tokens, `<s>` and `</s>` among them, as in the official code.
         heat = cross_attention_heatmap(
-            model, pixels, ids, mask, layer=self.options.layer, tokens=mask, image_index=index
-        ).cpu()
+            model, self.pixels_of(images, model), ids, mask, layer=self.options.layer, tokens=mask,
+            image_index=torch.tensor(places, device=model.device),
+        ).cpu()  # fmt: skip
         sizes = {image: image_size(self.images / image, official=self.official_pictures) for image in images}
         return [
             {"bbox": list(record.detected[best_box(of_text, record.detected, sizes[record.image])])}

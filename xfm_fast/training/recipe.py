@@ -152,6 +152,25 @@ class Run(Section):
             images["known"] = world.known
         write_world(self.folder_of_data, seed=world.seed, images=images, resolution=world.resolution)
 
+    def expand(self, paths: Iterable[str], key: str, remedy: str) -> list[Path]:
+        """Data files and folders of a key, glob patterns expanded in sorted order."""
+        found: list[Path] = []
+        for path in paths:
+            pattern = str(Path(self.folder_of_data) / path)
+            matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            if not matches:
+                raise DataError(f"{key}: there is no {pattern}; give {key}=..., {remedy}")
+            found += [Path(match) for match in matches]
+        return found
+
+    def check_places(self, tokenizer: str | None) -> None:
+        """Raise `DataError` for initial weights or a vocabulary that do not exist."""
+        places = {"init.roberta": self.init.roberta, "init.beit2": self.init.beit2}
+        places |= {"init.checkpoint": self.init.checkpoint, "tokenizer": tokenizer}
+        for key, place in places.items():
+            if place is not None and not Path(place).exists():
+                raise DataError(f"{key}: there is no {place}; give {key}=<path>")
+
     def check_device(self) -> None:
         """Raise `UnavailableError` if this machine lacks the device or precision."""
         import torch
@@ -253,18 +272,9 @@ class Recipe(Run):
         return options.model_copy(update=changed)
 
     def paths_of(self, stream: str) -> list[Path]:
-        """Files and folders of a stream, glob patterns expanded in sorted order."""
-        found: list[Path] = []
-        for path in self.streams[stream].paths:
-            pattern = str(Path(self.data) / path)
-            matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-            if not matches:
-                raise DataError(
-                    f"streams.{stream}.paths: there is no {pattern}; give streams.{stream}.paths=..., set "
-                    f"data=<folder>, or leave the stream out with streams.{stream}=null"
-                )
-            found += [Path(match) for match in matches]
-        return found
+        """Files and folders of a stream."""
+        remedy = f"set data=<folder>, or leave the stream out with streams.{stream}=null"
+        return self.expand(self.streams[stream].paths, f"streams.{stream}.paths", remedy)
 
     def check_machine(self, *, world_size: int = 1) -> None:
         """Validate data paths, device and process count before the run starts."""
@@ -277,12 +287,7 @@ class Recipe(Run):
                     f"streams.{name}: a batch of {pairs} pair holds no negative for itm; raise "
                     f"streams.{name}.batch_size, lower accumulate, or leave itm out of streams.{name}.losses"
                 )
-        places = {"init.roberta": self.init.roberta, "init.beit2": self.init.beit2}
-        places |= {"init.checkpoint": self.init.checkpoint}
-        places |= {"tokenizer": None if self.tokenizer == "train" else self.tokenizer}
-        for key, place in places.items():
-            if place is not None and not Path(place).exists():
-                raise DataError(f"{key}: there is no {place}; give {key}=<path>")
+        self.check_places(None if self.tokenizer == "train" else self.tokenizer)
 
 
 PRETRAINING, FINETUNING = "xfm_fast.training", "xfm_fast.finetuning"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations, product
 from typing import Literal, NamedTuple
@@ -93,7 +93,7 @@ class Reference:
 
 
 def _doubled_offset(a: Thing, b: Thing) -> tuple[int, int]:
-    """Twice the distance from the centre of a to that of b, a whole number, right and down."""
+    """Twice the distance from the centre of a to that of b, right and down."""
     return 2 * (b.x - a.x) + b.side - a.side, 2 * (b.y - a.y) + b.side - a.side
 
 
@@ -286,36 +286,28 @@ def caption_facts(text: str, scene: Scene) -> list[Fact] | None:
     if len(nouns) < len(parts[::2]):
         return None
     relations = [_CANONICAL.get(relation, relation) for relation in parts[1::2]]
-    readings = (_judge(nouns, relations, meant) for meant in _assignments(scene.things, len(nouns)))
+    readings: Iterable[Sequence[Thing | None]] = permutations(scene.things, len(nouns))
+    if len(nouns) > len(scene.things):
+        places = permutations(range(len(nouns)), len(scene.things))
+        by_place = (dict(zip(chosen, scene.things, strict=True)) for chosen in places)
+        readings = ([things.get(place) for place in range(len(nouns))] for things in by_place)
+
+    def facts_of(meant: Sequence[Thing | None]) -> list[Fact]:
+        facts: list[Fact] = []
+        for place, (attributes, thing) in enumerate(zip(nouns, meant, strict=True)):
+            if place:
+                before, relation = meant[place - 1], relations[place - 1]
+                true = before is not None and thing is not None and holds(relation, before, thing)
+                facts.append(Fact("relation", relation, true))
+            for kind, claim in zip(ATTRIBUTES, attributes, strict=True):
+                if claim is not None and claim != "object":
+                    facts.append(Fact(kind, claim, thing is not None and getattr(thing, kind) == claim))
+        return facts
+
     return max(
-        readings,
+        map(facts_of, readings),
         key=lambda facts: (sum(f.true for f in facts if f.kind != "relation"), sum(f.true for f in facts)),
     )
-
-
-def _assignments(things: Sequence[Thing], nouns: int) -> Iterator[Sequence[Thing | None]]:
-    """Injective assignments of nouns to objects (or of objects to nouns if there are more nouns)."""
-    if nouns <= len(things):
-        yield from permutations(things, nouns)
-        return
-    for places in permutations(range(nouns), len(things)):
-        by_place = dict(zip(places, things, strict=True))
-        yield [by_place.get(place) for place in range(nouns)]
-
-
-def _judge(
-    nouns: Sequence[Sequence[str | None]], relations: Sequence[str], meant: Sequence[Thing | None]
-) -> list[Fact]:
-    facts: list[Fact] = []
-    for place, (attributes, thing) in enumerate(zip(nouns, meant, strict=True)):
-        if place:
-            before, relation = meant[place - 1], relations[place - 1]
-            true = before is not None and thing is not None and holds(relation, before, thing)
-            facts.append(Fact("relation", relation, true))
-        for kind, claim in zip(ATTRIBUTES, attributes, strict=True):
-            if claim is not None and claim != "object":
-                facts.append(Fact(kind, claim, thing is not None and getattr(thing, kind) == claim))
-    return facts
 
 
 def true_shares(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:

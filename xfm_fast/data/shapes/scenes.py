@@ -6,7 +6,7 @@ these splits contains at least one of its own. The split `known` has new scenes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, Literal, TypeVar, get_args
@@ -182,24 +182,17 @@ def pixel_box(thing: Thing, resolution: int = CANVAS) -> tuple[int, int, int, in
 
 def render(scene: Scene, resolution: int = CANVAS) -> NDArray[np.uint8]:
     """Image of a scene: uint8 RGB `[R, R, 3]`."""
-    return render_batch([scene], resolution)[0]
-
-
-def render_batch(scenes: Sequence[Scene], resolution: int = CANVAS) -> NDArray[np.uint8]:
-    """Images of B scenes: uint8 RGB `[B, R, R, 3]`."""
     if resolution < _LEAST:
         raise DataError(f"resolution={resolution} shows no shapes; use at least {_LEAST} pixels")
     light = _light(resolution)
-    grounds = np.array([scene.ground for scene in scenes], np.int16)
-    images = np.clip(grounds[:, None, None, None] + light, 0, 255).astype(np.uint8)
-    for image, scene in zip(images, scenes, strict=True):
-        for thing in scene.things:
-            x, y, width, height = pixel_box(thing, resolution)
-            ink, paper = _mask(thing.shape, thing.texture, thing.colour, width, height)
-            window = np.s_[y : y + height, x : x + width]
-            lit = ink + ((_WHOLE - paper) * light[window] >> 8) + (paper * image[window] >> 7)
-            image[window] = np.clip(lit, 0, 255, out=lit)
-    return images
+    image = np.clip(np.int16(scene.ground) + light, 0, 255).astype(np.uint8)
+    for thing in scene.things:
+        x, y, width, height = pixel_box(thing, resolution)
+        ink, paper = _mask(thing.shape, thing.texture, thing.colour, width, height)
+        window = np.s_[y : y + height, x : x + width]
+        lit = ink + ((_WHOLE - paper) * light[window] >> 8) + (paper * image[window] >> 7)
+        image[window] = np.clip(lit, 0, 255, out=lit)
+    return image
 
 
 @cache

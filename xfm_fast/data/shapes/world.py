@@ -176,7 +176,11 @@ def _split_files(folder: Path, seed: int, split: Split, count: int, resolution: 
         named = [{"id": index, "file_name": path} for index, path in enumerate(paths)]
         content = json.dumps({"images": named, "annotations": truths}) + "\n"
         files[f"captioning_{split}_gt.json"] = len(truths), content.encode()
-        tables["image"] = _balanced(tables["image"])
+        # The first rows of every label, as many as the rarest label has.
+        labels = [label for _, label in tables["image"]]
+        least = min(Counter(labels).values(), default=0)
+        rows = enumerate(tables["image"])
+        tables["image"] = [row for number, row in rows if labels[:number].count(row[1]) < least]
     for file, columns, separator in (
         (f"text_{split}.tsv", ("sentence1", "sentence2", "label"), "\t"),
         (f"image_{split}.csv", ("image", "label"), ","),
@@ -186,18 +190,6 @@ def _split_files(folder: Path, seed: int, split: Split, count: int, resolution: 
         csv.writer(table, delimiter=separator, lineterminator="\n").writerows([columns, *rows])
         files[file] = len(rows), table.getvalue().encode()
     return files | {f"{name}_{split}.json": (len(array), _json_array(array)) for name, array in arrays.items()}
-
-
-def _balanced(rows: list[list[str]]) -> list[list[str]]:
-    """The first rows of every label, as many as the rarest label has."""
-    least = min(Counter(label for _, label in rows).values(), default=0)
-    seen: Counter[str] = Counter()
-    kept: list[list[str]] = []
-    for path, label in rows:
-        seen[label] += 1
-        if seen[label] <= least:
-            kept.append([path, label])
-    return kept
 
 
 def region_elements(made: Scene, resolution: int = CANVAS) -> list[dict[str, Any]]:
