@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from xfm_fast import __version__
-from xfm_fast.errors import StorageError, UnavailableError
+from xfm_fast.errors import StorageError, UnavailableError, explain_types
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
 
@@ -37,6 +37,7 @@ _PAGE = 4096
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 
 
+@explain_types
 def export_onnx(
     model: XFM,
     folder: str | Path,

@@ -12,7 +12,7 @@ import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from xfm_fast.errors import ConfigError
+from xfm_fast.errors import ConfigError, explain_types
 from xfm_fast.io import MOST_YAML_BYTES, advice, parse_json, parse_yaml, read_bytes
 
 PresetName = Literal["tiny", "base"]
@@ -240,6 +240,7 @@ class XFMConfig(BaseModel):
         return self.replace(image_size=image_size, num_masking_patches=hidden)
 
     @classmethod
+    @explain_types
     def preset(cls, name: PresetName, **overrides: Any) -> XFMConfig:
         """Return `base` (the published model) or `tiny` (same structure, runs in milliseconds), overriding fields."""
         if name not in _PRESETS:
@@ -247,6 +248,7 @@ class XFMConfig(BaseModel):
         return cls(**(_PRESETS[name] | overrides))
 
     @classmethod
+    @explain_types
     def from_official(
         cls,
         source: dict[str, Any] | str | Path,
@@ -280,6 +282,7 @@ class XFMConfig(BaseModel):
         return cls(**(fields | overrides))
 
     @classmethod
+    @explain_types
     def load(cls, path: str | Path) -> XFMConfig:
         """Read a `config.json` written by `save_pretrained`."""
         values = _read_mapping(Path(path))

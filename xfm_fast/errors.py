@@ -3,8 +3,17 @@
 The command line prints an `XFMError` in one line and exits with code 2; a bug exits with code 70.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, TypeVar, get_type_hints
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class XFMError(Exception):
@@ -50,3 +59,49 @@ def needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UnavailableError(f"{error.name} is not installed; pip install 'xfm-fast[{extra}]'") from None
+
+
+def explain_types(function: F) -> F:
+    """Decorator: where an argument of a wrong type causes an exception, raise an `InputError` that names it.
+
+    Annotations are compared with the arguments only after an exception: a correct call pays for one `try`.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except XFMError:
+            raise
+        except Exception as error:
+            problem = wrong_argument(function, args, kwargs)
+            if problem is None:
+                raise
+            raise InputError(problem) from error
+
+    return call  # type: ignore[return-value]
+
+
+def wrong_argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Describe the first argument whose value does not fit its annotation; None if all fit or cannot be checked."""
+    from pydantic import TypeAdapter, ValidationError
+
+    signature, names = inspect.signature(function), vars(sys.modules[function.__module__])
+    try:
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    for name, value in arguments.items():
+        annotation = signature.parameters[name].annotation
+        if annotation is inspect.Parameter.empty:
+            continue
+        try:
+            hint = get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names)[name]
+            TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value, strict=True)
+        except ValidationError:
+            shown = (repr(value).splitlines() or [""])[0][:60]
+            return f"{name} is {shown} ({type(value).__name__}); give {annotation}"
+        except Exception:
+            # The annotation is imported for type checkers only, or pydantic cannot check it.
+            continue
+    return None

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, explain_types
 
 BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 # BERT's names of the same, in this order.
@@ -82,6 +82,7 @@ class CaptionTokenizer:
             self._starts_word[number] = token in self._special or starts
 
     @classmethod
+    @explain_types
     def from_files(cls, path: str | os.PathLike[str]) -> CaptionTokenizer:
         """Read a `tokenizer.json`, or a folder with one, with `vocab.json` and `merges.txt`, or with BERT's
         `vocab.txt`.

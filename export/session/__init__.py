@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from xfm_fast import flops
 from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
+from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError, explain_types
 from xfm_fast.io import read_json
 from xfm_fast.models import inputs as checks
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer
@@ -153,6 +153,7 @@ class Session:
         self._lock = threading.Lock()
 
     @classmethod
+    @explain_types
     def load(
         cls,
         folder: str | Path,

@@ -22,21 +22,27 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 import xfm_fast
 from tests.cli.runner import invoke
+from tests.data.record_files import tiny_tokenizer
 from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.cli.app import app
 from xfm_fast.cli.options import mentions
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.caption_files import retrieval_rows
+from xfm_fast.data.collection import open_collection
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.records import open_records
-from xfm_fast.errors import XFMError
+from xfm_fast.errors import XFMError, wrong_argument
+from xfm_fast.export import export_onnx
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.session import Session
+from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
-from xfm_fast.search import open_index
+from xfm_fast.objectives import pretraining_losses
+from xfm_fast.search import build_index, open_index, search, write_sheet
 from xfm_fast.tasks.retrieval import Retriever, rerank
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import load_recipe
@@ -204,6 +210,67 @@ def on_retrieval() -> Iterator[Attack]:
         yield Attack("accelerate", name, lambda _, m=model, o=options: xfm_fast.accelerate(m, **o))
 
 
+def _public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Every public function of docs/api.md with arguments of right types."""
+    model, picture = _model(), Image.new("RGB", (8, 8))
+    config, retriever = model.config, Retriever(model)
+    texts, mask = torch.zeros(1, 5, config.text_width), torch.ones(1, 5)
+    images, ids = torch.zeros(1, config.num_image_tokens, config.vision_width), torch.full((1, 5), 7)
+    pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+    sheet = {"path": "a.html", "query": "a cat", "found": (), "index": None}
+    return {
+        "XFM": (XFM, {"config": config, "heads": ("matching",), "encoders": ("text",)}),
+        "XFM.from_pretrained": (XFM.from_pretrained, {"folder": "absent"}),
+        "XFM.from_official": (XFM.from_official, {"source": "absent", "config": config}),
+        "XFM.from_x2vlm": (XFM.from_x2vlm, {"source": "absent"}),
+        "XFM.save_pretrained": (model.save_pretrained, {"folder": "it"}),
+        "XFM.encode": (model.encode, {"items": "a cat", "batch_size": 2}),
+        "XFM.match": (model.match, {"image": picture, "texts": "a cat", "batch_size": 2}),
+        "XFM.ground": (model.ground, {"image": picture, "text": "a cat"}),
+        "XFM.similarity": (model.similarity, {"images": picture, "texts": "a cat"}),
+        "XFM.encode_image": (model.encode_image, {"pixels": pixels}),
+        "XFM.encode_text": (model.encode_text, {"input_ids": ids, "attention_mask": mask}),
+        "XFM.fuse": (model.fuse, {"text_embeds": texts, "attention_mask": mask, "memory": model.image_memory(images)}),
+        "XFM.set_image_size": (XFM(config).set_image_size, {"image_size": 48}),
+        "XFMConfig.preset": (XFMConfig.preset, {"name": "tiny"}),
+        "XFMConfig.load": (XFMConfig.load, {"path": "absent"}),
+        "XFMConfig.from_official": (XFMConfig.from_official, {"source": "absent"}),
+        "XFMProcessor": (XFMProcessor, {"config": config, "tokenizer": tiny_tokenizer()}),
+        "XFMProcessor.__call__": (XFMProcessor(config, tiny_tokenizer()), {"images": picture, "text": "a cat"}),
+        "XFMProcessor.from_pretrained": (XFMProcessor.from_pretrained, {"folder": "absent"}),
+        "CaptionTokenizer.from_files": (CaptionTokenizer.from_files, {"path": "absent"}),
+        "load": (xfm_fast.load, {"folder": "absent"}),
+        "accelerate": (xfm_fast.accelerate, {"model": torch.nn.Linear(2, 2)}),
+        "pretraining_losses": (pretraining_losses, {"model": model, "batch": None}),
+        "Retriever": (Retriever, {"model": model, "token_budget": 5}),
+        "Retriever.embed_images": (retriever.embed_images, {"batches": [pixels]}),
+        "Retriever.embed_texts": (retriever.embed_texts, {"batches": [(ids, None)]}),
+        "rerank": (rerank, {"image_embeds": images, "text_embeds": texts, "attention_mask": mask, "model": model}),
+        "build_index": (build_index, {"path": "absent", "model": None}),
+        "open_index": (open_index, {"path": "absent"}),
+        "search": (search, {"index": None, "model": None, "query": "a cat"}),
+        "write_sheet": (write_sheet, sheet),
+        "open_collection": (open_collection, {"path": "absent"}),
+        "open_records": (open_records, {"data": "absent"}),
+        "export_onnx": (export_onnx, {"model": model, "folder": "out"}),
+        "Session": (Session.load, {"folder": "absent"}),
+    }
+
+
+def on_the_api() -> Iterator[Attack]:
+    """Every public function with one argument of a type that its annotation does not have."""
+    wrong: dict[str, Any] = {
+        "None": None, "an integer": 5, "a float": 2.5, "bytes": b"x", "a list": [], "a mapping": {}, "floats": [0.5],
+        "an object": object(), "a tensor": torch.zeros(2), "mixed": [3, None],
+    }  # fmt: skip
+    for name, (call, arguments) in _public_calls().items():
+        for parameter in arguments:
+            for kind, value in wrong.items():
+                changed = arguments | {parameter: value}
+                if wrong_argument(call, (), {parameter: value}) is not None:
+                    yield Attack("api", f"{name} {parameter}={kind}", lambda _, c=call, a=changed: c(**a))
+
+
 def on_configurations() -> Iterator[Attack]:
     """Every number of a configuration with values that no model has."""
     for name, field in XFMConfig.model_fields.items():
@@ -290,7 +357,7 @@ def on_paths() -> Iterator[Attack]:
 
 def attacks() -> list[Attack]:
     """All of them."""
-    groups = (on_the_command_line, on_the_model, on_retrieval, on_configurations, on_paths)
+    groups = (on_the_command_line, on_the_model, on_retrieval, on_the_api, on_configurations, on_paths)
     return [*{(attack.surface, attack.name): attack for group in groups for attack in group()}.values()]
 
 

@@ -22,7 +22,7 @@ from xfm_fast.data.tables import (
     find_images,
     sidecar_captions,
 )
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, explain_types
 
 _IMAGES = ImageOptions()
 
@@ -55,6 +55,7 @@ class Listing(NamedTuple):
     faults: dict[str, str]
 
 
+@explain_types
 def open_collection(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> Collection:
     """Open a folder tree of images, or a file that lists or embeds images.
 

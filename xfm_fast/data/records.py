@@ -33,7 +33,7 @@ from xfm_fast.data.tables import (
     read_table,
     resolve_images,
 )
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, explain_types
 from xfm_fast.io import check_text
 
 Record = Mapping[str, Any]
@@ -406,6 +406,7 @@ def open_rows(path: Path, schema: Schema = OFFICIAL) -> Rows:
     return READERS[name].open(path, schema)
 
 
+@explain_types
 def open_records(data: Data, *, image_key: str = "binary", caption_key: str = "desc") -> RecordSet:
     """Open files, or a list of records, as one indexed sequence of rows.
 

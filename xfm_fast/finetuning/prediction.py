@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError
+from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, explain_types
 from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.request import RuntimeChoice
 from xfm_fast.export.session import Session
@@ -58,6 +58,7 @@ class Predictor:
         return self.task.predict(self.model, records)
 
 
+@explain_types
 def load(
     folder: str | Path | Session,
     *,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import MEAN, STD, decode_image, evaluation_transform, to_rgb
-from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.errors import DataError, InputError, UnavailableError, explain_types
 from xfm_fast.io import write_bytes
 from xfm_fast.models.hub import PREPROCESSOR_FILE, local_folder
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -42,9 +42,12 @@ class XFMProcessor:
     model_input_names = ("pixels", "input_ids", "attention_mask")
 
     def __init__(self, config: XFMConfig, tokenizer: CaptionTokenizer | None = None) -> None:
+        if not isinstance(tokenizer, CaptionTokenizer | None):
+            raise InputError(f"tokenizer is a {type(tokenizer).__name__}; give a CaptionTokenizer, or None for images")
         self.config, self.tokenizer = config, tokenizer
 
     @classmethod
+    @explain_types
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Self:
         """Load from a folder written by `XFM.save_pretrained`, or from the Hub.
 
@@ -62,6 +65,7 @@ class XFMProcessor:
         config = XFMConfig.load(place / CONFIG_FILE)
         return cls(config, find_tokenizer(place, config) if given is None else read_tokenizer(given, config))
 
+    @explain_types
     def __call__(
         self, images: Picture | Sequence[Picture] | None = None, text: str | Sequence[str] | None = None
     ) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xfm_fast import checkpoint
 from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.errors import InputError, UnavailableError, explain_types
 from xfm_fast.kernels import fp8, marked, ops
 from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits
@@ -109,6 +109,7 @@ class XFM(nn.Module):
     tokenizer: CaptionTokenizer | None = None
     """Tokenizer of `encode`, `match` and `ground`; saved with the model."""
 
+    @explain_types
     def __init__(
         self, config: XFMConfig, *, heads: Iterable[Head] = ALL_HEADS, encoders: Iterable[Encoder] = ALL_ENCODERS
     ) -> None:
@@ -144,6 +145,7 @@ class XFM(nn.Module):
 
     @classmethod
     @_outside_inference
+    @explain_types
     def from_official(
         cls,
         source: str | Path | Mapping[str, Tensor],
@@ -181,6 +183,7 @@ class XFM(nn.Module):
 
     @classmethod
     @_outside_inference
+    @explain_types
     def from_x2vlm(
         cls,
         source: str | Path | Mapping[str, Tensor],
@@ -219,6 +222,7 @@ class XFM(nn.Module):
 
     @classmethod
     @_outside_inference
+    @explain_types
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -286,6 +290,7 @@ class XFM(nn.Module):
             model.register_buffer("temp", torch.tensor(config.temperature, dtype=dtype), persistent=False)
         return model.eval() if kind is None else model.quantise(kind).eval()
 
+    @explain_types
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors`, `preprocessor_config.json` and, if there is a tokenizer,
         `tokenizer.json`.
@@ -385,8 +390,11 @@ class XFM(nn.Module):
         blocks = (block for block in self.modules() if isinstance(block, Block | TransformerLayer))
         return [[part.weight for part in block.modules() if isinstance(part, of)] for block in blocks]
 
+    @explain_types
     def set_image_size(self, image_size: int) -> None:
         """Adapt to another resolution, in place: position tables are interpolated as the official loader does."""
+        if not isinstance(image_size, int):
+            raise InputError(f"image_size is {image_size!r}; give a number of pixels")
         config = self.config.resized(image_size)
         window = (config.grid, config.grid)
         for block in self.vision_encoder.blocks:
@@ -461,6 +469,7 @@ class XFM(nn.Module):
                 f"build it with encoders=(..., {encoder!r})"
             )
 
+    @explain_types
     def encode(self, items: str | Picture | Sequence[str] | Sequence[Picture], *, batch_size: int = 32) -> Tensor:
         """Contrastive features of texts or images; their dot product is the cosine similarity.
 
@@ -497,6 +506,7 @@ class XFM(nn.Module):
                     features.append(self.project_image(self.encode_image(pixels)))
         return features[0][0] if single else torch.cat(features)
 
+    @explain_types
     def similarity(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Tensor:
         """Cosine similarity of images and texts: `[I, T]`, without the dimension of a single image or text.
 
@@ -511,6 +521,7 @@ class XFM(nn.Module):
         found = of_images @ (of_texts if isinstance(texts, str) else of_texts.T)
         return found[0] if single else found
 
+    @explain_types
     def match(self, image: Picture, texts: str | Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Probability that each text describes the image: `[T]`, or a scalar for one text.
 
@@ -530,6 +541,7 @@ class XFM(nn.Module):
         found = torch.cat(logits).float().softmax(1)[:, 1]
         return found[0] if isinstance(texts, str) else found
 
+    @explain_types
     def ground(self, image: Picture, text: str | Sequence[str], *, batch_size: int = 256) -> Tensor:
         """Boxes of the objects that texts refer to, in pixels of the image: `[T, 4]` (x, y, w, h), or `[4]` for one
         text.

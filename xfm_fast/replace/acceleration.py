@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.errors import InputError, UnavailableError, explain_types
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.marked import EightBits, keep_within, kind_of
@@ -67,6 +67,7 @@ _TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
 _ROW = "register a LayerSpec to support it (xfm_fast.replace.register)"
 
 
+@explain_types
 def accelerate(
     model: nn.Module,
     *,

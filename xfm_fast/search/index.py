@@ -32,7 +32,7 @@ from torch import Tensor
 
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
-from xfm_fast.errors import DataError
+from xfm_fast.errors import DataError, explain_types
 from xfm_fast.export.session import Session
 from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, read_bytes, require_file, write_bytes, write_files
 from xfm_fast.loading import Source
@@ -125,6 +125,7 @@ def index_folder(path: str | os.PathLike[str]) -> Path:
     return path / INDEX_FOLDER if path.is_dir() else path.with_name(f"{path.name}{INDEX_FOLDER}")
 
 
+@explain_types
 def open_index(
     path: str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
@@ -269,6 +270,7 @@ def _crc(path: Path) -> int:
     return crc
 
 
+@explain_types
 def build_index(
     path: str | os.PathLike[str],
     model: SearchModel,

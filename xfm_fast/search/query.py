@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.collection import Entry
-from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.errors import DataError, InputError, UnavailableError, explain_types
 from xfm_fast.models.processor import batches, image_pixels, text_tokens
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.model import SearchModel
@@ -41,6 +41,7 @@ class Found(NamedTuple):
     lost: dict[str, str]
 
 
+@explain_types
 def search(
     index: SearchIndex,
     model: SearchModel,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from xfm_fast.errors import DataError, InputError, StorageError, needs
+from xfm_fast.errors import DataError, InputError, StorageError, explain_types, needs
 from xfm_fast.io import write_bytes
 from xfm_fast.search.index import SearchIndex
 from xfm_fast.search.query import Found, Hit
@@ -19,6 +19,7 @@ _COLUMNS, _CELL, _EDGE, _LINE = 4, 240, 12, 16
 _INK, _RED, _PAPER, _EMPTY = (32, 32, 32), (190, 0, 0), (255, 255, 255), (225, 225, 225)
 
 
+@explain_types
 def write_sheet(path: str | Path, query: str | Path, found: Found, index: SearchIndex) -> Path:
     """Write hits with their pictures and scores.
 

@@ -29,7 +29,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, RetrievalRecord, RetrievalTestRecord, held_out
 from xfm_fast.data.caption_files import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
-from xfm_fast.errors import DataError, InputError
+from xfm_fast.errors import DataError, InputError, explain_types
 from xfm_fast.memory import create_mapped, open_mapped
 from xfm_fast.models import inputs
 from xfm_fast.models.xfm import XFM
@@ -97,8 +97,9 @@ class Retriever:
         token_budget: caption tokens per pass of the fusion encoder; chosen for the device by default.
     """
 
+    @explain_types
     def __init__(self, model: XFM | RetrievalModel, *, token_budget: int | None = None) -> None:
-        if token_budget is not None and token_budget < 1:
+        if token_budget is not None and (not isinstance(token_budget, int) or token_budget < 1):
             raise InputError(f"token_budget={token_budget}; a pass takes at least 1 token: raise it, or leave it out")
         self.model = model
         if isinstance(model, XFM):
@@ -107,6 +108,7 @@ class Retriever:
         self.token_budget = token_budget
 
     @torch.inference_mode()
+    @explain_types
     def embed_images(
         self, batches: Iterable[Tensor], *, path: str | Path | None = None, count: int | None = None
     ) -> ImageIndex:
@@ -142,6 +144,7 @@ class Retriever:
         return ImageIndex(torch.cat(embeds) if stored is None else stored, torch.cat(features))
 
     @torch.inference_mode()
+    @explain_types
     def embed_texts(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> TextIndex:
         """Embed batches of (input_ids, attention_mask), both `[B, L]`."""
         tokens: list[Tensor] = []
@@ -186,6 +189,7 @@ class Retriever:
         return _best(result.score_i2t, k)
 
 
+@explain_types
 def rerank(
     image_embeds: Tensor,
     text_embeds: Tensor,
