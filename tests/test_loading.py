@@ -111,6 +111,7 @@ def test_every_command_takes_every_source(source: Source, folder: Path, tmp_path
     assert done.exit_code == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_an_export_is_searched(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="exports are run by it")
     done = invoke(["export", folder / "model", "--out", tmp_path / "exported"])

@@ -34,6 +34,8 @@ MAKEFILE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding
 
 
 PAGES = pages()
+# Pages whose blocks train or export for longer than all others together.
+LONG = {"benchmarks", "export", "fine-tuning"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -97,7 +99,10 @@ def _run(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@each_page
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else [], id=page.stem) for page in PAGES],
+)
 def test_blocks_run_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for language, block, said in _blocks(page):

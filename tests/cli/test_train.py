@@ -118,7 +118,6 @@ FAULTY = "import xfm_fast.training.recipe as recipe; recipe.load_recipe = lambda
 @pytest.mark.parametrize(
     ("arguments", "before", "code"),
     [
-        (["--version"], "", 0),
         (["pretrain", "nowhere"], "", 2),
         (["data", "check", "{}", "--task", "text"], "", 1),
         (["pretrain", "any"], FAULTY, 70),
