@@ -9,8 +9,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -29,39 +29,9 @@ from .model import Scale, note_paths, prepare
 
 # Of the test split of Karpathy and Fei-Fei, as the official evaluation reads it, and its k_test.
 IMAGES, TEXTS, CANDIDATES = 5000, 25010, 256
-RERANKING = "fusion, keys and values included"
 
 
-@dataclass(frozen=True)
-class Passes:
-    """The size of one timed pass of every part: as large as the evaluation gives it to such a device.
-
-    Attributes:
-        photos, captions: embedded together.
-        texts: of a pass of re-ranking, over `images`; about the tokens that its scheduler gives a pass.
-        official_pairs: of an image, which the official procedure scores together.
-    """
-
-    photos: int = 4
-    captions: int = 64
-    texts: int = 160
-    images: int = 1
-    official_pairs: int = 16
-
-    @classmethod
-    def of(cls, device: torch.device, sizes: Sizes) -> Passes:
-        """A GPU that is given a CPU's passes is mostly waited for: it would seem several times slower than it is."""
-        if device.type != "cuda":
-            return cls()
-        # An image has the candidates of both directions, and a pass as many of them as fit.
-        each = max(1, sizes.pairs // sizes.images)
-        texts = max(1, int(TOKEN_BUDGET["cuda"] / statistics.fmean(sizes.lengths)))
-        images = min(64, max(1, round(texts / each)))
-        return cls(64, 1024, texts, images, min(sizes.k, sizes.texts))
-
-
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """The size of a collection: `lengths` are those of a sample of its texts."""
 
     images: int
@@ -73,6 +43,31 @@ class Sizes:
     def pairs(self) -> int:
         """Pairs that the official evaluation scores: both directions, each for itself."""
         return flops.official_pairs(self.images, self.texts, self.k)
+
+
+class Passes(NamedTuple):
+    """The size of one timed pass of every part: as large as the evaluation gives it to such a device.
+
+    `photos` and `captions` are embedded together; re-ranking takes `texts` over `images`, about the tokens that its
+    scheduler gives a pass, and officially `official_pairs` of an image.
+    """
+
+    photos: int = 4
+    captions: int = 64
+    texts: int = 160
+    images: int = 1
+    official_pairs: int = 16
+
+    @classmethod
+    def of(cls, device: torch.device, sizes: Sizes) -> Passes:
+        """With the passes of a CPU, most time on a GPU would be launches: it would seem several times slower."""
+        if device.type != "cuda":
+            return cls()
+        # An image has the candidates of both directions, and a pass as many of them as fit.
+        each = max(1, sizes.pairs // sizes.images)
+        texts = max(1, int(TOKEN_BUDGET["cuda"] / statistics.fmean(sizes.lengths)))
+        images = min(64, max(1, round(texts / each)))
+        return cls(64, 1024, texts, images, min(sizes.k, sizes.texts))
 
 
 def receipt(config: XFMConfig, sizes: Sizes) -> dict[str, float]:
@@ -100,6 +95,13 @@ def receipt(config: XFMConfig, sizes: Sizes) -> dict[str, float]:
     }
 
 
+class _Part(NamedTuple):
+    """A part of a procedure: how often it comes in the evaluation, and one pass of it."""
+
+    times: float
+    call: Callable[[], object]
+
+
 @benchmark("coco", title="A whole retrieval evaluation", reference=OFFICIAL)
 def run(run: Run) -> Iterator[Case]:
     """Rows of whole evaluations, projected from the times of their parts."""
@@ -110,33 +112,29 @@ def run(run: Run) -> Iterator[Case]:
     sizes = Sizes(IMAGES, TEXTS, run.options.k or CANDIDATES, material.encoded(material.collection.captions).lengths)
     passes = Passes.of(run.device, sizes)
     given = material.texts(max(passes.texts, passes.captions, passes.official_pairs))
-    calls = {f"{part}: {OFFICIAL} fp32": call for part, call in _official_parts(material, scale, passes, given).items()}
+    procedures = {f"{OFFICIAL} fp32": _official_parts(material, scale, passes, given, sizes)}
     for dtype in run.dtypes:
-        parts = _our_parts(material, scale, passes, given, dtype)
-        calls |= {f"{part}: {OURS} {dtype}": call for part, call in parts.items()}
+        procedures[f"{OURS} {dtype}"] = _our_parts(material, scale, passes, given, sizes, dtype)
+
+    def block(call: Callable[[], object]) -> list[float]:
+        with torch.inference_mode():
+            begun = time.perf_counter()
+            call()
+            wait_for(run.device)
+            return [time.perf_counter() - begun]
+
+    every = [(f"{part}: {key}", one) for key, parts in procedures.items() for part, one in parts.items()]
     samples = interleave(
-        {name: partial(_seconds, call, run.device) for name, call in calls.items()}, run.probes, rounds=3,
-        budget_s=scale.budget_s, most_rounds=30, warmups=1, deadline=time.perf_counter() + 2 * scale.budget_s,
-        on_step=run.progress.step,
+        {name: partial(block, one.call) for name, one in every}, run.probes, rounds=3, budget_s=scale.budget_s,
+        most_rounds=30, warmups=1, deadline=time.perf_counter() + 2 * scale.budget_s, on_step=run.progress.step,
     )  # fmt: skip
     if samples.interrupted:
         raise KeyboardInterrupt
-    # How often each part of a procedure comes.
-    counts = {
-        "embed images": IMAGES / passes.photos,
-        "embed texts": TEXTS / passes.captions,
-        "first self-attention": TEXTS / passes.texts,
-        "image memory": IMAGES / passes.images,
-        "fusion and matching head": sizes.pairs / passes.texts,
-        RERANKING: sizes.pairs / passes.official_pairs,
-    }
     steps, rows = receipt(material.config(scale.image_size), sizes), list[Result]()
-    for key in dict.fromkeys(name.split(": ")[1] for name in calls):
+    for key, parts in procedures.items():
         backend, dtype = key.split(" ")
-        found = {
-            name.split(": ")[0]: [counts[name.split(": ")[0]] * second for second in samples.seconds(name)]
-            for name in calls
-            if name.endswith(f": {key}")
+        stages = {
+            part: [one.times * second for second in samples.seconds(f"{part}: {key}")] for part, one in parts.items()
         }
         failures = [why for name, why in samples.failures.items() if name.endswith(f": {key}")]
         row = Result(
@@ -144,10 +142,10 @@ def run(run: Run) -> Iterator[Case]:
             name=f"evaluate {IMAGES:,} images of {scale.image_size} px x {TEXTS:,} texts, k = {sizes.k}",
             status="failed" if failures else "measured",
             reason=failures[0] if failures else "projected from the times of its parts",
-            seconds=[] if failures else [float(sum(one)) for one in zip(*found.values(), strict=True)],
+            seconds=[] if failures else [float(sum(one)) for one in zip(*stages.values(), strict=True)],
             contended=samples.readings.contended(dtype),
             extra={
-                "stages": {part: statistics.median(seconds) for part, seconds in found.items() if seconds},
+                "stages": {part: statistics.median(seconds) for part, seconds in stages.items() if seconds},
                 "flops": list(steps.values())[0 if backend == OFFICIAL else -1], "pairs": sizes.pairs,
             },
         )  # fmt: skip
@@ -160,17 +158,9 @@ def run(run: Run) -> Iterator[Case]:
     yield from ()
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> list[float]:
-    with torch.inference_mode():
-        begun = time.perf_counter()
-        call()
-        wait_for(device)
-        return [time.perf_counter() - begun]
-
-
 def _our_parts(
-    material: Material, scale: Scale, passes: Passes, given: Texts, dtype: str
-) -> dict[str, Callable[[], object]]:
+    material: Material, scale: Scale, passes: Passes, given: Texts, sizes: Sizes, dtype: str
+) -> dict[str, _Part]:
     model = material.subjects.model(scale.image_size, DTYPES[dtype])
     scorer = ModelScorer(model)
     pixels = material.pixels(passes.photos, scale.image_size).to(DTYPES[dtype])
@@ -186,17 +176,19 @@ def _our_parts(
     texts[0] += passes.texts % passes.images
     groups = ImageGroups(offsets(texts))
     return {
-        "embed images": lambda: model.project_image(model.encode_image(pixels)),
-        "embed texts": lambda: model.project_text(model.encode_text(ids, mask)),
-        "first self-attention": lambda: scorer.prepare(tokens, sequences),
-        "image memory": lambda: scorer.memory(image),
-        "fusion and matching head": lambda: scorer.scores(prepared, sequences, memory, groups),
+        "embed images": _Part(IMAGES / passes.photos, lambda: model.project_image(model.encode_image(pixels))),
+        "embed texts": _Part(TEXTS / passes.captions, lambda: model.project_text(model.encode_text(ids, mask))),
+        "first self-attention": _Part(TEXTS / passes.texts, lambda: scorer.prepare(tokens, sequences)),
+        "image memory": _Part(IMAGES / passes.images, lambda: scorer.memory(image)),
+        "fusion and matching head": _Part(
+            sizes.pairs / passes.texts, lambda: scorer.scores(prepared, sequences, memory, groups)
+        ),
     }
 
 
 def _official_parts(
-    material: Material, scale: Scale, passes: Passes, given: Texts
-) -> dict[str, Callable[[], object]]:  # fmt: skip
+    material: Material, scale: Scale, passes: Passes, given: Texts, sizes: Sizes
+) -> dict[str, _Part]:  # fmt: skip
     twin = OfficialTwin(material.subjects.model(scale.image_size, torch.float32))
     pixels = material.pixels(passes.photos, scale.image_size)
     ids, mask = (tensor[: passes.captions] for tensor in given)
@@ -204,7 +196,9 @@ def _official_parts(
     with torch.inference_mode():
         image, embeds = twin.encode_image(pixels[:1])[0], twin.encode_text(*few)
     return {
-        "embed images": lambda: twin.project_image(twin.encode_image(pixels)),
-        "embed texts": lambda: twin.project_text(twin.encode_text(ids, mask)),
-        RERANKING: lambda: twin.rerank_image(image, embeds, few.mask),
+        "embed images": _Part(IMAGES / passes.photos, lambda: twin.project_image(twin.encode_image(pixels))),
+        "embed texts": _Part(TEXTS / passes.captions, lambda: twin.project_text(twin.encode_text(ids, mask))),
+        "fusion, keys and values included": _Part(
+            sizes.pairs / passes.official_pairs, lambda: twin.rerank_image(image, embeds, few.mask)
+        ),
     }

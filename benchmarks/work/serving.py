@@ -1,14 +1,13 @@
 """`xfm-fast bench serve`: the HTTP service under load, against the same service that takes one request at a time.
 
 Every backend is a process of its own that listens on this machine. Clients send requests and wait, each over its own
-connection; the backends take turns, a window of requests each. A soak then lets clients of all kinds, careless ones
-among them, send requests for minutes, and watches the memory of the process.
+connection; the backends take turns, a window of requests each. A soak then lets clients send all kinds of requests,
+invalid ones among them, for minutes, and watches the memory of the process.
 """
 
 from __future__ import annotations
 
 import base64
-import copy
 import io
 import json
 import random
@@ -19,7 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection
@@ -31,15 +31,15 @@ import psutil
 import torch
 from PIL import Image
 
-from xfm_fast.checkpoint import Head
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
 from ..material import photographs
-from ..material.inputs import described, make_tokenizer, preset_config, random_state
+from ..material.inputs import preset_config
 from ..measure import Backend, Block, Call, Case, Run, benchmark, percentile
-from ..record import ONE_AT_A_TIME, OURS, Extra, Model, Status
+from ..record import ONE_AT_A_TIME, OURS, Extra, Status
 from ..timing import DTYPES
+from .model import prepare
 
 _STARTING_SECONDS = 300
 _ANSWER_SECONDS = 600
@@ -52,7 +52,7 @@ _SERVICES: dict[str, tuple[str, tuple[str, ...]]] = {
     ONE_AT_A_TIME: ("one request at a time, nothing kept", ("--batch-tokens", "1", "--cache-mb", "0")),
     "one-at-a-time-cached": ("one request at a time, memories kept", ("--batch-tokens", "1")),
 }
-# Memory of a process that was soaked may move by this, which is what an allocator does.
+# An allocator's noise in the memory of a process.
 _ALLOWED_SHARE, _ALLOWED_BYTES = 0.03, 24 << 20
 
 
@@ -62,20 +62,21 @@ _ALLOWED_SHARE, _ALLOWED_BYTES = 0.03, 24 << 20
 def run(run: Run) -> Iterator[Case]:
     """Two kinds of requests by several numbers of clients, and a soak."""
     options, chance = run.options, random.Random(run.options.seed)
-    run.progress.begin(2 + 2 * len(options.clients) + bool(options.soak))
-    run.progress.stage("photographs, captions and weights")
-    collection = photographs.bundled() if options.data is None else photographs.from_files(options.data)
-    tokenizer = make_tokenizer(options.preset, options.tokenizer, collection)
-    run.document.data = described(collection, tokenizer)
-    folder, model = run.scratch / "served", _model(run)
-    model.tokenizer = tokenizer
-    model.save_pretrained(folder)
-    material = Material.of(collection, options.seed)
+    run.progress.begin(3 + 2 * len(options.clients) + bool(options.soak))
+    loaded = prepare(run, preset_config(options.preset).image_size)
+    size = loaded.subjects.config.image_size
+    models = {dtype: loaded.subjects.model(size, DTYPES[dtype]) for dtype in {"fp32", options.dtype}}
+    models["fp32"].tokenizer = models[options.dtype].tokenizer = loaded.tokenizer
+    folder = run.scratch / "served"
+    models["fp32"].save_pretrained(folder)
+    material = Material.of(loaded.collection, options.seed)
     compared = [material.known(4, chance), material.new(4, chance)]
+    expected = {
+        dtype: torch.tensor([score for request in compared for score in offline(model, request)])
+        for dtype, model in models.items()
+    }
     # The generator of the load keeps no model while it measures.
-    expected = {dtype: _expected(model, dtype, compared) for dtype in {"fp32", options.dtype}}
-    del model
-    run.probe()
+    del loaded, models
     with ExitStack() as stack:
         run.progress.stage("starting the services")
         # A slow backend is measured, not given up.
@@ -84,39 +85,41 @@ def run(run: Run) -> Iterator[Case]:
         names = [name for name in _SERVICES if not options.quick or name in (OURS, ONE_AT_A_TIME)]
         running = {name: stack.enter_context(service(folder, *shared, *_SERVICES[name][1])) for name in names}
         documents = options.documents
+        known = f"a caption and {documents} images of a catalogue of {_CATALOGUE} that was asked for before"
         for work, words, make in (
-            (
-                "serve-known",
-                f"a caption and {documents} images of a catalogue of {_CATALOGUE} that was asked for before",
-                material.known,
-            ),
+            ("serve-known", known, material.known),
             ("serve-new", f"an image never seen and {documents} captions", material.new),
         ):
             if work == "serve-known":
                 # Every image once, of every service.
-                urls = [material.catalogue[start : start + documents] for start in range(0, _CATALOGUE, documents)]
+                parts = [material.catalogue[start : start + documents] for start in range(0, _CATALOGUE, documents)]
+                requests = [Request.rerank("a dog", [{"image": url} for url in part]) for part in parts]
                 for one in running.values():
-                    drive(one.port, [_rerank("a dog", [{"image": url} for url in part]) for part in urls], 1)
+                    drive(one.port, requests, 1)
             for clients in options.clients:
                 run.progress.stage(f"{words}, {clients} clients")
                 count = max(options.requests, clients)
+                backends = [
+                    _backend(name, options.dtype, one, clients, count, partial(make, documents, chance), compared)
+                    for name, one in running.items()
+                ]
                 yield Case(
-                    work, f"re-rank over HTTP: {words}, {clients} clients",
-                    [
-                        _backend(name, options, one, clients, count, partial(make, documents, chance), compared)
-                        for name, one in running.items()
-                    ],
-                    "requests", count, judge="XFM.match", reference=expected.__getitem__, rounds=options.rounds,
-                    warmups=0, block=_window_block,
+                    work, f"re-rank over HTTP: {words}, {clients} clients", backends, "requests", count,
+                    judge="XFM.match", reference=expected.__getitem__, rounds=options.rounds, warmups=0,
+                    block=_window_block,
                 )  # fmt: skip
         if options.soak:
             run.progress.stage(f"a soak of {options.soak:g} s")
             parity = next((row.parity for row in run.document.rows if row.backend == OURS), None)
             done = soak(running[OURS], material, documents, max(options.clients), options.soak, options.seed)
             backend = Backend(OURS, options.dtype, dict, _SERVICES[OURS][0], parity=parity, lacking=done.verdict)
-            name = f"all kinds of requests for {done.seconds / 60:.1f} minutes"
-            row = Case("serve-soak", name, [], "requests", done.requests).result(backend)
-            row.seconds, row.extra = [done.seconds], done.extra(max(options.clients))
+            name = f"all kinds of requests for {done.window.seconds / 60:.1f} minutes"
+            row = Case("serve-soak", name, [], "requests", len(done.window.latencies)).result(backend)
+            row.seconds = [done.window.seconds]
+            row.extra = done.window.extra(max(options.clients)) | {
+                "peak_bytes": max(done.memory), "grown_bytes": done.grown,
+                "memory_method": "resident, sampled; growth from the third fifth of the time to the last",
+            }  # fmt: skip
             run.add([row])
 
 
@@ -131,7 +134,7 @@ def _window_block(call: Call) -> Block:
 
 
 def _backend(
-    name: str, options: Any, running: Running, clients: int, count: int, request: Callable[[], Request],
+    name: str, dtype: str, running: Running, clients: int, count: int, request: Callable[[], Request],
     compared: list[Request],
 ) -> Backend:  # fmt: skip
     windows, busy = list[Window](), list[float]()
@@ -144,121 +147,80 @@ def _backend(
         return windows[-1]
 
     def detail(median_s: float) -> Extra:
-        latencies = [second for window in windows for second in window.latencies]
-        return of_clients(clients, latencies, []) | {"cpu_s": statistics.median(busy)}
+        every = Window(0.0, [second for window in windows for second in window.latencies], [])
+        return every.extra(clients) | {"cpu_s": statistics.median(busy)}
 
     def scores() -> torch.Tensor:
-        return torch.tensor([score for request in compared for score in served(running.port, request)])
+        found: list[float] = []
+        with closing(HTTPConnection("127.0.0.1", running.port, timeout=_ANSWER_SECONDS)) as connection:
+            for request in compared:
+                results = json.loads(send(connection, request)[1])["results"]
+                found += [each["relevance_score"] for each in sorted(results, key=lambda each: each["index"])]
+        return torch.tensor(found)
 
-    return Backend(name, options.dtype, lambda: window, _SERVICES[name][0], check=scores, detail=detail)
-
-
-def of_clients(clients: int, latencies: Sequence[float], failures: Sequence[str]) -> Extra:
-    """The clients' side of a result."""
-    return {
-        "clients": clients, "requests": len(latencies), "failures": len(failures),
-        "clients_p50_s": statistics.median(latencies), "clients_p99_s": percentile(latencies, 0.99),
-    }  # fmt: skip
-
-
-def _model(run: Run) -> XFM:
-    options, checkpoint = run.options, run.options.checkpoint
-    if checkpoint is not None:
-        model = XFM.from_pretrained(checkpoint)
-    else:
-        config = preset_config(options.preset)
-        heads: tuple[Head, ...] = ("contrastive", "matching")
-        with torch.device("meta"):
-            model = XFM(config, heads=heads)
-        model.load_state_dict(random_state(config, heads, options.seed), assign=True)
-    origin = f"random weights (seed {options.seed})" if checkpoint is None else str(checkpoint)
-    run.document.model = Model(
-        preset=options.preset, origin=origin, trained=checkpoint is not None, meaningful_recall=False,
-        config=model.config.model_dump(), parameters=sum(p.numel() for p in model.parameters()),
-    )  # fmt: skip
-    return model.eval()
-
-
-def _expected(model: XFM, dtype: str, requests: Sequence[Request]) -> torch.Tensor:
-    """Scores of requests by `XFM.match` in this process."""
-    narrow = model if dtype == "fp32" else copy.deepcopy(model).to(DTYPES[dtype])
-    return torch.tensor([score for request in requests for score in offline(narrow, request)])
-
-
-class Window(NamedTuple):
-    """Requests that some clients made of a service.
-
-    Attributes:
-        seconds: from the first to the last answer.
-        latencies: of every request.
-        failures: answers that were none, each with its status or error.
-    """
-
-    seconds: float
-    latencies: list[float]
-    failures: list[str]
+    return Backend(name, dtype, lambda: window, _SERVICES[name][0], check=scores, detail=detail)
 
 
 class Request(NamedTuple):
-    """A request: its address, its body, and the status of its answer."""
+    """A request: its path, its body, and the expected status of the response."""
 
     path: str
     body: bytes
     status: int = 200
 
+    @classmethod
+    def rerank(cls, query: Any, documents: list[Any], status: int = 200) -> Request:
+        return cls("/v1/rerank", json.dumps({"query": query, "documents": documents}).encode(), status)
+
+
+class Window(NamedTuple):
+    """Requests of some clients: seconds from the first to the last response, latencies, unexpected responses."""
+
+    seconds: float
+    latencies: list[float]
+    failures: list[str]
+
+    def extra(self, clients: int) -> Extra:
+        """The clients' side of a result."""
+        return {
+            "clients": clients, "requests": len(self.latencies), "failures": len(self.failures),
+            "clients_p50_s": statistics.median(self.latencies), "clients_p99_s": percentile(self.latencies, 0.99),
+        }  # fmt: skip
+
+
+def send(connection: HTTPConnection, request: Request) -> tuple[int, bytes]:
+    """Send a request; returns the status and the content of the response."""
+    connection.request("POST", request.path, request.body, {"content-type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
 
 def drive(port: int, requests: Sequence[Request], clients: int) -> Window:
-    """Let some clients send requests in turn until all are answered.
+    """Send each request once, by so many clients at a time, each over a connection of its own."""
+    local, connections = threading.local(), list[HTTPConnection]()
 
-    Args:
-        port: of a service on this machine.
-        requests: each is sent once.
-        clients: how many at a time, each over a connection of its own.
-    """
-    waiting, lock = iter(requests), threading.Lock()
-    latencies: list[float] = []
-    failures: list[str] = []
-    begin = threading.Barrier(clients + 1)
+    def connect() -> None:
+        local.connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
+        connections.append(local.connection)
 
-    def client() -> None:
-        connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
-        begin.wait()
-        while True:
-            with lock:
-                request = next(waiting, None)
-            if request is None:
-                break
-            started = time.perf_counter()
-            failure = _failure(connection, request)
-            taken = time.perf_counter() - started
-            with lock:
-                latencies.append(taken)
-                if failure is not None:
-                    failures.append(failure)
+    def measure(request: Request) -> tuple[float, str | None]:
+        failure, started = None, time.perf_counter()
+        try:
+            status, content = send(local.connection, request)
+            if status != request.status:
+                failure = f"status {status} for {request.path}: {content[:200].decode(errors='replace')}"
+        except OSError as error:
+            local.connection.close()
+            failure = f"{type(error).__name__} for {request.path}: {error}"
+        return time.perf_counter() - started, failure
+
+    with ThreadPoolExecutor(clients, initializer=connect) as threads:
+        started = time.perf_counter()
+        done = list(threads.map(measure, requests))
+        seconds = time.perf_counter() - started
+    for connection in connections:
         connection.close()
-
-    threads = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    begin.wait()
-    started = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    return Window(time.perf_counter() - started, latencies, failures)
-
-
-def _failure(connection: HTTPConnection, request: Request) -> str | None:
-    """Send a request; returns what went wrong, if anything did."""
-    try:
-        connection.request("POST", request.path, request.body, {"content-type": "application/json"})
-        answer = connection.getresponse()
-        content = answer.read()
-        if answer.status == request.status:
-            return None
-        return f"status {answer.status} for {request.path}: {content[:200].decode(errors='replace')}"
-    except OSError as error:
-        connection.close()
-        return f"{type(error).__name__} for {request.path}: {error}"
+    return Window(seconds, [second for second, _ in done], [failure for _, failure in done if failure is not None])
 
 
 @dataclass(frozen=True)
@@ -273,27 +235,27 @@ class Material:
     def of(cls, collection: photographs.Collection, seed: int) -> Material:
         """A catalogue of crops of the photographs."""
         chance = random.Random(seed)
-        crops = [_crop(collection.images[n % len(collection.images)], chance) for n in range(_CATALOGUE)]
-        return cls([_data_url(crop) for crop in crops], collection.captions, collection.images)
+        photos = collection.images
+        catalogue = [_crop_url(photos[number % len(photos)], chance) for number in range(_CATALOGUE)]
+        return cls(catalogue, collection.captions, photos)
 
     def known(self, documents: int, chance: random.Random) -> Request:
-        """A caption and images of the catalogue, all of which were asked for before."""
+        """A caption and images of the catalogue."""
         chosen = chance.sample(self.catalogue, documents)
-        return _rerank(chance.choice(self.captions), [{"image": url} for url in chosen])
+        return Request.rerank(chance.choice(self.captions), [{"image": url} for url in chosen])
 
     def new(self, documents: int, chance: random.Random) -> Request:
-        """An image that was never asked for, and captions."""
-        url = _data_url(_crop(chance.choice(self.images), chance))
-        captions = [chance.choice(self.captions) for _ in range(documents)]
-        return _rerank({"image": url}, captions)
+        """A new image, and captions."""
+        url = _crop_url(chance.choice(self.images), chance)
+        return Request.rerank({"image": url}, [chance.choice(self.captions) for _ in range(documents)])
 
-    def careless(self, chance: random.Random) -> Request:
-        """A request that is answered with a 4xx."""
+    def invalid(self, chance: random.Random) -> Request:
+        """A request that gets a 4xx."""
         broken = "data:image/png;base64," + base64.b64encode(chance.randbytes(2000)).decode()
         return chance.choice(
             [
-                _rerank("a dog", [{"image": broken}], 422),
-                _rerank("a dog", [], 422),
+                Request.rerank("a dog", [{"image": broken}], 422),
+                Request.rerank("a dog", [], 422),
                 Request("/v1/rerank", b"{" + chance.randbytes(100), 400),
                 Request("/v1/embeddings", json.dumps({"input": "?!"}).encode(), 422),
             ]
@@ -306,20 +268,12 @@ class Material:
         return Request("/v1/embeddings", json.dumps({"input": items}).encode())
 
 
-def _rerank(query: Any, documents: list[Any], status: int = 200) -> Request:
-    return Request("/v1/rerank", json.dumps({"query": query, "documents": documents}).encode(), status)
-
-
-def _crop(image: Image.Image, chance: random.Random) -> Image.Image:
+def _crop_url(image: Image.Image, chance: random.Random) -> str:
     share = chance.uniform(0.5, 1.0)
     width, height = int(image.width * share), int(image.height * share)
     left, top = chance.randint(0, image.width - width), chance.randint(0, image.height - height)
-    return image.crop((left, top, left + width, top + height)).resize((_SIDE, _SIDE))
-
-
-def _data_url(image: Image.Image) -> str:
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
+    image.crop((left, top, left + width, top + height)).resize((_SIDE, _SIDE)).save(stream, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
@@ -332,11 +286,7 @@ class Running(NamedTuple):
 
 @contextmanager
 def service(folder: Path, *arguments: str) -> Iterator[Running]:
-    """Serve a model for the time of a block.
-
-    Raises:
-        UnavailableError: it does not start.
-    """
+    """Serve a model for the time of a block; raises `UnavailableError` if the service does not start."""
     command = [sys.executable, "-m", "xfm_fast.cli", "serve", str(folder), "--port", "0", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as begun:
         alarm = threading.Timer(_STARTING_SECONDS, begun.kill)
@@ -361,12 +311,9 @@ def service(folder: Path, *arguments: str) -> Iterator[Running]:
 
 
 class Soak(NamedTuple):
-    """What a service went through, and its resident memory meanwhile, in bytes, in the order of time."""
+    """Requests of a soak, and samples of the resident memory of the service in bytes."""
 
-    requests: int
-    seconds: float
-    latencies: list[float]
-    failures: list[str]
+    window: Window
     memory: list[int]
 
     @property
@@ -377,68 +324,37 @@ class Soak(NamedTuple):
         return int(statistics.median(self.memory[-fifth:]) - statistics.median(middle))
 
     @property
-    def steady(self) -> bool:
-        """True if memory grew by no more than an allocator's noise."""
-        return self.grown <= max(_ALLOWED_BYTES, _ALLOWED_SHARE * self.memory[-1])
-
-    @property
     def verdict(self) -> tuple[Status, str | None]:
         """Status and reason of the result."""
-        if self.failures:
-            return "failed", f"{len(self.failures)} failures, such as: {self.failures[0]}"
-        return ("measured", None) if self.steady else ("failed", f"memory grew by {self.grown:,} bytes")
-
-    def extra(self, clients: int) -> Extra:
-        """Latencies and memory."""
-        return of_clients(clients, self.latencies, self.failures) | {
-            "peak_bytes": max(self.memory), "grown_bytes": self.grown,
-            "memory_method": "resident, sampled; growth from the third fifth of the time to the last",
-        }  # fmt: skip
+        if failures := self.window.failures:
+            return "failed", f"{len(failures)} failures, such as: {failures[0]}"
+        steady = self.grown <= max(_ALLOWED_BYTES, _ALLOWED_SHARE * self.memory[-1])
+        return ("measured", None) if steady else ("failed", f"memory grew by {self.grown:,} bytes")
 
 
 def soak(
     running: Running, material: Material, documents: int, clients: int, seconds: float, seed: int
 ) -> Soak:  # fmt: skip
-    """Have clients of all kinds ask for some time, one in eight requests being careless."""
-    kinds: list[Callable[[random.Random], Request]] = [
-        lambda chance: material.known(documents, chance),
-        lambda chance: material.new(documents, chance),
-        material.embedding,
-        lambda chance: material.known(documents, chance),
-        lambda chance: material.new(documents, chance),
-        material.embedding,
-        lambda chance: material.known(documents, chance),
-        material.careless,
-    ]
-    chance = random.Random(seed)
-    memory, latencies, failures = [running.process.memory_info().rss], [], []
-    started, turns = time.perf_counter(), cycle(kinds)
+    """Send requests of all kinds for some time, one in eight invalid."""
+    known, new = partial(material.known, documents), partial(material.new, documents)
+    turns = cycle([known, new, material.embedding, known, new, material.embedding, known, material.invalid])
+    chance, memory = random.Random(seed), [running.process.memory_info().rss]
+    latencies, failures, started = list[float](), list[str](), time.perf_counter()
     while time.perf_counter() - started < seconds:
         window = drive(running.port, [next(turns)(chance) for _ in range(8 * clients)], clients)
         latencies += window.latencies
         failures += window.failures
         memory.append(running.process.memory_info().rss)
-    return Soak(len(latencies), time.perf_counter() - started, latencies, failures, memory)
-
-
-def served(port: int, request: Request) -> list[float]:
-    """Relevance of the documents of a request, in their order, as a service has it."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=_ANSWER_SECONDS)
-    try:
-        connection.request("POST", request.path, request.body, {"content-type": "application/json"})
-        results = json.loads(connection.getresponse().read())["results"]
-    finally:
-        connection.close()
-    return [each["relevance_score"] for each in sorted(results, key=lambda each: each["index"])]
+    return Soak(Window(time.perf_counter() - started, latencies, failures), memory)
 
 
 def offline(model: XFM, request: Request) -> list[float]:
-    """The same by the model in this process."""
+    """Scores of a request by `XFM.match` in this process."""
     content = json.loads(request.body)
 
-    def opened(item: dict[str, str]) -> Image.Image:
+    def decode(item: dict[str, str]) -> Image.Image:
         return Image.open(io.BytesIO(base64.b64decode(item["image"].partition(",")[2])))
 
     if isinstance(content["query"], dict):
-        return model.match(opened(content["query"]), content["documents"]).tolist()
-    return [float(model.match(opened(item), content["query"])) for item in content["documents"]]
+        return model.match(decode(content["query"]), content["documents"]).tolist()
+    return [float(model.match(decode(item), content["query"])) for item in content["documents"]]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
-from tests.serve.bodies import png_with_more, scans
+from tests.serve.conftest import inflating_png, scans
 from xfm_fast.data.headers import read_header
 from xfm_fast.data.images import MEAN, STD, decode_image, decode_pixels, image_size, load_image, to_rgb
 from xfm_fast.errors import DataError
@@ -201,7 +201,7 @@ def test_pixels_of_every_kind_of_png(mode: int, depths: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [(png_with_more(8, 20_000), "200 bytes"), (scans(256, 100), "scans")],
+    [(inflating_png(20_000), "200 bytes"), (scans(256, 100), "scans")],
     ids=["inflates", "scans"],
 )
 @pytest.mark.parametrize("decode", [decode_image, decode_pixels])

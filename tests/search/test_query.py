@@ -22,13 +22,13 @@ from xfm_fast.search import (
     SearchModel,
     Source,
     build_index,
+    match_images,
     open_index,
     open_model,
     search,
     write_sheet,
 )
 from xfm_fast.search import query as query_module
-from xfm_fast.search.query import match_images
 
 TEXT = "a red circle"
 
@@ -66,9 +66,7 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
     assert [hit.location for hit in search(indexed, model, TEXT, candidates=4, top=2).hits] == [*map(str, paths[:2])]
 
 
-def test_candidates_are_ordered_by_the_rule_that_is_named_or_recorded(
-    indexed: SearchIndex, model: SearchModel, photos: Path
-) -> None:
+def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: SearchModel, photos: Path) -> None:
     """`sum` is the match logit + the cosine; what a run recorded is the default."""
     found = search(indexed, model, TEXT, rank="sum", top=20)
     paths = [Path(hit.location) for hit in found.hits]
@@ -79,14 +77,9 @@ def test_candidates_are_ordered_by_the_rule_that_is_named_or_recorded(
     assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
     assert search(indexed, replace(model, rank="sum"), TEXT, top=20).hits == found.hits
     by_features = search(indexed, model, TEXT, candidates=0, top=20)
+    assert [hit.score for hit in by_features.hits] == sorted((h.similarity for h in by_features.hits), reverse=True)
     assert search(indexed, model, TEXT, rank="similarity", top=20) == by_features
     assert search(indexed, replace(model, rank="sum"), TEXT, rank="match") == search(indexed, model, TEXT)
-
-
-def test_without_candidates_features_decide(indexed: SearchIndex, model: SearchModel) -> None:
-    hits = search(indexed, model, TEXT, candidates=0, top=3).hits
-    assert [hit.score for hit in hits] == sorted((hit.similarity for hit in hits), reverse=True)
-    assert len(hits) == 3
 
 
 def test_an_image_finds_itself(indexed: SearchIndex, model: SearchModel, photos: Path) -> None:
@@ -95,7 +88,7 @@ def test_an_image_finds_itself(indexed: SearchIndex, model: SearchModel, photos:
     assert hit.similarity == pytest.approx(1, abs=1e-5)
 
 
-def test_images_that_are_gone_are_passed_over(indexed: SearchIndex, model: SearchModel, photos: Path) -> None:
+def test_missing_images_are_skipped(indexed: SearchIndex, model: SearchModel, photos: Path) -> None:
     (photos / "0.png").unlink()
     found = search(indexed, model, TEXT, top=20)
     assert len(found.hits) == 6
@@ -103,33 +96,33 @@ def test_images_that_are_gone_are_passed_over(indexed: SearchIndex, model: Searc
 
 
 def test_bad_queries(indexed: SearchIndex, model: SearchModel, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="empty after cleaning"):
+    with pytest.raises(DataError, match=r"\?!"):
         search(indexed, model, "?!")
-    with pytest.raises(DataError, match=r"nowhere\.png does not exist"):
+    with pytest.raises(DataError, match=r"nowhere\.png"):
         search(indexed, model, Path("nowhere.png"))
     with pytest.raises(InputError, match="top=0"):
         search(indexed, model, TEXT, top=0)
-    with pytest.raises(DataError, match="was made with"):
+    with pytest.raises(DataError, match="other"):
         search(indexed, open_model(write_model(tmp_path / "other", seed=1)), TEXT)
 
 
 def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path: Path) -> None:
     bare = XFM.from_pretrained(weights, heads=["contrastive"])
     bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UnavailableError, match="no matching head"):
+    with pytest.raises(UnavailableError, match="matching"):
         search(indexed, open_model(tmp_path / "bare"), TEXT)
     assert search(indexed, open_model(tmp_path / "bare"), TEXT, candidates=0).hits
     XFM.from_pretrained(weights, heads=["matching"]).save_pretrained(tmp_path / "blind")
-    with pytest.raises(UnavailableError, match="has no contrastive head"):
+    with pytest.raises(UnavailableError, match="contrastive"):
         open_model(tmp_path / "blind")
     dumb = open_model(weights)
     dumb.model.tokenizer = None
-    with pytest.raises(UnavailableError, match=r"no tokenizer .*--tokenizer"):
+    with pytest.raises(UnavailableError, match="--tokenizer"):
         search(indexed, dumb, TEXT)
     (tmp_path / "bare" / TASK_FILE).write_text('{"format": 1, "task": {"kind": "nlvr2"}}')
-    with pytest.raises(UnavailableError, match="fine-tuned for nlvr2"):
+    with pytest.raises(UnavailableError, match="nlvr2"):
         open_model(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="is a JSON file"):
+    with pytest.raises(CheckpointError, match="JSON"):
         open_model(weights / "config.json")
 
 

@@ -1,13 +1,18 @@
-"""A tiny model, and a service of it that listens on a free port of this machine."""
+"""A tiny model, and services of it: in a thread on a free port, or in a process of its own."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import re
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,17 +27,17 @@ from PIL import Image
 
 from tests.search.conftest import write_model
 from xfm_fast.models.xfm import XFM
-from xfm_fast.serve.model import load
-from xfm_fast.serve.options import ServiceOptions, SourceOptions
+from xfm_fast.serve import ServiceOptions, SourceOptions
 
 if TYPE_CHECKING:
     from xfm_fast.serve import Server, Service
 
 SECONDS = 60.0
+CAPTIONS = ["a red circle", "Two blue squares, left of a triangle!", "green", "a yellow star above a circle"]
 
 
 def until(condition: Callable[[], bool]) -> bool:
-    """Waits for a condition, half a minute at most; says whether it came true."""
+    """Wait for a condition, half a minute at most; returns whether it became true."""
     for _ in range(1500):
         if condition():
             return True
@@ -55,10 +60,48 @@ def image(seed: int) -> dict[str, str]:
     return {"image": data_url(photo(seed))}
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, packed: bytes, before: bytes = b"") -> bytes:
+    """A PNG of these compressed pixels, and chunks before them."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + before + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+def saved(side: int, mode: str, kind: str, **settings: Any) -> bytes:
+    lines = np.zeros((side, side, 3), np.uint8)
+    lines[::7] = 200
+    stream = io.BytesIO()
+    Image.fromarray(lines).convert(mode).save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def inflating_png(more: int) -> bytes:
+    """A PNG whose data inflate to as many MB more than its pixels take."""
+    packer = zlib.compressobj()
+    packed = packer.compress(bytes(8 * 25)) + packer.flush(zlib.Z_FULL_FLUSH)
+    # From one flush to the next, a stream may be repeated.
+    return png(8, 8, packed + (packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)) * more)
+
+
+def scans(side: int, count: int) -> bytes:
+    """A progressive JPEG that passes over its pixels again and again."""
+    content = saved(side, "RGB", "JPEG", progressive=True, quality=1)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * count + b"\xff\xd9"
+
+
 def raw(path: str, body: bytes, *headers: str) -> bytes:
     """A POST as it goes over the wire."""
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return "\r\n".join([f"{head}content-length: {len(body)}", *headers, "\r\n"]).encode() + body
+
+
+def scores(answer: Any) -> list[float]:
+    """Relevance in the order of the documents."""
+    return [each["relevance_score"] for each in sorted(answer["results"], key=lambda each: each["index"])]
 
 
 @dataclass(frozen=True)
@@ -76,6 +119,18 @@ class Reply:
         return self.json["error"]["message"]
 
 
+def ask(
+    port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+) -> Reply:  # fmt: skip
+    connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+    finally:
+        connection.close()
+
+
 @dataclass(frozen=True)
 class Running:
     """A service in a thread of this process."""
@@ -83,29 +138,17 @@ class Running:
     service: Service
     server: Server
     port: int
-    thread: threading.Thread
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> Reply:  # fmt: skip
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        try:
-            connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
-        finally:
-            connection.close()
-
     def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Reply:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        return self.ask("POST", path, body, {"content-type": "application/json"} | (headers or {}))
+        return ask(self.port, "POST", path, body, {"content-type": "application/json"} | (headers or {}))
 
     def get(self, path: str, headers: dict[str, str] | None = None) -> Reply:
-        return self.ask("GET", path, headers=headers)
+        return ask(self.port, "GET", path, headers=headers)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
@@ -121,11 +164,26 @@ def running(service: Service) -> Iterator[Running]:
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
         thread.start()
         try:
-            yield Running(service, server, sock.getsockname()[1], thread)
+            yield Running(service, server, sock.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join(SECONDS)
             assert not thread.is_alive(), "the service did not end"
+
+
+@contextmanager
+def process(*arguments: object, program: tuple[str, ...] = ("-m", "xfm_fast")) -> Iterator[tuple[Any, int]]:
+    """A service in a process of its own, and its port."""
+    command = [sys.executable, *program, "serve", "--port", "0", "--device", "cpu", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as begun:
+        try:
+            assert begun.stdout is not None
+            line = begun.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+            assert found, line + (begun.stderr.read() if begun.stderr and not line else "")
+            yield begun, int(found[1])
+        finally:
+            begun.kill()
 
 
 Start = Callable[..., Any]
@@ -133,7 +191,7 @@ Start = Callable[..., Any]
 
 @pytest.fixture(scope="session", autouse=True)
 def extra() -> None:
-    """Skips the tests of this folder where the extra is not installed."""
+    """Skip the tests of this folder where the extra is not installed."""
     for name in ("fastapi", "uvicorn", "prometheus_client"):
         pytest.importorskip(name, reason="the extra 'serve'")
 
@@ -154,28 +212,25 @@ def weights(extra: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(weights: Path) -> XFM:
-    """The model that is served, as one uses it offline."""
+    """The model that is served, used offline."""
     return XFM.from_pretrained(weights)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start(weights: Path) -> Start:
     """Starts a service with options of its own; a context manager."""
 
-    def begin(**options: Any) -> Any:
-        from xfm_fast.serve import Service
+    def begin(folder: Path = weights, rank: Any = None, **options: Any) -> Any:
+        from xfm_fast.serve import Service, load
 
         given = replace(ServiceOptions(port=0, drain=5, cache_mb=64), **options)
-        return running(Service(load(weights, SourceOptions(device="cpu"), given.cache_mb << 20), given))
+        return running(Service(load(folder, SourceOptions(device="cpu", rank=rank), given.cache_mb << 20), given))
 
     return begin
 
 
 @pytest.fixture(scope="module")
-def served(weights: Path) -> Iterator[Running]:
+def served(start: Start) -> Iterator[Running]:
     """A service that the tests of a file share."""
-    from xfm_fast.serve import Service
-
-    options = ServiceOptions(port=0, drain=5, cache_mb=64, max_pixels=200_000, max_documents=40)
-    with running(Service(load(weights, SourceOptions(device="cpu"), 64 << 20), options)) as service:
+    with start(max_pixels=200_000, max_documents=40) as service:
         yield service

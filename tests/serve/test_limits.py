@@ -1,22 +1,19 @@
-"""Bad requests get a sentence with a 4xx, and the service goes on."""
+"""Bad requests get a 4xx that names the thing, and the service goes on."""
 
 from __future__ import annotations
 
-import base64
 import json
 import socket
-import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from tests.serve.bodies import chunk
-from tests.serve.conftest import Running, Start, data_url, image, photo, raw, until
+from tests.serve.conftest import Running, Start, ask, data_url, image, photo, png, raw, until
 from xfm_fast.data.images import load_image
 from xfm_fast.serve.model import Found, ServedModel, Work
 from xfm_fast.tasks import ranking
@@ -28,10 +25,9 @@ def still_good(service: Running) -> None:
     assert service.post("/v1/rerank", GOOD).status == 200
 
 
-def huge_png(width: int, height: int) -> bytes:
-    """A PNG whose header says more pixels than there are."""
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+def huge_png(width: int, height: int) -> str:
+    """A PNG whose header names more pixels than there are."""
+    return data_url(png(width, height, zlib.compress(bytes(100))))
 
 
 def with_image(value: str) -> dict[str, Any]:
@@ -41,75 +37,59 @@ def with_image(value: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "status", "message"),
     [
-        (b"{", 400, "not valid JSON"),
-        (b"", 400, "not valid JSON"),
-        (b"\xff\xfe{}", 400, "not valid JSON"),
-        (b"[]", 400, "is a list"),
+        (b"", 400, "JSON"),
+        (b"\xff\xfe{}", 400, "JSON"),
+        (b"[]", 400, "list"),
         (b'{"query": ' + b"[" * 1000, 400, "64"),
         (b'{"query": "\\ud800", "documents": ["a"]}', 400, "surrogate"),
         ({"documents": ["a"]}, 422, "query: "),
-        ({"query": "a"}, 422, "documents: "),
         ({"query": "a", "documents": []}, 422, "documents: "),
         ({"query": "a", "documents": "b"}, 422, "documents: "),
         ({"query": "a", "documents": ["b", 3]}, 422, "documents[1]"),
-        ({"query": "a", "documents": [{}]}, 422, "documents[0]: "),
         ({"query": "a", "documents": [{"text": "a", "image": "b"}]}, 422, "documents[0]: "),
         ({"query": "a", "documents": ["b"], "top_n": 0}, 422, "top_n: "),
-        ({"query": "a", "documents": ["b"] * 41}, 422, "documents holds 41 items"),
-        ({"query": "a" * 2001, "documents": ["b"]}, 422, "query has 2,001 characters"),
-        ({"query": "?!", "documents": ["b"]}, 422, "query: caption '?!'"),
-        ({"query": "a", "documents": ["b", ""]}, 422, "documents[1]: caption ''"),
+        ({"query": "a", "documents": ["b"] * 41}, 422, "documents holds 41"),
+        ({"query": "a" * 2001, "documents": ["b"]}, 422, "query has 2,001"),
+        ({"query": "?!", "documents": ["b"]}, 422, "query: "),
         ({"query": "a", "documents": ["b"], "model": "gpt-4"}, 404, "'gpt-4'"),
         ({"query": "a", "documents": ["b", image(1)]}, 422, "two requests"),
         (with_image("data:image/png;base64"), 422, "documents[0]"),
         (with_image("data:image/png,abc"), 422, "documents[0]"),
-        (with_image("data:text/plain;base64,aGVsbG8="), 422, "'text/plain'"),
-        (with_image("data:image/png;base64,%%%"), 422, "'%%%'"),
+        (with_image("data:text/plain;base64,aGVsbG8="), 422, "text/plain"),
+        (with_image("data:image/png;base64,%%%"), 422, "%%%"),
         (with_image("data:image/png;base64,aGVsbG8"), 422, "documents[0]"),
         (with_image("data:image/png;base64,"), 422, "documents[0]"),
-        (with_image("no base64 at all"), 422, "documents[0]"),
-        (with_image("böse"), 422, "documents[0]"),
-        (with_image(data_url(b"a text file as an image")), 422, "documents[0]"),
+        (with_image("b\u00f6se"), 422, "documents[0]"),
         (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 422, "documents[0]"),
         (with_image(data_url(photo(1)[:200])), 422, "documents[0]"),
         (with_image(data_url(b"\xff\xd8\xff and no photograph")), 422, "documents[0]"),
-        (with_image(data_url(huge_png(60_000, 60_000))), 413, "is 60000x60000"),
-        (with_image(data_url(huge_png(500, 500))), 413, "is 500x500"),
-        (with_image(data_url(huge_png(400, 400))), 422, "documents[0]"),
+        (with_image(huge_png(60_000, 60_000)), 413, "60000x60000"),
+        (with_image(huge_png(500, 500)), 413, "500x500"),
+        (with_image(huge_png(400, 400)), 422, "documents[0]"),
         (with_image("http://169.254.169.254/latest/meta-data"), 422, "--allow-urls"),
         (with_image("file:///etc/passwd"), 422, "documents[0]"),
+        *((with_image(data_url(photo(1))[:-cut]), 422, "documents[0]") for cut in (1, 2, 3)),
+        ({"input": [[1, 2]]}, 422, "token ids"),
+        ({"input": "a", "dimensions": 5}, 422, "dimensions=5"),
+        ({"input": "a", "encoding_format": "hex"}, 422, "encoding_format: "),
+        ({"text_1": ["a", "b"], "text_2": ["c"]}, 422, "text_1 has 2"),
+        ({"text_1": "a", "text_2": ["c", image(1)]}, 422, "two requests"),
     ],
 )  # fmt: skip
-def test_rerank_says_what_is_wrong(served: Running, content: Any, status: int, message: str) -> None:
-    reply = served.post("/v1/rerank", content)
+def test_bad_requests(served: Running, content: Any, status: int, message: str) -> None:
+    paths = {"input": "/v1/embeddings", "text_1": "/v1/score"}
+    path = next((paths[name] for name in paths if name in str(content)), "/v1/rerank")
+    reply = served.post(path, content)
     assert message in reply.message
     assert reply.status == status
     assert reply.json["message"] == reply.message
     still_good(served)
 
 
-@pytest.mark.parametrize(
-    ("path", "content", "message"),
-    [
-        ("/v1/embeddings", {"input": [1, 2]}, "token ids"),
-        ("/v1/embeddings", {"input": [[1, 2]]}, "token ids"),
-        ("/v1/embeddings", {"input": "a", "dimensions": 5}, "dimensions=5"),
-        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format: "),
-        ("/v1/embeddings", {"input": []}, "input: "),
-        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1 has 2"),
-        ("/v1/score", {"text_1": "a", "text_2": ["c", image(1)]}, "two requests"),
-    ],
-)
-def test_others_say_what_is_wrong(served: Running, path: str, content: Any, message: str) -> None:
-    reply = served.post(path, content)
-    assert message in reply.message
-    assert reply.status == 422
-
-
 def test_addresses_methods_and_types(served: Running) -> None:
     assert (served.get("/v1/nothing").status, served.get("/v1/rerank").status) == (404, 405)
     assert "GET /v1/nothing" in served.get("/v1/nothing").message
-    reply = served.ask("POST", "/v1/rerank", json.dumps(GOOD).encode(), {"content-type": "text/plain"})
+    reply = ask(served.port, "POST", "/v1/rerank", json.dumps(GOOD).encode(), {"content-type": "text/plain"})
     assert (reply.status, "text/plain" in reply.message) == (415, True)
 
 
@@ -123,18 +103,12 @@ def test_a_page_of_the_web_cannot_speak_for_a_browser(served: Running) -> None:
         assert served.get("/health", {"host": host}).status == 403, host
 
 
-def test_no_answer_is_taken_for_another_type(served: Running) -> None:
+def test_no_response_is_sniffed_for_another_type(served: Running) -> None:
     for path in ("/docs", "/openapi.json", "/metrics", "/v1/nothing"):
         assert served.get(path).headers["x-content-type-options"] == "nosniff"
 
 
-def test_base64_in_lines(served: Running) -> None:
-    lines = base64.encodebytes(photo(1)).decode()
-    for value in (lines, f"data:image/png;base64,{lines}", lines.replace("\n", "\r\n")):
-        assert served.post("/v1/rerank", with_image(value)).status == 200
-
-
-def test_the_key_is_asked_for(start: Start) -> None:
+def test_the_api_key_is_required(start: Start) -> None:
     with start(api_key="of-gold") as service:
         for headers in ({}, {"authorization": "Bearer of-silver"}, {"authorization": "Basic of-gold"}):
             reply = service.post("/v1/rerank", GOOD, headers)
@@ -188,16 +162,14 @@ def test_bodies_together_are_bounded(start: Start) -> None:
         still_good(service)
 
 
-def _received(sock: socket.socket, seconds: float = 60.0) -> bytes:
+def _received(sock: socket.socket) -> bytes:
     """All that comes until the other side closes."""
-    sock.settimeout(seconds)
-    heard = b""
-    try:
+    sock.settimeout(60.0)
+    content = b""
+    with suppress(ConnectionResetError):
         while piece := sock.recv(4096):
-            heard += piece
-    except ConnectionResetError:
-        pass
-    return heard
+            content += piece
+    return content
 
 
 def test_slow_clients_are_disconnected(start: Start) -> None:
@@ -210,64 +182,63 @@ def test_slow_clients_are_disconnected(start: Start) -> None:
         assert service.get("/health").status == 200
 
 
-def test_a_client_that_reads_no_answer_is_cut_off(start: Start) -> None:
+def test_a_client_that_reads_no_response_is_disconnected(start: Start) -> None:
     with start(read_timeout=0.5, max_documents=256) as service, service.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps({"input": ["a red circle"] * 256}).encode()
-        # One after the other without waiting: the answers are more than the buffers of the system hold.
+        # One after the other without waiting: the responses are more than the buffers of the system hold.
         sock.sendall(raw("/v1/embeddings", body) * 100)
         connections = service.server.server_state.connections
         assert until(lambda: any(each.transport.get_write_buffer_size() for each in connections))
         assert until(lambda: not connections), "the connection is still kept"
 
 
-Answer = Callable[[Sequence[Work]], list[Found | Exception]]
+class Paused:
+    """Pauses the model of a service: `begun` is set when it begins, and it waits for `go`."""
+
+    def __init__(self, service: Running) -> None:
+        self.begun, self.go, self.works = threading.Event(), threading.Event(), list[Work]()
+        self._answer = service.service.batcher.run
+        service.service.batcher.run = self
+
+    def __call__(self, works: Sequence[Work]) -> list[Found | Exception]:
+        self.works += works
+        self.begun.set()
+        self.go.wait(60)
+        return self._answer(works)  # pyright: ignore[reportReturnType]
 
 
-def paused(service: Running, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """Pauses the model: it sets the first event when it begins, and waits for the second."""
-    asked, go = threading.Event(), threading.Event()
-    answer: Answer = service.service.batcher._run  # pyright: ignore[reportAssignmentType]
-
-    def waiting(works: Sequence[Work]) -> list[Found | Exception]:
-        asked.set()
-        go.wait(60)
-        return answer(works)
-
-    monkeypatch.setattr(service.service.batcher, "_run", waiting)
-    return asked, go
-
-
-def test_a_full_queue_says_so_and_drains(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_429_and_drains(start: Start) -> None:
     with start(max_queue=2) as service:
-        asked, go = paused(service, monkeypatch)
+        paused = Paused(service)
         replies: list[int] = []
         threads = [
             threading.Thread(target=lambda: replies.append(service.post("/v1/rerank", GOOD).status)) for _ in range(2)
         ]
         for thread in threads:
             thread.start()
-        assert asked.wait(60)
+        assert paused.begun.wait(60)
         assert until(lambda: b"xfm_active_requests 2.0" in service.get("/metrics").body)
         reply = service.post("/v1/rerank", GOOD)
         assert (reply.status, reply.headers["retry-after"]) == (429, "1")
         assert "2 requests" in reply.message
         assert service.get("/health").status == 200
-        go.set()
+        paused.go.set()
         for thread in threads:
             thread.join(60)
         assert replies == [200, 200]
         still_good(service)
 
 
-def test_what_takes_too_long_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_requests_are_504(start: Start) -> None:
     with start(timeout=0.3) as service:
-        _, go = paused(service, monkeypatch)
-        reply = service.post("/v1/rerank", GOOD)
-        assert (reply.status, "0.3 s" in reply.message) == (504, True)
-        # Its successor waits behind it and is not begun, once nobody waits for it.
-        assert service.post("/v1/rerank", GOOD).status == 504
-        go.set()
+        paused = Paused(service)
+        # The second one is not begun, since nobody waits for it any more.
+        for _ in range(2):
+            reply = service.post("/v1/rerank", GOOD)
+            assert (reply.status, "0.3 s" in reply.message) == (504, True)
+        paused.go.set()
+    assert len(paused.works) == 1
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["deadline", "disconnect"])
@@ -277,16 +248,17 @@ def test_reading_and_decoding_end_with_the_request(
     """A request that ended reads and decodes no further images."""
     seen: list[str] = []
     body = json.dumps({"query": "a", "documents": [image(seed) for seed in range(40)]}).encode()
+    read_image = ServedModel.read_image
 
     def slow(source: bytes, size: int, name: str | None = None) -> Any:
         seen.append(str(name))
         time.sleep(0.2)
         return load_image(source, size, name)
 
-    def read(model: ServedModel, content: bytes, name: str) -> Any:
+    def read(model: ServedModel, content: bytes, name: str, *rest: Any) -> Any:
         seen.append(name)
         time.sleep(0.02)
-        return model.ranker.picture(content, name)
+        return read_image(model, content, name, *rest)
 
     for patch in ((ranking, "load_image", slow), (ServedModel, "read_image", read)):
         with start(timeout=60.0 if leaves else 0.5) as service, monkeypatch.context() as patched:
@@ -303,39 +275,31 @@ def test_reading_and_decoding_end_with_the_request(
             assert service.get("/health").status == 200
 
 
-def test_work_of_a_client_that_left_is_not_begun(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_of_a_client_that_left_is_not_begun(start: Start) -> None:
     with start() as service:
-        asked, go = paused(service, monkeypatch)
+        paused = Paused(service)
         first = threading.Thread(target=service.post, args=("/v1/rerank", GOOD))
         first.start()
-        assert asked.wait(60)
-        body = json.dumps(GOOD).encode()
+        assert paused.begun.wait(60)
         with service.connect() as sock:
-            sock.sendall(raw("/v1/rerank", body))
+            sock.sendall(raw("/v1/rerank", json.dumps(GOOD).encode()))
             assert until(lambda: len(service.service.batcher) == 1)
-            (waiting,) = service.service.batcher._queue
-        assert until(lambda: waiting.given_up)
-        go.set()
+        assert until(lambda: b"xfm_active_requests 1.0" in service.get("/metrics").body)
+        paused.go.set()
         first.join(60)
+        assert until(lambda: not len(service.service.batcher))
+        assert len(paused.works) == 1
         still_good(service)
 
 
-def test_an_internal_error_is_500(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_500(start: Start) -> None:
+    def broken(works: Sequence[Work]) -> list[Found | Exception]:
+        raise RuntimeError("a cable fell out")
+
     with start() as service:
-
-        def broken(works: Sequence[Work]) -> list[Found | Exception]:
-            raise RuntimeError("a cable fell out")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(service.service.batcher, "_run", broken)
-            reply = service.post("/v1/rerank", GOOD)
+        answer, service.service.batcher.run = service.service.batcher.run, broken
+        reply = service.post("/v1/rerank", GOOD)
         assert reply.status == 500
         assert "RuntimeError: a cable fell out" in reply.message
+        service.service.batcher.run = answer
         still_good(service)
-
-
-def test_base64_that_was_cut_is_refused(served: Running) -> None:
-    text = base64.b64encode(photo(1)).decode()
-    for cut in range(1, 4):
-        reply = served.post("/v1/rerank", with_image(f"data:image/png;base64,{text[:-cut]}"))
-        assert reply.status == 422

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from xfm_fast.serve.budget import Budget, Memory
+from xfm_fast.serve.images import WebFetcher, image_content, is_public
 from xfm_fast.serve.options import ServiceOptions
-from xfm_fast.serve.problem import Problem
-from xfm_fast.serve.web import WebFetcher, is_public
+from xfm_fast.serve.schema import Problem
+from xfm_fast.serve.work import Budget, Memory
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ def test_a_file_comes_from_the_address_that_was_looked_at(port: int, monkeypatch
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("/redirect", 422, "status 302 (redirects are not followed)"),
+        ("/redirect", 422, "status 302"),
         ("/missing", 422, "status 404"),
-        ("/large", 413, "more than 1,000 bytes are fetched"),
-        ("/slow", 422, "took more than"),
+        ("/large", 413, "1,000 bytes"),
+        ("/slow", 422, "0.5 s"),
         ("/a b", 422, "percent-encode"),
         ("/a\r\nx: y", 422, "URL"),
     ],
@@ -143,12 +143,12 @@ def test_limits_are_those_of_all_files_of_a_request(port: int) -> None:
     fetcher = WebFetcher(25, ports=None, permitted=lambda address: True)
     for _ in range(2):
         assert len(fetcher.fetch(f"http://127.0.0.1:{port}/a")) == 10
-    with pytest.raises(Problem, match="more than 25 bytes are fetched") as raised:
+    with pytest.raises(Problem, match="25 bytes") as raised:
         fetcher.fetch(f"http://127.0.0.1:{port}/a")
     assert raised.value.status_code == 413
     budget = Budget(Memory(1 << 20), ServiceOptions(timeout=0.3))
     late = WebFetcher(1000, budget=budget, ports=None, permitted=lambda address: True)
-    with pytest.raises(Problem, match=r"took more than|within 0.3 s"):
+    with pytest.raises(Problem, match="took more than"):
         late.fetch(f"http://127.0.0.1:{port}/slow")
 
 
@@ -184,15 +184,13 @@ def test_a_name_that_nobody_knows_is_given_up_in_time(monkeypatch: pytest.Monkey
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *how, **more: released.wait(20) and [])
     began = time.monotonic()
-    with pytest.raises(Problem, match="not found in time"):
+    with pytest.raises(Problem, match="took more than"):
         WebFetcher(1000, budget=Budget(Memory(1 << 20), ServiceOptions(timeout=0.2))).fetch("http://slow.example/a")
     released.set()
     assert time.monotonic() - began < 10
 
 
 def test_a_service_that_allows_urls_refuses_private_ones() -> None:
-    from xfm_fast.serve.images import image_content
-
     budget = Budget(Memory(1 << 20), ServiceOptions())
     with pytest.raises(Problem, match="not public"):
         image_content("http://169.254.169.254/latest", "query", WebFetcher(1000, 1.0), 1000, budget)

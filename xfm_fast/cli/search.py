@@ -108,16 +108,10 @@ def index(
         note(f"skipped {len(report.faults) - _SHOWN} more; --json lists all")
     left = f", {len(report.faults):,} left out" if report.faults else ""
     print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
-    named = "".join(
-        f" --{dashes(name)} {value}"
-        for options_of, names in (
-            (source, ("model", "config", "image_size", "tokenizer")),
-            (options, ("index", "images")),
-        )
-        for name in names
-        if (value := getattr(options_of, name)) is not None
-    )
-    print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{named}")
+    values = vars(source) | vars(options)
+    names = ("model", "config", "image_size", "tokenizer", "index", "images")
+    repeated = "".join(f" --{dashes(name)} {values[name]}" for name in names if values[name] is not None)
+    print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{repeated}")
     return 0
 
 
@@ -136,6 +130,8 @@ def search(
         where: The indexed folder or file.
         query: A text or an image file; an argument that is not an existing file is a text.
     """
+    from rich.markup import escape
+
     from xfm_fast.search import open_index, open_model, write_sheet
     from xfm_fast.search import search as find
 
@@ -164,8 +160,6 @@ def search(
         print(json.dumps({"query": query, "random": source.random is not None, "hits": rows}))
     else:
         made = table("", "", "match", "similarity", "image", right=("", "match", "similarity"))
-        from rich.markup import escape
-
         for rank, hit in enumerate(found.hits, start=1):
             match = "" if hit.match is None else f"{hit.match:.1%}"
             made.add_row(str(rank), match, f"{hit.similarity:.3f}", escape(hit.location))

@@ -10,9 +10,16 @@ from typing import Literal
 
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.loading import Source
-from xfm_fast.search.index import IndexReport, SearchIndex, build_index, index_folder, open_index
-from xfm_fast.search.model import SearchModel, open_model
-from xfm_fast.search.query import Found, Hit, search
+from xfm_fast.search.index import (
+    IndexReport,
+    SearchIndex,
+    SearchModel,
+    build_index,
+    index_folder,
+    open_index,
+    open_model,
+)
+from xfm_fast.search.query import Found, Hit, match_images, search
 from xfm_fast.search.sheet import write_sheet
 
 Preset = Literal["tiny", "base"]
@@ -28,6 +35,7 @@ __all__ = [
     "Source",
     "build_index",
     "index_folder",
+    "match_images",
     "open_collection",
     "open_index",
     "open_model",

@@ -1,4 +1,4 @@
-"""The image index: features in a memory-mapped file, computed only for new and changed images.
+"""The image index: features in a memory-mapped file, computed only for new and changed images, and their model.
 
 Each process writes parts, so that a killed run resumes. At the end the first process merges them with the valid rows of
 the old index, in the order of the collection, and replaces index.json. Images stay where they are: a search reads its
@@ -7,6 +7,7 @@ few candidates again, since the embeddings of all patches would take 600 KB an i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
 from threading import Event
-from typing import Annotated, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,15 +31,18 @@ from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from xfm_fast import loading
 from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
-from xfm_fast.errors import DataError, explain_types
+from xfm_fast.errors import DataError, UnavailableError, explain_types
 from xfm_fast.export.session import Session
 from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, read_bytes, require_file, write_bytes, write_files
 from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
-from xfm_fast.models.xfm import XFM
-from xfm_fast.search.model import SearchModel
+from xfm_fast.models.xfm import PRECISIONS, XFM, Precision
+from xfm_fast.tasks.journal import checksum
+from xfm_fast.tasks.reranking import Rank
+from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.distributed import Processes
 
 FORMAT_VERSION = 2
@@ -48,6 +52,53 @@ _PART = 256
 # Batches that are decoded while the model computes.
 _PREFETCH = 3
 _OUR_FILES = re.compile(r"(part-\d+(-[0-9a-f]{32})?|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)")
+# Counts changes of the image transform, which change features too.
+_TRANSFORM_VERSION = 2
+_FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
+
+
+@dataclass(frozen=True)
+class SearchModel:
+    """A model in evaluation mode; `rank` is the rule that its run recorded, see `xfm_fast.tasks.reranking`."""
+
+    # An `XFM`, or the `Session` of an export.
+    model: Any
+    source: Source
+    # Digest of everything that features depend on: weights, resolution and image transform.
+    fingerprint: str
+    rank: Rank = "match"
+
+    @property
+    def tokenizer(self) -> CaptionTokenizer | None:
+        """Tokenizer of the queries."""
+        return self.model.processor.tokenizer if isinstance(self.model, Session) else self.model.tokenizer
+
+
+def open_model(
+    source: str | Path | Source, *, device: str | torch.device | None = None, dtype: Precision | None = None
+) -> SearchModel:
+    """Load a model with a contrastive head; features of another dtype are close enough to search the same index.
+
+    Args:
+        source: a run, a folder, a Hub name, an official checkpoint file or an export; or the options of the model.
+        device: of the model; by default that of `source`, "cpu" for a name.
+        dtype: of the model; by default that of `source`.
+    """
+    if not isinstance(source, Source):
+        source = Source(str(source), device="cpu")
+    if source.is_export:
+        opened = loading.open_session(source)
+        if "contrastive" not in opened.model.heads:
+            raise UnavailableError(f"{source} has no contrastive head; export a model that has one")
+        return SearchModel(opened.model, source, opened.model.fingerprint()[:32], opened.rank)
+    opened = loading.open_model(replace(source, dtype=None), needs=("contrastive",), tasks=("retrieval",), device="cpu")
+    # Before the cast, so that an index made in bf16 fits the same model in fp32.
+    digest = hashlib.sha256(f"{_TRANSFORM_VERSION} {opened.model.config.image_size}".encode())
+    for name, tensor in opened.model.state_dict().items():
+        if name.startswith(_FEATURE_WEIGHTS):
+            digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
+    model = opened.model.to(device or source.choose_device()).cast(dtype or PRECISIONS[source.dtype or "fp32"])
+    return SearchModel(model.eval(), source, digest.hexdigest()[:32], opened.rank)
 
 
 @dataclass(frozen=True)
@@ -111,14 +162,6 @@ class _Row(NamedTuple):
     fault: str | None = None
 
 
-class _Rows(NamedTuple):
-    """A file of rows: entries with their features, and rows without one."""
-
-    entries: list[Entry]
-    features: np.ndarray
-    broken: list[_Row]
-
-
 def index_folder(path: str | os.PathLike[str]) -> Path:
     """The default folder of the index of a collection: inside its folder, or next to its file."""
     path = Path(path).expanduser()
@@ -149,14 +192,7 @@ def open_index(
         if not given.exists():
             raise DataError(f"{path} does not exist; name an indexed collection, or the folder of an index")
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
-    try:
-        found = _read(place)
-    except FileNotFoundError:
-        # Another process has replaced the index and removed the old files.
-        try:
-            found = _read(place)
-        except FileNotFoundError as error:
-            raise DataError(f"the index {place} lacks {error.filename}; delete it and index again") from None
+    found = _read_index(place)
     if place == given:
         return found
     pictures = None if images is None else Path(images).expanduser()
@@ -177,13 +213,16 @@ def _plain(name: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
+FileName = Annotated[str, AfterValidator(_plain)]
 Count = Annotated[int, Ge(0), Lt(1 << 63)]
 
 
-class _Line(BaseModel):
-    """A line of entries, and an entry of the header."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(strict=True)
+
+
+class _Line(_Strict):
+    """A line of entries, and an entry of the header."""
 
     name: Text
     size: Annotated[int, Ge(-1), Lt(1 << 63)]
@@ -197,29 +236,20 @@ class _Line(BaseModel):
         return Entry(self.name, self.size, self.modified, self.row, tuple(self.captions))
 
 
-class _Weights(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Weights(_Strict):
     weights: Text | None = None
     tokenizer: Text | None = None
     size: Literal["tiny", "base"] = "tiny"
 
-    @property
-    def source(self) -> Source:
-        tokenizer = None if self.tokenizer is None else Path(self.tokenizer)
-        return Source(self.weights, None if self.weights else self.size, tokenizer=tokenizer)
 
-
-class _Header(BaseModel):
+class _Header(_Strict):
     """`index.json`; sums are CRC-32 of the files, absent in older indexes."""
-
-    model_config = ConfigDict(strict=True)
 
     format: Literal[2]
     images: Count
     width: Annotated[int, Ge(1), Lt(1 << 20)]
-    entries: Annotated[str, AfterValidator(_plain)]
-    features: Annotated[str, AfterValidator(_plain)]
+    entries: FileName
+    features: FileName
     path: Text
     picture_folder: Text | None
     model: _Weights
@@ -227,6 +257,9 @@ class _Header(BaseModel):
     faults: dict[str, str]
     broken: list[_Line]
     sums: dict[str, int] = {}
+
+
+_DAMAGE = (OSError, ValueError, RecursionError)
 
 
 def _read_header(folder: Path) -> _Header:
@@ -237,37 +270,31 @@ def _read_header(folder: Path) -> _Header:
     return _Header.model_validate(values)
 
 
-def _read(folder: Path) -> SearchIndex:
+def _read_index(folder: Path, *, again: bool = True) -> SearchIndex:
     try:
         header = _read_header(folder)
-        for name, crc in header.sums.items():
-            if _crc(folder / _plain(name)) != crc:
-                raise ValueError(f"{name} has another checksum")
-        rows = _read_rows(folder / header.entries, folder / header.features, header.width)
-        if len(rows.entries) != header.images or rows.broken:
-            raise ValueError(f"{len(rows.entries)} entries for {header.images} images")
-        return SearchIndex(
-            folder, rows.entries, rows.features, header.faults, [each.entry for each in header.broken],
-            header.model.source, header.fingerprint, _resolve(folder, header.path),
-            None if header.picture_folder is None else _resolve(folder, header.picture_folder),
-        )  # fmt: skip
+        entries, features, broken = _read_rows(
+            folder / header.entries, folder / header.features, header.width, header.sums
+        )
+        if broken or len(entries) != header.images:
+            raise ValueError(f"{len(entries)} entries for {header.images} images")
+    except FileNotFoundError as error:
+        # Another process may have replaced the index and removed the old files.
+        if again:
+            return _read_index(folder, again=False)
+        raise DataError(f"the index {folder} lacks {error.filename}; delete it and index again") from None
+    except DataError:
+        raise
     except _DAMAGE as error:
-        if isinstance(error, (DataError, FileNotFoundError)):
-            raise
         reason = error.errors()[0] if isinstance(error, ValidationError) else {}
         words = f"{'.'.join(map(str, reason['loc']))}: {advice(reason)}" if reason else " ".join(str(error).split())
         raise DataError(f"the index {folder} is damaged ({words[:200]}); delete it and index again") from None
-
-
-_DAMAGE = (OSError, ValueError, RecursionError)
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with require_file(path).open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
+    weights, tokenizer, pictures = header.model.weights, header.model.tokenizer, header.picture_folder
+    source = Source(weights, None if weights else header.model.size, tokenizer=Path(tokenizer) if tokenizer else None)
+    return SearchIndex(
+        folder, entries, features, header.faults, [each.entry for each in header.broken], source,
+        header.fingerprint, _absolute(folder, header.path), None if pictures is None else _absolute(folder, pictures),
+    )  # fmt: skip
 
 
 @explain_types
@@ -305,40 +332,53 @@ def build_index(
     target = index_folder(path) if folder is None else Path(folder).expanduser()
     place, pictures = Path(path).expanduser(), None if images is None else Path(images).expanduser()
     collection = processes.together(lambda: open_collection(place, pictures))
-    with ExitStack() as stack:
-        processes.from_first(lambda: stack.enter_context(hold(target / ".lock", f"the index {target} (--index)")))
+    entries, faults = list[Entry](), dict[str, str]()
+    # The first process alone knows the old index.
+    old: SearchIndex | None = None
 
-        def begin() -> tuple[list[Entry], dict[str, str], list[Entry]]:
-            entries, faults = collection.listing()
-            if (old := _old_index(target)) is not None:
-                old.check(model)
-                if old.path.resolve() != place.resolve():
-                    raise DataError(f"{target} is the index of {old.path}, this is {place}; name another --index")
-            done = {row.entry.version for row in _rows(target, model)}
-            return entries, faults, [entry for entry in entries if entry.version not in done]
+    def begin() -> list[Entry]:
+        nonlocal entries, faults, old
+        entries, faults = collection.listing()
+        if (target / INDEX_FILE).exists():
+            old = open_index(target)
+            old.check(model)
+            if old.path.resolve() != place.resolve():
+                raise DataError(f"{target} is the index of {old.path}, this is {place}; name another --index")
+        done = _stored_rows(target, model, old)
+        return [entry for entry in entries if entry.version not in done]
 
-        entries, faults, todo = processes.from_first(begin)
+    def work() -> None:
+        pending: list[_Row] = []
         share = todo[processes.rank :: processes.world_size]
 
-        def work() -> None:
-            pending: list[_Row] = []
-            try:
-                for number, row in enumerate(_embed(collection, share, model.model, batch_size, workers), start=1):
-                    pending.append(row)
-                    if len(pending) >= _PART:
-                        part, pending = pending, []
-                        _write_part(target, model, processes.rank, part)
-                    progress(number * processes.world_size, len(todo))
-                    if stop is not None and stop.is_set():
-                        break
-            finally:
-                _write_part(target, model, processes.rank, pending)
+        def write_part() -> None:
+            if pending:
+                name = f"part-{processes.rank}-{model.fingerprint}-{secrets.token_hex(6)}"
+                _write_rows(target / f"{name}.jsonl", target / f"{name}.f32", pending)
+                pending.clear()
 
+        try:
+            for number, row in enumerate(_embed(collection, share, model.model, batch_size, workers), start=1):
+                pending.append(row)
+                if len(pending) >= _PART:
+                    write_part()
+                progress(number * processes.world_size, len(todo))
+                if stop is not None and stop.is_set():
+                    break
+        finally:
+            write_part()
+
+    def finish() -> IndexReport:
+        header = {"path": _relative(target, place), "picture_folder": pictures and _relative(target, pictures)}
+        return _merge(target, model, header, entries, faults, todo, old)
+
+    with ExitStack() as stack:
+        processes.from_first(lambda: stack.enter_context(hold(target / ".lock", f"the index {target} (--index)")))
+        todo = processes.from_first(begin)
         processes.together(work)
         if processes.any(stop is not None and stop.is_set()):
             return IndexReport(target, interrupted=True)
-        header = {"path": _relative(target, place), "picture_folder": pictures and _relative(target, pictures)}
-        return processes.from_first(lambda: _merge(target, model, header, entries, faults, todo))
+        return processes.from_first(finish)
 
 
 def _embed(
@@ -372,22 +412,17 @@ def _embed(
                 yield _Row(entry, None, found) if isinstance(found, str) else _Row(entry, next(features))
 
 
-def _write_part(folder: Path, model: SearchModel, rank: int, rows: Sequence[_Row]) -> None:
-    if rows:
-        name = f"part-{rank}-{model.fingerprint}-{secrets.token_hex(6)}"
-        _write_rows(folder / f"{name}.jsonl", folder / f"{name}.f32", rows)
-
-
-def _rows(folder: Path, model: SearchModel) -> Iterator[_Row]:
-    """The rows of the old index, then of the parts by this model; a damaged part is skipped and computed again."""
-    if (old := _old_index(folder)) is not None:
-        yield from map(_Row, old.entries, old.features)
-        yield from (_Row(entry, None, old.faults.get(entry.name)) for entry in old.broken)
+def _stored_rows(folder: Path, model: SearchModel, old: SearchIndex | None) -> dict[Any, _Row]:
+    """Rows of the old index and of the parts by this model; a damaged part is skipped and computed again."""
+    rows: list[_Row] = []
+    if old is not None:
+        rows += map(_Row, old.entries, old.features)
+        rows += (_Row(entry, None, old.faults.get(entry.name)) for entry in old.broken)
     for path in sorted(folder.glob(f"part-*-{model.fingerprint}-*.jsonl")):
         with suppress(*_DAMAGE):
-            part = _read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim)
-            yield from map(_Row, part.entries, part.features)
-            yield from part.broken
+            entries, features, broken = _read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim)
+            rows += [*map(_Row, entries, features), *broken]
+    return {row.entry.version: row for row in rows}
 
 
 def _merge(
@@ -397,10 +432,10 @@ def _merge(
     entries: Sequence[Entry],
     faults: Mapping[str, str],
     todo: Sequence[Entry],
+    old: SearchIndex | None,
 ) -> IndexReport:
     """Write the new index from the rows of the old one and the parts, in the order of `entries`."""
-    old = _old_index(folder)
-    rows = {row.entry.version: row for row in _rows(folder, model)}
+    rows = _stored_rows(folder, model, old)
     reasons = dict(faults)
     good: list[_Row] = []
     broken: list[Entry] = []
@@ -420,45 +455,59 @@ def _merge(
     removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
     report = IndexReport(folder, len(good), sum(row.entry.version in new for row in good), removed, reasons)
     new_entries = [row.entry for row in good]
-    if not todo and old is not None and (old.entries, old.broken, old.faults) == (new_entries, broken, reasons):
-        # A run that was killed after its last rename has left its parts.
-        _tidy(folder)
-        return report
-    token, source = secrets.token_hex(6), model.source
-    files = {"features": f"features-{token}.f32", "entries": f"images-{token}.jsonl"}
-    _write_rows(folder / files["entries"], folder / files["features"], good)
-    header = {
-        "format": FORMAT_VERSION, "images": len(good), "width": model.model.config.embed_dim, **files, **places,
-        "model": {
-            "weights": _absolute(source.model), "tokenizer": _absolute(source.tokenizer),
-            "size": source.random or "tiny",
-        },
-        "fingerprint": model.fingerprint, "sums": {name: _crc(folder / name) for name in files.values()},
-        "faults": reasons, "broken": [asdict(entry) for entry in broken],
-        # Earlier versions of this format may have a graph of neighbours.
-        "graph": None, "graph_bytes": 0,
-    }  # fmt: skip
-    write_bytes({folder / INDEX_FILE: (json.dumps(header, indent=1) + "\n").encode()})
-    _tidy(folder)
+    if todo or old is None or (old.entries, old.broken, old.faults) != (new_entries, broken, reasons):
+        token, source = secrets.token_hex(6), model.source
+        files = {"features": f"features-{token}.f32", "entries": f"images-{token}.jsonl"}
+        weights, tokenizer = (
+            str(path.resolve()) if name is not None and (path := Path(name).expanduser()).exists() else name
+            for name in (source.model, source.tokenizer and str(source.tokenizer))
+        )
+        header = {
+            "format": FORMAT_VERSION, "images": len(good), "width": model.model.config.embed_dim, **files, **places,
+            "model": {"weights": weights, "tokenizer": tokenizer, "size": source.random or "tiny"},
+            "fingerprint": model.fingerprint,
+            "sums": _write_rows(folder / files["entries"], folder / files["features"], good),
+            "faults": reasons, "broken": [asdict(entry) for entry in broken],
+            # Earlier versions of this format may have a graph of neighbours.
+            "graph": None, "graph_bytes": 0,
+        }  # fmt: skip
+        write_bytes({folder / INDEX_FILE: (json.dumps(header, indent=1) + "\n").encode()})
+    # Also what a run left that was killed after its last rename.
+    current = _read_header(folder)
+    for path in folder.iterdir():
+        ours = _OUR_FILES.fullmatch(path.name) and path.name not in (current.entries, current.features)
+        if ours and path.is_file():
+            with suppress(OSError):
+                path.unlink()
     return report
 
 
-def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[_Row]) -> None:
+def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[_Row]) -> dict[str, int]:
+    """Write entries and features; returns the checksums of both files."""
+    crc = 0
+
     def write_features(file: BinaryIO) -> None:
+        nonlocal crc
         for row in rows:
             if row.feature is not None:
-                file.write(row.feature.tobytes())
+                content = row.feature.tobytes()
+                crc = zlib.crc32(content, crc)
+                file.write(content)
 
     values = (asdict(row.entry) | ({"fault": row.fault} if row.feature is None else {}) for row in rows)
     # ASCII, since names need not be Unicode, and some characters of captions end a line.
     lines = "".join(json.dumps(value) + "\n" for value in values).encode()
     # In this order: where the entries are, the features are.
     write_files({features_file: write_features, entries_file: lambda file: file.write(lines)})
+    return {entries_file.name: zlib.crc32(lines), features_file.name: crc}
 
 
-def _read_rows(entries_file: Path, features_file: Path, width: int) -> _Rows:
-    texts = require_file(entries_file).read_text(encoding="utf-8").splitlines()
-    lines = [_Line.model_validate(json.loads(text)) for text in texts]
+def _read_rows(
+    entries_file: Path, features_file: Path, width: int, sums: Mapping[str, int] | None = None
+) -> tuple[list[Entry], np.ndarray, list[_Row]]:
+    """Entries, their features, and rows without one; the checksums are those of what is returned."""
+    content = read_bytes(entries_file, entries_file.stat().st_size)
+    lines = [_Line.model_validate(json.loads(text)) for text in content.decode().splitlines()]
     broken = [_Row(line.entry, None, line.fault) for line in lines if line.fault is not None]
     entries = [line.entry for line in lines if line.fault is None]
     if require_file(features_file).stat().st_size != 4 * len(entries) * width:
@@ -466,32 +515,11 @@ def _read_rows(entries_file: Path, features_file: Path, width: int) -> _Rows:
     features: np.ndarray = np.empty((0, width), np.float32)
     if entries:
         features = np.memmap(features_file, np.float32, "r", shape=(len(entries), width)).view(np.ndarray)
-    return _Rows(entries, features, broken)
-
-
-def _old_index(folder: Path) -> SearchIndex | None:
-    return open_index(folder) if (folder / INDEX_FILE).exists() else None
-
-
-def _tidy(folder: Path) -> None:
-    """Remove files of ours that are no part of the index."""
-    header = _read_header(folder)
-    for path in _our_files(folder):
-        if path.name not in (header.entries, header.features):
-            with suppress(OSError):
-                path.unlink()
-
-
-def _our_files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if _OUR_FILES.fullmatch(path.name) and path.is_file()]
-
-
-def _absolute(name: str | Path | None) -> str | None:
-    """The absolute path of a local folder; a name on the Hub stays."""
-    if name is None:
-        return None
-    place = Path(name).expanduser()
-    return str(place.resolve() if place.exists() else name)
+    # Over the mapping that a search reads, so that the file is read once.
+    for name, data in (entries_file.name, content), (features_file.name, features.data):
+        if sums and name in sums and zlib.crc32(data) != sums[name]:
+            raise ValueError(f"{name} has another checksum")
+    return entries, features, broken
 
 
 def _relative(folder: Path, path: Path) -> str:
@@ -500,7 +528,7 @@ def _relative(folder: Path, path: Path) -> str:
     return os.path.relpath(path, folder) if path == folder.parent or path.parent == folder.parent else str(path)
 
 
-def _resolve(folder: Path, path: str) -> Path:
+def _absolute(folder: Path, path: str) -> Path:
     return Path(os.path.normpath(folder / path))
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from xfm_fast.data.collection import Entry
 from xfm_fast.errors import DataError, InputError, UnavailableError, explain_types
 from xfm_fast.models.processor import batches, image_pixels, text_tokens
-from xfm_fast.search.index import SearchIndex
-from xfm_fast.search.model import SearchModel
+from xfm_fast.search.index import SearchIndex, SearchModel
 from xfm_fast.tasks.reranking import Rank, rank_score
 
 # Rows per GEMV: 64 MB of features of the base model.

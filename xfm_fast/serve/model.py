@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast.checkpoint.files import TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.session import SessionRanks
 from xfm_fast.export.slots import largest
 from xfm_fast.loading import open_model, open_session
-from xfm_fast.models.xfm import XFM
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
 from xfm_fast.tasks.reranking import Rank
@@ -28,17 +26,9 @@ _HEADS = ("contrastive", "matching")
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
 # The official evaluation truncates captions to this length.
 _MOST_TOKENS = 40
-_BUDGETS = {"cpu": 4096, "cuda": 65536}
 
-
-class Text(NamedTuple):
-    """A text as token ids."""
-
-    ids: tuple[int, ...]
-
-
-Read = Text | Picture
-"""An input of the model: a text or an image."""
+Read = tuple[int, ...] | Picture
+"""An input of the model: the token ids of a text, or an image."""
 
 
 class Work(NamedTuple):
@@ -74,24 +64,14 @@ class ServedModel:
     heads: tuple[str, ...]
     tokenizer: CaptionTokenizer
     device: torch.device
-    ranks: RankModel
-    cache_bytes: int
+    ranker: Ranker
     most_tokens: int
     rank: Rank = "match"
-    ranker: Ranker = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ranker", Ranker(self.ranks, self.cache_bytes))
 
     @property
     def config(self) -> XFMConfig:
         """Sizes of the model."""
-        return self.ranks.config
-
-    @property
-    def default_budget(self) -> int:
-        """Default of --batch-tokens."""
-        return _BUDGETS["cpu" if self.device.type == "cpu" else "cuda"]
+        return self.ranker.model.config
 
     def require(self, head: str) -> None:
         """Raise `UnavailableError` if the model lacks a head."""
@@ -99,55 +79,54 @@ class ServedModel:
             what = {"matching": "scores of texts with images", "contrastive": "features"}[head]
             raise UnavailableError(f"model {self.name!r} has no {head} head, which {what} need; serve one that has it")
 
-    def read_text(self, text: str, name: str) -> Text:
+    def read_text(self, text: str, name: str) -> tuple[int, ...]:
         """Token ids of a text, cleaned and truncated like captions; raises `DataError` where it is empty then."""
         try:
-            cleaned = pre_caption(text)
-            rows = self.tokenizer.encode_ids([cleaned], self.most_tokens)
+            return tuple(self.tokenizer.encode_ids([pre_caption(text)], self.most_tokens)[0])
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
-        return Text(tuple(rows[0]))
 
-    def read_image(self, content: bytes, name: str) -> Picture:
-        """An image file, which is decoded when its batch begins, to save memory."""
-        return self.ranker.picture(content, name)._replace(name=name)
+    def read_image(
+        self, content: bytes, name: str, peak: int = 0, needed: Callable[[], bool] = lambda: True
+    ) -> Picture:
+        """An image file, which is decoded when its batch begins, to save memory; see `Picture`."""
+        return self.ranker.picture(content, name)._replace(name=name, peak=peak, needed=needed)
 
     def cost(self, work: Work) -> int:
         """Tokens of texts, once per pair, and of images that are not cached."""
         texts = [ids for query in work.queries for ids in query.captions for _ in query.pictures]
-        texts += [item.ids for item in work.items if isinstance(item, Text)]
         memories, features = self.ranker.cache, self.ranker.features
         images = {each.key for query in work.queries for each in query.pictures if each.key not in memories}
-        images |= {item.key for item in work.items if isinstance(item, Picture) and item.key not in features}
+        for item in work.items:
+            if not isinstance(item, Picture):
+                texts.append(item)
+            elif item.key not in features:
+                images.add(item.key)
         return sum(map(len, texts)) + len(images) * self.config.num_image_tokens
 
     def warm_up(self) -> None:
         """Run everything once, so that no request waits for autotuning."""
-        text = Text((self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token_id))
+        tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token_id)
         stream = io.BytesIO()
         Image.new("RGB", (8, 8)).save(stream, "PNG")
-        picture = self.ranker.picture(stream.getvalue(), "a black square")
-        queries = (Query((picture,), (text.ids,)),) if "matching" in self.heads else ()
-        self.answer([Work(queries, (text, picture) if "contrastive" in self.heads else ())])
+        picture = self.read_image(stream.getvalue(), "a black square")
+        queries = (Query((picture,), (tokens,)),) if "matching" in self.heads else ()
+        self.answer([Work(queries, (tokens, picture) if "contrastive" in self.heads else ())])
 
     def answer(self, works: Sequence[Work]) -> list[Found | Exception]:
         """Results for several requests, or the error of a request with a damaged image."""
-        rankings = iter(self.ranker.rank([query for work in works for query in work.queries]))
-        features = iter(self._features([item for work in works for item in work.items]))
+        items = [item for work in works for item in work.items]
+        texts = [item for item in items if not isinstance(item, Picture)]
+        rankings: Any = iter(self.ranker.rank([query for work in works for query in work.queries]))
+        of_texts: Any = iter(self.ranker.embed_captions(texts) if texts else ())
+        of_images: Any = iter(self.ranker.embed_images([item for item in items if isinstance(item, Picture)]))
         found: list[Found | Exception] = []
         for work in works:
-            parts = [next(rankings) for _ in work.queries], [next(features) for _ in work.items]
-            failed = next((each for part in parts for each in part if isinstance(each, XFMError)), None)
-            ranked = tuple(each for each in parts[0] if isinstance(each, Ranking))
-            rows = [each for each in parts[1] if isinstance(each, Tensor)]
-            found.append(Found(ranked, torch.stack(rows) if rows else None) if failed is None else failed)
+            ranked = [next(rankings) for _ in work.queries]
+            rows = [next(of_images if isinstance(item, Picture) else of_texts) for item in work.items]
+            failed = next((each for each in [*ranked, *rows] if isinstance(each, XFMError)), None)
+            found.append(failed or Found(tuple(ranked), torch.stack(rows) if rows else None))
         return found
-
-    def _features(self, items: Sequence[Read]) -> list[Tensor | XFMError]:
-        texts = [item.ids for item in items if isinstance(item, Text)]
-        of_texts = iter(self.ranker.embed_captions(texts) if texts else ())
-        of_pictures = iter(self.ranker.embed_images([item for item in items if isinstance(item, Picture)]))
-        return [next(of_texts) if isinstance(item, Text) else next(of_pictures) for item in items]
 
 
 def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:
@@ -166,37 +145,30 @@ def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> S
     options = options if path is None else replace(options, model=str(path))
     options.check()
     if options.is_export:
-        return _export(options, cache_bytes)
-    if options.model is not None and options.tokenizer is None and Path(options.model).expanduser().is_file():
-        raise InputError(f"{options.model} holds no vocabulary; give RoBERTa's vocabulary with --tokenizer")
-    opened = open_model(options, needs=_HEADS, tasks=("retrieval",))
-    model: XFM = opened.model
-    if model.tokenizer is None:
-        raise UnavailableError(f"{options} has no tokenizer to read texts with; give the model's with --tokenizer")
-    heads = tuple(head for head in _HEADS if head in model.heads and (head != "matching" or model.config.fusion_layers))
-    if model.device.type == "cpu" and options.dtype in (None, "fp32", "bf16"):
-        model.freeze()
-    return ServedModel(
-        options.name or opened.name, str(options), options.model is None, heads, model.tokenizer, model.device,
-        ModelRanks(model), cache_bytes, min(_MOST_TOKENS, model.config.max_text_length), options.rank or opened.rank,
-    )  # fmt: skip
-
-
-def _export(options: SourceOptions, cache_bytes: int) -> ServedModel:
-    opened = open_session(options, options.runtime)
-    session, folder = opened.model, options.model
-    missing = [graph for graph in _RANK_GRAPHS if graph not in session.manifest.graph_names]
-    if missing:
-        raise ExportError(
-            f"serving needs the graphs {', '.join(_RANK_GRAPHS)} and {folder} lacks {', '.join(missing)}; export them"
-        )
-    tokenizer = session.processor.tokenizer
+        opened = open_session(options, options.runtime)
+        model = opened.model
+        missing = [graph for graph in _RANK_GRAPHS if graph not in model.manifest.graph_names]
+        if missing:
+            raise ExportError(
+                f"serving needs the graphs {', '.join(_RANK_GRAPHS)} and {options} lacks {', '.join(missing)}; "
+                "export them"
+            )
+        source = f"{options} ({opened.origin}, {model.description})"
+        random = opened.origin.startswith("random weights")
+        tokenizer, longest = model.processor.tokenizer, [largest(model.slots(g), "length") for g in ("text", "fusion")]
+        ranks: RankModel = SessionRanks(model)
+    else:
+        opened = open_model(options, needs=_HEADS, tasks=("retrieval",))
+        model = opened.model
+        if model.device.type == "cpu" and options.dtype in (None, "fp32", "bf16"):
+            model.freeze()
+        source, random, tokenizer, longest = str(options), options.model is None, model.tokenizer, []
+        ranks = ModelRanks(model)
     if tokenizer is None:
-        raise InputError(f"{folder} has no {TOKENIZER_FILE} to read texts with; give the model's with --tokenizer")
-    longest = [largest(session.slots(graph), "length") for graph in ("text", "fusion")]
-    tokens = min(_MOST_TOKENS, session.config.max_text_length, *filter(None, longest))
+        raise UnavailableError(f"{options} has no tokenizer to read texts with; give the model's with --tokenizer")
+    usable = set(model.heads) - (set() if model.config.fusion_layers else {"matching"})
     return ServedModel(
-        options.name or opened.name, f"{folder} ({opened.origin}, {session.description})",
-        opened.origin.startswith("random weights"), tuple(head for head in _HEADS if head in session.heads), tokenizer,
-        session.device, SessionRanks(session), cache_bytes, tokens, options.rank or opened.rank,
+        options.name or opened.name, source, random, tuple(head for head in _HEADS if head in usable), tokenizer,
+        model.device, Ranker(ranks, cache_bytes),
+        min(_MOST_TOKENS, model.config.max_text_length, *filter(None, longest)), options.rank or opened.rank,
     )  # fmt: skip

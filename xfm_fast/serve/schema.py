@@ -1,9 +1,11 @@
-"""Request and response models, in the formats of Cohere, Jina, OpenAI and vLLM; unknown fields are ignored."""
+"""Schemas of requests, responses and errors, in the formats of Cohere, Jina, OpenAI and vLLM."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from xfm_fast.tasks.reranking import Rank
@@ -12,7 +14,7 @@ _EXAMPLE_IMAGE: JsonValue = {"image": "data:image/jpeg;base64,..."}
 
 
 class Request(BaseModel):
-    """The common fields of requests."""
+    """The common fields of requests; unknown ones are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -20,13 +22,13 @@ class Request(BaseModel):
 
 
 class ImageURL(BaseModel):
-    """An image in a message part, in the format of OpenAI's API."""
+    """An image in a message part."""
 
     url: str
 
 
 class Part(BaseModel):
-    """A message part: a text or an image."""
+    """A message part in the format of OpenAI's API: a text or an image."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
@@ -54,11 +56,7 @@ class Item(BaseModel):
         return self
 
 
-def _item(value: Any) -> Any:
-    return {"text": value} if isinstance(value, str) else value
-
-
-def _items(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     if not isinstance(value, list):
         return [value]
     if value and isinstance(value[0], int | list):
@@ -66,9 +64,14 @@ def _items(value: Any) -> Any:
     return value
 
 
-TextOrImage = Annotated[Item, BeforeValidator(_item, json_schema_input_type=str | Item)]
+TextOrImage = Annotated[
+    Item,
+    BeforeValidator(
+        lambda value: {"text": value} if isinstance(value, str) else value, json_schema_input_type=str | Item
+    ),
+]
 Items = Annotated[list[TextOrImage], Field(min_length=1)]
-OneOrMore = Annotated[Items, BeforeValidator(_items, json_schema_input_type=TextOrImage | Items)]
+OneOrMore = Annotated[Items, BeforeValidator(_as_list, json_schema_input_type=TextOrImage | Items)]
 
 
 class RerankRequest(Request):
@@ -179,7 +182,7 @@ class ErrorContent(BaseModel):
 
     message: str
     type: str
-    param: str | None
+    param: str | None = None
     code: int
 
 
@@ -188,3 +191,25 @@ class ErrorAnswer(BaseModel):
 
     error: ErrorContent
     message: str
+
+
+# The types of OpenAI's API; clients choose their exceptions by status.
+_ERROR_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+
+
+class Problem(HTTPException):
+    """An error response: status, and a detail that names the thing, its value and the remedy."""
+
+    def response(self) -> JSONResponse:
+        """The response in the format of `ErrorAnswer`."""
+        kind = _ERROR_TYPES.get(self.status_code, "invalid_request_error")
+        error = ErrorContent(message=self.detail, type=kind, code=self.status_code)
+        answer = ErrorAnswer(error=error, message=self.detail)
+        return JSONResponse(answer.model_dump(), self.status_code, self.headers)

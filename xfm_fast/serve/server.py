@@ -17,11 +17,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from xfm_fast.errors import UnavailableError
+from xfm_fast.serve.app import Service
 from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
-from xfm_fast.serve.service import Service
-
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run(
@@ -103,12 +101,11 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Like uvicorn's, but a process that ended gracefully after a signal returns 0."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Like uvicorn's, with SIGHUP, but a process that ended gracefully after a signal returns 0."""
+        main = threading.current_thread() is threading.main_thread()
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         # `nohup` ignores SIGHUP.
-        signals = [each for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        signals = [each for each in signals if main and signal.getsignal(each) != signal.SIG_IGN]
         earlier = {each: signal.signal(each, self.handle_exit) for each in signals}
         try:
             yield
