@@ -50,7 +50,7 @@ downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of 
 
 soak: $(VENV)/$(EXTRAS).stamp ## kill work at every moment and go on; then ask a service for ten minutes (hours in all)
 	$(BIN)/python -m tests.reliability.injection $(ARGS)
-	$(BIN)/xfm-fast bench serve --preset tiny --quick --clients 8 --rounds 1 --soak 600
+	$(BIN)/xfm-fast bench serve --random tiny --quick --clients 8 --rounds 1 --soak 600
 
 fuzz: $(VENV)/$(EXTRAS).stamp ## give every reader 100,000 damaged files
 	$(BIN)/python -m tests.reliability.fuzz $(ARGS)

@@ -409,10 +409,10 @@ def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..
             keep: Callable[[Document], None] = lambda document: None, **given: Any,
         ) -> Document:  # fmt: skip
             begun = time.perf_counter()
-            asked: Any = SimpleNamespace(**{"threads": None, "device": "cpu", "dtype": ()} | vars(options))
+            asked: Any = SimpleNamespace(**{"device": "cpu", "dtype": ()} | vars(options))
             device = machine.choose_device(asked.device)
             dtypes = asked.dtype if isinstance(asked.dtype, tuple) else [n for n in DTYPES if n == asked.dtype]
-            torch.set_num_threads(asked.threads or machine.default_threads())
+            torch.set_num_threads(machine.default_threads())
             torch.manual_seed(0)
             plain = {
                 key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

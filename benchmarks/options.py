@@ -12,13 +12,14 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, Predicate
 
-Preset = Literal["base", "tiny"]
-Device = Literal["cpu", "cuda"]
+from xfm_fast.loading import Source, Weights
+
+Preset = Literal["tiny", "base"]
+Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
 FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
 FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
 Count = Annotated[int, Ge(1), Le(1_000_000)]
-Pixels = Annotated[int, Ge(1), Le(16384)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,6 @@ class RunOptions:
     Attributes:
         quick: Less work and fewer samples.
         dtype: fp32, bf16, or both with a comma; auto leaves out what the processor lacks.
-        threads: Threads; by default those that PyTorch takes.
     """
 
     # Of random weights and inputs.
@@ -36,24 +36,33 @@ class RunOptions:
 
     quick: bool = False
     dtype: tuple[DType, ...] = ("auto",)
-    threads: Annotated[int | None, Ge(1), Le(4096)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(RunOptions):
-    """Weights and inputs of an X-FM.
+class ModelOptions(RunOptions, Weights):
+    """The X-FM to measure.
 
     Attributes:
-        preset: Size of the model.
-        checkpoint: Official .th/.pth, .safetensors, or a folder that save_pretrained wrote. [random weights]
-        data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
+        random: Random weights of this size instead of a model. [base]
+        image_size: Pixels along a side. [384; vqa 480; tiny 48]
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
+        data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
+        device: Device to measure. [a GPU if there is one]
     """
 
-    preset: Preset = "base"
-    checkpoint: Path | None = None
     data: Path | None = None
-    tokenizer: Path | None = None
+    device: Device = "auto"
+
+    @property
+    def preset(self) -> Preset:
+        """The size that sizes of inputs follow."""
+        return "tiny" if "tiny" in (self.random, self.config) else "base"
+
+    @property
+    def source(self) -> Source:
+        """The model, without an image size: benchmarks interpolate to several."""
+        random = self.random if self.model is not None else self.random or "base"
+        return Source(self.model, random, self.config, tokenizer=self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,53 +70,37 @@ class SuiteOptions(ModelOptions):
     """Options of the whole suite.
 
     Attributes:
+        image_size: Pixels along a side of the larger images. [384; tiny 48]
+        device: Device to measure.
         official: Clone of the official repository, measured as one more baseline.
     """
 
+    device: Device = "cpu"
     official: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenarioOptions(SuiteOptions):
+class ScenarioOptions(ModelOptions):
     """Options of a scenario.
 
     Attributes:
+        official: Clone of the official repository, measured as one more baseline.
         baselines: Names with commas, see xfm-fast bench list. [all that are installed]
-        device: The device to measure. [a GPU where there is one]
-        image_size: Pixels along a side. [384; vqa 480; tiny 48]
         batch: Requests of an offline run, and the most that a server answers together.
         texts: Captions of a rerank request, questions of vqa, expressions of grounding. [64, 5 and 5; quick 8, 2 and 2]
         mode: single-stream, offline or server; may be repeated. [all three]
         p99_ms: Bound of the server on the 99th percentile. [4 times one request of the official algorithm]
         lengths: Of texts: captions, or a mean with a shape, such as fixed-16, uniform-16, bimodal-16.
-        index: Images that retrieve searches. [18; quick 8]
         k: Images that retrieve re-ranks, or candidates of a question of vqa. [8; quick 4; vqa 128]
     """
 
+    official: Path | None = None
     baselines: tuple[str, ...] = ()
-    device: Device | None = None
-    image_size: Pixels | None = None
     batch: Count | None = None
     texts: Count | None = None
     mode: tuple[Literal["single-stream", "offline", "server"], ...] = ()
     p99_ms: Annotated[float | None, Gt(0), Predicate(isfinite)] = None
     lengths: str = "captions"
-    index: Count | None = None
-    k: Count | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CocoOptions(ModelOptions):
-    """Options of a whole evaluation.
-
-    Attributes:
-        device: The device to measure. [a GPU where there is one]
-        image_size: Pixels along a side. [384; tiny 48]
-        k: Candidates of every query. [256]
-    """
-
-    device: Device | None = None
-    image_size: Pixels | None = None
     k: Count | None = None
 
 
@@ -116,22 +109,27 @@ class StepOptions(RunOptions):
     """Options of the training step; quick leaves out the rows with dropout.
 
     Attributes:
-        preset: Size of the model.
+        random: Size of the model.
         task: Of fine-tuning, or all of them, one after another. [a step of pretraining]
-        device: The device to measure. [a GPU where there is one]
+        device: Device to measure. [a GPU if there is one]
         pairs: Image-text pairs, or items of the task, in the batch. [8 on a CPU, 96 on a GPU; of a task 4 or 8 on a
             CPU, the official batch on a GPU]
     """
 
-    preset: Preset = "base"
+    random: Preset = "base"
     task: Literal[FineTuned, "all"] | None = None
-    device: Device | None = None
+    device: Device = "auto"
     pairs: Annotated[int | None, Ge(2), Le(1_000_000)] = None
+
+    @property
+    def preset(self) -> Preset:
+        """The size that sizes of inputs follow."""
+        return self.random
 
 
 @dataclass(frozen=True, kw_only=True)
 class DropInOptions(RunOptions):
-    """Options of the models of others; quick takes two layers and two samples, to see that all runs.
+    """Options of public models; quick takes two layers and two samples, to see that everything runs.
 
     Attributes:
         only: roberta, bert-rerank, blip-rerank, memory-rerank, beit, minilm, minilm-one, mpnet, mpnet-one, bge-small,
@@ -147,31 +145,29 @@ class KernelOptions:
 
     Attributes:
         dtype: The type of the tensors. [bf16 on a GPU, fp32 on a CPU]
-        device: The device to measure. [a GPU where there is one]
+        device: Device to measure. [a GPU if there is one]
         small: Shapes of milliseconds, to see that everything runs.
     """
 
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    device: Device | None = None
+    device: Device = "auto"
     small: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(ModelOptions):
-    """Options of the service under load; quick takes two contenders instead of three.
+    """Options of the service under load; quick takes two backends instead of three.
 
     Attributes:
-        dtype: Number format of the weights.
-        device: The device to measure. [a GPU where there is one]
+        dtype: Dtype of the weights.
         clients: Clients at a time, with commas.
         documents: Documents of a request.
         requests: Requests of a window, at least as many as clients.
-        rounds: Windows of each contender.
+        rounds: Windows of each backend.
         soak: Seconds of a soak with all kinds of requests after the measurements; 600 are ten minutes.
     """
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # pyright: ignore[reportIncompatibleVariableOverride]
-    device: Device | None = None
     clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
     documents: Annotated[int, Ge(4), Le(64)] = 16
     requests: Annotated[int, Ge(1)] = 32
@@ -184,9 +180,7 @@ class TryOptions(RunOptions):
     """Options of trying one's own model.
 
     Attributes:
-        texts: File of UTF-8, a text a line. [captions of mixed length]
-        images: Folder of images. [the photographs]
+        inputs: UTF-8 file with a text a line, or a folder of images. [captions of mixed length, or the photographs]
     """
 
-    texts: Path | None = None
-    images: Path | None = None
+    inputs: Path | None = None

@@ -1,4 +1,4 @@
-"""The one schema of stored results.
+"""The schema of stored results, and their files.
 
 A document holds the results of one command; a `Result` is one backend at one case in one dtype, and the result of
 xfm-fast also holds its comparisons with the other backends of the same rounds. Numbers are in SI units (seconds, bytes,
@@ -22,11 +22,17 @@ FLOP/s, joules). What only some cases measure is in `Result.extra`:
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable
-from typing import Any, Final, Literal, get_args
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from xfm_fast.errors import DataError, StorageError
+from xfm_fast.io import advice, read_json, write_bytes
 
 SCHEMA_VERSION = 4
 OURS: Final = "xfm-fast"
@@ -159,7 +165,7 @@ class Result(Record):
         return value if isinstance(value, dict) else {}
 
     def text(self, name: str) -> str:
-        """Words of `extra`."""
+        """A text of `extra`."""
         value = self.extra.get(name)
         return value if isinstance(value, str) else ""
 
@@ -258,13 +264,13 @@ class Document(Record):
         """Results with numbers."""
         return [row for row in self.rows if row.measured]
 
-    def beside(self, row: Result, backend: str, dtype: str) -> Result | None:
+    def at_same_case(self, row: Result, backend: str, dtype: str) -> Result | None:
         """Another backend at the same case."""
         return next((r for r in self.rows if (*row.place, backend, dtype) == r.key), None)
 
     def reference_row(self, row: Result) -> Result | None:
         """The reference at the same case, in fp32 or else in the dtype of the row."""
-        return self.beside(row, self.reference, "fp32") or self.beside(row, self.reference, row.dtype)
+        return self.at_same_case(row, self.reference, "fp32") or self.at_same_case(row, self.reference, row.dtype)
 
     def headline(self, row: Result) -> Comparison | None:
         """Comparison with the reference in fp32, or else in the dtype of the row."""
@@ -296,3 +302,75 @@ def groups(rows: Iterable[Result]) -> list[list[Result]]:
     for row in rows:
         found.setdefault(row.place, []).append(row)
     return list(found.values())
+
+
+def load(path: str | Path) -> Document:
+    """Read a results document; raises `DataError` for a file that is unreadable, damaged, or of another schema."""
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a results file that exists") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); name a file that xfm-fast bench wrote") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has schema version {version!r}, and this xfm-fast reads version {SCHEMA_VERSION}; measure again "
+            "with xfm-fast bench, or use the xfm-fast that wrote it"
+        )
+    try:
+        return Document.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{path} is damaged: {where}: {advice(first)} ({error.error_count()} faults); measure again"
+        ) from None
+
+
+class Saved(NamedTuple):
+    """The files of a run."""
+
+    document: Path
+    page: Path
+
+
+def save(document: Document, folder: str | Path, page: str) -> Saved:
+    """Write `<timestamp>.json` and `.html`, and the same as `latest.json` and `latest.html`.
+
+    All four appear complete or not at all; results of earlier runs are never overwritten.
+
+    `page` is the HTML of the document. Raises `StorageError`.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out") from error
+    stem = datetime.fromisoformat(document.date).strftime("%Y%m%dT%H%M%SZ")
+    candidates = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    stem = next((name for name in candidates if not (folder / f"{name}.json").exists()), stem)
+    content, html = document.encoded(), page.encode()
+    files = {f"{name}.{kind}": text for name in (stem, "latest") for kind, text in (("json", content), ("html", html))}
+    write_bytes({folder / name: text for name, text in files.items()})
+    return Saved(folder / f"{stem}.json", folder / f"{stem}.html")
+
+
+def save_as(document: Document, path: Path) -> None:
+    """Write a document under a name of the user's choice; raises `StorageError`."""
+    write_bytes({path: document.encoded()})
+
+
+def reference_folder() -> Path | None:
+    """The folder of results that are kept with the source code; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    folder = root / "benchmarks" / "results"
+    return folder if (root / ".git").exists() and folder.is_dir() else None
+
+
+def save_reference(document: Document, folder: Path) -> Path:
+    """Write the results of a GPU as `<benchmark>-<gpu>.json`, in place of earlier ones; raises `StorageError`."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", document.machine["gpus"][0]["name"].lower()).strip("-")
+    path = folder / f"{document.benchmark}-{gpu}.json"
+    save_as(document, path)
+    return path

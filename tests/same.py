@@ -135,7 +135,7 @@ def benchmark() -> list[str]:
     from tests.cli.runner import invoke
 
     with tempfile.TemporaryDirectory() as folder:
-        invoke(["bench", "--preset", "tiny", "--quick", "--out", folder])
+        invoke(["bench", "--random", "tiny", "--quick", "--out", folder])
         (file,) = Path(folder).rglob("*.json")
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     return sorted(f"{row['work']} {row['contender']} {row['dtype']} {row['status']}" for row in rows)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoint.conftest import STATE, assert_same
 from xfm_fast import io
-from xfm_fast.benchmarks import files
+from xfm_fast.benchmarks.record import load as load_results
 from xfm_fast.checkpoint import load_pretrained_files, read_state_dict, save_pretrained
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.files import find_files
@@ -114,7 +114,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], type[XFMError]]] = {
     "official config": ("c.yaml", XFMConfig.from_official, ConfigError),
     "recipe": ("r.yaml", lambda path: read_recipe(path, "xfm_fast.training"), ConfigError),
     "override": ("o", _override, ConfigError),
-    "results": ("r.json", files.load, DataError),
+    "results": ("r.json", load_results, DataError),
     "annotations": ("a.json", lambda path: read_annotations(path, "a list"), DataError),
     "detections": ("p.json", read_detections, DataError),
     "manifest": ("manifest.json", lambda path: Manifest.load(path.parent), ExportError),

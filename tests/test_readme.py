@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 from tests.cli.runner import invoke
 from tests.conftest import load_tensors
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.files import load
+from xfm_fast.benchmarks.record import load
 from xfm_fast.benchmarks.report.readme import pages, picture_is_stale, regenerated
 from xfm_fast.benchmarks.report.tables import number, times
 from xfm_fast.cli.app import app

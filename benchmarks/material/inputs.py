@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast import checkpoint
-from xfm_fast.checkpoint.position_table import window_of
 from xfm_fast.config import PresetName, XFMConfig
-from xfm_fast.errors import CheckpointError, InputError
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.loading import Source, open_model
 from xfm_fast.models.xfm import XFM, Head
 from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.grounding import GroundingModel
@@ -57,44 +57,26 @@ class Subjects:
 
     def __init__(self, config: XFMConfig, state: Mapping[str, Tensor], origin: str, *, trained: bool) -> None:
         self.config, self.origin, self.trained = config, origin, trained
+        self.tokenizer: CaptionTokenizer | None = None
         self.device = torch.device("cpu")
         self._state = state
         self._shared: dict[torch.dtype, dict[str, nn.Parameter]] = {}
         self._models: dict[tuple[str, int, torch.dtype], XFM] = {}
 
     @classmethod
-    def chosen(cls, preset: PresetName, checkpoint_path: Path | None, seed: int) -> Subjects:
-        """Weights of a checkpoint, or random ones without it."""
-        if checkpoint_path is not None:
-            return cls.load(checkpoint_path, preset)
-        config = preset_config(preset)
-        return cls(config, random_state(config, HEADS, seed), f"random weights (seed {seed})", trained=False)
-
-    @classmethod
-    def load(cls, path: str | Path, preset: PresetName) -> Subjects:
-        """Weights of an official checkpoint, with the sizes of the preset, or of a folder that xfm-fast saved."""
-        path = Path(path)
-        if path.is_dir():
-            files = checkpoint.load_pretrained_files(path)
-            config, state = files.config, dict(files.state)
-        else:
-            config = XFMConfig.preset(preset)
-            state = checkpoint.read_state_dict(path)
-            table = next((t for name, t in state.items() if name.endswith(_TABLE)), None)
-            if table is not None:
-                config = config.replace(image_size=window_of(table) * config.patch_size)
-            state, _ = checkpoint.to_ours(state, config)
-        state = checkpoint.select_heads(state, HEADS)
-        with torch.device("meta"):
-            probe = XFM(config, heads=HEADS)
-        probe = probe.to_empty(device="cpu").eval()
-        # The heads of a fine-tuned checkpoint are not loaded.
-        encoders = ("vision_encoder.", "text_encoder.", "fusion_encoder.")
-        surplus = [n for n in state if n not in probe.state_dict() and not n.startswith(encoders)]
-        if len(surplus) == len(state):
-            raise CheckpointError("the checkpoint holds no encoder of X-FM; give an X-FM checkpoint")
-        checkpoint.load_into(probe, state, what=f"checkpoint {path}", surplus=surplus)
-        return cls(config, probe.state_dict(), f"checkpoint {path}", trained=True)
+    def open(cls, source: Source) -> Subjects:
+        """The weights of a model, or random ones; raises the errors of `open_model`."""
+        source.check()
+        if source.model is None:
+            config = preset_config(source.random or "base")
+            return cls(config, random_state(config, HEADS, 0), "random weights (seed 0)", trained=False)
+        opened = open_model(source, needs=HEADS, device="cpu")
+        if lacking := {*HEADS} - {*opened.model.heads}:
+            raise UnavailableError(f"{source.model} has no {' or '.join(lacking)} head; give a pretrained model")
+        state = checkpoint.select_heads(opened.model.state_dict(), HEADS)
+        subjects = cls(opened.model.config, state, opened.origin, trained=True)
+        subjects.tokenizer = opened.model.tokenizer
+        return subjects
 
     def model(self, image_size: int, dtype: torch.dtype, work: str = "") -> XFM:
         """The model for a resolution, a dtype and a kind of work, in evaluation mode."""

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import MODEL_TYPE
 from xfm_fast.data.images import decode_image
 from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError
 from xfm_fast.io import read_bytes, read_json
+from xfm_fast.loading import MANIFEST_FILE
 
 from .photographs import bundled
 
@@ -92,6 +94,10 @@ def open_model(name: str) -> Opened:
         return _open_timm(name)
     folder = _model_folder(name)
     config = _read_json(folder / "config.json")
+    own = model_folder(folder)
+    sizes = _read_json(own / "config.json") if own else None
+    if (folder / MANIFEST_FILE).is_file() or (isinstance(sizes, dict) and sizes.get("model_type") == MODEL_TYPE):
+        raise InputError(f"{name} is an X-FM, which needs no accelerate; xfm-fast bench --model measures it")
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
     try:
@@ -100,11 +106,6 @@ def open_model(name: str) -> Opened:
         raise UnavailableError(f"{name} needs transformers; pip install 'xfm-fast[hf]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if config.get("model_type") == MODEL_TYPE:
-        raise InputError(
-            f"{name} is an X-FM, which these kernels compute already; xfm-fast bench --checkpoint {name} compares it "
-            "with the official code"
-        )
     if not config.get("model_type"):
         raise InputError(f"{folder / 'config.json'} has no model_type, which selects the class of transformers")
     architectures = [kind for kind in config.get("architectures") or [] if isinstance(kind, str)]
@@ -154,7 +155,7 @@ def _model_folder(name: str) -> Path:
         inner = isinstance(first, str) and first and (path / first / "config.json").is_file()
         return path / str(first) if inner else path
     if path.exists():
-        raise CheckpointError(f"{name} is a file; give its folder, with config.json and the weights")
+        raise CheckpointError(f"{name} is a file; give its folder, or a file of X-FM to xfm-fast bench --model")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CheckpointError(f"{name} is no folder; check the path")
     try:
@@ -185,10 +186,10 @@ def read_texts(file: Path) -> list[str]:
     try:
         content = read_bytes(file, _MOST_TEXT_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise DataError(f"--texts {file} cannot be read ({_line(error)}); give a UTF-8 file, a text a line") from error
+        raise DataError(f"--inputs {file} cannot be read ({_line(error)}); give a UTF-8 file, a text a line") from error
     texts = [line.strip() for line in content.splitlines() if line.strip()]
     if not texts:
-        raise DataError(f"--texts {file} has no line with text; give a text a line")
+        raise DataError(f"--inputs {file} has no line with text; give a text a line")
     return texts
 
 
@@ -258,15 +259,13 @@ def image_batch(opened: Opened, folder: Path | None) -> Batch:
             images = bundled().images[:_IMAGES]
         except DataError:
             notes.append("no photographs are installed, so the images are noise: they change no time")
-    elif not folder.is_dir():
-        raise DataError(f"--images {folder} is not a folder; name a folder of images")
     else:
         try:
             files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)[:_IMAGES]
         except OSError as error:
-            raise DataError(f"--images {folder} cannot be read ({_line(error)}); check its permissions") from error
+            raise DataError(f"--inputs {folder} cannot be read ({_line(error)}); check its permissions") from error
         if not files:
-            raise DataError(f"--images {folder} holds no image ({', '.join(_SUFFIXES)}); name a folder of images")
+            raise DataError(f"--inputs {folder} holds no image ({', '.join(_SUFFIXES)}); name a folder of images")
         images = [decode_image(file, file.name) for file in files]
     size = opened.size or 224
     pixels = [normalize(resize(to_tensor(i.convert("RGB")), [size, size]), [0.5] * 3, [0.5] * 3) for i in images]

@@ -2,6 +2,6 @@
 
 from .compare import Changes, compare, print_changes
 from .page import html, png, terminal
-from .tables import gains, markdown
+from .tables import markdown
 
-__all__ = ["Changes", "compare", "gains", "html", "markdown", "png", "print_changes", "terminal"]
+__all__ = ["Changes", "compare", "html", "markdown", "png", "print_changes", "terminal"]

@@ -22,7 +22,7 @@ from xfm_fast.errors import DataError
 
 from ..measure import ratio_interval
 from ..record import OURS, Document, Result
-from .tables import Column, build, print_line, print_table, span, work
+from .tables import Column, build, plain, print_line, print_table, span, work
 
 SIGNIFICANCE = 0.05
 SMALLEST_EFFECT = 0.02
@@ -146,15 +146,9 @@ def _flags(a: Document, b: Document) -> list[str]:
         found |= {f"{key}:": machine.get(key) for key in ("torch", "python", "xfm_fast", "commit")}
         return found | {f"{package}:": version for package, version in machine.get("versions", {}).items()}
 
-    def plain(value: Any) -> str:
-        if isinstance(value, list):
-            return ", ".join(str(one.get("name", one) if isinstance(one, dict) else one) for one in value) or "none"
-        text = "none" if value is None else str(value)
-        return text[:12] if len(text) == 40 else text
-
     one, other = facts(a.machine), facts(b.machine)
     flags = [
-        f"other {name} {plain(one.get(name))} and {plain(other.get(name))}"
+        f"other {name} {plain(one.get(name)) or 'none'} and {plain(other.get(name)) or 'none'}"
         for name in dict.fromkeys([*one, *other])
         if one.get(name) != other.get(name)
     ]

@@ -19,7 +19,7 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.io import write_bytes
 
 from ..record import OURS, Comparison, Document, Result, groups
-from .tables import STYLES, marked, number, print_line, print_table, si, span, speed, tables, times, work
+from .tables import STYLES, marked, number, plain, print_line, print_table, si, span, speed, tables, times, work
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,6 @@ _TEMPLATES = jinja2.Environment(
 _LONGEST_BAR = 76.0
 _LONGEST_LABEL = 28
 _PANELS = 4
-_CORES = {"cores_physical": "physical", "cores_logical": "logical", "threads": "used"}
 INK, SOFT, DARK, GREY, GROUND = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b", "#fbfbfa"
 
 
@@ -57,7 +56,7 @@ def headlines(document: Document) -> list[Headline]:
     lines = []
     for candidates in found.values():
         row, against = max(candidates, key=lambda c: (not c[0].contended, c[1].low is not None, c[1].low or c[1].ratio))
-        other, same = document.beside(row, against.backend, against.dtype), document.like_for_like(row)
+        other, same = document.at_same_case(row, against.backend, against.dtype), document.like_for_like(row)
         value, unit, _ = speed(row)
         label = other.title if other else f"{against.backend}, {against.dtype}"
         interval = span(against)
@@ -117,9 +116,8 @@ def facts(document: Document) -> list[tuple[str, str]]:
         row, worst = max(known, key=lambda pair: (pair[1].error or 0) / (pair[1].band or 1))
         closest = f"{row.name} {row.dtype}, {worst.error:.1e} of {worst.band:.1e}"
         lines.append(("parity", f"equal in all {len(judged)} comparisons (closest to its limit: {closest})"))
-    if counts := sorted({len(row.seconds) for row in document.measured if row.seconds}):
-        spread = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-        lines.append(("samples", f"medians of {spread} samples of interleaved rounds"))
+    if counts := [len(row.seconds) for row in document.measured if row.seconds]:
+        lines.append(("samples", f"medians of {min(counts)} to {max(counts)} samples of interleaved rounds"))
     if model := document.model:
         lines.append(("model", f"{model.preset}, {model.parameters / 1e6:.0f}M parameters, {model.origin}"))
     if recall := next(filter(None, (row.parts("recall") for row in document.rows)), None):
@@ -133,21 +131,6 @@ def facts(document: Document) -> list[tuple[str, str]]:
     if cold := document.cold_start:
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in cold.items())
         lines.append(("cold start", f"{sum(cold.values()):.1f} s: {parts}"))
-    for row in document.measured:
-        other = document.beside(row, document.reference, row.dtype) or document.reference_row(row)
-        if not row.ours or other is None or row.number("gradient_bytes") is None:
-            continue
-        (peak, grown), (theirs, others) = (
-            [one.number(name) or 0 for name in ("peak_bytes", "grown_bytes")] for one in (row, other)
-        )
-        if peak and theirs:
-            least = row.number("checkpointed_bytes")
-            checkpointed = f"; {least / theirs:.0%} with activation checkpointing" if least else ""
-            words = (
-                f"{peak / theirs:.0%} of {other.title} ({peak / 1e9:.2f} of {theirs / 1e9:.2f} GB); beyond parameters "
-                f"and gradients {grown / 1e9:.2f} of {others / 1e9:.2f} GB{checkpointed}; {row.text('memory_method')}"
-            )
-            lines.append((f"peak memory, {row.work} {row.dtype}", words))
     for dtype, probe in document.probes.items():
         copies = f", copies {si(probe.copy_bytes_per_s, 'B/s')}" if probe.copy_bytes_per_s else ""
         lines.append((f"probes, {dtype}", f"GEMMs {si(probe.gemm_flops_per_s, 'FLOP/s')} ({probe.library}){copies}"))
@@ -158,22 +141,11 @@ def facts(document: Document) -> list[tuple[str, str]]:
 
 def circumstances(document: Document) -> list[tuple[str, str]]:
     """The machine, versions and command with which another reader can measure the same."""
-    machine = document.machine
+    lines = [(key.replace("_", " "), plain(value)) for key, value in document.machine.items() if key != "cpu_flags"]
     present = [f"{one.label} {one.version or ''}".rstrip() for one in document.baselines if not one.reason]
-    libraries = [name for name in ("mkl", "onednn") if machine.get(name)]
-    commit = machine.get("commit") or "no git checkout"
-    lines = [
-        ("processor", f"{machine.get('cpu')} ({', '.join(machine.get('cpu_features', []))})"),
-        ("GPU", "; ".join(f"{gpu['name']}, {gpu['memory_gb']} GB" for gpu in machine.get("gpus", []))),
-        ("cores", ", ".join(f"{machine.get(key)} {what}" for key, what in _CORES.items())),
-        ("memory", f"{machine.get('memory_gb')} GB, {machine.get('memory_available_gb')} GB available at the start"),
-        ("load", ", ".join(str(load) for load in machine.get("load_average", []))),
-        ("system", f"{machine.get('system')}, Python {machine.get('python')}"),
-        ("PyTorch", ", ".join([str(machine.get("torch")), *libraries])),
-        ("versions", ", ".join(f"{name} {known}" for name, known in machine.get("versions", {}).items() if known)),
-        (OURS, f"{machine.get('xfm_fast')}, commit {commit}{', with changes' if machine.get('dirty') else ''}"),
+    lines += [
         ("backends", ", ".join(present)),
-        ("paths", "; ".join(f"{operation}: {chosen}" for operation, chosen in document.paths.items())),
+        ("paths", plain(document.paths)),
         ("command", " ".join(document.command)),
         ("duration", f"{document.duration_s:.0f} s" if document.duration_s else ""),
     ]
@@ -228,7 +200,7 @@ def speeds(document: Document) -> list[Bars]:
         for dtype in dict.fromkeys(row.dtype for row in group if row.ours):
             rows = [row for row in group if row.dtype == dtype]
             # A dtype in which the reference was not run is compared with its fp32, by name.
-            base = document.beside(rows[0], document.reference, dtype) or document.reference_row(rows[0])
+            base = document.at_same_case(rows[0], document.reference, dtype) or document.reference_row(rows[0])
             # Eager attention over texts of several lengths has a longer name.
             base = base or next((row for row in rows if row.backend.startswith(document.reference)), None)
             if base is not None and base not in rows:

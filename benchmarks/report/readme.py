@@ -21,7 +21,7 @@ from PIL import Image
 from xfm_fast.errors import DataError
 from xfm_fast.io import write_bytes
 
-from ..files import load
+from ..record import load
 from .page import DARK, GREY, INK, SOFT, new_figure, save_figure
 from .tables import by_backend, drop_in_rows, gains, int8_gains, markdown, processor
 

@@ -95,6 +95,17 @@ def si(value: float, unit: str = "") -> str:
     return f"{value / size:.3g} {sizes[size]}{unit}".strip()
 
 
+def plain(value: Any) -> str:
+    """A fact of the machine in words; empty for an unknown one."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items() if one is not None)
+    if isinstance(value, list):
+        return ", ".join(str(one.get("name", one) if isinstance(one, dict) else one) for one in value)
+    return "" if value is None else str(value)
+
+
 def times(ratio: float) -> str:
     """A factor, with two digits behind the point near 1."""
     return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×"
@@ -160,6 +171,7 @@ _QUANTITIES: tuple[tuple[str, Callable[[Result], float | None], float, str, bool
     ("of the floor", lambda row: row.number("share_of_floor"), 1, ".0%", False),
     ("peak GB", lambda row: row.number("peak_bytes"), 1e-9, ".2f", True),
     ("grown GB", lambda row: row.number("grown_bytes"), 1e-9, ".2f", True),
+    ("checkpointed GB", lambda row: row.number("checkpointed_bytes"), 1e-9, ".2f", True),
     ("tokens/s", lambda row: row.per_second("tokens"), 1, ",.0f", True),
     ("with padding", lambda row: row.per_second("padded_tokens"), 1, ",.0f", True),
     ("TFLOP/s", lambda row: row.per_second("needed_flops"), 1e-12, ".3g", True),
@@ -206,7 +218,7 @@ def _with_reference(document: Document) -> list[Column]:
         return "" if found is None else times(found.ratio)
 
     def same_dtype(row: Result) -> str:
-        return _speed(document.beside(row, reference, row.dtype)) if row.dtype != "fp32" else ""
+        return _speed(document.at_same_case(row, reference, row.dtype)) if row.dtype != "fp32" else ""
 
     def peak(row: Result) -> float | None:
         found = document.reference_row(row)
@@ -216,7 +228,7 @@ def _with_reference(document: Document) -> list[Column]:
         Column("form", lambda row: row.label if len(labels) > 1 else "", number=False),
         Column("dtype", lambda row: row.dtype, number=False),
         Column(labels[0] if len(labels) == 1 else "accelerated", _speed),
-        Column(f"{name} fp32", lambda row: _speed(document.beside(row, reference, "fp32"))),
+        Column(f"{name} fp32", lambda row: _speed(document.at_same_case(row, reference, "fp32"))),
         Column("over fp32", over_fp32),
         Column(f"{name}, same dtype", same_dtype, detail=in_fp32),
         Column("like for like", like_for_like),
@@ -229,7 +241,7 @@ def _with_backends(document: Document) -> list[Column]:
     """Columns where every backend has a line: how many times as fast xfm-fast is, in each of its dtypes."""
 
     def compared(row: Result, dtype: str) -> Comparison | None:
-        ours = document.beside(row, OURS, dtype)
+        ours = document.at_same_case(row, OURS, dtype)
         found = (c for c in (ours.against if ours else []) if (c.backend, c.dtype) == (row.backend, row.dtype))
         return None if row.ours else next(found, None)
 

@@ -109,7 +109,7 @@ def run(run: Run) -> Iterator[Case]:
     run.progress.begin(3)
     material = prepare(run, scale.image_size)
     run.progress.stage("rates of all parts")
-    sizes = Sizes(IMAGES, TEXTS, run.options.k or CANDIDATES, material.encoded(material.collection.captions).lengths)
+    sizes = Sizes(IMAGES, TEXTS, CANDIDATES, material.encoded(material.collection.captions).lengths)
     passes = Passes.of(run.device, sizes)
     given = material.texts(max(passes.texts, passes.captions, passes.official_pairs))
     procedures = {f"{OFFICIAL} fp32": _official_parts(material, scale, passes, given, sizes)}

@@ -132,18 +132,18 @@ def prepare(run: Run, image_size: int, most_photos: int = photographs.MOST_PHOTO
     document.cold_start["imports"] = time.time() - psutil.Process().create_time()
     run.progress.stage("photographs and captions")
     collection = photographs.bundled() if folder is None else photographs.from_files(folder, most_photos)
-    tokenizer = make_tokenizer(options.preset, options.tokenizer, collection)
-    document.data = described(collection, tokenizer)
     run.progress.stage("model")
     loading = time.perf_counter()
-    subjects = Subjects.chosen(options.preset, options.checkpoint, options.seed)
+    subjects = Subjects.open(options.source)
     subjects.device = run.device
+    tokenizer = subjects.tokenizer or make_tokenizer(options.preset, options.tokenizer, collection)
+    document.data = described(collection, tokenizer)
     tokenizer.check(subjects.config)
     model = subjects.model(image_size, DTYPES[run.dtypes[0]], work)
     document.cold_start["weights"] = time.perf_counter() - loading
     document.model = Model(
         preset=options.preset, origin=subjects.origin, trained=subjects.trained,
-        meaningful_recall=subjects.trained and options.tokenizer is not None, config=subjects.config.model_dump(),
+        meaningful_recall=subjects.tokenizer is not None, config=subjects.config.model_dump(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )  # fmt: skip
     run.probe()

@@ -64,7 +64,7 @@ def run(run: Run) -> Iterator[Case]:
     tasks = () if options.quick else _TASKS
     run.progress.begin(7 + len(tasks))
     material = prepare(run, sizes.small_image)
-    small, large = sizes.small_image, sizes.large_image
+    small, large = sizes.small_image, options.image_size or sizes.large_image
     of_small = _engines(run, material, "embed-image", small, None)
     of_large = _engines(run, material, "rerank", large, options.official)
     for make in (

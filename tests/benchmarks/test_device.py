@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from xfm_fast.benchmarks import device_stages, files
+from xfm_fast.benchmarks import device_stages, record
 from xfm_fast.benchmarks.device import (
     STAGES,
     Plan,
@@ -110,7 +110,7 @@ def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(
 
 def test_the_document_is_of_the_common_schema(made_up: Path) -> None:
     assert run(plan(made_up, stage("fine"), commit="abc123")) == 0
-    document = files.load(made_up / "device.json")
+    document = record.load(made_up / "device.json")
     assert isinstance(document, Document)
     assert document.benchmark == "device"
     assert document.machine["commit"] == "abc123"
@@ -192,7 +192,7 @@ def rehearse(out: Path, *arguments: str, path: Path | None = None) -> list[Resul
         [*command, *arguments], env=environment, cwd=out.parent, capture_output=True, text=True, timeout=6000
     )
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-3000:]
-    return files.load(out / "device.json").rows
+    return record.load(out / "device.json").rows
 
 
 def test_kernel_stages_need_no_pydantic(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _measure(*cases: Case) -> Document:
     def toy(run: Any) -> Any:
         yield from cases
 
-    return toy(SimpleNamespace(threads=torch.get_num_threads()))
+    return toy(SimpleNamespace())
 
 
 def _plain(name: str = "plain", change: float = 0.0) -> Backend:
@@ -164,15 +164,3 @@ def test_errors_and_what_rounding_allows() -> None:
     assert parity_band(torch.float32) == FP32_BAND == 1e-5
     assert parity_band(torch.float32, 1e-5) == pytest.approx(3e-5)
     assert parity_band(torch.bfloat16, 0.01) == pytest.approx(0.02 + 2**-7)
-
-
-def test_memory_on_a_gpu_is_that_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"memory_allocated": 100, "max_memory_allocated": 170}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda other: 250.0)
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
-    watched = Watched(lambda: "output", torch.device("cuda"))
-    assert watched() == [0.25]
-    assert watched.memory == {"peak_bytes": 170, "grown_bytes": 70, "memory_method": "CUDA allocator"}

@@ -167,7 +167,7 @@ def test_former_names_are_today_s_with_a_warning() -> None:
                 modernised(words)
             continue
         found = " ".join(modernised(words)[0]).split()
-        known = COMMANDS[tuple(word for word in found[:2] if word in ("export", "bench", "convert"))]
+        known = next(COMMANDS[words] for n in (2, 1) if (words := tuple(found[:n])) in COMMANDS)
         names = {name for argument in known.assemble_argument_collection() for name in argument.names}
         assert {word for word in found if word.startswith("--")} <= names, each
     done = invoke(["export", "onnx", "--preset", "tiny", "--config", "x", "--out", "y"])

@@ -13,7 +13,7 @@ from tests.cli.runner import invoke
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
-TINY = ["--preset", "tiny", "--quick", "--threads", "1", "--baselines", "xfm-fast", "--dtype", "fp32"]
+TINY = ["--random", "tiny", "--quick", "--baselines", "xfm-fast", "--dtype", "fp32"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
 
 
 def test_the_step_of_a_task_is_printed_and_saved(tmp_path: Path) -> None:
-    options = ["--task", "text", "--preset", "tiny", "--quick", "--threads", "1", "--dtype", "fp32", "--device", "cpu"]
+    options = ["--task", "text", "--random", "tiny", "--quick", "--dtype", "fp32", "--device", "cpu"]
     done = invoke(["bench", "train-step", *options, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     latest = json.loads((tmp_path / "latest.json").read_text())
@@ -64,10 +64,10 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
     [
         (["scenario", "caption"], "choose from embed-image"),
         (["scenario", "train-step"], "xfm-fast bench train-step"),
-        (["scenario", "rerank", "--preset", "huge"], 'Choose from: "base", "tiny"'),
-        (["scenario", "rerank", "--preset", "tiny", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
-        (["coco", "--preset", "tiny", "--device", "tpu"], 'Choose from: "cpu", "cuda"'),
-        (["train-step", "--task", "mlm"], 'Choose from: "retrieval", "vqa"'),
+        (["scenario", "rerank", "--random", "huge"], 'Choose from: "tiny", "base"'),
+        (["scenario", "rerank", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
+        (["scenario", "rerank", "--model", "m", "--random", "tiny", "--quick"], "--model m and --random tiny"),
+        (["--threads", "2"], "OMP_NUM_THREADS"),
     ],
 )
 def test_what_is_unknown_is_named(words: list[str], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks import files, report
+from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.measure import BENCHMARKS, Backend, Case, Run, benchmark
 from xfm_fast.benchmarks.record import OURS
 
@@ -45,15 +45,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("results")
     paths = []
     for name in ("before", "after"):
-        document = BENCHMARKS["toy-softmax"](SimpleNamespace(threads=torch.get_num_threads()), rows=16)
+        document = BENCHMARKS["toy-softmax"](SimpleNamespace(), rows=16)
         assert document.ok
-        files.save_as(document, folder / f"{name}.json")
+        record.save_as(document, folder / f"{name}.json")
         paths.append(folder / f"{name}.json")
     return paths
 
 
 def test_only_what_agrees_is_timed(results: list[Path]) -> None:
-    document = files.load(results[0])
+    document = record.load(results[0])
     status = {row.backend: row.status for row in document.rows}
     assert status == {OURS: "measured", "torch": "measured", "sigmoid": "parity failed", "int8": "not offered"}
     ours = document.rows[0]
@@ -64,7 +64,7 @@ def test_only_what_agrees_is_timed(results: list[Path]) -> None:
 
 
 def test_it_is_reported_and_compared_as_every_other(results: list[Path]) -> None:
-    document = files.load(results[0])
+    document = record.load(results[0])
     assert "A softmax of one&#39;s own" in report.html(document)
     assert report.markdown(document).splitlines()[2].startswith("| softmax of 16 rows, rows/s | fp32 | ")
     shown = invoke(["bench", "report", str(results[0])])

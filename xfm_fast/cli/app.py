@@ -31,7 +31,7 @@ from cyclopts import (
 )
 
 from xfm_fast import __version__
-from xfm_fast.cli import console, data, finetune, kernels, model, options, search, train, trial
+from xfm_fast.cli import bench, console, data, finetune, kernels, model, options, search, train
 from xfm_fast.cli.options import DATA, MEASURE, SEARCH, SERVE, TRAIN
 from xfm_fast.errors import StorageError, UnavailableError, XFMError
 from xfm_fast.kernels.cpu.waiting import wait_briefly
@@ -77,15 +77,8 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-# These groups are imported lazily, so their help is here.
-app.command(
-    "xfm_fast.cli.bench:app",
-    name="bench",
-    group=MEASURE,
-    help="""Benchmark this machine: xfm-fast against the official algorithm, on real photographs.
-
-    Without a sub-command the whole suite runs. Results go to a JSON file and a self-contained HTML page.""",
-)
+app.command(bench.app)
+# This group is imported lazily, so its help is here.
 app.command(
     "xfm_fast.cli.export:app",
     name="export",
@@ -96,7 +89,7 @@ app.command(
     GPU ran the engines, but the graphs agree; 4: not compared.""",
 )
 app.command(model.serve, group=SERVE)
-app.command(trial.trial, name="try", group=MEASURE)
+app.command(bench.try_model, name="try", group=MEASURE)
 for command in (kernels.info, kernels.audit, kernels.tune):
     app.command(command, group=MEASURE)
 for command in (train.pretrain, train.reproduce, finetune.finetune, finetune.evaluate, finetune.predict):

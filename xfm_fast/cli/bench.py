@@ -1,7 +1,8 @@
-"""`xfm-fast bench`: benchmarks of xfm-fast against the official algorithm and other installed libraries."""
+"""`xfm-fast bench` and `try`: benchmarks against the official algorithm and other libraries, and of your own model."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,25 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from xfm_fast.benchmarks.options import (
-    CocoOptions,
     DropInOptions,
     KernelOptions,
+    ModelOptions,
     ScenarioOptions,
     ServeOptions,
     StepOptions,
     SuiteOptions,
+    TryOptions,
 )
-from xfm_fast.cli.console import stdout, table
-from xfm_fast.cli.options import Flat, command_group
+from xfm_fast.cli.console import note, stdout, table
+from xfm_fast.cli.options import MEASURE, Flat, Json, command_group
 from xfm_fast.errors import InputError
 
 if TYPE_CHECKING:
     from xfm_fast.benchmarks.measure import Progress
     from xfm_fast.benchmarks.record import Document
 
-app = command_group("bench")
-
-JsonFile = Annotated[Path | None, Parameter(name="--json", help="File that receives the rows.")]
+app = command_group("bench", group=MEASURE)
+Out = Annotated[Path, Parameter(help="Folder for a JSON file and a self-contained HTML page; or a JSON file.")]
 _RESULTS = Path("bench-results")
 _MEANINGS = {
     "embed-image": "photographs to embeddings",
@@ -47,16 +48,12 @@ _MEANINGS = {
 
 
 @app.default
-def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Path = _RESULTS) -> int:
+def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Out = _RESULTS) -> int:
     """Benchmark this machine: xfm-fast against the official algorithm, in one process, on real photographs.
 
     Without a sub-command the whole suite runs: image and text embedding, re-ranking, end-to-end retrieval, and the
     fine-tuned tasks VQA, NLVR2, grounding and captioning. It takes about five minutes on two cores; with --quick, which
-    leaves out the tasks, about one (a minute and a half of processor time). Results go to a JSON file and a
-    self-contained HTML page.
-
-    Args:
-        out: Folder that receives the results.
+    leaves out the tasks, about one (a minute and a half of processor time). OMP_NUM_THREADS sets the threads.
     """
     from xfm_fast.benchmarks.work import suite
 
@@ -71,11 +68,11 @@ def bench_scenario(
 
     Every backend answers the same requests with the same weights; results are compared first, then timed in interleaved
     rounds. A backend that fails becomes a failed row and the others continue. Ctrl-C saves what was measured, marked as
-    interrupted. Results go to a JSON file and a self-contained HTML page.
+    interrupted.
 
     Args:
         scenario: embed-image, embed-text, rerank, retrieve, or a task; see xfm-fast bench list.
-        out: Folder that receives the results. [bench-results/SCENARIO]
+        out: Folder or JSON file for the results. [bench-results/SCENARIO]
     """
     from xfm_fast.benchmarks.work import scenario as scenarios
 
@@ -83,13 +80,10 @@ def bench_scenario(
 
 
 @app.command(name="coco")
-def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESULTS / "coco") -> int:
+def bench_coco(*, options: Flat[ModelOptions] = ModelOptions(), out: Out = _RESULTS / "coco") -> int:
     """Estimate the cost of COCO's 5k retrieval evaluation on this machine, official and xfm-fast, part by part.
 
     Projected from the times of its parts.
-
-    Args:
-        out: Folder that receives the results.
     """
     from xfm_fast.benchmarks.work import coco
 
@@ -97,14 +91,11 @@ def bench_coco(*, options: Flat[CocoOptions] = CocoOptions(), out: Path = _RESUL
 
 
 @app.command(name="serve")
-def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RESULTS / "serve") -> int:
+def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Out = _RESULTS / "serve") -> int:
     """Load the HTTP service with re-ranking clients, against the same service with one request at a time.
 
-    Every backend is a process of its own, and its answers are compared with the model's first. Results go to a JSON
-    file and a self-contained HTML page. Exit code 1: an answer differed, a request failed, or memory grew.
-
-    Args:
-        out: Folder that receives the results.
+    Every backend is a process of its own, and its answers are compared with the model's first. Exit code 1: an answer
+    differed, a request failed, or memory grew.
     """
     from xfm_fast.benchmarks.work import serving
 
@@ -112,17 +103,13 @@ def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Path = _RE
 
 
 @app.command(name="train-step")
-def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = _RESULTS / "train-step") -> int:
+def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Out = _RESULTS / "train-step") -> int:
     """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task, against the official procedure.
 
-    The gradients are compared first. The base model takes several minutes on two cores and 9 GB of memory. Results go
-    to a JSON file and a self-contained HTML page; pretraining results on a GPU, in a checkout, also to
-    benchmarks/results, to be committed.
-
-    Args:
-        out: Folder that receives the results.
+    The gradients are compared first. The base model takes several minutes on two cores and 9 GB of memory. Pretraining
+    results on a GPU, in a checkout, are also saved to benchmarks/results, to be committed.
     """
-    from xfm_fast.benchmarks import files
+    from xfm_fast.benchmarks import record
     from xfm_fast.benchmarks.work import finetuning
     from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
@@ -130,14 +117,14 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Path = 
     keep_freed_memory()
     document = _measure(finetuning.run, options)
     # The file of a GPU's pretraining step holds no task rows.
-    code, folder = _finish(document, out), files.reference_folder() if options.task is None else None
+    code, folder = _finish(document, out), record.reference_folder() if options.task is None else None
     if folder is not None and document.device == "cuda" and code == 0:
-        stdout().print(f"to be committed: {files.save_reference(document, folder)}", soft_wrap=True)
+        stdout().print(f"to be committed: {record.save_reference(document, folder)}", soft_wrap=True)
     return code
 
 
 @app.command(name="drop-in")
-def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonFile = None) -> int:
+def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), out: Out = _RESULTS / "drop-in") -> int:
     """Time models with random weights before and after accelerate(model).
 
     At most three minutes for each of the first models on two idle cores; --only selects some of them. A model with
@@ -145,25 +132,58 @@ def bench_drop_in(*, options: Flat[DropInOptions] = DropInOptions(), json: JsonF
     """
     from xfm_fast.benchmarks.work import drop_in
 
-    document = _measure(drop_in.run, options)
-    return _save(document, json) or int(not document.ok)
+    return _finish(_measure(drop_in.run, options), out)
 
 
 @app.command(name="kernels")
-def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), json: JsonFile = None) -> int:
+def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), out: Out = _RESULTS / "kernels") -> int:
     """Time every operation against eager PyTorch, SDPA, FlexAttention, flash-attn and Liger, if installed.
 
-    A backend that is less accurate than its precision allows is not timed. Rows are saved as they are measured, also on
-    Ctrl-C.
+    A backend that is less accurate than its precision allows is not timed.
     """
-    from xfm_fast.benchmarks import files
+    from xfm_fast.benchmarks import record
     from xfm_fast.benchmarks.work import kernels
 
     def keep(document: Document) -> None:
-        if json is not None:
-            files.save_as(document, json)
+        if out.suffix == ".json":
+            record.save_as(document, out)
 
-    return _save(_measure(kernels.run, options, keep=keep), json)
+    return _finish(_measure(kernels.run, options, keep=keep), out)
+
+
+def try_model(
+    model: str, /, *, options: Flat[TryOptions] = TryOptions(), png: Path | None = None, as_json: Json = False
+) -> int:
+    """Measure the speed-up of accelerate(model) for your model: verified, timed in interleaved rounds, with the code.
+
+    Weights are read from safetensors or as plain values, never executed; only --png writes a file. An X-FM is measured
+    by xfm-fast bench --model.
+
+    Exit code 1: an accelerated form differs from the model, and is not timed.
+
+    Args:
+        model: A folder written by save_pretrained, a name on the Hugging Face Hub, or timm:NAME.
+        png: File that receives a picture of 1200 by 630 to share.
+    """
+    from xfm_fast.benchmarks import report
+    from xfm_fast.benchmarks.work import trial
+
+    _refuse_folder("--png", png)
+    with progress() as display:
+        found = trial.run(model, options, display, ["xfm-fast", *sys.argv[1:]])
+    document = found.document
+    if png is not None:
+        report.png(document, png)
+        note(f"saved: {png}")
+    if as_json:
+        print(json.dumps({"line": found.line, "notes": found.notes, "document": document.model_dump(mode="json")}))
+    else:
+        report.terminal(document, stdout())
+        for sentence in found.notes:
+            stdout().print(sentence, soft_wrap=True, highlight=False, markup=False)
+        if found.line is not None:
+            stdout().print(f"\npaste this:\n\n    {found.line}\n", soft_wrap=True, highlight=False, markup=False)
+    return _exit_code(document)
 
 
 @app.command(name="list")
@@ -195,25 +215,22 @@ def bench_list() -> None:
 
 @app.command(name="report")
 def bench_report(
-    results: Path, /, *, markdown: bool = False, gains: bool = False, html: Path | None = None,
-    png: Path | None = None,
+    results: Path, /, *, markdown: bool = False, html: Path | None = None, png: Path | None = None
 ) -> None:  # fmt: skip
     """Show saved results: a table here, Markdown, a page, or a picture.
 
     Args:
         results: JSON file written by xfm-fast bench.
         markdown: Print Markdown, for a README or an issue.
-        gains: Print Markdown with one line and speed-up per model, for bench drop-in.
         html: File that receives a self-contained page with charts.
         png: File that receives a picture of 1200 by 630 to share.
     """
-    from xfm_fast.benchmarks import files, report
+    from xfm_fast.benchmarks import record, report
     from xfm_fast.io import write_bytes
 
-    document = files.load(results)
-    for name, path in (("--html", html), ("--png", png)):
-        if path is not None and path.is_dir():
-            raise InputError(f"{name} {path} is a folder; name a file")
+    document = record.load(results)
+    _refuse_folder("--html", html)
+    _refuse_folder("--png", png)
     if png is not None:
         report.png(document, png)
         print(f"saved: {png}")
@@ -221,8 +238,8 @@ def bench_report(
         picture = png.name if png is not None and png.parent.resolve() == html.parent.resolve() else None
         write_bytes({html: report.html(document, image=picture).encode()})
         print(f"saved: {html}")
-    if markdown or gains:
-        print(report.gains(document) if gains else report.markdown(document), end="")
+    if markdown:
+        print(report.markdown(document), end="")
     elif html is None and png is None:
         report.terminal(document, stdout(160))
 
@@ -241,40 +258,37 @@ def bench_compare(a: Path, b: Path, /) -> int:
         a: Results before.
         b: Results after, of the same benchmark.
     """
-    from xfm_fast.benchmarks import files, report
+    from xfm_fast.benchmarks import record, report
 
-    found = report.compare(files.load(a), files.load(b))
+    found = report.compare(record.load(a), record.load(b))
     report.print_changes(found, stdout(160))
     return int(bool(found.worse))
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Show the stage, the backend and the time left in one line on a terminal; print nothing elsewhere."""
+    """Show the stage and what runs next in one line on a terminal; print nothing elsewhere."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
 
     from xfm_fast.benchmarks.measure import Progress
 
-    words = TextColumn("{task.description}[dim]{task.fields[step]}")
-    columns = (SpinnerColumn(), TimeElapsedColumn(), MofNCompleteColumn(), words)
-    console = Console(stderr=True)
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("starting", total=None, step="")
-        begun = False
+    stages, done, stage = 0, 0, ""
 
-        def stage(name: str) -> None:
-            nonlocal begun
-            bars.update(task, description=escape(name), step="", advance=1 if begun else 0)
-            begun = True
+    def begin(count: int) -> None:
+        nonlocal stages
+        stages = count
 
-        yield Progress(
-            begin=lambda stages: bars.update(task, total=stages, completed=0),
-            stage=stage,
-            step=lambda what: bars.update(task, step=f": {escape(what)}"),
-        )
+    def next_stage(name: str) -> None:
+        nonlocal done, stage
+        done, stage = done + 1, escape(name)
+        step("")
+
+    def step(what: str) -> None:
+        status.update(f"{done}/{stages} {stage}[dim]{': ' if what else ''}{escape(what)}")
+
+    with Console(stderr=True).status("starting") as status:
+        yield Progress(begin, next_stage, step)
 
 
 def _measure(run: Callable[..., Document], options: Any, **given: Any) -> Document:
@@ -288,19 +302,23 @@ def _measure(run: Callable[..., Document], options: Any, **given: Any) -> Docume
 
 
 def _finish(document: Document, out: Path) -> int:
-    """Save the document with its page, and return the exit code."""
-    from xfm_fast.benchmarks import files, report
+    """Save the document in a folder with its page, or as a JSON file, and return the exit code."""
+    from xfm_fast.benchmarks import record, report
 
-    saved = files.save(document, out, report.html(document))
-    stdout().print(f"saved: {saved.document} and {saved.page}", soft_wrap=True, highlight=False)
+    if out.suffix == ".json":
+        record.save_as(document, out)
+        names = str(out)
+    else:
+        saved = record.save(document, out, report.html(document))
+        names = f"{saved.document} and {saved.page}"
+    stdout().print(f"saved: {names}", soft_wrap=True, highlight=False)
+    return _exit_code(document)
+
+
+def _exit_code(document: Document) -> int:
     return 130 if document.interrupted else int(not document.ok)
 
 
-def _save(document: Document, file: Path | None) -> int:
-    """Save the document only, if a file is given."""
-    from xfm_fast.benchmarks import files
-
-    if file is not None:
-        files.save_as(document, file)
-        stdout().print(f"saved: {file}", soft_wrap=True)
-    return 130 if document.interrupted else 0
+def _refuse_folder(option: str, path: Path | None) -> None:
+    if path is not None and path.is_dir():
+        raise InputError(f"{option} {path} is a folder; name a file")

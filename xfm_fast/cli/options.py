@@ -82,7 +82,16 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("export", "--preset", "--random"),
     Renamed("convert", "--preset", "--config"),
     Renamed("export", "--level", None, "EngineRequest(level=) in Python"),
+    Renamed("bench", "--checkpoint", "--model"),
+    Renamed("bench", "--preset", "--random"),
+    Renamed("bench drop-in", "--json", "--out"),
+    Renamed("bench kernels", "--json", "--out"),
+    Renamed("bench report", "--gains", None, "xfm_fast.benchmarks.report.tables.gains in Python"),
+    Renamed("bench coco", "--k", None, "the official 256 candidates"),
+    Renamed("bench scenario", "--index", None, "the fixed number of images"),
+    *(Renamed(name, "--threads", None, "OMP_NUM_THREADS=N in the environment") for name in ("bench", "try")),
     *(Renamed(name, "--seed", None, "the fixed seed 0") for name in ("bench", "try")),
+    *(Renamed("try", name, "--inputs") for name in ("--texts", "--images")),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
 )
 """Names of the version before; they work for this one, with a warning."""

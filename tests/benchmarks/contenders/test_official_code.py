@@ -12,6 +12,7 @@ from xfm_fast.benchmarks.contenders.official_algorithm import OfficialEngine
 from xfm_fast.benchmarks.contenders.official_code import OfficialCodeEngine
 from xfm_fast.benchmarks.material.inputs import Subjects
 from xfm_fast.errors import UnavailableError
+from xfm_fast.loading import Source
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("transformers")
@@ -48,7 +49,7 @@ class XFMForRetrieval(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def model() -> XFM:
-    return Subjects.chosen("tiny", None, 0).model(32, torch.float32)
+    return Subjects.open(Source(random="tiny")).model(32, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from xfm_fast.benchmarks.timing import DTYPES, FP32_BAND
 from xfm_fast.benchmarks.work.model import kind_of, operation_shares
 from xfm_fast.benchmarks.work.requests import EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload, padded
 from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.loading import Source
 from xfm_fast.tasks.retrieval import UNSCORED
 
 pytest.importorskip("skimage")
@@ -43,7 +44,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = photographs.bundled()
-    return Material(Subjects.chosen("tiny", None, 0), collection, make_tokenizer("tiny", None, collection))
+    return Material(Subjects.open(Source(random="tiny")), collection, make_tokenizer("tiny", None, collection))
 
 
 @pytest.fixture(scope="module")

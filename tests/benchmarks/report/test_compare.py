@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks.files import load
-from xfm_fast.benchmarks.record import OURS, Document
+from xfm_fast.benchmarks.record import OURS, Document, load
 from xfm_fast.benchmarks.report import compare
 from xfm_fast.errors import DataError
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks import files, report
+from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.record import Comparison, Document, Skip, is_ours
 from xfm_fast.benchmarks.report import page
 from xfm_fast.benchmarks.report.tables import Column, build, number, pivot, seconds, si, tables, times
@@ -29,7 +29,7 @@ KINDS = (
 
 
 def _load(name: str) -> Document:
-    return files.load(RESULTS / f"{name}-2threads.json")
+    return record.load(RESULTS / f"{name}-2threads.json")
 
 
 @pytest.fixture(params=KINDS)
@@ -139,9 +139,7 @@ def test_the_terminal_shows_where_the_time_and_memory_go() -> None:
     shown = " ".join(_shown(_load("retrieve-cpu-amx")).split())
     assert "Where the time goes, by stage" in shown
     assert "R@1/5/10" in _shown(_load("cpu-avx512"))
-    step = " ".join(_shown(_load("train-step-cpu-avx512")).split())
-    assert "peak memory, train-step fp32" in step
-    assert "GB); beyond parameters and gradients" in step
+    assert "grown GB" in " ".join(_shown(_load("train-step-cpu-avx512"), 400).split())
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -183,8 +181,8 @@ def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
     from PIL import Image
 
     document = _load("embed-image-cpu-amx")
-    saved = files.save(document, tmp_path / "out", report.html(document))
-    assert files.load(saved.document) == document
+    saved = record.save(document, tmp_path / "out", report.html(document))
+    assert record.load(saved.document) == document
     text, card = tmp_path / "page.html", tmp_path / "card.png"
     assert invoke(["bench", "report", saved.document, "--markdown"]).output == report.markdown(document)
     done = invoke(["bench", "report", saved.document, "--html", text, "--png", card])
@@ -204,9 +202,9 @@ def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
 
 def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document, folder = _load("cpu-avx2"), tmp_path / "deep" / "out"
-    saved = files.save(document, folder, "page")
+    saved = record.save(document, folder, "page")
     assert (folder / "latest.json").read_bytes() == saved.document.read_bytes()
-    assert files.save(document, folder, "page").document != saved.document
+    assert record.save(document, folder, "page").document != saved.document
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(before) == 6
 
@@ -215,23 +213,23 @@ def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError):
-        files.save(document, folder, "page")
+        record.save(document, folder, "page")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(StorageError):
-        files.save(document, saved.document / "out", "page")
+        record.save(document, saved.document / "out", "page")
 
 
 def test_results_of_a_gpu_are_kept_under_its_name(tmp_path: Path) -> None:
     document = _load("train-step-cpu-avx512")
     document.machine = document.machine | {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}
-    path = files.save_reference(document, tmp_path)
+    path = record.save_reference(document, tmp_path)
     assert path.name == "train-step-nvidia-h100-80gb-hbm3.json"
-    assert files.load(path) == document
+    assert record.load(path) == document
 
 
 def test_the_stored_results_can_all_be_shown() -> None:
     for file in STORED:
-        document = files.load(file)
+        document = record.load(file)
         assert report.html(document).startswith("<!doctype html>")
         written = report.markdown(document)
         assert written.startswith("| work")

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.options import DropInOptions
+from xfm_fast.benchmarks.record import load
 from xfm_fast.benchmarks.report.tables import gains, int8_gains
 from xfm_fast.benchmarks.work import drop_in, public_models
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
 
-QUICK = DropInOptions(quick=True, dtype=("fp32",), threads=1)
+QUICK = DropInOptions(quick=True, dtype=("fp32",))
 
 
 def layer_norms(layers: int) -> public_models.Subject:
@@ -106,8 +106,8 @@ def test_an_interruption_keeps_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    arguments = ["bench", "drop-in", "--quick", "--only", "good,bad", "--dtype", "fp32", "--json", str(file)]
-    result = invoke([*arguments, "--threads", "1"])
+    arguments = ["bench", "drop-in", "--quick", "--only", "good,bad", "--dtype", "fp32", "--out", str(file)]
+    result = invoke(arguments)
     assert result.exit_code == 1
     assert "failed: RuntimeError" in result.stdout
     saved = json.loads(file.read_text())
@@ -116,10 +116,10 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     written = invoke(["bench", "report", str(file), "--markdown"]).stdout.splitlines()
     kinds = ["fp32"] if int8.why_not() else ["fp32", "int8"]
     assert [line.split(" | ")[:2] for line in written[2:]] == [["| the model good, texts/s", kind] for kind in kinds]
-    gained = invoke(["bench", "report", str(file), "--gains"]).stdout.splitlines()
+    document = load(file)
+    gained = gains(document).splitlines()
     assert re.fullmatch(r"\| the model good \| [\d.]+× \|", gained[2])
     assert gained[3] == "| the model bad |  |"
-    document = load(file)
     assert document.date[:10] in gains(document, document).splitlines()[0]
     assert len(int8_gains(document).splitlines()) == 1 + len(kinds)
     compared = invoke(["bench", "compare", str(file), str(file)])

@@ -48,7 +48,7 @@ def material() -> Material:
 
 
 def _run(task: FineTuned | Literal["all"], **changes: Any) -> Document:
-    settings: dict[str, Any] = {"preset": "tiny", "quick": True, "threads": 1, "device": "cpu", "dtype": ("fp32",)}
+    settings: dict[str, Any] = {"random": "tiny", "quick": True, "device": "cpu", "dtype": ("fp32",)}
     return finetuning.run(StepOptions(task=task, **settings | changes))
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.cli.runner import invoke
-from xfm_fast.benchmarks import files, report, timing
+from xfm_fast.benchmarks import record, report, timing
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.timing import Clocked
 from xfm_fast.benchmarks.work import kernels
@@ -194,18 +194,18 @@ def test_rows_are_kept_as_they_are_measured(monkeypatch: pytest.MonkeyPatch, tmp
     assert ratio.low is not None
     assert ratio.low <= ratio.ratio
     path = tmp_path / "rows.json"
-    files.save_as(document, path)
-    assert f"{ratio.ratio:.2f}×" in report.html(files.load(path))
+    record.save_as(document, path)
+    assert f"{ratio.ratio:.2f}×" in report.html(record.load(path))
     assert "add_layer_norm 64 × 768" in invoke(["bench", "report", str(path)]).output
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CASES", {"linear": CASES["linear"]})
     path = tmp_path / "rows.json"
-    done = invoke(["bench", "kernels", "--small", "--device", "cpu", "--dtype", "bf16", "--json", path])
+    done = invoke(["bench", "kernels", "--small", "--device", "cpu", "--dtype", "bf16", "--out", path])
     assert done.exit_code == 0, done.output
     assert "linear 32 × 768" in done.output
-    assert {row.dtype for row in files.load(path).rows} == {"bf16"}
+    assert {row.dtype for row in record.load(path).rows} == {"bf16"}
 
 
 class TestGraphReplay:

@@ -12,17 +12,16 @@ import pytest
 import torch
 
 from xfm_fast import flops
-from xfm_fast.benchmarks import files, report
+from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.contenders import registry
 from xfm_fast.benchmarks.contenders.engine import Built
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.contenders.ours import OurEngine
 from xfm_fast.benchmarks.contenders.registry import Contender
-from xfm_fast.benchmarks.files import load
 from xfm_fast.benchmarks.material.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
-from xfm_fast.benchmarks.options import CocoOptions, ModelOptions, ScenarioOptions
-from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Result
+from xfm_fast.benchmarks.options import ModelOptions, ScenarioOptions
+from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Result, load
 from xfm_fast.benchmarks.work import coco, model, scenario
 from xfm_fast.benchmarks.work.coco import Passes, Sizes, receipt
 from xfm_fast.benchmarks.work.model import Scale
@@ -32,7 +31,7 @@ from xfm_fast.kernels.cpu import gemm
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
-FEW: dict[str, Any] = {"preset": "tiny", "quick": True, "threads": 1, "dtype": ("fp32",), "device": "cpu"}
+FEW: dict[str, Any] = {"random": "tiny", "quick": True, "dtype": ("fp32",), "device": "cpu"}
 TINY = ScenarioOptions(**FEW, baselines=(OURS,))
 
 
@@ -84,7 +83,7 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert 1 <= len(row.parts("trials")) <= 3
         assert row.number("max_qps") == pytest.approx(max(held, default=0), rel=1e-4)
         assert OFFICIAL in row.text("bound_origin")
-    assert load(files.save(document, tmp_path, report.html(document)).document) == document
+    assert load(record.save(document, tmp_path, report.html(document)).document) == document
 
 
 def _with(monkeypatch: pytest.MonkeyPatch, *contenders: Contender) -> None:
@@ -229,7 +228,7 @@ def test_a_gpu_gets_the_passes_of_its_scheduler() -> None:
 def test_the_evaluation_is_projected_from_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(photos=5, captions=20, texts=33, images=3, official_pairs=7)
     monkeypatch.setattr(coco.Passes, "of", staticmethod(lambda device, sizes: passes))
-    document = coco.run(CocoOptions(**FEW))
+    document = coco.run(ModelOptions(**FEW))
     official, ours = document.rows
     assert document.ok
     assert (official.backend, ours.backend) == (OFFICIAL, OURS)

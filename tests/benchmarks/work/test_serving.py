@@ -121,7 +121,7 @@ def test_a_soak_fails_when_memory_grows() -> None:
 def test_the_whole_measurement_of_a_tiny_model() -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    options = ServeOptions(preset="tiny", device="cpu", clients=(1, 4), requests=8, rounds=3, soak=3.0)
+    options = ServeOptions(random="tiny", device="cpu", clients=(1, 4), requests=8, rounds=3, soak=3.0)
     document = serving.run(options)
     assert document.ok
     works = {row.work for row in document.rows}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from xfm_fast.benchmarks import files, machine, report
+from xfm_fast.benchmarks import machine, record, report
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
 from xfm_fast.benchmarks.material.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
@@ -25,7 +25,7 @@ WORKS = ["embed-image", "embed-image", "embed-text", "rerank", "retrieval"]
 
 
 def _run(progress: Progress | None = None, **changes: Any) -> Document:
-    settings: dict[str, Any] = {"preset": "tiny", "quick": True, "threads": 1, "dtype": ("fp32",), **changes}
+    settings: dict[str, Any] = {"random": "tiny", "quick": True, "dtype": ("fp32",), **changes}
     return suite.run(SuiteOptions(**settings), progress, ["xfm-fast", "bench"])
 
 
@@ -57,7 +57,7 @@ def test_every_row_is_measured(document: Document, tmp_path: Path) -> None:
     text = next(row for row in document.rows if row.work == "embed-text" and row.backend == OFFICIAL)
     assert text.number("padded_tokens") == 8 * 40
     assert 80 <= (text.number("tokens") or 0) <= 8 * 16
-    assert files.load(files.save(document, tmp_path, report.html(document)).document) == document
+    assert record.load(record.save(document, tmp_path, report.html(document)).document) == document
 
 
 @pytest.mark.slow
@@ -113,12 +113,12 @@ def test_checkpoints(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     XFM(preset_config("tiny")).save_pretrained(tmp_path / "model")
-    document = _run(Progress(stage=stop), checkpoint=tmp_path / "model")
+    document = _run(Progress(stage=stop), random=None, model=str(tmp_path / "model"))
     assert document.model is not None
     assert (document.model.trained, document.model.meaningful_recall) == (True, False)
     torch.save({"a": torch.ones(1)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError):
-        _run(checkpoint=tmp_path / "foreign.pth")
+        _run(random=None, config="tiny", model=str(tmp_path / "foreign.pth"))
 
 
 def test_an_official_clone_that_does_not_import(tmp_path: Path) -> None:

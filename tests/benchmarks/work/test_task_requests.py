@@ -24,6 +24,7 @@ from xfm_fast.benchmarks.work import model as model_cases
 from xfm_fast.benchmarks.work import scenario, task_requests
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.errors import InputError
+from xfm_fast.loading import Source
 from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.vqa import AnswerRanking
 
@@ -33,7 +34,7 @@ CONFIG = preset_config("tiny")
 
 
 TINY = ScenarioOptions(
-    preset="tiny", quick=True, threads=1, device="cpu", dtype=("fp32",), mode=("offline",), baselines=("torch-eager",),
+    random="tiny", quick=True, device="cpu", dtype=("fp32",), mode=("offline",), baselines=("torch-eager",),
     image_size=48, batch=2, texts=2, k=8,
 )  # fmt: skip
 
@@ -58,7 +59,7 @@ def _little_work() -> Any:
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = photographs.bundled()
-    return Material(Subjects.chosen("tiny", None, 0), collection, make_tokenizer("tiny", None, collection))
+    return Material(Subjects.open(Source(random="tiny")), collection, make_tokenizer("tiny", None, collection))
 
 
 def test_the_list_has_the_trie_of_vqa_v2() -> None:

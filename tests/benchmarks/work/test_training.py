@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xfm_fast.benchmarks import files, report
+from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
 from xfm_fast.benchmarks.material import photographs
 from xfm_fast.benchmarks.material.inputs import preset_config
@@ -59,7 +59,7 @@ def _use(procedure: str, *_: Any, checkpointed: bool = False, **__: Any) -> Extr
 
 
 def _run(progress: Progress | None = None, **changes: Any) -> Document:
-    settings: dict[str, Any] = {"preset": "tiny", "quick": True, "threads": 1, "device": "cpu", **changes}
+    settings: dict[str, Any] = {"random": "tiny", "quick": True, "device": "cpu", **changes}
     with pytest.MonkeyPatch.context() as patch:
         # Its own test starts the processes.
         patch.setattr(training, "memory_use", _use)
@@ -179,8 +179,8 @@ def test_rows_of_a_step(tmp_path: Path) -> None:
         assert (document.like_for_like(row) == against) == (row.dtype == "fp32")
         sizes = (row.number("peak_bytes"), row.number("checkpointed_bytes"), official.number("peak_bytes"))
         assert sizes == (60, 40, 120)
-    saved = files.save(document, tmp_path, report.html(document))
-    assert files.load(saved.document) == document
+    saved = record.save(document, tmp_path, report.html(document))
+    assert record.load(saved.document) == document
 
 
 def test_a_dtype_without_parity_does_not_silence_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
