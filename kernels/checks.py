@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ BIAS_TILE = 128
 """Columns of a materialised position bias are padded to a multiple of this: the widest tile of any kernel."""
 FRAGMENT_TILE = 128, 64
 """Queries and keys of the tiles that a position bias is cut in where threads read it in fragments."""
+_INTEGERS = (torch.int32, torch.int64)
 
 
 class _Switch(threading.local):
@@ -51,64 +52,72 @@ def should_check_values(tensor: Tensor) -> bool:
     return _switch.on or tensor.device.type == "cpu"
 
 
-class Linear(NamedTuple):
-    """A linear layer: x `[..., K]`, weight `[M, K]`, bias `[M]`."""
+def refuse(must: str, **given: Any) -> NoReturn:
+    """Raise InputError with shapes, dtypes and values of arguments, and what they must be."""
+    shown = (
+        f"{name} {[*value.shape]} {str(value.dtype).removeprefix('torch.')}"
+        if isinstance(value, Tensor)
+        else f"{name}={value!r}"
+        for name, value in given.items()
+        if value is not None
+    )
+    raise InputError(f"{', '.join(shown)}: must be {must}")
+
+
+class Branch(NamedTuple):
+    """A norm, a linear layer, a GELU and another layer, and a residual sum; all but the first layer may be absent.
+
+    The last two fields are set by the operator of CPU training: the dtype of its GEMMs, and whether x is the residual.
+    """
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    eps: float = 0.0
+    weight_out: Tensor | None = None
+    bias_out: Tensor | None = None
+    residual: Tensor | None = None
+    gamma: Tensor | None = None
+    row_scale: Tensor | None = None
+    dropout_p: float = 0.0
+    residual_is_x: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The first layer's, in a list."""
+        return [self.weight]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """The first layer's, in a list."""
+        return [] if self.bias is None else [self.bias]
 
     def check(self) -> None:
         """Raise InputError for arguments that do not fit, as every `check` below."""
-        x, weight, bias = self
-        if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
-            raise InputError(f"x is {[*x.shape]} and weight {[*weight.shape]}; they must be [..., K] and [M, K]")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise InputError(f"bias is {[*bias.shape]}; it must be [{weight.shape[0]}]")
-        _one_type(x=x, weight=_typed(weight), bias=bias)
+        x, weight, weight_out = self.x, self.weight, self.weight_out
+        if self.norm_weight is not None and self.norm_bias is not None:
+            Norm(x, self.norm_weight, self.norm_bias, self.eps).check()
+        _linear(x, weight, self.bias)
+        if weight_out is not None:
+            if weight_out.ndim != 2 or weight_out.shape[1] != weight.shape[0]:
+                refuse("weight_in [F, M], weight_out [M, F]", weight_in=weight, weight_out=weight_out)
+            _linear(x, weight_out, self.bias_out, "_out")
+        if self.residual is not None:
+            _branch((*x.shape[:-1], (weight if weight_out is None else weight_out).shape[0]), self)
 
 
-class LinearResidual(NamedTuple):
-    """A linear layer at the end of a branch, and the residual that the branch is added to."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    residual: Tensor
-    gamma: Tensor | None = None
-    row_scale: Tensor | None = None
-    dropout_p: float = 0.0
-
-    def check(self) -> None:
-        Linear(self.x, self.weight, self.bias).check()
-        _branch((*self.x.shape[:-1], self.weight.shape[0]), self)
-
-
-class MLP(NamedTuple):
-    """Two linear layers with a GELU between them, and the residual that they are added to."""
-
-    x: Tensor
-    weight_in: Tensor
-    bias_in: Tensor | None
-    weight_out: Tensor
-    bias_out: Tensor | None
-    residual: Tensor
-    gamma: Tensor | None = None
-    row_scale: Tensor | None = None
-    dropout_p: float = 0.0
-
-    def check(self) -> None:
-        x, weight_in, bias_in, weight_out, bias_out, *_ = self
-        Linear(x, weight_in, bias_in).check()
-        if weight_out.ndim != 2 or weight_out.shape[1] != weight_in.shape[0]:
-            raise InputError(
-                f"weight_in is {[*weight_in.shape]} and weight_out {[*weight_out.shape]}; "
-                "they must be [F, M] and [M, F]"
-            )
-        if bias_out is not None and bias_out.shape != weight_out.shape[:1]:
-            raise InputError(f"bias_out is {[*bias_out.shape]}; it must be [{weight_out.shape[0]}]")
-        _one_type(x=x, weight_out=_typed(weight_out), bias_out=bias_out)
-        _branch((*x.shape[:-1], weight_out.shape[0]), self)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "") -> None:
+    if not name and (weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]):
+        refuse("x [..., K], weight [M, K]", x=x, weight=weight)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        refuse(f"[{weight.shape[0]}]", **{f"bias{name}": bias})
+    # 8-bit GEMMs read weights of any dtype.
+    typed = weight.dtype == x.dtype or kind_of(weight) is not None
+    if not typed or (bias is not None and bias.dtype != x.dtype):
+        _one_type(x=x, **{f"weight{name}": x if typed else weight, f"bias{name}": bias})
 
 
 class LinearGELU(NamedTuple):
@@ -120,7 +129,7 @@ class LinearGELU(NamedTuple):
     keep: bool = False
 
     def check(self) -> None:
-        Linear(*self[:3]).check()
+        _linear(*self[:3])
 
 
 class Norm(NamedTuple):
@@ -133,14 +142,11 @@ class Norm(NamedTuple):
 
     def check(self) -> None:
         x, weight, bias, eps = self
-        if x.shape[-1:] != weight.shape or weight.shape != bias.shape:
-            raise InputError(
-                f"x is {[*x.shape]}, weight {[*weight.shape]}, bias {[*bias.shape]}; the last must be [M], x [..., M]"
-            )
-        if not all(t.is_floating_point() for t in (x, weight, bias)):
-            raise InputError(f"x, weight, bias are {x.dtype}, {weight.dtype}, {bias.dtype}; they must be floating")
+        fit = x.shape[-1:] == weight.shape == bias.shape
+        if not fit or not (x.is_floating_point() and weight.is_floating_point() and bias.is_floating_point()):
+            refuse("x [..., M], weight [M], bias [M], all floating point", x=x, weight=weight, bias=bias)
         if not 0 <= eps < math.inf:
-            raise InputError(f"eps={eps}; it must be finite and not negative")
+            refuse("finite and not negative", eps=eps)
 
 
 class AddNorm(NamedTuple):
@@ -180,24 +186,14 @@ class Embedding(NamedTuple):
 
     def check(self) -> None:
         tokens, positions, word, position, type_row, weight, bias, eps, padding_idx = self
-        if (
-            tokens.shape != positions.shape
-            or word.ndim != 2
-            or position.ndim != 2
-            or word.shape[1:] != position.shape[1:]
-        ):
-            raise InputError(
-                f"tokens {[*tokens.shape]}, positions {[*positions.shape]}, word {[*word.shape]} and position "
-                f"{[*position.shape]} do not fit; they must be [...], [...], [V, M] and [P, M]"
-            )
-        if type_row.shape != word.shape[1:]:
-            raise InputError(f"type_row is {[*type_row.shape]}; it must be [{word.shape[1]}]")
-        for name, ids in (("tokens", tokens), ("positions", positions)):
-            if ids.dtype not in (torch.int32, torch.int64):
-                raise InputError(f"{name} is {ids.dtype}; ids must be int32 or int64")
-        smaller = min(word.shape[0], position.shape[0])
-        if padding_idx is not None and not 0 <= padding_idx < smaller:
-            raise InputError(f"padding_idx={padding_idx} is no row of both tables; the smaller one has {smaller}")
+        tables = word.ndim == position.ndim == 2 and word.shape[1:] == position.shape[1:] == type_row.shape
+        if not tables or tokens.shape != positions.shape:
+            must = "tokens and positions [...], word [V, M], position [P, M], type_row [M]"
+            refuse(must, tokens=tokens, positions=positions, word=word, position=position, type_row=type_row)
+        if tokens.dtype not in _INTEGERS or positions.dtype not in _INTEGERS:
+            refuse("int32 or int64", tokens=tokens, positions=positions)
+        if padding_idx is not None and not 0 <= padding_idx < min(word.shape[0], position.shape[0]):
+            refuse("a row of both tables", padding_idx=padding_idx, word=word, position=position)
         Norm(word, weight, bias, eps).check()
 
 
@@ -214,19 +210,16 @@ class Vocabulary(NamedTuple):
 
     def check(self) -> None:
         h, w, b, target, _, label_smoothing, _ = self
-        if w.ndim != 2 or h.shape[-1:] != w.shape[1:] or h.shape[:-1] != target.shape or 0 in w.shape:
-            raise InputError(
-                f"h is {[*h.shape]}, w {[*w.shape]} and target {[*target.shape]}; they must be [..., K], [V, K], [...]"
-            )
-        if b is not None and b.shape != w.shape[:1]:
-            raise InputError(f"b is {[*b.shape]}; it must be [{w.shape[0]}]")
+        fit = w.ndim == 2 and h.shape[-1:] == w.shape[1:] and h.shape[:-1] == target.shape and 0 not in w.shape
+        if not fit or (b is not None and b.shape != w.shape[:1]):
+            refuse("h [..., K], w [V, K], b [V], target [...]", h=h, w=w, b=b, target=target)
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise InputError(f"target is {target.dtype}; labels are integers")
+            refuse("integers", target=target)
         if not h.is_floating_point():
-            raise InputError(f"h is {h.dtype}; it must be floating point")
+            refuse("floating point", h=h)
         _one_type(h=h, w=w, b=b)
         if not 0 <= label_smoothing <= 1:
-            raise InputError(f"label_smoothing={label_smoothing} lies outside [0, 1]")
+            refuse("in [0, 1]", label_smoothing=label_smoothing)
 
 
 class RelPos(NamedTuple):
@@ -246,18 +239,13 @@ class RelPos(NamedTuple):
         q, table, window, key_mask = self.q, self.table, self.window, self.key_mask
         self_attention(q, self.k, self.v)
         if not isinstance(window, tuple | list) or len(window) != 2 or min(window) < 1:
-            raise InputError(f"window is {window}; it must be two positive numbers of patches, (height, width)")
+            refuse("two positive numbers of patches, (height, width)", window=window)
         height, width = window
         if q.shape[1] != 1 + height * width:
-            raise InputError(
-                f"q has {q.shape[1]} tokens; a {height}x{width} window with a class token has {1 + height * width}"
-            )
-        rows = (2 * height - 1) * (2 * width - 1) + 3
-        if table.shape != (rows, q.shape[2]) or not table.is_floating_point():
-            raise InputError(
-                f"table is {table.dtype} {[*table.shape]}; a {height}x{width} window with {q.shape[2]} heads needs "
-                f"floating point [{rows}, {q.shape[2]}]: interpolate it when the resolution changes"
-            )
+            refuse(f"q [B, {1 + height * width}, H, D], with a class token", window=window, q=q)
+        shape = ((2 * height - 1) * (2 * width - 1) + 3, q.shape[2])
+        if table.shape != shape or not table.is_floating_point():
+            refuse(f"{[*shape]} floating point; interpolate it when the resolution changes", window=window, table=table)
         _key_mask(key_mask, q.shape[:2])
 
 
@@ -278,26 +266,15 @@ class Biased(NamedTuple):
         q, k, v, bias, key_mask, dropout_p, seed, *_ = self
         fit = q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape
         if not fit or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-            raise InputError(
-                f"q must be [B, Nq, H, D] and k, v [B, Nk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
-            )
+            refuse("q [B, Nq, H, D], k and v [B, Nk, H, D]", q=q, k=k, v=v)
         _one_attention_type(q, k, v)
         (batch, queries, heads, _), keys = q.shape, k.shape[1]
         sizes = (heads, queries, keys)
-        if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True)):
-            raise InputError(
-                f"bias is {[*bias.shape]} and does not broadcast: it must be [B or 1, {heads}, {queries}, {keys}] or"
-                " have 1 where it is the same for all"
-            )
-        if bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0]):
-            raise InputError(
-                f"bias has {bias.shape[0]} entries for a batch of {batch}; it must have 1, or a divisor of it"
-            )
+        fit = bias.ndim == 4 and all(size in (1, full) for size, full in zip(bias.shape[1:], sizes, strict=True))
+        if not fit or (bias.shape[0] != batch and (not bias.shape[0] or batch % bias.shape[0])):
+            refuse(f"[G, {heads}, {queries}, {keys}] or 1 where all share it, G a divisor of {batch}", bias=bias)
         if not bias.is_floating_point() or (bias.dtype == torch.float64) != (q.dtype == torch.float64):
-            raise InputError(
-                f"bias is {bias.dtype} and q {q.dtype}; convert the bias: floating point, float64 only with float64"
-                " (of a boolean mask, zeros and -inf)"
-            )
+            refuse("floating point, float64 only with float64; of a boolean mask, zeros and -inf", bias=bias, q=q)
         _key_mask(key_mask, torch.Size((batch, keys)))
         dropout(dropout_p, seed)
 
@@ -317,14 +294,11 @@ class Packed(NamedTuple):
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """All but the contents of the offsets, for the operands that they describe."""
         if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-            raise InputError(f"q must be [Tq, H, D] and k, v [Tk, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+            refuse("q [Tq, H, D], k and v [Tk, H, D]", q=q, k=k, v=v)
         _one_attention_type(q, k, v)
-        for name, offsets in (("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k)):
-            if offsets.ndim != 1 or offsets.numel() < 1 or offsets.dtype not in (torch.int32, torch.int64):
-                raise InputError(f"{name} is {offsets.dtype} {[*offsets.shape]}; it must be int32 or int64 [S + 1]")
-        sizes = self.cu_seqlens_q.numel(), self.cu_seqlens_k.numel()
-        if sizes[0] != sizes[1]:
-            raise InputError(f"cu_seqlens_q has {sizes[0]} offsets and cu_seqlens_k {sizes[1]}; both need S + 1")
+        bounds = self[:2]
+        if any(t.ndim != 1 or t.shape != bounds[0].shape or not t.numel() or t.dtype not in _INTEGERS for t in bounds):
+            refuse("both int32 or int64 [S + 1]", cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
         _key_mask(self.key_mask, k.shape[:1])
         dropout(self.dropout_p, self.seed)
 
@@ -363,7 +337,7 @@ class Varlen(NamedTuple):
 def self_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Operands of attention within one sequence."""
     if not q.ndim == k.ndim == v.ndim == 4 or not q.shape == k.shape == v.shape:
-        raise InputError(f"q, k, v must all be [B, N, H, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+        refuse("all [B, N, H, D]", q=q, k=k, v=v)
     _one_attention_type(q, k, v)
 
 
@@ -383,10 +357,8 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
     if padded:
         shapes = [bias_shape(tokens, heads, fragments=fragments) for fragments in (False, True)]
     if bias.shape not in shapes or not bias.is_floating_point() or bias.device != q.device:
-        raise InputError(
-            f"bias is {bias.dtype} {[*bias.shape]} on {bias.device}; here relpos_bias makes [{heads}, {tokens}, "
-            f"{shapes[0][-1]}] on {q.device}: give what it returned for the same table, window and device"
-        )
+        must = f"{[*shapes[0]]} on {q.device}, what relpos_bias returned for the same table, window and device"
+        refuse(must, bias=bias)
     if bias.requires_grad and torch.is_grad_enabled():
         raise InputError(
             "bias requires a gradient, which relpos_attention has for its table only; detach it or use bias_attention"
@@ -396,10 +368,9 @@ def position_bias(bias: Tensor, q: Tensor, *, padded: bool) -> None:
 def dropout(dropout_p: float, seed: Tensor | None) -> None:
     """A probability, and what decides which elements it concerns."""
     if not 0 <= dropout_p < 1:
-        raise InputError(f"dropout_p={dropout_p} is no probability below 1")
+        refuse("a probability below 1", dropout_p=dropout_p)
     if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
-        shown = f"{seed.dtype} {[*seed.shape]}" if isinstance(seed, Tensor) else repr(seed)
-        raise InputError(f"seed is {shown}; it must be one int64 on the device of the other tensors")
+        refuse("one int64 on the device of the other tensors", seed=seed)
 
 
 def seed_of(dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -419,7 +390,7 @@ def drawn_seed(dropout_p: float, seed: Tensor | None, device: torch.device) -> T
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the scores q kᵀ: 1/sqrt(D) by default."""
     if not q.ndim or not q.shape[-1]:
-        raise InputError(f"q is {[*q.shape]}; its heads need at least one dimension")
+        refuse("of heads with at least one dimension", q=q)
     return float(q.shape[-1] ** -0.5) if scale is None else positive_scale(scale)
 
 
@@ -427,7 +398,7 @@ def positive_scale(scale: float) -> float:
     """The scale, if an online softmax can divide by it and take maxima before it is applied."""
     # A comparison, which compilers can trace, and not isfinite, which they cannot.
     if not 0 < scale < math.inf:
-        raise InputError(f"scale={scale}; it must be positive and finite")
+        refuse("positive and finite", scale=scale)
     return scale
 
 
@@ -468,30 +439,22 @@ def _branch(out: tuple[int, ...], branch: Any) -> None:
     """The factors of a branch of shape `[..., M]`, and the residual that it is added to."""
     residual, gamma, row_scale = branch.residual, branch.gamma, branch.row_scale
     if residual.shape != out:
-        raise InputError(f"the branch is {[*out]} and residual {[*residual.shape]}; they must agree")
+        refuse(f"{[*out]}, the shape of the branch", residual=residual)
     if gamma is not None and (gamma.shape != out[-1:] or not gamma.is_floating_point()):
-        raise InputError(f"gamma is {gamma.dtype} {[*gamma.shape]}; it must be floating point [{out[-1]}]")
+        refuse(f"floating point [{out[-1]}]", gamma=gamma)
     if row_scale is not None and (len(out) < 2 or row_scale.shape != out[:1] or not row_scale.is_floating_point()):
-        raise InputError(
-            f"row_scale is {row_scale.dtype} {[*row_scale.shape]}; a branch {[*out]} needs one factor per entry of its "
-            f"first dimension: floating point {[*out[:1]]}"
-        )
+        refuse(f"floating point {[*out[:1]]}, a factor per entry of a branch {[*out]}", row_scale=row_scale)
     dropout(branch.dropout_p, None)
 
 
 def _key_mask(mask: Tensor | None, shape: torch.Size) -> None:
     if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
-        raise InputError(f"key_mask is {mask.dtype} {[*mask.shape]}; it must be bool {[*shape]}")
-
-
-def _typed(weight: Tensor) -> Tensor | None:
-    """The weight, if its dtype has to be that of the activations."""
-    return weight if kind_of(weight) is None else None
+        refuse(f"bool {[*shape]}", key_mask=mask)
 
 
 def _one_attention_type(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise InputError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating-point type")
+        refuse("of one floating-point type", q=q, k=k, v=v)
 
 
 def _one_type(**tensors: Tensor | None) -> None:
@@ -504,5 +467,4 @@ def _one_type(**tensors: Tensor | None) -> None:
     from .library import autocast_dtype
 
     if autocast_dtype(first.device) is None:
-        names, types = ", ".join(present), ", ".join(str(t.dtype) for t in present.values())
-        raise InputError(f"{names} are {types}; convert them to one type, or run them under torch.autocast")
+        refuse("of one type, or run under torch.autocast", **present)

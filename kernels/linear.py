@@ -17,12 +17,12 @@ from xfm_fast.errors import InputError, UnavailableError
 
 from . import fp8, reference
 from .backend import Backend, resolve
-from .checks import MLP, Linear, LinearGELU, LinearResidual, Norm
+from .checks import Branch, LinearGELU
 from .cpu import gemm as cpu
 from .cpu import int8
 from .cpu import norms as cpu_norms
 from .cpu.workspace import Dropout, scratch
-from .ladder import CPU_DTYPES, Call, Op, trains
+from .ladder import CPU_DTYPES, Call, Op, Rung, trains
 from .library import Gradients, autocast_dtype, differentiable, on_device_of_arguments
 from .limits import LARGEST_WIDTH
 from .marked import EightBits, kind_of
@@ -46,25 +46,78 @@ def type_beside(kind: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if fast else None
 
 
+def _infer(a: Branch, _: Call) -> Tensor:
+    """On a CPU, without a norm."""
+    if a.weight_out is not None:
+        return cpu.mlp_residual(a.x, a.weight, a.bias, a.weight_out, a.bias_out, a.residual, a.gamma)
+    if a.residual is not None:
+        return cpu.linear_residual(a.x, a.weight, a.bias, a.residual, a.gamma)
+    return cpu.linear(a.x, a.weight, a.bias)
+
+
+def _infer_in_int8(a: Branch, _: Call) -> Tensor:
+    norm = None if a.norm_weight is None else a[3:6]
+    if a.weight_out is not None:
+        layers = (a.weight, a.bias, a.weight_out, a.bias_out)
+        return int8.mlp_residual(a.x, *layers, a.residual, a.gamma, norm=norm)
+    if a.residual is not None:
+        return int8.linear_residual(a.x, a.weight, a.bias, a.residual, a.gamma)
+    return int8.linear(a.x, a.weight, a.bias, norm=norm)
+
+
+def _in_fp8(a: Branch, call: Call) -> Tensor:
+    out = fp8.linear(a.x, a.weight, a.bias, call.backend)
+    return out if a.residual is None else reference.branch_end(out, a.residual, a.gamma, a.row_scale, a.dropout_p)
+
+
+def _by_reference(a: Branch, _: Call) -> Tensor:
+    out = reference.linear(a.x, a.weight, a.bias)
+    return out if a.residual is None else reference.branch_end(out, a.residual, a.gamma, a.row_scale, a.dropout_p)
+
+
+def _layer_by_layer(a: Branch, call: Call) -> Tensor:
+    """The norm, each linear layer and the residual sum by operations of their own."""
+    if a.norm_weight is not None:
+        normed = layer_norm(a.x, *a[3:6], backend=call.backend)
+        rest = a._replace(x=normed, norm_weight=None, norm_bias=None)
+        return (_linear if a.weight_out is None else _mlp_residual)(rest, call.backend)
+    hidden = linear_gelu(a.x, a.weight, a.bias, backend=call.backend)
+    last = a._replace(x=hidden, weight=a.weight_out, bias=a.bias_out, weight_out=None, bias_out=None)
+    return _linear_residual(last, call.backend)
+
+
+def _train(a: Branch, _: Call) -> Tensor:
+    """The operator in the dtype of its GEMMs; a normed x keeps its own. Dropout and learned factors are outside."""
+    dtype = autocast_dtype(a.x.device) or a.x.dtype
+    x = a.x.to(dtype) if a.norm_weight is None else a.x
+    inner = a._replace(x=x, residual_is_x=a.residual is x, dtype=dtype)
+    if a.dropout_p or (a.row_scale is not None and a.row_scale.requires_grad):
+        inner = inner._replace(residual=None, gamma=None, row_scale=None, dropout_p=0.0, residual_is_x=False)
+        return _add_branch(_branch(inner, "cpu")[0], a.residual, a.gamma, a.row_scale, a.dropout_p)
+    return _branch(inner, "cpu")[0]
+
+
+_SINGLE: dict[Rung, Any] = {
+    "frozen": _infer,
+    "fp8": _in_fp8,
+    "int8": _infer_in_int8,
+    "inference": _infer,
+    "training": _train,
+    "reference": _by_reference,
+}
+_SEVERAL: dict[Rung, Any] = {**_SINGLE, "fp8": _layer_by_layer, "reference": _layer_by_layer}
+_NORMED = {rung: run for rung, run in _SEVERAL.items() if rung not in ("frozen", "inference")}
+_LAYERS = ("weight", "weight_out")
+_linear = Op("linear", Branch, _SINGLE, weights=("weight",), pays="linear")
+_linear_residual = Op("linear_residual", Branch, _SINGLE, weights=("weight",), pays="linear_residual")
+_mlp_residual = Op("mlp_residual", Branch, _SEVERAL, weights=_LAYERS, pays="mlp_residual")
+_layer_norm_linear = Op("layer_norm_linear", Branch, _NORMED, weights=("weight",), pays="linear")
+_layer_norm_mlp = Op("layer_norm_mlp", Branch, _NORMED, weights=_LAYERS, pays="mlp_residual")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
     """`x W^T + b`. x `[..., K]`, weight `[M, K]`, bias `[M]` → `[..., M]`."""
-    return _linear(Linear(x, weight, bias), backend)
-
-
-_linear = Op(
-    "linear",
-    Linear,
-    {
-        "frozen": lambda a, _: cpu.linear(*a),
-        "fp8": lambda a, call: fp8.linear(*a, call.backend),
-        "int8": lambda a, _: int8.linear(*a),
-        "inference": lambda a, _: cpu.linear(*a),
-        "training": lambda a, _: _trained(_Branch(a.x, a.weight, a.bias)),
-        "reference": lambda a, _: reference.linear(*a),
-    },
-    weights=("weight",),
-    pays="linear",
-)
+    return _linear(Branch(x, weight, bias), backend)
 
 
 def joined_linear(
@@ -77,7 +130,7 @@ def joined_linear(
     call = Call(backend, resolve(backend, x, *weights, *biases))
     if trains(call, [x, *weights, *biases]) and not any(kind_of(w) or fp8.concerns(w) for w in weights):
         for number, weight in enumerate(weights):
-            Linear(x, weight, biases[number] if biases else None).check()
+            Branch(x, weight, biases[number] if biases else None).check()
         dtype = autocast_dtype(x.device) or x.dtype
         return _side_by_side(_Joined(x.to(dtype), [*weights], [*biases], dtype), "cpu")[0]
     return linear(x, torch.cat([*weights]), torch.cat([*biases]) if biases else None, backend=backend)
@@ -180,23 +233,8 @@ def linear_residual(
         row_scale: `[B]`, one factor per entry of the first dimension: stochastic depth.
         dropout_p: probability of zeroing an element of the branch.
     """
-    return _linear_residual(LinearResidual(x, weight, bias, residual, gamma, row_scale, dropout_p), backend)
-
-
-_linear_residual = Op(
-    "linear_residual",
-    LinearResidual,
-    {
-        "frozen": lambda a, _: cpu.linear_residual(*a[:5]),
-        "fp8": lambda a, call: reference.branch_end(fp8.linear(*a[:3], call.backend), *a[3:]),
-        "int8": lambda a, _: int8.linear_residual(*a[:5]),
-        "inference": lambda a, _: cpu.linear_residual(*a[:5]),
-        "training": lambda a, _: _trained_end(_Branch(a.x, a.weight, a.bias), *a[3:]),
-        "reference": lambda a, _: reference.linear_residual(*a),
-    },
-    weights=("weight",),
-    pays="linear_residual",
-)
+    branch = Branch(x, weight, bias, residual=residual, gamma=gamma, row_scale=row_scale, dropout_p=dropout_p)
+    return _linear_residual(branch, backend)
 
 
 def mlp_residual(
@@ -218,67 +256,8 @@ def mlp_residual(
         x, residual: `[..., M]`; weight_in: `[F, M]`; bias_in: `[F]`; weight_out: `[M, F]`; bias_out: `[M]`.
         gamma, row_scale, dropout_p: as in `linear_residual`.
     """
-    layers = (weight_in, bias_in, weight_out, bias_out)
-    return _mlp_residual(MLP(x, *layers, residual, gamma, row_scale, dropout_p), backend)
-
-
-def _layer_by_layer(a: MLP, call: Call) -> Tensor:
-    hidden = linear_gelu(a.x, a.weight_in, a.bias_in, backend=call.backend)
-    return _linear_residual(LinearResidual(hidden, *a[3:]), call.backend)
-
-
-def _mlp_branch(a: Any) -> _Branch:
-    return _Branch(a.x, a.weight_in, a.bias_in, weight_out=a.weight_out, bias_out=a.bias_out)
-
-
-_mlp_residual = Op(
-    "mlp_residual",
-    MLP,
-    {
-        "frozen": lambda a, _: cpu.mlp_residual(*a[:7]),
-        "fp8": _layer_by_layer,
-        "int8": lambda a, _: int8.mlp_residual(*a[:7]),
-        "inference": lambda a, _: cpu.mlp_residual(*a[:7]),
-        "training": lambda a, _: _trained_end(_mlp_branch(a), *a[5:]),
-        "reference": _layer_by_layer,
-    },
-    weights=("weight_in", "weight_out"),
-    pays="mlp_residual",
-)
-
-
-class _NormLinear(NamedTuple):
-    """A norm and a linear layer."""
-
-    x: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    eps: float
-    weight: Tensor
-    bias: Tensor | None
-
-    def check(self) -> None:
-        Norm(*self[:4]).check()
-        Linear(self.x, self.weight, self.bias).check()
-
-
-class _NormMLP(NamedTuple):
-    """A norm and the MLP branch after it, which x is the residual of."""
-
-    x: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    eps: float
-    weight_in: Tensor
-    bias_in: Tensor | None
-    weight_out: Tensor
-    bias_out: Tensor | None
-    gamma: Tensor | None = None
-    row_scale: Tensor | None = None
-
-    def check(self) -> None:
-        Norm(*self[:4]).check()
-        MLP(self.x, *self[4:8], self.x, *self[8:]).check()
+    layers = (weight_in, bias_in, None, None, 0.0, weight_out, bias_out)
+    return _mlp_residual(Branch(x, *layers, residual, gamma, row_scale, dropout_p), backend)
 
 
 def layer_norm_linear(
@@ -296,25 +275,7 @@ def layer_norm_linear(
     Args:
         x: `[..., K]`; norm_weight, norm_bias, eps: of the norm; weight: `[M, K]`; bias: `[M]`.
     """
-    return _layer_norm_linear(_NormLinear(x, norm_weight, norm_bias, eps, weight, bias), backend)
-
-
-def _norm_then_linear(a: _NormLinear, call: Call) -> Tensor:
-    return linear(layer_norm(*a[:4], backend=call.backend), a.weight, a.bias, backend=call.backend)
-
-
-_layer_norm_linear = Op(
-    "layer_norm_linear",
-    _NormLinear,
-    {
-        "fp8": _norm_then_linear,
-        "int8": lambda a, _: int8.linear(a.x, a.weight, a.bias, norm=a[1:4]),
-        "training": lambda a, _: _trained(_Branch(a.x, a.weight, a.bias, *a[1:4])),
-        "reference": _norm_then_linear,
-    },
-    weights=("weight",),
-    pays="linear",
-)
+    return _layer_norm_linear(Branch(x, weight, bias, norm_weight, norm_bias, eps), backend)
 
 
 def layer_norm_mlp(
@@ -338,29 +299,8 @@ def layer_norm_mlp(
     Args:
         x: `[..., M]`; norm_weight, norm_bias, eps: of the norm; the others as in `mlp_residual`.
     """
-    layers = (weight_in, bias_in, weight_out, bias_out)
-    return _layer_norm_mlp(_NormMLP(x, norm_weight, norm_bias, eps, *layers, gamma, row_scale), backend)
-
-
-def _norm_then_mlp(a: _NormMLP, call: Call) -> Tensor:
-    normed = layer_norm(*a[:4], backend=call.backend)
-    return _mlp_residual(MLP(normed, *a[4:8], a.x, *a[8:]), call.backend)
-
-
-_layer_norm_mlp = Op(
-    "layer_norm_mlp",
-    _NormMLP,
-    {
-        "fp8": _norm_then_mlp,
-        "int8": lambda a, _: int8.mlp_residual(a.x, *a[4:8], a.x, a.gamma, norm=a[1:4]),
-        "training": lambda a, _: _trained_end(
-            _mlp_branch(a)._replace(norm_weight=a.norm_weight, norm_bias=a.norm_bias, eps=a.eps), a.x, *a[8:]
-        ),
-        "reference": _norm_then_mlp,
-    },
-    weights=("weight_in", "weight_out"),
-    pays="mlp_residual",
-)
+    layers = (weight_in, bias_in, norm_weight, norm_bias, eps, weight_out, bias_out)
+    return _layer_norm_mlp(Branch(x, *layers, x, gamma, row_scale), backend)
 
 
 class _LinearNorm(NamedTuple):
@@ -379,9 +319,9 @@ class _LinearNorm(NamedTuple):
     wide: bool = False
 
     @property
-    def branch(self) -> LinearResidual:
+    def branch(self) -> Branch:
         """All but the norm."""
-        return LinearResidual(*self[:4], *self[7:10])
+        return Branch(*self[:3], None, None, 0.0, None, None, self.residual, *self[7:10])
 
     def check(self) -> None:
         self.branch.check()
@@ -422,7 +362,7 @@ def _sum_then_norm(a: _LinearNorm, call: Call) -> tuple[Tensor, Tensor]:
     return reference.layer_norm(summed, *a[4:7]), summed
 
 
-def _sum_then_norm_on_cpu(a: _LinearNorm, _: Call) -> tuple[Tensor, Tensor]:
+def _infer_then_norm(a: _LinearNorm, _: Call) -> tuple[Tensor, Tensor]:
     summed = cpu.linear_residual(*a[:4], a.gamma)
     return reference.layer_norm(summed, *a[4:7]), summed
 
@@ -437,10 +377,10 @@ _linear_add_layer_norm = Op(
     "linear_add_layer_norm",
     _LinearNorm,
     {
-        "frozen": _sum_then_norm_on_cpu,
+        "frozen": _infer_then_norm,
         "fp8": _linear_then_norm,
         "int8": _sum_then_norm,
-        "inference": _sum_then_norm_on_cpu,
+        "inference": _infer_then_norm,
         "reference": _linear_then_norm,
     },
     weights=("weight",),
@@ -448,36 +388,8 @@ _linear_add_layer_norm = Op(
 )
 
 
-class _Branch(NamedTuple):
-    """What one operator runs in training on a CPU: a norm, a layer, a GELU and another layer, a residual sum."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
-    eps: float = 0.0
-    weight_out: Tensor | None = None
-    bias_out: Tensor | None = None
-    residual: Tensor | None = None
-    gamma: Tensor | None = None
-    row_scale: Tensor | None = None
-    residual_is_x: bool = False
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The only one, in a list."""
-        return [self.weight]
-
-    @property
-    def biases(self) -> list[Tensor]:
-        """The only one, in a list."""
-        return [] if self.bias is None else [self.bias]
-
-
 class _Joined(NamedTuple):
-    """The same of layers side by side. A list of tensors costs an operator tens of microseconds."""
+    """Training of layers side by side. A list of tensors costs an operator tens of microseconds."""
 
     x: Tensor
     weights: list[Tensor]
@@ -485,26 +397,6 @@ class _Joined(NamedTuple):
     dtype: torch.dtype
     norm_weight = weight_out = residual = gamma = row_scale = None
     residual_is_x = False
-
-
-def _trained(branch: _Branch) -> Tensor:
-    """The operator of a branch in the dtype of its GEMMs. A normed x stays as it is."""
-    dtype = autocast_dtype(branch.x.device) or branch.x.dtype
-    x = branch.x.to(dtype) if branch.norm_weight is None else branch.x
-    return _branch(branch._replace(x=x, residual_is_x=branch.residual is x, dtype=dtype), "cpu")[0]
-
-
-def _trained_end(
-    branch: _Branch,
-    residual: Tensor,
-    gamma: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """A branch in training with its residual sum; dropout and learned factors are not the operator's."""
-    if dropout_p or (row_scale is not None and row_scale.requires_grad):
-        return _add_branch(_trained(branch), residual, gamma, row_scale, dropout_p)
-    return _trained(branch._replace(residual=residual, gamma=gamma, row_scale=row_scale))
 
 
 def _add_branch(
@@ -694,7 +586,7 @@ def _as_parts(gradient: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return gradient
 
 
-def _branch_gradient(call: Any, grads: Gradients, a: _Branch, *rest: Any) -> Gradients:
+def _branch_gradient(call: Any, grads: Gradients, a: Branch, *rest: Any) -> Gradients:
     """That of a residual which is not x is the upstream gradient itself."""
     *found, _ = call(grads, a, *rest)
     needs = rest[1]
@@ -704,7 +596,7 @@ def _branch_gradient(call: Any, grads: Gradients, a: _Branch, *rest: Any) -> Gra
 _WRT = ("x", "weight", "bias", "norm_weight", "norm_bias", "weight_out", "bias_out", "gamma", "residual")
 _branch = differentiable(
     "trained_branch",
-    _Branch,
+    Branch,
     _branch_forward,
     _branch_fake,
     _branch_backward,

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import host, reference
 from ..limits import HIDDEN
 from . import llvm
-from .selection import odd_size_fallback, select
+from .selection import Race, operands, register, select
 from .workspace import Dropout, scratch
 
 # Up to this many scores, a sequence is a short one: its products are too small for a library to be quick at them.
@@ -94,13 +94,10 @@ def tiles(q: Tensor, keys: int, period: int = 1) -> Iterator[Tile]:
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
     """Attention `[B, N, H, D]` with a bias `[G, H, N, N]`: entry b mod G for batch entry b, G a divisor of B."""
     short = q.shape[1] * k.shape[1] <= _SHORT_SCORES
-    if short and q.shape[0] > _FEW:
-        name = _select("short biased attention", _SHORT, _windows_example, q)
-    elif short or max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS:
+    if (short and q.shape[0] <= _FEW) or (not short and max(q.shape[1], k.shape[1]) <= _MEDIUM_TOKENS):
         # Whichever is the best without a bias is so with one.
         return plain_attention(q, k, v, scale, bias)
-    else:
-        name = _select("biased attention", _ALL, _biased_example, q)
+    name = _select("short biased attention" if short else "biased attention", q)
     # Converted once, not for every tile; the compiled kernel adds it in fp32.
     return _ALL[name](q, k, v, scale, bias if name == "llvm" else bias.to(q.dtype))
 
@@ -116,20 +113,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor 
 def choice(queries: int, keys: int, q: Tensor) -> str:
     """The candidate that runs attention of q `[..., D]` without a position bias."""
     if queries * keys <= _SHORT_SCORES:
-        return _select("short attention", _SHORT, _short_example, q)
-    if max(queries, keys) <= _MEDIUM_TOKENS:
-        return _select("medium attention", _ALL, _medium_example, q)
-    return _select("attention", _ALL, _plain_example, q)
+        return _select("short attention", q)
+    return _select("medium attention" if max(queries, keys) <= _MEDIUM_TOKENS else "attention", q)
 
 
-def _select(
-    operation: str, candidates: _Candidates, example: Callable[[torch.dtype], tuple[Any, ...]], q: Tensor
-) -> str:
-    if not llvm.whole(q.shape[-1], q.dtype):
-        operation, candidates = odd_size_fallback(operation, candidates)
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    return select(operation, candidates, example, q.dtype)
+def _select(operation: str, q: Tensor) -> str:
+    return select(operation, q.dtype, whole=llvm.whole(q.shape[-1], q.dtype))
 
 
 def tiled_attention(
@@ -222,7 +211,7 @@ def compiles_backward(q: Tensor, keys: int, queries: int | None = None, *, biase
     """Whether our kernel computes gradients of attention without dropout; q is `[B, Nq, H, D]`, or `[..., D]`."""
     queries = q.shape[1] if queries is None else queries
     operation = ("short " if queries * keys <= _SHORT_SCORES else "") + "biased " * biased + "attention backward"
-    if _select(operation, *RACES[operation], q) != "llvm":
+    if _select(operation, q) != "llvm":
         return False
     from .llvm.attention_backward import takes
 
@@ -494,46 +483,22 @@ if _LLVM:
     _BACKWARD["llvm"] = partial(_gradients, compiled_backward)
 
 
-def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+def _example(dtype: torch.dtype, q: tuple[int, ...], keys: int, bias: tuple[int, ...] | None = None) -> tuple[Any, ...]:
+    """Q of this shape, k, v and scale, and a bias of this shape."""
+    k = (q[0], keys, *q[2:])
+    return *operands(dtype, q, k, k), q[-1] ** -0.5, None if bias is None else operands(dtype, bias)[0]
 
 
-def _plain_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, None]:
-    q, k, v = _random(dtype, (1, 416, 4, 64), (1, 577, 4, 64), (1, 577, 4, 64))
-    return q, k, v, 0.125, None
-
-
-def _medium_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, None]:
-    q, k, v = _random(dtype, *[(6, 96, 12, 64)] * 3)
-    return q, k, v, 0.125, None
-
-
-def _short_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, None]:
-    q, k, v = _random(dtype, *[(24, 13, 12, 64)] * 3)
-    return q, k, v, 0.125, None
-
-
-def _biased_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, Tensor]:
-    qkv, bias = _random(dtype, (1, 197, 3, 12, 64), (1, 12, 197, 197))
-    q, k, v = qkv.unbind(2)
-    return q, k, v, 0.125, bias
-
-
-def _windows_example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, Tensor]:
-    q, k, v, bias = _random(dtype, *[(32, 49, 6, 32)] * 3, (16, 6, 49, 49))
-    return q, k, v, 0.18, bias
-
-
-RACES: dict[str, tuple[_Candidates, Callable[[torch.dtype], tuple[Any, ...]]]] = {
-    "attention": (_ALL, _plain_example),
-    "medium attention": (_ALL, _medium_example),
-    "short attention": (_SHORT, _short_example),
-    "biased attention": (_ALL, _biased_example),
-    "short biased attention": (_SHORT, _windows_example),
-    "attention backward": (_BACKWARD, _plain_example),
-    "short attention backward": (_BACKWARD, _short_example),
-    "biased attention backward": (_BACKWARD, _biased_example),
-    "short biased attention backward": (_BACKWARD, _windows_example),
+# The operands that are timed: a passage over an image, texts, captions; an image, and windows of one.
+_EXAMPLES: dict[str, tuple[tuple[int, int, int, int], int, tuple[int, ...] | None]] = {
+    "attention": ((1, 416, 4, 64), 577, None),
+    "medium attention": ((6, 96, 12, 64), 96, None),
+    "short attention": ((24, 13, 12, 64), 13, None),
+    "biased attention": ((1, 197, 12, 64), 197, (1, 12, 197, 197)),
+    "short biased attention": ((32, 49, 6, 32), 49, (16, 6, 49, 49)),
 }
-"""Kinds of attention, with the operands that are timed to choose each."""
+for _name, (_q, _keys, _bias) in _EXAMPLES.items():
+    _flops, _make = 4 * math.prod(_q) * _keys, partial(_example, q=_q, keys=_keys, bias=_bias)
+    register(_name, Race(_SHORT if _name.startswith("short") else _ALL, _make, _flops))
+    if "medium" not in _name:
+        register(f"{_name} backward", Race(_BACKWARD, _make, 10 * _flops // 4))

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..derived import derived
 from . import llvm
-from .selection import Selection, compare_candidates, odd_size_fallback, select
+from .selection import Race, Selection, compare, operands, register, select
 from .workspace import scratch
 
 Product = Callable[..., Tensor]
 """From x `[n, K]`, weight `[M, K]`, bias `[M]` or None, and further tensors of n rows: `[n, M]`."""
 
 # Shape of the products that decide: packed caption tokens through a layer of the base width, and a single caption.
-_ROWS, _FEW_ROWS, _INPUTS, _OUTPUTS, _WIDE = 224, 13, 768, 768, 3072
+_ROWS, _FEW_ROWS, _WIDTH, _WIDE = 224, 13, 768, 3072
 # Fewer rows are autotuned separately: MKL's fp32 GEMMs of 13 rows take up to 1.7 times as long as of 16.
 _FEW = 16
 _HIDDEN_BYTES = 6 << 20
@@ -31,7 +31,7 @@ _HIDDEN_BYTES = 6 << 20
 _COMPILED_ROWS = 2048
 # Shapes of the products that decide: two images through a layer of a base-size encoder, and as many as a weight's
 # gradient sums over in one step of it.
-_TRAINED_ROWS, _SUMMED, _WIDTH = 394, 1576, 768
+_TRAINED_ROWS, _SUMMED = 394, 1576
 # Rows that are transposed at once. The columns of wider blocks collide in cache.
 _BLOCK = 64
 # Rows of a slice for each thread: enough to keep it busy, and always divided well.
@@ -158,7 +158,7 @@ def mlp_residual(
 
 def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`, in the dtype of x; no copy of the weight survives."""
-    name = _select("trained linear", _TRAINED, _trained_example, weight, dtype=x.dtype)
+    name = _select("trained linear", weight, x.dtype)
     # Our kernel rounds a weight where it lays it out, others are given a copy.
     weight = weight if name == "llvm" else weight.to(x.dtype)
     return _TRAINED[name](x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -166,7 +166,7 @@ def trained_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, place: Tensor | None = None) -> Tensor:
     """`dout (f · W)`: `[..., M]`, `[M, K]` → `[..., K]` in the dtype of dout, with factors `[M]`."""
-    name = _select("input gradient", _INPUT, _input_example, weight, turned=True, dtype=dout.dtype)
+    name = _select("input gradient", weight, dout.dtype, turned=True)
     rows, found = dout.reshape(-1, dout.shape[-1]), None
     if name == "llvm":
         # The kernel rounds and scales the weight where it lays it out.
@@ -181,7 +181,7 @@ def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, 
 
 def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, sums: Tensor | None = None) -> Tensor:
     """`dout^T x` over all rows: `[..., M]`, `[..., K]` → `[M, K]`; `sums` `[M]` in fp32 receives the bias gradient."""
-    name = select("weight gradient", _WEIGHT, _weight_example, dout.dtype)
+    name = select("weight gradient", dout.dtype)
     dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
     if name == "llvm":
         # The GEMM sums in fp32: no second pass widens the result or reads dout again for the bias.
@@ -197,42 +197,27 @@ def bias_gradient(dout: Tensor) -> Tensor:
 
 
 def _choose(operation: str, weight: Tensor, rows: int) -> str:
-    candidates = CANDIDATES[operation]
     if weight.is_mkldnn and operation != "linear_gelu":
         return "onednn"
-    if rows < _FEW and not weight.is_mkldnn and _HERE and _of_few_rows(operation, weight) == "llvm":
+    of_few_rows = f"{operation} of few rows"
+    if rows < _FEW and not weight.is_mkldnn and _HERE and _select(of_few_rows, weight) == "llvm":
         # Whatever is best for many rows; before a first caption nobody waits for that comparison.
         return "llvm"
-    name = _select(operation, candidates, EXAMPLES[operation], weight)
+    name = _select(operation, weight)
     if weight.is_mkldnn:
         # Whether the GELU is fused was found for weights that are packed at every call; it is the same GELU.
         return "onednn+gelu" if name == "onednn+gelu" else "onednn"
     if "packed" in name and type(weight) is Frozen:
         # The same GEMM without a copy; a frozen weight has no storage to copy.
         name = "onednn"
-    return _of_few_rows(operation, weight) if rows < _FEW and "packed" not in name else name
+    return _select(of_few_rows, weight) if rows < _FEW and "packed" not in name else name
 
 
-def _of_few_rows(operation: str, weight: Tensor) -> str:
-    few = f"{operation} of few rows"
-    return _select(few, LIGHT[operation], EXAMPLES[few], weight)
-
-
-def _select(
-    operation: str,
-    candidates: dict[str, Product],
-    example: Callable[[torch.dtype], tuple[Tensor, ...]],
-    weight: Tensor,
-    *,
-    turned: bool = False,
-    dtype: torch.dtype | None = None,
-) -> str:
+def _select(operation: str, weight: Tensor, dtype: torch.dtype | None = None, *, turned: bool = False) -> str:
     """The choice for a weight `[M, K]`, or `[K, M]` if `turned`, in a dtype, by default its own."""
     inputs, outputs = weight.shape if turned else weight.shape[::-1]
     dtype = dtype or weight.dtype
-    if not llvm.fits(outputs, inputs, dtype):
-        operation, candidates = odd_size_fallback(operation, candidates)
-    return select(operation, candidates, example, dtype)
+    return select(operation, dtype, whole=llvm.fits(outputs, inputs, dtype))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -394,43 +379,7 @@ _RESIDUAL: dict[str, Product] = {
 }
 
 
-def _weight(value: Tensor) -> nn.Parameter:
-    """A weight that is read from memory in a timing, as in a model."""
-    return nn.Parameter(value, requires_grad=False)
-
-
-def _example(dtype: torch.dtype, rows: int = _ROWS, outputs: int = _OUTPUTS) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, _INPUTS, generator=generator)
-    weight = torch.randn(outputs, _INPUTS, generator=generator) / _INPUTS**0.5
-    weight = weight.to(dtype)
-    # Reading the weight of few rows from memory takes all candidates equally long: in cache they differ.
-    weight = _weight(weight) if rows > _FEW_ROWS else weight
-    return x.to(dtype), weight, torch.randn(outputs, generator=generator).to(dtype)
-
-
-def _residual_example(dtype: torch.dtype, rows: int = _ROWS) -> tuple[Tensor, ...]:
-    x, weight, bias = _example(dtype, rows)
-    return x, weight, bias, torch.randn(rows, _OUTPUTS, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
 CANDIDATES = {"linear": _LINEAR, "linear_gelu": _GELU, "linear_residual": _RESIDUAL}
-LIGHT = {
-    operation: {name: candidate for name, candidate in candidates.items() if "packed" not in name}
-    for operation, candidates in CANDIDATES.items()
-}
-"""Of few rows: a second copy of all weights is too much for the little that it saves there."""
-_MANY = {"linear": _example, "linear_gelu": _example, "linear_residual": _residual_example}
-EXAMPLES: dict[str, Callable[[torch.dtype], tuple[Tensor, ...]]] = {
-    **_MANY,
-    **{f"{operation} of few rows": partial(example, rows=_FEW_ROWS) for operation, example in _MANY.items()},
-}
-"""Operands that are timed to choose each operation."""
-LAYOUT = (
-    {name: product for name, product in _LINEAR.items() if name != "onednn"},
-    partial(_example, rows=_FEW_ROWS, outputs=_WIDE),
-)
-"""What a layout gains for few rows: the products, and the operands that are timed."""
 
 
 def _transpose(x: Tensor, place: Tensor) -> Tensor:
@@ -483,33 +432,38 @@ _WEIGHT: dict[str, Product] = {
 }
 
 
-def _random(dtype: torch.dtype, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple((torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype) for shape in shapes)
+def _example(
+    dtype: torch.dtype, rows: int, outputs: int = _WIDTH, names: tuple[str, ...] = ("x", "weight", "bias")
+) -> tuple[Tensor, ...]:
+    """Operands of a layer of the base width, by name."""
+    shapes = {"x": (rows, _WIDTH), "weight": (outputs, _WIDTH), "bias": (outputs,), "residual": (rows, outputs)}
+    found = dict(zip(shapes, operands(dtype, *shapes.values()), strict=True))
+    found["weight"] /= _WIDTH**0.5
+    # Read from memory in a timing, as in a model; of few rows it would take all candidates equally long.
+    if rows > _FEW_ROWS:
+        found["weight"] = nn.Parameter(found["weight"], requires_grad=False)
+    return tuple(found[name] for name in names)
 
 
-def _trained_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x, weight, bias = _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH), (_WIDTH,))
-    return x, _weight(weight), bias
+def _register(operation: str, candidates: dict[str, Product], rows: int, *names: str, outputs: int = _WIDTH) -> None:
+    example = partial(_example, rows=rows, outputs=outputs, names=names or ("x", "weight", "bias"))
+    # Our own kernel of weight gradients takes any sizes.
+    any_size = operation in ("weight gradient", "layout for few rows")
+    register(operation, Race(candidates, example, 2 * rows * _WIDTH * outputs), any_size=any_size)
 
 
-def _input_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    dout, weight = _random(dtype, (_TRAINED_ROWS, _WIDTH), (_WIDTH, _WIDTH))
-    return dout, _weight(weight)
-
-
-def _weight_example(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _random(dtype, (_SUMMED, _WIDTH), (_SUMMED, _WIDTH))
-
-
-TRAINED: dict[str, tuple[dict[str, Product], Callable[[torch.dtype], tuple[Tensor, ...]]]] = {
-    "trained linear": (_TRAINED, _trained_example),
-    "input gradient": (_INPUT, _input_example),
-    "weight gradient": (_WEIGHT, _weight_example),
-}
-"""Products of training, with the operands that are timed to choose each."""
-ANY_SIZES = ("weight gradient",)
-"""Those for which our own kernel is written whatever the sizes."""
+for _name, _candidates in CANDIDATES.items():
+    _names = ("x", "weight", "bias", "residual") if _name == "linear_residual" else ()
+    _register(_name, _candidates, _ROWS, *_names)
+    # A second copy of all weights is too much for the little that it saves of few rows.
+    _light = {name: product for name, product in _candidates.items() if "packed" not in name}
+    _register(f"{_name} of few rows", _light, _FEW_ROWS, *_names)
+_register("trained linear", _TRAINED, _TRAINED_ROWS)
+_register("input gradient", _INPUT, _TRAINED_ROWS, "residual", "weight")
+_register("weight gradient", _WEIGHT, _SUMMED, "residual", "x")
+# What a layout gains for few rows.
+_layouts = {name: product for name, product in _LINEAR.items() if name != "onednn"}
+_register("layout for few rows", _layouts, _FEW_ROWS, outputs=_WIDE)
 
 
 def seconds(dtype: torch.dtype) -> float:
@@ -539,22 +493,21 @@ def prefers_onednn(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     compiled = all(name == "llvm" for name in names)
     if not few_rows or (many < _LAYOUT_MARGIN and not compiled):
         return many < _LAYOUT_MARGIN and not compiled
-    few = _layout_share(compare_candidates("layout for few rows", *LAYOUT, dtype))
+    few = _layout_share(compare("layout for few rows", dtype))
     return few is not None and many < _FEW_MARGIN and few * many < 1
 
 
 def reads_as_quickly(dtype: torch.dtype, *, few_rows: bool = False) -> bool:
     """True where the compiled kernel, which reads weights as they are, multiplies many rows, or few, as well as any."""
     if few_rows:
-        names = {operation: f"{operation} of few rows" for operation in CANDIDATES}
-        return all(select(few, LIGHT[o], EXAMPLES[few], dtype) == "llvm" for o, few in names.items())
+        return all(select(f"{operation} of few rows", dtype) == "llvm" for operation in CANDIDATES)
     return not torch.are_deterministic_algorithms_enabled() and all(
         each.chosen == "llvm" for each in _of_many_rows(dtype)
     )
 
 
 def _of_many_rows(dtype: torch.dtype) -> list[Selection]:
-    return [compare_candidates(name, some, EXAMPLES[name], dtype) for name, some in CANDIDATES.items()]
+    return [compare(operation, dtype) for operation in CANDIDATES]
 
 
 def _layout_share(*found: Selection) -> float | None:

@@ -24,7 +24,7 @@ from .. import host, reference
 from ..derived import derived
 from ..limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from . import gemm, llvm
-from .selection import select
+from .selection import Race, operands, register, select
 from .workspace import scratch
 
 if TYPE_CHECKING:
@@ -95,14 +95,7 @@ def _pays(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) -> bool
     if dtype != weight.dtype:
         # The floats would have to be converted at every call.
         return True
-    name = race_name(operation, few=rows < _FEW)
-    candidates, example, _ = RACES[name]
-    return select(name, candidates, example, dtype, alike=False) == "int8"
-
-
-def race_name(operation: str, *, few: bool) -> str:
-    """The name of a comparison."""
-    return f"{operation} in 8 bits{' of few rows' if few else ''}"
+    return select(f"{operation} in 8 bits{' of few rows' if rows < _FEW else ''}", dtype) == "int8"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None) -> Tensor:
@@ -240,8 +233,7 @@ def _library_of(dtype: torch.dtype, weight: Tensor) -> str:
     if dtype not in (torch.float32, torch.bfloat16) or not llvm.fits(outputs, inputs, torch.int8):
         return "onednn"
     # One library for any number of rows: the result of a row does not depend on the batch, to the bit.
-    candidates, example, _ = LIBRARIES["products of bytes"]
-    return select("products of bytes", candidates, example, dtype, alike=False)
+    return select("products of bytes", dtype)
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -370,42 +362,30 @@ def _example(
     dtype: torch.dtype, rows: int, shapes: tuple[tuple[int, int], ...], residual: bool
 ) -> tuple[Tensor | None, ...]:
     """Operands of a linear layer, or of an MLP."""
-    generator = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
-    layers = [part for outputs, inputs in shapes for part in (normal(outputs, inputs), normal(outputs))]
-    return normal(rows, shapes[0][1]), *layers, *([normal(rows, shapes[-1][0]), None] if residual else [])
+    (x,) = operands(dtype, (rows, shapes[0][1]))
+    layers = [part for outputs, inputs in shapes for part in operands(dtype, (outputs, inputs), (outputs,))]
+    return x, *layers, *([*operands(dtype, (rows, shapes[-1][0])), None] if residual else [])
 
 
-_LINEAR: dict[str, Callable[..., Tensor]] = {"onednn": _onednn_linear}
+_LIBRARIES: dict[str, Callable[..., Tensor]] = {"onednn": _onednn_linear}
 if llvm.why_not(torch.int8) is None:
-    _LINEAR["llvm"] = _compiled_linear
+    _LIBRARIES["llvm"] = _compiled_linear
 _WIDTH = _PROBE[1]
 _LAYERS: dict[str, tuple[tuple[int, int], ...]] = {
     "linear": ((3 * _WIDTH, _WIDTH),),
     "linear_residual": ((_WIDTH, _WIDTH),),
     "mlp_residual": ((4 * _WIDTH, _WIDTH), (_WIDTH, 4 * _WIDTH)),
 }
-_CANDIDATES: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "linear": {"int8": linear, "floats": gemm.linear},
-    "linear_residual": {"int8": linear_residual, "floats": gemm.linear_residual},
-    "mlp_residual": {"int8": mlp_residual, "floats": gemm.mlp_residual},
-}
-_ROWS = {False: _MANY_ROWS, True: _FEW_ROWS}
-LIBRARIES = {
-    "products of bytes": (
-        _LINEAR,
-        partial(_example, rows=_MANY_ROWS, shapes=_LAYERS["linear"], residual=False),
-        2 * _MANY_ROWS * 3 * _WIDTH**2,
-    )
-}
-"""What multiplies bytes, as `RACES`."""
-RACES = {
-    race_name(operation, few=few): (
-        _CANDIDATES[operation],
-        partial(_example, rows=rows, shapes=shapes, residual=operation != "linear"),
-        2 * rows * sum(outputs * inputs for outputs, inputs in shapes),
-    )
-    for operation, shapes in _LAYERS.items()
-    for few, rows in _ROWS.items()
-}
-"""Bytes against floats, with the operands that are timed to choose, and the FLOPs that these take."""
+
+
+def _register(operation: str, candidates: dict[str, Callable[..., Tensor]], layer: str, rows: int) -> None:
+    shapes = _LAYERS[layer]
+    flops = 2 * rows * sum(outputs * inputs for outputs, inputs in shapes)
+    example = partial(_example, rows=rows, shapes=shapes, residual=layer != "linear")
+    register(operation, Race(candidates, example, flops, alike=False, why_not=why_not), any_size=True)
+
+
+_register("products of bytes", _LIBRARIES, "linear", _MANY_ROWS)
+for _layer, _int8 in (("linear", linear), ("linear_residual", linear_residual), ("mlp_residual", mlp_residual)):
+    for _suffix, _rows in (("", _MANY_ROWS), (" of few rows", _FEW_ROWS)):
+        _register(f"{_layer} in 8 bits{_suffix}", {"int8": _int8, "floats": getattr(gemm, _layer)}, _layer, _rows)

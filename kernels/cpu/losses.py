@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, host
-from .selection import select
+from .selection import Race, operands, register, select
 from .workspace import scratch
 
 # The logits of a block. Fewer rows would make the GEMMs slower, more rows gain no time.
@@ -331,21 +331,21 @@ def _onednn_product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "")
 
 
-ROLES: tuple[str, ...] = ("vocabulary logits", "vocabulary dh", "vocabulary dw")
-PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {"aten": lambda x, y: x @ y.t(), "onednn": _onednn_product}
+
+
+def _example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Operands of the GEMM `x y^T` with this role, strided as in use, about the size of a slice."""
+    h, w, g = operands(dtype, (256, 512), (512, 512), (256, 512))
+    return {"vocabulary logits": (h, w), "vocabulary dh": (g, w.t()), "vocabulary dw": (g.t(), h.t())}[role]
+
+
+for _role in ("vocabulary logits", "vocabulary dh", "vocabulary dw"):
+    register(_role, Race(_PRODUCTS, partial(_example, _role), 2 * 256 * 512 * 512))
 
 
 def _chosen(role: str, dtype: torch.dtype) -> str:
-    if dtype not in _ONEDNN_DTYPES:
-        return "aten"
-    return select(role, PRODUCTS, partial(example, role), dtype)
-
-
-def example(role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Operands of the GEMM `x y^T` with this role, strided as in use, about the size of a slice."""
-    generator = torch.Generator().manual_seed(0)
-    h, w, g = (torch.randn(s, generator=generator).to(dtype) for s in ((256, 512), (512, 512), (256, 512)))
-    return ((h, w), (g, w.t()), (g.t(), h.t()))[ROLES.index(role)]
+    return select(role, dtype) if dtype in _ONEDNN_DTYPES else "aten"
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: _Slices) -> Tensor:
@@ -365,9 +365,9 @@ def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: fl
     if name == "aten" and accumulator.dtype == x.dtype:
         accumulator.addmm_(x, y.t(), beta=0 if first else 1, alpha=scale)
     elif first:
-        accumulator.copy_(PRODUCTS[name](x, y)).mul_(scale)
+        accumulator.copy_(_PRODUCTS[name](x, y)).mul_(scale)
     else:
-        accumulator.add_(PRODUCTS[name](x, y), alpha=scale)
+        accumulator.add_(_PRODUCTS[name](x, y), alpha=scale)
 
 
 def _counted_rows(

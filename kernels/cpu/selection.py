@@ -22,13 +22,13 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,30 +81,45 @@ class Selection:
         where = {"measured": "", "file": f" (from the file in {CHOICES})", "settled": " (settled by the program)"}
         if len(self.seconds) < 2:
             return (f"{self.chosen} is the only one here" if self.seconds else "not compared") + where[self.source]
-        trusted, own = next(iter(self.seconds)), self.seconds[self.chosen]
-        best = min(self.seconds, key=self.seconds.__getitem__)
-        if self.chosen == _FAVOURED != best:
-            asked = f"below the {_margin(best, self.noise):.0%} that justify it"
-            return f"{best} measured {_faster(own, self.seconds[best])} than {self.chosen}, {asked}{where[self.source]}"
-        if self.chosen != trusted:
-            beaten = dict.fromkeys((trusted, *({_FAVOURED} & {*self.seconds} - {self.chosen})))
-            margins = " and ".join(f"{_faster(self.seconds[name], own)} than {name}" for name in beaten)
-            return f"{self.chosen} measured {margins}{where[self.source]}"
-        name = min((n for n in self.seconds if n != trusted), key=self.seconds.__getitem__)
-        other = self.seconds[name]
-        if other >= own:
-            return f"{trusted} measured {_faster(other, own)} than {name}{where[self.source]}"
-        asked = f"below the {_margin(name, self.noise):.0%} that justify it"
-        return f"{name} measured {_faster(own, other)} than {trusted}, {asked}{where[self.source]}"
+        other = min((name for name in self.seconds if name != self.chosen), key=self.seconds.__getitem__)
+        fast, slow = sorted((self.seconds[other], self.seconds[self.chosen]))
+        gain = f"{slow / fast:.1f} times faster" if slow >= 2 * fast else f"{1 - fast / slow:.1%} faster"
+        if self.seconds[self.chosen] <= self.seconds[other]:
+            return f"{self.chosen} measured {gain} than {other}{where[self.source]}"
+        margin = 1 - 1 / (_FAVOUR if _COPIES in other else 1 + self.noise)
+        return f"{other} measured {gain} than {self.chosen}, below the {margin:.0%} that justify it{where[self.source]}"
 
 
-def _margin(name: str, noise: float) -> float:
-    """How much faster a candidate has to be than one that is preferred to it."""
-    return 1 - 1 / (_FAVOUR if _COPIES in name else 1 + noise)
+class Race(NamedTuple):
+    """Implementations of an operation, of which the first is trusted, and the operands that they are timed on.
+
+    `alike=False`: all are trusted, and differ by more than the order of summation. `why_not`: a reason why this machine
+    lacks the operation.
+    """
+
+    candidates: dict[str, Callable[..., Tensor]]
+    example: Callable[[torch.dtype], tuple[Any, ...]]
+    flops: int
+    alike: bool = True
+    why_not: Callable[[], str | None] = lambda: None
 
 
-def _faster(slow: float, fast: float) -> str:
-    return f"{slow / fast:.1f} times faster" if slow >= 2 * fast else f"{1 - fast / slow:.1%} faster"
+RACES: dict[str, Race] = {}
+"""Every operation by name, registered by the module that runs it."""
+
+
+def register(operation: str, race: Race, *, any_size: bool = False) -> None:
+    """Add an operation; unless our kernel takes `any_size`, also the race of the others on sizes that it lacks."""
+    RACES[operation] = race
+    others = {name: run for name, run in race.candidates.items() if name != _FAVOURED}
+    if not any_size and len(others) < len(race.candidates):
+        RACES[operation + _ODD] = race._replace(candidates=others)
+
+
+def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Normal random numbers for an example, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 _selections: dict[tuple[str, torch.dtype], Selection] = {}
@@ -112,72 +127,52 @@ _selections: dict[tuple[str, torch.dtype], Selection] = {}
 _lock = threading.RLock()
 
 
-def select(
-    operation: str,
-    candidates: dict[str, Callable[..., Tensor]],
-    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
-    dtype: torch.dtype,
-    *,
-    alike: bool = True,
-) -> str:
-    """Name of the fastest candidate on the arguments from `make_arguments`; the first candidate is trusted.
+def select(operation: str, dtype: torch.dtype, *, whole: bool = True) -> str:
+    """The fastest candidate for an operation; `whole=False` for sizes that our kernel lacks.
 
-    `alike=False`: all candidates are trusted, and differ by more than the order of summation. InputError for an
-    unusable file in XFM_CPU_CHOICES.
+    InputError for an unusable file in XFM_CPU_CHOICES.
     """
+    if not whole and operation + _ODD in RACES:
+        operation += _ODD
+    candidates = RACES[operation].candidates
+    if len(candidates) == 1:
+        return next(iter(candidates))
     if torch.are_deterministic_algorithms_enabled() and (operation, dtype) not in _file_choices():
         return next(iter(candidates))
-    return compare_candidates(operation, candidates, make_arguments, dtype, alike=alike).chosen
+    return compare(operation, dtype).chosen
 
 
-def odd_size_fallback(
-    operation: str, candidates: dict[str, Callable[..., Tensor]]
-) -> tuple[str, dict[str, Callable[..., Tensor]]]:
-    """Name and candidates of an operation on sizes without a kernel; the name is for files and training runs."""
-    others = {name: candidate for name, candidate in candidates.items() if name != _FAVOURED}
-    return (operation, candidates) if len(others) == len(candidates) else (operation + _ODD, others)
-
-
-def compare_candidates(
-    operation: str,
-    candidates: dict[str, Callable[..., Tensor]],
-    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
-    dtype: torch.dtype,
-    *,
-    alike: bool = True,
-) -> Selection:
+def compare(operation: str, dtype: torch.dtype) -> Selection:
     """The comparison of `select`: from the file of choices, or measured once."""
-    key = (operation, dtype)
+    race, key = RACES[operation], (operation, dtype)
     found = _selections.get(key)
     if (
         found is None
         # What was settled may be of another version, or false.
-        or found.chosen not in candidates
+        or found.chosen not in race.candidates
         or (torch.are_deterministic_algorithms_enabled() and found.source == "measured")
     ):
         with _lock:
             given = _file_choices().get(key)
-            if given is not None and given.chosen not in candidates:
+            if given is not None and given.chosen not in race.candidates:
                 raise InputError(
                     f"{os.environ[CHOICES]} chooses {given.chosen!r} for {operation} in {dtype}; known are "
-                    f"{', '.join(candidates)}; write it again: xfm-fast tune --cpu"
+                    f"{', '.join(race.candidates)}; write it again: xfm-fast tune --cpu"
                 )
             found = given or _selections.get(key)
-            if found is None or found.chosen not in candidates:
-                found = _among(operation, candidates, dtype) or _compare(
-                    operation, candidates, make_arguments, dtype, alike=alike
-                )
+            if found is None or found.chosen not in race.candidates:
+                found = _among(operation, race, dtype) or _compare(operation, race, dtype)
             _selections[key] = found
     return found
 
 
-def _among(operation: str, candidates: Collection[str], dtype: torch.dtype) -> Selection | None:
+def _among(operation: str, race: Race, dtype: torch.dtype) -> Selection | None:
     """For odd sizes, the result of an earlier comparison restricted to these candidates."""
     whole = _selections.get((operation.removesuffix(_ODD), dtype)) if operation.endswith(_ODD) else None
-    seconds = {} if whole is None else {name: time for name, time in whole.seconds.items() if name in candidates}
+    seconds = {} if whole is None else {name: time for name, time in whole.seconds.items() if name in race.candidates}
     if whole is None or not seconds:
         return None
-    chosen = whole.chosen if whole.chosen in candidates else _fastest(seconds, whole.noise)
+    chosen = whole.chosen if whole.chosen in race.candidates else _fastest(seconds, whole.noise)
     return Selection(operation, dtype, chosen, seconds, whole.rejected, whole.source, whole.noise)
 
 
@@ -257,26 +252,19 @@ def settle(operation: str, dtype: torch.dtype, chosen: str) -> None:
         _selections[operation, dtype] = Selection(operation, dtype, chosen, {}, {}, "settled")
 
 
-def _compare(
-    operation: str,
-    candidates: dict[str, Callable[..., Tensor]],
-    make_arguments: Callable[[torch.dtype], tuple[Any, ...]],
-    dtype: torch.dtype,
-    *,
-    alike: bool,
-) -> Selection:
-    trusted_name, trusted = next(iter(candidates.items()))
+def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:
+    trusted_name, trusted = next(iter(race.candidates.items()))
     rejected: dict[str, str] = {}
     # Weights created in inference mode would be packed at every call, unlike a model's.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        arguments = make_arguments(dtype)
+        arguments = race.example(dtype)
         truth, allowed = None, math.inf
-        if alike:
+        if race.alike:
             wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
             truth = trusted(*wide)
             allowed = 2 * _error(trusted(*arguments), truth) + 2 * torch.finfo(dtype).eps + _SUMMATION
         usable = {trusted_name: trusted}
-        for name, candidate in list(candidates.items())[1:]:
+        for name, candidate in list(race.candidates.items())[1:]:
             try:
                 value = candidate(*arguments)
             # What a damaged installation of a library raises, too.
@@ -310,7 +298,10 @@ def _thread_seconds(
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     weights = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, Parameter))
     count = min(_ROUNDS * len(candidates), _COLD_BYTES // weights) if weights else 0
-    copies = [_copied(arguments) for _ in range(count)] or [arguments]
+    copies = [
+        tuple(Parameter(a.detach().clone(), False) if isinstance(a, Parameter) else a for a in arguments)
+        for _ in range(count)
+    ] or [arguments]
     calls = cycle(copies)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -330,11 +321,6 @@ def _thread_seconds(
     best = {name: sorted(times)[:2] for name, times in rounds.items()}
     noise = median((second - first) / first if first else 0.0 for first, second in best.values())
     return {name: first for name, (first, _) in best.items()}, min(max(noise, _LEAST_NOISE), _FAVOUR - 1)
-
-
-def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments with weights in memory of their own."""
-    return tuple(Parameter(a.detach().clone(), False) if isinstance(a, Parameter) else a for a in arguments)
 
 
 def _error(value: Tensor, truth: Tensor) -> float:

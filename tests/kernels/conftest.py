@@ -7,12 +7,10 @@ Every test of a module `test_triton_*` exists twice: interpreted, on a machine w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from xfm_fast.kernels.cpu import selection
 
@@ -21,18 +19,11 @@ _compare = selection._compare
 _compared: dict[tuple[str, torch.dtype], selection.Selection] = {}
 
 
-def compared(
-    operation: str,
-    candidates: dict[str, Callable[..., Tensor]],
-    example: Callable[[torch.dtype], tuple[Any, ...]],
-    dtype: torch.dtype,
-    *,
-    alike: bool = True,
-) -> selection.Selection:
+def compared(operation: str, race: selection.Race, dtype: torch.dtype) -> selection.Selection:
     """What the processor said once about these candidates; one that runs but errs is a failure, not a rejection."""
     key = (operation, dtype)
     if key not in _compared:
-        _compared[key] = _compare(operation, candidates, example, dtype, alike=alike)
+        _compared[key] = _compare(operation, race, dtype)
     rejected = _compared[key].rejected
     assert not any("relative error" in reason for reason in rejected.values()), f"{operation}: {rejected}"
     return _compared[key]
@@ -42,11 +33,9 @@ def compared(
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Wherever one of several implementations is chosen, this one is, if it is among them and the processor has it."""
 
-    def forced(
-        operation: str, candidates: Any, example: Any, dtype: torch.dtype, *, alike: bool
-    ) -> selection.Selection:
-        found = compared(operation, candidates, example, dtype, alike=alike)
-        usable = [name for name in candidates if name not in found.rejected]
+    def forced(operation: str, race: selection.Race, dtype: torch.dtype) -> selection.Selection:
+        found = compared(operation, race, dtype)
+        usable = [name for name in race.candidates if name not in found.rejected]
         chosen = request.param if request.param in usable else usable[0]
         return selection.Selection(operation, dtype, chosen, found.seconds, found.rejected)
 

@@ -61,8 +61,8 @@ def test_calls_of_a_layer(kind: str, int8_chosen: None, monkeypatch: pytest.Monk
     monkeypatch.setattr(selection, "_selections", {})
     monkeypatch.setattr(
         selection, "_compare",
-        lambda operation, candidates, _, dtype, **__: selection.Selection(
-            operation, dtype, "llvm" if "llvm" in candidates else next(iter(candidates)), {}, {}, "settled"
+        lambda operation, race, dtype: selection.Selection(
+            operation, dtype, "llvm" if "llvm" in race.candidates else next(iter(race.candidates)), {}, {}, "settled"
         ),
     )  # fmt: skip
     launches, launch = list[int](), builder.Kernel.__call__

@@ -28,10 +28,10 @@ from .builder import (
     INT32,
     INT64,
     Builder,
-    Kernel,
     Values,
     coefficients,
     divided,
+    kernel,
     scratch_address,
     whole_pages,
 )
@@ -72,8 +72,10 @@ class Heads:
         biased: whether an fp32 bias is added to the scores.
         level: of the processor.
         layout: offsets of a thread's scratch memory, and its bytes.
-        given: name of the function, its pointers and its numbers, with the scale last.
+        pointers, numbers: arguments of the function, with the scale last.
     """
+
+    name: str
 
     def __init__(
         self,
@@ -83,7 +85,8 @@ class Heads:
         biased: bool,
         level: Level,
         layout: tuple[dict[str, int], int],
-        given: tuple[str, tuple[str, ...], tuple[str, ...]],
+        pointers: tuple[str, ...],
+        numbers: tuple[str, ...],
     ) -> None:
         self.half, self.width, self.biased, self.level = half, width, biased, level
         # Rows of keys are read as channels in fp32 or pairs of channels in bf16, 32 bits each.
@@ -91,14 +94,14 @@ class Heads:
         self.row = room + level.lanes
         self.places, self.bytes = layout
         self.at: dict[str, Any] = {}
-        self.b = Builder(*given, level)
+        self.b = Builder(self.name, pointers, numbers, level)
         self.given = self.b.given
         self.given["scale"] = self.b.bitcast(self.b.trunc(self.given["scale"], INT32), FP32)
 
     def of_thread(self, thread: Any) -> None:
         """Find the scratch memory of a thread."""
         b = self.b
-        base = b.at(self.given["scratch"], b.mul(thread, b.number(self.bytes)), BYTE)
+        base = b.at(self.given["scratch"], b.mul(thread, self.bytes), BYTE)
         self.at = {name: b.at(base, place, BYTE) for name, place in self.places.items()}
 
     def bias_of(self, entry: Any, head: Any) -> Any:
@@ -117,7 +120,7 @@ class Heads:
         before = b.block
         even = b.mul(entry, given[f"{name}_batch"])
         with b.if_then(packed):
-            start, end = (b.load(b.at(given[bounds], b.add(entry, b.number(i)), INT64), typ=INT64) for i in (0, 1))
+            start, end = (b.load(b.at(given[bounds], b.add(entry, i), INT64), typ=INT64) for i in (0, 1))
             uneven, length = b.mul(start, given[f"{name}_row"]), b.sub(end, start)
             inside = b.block
         offset, count = b.phi(INT64), b.phi(INT64)
@@ -130,40 +133,38 @@ class Heads:
     def lay_out_panels(self, name: str, rows: Sequence) -> None:
         """Pack rows into panels of two vectors, unit by unit; the last row pads the last panel."""
         b, lanes = self.b, self.level.lanes
-        stride = b.ashr(rows.stride, b.number(1)) if self.half else rows.stride
-        last = b.sub(rows.rows, b.number(1))
+        stride = b.ashr(rows.stride, 1) if self.half else rows.stride
+        last = b.sub(rows.rows, 1)
 
         def some_rows(j: Any) -> None:
-            place = b.at(self._panel(name, j), b.and_(j, b.number(lanes)), self.unit)
-            some = [
-                b.at(rows.start, b.mul(b.least(b.add(j, b.number(i)), last), stride), self.unit) for i in range(lanes)
-            ]
+            place = b.at(self._panel(name, j), b.and_(j, lanes), self.unit)
+            some = [b.at(rows.start, b.mul(b.least(b.add(j, i), last), stride), self.unit) for i in range(lanes)]
             b.lay_out(some, self.units, self.unit, place)
 
         b.loop(0, rows.rows, lanes, some_rows)
 
     def _panel(self, name: str, row: Any) -> Any:
         """The address of the panel of a row."""
-        number = self.b.sdiv(row, self.b.number(2 * self.level.lanes))
-        size = self.b.number(2 * self.level.lanes * self.units)
+        number = self.b.sdiv(row, 2 * self.level.lanes)
+        size = 2 * self.level.lanes * self.units
         return self.b.at(self.at[name], self.b.mul(number, size), self.unit)
 
     def lay_out_pairs(self, name: str, rows: Sequence) -> Sequence:
         """Pack rows in pairs that interleave their channels; an odd last row pairs with itself."""
         b, lanes = self.b, self.level.lanes
-        last = b.sub(rows.rows, b.number(1))
+        last = b.sub(rows.rows, 1)
 
         def pair(j: Any) -> None:
-            both = [b.least(b.add(j, b.number(i)), last) for i in (0, 1)]
+            both = [b.least(b.add(j, i), last) for i in (0, 1)]
             places = [b.at(rows.start, b.mul(row, rows.stride), INT16) for row in both]
-            into = b.at(self.at[name], b.mul(b.ashr(j, b.number(1)), b.number(self.width)), INT32)
+            into = b.at(self.at[name], b.mul(b.ashr(j, 1), self.width), INT32)
             for channel in range(0, self.width, lanes):
                 one, other = (b.read(b.at(place, channel, INT16), INT16) for place in places)
                 b.write(b.alternated(one, other), b.at(into, channel, INT32))
 
         b.loop(0, rows.rows, 2, pair)
-        pairs = b.ashr(b.rounded_up(rows.rows, 2), b.number(1))
-        return Sequence(self.at[name], pairs, b.number(self.width))
+        pairs = b.ashr(b.rounded_up(rows.rows, 2), 1)
+        return Sequence(self.at[name], pairs, self.width)
 
     def copy_rows(self, name: str, rows: Sequence, places: Values) -> None:
         """Copy the rows of a tile to contiguous memory."""
@@ -177,20 +178,20 @@ class Heads:
     def products(self, height: int, name: str, panels: str, keys: Any, into: Any) -> None:
         """Products of the rows of a tile with all keys, or values, that are laid out in panels."""
         b, lanes = self.b, self.level.lanes
-        whole = b.and_(keys, b.number(-2 * lanes))
+        whole = b.and_(keys, -2 * lanes)
 
         def panel(vectors: int, key: Any) -> None:
-            factors = (self._panel(panels, key), b.number(2 * lanes))
-            sums = self.product(height, vectors, (self.at[name], self.units), factors, b.number(self.units))
+            factors = (self._panel(panels, key), 2 * lanes)
+            sums = self.product(height, vectors, (self.at[name], self.units), factors, self.units)
             for i in range(height):
                 for n in range(vectors):
-                    place = b.add(key, b.number(i * self.row + n * lanes))
+                    place = b.add(key, i * self.row + n * lanes)
                     b.write(sums[i * vectors + n], b.at(into, place, FP32))
 
         b.loop(0, whole, 2 * lanes, lambda key: panel(2, key))
         rest = b.sub(keys, whole)
-        short = b.icmp_signed("<=", rest, b.number(lanes))
-        with b.if_then(b.icmp_signed(">", rest, b.number(0))), b.if_else(short) as (one, two):
+        short = b.icmp_signed("<=", rest, lanes)
+        with b.if_then(b.icmp_signed(">", rest, 0)), b.if_else(short) as (one, two):
             with one:
                 panel(1, whole)
             with two:
@@ -214,7 +215,7 @@ class Heads:
         """Scale a row of scores to units where e has log2(e), with -inf past the last key, and return its maximum."""
         b, lanes = self.b, self.level.lanes
         factor = b.spread(b.fmul(self.given["scale"], ir.Constant(FP32, _LOG2E)))
-        whole, hidden, there = b.and_(keys, b.number(-lanes)), b.filled(-math.inf), self.there(keys)
+        whole, hidden, there = b.and_(keys, -lanes), b.filled(-math.inf), self.there(keys)
 
         def some(j: Any, partly: bool) -> Any:
             place = b.at(scores, j, FP32)
@@ -234,7 +235,7 @@ class Heads:
     def there(self, keys: Any) -> Any:
         """Which elements of the last vector of a row of keys are there, if not all are."""
         b, lanes = self.b, self.level.lanes
-        rest = b.sub(keys, b.and_(keys, b.number(-lanes)))
+        rest = b.sub(keys, b.and_(keys, -lanes))
         return b.icmp_signed("<", ir.Constant(b.vector(INT64), [*range(lanes)]), b.spread(rest))
 
     def power(self, x: Any) -> Any:
@@ -255,9 +256,11 @@ class Heads:
 class _Attention(Heads):
     """Writes the kernel of a dtype, a width and a length."""
 
+    name = "attention"
+
     def __init__(self, half: bool, width: int, room: int, biased: bool, level: Level) -> None:
         layout = _layout(half, width, room, level)
-        super().__init__(half, width, room, biased, level, layout, ("attention", _POINTERS, _NUMBERS))
+        super().__init__(half, width, room, biased, level, layout, _POINTERS, _NUMBERS)
         self.b.tasks(self._task)
 
     def _task(self, task: Any, thread: Any) -> None:
@@ -267,14 +270,12 @@ class _Attention(Heads):
         queries, out = (self.sequence(name, entry, head, queries=True) for name in ("q", "out"))
         keys, values = (self.sequence(name, entry, head, queries=False) for name in ("k", "v"))
         # What this thread is likely to take next is fetched meanwhile, row by row.
-        _, head_ahead, entry_ahead = self._place(
-            b.least(b.add(task, given["threads"]), b.sub(given["tasks"], b.number(1)))
-        )
+        _, head_ahead, entry_ahead = self._place(b.least(b.add(task, given["threads"]), b.sub(given["tasks"], 1)))
         self.ahead = [self.sequence(name, entry_ahead, head_ahead, queries=name == "q") for name in ("q", "k", "v")]
         bias = self.bias_of(entry, head)
         first = b.mul(chunk, given["chunk"])
         stop = b.least(b.add(first, given["chunk"]), queries.rows)
-        there = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, b.number(0)))
+        there = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, 0))
         with b.if_then(there):
             self.lay_out_panels("keys", keys)
             if self.half:
@@ -318,9 +319,9 @@ class _Attention(Heads):
         bias: Any,
     ) -> None:
         b, lanes = self.b, self.level.lanes
-        last = b.sub(stop, b.number(1))
+        last = b.sub(stop, 1)
         # Rows that are not there repeat the last one, and are not written.
-        places = [b.least(b.add(row, b.number(i)), last) for i in range(height)]
+        places = [b.least(b.add(row, i), last) for i in range(height)]
         self.copy_rows("queries", queries, places)
         self.products(height, "queries", "keys", keys, self.at["scores"])
 
@@ -329,7 +330,7 @@ class _Attention(Heads):
             self._fetch(place, out)
             if bias is not None:
                 # Behind the last row the next head's begin.
-                below = b.at(bias, b.mul(b.add(place, b.number(height)), self.given["bias_row"]), FP32)
+                below = b.at(bias, b.mul(b.add(place, height), self.given["bias_row"]), FP32)
                 b.loop(0, keys, 64 // 4, lambda j: b.fetch(b.at(below, j, FP32)))
             self._softmax(i, place, keys, bias)
 
@@ -340,7 +341,7 @@ class _Attention(Heads):
             first = b.at(values.start, channel, self.unit)
             sums = self.product(height, vectors, (weights, step), (first, values.stride), values.rows)
             for i in range(height):
-                with b.if_then(b.icmp_signed("<=", b.add(row, b.number(i)), last)):
+                with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
                     inverse = b.spread(b.load(b.at(self.at["sums"], i, FP32), typ=FP32))
                     into = b.at(out.start, b.mul(places[i], out.stride), self.element)
                     for n in range(vectors):
@@ -351,10 +352,10 @@ class _Attention(Heads):
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
         """Unnormalised powers of two of a row, with zeros past the last key, and the reciprocal of their sum."""
         b, lanes = self.b, self.level.lanes
-        scores = b.at(self.at["scores"], b.mul(i, b.number(self.row)), FP32)
+        scores = b.at(self.at["scores"], b.mul(i, self.row), FP32)
         of_query = None if bias is None else b.at(bias, b.mul(query, self.given["bias_row"]), FP32)
         top = b.spread(self.scaled(scores, of_query, keys))
-        weights = b.at(self.at["weights"], b.mul(i, b.number(self.row)), BF16)
+        weights = b.at(self.at["weights"], b.mul(i, self.row), BF16)
 
         def power(j: Any, total: Any) -> Values:
             found = self.power(b.fsub(b.read(b.at(scores, j, FP32), FP32), top))
@@ -368,6 +369,7 @@ class _Attention(Heads):
         b.store(b.fdiv(ir.Constant(FP32, 1.0), b.summed(total)), b.at(self.at["sums"], i, FP32))
 
 
+@cache
 def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
     """Offsets of a thread's scratch memory, and its size."""
     rows, keys = level.rows, -(-room // (2 * level.lanes)) * 2 * level.lanes
@@ -387,17 +389,6 @@ def laid_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
     """Offsets of consecutive buffers of these sizes, and the total size."""
     ends = np.cumsum([-(-size // 64) * 64 for size in sizes.values()]).tolist()
     return dict(zip(sizes, [0, *ends], strict=False)), whole_pages(ends[-1])
-
-
-@cache
-def _kernel(half: bool, width: int, room: int, biased: bool, level: Level) -> tuple[Kernel, int]:
-    """The kernel, and a thread's scratch memory in bytes."""
-
-    def write() -> Builder:
-        return _Attention(half, width, room, biased, level).b
-
-    kernel = Kernel("attention", level, (half, width, room, biased), (__file__,), write)
-    return kernel, _layout(half, width, room, level)[1]
 
 
 def takes(q: Tensor, keys: int) -> bool:
@@ -429,15 +420,16 @@ def attention(
     if not entries or not queries or not keys:
         return out
     chunk, chunks = divided(queries, -(-_TASKS_PER_THREAD * threads // (entries * heads)), _CHUNK)
-    kernel, size = _kernel(half, width, next(n for n in _ROOMS if n >= keys), bias is not None, level)
-    place = scratch_address("compiled attention", size * threads)
+    room = next(n for n in _ROOMS if n >= keys)
+    place = scratch_address("compiled attention", _layout(half, width, room, level)[1] * threads)
     period = 1 if bias is None else bias.shape[0]
+    run = kernel(_Attention, half, width, room, bias is not None, level)
     bias, bias_strides = bias_place(bias)
     addresses = (0 if t is None else t.data_ptr() for t in (q, k, v, out, bias))
     bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
     strides = (s for t in (q, k, v, out) for s in t.stride()[:3])
     numbers = (*strides, *bias_strides, heads, queries, keys, period, chunk, chunks, threads, scale_bits(scale))
-    kernel((*addresses, *bounds_at, place, *numbers), entries * heads * chunks, threads)
+    run((*addresses, *bounds_at, place, *numbers), entries * heads * chunks, threads)
     return out
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from ...limits import HIDDEN
 from . import Level, levels, whole
-from . import attention as forward
 from .attention import Heads, Sequence, bias_place, laid_out, lengths_of, readable, scale_bits
-from .builder import BF16, FP32, INT16, INT32, Builder, Kernel, divided, scratch_address
+from .builder import BF16, FP32, INT16, INT32, divided, kernel, scratch_address
 
 # Maximum keys of a kernel, the stride of its rows of scores. With more, a head's data exceed the second level of
 # cache.
@@ -55,9 +54,11 @@ class _Entry(NamedTuple):
 class _Gradients(Heads):
     """Writes the kernel of a dtype, a width and a length; `summed`: with the gradient of the bias."""
 
+    name = "attention_backward"
+
     def __init__(self, half: bool, width: int, room: int, biased: bool, summed: bool, level: Level) -> None:
         layout = _layout(half, width, room, level)
-        super().__init__(half, width, room, biased, level, layout, ("attention_backward", _POINTERS, _NUMBERS))
+        super().__init__(half, width, room, biased, level, layout, _POINTERS, _NUMBERS)
         self.summed = summed
         self.b.tasks(self._task)
 
@@ -83,19 +84,19 @@ class _Gradients(Heads):
         names = (*_GIVEN, *_MADE)
         found = {n: self.sequence(n, number, head, queries=n in ("dout", "q", "dq")) for n in names}
         queries, keys = found["q"].rows, found["k"].rows
-        with b.if_then(b.and_(b.icmp_signed(">", queries, b.number(0)), b.icmp_signed(">", keys, b.number(0)))):
+        with b.if_then(b.and_(b.icmp_signed(">", queries, 0), b.icmp_signed(">", keys, 0))):
             self.lay_out_panels("keys", found["k"])
             self.lay_out_panels("values", found["v"])
             right = self.lay_out_pairs("right_keys", found["k"]) if self.half else found["k"]
             given = found["dout"], found["q"], found["k"], found["dq"]
             entry = _Entry(*given, right, self.bias_of(number, head), dbias)
-            zero, size = b.filled(0.0), b.mul(keys, b.number(self.width))
+            zero, size = b.filled(0.0), b.mul(keys, self.width)
             for place in (self.at["dk"], self.at["dv"]):
                 b.loop(0, size, self.level.lanes, lambda i, place=place: b.write(zero, b.at(place, i, FP32)))
             block = _BLOCK_TILES * self.level.rows
 
             def rows(first: Any) -> None:
-                self._block(first, b.least(b.add(first, b.number(block)), queries), entry)
+                self._block(first, b.least(b.add(first, block), queries), entry)
 
             b.loop(0, queries, block, rows)
             scale = b.spread(self.given["scale"])
@@ -107,7 +108,7 @@ class _Gradients(Heads):
         b = self.b
 
         def row(j: Any) -> None:
-            source = b.at(self.at[name], b.mul(j, b.number(self.width)), FP32)
+            source = b.at(self.at[name], b.mul(j, self.width), FP32)
             place = b.at(into.start, b.mul(j, into.stride), self.element)
             for channel in range(0, self.width, self.level.lanes):
                 found = b.read(b.at(source, channel, FP32), FP32)
@@ -141,25 +142,25 @@ class _Gradients(Heads):
             height = min(self.level.rows, 2 * self.level.rows // vectors)
 
             def some(key: Any, channel: int = channel, vectors: int = vectors, height: int = height) -> None:
-                rows = [b.at(self.at[left], b.add(key, b.number(i)), self.unit) for i in range(height)]
+                rows = [b.at(self.at[left], b.add(key, i), self.unit) for i in range(height)]
                 columns = (b.at(right.start, channel, self.unit), right.stride)
                 sums = b.tile(rows, vectors, *columns, terms, self.unit, self.add, b.filled(0.0), apart=self.row)
                 for i in range(height):
-                    place = b.add(b.mul(b.add(key, b.number(i)), b.number(self.width)), b.number(channel))
+                    place = b.add(b.mul(b.add(key, i), self.width), channel)
                     for n in range(vectors):
-                        at = b.at(self.at[name], b.add(place, b.number(n * lanes)), FP32)
+                        at = b.at(self.at[name], b.add(place, n * lanes), FP32)
                         b.write(b.fadd(b.read(at, FP32), sums[i * vectors + n]), at)
 
             b.loop(0, keys, height, some)
 
     def _tile(self, height: int, first: Any, row: Any, stop: Any, entry: _Entry) -> None:
         b, lanes, keys = self.b, self.level.lanes, entry.k.rows
-        last = b.sub(stop, b.number(1))
-        places = [b.least(b.add(row, b.number(i)), last) for i in range(height)]
+        last = b.sub(stop, 1)
+        places = [b.least(b.add(row, i), last) for i in range(height)]
         self.copy_rows("queries", entry.q, places)
         self.copy_rows("dout", entry.dout, places)
         # In fp32 scores become weights, and the other products score gradients, where they are.
-        number = b.number(0) if self.half else b.mul(b.sub(row, first), b.number(self.row))
+        number = 0 if self.half else b.mul(b.sub(row, first), self.row)
         scores, dscores = (b.at(self.at[name], number, FP32) for name in ("scores", "products"))
         self.products(height, "queries", "keys", keys, scores)
         self.products(height, "dout", "values", keys, dscores)
@@ -172,7 +173,7 @@ class _Gradients(Heads):
             right = b.at(entry.right_keys.start, channel, self.unit), entry.right_keys.stride
             sums = self.product(height, vectors, (left, step), right, entry.right_keys.rows)
             for i in range(height):
-                with b.if_then(b.icmp_signed("<=", b.add(row, b.number(i)), last)):
+                with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
                     into = b.at(entry.dq.start, b.mul(places[i], entry.dq.stride), self.element)
                     for n in range(vectors):
                         found = b.fmul(sums[i * vectors + n], scale)
@@ -187,9 +188,9 @@ class _Gradients(Heads):
         every = b.rounded_up(keys, lanes)
         rows = []
         for n in range(2 if self.half else 1):
-            number = b.add(i, b.number(n))
+            number = b.add(i, n)
             query = b.least(b.add(row, number), last)
-            p, dp = (b.at(x, b.mul(number, b.number(self.row)), FP32) for x in (scores, dscores))
+            p, dp = (b.at(x, b.mul(number, self.row), FP32) for x in (scores, dscores))
             bias = None if entry.bias is None else b.at(entry.bias, b.mul(query, self.given["bias_row"]), FP32)
             top = self.scaled(p, bias, keys)
             blind = b.fcmp_ordered("<=", top, ir.Constant(FP32, _BLIND))
@@ -213,7 +214,7 @@ class _Gradients(Heads):
                 dbias = b.at(entry.dbias, b.mul(query, self.given["dbias_row"]), FP32)
             rows.append((p, dp, b.spread(inverse), mean, dbias))
         # The unit of a block's row, or pair of rows, of weights and of score gradients.
-        unit = b.mul(b.add(b.sub(row, first), i), b.number(self.row // 2 if self.half else self.row))
+        unit = b.mul(b.add(b.sub(row, first), i), self.row // 2 if self.half else self.row)
         there = self.there(keys)
 
         def some(j: Any, partly: bool) -> None:
@@ -235,13 +236,13 @@ class _Gradients(Heads):
                     b.write(b.alternated(*rounded), b.at(self.at[name], b.add(unit, j), INT32))
                     if name == "dscores":
                         for n, x in enumerate(rounded):
-                            place = b.add(b.mul(b.add(i, b.number(n)), b.number(self.row)), j)
+                            place = b.add(b.mul(b.add(i, n), self.row), j)
                             b.write(x, b.at(self.at["rounded"], place, BF16))
                 else:
                     b.write(values[0], b.at(self.at[name], b.add(unit, j), FP32))
 
         if self.summed:
-            full = b.and_(keys, b.number(-lanes))
+            full = b.and_(keys, -lanes)
             b.loop(0, full, lanes, lambda j: some(j, False))
             with b.if_then(b.icmp_signed("<", full, keys)):
                 some(full, True)
@@ -254,6 +255,7 @@ def _columns(level: Level) -> int:
     return 4 if level.lanes == 16 else 2
 
 
+@cache
 def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, int], int]:
     """Offsets of a thread's scratch memory, and its size."""
     row, keys, block = room + level.lanes, -(-room // (2 * level.lanes)) * 2 * level.lanes, _BLOCK_TILES * level.rows
@@ -277,18 +279,6 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
         return laid_out(sizes | more)
     places, size = laid_out(sizes)
     return places | {"scores": places["weights"], "products": places["dscores"]}, size
-
-
-@cache
-def _kernel(half: bool, width: int, room: int, biased: bool, summed: bool, level: Level) -> tuple[Kernel, int]:
-    """The kernel, and a thread's scratch memory in bytes."""
-
-    def write() -> Builder:
-        return _Gradients(half, width, room, biased, summed, level).b
-
-    made_of = (half, width, room, biased, summed)
-    kernel = Kernel("attention_backward", level, made_of, (__file__, forward.__file__), write)
-    return kernel, _layout(half, width, room, level)[1]
 
 
 def takes(q: Tensor, keys: int) -> bool:
@@ -330,8 +320,9 @@ def attention_backward(
     # Where heads are too few to keep all threads busy, several share the entries, and their sums are added at the end.
     together, groups = divided(entries // apart, -(-_TASKS_PER_THREAD * threads // (heads * apart)), 1)
     dbias = torch.zeros((groups, period, heads, queries, keys)) if bias_gradient else None
-    kernel, size = _kernel(half, width, next(n for n in _ROOMS if n >= keys), bias is not None, bias_gradient, level)
-    place = scratch_address("compiled attention backward", size * threads)
+    room = next(n for n in _ROOMS if n >= keys)
+    place = scratch_address("compiled attention backward", _layout(half, width, room, level)[1] * threads)
+    run = kernel(_Gradients, half, width, room, bias is not None, bias_gradient, level)
     bias, bias_strides = bias_place(bias)
     addresses = (0 if t is None else t.data_ptr() for t in (dout, q, k, v, *made, dbias, bias))
     strides = (s for t in (dout, q, k, v, *made) for s in t.stride()[:3])
@@ -339,7 +330,7 @@ def attention_backward(
     numbers = (*strides, *bias_strides, *of_dbias[:3], heads, queries, keys, period, entries, apart, together)
     bounds_at = (0, 0) if offsets is None else (offsets[0].ctypes.data, offsets[1].ctypes.data)
     given = (*addresses, *bounds_at, place, *numbers, of_dbias[3], scale_bits(scale))
-    kernel(given, heads * apart * groups, threads)
+    run(given, heads * apart * groups, threads)
     if dbias is None:
         return made[0], made[1], made[2], None
     return made[0], made[1], made[2], dbias[0] if groups == 1 else dbias.sum(0)

@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -70,8 +71,11 @@ class Builder(ir.IRBuilder):
             self.given[name] = self.load(self.at(made.args[0], place, INT64), typ=kind)
 
     def number(self, value: Any) -> Any:
-        """A 64-bit integer, of a Python number or as it is."""
+        """A 64-bit integer, of a Python number or as it is; `add`, `mul` and so on take Python numbers too."""
         return ir.Constant(INT64, value) if isinstance(value, int) else value
+
+    def icmp_signed(self, cmpop: str, lhs: Any, rhs: Any, name: str = "") -> Any:
+        return super().icmp_signed(cmpop, self.number(lhs), self.number(rhs), name)
 
     def vector(self, element: Any, count: int = 0) -> Any:
         """The type of `lanes` elements, or of the level's vectors."""
@@ -223,7 +227,7 @@ class Builder(ir.IRBuilder):
 
     def rounded_up(self, x: Any, multiple: int) -> Any:
         """The next multiple of a power of two."""
-        return self.and_(self.add(x, self.number(multiple - 1)), self.number(-multiple))
+        return self.and_(self.add(x, multiple - 1), -multiple)
 
     def there(self, pointer: Any) -> Any:
         """Whether an address is not null."""
@@ -263,7 +267,7 @@ class Builder(ir.IRBuilder):
         parts = 2 if narrowing else 1
 
         def some(row: Any, u: Any) -> Any:
-            first = self.at(row, self.mul(u, self.number(parts)), unit)
+            first = self.at(row, self.mul(u, parts), unit)
             if not narrowing:
                 return self.read(first, unit)
             return self.narrowed_pairs(self.read(first, FP32), self.read(self.at(first, self.lanes, FP32), FP32))
@@ -271,12 +275,10 @@ class Builder(ir.IRBuilder):
         def square(u: Any) -> None:
             for row in rows if ahead is not None else ():
                 for n in range(parts):
-                    element = self.add(self.mul(u, self.number(parts)), self.number(n * self.lanes))
+                    element = self.add(self.mul(u, parts), n * self.lanes)
                     self.fetch(self.at(row, self.add(element, ahead), unit))
             for i, column in enumerate(self.transposed([some(row, u) for row in rows])):
-                self.write(
-                    column, self.at(place, self.mul(self.add(u, self.number(i)), self.number(2 * self.lanes)), unit)
-                )
+                self.write(column, self.at(place, self.mul(self.add(u, i), 2 * self.lanes), unit))
 
         self.loop(0, units, self.lanes, square)
 
@@ -309,11 +311,11 @@ class Builder(ir.IRBuilder):
         starts = zero if isinstance(zero, list) else [zero] * vectors
 
         def term(u: Any, *sums: Any) -> Values:
-            place, found = self.at(columns, self.mul(u, self.number(stride)), unit), []
+            place, found = self.at(columns, self.mul(u, stride), unit), []
             for n in range(vectors if ahead else 0):
                 self.fetch(self.at(self.at(place, n * self.lanes, unit), ahead, BYTE))
             factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
-            number = u if apart == 1 else self.mul(u, self.number(apart))
+            number = u if apart == 1 else self.mul(u, apart)
             for i, row in enumerate(rows):
                 x = self.spread(self.load(self.at(row, number, unit), align=4, typ=unit))
                 found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
@@ -334,13 +336,13 @@ class Builder(ir.IRBuilder):
 
     def heights(self, most: int, rows: Any, body: Callable[[int], None]) -> None:
         """Code for tiles of one height, the least of three that makes no more tiles of some rows than the highest."""
-        tiles = self.sdiv(self.add(rows, self.number(most - 1)), self.number(most))
-        wanted = self.sdiv(self.add(rows, self.sub(tiles, self.number(1))), tiles)
+        tiles = self.sdiv(self.add(rows, most - 1), most)
+        wanted = self.sdiv(self.add(rows, self.sub(tiles, 1)), tiles)
         low, middle = -(-most // 3), -(-2 * most // 3)
-        with self.if_else(self.icmp_signed("<=", wanted, self.number(low))) as (lowest, higher):
+        with self.if_else(self.icmp_signed("<=", wanted, low)) as (lowest, higher):
             with lowest:
                 body(low)
-            with higher, self.if_else(self.icmp_signed("<=", wanted, self.number(middle))) as (between, highest):
+            with higher, self.if_else(self.icmp_signed("<=", wanted, middle)) as (between, highest):
                 with between:
                     body(middle)
                 with highest:
@@ -357,10 +359,10 @@ class Builder(ir.IRBuilder):
         held = [self.phi(value.type) for value in carried]
         for place, value in zip(held, carried, strict=True):
             place.add_incoming(value, before)
-        self.cbranch(self.icmp_signed("<", index, self.number(stop)), inside, behind)
+        self.cbranch(self.icmp_signed("<", index, stop), inside, behind)
         self.position_at_end(inside)
         found = body(index, *held) or []
-        index.add_incoming(self.add(index, self.number(step)), self.block)
+        index.add_incoming(self.add(index, step), self.block)
         for place, value in zip(held, found, strict=True):
             place.add_incoming(value, self.block)
         self.branch(head)
@@ -387,28 +389,34 @@ class Builder(ir.IRBuilder):
         table.initializer = ir.Constant(kind, list(self._constants))
 
 
+def _of_numbers(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda builder, x, y, **options: operation(builder, builder.number(x), builder.number(y), **options)
+
+
+for _name in ("add", "sub", "mul", "sdiv", "srem", "and_", "shl", "ashr"):
+    setattr(Builder, _name, _of_numbers(getattr(ir.IRBuilder, _name)))
+
+
 class Kernel:
     """A compiled function of `Builder`, which runs on PyTorch's threads.
 
     Args:
-        name: of the function.
-        level: the target instruction set.
-        made_of: parameters of `write`, besides the code of its module.
-        sources: the file of that module, and others that `write` depends on.
-        write: writes the whole function.
+        writer: class with the `name` of the function, whose objects write it with their builder `b`.
+        made_of: arguments of the class, with the target instruction set last.
     """
 
-    def __init__(
-        self, name: str, level: Level, made_of: object, sources: Sequence[str], write: Callable[[], Builder]
-    ) -> None:
+    def __init__(self, writer: Any, *made_of: Any) -> None:
+        name, level = writer.name, made_of[-1]
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        told = (name, level, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info)
-        files = [Path(file).read_bytes() for file in (__file__, *sources)]
-        place = _KEPT / f"{hashlib.sha256(repr((told, files)).encode()).hexdigest()}.o"
+        # Of this file, and of the classes that write the function.
+        modules = [__name__, *(each.__module__ for each in writer.mro() if each is not object)]
+        files = [Path(str(sys.modules[module].__file__)).read_bytes() for module in modules]
+        key = (name, *_target(level), made_of, llvmlite.__version__, llvm.llvm_version_info, files)
+        place = _KEPT / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.o"
         code = _read(place)
         if code is None:
-            code = _compiled(write(), level)
+            code = _compiled(writer(*made_of).b, level)
             _keep(place, code)
         # The engine owns its machine and keeps the code.
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(level))
@@ -437,6 +445,10 @@ class Kernel:
             self._function(start)
         else:
             team(self._address, start, min(threads, tasks), 0)
+
+
+kernel = cache(Kernel)
+"""A kernel by its writer and arguments, compiled once."""
 
 
 @cache

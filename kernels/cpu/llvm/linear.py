@@ -32,10 +32,10 @@ from .builder import (
     INT16,
     INT32,
     Builder,
-    Kernel,
     Values,
     coefficients,
     divided,
+    kernel,
     scratch_address,
     whole_pages,
 )
@@ -76,41 +76,33 @@ class _Linear:
     Args:
         kind: of the factors: fp32, bf16 or int8.
         half: whether the result and its addends are bf16 instead of fp32.
-        few: the kernel for few rows.
         turned: the weight is `[K, M]`; for many rows, not for int8.
-        level: of the processor.
         rounded: how float rows are quantised; None for int8 rows.
         wide: whether the weight is fp32 and the other factor bf16; for many rows.
+        level: of the processor.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        half: bool,
-        few: bool,
-        turned: bool,
-        level: Level,
-        rounded: Rounded | None = None,
-        wide: bool = False,
-    ) -> None:
+    name, few = "linear", False
+
+    def __init__(self, kind: Kind, half: bool, turned: bool, rounded: Rounded | None, wide: bool, level: Level) -> None:
         self.kind, self.half, self.level, self.turned, self.rounded = kind, half, level, turned, rounded
         self.wide = wide
         # Rows are read as channels in fp32, pairs of them in bf16 and fours of them in bytes, 32 bits each.
         self.unit, self.element = FP32 if kind == "fp32" else INT32, BF16 if half else FP32
         self.summed = INT32 if kind == "int8" else FP32
-        self.b = b = Builder("linear_of_few_rows" if few else "linear", _POINTERS, _NUMBERS, level)
+        self.b = b = Builder(self.name, _POINTERS, _NUMBERS, level)
         self.given = given = b.given
-        self.height, self.columns = _height(kind, few, level), _columns(kind, few, level)
+        self.height, self.columns = _height(kind, self.few, level), _columns(kind, self.few, level)
         self.sums_bytes = 4 * self.height * self.columns
         if rounded is None:
-            given["x_row"] = b.ashr(given["x_row"], b.number(_SHIFT[kind]))
+            given["x_row"] = b.ashr(given["x_row"], _SHIFT[kind])
         if not turned and not wide:
-            given["weight_row"] = b.ashr(given["weight_row"], b.number(_SHIFT[kind]))
-        given["inputs"] = b.ashr(given["inputs"], b.number(_SHIFT[kind]))
+            given["weight_row"] = b.ashr(given["weight_row"], _SHIFT[kind])
+        given["inputs"] = b.ashr(given["inputs"], _SHIFT[kind])
         if kind == "int8":
             b.tasks(self._bytes, self._round if rounded else None)
         else:
-            b.tasks(self._few if few else self._many)
+            b.tasks(self._few if self.few else self._many)
 
     def _bounds(self, task: Any, thread: Any) -> tuple[Any, Any, Any, Any]:
         """Columns and rows of a task, each from and to."""
@@ -125,18 +117,18 @@ class _Linear:
         b, given, lanes = self.b, self.given, self.level.lanes
         column, stop, row, end = self._bounds(task, thread)
         panels = b.at(self.base, self.sums_bytes, BYTE)
-        size = b.mul(given["inputs"], b.number(2 * lanes))
+        size = b.mul(given["inputs"], 2 * lanes)
 
         def panel(at: Any) -> Any:
-            return b.at(panels, b.mul(b.sdiv(b.sub(at, column), b.number(2 * lanes)), size), self.unit)
+            return b.at(panels, b.mul(b.sdiv(b.sub(at, column), 2 * lanes), size), self.unit)
 
         def lay_out(at: Any) -> None:
-            place = b.at(panel(at), b.and_(b.sub(at, column), b.number(lanes)), self.unit)
+            place = b.at(panel(at), b.and_(b.sub(at, column), lanes), self.unit)
             if self.turned:
                 b.loop(0, given["inputs"], 1, lambda u: self._lay_out_turned(at, u, place))
                 return
-            rows = [self._row("weight", b.add(at, b.number(i))) for i in range(lanes)]
-            ahead = b.mul(given["weight_row"], b.number(lanes))
+            rows = [self._row("weight", b.add(at, i)) for i in range(lanes)]
+            ahead = b.mul(given["weight_row"], lanes)
             b.lay_out(rows, given["inputs"], self.unit, place, ahead, narrowing=self.wide)
 
         b.loop(column, stop, lanes, lay_out)
@@ -158,11 +150,11 @@ class _Linear:
         """Quantise all rows to a thread's own memory, from which its tasks read."""
         b, given = self.b, self.given
         x, x_row, units = given["x"], given["x_row"], given["inputs"]
-        place = b.at(given["scratch"], b.add(b.mul(thread, given["room"]), b.number(self.sums_bytes)), BYTE)
+        place = b.at(given["scratch"], b.add(b.mul(thread, given["room"]), self.sums_bytes), BYTE)
         given["x"], given["x_row"] = place, units
         given["steps"] = b.at(place, b.mul(given["rows"], units), INT32)
         assert self.rounded is not None
-        how, channels = self.rounded, b.shl(units, b.number(_SHIFT["int8"]))
+        how, channels = self.rounded, b.shl(units, _SHIFT["int8"])
         element = BF16 if how.half else FP32
 
         def row(i: Any) -> None:
@@ -184,7 +176,7 @@ class _Linear:
                 def some_columns(at: Any) -> None:
                     panel = b.at(given["weight"], b.mul(at, given["inputs"]), self.unit)
                     # Sums begin with what the byte that stands for 0 adds to them.
-                    starts = [b.read(b.at(shifts, b.add(at, b.number(n * lanes)), INT32), INT32) for n in range(2)]
+                    starts = [b.read(b.at(shifts, b.add(at, n * lanes), INT32), INT32) for n in range(2)]
                     zero = b.spread(b.trunc(given["zero"], INT32))
                     self._panel(rows, panel, [b.neg(b.mul(start, zero)) for start in starts], _AHEAD)
                     self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes), height)
@@ -204,9 +196,9 @@ class _Linear:
 
     def _fetch_residual(self, first: Any, end: Any, column: Any) -> None:
         """Prefetch the residual of a tile during its GEMM."""
-        b, last = self.b, self.b.sub(end, self.b.number(1))
+        b, last = self.b, self.b.sub(end, 1)
         for i in range(self.height):
-            row = b.mul(b.least(b.add(first, b.number(i)), last), self.given["residual_row"])
+            row = b.mul(b.least(b.add(first, i), last), self.given["residual_row"])
             place = b.at(self.given["residual"], b.add(row, column), self.element)
             for channel in range(0, 2 * self.level.lanes, 64 // (2 if self.half else 4)):
                 b.fetch(b.at(place, channel, self.element))
@@ -214,7 +206,7 @@ class _Linear:
     def _lay_out_turned(self, column: Any, unit: Any, place: Any) -> None:
         """A vector of columns, of one row of the weight in fp32, of two in turn in bf16; rows times their factors."""
         b, lanes, given = self.b, self.level.lanes, self.given
-        into = b.at(place, b.mul(unit, b.number(2 * lanes)), self.unit)
+        into = b.at(place, b.mul(unit, 2 * lanes), self.unit)
         element = FP32 if self.kind == "fp32" or self.wide else BF16
 
         def scaled(row: Any) -> Any:
@@ -229,8 +221,8 @@ class _Linear:
         if self.kind == "fp32":
             b.write(scaled(unit), into)
             return
-        first = b.shl(unit, b.number(1))
-        rows = [b.bitcast(b.narrowed(scaled(b.add(first, b.number(n)))), b.vector(INT16)) for n in range(2)]
+        first = b.shl(unit, 1)
+        rows = [b.bitcast(b.narrowed(scaled(b.add(first, n))), b.vector(INT16)) for n in range(2)]
         b.write(b.alternated(*rows), into)
 
     def _few(self, task: Any, thread: Any) -> None:
@@ -242,7 +234,7 @@ class _Linear:
                 rows = self._rows("x", first, end, height)
 
                 def some_terms(start: Any) -> None:
-                    terms = start, b.least(b.add(start, b.number(_TERMS)), self.given["inputs"])
+                    terms = start, b.least(b.add(start, _TERMS), self.given["inputs"])
                     b.loop(column, stop, width, lambda at: self._dots(rows, at, b.sub(at, column), terms, width))
 
                 b.loop(0, self.given["inputs"], _TERMS, some_terms)
@@ -252,7 +244,7 @@ class _Linear:
 
         most, width = _ONE_TILE[lanes]
         rows = b.sub(end, row)
-        with b.if_else(b.icmp_signed("<=", rows, b.number(most))) as (one, several):
+        with b.if_else(b.icmp_signed("<=", rows, most)) as (one, several):
             with one:
                 b.heights(most, rows, lambda height: all_of(height, width))
             with several:
@@ -261,8 +253,8 @@ class _Linear:
     def _dots(self, rows: Values, column: Any, place: Any, terms: tuple[Any, Any], width: int) -> None:
         """Some terms of the dot products of rows with rows of the weight, with the next ones prefetched."""
         b, lanes, given = self.b, self.level.lanes, self.given
-        weights = [self._row("weight", b.add(column, b.number(n))) for n in range(width)]
-        ahead = b.mul(given["weight_row"], b.number(width))
+        weights = [self._row("weight", b.add(column, n)) for n in range(width)]
+        ahead = b.mul(given["weight_row"], width)
 
         def term(u: Any, *sums: Any) -> Values:
             places = [b.at(weight, u, self.unit) for weight in weights]
@@ -276,13 +268,13 @@ class _Linear:
 
         sums = b.loop(*terms, lanes, term, *[self._nothing()] * (width * len(rows)))
         sums += [self._nothing()] * (-len(sums) % lanes)
-        later = b.icmp_signed(">", terms[0], b.number(0))
+        later = b.icmp_signed(">", terms[0], 0)
         for start in range(0, len(sums), lanes):
             whole = b.sums(sums[start : start + lanes])
             for i in range(start // width, min((start + lanes) // width, len(rows))):
                 first = i * width - start
                 some = b.picked(whole, whole, range(first, first + width))
-                into = b.at(self.base, b.add(place, b.number(i * self.columns)), self.summed)
+                into = b.at(self.base, b.add(place, i * self.columns), self.summed)
                 b.write(b.where(later, lambda x=some, at=into: b.fadd(x, b.read(at, self.summed, width)), some), into)
 
     def _add(self, x: Any, y: Any, z: Any) -> Any:
@@ -299,8 +291,8 @@ class _Linear:
 
     def _rows(self, name: str, first: Any, end: Any, height: int = 0) -> Values:
         """Addresses of the rows of a tile, of which the last is repeated where there are no more."""
-        b, last = self.b, self.b.sub(end, self.b.number(1))
-        return [self._row(name, b.least(b.add(first, b.number(i)), last)) for i in range(height or self.height)]
+        b, last = self.b, self.b.sub(end, 1)
+        return [self._row(name, b.least(b.add(first, i), last)) for i in range(height or self.height)]
 
     def _finish(self, first: Any, end: Any, column: Any, columns: Any, height: int = 0) -> None:
         """Bias, GELU, LayerScale and residual for the sums of a tile, and the result to its place."""
@@ -309,7 +301,7 @@ class _Linear:
 
         def row(i: Any) -> None:
             number = b.add(first, i)
-            sums = b.at(self.base, b.mul(i, b.number(self.columns)), self.summed)
+            sums = b.at(self.base, b.mul(i, self.columns), self.summed)
             out = b.at(given["out"], b.add(b.mul(number, given["out_row"]), column), self.element)
             residual = b.at(given["residual"], b.add(b.mul(number, given["residual_row"]), column), self.element)
             # That of bytes is always in fp32.
@@ -327,7 +319,7 @@ class _Linear:
                     found = self._rescaled(found, number, b.add(column, n), added)
                 else:
                     found = b.where(b.there(given["bias"]), lambda x=found: b.fadd(x, read(bias)), found)
-                active = b.icmp_signed("!=", given["gelu"], b.number(0))
+                active = b.icmp_signed("!=", given["gelu"], 0)
                 found = b.where(active, lambda x=found: self._gelu(x), found)
                 found = b.where(b.there(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found)
                 found = b.where(b.there(given["residual"]), lambda x=found: b.fadd(x, read(residual)), found)
@@ -353,6 +345,10 @@ class _Linear:
         u = b.multiply_add(b.fmul(inside, inside), b.filled(2 / edge**2), b.filled(-1.0))
         quotient = b.polynomial(u, coefficients(_quotient(edge), degree))
         return b.fmul(above, b.multiply_add(inside, quotient, b.filled(0.5)))
+
+
+class _LinearOfFewRows(_Linear):
+    name, few = "linear_of_few_rows", True
 
 
 @cache
@@ -408,7 +404,7 @@ def _by_fours(
     """A row folded into one vector, by four that do not wait for each other; as many channels as rows in bytes have."""
 
     def fold(i: Any, *held: Any) -> Values:
-        return [of_vector(b.add(i, b.number(n * b.lanes)), one) for n, one in enumerate(held)]
+        return [of_vector(b.add(i, n * b.lanes), one) for n, one in enumerate(held)]
 
     first, second, third, last = b.loop(0, inputs, 4 * b.lanes, fold, *[start] * 4)
     return of_two(of_two(first, second), of_two(third, last))
@@ -434,10 +430,12 @@ Norm = tuple[Tensor, Tensor, float]
 class _Bytes:
     """Writes the kernel that quantises rows, or their LayerNorm, to uint8."""
 
+    name = "bytes"
+
     def __init__(self, how: Rounded, normed: bool, level: Level) -> None:
         self.how, self.normed, self.element = how, normed, BF16 if how.half else FP32
         pointers = ("x", "out", "steps", "weight", "bias", "scratch")
-        self.b = Builder("bytes", pointers, ("x_row", "rows", "inputs", "chunk", "eps", "room"), level)
+        self.b = Builder(self.name, pointers, ("x_row", "rows", "inputs", "chunk", "eps", "room"), level)
         self.b.tasks(self._some_rows)
 
     def _some_rows(self, task: Any, thread: Any) -> None:
@@ -482,22 +480,6 @@ class _Bytes:
             b.write(b.multiply_add(scaled, read(given["weight"], i), read(given["bias"], i)), b.at(place, i, FP32))
 
         b.loop(0, given["inputs"], lanes, normalised)
-
-
-@cache
-def _kernel(
-    kind: Kind, half: bool, few: bool, turned: bool, level: Level, rounded: Rounded | None, wide: bool
-) -> Kernel:
-    def write() -> Builder:
-        return _Linear(kind, half, few, turned, level, rounded, wide).b
-
-    name = "linear_of_few_rows" if few else "linear"
-    return Kernel(name, level, (kind, half, turned, rounded, wide), (__file__,), write)
-
-
-@cache
-def _bytes_kernel(how: Rounded, normed: bool, level: Level) -> Kernel:
-    return Kernel("bytes", level, (how, normed), (__file__,), lambda: _Bytes(how, normed, level).b)
 
 
 def _height(kind: Kind, few: bool, level: Level) -> int:
@@ -583,14 +565,14 @@ def int8_rows(x: Tensor, *, gelu: bool = False, norm: Norm | None = None) -> tup
     (rows, inputs), threads, level = x.shape, torch.get_num_threads(), levels()[0]
     made, steps = scratch("compiled bytes", (rows, inputs), torch.uint8), torch.empty(rows)
     chunk = max(1, -(-rows // (_TASKS_PER_THREAD * threads)))
-    kernel = _bytes_kernel(Rounded(x.dtype == torch.bfloat16, gelu), norm is not None, level)
+    run = kernel(_Bytes, Rounded(x.dtype == torch.bfloat16, gelu), norm is not None, level)
     around, room = (0, 0, 0, 0), 0
     if norm is not None:
         weight, bias, eps = norm[0].contiguous(), norm[1].contiguous(), int(np.float32(norm[2]).view(np.int32))
         room = whole_pages(4 * inputs)
         around = (weight.data_ptr(), bias.data_ptr(), scratch_address("compiled norm", room * threads), eps)
     pointers = (x.data_ptr(), made.data_ptr(), steps.data_ptr(), *around[:3])
-    kernel((*pointers, x.stride(0), rows, inputs, chunk, around[3], room), -(-rows // chunk), threads)
+    run((*pointers, x.stride(0), rows, inputs, chunk, around[3], room), -(-rows // chunk), threads)
     return made, steps
 
 
@@ -642,7 +624,7 @@ def _run(
         return out
     few = rows < _FEW if few is None else few
     wide = kind == "bf16" and weight.dtype == torch.float32
-    kernel = _kernel(kind, half, few, turned, level, rounded, wide)
+    run = kernel(_LinearOfFewRows if few else _Linear, kind, half, turned, rounded, wide, level)
     room, chunks, chunk = 4 * _height(kind, few, level) * _columns(kind, few, level), 1, rows
     columns = 2 * level.lanes if kind == "int8" else _FEW_COLUMNS
     if rounded is not None:
@@ -659,5 +641,5 @@ def _run(
     residual = others[2]
     strides = (x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0))
     numbers = (*strides, rows, inputs, outputs, columns, chunk, chunks, room, int(gelu), factors[3])
-    kernel((*addresses, place, *factors[:3], *numbers), -(-outputs // columns) * chunks, threads)
+    run((*addresses, place, *factors[:3], *numbers), -(-outputs // columns) * chunks, threads)
     return out

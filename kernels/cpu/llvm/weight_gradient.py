@@ -7,7 +7,6 @@ tile of sums stays in registers. The order of summation depends on the sizes onl
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import llvmlite.ir as ir
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import TOGETHER, Level, levels
-from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Kernel, Values, scratch_address, whole_pages
+from .builder import BF16, BYTE, FP32, INT16, INT32, Builder, Values, kernel, scratch_address, whole_pages
 
 # 32-bit units of the longest piece: with them two vectors of columns fill two thirds of the first level of cache.
 _TERMS = 256
@@ -30,11 +29,13 @@ _NUMBERS = ("dout_row", "x_row", "rows", "outputs", "inputs", "units", "terms", 
 class _WeightGradient:
     """Writes the kernel; `half`: bf16 factors, `wide`: an fp32 result for any factors."""
 
+    name = "weight_gradient"
+
     def __init__(self, half: bool, wide: bool, level: Level) -> None:
         # Rows are taken one by one in fp32 and in pairs in bf16, so that units of a column have 32 bits.
         self.half, self.unit, self.narrow = half, INT32 if half else FP32, half and not wide
         self.high, self.lanes, self.columns = level.rows, level.lanes, 2 * level.lanes
-        self.b = b = Builder("weight_gradient", _POINTERS, _NUMBERS, level)
+        self.b = b = Builder(self.name, _POINTERS, _NUMBERS, level)
         self.given = b.given
         b.tasks(self._block)
 
@@ -44,26 +45,26 @@ class _WeightGradient:
         self.column = column = b.mul(b.srem(task, given["across"]), given["width"])
         self.end = end = b.least(b.add(row, given["height"]), given["outputs"])
         stop = b.least(b.add(column, given["width"]), given["inputs"])
-        terms, columns = given["terms"], b.number(self.columns)
+        terms, columns = given["terms"], self.columns
         # Some more than a tile has, so that tiles begin in different sets of the cache.
-        self.tile_units = b.add(b.mul(terms, b.number(self.high)), b.number(self.lanes))
+        self.tile_units = b.add(b.mul(terms, self.high), self.lanes)
         self.sums = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
         self.panel = b.at(self.sums, self.high * self.columns, FP32)
-        tiles = b.sdiv(given["height"], b.number(self.high))
+        tiles = b.sdiv(given["height"], self.high)
         # Sums of the block's rows of dout: of the piece, and of all pieces.
-        summed = b.mul(tiles, b.number(self.lanes))
+        summed = b.mul(tiles, self.lanes)
         self.piece_sums = b.at(self.panel, b.mul(terms, columns), self.unit)
         self.row_sums = b.at(self.piece_sums, summed, FP32)
         self.tiles = b.at(self.row_sums, summed, FP32)
         self.before = b.at(self.tiles, b.mul(tiles, self.tile_units), self.unit)
         # Of blocks that are divided, the first part sums for all.
-        self.sums_wanted = b.and_(b.there(given["sums"]), b.icmp_signed("==", column, b.number(0)))
+        self.sums_wanted = b.and_(b.there(given["sums"]), b.icmp_signed("==", column, 0))
 
         def nothing_yet(n: Any) -> None:
             b.write(b.filled(0.0), b.at(self.piece_sums, n, FP32))
 
         # Those of all pieces too.
-        b.loop(0, b.shl(summed, b.number(1)), self.lanes, nothing_yet)
+        b.loop(0, b.shl(summed, 1), self.lanes, nothing_yet)
 
         def piece(first: Any) -> None:
             count = b.least(b.sub(given["units"], first), terms)
@@ -106,21 +107,21 @@ class _WeightGradient:
     def _sums_place(self, row: Any) -> Any:
         """A vector for every tile, of which as many elements count as it has rows."""
         b = self.b
-        return b.mul(b.sdiv(b.sub(row, self.row), b.number(self.high)), b.number(self.lanes))
+        return b.mul(b.sdiv(b.sub(row, self.row), self.high), self.lanes)
 
     def _tile(self, row: Any) -> Any:
         """Where the tile of a row is laid out."""
         b = self.b
-        number = b.sdiv(b.sub(row, self.row), b.number(self.high))
+        number = b.sdiv(b.sub(row, self.row), self.high)
         return b.at(self.tiles, b.mul(number, self.tile_units), self.unit)
 
     def _lay_out_rows(self, unit: Any, place: Any) -> None:
         b = self.b
-        ahead = b.mul(self.given["dout_row"], b.number(_AHEAD * (2 if self.half else 1)))
+        ahead = b.mul(self.given["dout_row"], _AHEAD * (2 if self.half else 1))
 
         def some(i: Any) -> None:
             # A vector is longer than a tile is high: the next unit, or what lies between tiles, takes what is too much.
-            into = b.at(self._tile(i), b.mul(place, b.number(self.high)), self.unit)
+            into = b.at(self._tile(i), b.mul(place, self.high), self.unit)
             parts = self._parts("dout", unit, i, self.given["outputs"], ahead)
             b.write(self._units(parts), into)
             with b.if_then(self.sums_wanted):
@@ -133,9 +134,9 @@ class _WeightGradient:
     def _lay_out_columns(self, unit: Any, place: Any, column: Any) -> None:
         b = self.b
         for n in (0, self.lanes):
-            into = b.at(self.panel, b.add(b.mul(place, b.number(self.columns)), b.number(n)), self.unit)
-            at = b.add(column, b.number(n))
-            b.write(self._units(self._parts("x", unit, at, self.given["inputs"], b.number(self.columns))), into)
+            into = b.at(self.panel, b.add(b.mul(place, self.columns), n), self.unit)
+            at = b.add(column, n)
+            b.write(self._units(self._parts("x", unit, at, self.given["inputs"], self.columns)), into)
 
     def _units(self, parts: Values) -> Any:
         """A vector of them."""
@@ -152,8 +153,8 @@ class _WeightGradient:
 
         if not self.half:
             return [some(unit, columns, FP32)]
-        first = b.shl(unit, b.number(1))
-        second = b.add(first, b.number(1))
+        first = b.shl(unit, 1)
+        second = b.add(first, 1)
         limit = b.select(b.icmp_signed("<", second, self.given["rows"]), columns, b.number(0))
         return [some(first, columns, INT16), some(second, limit, INT16)]
 
@@ -166,11 +167,11 @@ class _WeightGradient:
     def _finish(self, first: Any, row: Any, column: Any) -> None:
         """Write the sums of a tile, plus earlier pieces; for bf16 they accumulate in fp32 until the last piece."""
         b, given = self.b, self.given
-        later = b.icmp_signed(">", first, b.number(0))
+        later = b.icmp_signed(">", first, 0)
         last = b.icmp_signed(">=", b.add(first, given["terms"]), given["units"])
 
         def of_row(i: Any) -> None:
-            sums = b.at(self.sums, b.mul(i, b.number(self.columns)), FP32)
+            sums = b.at(self.sums, b.mul(i, self.columns), FP32)
             number = b.add(row, i)
             element = BF16 if self.narrow else FP32
             out = b.at(given["out"], b.add(b.mul(number, given["inputs"]), column), element)
@@ -197,17 +198,12 @@ class _WeightGradient:
 
     def _write(self, value: Any, place: Any, count: Any) -> None:
         b = self.b
-        with b.if_else(b.icmp_signed(">=", count, b.number(self.lanes))) as (whole, some):
+        with b.if_else(b.icmp_signed(">=", count, self.lanes)) as (whole, some):
             with whole:
                 b.write(value, place)
             with some:
                 # Only here, because AVX2 takes long for it.
                 b.write_some(value, place, self._there(count))
-
-
-@cache
-def _kernel(half: bool, wide: bool, level: Level) -> Kernel:
-    return Kernel("weight_gradient", level, (half, wide), (__file__,), lambda: _WeightGradient(half, wide, level).b)
 
 
 def weight_gradient(
@@ -238,5 +234,6 @@ def weight_gradient(
     place = scratch_address("compiled weight gradient", room * threads)
     addresses = (dout.data_ptr(), x.data_ptr(), out.data_ptr(), 0 if sums is None else sums.data_ptr(), place)
     sizes = (rows, outputs, inputs, units, terms, height, width, across, room)
-    _kernel(half, wide, level)((*addresses, dout.stride(0), x.stride(0), *sizes), blocks * across, threads)
+    run = kernel(_WeightGradient, half, wide, level)
+    run((*addresses, dout.stride(0), x.stride(0), *sizes), blocks * across, threads)
     return out
