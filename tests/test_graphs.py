@@ -107,22 +107,18 @@ def test_images_of_any_number_up_to_the_captured(model: XFM, captured: XFMGraphs
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("count", "length"), [(1, 6), (2, 5), (5, 9), (4, 6), (1, 2), (5, 4)])
+@pytest.mark.parametrize(("count", "length"), [(1, 6), (5, 9), (1, 2), (2, 4)])
 def test_texts_of_any_lengths(model: XFM, captured: XFMGraphs, device: str, count: int, length: int) -> None:
     captured.encode_text(*texts(5, 7, device))
     ids, mask = texts(count, length, device)
     agree(captured.encode_text(ids, mask), model.encode_text(ids, mask))
     assert not captured.encode_text(ids)[~mask].any()
+    # Two texts of four tokens fill their size.
+    agree(captured.encode_text(ids[:, :4]), model.encode_text(ids[:, :4]))
 
 
 @torch.no_grad()
-def test_texts_that_fill_a_size_to_the_last_token(model: XFM, captured: XFMGraphs, device: str) -> None:
-    ids = torch.randint(4, 63, (2, 4), device=device)
-    agree(captured.encode_text(ids), model.encode_text(ids))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("index", [[0, 1], [1, 0, 0, 1, 1], [1, 1, 1], [0]])
+@pytest.mark.parametrize("index", [[1, 0, 0, 1, 1], [1, 1, 1], [0]])
 @pytest.mark.parametrize("first_token_only", [False, True])
 def test_pairs(model: XFM, captured: XFMGraphs, device: str, index: list[int], first_token_only: bool) -> None:
     side = model.config.image_size
@@ -138,11 +134,11 @@ def test_pairs(model: XFM, captured: XFMGraphs, device: str, index: list[int], f
 
 
 @torch.no_grad()
-def test_the_smallest_size_that_fits_is_taken() -> None:
-    stand_in = StandIn()
-    model = model_on("cpu")
+def test_the_smallest_size_runs_and_only_changed_weights_are_recorded_again() -> None:
+    """The stand-in computes everything again, so its counts show what a CUDA graph would repeat."""
+    stand_in, model = StandIn(), model_on("cpu")
     captured = capture(model, Shapes(images=(8, 1, 2)), recorder=stand_in)
-    side, seen = model.config.image_size, []
+    side, seen, before = model.config.image_size, [], stand_in.recorded
     inner = model.vision_encoder.forward
 
     def forward(pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
@@ -154,6 +150,11 @@ def test_the_smallest_size_that_fits_is_taken() -> None:
         captured.encode_image(torch.randn(count, 3, side, side))
     assert seen == [1, 2, 8, 8]
     assert stand_in.replayed == 4
+    assert stand_in.recorded == before
+    model.get_parameter("vision_encoder.blocks.0.attn.relative_position_bias_table").mul_(2)
+    for _ in range(2):
+        captured.encode_image(torch.randn(1, 3, side, side))
+    assert stand_in.recorded == before + 1
 
 
 @torch.no_grad()
@@ -170,22 +171,6 @@ def test_weights_may_change(model: XFM, captured: XFMGraphs, device: str) -> Non
     agree(captured.encode_text(ids, mask), model.encode_text(ids, mask))
 
 
-@torch.no_grad()
-def test_a_change_of_weights_is_recorded_anew_and_nothing_else_is() -> None:
-    """The stand-in computes everything again, so that only the count tells; a CUDA graph would repeat old biases."""
-    stand_in, model = StandIn(), model_on("cpu")
-    captured = capture(model, Shapes(images=(1,)), recorder=stand_in)
-    side, before = model.config.image_size, stand_in.recorded
-    pixels = torch.randn(1, 3, side, side)
-    for _ in range(2):
-        captured.encode_image(pixels)
-    assert stand_in.recorded == before
-    model.get_parameter("vision_encoder.blocks.0.attn.relative_position_bias_table").mul_(2)
-    for _ in range(2):
-        captured.encode_image(pixels)
-    assert stand_in.recorded == before + 1
-
-
 def test_derived_weights_outlive_their_cache() -> None:
     from xfm_fast.kernels import derived
 
@@ -200,99 +185,75 @@ def test_derived_weights_outlive_their_cache() -> None:
     assert derived.remembered([weight]) == []
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda g: g.encode_image(torch.zeros(5, 3, 32, 32)), r"encode_image.*\(5,\).*\(1,\), \(4,\)"),
-        (lambda g: g.encode_image(torch.zeros(1, 3, 48, 48)), "48x48.*32x32"),
-        (lambda g: g.encode_text(*texts(6, 5, "cpu")), "encode_text"),
-        (lambda g: g.encode_text(torch.zeros(1, 3)), "input_ids"),
-        (lambda g: g.image_memory(torch.zeros(1, 3, 64)), r"\[1, 3, 64\]"),
-        (
-            lambda g: g.fuse(torch.zeros(1, 3, 64), torch.ones(2, 3), g.image_memory(torch.zeros(1, 17, 64))),
-            "attention_mask",
-        ),
-    ],
-)  # fmt: skip
-def test_calls_that_were_not_captured_are_refused(call: Callable[[XFMGraphs], Any], message: str) -> None:
-    model = model_on("cpu")
-    captured = capture(model, SHAPES, recorder=StandIn())
-    assert model.config.image_size == 32
-    assert model.config.num_image_tokens == 17
-    with pytest.raises(InputError, match=message):
-        call(captured)
+def test_calls_that_were_not_captured_are_refused() -> None:
+    captured = capture(model_on("cpu"), SHAPES, recorder=StandIn())
+    memory = captured.image_memory(torch.zeros(1, 17, 64))
+    for call in (
+        lambda: captured.encode_image(torch.zeros(5, 3, 32, 32)),
+        lambda: captured.encode_image(torch.zeros(1, 3, 48, 48)),
+        lambda: captured.encode_text(*texts(6, 5, "cpu")),
+        lambda: captured.encode_text(torch.zeros(1, 3)),
+        lambda: captured.image_memory(torch.zeros(1, 3, 64)),
+        lambda: captured.fuse(torch.zeros(1, 3, 64), torch.ones(2, 3), memory),
+    ):
+        with pytest.raises(InputError):
+            call()
 
 
 def test_models_that_cannot_be_captured_are_refused() -> None:
     model, shapes = model_on("cpu"), Shapes(images=(1,))
-    with pytest.raises(UnavailableError, match=r"cpu.*model\.cuda"):
+    with pytest.raises(UnavailableError, match="cpu"):
         capture(model, shapes)
-    with pytest.raises(InputError, match=r"the model is in training mode.*model\.eval"):
-        capture(model.train(), shapes, recorder=StandIn())
     foreign: Any = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).eval()
-    with pytest.raises(InputError, match=r"Sequential.*accelerate"):
-        capture(foreign, shapes, recorder=StandIn())
-    foreign[1].train()
-    assert str(graphs.why_not_captured(foreign)).startswith("dropout of 1 is active")
-    with torch.inference_mode():
-        made = nn.Linear(2, 2).eval()
-    assert "inference" in str(graphs.why_not_captured(made))
     text_only = XFM(model.config, heads=(), encoders=("text",)).eval()
-    with pytest.raises(InputError, match="images"):
-        capture(text_only, shapes, recorder=StandIn())
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"images": (0,)}, {"images": ((1, 2),)}, {"texts": ((1, 2),)}, {"texts": ((1, 2, 3),)},
-        {"pairs": ((1, 2, 3, 0),)}, {"matches": ((1, 1, 4, 5),)},
-    ],
-)  # fmt: skip
-def test_sizes_that_make_no_sense_are_refused(given: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"images|texts|tokens|pairs"):
-        Shapes(**given)
+    for wrong, named in ((model.train(), "training"), (foreign, "Sequential"), (text_only, "images")):
+        with pytest.raises(InputError, match=named):
+            capture(wrong, shapes, recorder=StandIn())
+    foreign[1].train()
+    assert "dropout of 1" in str(graphs.why_not_captured(foreign))
+    with torch.inference_mode():
+        loaded = nn.Linear(2, 2).eval()
+    assert "inference" in str(graphs.why_not_captured(loaded))
+    wrong_sizes: list[Any] = [
+        {"images": (0,)},
+        {"texts": ((1, 2),)},
+        {"texts": ((1, 2, 3),)},
+        {"pairs": ((1, 2, 3, 0),)},
+    ]
+    for sizes in wrong_sizes:
+        with pytest.raises(InputError, match=r"images|texts|pairs"):
+            Shapes(**sizes)
 
 
 class Branching(nn.Module):
-    """Somebody's module, whose size depends on values where it is told so."""
+    """A module whose output size or branch may depend on values."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor, how: str = "static") -> dict[str, Tensor]:
+    def forward(self, x: Tensor, how: Any = None) -> dict[str, Tensor]:
         out = self.linear(x)
-        if how == "nonzero":
-            out = out[x[:, 0].nonzero().flatten()]
-        elif how == "mask":
-            out = out[x[:, 0] > 0]
-        elif how == "truth" and (x > 0).all():
-            out = -out
-        elif how == "item":
-            out = out * x.max().item()
-        elif how == "unique":
-            out = x.unique()
-        return {"out": out, "twice": 2 * out}
+        return {"out": out, "twice": 2 * out, "other": how(x) if how else out}
 
 
 @pytest.mark.parametrize(
     ("how", "named"),
     [
-        ("nonzero", "nonzero"),
-        ("mask", "index"),
-        ("truth", "_local_scalar_dense|is_nonzero"),
-        ("item", "item|_local_scalar_dense"),
-        ("unique", "unique"),
+        (lambda x: x[x[:, 0].nonzero().flatten()], "nonzero"),
+        (lambda x: x[x[:, 0] > 0], "index"),
+        (lambda x: -x if (x > 0).all() else x, "_local_scalar_dense|is_nonzero"),
+        (lambda x: x * x.max().item(), "item|_local_scalar_dense"),
+        (lambda x: x.unique(), "unique"),
     ],
-)  # fmt: skip
-def test_sizes_and_branches_that_depend_on_values_are_refused(how: str, named: str) -> None:
+)
+def test_sizes_and_branches_that_depend_on_values_are_refused(how: Any, named: str) -> None:
     module = Branching().eval()
     calls = CallGraphs(module, module, StandIn())
     x = torch.randn(3, 4)
     with torch.no_grad():
         agree(calls(x)["out"], module(x)["out"])
-        with pytest.raises(InputError, match=rf"({named}).*graph"):
+        with pytest.raises(InputError, match=named):
             calls(x, how=how)
         agree(calls(x)["twice"], module(x)["twice"])
 
@@ -360,24 +321,16 @@ def test_any_module_is_captured_once_a_shape() -> None:
     assert stand_in.recorded == 4
 
 
-def test_accelerate_needs_a_gpu_for_graphs_and_fixed_sizes() -> None:
-    layer = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True).eval()
-    with pytest.raises(UnavailableError, match="CUDA graphs need a model on a GPU"):
-        accelerate(layer, cuda_graphs=True)
-    with pytest.raises(InputError, match="cuda_graphs=True"):
-        accelerate(layer, cuda_graphs=True, unpad=True)
-    assert "forward" not in layer.__dict__
-
-
 def test_accelerate_takes_graphs_out_again(monkeypatch: pytest.MonkeyPatch, device: str, recorder: Recorder) -> None:
     from xfm_fast.replace import acceleration
 
     if device == "cpu":
         monkeypatch.setattr(acceleration, "require_gpu", lambda module: None)
         monkeypatch.setattr(acceleration, "CallGraphs", lambda run, module: CallGraphs(run, module, recorder))
-        monkeypatch.setattr(acceleration, "_in_graphs", lambda m: isinstance(m.__dict__.get("forward"), CallGraphs))
     layer = nn.TransformerEncoderLayer(64, 2, 64, batch_first=True).eval().to(device)
     x = torch.randn(2, 5, 64, device=device)
+    with pytest.raises(InputError, match="cuda_graphs"):
+        accelerate(layer, cuda_graphs=True, unpad=True)
     with torch.no_grad():
         expected = layer(x)
         report = accelerate(layer, cuda_graphs=True, verify=x)
@@ -397,11 +350,9 @@ def test_accelerate_takes_graphs_out_again(monkeypatch: pytest.MonkeyPatch, devi
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_encoders_let_the_host_read_nothing(dtype: torch.dtype) -> None:
-    """What CUDA graphs and `torch.compile(mode="reduce-overhead")` ask of the model, seen operation by operation."""
-    model = model_on("cpu").to(dtype)
-    pixels = torch.randn(2, 3, 32, 32).to(dtype)
+def test_encoders_do_not_synchronise_with_the_host() -> None:
+    """As CUDA graphs and `torch.compile(mode="reduce-overhead")` require."""
+    model, pixels = model_on("cpu"), torch.randn(2, 3, 32, 32)
     model.image_memory(model.encode_image(pixels))
     with NoHostReads():
         model.project_image(model.encode_image(pixels))
@@ -409,24 +360,22 @@ def test_encoders_let_the_host_read_nothing(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("what", ["encode_image", "image_memory"])
-def test_encoders_compile_whole(what: str) -> None:
-    """Without a break, as one graph of operations that return new memory: CUDA graph trees can hold them."""
-    model = model_on("cpu")
+def test_encoders_compile_whole() -> None:
+    """As one graph of operations that return new memory, so that CUDA graph trees can hold them."""
+    model, seen = model_on("cpu"), list[str]()
     torch._dynamo.reset()
-    functions: dict[str, Callable[[Tensor], Any]] = {
-        "encode_image": model.encode_image,
-        "image_memory": lambda pixels: model.image_memory(model.encode_image(pixels)).layers,
-    }
-    pixels = torch.randn(2, 3, 32, 32)
-    seen: list[str] = []
+
+    def encode(pixels: Tensor) -> Any:
+        return model.image_memory(model.encode_image(pixels)).layers
 
     def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Any:
         seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    found = torch.compile(functions[what], fullgraph=True, backend=backend)(pixels)
-    for ours, theirs in zip(pytree.tree_leaves(found), pytree.tree_leaves(functions[what](pixels)), strict=True):
+    pixels = torch.randn(2, 3, 32, 32)
+    for ours, theirs in zip(
+        torch.compile(encode, fullgraph=True, backend=backend)(pixels), encode(pixels), strict=True
+    ):
         agree(ours, theirs)
     assert any("xfm_fast" in name for name in seen)
     for name in seen:

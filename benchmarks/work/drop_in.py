@@ -14,7 +14,7 @@ import torch
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import accelerate
-from xfm_fast.replace.quantised import LEAST_COSINE
+from xfm_fast.replace.verification import LEAST_COSINE
 
 from ..measure import Backend, Call, Case, Run, benchmark
 from ..record import OURS, UNTOUCHED, Extra

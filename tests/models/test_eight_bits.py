@@ -1,4 +1,4 @@
-"""An `XFM` whose blocks multiply in 8 bits: near the model in floats, saved as ever, and in int8 trained as ever."""
+"""An `XFM` whose blocks compute in 8 bits: accuracy, saving, and (int8) training."""
 
 from __future__ import annotations
 
@@ -60,6 +60,9 @@ def least_cosine(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def test_near_the_model_and_back(kind: EightBits, model: XFM) -> None:
     given = inputs(model.config)
     wanted, state = results(model, *given), copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="agreement"):
+        model.quantise(kind, lambda: 0.5)
+    assert model.quantised is None
     assert model.quantise(kind) is model
     assert model.quantised == kind
     assert 0.98 < least_cosine(results(model, *given), wanted) < 1 - 1e-6
@@ -71,45 +74,32 @@ def test_near_the_model_and_back(kind: EightBits, model: XFM) -> None:
 
 
 @either
-def test_the_blocks_that_cost_most_stay_in_floats(kind: EightBits, model: XFM) -> None:
-    given = inputs(model.config)
+def test_the_blocks_with_the_largest_error_stay_in_floats(kind: EightBits, model: XFM) -> None:
+    given, calls = inputs(model.config), []
     wanted = results(model, *given)
-    calls, agreement = 0, lambda: least_cosine(results(model, *given), wanted)
 
-    def counted() -> float:
-        nonlocal calls
-        calls += 1
-        return agreement()
+    def agreement() -> float:
+        calls.append(least_cosine(results(model, *given), wanted))
+        return calls[-1]
 
-    model.quantise(kind, counted, least=0.9)
-    assert calls == 1
+    model.quantise(kind, agreement, least=0.9)
+    assert len(calls) == 1
     assert {kind_of(weight) for weight in model._block_weights()} == {kind}
-    reached = agreement()
     model.dequantise()
-    least = 1 - (1 - reached) / 3
-    model.quantise(kind, counted, least=least)
-    assert agreement() >= least > reached
+    least = 1 - (1 - calls[0]) / 3
+    model.quantise(kind, agreement, least=least)
+    assert calls[-1] >= least > calls[0]
     marks = [{kind_of(weight) for weight in block} for block in model._weights_by_block()]
     assert {frozenset(block) for block in marks} == {frozenset({kind}), frozenset({None})}
-    assert calls <= 2 + 2 * len(marks)
+    assert len(calls) <= 3 + 2 * len(marks)
     assert model.quantised == kind
-    # The marks of what stays are there in a copy too.
+    # A copy has the flags too.
     assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
-
-
-@either
-def test_no_block_is_left_in_8_bits_where_none_agrees(kind: EightBits, model: XFM) -> None:
-    given = inputs(model.config)
-    wanted = results(model, *given)
-    with pytest.raises(InputError, match=r"agreement\(\) 0\.97"):
-        model.quantise(kind, lambda: 0.5)
-    assert model.quantised is None
-    assert all(torch.equal(value, wanted[name]) for name, value in results(model, *given).items())
 
 
 @needs_int8
 def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole model against its plain twin, in which the same products are of floats that were rounded before."""
+    """Against the model in floats whose GEMMs have operands rounded to int8."""
     given = inputs(model.config)
     floats = results(model, *given)
     found = results(model.quantise(), *given)
@@ -160,22 +150,14 @@ def test_training_is_exact(model: XFM) -> None:
     assert query.grad is not None
 
 
-def test_fp8_is_that_of_the_block_with_embeddings_and_heads_left_out(model: XFM) -> None:
+def test_fp8_excludes_embeddings_and_heads_and_moves_with_the_model(model: XFM) -> None:
     given = inputs(model.config)
     with ops.use_fp8():
         wanted = results(model, *given)
     found = results(model.quantise("fp8"), *given)
-    # The block also rounds the patches, which a marked model does not.
+    # The context also rounds the patches, which a quantised model does not.
     assert torch.equal(found["texts"], wanted["texts"])
     assert not torch.equal(found["images"], wanted["images"])
-    model.requires_grad_(True)
-    with pytest.raises(InputError, match="no gradient"):
-        model.encode_text(given[1])
-
-
-def test_fp8_moves_with_the_model(model: XFM) -> None:
-    given = inputs(model.config)
-    found = results(model.quantise("fp8"), *given)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         model._apply(torch.clone)
@@ -183,38 +165,25 @@ def test_fp8_moves_with_the_model(model: XFM) -> None:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert model.quantised == "fp8"
     assert all(torch.equal(value, found[name]) for name, value in results(model, *given).items())
-    assert model.to(torch.bfloat16).quantised == "fp8"
+    with pytest.raises(InputError, match="no gradient"):
+        model.requires_grad_(True).encode_text(given[1])
 
 
-def test_refusals_of_fp8(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="float64"):
-        copy.deepcopy(model).double().quantise("fp8")
-    with pytest.raises(InputError, match="fp8"):
-        copy.deepcopy(model).quantise("fp8").freeze()
-    monkeypatch.setattr(fp8, "_why_not", lambda device, index: "of a test")
-    with pytest.raises(UnavailableError, match="of a test"):
-        model.cast("fp8")
-    assert model.quantised is None
-
-
-@needs_int8
-def test_refusals(model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model.quantise()
-    with pytest.raises(InputError, match="int8"):
-        model.quantise()
-    model.dequantise()
-    with pytest.raises(InputError, match="float64"):
-        copy.deepcopy(model).double().quantise()
-    with pytest.raises(UnavailableError, match="for CPUs"):
-        copy.deepcopy(model).to("meta").quantise()
+@either
+def test_refusals(kind: EightBits, model: XFM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="'int4' is unknown"):
+    with pytest.raises(InputError, match="float64"):
+        copy.deepcopy(model).double().quantise(kind)
+    with pytest.raises(InputError, match=kind):
+        copy.deepcopy(model).quantise(kind).quantise(kind)
+    with pytest.raises(InputError, match="int4"):
         XFM.from_pretrained(tmp_path, dtype="int4")  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(int8, "why_not", lambda: "of a test")
-    with pytest.raises(UnavailableError, match="not offered here: of a test"):
-        XFM.from_pretrained(tmp_path, dtype="int8")
-    with pytest.raises(UnavailableError, match="of a test"):
-        model.quantise()
+    monkeypatch.setattr(fp8, "_why_not", lambda device, index: "of a test")
+    for refused in (lambda: XFM.from_pretrained(tmp_path, dtype=kind), lambda: model.quantise(kind)):
+        with pytest.raises(UnavailableError, match="of a test"):
+            refused()
+    assert model.quantised is None
 
 
 @torch.no_grad()
@@ -233,7 +202,7 @@ def ranked(model: XFM, examples: Examples) -> dict[str, Tensor]:
 
 
 def in_order(found: Tensor, wanted: Tensor) -> float:
-    """The share of two texts of an image, one above the other, that stay so."""
+    """Share of pairs of texts of an image whose order is unchanged."""
     first, second = torch.triu_indices(wanted.shape[1], wanted.shape[1], 1)
     kept = (wanted[:, first] > wanted[:, second]) == (found[:, first] > found[:, second])
     return float(kept.double().mean())
@@ -247,7 +216,8 @@ def test_trained_weights_keep_embeddings_and_ranks(trained_model: XFM, dtype: to
     spread = wanted["scores"].amax(1) - wanted["scores"].amin(1)
     assert spread.min() > 1, "the model ranks nothing: it is not trained"
     model = copy.deepcopy(trained_model).to(dtype)
-    for agreement in (None, lambda: in_order(ranked(model, others)["scores"], ranked(trained_model, others)["scores"])):
+    expected = ranked(trained_model, others)["scores"]
+    for agreement in (None, lambda: in_order(ranked(model, others)["scores"], expected)):
         found = ranked(model.dequantise().quantise("int8", agreement, least=0.97), judged)
         assert min(F.cosine_similarity(found[name], wanted[name]).min() for name in ("images", "texts")) >= 0.99
         assert in_order(found["scores"], wanted["scores"]) >= 0.97
@@ -256,8 +226,8 @@ def test_trained_weights_keep_embeddings_and_ranks(trained_model: XFM, dtype: to
 @needs_int8
 @pytest.mark.skipif(llvm.why_not(torch.int8) is not None, reason="no compiled products of bytes here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_short_text_by_itself(dtype: torch.dtype, model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the short way, by the general one, where something watches, and after a weight was written to."""
+def test_a_single_short_text(dtype: torch.dtype, model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the short path, by the general one, with a hook, and after a weight was written to."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
     for each in (torch.float32, torch.bfloat16):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,16 +30,6 @@ class TextConfig:
     image_width: int = 24
     dropout: float = 0.0
     drop_path: float = 0.0
-
-
-@dataclass
-class Output:
-    """What an encoder returns by name."""
-
-    last_hidden_state: Tensor
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
 
 
 class SelfAttention(nn.Module):
@@ -77,23 +68,23 @@ class BranchEnd(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.width, eps=1e-5)
         self.dropout = nn.Dropout(config.dropout)
         if config.drop_path:
-            self.drop_path = PositionDropPath(config.drop_path)
+            self.drop_path = DropPath(config.drop_path, by_position=True)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         branch = self.dropout(self.dense(x))
         return self.LayerNorm((self.drop_path(branch) if hasattr(self, "drop_path") else branch) + residual)
 
 
-class PositionDropPath(nn.Module):
-    def __init__(self, drop_prob: float) -> None:
+class DropPath(nn.Module):
+    def __init__(self, drop_prob: float, by_position: bool = False) -> None:
         super().__init__()
-        self.drop_prob = drop_prob
+        self.drop_prob, self.by_position = drop_prob, by_position
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept = 1 - self.drop_prob
-        return x * torch.bernoulli(x.new_full((1, x.shape[1], 1), kept)) / kept
+        kept, shape = 1 - self.drop_prob, (1, x.shape[1], 1) if self.by_position else (x.shape[0], 1, 1)
+        return x * torch.bernoulli(x.new_full(shape, kept)) / kept
 
 
 class Attention(nn.Module):
@@ -107,16 +98,6 @@ class Attention(nn.Module):
         return self.output(context, x), weights, present
 
 
-class Intermediate(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.width, config.hidden)
-        self.intermediate_act_fn = F.gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.intermediate_act_fn(self.dense(x))
-
-
 class TextLayer(nn.Module):
     """As X-FM has it."""
 
@@ -126,7 +107,8 @@ class TextLayer(nn.Module):
         self.has_cross_attention = number >= config.fusion_layer
         if self.has_cross_attention:
             self.crossattention = Attention(config, config.image_width)
-        self.intermediate = Intermediate(config)
+        self.intermediate: Any = nn.Module()
+        self.intermediate.dense, self.intermediate.intermediate_act_fn = nn.Linear(config.width, config.hidden), F.gelu
         self.output = BranchEnd(config.hidden, config)
 
     def forward(
@@ -145,7 +127,7 @@ class TextLayer(nn.Module):
         if self.has_cross_attention and encoder_hidden_states is not None:
             x, weights, _ = self.crossattention(x, encoder_attention_mask, head_mask, encoder_hidden_states, None)
             attentions.append(weights)
-        x = self.output(self.intermediate(x), x)
+        x = self.output(self.intermediate.intermediate_act_fn(self.intermediate.dense(x)), x)
         return (x, *(attentions if output_attentions else ()), present)
 
 
@@ -204,22 +186,11 @@ class TextStack(nn.Module):
         states = (*states, x) if output_hidden_states else None
         if not return_dict:
             return tuple(part for part in (x, presents if use_cache else None, states) if part is not None)
-        return Output(x, presents if use_cache else None, states)
+        past = presents if use_cache else None
+        return SimpleNamespace(last_hidden_state=x, past_key_values=past, hidden_states=states)
 
 
-class TextEmbeddings(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocabulary, config.width)
-        self.position_embeddings = nn.Embedding(40, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        places = torch.arange(input_ids.shape[1])
-        return self.LayerNorm(self.word_embeddings(input_ids) + self.position_embeddings(places))
-
-
-class WholeEmbeddings(nn.Module):
+class Embeddings(nn.Module):
     """Embeddings as the official encoders have them: positions by RoBERTa's count of real tokens, or by place."""
 
     position_ids: Tensor
@@ -273,27 +244,20 @@ class LanguageHead(nn.Module):
         return self.decoder(self.layer_norm(F.gelu(self.dense(features), approximate=self.approximate)))
 
 
-class Transform(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
-        self.transform_act_fn = F.gelu
-        self.LayerNorm = nn.LayerNorm(config.width)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
-
-
 class PredictionHead(nn.Module):
     """BERT's head."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.transform = Transform(config)
+        self.transform: Any = nn.Module()
+        self.transform.dense = nn.Linear(config.width, config.width)
+        self.transform.transform_act_fn = F.gelu
+        self.transform.LayerNorm = nn.LayerNorm(config.width)
         self.decoder = nn.Linear(config.width, config.vocabulary)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden_states))
+        transform = self.transform
+        return self.decoder(transform.LayerNorm(transform.transform_act_fn(transform.dense(hidden_states))))
 
 
 class TextModel(nn.Module):
@@ -301,7 +265,7 @@ class TextModel(nn.Module):
 
     def __init__(self, config: TextConfig, layer: type[TextLayer] = TextLayer) -> None:
         super().__init__()
-        self.embeddings = TextEmbeddings(config)
+        self.embeddings = Embeddings(config, None)
         self.encoder = TextStack(config, layer)
 
     def forward(
@@ -332,18 +296,6 @@ class TextModel(nn.Module):
 def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`[P, L]` of ones and zeros → `[P, 1, 1, L]` to be added to scores."""
     return (1 - mask[:, None, None].to(dtype)) * -10000.0
-
-
-class DropPath(nn.Module):
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        kept = 1 - self.drop_prob
-        return x * torch.bernoulli(x.new_full((x.shape[0], 1, 1), kept)) / kept
 
 
 class Mlp(nn.Module):

@@ -1,9 +1,8 @@
-"""What holds for every model: the same objects, the report, selection, the way back, refusals."""
+"""What holds for every model: the same objects, the report, selection, revert, refusals."""
 
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +13,12 @@ from torch.nn.utils import parametrizations
 from xfm_fast import XFM, XFMConfig, accelerate
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.cpu import selection
-from xfm_fast.replace import Fused, Rule, acceleration, expectation
+from xfm_fast.replace import Fused, Rule, acceleration, report, verification
 from xfm_fast.replace.swap import Settings, is_fused, observed
 
 
 class Affine(nn.Module):
-    """Somebody's module: `scale · linear(x)`."""
+    """`scale · linear(x)`."""
 
     def __init__(self, width: int = 5) -> None:
         super().__init__()
@@ -52,7 +51,7 @@ class FusedAffine(Fused):
 
 @pytest.fixture(autouse=True)
 def only_our_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rules of one made-up family, in place of everybody's."""
+    """Only the rules of a toy family."""
     odd = Rule("Odd", lambda m: isinstance(m, Odd), FusedAffine, "", lambda *_: "it is odd")
     rule = Rule("FusedAffine", lambda m: isinstance(m, Affine), FusedAffine, "a call")
     monkeypatch.setattr(acceleration, "rules", lambda: (odd, rule))
@@ -71,12 +70,12 @@ def test_a_forward_left_on_the_instance() -> None:
     wanted = made(x)
     first: Any = made[0]
     first.forward = first.forward
-    report = accelerate(made)
+    found = accelerate(made)
     made(x)
     assert len(FusedAffine.calls) == 3
     first.forward = first.forward
     assert not observed(first)
-    report.revert()
+    found.revert()
     assert torch.equal(made(x), wanted)
     assert len(FusedAffine.calls) == 3
     first.forward = lambda features: 2 * features
@@ -87,48 +86,44 @@ def test_a_forward_left_on_the_instance() -> None:
 def test_the_objects_stay_the_same() -> None:
     made = model()
     modules, parameters, state = list(made.modules()), list(made.parameters()), made.state_dict()
-    optimizer = torch.optim.SGD(made.parameters(), 0.1)
+    optimizer, signature = torch.optim.SGD(made.parameters(), 0.1), inspect.signature(made[0].forward)
     before = made(torch.ones(2, 5))
-    report = accelerate(made)
+    found = accelerate(made, unpad=True)
+    found = accelerate(made, skip_logits=True)
+    assert [entry.path for entry in found.replaced] == ["0", "1.0", "2"]
+    assert "0 and 1 more" in str(found)
     assert [*map(id, made.modules())] == [*map(id, modules)]
     assert [*map(id, made.parameters())] == [*map(id, parameters)]
     assert list(made.state_dict()) == list(state)
     assert torch.equal(made(torch.ones(2, 5)), before)
-    assert len(FusedAffine.calls) == 3
+    assert FusedAffine.calls == [Settings(skip_logits=True)] * 3
+    assert inspect.signature(made[0].forward) == signature
     made(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     assert not torch.equal(made(torch.ones(2, 5)), before)
     assert type(modules[1]).__name__ == "Affine"
     assert isinstance(modules[1], Affine)
     assert repr(made) == repr(model())
-    report.revert()
-    assert [type(module) for module in made.modules()] == [type(module) for module in model().modules()]
+    for _ in range(2):
+        found.revert()
     for module, other in zip(made.modules(), model().modules(), strict=True):
+        assert type(module) is type(other)
         assert vars(module).keys() == vars(other).keys()
 
 
-def test_the_report_is_a_table() -> None:
-    report = accelerate(model())
-    assert [entry.path for entry in report.replaced] == ["0", "1.0", "2"]
-    assert report.left == []
-    assert "0 and 1 more" in str(report)
-    assert "3 modules replaced" in str(report)
-    assert "(the model)" in str(accelerate(Affine()))
-
-
 def test_expected_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceleration, "measured_product", lambda *_: 2.5)
+    monkeypatch.setattr(report, "measured_product", lambda *_: 2.5)
     made = nn.Sequential(Affine(), Affine(), Odd(10), nn.Linear(10, 5))
     monkeypatch.setattr(acceleration, "rules", lambda: (Rule("Odd", lambda m: type(m) is Odd, FusedAffine, ""),))
-    report = accelerate(made)
-    assert report.expected_gains == {"2": 2.5}
-    assert report.expected.overall == pytest.approx(1 / (1 - 0.5 + 0.5 / 2.5))
-    (line,) = [line for line in str(report).splitlines() if line.startswith("2 ")]
+    found = accelerate(made)
+    assert found.expected_gains == {"2": 2.5}
+    assert found.expected.overall == pytest.approx(1 / (1 - 0.5 + 0.5 / 2.5))
+    (line,) = [line for line in str(found).splitlines() if line.startswith("2 ")]
     assert line.split() == ["2", "Odd", "Odd", "50%", "2.5×"]
 
 
 @pytest.mark.parametrize(("after", "gains"), [(1.01, {}), (0.5, {"1": 2.5})])
-def test_no_more_is_expected_than_was_measured(
+def test_a_smaller_measured_speedup_replaces_the_bound(
     after: float, gains: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock on which an untouched call takes a second."""
@@ -142,14 +137,14 @@ def test_no_more_is_expected_than_was_measured(
 
         return timed
 
-    monkeypatch.setattr(acceleration.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(verification.time, "perf_counter", lambda: now)
     monkeypatch.setattr(Odd, "forward", taking(1.0, Affine.forward), raising=False)
     fused = type("Timed", (FusedAffine,), {"forward": taking(after, FusedAffine.forward)})
-    monkeypatch.setattr(acceleration, "measured_product", lambda *_: 2.5)
+    monkeypatch.setattr(report, "measured_product", lambda *_: 2.5)
     monkeypatch.setattr(acceleration, "rules", lambda: (Rule("Odd", lambda m: isinstance(m, Odd), fused, ""),))
-    report = accelerate(nn.Sequential(Affine(), Odd()), verify=torch.ones(2, 5))
-    assert report.expected.overall == pytest.approx(min(1 / after, 1 / (1 - 0.5 + 0.5 / 2.5)))
-    assert report.expected_gains == gains
+    found = accelerate(nn.Sequential(Affine(), Odd()), verify=torch.ones(2, 5))
+    assert found.expected.overall == pytest.approx(min(1 / after, 1 / (1 - 0.5 + 0.5 / 2.5)))
+    assert found.expected_gains == gains
 
 
 def test_the_product_that_gains_least_counts_less_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,68 +152,26 @@ def test_the_product_that_gains_least_counts_less_the_noise(monkeypatch: pytest.
         return selection.Selection(operation, torch.float32, chosen, seconds, {}, noise=noise)
 
     races = [race("linear", "llvm", 0.0, aten=1.5, llvm=1.0), race("linear_gelu", "llvm", 0.02, aten=1.1, llvm=1.0)]
-    monkeypatch.setattr(expectation, "selections", lambda: races)
-    assert expectation.measured_product(nn.Linear(2, 2), None, None) == pytest.approx(1.1 / 1.02)
+    monkeypatch.setattr(report, "selections", lambda: races)
+    assert report.measured_product(nn.Linear(2, 2), None, None) == pytest.approx(1.1 / 1.02)
     races.append(race("linear_residual", "aten", 0.05, aten=1.0, llvm=1.2))
-    assert expectation.measured_product(nn.Linear(2, 2), None, None) == 1.0
+    assert report.measured_product(nn.Linear(2, 2), None, None) == 1.0
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
-def test_slow_bfloat16_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    expectation.warn_of_slow_bfloat16.cache_clear()
-    monkeypatch.setattr(expectation.gemm, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0)
-    with pytest.warns(UserWarning, match=r"bfloat16.*1\.5"):
-        accelerate(model(), dtype=torch.bfloat16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        accelerate(model(), dtype=torch.bfloat16)
-        accelerate(model())
-    expectation.warn_of_slow_bfloat16.cache_clear()
-
-
-def test_layers_that_nothing_knows_are_named() -> None:
+def test_unknown_layers_are_listed() -> None:
     class Foreign(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.dense = nn.Linear(5, 20)
 
     made = nn.Sequential(nn.Sequential(Foreign(), Foreign()), Affine())
-    report = accelerate(made)
-    (unknown,) = report.unknown
+    found = accelerate(made)
+    (unknown,) = found.unknown
     assert (unknown.class_name, unknown.paths, unknown.share) == ("Foreign", ["0.0", "0.1"], pytest.approx(200 / 225))
-    line = "Foreign (0.0 and 1 more), 89%"
-    assert line in str(report)
-    # What was left out by choice is not told of.
+    assert "Foreign (0.0 and 1 more), 89%" in str(found)
     assert accelerate(made, include="1").unknown == []
-    with pytest.raises(InputError, match=r"Foreign \(0 and 1 more"):
+    with pytest.raises(InputError, match="Foreign"):
         accelerate(nn.Sequential(Foreign(), Foreign()))
-
-
-def test_reasons_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing = Rule("FusedAffine", lambda m: type(m) is Odd, FusedAffine, "a call", lambda *_: "it is odd")
-    taking = Rule("FusedAffine", lambda m: type(m) is Affine, FusedAffine, "a call")
-    monkeypatch.setattr(acceleration, "rules", lambda: (refusing, taking))
-    made: Any = model()
-    made[0].forward = lambda features: features
-    report = accelerate(made)
-    assert {entry.path: entry.reason for entry in report.left} == {
-        "0": "its forward was replaced on the instance",
-        "2": "it is odd",
-    }
-    with pytest.raises(InputError, match="Odd: it is odd"):
-        accelerate(Odd())
-
-
-def test_again_and_back_twice() -> None:
-    made = model()
-    accelerate(made, unpad=True)
-    report = accelerate(made, skip_logits=True)
-    assert len(report.replaced) == 3
-    made(torch.ones(2, 5))
-    assert FusedAffine.calls[0] == Settings(skip_logits=True)
-    report.revert()
-    report.revert()
-    assert type(made[0]) is Affine
 
 
 @pytest.mark.parametrize(
@@ -241,50 +194,42 @@ def test_selection(options: dict[str, Any], paths: list[str]) -> None:
     assert [entry.path for entry in accelerate(made, **options).replaced] == paths
 
 
-def test_selections_and_models_without_anything() -> None:
-    with pytest.raises(InputError, match="include='nowhere'"):
-        accelerate(model(), include="nowhere")
-    with pytest.raises(InputError, match="ReLU"):
-        accelerate(nn.ReLU())
-    with pytest.raises(InputError, match=r"XFM .*freeze\(\)"):
-        accelerate(XFM(XFMConfig.preset("tiny")))
-    with pytest.raises(InputError, match="str"):
-        accelerate("model")  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(
+    ("made", "options", "named"),
+    [
+        (model, {"include": "nowhere"}, "nowhere"),
+        (nn.ReLU, {}, "ReLU"),
+        (lambda: XFM(XFMConfig.preset("tiny")), {}, "XFM"),
+        (lambda: "model", {}, "str"),
+        (Odd, {"exclude": "*"}, "Odd"),
+        (model, {"dtype": torch.int32}, "dtype"),
+        (lambda: nn.TransformerEncoderLayer(8, 2, 16, device="meta"), {}, "meta"),
+    ],
+)
+def test_refusals(made: Any, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        accelerate(made(), **options)
 
 
 @pytest.mark.parametrize("given", [torch.ones(2, 5), (torch.ones(2, 5),), {"features": torch.ones(2, 5)}])
 def test_verified(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Affine().train()
-    report = accelerate(made, verify=given)
-    assert list(report.differences.values()) == [0.0]
-    assert "verified: output differs by 0.0e+00" in str(report)
+    found = accelerate(made, verify=given)
+    assert found.differences == {"": 0.0}
+    assert "verified: output" in str(found)
     assert made.training
-    report.revert()
+    found.revert()
     monkeypatch.setattr(FusedAffine, "error", 0.5)
-    with pytest.raises(InputError, match="the output differs by"):
+    with pytest.raises(InputError, match="output"):
         accelerate(made, verify=given)
     assert type(made) is Affine
-
-
-def test_verified_outputs_have_names() -> None:
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.part = Affine()
-
-        def forward(self, x: Tensor) -> dict[str, Any]:
-            y = self.part(x)
-            return {"states": y, "all": (x, {"last": y}), "count": torch.tensor(3), "none": None}
-
-    report = accelerate(Named(), verify=torch.ones(2, 5))
-    assert report.differences == {"states": 0.0, "all.0": 0.0, "all.1.last": 0.0}
 
 
 def test_a_failed_attempt_leaves_the_former_one(monkeypatch: pytest.MonkeyPatch) -> None:
     made: Any = model()
     accelerate(made, include="0")
     monkeypatch.setattr(FusedAffine, "error", 0.5)
-    with pytest.raises(InputError, match="differs"):
+    with pytest.raises(InputError):
         accelerate(made, verify=torch.ones(2, 5), exclude="0")
     assert [is_fused(made[0]), is_fused(made[1][0]), is_fused(made[2])] == [True, False, False]
 
@@ -312,28 +257,17 @@ def test_observed_parts_are_called() -> None:
     assert not FusedAffine.calls
 
 
-def test_the_signature_is_that_of_the_original() -> None:
-    made, other = Affine(), Odd()
-    signature, words = inspect.signature(made.forward), made.forward.__doc__
-    accelerate(made)
-    accelerate(other)
-    assert inspect.signature(made.forward) == signature
-    assert made.forward.__doc__ == words
-
-
-def test_a_type_is_for_the_whole_model() -> None:
+def test_a_dtype_applies_to_the_whole_model() -> None:
     made = nn.Sequential(Affine(), nn.Linear(5, 5))
-    report = accelerate(made, dtype=torch.bfloat16)
+    found = accelerate(made, dtype=torch.bfloat16)
     assert made(torch.ones(2, 5)).dtype == torch.bfloat16
     assert made[1].weight.dtype == torch.float32
-    report.revert()
+    found.revert()
     assert type(made) is nn.Sequential
     assert made(torch.ones(2, 5)).dtype == torch.float32
 
 
-def test_what_the_machine_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="dtype="):
-        accelerate(model(), dtype=torch.int32)
+def test_unavailable_dtypes_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnavailableError, match="float16"):
         accelerate(model(), dtype=torch.float16)
     with pytest.raises(UnavailableError, match="flash_attn"):

@@ -14,49 +14,24 @@ pytest.importorskip("transformers.masking_utils", reason="this version has no at
 
 import xfm_fast  # noqa: E402
 from tests.agreement import relative_error  # noqa: E402
-from tests.replace.families import TRANSFORMERS, batch, make  # noqa: E402
+from tests.replace.families import FAMILIES, TRANSFORMERS, assert_close, batch, gradients, make, without_chance  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import attention_interface  # noqa: E402
 
-SIZES: dict[str, Any] = {
-    "image_size": 16,
-    "patch_size": 4,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 30,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "drop_path_rate": 0.0,
-}
-BIASED: dict[str, tuple[str, dict[str, Any]]] = {
-    "BEiT": ("Beit", {"use_relative_position_bias": True}),
-    "BEiT with a shared bias": ("Beit", {"use_shared_relative_position_bias": True}),
-    "BEiT with both": ("Beit", {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}),
-    "Data2Vec": ("Data2VecVision", {"use_relative_position_bias": True}),
-    "Data2Vec with a shared bias": ("Data2VecVision", {"use_shared_relative_position_bias": True}),
-    "Swin": ("Swin", {"embed_dim": 12, "depths": [2], "num_heads": [3], "window_size": 2}),
-}
+FAMILIES_WITH_BIAS = ("BEiT", "BEiT, shared bias", "BEiT, both biases", "Data2Vec", "Swin, whole windows")
 
 
-def pair(kind: str, changes: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
+def pair(kind: str, **changes: Any) -> tuple[Any, Any]:
     """A model with eager attention, and one with ours and the same weights."""
-    name = xfm_fast.register_attention()
-    sizes = SIZES if kind != "Swin" else {k: v for k, v in SIZES.items() if "hidden_size" not in k and "num_" not in k}
-    config = getattr(transformers, f"{kind}Config")(**sizes | changes)
-    family = getattr(transformers, f"{kind}Model")
-    made = [family._from_config(copy.deepcopy(config), attn_implementation=which) for which in ("eager", name)]
-    model, fast = (m.to(dtype).train() for m in made)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
+    case, name = FAMILIES[kind], xfm_fast.register_attention()
+    model, fast = (case.model(attention=each, **changes) for each in ("eager", name))
     fast.load_state_dict(model.state_dict())
     return model, fast
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the biases that reached the operation."""
+    """Shapes of the biases in calls of the op."""
     seen: list[tuple[int, ...]] = []
     original = ops.bias_attention
 
@@ -68,21 +43,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def agree(model: Any, fast: Any, given: dict[str, Tensor], bound: float, keep: Tensor | None = None) -> None:
-    results = []
-    for m in (model, fast):
-        m.zero_grad()
-        states = m(**given).last_hidden_state
-        states = states if keep is None else states[keep]
-        torch.manual_seed(3)
-        (states * torch.randn_like(states)).sum().backward()
-        results.append((states.detach(), {n: p.grad for n, p in m.named_parameters() if p.grad is not None}))
-    (wanted, gradients), (found, found_gradients) = results
-    assert relative_error(found, wanted) < bound
-    assert gradients.keys() == found_gradients.keys()
-    largest = max(float(g.abs().max()) for g in gradients.values())
-    for name, gradient in gradients.items():
-        assert (found_gradients[name] - gradient).abs().max() <= bound * max(largest, 1.0), name
+def agree(model: Any, fast: Any, given: dict[str, Tensor], keep: Any = ...) -> None:
+    """Compare states and gradients; eager attention computes its softmax in fp32."""
+    sides = [
+        gradients(without_chance(each), lambda each=each: each(**given).last_hidden_state[keep])
+        for each in (model, fast)
+    ]
+    assert_close(sides[0], sides[1], 1e-5)
 
 
 def of_five(case: str, why: str) -> Any:
@@ -90,15 +57,12 @@ def of_five(case: str, why: str) -> Any:
     return pytest.param(case, marks=pytest.mark.skipif(TRANSFORMERS < 5, reason=why))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [of_five(case, "Swin asks no interface before transformers 5") if case == "Swin" else case for case in BIASED],
-)
+# Swin has no attention interface before transformers 5.
+@pytest.mark.parametrize("case", [case for case in FAMILIES_WITH_BIAS if case in FAMILIES])
 def test_models_with_a_position_bias(case: str, calls: list[tuple[int, ...]]) -> None:
-    model, fast = pair(*BIASED[case])
-    # Eager attention computes its softmax in fp32, whatever the type.
-    agree(model, fast, {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}, 1e-5)
-    assert len(calls) == 2
+    model, fast = pair(case)
+    agree(model, fast, FAMILIES[case].inputs(torch.float64))
+    assert len(calls) == (4 if "Swin" in case else 2)
     assert all(len(shape) == 4 for shape in calls)
 
 
@@ -121,7 +85,7 @@ def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]])
         numbers = torch.zeros(keep.shape, dtype=torch.float64)
         numbers = numbers.masked_fill(~keep, torch.finfo(torch.float64).min)[:, None, None, :]
         given["attention_mask"] = numbers if form == "numbers" else numbers.expand(-1, 1, keep.shape[1], -1)
-    agree(model, fast, given, 1e-5, keep)
+    agree(model, fast, given, keep)
     assert len(calls) == (0 if form == "padding" else 2)
 
 
@@ -148,11 +112,11 @@ def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
 
 
 def test_dropout() -> None:
-    model, fast = pair("Beit", {"use_relative_position_bias": True, "attention_probs_dropout_prob": 0.3})
-    pixels = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    model, fast = pair("BEiT", attention_probs_dropout_prob=0.3)
+    pixels = FAMILIES["BEiT"].inputs(torch.float64)["pixel_values"]
     with torch.no_grad():
         torch.manual_seed(0)
-        first, second = fast(pixels).last_hidden_state, fast(pixels).last_hidden_state
+        first, second = fast.train()(pixels).last_hidden_state, fast(pixels).last_hidden_state
         torch.manual_seed(0)
         assert torch.equal(fast(pixels).last_hidden_state, first)
         assert not torch.equal(first, second)

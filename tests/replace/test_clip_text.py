@@ -1,4 +1,4 @@
-"""Text towers of CLIP cut at the longest end-of-text: the features of the whole, from less work."""
+"""Text towers of CLIP, cut at the longest end-of-text: the features of the whole texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast import accelerate
-from xfm_fast.replace import clip_text
+from xfm_fast.replace import unpadded
 
 END, LENGTH = 98, 20
 LENGTHS = (7, 3, 11, 5)
@@ -25,7 +25,7 @@ def ids(end: int = END, pad: int = END, length: int = LENGTH) -> Tensor:
 
 
 def widths(model: nn.Module, name: str) -> list[int]:
-    """Lengths of the sequences that come to a part, as it is called."""
+    """Lengths of the sequences in the calls of a part."""
     seen: list[int] = []
     model.get_submodule(name).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(next(iter([*args, *kwargs.values()])).shape[1]), with_kwargs=True
@@ -53,13 +53,13 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of tokens that the layers of packed texts computed."""
     seen: list[int] = []
-    run = clip_text._run
-    monkeypatch.setattr(clip_text, "_run", lambda layers, x, packing: seen.append(len(x)) or run(layers, x, packing))
+    run = unpadded.run_packed
+    monkeypatch.setattr(unpadded, "run_packed", lambda layers, x, attend: seen.append(len(x)) or run(layers, x, attend))
     return seen
 
 
 def trained(model: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What a tower returns, and the gradients of its parameters."""
+    """The output of a tower, and the gradients of its parameters."""
     out = model(**given)
     out.text_embeds.square().sum().backward()
     return out, {name: p.grad for name, p in model.named_parameters()}
@@ -97,7 +97,7 @@ def test_packed_texts(end: int, masked: bool, packed: list[int]) -> None:
     assert seen == [max(LENGTHS)] * 2
 
 
-def test_what_is_not_cut() -> None:
+def test_calls_that_are_not_cut() -> None:
     original, fast = towers()
     report = accelerate(fast)
     assert any("unpad=True" in (entry.reason or "") for entry in report.left)

@@ -1,4 +1,4 @@
-"""What `accelerate` made faster, and X-FM itself, exported: graphs of torch.export and ONNX without our operators."""
+"""Exports of accelerated models and X-FM: graphs of torch.export and ONNX without our operators."""
 
 from __future__ import annotations
 

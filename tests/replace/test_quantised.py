@@ -1,4 +1,4 @@
-"""`accelerate(model, dtype="int8")` and "fp8": what is rounded, what it may cost, and that all of it can be undone."""
+"""`accelerate(model, dtype="int8")` and "fp8": which weights are rounded, the error, and revert."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ pytest.importorskip("transformers")
 
 from tests.replace.families import batch, inferred, make
 from xfm_fast import accelerate
-from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import fp8
+from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.marked import EightBits, kind_of
-from xfm_fast.replace import quantised
+from xfm_fast.replace import verification
 from xfm_fast.replace.swap import is_fused
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
@@ -40,14 +39,13 @@ def marked(made: nn.Module) -> list[str]:
     return [name for name, p in made.named_parameters() if p.ndim == 2 and kind_of(p) is not None]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize(("dtype", "unpad"), [(torch.float32, False), (torch.bfloat16, True)])
 @either
 def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: bool) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
     made, given = model(dtype), batch()
-    names, parameters = zip(*made.named_parameters(), strict=True)
+    parameters = dict(made.named_parameters())
     before, wanted = copy.deepcopy(made.state_dict()), inferred(made, given)
     report = accelerate(made, dtype=kind, unpad=unpad, verify=given)
     found = inferred(made, given)
@@ -55,23 +53,16 @@ def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: boo
     exact = model(dtype)
     accelerate(exact, dtype=None if dtype == torch.bfloat16 else torch.bfloat16, unpad=unpad)
     assert not torch.equal(found, inferred(exact, given))
-    per_layer = 6
-    assert {kind_of(p) for p in made.parameters()} == {kind, None}
-    assert report.rounded_weights == len(marked(made)) == per_layer * made.config.num_hidden_layers
+    assert report.rounded_weights == len(marked(made)) == 6 * made.config.num_hidden_layers
     assert f"{report.rounded_weights} weights run in {kind}" in str(report)
-    assert report.differences
     cost = report.rounding["last_hidden_state"]
     assert cost.cosine == pytest.approx(least_cosine(found, wanted), abs=1e-3)
-    assert cost.ranks is not None
-    (line,) = [line for line in str(report).splitlines() if "last_hidden_state" in line]
-    assert f"{cost.cosine:.4f}" in line
-    assert f"{cost.ranks:.0%}" in line
+    assert f"{cost.cosine:.4f}" in str(report)
     after = made.state_dict()
     assert all(torch.equal(after[name], before[name]) and type(after[name]) is Tensor for name in before)
     report.revert()
     report.revert()
-    assert [*made.named_parameters()] == [*zip(names, parameters, strict=True)]
-    assert all(p is q and type(q) is nn.Parameter for p, q in zip(made.parameters(), parameters, strict=True))
+    assert all(p is parameters[name] and type(p) is nn.Parameter for name, p in made.named_parameters())
     assert torch.equal(inferred(made, given), wanted)
     assert not any(is_fused(module) for module in made.modules())
 
@@ -98,29 +89,17 @@ def test_gradients_are_refused_in_fp8() -> None:
 
 
 @either
-def test_again_in_another_type(kind: EightBits) -> None:
-    made, given = model(), batch()
-    wanted = inferred(made, given)
-    accelerate(made, dtype=kind)
-    assert marked(made)
-    accelerate(made, dtype=kind, unpad=True)
-    assert marked(made)
-    accelerate(made)
-    assert not marked(made)
-    assert torch.allclose(inferred(made, given), wanted, atol=1e-5 * float(wanted.abs().max()))
-
-
-@either
 def test_a_failed_change_leaves_it_in_force(kind: EightBits) -> None:
     made, given = model(), batch()
     accelerate(made, dtype=kind)
     before, names = inferred(made, given), marked(made)
-    with pytest.raises(InputError, match="matches no module"):
-        accelerate(made, include="nothing like this")
-    with pytest.raises(InputError, match="BertModel"):
-        accelerate(made, include="pooler")
-    assert marked(made) == names
-    assert torch.equal(inferred(made, given), before)
+    for include in ("nothing like this", "pooler"):
+        with pytest.raises(InputError, match=include if " " in include else "BertModel"):
+            accelerate(made, include=include)
+        assert marked(made) == names
+        assert torch.equal(inferred(made, given), before)
+    accelerate(made)
+    assert not marked(made)
 
 
 def test_a_moved_model_stays_in_fp8() -> None:
@@ -137,14 +116,6 @@ def test_a_moved_model_stays_in_fp8() -> None:
     assert torch.equal(inferred(made, given), found)
 
 
-def test_what_does_not_fit_fp8_stays_in_floats() -> None:
-    made = make("BertModel", torch.float32).eval()
-    accelerate(made, dtype="fp8")
-    names = marked(made)
-    assert any("query" in name for name in names)
-    assert not any("intermediate" in name for name in names)
-
-
 @needs_int8
 def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outlier in one layer's weights takes all levels of its rows; that layer alone stays in floating point."""
@@ -153,7 +124,7 @@ def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> No
         weight = made.encoder.layer[1].output.dense.weight
         weight[:, 0] *= 300
     wanted = inferred(made, given)
-    monkeypatch.setattr(quantised, "LEAST_COSINE", 0.9999)
+    monkeypatch.setattr(verification, "LEAST_COSINE", 0.9999)
     report = accelerate(made, dtype="int8", verify=given)
     assert "1 modules stay in floating point" in str(report)
     assert not any("layer.1." in name for name in marked(made))
@@ -166,7 +137,7 @@ def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_no_exemption_helps_is_refused(kind: EightBits, monkeypatch: pytest.MonkeyPatch) -> None:
     made, given = model(), batch()
     wanted = inferred(made, given)
-    monkeypatch.setattr(quantised, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(verification, "LEAST_COSINE", 1.1)
     with pytest.raises(InputError, match=f"cosine of .*{kind}"):
         accelerate(made, dtype=kind, verify=given)
     assert torch.equal(inferred(made, given), wanted)
@@ -188,55 +159,28 @@ def test_weights_that_stay(kind: EightBits) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "named"),
     [
-        pytest.param({"dtype": "int8", "freeze": True}, InputError, "freeze=True.*int8", marks=needs_int8),
-        ({"dtype": "fp8", "freeze": True}, InputError, "freeze=True.*fp8"),
-        ({"dtype": "int4"}, InputError, "dtype='int4' is unknown"),
-        pytest.param(
-            {"dtype": "int8", "include": "embeddings"}, InputError, "no linear layer to rou", marks=needs_int8
-        ),
-        ({"dtype": "fp8", "include": "embeddings"}, InputError, "multiples of 16"),
+        pytest.param({"dtype": "int8", "freeze": True}, "freeze", marks=needs_int8),
+        ({"dtype": "int4"}, "int4"),
+        ({"dtype": "fp8", "include": "embeddings"}, "fp8"),
     ],
 )
-def test_refusals(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    made, given = model(), batch()
-    wanted = inferred(made, given)
-    with pytest.raises(error, match=message):
+def test_refusals(options: dict[str, Any], named: str) -> None:
+    made = model()
+    with pytest.raises(InputError, match=named):
         accelerate(made, **options)
-    assert torch.equal(inferred(made, given), wanted)
     assert not any(is_fused(module) for module in made.modules())
 
 
-def test_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "why_not", lambda: "of a test")
-    with pytest.raises(UnavailableError, match="of a test"):
-        accelerate(model(), dtype="int8")
-    monkeypatch.setattr(fp8, "_why_not", lambda device, index: f"{device} of a test has none")
-    made, given = model(), batch()
-    wanted = inferred(made, given)
-    with pytest.raises(UnavailableError, match="cpu of a test"):
-        accelerate(made, dtype="fp8")
-    assert torch.equal(inferred(made, given), wanted)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "found", "ranks"),
-    [
-        ([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]], [[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]], 1.0),
-        # The last is most like the second now, which is most like it.
-        ([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]], [[1.0, 0], [1, 0.2], [0, 1], [1, 0.2]], 0.25),
-        ([[1.0, 0], [1, 0.1]], [[1.0, 0], [1, 0.1]], None),
-    ],
-)
-def test_ranks_count_entries_that_keep_their_nearest(wanted: Any, found: Any, ranks: float | None) -> None:
-    assert quantised.rounding(torch.tensor(wanted), torch.tensor(found), None).ranks == ranks
-
-
-def test_padding_has_no_part_in_what_it_costs() -> None:
-    wanted, mask = torch.randn(4, 3, 8), torch.tensor([[1, 1, 0]] * 4)
-    found = wanted.clone()
-    found[:, 2] = torch.randn(4, 8)
-    cost = quantised.rounding(wanted, found, mask)
-    assert cost.cosine == pytest.approx(1)
-    assert cost.ranks == 1
+def test_errors_are_measured_at_real_tokens() -> None:
+    before, mask = torch.randn(4, 3, 8), torch.tensor([[1, 1, 0]] * 4)
+    after = before.clone()
+    after[:, 2] = torch.randn(4, 8)
+    error = verification.rounding(before, after, mask)
+    assert error.cosine == pytest.approx(1)
+    assert error.ranks == 1
+    # The last entry is now nearest to the second.
+    before = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    after = torch.tensor([[1.0, 0], [1, 0.2], [0, 1], [1, 0.2]])
+    assert verification.rounding(before, after, None).ranks == 0.25

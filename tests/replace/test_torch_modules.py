@@ -1,4 +1,4 @@
-"""PyTorch's own modules, fused: equal outputs and gradients in every arrangement that they have."""
+"""PyTorch's modules, fused: equal outputs and gradients with every mask and layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tests.agreement import relative_error
 from tests.replace.families import assert_close, gradients
 from xfm_fast import accelerate
-from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops
 from xfm_fast.replace.swap import Settings, restore, swap
 from xfm_fast.replace.torch_modules import FusedLayerNorm
@@ -28,7 +27,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of what was multiplied by the fused forms."""
+    """Shapes of the inputs of GEMMs in the fused forms."""
     shapes: list[tuple[int, ...]] = []
     for name in ("linear", "linear_gelu", "linear_add_layer_norm", "linear_residual"):
         original = getattr(ops, name)
@@ -48,32 +47,27 @@ def _run(model: nn.Module, call: Any, inputs: tuple[Tensor, ...]) -> dict[str, T
     return found | {str(number): t.grad for number, t in enumerate(inputs) if t.grad is not None}
 
 
-def _assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert_close(wanted, found, CLOSE)
-
-
-MASKS: dict[str, dict[str, Tensor]] = {
-    "none": {},
-    "padding": {"key_padding_mask": PADDING},
-    "float padding": {"key_padding_mask": torch.randn(3, 7)},
-    "causal": {"attn_mask": torch.ones(7, 7).triu(1).bool()},
-    "per head": {"attn_mask": torch.randn(3 * 4, 7, 7)},
-    "both": {"attn_mask": torch.ones(7, 7).triu(1).bool(), "key_padding_mask": PADDING},
-}
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("mask", MASKS)
-def test_self_attention(batch_first: bool, mask: str, products: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("batch_first", "masks"),
+    [
+        (True, {}),
+        (False, {"key_padding_mask": PADDING}),
+        (True, {"key_padding_mask": torch.randn(3, 7)}),
+        (False, {"attn_mask": torch.randn(3 * 4, 7, 7)}),
+        (True, {"attn_mask": torch.ones(7, 7).triu(1).bool(), "key_padding_mask": PADDING}),
+    ],
+    ids=["none", "padding", "float padding", "per head", "causal padding"],
+)
+def test_self_attention(batch_first: bool, masks: dict[str, Tensor], products: list[tuple[int, ...]]) -> None:
     attention = nn.MultiheadAttention(16, 4, batch_first=batch_first)
 
     def call(module: nn.Module, x: Tensor) -> Tensor:
-        return module(x, x, x, need_weights=False, **MASKS[mask])[0]
+        return module(x, x, x, need_weights=False, **masks)[0]
 
     x = (torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16),)
     wanted = _run(attention, call, x)
     accelerate(attention)
-    _assert_same(_run(attention, call, x), wanted)
+    assert_close(wanted, _run(attention, call, x), CLOSE)
     assert len(products) == 2
 
 
@@ -89,7 +83,7 @@ def test_cross_attention(kind: str, products: list[tuple[int, ...]]) -> None:
     inputs = (torch.randn(2, 3, 16), key, value)
     wanted = _run(attention, call, inputs)
     accelerate(attention)
-    _assert_same(_run(attention, call, inputs), wanted)
+    assert_close(wanted, _run(attention, call, inputs), CLOSE)
     assert len(products) == (3 if kind == "shared" else 4)
 
 
@@ -130,23 +124,16 @@ def test_weights_in_another_type(batch_first: bool, average: bool, products: lis
     assert not call()[1][0, ..., 5:].any()
 
 
-@pytest.mark.parametrize("extra", [{"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_added_keys_are_left_alone(extra: dict[str, bool]) -> None:
-    with pytest.raises(InputError, match="appends a key and a value"):
-        accelerate(nn.MultiheadAttention(16, 4, **extra))
-
-
-def _layer(
-    norm_first: bool, activation: Any = "gelu", batch_first: bool = True, dropout: float = 0.0
-) -> nn.TransformerEncoderLayer:
+def _layer(norm_first: bool, activation: Any = "gelu", batch_first: bool = True) -> nn.TransformerEncoderLayer:
     return nn.TransformerEncoderLayer(
-        16, 4, 32, dropout=dropout, activation=activation, norm_first=norm_first, batch_first=batch_first
+        16, 4, 32, dropout=0.0, activation=activation, norm_first=norm_first, batch_first=batch_first
     )
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize(("activation", "batch_first"), [("gelu", True), ("relu", False), (torch.tanh, True)])
-def test_encoder_layers(norm_first: bool, activation: Any, batch_first: bool, products: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("norm_first", "activation", "batch_first"), [(True, "relu", False), (False, torch.tanh, True)]
+)
+def test_encoder_layers(norm_first: bool, activation: Any, batch_first: bool) -> None:
     layer = _layer(norm_first, activation, batch_first)
     x = (torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16),)
     for masks in ({}, {"src_key_padding_mask": PADDING}, {"src_mask": torch.ones(7, 7).triu(1).bool()}):
@@ -156,10 +143,9 @@ def test_encoder_layers(norm_first: bool, activation: Any, batch_first: bool, pr
 
         wanted = _run(layer, call, x)
         report = accelerate(layer)
-        _assert_same(_run(layer, call, x), wanted)
+        assert [entry.fused for entry in report.entries] == ["FusedLayer"]
+        assert_close(wanted, _run(layer, call, x), CLOSE)
         report.revert()
-    assert len(products) >= 2 * 3
-    assert [entry.fused for entry in report.entries] == ["FusedLayer"]
 
 
 @pytest.mark.parametrize(("training", "norm", "batch_first"), [(True, True, True), (False, False, False)])
@@ -175,10 +161,14 @@ def test_unpadded_encoders(training: bool, norm: bool, batch_first: bool, produc
     x = (torch.randn(3, 7, 16) if batch_first else torch.randn(7, 3, 16),)
     wanted = _run(encoder, call, x)
     accelerate(encoder, unpad=True)
-    _assert_same(_run(encoder, call, x), wanted)
+    assert_close(wanted, _run(encoder, call, x), CLOSE)
     assert {shape[-2] for shape in products} == {int(LENGTHS.sum())}
     out = encoder(*x, src_key_padding_mask=PADDING)
     assert not (out if batch_first else out.transpose(0, 1))[PADDING].any()
+    seen: list[torch.Size] = []
+    encoder.layers[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    encoder(*x, src_key_padding_mask=PADDING)
+    assert seen == [x[0].shape]
 
 
 def test_nested_tensors_go_pytorchs_way() -> None:
@@ -191,23 +181,13 @@ def test_nested_tensors_go_pytorchs_way() -> None:
     assert any("unpad=True" in entry.reason for entry in report.left if entry.reason)
 
 
-def test_hooks_on_a_layer_keep_the_padding() -> None:
-    encoder = nn.TransformerEncoder(_layer(False), 2, enable_nested_tensor=False)
-    accelerate(encoder, unpad=True)
-    seen: list[torch.Size] = []
-    encoder.layers[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    encoder(torch.randn(3, 7, 16), src_key_padding_mask=PADDING)
-    assert seen == [torch.Size([3, 7, 16])]
-
-
 def test_layer_norm_by_a_kernel() -> None:
-    """Where the rule takes it, which here it would not."""
     norm = nn.LayerNorm(16)
     nn.init.normal_(norm.weight)
     x = (torch.randn(3, 16),)
     wanted = _run(norm, lambda module, x: module(x), x)
     swap(norm, FusedLayerNorm, Settings())
-    _assert_same(_run(norm, lambda module, x: module(x), x), wanted)
+    assert_close(wanted, _run(norm, lambda module, x: module(x), x), CLOSE)
     restore(norm)
     swap(norm, FusedLayerNorm, Settings(dtype=torch.bfloat16))
     with torch.no_grad():

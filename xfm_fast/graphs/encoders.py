@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError
 from xfm_fast.graphs.recording import Program, Recorder, Size, Sizes, record, require_gpu, why_not_captured
@@ -52,50 +54,25 @@ class Shapes:
 
 
 class _Images(Program[Tensor]):
-    name = "encode_image"
+    """A call with one row per image, `[B, *shape]`; `encode` returns a tensor or a tuple of them."""
 
-    def __init__(self, model: XFM) -> None:
-        self.model = model
-
-    def needs(self, call: Tensor) -> Size:
-        return (call.shape[0],)
-
-    def buffers(self, size: Size) -> dict[str, Tensor]:
-        side = self.model.config.image_size
-        return {"pixels": torch.zeros(size[0], 3, side, side, dtype=self.model.dtype, device=self.model.device)}
-
-    def run(self, size: Size, buffers: dict[str, Tensor]) -> Tensor:
-        return self.model.encode_image(buffers["pixels"])
-
-    def fill(self, call: Tensor, size: Size, buffers: dict[str, Tensor]) -> None:
-        buffers["pixels"][: call.shape[0]].copy_(call, non_blocking=True)
-
-    def result(self, call: Tensor, outputs: Tensor) -> Tensor:
-        return outputs[: call.shape[0]].clone()
-
-
-class _Memories(Program[Tensor]):
-    name = "image_memory"
-
-    def __init__(self, model: XFM) -> None:
-        self.model = model
+    def __init__(self, name: str, model: XFM, shape: tuple[int, ...], encode: Callable[[Tensor], Any]) -> None:
+        self.name, self.model, self.shape, self.encode = name, model, shape, encode
 
     def needs(self, call: Tensor) -> Size:
         return (call.shape[0],)
 
     def buffers(self, size: Size) -> dict[str, Tensor]:
-        config = self.model.config
-        shape = (size[0], config.num_image_tokens, config.vision_width)
-        return {"embeds": torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)}
+        return {"x": torch.zeros(*size, *self.shape, dtype=self.model.dtype, device=self.model.device)}
 
-    def run(self, size: Size, buffers: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return self.model.image_memory(buffers["embeds"]).layers
+    def run(self, size: Size, buffers: dict[str, Tensor]) -> Any:
+        return self.encode(buffers["x"])
 
     def fill(self, call: Tensor, size: Size, buffers: dict[str, Tensor]) -> None:
-        buffers["embeds"][: call.shape[0]].copy_(call)
+        buffers["x"][: call.shape[0]].copy_(call, non_blocking=True)
 
-    def result(self, call: Tensor, outputs: tuple[Tensor, ...]) -> ImageMemory:
-        return ImageMemory(tuple(layer[: call.shape[0]].clone() for layer in outputs))
+    def result(self, call: Tensor, outputs: Any) -> Any:
+        return pytree.tree_map(lambda rows: rows[: call.shape[0]].clone(), outputs)
 
 
 @dataclass(frozen=True)
@@ -263,7 +240,7 @@ class XFMGraphs:
                 f"image embeddings are {[*image_embeds.shape]}, captured are "
                 f"[B, {config.num_image_tokens}, {config.vision_width}]; call the model"
             )
-        return self._memories(image_embeds)
+        return ImageMemory(self._memories(image_embeds))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`[P, L]` → `[P, L, text_width]`, zeros at padded positions. A mask on the CPU avoids a synchronisation."""
@@ -330,11 +307,14 @@ def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> 
     for name, present in lacking.items():
         if getattr(shapes, name) and not present:
             raise InputError(f"the model has no encoder for {name}; leave {name} out")
-    images = [(size,) for size in shapes.images]
+    images, config = [(size,) for size in shapes.images], model.config
+    pixels, tokens = (3, config.image_size, config.image_size), (config.num_image_tokens, config.vision_width)
+    encode = _Images("encode_image", model, pixels, model.encode_image)
+    project = _Images("image_memory", model, tokens, lambda embeds: model.image_memory(embeds).layers)
     return XFMGraphs(
         model,
-        Sizes(_Images(model), model, images, recorder),
-        Sizes(_Memories(model), model, images if fused else [], recorder),
+        Sizes(encode, model, images, recorder),
+        Sizes(project, model, images if fused else [], recorder),
         Sizes(_Texts(model), model, shapes.texts, recorder),
         {
             only: Sizes(_Pairs(model, first_token_only=only), model, sizes, recorder)

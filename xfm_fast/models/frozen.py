@@ -1,14 +1,14 @@
 """Frozen weights for CPU inference, stored in the layout of the fastest library in place of their parameters.
 
 oneDNN is fastest on a layout of its own, up to twice as fast for a single caption. A packed copy next to the parameter
-would double the memory of the model. `XFM.freeze` packs weights that only `ops` read; `replace.frozen` packs those of
+would double the memory of the model. `XFM.freeze` packs weights that only `ops` read; `replace.stored` packs those of
 third-party layers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -129,14 +129,22 @@ def freeze(model: nn.Module) -> None:
             )
     owners = owner_counts(model)
     model.__dict__[_TRAINED] = stop_gradients(model)
-    for group, of_texts in _groups(model):
-        if not all(_plain(layer) and owners[id(layer.weight)] == 1 for layer in group):
+    for part in model.modules():
+        if not isinstance(part, Block | TransformerLayer):
             continue
-        # A text may be single and short; an image has hundreds of rows.
-        dtype = group[0].weight.dtype
-        blocked = gemm.prefers_onednn(dtype, few_rows=of_texts)
-        if blocked or gemm.reads_as_quickly(dtype, few_rows=of_texts):
-            group[0]._parameters["weight"] = pack(group, blocked=blocked)
+        # Keys and values are one group.
+        pairs = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
+        paired = {id(layer) for pair in pairs for layer in pair}
+        singles = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in paired]
+        for group in pairs + singles:
+            hooked = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in group)
+            if hooked or any(type(layer) is not nn.Linear or owners[id(layer.weight)] > 1 for layer in group):
+                continue
+            # A text may be single and short; an image has hundreds of rows.
+            dtype, few_rows = group[0].weight.dtype, isinstance(part, TransformerLayer)
+            blocked = gemm.prefers_onednn(dtype, few_rows=few_rows)
+            if blocked or gemm.reads_as_quickly(dtype, few_rows=few_rows):
+                group[0]._parameters["weight"] = pack(group, blocked=blocked)
     model.__dict__[_HOOKS] = (
         model.register_state_dict_post_hook(_dense_state),
         model.register_load_state_dict_pre_hook(_refuse_state),
@@ -166,22 +174,6 @@ def stop_gradients(model: nn.Module) -> list[nn.Parameter]:
     for parameter in trained:
         parameter.requires_grad_(False)
     return trained
-
-
-def _groups(model: nn.Module) -> Iterator[tuple[list[nn.Linear], bool]]:
-    """Linear layers that only `ops` read, keys and values as one group; True for layers of texts."""
-    for part in model.modules():
-        if not isinstance(part, Block | TransformerLayer):
-            continue
-        pairs = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
-        paired = {id(layer) for pair in pairs for layer in pair}
-        singles = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in paired]
-        for group in pairs + singles:
-            yield group, isinstance(part, TransformerLayer)
-
-
-def _plain(layer: nn.Linear) -> bool:
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
 
 
 def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

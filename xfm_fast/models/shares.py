@@ -80,14 +80,15 @@ class Texts:
             after = bisect_left(starts, goal)
             cuts.append(after - 1 if after and goal - starts[after - 1] < starts[after] - goal else after)
         cuts.append(len(starts) - 1)
-        return [self._part(first, last, starts) for first, last in pairwise(cuts) if last > first]
-
-    def _part(self, first: int, last: int, starts: list[int]) -> Texts:
-        cu_seqlens = self.sequences.cu_seqlens[first : last + 1] - starts[first]
-        sequences = Sequences(cu_seqlens=cu_seqlens, max_seqlen=self.sequences.longest)
-        # The texts of an image may all be in other chunks.
-        groups = None if self.groups is None else ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
-        return Texts(self.tokens[starts[first] : starts[last]], sequences, groups)
+        parts = []
+        for first, last in pairwise(cuts):
+            if last > first:
+                cu_seqlens = self.sequences.cu_seqlens[first : last + 1] - starts[first]
+                sequences = Sequences(cu_seqlens=cu_seqlens, max_seqlen=self.sequences.longest)
+                # The texts of an image may all be in other chunks.
+                groups = None if self.groups is None else ImageGroups(self.groups.cu_texts.clamp(first, last) - first)
+                parts.append(Texts(self.tokens[starts[first] : starts[last]], sequences, groups))
+        return parts
 
 
 def can_chunk(weight: Tensor) -> bool:
@@ -127,23 +128,17 @@ def run_chunked(run: Callable[[Batch], Tensor], batch: Batch, kind: Any) -> Tens
     parts = batch.chunk(threads)
     if max(map(len, parts)) * threads > _UNEVEN * len(batch):
         return run(batch)
-    whole, shared = _timings((kind, threads))
+    with _lock:
+        # Move to the end: dictionaries are ordered.
+        whole, shared = _seconds[kind, threads] = _seconds.pop((kind, threads), ([], []))
+        if len(_seconds) > _MOST_KINDS:
+            del _seconds[next(iter(_seconds))]
     if len(whole) >= _TURNS and len(shared) >= _TURNS:
         return _run_in_threads(run, parts, threads) if min(shared) < min(whole) else run(batch)
     timed = shared if len(shared) < len(whole) else whole
     start = time.perf_counter()
     found = _run_in_threads(run, parts, threads) if timed is shared else run(batch)
     timed.append((time.perf_counter() - start) / len(batch))
-    return found
-
-
-def _timings(key: Any) -> tuple[list[float], list[float]]:
-    """Seconds of the calls so far, whole and in chunks."""
-    with _lock:
-        # Move to the end: dictionaries are ordered.
-        found = _seconds[key] = _seconds.pop(key, ([], []))
-        if len(_seconds) > _MOST_KINDS:
-            del _seconds[next(iter(_seconds))]
     return found
 
 

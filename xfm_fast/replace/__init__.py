@@ -3,10 +3,10 @@
 import warnings
 from typing import Any
 
-from xfm_fast.replace.acceleration import Entry, Report, accelerate, accelerated
+from xfm_fast.replace.acceleration import accelerate, accelerated
 from xfm_fast.replace.attention_interface import register_attention
-from xfm_fast.replace.expectation import Expectation
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
+from xfm_fast.replace.report import Entry, Expectation, Report
 from xfm_fast.replace.rerank import Reranker
 from xfm_fast.replace.swap import Fused, Rule
 

@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError, UnavailableError, explain_types
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
-from xfm_fast.kernels.marked import EightBits, keep_within, kind_of
-from xfm_fast.models.frozen import slot_of
+from xfm_fast.kernels.cpu import gemm
+from xfm_fast.kernels.marked import EightBits, keep_within
 from xfm_fast.replace import (
     adapters,
-    clip_text,
     heads,
     layer,
     official,
-    quantised,
     timm_vision,
     torch_modules,
-    transformers_text,
-    transformers_vision,
+    transformers_rows,
     unpadded,
+    verification,
 )
-from xfm_fast.replace.expectation import (
+from xfm_fast.replace.report import (
+    ROW,
+    Entry,
     Expectation,
+    Report,
     Unknown,
-    measured_product,
-    product_parameters,
-    shares,
+    in_graphs,
+    linear_weights,
+    packed_paths,
+    size_of,
     unknown_layers,
-    warn_of_slow_bfloat16,
 )
-from xfm_fast.replace.frozen import FrozenLinear
-from xfm_fast.replace.frozen import check as check_freezable
-from xfm_fast.replace.frozen import freeze as freeze_weights
+from xfm_fast.replace.stored import FrozenLinear, check_freezable, quantise, type_with
+from xfm_fast.replace.stored import freeze as freeze_weights
 from xfm_fast.replace.swap import (
-    BANDS,
     Fused,
     Rule,
     Settings,
@@ -59,12 +57,11 @@ from xfm_fast.replace.swap import (
 )
 
 # In order of precedence; the modules of rows register theirs at import.
-_RULES = (heads, unpadded, layer, clip_text, official, torch_modules)
-_ROWS = (transformers_text, transformers_vision, timm_vision)
+_RULES = (heads, unpadded, layer, official, torch_modules)
+_ROWS = (transformers_rows, timm_vision)
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
-# Budget for timing the `verify` batch.
-_TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
-_ROW = "register a LayerSpec to support it (xfm_fast.replace.register)"
+# Below this it is noise.
+_SLOWER = 1.05
 
 
 @explain_types
@@ -127,10 +124,9 @@ def accelerate(
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise InputError(f"parameters have no values yet ({meta} is on the meta device); load the weights first")
-    kind = None
-    if isinstance(dtype, str):
-        kind, dtype = dtype, quantised.check(model, dtype, freeze)
-    settings = Settings(kernels, dtype, unpad, skip_logits, kind)
+    kind = dtype if isinstance(dtype, str) else None
+    compute = type_with(model, dtype, freeze) if isinstance(dtype, str) else dtype
+    settings = Settings(kernels, compute, unpad, skip_logits, kind, freeze)
     _check_machine(model, settings)
     if cuda_graphs:
         if unpad:
@@ -138,52 +134,47 @@ def accelerate(
                 "unpad=True packs a variable number of tokens, and cuda_graphs=True needs fixed sizes; leave one out"
             )
         require_gpu(model)
-    graphs = model.__dict__.pop("forward") if _in_graphs(model) else None
     chosen = dict(model.named_modules())
     excluded = {} if exclude is None else _under(chosen, exclude, "exclude")
     if include is not None:
         chosen = _under(chosen, include, "include")
     chosen = {path: module for path, module in chosen.items() if path not in excluded}
-    if freeze:
-        check_freezable(model, settings)
-    before = None if verify is None else _outputs(model, verify)
-    seconds = None if verify is None else _seconds(model, verify)
-    former = [module for module in model.modules() if isinstance(module, Fused)]
-    undo = [(module, fused_form(module), module.settings) for module in former if not isinstance(module, FrozenLinear)]
-    frozen = next((module.settings for module in former if isinstance(module, FrozenLinear)), None)
-    for module in former:
-        restore(module)
-    try:
-        report = _replace(model, chosen, settings)
+    with _without_former(model):
         if freeze:
-            report.freeze(model, settings)
-        if kind is not None:
-            report.quantise(model, kind)
-            if (wanted := before) is not None:
-                report.keep_within(lambda: quantised.least_cosine(wanted, _outputs(model, verify), _mask(verify)))
-        if before is not None:
-            after = _outputs(model, verify)
-            report.compare(before, after, verify, dtype)
-            report._useful = _useful(verify) if report._packed else 1.0
-            report._measured = None if seconds is None else seconds / (_seconds(model, verify) or seconds)
+            check_freezable(model, settings)
+        before, seconds, mask = {}, None, verification.mask_of(verify)
+        if verify is not None:
+            before, seconds = verification.outputs(model, verify), verification.seconds(model, verify)
+        report, forms = _plan(model, chosen, settings)
+        report._frozen, report._rounded = _install(model, forms, settings)
+        if freeze and not report._frozen:
+            raise InputError(
+                "freeze=True finds no weight to pack: it supports BERT-like layers and registered families in float32 "
+                "or bfloat16, without hooks or adapters; leave freeze out"
+            )
+        if kind is not None and not report._rounded:
+            of_size = " with sizes that are multiples of 16" if kind == "fp8" else ""
+            raise InputError(
+                f"dtype={kind!r} finds no linear layer to round: it supports blocks{of_size} in float32 or bfloat16, "
+                "without hooks or adapters; choose another dtype"
+            )
+        if verify is not None:
+            if kind is not None:
+
+                def cosine() -> float:
+                    return verification.least_cosine(before, verification.outputs(model, verify), mask)
+
+                report._exempt = keep_within(cosine, report._rounded, kind, verification.LEAST_COSINE)
+            after = verification.outputs(model, verify)
+            report.differences, report.rounding = verification.compare(before, after, mask, compute, kind)
+            report._counted = replace(
+                report._counted,
+                useful=verification.real_share(verify) if report._counted.packed else 1.0,
+                measured=None if seconds is None else seconds / (verification.seconds(model, verify) or seconds),
+            )
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
-    except BaseException:
-        for module in model.modules():
-            if is_fused(module):
-                restore(module)
-        for module, form, its_settings in undo:
-            swap(module, form, its_settings)
-        once: set[EightBits | None] = {its_settings.eight_bits for _, _, its_settings in undo}
-        for each in once:
-            if each is not None:
-                quantised.quantise(model, [m for m, _, own in undo if own.eight_bits == each], each)
-        if frozen is not None:
-            freeze_weights(model, [module for module, _, _ in undo if isinstance(module, Fused)], frozen)
-        if graphs is not None:
-            model.__dict__["forward"] = graphs
-        raise
     return report
 
 
@@ -197,220 +188,42 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
         report.revert()
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A module that a rule recognised."""
-
-    path: str  # qualified name; empty for the model itself
-    class_name: str
-    fused: str  # name of the fused form
-    gain: str  # what the fused form saves
-    reason: str | None = None  # why the module was not replaced; None if it was
-    share: float = 0.0  # share of the model's linear weights in this module
-
-
-@dataclass
-class Report:
-    """Recognised modules: which were replaced, which were not, and why. Printing it gives a table.
-
-    The table shows the current state: a replaced module whose parts were exchanged or hooked since (by adapters,
-    quantisation, hooks) is listed with the reason why its original runs.
-    """
-
-    entries: list[Entry]
-    # unrecognised layers with a relevant share of the model's linear weights
-    unknown: list[Unknown] = field(default_factory=list)
-    # largest difference of each verified output, relative to its largest value
-    differences: dict[str, float] = field(default_factory=dict)
-    rounding: dict[str, quantised.Rounding] = field(default_factory=dict)  # error of each verified output in 8 bits
-    _modules: list[nn.Module] = field(default_factory=list, repr=False)
-    _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
-    _eight_bits: EightBits | None = None
-    _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)
-    """Marked weights of every module that has some."""
-    _exempt: int = 0
-    _model: nn.Module | None = field(default=None, repr=False)
-    """The model, where its calls are replayed as graphs."""
-    _share: float = 0.0
-    _packed: float = 0.0
-    _useful: float = 1.0
-    _measured: float | None = None
-
-    @property
-    def replaced(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.reason is None]
-
-    @property
-    def left(self) -> list[Entry]:
-        """Recognised modules that were not replaced."""
-        return [entry for entry in self.entries if entry.reason is not None]
-
-    @property
-    def declining(self) -> dict[str, str]:
-        """Replaced modules that currently run their original forward: path → reason."""
-        found = {}
-        for entry, module in zip(self.replaced, self._modules, strict=False):
-            reason = module.declines() if isinstance(module, Fused) else "it was reverted"
-            if reason is not None:
-                found[entry.path] = reason
-        return found
-
-    @property
-    def expected(self) -> Expectation:
-        """Expected speedup, from counted weights and the timings of this process."""
-        first = next((module for module in self._modules if isinstance(module, Fused)), None)
-        if first is None:
-            return Expectation(0.0, None)
-        # fp8 GEMMs are not autotuned.
-        raced = self._eight_bits != "fp8"
-        product = measured_product(first, first.settings.backend, first.settings.dtype) if raced else None
-        return Expectation(self._share, product, self._useful, self._packed, self._measured)
-
-    @property
-    def expected_gains(self) -> dict[str, float]:
-        """Expected speedup of the linear layers of each replaced module, by path; empty if `verify` measured less."""
-        whole, found, packed = self.expected, {}, _packed_paths(self.replaced)
-        if whole.overall < whole.bound:
-            return {}
-        for entry in self.replaced:
-            useful = whole.useful if any(_within(entry.path, path) for path in packed) else 1.0
-            if entry.share and (whole.product is not None or useful < 1):
-                found[entry.path] = (whole.product or 1.0) / useful
-        return found
-
-    def revert(self) -> None:
-        """Restore the original forward of every module. Idempotent; no other thread may use the model meanwhile."""
-        if self._model is not None and _in_graphs(self._model):
-            del self._model.__dict__["forward"]
-        for module in (*self._modules, *self._frozen):
-            if is_fused(module):
-                restore(module)
-
-    def freeze(self, model: nn.Module, settings: Settings) -> None:
-        """Pack the weights of the replaced modules in place."""
-        self._frozen = freeze_weights(model, [m for m in self._modules if isinstance(m, Fused)], settings)
-        if not self._frozen:
-            raise InputError(
-                "freeze=True finds no weight to pack: it supports BERT-like layers and registered families in float32 "
-                "or bfloat16, without hooks or adapters; leave freeze out"
-            )
-
-    def quantise(self, model: nn.Module, kind: EightBits) -> None:
-        """Run the linear layers of the replaced modules in 8 bits."""
-        self._eight_bits = kind
-        self._rounded = quantised.quantise(model, [m for m in self._modules if isinstance(m, Fused)], kind)
-        if not self._rounded:
-            of_size = " with sizes that are multiples of 16" if kind == "fp8" else ""
-            raise InputError(
-                f"dtype={kind!r} finds no linear layer to round: it supports blocks{of_size} in float32 or bfloat16, "
-                "without hooks or adapters; choose another dtype"
-            )
-
-    def keep_within(self, cosine: Callable[[], float]) -> None:
-        """Move the modules with the largest 8-bit error back to floating point until the cosine is high enough."""
-        assert self._eight_bits is not None
-        self._exempt = keep_within(cosine, self._rounded, self._eight_bits, quantised.LEAST_COSINE)
-
-    def compare(
-        self, before: dict[str, Tensor], after: dict[str, Tensor], batch: Any, dtype: torch.dtype | None
-    ) -> None:
-        """Record the difference of every output, at real tokens only; raise InputError if it exceeds rounding."""
-        kind, mask = self._eight_bits, _mask(batch)
-        for name, wanted in before.items():
-            found = after.get(name)
-            label = f"output {name!r}" if name else "the output"
-            if found is None or found.shape != wanted.shape:
-                raise InputError(
-                    f"{label} was {tuple(wanted.shape)} and is {None if found is None else tuple(found.shape)} after "
-                    "acceleration; the model was reverted"
-                )
-            if kind is not None:
-                self.rounding[name] = quantised.rounding(wanted, found, mask)
-            wanted, found = quantised.without_padding(wanted, found, mask)
-            band = BANDS.get(dtype or wanted.dtype, BANDS[torch.float32])
-            scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-            error = float((found.double() - wanted.double()).abs().max()) if wanted.numel() else 0.0
-            self.differences[name] = error / scale if scale else error
-            if kind is not None:
-                cosine = self.rounding[name].cosine
-                if not cosine >= quantised.LEAST_COSINE:
-                    raise InputError(
-                        f"{label} has a cosine of {cosine:.3f} to the original, below {quantised.LEAST_COSINE} for "
-                        f"{kind}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
-                    )
-            elif not self.differences[name] <= band:
-                raise InputError(
-                    f"{label} differs by {self.differences[name]:.1e} of its largest value, more than rounding in "
-                    f"{dtype or wanted.dtype} ({band:.0e}); the model was reverted. Use exclude=…"
-                )
-
-    @property
-    def rounded_weights(self) -> int:
-        """Number of weights that run in 8 bits."""
-        return sum(kind_of(weight) is not None for group in self._rounded for weight in group)
-
-    @property
-    def frozen_bytes(self) -> int:
-        """Size of the weights that are packed in place of their parameters."""
-        packs = {id(packed): packed for packed, *_ in map(slot_of, filter(is_fused, self._frozen))}
-        return sum(packed.numel() * packed.element_size() for packed in packs.values())
-
-    @property
-    def _unfrozen_bytes(self) -> int:
-        """Size of the linear weights in replaced modules that are still parameters."""
-        found = {p for module in self._modules for p in product_parameters(module)}
-        return sum(p.numel() * p.element_size() for p in found)
-
-    def __str__(self) -> str:
-        rows = [("module", "class", "replaced by", "products", "expected", "why, or what it saves")]
-        groups: dict[tuple[str, str, str, str], list[Entry]] = {}
-        declining, gains = self.declining, self.expected_gains
-        for entry in self.entries:
-            fate, why = entry.fused, entry.gain
-            if entry.reason is not None:
-                fate, why = "not replaced", entry.reason
-            elif entry.path in declining:
-                fate, why = "runs its original", declining[entry.path]
-            gain = gains.get(entry.path) if fate == entry.fused else None
-            groups.setdefault((entry.class_name, fate, f"{gain:.1f}×" if gain else "", why), []).append(entry)
-        for (class_name, fate, gain, why), alike in groups.items():
-            place, share = alike[0].path or "(the model)", sum(entry.share for entry in alike)
-            if len(alike) > 1:
-                place += f" and {len(alike) - 1} more"
-            rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", gain, why))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} not replaced")
-        if declining:
-            lines[-1] += f"; {len(declining)} of them currently run their original"
-        lines += [f"unknown: {layers}; {_ROW}" for layers in self.unknown]
-        if frozen := self.frozen_bytes:
-            line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place"
-            if left := self._unfrozen_bytes:
-                line += f"; {left / 2**20:,.1f} MB of other linear weights stay parameters"
-            lines.append(line)
-        if rounded := self.rounded_weights:
-            exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
-            how = "without gradients" if self._eight_bits == "int8" else "and cannot be trained"
-            lines.append(f"{rounded} weights run in {self._eight_bits} {how}{exempt}")
-            if self._eight_bits == "fp8" and any(weight.is_cpu for group in self._rounded for weight in group):
-                lines.append("this CPU emulates fp8, slowly: results match those of a GPU, times do not")
-        lines.append(str(self.expected))
-        lines += [line for line in [adapters.summary(self._modules)] if line is not None]
-        found = self.rounding or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
-        lines += [f"verified: {name or 'output'} {cost}" for name, cost in found.items()]
-        return "\n".join(lines)
-
-
 def rules() -> tuple[Rule, ...]:
     """The rules of all libraries."""
     return tuple(rule for module in _RULES for rule in module.RULES)
 
 
-def _in_graphs(model: nn.Module) -> bool:
-    """True if the model's calls are replayed as CUDA graphs."""
-    return isinstance(model.__dict__.get("forward"), CallGraphs)
+Forms = list[tuple[nn.Module, type[Fused]]]
+
+
+@contextmanager
+def _without_former(model: nn.Module) -> Iterator[None]:
+    """Remove an earlier acceleration, and install it again on an error."""
+    graphs = model.__dict__.pop("forward") if in_graphs(model) else None
+    former = [module for module in model.modules() if isinstance(module, Fused)]
+    forms: Forms = [(module, fused_form(module)) for module in former if not isinstance(module, FrozenLinear)]
+    settings = former[0].settings if former else Settings()
+    for module in former:
+        restore(module)
+    try:
+        yield
+    except BaseException:
+        for module in model.modules():
+            if is_fused(module):
+                restore(module)
+        _install(model, forms, settings)
+        if graphs is not None:
+            model.__dict__["forward"] = graphs
+        raise
+
+
+def _install(model: nn.Module, forms: Forms, settings: Settings) -> tuple[list[FrozenLinear], list[list[nn.Parameter]]]:
+    """Swap modules to their fused forms; returns the layers with packed weights and the flagged weights by module."""
+    for module, form in forms:
+        swap(module, form, settings)
+    fused = [module for module, _ in forms if isinstance(module, Fused)]
+    frozen = freeze_weights(model, fused, settings) if settings.freeze else []
+    return frozen, [] if settings.eight_bits is None else quantise(model, fused, settings.eight_bits)
 
 
 class _InOneType(Fused):
@@ -422,62 +235,49 @@ class _InOneType(Fused):
             return super().forward(*args, **kwargs)
 
 
-def _replace(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> Report:
-    entries, replaced, known = [], [], rules()
+def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) -> tuple[Report, Forms]:
+    """Decide on every module: the report, and the modules with their fused forms."""
+    entries: list[Entry] = []
+    forms: Forms = []
+    known, total = rules(), size_of(linear_weights(model)) or 1
     reported: set[nn.Module] = set()
     inside: set[nn.Module] = set()
     for path, module in chosen.items():
-        if module in inside:
-            continue
-        entry, rule = _decide(path, module, known, settings)
+        entry, rule = (None, None) if module in inside else _decide(path, module, known, settings)
         if entry is None:
             continue
-        entries.append(entry)
+        weights = linear_weights(module)
+        entries.append(replace(entry, share=size_of(weights) / total))
         if rule is None:
             # Norms inside unrecognised layers are recognised too.
-            reported.update(module.modules() if product_parameters(module) else ())
+            reported.update(module.modules() if weights else ())
         else:
-            replaced.append((module, rule.fused))
+            forms.append((module, rule.fused))
             # PyTorch's norms and attentions inside a fused module are read, never called.
-            parts = _bypassed(module, rule.fused)
+            parts = _bypassed(module, rule.fused).values()
             inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
-    computing = {module for module, _ in replaced if product_parameters(module)}
-    for module, fused in replaced:
+    modules = [module for module, _ in forms]
+    computing = {module for module in modules if linear_weights(module)}
+    for module, fused in forms:
         within = [*module.modules()][1:]
         # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
-        reported.update(within if computing.isdisjoint(within) else _bypassed(module, fused), [module])
+        reported.update(within if computing.isdisjoint(within) else _bypassed(module, fused).values(), [module])
     unknown = unknown_layers(model, chosen, reported)
-    if not replaced:
+    if not forms:
         raise InputError(_nothing(model, entries, unknown))
-    for module, fused in replaced:
-        swap(module, fused, settings)
-    _, together = shares(model, [module for module, _ in replaced])
-    parts, _ = shares(model, [chosen[entry.path] for entry in entries])
-    entries = [replace(entry, share=share) for entry, share in zip(entries, parts, strict=True)]
-    report = Report(entries, unknown, _modules=[module for module, _ in replaced], _share=together)
-    _, report._packed = shares(model, [chosen[path] for path in _packed_paths(report.replaced)])
-    if settings.dtype is not None and not is_fused(model):
-        swap(model, _InOneType, settings)
-        report._modules.append(model)
-    return report
+    if settings.dtype is not None and model not in modules:
+        forms.append((model, _InOneType))
+    report = Report(entries, unknown, _modules=[module for module, _ in forms], _eight_bits=settings.eight_bits)
+    packed = [chosen[path] for path in packed_paths(report.replaced)]
+    shares = (size_of(linear_weights(*group)) / total for group in (modules, packed))
+    report._counted = Expectation(next(shares), None, packed=next(shares))
+    return report, forms
 
 
-def _packed_paths(entries: Sequence[Entry]) -> list[str]:
-    """Paths of the modules that run without padding: encoders, and masked-language heads over them."""
-    encoders = [entry.path for entry in entries if "npadded" in entry.fused]
-    heads = [entry.path for entry in entries if entry.fused == "FusedMaskedLM"]
-    return encoders + [path for path in heads if any(_within(encoder, path) for encoder in encoders)]
-
-
-def _within(path: str, other: str) -> bool:
-    """True if path is other, or inside it."""
-    return not other or path == other or path.startswith(f"{other}.")
-
-
-def _bypassed(module: nn.Module, fused: type[Fused]) -> set[nn.Module]:
-    """The submodules that the fused form reads without calling."""
+def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
+    """The submodules that the fused form reads without calling, by name."""
     names = fused.adapted(original_class(module)).get("bypassed", fused.bypassed)
-    return {part for name in names if (part := find(module, name)) is not None}
+    return {name: part for name in names if (part := find(module, name)) is not None}
 
 
 def _decide(
@@ -502,9 +302,8 @@ def _decide(
 def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:
     """Why the ops cannot read the weights of a module (quantised, sharded, mixed dtypes); None if they can."""
     types: dict[torch.dtype, str] = {}
-    for name in fused.adapted(original_class(module)).get("bypassed", fused.bypassed):
-        part = find(module, name)
-        for parameter in () if part is None or adapters.is_adapted(part) else part._parameters.values():
+    for name, part in _bypassed(module, fused).items():
+        for parameter in () if adapters.is_adapted(part) else part._parameters.values():
             if parameter is None:
                 continue
             if type(parameter.data) is not Tensor or not parameter.is_floating_point():
@@ -557,6 +356,17 @@ def _check_machine(model: nn.Module, settings: Settings) -> None:
         raise InputError(f"dtype={settings.dtype} is not supported; choose float32, bfloat16 or float16")
 
 
+@cache
+def warn_of_slow_bfloat16() -> None:
+    """Warn once if bfloat16 GEMMs are slower than float32 on this processor."""
+    share = gemm.seconds(torch.bfloat16) / gemm.seconds(torch.float32)
+    if share > _SLOWER:
+        warnings.warn(
+            f"bfloat16 takes {share:.1f} times as long as float32 on this CPU; use dtype=None with model.float()",
+            stacklevel=3,
+        )
+
+
 def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unknown]) -> str:
     name = original_class(model).__name__
     if original_class(model).__module__.startswith("xfm_fast."):
@@ -569,7 +379,7 @@ def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unkno
         for reason, alike in paths.items()
     ]
     why = "; ".join(reasons[:5])
-    foreign = f" Unknown: {'; '.join(map(str, unknown[:5]))}; {_ROW}." if unknown else ""
+    foreign = f" Unknown: {'; '.join(map(str, unknown[:5]))}; {ROW}." if unknown else ""
     if any(entry.class_name != "LayerNorm" for entry in entries):
         return f"no module of {name} can be replaced: {why}{f'.{foreign}' if foreign else ''}"
     return (
@@ -580,60 +390,3 @@ def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unkno
         "torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.replace.register adds your own "
         "layers, and xfm_fast.kernels.ops has operations to build with"
     )
-
-
-def _outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Floating-point outputs of a model by name, in evaluation mode, without gradients."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(batch, Mapping):
-                made = model(**batch)
-            elif isinstance(batch, (tuple, list)):
-                made = model(*batch)
-            else:
-                made = model(batch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return {name: leaf for name, leaf in _leaves(made, "") if leaf.is_floating_point()}
-
-
-def _seconds(model: nn.Module, batch: Any) -> float | None:
-    """Best time of a few runs on a CPU; None on other devices."""
-    if not all(p.is_cpu for p in model.parameters()):
-        return None
-    best, until = math.inf, time.perf_counter() + _TIMED_SECONDS
-    for _ in range(_TIMED_RUNS):
-        start = time.perf_counter()
-        _outputs(model, batch)
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > until:
-            break
-    return best
-
-
-def _mask(batch: Any) -> Any:
-    """The attention mask of a batch, or None."""
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
-
-
-def _useful(batch: Any) -> float:
-    """Share of real tokens in a batch; 1 without a padding mask."""
-    mask = _mask(batch)
-    return float(mask.bool().float().mean()) if isinstance(mask, Tensor) and mask.ndim == 2 else 1.0
-
-
-def _leaves(made: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings, sequences and pytrees, by dotted name."""
-    if isinstance(made, Tensor):
-        yield name, made
-    elif isinstance(made, Mapping):
-        for key, value in made.items():
-            yield from _leaves(value, f"{name}.{key}" if name else str(key))
-    else:
-        parts = made if isinstance(made, (tuple, list)) else pytree.tree_leaves(made)
-        for number, value in enumerate(parts):
-            if value is not made:
-                yield from _leaves(value, f"{name}.{number}" if name else str(number))

@@ -1,20 +1,22 @@
-"""Attention of a layer's queries, keys and values: padded, packed, masked, biased, causal, or within a band."""
+"""Attention of a layer's queries, keys and values: padded, packed, masked, biased, causal, in bands or windows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu.attention import biased_attention
 from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
-from xfm_fast.replace.swap import Settings
+from xfm_fast.replace.swap import Settings, observed
 
 # Attention of q, k, v `[..., H, D]` with a dropout probability: `[..., H·D]`. An attribute `memory` is what
 # cross-attention attends to, `windows` splits an image before the attention and merges it after.
@@ -134,13 +136,20 @@ class Padded:
 
 @dataclass
 class Packed:
-    """Attention of packed sequences `[T, H, D]` over own keys or a memory; fields as in `ops.varlen_attention`."""
+    """Attention of packed sequences `[T, H, D]` over own keys or other ones; fields as in `ops.varlen_attention`."""
 
     cu_q: Tensor
     cu_k: Tensor
     longest_q: int
     longest_k: int
     key_mask: Tensor | None = None
+    memory: Memory | None = None
+
+    @classmethod
+    def within(cls, packing: Packing, memory: Memory | None = None) -> Packed:
+        """Self-attention of packed texts."""
+        cu, longest = packing.cu_seqlens, packing.longest
+        return cls(cu, cu, longest, longest, packing.key_mask, memory)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         layout = (self.cu_q, self.cu_k, self.longest_q, self.longest_k)
@@ -170,8 +179,7 @@ def to_own_tokens(packing: Packing, settings: Settings) -> Attend:
     """Self-attention of packed texts."""
     if is_small(packing, settings):
         return EqualLengths(packing.shape[0])
-    cu, longest = packing.cu_seqlens, packing.longest
-    return Packed(cu, cu, longest, longest, packing.key_mask)
+    return Packed.within(packing)
 
 
 def attend_to_real_keys(
@@ -314,3 +322,110 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor,
     distance = (places[:window, None] + window - places).abs()
     seen = (keys & (distance <= window)) | (distance == 0)
     return sdpa(q, k, v, seen[:, None], dropout_p).reshape(batch, blocks * window, heads, width)[:, :tokens]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Gather indices of an image's windows, with shift and padding."""
+
+    index: Tensor  # `[windows · area]` patch indices, row by row; `patches` is padding
+    inverse: Tensor  # `[patches]` positions of the patches in the windows
+    count: int  # windows per image
+    area: int  # patches per window
+    filled: bool  # windows exceed the image
+
+    def split(self, x: Tensor) -> Tensor:
+        """`[B, patches, width]` → `[B · windows, area, width]`; padding is zero."""
+        x = F.pad(x, (0, 0, 0, 1)) if self.filled else x
+        return x.index_select(1, self.index).view(-1, self.area, x.shape[-1])
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return x.view(-1, self.count * self.area, x.shape[-1]).index_select(1, self.inverse)
+
+
+def windows_of(
+    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], x: Tensor, *, fill_first: bool
+) -> Windows:
+    """Cached windows of an image; `fill_first` pads before the shift (transformers) or after it (timm)."""
+    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+        # Tensors made during a trace belong to its graph.
+        return _build_windows(size, window, shift, fill_first, x.device)
+    with torch.inference_mode(False):
+        return _cached_windows(size, window, shift, fill_first, x.device)
+
+
+def _build_windows(
+    size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], fill_first: bool, device: torch.device
+) -> Windows:
+    height, width = size
+    places = torch.arange(height * width, device=device).view(height, width)
+    filling = (0, -width % window[1], 0, -height % window[0])
+    if fill_first:
+        places = F.pad(places, filling, value=height * width)
+    if any(shift):
+        places = places.roll((-shift[0], -shift[1]), (0, 1))
+    if not fill_first:
+        places = F.pad(places, filling, value=height * width)
+    index = places.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2).flatten()
+    inverse = index.argsort()[: height * width]
+    area = window[0] * window[1]
+    return Windows(index, inverse, index.shape[0] // area, area, index.shape[0] > height * width)
+
+
+_cached_windows = lru_cache(maxsize=64)(_build_windows)
+
+
+@dataclass(frozen=True)
+class WindowAttention:
+    """Attention of shifted windows `[B · windows, area, H, D]` with a position bias (Swin, arXiv 2103.14030)."""
+
+    windows: Windows
+    bias: Callable[[], Tensor]  # `[1 or windows, H, area, area]`
+    logit_scale: Tensor | None = None  # of scaled cosine attention (Swin V2, arXiv 2111.09883)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        if self.logit_scale is not None:
+            factor = self.logit_scale.clamp(max=math.log(1 / 0.01)).exp().view(-1, 1)
+            q, k, scale = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), 1.0
+            q, k = q.to(v.dtype), k.to(v.dtype)
+        added = self.bias().to(torch.promote_types(q.dtype, torch.float32))
+        # Batch entry b uses the bias of window b mod windows.
+        out = ops.bias_attention(q, k, v, added, None, dropout_p, scale=scale, backend=settings.backend)
+        return out.flatten(2)
+
+
+def cached_bias(
+    name: str,
+    module: nn.Module,
+    sources: Iterable[Tensor],
+    make_bias: Callable[[], Tensor],
+    mask: Callable[[], Tensor | None],
+) -> Tensor:
+    """Position bias `[1, H, N, N]` plus the mask of shifted windows `[windows, N, N]`; cached without gradients.
+
+    `name` identifies the geometry, `sources` are the parameters of the bias; a hooked `module` is called every time.
+    """
+
+    def made() -> Tensor:
+        bias, hidden = make_bias(), mask()
+        return bias if hidden is None else bias + hidden.to(bias.dtype)[:, None]
+
+    sources = tuple(sources)
+    wanted = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+    if wanted or not sources or any(observed(part) for part in module.modules()):
+        return made()
+    return derived(f"window bias {name}", sources, made)
+
+
+def continuous_bias(name: str, attn: Any, mlp: nn.Module, mask: Callable[[], Tensor | None]) -> Callable[[], Tensor]:
+    """The position bias of Swin V2, `[1, H, N, N]`: an MLP of the distance, scaled to 0…16."""
+
+    def make() -> Tensor:
+        index = attn.relative_position_index
+        table = mlp(attn.relative_coords_table).flatten(0, -2)
+        bias = table[index.view(-1)].view(*index.shape[:2], -1).permute(2, 0, 1)
+        return 16 * torch.sigmoid(bias).contiguous()[None]
+
+    return partial(cached_bias, name, mlp, mlp.parameters(), make, mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -253,17 +253,17 @@ def _any(mask: Tensor) -> bool:
     return host.any_true(mask) if on_host(mask) else bool(mask.any())
 
 
-def _is_one(names: tuple[str, ...], module: nn.Module) -> bool:
-    return short_name(original_class(module)) in names
+def _is_one(names: tuple[str, ...]) -> Callable[[nn.Module], bool]:
+    return lambda module: short_name(original_class(module)) in names
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("FusedEmbeddings", partial(_is_one, _EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
+    Rule("FusedEmbeddings", _is_one(_EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
     Rule(
         "FusedMaskedLM",
-        partial(_is_one, _MASKED_LM),
+        _is_one(_MASKED_LM),
         FusedMaskedLM,
         "loss over labelled positions only, without their logits in full",
     ),
-    Rule("VocabularyHead", partial(_is_one, _HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
+    Rule("VocabularyHead", _is_one(_HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
 )

@@ -1,12 +1,12 @@
 """Transformer layers of any library: a `LayerSpec` names the parts of a layer, and one fused form runs them all.
 
-A new family is a row (`transformers_text`, `transformers_vision`, `timm_vision`) or a call of `register`.
+A new family is a row (`transformers_rows`, `timm_vision`) or a call of `register`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -52,86 +52,52 @@ KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class Mlp(NamedTuple):
-    """One form of a layer's MLP.
+    """One form of a layer's MLP."""
 
-    Attributes:
-        inner: linear layer into the hidden layer; two for a gate, `activation(first) · second`.
-        activation: module or function; empty for erf GELU in a layer without an activation module.
-        outer: linear layer out of the hidden layer.
-        halved: one linear layer computes both factors of the gate, the activated one first.
-        dropout: dropout of the hidden layer.
-    """
-
-    inner: tuple[str, ...]
-    activation: str
-    outer: str
-    halved: bool = False
-    dropout: str = ""
+    inner: tuple[str, ...]  # linear layer into the hidden layer; two for a gate, `activation(first) · second`
+    activation: str  # module or function; empty for erf GELU in a layer without an activation module
+    outer: str  # linear layer out of the hidden layer
+    halved: bool = False  # one linear layer computes both factors of the gate, the activated one first
+    dropout: str = ""  # dropout of the hidden layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Where the layers of a family keep their parts: dotted names relative to the layer.
 
-    Attributes:
-        layer: class of the layer, its full name, or `package.Class` for one of `transformers.models.package`. With
-            several rows for one layer (library versions), the row whose first own class exists in the library applies.
-        order: norms before the branches, after the sums, or after the branches and before the sums; or a function of
-            the layer.
-        attention: the attention module, whose config selects the implementation.
-        own: classes that are bypassed besides the layer's, or their names in the layer's file (full names elsewhere).
-        qkv: projections to queries, keys and values, or one to all three; of several forms, those that a layer has.
-        proj: projection after the attention.
-        norms: of the attention and of the MLP.
-        mlps: possible forms of the MLP; the first that a layer has is used.
-        head_size: width of an attention head.
-        heads: number of heads, in place of head_size.
-        weights_p: dropout of the attention weights: a module, or a number that applies in training.
-        branch_p: dropout modules at the end of the branches; empty for none.
-        scales: LayerScale of each branch.
-        drop_paths: stochastic depth of each branch.
-        inner_norms: norms before proj and before the layer out of the MLP.
-        bias: argument with a bias `[B, H, N, N]` that is added to the scaled scores.
-        rotary: argument with cos and sin of rotary positions.
-        chunks: attribute that runs the feed-forward in chunks.
-        joins: compute queries, keys and values in one GEMM.
-        cross: module of the cross-attention, whose parts have the names of those in `attention`.
-        scores: builds a custom attention from the layer and the call; None falls back to the original.
-        also_takes: further arguments that scores handles.
-        adjust: corrects the parts that were found by name, for a layer.
-        refuses: why a layer must not be replaced, or None.
-        result: what the layer returns, from its output and its input.
-        adaptable: its linear layers may carry adapters or packed weights.
-        ndim: dimensions of the input, `[B, N, width]` or `[B, height, width, channels]`.
+    `layer` is the layer's class, its full name, or `package.Class` for one of `transformers.models.package`. With
+    several rows for one layer (library versions), the row whose first own class exists in the library applies.
     """
 
     layer: str | type[nn.Module] = ""
+    # norms before the branches, after the sums, or after the branches and before the sums
     order: Order | Callable[[Any], Order]
-    attention: str
-    own: str | tuple[type[nn.Module], ...]
-    qkv: tuple[str, ...] = ()
-    proj: str
-    norms: tuple[str, str]
-    mlps: tuple[Mlp, ...]
-    head_size: str = ""
-    heads: str = ""
-    weights_p: str = ""
-    branch_p: tuple[str, str] = ("", "")
-    scales: tuple[str, str] = ("", "")
-    drop_paths: tuple[str, str] = ("", "")
-    inner_norms: tuple[str, str] = ("", "")
-    bias: str = ""
-    rotary: str = ""
-    chunks: str = ""
-    joins: bool = True
-    cross: str = ""
+    attention: str  # the attention module, whose config selects the implementation
+    own: str | tuple[type[nn.Module], ...]  # bypassed classes, or their names in the layer's file (full ones elsewhere)
+    qkv: tuple[str, ...] = ()  # projections to queries, keys and values, or one to all three; of forms, the existing
+    proj: str  # projection after the attention
+    norms: tuple[str, str]  # of the attention and of the MLP
+    mlps: tuple[Mlp, ...]  # possible forms of the MLP; the first that a layer has is used
+    head_size: str = ""  # width of an attention head
+    heads: str = ""  # number of heads, in place of head_size
+    weights_p: str = ""  # dropout of the attention weights: a module, or a number that applies in training
+    branch_p: tuple[str, str] = ("", "")  # dropout modules at the end of the branches; empty for none
+    scales: tuple[str, str] = ("", "")  # LayerScale of each branch
+    drop_paths: tuple[str, str] = ("", "")  # stochastic depth of each branch
+    inner_norms: tuple[str, str] = ("", "")  # norms before proj and before the layer out of the MLP
+    bias: str = ""  # argument with a bias `[B, H, N, N]` that is added to the scaled scores
+    rotary: str = ""  # argument with cos and sin of rotary positions
+    chunks: str = ""  # attribute that runs the feed-forward in chunks
+    joins: bool = True  # compute queries, keys and values in one GEMM
+    cross: str = ""  # module of the cross-attention, whose parts have the names of those in `attention`
+    # builds a custom attention from the layer and the call; None falls back to the original
     scores: Callable[[Any, Mapping[str, Any]], Attend | None] | None = None
-    also_takes: tuple[str, ...] = ()
-    adjust: Callable[[Any, Parts], Parts] | None = None
-    refuses: Callable[[Any], str | None] | None = None
-    result: Callable[[Tensor, Tensor], Any] | None = None
-    adaptable: bool = True
-    ndim: int = 3
+    also_takes: tuple[str, ...] = ()  # further arguments that scores handles
+    adjust: Callable[[Any, Parts], Parts] | None = None  # corrects the parts that were found by name, for a layer
+    refuses: Callable[[Any], str | None] | None = None  # why a layer must not be replaced, or None
+    result: Callable[[Tensor, Tensor], Any] | None = None  # what the layer returns, from its output and its input
+    adaptable: bool = True  # its linear layers may carry adapters or packed weights
+    ndim: int = 3  # dimensions of the input, `[B, N, width]` or `[B, height, width, channels]`
 
     @property
     def name(self) -> str:
@@ -158,7 +124,9 @@ class LayerSpec:
         return self.cross + name.removeprefix(self.attention.partition(".")[0]) if name else ""
 
     def _with_crossed(self, *names: str) -> tuple[str, ...]:
-        return (*names, *(self.crossed(name) for name in names)) if self.cross else names
+        """The names that are set, and those in the cross-attention."""
+        names = tuple(name for name in names if name)
+        return (*names, *map(self.crossed, names)) if self.cross else names
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -176,20 +144,20 @@ class LayerSpec:
     def bypassed(self, kind: type[nn.Module]) -> dict[str, Any]:
         """The parts that are read and not called, with their possible classes."""
         own = self.own_classes(kind)
-        ends = self._with_crossed(self.weights_p, self.branch_p[0])
-        dropouts = [name for name in (*ends, self.branch_p[1], *(mlp.dropout for mlp in self.mlps)) if name]
-        norms = (*self._with_crossed(self.norms[0]), self.norms[1])
-        drops = [name for name in (*self._with_crossed(self.drop_paths[0]), self.drop_paths[1]) if name]
-        counts = (self.head_size, self.heads)
-        names = (*self.linears, *norms, *dropouts, *self.scales, *drops, *self.inner_norms, *counts)
+        dropouts = self._with_crossed(self.weights_p, self.branch_p[0])
+        dropouts += tuple(name for name in (self.branch_p[1], *(mlp.dropout for mlp in self.mlps)) if name)
+        norms, drops = self._with_crossed(self.norms[0]), self._with_crossed(self.drop_paths[0])
+        norms, drops = (*norms, self.norms[1]), (*drops, *filter(None, self.drop_paths[1:]))
+        read = (*self.scales, *self.inner_norms, self.head_size, self.heads)
+        names = (*self.linears, *norms, *dropouts, *drops, *read)
         holders = sorted({name[:end] for name in names for end, letter in enumerate(name) if letter == "."})
-        found: dict[str, Any] = dict.fromkeys(holders, own or _Absent)
+        kinds: dict[str, Any] = dict.fromkeys(holders, own or _Absent)
         linear = (nn.Linear, NonDynamicallyQuantizableLinear, *((Adaptable,) if self.adaptable else ()))
-        found |= dict.fromkeys(self.linears, linear)
+        kinds |= dict.fromkeys(self.linears, linear)
         own_norms = (each for each in own if issubclass(each, nn.LayerNorm))
-        found |= dict.fromkeys(norms, (nn.LayerNorm, nn.Identity, *own_norms))
-        found |= dict.fromkeys(dropouts, (nn.Dropout, nn.Identity))
-        return found | dict.fromkeys(drops, (nn.Identity, *own))
+        kinds |= dict.fromkeys(norms, (nn.LayerNorm, nn.Identity, *own_norms))
+        kinds |= dict.fromkeys(dropouts, (nn.Dropout, nn.Identity))
+        return kinds | dict.fromkeys(drops, (nn.Identity, *own))
 
     def missing(self, layer: nn.Module) -> str | None:
         """The first part that a layer lacks."""
@@ -352,7 +320,9 @@ class FusedLayer(CalledByName):
         if covered and not has_other_arguments(call, self.layer_arguments) and self.intact():
             attend = self._attention(call)
         rotary = call.get(spec.rotary) if spec.rotary else None
-        if attend is None or (spec.rotary and not _are_rotary(rotary)):
+        if spec.rotary and not (isinstance(rotary, tuple) and [isinstance(t, Tensor) for t in rotary] == [True, True]):
+            attend = None
+        if attend is None:
             return super().forward(*args, **kwargs)
         with self.context(x.device) as settings:
             tokens = x if spec.ndim == 3 else x.flatten(1, -2)
@@ -415,6 +385,14 @@ def can_run_packed(layers: list[Any]) -> bool:
     return ready and bool(layers)
 
 
+def run_packed(layers: Sequence[Any], x: Tensor, attend: Attend) -> Tensor:
+    """Run layers on packed tokens `[T, width]`."""
+    with layers[0].context(x.device) as settings:
+        for layer in layers:
+            x = layer.run(x, attend, settings)
+    return x
+
+
 def _dropout_p(layer: nn.Module, name: str) -> float:
     """Probability of a dropout module, or of a number attribute, in the current mode."""
     if not name:
@@ -470,10 +448,6 @@ def _rotate(cos: Tensor, sin: Tensor, x: Tensor, both: bool = False) -> Tensor:
     return torch.cat((first, rotate(rest, cos, sin)), place)
 
 
-def _are_rotary(given: Any) -> bool:
-    return isinstance(given, tuple) and len(given) == 2 and all(isinstance(t, Tensor) for t in given)
-
-
 def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
     """Stochastic depth as one factor per entry, `[B]`, with the library's random draws; None if inactive."""
     dropped: Any = getattr(drop_path, "drop_prob", None)
@@ -486,8 +460,6 @@ def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
     return factors.div_(1 - dropped) if dropped < 1 and getattr(drop_path, "scale_by_keep", True) else factors
 
 
-def _has_spec(module: nn.Module) -> bool:
-    return spec_of(original_class(module)) is not None
-
-
-RULES: tuple[Rule, ...] = (Rule("FusedLayer", _has_spec, FusedLayer, GAIN),)
+RULES: tuple[Rule, ...] = (
+    Rule("FusedLayer", lambda module: spec_of(original_class(module)) is not None, FusedLayer, GAIN),
+)

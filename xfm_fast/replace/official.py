@@ -18,7 +18,7 @@ from xfm_fast.kernels import host, reference
 from xfm_fast.nn import qkv_bias
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import is_adapted
-from xfm_fast.replace.attention import Bias, Dense, Memory, Packed, Padded, PositionTable
+from xfm_fast.replace.attention import Bias, Dense, Packed, Padded, PositionTable
 from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
 from xfm_fast.replace.layer import GAIN, FusedLayer, LayerSpec, Mlp, can_run_packed
 from xfm_fast.replace.structure import Parts
@@ -37,8 +37,9 @@ from xfm_fast.replace.swap import (
     swap,
     why_not_bypassed,
 )
-from xfm_fast.replace.transformers_text import bert_row
+from xfm_fast.replace.transformers_rows import BERT, row
 from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
+from xfm_fast.replace.verification import outputs, relative_error
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -70,8 +71,9 @@ def _foreign(module: nn.Module) -> bool:
 
 
 # BERT's layer, in the code of ALBEF, X-VLM, X²-VLM, BLIP and X-FM.
-TEXT_LAYER = bert_row(
+TEXT_LAYER = row(
     "",
+    BERT,
     own=(nn.Module,),
     head_size="",
     heads="attention.self.num_attention_heads",
@@ -118,18 +120,6 @@ def why_not_plain(layer: nn.Module) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _PackedTexts:
-    """Attention of packed texts, passed to the layers in place of the attention mask."""
-
-    packing: Packing
-    memory: Memory | None
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
-        cu, longest = self.packing.cu_seqlens, self.packing.longest
-        return Packed(cu, cu, longest, longest, self.packing.key_mask)(q, k, v, dropout_p, settings)
-
-
 @dataclass
 class _RecordKeysValues(Padded):
     """Attention that records keys and values, which a layer returns for generation."""
@@ -156,7 +146,7 @@ class OfficialTextLayer(FusedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
         x, attend = call["hidden_states"], call.get("attention_mask")
-        if isinstance(attend, _PackedTexts):
+        if isinstance(attend, Packed):
             memory = attend.memory if self._looks(call) else None
             return self.run(x[0], attend, self.settings, memory=memory)[None], None
         attend = self._attend(call) if self.intact() else None
@@ -205,51 +195,42 @@ class OfficialTextEncoder(CalledByName):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = self.arguments(args, kwargs)
-        texts = self._packed(call)
-        if texts is None:
+        packed = self._packed(call)
+        if packed is None:
             return super().forward(*args, **kwargs)
-        x = call["hidden_states"]
+        (packing, attend), x = packed, call["hidden_states"]
         with self.settings.own_types(x.device):
-            packed = texts.packing.pack(x)[None]
-            out = super().forward(**(call | {"hidden_states": packed, "attention_mask": texts}))
+            out = super().forward(**(call | {"hidden_states": packing.pack(x)[None], "attention_mask": attend}))
         if isinstance(out, tuple):
-            return texts.packing.unpad(out[0][0]), *out[1:]
-        out.last_hidden_state = texts.packing.unpad(out.last_hidden_state[0])
+            return packing.unpad(out[0][0]), *out[1:]
+        out.last_hidden_state = packing.unpad(out.last_hidden_state[0])
         return out
 
-    def _packed(self, call: dict[str, Any]) -> _PackedTexts | None:
-        """The packed texts of a call; None for calls that keep padding."""
+    def _packed(self, call: dict[str, Any]) -> tuple[Packing, Packed] | None:
+        """The packing of a call and its attention, which replaces the mask; None for calls that keep padding."""
         # A list of head masks may contain only None.
         head_masks = any(mask is not None for mask in call.get("head_mask") or ())
-        if (
-            torch.compiler.is_compiling()
-            or head_masks
-            or has_other_arguments(call, _TENSORS | {"mode", "return_dict", "head_mask"})
-        ):
+        others = has_other_arguments(call, _TENSORS | {"mode", "return_dict", "head_mask"})
+        states, seen = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
+        if torch.compiler.is_compiling() or head_masks or others or not isinstance(states, Tensor | None):
             return None
-        states = call.get("encoder_hidden_states")
-        if states is not None and not isinstance(states, Tensor):
+        layers: list[Any] = list(cast(Any, self).layer)
+        saving = any(getattr(find(layer, "crossattention.self"), "save_attention", False) for layer in layers)
+        if saving or any(map(drops_paths, layers)) or not can_run_packed(layers):
             return None
-        kept, seen = _visible(call.get("attention_mask")), call.get("encoder_attention_mask")
-        if kept is None or kept.shape != call["hidden_states"].shape[:2] or not self._plain_layers():
+        visible = _visible(call.get("attention_mask"))
+        if visible is None or visible.shape != call["hidden_states"].shape[:2]:
             return None
         if states is not None and seen is not None:
             seen = _visible(seen)
             if seen is None or seen.shape != states.shape[:2]:
                 return None
-        planned = plan(kept, None if states is None else seen, keep_first=True)
+        planned = plan(visible, None if states is None else seen, keep_first=True)
         if planned is None:
             return None
         packing, all_seen = planned
         memory = None if states is None else packed_memory(states, None if all_seen else seen, packing)
-        return _PackedTexts(packing, memory)
-
-    def _plain_layers(self) -> bool:
-        layers: list[Any] = list(cast(Any, self).layer)
-        return can_run_packed(layers) and not any(
-            drops_paths(layer) or getattr(find(layer, "crossattention.self"), "save_attention", False)
-            for layer in layers
-        )
+        return packing, Packed.within(packing, memory)
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -393,25 +374,19 @@ def _why_not_equal(
     """Why a fused form cannot replace a module: its output on an example differs. None if it matches."""
     if weight.device.type == "meta":
         return "its parameters have no values yet, so it cannot be tested"
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
     try:
-        with torch.no_grad():
-            wanted = module.forward(example)
-            swap(module, fused, Settings(settings.kernels))
-            try:
-                found = module.forward(example)
-            finally:
-                restore(module)
+        before = outputs(module, example).get("")
+        swap(module, fused, Settings(settings.kernels))
+        try:
+            after = outputs(module, example).get("")
+        finally:
+            restore(module)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         return f"it failed on an example ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    if not isinstance(wanted, Tensor) or wanted.shape != found.shape:
+    if before is None or after is None or before.shape != after.shape:
         return "its output shape does not match its parts"
-    error = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30))
-    band = BANDS.get(wanted.dtype, BANDS[torch.float32])
+    error = relative_error(before, after)
+    band = BANDS.get(before.dtype, BANDS[torch.float32])
     return None if error <= band else f"its output does not match its parts (by {error:.0e})"
 
 

@@ -109,7 +109,14 @@ def post_norm(
     x = proj_residual_norm(context, parts.proj, x, parts.norms[0], settings, dropout_p=parts.branch_p[0], wide=True)[0]
     if memory is not None and cross is not None:
         x = _cross_attention(cross, x, memory, settings)
-    return _post_norm_mlp(parts, x, settings)
+    second = parts.norms[1]
+    plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
+    if plain and _is_layer_norm(second) and parts.fc1 is not None:
+        rounded = settings.rounded_mlp(x, parts.fc1, F.gelu, parts.fc2, second)
+        if rounded is not None:
+            return rounded
+    hidden = hidden_layer(parts, x, settings)
+    return proj_residual_norm(hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True)[0]
 
 
 def _cross_attention(cross: Cross, x: Tensor, memory: Memory, settings: Settings) -> Tensor:
@@ -121,18 +128,6 @@ def _cross_attention(cross: Cross, x: Tensor, memory: Memory, settings: Settings
     queries = q.flatten(0, 1)[None] if memory.shared else q
     context = memory.attend(queries, k, v, cross.attention_p, settings).view(*q.shape[:-2], -1)
     return proj_residual_norm(context, cross.proj, x, cross.norm, settings, dropout_p=cross.branch_p, wide=True)[0]
-
-
-def _post_norm_mlp(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
-    """`N₂(x + MLP(x))`."""
-    second = parts.norms[1]
-    plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
-    if plain and _is_layer_norm(second) and parts.fc1 is not None:
-        rounded = settings.rounded_mlp(x, parts.fc1, F.gelu, parts.fc2, second)
-        if rounded is not None:
-            return rounded
-    hidden = hidden_layer(parts, x, settings)
-    return proj_residual_norm(hidden, parts.fc2, x, second, settings, dropout_p=parts.branch_p[1], wide=True)[0]
 
 
 def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
@@ -147,20 +142,7 @@ def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> 
 def self_attention(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """Projections and attention of `[..., width]`, before proj."""
     windows = getattr(attend, "windows", None)
-    q, k, v = _project_qkv(parts, x if windows is None else windows.split(x), settings)
-    context = attend(q, k, v, parts.attention_p, settings)
-    # Merge windows before proj, which skips the padding and fuses the residual.
-    context = context if windows is None else windows.merge(context)
-    return context if parts.inner_norms[0] is None else run_module(parts.inner_norms[0], context)
-
-
-def project(name: str, layers: Sequence[nn.Module], x: Tensor, heads: int, settings: Settings) -> tuple[Tensor, ...]:
-    """Outputs `[..., H, D]` of linear layers on one input, with one GEMM; `name` is the cache key of their weights."""
-    return tuple(made.unflatten(-1, (heads, -1)) for made in settings.products(name, x, *layers))
-
-
-def _project_qkv(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `[..., H, D]`."""
+    x = x if windows is None else windows.split(x)
     if not parts.projections:
         made = [settings.linear(x, weight, bias) for weight, bias in parts.qkv]
     elif parts.joins or len(parts.projections) == 1:
@@ -173,7 +155,15 @@ def _project_qkv(parts: Parts, x: Tensor, settings: Settings) -> tuple[Tensor, T
         q, k, v = (each.unflatten(-1, (parts.heads, -1)) for each in made)
     if parts.adapt is not None:
         q, k = (t.to(v.dtype) for t in parts.adapt(q, k))
-    return q, k, v
+    context = attend(q, k, v, parts.attention_p, settings)
+    # Merge windows before proj, which skips the padding and fuses the residual.
+    context = context if windows is None else windows.merge(context)
+    return context if parts.inner_norms[0] is None else run_module(parts.inner_norms[0], context)
+
+
+def project(name: str, layers: Sequence[nn.Module], x: Tensor, heads: int, settings: Settings) -> tuple[Tensor, ...]:
+    """Outputs `[..., H, D]` of linear layers on one input, with one GEMM; `name` is the cache key of their weights."""
+    return tuple(made.unflatten(-1, (heads, -1)) for made in settings.products(name, x, *layers))
 
 
 def hidden_layer(parts: Parts, x: Tensor, settings: Settings) -> Tensor:

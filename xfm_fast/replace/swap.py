@@ -51,6 +51,7 @@ class Settings:
     unpad: bool = False  # run whole encoders without padding; outputs are zero there
     skip_logits: bool = False  # masked-language heads return no logits in training with labels
     eight_bits: marked.EightBits | None = None
+    freeze: bool = False  # store weights packed
 
     @property
     def backend(self) -> Backend | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,19 @@ from torch import Tensor, nn
 
 from xfm_fast.models.text import concatenated
 from xfm_fast.replace.adapters import is_adapted
-from xfm_fast.replace.attention import Attend, Bias, Dense, PositionTable
+from xfm_fast.replace.attention import (
+    Attend,
+    Bias,
+    Dense,
+    PositionTable,
+    WindowAttention,
+    cached_bias,
+    continuous_bias,
+    windows_of,
+)
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
 from xfm_fast.replace.structure import Parts, run_module
 from xfm_fast.replace.swap import Settings, find
-from xfm_fast.replace.windows import cached_bias, timm_swin_attention
 
 _OWN = "Mlp GluMlp SwiGLU DropPath LayerScale LayerNorm"
 
@@ -58,7 +67,12 @@ def _adjust(block: Any, parts: Parts) -> Parts:
     """Biases beside the weights of `attn.qkv`, and halved hidden layers."""
     attn, mlp = block.attn, block.mlp
     if hasattr(mlp, "gate_last"):
-        parts = parts._replace(hidden=_gated(mlp))
+
+        def gated(x: Tensor, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
+            first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
+            return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+
+        parts = parts._replace(hidden=gated)
     if len(parts.projections) == 3:
         return parts
     bias = None
@@ -68,16 +82,6 @@ def _adjust(block: Any, parts: Parts) -> Parts:
             # timm reads the weight here and does not call the layer, so adapters have no effect.
             return parts._replace(projections=(), qkv=((attn.qkv.weight, bias),))
     return parts._replace(qkv_bias=bias)
-
-
-def _gated(mlp: Any) -> Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor]:
-    """The hidden layer of `GluMlp`."""
-
-    def hidden(x: Tensor, linear: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        first, second = linear(mlp.fc1, x).chunk(2, dim=mlp.chunk_dim)
-        return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
-
-    return hidden
 
 
 def _normalised(block: Any, call: Mapping[str, Any], bias: Bias = None) -> Attend:
@@ -123,8 +127,21 @@ def _relative_attention(block: Any, call: Mapping[str, Any]) -> Attend:
     return _normalised(block, call, bias)
 
 
-def _unflattened(out: Tensor, x: Tensor) -> Tensor:
-    return out.unflatten(1, x.shape[1:3])
+def _swin_attention(block: Any, call: Mapping[str, Any]) -> WindowAttention:
+    """Attention of `SwinTransformerBlock` and `SwinTransformerV2Block` of timm."""
+    attn, x = block.attn, call["x"]
+    size, window, shift = tuple(x.shape[1:3]), tuple(block.window_size), tuple(block.shift_size)
+    whole = tuple(-(-side // part) * part for side, part in zip(size, window, strict=True))
+    name, windows = f"{whole} {window} {shift}", windows_of(size, window, shift, x, fill_first=False)
+
+    def mask() -> Tensor | None:
+        moving = getattr(block, "dynamic_mask", False)
+        return block.get_attn_mask(x.new_empty(1, *whole, 1)) if moving else block.attn_mask
+
+    if hasattr(attn, "cpb_mlp"):
+        return WindowAttention(windows, continuous_bias(name, attn, attn.cpb_mlp, mask), attn.logit_scale)
+    sources = (attn.relative_position_bias_table,)
+    return WindowAttention(windows, partial(cached_bias, name, nn.Identity(), sources, attn._get_rel_pos_bias, mask))
 
 
 def _clip_refusal(block: Any) -> str | None:
@@ -148,7 +165,12 @@ def _additive(block: Any, call: Mapping[str, Any]) -> Attend | None:
 
 _GAMMAS: dict[str, Any] = {"scales": ("gamma_1", "gamma_2")}
 _RELATIVE: dict[str, Any] = {"scores": _relative_attention, "also_takes": ("shared_rel_pos",)}
-_WINDOWS: dict[str, Any] = {"scores": timm_swin_attention, "ndim": 4, "result": _unflattened, "scales": ("", "")}
+_WINDOWS: dict[str, Any] = {
+    "scores": _swin_attention,
+    "ndim": 4,
+    "result": lambda out, x: out.unflatten(1, x.shape[1:3]),
+    "scales": ("", ""),
+}
 register(
     _block("vision_transformer.Block", "Attention"),
     _block("beit.Block", "Attention", scores=_beit_attention, also_takes=("shared_rel_pos_bias",), **_GAMMAS),

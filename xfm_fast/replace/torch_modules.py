@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,9 +12,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.replace.attention import Attend, Packed, sdpa
-from xfm_fast.replace.layer import LayerSpec, Mlp, can_run_packed, register
-from xfm_fast.replace.structure import Parts, apply_norm
-from xfm_fast.replace.swap import Fused, Kinds, Rule, Settings, find, observed, original_class, why_not_bypassed
+from xfm_fast.replace.layer import LayerSpec, Mlp, can_run_packed, register, run_packed
+from xfm_fast.replace.structure import apply_norm
+from xfm_fast.replace.swap import Fused, Kinds, Rule, Settings, observed, original_class, why_not_bypassed
 from xfm_fast.replace.unpadded import plan
 
 _ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
@@ -66,7 +65,10 @@ class FusedMultiheadAttention(Fused):
             mask = _merged(key_padding_mask, attn_mask, q, k.shape[1])
             dropout_p, weights = module.dropout if self.training else 0.0, None
             if need_weights:
-                context, weights = _attend_with_weights(q, k, v, mask, dropout_p)
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+                scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+                weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p, dropout_p > 0)
+                context = (weights @ v).transpose(1, 2).flatten(2)
                 weights = weights.mean(1) if average_attn_weights else weights
             else:
                 context = sdpa(q, k, v, mask, dropout_p)
@@ -95,11 +97,6 @@ def _layer_attention(layer: Any, call: Mapping[str, Any]) -> Attend | None:
     return attend
 
 
-def _joint_projection(layer: Any, parts: Parts) -> Parts:
-    attention = layer.self_attn
-    return parts._replace(qkv=((attention.in_proj_weight, attention.in_proj_bias),))
-
-
 register(
     LayerSpec(
         layer=nn.TransformerEncoderLayer,
@@ -114,7 +111,9 @@ register(
         branch_p=("dropout1", "dropout2"),
         scores=_layer_attention,
         also_takes=("src_mask", "src_key_padding_mask", "is_causal"),
-        adjust=_joint_projection,
+        adjust=lambda layer, parts: parts._replace(
+            qkv=((layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias),)
+        ),
         refuses=_layer_refusal,
         # Its fast path reads the weights of linear layers and does not call them.
         adaptable=False,
@@ -136,34 +135,20 @@ class UnpaddedTransformerEncoder(Fused):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        layers = self._layers()
-        hidden = src_key_padding_mask
-        if layers is None or hidden is None or hidden.dtype != torch.bool or mask is not None or src.ndim != 3:
-            return super().forward(src, mask, src_key_padding_mask, is_causal)
-        batch_first = cast(Any, layers[0]).self_attn.batch_first
-        padded = src if batch_first else src.transpose(0, 1)
-        planned = plan(~hidden, keep_first=False) if hidden.shape == padded.shape[:2] else None
+        module, hidden = cast(Any, self), src_key_padding_mask
+        layers, padded, planned = list(module.layers), src, None
+        called = torch.compiler.is_compiling() or (module.norm is not None and observed(module.norm))
+        covered = mask is None and src.ndim == 3 and not called and can_run_packed(layers)
+        if covered and hidden is not None and hidden.dtype == torch.bool:
+            padded = src if layers[0].self_attn.batch_first else src.transpose(0, 1)
+            planned = plan(~hidden, keep_first=False) if hidden.shape == padded.shape[:2] else None
         if planned is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         packing, _ = planned
-        cu, longest = packing.cu_seqlens, packing.longest
-        attend = Packed(cu, cu, longest, longest)
-        x = packing.pack(padded)
-        with layers[0].context(src.device) as settings:
-            for layer in layers:
-                x = layer.run(x, attend, settings)
-        norm = cast(Any, self).norm
+        x = run_packed(layers, packing.pack(padded), Packed.within(packing))
         # Unpack after the norm, which would map padding to its bias.
-        out = packing.unpad(x if norm is None else norm(x))
-        return out if batch_first else out.transpose(0, 1)
-
-    def _layers(self) -> list[Any] | None:
-        """The layers, if all can run on packed tokens now."""
-        layers, norm = find(self, "layers"), find(self, "norm")
-        if torch.compiler.is_compiling() or layers is None or (norm is not None and observed(norm)):
-            return None
-        found = list(layers.children())
-        return found if can_run_packed(found) else None
+        out = packing.unpad(x if module.norm is None else module.norm(x))
+        return out if layers[0].self_attn.batch_first else out.transpose(0, 1)
 
 
 class FusedLayerNorm(Fused):
@@ -186,47 +171,25 @@ class FusedLayerNorm(Fused):
 
 
 def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings: Settings) -> tuple[Tensor, ...]:
-    """q, k, v `[..., H, D]` of a MultiheadAttention, with as few GEMMs as the inputs allow."""
-    heads, width, bias = attention.num_heads, attention.embed_dim, attention.in_proj_bias
-    # Convert a shared input once, so that it stays one tensor.
-    converted = {id(t): settings.operand(t) for t in (query, key, value)}
-    query, key, value = (converted[id(t)] for t in (query, key, value))
-    packed = attention.in_proj_weight
-    if packed is None:
-        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        made = [settings.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-    elif key is query and value is key:
-        made = settings.linear(query, packed, bias).chunk(3, -1)
-    else:
-        weights, both = (packed[:width], packed[width:]), (None, None) if bias is None else (bias[:width], bias[width:])
-        made = [settings.linear(query, weights[0], both[0])]
-        if value is key:
-            made += settings.linear(key, weights[1], both[1]).chunk(2, -1)
-        else:
-            halves = (None, None) if both[1] is None else both[1].chunk(2)
-            for x, w, b in zip((key, value), weights[1].chunk(2), halves, strict=True):
-                made.append(settings.linear(x, w, b))
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in made)
-    return q, k, v
-
-
-def _attend_with_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """Attention, and the weights `[B, H, L, S]`."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p, dropout_p > 0)
-    return (weights @ v).transpose(1, 2).flatten(2), weights
+    """q, k, v `[..., H, D]` of a MultiheadAttention, with one GEMM for neighbours with the same input."""
+    width, weight, bias = attention.embed_dim, attention.in_proj_weight, attention.in_proj_bias
+    own = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    inputs, results, start = (query, key, value), [], 0
+    for end in (1, 2, 3):
+        if end < 3 and weight is not None and inputs[end] is inputs[start]:
+            continue
+        rows = slice(start * width, end * width)
+        part = own[start] if weight is None else weight[rows]
+        results += settings.linear(inputs[start], part, None if bias is None else bias[rows]).chunk(end - start, -1)
+        start = end
+    return tuple(result.unflatten(-1, (attention.num_heads, -1)) for result in results)
 
 
 def _merged(padding: Tensor | None, mask: Tensor | None, q: Tensor, keys: int) -> Tensor | None:
     """Both masks (True hides) as one additive mask that broadcasts to `[B, H, L, S]`."""
-    added = None
-    if mask is not None:
-        added = _additive(mask, q.dtype)
-        added = added if mask.ndim == 2 else added.unflatten(0, (q.shape[0], -1))
+    added = None if mask is None else _additive(mask, q.dtype)
+    if added is not None and added.ndim == 3:
+        added = added.unflatten(0, (q.shape[0], -1))
     if padding is not None:
         hidden = _additive(padding, q.dtype).view(-1, 1, 1, keys)
         added = hidden if added is None else added + hidden
@@ -239,22 +202,22 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 
-def _is(kind: type[nn.Module], module: nn.Module) -> bool:
-    return original_class(module) is kind
+def _is(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    return lambda module: original_class(module) is kind
 
 
 RULES: tuple[Rule, ...] = (
     Rule(
         "UnpaddedTransformerEncoder",
-        partial(_is, nn.TransformerEncoder),
+        _is(nn.TransformerEncoder),
         UnpaddedTransformerEncoder,
         "padding left out of all layers",
     ),
     Rule(
         "FusedMultiheadAttention",
-        partial(_is, nn.MultiheadAttention),
+        _is(nn.MultiheadAttention),
         FusedMultiheadAttention,
         "one product for inputs that are the same (calls with need_weights=False)",
     ),
-    Rule("FusedLayerNorm", partial(_is, nn.LayerNorm), FusedLayerNorm, "one pass over memory"),
+    Rule("FusedLayerNorm", _is(nn.LayerNorm), FusedLayerNorm, "one pass over memory"),
 )

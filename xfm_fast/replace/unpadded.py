@@ -1,4 +1,4 @@
-"""Text encoders without padding: embeddings, layers and final norm on packed tokens."""
+"""Text encoders without padding: on packed tokens, or cut at the end-of-text (CLIP)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host
 from xfm_fast.packing import Packing, offsets, on_host
-from xfm_fast.replace.attention import Attend, Memory, Packed, Padded, Spread, to_own_tokens
+from xfm_fast.replace.attention import Attend, Causal, Memory, Packed, Padded, Spread, to_own_tokens
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
-from xfm_fast.replace.layer import PLAIN_ATTENTION, can_run_packed, short_name
+from xfm_fast.replace.layer import PLAIN_ATTENTION, can_run_packed, run_packed, short_name
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
@@ -30,13 +31,16 @@ from xfm_fast.replace.swap import (
 )
 
 _WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "num_items_in_batch")
+_RECORDED = ("output_attentions", "output_hidden_states")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 # transformers drops BLIP's image mask; calls with one run the original.
 IGNORE_MEMORY_MASK = ("BlipTextLayer", "BlipTextModel")
-
-
-def _listed(model: Any, path: str) -> Iterable[nn.Module]:
-    return attrgetter(path)(model)
+_CUT = "stops at the end-of-text"
+_FULL_LENGTH = "it computes texts at full length; unpad=True cuts them after the longest end-of-text"
+# Share of tokens left after the cut above which packing does not pay off.
+_FULL = 0.95
+# CLIP configs that predate transformers' eos_token_id contain 2, and pool at the highest id.
+_LEGACY_END = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +48,18 @@ class Encoder:
     """Where a model keeps the modules around its layers: dotted names relative to the model."""
 
     model: str  # class name, in the form of `LayerSpec.layer`
-    layers: str
     takes: tuple[str, ...]  # arguments of the embeddings with one entry per token
+    layers: str = "encoder.layer"
     embeddings: str = "embeddings"  # ids or given embeddings → states
     project: str = ""  # linear layer after the embeddings
     norm: str = ""  # after the last layer
-    pooler: str = ""  # pools the states `[P, L, width]`, or token 0 if pooled_by is set
+    pooler: str = "pooler"  # pools the states `[P, L, width]`, or token 0 if pooled_by is set
     pooled_by: str = ""  # function after the pooler
     bias: str = ""  # method that returns the position bias for states `[P, L, width]`
     rotary: str = ""  # module that returns cos and sin for states, positions and, if kind is set, the kind of layer
     kind: str = ""  # layer attribute; "sliding_attention" limits attention to the config's sliding_window
     # layers in execution order, for models that run a layer several times
-    sequence: Callable[[Any, str], Iterable[nn.Module]] = _listed
+    sequence: Callable[[Any, str], Iterable[nn.Module]] = nn.Module.get_submodule  # pyright: ignore[reportAssignmentType]
     output: str = "BaseModelOutputWithPooling"  # class of the output in transformers
     memory: bool = False  # supports cross-attention
 
@@ -98,7 +102,7 @@ class UnpaddedEncoder(CalledByName):
         return f"it computes padding: in a layer, {reasons[0]}" if reasons else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.arguments(args, kwargs)
+        call, row = self.arguments(args, kwargs), self.encoder_row
         packed = self.packed(call)
         if packed is None:
             return self.padded(*args, **kwargs)
@@ -106,10 +110,13 @@ class UnpaddedEncoder(CalledByName):
 
         x, packing = packed
         states: Any = packing.unpad(x)
-        made = {"last_hidden_state": states}
-        if self.encoder_row.output != "BaseModelOutput":
-            made["pooler_output"] = self._pooled(states)
-        out = getattr(modeling_outputs, self.encoder_row.output)(**made)
+        outputs = {"last_hidden_state": states}
+        if row.output != "BaseModelOutput":
+            pooler: Any = self._pooler()
+            if pooler is not None:
+                pooled = pooler(states[:, 0]) if row.pooled_by else pooler(states)
+                outputs["pooler_output"] = attrgetter(row.pooled_by)(self)(pooled) if row.pooled_by else pooled
+        out = getattr(modeling_outputs, row.output)(**outputs)
         return out if returns_dict(self, call) else out.to_tuple()
 
     def padded(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,13 +128,14 @@ class UnpaddedEncoder(CalledByName):
         row, mask, memory_mask = self.encoder_row, call.get("attention_mask"), call.get("encoder_attention_mask")
         given = [call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None]
         understood = (*row.takes, "attention_mask", "position_ids", *_WITHOUT_EFFECT, *(_MEMORY if row.memory else ()))
-        if has_other_arguments(call, understood) or len(given) != 1 or not self._ready(call):
+        layers = self._layers()
+        if has_other_arguments(call, understood) or len(given) != 1 or not self._ready(call, layers):
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != given[0].shape[:2]:
             return None
         if memory_mask is not None and (not isinstance(memory_mask, Tensor) or memory_mask.ndim != 2):
             return None
-        planned = plan(mask, memory_mask, keep_first=self._has_pooler())
+        planned = plan(mask, memory_mask, keep_first=self._pooler() is not None)
         if planned is None:
             return None
         packing, whole_memory = planned
@@ -137,24 +145,26 @@ class UnpaddedEncoder(CalledByName):
             if version < 5 or original_class(self).__name__ in IGNORE_MEMORY_MASK:
                 return None
         states, memory = call.get("encoder_hidden_states"), None
-        if states is not None and hasattr(self._layers()[0], "crossattention"):
+        if states is not None and hasattr(layers[0], "crossattention"):
             memory = packed_memory(states, None if whole_memory else memory_mask, packing)
         with self.settings.own_types(mask.device):
-            return self._run(call, packing, mask.bool(), memory), packing
+            return self._run(call, layers, packing, mask.bool(), memory), packing
 
     def _layers(self) -> list[Any]:
         return list(self.encoder_row.sequence(self, self.encoder_row.layers))
 
-    def _ready(self, call: dict[str, Any]) -> bool:
+    def _pooler(self) -> nn.Module | None:
+        return find(self, self.encoder_row.pooler) if self.encoder_row.pooler else None
+
+    def _ready(self, call: dict[str, Any], layers: list[Any]) -> bool:
         """True if no bypassed part has hooks and every layer can run on packed tokens."""
-        row, config, layers = self.encoder_row, self.config, self._layers()
-        recorded: Any = any(getattr(config, name, False) for name in ("output_attentions", "output_hidden_states"))
+        row, config = self.encoder_row, self.config
+        recorded: Any = any(getattr(config, name, False) for name in _RECORDED)
         if recorded or getattr(config, "_attn_implementation", None) not in PLAIN_ATTENTION:
             return False
-        if call.get("encoder_hidden_states") is not None:
-            crosses = hasattr(layers[0], "crossattention") or not getattr(layers[0], "is_decoder", True)
-            if not crosses:
-                return False
+        crosses = hasattr(layers[0], "crossattention") or not getattr(layers[0], "is_decoder", True)
+        if call.get("encoder_hidden_states") is not None and not crosses:
+            return False
         parts = [find(self, name) for name in {self._holder, row.embeddings, row.project} - {""}]
         if any(part is not None and observed(part) for part in parts):
             return False
@@ -172,27 +182,17 @@ class UnpaddedEncoder(CalledByName):
         """Name of the module around the layers."""
         return self.encoder_row.layers.rpartition(".")[0]
 
-    def _has_pooler(self) -> bool:
-        return bool(self.encoder_row.pooler) and find(self, self.encoder_row.pooler) is not None
-
-    def _pooled(self, states: Tensor) -> Tensor | None:
-        row = self.encoder_row
-        if not self._has_pooler():
-            return None
-        pooler = attrgetter(row.pooler)(self)
-        return attrgetter(row.pooled_by)(self)(pooler(states[:, 0])) if row.pooled_by else pooler(states)
-
-    def _run(self, call: dict[str, Any], packing: Packing, mask: Tensor, memory: Memory | None) -> Tensor:
+    def _run(
+        self, call: dict[str, Any], layers: list[Any], packing: Packing, mask: Tensor, memory: Memory | None
+    ) -> Tensor:
         row, module = self.encoder_row, self
-        positions = self._positions(call, packing)
-        x = self._embedded(call, packing, positions)
+        x, positions = self._embedded(call, packing)
         own = to_own_tokens(packing, self.settings)
         bias = None
         if row.bias:
             # The method reads only the shape of its argument.
             bias = attrgetter(row.bias)(module)(x.new_empty(1, packing.shape[1], 1))
         attends: dict[str, tuple[Attend, Any]] = {}
-        layers = self._layers()
         with layers[0].context(x.device) as settings:
             for layer in layers:
                 kind = getattr(layer, row.kind) if row.kind else ""
@@ -209,53 +209,40 @@ class UnpaddedEncoder(CalledByName):
                         cos, sin = attrgetter(row.rotary)(module)(x, positions[None], *named)
                         rotary = cos[0], sin[0]
                     attends[kind] = attend, rotary
-                x = self._layer(layer, x, *attends[kind], memory, settings)
+                attend, rotary = attends[kind]
+                run = partial(layer.run, attend=attend, settings=settings, rotary=rotary, memory=memory)
+                # transformers 5 checkpoints layer by layer, transformers 4 in the encoder.
+                owners: list[Any] = [layer, find(self, self._holder)] if torch.is_grad_enabled() else []
+                for owner in owners:
+                    if getattr(owner, "gradient_checkpointing", False) and owner.training:
+                        run = partial(owner._gradient_checkpointing_func, run)
+                        break
+                x = run(x)
         norm = find(module, row.norm) if row.norm else None
         return x if norm is None else norm(x)
 
-    def _layer(
-        self, layer: Any, x: Tensor, attend: Attend, rotary: Any, memory: Memory | None, settings: Settings
-    ) -> Tensor:
-        run = partial(layer.run, attend=attend, settings=settings, rotary=rotary, memory=memory)
-        # transformers 5 checkpoints layer by layer, transformers 4 in the encoder.
-        owners: list[Any] = [layer, find(self, self._holder)] if torch.is_grad_enabled() else []
-        for owner in owners:
-            if getattr(owner, "gradient_checkpointing", False) and owner.training:
-                return owner._gradient_checkpointing_func(run, x)
-        return run(x)
-
-    def _positions(self, call: dict[str, Any], packing: Packing) -> Tensor:
-        """Position ids of the packed tokens."""
-        positions, embeddings = call.get("position_ids"), attrgetter(self.encoder_row.embeddings)(self)
-        if positions is None:
-            tokens = call.get("input_ids")
-            if tokens is None:
-                # Without ids, RoBERTa treats every token as real.
-                tokens = call["attention_mask"].new_full(packing.shape, -1)
-            if hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids"):
-                positions = default_positions(embeddings, tokens)
-            else:
-                positions = torch.arange(packing.shape[1], device=tokens.device)[None]
-        return packing.pack(positions.expand(packing.shape))
-
-    def _embedded(self, call: dict[str, Any], packing: Packing, positions: Tensor) -> Tensor:
-        """Embeddings `[T, width]`; a module that is not fused sees one long text."""
-        row = self.encoder_row
-        inputs: dict[str, Any] = {
-            name: packing.pack(call[name])
-            for name in row.takes
-            if name != "position_ids" and call.get(name) is not None
-        }
-        embeddings: Any = find(self, row.embeddings)
+    def _embedded(self, call: dict[str, Any], packing: Packing) -> tuple[Tensor, Tensor]:
+        """Embeddings `[T, width]` and position ids `[T]`; a module that is not fused sees one long text."""
+        row, positions, tokens = self.encoder_row, call.get("position_ids"), call.get("input_ids")
+        embeddings: Any = attrgetter(row.embeddings)(self)
+        if positions is None and (hasattr(embeddings, "padding_idx") or hasattr(embeddings, "position_ids")):
+            # Without ids, RoBERTa treats every token as real.
+            tokens = call["attention_mask"].new_full(packing.shape, -1) if tokens is None else tokens
+            positions = default_positions(embeddings, tokens)
+        elif positions is None:
+            positions = torch.arange(packing.shape[1], device=packing.positions.device)[None]
+        positions = packing.pack(positions.expand(packing.shape))
+        names = (name for name in row.takes if name != "position_ids" and call.get(name) is not None)
+        inputs: dict[str, Any] = {name: packing.pack(call[name]) for name in names}
         if isinstance(embeddings, FusedEmbeddings):
-            tokens, types, embeds = (inputs.get(name) for name in ("input_ids", "token_type_ids", "inputs_embeds"))
-            x = embeddings.embed(tokens, positions, types, embeds)
+            ids, types, embeds = (inputs.get(name) for name in ("input_ids", "token_type_ids", "inputs_embeds"))
+            x = embeddings.embed(ids, positions, types, embeds)
         else:
             if "position_ids" in row.takes:
                 inputs["position_ids"] = positions
             x = embeddings(**{"input_ids": None, **{name: value[None] for name, value in inputs.items()}})[0]
         project: Any = find(self, row.project) if row.project else None
-        return x if project is None else project(x)
+        return x if project is None else project(x), positions
 
 
 def is_expanded(states: Tensor) -> bool:
@@ -271,7 +258,17 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
     """
     mask = mask.bool()
     if torch.compiler.is_compiling():
-        return _traced_plan(mask, keep_first), memory_mask is None
+        # Without control flow on values: padding at token 0 attends to real tokens.
+        kept = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
+        places = kept.flatten().nonzero().flatten()
+        packing = Packing(
+            positions=places,
+            cu_seqlens=offsets(kept.sum(1)),
+            shape=(mask.shape[0], mask.shape[1]),
+            key_mask=mask.flatten().index_select(0, places) if keep_first else None,
+            max_seqlen=mask.shape[1],
+        )
+        return packing, memory_mask is None
     if not mask.numel():
         return None
     if on_host(mask) and host.all_true(mask):
@@ -302,19 +299,6 @@ def plan(mask: Tensor, memory_mask: Tensor | None = None, *, keep_first: bool) -
     return packing, bool(whole_memory)
 
 
-def _traced_plan(mask: Tensor, keep_first: bool) -> Packing:
-    """`plan` in a traced graph, without control flow on values: padding at token 0 attends to real tokens."""
-    kept = torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], 1) if keep_first else mask
-    places = kept.flatten().nonzero().flatten()
-    return Packing(
-        positions=places,
-        cu_seqlens=offsets(kept.sum(1)),
-        shape=(mask.shape[0], mask.shape[1]),
-        key_mask=mask.flatten().index_select(0, places) if keep_first else None,
-        max_seqlen=mask.shape[1],
-    )
-
-
 def packed_memory(states: Tensor, mask: Tensor | None, packing: Packing) -> Memory:
     """The memory `[P, N, width]` of packed texts; `mask` `[P, N]` is non-zero for visible tokens."""
     texts, length = states.shape[:2]
@@ -335,8 +319,186 @@ def padded_memory(states: Tensor, mask: Tensor | None) -> Memory:
     return Memory(states, Padded(mask))
 
 
-def _is_encoder(module: nn.Module) -> bool:
-    return encoder_of(original_class(module)) is not None
+def _ends(ids: Tensor, end: int | None) -> Tensor:
+    """`[B, L]` ids → `[B]` position of the first `end`, -1 if absent; of the highest id if `end` is None."""
+    if end is None:
+        return ids.argmax(-1)
+    found = ids == end
+    return torch.where(found.any(-1), found.int().argmax(-1), -1)
 
 
-RULES: tuple[Rule, ...] = (Rule("UnpaddedEncoder", _is_encoder, UnpaddedEncoder, "padding left out of all layers"),)
+def _lengths(ids: Tensor, end: int | None, mask: Tensor | None) -> list[int] | None:
+    """Length of each text `[B, L]` up to its end or last unmasked token; None if a text has no end or fills L."""
+    last, length = _ends(ids, end), ids.shape[1]
+    if mask is not None:
+        places = torch.arange(length, device=ids.device)
+        last = torch.where(last < 0, last, torch.maximum(last, (places * mask.bool()).amax(1)))
+    lengths = [end + 1 for end in (host.integers(last) if on_host(last) else last.tolist())]
+    return lengths if min(lengths) > 0 and max(lengths) < length else None
+
+
+def _cut_packing(lengths: list[int], holder: Any, layers: Any, device: torch.device) -> Packing | None:
+    """Packing of the cut batch; None if it would save too little or a layer or its holder must be called."""
+    longest = max(lengths)
+    if observed(holder) or not can_run_packed([*layers]) or sum(lengths) > _FULL * longest * len(lengths):
+        return None
+    kept = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+    return Packing.from_mask(kept, lengths=lengths)
+
+
+class CutTextModel(CalledByName):
+    """CLIP text tower of transformers (arXiv 2103.00020), cut at the end-of-text; states after the cut are zero.
+
+    The tower is causal and its feature is read at the end-of-text, so later tokens cannot change it. The batch is cut
+    after its longest text; if the texts differ in length and all layers are fused, they are packed.
+    """
+
+    _understood: ClassVar[set[str]] = {"input_ids", "attention_mask", "position_ids", "return_dict"}
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return None if settings.unpad else _FULL_LENGTH
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call, tower = self.arguments(args, kwargs), cast(Any, self)
+        end = None if tower.eos_token_id == _LEGACY_END else tower.eos_token_id
+        lengths = self._lengths(call, end)
+        if lengths is None:
+            return super().forward(*args, **kwargs)
+        ids, longest = call["input_ids"], max(lengths)
+        names = [name for name in ("input_ids", "attention_mask", "position_ids") if call.get(name) is not None]
+        cut = call | {name: call[name][:, :longest] for name in names}
+        rest = (0, 0, 0, ids.shape[1] - longest)
+        packing = self._packing(cut, lengths)
+        if packing is None:
+            out = super().forward(**cut)
+            if isinstance(out, tuple):
+                return (F.pad(out[0], rest), *out[1:])
+            out["last_hidden_state"] = F.pad(out["last_hidden_state"], rest)
+            return out
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        # Embed the padded texts: a packed text may be longer than the position table.
+        x = packing.pack(tower.embeddings(input_ids=cut["input_ids"], position_ids=cut.get("position_ids")))
+        x = tower.final_layer_norm(run_packed([*tower.encoder.layers], x, Causal(packing)))
+        pooled = x.index_select(0, packing.cu_seqlens[:-1] + _ends(ids, end))
+        out = BaseModelOutputWithPooling(last_hidden_state=F.pad(packing.unpad(x), rest), pooler_output=pooled)
+        return out if returns_dict(self, call) else out.to_tuple()
+
+    def _lengths(self, call: dict[str, Any], end: int | None) -> list[int] | None:
+        """Lengths of the texts of a call; None if it must not be cut."""
+        ids, mask, config = call.get("input_ids"), call.get("attention_mask"), cast(Any, self).config
+        if torch.compiler.is_compiling() or has_other_arguments(call, self._understood):
+            return None
+        if any(getattr(config, name, False) for name in _RECORDED):
+            return None
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+            return None
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            return None
+        return _lengths(ids, end, mask)
+
+    def _packing(self, cut: dict[str, Any], lengths: list[int]) -> Packing | None:
+        """The packing of a cut call, if no gradient checkpoint and no masked token needs the padded batch."""
+        tower, mask = cast(Any, self), cut.get("attention_mask")
+        parts = (tower, tower.encoder, *tower.encoder.layers) if torch.is_grad_enabled() else ()
+        checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in parts)
+        if checkpointed or tower.config._attn_implementation not in ("eager", "sdpa", None):
+            return None
+        packing = _cut_packing(lengths, tower.encoder, tower.encoder.layers, cut["input_ids"].device)
+        if packing is None or mask is None:
+            return packing
+        seen = packing.pack(mask.bool())
+        return packing if (host.all_true(seen) if on_host(seen) else bool(seen.all())) else None
+
+
+class _CutOpenClip(Fused):
+    """A text tower of open_clip, cut at the end-of-text."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        pool = getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax"))
+        if getattr(module, "cls_emb", None) is not None:
+            return "its feature is read at a class token after the text"
+        if getattr(module, "output_tokens", False):
+            return "the states of its padding are part of its output"
+        if pool not in ("argmax", "eos"):
+            return f"its feature is pooled by {pool!r}, which reads more than the end-of-text"
+        if getattr(module, "attn_mask", None) is None:
+            return "its attention is bidirectional, so that tokens after the end-of-text matter"
+        return None if settings.unpad else _FULL_LENGTH
+
+    def feature(self, text: Tensor, pool: str, end: int | None) -> Tensor | None:
+        """`[B, L]` ids → `[B, E]` without computing past the end-of-text; None if a text has no end."""
+        if torch.compiler.is_compiling() or text.ndim != 2 or not text.numel():
+            return None
+        end = end if pool == "eos" else None
+        lengths = _lengths(text, end, None)
+        if lengths is None:
+            return None
+        tower, longest = cast(Any, self), max(lengths)
+        transformer, text = tower.transformer, text[:, :longest]
+        read = _ends(text, end)
+        dtype, positions = transformer.get_cast_dtype(), tower.positional_embedding[:longest]
+        packing = None
+        if not (transformer.grad_checkpointing and torch.is_grad_enabled()):
+            packing = _cut_packing(lengths, transformer, transformer.resblocks, text.device)
+        if packing is None:
+            x = tower.token_embedding(text).to(dtype) + positions.to(dtype)
+            x = tower.ln_final(transformer(x, attn_mask=tower.attn_mask[:longest, :longest]))
+            x = x[torch.arange(x.shape[0], device=x.device), read]
+        else:
+            places = packing.positions % longest
+            x = tower.token_embedding(packing.pack(text)).to(dtype) + positions.index_select(0, places).to(dtype)
+            x = run_packed([*transformer.resblocks], x, Causal(packing)).to(dtype)
+            x = tower.ln_final(x.index_select(0, packing.cu_seqlens[:-1] + read))
+        projection = tower.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+class CutOpenClip(_CutOpenClip):
+    """`open_clip.CLIP`, which contains its text tower."""
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """`[B, L]` ids → `[B, E]`."""
+        x = self.feature(text, cast(Any, self).text_pool_type, getattr(self, "text_eos_id", None))
+        if x is None:
+            return super().encode_text(text, normalize)  # pyright: ignore[reportAttributeAccessIssue]
+        return F.normalize(x, dim=-1) if normalize else x
+
+
+class CutOpenClipText(_CutOpenClip):
+    """`open_clip.TextTransformer`, a separate text tower."""
+
+    def forward(self, text: Tensor) -> Any:
+        x = self.feature(text, cast(Any, self).pool_type, getattr(self, "eos_id", None))
+        return super().forward(text) if x is None else x
+
+
+def _is(library: str, *names: str) -> Callable[[nn.Module], bool]:
+    def recognises(module: nn.Module) -> bool:
+        kind = original_class(module)
+        return kind.__module__.startswith(library) and kind.__name__ in names
+
+    return recognises
+
+
+def _is_clip_tower(module: nn.Module) -> bool:
+    # In transformers 4 the model contains the tower, in 5 it is the tower.
+    named = _is("transformers.models.clip.", "CLIPTextModel", "CLIPTextTransformer")(module)
+    return named and find(module, "encoder") is not None and hasattr(module, "eos_token_id")
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "UnpaddedEncoder",
+        lambda module: encoder_of(original_class(module)) is not None,
+        UnpaddedEncoder,
+        "padding left out of all layers",
+    ),
+    Rule("CutTextModel", _is_clip_tower, CutTextModel, _CUT),
+    Rule("CutOpenClip", _is("open_clip.", "CLIP"), CutOpenClip, _CUT),
+    Rule("CutOpenClipText", _is("open_clip.", "TextTransformer"), CutOpenClipText, _CUT),
+)

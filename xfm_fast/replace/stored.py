@@ -1,23 +1,29 @@
-"""Third-party linear layers with packed weights: `accelerate(model, freeze=True)`, undone bit for bit by `revert`.
+"""Weights of fused blocks in another form: packed for a CPU (`freeze=True`), or computed in 8 bits (`dtype="int8"`).
 
-Unlike the layers of `XFM.freeze`, these may be called or asked for `weight` by code that knows nothing of packing.
+Packed weights are no parameters, and `revert` restores them bit for bit. Unlike the layers of `XFM.freeze`, these may
+be called or read by code that does not know of packing. 8-bit weights are flagged (see `kernels.marked`) and stay
+parameters. Vocabulary heads (in 8 bits), embeddings and unfused modules keep theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
+from xfm_fast.kernels import fp8, marked
 from xfm_fast.kernels.cpu import gemm
+from xfm_fast.kernels.linear import type_beside
+from xfm_fast.kernels.marked import EightBits
 from xfm_fast.models.frozen import dense_weight, owner_counts, pack, slot_of, state_weight, stop_gradients, unpack
-from xfm_fast.replace import adapters
+from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.swap import Fused, Settings, find, observed, restore, swap
 
 _TRAINED = "_xfm_fast_trained"
+_PACKED = (torch.float32, torch.bfloat16)
 
 
 class FrozenLinear(Fused):
@@ -57,7 +63,7 @@ class FrozenLinear(Fused):
         return self._apply(fn, recurse)
 
 
-def check(model: nn.Module, settings: Settings) -> None:
+def check_freezable(model: nn.Module, settings: Settings) -> None:
     """Raise InputError unless all parameters are on the CPU and in the compute dtype."""
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
@@ -83,17 +89,17 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
         singles = [
             (name,)
             for name, kinds in type(form).bypassed.items()
-            if name not in joint and isinstance(kinds, tuple) and adapters.Adaptable in kinds
+            if name not in joint and isinstance(kinds, tuple) and Adaptable in kinds
         ]
         for group in (*type(form).joint, *singles):
-            layers = [find(form, name) for name in group]
-            if any(layer is None or not _freezable(layer, owners) for layer in layers):
+            layers = cast(list[nn.Linear], [find(form, name) for name in group])
+            weights = [_own_weight(layer, owners, _PACKED) for layer in layers]
+            if any(weight is None for weight in weights):
                 continue
-            linears = cast(list[nn.Linear], layers)
-            if len({(layer.weight.dtype, layer.in_features) for layer in linears}) > 1:
+            if len({(layer.weight.dtype, layer.in_features) for layer in layers}) > 1:
                 continue
-            pack(linears, blocked=gemm.prefers_onednn(linears[0].weight.dtype))
-            for layer in linears:
+            pack(layers, blocked=gemm.prefers_onednn(layers[0].weight.dtype))
+            for layer in layers:
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)
                 done.append(cast(FrozenLinear, layer))
@@ -102,8 +108,42 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
     return done
 
 
-def _freezable(layer: nn.Module, owners: Mapping[int, int]) -> bool:
+def type_with(model: nn.Module, kind: str, freezes: bool) -> torch.dtype | None:
+    """Validate 8-bit computation of a model and return the dtype of everything else; None follows the inputs."""
+    types = {type_beside(kind, device) for device in {p.device for p in model.parameters()} or {torch.device("cpu")}}
+    if freezes:
+        raise InputError(f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out")
+    return types.pop() if len(types) == 1 else None
+
+
+def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[list[nn.Parameter]]:
+    """Flag the linear weights of the fused blocks; returns the weights of each block.
+
+    Skips adapted, hooked, quantised and parametrised layers, shared weights, and for fp8 sizes that are no multiple
+    of 16.
+    """
+    owners = owner_counts(model)
+    types = _PACKED if kind == "int8" else (*_PACKED, torch.float16)
+    done: list[list[nn.Parameter]] = []
+    for form in fused:
+        if not form.multiplies_in_eight_bits:
+            continue
+        layers = [find(form, name) for name in type(form).bypassed]
+        candidates = [_own_weight(layer, owners, types) for layer in layers]
+        weights = [weight for weight in candidates if weight is not None and (kind == "int8" or fp8.fits(weight))]
+        if not weights:
+            continue
+        done.append(weights)
+        marked.mark(weights, kind)
+        if kind == "fp8":
+            norms = (layer._parameters.get("weight") for layer in layers if type(layer) is nn.LayerNorm)
+            marked.mark((scale for scale in norms if type(scale) is nn.Parameter), kind)
+    return done
+
+
+def _own_weight(layer: Any, owners: Any, types: tuple[torch.dtype, ...]) -> nn.Parameter | None:
+    """The weight of a plain linear layer without hooks, owned by it alone, in one of the dtypes; or None."""
     if type(layer) is not nn.Linear or observed(layer):
-        return False
+        return None
     weight = layer._parameters.get("weight")
-    return type(weight) is nn.Parameter and owners[id(weight)] == 1 and weight.dtype in (torch.float32, torch.bfloat16)
+    return weight if type(weight) is nn.Parameter and owners[id(weight)] == 1 and weight.dtype in types else None
