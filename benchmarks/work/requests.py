@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast import flops
-from xfm_fast.tasks.reranking import recall
-from xfm_fast.tasks.retrieval import UNSCORED
+from xfm_fast.tasks.reranking import UNSCORED, recall
 
 from ..contenders.engine import Clock, Engine, Evaluator, Everything, Found, Pairs, Schedule, SearchIndex
 from ..material.inputs import MAX_TOKENS, Material, Texts

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 from PIL import Image
 
 from xfm_fast.data.shapes import (
-    VOCABULARY,
     Scene,
     Split,
     captions,
@@ -26,7 +24,7 @@ from xfm_fast.data.shapes import (
     true_shares,
     write_world,
 )
-from xfm_fast.data.shapes.language import ANSWERS, caption_facts, entailments, questions, references, statements
+from xfm_fast.data.shapes.language import ANSWERS, caption_facts, questions, references
 from xfm_fast.data.shapes.scenes import (
     CANVAS,
     COLOURS,
@@ -71,18 +69,6 @@ def _meant(made: Scene, expression: str) -> list[Thing]:
     return [thing for thing in things if thing is not anchors[0] and _stands(thing, relation, anchors[0])]
 
 
-def _all_texts(split: Split) -> Iterator[str]:
-    before = scene(11, 999, split)
-    for made in SCENES[split]:
-        yield from captions(made)
-        for index in range(len(made.things)):
-            yield from map(str, references(made, index))
-        yield from (question for question, _ in questions(made, split))
-        yield from (sentence for sentence, _ in statements(before, made, split))
-        yield from (sentence for index in range(3) for _, sentence, _ in entailments(made, before, index))
-        before = made
-
-
 def test_a_scene_follows_from_seed_split_and_index() -> None:
     """A change of the generator would silently change every dataset of a given seed."""
     assert scene(0, 0, "train") == Scene(
@@ -119,29 +105,13 @@ def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split
 
 
 @each_split
-def test_references_mean_one_object(split: Split) -> None:
-    relational = 0
+def test_references_and_answers_are_right(split: Split) -> None:
     for made in SCENES[split]:
         for index, thing in enumerate(made.things):
-            names = [str(reference) for reference in references(made, index)]
-            assert len(names) == len(set(names))
-            for expression in names:
-                assert _meant(made, expression) == [thing], expression
-                relational += bool(RELATION.search(expression))
-    assert relational > 100
-
-
-@each_split
-def test_answers_are_right(split: Split) -> None:
-    kinds: dict[str, set[str]] = {}
-    for made in SCENES[split]:
+            assert all(_meant(made, str(reference)) == [thing] for reference in references(made, index))
         for question, answer in questions(made, split):
             assert answer in ANSWERS
-            kinds.setdefault(" ".join(question.split()[:2]), set()).add(answer)
             assert answer == _answer(made, question), question
-    assert kinds["is there"] == kinds["is the"] == {"yes", "no"}
-    assert kinds["how many"] == {"one", "two", "three"}
-    assert kinds["what shape"] == set(SHAPES)
 
 
 def _answer(made: Scene, question: str) -> str:
@@ -181,19 +151,6 @@ def test_facts_of_captions(split: Split) -> None:
             facts = caption_facts(re.sub(r"\w+", lambda word: opposite.get(word[0], word[0]), text), made)
             assert [f.kind for f in facts or () if not f.true] == ["relation"] * (len(made.things) - 1)
     assert set(true_shares(texts, scenes).values()) == {1}
-
-
-def test_texts_mention_the_vocabulary_and_no_combination_of_another_split() -> None:
-    # A colour and the shape of one noun are at most a texture apart.
-    noun = re.compile(rf"({'|'.join(COLOURS)})(?: (?:plain|striped|dotted))? ({'|'.join(SHAPES)})")
-    words: set[str] = set()
-    for split in SPLITS:
-        texts = [*_all_texts(split)]
-        words |= {word for text in texts for word in text.split()}
-        mentioned = {pair for text in texts for pair in noun.findall(text)}
-        assert len(mentioned) > 25
-        assert not mentioned & set().union(*(HELD_OUT[other] for other in SPLITS if other != split))
-    assert words == set(VOCABULARY)
 
 
 @pytest.fixture(scope="module")

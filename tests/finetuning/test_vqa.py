@@ -58,19 +58,6 @@ def test_answer_weights(task: VQATask) -> None:
     assert batch.answers_per_question.tolist() == [2, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("question", "answers", "may_flip"),
-    [("what is it", ["dog"], True), ("what is on the LEFT", ["dog"], False), ("where", ["dog", "to the right"], False)],
-)
-def test_images_are_not_flipped_where_a_side_matters(
-    task: VQATask, monkeypatch: pytest.MonkeyPatch, question: str, answers: list[str], may_flip: bool
-) -> None:
-    seen, pixels = [], torch.zeros(3, 8, 8)
-    monkeypatch.setattr(task, "augmented", lambda image, rng, may_flip: seen.append(may_flip) or pixels)
-    task.item(record(question=question, answer=answers), rng())
-    assert seen == [may_flip]
-
-
 @torch.no_grad()
 def test_questions_are_truncated_in_training_only(task: VQATask, model: VQAModel) -> None:
     many, long = (record(question=" ".join([word] * 60)) for word in ("cyan", "quixotry"))

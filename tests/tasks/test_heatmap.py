@@ -101,8 +101,7 @@ def _inner(mask: Tensor) -> Tensor:
     return counted
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("layer", "shared"), [(0, False), (2, True)])
 def test_equals_plain_grad_cam(model: XFM, batch: tuple[Tensor, Tensor, Tensor], layer: int, shared: bool) -> None:
     pixels, ids, mask = batch
     index = torch.tensor([2, 0, 2, 4, 0]) if shared else None

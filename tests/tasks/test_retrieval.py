@@ -15,8 +15,8 @@ from tests.conftest import CASES, config, golden, load_json, load_tensors
 from xfm_fast import XFM, Retriever, XFMConfig, flops
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.memory import open_mapped
-from xfm_fast.tasks.reranking import candidate_recall, top_candidates
-from xfm_fast.tasks.retrieval import UNSCORED, recall, rerank
+from xfm_fast.tasks.reranking import UNSCORED, candidate_recall, recall, top_candidates
+from xfm_fast.tasks.retrieval import rerank
 
 
 def _official(case: str, dtype: torch.dtype) -> tuple[XFM, Tensor, Tensor, Tensor]:

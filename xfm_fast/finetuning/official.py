@@ -19,23 +19,18 @@ from xfm_fast.training.recipe import FINETUNING, read_recipe
 
 _SECTIONS = {"schedular", "train_file", "train_file_regions", "glue_datasets"}
 
-# Keys of theirs, `section.key` where they lie in one, and the key of ours that takes their value.
-_KEYS = {
+# Official keys that are options of the task.
+_SAME = (
+    "max_tokens", "max_words", "max_length", "min_length", "num_beams", "prompt", "label_smoothing", "mixup", "cutmix",
+)  # fmt: skip
+# Official keys (`section.key` in a section), and the recipe key that takes their value.
+_KEYS = {name: f"task.{name}" for name in _SAME} | {
     "batch_size": "batch_size",
     "batch_size_train": "batch_size",
     "per_device_train_batch_size": "batch_size",
     "batch_size_test": "eval_batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
-    "max_tokens": "task.max_tokens",
-    "max_words": "task.max_words",
-    "max_length": "task.max_length",
-    "min_length": "task.min_length",
-    "num_beams": "task.num_beams",
-    "prompt": "task.prompt",
-    "label_smoothing": "task.label_smoothing",
     "smoothing": "task.label_smoothing",
-    "mixup": "task.mixup",
-    "cutmix": "task.cutmix",
     "is_lp": "task.frozen",
     "k_test": "task.k",
     "num_dec_layers": "task.decoder_layers",

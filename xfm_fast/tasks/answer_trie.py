@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,27 +126,16 @@ class AnswerRanking(NamedTuple):
         return self.scores.softmax(-1)
 
 
-class Questions(Protocol):
-    """Decoder memory of Q questions."""
-
-    @property
-    def states(self) -> int: ...
-
-    def part(self, start: int, stop: int) -> Any:
-        """Memory of questions `start` to `stop`."""
-        ...
-
-
 def rank(
     tree_of: Callable[[Any], DecodedTree],
-    memory: Questions,
+    memory: Any,
     trie: AnswerTrie,
     *,
     k: int,
     best: int | None,
     first_token_twice: bool,
 ) -> AnswerRanking:
-    """Rank the k answers with the likeliest first tokens and return the `best`, for Q questions.
+    """Rank the k answers with the likeliest first tokens and return the `best`, for the Q `states` of a memory.
 
     With best = k (or None) all are decoded in one pass. With fewer, a prefix less likely than `best` complete answers
     is pruned; the result is the same.

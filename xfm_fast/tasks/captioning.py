@@ -8,7 +8,7 @@ behaviour, verified by parts.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -318,12 +318,7 @@ def _scene_of(image: Path) -> Any:
     from xfm_fast.data.shapes import WORLD_FILE, Split, scene
 
     try:
-        seed = _seed_of(image.parents[2] / WORLD_FILE)
+        seed = read_json(image.parents[2] / WORLD_FILE, "the description of a shapes dataset")["seed"]
         return scene(seed, int(image.stem), cast(Split, image.parent.name))
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise DataError(f"{image} is no image of a shapes dataset ({error}); set task.facts=false") from None
-
-
-@lru_cache(maxsize=1)
-def _seed_of(world: Path) -> int:
-    return read_json(world, "the description of a shapes dataset")["seed"]

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from xfm_fast.errors import DataError, InputError, NonFiniteError, XFMError
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets, ragged_rows
-from xfm_fast.tasks.reranking import TOKEN_BUDGET, slices
+from xfm_fast.tasks.reranking import TOKEN_BUDGET, passes, slices
 
 # Pillow reads formats that run other programs; from strangers only these are taken.
 _TAKEN = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF....WEBP", re.DOTALL)
@@ -130,23 +131,12 @@ class ModelRanks:
         memory = memories[0]
         if len(memories) > 1:
             memory = ImageMemory(tuple(map(torch.cat, zip(*(each.layers for each in memories), strict=True))))
-        image_of = torch.repeat_interleave(torch.arange(len(memories)), torch.tensor(counts))
-        starts, found = offsets(lengths).tolist(), []
-        # One image may have more captions than a pass takes.
-        for first, last in slices(lengths.tolist(), self.token_budget):
-            sizes = lengths[first:last].to(tokens.device)
-            low, high = int(image_of[first]), int(image_of[last - 1]) + 1
-            groups = ImageGroups.from_index((image_of[first:last] - low).to(tokens.device), high - low)
-            fused = self.model.fusion_encoder(
-                tokens[starts[first] : starts[last]],
-                Sequences.from_lengths(sizes),
-                memory.select(slice(low, high)),
-                groups,
-                first_token_only=True,
-                self_attended=True,
-            )
-            found.append(self.model.match_logits(fused[:, None]))
-        return torch.cat(found)
+        device = tokens.device
+        fused = self.model.fusion_encoder(
+            tokens, Sequences.from_lengths(lengths.to(device)), memory,
+            ImageGroups(offsets(torch.tensor(counts, device=device))), first_token_only=True, self_attended=True,
+        )  # fmt: skip
+        return self.model.match_logits(fused[:, None])
 
     def caption_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         parts = self._captions(input_ids, attention_mask)
@@ -332,34 +322,34 @@ class Ranker:
             for picture in query.pictures:
                 wanted.setdefault(picture.key, {}).update(dict.fromkeys(rows[ids] for ids in query.captions))
         pairs = {key: list(texts) for key, texts in wanted.items()}
-        # Groups of images with captions for one pass. Known memories come first, while none of them has made room for
-        # a new one.
-        tiles: list[list[bytes]] = []
-        room = 0
-        for key in sorted(pairs, key=lambda key: key not in known):
-            cost = int(lengths[pairs[key]].sum())
-            if not tiles or cost > room or len(tiles[-1]) == _IMAGES_PER_TILE:
-                tiles.append([])
-                room = self.model.token_budget
-            tiles[-1].append(key)
-            room -= cost
-        new = [[key for key in tile if key not in known] for tile in tiles]
+        # Known memories come first, while none of them has made room for a new one.
+        keys = sorted(pairs, key=lambda key: key not in known)
+        texts = torch.tensor([text for key in keys for text in pairs[key]])
+        starts, cu_pairs = lengths.cumsum(0) - lengths, [0, *accumulate(len(pairs[key]) for key in keys)]
+        tiles = [*passes(cu_pairs, lengths[texts], self.model.token_budget, _IMAGES_PER_TILE)]
+        # An image is decoded for the first of its passes.
+        new = [
+            [keys[image] for image, first, _ in tile if first == cu_pairs[image] and keys[image] not in known]
+            for tile in tiles
+        ]
         pictures = [picture for query in queries for picture in query.pictures]
+        memories: dict[bytes, Any] = {}
         for tile, pixels in zip(tiles, self._decoded(new, pictures, failures), strict=True):
             made: dict[bytes, Any] = {}
             if pixels:
                 embeds = self.model.images(torch.stack([*pixels.values()]))
                 made = dict(zip(pixels, self.model.memories(embeds), strict=True))
-            scored = [key for key in tile if key not in failures]
-            if not scored:
+            pieces = [(keys[image], first, last) for image, first, last in tile if keys[image] not in failures]
+            if not pieces:
                 continue
-            memories = [made[key] if key in made else self.cache.get(key) for key in scored]
+            known_here = memories | made
+            memories = {key: known_here[key] if key in known_here else self.cache.get(key) for key, _, _ in pieces}
             for key, memory in made.items():
                 self.cache.put(key, memory)
-            texts = torch.tensor([text for key in scored for text in pairs[key]])
-            starts = lengths.cumsum(0) - lengths
-            chosen = tokens.index_select(0, ragged_rows(starts[texts], lengths[texts]).to(tokens.device))
-            found = self.model.logits(chosen, lengths[texts], memories, [len(pairs[key]) for key in scored])
-            values = iter(found.float().tolist())
-            logits |= {key: {text: next(values) for text in pairs[key]} for key in scored}
+            chosen = torch.cat([texts[first:last] for _, first, last in pieces])
+            packed = tokens.index_select(0, ragged_rows(starts[chosen], lengths[chosen]).to(tokens.device))
+            counts = [last - first for _, first, last in pieces]
+            found = iter(self.model.logits(packed, lengths[chosen], [*memories.values()], counts).float().tolist())
+            for key, first, last in pieces:
+                logits.setdefault(key, {}).update((text, next(found)) for text in texts[first:last].tolist())
         return logits, rows, failures

@@ -7,7 +7,7 @@ memory; passes are limited by a caption token budget.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,15 +213,15 @@ def slices(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
         yield first, len(lengths)
 
 
-def _passes(
-    candidates: Candidates, lengths: Tensor, skip: set[int], budget: int, most: int
+def passes(
+    cu_pairs: Sequence[int], lengths: Tensor, budget: int, most: int, skip: Collection[int] = ()
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Split candidates into passes of at most `budget` tokens and `most` images.
+    """Split the pairs of images into passes of at most `budget` text tokens and `most` images.
 
-    A pass is a list of (image, first pair, last pair + 1); an image with many pairs spans several passes.
+    Image i has the pairs `cu_pairs[i]` to `cu_pairs[i + 1]`, whose texts have `lengths` tokens. A pass is a list of
+    (image, first pair, last pair + 1); an image with many pairs spans several passes.
     """
-    cu_tokens = offsets(lengths[candidates.texts]).tolist()
-    cu_pairs = candidates.cu_pairs.tolist()
+    cu_tokens = offsets(lengths).tolist()
     pieces: list[tuple[int, int, int]] = []
     room = budget
     for image, (start, end) in enumerate(pairwise(cu_pairs)):
@@ -292,7 +292,8 @@ def score_candidates(
             spent += scorer.preparation_flops(texts.lengths)
         # What the host decides by, it knows: a pass is prepared while the one before it runs.
         known = texts.lengths.cpu()
-        for pieces in _passes(candidates, known, finished, budget, most):
+        of_pairs = known[candidates.texts]
+        for pieces in passes(candidates.cu_pairs.tolist(), of_pairs, budget, most, finished):
             chosen = [image for image, _, _ in pieces]
             if chosen != memory_of:
                 # A slice of mapped embeddings is read as it lies, while an index copies rows one by one.
@@ -303,13 +304,13 @@ def score_candidates(
                 spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
             pairs = torch.cat([torch.arange(start, stop) for _, start, stop in pieces])
             selected = candidates.texts[pairs].to(device)
-            lengths, of_pairs = texts.lengths[selected], known[candidates.texts[pairs]]
-            places = ragged_rows(starts[selected], lengths, int(of_pairs.sum()))
+            lengths, counts = texts.lengths[selected], of_pairs[pairs]
+            places = ragged_rows(starts[selected], lengths, int(counts.sum()))
             tokens = tokens_of_texts.index_select(0, places)
             groups = ImageGroups(offsets(torch.tensor([stop - start for _, start, stop in pieces], device=device)))
-            sequences = Sequences.from_lengths(lengths, int(of_pairs.max()))
+            sequences = Sequences.from_lengths(lengths, int(counts.max()))
             scored = scorer.scores(tokens, sequences, memory, groups)
-            spent += scorer.fusion_flops(of_pairs, groups, images.embeds.shape[1])
+            spent += scorer.fusion_flops(counts, groups, images.embeds.shape[1])
             scores[pairs] = scored.to("cpu", scores.dtype)
             done += len(pairs)
             if journal is not None:

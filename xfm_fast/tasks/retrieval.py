@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -39,7 +38,7 @@ from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, delete, fingerpr
 from xfm_fast.tasks.journal import checksum
 from xfm_fast.tasks.reranking import (
     RANKS,
-    UNSCORED,
+    Candidates,
     ImageIndex,
     ModelScorer,
     PairScorer,
@@ -52,24 +51,11 @@ from xfm_fast.tasks.reranking import (
     candidate_recall,
     pair_similarity,
     rank_score,
-    recall,
     score_candidates,
     top_candidates,
 )
 from xfm_fast.tasks.task import Item, Task, TaskOptions, register, require_inputs, task_of
 from xfm_fast.tasks.task_model import TaskModel
-
-__all__ = [
-    "UNSCORED",
-    "ImageIndex",
-    "PairScorer",
-    "Receipt",
-    "RerankResult",
-    "Retriever",
-    "TextIndex",
-    "recall",
-    "rerank",
-]
 
 
 class RetrievalModel(Protocol):
@@ -388,95 +374,99 @@ class RetrievalTask(PairTask[RetrievalOptions]):
     def evaluate(
         self, model: XFM, records: Sequence[RetrievalTestRecord], work: Evaluation
     ) -> tuple[Metrics, dict[str, bytes]]:
-        return _Ranking(self, model, records, work).run()
+        """Re-rank a split with its images distributed in blocks.
 
-
-def rank_of(path: Path) -> Rank:
-    """Ranking rule of a run, weight folder or export; `match` if not recorded."""
-    options = task_of(model_folder(path) or path)
-    return options.resolved_rank if isinstance(options, RetrievalOptions) else "match"
-
-
-@dataclass
-class _Ranking:
-    """Evaluation of a split with images distributed in blocks.
-
-    One process embeds and scores a block, and stores its embeddings in a file. Blocks are independent of the number of
-    processes, so scores are bit-identical. Texts are embedded once and shared by all processes.
-    """
-
-    task: RetrievalTask
-    model: XFM
-    records: Sequence[RetrievalTestRecord]
-    work: Evaluation
-
-    def __post_init__(self) -> None:
-        self.retriever = Retriever(self.model)
-        self.processes = self.work.processes
-        size, images = self.work.batch_size, len(self.records)
-        self.blocks = [(start, min(start + size, images)) for start in range(0, images, size)]
-        self.own = range(self.processes.rank, len(self.blocks), self.processes.world_size)
-
-    def run(self) -> tuple[Metrics, dict[str, bytes]]:
-        """Metrics and files of the split, on the first process."""
-        identity = fingerprint(self.task, self.model, self.records, self.work.batch_size)
+        One process embeds and scores a block, and stores its embeddings in a file. Blocks are independent of the number
+        of processes, so scores are bit-identical. Texts are embedded once and shared by all processes.
+        """
+        processes, size, config, k = work.processes, work.batch_size, model.config, self.options.k
+        retriever = Retriever(model)
+        blocks = [(start, min(start + size, len(records))) for start in range(0, len(records), size)]
+        files = [work.folder / f"images-{block:05d}.bin" for block in range(len(blocks))]
+        own = range(processes.rank, len(blocks), processes.world_size)
+        ids = [self.ids(caption) for record in records for caption in record.caption]
 
         def make_room() -> None:
-            make_folder(self.work.folder)
-            for left in self.work.folder.glob("images-*.bin"):
+            make_folder(work.folder)
+            for left in work.folder.glob("images-*.bin"):
                 delete(left)
 
-        self.processes.from_first(make_room)
-        k, config = self.task.options.k, self.model.config
+        def in_order(compute: Callable[[], dict[int, T]]) -> list[T]:
+            """Values that all processes compute, ordered by their keys."""
+            parts = processes.gather(processes.together(compute))
+            found = {number: value for part in parts for number, value in part.items()}
+            return [found[number] for number in sorted(found)]
+
+        def embed_images() -> dict[int, Tensor]:
+            features: dict[int, Tensor] = {}
+            for block in own:
+                start, stop = blocks[block]
+                pixels = self.pixels_of([record.image for record in records[start:stop]], model)
+                # A mapping for each block: what of one file was touched would all count as memory of the process.
+                index = retriever.embed_images([pixels], path=files[block], count=stop - start)
+                features[block] = index.features.cpu()
+            return features
+
+        @torch.inference_mode()
+        def embed_texts() -> dict[int, tuple[Tensor, ...]]:
+            made: dict[int, tuple[Tensor, ...]] = {}
+            for start in range(processes.rank * size, len(ids), processes.world_size * size):
+                index = retriever.embed_texts([self.padded(ids[start : start + size])])
+                tokens = retriever.scorer.prepare(index.tokens, Sequences.from_lengths(index.lengths))
+                made[start] = tuple(part.cpu() for part in (tokens, index.lengths, index.features))
+            return made
+
+        def scores_of(block: int) -> list[float]:
+            start, stop = blocks[block]
+            embeds = open_mapped(
+                files[block], (stop - start, config.num_image_tokens, config.vision_width), model.dtype
+            )
+            images, pairs = ImageIndex(embeds, features[start:stop]), candidates.of_images(start, stop)
+            result = score_candidates(retriever.scorer, images, texts, pairs, None, None, None, prepared=True)
+            delete(files[block])
+            return result.scores.tolist()
+
+        identity = fingerprint(self, model, records, size)
+        processes.from_first(make_room)
         try:
-            texts = self._texts()
-            features = torch.cat(self._in_order(self.processes.together(lambda: {n: self._embed(n) for n in self.own})))
-            candidates = self.processes.from_first(lambda: top_candidates(features, texts.features.cpu(), k, k))
+            texts = TextIndex(*(torch.cat(each).to(model.device) for each in zip(*in_order(embed_texts), strict=True)))
+            features = torch.cat(in_order(embed_images))
+            candidates = processes.from_first(lambda: top_candidates(features, texts.features.cpu(), k, k))
             # Features that another machine computed may differ in the last bit, and then other pairs may be meant.
             identity += f" {checksum(candidates.texts):08x} {checksum(candidates.cu_pairs):08x}"
-
-            def scores_of(block: int) -> list[float]:
-                start, stop = self.blocks[block]
-                shape = (stop - start, config.num_image_tokens, config.vision_width)
-                embeds = open_mapped(self._embeddings(block), shape, self.model.dtype)
-                images, pairs = ImageIndex(embeds, features[start:stop]), candidates.of_images(start, stop)
-                result = score_candidates(self.retriever.scorer, images, texts, pairs, None, None, None, prepared=True)
-                delete(self._embeddings(block))
-                return result.scores.tolist()
-
-            found = self.work.compute(identity, [stop - start for start, stop in self.blocks], scores_of)
+            found = work.compute(identity, [stop - start for start, stop in blocks], scores_of)
         finally:
-            for block in self.own:
+            for block in own:
                 with suppress(OSError):
-                    self._embeddings(block).unlink(missing_ok=True)
-        if not self.processes.first:
+                    files[block].unlink(missing_ok=True)
+        if not processes.first:
             return {}, {}
         similarity = pair_similarity(candidates, features, texts.features.cpu())
         scores = [score for _, of_block in sorted(found.items()) for score in of_block]
-        match = torch.tensor(scores, dtype=torch.promote_types(self.model.dtype, torch.float32))
-        captions = torch.tensor([len(record.caption) for record in self.records])
-        image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
+        match = torch.tensor(scores, dtype=torch.promote_types(model.dtype, torch.float32))
         receipt = Receipt.of(config, candidates, texts.lengths.cpu(), config.num_image_tokens)
         # How much of it an evaluation found that had been killed is no part of the result.
         costs = {name: value for name, value in receipt._asdict().items() if name != "pairs_resumed"}
         costs |= {"pairs_saved": receipt.pairs_saved, "flops_ratio": receipt.flops_ratio}
         pairs = {"image": candidates.images.int(), "text": candidates.texts.int(), "score": match}
-        pairs["similarity"] = similarity
-        pairs |= {"for_image": candidates.for_image, "for_text": candidates.for_text}
-        metrics: Metrics = {}
-        for rank in RANKS:
-            of_rank = candidate_recall(candidates, rank_score(rank, match, similarity), image_of_text)
-            metrics |= {f"{rank}/{name}": value for name, value in of_rank.items()}
-        return self._all_metrics(metrics), {
+        pairs |= {"similarity": similarity, "for_image": candidates.for_image, "for_text": candidates.for_text}
+        return self._recalls(candidates, match, similarity, records), {
             RECEIPT_FILE: (json.dumps(costs, indent=1) + "\n").encode(),
             SCORES_FILE: save(pairs),
         }
 
-    def _all_metrics(self, metrics: Metrics) -> Metrics:
+    def _recalls(
+        self, candidates: Candidates, match: Tensor, similarity: Tensor, records: Sequence[RetrievalTestRecord]
+    ) -> Metrics:
         """Metrics of the selected rule, then of every rule; warns if the first stage ranks better."""
-        best, rank = best_rank(metrics), self.task.options.rank
-        if rank == "auto":
-            rank = best
+        captions = torch.tensor([len(record.caption) for record in records])
+        image_of_text = torch.arange(len(captions)).repeat_interleave(captions)
+        metrics: Metrics = {}
+        for rank in RANKS:
+            of_rank = candidate_recall(candidates, rank_score(rank, match, similarity), image_of_text)
+            metrics |= {f"{rank}/{name}": value for name, value in of_rank.items()}
+        best = best_rank(metrics)
+        rank = best if self.options.rank == "auto" else self.options.rank
         ours, features = metrics[f"{rank}/r_mean"], metrics["similarity/r_mean"]
         if ours < features:
             print(
@@ -486,36 +476,8 @@ class _Ranking:
             )
         return {name: metrics[f"{rank}/{name}"] for name in _RECALLS} | metrics
 
-    def _embeddings(self, block: int) -> Path:
-        return self.work.folder / f"images-{block:05d}.bin"
 
-    def _in_order(self, values: dict[int, T]) -> list[T]:
-        """Values of all blocks in order."""
-        found = {number: value for part in self.processes.gather(values) for number, value in part.items()}
-        return [found[number] for number in sorted(found)]
-
-    @torch.inference_mode()
-    def _texts(self) -> TextIndex:
-        """All texts, with tokens from `prepare_texts`."""
-        ids = [self.task.ids(caption) for record in self.records for caption in record.caption]
-        size, device, scorer = self.work.batch_size, self.model.device, self.retriever.scorer
-
-        def embed() -> dict[int, tuple[Tensor, ...]]:
-            made: dict[int, tuple[Tensor, ...]] = {}
-            for start in range(self.processes.rank * size, len(ids), self.processes.world_size * size):
-                index = self.retriever.embed_texts([self.task.padded(ids[start : start + size])])
-                tokens = scorer.prepare(index.tokens, Sequences.from_lengths(index.lengths))
-                made[start] = tuple(part.cpu() for part in (tokens, index.lengths, index.features))
-            return made
-
-        parts = self._in_order(self.processes.together(embed))
-        return TextIndex(*(torch.cat(each).to(device) for each in zip(*parts, strict=True)))
-
-    def _embed(self, block: int) -> Tensor:
-        """Features `[B, embed_dim]` of a block of images; embeddings are written to its file."""
-        start, stop = self.blocks[block]
-        pixels = torch.stack([self.task.pixels(record.image) for record in self.records[start:stop]])
-        batches = [pixels.to(self.model.device, self.model.dtype)]
-        # A mapping for each block: what of one file was touched would all count as memory of the process.
-        index = self.retriever.embed_images(batches, path=self._embeddings(block), count=stop - start)
-        return index.features.cpu()
+def rank_of(path: Path) -> Rank:
+    """Ranking rule of a run, weight folder or export; `match` if not recorded."""
+    options = task_of(model_folder(path) or path)
+    return options.resolved_rank if isinstance(options, RetrievalOptions) else "match"

@@ -80,12 +80,8 @@ _SPELLINGS = (
         "y'all'dve": "y'all'd've",
     }
 )
-_NUMBERS = {"none": "0"} | {
-    word: str(number)
-    for number, word in enumerate(
-        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    )
-}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
@@ -187,14 +183,11 @@ class VQAModel(AnswersByDecoder, DecoderModel):
         """
         mask = check_answers(answer_ids, answer_mask, self.config)
         questions, answers = question_ids.shape[0], answer_ids.shape[0]
-        if answers_per_question.shape != (questions,) or answer_weights.shape != (answers,):
+        summed = answers if answers_per_question.is_cuda else int(answers_per_question.sum())
+        if answers_per_question.shape != (questions,) or answer_weights.shape != (answers,) or summed != answers:
             raise InputError(
-                f"answers_per_question is {[*answers_per_question.shape]} and answer_weights "
-                f"{[*answer_weights.shape]}; they must be [{questions}] and [{answers}]"
-            )
-        if answers_per_question.device.type == "cpu" and int(answers_per_question.sum()) != answers:
-            raise InputError(
-                f"answers_per_question sum to {int(answers_per_question.sum())}; there are {answers} answers"
+                f"answers_per_question is {[*answers_per_question.shape]} with the sum {summed} and answer_weights "
+                f"{[*answer_weights.shape]}; there are {questions} questions and {answers} answers"
             )
         memory = self.encode_questions(pixels, question_ids, question_mask, image_index)
         groups = ImageGroups(offsets(answers_per_question.to(answer_ids.device)))

@@ -24,7 +24,7 @@ from xfm_fast.benchmarks.work.model import kind_of, operation_shares
 from xfm_fast.benchmarks.work.requests import EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload, padded
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.loading import Source
-from xfm_fast.tasks.retrieval import UNSCORED
+from xfm_fast.tasks.reranking import UNSCORED
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
