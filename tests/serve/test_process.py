@@ -65,7 +65,11 @@ runpy.run_module("xfm_fast", run_name="__main__")
 
 @pytest.mark.parametrize(
     ("signals", "drain", "seconds", "status"),
-    [(["SIGTERM"], 1, 60, 503), (["SIGHUP"], 60, 2, 200), (["SIGINT", "SIGINT"], 60, 60, 503)],
+    [
+        (["SIGTERM"], 1, 60, 503),
+        pytest.param(["SIGHUP"], 60, 2, 200, marks=pytest.mark.slow),
+        pytest.param(["SIGINT", "SIGINT"], 60, 60, 503, marks=pytest.mark.slow),
+    ],
 )
 def test_requests_in_flight_at_the_end_get_a_response(
     signals: list[str], drain: int, seconds: int, status: int

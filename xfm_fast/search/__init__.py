@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.loading import Source
 from xfm_fast.search.index import (
     IndexReport,
@@ -25,8 +24,6 @@ from xfm_fast.search.sheet import write_sheet
 Preset = Literal["tiny", "base"]
 
 __all__ = [
-    "Collection",
-    "Entry",
     "Found",
     "Hit",
     "IndexReport",
@@ -36,7 +33,6 @@ __all__ = [
     "build_index",
     "index_folder",
     "match_images",
-    "open_collection",
     "open_index",
     "open_model",
     "search",

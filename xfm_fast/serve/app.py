@@ -49,7 +49,6 @@ _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
 # Paths that need no key: probes of a supervisor.
 _OPEN = ("/health", "/ready")
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_ENDING = Problem(503, "the service is about to end; ask another one", {"connection": "close"})
 
 
 class Call(NamedTuple):
@@ -109,7 +108,7 @@ class Service:
         """Answer the requests in flight with 503; called in the thread of their event loop."""
         self.draining = True
         for budget in [*self._budgets]:
-            budget.end(_ENDING)
+            budget.end(_ending())
 
     def _observe_batch(self, requests: int, tokens: int) -> None:
         self.metrics.pieces.observe(requests)
@@ -208,7 +207,7 @@ class Service:
 
     async def _ready(self) -> dict[str, Any]:
         if self.draining:
-            raise _ENDING
+            raise _ending()
         return {"status": "ready"}
 
     async def _metrics(self) -> Response:
@@ -224,7 +223,7 @@ class Service:
         """Answer a request within its limits of memory and time."""
         options, task = self.options, asyncio.current_task()
         if self.draining:
-            raise _ENDING
+            raise _ending()
         if len(self._budgets) >= options.max_queue:
             raise Problem(429, f"{options.max_queue} requests in flight; ask again in a second", {"retry-after": "1"})
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -410,6 +409,10 @@ def _bounded_route(respond: Callable[[Request], Awaitable[Response]]) -> type[AP
             return respond
 
     return Route
+
+
+def _ending() -> Problem:
+    return Problem(503, "the service is about to end; ask another one", {"connection": "close"})
 
 
 async def _watch(request: Request, budget: Budget) -> None:

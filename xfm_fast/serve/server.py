@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,12 +84,10 @@ class Server(uvicorn.Server):
         self.servers: list[asyncio.Server] = []
         options = service.options
 
-        class Patient(PatientProtocol):
-            patience = options.read_timeout
-
+        protocol: Any = partial(PatientProtocol, options.read_timeout)
         super().__init__(
             uvicorn.Config(
-                service.app, http=Patient, ws="none", lifespan="on", log_config=None, log_level="warning",
+                service.app, http=protocol, ws="none", lifespan="on", log_config=None, log_level="warning",
                 access_log=False, proxy_headers=False, server_header=False, limit_concurrency=options.max_connections,
                 timeout_keep_alive=max(1, min(30, int(options.read_timeout))),
                 timeout_graceful_shutdown=options.drain + 1,
@@ -131,10 +130,9 @@ class PatientProtocol(H11Protocol):
     uvicorn limits only the time between requests: a slow head or an unread response would keep a connection for ever.
     """
 
-    patience = 30.0
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(self, patience: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.patience = patience
         self._alarm: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
