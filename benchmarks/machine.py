@@ -400,7 +400,7 @@ class MachineProbes:
     """Probes of the GEMM rate in some dtypes, of the copy rate, and of a GPU's clock and temperature."""
 
     def __init__(self, dtypes: Sequence[str], device: torch.device) -> None:
-        self._device, self._gpu = device, None
+        self._device, self._gpu, self.meter = device, None, EnergyMeter(device)
         if device.type == "cuda":
             with suppress(Exception):  # without NVML these two numbers are missing
                 gpu = Nvml(device)

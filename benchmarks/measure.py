@@ -27,7 +27,7 @@ from xfm_fast.errors import XFMError
 from xfm_fast.memory import PeakMemory
 
 from . import machine
-from .machine import EnergyMeter, MachineProbes, Readings
+from .machine import MachineProbes, Readings
 from .record import (
     SCHEMA_VERSION,
     Comparison,
@@ -274,7 +274,7 @@ def compared(key: str, dtype: str, theirs: Sequence[float], ours: Sequence[float
 
 def interleave(
     blocks: Mapping[str, Block], probes: MachineProbes | None = None, *, rounds: int, budget_s: float = 0.0,
-    most_rounds: int = 15, warmups: int = 0, deadline: float = math.inf, meter: EnergyMeter | None = None,
+    most_rounds: int = 15, warmups: int = 0, deadline: float = math.inf,
     on_step: Callable[[str], None] = lambda what: None, grad: bool = False,
 ) -> Samples:  # fmt: skip
     """Run the block of every backend once a round, in rotating order, with the probes before, between and after.
@@ -285,11 +285,11 @@ def interleave(
         budget_s: more than `rounds` are run while all of them take no longer than this, up to `most_rounds`.
         warmups: untimed blocks of each before the first round.
         deadline: `time.perf_counter()` by which the last round has to end, unless it is the first.
-        meter: counts energy where it can.
         on_step: called with what runs next, for a progress display.
         grad: leave automatic differentiation on.
     """
     out = Samples({name: [] for name in blocks})
+    meter = None if probes is None or probes.meter.reason is not None else probes.meter
 
     def read() -> None:
         if probes is not None:
@@ -310,8 +310,6 @@ def interleave(
                 used = meter.joules() - before, time.perf_counter() - begun
                 out.energy.setdefault(name, []).append(used)
 
-    if meter is not None and meter.reason is not None:
-        meter = None
     with torch.set_grad_enabled(grad):
         try:
             for name in blocks:
@@ -359,13 +357,12 @@ class Run:
         self.device = torch.device(document.device)
         self.dtypes, self.absent = machine.choose_dtypes(dtypes, self.device)
         self.probes: MachineProbes | None = None
-        self.meter: EnergyMeter | None = None
 
     def probe(self) -> None:
         """Prepare the machine probes and the energy counter."""
-        self.probes, self.meter = MachineProbes(self.dtypes, self.device), EnergyMeter(self.device)
+        self.probes = MachineProbes(self.dtypes, self.device)
         self.document.probes = {name: Probe(**rates) for name, rates in self.probes.describe().items()}
-        self.document.energy_note = self.meter.reason
+        self.document.energy_note = self.probes.meter.reason
 
     def add(self, rows: Sequence[Result]) -> None:
         """Add results to the document."""
@@ -489,7 +486,7 @@ def _measured(case: Case, run: Run) -> tuple[list[Result], bool]:
     blocks = {key: block(call) for key, call in calls.items()}
     samples = interleave(
         blocks, run.probes, rounds=case.rounds, budget_s=case.budget_s, most_rounds=case.most_rounds,
-        warmups=case.warmups, deadline=case.deadline, meter=run.meter, on_step=run.progress.step, grad=case.grad,
+        warmups=case.warmups, deadline=case.deadline, on_step=run.progress.step, grad=case.grad,
     )  # fmt: skip
     for backend in case.backends:
         if backend.key in blocks:

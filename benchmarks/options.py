@@ -159,6 +159,7 @@ class ServeOptions(ModelOptions):
     """Options of the service under load; quick takes two backends instead of three.
 
     Attributes:
+        image_size: Interpolate position tables to this size. [the model's]
         dtype: Dtype of the weights.
         clients: Clients at a time, with commas.
         documents: Documents of a request.

@@ -12,7 +12,6 @@ Two runs may differ because the machine does: the ratio of the reference, measur
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,7 +83,13 @@ def compare(a: Document, b: Document) -> Changes:
             "no row of A is in B: they measured other work, sizes or types; repeat one with the options of the other"
         )
     pairs = {key: (one, after[key]) for key, one in before.items() if key in after}
-    ratios = {key: _ratio(*pair) for key, pair in pairs.items()}
+    ratios: dict[tuple[str, ...], float | None] = {}
+    for key, (one, other) in pairs.items():
+        had, has = one.number("max_qps"), other.number("max_qps")
+        if one.median_s and other.median_s:
+            ratios[key] = one.median_s / other.median_s
+        else:
+            ratios[key] = has / had if had and has else None
     tested = [key for key, (one, other) in pairs.items() if not _untested(one, other)]
     from scipy import stats  # a second of loading, see `measure.bootstrap`
 
@@ -118,13 +123,6 @@ def compare(a: Document, b: Document) -> Changes:
                 change.samples = f"{len(one.seconds)} + {len(other.seconds)}"
             changes.append(change)
     return Changes(changes, _flags(a, b))
-
-
-def _ratio(one: Result, other: Result) -> float | None:
-    if one.seconds and other.seconds:
-        return statistics.median(one.seconds) / statistics.median(other.seconds)
-    had, has = one.number("max_qps"), other.number("max_qps")
-    return has / had if had and has else None
 
 
 def _untested(one: Result, other: Result) -> Verdict | None:

@@ -323,9 +323,9 @@ def png(document: Document, path: Path) -> None:
         for line, bar in enumerate(bar for bar in chart.bars if bar in kept):
             color = DARK if bar.ours else INK
             axes.barh(line, bar.value, height=0.4, color=DARK if bar.ours else GREY)
-            axes.text(0, line - 0.27, bar.label, fontsize=11, color=color)
+            axes.text(0, line - 0.23, bar.label, fontsize=11, va="bottom", color=color)
             axes.text(
-                1, line - 0.27, bar.text.replace(" ✓", ""), fontsize=10, color=SOFT, ha="right",
+                1, line - 0.23, bar.text.replace(" ✓", ""), fontsize=10, va="bottom", ha="right", color=SOFT,
                 transform=axes.get_yaxis_transform(),
             )  # fmt: skip
             axes.text(bar.value, line, f" {bar.factor}", va="center", fontsize=14, weight="bold", color=color)

@@ -64,7 +64,7 @@ def run(run: Run) -> Iterator[Case]:
     options, chance = run.options, random.Random(run.options.seed)
     run.progress.begin(3 + 2 * len(options.clients) + bool(options.soak))
     loaded = prepare(run, preset_config(options.preset).image_size)
-    size = loaded.subjects.config.image_size
+    size = options.image_size or loaded.subjects.config.image_size
     models = {dtype: loaded.subjects.model(size, DTYPES[dtype]) for dtype in {"fp32", options.dtype}}
     models["fp32"].tokenizer = models[options.dtype].tokenizer = loaded.tokenizer
     folder = run.scratch / "served"
