@@ -153,7 +153,7 @@ def run_tests(context: Context) -> None:
             arguments += ["-n", str(len(os.sched_getaffinity(0)))]
     else:
         os.environ["TRITON_INTERPRET"] = "1"
-        chosen = ["tests/kernels/test_triton_gelu.py", "-k", "without_bias"] if context.small else tests
+        chosen = ["tests/kernels/test_triton_contract.py", "-k", "gelu"] if context.small else tests
         arguments += ["not gpu and not slow", *chosen]
     import pytest
 
@@ -545,7 +545,7 @@ def rerank_coco(context: Context) -> None:
 def tune_kernels(context: Context) -> None:
     """Rows of the attention kernels before and after the search of their configurations, saved in the folder."""
     from xfm_fast.kernels import tune
-    from xfm_fast.kernels.audit import describe, shipped_kernels
+    from xfm_fast.kernels.audit.compiling import describe, shipped_kernels
     from xfm_fast.kernels.triton.launch import architecture
 
     arch, gpu = architecture(context.device), torch.cuda.get_device_name(context.device)

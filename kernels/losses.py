@@ -104,7 +104,7 @@ def _forward(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
         return loss, *(a.h.new_empty(0) if t is None else t for t in kept)
     if checks.should_check_values(a.target):
         checks.check_targets(a.target, a.w.shape[0], a.ignore_index)
-    loss, statistics = _module(backend).linear_cross_entropy_forward(*a[:6])
+    loss, statistics = _module(backend).linear_cross_entropy_forward(a)
     return loss, *statistics, a.h.new_empty(0)
 
 
@@ -149,8 +149,9 @@ def _backward(
 ) -> Gradients:
     module = _module(backend)
     statistics = module.RowStatistics(*outputs[1:3])
-    options = a[4:6] if name.startswith("linear") else a[4:5]
-    return getattr(module, name)(upstream[0], *a[:4], statistics, *options, tuple(needs))
+    if backend == "triton":
+        return getattr(module, name)(upstream[0], a, statistics, tuple(needs))
+    return getattr(module, name)(upstream[0], *a[:4], statistics, a.ignore_index, tuple(needs))
 
 
 _vocabulary_grad = operator(
@@ -185,7 +186,8 @@ _linear_cross_entropy = Op(
 def _rows_forward(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
     if backend == "triton" and checks.should_check_values(a.target):
         checks.check_targets(a.target, a.w.shape[0], a.ignore_index)
-    out, statistics = _module(backend).token_log_likelihood_forward(*a[:5])
+    given = (a,) if backend == "triton" else a[:5]
+    out, statistics = _module(backend).token_log_likelihood_forward(*given)
     return out, *statistics
 
 

@@ -94,8 +94,8 @@ def embed_layer_norm(
 
 def _rounded_norm(a: AddNorm) -> tuple[Tensor, Tensor]:
     """(normed, summed) by the Triton kernel, with normed in fp8 for the next GEMM."""
-    from .triton.fp8 import room_for
     from .triton.layer_norm import add_layer_norm_forward
+    from .triton.rows import room_for
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         room = room_for(x.reshape(-1, x.shape[-1]))
@@ -234,19 +234,11 @@ _add_layer_norm = Op(
 )
 
 
-def _embed_module(backend: str) -> Any:
-    if backend == "cpu":
-        return cpu
-    from .triton import embed_layer_norm as triton_embed
-
-    return triton_embed
-
-
 def _embed_forward(a: Embedding, backend: str) -> tuple[Tensor, ...]:
     if checks.should_check_values(a.tokens):
         checks.check_ids(a.tokens, a.word.shape[0], "tokens")
         checks.check_ids(a.positions, a.position.shape[0], "positions")
-    return _embed_module(backend).embed_layer_norm_forward(*a[:8])
+    return _module(backend).embedding_norm_forward(*a[:8])
 
 
 def _embed_fake(a: Embedding, _: str) -> tuple[Tensor, ...]:
@@ -257,7 +249,7 @@ def _embed_fake(a: Embedding, _: str) -> tuple[Tensor, ...]:
 def _embed_backward(
     upstream: Gradients, a: Embedding, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
 ) -> Gradients:
-    return _embed_module(backend).embed_layer_norm_backward(upstream[0], *outputs[1:], a)
+    return _module(backend).embedding_norm_backward(upstream[0], *outputs[1:], a)
 
 
 _embed = differentiable(

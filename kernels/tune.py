@@ -15,13 +15,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import flash
-from .audit import Form, Row, compile_rows
+from .audit.compiling import Form, Row, compile_rows
 from .backend import _why_not
 from .checks import FRAGMENT_TILE, AddNorm, Packed
 from .files import write_whole
@@ -42,7 +43,7 @@ Rival = Callable[[str, int, str], Callable[[], Any] | None]
 """As `Workload`, or None where the other library has nothing to compare."""
 
 # Kernels that pass over rows, and how wide X-FM base makes these.
-_WIDTHS = {
+WIDTHS = {
     "add_layer_norm_forward": 768,
     "add_layer_norm_backward": 768,
     "bias_gelu_forward": 3072,
@@ -69,8 +70,8 @@ class Choice:
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[int]:
     """The sizes to tune a kernel for: head dimensions that launch it on the architecture, or the model's width."""
-    if spec.name in _WIDTHS:
-        return [_WIDTHS[spec.name]]
+    if spec.name in WIDTHS:
+        return [WIDTHS[spec.name]]
     if spec.arches and arch not in spec.arches:
         return []
     if spec.name == "relpos_forward" and 90 <= arch < 100:
@@ -83,7 +84,7 @@ def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[in
 
 def candidates(kernel: str, size: int) -> list[LaunchConfig]:
     """The grid of a kernel: attention over tiles, warps and stages; row kernels over rows per step and warps."""
-    if kernel in _WIDTHS:
+    if kernel in WIDTHS:
         whole = 1 << (size - 1).bit_length()
         blocks = [whole] if "norm" in kernel else [b for b in (256, 512, 1024, 2048) if b <= whole]
         return [
@@ -135,7 +136,7 @@ def search(
     `grid` defaults to `candidates`; the current configuration is always included. `rival` makes the call of another
     library to compare with. ValueError for a size without a form, or if no configuration is acceptable.
     """
-    axis = "width" if spec.name in _WIDTHS else "head_dim"
+    axis = "width" if spec.name in WIDTHS else "head_dim"
     forms = [variant for variant in spec.variants if variant[axis] == size]
     if not forms:
         raise ValueError(f"kernel {spec.name} has no form for {axis} {size}")
@@ -178,7 +179,7 @@ def using(kernel: str, size: int, dtype: str, arch: int, config: LaunchConfig) -
     key = f"{dtype}/{size}"
     old = rows.get(key)
     rows[key] = _entry(config)
-    launch.config_for.cache_clear()
+    launch.cached_options.cache_clear()
     try:
         yield
     finally:
@@ -186,7 +187,7 @@ def using(kernel: str, size: int, dtype: str, arch: int, config: LaunchConfig) -
             del rows[key]
         else:
             rows[key] = old
-        launch.config_for.cache_clear()
+        launch.cached_options.cache_clear()
 
 
 def _entry(config: LaunchConfig) -> dict[str, Any]:
@@ -225,17 +226,11 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
 
     Backward kernels are timed within their whole backward pass. ValueError for a kernel without known shapes.
     """
-    noise = _noise(dtype, device)
-    family, _, part = kernel.partition("_")
-    if family == "relpos":
-        return _relpos(noise, size, forward=part.startswith("forward"))
-    if family == "varlen":
-        return _varlen(noise, size, part)
-    if kernel in _WIDTHS:
-        return _rows(noise, size, kernel)
-    if kernel.startswith("bias_attention_"):
-        return _bias(noise, size, forward=part == "attention_forward")
-    raise ValueError(f"no shape is known at which to time kernel {kernel}")
+    forward, backward = _calls(kernel, size, _noise(dtype, device))
+    if "forward" in kernel:
+        return forward
+    kept = forward()
+    return lambda: backward(kept)
 
 
 def flash_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any] | None:
@@ -264,45 +259,40 @@ def _noise(dtype: str, device: str) -> Callable[..., torch.Tensor]:
     return noise
 
 
-def _bias(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:
-    from .triton import bias_attention as module
+def _calls(
+    kernel: str, size: int, noise: Callable[..., torch.Tensor]
+) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """The forward pass that a kernel belongs to, and the backward pass for its results."""
+    from .triton import bias_attention, gelu, layer_norm, relpos_attention, varlen_attention
 
-    q, k, v, dout = (noise(8, 577, 12, head_dim) for _ in range(4))
-    bias, scale = noise(1, 12, 577, 577), head_dim**-0.5
-    if forward:
-        return lambda: module.bias_attention_forward(q, k, v, bias, scale)
-    out, lse = module.bias_attention_forward(q, k, v, bias, scale)
-    return lambda: module.bias_attention_backward(dout, None, q, k, v, bias, out, lse, scale)
-
-
-def _relpos(noise: Callable[..., torch.Tensor], head_dim: int, *, forward: bool) -> Callable[[], Any]:
-    from .triton import relpos_attention as module
-
-    window, heads, scale = (24, 24), 12, head_dim**-0.5
+    family, _, part = kernel.partition("_")
+    heads, scale = 12, size**-0.5
+    if family == "varlen":
+        q, k, v, dout, packed = _packed(noise, size, part)
+        run, back = varlen_attention.varlen_attention_forward, varlen_attention.varlen_attention_backward
+        return partial(run, q, k, v, packed), lambda kept: back(dout, q, k, v, *kept, packed)
+    if kernel in WIDTHS:
+        x, other, weight, bias = noise(_ROWS, size), noise(_ROWS, size), noise(size), noise(size)
+        if "gelu" in kernel:
+            return partial(gelu.bias_gelu_forward, x, bias), lambda _: gelu.bias_gelu_backward(other, x, bias)
+        a = AddNorm(x, other, weight, bias, 1e-5)
+        norm_back = layer_norm.add_layer_norm_backward
+        return partial(layer_norm.add_layer_norm_forward, a), lambda kept: norm_back(other, x, *kept[1:], a)
+    if family not in ("relpos", "bias"):
+        raise ValueError(f"no shape is known at which to time kernel {kernel}")
+    window = (24, 24)
     tokens, rows = 1 + window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1) + 3
-    q, k, v, dout = (noise(8, tokens, heads, head_dim) for _ in range(4))
-    table, fragments = noise(rows, heads).float(), takes_fragments(head_dim, q.dtype, q.device)
-    bias = module.materialise_bias(table, window, q.dtype, scale, fragments=fragments)
-    if forward:
-        return lambda: module.relpos_attention_forward(q, k, v, bias, scale)
-    out, lse = module.relpos_attention_forward(q, k, v, bias, scale)
-    turned = module.materialise_bias(table, window, q.dtype, scale, turned=True)
-    return lambda: module.relpos_attention_backward(dout, q, k, v, bias, rows, window, scale, out, lse, turned)
-
-
-def _rows(noise: Callable[..., torch.Tensor], width: int, kernel: str) -> Callable[[], Any]:
-    from .triton import gelu, layer_norm
-
-    x, other, weight, bias = noise(_ROWS, width), noise(_ROWS, width), noise(width), noise(width)
-    if kernel == "bias_gelu_forward":
-        return lambda: gelu.bias_gelu_forward(x, bias)
-    if kernel == "bias_gelu_backward":
-        return lambda: gelu.bias_gelu_backward(other, x, bias)
-    given = AddNorm(x, other, weight, bias, 1e-5)
-    if kernel == "add_layer_norm_forward":
-        return lambda: layer_norm.add_layer_norm_forward(given)
-    _, *kept = layer_norm.add_layer_norm_forward(given)
-    return lambda: layer_norm.add_layer_norm_backward(other, x, *kept, given)
+    q, k, v, dout = (noise(8, tokens, heads, size) for _ in range(4))
+    if family == "bias":
+        bias, bias_back = noise(1, heads, tokens, tokens), bias_attention.bias_attention_backward
+        forward = partial(bias_attention.bias_attention_forward, q, k, v, bias, scale)
+        return forward, lambda kept: bias_back(dout, None, q, k, v, bias, *kept, scale)
+    table, fragments = noise(rows, heads).float(), takes_fragments(size, q.dtype, q.device)
+    bias = relpos_attention.materialise_bias(table, window, q.dtype, scale, fragments=fragments)
+    turned = relpos_attention.materialise_bias(table, window, q.dtype, scale, turned=True)
+    relpos_back = relpos_attention.relpos_attention_backward
+    forward = partial(relpos_attention.relpos_attention_forward, q, k, v, bias, scale)
+    return forward, lambda kept: relpos_back(dout, q, k, v, bias, rows, window, scale, *kept, turned)
 
 
 def _packed(
@@ -322,13 +312,3 @@ def _packed(
     # The forward pass without dropout has a kernel of its own.
     dropout = 0.1 if "dropout" in part or part == "forward_short" else 0.0
     return q, k, v, dout, Packed(cu_q, cu_k, max(queries), max(keys), scale, dropout, seed, mask)
-
-
-def _varlen(noise: Callable[..., torch.Tensor], head_dim: int, part: str) -> Callable[[], Any]:
-    from .triton import varlen_attention as module
-
-    q, k, v, dout, packed = _packed(noise, head_dim, part)
-    if part.startswith("forward"):
-        return lambda: module.varlen_attention_forward(q, k, v, packed)
-    out, lse = module.varlen_attention_forward(q, k, v, packed)
-    return lambda: module.varlen_attention_backward(dout, q, k, v, out, lse, packed)

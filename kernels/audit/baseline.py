@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
-from .rows import Row
+from .compiling import Row
 
 BASELINE = Path(__file__).resolve().parent.parent / "audit_baseline.json"
 
@@ -39,15 +39,23 @@ class Comparison:
     note: str = ""
 
 
-def read(path: Path = BASELINE) -> Accepted:
-    """The accepted figures; empty without a file, ValueError for a damaged one."""
+def read(path: Path = BASELINE, *, kernels: Collection[str] = (), arches: Collection[int] | None = None) -> Accepted:
+    """The accepted figures of these kernels (empty: all) and architectures; ValueError for a damaged file."""
     if not path.is_file():
         return Accepted("", {})
     try:
         content = json.loads(path.read_text())
-        return Accepted(content["compiler"], content["rows"])
+        compiler, rows = content["compiler"], content["rows"]
+        scopes = {key: key.split(" | ") for key in rows}
+        tags = None if arches is None else {f"sm_{arch}" for arch in arches}
+        kept = {
+            key: rows[key]
+            for key, (kernel, _, arch, _) in scopes.items()
+            if (tags is None or arch in tags) and (not kernels or kernel in kernels)
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no accepted figures ({error}); restore it, or replace it: --accept") from error
+    return Accepted(compiler, kept)
 
 
 def compare(rows: Iterable[Row], accepted: Accepted, *, compiler: str, shipped: Collection[str]) -> Comparison:
@@ -78,17 +86,6 @@ def compare(rows: Iterable[Row], accepted: Accepted, *, compiler: str, shipped: 
     return Comparison(worse, better, note)
 
 
-def in_scope(accepted: Accepted, *, kernels: Collection[str], arches: Collection[int]) -> Accepted:
-    """The accepted figures of these kernels (empty: all) and architectures."""
-    tags = {f"sm_{arch}" for arch in arches}
-    rows = {}
-    for key, figures in accepted.rows.items():
-        kernel, _, arch, _ = key.split(" | ")
-        if arch in tags and (not kernels or kernel in kernels):
-            rows[key] = figures
-    return Accepted(accepted.compiler, rows)
-
-
 def accept(rows: Iterable[Row], *, compiler: str, forget: Collection[str] = (), path: Path = BASELINE) -> None:
     """Accept the figures of rows from one compiler; other rows of the file stay, except the keys to forget."""
     rows = list(rows)
@@ -110,39 +107,27 @@ def figures(row: Row) -> dict[str, Any]:
     """The part of a row that the file stores."""
     waits = row.waits_per_tensor_core
     stored = {"config": row.config, "made_of": row.made_of} | {name: getattr(row, name) for name in _COMPARED}
-    rounded = None if waits is None else round(waits, 3)
     return stored | {
-        "waits_per_tensor_core": rounded,
+        "waits_per_tensor_core": None if waits is None else round(waits, 3),
         "tensor_core": sorted(row.tensor_core or ()),
         "warnings": row.warnings or [],
     }
 
 
 def _differences(row: Row, old: Mapping[str, Any], names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(worse, better), a phrase for each figure."""
+    """(worse, better), a phrase for each figure; absent figures are not compared."""
     new = figures(row)
     worse: list[str] = []
     better: list[str] = []
     for name in names:
         before, after = old.get(name), new[name]
-        phrase = f"{name} {_text(before)} → {_text(after)}"
-        if _worse(name, before, after):
-            worse.append(phrase)
-        elif _worse(name, after, before):
-            better.append(phrase)
+        if before is None or after is None or before == after:
+            continue
+        if name == "warnings":
+            grew, shown = not set(after) <= set(before), [", ".join(codes) or "none" for codes in (before, after)]
+        else:
+            grew, shown = (after < before) == (name == _HIGHER_IS_BETTER), [before, after]
+        (worse if grew else better).append(f"{name} {shown[0]} → {shown[1]}")
     if lost := set(old["tensor_core"]) - set(new["tensor_core"]):
         worse.append(f"no {', '.join(sorted(lost))} any more")
     return worse, better
-
-
-def _worse(name: str, before: Any, after: Any) -> bool:
-    """True for a worse figure; absent figures are not compared."""
-    if before is None or after is None:
-        return False
-    if name == "warnings":
-        return bool(set(after) - set(before))
-    return after < before if name == _HIGHER_IS_BETTER else after > before
-
-
-def _text(figure: Any) -> str:
-    return (", ".join(figure) or "none") if isinstance(figure, list) else str(figure)

@@ -67,7 +67,7 @@ def add_layer_norm_backward(
     return AddLayerNormGradients(branch.to(x.dtype), ds, dweight, dbias, dgamma)
 
 
-def embed_layer_norm_forward(
+def embedding_norm_forward(
     tokens: Tensor,
     positions: Tensor,
     word: Tensor,
@@ -84,7 +84,7 @@ def embed_layer_norm_forward(
     return normalise(_embed(tokens, positions, word, position, type_row), weight, bias, eps)
 
 
-def embed_layer_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
+def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
     """Gradients of the tables, the type row and the norm, from recomputed sums; row `padding_idx` receives none."""
     embedded = _embed(*a[:5])
     ds, dweight, dbias = normalise_backward(dnormed, embedded, a.weight, mean, rstd)

@@ -1,6 +1,6 @@
-"""One step of attention over one tile, forward and backward: FlashAttention-2 (arXiv 2307.08691).
+"""What the kernels of attention share: steps over one tile (FlashAttention-2, arXiv 2307.08691), constants, statistics.
 
-Both attention families loop over these steps; they differ in where a tile lies. Conventions:
+The families loop over these steps and differ in where a tile lies. Conventions:
 
 - A head dimension comes as two pieces `_a` and `_b` (see `split_head_dim`); without a second piece, D_B is 0 and the
   `_b` operands are dummies that the compiler removes.
@@ -17,7 +17,7 @@ Both attention families loop over these steps; they differ in where a tile lies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,15 @@ from triton.language.random import philox_impl
 
 from xfm_fast.errors import InputError
 
+from .. import checks
 from ..limits import HEAD_DIMS
-from .launch import KernelSpec, LaunchConfig
+from .launch import KernelSpec, LaunchConfig, Variant, config_for, launch_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # Offsets within a tile are 32-bit; a tile has at most this many rows.
 _LARGEST_TILE = 256
-STATISTICS = LaunchConfig({"BLOCK": 64}, num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -50,39 +50,42 @@ def load_rows(pointers, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_pieces(base, rows, stride, inside, D_A: tl.constexpr, D_B: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a matrix with contiguous columns, in two pieces."""
+def load_pieces(
+    base, rows, stride, inside, D_A: tl.constexpr, D_B: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr = 0
+):
+    """Rows of a matrix with contiguous columns, in two pieces; the second may hold zeros beyond DIM columns."""
     pointers = base + rows[:, None] * stride
     a = load_rows(pointers + tl.arange(0, D_A)[None, :], inside, MASKED)
     b = a
     if D_B > 0:
-        b = load_rows(pointers + (D_A + tl.arange(0, D_B)[None, :]), inside, MASKED)
+        columns = tl.arange(0, D_B)[None, :]
+        if (DIM == 0) | (DIM == D_A + D_B):
+            b = load_rows(pointers + (D_A + columns), inside, MASKED)
+        elif MASKED:
+            b = tl.load(pointers + (D_A + columns), mask=inside[:, None] & (columns < DIM - D_A), other=0.0)
+        else:
+            b = tl.load(pointers + (D_A + columns), mask=columns < DIM - D_A, other=0.0)
     return a, b
 
 
 @triton.jit
-def store_pieces(base, rows, stride, inside, a, b, D_A: tl.constexpr, D_B: tl.constexpr):
+def store_pieces(base, rows, stride, inside, a, b, D_A: tl.constexpr, D_B: tl.constexpr, DIM: tl.constexpr = 0):
     """The counterpart of `load_pieces`, converting to the type of the destination."""
     pointers = base + rows[:, None] * stride
     tl.store(pointers + tl.arange(0, D_A)[None, :], a.to(base.dtype.element_ty), mask=inside[:, None])
     if D_B > 0:
-        b_pointers = pointers + (D_A + tl.arange(0, D_B)[None, :])
-        tl.store(b_pointers, b.to(base.dtype.element_ty), mask=inside[:, None])
+        columns = tl.arange(0, D_B)[None, :]
+        kept = inside[:, None] if DIM == 0 else inside[:, None] & (columns < DIM - D_A)
+        tl.store(pointers + (D_A + columns), b.to(base.dtype.element_ty), mask=kept)
 
 
 @triton.jit
-def product(x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows of x times rows of y, over the head dimension."""
-    out = tl.dot(x_a, tl.trans(y_a), input_precision=PRECISION)
-    if D_B > 0:
-        out = tl.dot(x_b, tl.trans(y_b), out, input_precision=PRECISION)
-    return out
-
-
-@triton.jit
-def biased_product(bias, x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr):
-    """The bias plus rows of x times rows of y."""
-    out = tl.dot(x_a, tl.trans(y_a), bias.to(tl.float32), input_precision=PRECISION)
+def product(x_a, x_b, y_a, y_b, D_B: tl.constexpr, PRECISION: tl.constexpr, bias=None):
+    """Rows of x times rows of y, over the head dimension, plus a bias."""
+    if bias is None:
+        out = tl.dot(x_a, tl.trans(y_a), input_precision=PRECISION)
+    else:
+        out = tl.dot(x_a, tl.trans(y_a), bias.to(tl.float32), input_precision=PRECISION)
     if D_B > 0:
         out = tl.dot(x_b, tl.trans(y_b), out, input_precision=PRECISION)
     return out
@@ -139,7 +142,7 @@ def forward_tile(
     else:
         k_a, k_b = loaded[1], loaded[2]
     if HAS_BIAS:
-        scores = biased_product(tl.load(bias) if loaded is None else loaded[0], q_a, q_b, k_a, k_b, D_B, PRECISION)
+        scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION, tl.load(bias) if loaded is None else loaded[0])
     else:
         scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
         if HAS_MASK:
@@ -173,16 +176,18 @@ def forward_tile(
 
 
 @triton.jit
-def softmax_weights(scores, row_lse, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """exp(SCALE · scores - logsumexp), with what `backward_statistics` made of the logsumexp, broadcast against scores.
+def softmax_weights(scores, row_lse, SCALE: tl.constexpr, PRECISION: tl.constexpr, bias=None):
+    """exp(SCALE · scores + bias - logsumexp), with what `statistics_kernel` made of the logsumexp, broadcast.
 
     Half precision takes the logsumexp in base 2 and spends one instruction before the exponential. In fp32 its rounding
     would show in the result, so the difference is taken first.
     """
     if PRECISION == "ieee":
-        weights = tl.exp2((scores * SCALE - row_lse) * LOG2E)
+        scores = scores * SCALE
+        weights = tl.exp2((scores - (row_lse if bias is None else row_lse - bias)) * LOG2E)
     else:
-        weights = tl.exp2(scores * (SCALE * LOG2E) - row_lse)
+        scores = scores * (SCALE * LOG2E)
+        weights = tl.exp2(scores - (row_lse if bias is None else row_lse - bias * LOG2E))
     return weights
 
 
@@ -192,16 +197,15 @@ def dkdv_tile(
     q_base, g_base, stride_qn, stride_gn, lse_pointer, delta_pointer, bias_pointers, inside,
     seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr, TURNED: tl.constexpr = False,
-    STORE: tl.constexpr = False, ds_pointers=None, present=None, APART: tl.constexpr = False,
+    MASKED: tl.constexpr, THRESHOLD: tl.constexpr, APART: tl.constexpr = False, ds_pointers=None, present=None,
 ):  # fmt: skip
     """Gradients of a tile of keys and values from one tile of queries; the key gradient still lacks SCALE.
 
-    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. TURNED says
-    that the bias pointers are so too: only then can the tile be copied to shared memory ahead of its use. Queries
-    outside need no mask on scores: their lse is +inf, which makes their weights zero.
+    Scores are held transposed, [keys, queries], so that they are a left operand without a change of layout. The bias
+    lies so too: only then can the tile be copied to shared memory ahead of its use. Queries outside need no mask on
+    scores: their lse is +inf, which makes their weights zero.
 
-    With STORE the gradients of the scores are left at `ds_pointers` [keys, queries], those of keys that are `present`.
+    With a bias the gradients of the scores are left at `ds_pointers` [keys, queries], those of keys that are `present`.
     APART, the last product has an accumulator of its own: in that of the sum it would be in flight when the next tile
     begins, and Hopper's compiler may make every product wait for the one before.
     """
@@ -213,11 +217,8 @@ def dkdv_tile(
     else:
         row_lse = tl.load(lse_pointer + rows)
         delta = tl.load(delta_pointer + rows)
-    if HAS_BIAS:
-        bias = tl.load(bias_pointers)
-        scores = biased_product(bias if TURNED else tl.trans(bias), k_a, k_b, q_a, q_b, D_B, PRECISION)
-    else:
-        scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION)
+    bias = None if bias_pointers is None else tl.load(bias_pointers)
+    scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION, bias)
     weights = softmax_weights(scores, row_lse[None, :], SCALE, PRECISION)
     g_a, g_b = load_pieces(g_base, rows, stride_gn, inside, D_A, D_B, MASKED)
     dweights = product(v_a, v_b, g_a, g_b, D_B, PRECISION)
@@ -228,7 +229,7 @@ def dkdv_tile(
         kept = tl.where(keep, weights * rescale, 0.0)
         dweights = tl.where(keep, dweights * rescale, 0.0)
     dscores = (weights * (dweights - delta[None, :])).to(q_a.dtype)
-    if STORE:
+    if bias_pointers is not None:
         tl.store(ds_pointers, dscores, mask=present[:, None])  # pyright: ignore[reportOptionalSubscript]
     kept = kept.to(q_a.dtype)
     dv_a = tl.dot(kept, g_a, dv_a, input_precision=PRECISION)
@@ -245,20 +246,16 @@ def dkdv_tile(
 @triton.jit
 def dq_tile(
     q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta,
-    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, stream, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, inside, allowed, seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
+    MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries from one tile of keys; it still lacks SCALE."""
     columns = tl.arange(0, BLOCK_N)
     k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
     scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
     shift = row_lse[:, None]
-    if HAS_BIAS:
-        # Not into the accumulator: where products take their operands from registers (Ampere), that spills.
-        unit: tl.constexpr = SCALE if PRECISION == "ieee" else SCALE * LOG2E
-        shift = shift - tl.load(bias_pointers).to(tl.float32) * unit
-    elif HAS_MASK:
+    if HAS_MASK:
         scores = tl.where(allowed[None, :], scores, float("-inf"))
     elif MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -276,106 +273,154 @@ def dq_tile(
     return dq_a, dq_b
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """A head dimension as two powers of two, the second possibly 0: 80 → (64, 16), 96 → (64, 32).
-
-    Triton's tiles are powers of two. Two products of exact size need no masks and, at 80, five eighths of the work of
-    one that is padded to 128.
-    """
-    if head_dim not in HEAD_DIMS:
-        raise InputError(f"head dimension {head_dim} is not supported; the Triton kernels have {HEAD_DIMS}")
-    first = 1 << (head_dim.bit_length() - 1)
-    return first, head_dim - first
-
-
-def addressable(tensor: Tensor) -> Tensor:
-    """`[..., N, H, D]` itself if D is contiguous and 32 bits address a tile of N, else a contiguous copy."""
-    if tensor.stride(-1) == 1 and tensor.stride(-3) * _LARGEST_TILE < 2**31:
-        return tensor
-    return tensor.contiguous()
-
-
-def dot_precision(dtype: str) -> str | None:
-    """The `input_precision` of products: exact in fp32; half precision has one way, and AMD refuses a name for it."""
-    return "ieee" if dtype == "fp32" else None
-
-
-@triton.jit(do_not_specialize=["tokens", "heads"])
-def backward_statistics_kernel(
-    out_ptr, dout_ptr, lse_ptr, delta_ptr, row_lse_ptr,
-    stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh, tokens, heads,
-    D_A: tl.constexpr, D_B: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["heads", "queries"])
+def statistics_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, row_lse_ptr,
+    stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh, heads, queries,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Σ_d out·dout (delta), and the logsumexp as `softmax_weights` wants it; `[B, H, N]` fp32 both.
+    """Σ_d out·dout - dlse (delta), and the logsumexp as `softmax_weights` wants it; `[B, H, Nq]` fp32 both.
 
     A row that attended to nothing has lse = -inf; +inf makes exp(score - lse) zero in the backward kernels instead of
-    infinite, so that they need no test for it.
+    infinite, so that they need no test for it. Strides of heads are multiples of MULTIPLE.
     """
-    tiles = tl.cdiv(tokens, BLOCK)
+    tiles = tl.cdiv(queries, BLOCK)
     start = tl.program_id(0) % tiles * BLOCK
-    h = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    b = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    h = tl.cast(tl.program_id(0) // tiles % heads, tl.int64)
+    b = tl.cast(tl.program_id(0) // tiles // heads, tl.int64)
     rows = tl.arange(0, BLOCK)
-    inside = rows < tokens - start
-    out_base = out_ptr + b * stride_ob + start.to(tl.int64) * stride_on + h * stride_oh
-    dout_base = dout_ptr + b * stride_gb + start.to(tl.int64) * stride_gn + h * stride_gh
-    d_a = tl.arange(0, D_A)[None, :]
-    out = load_rows(out_base + rows[:, None] * stride_on + d_a, inside, True).to(tl.float32)
-    dout = load_rows(dout_base + rows[:, None] * stride_gn + d_a, inside, True).to(tl.float32)
+    inside = rows < queries - start
+    columns = tl.arange(0, WIDTH)[None, :]
+    present = inside[:, None] & (columns < DIM)
+    out_base = out_ptr + b * stride_ob + tl.cast(start, tl.int64) * stride_on + h * tl.multiple_of(stride_oh, MULTIPLE)
+    dout_base = (
+        dout_ptr + b * stride_gb + tl.cast(start, tl.int64) * stride_gn + h * tl.multiple_of(stride_gh, MULTIPLE)
+    )
+    out = tl.load(out_base + rows[:, None] * stride_on + columns, mask=present, other=0.0).to(tl.float32)
+    dout = tl.load(dout_base + rows[:, None] * stride_gn + columns, mask=present, other=0.0).to(tl.float32)
     delta = tl.sum(out * dout, 1)
-    if D_B > 0:
-        d_b = D_A + tl.arange(0, D_B)[None, :]
-        out = load_rows(out_base + rows[:, None] * stride_on + d_b, inside, True).to(tl.float32)
-        dout = load_rows(dout_base + rows[:, None] * stride_gn + d_b, inside, True).to(tl.float32)
-        delta += tl.sum(out * dout, 1)
-    statistics = (b * heads + h) * tokens + start
-    lse = tl.load(lse_ptr + statistics + rows, mask=inside, other=0.0)
+    statistics = (b * heads + h) * queries + start + rows
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + statistics, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + statistics, mask=inside, other=0.0)
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     if out_ptr.dtype.element_ty != tl.float32:
         lse = lse * LOG2E
-    tl.store(delta_ptr + statistics + rows, delta, mask=inside)
-    tl.store(row_lse_ptr + statistics + rows, lse, mask=inside)
+    tl.store(delta_ptr + statistics, delta, mask=inside)
+    tl.store(row_lse_ptr + statistics, lse, mask=inside)
 
 
-def backward_statistics(out: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics_constants(variant: Variant, dtype: str, config: LaunchConfig) -> dict[str, Any]:
+    width = triton.next_power_of_2(variant["head_dim"])
+    flags = {"HAS_DLSE": variant.get("dlse", False), "MULTIPLE": variant.get("multiple", 1)}
+    return {"DIM": variant["head_dim"], "WIDTH": width, **flags}
+
+
+STATISTICS = KernelSpec(
+    name="attention_backward_statistics",
+    kernel=statistics_kernel,
+    variants=tuple({"head_dim": head_dim} for head_dim in HEAD_DIMS),
+    config=lambda variant, dtype, arch: LaunchConfig({"BLOCK": 64}, num_warps=4, num_stages=2),
+    constants=_statistics_constants,
+    tensor_core=False,
+)
+KERNELS = [STATISTICS]
+
+
+def backward_statistics(
+    out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None = None, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
     """(delta, row_lse) of outputs and their gradients `[B, N, H, D]` and lse `[B, H, N]`; `[B, H, N]` fp32 each."""
-    batch, tokens, heads, head_dim = out.shape
+    batch, queries, heads, head_dim = out.shape
     delta, row_lse = torch.empty_like(lse), torch.empty_like(lse)
-    d_a, d_b = split_head_dim(head_dim)
     if out.numel():
-        grid = (triton.cdiv(tokens, STATISTICS.tiles["BLOCK"]) * heads * batch,)
-        backward_statistics_kernel[grid](
-            out, dout, lse, delta, row_lse, *out.stride()[:3], *dout.stride()[:3], tokens, heads,
-            D_A=d_a, D_B=d_b, **STATISTICS.tiles, **STATISTICS.options,
+        options, config = launch_options(STATISTICS, out, head_dim=head_dim, dlse=dlse is not None, multiple=multiple)
+        statistics_kernel[(triton.cdiv(queries, config.tiles["BLOCK"]) * heads * batch,)](
+            out, dout, lse, lse if dlse is None else dlse.float().contiguous(), delta, row_lse,
+            *strides_of(out, dout), heads, queries, **options,
         )  # fmt: skip
     return delta, row_lse
 
 
-def argument_types(kernel: Any, dtype: str, special: Mapping[str, str], constants: Mapping[str, Any]) -> dict[str, str]:
-    """Triton type of every argument that is not constant: pointers to the compute type and i32, but for the special."""
-    return {
-        name: special.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-        if name not in constants
-    }
+def attention_spec(
+    name: str,
+    kernel: Any,
+    variants: Sequence[Variant],
+    extras: Callable[[Variant, LaunchConfig], Mapping[str, Any]] = lambda variant, config: {},
+    head_dims: tuple[int, ...] = HEAD_DIMS,
+    **options: Any,
+) -> KernelSpec:
+    """A kernel of attention; `extras` are constants besides the common ones. It takes those that it has arguments for.
+
+    A variant has `head_dim`, and may have `scale`, `dropout` (a probability), `mask` (of keys) and what `extras` reads.
+    """
+    fields = {*kernel.arg_names}
+
+    def constants(variant: Variant, dtype: str, config: LaunchConfig) -> dict[str, Any]:
+        head_dim = variant["head_dim"]
+        d_a, d_b = split_head_dim(head_dim, head_dims)
+        common = {
+            "SCALE": variant.get("scale", head_dim**-0.5),
+            "DIM": head_dim,
+            "D_A": d_a,
+            "D_B": d_b,
+            # Exact products in fp32; half precision has one way, and AMD refuses a name for it.
+            "PRECISION": "ieee" if dtype == "fp32" else None,
+            "THRESHOLD": dropout_threshold(variant.get("dropout", 0.0)),
+            "HAS_MASK": variant.get("mask", False),
+            "STAGES": config.num_stages,
+            "APART": config.apart,
+            "FENCED": config.fenced,
+        }
+        return {key: value for key, value in (common | dict(extras(variant, config))).items() if key in fields}
+
+    def config(variant: Variant, dtype: str, arch: int) -> LaunchConfig:
+        # Packed attention has kernels of their own names for dropout.
+        dropout = name.startswith("bias_attention") and dropout_threshold(variant.get("dropout", 0.0)) > 0
+        return config_for(name, variant["head_dim"], dtype, arch, dropout=dropout)
+
+    return KernelSpec(name, kernel, tuple(variants), config, constants, **options)
 
 
-def _statistics_constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
-    d_a, d_b = split_head_dim(variant["head_dim"])
-    return {"D_A": d_a, "D_B": d_b, **config.tiles}
+def split_head_dim(head_dim: int, head_dims: tuple[int, ...] = HEAD_DIMS) -> tuple[int, int]:
+    """A head dimension as two powers of two, the second possibly 0: 80 → (64, 16), 96 → (64, 32), 160 → (128, 32).
+
+    Triton's tiles are powers of two. Two products of exact size need no masks and, at 80, five eighths of the work of
+    one that is padded to 128. 72 and 112 fill their second piece, of 16 and 64 columns, in part.
+    """
+    if head_dim not in head_dims:
+        raise InputError(
+            f"head dimension {head_dim} is not supported; the Triton kernels have {head_dims}: pad the heads with zeros"
+            " or use backend 'auto'"
+        )
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _statistics_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    special = dict.fromkeys(("lse_ptr", "delta_ptr", "row_lse_ptr"), "*fp32")
-    return argument_types(backward_statistics_kernel, dtype, special, {"D_A": 0, "D_B": 0, "BLOCK": 0})
+def dropout_threshold(dropout_p: float) -> int:
+    """The probability in units of 2⁻¹⁶, as the kernels compare it with random bits."""
+    return min(round(dropout_p * 2**16), 2**16 - 1)
 
 
-STATISTICS_SPEC = KernelSpec(
-    name="attention_backward_statistics",
-    kernel=backward_statistics_kernel,
-    variants=tuple({"head_dim": head_dim} for head_dim in HEAD_DIMS),
-    types=_statistics_types,
-    constants=_statistics_constants,
-    config=lambda variant, dtype, arch: STATISTICS,
-    tensor_core=False,
-)
+def addressable(tensor: Tensor, multiple: int = 1) -> Tensor:
+    """`[..., N, H, D]` itself if D is contiguous, the strides are multiples and 32 bits address a tile; else a copy."""
+    fits = tensor.stride(-1) == 1 and tensor.stride(-3) * _LARGEST_TILE < 2**31
+    if fits and multiple > 1:
+        fits = not any(stride % multiple for stride in strides_of(tensor))
+    return tensor if fits else tensor.contiguous()
+
+
+def strides_of(*tensors: Tensor) -> tuple[int, ...]:
+    """Strides of all dimensions but the last; that of a dimension of one entry is arbitrary, and 0 here."""
+    return tuple(
+        stride if size > 1 else 0
+        for tensor in tensors
+        for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    )
+
+
+def optional_arguments(q: Tensor, key_mask: Tensor | None, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, ...]:
+    """The mask as bytes and the seed, or for an absent one any tensor."""
+    seed = checks.seed_of(dropout_p, seed) if dropout_threshold(dropout_p) else q
+    return q if key_mask is None else key_mask.contiguous().view(torch.uint8), seed

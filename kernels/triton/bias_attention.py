@@ -15,7 +15,7 @@ of which the statistics of the backward pass make +inf: that makes their weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,59 +23,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xfm_fast.errors import InputError
-
 from .. import checks
 from ..checks import Biased
 from ..limits import BIAS_HEAD_DIMS, HIDDEN
 from .attention_tiles import (
     LOG2E,
-    STATISTICS,
-    argument_types,
-    dot_precision,
+    addressable,
+    attention_spec,
+    backward_statistics,
     dropout_keep,
     dropout_stream,
-    load_rows,
+    load_pieces,
+    optional_arguments,
     product,
+    softmax_weights,
+    store_pieces,
+    strides_of,
 )
-from .launch import KernelSpec, LaunchConfig, architecture, bias_config, dtype_name, tail_size
-from .varlen_attention import dropout_threshold
-
-__all__ = ["KERNELS", "bias_attention_backward", "bias_attention_forward"]
+from .launch import KernelSpec, LaunchConfig, Variant, launch_options, tail_size
 
 _HIDDEN = tl.constexpr(HIDDEN)
 # Counts change from call to call; a kernel compiled for one serves all. Strides have few values and decide widths.
 _COUNTS = ["batch", "heads", "period", "queries", "keys"]
-
-
-@triton.jit
-def load_heads(
-    base, rows, stride, inside, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, MASKED: tl.constexpr
-):
-    """Rows of DIM contiguous columns in two pieces, of which the second may hold zeros beyond DIM."""
-    pointers = base + rows[:, None] * stride
-    a = load_rows(pointers + tl.arange(0, D_A)[None, :], inside, MASKED)
-    b = a
-    if D_B > 0:
-        columns = tl.arange(0, D_B)[None, :]
-        if D_A + D_B == DIM:
-            b = load_rows(pointers + (D_A + columns), inside, MASKED)
-        elif MASKED:
-            b = tl.load(pointers + (D_A + columns), mask=inside[:, None] & (columns < DIM - D_A), other=0.0)
-        else:
-            b = tl.load(pointers + (D_A + columns), mask=columns < DIM - D_A, other=0.0)
-    return a, b
-
-
-@triton.jit
-def store_heads(base, rows, stride, inside, a, b, DIM: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr):
-    """The counterpart of `load_heads`, converting to the type of the destination."""
-    pointers = base + rows[:, None] * stride
-    tl.store(pointers + tl.arange(0, D_A)[None, :], a.to(base.dtype.element_ty), mask=inside[:, None])
-    if D_B > 0:
-        columns = tl.arange(0, D_B)[None, :]
-        kept = inside[:, None] & (columns < DIM - D_A)
-        tl.store(pointers + (D_A + columns), b.to(base.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -103,19 +72,6 @@ def locate(tiles, batch, period):
 
 
 @triton.jit
-def weights_of(scores, bias, row_lse, SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """exp(SCALE · scores + bias - logsumexp), with what `statistics_kernel` made of the logsumexp.
-
-    In fp32 the rounding of the logsumexp in base 2 would show, so the difference is taken first.
-    """
-    if PRECISION == "ieee":
-        weights = tl.exp2((scores * SCALE - (row_lse - bias)) * LOG2E)
-    else:
-        weights = tl.exp2(scores * (SCALE * LOG2E) - (row_lse - bias * LOG2E))
-    return weights
-
-
-@triton.jit
 def add_product(acc, x, y, PRECISION: tl.constexpr, APART: tl.constexpr):
     """A sum plus x y; APART, the product has an accumulator of its own, if the registers suffice for both.
 
@@ -139,7 +95,7 @@ def forward_step(
 ):  # fmt: skip
     """The online softmax over one tile of keys. Scores stay unscaled; the scale is applied within the exponent."""
     columns = tl.arange(0, BLOCK_N)
-    k_a, k_b = load_heads(k_base, columns, stride_kn, inside, DIM, D_A, D_B, MASKED)
+    k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED, DIM)
     bias = load_bias(bias_base, bias_rows, stride_bm, columns, left, MASKED) * (1.0 / SCALE)
     scores = tl.dot(q_a, tl.trans(k_a), bias, input_precision=PRECISION)
     if D_B > 0:
@@ -156,7 +112,7 @@ def forward_step(
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     if THRESHOLD > 0:
         weights = tl.where(dropout_keep(seed, stream, queries[:, None], keys[None, :], THRESHOLD), weights, 0.0)
-    v_a, v_b = load_heads(v_base, columns, stride_vn, inside, DIM, D_A, D_B, MASKED)
+    v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED, DIM)
     weights = weights.to(v_a.dtype)
     # As in `add_product`, with the sum shrunk on the way.
     acc_a = tl.fma(
@@ -186,7 +142,7 @@ def forward_kernel(
     clamped = tl.minimum(rows, queries - 1 - start)
     # Head dimensions are multiples of 8, and so are strides: that is what loads of 128 bits need to know.
     q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8) + tl.cast(start, tl.int64) * stride_qn
-    q_a, q_b = load_heads(q_base, clamped, stride_qn, inside, DIM, D_A, D_B, False)
+    q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False, DIM)
     k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8)
     v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8)
     bias_base = bias_ptr + b % period * stride_bg + h * stride_bh + tl.cast(start, tl.int64) * stride_bm
@@ -224,40 +180,9 @@ def forward_kernel(
     row_sum = tl.where(attended, row_sum, 1.0)
     inverse = tl.where(attended, rescale / row_sum, 0.0)[:, None]
     out_base = out_ptr + b * stride_ob + h * tl.multiple_of(stride_oh, 8) + tl.cast(start, tl.int64) * stride_on
-    store_heads(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, DIM, D_A, D_B)
+    store_pieces(out_base, rows, stride_on, inside, acc_a * inverse, acc_b * inverse, D_A, D_B, DIM)
     lse = tl.where(attended, row_max * SCALE + tl.log2(row_sum) / LOG2E, float("-inf"))
     tl.store(lse_ptr + (b * heads + h) * queries + start + rows, lse, mask=inside)
-
-
-@triton.jit(do_not_specialize=["heads", "queries"])
-def statistics_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, row_lse_ptr,
-    stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh, heads, queries,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Σ_d out·dout - dlse (delta), and the logsumexp as `weights_of` wants it; `[B, H, Nq]` fp32 both."""
-    tiles = tl.cdiv(queries, BLOCK)
-    start = tl.program_id(0) % tiles * BLOCK
-    h = tl.cast(tl.program_id(0) // tiles % heads, tl.int64)
-    b = tl.cast(tl.program_id(0) // tiles // heads, tl.int64)
-    rows = tl.arange(0, BLOCK)
-    inside = rows < queries - start
-    columns = tl.arange(0, WIDTH)[None, :]
-    present = inside[:, None] & (columns < DIM)
-    out_base = out_ptr + b * stride_ob + tl.cast(start, tl.int64) * stride_on + h * tl.multiple_of(stride_oh, 8)
-    dout_base = dout_ptr + b * stride_gb + tl.cast(start, tl.int64) * stride_gn + h * tl.multiple_of(stride_gh, 8)
-    out = tl.load(out_base + rows[:, None] * stride_on + columns, mask=present, other=0.0).to(tl.float32)
-    dout = tl.load(dout_base + rows[:, None] * stride_gn + columns, mask=present, other=0.0).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
-    statistics = (b * heads + h) * queries + start + rows
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + statistics, mask=inside, other=0.0)
-    lse = tl.load(lse_ptr + statistics, mask=inside, other=0.0)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    if out_ptr.dtype.element_ty != tl.float32:
-        lse = lse * LOG2E
-    tl.store(delta_ptr + statistics, delta, mask=inside)
-    tl.store(row_lse_ptr + statistics, lse, mask=inside)
 
 
 @triton.jit
@@ -275,7 +200,7 @@ def dkdv_step(
     outside need no mask on scores: their lse is +inf, which makes their weights zero.
     """
     rows = tl.arange(0, BLOCK_M)
-    q_a, q_b = load_heads(q_base, rows, stride_qn, inside, DIM, D_A, D_B, MASKED)
+    q_a, q_b = load_pieces(q_base, rows, stride_qn, inside, D_A, D_B, MASKED, DIM)
     if MASKED:
         row_lse = tl.load(lse_base + rows, mask=inside, other=float("inf"))
         delta = tl.load(delta_base + rows, mask=inside, other=0.0)
@@ -283,8 +208,9 @@ def dkdv_step(
         row_lse = tl.load(lse_base + rows)
         delta = tl.load(delta_base + rows)
     bias = load_bias(bias_base, bias_rows, stride_bn, rows, left, MASKED)
-    weights = weights_of(product(k_a, k_b, q_a, q_b, D_B, PRECISION), bias, row_lse[None, :], SCALE, PRECISION)
-    g_a, g_b = load_heads(g_base, rows, stride_gn, inside, DIM, D_A, D_B, MASKED)
+    scores = product(k_a, k_b, q_a, q_b, D_B, PRECISION)
+    weights = softmax_weights(scores, row_lse[None, :], SCALE, PRECISION, bias)
+    g_a, g_b = load_pieces(g_base, rows, stride_gn, inside, D_A, D_B, MASKED, DIM)
     rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
     if THRESHOLD > 0:
         keep = dropout_keep(seed, stream, queries[None, :], keys[:, None], THRESHOLD)
@@ -328,8 +254,8 @@ def dkdv_kernel(
     clamped = tl.minimum(columns, keys - 1 - start)
     k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8) + tl.cast(start, tl.int64) * stride_kn
     v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8) + tl.cast(start, tl.int64) * stride_vn
-    k_a, k_b = load_heads(k_base, clamped, stride_kn, inside, DIM, D_A, D_B, False)
-    v_a, v_b = load_heads(v_base, clamped, stride_vn, inside, DIM, D_A, D_B, False)
+    k_a, k_b = load_pieces(k_base, clamped, stride_kn, inside, D_A, D_B, False, DIM)
+    v_a, v_b = load_pieces(v_base, clamped, stride_vn, inside, D_A, D_B, False, DIM)
     q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8)
     g_base = dout_ptr + b * stride_gb + h * tl.multiple_of(stride_gh, 8)
     lse_base = row_lse_ptr + (b * heads + h) * queries
@@ -372,9 +298,9 @@ def dkdv_kernel(
         dv_a = tl.where(allowed[:, None], dv_a, 0.0)
         dv_b = tl.where(allowed[:, None], dv_b, 0.0)
     if DV:
-        store_heads(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, DIM, D_A, D_B)
+        store_pieces(dv_ptr + gradient, columns, stride_dn, inside, dv_a, dv_b, D_A, D_B, DIM)
     if DK:
-        store_heads(dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, DIM, D_A, D_B)
+        store_pieces(dk_ptr + gradient, columns, stride_dn, inside, dk_a * SCALE, dk_b * SCALE, D_A, D_B, DIM)
 
 
 @triton.jit
@@ -388,13 +314,14 @@ def dq_step(
 ):  # fmt: skip
     """Gradient of a tile of queries from one tile of keys; it still lacks SCALE. `present`: queries that exist."""
     columns = tl.arange(0, BLOCK_N)
-    k_a, k_b = load_heads(k_base, columns, stride_kn, inside, DIM, D_A, D_B, MASKED)
+    k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED, DIM)
     bias = load_bias(bias_base, bias_rows, stride_bm, columns, left, MASKED)
     if HAS_MASK:
         allowed = tl.load(mask_base + columns, mask=inside, other=0) if MASKED else tl.load(mask_base + columns)
         bias = tl.where((allowed != 0)[None, :], bias, float("-inf"))
-    weights = weights_of(product(q_a, q_b, k_a, k_b, D_B, PRECISION), bias, row_lse[:, None], SCALE, PRECISION)
-    v_a, v_b = load_heads(v_base, columns, stride_vn, inside, DIM, D_A, D_B, MASKED)
+    scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
+    weights = softmax_weights(scores, row_lse[:, None], SCALE, PRECISION, bias)
+    v_a, v_b = load_pieces(v_base, columns, stride_vn, inside, D_A, D_B, MASKED, DIM)
     dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
     if THRESHOLD > 0:
         rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
@@ -432,8 +359,8 @@ def dq_kernel(
     clamped = tl.minimum(rows, queries - 1 - start)
     q_base = q_ptr + b * stride_qb + h * tl.multiple_of(stride_qh, 8) + tl.cast(start, tl.int64) * stride_qn
     g_base = dout_ptr + b * stride_gb + h * tl.multiple_of(stride_gh, 8) + tl.cast(start, tl.int64) * stride_gn
-    q_a, q_b = load_heads(q_base, clamped, stride_qn, inside, DIM, D_A, D_B, False)
-    g_a, g_b = load_heads(g_base, clamped, stride_gn, inside, DIM, D_A, D_B, False)
+    q_a, q_b = load_pieces(q_base, clamped, stride_qn, inside, D_A, D_B, False, DIM)
+    g_a, g_b = load_pieces(g_base, clamped, stride_gn, inside, D_A, D_B, False, DIM)
     statistics = (b * heads + h) * queries + start
     row_lse = tl.load(row_lse_ptr + statistics + clamped)
     delta = tl.load(delta_ptr + statistics + clamped)
@@ -471,7 +398,7 @@ def dq_kernel(
             )  # fmt: skip
     stride_dn = heads * DIM
     dq_base = dq_ptr + (b * queries + start) * stride_dn + h * DIM
-    store_heads(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, DIM, D_A, D_B)
+    store_pieces(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, D_A, D_B, DIM)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -511,17 +438,18 @@ def dbias_kernel(
         g_base = dout_ptr + b * stride_gb + h * tl.multiple_of(stride_gh, 8) + tl.cast(start_m, tl.int64) * stride_gn
         k_base = k_ptr + b * stride_kb + h * tl.multiple_of(stride_kh, 8) + tl.cast(start_n, tl.int64) * stride_kn
         v_base = v_ptr + b * stride_vb + h * tl.multiple_of(stride_vh, 8) + tl.cast(start_n, tl.int64) * stride_vn
-        q_a, q_b = load_heads(q_base, clamped_rows, stride_qn, rows, DIM, D_A, D_B, False)
-        k_a, k_b = load_heads(k_base, clamped_columns, stride_kn, columns, DIM, D_A, D_B, False)
+        q_a, q_b = load_pieces(q_base, clamped_rows, stride_qn, rows, D_A, D_B, False, DIM)
+        k_a, k_b = load_pieces(k_base, clamped_columns, stride_kn, columns, D_A, D_B, False, DIM)
         statistics = (b * heads + h) * queries + start_m
         row_lse = tl.load(row_lse_ptr + statistics + clamped_rows)
         delta = tl.load(delta_ptr + statistics + clamped_rows)
-        weights = weights_of(product(q_a, q_b, k_a, k_b, D_B, PRECISION), bias, row_lse[:, None], SCALE, PRECISION)
+        scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
+        weights = softmax_weights(scores, row_lse[:, None], SCALE, PRECISION, bias)
         if HAS_MASK:
             allowed = tl.load(mask_ptr + b * keys + start_n + columns, mask=present, other=0) != 0
             weights = tl.where(allowed[None, :], weights, 0.0)
-        g_a, g_b = load_heads(g_base, clamped_rows, stride_gn, rows, DIM, D_A, D_B, False)
-        v_a, v_b = load_heads(v_base, clamped_columns, stride_vn, columns, DIM, D_A, D_B, False)
+        g_a, g_b = load_pieces(g_base, clamped_rows, stride_gn, rows, D_A, D_B, False, DIM)
+        v_a, v_b = load_pieces(v_base, clamped_columns, stride_vn, columns, D_A, D_B, False, DIM)
         dweights = product(g_a, g_b, v_a, v_b, D_B, PRECISION)
         if THRESHOLD > 0:
             rescale: tl.constexpr = 65536.0 / (65536.0 - THRESHOLD)
@@ -535,6 +463,51 @@ def dbias_kernel(
     tl.store(dbias, acc.to(dbias_ptr.dtype.element_ty), mask=kept)
 
 
+def _spec(
+    name: str,
+    kernel: Any,
+    *more: Variant,
+    extras: Callable[[Variant, LaunchConfig], Mapping[str, Any]] = lambda variant, config: {},
+    **options: Any,
+) -> KernelSpec:
+    # The model's head dimension, one whose second piece is filled in part, and the widest of two columns of the table
+    # of configurations: the others compile to less than one of these.
+    variants = [*({"head_dim": head_dim} for head_dim in (64, 72, 128, 256)), *more]
+    return attention_spec(name, kernel, variants, extras, BIAS_HEAD_DIMS, **options)
+
+
+def _tail(variant: Variant, config: LaunchConfig, block: str = "BLOCK_N") -> int:
+    return tail_size(variant.get("looped", 577), config.tiles[block])
+
+
+_CHANCE = {"head_dim": 64, "mask": True, "dropout": 0.1}
+FORWARD = _spec(
+    "bias_attention_forward",
+    forward_kernel,
+    _CHANCE,
+    extras=lambda variant, config: {"TAIL": _tail(variant, config)},
+)
+DKDV = _spec(
+    "bias_attention_dkdv",
+    dkdv_kernel,
+    _CHANCE,
+    extras=lambda variant, config: {
+        "TAIL": _tail(variant, config, "BLOCK_M"),
+        "DK": variant.get("dk", True),
+        "DV": variant.get("dv", variant["head_dim"] <= _ONE_LAUNCH),
+    },
+)
+DQ = _spec(
+    "bias_attention_dq",
+    dq_kernel,
+    {"head_dim": 64, "own_bias": True},
+    _CHANCE,
+    extras=lambda variant, config: {"TAIL": _tail(variant, config), "STORE_BIAS": variant.get("own_bias", False)},
+)
+DBIAS = _spec("bias_attention_dbias", dbias_kernel, _CHANCE, types=lambda variant, dtype: {"dbias_ptr": "*fp32"})
+KERNELS = [FORWARD, DKDV, DQ, DBIAS]
+# The widest head of which one launch of the dkdv kernel sums both gradients.
+_ONE_LAUNCH = 128
 # Four programs for each of some 130 multiprocessors.
 _PROGRAMS = 512
 
@@ -562,19 +535,16 @@ def bias_attention_forward(
     for unsupported arguments.
     """
     Biased(q, k, v, bias, key_mask, dropout_p, seed).check()
-    batch, queries, heads, _ = q.shape
-    q, k, v = (_aligned(t) for t in (q, k, v))
+    (batch, queries, heads, _), keys = q.shape, k.shape[1]
+    q, k, v = (addressable(t, 8) for t in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    constants, config = _constants("bias_attention_forward", q, scale, key_mask, dropout_p, seed)
+    options, config = launch_options(FORWARD, q, looped=keys, **_variant(q, scale, key_mask, dropout_p))
     if q.numel():
         bias = _bias_rows(bias)
-        grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
-        forward_kernel[grid](
-            q, k, v, bias, _bytes(key_mask, q), q if seed is None else seed, out, lse,
-            *_strides(q, k, v, out), *bias.stride()[:3], batch, heads, bias.shape[0], queries, k.shape[1],
-            TAIL=tail_size(k.shape[1], config.tiles["BLOCK_N"]), **constants,
-            **config.options,
+        forward_kernel[(triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)](
+            q, k, v, bias, *optional_arguments(q, key_mask, dropout_p, seed), out, lse,
+            *strides_of(q, k, v, out, bias), batch, heads, bias.shape[0], queries, keys, **options,
         )  # fmt: skip
     return out, lse
 
@@ -603,7 +573,7 @@ def bias_attention_backward(
     """
     Biased(q, k, v, bias, key_mask, dropout_p, seed).check()
     (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
-    q, k, v, dout, out = (_aligned(t) for t in (q, k, v, dout, out))
+    q, k, v, dout, out = (addressable(t, 8) for t in (q, k, v, dout, out))
     make = torch.zeros if not q.numel() or not k.numel() else torch.empty
     dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     dbias = make(bias.shape if bias_gradient else (0,), dtype=bias.dtype, device=q.device)
@@ -611,69 +581,38 @@ def bias_attention_backward(
         return dq, dk, dv, dbias
     turned, bias = _bias_rows(bias.transpose(2, 3)), _bias_rows(bias)
     period = bias.shape[0]
-    delta, row_lse = _statistics(out, dout, lse, dlse)
-    rest = (_bytes(key_mask, q), q if seed is None else seed, row_lse, delta)
-    inputs = (q, k, v, dout, bias, *rest)
-    operands = _strides(q, k, v, dout)
-    strides = (*operands, *bias.stride()[:3])
+    statistics = backward_statistics(out, dout, lse, dlse, 8)
+    rest = (*optional_arguments(q, key_mask, dropout_p, seed), *statistics[::-1])
     counts = (batch, heads, period, queries, keys)
-    chance = (scale, key_mask, dropout_p, seed)
+    variant = _variant(q, scale, key_mask, dropout_p)
 
-    constants, config = _constants("bias_attention_dkdv", q, *chance)
-    grid = (triton.cdiv(keys, config.tiles["BLOCK_N"]) * batch * heads,)
-    for wanted in _sums(head_dim):
-        dkdv_kernel[grid](
-            q, k, v, dout, turned, *rest, dk, dv, *operands, *turned.stride()[:3], *counts,
-            TAIL=tail_size(queries, config.tiles["BLOCK_M"]), APART=config.apart, FENCED=config.fenced,
-            **wanted, **constants, **config.options,
-        )  # fmt: skip
+    for dk_wanted, dv_wanted in ((True, True),) if head_dim <= _ONE_LAUNCH else ((True, False), (False, True)):
+        options, config = launch_options(DKDV, q, looped=queries, dk=dk_wanted, dv=dv_wanted, **variant)
+        dkdv_kernel[(triton.cdiv(keys, config.tiles["BLOCK_N"]) * batch * heads,)](
+            q, k, v, dout, turned, *rest, dk, dv, *strides_of(q, k, v, dout, turned), *counts, **options
+        )
 
+    inputs, strides = (q, k, v, dout, bias, *rest), strides_of(q, k, v, dout, bias)
     alone = bias_gradient and period == batch
-    constants, config = _constants("bias_attention_dq", q, *chance)
-    grid = (triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)
-    dq_kernel[grid](
-        *inputs, dq, dbias if alone else q, *strides, keys, *counts, STORE_BIAS=alone,
-        APART=config.apart, FENCED=config.fenced,
-        TAIL=tail_size(keys, config.tiles["BLOCK_N"]), **constants,
-        **config.options,
-    )  # fmt: skip
+    options, config = launch_options(DQ, q, looped=keys, own_bias=alone, **variant)
+    dq_kernel[(triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)](
+        *inputs, dq, dbias if alone else q, *strides, keys, *counts, **options
+    )
     if alone or not bias_gradient:
         return dq, dk, dv, dbias
 
-    constants, config = _constants("bias_attention_dbias", q, *chance)
+    options, config = launch_options(DBIAS, q, **variant)
     tiles = triton.cdiv(queries, config.tiles["BLOCK_M"]) * triton.cdiv(keys, config.tiles["BLOCK_N"])
     programs = tiles * period * heads
     parts = bias_partials(batch // period, programs)
     partial = dbias if parts == 1 else torch.empty((parts, *dbias.shape), dtype=torch.float32, device=q.device)
-    dbias_kernel[(programs, parts)](*inputs, partial, *strides, keys, *counts, **constants, **config.options)
+    dbias_kernel[(programs, parts)](*inputs, partial, *strides, keys, *counts, **options)
     return dq, dk, dv, dbias if parts == 1 else partial.sum(0).to(bias.dtype)
 
 
-def _statistics(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, head_dim = out.shape
-    delta, row_lse = torch.empty_like(lse), torch.empty_like(lse)
-    statistics_kernel[(triton.cdiv(queries, STATISTICS.tiles["BLOCK"]) * heads * batch,)](
-        out, dout, lse, lse if dlse is None else dlse.float().contiguous(), delta, row_lse,
-        *_strides(out, dout), heads, queries, HAS_DLSE=dlse is not None, **_statistics_constants(head_dim),
-        **STATISTICS.options,
-    )  # fmt: skip
-    return delta, row_lse
-
-
-def _statistics_constants(head_dim: int) -> dict[str, int]:
-    return {"DIM": head_dim, "WIDTH": triton.next_power_of_2(head_dim), **STATISTICS.tiles}
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """`[B, N, H, D]` itself if its rows are contiguous, all strides multiples of 8, and 32 bits address a tile of N."""
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    fits = tensor.stride(1) * 256 < 2**31 and all(stride % 8 == 0 for stride in strides[:-1])
-    return tensor if tensor.stride(-1) == 1 and fits else tensor.contiguous()
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Strides of `[B, N, H]`; that of a dimension of one entry is arbitrary, and 0 is a multiple of everything."""
-    return tuple(t.stride(i) if t.shape[i] > 1 else 0 for t in tensors for i in range(3))
+def _variant(q: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float) -> dict[str, Any]:
+    scale = checks.positive_scale(scale)
+    return {"head_dim": q.shape[-1], "scale": scale, "mask": key_mask is not None, "dropout": dropout_p}
 
 
 def _bias_rows(bias: Tensor) -> Tensor:
@@ -689,110 +628,3 @@ def _bias_rows(bias: Tensor) -> Tensor:
     room = torch.full((*small.shape[:3], padded), -torch.inf, dtype=bias.dtype, device=bias.device)
     room[..., : sizes[3]] = small
     return room.expand(*sizes[:3], padded)
-
-
-def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
-    return otherwise if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """A head dimension as two powers of two, the second possibly 0: 80 → (64, 16), 96 → (64, 32), 160 → (128, 32).
-
-    Triton's tiles are powers of two. 72 and 112 fill their second piece, of 16 and 64 columns, in part. InputError for
-    other head dimensions than `BIAS_HEAD_DIMS`.
-    """
-    if head_dim not in BIAS_HEAD_DIMS:
-        raise InputError(
-            f"head dimension {head_dim} is not supported; the Triton kernels have {BIAS_HEAD_DIMS}: pad the heads with"
-            " zeros (backend 'auto' does), or use backend 'reference'"
-        )
-    first = 1 << (head_dim.bit_length() - 1)
-    rest = head_dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
-
-
-def _constants(
-    kernel: str, q: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float, seed: Tensor | None
-) -> tuple[dict[str, Any], LaunchConfig]:
-    dtype, threshold = dtype_name(q.dtype), dropout_threshold(dropout_p)
-    if threshold:
-        checks.seed_of(dropout_p, seed)
-    config = bias_config(kernel, q.shape[-1], dtype, architecture(q.device), bool(threshold))
-    constants = _kernel_constants(
-        q.shape[-1], dtype, checks.positive_scale(scale), threshold, key_mask is not None, config
-    )
-    return constants, config
-
-
-def _kernel_constants(
-    head_dim: int, dtype: str, scale: float, threshold: int, masked: bool, config: LaunchConfig
-) -> dict[str, Any]:
-    d_a, d_b = split_head_dim(head_dim)
-    constants = {"SCALE": scale, "DIM": head_dim, "D_A": d_a, "D_B": d_b, "PRECISION": dot_precision(dtype)}
-    return constants | {"THRESHOLD": threshold, "HAS_MASK": masked, "STAGES": config.num_stages, **config.tiles}
-
-
-def _sums(head_dim: int) -> tuple[dict[str, bool], ...]:
-    """The launches of the dkdv kernel: one for both sums, or two."""
-    return ({"DK": True, "DV": True},) if head_dim <= 128 else ({"DK": True, "DV": False}, {"DK": False, "DV": True})
-
-
-def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> KernelSpec:
-    def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
-        head_dim, threshold = variant["head_dim"], dropout_threshold(variant.get("dropout", 0.0))
-        looped = config.tiles["BLOCK_M" if name == "bias_attention_dkdv" else "BLOCK_N"]
-        found = _kernel_constants(head_dim, dtype, head_dim**-0.5, threshold, variant.get("mask", False), config)
-        given = {
-            "TAIL": tail_size(577, looped),
-            "STORE_BIAS": variant.get("own_bias", False),
-            "APART": config.apart,
-            "FENCED": config.fenced,
-            **_sums(head_dim)[0],
-        }
-        return found | {key: value for key, value in given.items() if key in kernel.arg_names}
-
-    def types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-        special = {"mask_ptr": "*u8", "seed_ptr": "*i64"}
-        special |= dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-        if name == "bias_attention_dbias":
-            special["dbias_ptr"] = "*fp32"
-        return argument_types(
-            kernel, dtype, special, constants(variant, dtype, LaunchConfig({"BLOCK_M": 64, "BLOCK_N": 64}))
-        )
-
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        variants=variants,
-        types=types,
-        constants=constants,
-        config=lambda variant, dtype, arch: bias_config(
-            name, variant["head_dim"], dtype, arch, bool(variant.get("dropout"))
-        ),
-    )
-
-
-def _statistics_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    special = dict.fromkeys(("lse_ptr", "dlse_ptr", "delta_ptr", "row_lse_ptr"), "*fp32")
-    return argument_types(statistics_kernel, dtype, special, dict.fromkeys(("DIM", "WIDTH", "HAS_DLSE", "BLOCK")))
-
-
-# The model's, one whose second piece is filled in part, and the widest of two columns of the table of configurations:
-# the others compile to less than one of these.
-_HEAD_DIMS = tuple({"head_dim": head_dim} for head_dim in (64, 72, 128, 256))
-_CHANCE = {"head_dim": 64, "mask": True, "dropout": 0.1}
-KERNELS: list[KernelSpec] = [
-    _spec("bias_attention_forward", forward_kernel, (*_HEAD_DIMS, _CHANCE)),
-    _spec("bias_attention_dkdv", dkdv_kernel, (*_HEAD_DIMS, _CHANCE)),
-    _spec("bias_attention_dq", dq_kernel, (*_HEAD_DIMS, {"head_dim": 64, "own_bias": True}, _CHANCE)),
-    _spec("bias_attention_dbias", dbias_kernel, (*_HEAD_DIMS, _CHANCE)),
-    KernelSpec(
-        name="bias_attention_statistics",
-        kernel=statistics_kernel,
-        variants=_HEAD_DIMS[:1],
-        types=_statistics_types,
-        constants=lambda variant, dtype, config: _statistics_constants(variant["head_dim"]) | {"HAS_DLSE": False},
-        config=lambda variant, dtype, arch: STATISTICS,
-        tensor_core=False,
-    ),
-]

@@ -9,19 +9,23 @@ as the CPU path does, would save the fourth; but here products are cheap and mem
 rows would each add an fp32 `[V, K]` to the last one's. A slice of dw is written once, from all rows.
 """
 
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import KernelSpec, LaunchConfig
-from .rows import launch_options
+from ..checks import Vocabulary
+from .launch import LaunchConfig, launch_options, multiprocessors
+from .rows import row_spec
 
-Needs = tuple[bool, bool, bool]
+Needs = tuple[bool, ...]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # Columns of a slice, and bytes of a block of it: half of an H100's or A100's second-level cache.
@@ -49,24 +53,10 @@ def load_slice(pointers, offsets, columns):
 
 @triton.jit(do_not_specialize=["start", "columns", "vocabulary", "ignore_index"])
 def running_softmax_kernel(
-    logits_ptr,
-    target_ptr,
-    maximum_ptr,
-    sum_ptr,
-    picked_ptr,
-    total_ptr,
-    loss_ptr,
-    stride_logits,
-    start,
-    columns,
-    vocabulary,
-    ignore_index,
-    smoothing,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, target_ptr, maximum_ptr, sum_ptr, picked_ptr, total_ptr, loss_ptr,
+    stride_logits, start, columns, vocabulary, ignore_index, smoothing,
+    FIRST: tl.constexpr, LAST: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a row: slice `[start, start + columns)` joins the row's maximum, sum, target logit and total.
 
     The last slice leaves the logarithm of the sum, and the loss: 0 where ignored, NaN for a target outside.
@@ -111,18 +101,9 @@ def running_softmax_kernel(
 
 @triton.jit(do_not_specialize=["start", "columns", "vocabulary"])
 def softmax_gradient_kernel(
-    logits_ptr,
-    target_ptr,
-    maximum_ptr,
-    log_sum_ptr,
-    coefficient_ptr,
-    stride_logits,
-    start,
-    columns,
-    vocabulary,
-    smoothing,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, target_ptr, maximum_ptr, log_sum_ptr, coefficient_ptr,
+    stride_logits, start, columns, vocabulary, smoothing, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a row: a slice of logits becomes `coefficient · (softmax - smoothed target)`, in place."""
     row = tl.program_id(0)
     target = tl.load(target_ptr + row)
@@ -139,78 +120,69 @@ def softmax_gradient_kernel(
     tl.store(place, gradient, mask=offsets < (columns + 15) // 16 * 16)
 
 
-def linear_cross_entropy_forward(
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, RowStatistics]:
+def softmax_config(width: int) -> LaunchConfig:
+    """A slice of a row in registers, up to 32 elements a thread."""
+    block = max(64, triton.next_power_of_2(width))
+    return LaunchConfig({"BLOCK": block}, num_warps=min(8, max(1, block // 512)), num_stages=1)
+
+
+RUNNING_SOFTMAX = row_spec(
+    "running_softmax",
+    running_softmax_kernel,
+    (
+        {"width": 7232, "first": False, "last": False, "smooth": False},
+        {"width": 7232, "first": False, "last": True, "smooth": True},
+    ),
+    softmax_config,
+    lambda variant: {name.upper(): variant[name] for name in ("first", "last", "smooth")},
+)
+SOFTMAX_GRADIENT = row_spec("softmax_gradient", softmax_gradient_kernel, ({"width": 7232},), softmax_config)
+KERNELS = [RUNNING_SOFTMAX, SOFTMAX_GRADIENT]
+
+
+def linear_cross_entropy_forward(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     """Mean fp32 cross-entropy of `h w^T + b` over the rows that are not ignored (0 if all are), and the statistics.
 
-    h `[..., K]`, w `[V, K]`, b `[V]`, target `[...]` integers. The loss is NaN if a target is outside the vocabulary.
+    The loss is NaN if a target is outside the vocabulary.
     """
-    losses, statistics = _row_losses(h, w, b, target, ignore_index, label_smoothing)
-    return losses.sum() / (target != ignore_index).sum().clamp_min(1), statistics
+    losses, statistics = _row_losses(a)
+    return losses.sum() / (a.target != a.ignore_index).sum().clamp_min(1), statistics
 
 
-def linear_cross_entropy_backward(
-    dloss: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    statistics: RowStatistics,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    needs: Needs = (True, True, True),
-) -> Gradients:
+def linear_cross_entropy_backward(dloss: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
     """(dh, dw, db), as selected by `needs`, for the scalar gradient `dloss` of the loss."""
-    counted = target.reshape(-1) != ignore_index
-    coefficients = counted * (dloss.float() / counted.sum().clamp_min(1))
-    return _gradients(coefficients, h, w, b, target, statistics, label_smoothing, needs)
+    counted = a.target.reshape(-1) != a.ignore_index
+    return _gradients(counted * (dloss.float() / counted.sum().clamp_min(1)), a, statistics, needs)
 
 
-def token_log_likelihood_forward(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, RowStatistics]:
+def token_log_likelihood_forward(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     """`log softmax(h w^T + b)[target]` of every row `[...]`, fp32: 0 where ignored, NaN outside the vocabulary."""
-    losses, statistics = _row_losses(h, w, b, target, ignore_index, 0.0)
+    losses, statistics = _row_losses(a)
     # Subtracted, so that an ignored row has 0 and not -0.
-    return (0 - losses).view(target.shape), statistics
+    return (0 - losses).view(a.target.shape), statistics
 
 
-def token_log_likelihood_backward(
-    dout: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    statistics: RowStatistics,
-    ignore_index: int = -100,
-    needs: Needs = (True, True, True),
-) -> Gradients:
+def token_log_likelihood_backward(dout: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
     """(dh, dw, db), as selected by `needs`; `dout` `[...]` is the gradient of every row's log-likelihood."""
-    coefficients = -dout.reshape(-1).float().masked_fill(target.reshape(-1) == ignore_index, 0)
-    return _gradients(coefficients, h, w, b, target, statistics, 0.0, needs)
+    coefficients = -dout.reshape(-1).float().masked_fill(a.target.reshape(-1) == a.ignore_index, 0)
+    return _gradients(coefficients, a, statistics, needs)
 
 
 class _Blocks:
     """How rows and vocabulary are cut, and the buffer for the logits of one block of rows and one slice."""
 
-    def __init__(self, h: Tensor, w: Tensor, b: Tensor | None, target: Tensor) -> None:
-        self.h, self.w, self.b = h.reshape(-1, h.shape[-1]), w, b
-        self.target = target.reshape(-1).contiguous()
-        count, vocabulary = self.h.shape[0], w.shape[0]
+    def __init__(self, a: Vocabulary) -> None:
+        self.h, self.w, self.b = a.h.reshape(-1, a.h.shape[-1]), a.w, a.b
+        self.target = a.target.reshape(-1).contiguous()
+        count, vocabulary = self.h.shape[0], self.w.shape[0]
         # Slices of nearly one size, whose rows start at aligned addresses, also where a sum over them is cut in parts.
-        parts = parts_of_sum(count, w.shape[1], _processors(h.device))
-        self.width = _round_up(triton.cdiv(vocabulary, triton.cdiv(vocabulary, _SLICE)), 64 * parts)
-        most = max(1, _BUFFER_BYTES // (self.width * h.element_size()))
+        parts = parts_of_sum(count, self.w.shape[1], multiprocessors(self.h.device))
+        width = triton.cdiv(vocabulary, triton.cdiv(vocabulary, _SLICE))
+        self.width = triton.cdiv(width, 64 * parts) * 64 * parts
+        most = max(1, _BUFFER_BYTES // (self.width * self.h.element_size()))
         self.slices = [slice(i, min(i + self.width, vocabulary)) for i in range(0, vocabulary, self.width)]
         self.rows = [slice(i, min(i + most, count)) for i in range(0, count, most)]
-        self.buffer = torch.empty(min(most, count), self.width, dtype=h.dtype, device=h.device)
-        self.config = softmax_config(self.width)
+        self.buffer = self.h.new_empty(min(most, count), self.width)
 
     def logits(self, rows: slice, part: slice) -> Tensor:
         out = self.buffer[: rows.stop - rows.start, : part.stop - part.start]
@@ -219,85 +191,48 @@ class _Blocks:
         return torch.addmm(self.b[part], self.h[rows], self.w[part].t(), out=out)
 
 
-def _row_losses(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, RowStatistics]:
-    blocks = _Blocks(h, w, b, target)
+def _row_losses(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
+    blocks, vocabulary = _Blocks(a), a.w.shape[0]
     count = blocks.h.shape[0]
-    maximum, sums, picked, total, losses = (torch.empty(count, dtype=torch.float32, device=h.device) for _ in range(5))
+    maximum, sums, picked, total, losses = (a.h.new_empty(count, dtype=torch.float32) for _ in range(5))
     for rows in blocks.rows:
         for part in blocks.slices:
             logits = blocks.logits(rows, part)
+            flags = {"first": part.start == 0, "last": part.stop == vocabulary, "smooth": a.label_smoothing > 0}
+            options, _ = launch_options(RUNNING_SOFTMAX, a.h, width=blocks.width, **flags)
             running_softmax_kernel[(logits.shape[0],)](
-                logits,
-                blocks.target[rows],
-                maximum[rows],
-                sums[rows],
-                picked[rows],
-                total[rows],
-                losses[rows],
-                blocks.width,
-                part.start,
-                logits.shape[1],
-                w.shape[0],
-                ignore_index,
-                label_smoothing,
-                **launch_options(
-                    blocks.config, FIRST=part.start == 0, LAST=part.stop == w.shape[0], SMOOTH=label_smoothing > 0
-                ),
-            )
+                logits, blocks.target[rows], maximum[rows], sums[rows], picked[rows], total[rows], losses[rows],
+                blocks.width, part.start, logits.shape[1], vocabulary, a.ignore_index, a.label_smoothing, **options,
+            )  # fmt: skip
     return losses, RowStatistics(maximum, sums)
 
 
-def _gradients(
-    coefficients: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    statistics: RowStatistics,
-    label_smoothing: float,
-    needs: Needs,
-) -> Gradients:
-    blocks = _Blocks(h, w, b, target)
-    several = len(blocks.rows) != 1
+def _gradients(coefficients: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
+    blocks, (h, w, b) = _Blocks(a), a[:3]
+    options, _ = launch_options(SOFTMAX_GRADIENT, h, width=blocks.width)
     dh = torch.zeros(blocks.h.shape, dtype=torch.float32, device=h.device) if needs[0] else None
     dw = torch.empty(w.shape, dtype=w.dtype, device=w.device) if needs[1] else None
     db = torch.zeros(b.shape, dtype=torch.float32, device=b.device) if needs[2] and b is not None else None
     for part in blocks.slices if any(needs) else []:
-        dw_part = (
-            torch.zeros(part.stop - part.start, w.shape[1], dtype=torch.float32, device=w.device) if several else None
-        )
+        wide = w.new_zeros(part.stop - part.start, w.shape[1], dtype=torch.float32) if len(blocks.rows) != 1 else None
         for rows in blocks.rows:
             gradient = blocks.logits(rows, part)
             softmax_gradient_kernel[(gradient.shape[0],)](
-                gradient,
-                blocks.target[rows],
-                statistics.maximum[rows],
-                statistics.log_sum[rows],
-                coefficients[rows],
-                blocks.width,
-                part.start,
-                gradient.shape[1],
-                w.shape[0],
-                label_smoothing,
-                **launch_options(blocks.config),
-            )
+                gradient, blocks.target[rows], statistics.maximum[rows], statistics.log_sum[rows], coefficients[rows],
+                blocks.width, part.start, gradient.shape[1], w.shape[0], a.label_smoothing, **options,
+            )  # fmt: skip
             if dh is not None:
                 _add_product(dh[rows], gradient, w[part])
             if db is not None:
                 db[part] += gradient.sum(0, dtype=torch.float32)
-            if dw is not None and dw_part is None:
+            if dw is not None and wide is None:
                 torch.mm(gradient.t(), blocks.h[rows], out=dw[part])
-            elif dw is not None and dw_part is not None:
-                dw_part += _wide_product(gradient.t(), blocks.h[rows])
-        if dw is not None and dw_part is not None:
-            dw[part] = dw_part
-    return (
-        None if dh is None else dh.to(h.dtype).view(h.shape),
-        dw,
-        None if db is None or b is None else db.to(b.dtype),
-    )
+            elif dw is not None and wide is not None:
+                wide += _wide_product(gradient.t(), blocks.h[rows])
+        if dw is not None and wide is not None:
+            dw[part] = wide
+    dh = None if dh is None else dh.to(h.dtype).view(h.shape)
+    return dh, dw, None if db is None or b is None else db.to(b.dtype)
 
 
 def _wide_product(x: Tensor, y: Tensor) -> Tensor:
@@ -310,7 +245,7 @@ def _wide_product(x: Tensor, y: Tensor) -> Tensor:
 
 def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """`total += x y` in fp32, the sum over a slice of the vocabulary cut in parts that are computed side by side."""
-    parts = parts_of_sum(x.shape[0], y.shape[1], _processors(x.device))
+    parts = parts_of_sum(x.shape[0], y.shape[1], multiprocessors(x.device))
     if x.shape[1] % (8 * parts):  # the last slice, whose parts would begin at odd addresses
         parts = 1
     if parts == 1:
@@ -336,60 +271,3 @@ def parts_of_sum(rows: int, columns: int, processors: int) -> int:
         return triton.cdiv(tiles * parts, processors) / parts + _PARTIAL * tiles * (parts - 1)
 
     return min(range(1, 9), key=time)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return triton.cdiv(value, multiple) * multiple
-
-
-def softmax_config(width: int) -> LaunchConfig:
-    """A slice of a row in registers, up to 32 elements a thread."""
-    block = max(64, triton.next_power_of_2(width))
-    return LaunchConfig({"BLOCK": block}, num_warps=min(8, max(1, block // 512)), num_stages=1)
-
-
-_INTEGERS = ("stride_logits", "start", "columns", "vocabulary")
-_STATE = ("maximum_ptr", "sum_ptr", "picked_ptr", "total_ptr", "loss_ptr")
-
-
-def _running_types(variant: Any, dtype: str) -> dict[str, str]:
-    pointers = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64"} | dict.fromkeys(_STATE, "*fp32")
-    return pointers | dict.fromkeys((*_INTEGERS, "ignore_index"), "i32") | {"smoothing": "fp32"}
-
-
-def _gradient_types(variant: Any, dtype: str) -> dict[str, str]:
-    rows = ("maximum_ptr", "log_sum_ptr", "coefficient_ptr")
-    pointers = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64"} | dict.fromkeys(rows, "*fp32")
-    return pointers | dict.fromkeys(_INTEGERS, "i32") | {"smoothing": "fp32"}
-
-
-KERNELS: list[KernelSpec] = [
-    KernelSpec(
-        name="running_softmax",
-        kernel=running_softmax_kernel,
-        variants=(
-            {"width": 7232, "first": False, "last": False, "smooth": False},
-            {"width": 7232, "first": False, "last": True, "smooth": True},
-        ),
-        types=_running_types,
-        constants=lambda variant, dtype, config: {
-            **{name.upper(): variant[name] for name in ("first", "last", "smooth")},
-            **config.tiles,
-        },
-        config=lambda variant, dtype, arch: softmax_config(variant["width"]),
-        tensor_core=False,
-    ),
-    KernelSpec(
-        name="softmax_gradient",
-        kernel=softmax_gradient_kernel,
-        variants=({"width": 7232},),
-        types=_gradient_types,
-        constants=lambda variant, dtype, config: dict(config.tiles),
-        config=lambda variant, dtype, arch: softmax_config(variant["width"]),
-        tensor_core=False,
-    ),
-]

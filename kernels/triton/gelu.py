@@ -4,40 +4,23 @@ The product itself is the library's. It leaves the pre-activation without its bi
 bias and activation are added again while the gradient passes through.
 """
 
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8 import ARCHES, room_for, scales_of
-from .launch import KernelSpec, LaunchConfig, row_config, tuned_config
-from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
+from .launch import LaunchConfig, launch_options
+from .rows import ARCHES, contiguous_rows, dense, first_stage_programs, ordered_sum, room_for, row_spec, scales_of
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
-
-FORWARD = LaunchConfig({"BLOCK": 1024, "ROWS": 2}, num_warps=4, num_stages=1)
-BACKWARD = LaunchConfig({"BLOCK": 512, "ROWS": 4}, num_warps=4, num_stages=1)
-
-
-@triton.jit(do_not_specialize=["count"])
-def bias_gelu_forward_kernel(
-    y_ptr, bias_ptr, out_ptr, stride_y, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """One program for ROWS rows and BLOCK columns."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (rows < count)[:, None] & (columns < WIDTH)[None, :]
-    far = rows.to(tl.int64)[:, None]
-    z = tl.load(y_ptr + far * stride_y + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    gelu = 0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))
-    tl.store(out_ptr + far * WIDTH + columns[None, :], gelu, mask=inside)
 
 
 @triton.jit
@@ -52,18 +35,22 @@ def activated(y, bias_ptr, out, columns, inside, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count"])
-def bias_gelu_quantise_kernel(
-    y_ptr,
-    bias_ptr,
-    out_ptr,
-    rounded_ptr,
-    scales_ptr,
-    stride_y,
-    count,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REST: tl.constexpr,
+def bias_gelu_forward_kernel(
+    y_ptr, bias_ptr, out_ptr, stride_y, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
+    """One program for ROWS rows and BLOCK columns."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+    far = rows.to(tl.int64)[:, None]
+    activated(y_ptr + far * stride_y, bias_ptr, out_ptr + far * WIDTH, columns, inside, WIDTH)
+
+
+@triton.jit(do_not_specialize=["count"])
+def bias_gelu_quantise_kernel(
+    y_ptr, bias_ptr, out_ptr, rounded_ptr, scales_ptr, stride_y, count,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """One program for a whole row, which the next product reads in fp8, in two pieces: 3072 = 2048 + 1024."""
     row = tl.program_id(0) + tl.arange(0, 1)
     there = (row < count)[:, None]
@@ -87,18 +74,9 @@ def bias_gelu_quantise_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def bias_gelu_backward_kernel(
-    dout_ptr,
-    y_ptr,
-    bias_ptr,
-    dy_ptr,
-    partials_ptr,
-    stride_dout,
-    stride_y,
-    count,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    dout_ptr, y_ptr, bias_ptr, dy_ptr, partials_ptr, stride_dout, stride_y, count,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Program (p, c) takes the steps p, p + programs, ... of ROWS rows, in BLOCK columns.
 
     Partials are `[programs, WIDTH]`.
@@ -126,30 +104,51 @@ def bias_gelu_backward_kernel(
         tl.store(partials_ptr + program * WIDTH + columns, dbias, mask=across)
 
 
+def _fitted(block: int, rows: int) -> Callable[[int], LaunchConfig]:
+    """Tiles of these sizes; narrow layers take no wider a tile than they fill."""
+
+    def config(width: int) -> LaunchConfig:
+        narrowed = min(block, max(16, triton.next_power_of_2(width)))
+        return LaunchConfig({"BLOCK": narrowed, "ROWS": rows}, num_warps=4, num_stages=1)
+
+    return config
+
+
+def _in_pieces(width: int) -> LaunchConfig:
+    """A row in two pieces that are powers of two, 8 elements a thread."""
+    block = max(16, 1 << width.bit_length() - 1)
+    rest = max(16, triton.next_power_of_2(width - block)) if width > block else 0
+    return LaunchConfig({"BLOCK": block, "REST": rest}, num_warps=min(16, max(1, block // 256)), num_stages=1)
+
+
+_WIDTHS = ({"width": 768}, {"width": 3072})
+FORWARD = row_spec("bias_gelu_forward", bias_gelu_forward_kernel, _WIDTHS, _fitted(1024, 2))
+BACKWARD = row_spec("bias_gelu_backward", bias_gelu_backward_kernel, _WIDTHS, _fitted(512, 4))
+QUANTISE = row_spec("bias_gelu_quantise", bias_gelu_quantise_kernel, _WIDTHS[1:], _in_pieces, arches=ARCHES)
+KERNELS = [FORWARD, BACKWARD, QUANTISE]
+
+
 def bias_gelu_forward(y: Tensor, bias: Tensor | None, *, overwrite: bool = False) -> Tensor:
     """`gelu(y + bias)`, erf form, for y `[..., N]`; `overwrite` writes over a contiguous y, if no backward needs it."""
     rows = contiguous_rows(y)
     count, width = rows.shape
     out = y if overwrite and y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if rows.numel():
-        config = row_config("bias_gelu_forward", y, _fitted(FORWARD, width))
-        bias_gelu_forward_kernel[_grid(config, triton.cdiv(count, config.tiles["ROWS"]), width)](
-            rows, dense(bias), out, rows.stride(0), count, **launch_options(config, WIDTH=width)
-        )
+        options, config = launch_options(FORWARD, y, width=width)
+        grid = triton.cdiv(count, config.tiles["ROWS"]), triton.cdiv(width, config.tiles["BLOCK"])
+        bias_gelu_forward_kernel[grid](rows, dense(bias), out, rows.stride(0), count, **options)
     return out
 
 
 def bias_gelu_quantise(y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`gelu(y + bias)`, which takes the place of a contiguous y, and its rows in fp8 with their scales."""
     rows = contiguous_rows(y)
+    count, width = rows.shape
     out = y if y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
     rounded, scales = room_for(rows)
     if rows.numel():
-        config = _in_pieces(rows.shape[1])
-        bias_gelu_quantise_kernel[(rows.shape[0],)](
-            rows, dense(bias), out, rounded, scales, rows.stride(0), rows.shape[0],
-            **launch_options(config, WIDTH=rows.shape[1]),
-        )  # fmt: skip
+        options, _ = launch_options(QUANTISE, y, width=width)
+        bias_gelu_quantise_kernel[(count,)](rows, dense(bias), out, rounded, scales, rows.stride(0), count, **options)
     return out, rounded, scales
 
 
@@ -158,25 +157,13 @@ def bias_gelu_backward(dout: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Te
     rows, upstream = contiguous_rows(y), contiguous_rows(dout)
     count, width = rows.shape
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    config = row_config("bias_gelu_backward", y, _fitted(BACKWARD, width))
+    options, config = launch_options(BACKWARD, y, width=width)
     programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), y.device)
-    partials = None
-    if bias is not None:
-        partials = torch.empty(1, programs, width, dtype=torch.float32, device=y.device)
-    bias_gelu_backward_kernel[_grid(config, programs, width)](
-        upstream,
-        rows,
-        dense(bias),
-        dy,
-        partials,
-        upstream.stride(0),
-        rows.stride(0),
-        count,
-        **launch_options(config, WIDTH=width),
+    partials = None if bias is None else torch.empty(1, programs, width, dtype=torch.float32, device=y.device)
+    bias_gelu_backward_kernel[(programs, triton.cdiv(width, config.tiles["BLOCK"]))](
+        upstream, rows, dense(bias), dy, partials, upstream.stride(0), rows.stride(0), count, **options
     )
-    if bias is None or partials is None:
-        return dy, None
-    return dy, ordered_sum(partials, bias)[0]
+    return dy, None if bias is None or partials is None else ordered_sum(partials, bias)[0]
 
 
 def linear_gelu_forward(x: Tensor, w: Tensor, b: Tensor | None, *, keep: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -193,67 +180,3 @@ def linear_gelu_backward(
     dx = torch.matmul(dy, w) if needs[0] else None
     dw = torch.mm(contiguous_rows(dy).t(), x.reshape(-1, x.shape[-1])) if needs[1] else None
     return dx, dw, db if needs[2] else None
-
-
-def _fitted(config: LaunchConfig, width: int) -> LaunchConfig:
-    """Narrow layers take no wider a tile than they fill."""
-    block = min(config.tiles["BLOCK"], max(16, triton.next_power_of_2(width)))
-    return LaunchConfig({**config.tiles, "BLOCK": block}, config.num_warps, config.num_stages)
-
-
-def _in_pieces(width: int) -> LaunchConfig:
-    """A row in two pieces that are powers of two, 8 elements a thread."""
-    block = max(16, 1 << width.bit_length() - 1)
-    rest = max(16, triton.next_power_of_2(width - block)) if width > block else 0
-    return LaunchConfig({"BLOCK": block, "REST": rest}, num_warps=min(16, max(1, block // 256)), num_stages=1)
-
-
-def _grid(config: LaunchConfig, programs: int, width: int) -> tuple[int, int]:
-    return programs, triton.cdiv(width, config.tiles["BLOCK"])
-
-
-def _spec(
-    name: str, kernel: Any, pointers: tuple[str, ...], strides: tuple[str, ...], config: LaunchConfig
-) -> KernelSpec:
-    def types(variant: Any, dtype: str) -> dict[str, str]:
-        places = {p: "*fp32" if p == "partials_ptr" else f"*{dtype}" for p in pointers}
-        return places | dict.fromkeys((*strides, "count"), "i32")
-
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        variants=({"width": 768}, {"width": 3072}),
-        types=types,
-        constants=lambda variant, dtype, config: {"WIDTH": variant["width"], **config.tiles},
-        config=lambda variant, dtype, arch: (
-            tuned_config(name, variant["width"], dtype, arch) or _fitted(config, variant["width"])
-        ),
-        tensor_core=False,
-    )
-
-
-def _quantise_types(variant: Any, dtype: str) -> dict[str, str]:
-    places = dict.fromkeys(("y_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
-    return places | {"rounded_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "stride_y": "i32", "count": "i32"}
-
-
-KERNELS: list[KernelSpec] = [
-    KernelSpec(
-        name="bias_gelu_quantise",
-        kernel=bias_gelu_quantise_kernel,
-        variants=({"width": 3072},),
-        types=_quantise_types,
-        constants=lambda variant, dtype, config: {"WIDTH": variant["width"], **config.tiles},
-        config=lambda variant, dtype, arch: _in_pieces(variant["width"]),
-        tensor_core=False,
-        arches=ARCHES,
-    ),
-    _spec("bias_gelu_forward", bias_gelu_forward_kernel, ("y_ptr", "bias_ptr", "out_ptr"), ("stride_y",), FORWARD),
-    _spec(
-        "bias_gelu_backward",
-        bias_gelu_backward_kernel,
-        ("dout_ptr", "y_ptr", "bias_ptr", "dy_ptr", "partials_ptr"),
-        ("stride_dout", "stride_y"),
-        BACKWARD,
-    ),
-]

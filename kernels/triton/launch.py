@@ -10,21 +10,22 @@ The number is the head dimension of an attention kernel, or the row width of any
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from xfm_fast.errors import InputError
 
 _TUNING = Path(__file__).resolve().parent.parent / "tuning"
 TRITON_TYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-_INTEGERS = {"i32", "i64", "u32", "u64"}
 
 
 @dataclass(frozen=True)
@@ -58,40 +59,72 @@ class CompileRequest:
     options: dict[str, int]
 
 
-@dataclass(frozen=True)
+# Types of arguments by name, where a kernel does not differ: other pointers are to the dtype that it computes in, other
+# numbers are 32-bit integers.
+_STATISTICS = (
+    "mean rstd partials lse dlse row_lse delta scales maximum sum picked total loss log_sum coefficient entries largest"
+)
+_TYPES = {
+    **dict.fromkeys((f"{name}_ptr" for name in _STATISTICS.split()), "*fp32"),
+    **dict.fromkeys(("seed_ptr", "tokens_ptr", "positions_ptr", "target_ptr", "ids_ptr", "order_ptr"), "*i64"),
+    **dict.fromkeys(("cu_q_ptr", "cu_k_ptr"), "*i32"),
+    **dict.fromkeys(("eps", "keep_scale", "smoothing", "inverse"), "fp32"),
+    "mask_ptr": "*u8",
+    "rounded_ptr": "*fp8e4nv",
+}
+Variant = Mapping[str, Any]
+"""`{"head_dim": 64, "dropout": 0.1}`: the constants of a launch follow from it, the dtype and the architecture."""
+
+
+@dataclass(frozen=True, eq=False)
 class KernelSpec:
-    """A kernel and its shipped forms. Pointers and `stride_*` are compiled as multiples of 16."""
+    """A kernel and its shipped variants. Pointers and `stride_*` are compiled as multiples of 16."""
 
     name: str  # unique; the kernel's key in `tuning/<arch>.json`
     kernel: Any  # the `triton.jit` function
-    variants: tuple[Mapping[str, Any], ...]  # `{"head_dim": 64, "dropout": False}`
-    # (variant, "bf16") → types of all arguments but constants: `"*bf16"`, `"*fp32"`, `"i32"`.
-    types: Callable[[Mapping[str, Any], str], dict[str, str]]
-    # (variant, "bf16", configuration) → values of the constants.
-    constants: Callable[[Mapping[str, Any], str, LaunchConfig], dict[str, Any]]
+    variants: tuple[Variant, ...]
     # (variant, "bf16", 90) → launch configuration.
-    config: Callable[[Mapping[str, Any], str, int], LaunchConfig]
+    config: Callable[[Variant, str, int], LaunchConfig]
+    # (variant, "bf16", configuration) → values of the constants besides the tiles; None for an absent pointer.
+    constants: Callable[[Variant, str, LaunchConfig], dict[str, Any]]
+    # (variant, "bf16") → types of arguments that differ from `_TYPES`.
+    types: Callable[[Variant, str], Mapping[str, str]] = lambda variant, dtype: {}
     tensor_core: bool = True  # it multiplies matrices
     dtypes: tuple[str, ...] = ("fp16", "bf16")
     arches: tuple[int, ...] = ()  # the only architectures to compile for; empty for all
 
-    def request(
-        self, variant: Mapping[str, Any], dtype: str, arch: int, config: LaunchConfig | None = None
-    ) -> CompileRequest:
+    def request(self, variant: Variant, dtype: str, arch: int, config: LaunchConfig | None = None) -> CompileRequest:
         """The compilation of one variant for one dtype and architecture, with its own or another configuration."""
         config = self.config(variant, dtype, arch) if config is None else config
-        types, constants = self.types(variant, dtype), self.constants(variant, dtype, config)
+        constants = {**self.constants(variant, dtype, config), **config.tiles}
         names: list[str] = self.kernel.arg_names
-        if set(types) | set(constants) != set(names) or set(types) & set(constants):
-            wrong = (set(types) | set(constants)) ^ set(names) | set(types) & set(constants)
-            raise ValueError(f"kernel {self.name}: arguments missing, unknown or given twice: {sorted(wrong)}")
-        signature = {name: types.get(name, "constexpr") for name in names}
-        attrs: dict[tuple[int, ...], list[list[Any]]] = {
-            (i,): [["tt.divisibility", 16]]
-            for i, (name, kind) in enumerate(signature.items())
-            if kind.startswith("*") or (kind in _INTEGERS and name.startswith("stride_"))
-        }
-        return CompileRequest(self.kernel, signature, constants, attrs, config.options)
+        kinds = self.kernel.fn.__annotations__
+        needed = {name for name, kind in kinds.items() if kind in ("tl.constexpr", tl.constexpr)}
+        if wrong := (needed - constants.keys()) | (constants.keys() - set(names)):
+            raise ValueError(f"kernel {self.name}: constants missing or unknown: {sorted(wrong)}")
+        types = _TYPES | dict(self.types(variant, dtype))
+        signature: dict[str, str] = {}
+        attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+        for i, name in enumerate(names):
+            kind = types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+            signature[name] = kind = "constexpr" if name in constants else kind
+            if kind.startswith("*") or (kind == "i32" and name.startswith("stride_")):
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        ordered = {name: constants[name] for name in names if name in constants}
+        return CompileRequest(self.kernel, signature, ordered, attrs, config.options)
+
+
+def launch_options(spec: KernelSpec, like: Tensor, **variant: Any) -> tuple[dict[str, Any], LaunchConfig]:
+    """Constants, tiles and compile options of a launch on tensors like this one, and its configuration."""
+    return cached_options(spec, dtype_name(like.dtype), architecture(like.device), **variant)
+
+
+@lru_cache(4096)
+def cached_options(spec: KernelSpec, dtype: str, arch: int, **variant: Any) -> tuple[dict[str, Any], LaunchConfig]:
+    """`launch_options` for a dtype and an architecture; to be forgotten when the table of configurations changes."""
+    config = spec.config(variant, dtype, arch)
+    constants = {k: v for k, v in spec.constants(variant, dtype, config).items() if not k.endswith("_ptr")}
+    return {**constants, **config.tiles, **config.options}, config
 
 
 def architecture(device: torch.device) -> int:
@@ -140,22 +173,21 @@ def tuned_backend(kernel: str, size: int, dtype: str, arch: int) -> str:
     return _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}", {}).get("backend", "triton")
 
 
-@cache
-def config_for(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
-    """The configuration of the kernel `KernelSpec.name`: tuned for this architecture, or heuristic."""
-    return tuned_config(kernel, head_dim, dtype, arch) or heuristic_config(kernel, head_dim, dtype, arch)
+def config_for(kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False) -> LaunchConfig:
+    """The configuration of an attention kernel: tuned for this architecture, or heuristic.
 
-
-def row_config(kernel: str, x: Tensor, heuristic: LaunchConfig) -> LaunchConfig:
-    """The configuration of a kernel for the rows of x `[..., M]`: the tuned one if there is one, else `heuristic`."""
-    dtype = TRITON_TYPE.get(str(x.dtype).removeprefix("torch."), "")
-    return tuned_config(kernel, x.shape[-1], dtype, architecture(x.device)) or heuristic
+    With `dropout` it is heuristic: random bits take registers, and the table has none for them under this name.
+    """
+    tuned = None if dropout else tuned_config(kernel, head_dim, dtype, arch)
+    return tuned or heuristic_config(kernel, head_dim, dtype, arch, dropout=dropout)
 
 
 # (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
-# 64, up to 96, and 128. Programs of the forward and dq kernels own queries, those of the dkdv kernels keys.
-_Row = tuple[int, int, int, int]
-_HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
+# `_COLUMNS`. Programs of the forward, dq and dbias kernels own queries, those of the dkdv kernels keys.
+_Rows = tuple[tuple[int, int, int, int], ...]
+# The masks of the second piece of a head of 72 take registers.
+_COLUMNS = {3: (64, 96, 128), 6: (64, 72, 96, 128, 192, 256)}
+_TILES: dict[str, dict[int, _Rows]] = {
     "relpos_forward": {
         80: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 2)),
         90: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)),
@@ -192,58 +224,6 @@ _HALF: dict[str, dict[int, tuple[_Row, _Row, _Row]]] = {
         100: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
         120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2)),
     },
-}
-# Sequences of at most 32 tokens; several heads a program, over few keys and over many; tiles that more programs share;
-# and packed attention with dropout or a mask of keys, which take registers.
-_SHORT: tuple[_Row, _Row, _Row] = ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2))
-_HEADS: tuple[_Row, _Row, _Row] = ((16, 16, 4, 2), (16, 16, 4, 2), (16, 16, 4, 2))
-_HEADS_MANY: tuple[_Row, _Row, _Row] = ((16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2))
-_FRAGMENTS: tuple[_Row, _Row, _Row] = ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3))
-_NARROW: tuple[_Row, _Row, _Row] = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2))
-_SELECTIVE: tuple[_Row, _Row, _Row] = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
-_SELECTIVE_100: tuple[_Row, _Row, _Row] = ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2))
-
-
-def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int) -> LaunchConfig:
-    """A configuration without spills in half precision, for two programs per multiprocessor at head dimension 64.
-
-    fp32 is for exactness, not speed: it does not use the tensor cores. Architectures between the table's entries (86,
-    89, 103, 121) use the nearest one that fits in their shared memory.
-    """
-    if dtype == "fp32":
-        own, other, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
-    else:
-        column = 0 if head_dim <= 64 else 1 if head_dim <= 96 else 2
-        if kernel.endswith("_short"):
-            rows = _SHORT
-        elif kernel.endswith("_heads"):
-            rows = _HEADS
-        elif kernel.endswith("_heads_many"):
-            rows = _HEADS_MANY
-        elif kernel.endswith("_narrow"):
-            rows = _NARROW
-        elif kernel.endswith("_fragments"):
-            rows = _FRAGMENTS
-        elif kernel.endswith(("_dropout", "_masked")):
-            rows = _SELECTIVE_100 if _nearest(arch) == 100 else _SELECTIVE
-        else:
-            rows = _HALF[kernel][_nearest(arch)]
-        own, other, warps, stages = rows[column]
-    block_m, block_n = (other, own) if "_dkdv" in kernel else (own, other)
-    # Triton 3.6 makes these products wait for each other else.
-    apart = kernel == "relpos_dkdv" and _nearest(arch) == 90 and head_dim <= 64 and dtype != "fp32"
-    # A warp for each head of a program that has several.
-    heads = {"HEADS": warps} if "_heads" in kernel else {}
-    # Two more than two programs a multiprocessor may have, else.
-    registers = 126 if kernel.endswith("_fragments") else 0
-    return LaunchConfig({**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart, registers)
-
-
-# (rows of the tile that a program owns, rows of the tiles that it loops over, warps, stages) for head dimensions up to
-# 64, 72 (the masks of whose second piece take registers), 96, 128, 192 and 256. Programs of the forward, dq and dbias
-# kernels own queries, those of the dkdv kernel keys.
-_Rows = tuple[_Row, _Row, _Row, _Row, _Row, _Row]
-_BIASED: dict[str, dict[int, _Rows]] = {
     "bias_attention_forward": {
         80: ((64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         90: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
@@ -269,36 +249,48 @@ _BIASED: dict[str, dict[int, _Rows]] = {
         120: ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
     },
 }
-_WIDTHS = (64, 72, 96, 128, 192, 256)
+# By the end of a kernel's name: packed attention with dropout or a mask of keys, which take registers; sequences of at
+# most 32 tokens; several heads a program, over few keys and over many; tiles that more programs share.
+_SELECTIVE: _Rows = ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2))
+_FORMS: dict[str, _Rows] = {
+    "_dropout": _SELECTIVE,
+    "_masked": _SELECTIVE,
+    "_short": ((32, 16, 2, 2), (32, 16, 4, 2), (32, 16, 4, 2)),
+    "_heads": ((16, 16, 4, 2),) * 3,
+    "_heads_many": ((16, 32, 4, 2),) * 3,
+    "_fragments": ((128, 64, 8, 3),) * 3,
+    "_narrow": ((64, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+}
+# The widest head whose products have accumulators of their own: Triton 3.6 makes them wait for each other on Hopper
+# else. Wider heads have no registers for it; unfenced, 96 and 128 are serialised, and 256 spills.
+_APART = {"relpos_dkdv": 64, "bias_attention_dkdv": 64, "bias_attention_dq": 192}
 
 
-def bias_config(kernel: str, head_dim: int, dtype: str, arch: int, dropout: bool) -> LaunchConfig:
-    """The configuration of a `bias_attention_*` kernel: tuned for the GPU, or free of spills in half precision.
+def heuristic_config(kernel: str, head_dim: int, dtype: str, arch: int, *, dropout: bool = False) -> LaunchConfig:
+    """A configuration without spills in half precision, for two programs per multiprocessor at head dimension 64.
 
-    The tuned table is for kernels without dropout, whose random bits take registers; fp32 is for exactness, not speed.
+    fp32 is for exactness, not speed: it does not use the tensor cores. Architectures between the table's entries (86,
+    89, 103, 121) use the nearest one that fits in their shared memory.
     """
-    tuned = None if dropout else tuned_config(kernel, head_dim, dtype, arch)
-    if tuned is not None:
-        return tuned
+    nearest = (80 if arch == 80 else 120) if arch < 90 else 90 if arch < 100 else 100 if arch < 120 else 120
     if dtype == "fp32":
         own, other, warps, stages = (32, 32, 4, 1) if head_dim > 64 else (32, 64, 4, 1)
     else:
-        rows = _BIASED[kernel][_nearest(arch)]
-        own, other, warps, stages = rows[next(i for i, width in enumerate(_WIDTHS) if head_dim <= width)]
-    if dropout and dtype != "fp32":
-        other = min(other, 32)
-    block_m, block_n = (other, own) if kernel == "bias_attention_dkdv" else (own, other)
-    widest = {"bias_attention_dkdv": 64, "bias_attention_dq": 192}.get(kernel, 0)
-    hopper = dtype != "fp32" and _nearest(arch) == 90
-    # Wider heads have no registers for products apart. Unfenced, those of 96 and 128 are serialised, and 256 spills.
-    apart, fenced = hopper and head_dim <= widest, hopper and 0 < widest < head_dim
-    return LaunchConfig({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, apart, fenced=fenced)
-
-
-def _nearest(arch: int) -> int:
-    if arch < 90:
-        return 80 if arch == 80 else 120
-    return 90 if arch < 100 else 100 if arch < 120 else 120
+        form = next((end for end in _FORMS if kernel.endswith(end)), None)
+        rows = _TILES[kernel][nearest] if form is None else _FORMS[form]
+        own, other, warps, stages = rows[bisect_left(_COLUMNS[len(rows)], head_dim)]
+        if rows is _SELECTIVE and nearest == 100:
+            warps = 8
+        if dropout:
+            other = min(other, 32)
+    block_m, block_n = (other, own) if "_dkdv" in kernel else (own, other)
+    # A warp for each head of a program that has several.
+    heads = {"HEADS": warps} if "_heads" in kernel else {}
+    widest = _APART.get(kernel, 0) if dtype != "fp32" and nearest == 90 else 0
+    # Two more than two programs a multiprocessor may have, else.
+    registers = 126 if kernel.endswith("_fragments") else 0
+    tiles = {**heads, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    return LaunchConfig(tiles, warps, stages, head_dim <= widest, registers, fenced=0 < widest < head_dim)
 
 
 def tail_size(tokens: int, block: int, masked: int = 32) -> int:

@@ -1,13 +1,20 @@
-"""Residual, LayerScale, DropPath and dropout with the LayerNorm behind them: one pass forward, one pass backward.
+"""Residual, LayerScale, DropPath and dropout, or a sum of embeddings, with the LayerNorm that follows.
 
-Statistics are fp32 in every precision. The backward goes over the rows once: every program takes each n-th step of a
-few rows, keeps the gradients of the parameters in registers and leaves them as partial sums, which `ordered_sum` adds
-in a fixed order. What dropout zeroes follows from (seed, row, column), so it is computed twice and stored never.
+One pass forward, one pass backward. Statistics are fp32 in every precision. The backward goes over the rows once: every
+program takes each n-th step of a few rows, keeps the gradients of the parameters in registers and leaves them as
+partial sums, which `ordered_sum` adds in a fixed order. What dropout zeroes follows from (seed, row, column), so it is
+computed twice and stored never.
+
+The text input of RoBERTa (arXiv 1907.11692) is the norm of a sum of word, position and type embeddings. That sum is not
+stored either: the backward gathers it again. The gradients of the tables are summed in the order of the tokens: these
+are sorted, and one program adds all rows of one entry of a table, so equal inputs give equal bits without atomics.
 """
+
+# Triton's stubs know neither launch options nor that a constant is passed as a plain number.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +25,11 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from .. import checks
-from ..checks import AddNorm
+from ..checks import AddNorm, Embedding
 from ..cpu.norms import AddLayerNorm, AddLayerNormGradients
 from ..limits import LARGEST_WIDTH
-from .fp8 import ARCHES, round_rows, row_wise
-from .launch import KernelSpec, LaunchConfig, row_config, tuned_config
-from .rows import contiguous_rows, dense, first_stage_programs, launch_options, ordered_sum
+from .launch import LaunchConfig, Variant, launch_options
+from .rows import ARCHES, contiguous_rows, dense, first_stage_programs, ordered_sum, round_rows, row_spec, row_wise
 
 _DROPOUT_STEPS = 1 << 24
 
@@ -55,33 +61,63 @@ def normalise_backward(dnormed, normalised, weight, rstd, WIDTH: tl.constexpr):
     return (scaled - normalised * along[:, None] - mean[:, None]) * rstd[:, None]
 
 
+@triton.jit
+def store_norm(
+    values, rows, columns, there, inside, weight_ptr, bias_ptr, normed_ptr, mean_ptr, rstd_ptr, eps,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store the LayerNorm of rows, their mean and 1/deviation; returns the norm in fp32."""
+    centred, mean, rstd = normalise(values, inside, eps, WIDTH)
+    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * weight[None, :]
+    if bias_ptr is not None:
+        normed += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    tl.store(normed_ptr + (rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]), normed, mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=there)
+    tl.store(rstd_ptr + rows, rstd, mask=there)
+    return normed
+
+
+@triton.jit
+def backward_step(
+    values, dnormed, weight, weight_ptr, mean_ptr, rstd_ptr, rows, columns, there, inside,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the rows that were normalised, and of the norm's weight and bias."""
+    mean = tl.load(mean_ptr + rows, mask=there, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=there, other=0.0)
+    normalised = tl.where(inside, (values - mean[:, None]) * rstd[:, None], 0.0)
+    if BLOCK > 4096:
+        # Wide rows leave no registers to hold the weight; it comes from the nearest cache.
+        weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+    ds = normalise_backward(dnormed, normalised, weight, rstd, WIDTH)
+    return ds, tl.sum(dnormed * normalised, 0), tl.sum(dnormed, 0)
+
+
+@triton.jit
+def embedding_sum(
+    tokens_ptr, positions_ptr, word_ptr, position_ptr, type_ptr, rows, columns, there, across,
+    words, places, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`[ROWS, BLOCK]` sums of embeddings, zero outside the tile; NaN for an id outside its table."""
+    token = tl.load(tokens_ptr + rows, mask=there, other=0).to(tl.int64)
+    place = tl.load(positions_ptr + rows, mask=there, other=0).to(tl.int64)
+    known = (token >= 0) & (token < words) & (place >= 0) & (place < places)
+    inside = (there & known)[:, None] & across[None, :]
+    total = tl.load(word_ptr + token[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(position_ptr + place[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    row = tl.load(type_ptr + columns, mask=across, other=0.0).to(tl.float32)
+    total = tl.where(there[:, None], total + row[None, :], 0.0)
+    return tl.where((there & ~known)[:, None] & across[None, :], float("nan"), total)
+
+
 @triton.jit(do_not_specialize=["count", "rows_per_scale", "drop_below"])
 def add_layer_norm_forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    gamma_ptr,
-    row_scale_ptr,
-    seed_ptr,
-    normed_ptr,
-    summed_ptr,
-    mean_ptr,
-    rstd_ptr,
-    rounded_ptr,
-    scales_ptr,
-    stride_x,
-    stride_residual,
-    count,
-    rows_per_scale,
-    eps,
-    drop_below,
-    keep_scale,
-    WIDTH: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, gamma_ptr, row_scale_ptr, seed_ptr,
+    normed_ptr, summed_ptr, mean_ptr, rstd_ptr, rounded_ptr, scales_ptr,
+    stride_x, stride_residual, count, rows_per_scale, eps, drop_below, keep_scale,
+    WIDTH: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """One program for ROWS rows, which are rounded to fp8 too where there is room for that."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -104,14 +140,9 @@ def add_layer_norm_forward_kernel(
         tl.store(summed_ptr + out, summed, mask=inside)
         # The backward sees the sum as it was stored, so the statistics are those of the stored sum.
         values = summed.to(tl.float32)
-    centred, mean, rstd = normalise(values, inside, eps, WIDTH)
-    weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    normed = centred * rstd[:, None] * weight[None, :]
-    if bias_ptr is not None:
-        normed += tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
-    tl.store(normed_ptr + out, normed, mask=inside)
-    tl.store(mean_ptr + rows, mean, mask=there)
-    tl.store(rstd_ptr + rows, rstd, mask=there)
+    normed = store_norm(
+        values, rows, columns, there, inside, weight_ptr, bias_ptr, normed_ptr, mean_ptr, rstd_ptr, eps, WIDTH
+    )
     if rounded_ptr is not None:
         # As a product would read them: of the type that they are stored in.
         rounded, scales = round_rows(tl.where(inside, normed.to(normed_ptr.dtype.element_ty).to(tl.float32), 0.0))
@@ -119,33 +150,29 @@ def add_layer_norm_forward_kernel(
         tl.store(scales_ptr + rows, scales, mask=there)
 
 
+@triton.jit(do_not_specialize=["count", "words", "places"])
+def embedding_norm_forward_kernel(
+    tokens_ptr, positions_ptr, word_ptr, position_ptr, type_ptr, weight_ptr, bias_ptr, normed_ptr, mean_ptr, rstd_ptr,
+    count, words, places, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program for ROWS tokens."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    there, across = rows < count, columns < WIDTH
+    values = embedding_sum(
+        tokens_ptr, positions_ptr, word_ptr, position_ptr, type_ptr, rows, columns, there, across, words, places, WIDTH
+    )
+    inside = there[:, None] & across[None, :]
+    store_norm(values, rows, columns, there, inside, weight_ptr, bias_ptr, normed_ptr, mean_ptr, rstd_ptr, eps, WIDTH)
+
+
 @triton.jit(do_not_specialize=["count", "rows_per_scale", "drop_below"])
 def add_layer_norm_backward_kernel(
-    dnormed_ptr,
-    dsummed_ptr,
-    summed_ptr,
-    x_ptr,
-    weight_ptr,
-    gamma_ptr,
-    row_scale_ptr,
-    seed_ptr,
-    mean_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dresidual_ptr,
-    partials_ptr,
-    stride_dnormed,
-    stride_dsummed,
-    stride_x,
-    count,
-    rows_per_scale,
-    drop_below,
-    keep_scale,
-    WIDTH: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    dnormed_ptr, dsummed_ptr, sums_ptr, branch_ptr, weight_ptr, gamma_ptr, row_scale_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dresidual_ptr, partials_ptr,
+    stride_dnormed, stride_dsummed, stride_branch, count, rows_per_scale, drop_below, keep_scale,
+    WIDTH: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Program p takes the steps p, p + programs, ... of ROWS rows; partials are `[2 or 3, programs, WIDTH]`."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -162,16 +189,12 @@ def add_layer_norm_backward_kernel(
         far = rows.to(tl.int64)[:, None]
         dense = far * WIDTH + columns[None, :]
         dnormed = tl.load(dnormed_ptr + far * stride_dnormed + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        summed = tl.load(summed_ptr + dense, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + rows, mask=there, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=there, other=0.0)
-        normalised = tl.where(inside, (summed - mean[:, None]) * rstd[:, None], 0.0)
-        dweight += tl.sum(dnormed * normalised, 0)
-        dbias += tl.sum(dnormed, 0)
-        if BLOCK > 4096:
-            # Wide rows leave no registers to hold the weight; it comes from the nearest cache.
-            weight = tl.load(weight_ptr + columns, mask=across, other=0.0).to(tl.float32)[None, :]
-        ds = normalise_backward(dnormed, normalised, weight, rstd, WIDTH)
+        summed = tl.load(sums_ptr + dense, mask=inside, other=0.0).to(tl.float32)
+        ds, of_weight, of_bias = backward_step(
+            summed, dnormed, weight, weight_ptr, mean_ptr, rstd_ptr, rows, columns, there, inside, WIDTH, BLOCK
+        )
+        dweight += of_weight
+        dbias += of_bias
         if dsummed_ptr is not None:
             addresses = dsummed_ptr + far * stride_dsummed + columns[None, :]
             ds += tl.load(addresses, mask=inside, other=0.0).to(tl.float32)
@@ -184,7 +207,7 @@ def add_layer_norm_backward_kernel(
                 ds *= dropout_factors(seed_ptr, rows, drop_below, keep_scale, WIDTH, BLOCK)
             if gamma_ptr is not None:
                 # γ stands behind dropout, but factors commute: what is dropped counts neither here nor there.
-                x = tl.load(x_ptr + far * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+                x = tl.load(branch_ptr + far * stride_branch + columns[None, :], mask=inside, other=0.0).to(tl.float32)
                 dgamma += tl.sum(ds * x, 0)
                 ds *= tl.load(gamma_ptr + columns, mask=across, other=0.0).to(tl.float32)[None, :]
             tl.store(dx_ptr + dense, ds, mask=inside)
@@ -193,6 +216,71 @@ def add_layer_norm_backward_kernel(
     tl.store(place + programs * WIDTH, dbias, mask=across)
     if gamma_ptr is not None:
         tl.store(place + 2 * programs * WIDTH, dgamma, mask=across)
+
+
+@triton.jit(do_not_specialize=["count", "words", "places"])
+def embedding_norm_backward_kernel(
+    dnormed_ptr, tokens_ptr, positions_ptr, word_ptr, position_ptr, type_ptr, weight_ptr, mean_ptr, rstd_ptr,
+    ds_ptr, partials_ptr, stride_dnormed, count, words, places,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the sum of embeddings, fp32; partials of (weight, bias, type row) are `[3, programs, WIDTH]`."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    columns = tl.arange(0, BLOCK)
+    across = columns < WIDTH
+    weight = tl.load(weight_ptr + columns, mask=across, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    dtype_row = tl.zeros([BLOCK], tl.float32)
+    for step in range(program, tl.cdiv(count, ROWS), programs):
+        rows = step * ROWS + tl.arange(0, ROWS)
+        there = rows < count
+        inside = there[:, None] & across[None, :]
+        far = rows.to(tl.int64)[:, None]
+        dnormed = tl.load(dnormed_ptr + far * stride_dnormed + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        values = embedding_sum(
+            tokens_ptr, positions_ptr, word_ptr, position_ptr, type_ptr, rows, columns, there, across, words, places,
+            WIDTH,
+        )  # fmt: skip
+        ds, of_weight, of_bias = backward_step(
+            values, dnormed, weight, weight_ptr, mean_ptr, rstd_ptr, rows, columns, there, inside, WIDTH, BLOCK
+        )
+        tl.store(ds_ptr + far * WIDTH + columns[None, :], ds, mask=inside)
+        dweight += of_weight
+        dbias += of_bias
+        dtype_row += tl.sum(ds, 0)
+    place = partials_ptr + program * WIDTH + columns
+    tl.store(place, dweight, mask=across)
+    tl.store(place + programs * WIDTH, dbias, mask=across)
+    tl.store(place + 2 * programs * WIDTH, dtype_row, mask=across)
+
+
+@triton.jit(do_not_specialize=["count", "entries", "skipped"])
+def segment_sum_kernel(
+    ids_ptr, order_ptr, rows_ptr, table_ptr, count, entries, skipped,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The program at the first of a run of equal sorted ids adds the rows of the run; all other programs are done."""
+    first = tl.program_id(0)
+    entry = tl.load(ids_ptr + first)
+    before = tl.load(ids_ptr + tl.maximum(first - 1, 0))
+    if ((first == 0) | (before != entry)) & (entry != skipped) & (entry >= 0) & (entry < entries):
+        columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        across = columns < WIDTH
+        steps = tl.arange(0, BLOCK_ROWS)
+        sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+        start = first
+        members = BLOCK_ROWS
+        while members == BLOCK_ROWS:
+            there = start + steps < count
+            there = there & (tl.load(ids_ptr + start + steps, mask=there, other=-1) == entry)
+            source = tl.load(order_ptr + start + steps, mask=there, other=0)
+            addresses = rows_ptr + source[:, None] * WIDTH + columns[None, :]
+            sums += tl.load(addresses, mask=there[:, None] & across[None, :], other=0.0)
+            members = tl.sum(there.to(tl.int32), 0)
+            start += BLOCK_ROWS
+        tl.store(table_ptr + entry * WIDTH + columns, tl.sum(sums, 0), mask=across)
 
 
 def forward_config(width: int) -> LaunchConfig:
@@ -210,11 +298,68 @@ def backward_config(width: int) -> LaunchConfig:
     return LaunchConfig({"BLOCK": block, "ROWS": rows}, warps, num_stages=1)
 
 
+# Pointers that are absent where a variant lacks a feature.
+_OPTIONAL = {
+    "residual": ("residual_ptr", "summed_ptr", "dsummed_ptr"),
+    "gamma": ("gamma_ptr", "row_scale_ptr", "branch_ptr"),
+    "dropout": ("seed_ptr",),
+    "fp8": ("rounded_ptr", "scales_ptr"),
+}
+
+
+def _constants(variant: Variant) -> dict[str, Any]:
+    absent = [name for feature, names in _OPTIONAL.items() if not variant.get(feature) for name in names]
+    if not (variant.get("gamma") or variant["dropout"]):
+        absent.append("dresidual_ptr")
+    return {**dict.fromkeys(absent), "HAS_DROPOUT": variant["dropout"]}
+
+
+_VARIANTS = tuple(
+    {"width": width, "residual": residual, "gamma": gamma, "dropout": dropout}
+    for width, residual, gamma, dropout in (
+        (768, False, False, False),
+        (768, True, False, False),
+        (768, True, False, True),
+        (768, True, True, False),
+        (1024, True, True, True),
+        (1536, False, False, False),
+        (4096, True, True, False),
+        (8192, True, False, True),
+    )
+)
+FORWARD = row_spec("add_layer_norm_forward", add_layer_norm_forward_kernel, _VARIANTS, forward_config, _constants)
+FORWARD_FP8 = row_spec(
+    "add_layer_norm_forward_fp8",
+    add_layer_norm_forward_kernel,
+    ({**_VARIANTS[0], "fp8": True}, {**_VARIANTS[3], "fp8": True}),
+    row_wise,
+    _constants,
+    arches=ARCHES,
+)
+BACKWARD = row_spec("add_layer_norm_backward", add_layer_norm_backward_kernel, _VARIANTS, backward_config, _constants)
+EMBED_FORWARD = row_spec("embedding_norm_forward", embedding_norm_forward_kernel, ({"width": 768},), forward_config)
+EMBED_BACKWARD = row_spec(
+    "embedding_norm_backward",
+    embedding_norm_backward_kernel,
+    ({"width": 768},),
+    backward_config,
+    types=lambda variant, dtype: {"ds_ptr": "*fp32"},
+)
+SEGMENT_SUM = row_spec(
+    "embedding_segment_sum",
+    segment_sum_kernel,
+    ({"width": 768},),
+    lambda width: LaunchConfig({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}, num_warps=4, num_stages=1),
+    types=lambda variant, dtype: {"rows_ptr": "*fp32"},
+)
+KERNELS = [FORWARD, FORWARD_FP8, BACKWARD, EMBED_FORWARD, EMBED_BACKWARD, SEGMENT_SUM]
+
+
 def add_layer_norm_forward(a: AddNorm, *, rounded: tuple[Tensor, Tensor] | None = None) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm.
 
-    `normed` has the dtype of x, or with `wide` of the sum; `rounded` is memory from `fp8.room_for` for `normed` in fp8.
-    `summed` is x itself without a residual, factor or dropout.
+    `normed` has the dtype of x, or with `wide` of the sum; `rounded` is memory from `rows.room_for`, for `normed` in
+    fp8. `summed` is x itself without a residual, factor or dropout.
     """
     x, residual, gamma, row_scale = a.x, a.residual, a.gamma, a.row_scale
     width, rows = width_of(x), contiguous_rows(x)
@@ -222,33 +367,17 @@ def add_layer_norm_forward(a: AddNorm, *, rounded: tuple[Tensor, Tensor] | None 
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     normed = torch.empty(x.shape, dtype=dtype if a.wide else x.dtype, device=x.device)
     summed = x if plain else torch.empty(x.shape, dtype=dtype, device=x.device)
-    mean, rstd = (torch.empty(rows.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = _statistics(rows.shape[0], x)
     added = None if residual is None else contiguous_rows(residual)
-    config = row_config("add_layer_norm_forward", x, forward_config(width)) if rounded is None else row_wise(width)
-    drop_below, keep_scale = _dropout(a.dropout_p, a.seed)
+    options, config = launch_options(FORWARD_FP8 if rounded else FORWARD, x, width=width, dropout=a.dropout_p > 0)
+    scales_per_row, seed, drop_below, keep_scale = _chance(a)
     if rows.shape[0]:
         add_layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], config.tiles["ROWS"]),)](
-            rows,
-            added,
-            dense(a.weight),
-            dense(a.bias),
-            dense(gamma),
-            dense(row_scale),
-            a.seed if a.dropout_p else None,
-            normed,
-            None if plain else summed,
-            mean,
-            rstd,
-            *(rounded or (None, None)),
-            rows.stride(0),
-            0 if added is None else added.stride(0),
-            rows.shape[0],
-            _rows_per_scale(x, row_scale),
-            a.eps,
-            drop_below,
-            keep_scale,
-            **launch_options(config, WIDTH=width, HAS_DROPOUT=a.dropout_p > 0),
-        )
+            rows, added, dense(a.weight), dense(a.bias), dense(gamma), dense(row_scale), seed,
+            normed, None if plain else summed, mean, rstd, *(rounded or (None, None)),
+            rows.stride(0), 0 if added is None else added.stride(0), rows.shape[0], scales_per_row,
+            a.eps, drop_below, keep_scale, **options,
+        )  # fmt: skip
     return AddLayerNorm(normed, summed, mean, rstd)
 
 
@@ -270,35 +399,17 @@ def add_layer_norm_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     apart = has_residual and (scaled or x.dtype != summed.dtype)
     dresidual = torch.empty(x.shape, dtype=summed.dtype, device=x.device) if apart else None
-    config = row_config("add_layer_norm_backward", x, backward_config(width))
+    options, config = launch_options(BACKWARD, x, width=width, dropout=a.dropout_p > 0)
     programs = first_stage_programs(triton.cdiv(rows.shape[0], config.tiles["ROWS"]), x.device)
-    outputs = 2 if gamma is None else 3
-    partials = torch.empty(outputs, programs, width, dtype=torch.float32, device=x.device)
-    drop_below, keep_scale = _dropout(a.dropout_p, a.seed)
-    add_layer_norm_backward_kernel[(programs,)](
-        upstream,
-        skipped,
-        sums,
-        rows if gamma is not None else None,
-        dense(weight),
-        dense(gamma),
-        dense(row_scale),
-        a.seed if a.dropout_p else None,
-        mean,
-        rstd,
-        dx,
-        dresidual,
-        partials,
-        upstream.stride(0),
-        0 if skipped is None else skipped.stride(0),
-        rows.stride(0),
-        rows.shape[0],
-        _rows_per_scale(x, row_scale),
-        drop_below,
-        keep_scale,
-        **launch_options(config, WIDTH=width, HAS_DROPOUT=a.dropout_p > 0),
-    )
     likes = [weight, weight] if gamma is None else [weight, weight, gamma]
+    partials = torch.empty(len(likes), programs, width, dtype=torch.float32, device=x.device)
+    scales_per_row, seed, drop_below, keep_scale = _chance(a)
+    add_layer_norm_backward_kernel[(programs,)](
+        upstream, skipped, sums, rows if gamma is not None else None, dense(weight), dense(gamma), dense(row_scale),
+        seed, mean, rstd, dx, dresidual, partials,
+        upstream.stride(0), 0 if skipped is None else skipped.stride(0), rows.stride(0), rows.shape[0],
+        scales_per_row, drop_below, keep_scale, **options,
+    )  # fmt: skip
     dweight, dbias, *rest = ordered_sum(partials, *likes)
     dgamma = rest[0] if rest else None
     return AddLayerNormGradients(dx, dx if dresidual is None else dresidual, dweight, dbias, dgamma)
@@ -326,114 +437,78 @@ def width_of(x: Tensor) -> int:
     return x.shape[-1]
 
 
-def _rows_per_scale(x: Tensor, row_scale: Tensor | None) -> int:
-    return 1 if row_scale is None else max(1, x.numel() // (x.shape[-1] * max(1, x.shape[0])))
+def _statistics(rows: int, like: Tensor) -> list[Tensor]:
+    return [torch.empty(rows, dtype=torch.float32, device=like.device) for _ in range(2)]
 
 
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float]:
-    """(threshold, factor): of 2^24 equally likely values, values below the threshold are dropped, others scaled."""
-    if dropout_p:
-        checks.seed_of(dropout_p, seed)
-    return round(dropout_p * _DROPOUT_STEPS), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+def _chance(a: AddNorm) -> tuple[int, Tensor | None, int, float]:
+    """(rows per factor of `row_scale`, seed, threshold, factor) of stochastic depth and dropout.
+
+    Of 2^24 equally likely values, values below the threshold are dropped, others scaled.
+    """
+    rows = 1 if a.row_scale is None else max(1, a.x.numel() // (a.x.shape[-1] * max(1, a.x.shape[0])))
+    seed = checks.seed_of(a.dropout_p, a.seed) if a.dropout_p else None
+    return rows, seed, round(a.dropout_p * _DROPOUT_STEPS), 1 / (1 - a.dropout_p) if a.dropout_p < 1 else 0.0
 
 
-def _variant_constants(variant: Any, absent: tuple[str, ...], config: LaunchConfig) -> dict[str, Any]:
-    return {
-        **dict.fromkeys(absent),
-        "WIDTH": variant["width"],
-        "HAS_DROPOUT": variant["dropout"],
-        **config.tiles,
-    }
+def embedding_norm_forward(
+    tokens: Tensor,
+    positions: Tensor,
+    word: Tensor,
+    position: Tensor,
+    type_row: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm `[..., M]` of `word[tokens] + position[positions] + type_row`, and mean and rstd `[rows]` in fp32.
+
+    An id outside its table makes its row NaN.
+    """
+    width, count = width_of(word), tokens.numel()
+    normed = torch.empty(*tokens.shape, width, dtype=word.dtype, device=word.device)
+    mean, rstd = _statistics(count, word)
+    options, config = launch_options(EMBED_FORWARD, word, width=width)
+    if count:
+        embedding_norm_forward_kernel[(triton.cdiv(count, config.tiles["ROWS"]),)](
+            *_ids(tokens, positions), word.contiguous(), position.contiguous(), dense(type_row), dense(weight),
+            dense(bias), normed, mean, rstd, count, word.shape[0], position.shape[0], eps, **options,
+        )  # fmt: skip
+    return normed, mean, rstd
 
 
-def _absent(variant: Any) -> tuple[str, ...]:
-    names = [] if variant["gamma"] else ["gamma_ptr", "row_scale_ptr"]
-    return (*names, *([] if variant["dropout"] else ["seed_ptr"]))
-
-
-def _forward_absent(variant: Any) -> tuple[str, ...]:
-    plain = () if variant["residual"] else ("residual_ptr", "summed_ptr")
-    return (*_absent(variant), *plain, *(() if variant.get("fp8") else ("rounded_ptr", "scales_ptr")))
-
-
-def _forward_types(variant: Any, dtype: str) -> dict[str, str]:
-    absent = _forward_absent(variant)
-    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "normed_ptr", "summed_ptr"), f"*{dtype}")
-    pointers |= dict.fromkeys(("weight_ptr", "bias_ptr", "gamma_ptr", "row_scale_ptr"), f"*{dtype}")
-    pointers |= {"seed_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    pointers |= {"rounded_ptr": "*fp8e4nv", "scales_ptr": "*fp32"}
-    scalars = dict.fromkeys(("stride_x", "stride_residual", "count", "rows_per_scale", "drop_below"), "i32")
-    return {k: v for k, v in pointers.items() if k not in absent} | scalars | {"eps": "fp32", "keep_scale": "fp32"}
-
-
-def _forward_constants(variant: Any, dtype: str, config: LaunchConfig) -> dict[str, Any]:
-    return _variant_constants(variant, _forward_absent(variant), config)
-
-
-def _backward_absent(variant: Any) -> tuple[str, ...]:
-    names = [*_absent(variant), *([] if variant["gamma"] else ["x_ptr"])]
-    if not (variant["gamma"] or variant["dropout"]):
-        names.append("dresidual_ptr")
-    return (*names, *([] if variant["residual"] else ["dsummed_ptr"]))
-
-
-def _backward_types(variant: Any, dtype: str) -> dict[str, str]:
-    names = "dnormed dsummed summed x weight gamma row_scale dx dresidual".split()
-    pointers = dict.fromkeys((f"{n}_ptr" for n in names), f"*{dtype}")
-    pointers |= {"seed_ptr": "*i64"} | dict.fromkeys(("mean_ptr", "rstd_ptr", "partials_ptr"), "*fp32")
-    scalars = ("stride_dnormed", "stride_dsummed", "stride_x", "count", "rows_per_scale", "drop_below")
-    absent = _backward_absent(variant)
-    present = {k: v for k, v in pointers.items() if k not in absent}
-    return present | dict.fromkeys(scalars, "i32") | {"keep_scale": "fp32"}
-
-
-def _shipped(kernel: str, heuristic: Callable[[int], LaunchConfig]) -> Callable[[Any, str, int], LaunchConfig]:
-    def config(variant: Any, dtype: str, arch: int) -> LaunchConfig:
-        return tuned_config(kernel, variant["width"], dtype, arch) or heuristic(variant["width"])
-
-    return config
-
-
-_VARIANTS = tuple(
-    {"width": width, "residual": residual, "gamma": gamma, "dropout": dropout}
-    for width, residual, gamma, dropout in (
-        (768, False, False, False),
-        (768, True, False, False),
-        (768, True, False, True),
-        (768, True, True, False),
-        (1024, True, True, True),
-        (1536, False, False, False),
-        (4096, True, True, False),
-        (8192, True, False, True),
+def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
+    """Gradients of tables, type row and norm; zero in row `padding_idx` of both tables, as in RoBERTa."""
+    word, position, weight = a.word, a.position, a.weight
+    width, count = width_of(word), a.tokens.numel()
+    upstream, ids = contiguous_rows(dnormed), _ids(a.tokens, a.positions)
+    ds = torch.empty(count, width, dtype=torch.float32, device=word.device)
+    options, config = launch_options(EMBED_BACKWARD, word, width=width)
+    programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), word.device)
+    partials = torch.empty(3, programs, width, dtype=torch.float32, device=word.device)
+    embedding_norm_backward_kernel[(programs,)](
+        upstream, *ids, word.contiguous(), position.contiguous(), dense(a.type_row), dense(weight), mean, rstd,
+        ds, partials, upstream.stride(0), count, word.shape[0], position.shape[0], **options,
+    )  # fmt: skip
+    dweight, dbias, dtype_row = ordered_sum(partials, weight, weight, a.type_row)
+    dword, dposition = (
+        _table_gradient(entries, ds, table, a.padding_idx) for entries, table in zip(ids, (word, position), strict=True)
     )
-)
-KERNELS: list[KernelSpec] = [
-    KernelSpec(
-        name="add_layer_norm_forward",
-        kernel=add_layer_norm_forward_kernel,
-        variants=_VARIANTS,
-        types=_forward_types,
-        constants=_forward_constants,
-        config=_shipped("add_layer_norm_forward", forward_config),
-        tensor_core=False,
-    ),
-    KernelSpec(
-        name="add_layer_norm_forward_fp8",
-        kernel=add_layer_norm_forward_kernel,
-        variants=({**_VARIANTS[0], "fp8": True}, {**_VARIANTS[3], "fp8": True}),
-        types=_forward_types,
-        constants=_forward_constants,
-        config=lambda variant, dtype, arch: row_wise(variant["width"]),
-        tensor_core=False,
-        arches=ARCHES,
-    ),
-    KernelSpec(
-        name="add_layer_norm_backward",
-        kernel=add_layer_norm_backward_kernel,
-        variants=_VARIANTS,
-        types=_backward_types,
-        constants=lambda variant, dtype, config: _variant_constants(variant, _backward_absent(variant), config),
-        config=_shipped("add_layer_norm_backward", backward_config),
-        tensor_core=False,
-    ),
-]
+    return dword, dposition, dtype_row, dweight, dbias
+
+
+def _table_gradient(ids: Tensor, rows: Tensor, table: Tensor, padding_idx: int | None) -> Tensor:
+    """The gradient of `table` `[V, M]`: every row `[T, M]` fp32 added to the entry of its id `[T]`, in their order."""
+    gradient = torch.zeros(table.shape, dtype=table.dtype, device=table.device)
+    count, width = rows.shape
+    if count:
+        ordered, order = torch.sort(ids.long(), stable=True)
+        options, config = launch_options(SEGMENT_SUM, rows, width=width)
+        segment_sum_kernel[(count, triton.cdiv(width, config.tiles["BLOCK_COLUMNS"]))](
+            ordered, order, rows, gradient, count, table.shape[0], -1 if padding_idx is None else padding_idx, **options
+        )
+    return gradient
+
+
+def _ids(tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens.reshape(-1).contiguous(), positions.reshape(-1).contiguous()

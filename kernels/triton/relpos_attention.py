@@ -24,25 +24,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from xfm_fast.errors import InputError
 
 from .. import checks
+from ..checks import FRAGMENT_TILE
 from ..limits import HEAD_DIMS
 from .attention_tiles import (
     LOG2E,
-    STATISTICS_SPEC,
     addressable,
-    argument_types,
+    attention_spec,
     backward_statistics,
     dkdv_tile,
-    dot_precision,
     forward_tile,
     load_pieces,
-    split_head_dim,
     store_pieces,
+    strides_of,
 )
-from .launch import KernelSpec, LaunchConfig, architecture, config_for, dtype_name, tail_size
+from .launch import KernelSpec, LaunchConfig, Variant, launch_options, tail_size
 from .relpos_table import (
-    BIAS_SPEC,
     FRAGMENT_HEAD_DIMS,
-    TABLE_SPEC,
     bias_dtype,
     first_columns,
     materialise_bias,
@@ -52,6 +49,19 @@ from .relpos_table import (
 )
 
 __all__ = ["KERNELS", "materialise_bias", "relpos_attention_backward", "relpos_attention_forward"]
+
+
+@triton.jit
+def locate(tokens, batch, BLOCK: tl.constexpr):
+    """(first row, batch entry, head) of a program.
+
+    Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
+    """
+    tiles = tl.cdiv(tokens, BLOCK)
+    start = tl.program_id(0) % tiles * BLOCK
+    b = (tl.program_id(0) // tiles % batch).to(tl.int64)
+    h = (tl.program_id(0) // tiles // batch).to(tl.int64)
+    return start, b, h
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "tokens"])
@@ -66,11 +76,7 @@ def forward_kernel(
 
     With STAGES, the loop's loads of the bias are copied ahead of their use too, not only those of keys and values.
     """
-    # Neighbours share keys and values, then the bias of a head, so that both stay in the second-level cache.
-    tiles = tl.cdiv(tokens, BLOCK_M)
-    start = tl.program_id(0) % tiles * BLOCK_M
-    b = (tl.program_id(0) // tiles % batch).to(tl.int64)
-    h = (tl.program_id(0) // tiles // batch).to(tl.int64)
+    start, b, h = locate(tokens, batch, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     inside = rows < tokens - start
     # Rows beyond the last repeat it: they read valid memory and are not stored.
@@ -196,10 +202,7 @@ def dkdv_kernel(
     The bias lies `[H, keys, queries]`, with -inf in the columns beyond the last query, and the gradients of the scores
     `[B, H, keys, queries]`, with zeros there.
     """
-    tiles = tl.cdiv(tokens, BLOCK_N)
-    start = tl.program_id(0) % tiles * BLOCK_N
-    b = (tl.program_id(0) // tiles % batch).to(tl.int64)
-    h = (tl.program_id(0) // tiles // batch).to(tl.int64)
+    start, b, h = locate(tokens, batch, BLOCK_N)
     columns = tl.arange(0, BLOCK_N)
     inside = columns < tokens - start
     # Keys beyond the last repeat it: they read valid memory and are not stored.
@@ -225,9 +228,9 @@ def dkdv_kernel(
     for first in tl.range(0, full, BLOCK_M, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         dk_a, dk_b, dv_a, dv_b = dkdv_tile(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            row_lse + first, delta + first, bias_keys + (first + rows)[None, :], rows < tokens - first,
-            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_M, PRECISION, True, MASKED, 0, True,
-            True, ds + (first + rows)[None, :], inside, APART,
+            row_lse + first, delta + first, bias_keys + (first + rows)[None, :], rows < tokens - first, 0, 0, 0, 0,
+            SCALE, D_A, D_B, BLOCK_M, PRECISION, MASKED, 0, APART,
+            ds + (first + rows)[None, :], inside,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
         g_base += BLOCK_M * stride_gn
@@ -236,9 +239,9 @@ def dkdv_kernel(
             last = tl.arange(0, TAIL)
             dk_a, dk_b, dv_a, dv_b = dkdv_tile(
                 k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-                row_lse + full, delta + full, bias_keys + (full + last)[None, :], last < tokens - full,
-                0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, True, True, 0, True,
-                True, ds + (full + last)[None, :], inside, APART,
+                row_lse + full, delta + full, bias_keys + (full + last)[None, :], last < tokens - full, 0, 0, 0, 0,
+                SCALE, D_A, D_B, TAIL, PRECISION, True, 0, APART,
+                ds + (full + last)[None, :], inside,
             )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
     gradient = (b * tokens + start) * stride_dn + h * (D_A + D_B)
@@ -253,10 +256,7 @@ def dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient dq of BLOCK_M queries of one head of one batch entry, from the gradients of their scores."""
-    tiles = tl.cdiv(tokens, BLOCK_M)
-    start = tl.program_id(0) % tiles * BLOCK_M
-    b = (tl.program_id(0) // tiles % batch).to(tl.int64)
-    h = (tl.program_id(0) // tiles // batch).to(tl.int64)
+    start, b, h = locate(tokens, batch, BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     k_base = k_ptr + b * stride_kb + h * stride_kh
@@ -301,14 +301,48 @@ def batch_sum_kernel(
     tl.store(dbias_ptr + places, acc, mask=inside)
 
 
+def _spec(
+    name: str, kernel: Any, variants: tuple[Variant, ...], head_dims: tuple[int, ...] = HEAD_DIMS, **options: Any
+) -> KernelSpec:
+    """A kernel with these variants for every head dimension."""
+    looped, masked = ("BLOCK_M", MASKED_QUERIES) if name == "relpos_dkdv" else ("BLOCK_N", 32)
+
+    def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
+        tail = tail_size(variant.get("tokens", 0), config.tiles[looped], masked)
+        return {"TAIL": tail, "HAS_BIAS": variant.get("bias", True)}
+
+    def types(variant: Variant, dtype: str) -> Mapping[str, str]:
+        tile = f"tensordesc<{dtype}[1, {FRAGMENT_TILE[1]}, {variant['head_dim']}]>"
+        bias = "*i32" if kernel is fragments_kernel else "*fp32" if dtype == "fp32" else "*fp16"
+        return {"bias_ptr": bias, "k_tiles": tile, "v_tiles": tile}
+
+    every = [{"head_dim": head_dim, **variant} for head_dim in head_dims for variant in variants]
+    return attention_spec(name, kernel, every, extras, types=types, **options)
+
+
 # Tiles of at most so many queries are masked in the loop of the dkdv kernel, instead of a last tile of their own.
 MASKED_QUERIES = 16
+# 577 tokens stand for windows of 14², 24² and 30² patches, which all have the same kind of last tile. The variant
+# without a bias is never launched; it is what the one with a bias is compared with.
+FORWARD = _spec("relpos_forward", forward_kernel, ({"tokens": 577}, {"tokens": 577, "bias": False}))
+FRAGMENTS = _spec("relpos_forward_fragments", fragments_kernel, ({"tokens": 577},), FRAGMENT_HEAD_DIMS, arches=(90,))
+DKDV = _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},))
+DQ = _spec("relpos_dq", dq_kernel, ({},))
+BATCH_SUM = KernelSpec(
+    name="relpos_batch_sum",
+    kernel=batch_sum_kernel,
+    variants=({"first": True}, {"first": False}),
+    config=lambda variant, dtype, arch: LaunchConfig({"BLOCK": 1024, "ENTRIES": 4}, num_warps=4, num_stages=1),
+    constants=lambda variant, dtype, config: {"FIRST": variant["first"]},
+    types=lambda variant, dtype: {"dbias_ptr": "*fp32"},
+    tensor_core=False,
+)
+KERNELS = [FORWARD, FRAGMENTS, DKDV, DQ, BATCH_SUM]
 # Programs of a launch in any dimension but the first.
 _LARGEST_GRID = 65535
 # The gradients of the scores of so many bytes at most are there at once, so that the second-level cache (an H100's has
 # 50 MB) holds them until they are summed.
 _SCORES_BYTES = 36 << 20
-_SUM = LaunchConfig({"BLOCK": 1024, "ENTRIES": 4}, num_warps=4, num_stages=1)
 
 
 def entries_at_once(batch: int, entry_bytes: int) -> int:
@@ -334,9 +368,10 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     q, k, v = (addressable(t) for t in (q, k, v))
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    constants, config = _constants("relpos_forward_fragments" if fragments else "relpos_forward", q, scale)
-    columns = bias.shape[2] * checks.FRAGMENT_TILE[1] if fragments else bias.shape[2]
-    tail = _tail(columns, tokens, config.tiles["BLOCK_N"])
+    variant = {"head_dim": head_dim, "scale": checks.positive_scale(scale), "tokens": tokens}
+    options, config = launch_options(FRAGMENTS if fragments else FORWARD, q, **variant)
+    columns = bias.shape[2] * (FRAGMENT_TILE[1] if fragments else 1)
+    _check_padding(columns, tokens, config.tiles["BLOCK_N"])
     if q.numel():
         tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"])
         if fragments:
@@ -344,13 +379,12 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
             fragments_kernel[(tiles, batch, heads)](
                 q, k, v, *(_described(t, config.tiles["BLOCK_N"]) for t in (k, v)),
                 bias.view(torch.int32),  # words of two neighbours
-                out, lse, *_strides(q, k, v, out), columns, heads, tokens, TAIL=tail, **constants, **config.options,
+                out, lse, *strides_of(q, k, v, out), columns, heads, tokens, **options,
             )  # fmt: skip
         else:
             forward_kernel[(tiles * batch * heads,)](
-                q, k, v, bias, out, lse, *_strides(q, k, v, out), columns, batch, heads, tokens,
-                HAS_BIAS=True, TAIL=tail, STAGES=config.num_stages, **constants, **config.options,
-            )  # fmt: skip
+                q, k, v, bias, out, lse, *strides_of(q, k, v, out), columns, batch, heads, tokens, **options
+            )
     return out, lse
 
 
@@ -398,7 +432,7 @@ def relpos_attention_backward(
     fragments.
     """
     _check(q, k, v, bias if turned_bias is None else turned_bias)
-    batch, tokens, heads, _ = q.shape
+    batch, tokens, heads, head_dim = q.shape
     height, width = window
     if tokens != 1 + height * width or table_rows != (2 * height - 1) * (2 * width - 1) + 3:
         raise InputError(f"window {window} does not go with {tokens} tokens and a table of {table_rows} rows")
@@ -408,12 +442,14 @@ def relpos_attention_backward(
         return dq, dk, dv, torch.zeros((table_rows, heads), dtype=torch.float32, device=q.device)
     delta, row_lse = backward_statistics(out, dout, lse)
     turned_bias = turn(bias) if turned_bias is None else turned_bias
-    of_keys, config_of_keys = _constants("relpos_dkdv", q, scale)
-    of_queries, config_of_queries = _constants("relpos_dq", q, scale)
-    block = config_of_keys.tiles["BLOCK_M"]
-    tail = _tail(turned_bias.shape[2], tokens, block, MASKED_QUERIES)
+    variant = {"head_dim": head_dim, "scale": checks.positive_scale(scale)}
+    of_keys, config = launch_options(DKDV, q, tokens=tokens, **variant)
+    block, block_of_keys = config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]
+    of_queries, config = launch_options(DQ, q, **variant)
+    block_of_queries = config.tiles["BLOCK_M"]
+    _check_padding(turned_bias.shape[2], tokens, block)
     # Up to the end of the last tile of queries.
-    stride = tokens // block * block + tail
+    stride = tokens // block * block + of_keys["TAIL"]
     step = entries_at_once(batch, heads * tokens * stride * q.element_size())
     scores = torch.empty((step, heads, tokens, stride), dtype=q.dtype, device=q.device)
     dbias = torch.empty((1, heads, tokens, stride), dtype=torch.float32, device=q.device)
@@ -421,22 +457,16 @@ def relpos_attention_backward(
         count = min(step, batch - first)
         part = slice(first, first + count)
         operands = (q[part], k[part], v[part], dout[part])
-        dkdv_kernel[(triton.cdiv(tokens, config_of_keys.tiles["BLOCK_N"]) * count * heads,)](
+        dkdv_kernel[(triton.cdiv(tokens, block_of_keys) * count * heads,)](
             *operands, turned_bias, row_lse[part], delta[part], dk[part], dv[part], scores,
-            *_strides(*operands), turned_bias.stride(1), stride, count, heads, tokens,
-            TAIL=tail, STAGES=config_of_keys.num_stages, APART=config_of_keys.apart, **of_keys,
-            **config_of_keys.options,
+            *strides_of(*operands), turned_bias.stride(1), stride, count, heads, tokens, **of_keys,
         )  # fmt: skip
-        dq_kernel[(triton.cdiv(tokens, config_of_queries.tiles["BLOCK_M"]) * count * heads,)](
-            k[part], scores, dq[part], *_strides(k), stride, count, heads, tokens,
-            STAGES=config_of_queries.num_stages, **of_queries,
-            **config_of_queries.options,
-        )  # fmt: skip
+        dq_kernel[(triton.cdiv(tokens, block_of_queries) * count * heads,)](
+            k[part], scores, dq[part], *strides_of(k[part]), stride, count, heads, tokens, **of_queries
+        )
+        options, config = launch_options(BATCH_SUM, q, first=first == 0)
         size = dbias.numel()
-        batch_sum_kernel[(triton.cdiv(size, _SUM.tiles["BLOCK"]),)](
-            scores, dbias, size, count, FIRST=first == 0, **_SUM.tiles,
-            **_SUM.options,
-        )  # fmt: skip
+        batch_sum_kernel[(triton.cdiv(size, config.tiles["BLOCK"]),)](scores, dbias, size, count, **options)
     return dq, dk, dv, table_gradient(dbias, window, turned=True)
 
 
@@ -452,86 +482,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, fragments: bool = F
         raise InputError(f"bias is {bias.dtype}; for {q.dtype} it must be {bias_dtype(q.dtype)}, see materialise_bias")
 
 
-def _constants(kernel: str, q: Tensor, scale: float) -> tuple[dict[str, Any], LaunchConfig]:
-    dtype = dtype_name(q.dtype)
-    config = config_for(kernel, q.shape[-1], dtype, architecture(q.device))
-    return _kernel_constants(q.shape[-1], dtype, checks.positive_scale(scale), config), config
-
-
-def _kernel_constants(head_dim: int, dtype: str, scale: float, config: LaunchConfig) -> dict[str, Any]:
-    d_a, d_b = split_head_dim(head_dim)
-    return {"SCALE": scale, "D_A": d_a, "D_B": d_b, "PRECISION": dot_precision(dtype), **config.tiles}
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
-
-
-def _tail(columns: int, tokens: int, block: int, masked: int = 32) -> int:
-    """Columns of the last tile, which the padding of the bias must hold."""
-    tail = tail_size(tokens, block, masked)
+def _check_padding(columns: int, tokens: int, block: int) -> None:
     needed = triton.cdiv(tokens, block) * block
     if columns < needed:
         raise InputError(f"bias has {columns} columns for {tokens} tokens; tiles of {block} need {needed}")
-    return tail
-
-
-def _types(kernel: Any, dtype: str, head_dim: int) -> dict[str, str]:
-    special = dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-    special["bias_ptr"] = "*i32" if kernel is fragments_kernel else "*fp32" if dtype == "fp32" else "*fp16"
-    tile = f"tensordesc<{dtype}[1, {checks.FRAGMENT_TILE[1]}, {head_dim}]>"
-    special |= {"k_tiles": tile, "v_tiles": tile}
-    constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "HAS_BIAS", "BLOCK_M", "BLOCK_N", "TAIL", "STAGES", "APART")
-    return argument_types(kernel, dtype, special, dict.fromkeys(constexprs))
-
-
-def _spec(
-    name: str,
-    kernel: Any,
-    extras: tuple[Mapping[str, Any], ...],
-    head_dims: tuple[int, ...] = HEAD_DIMS,
-    arches: tuple[int, ...] = (),
-) -> KernelSpec:
-    """`extras`: for every head dimension, the variants' further constants by the names that tests and tables show."""
-
-    def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
-        head_dim = variant["head_dim"]
-        out = _kernel_constants(head_dim, dtype, head_dim**-0.5, config)
-        looped = config.tiles["BLOCK_M" if name == "relpos_dkdv" else "BLOCK_N"]
-        masked = MASKED_QUERIES if name == "relpos_dkdv" else 32
-        tail = tail_size(variant.get("tokens", 0), looped, masked)
-        given = {"TAIL": tail, "HAS_BIAS": variant.get("bias", True), "STAGES": config.num_stages}
-        given["APART"] = config.apart
-        return out | {key: value for key, value in given.items() if key in kernel.arg_names}
-
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        variants=tuple({"head_dim": d, **extra} for d in head_dims for extra in extras),
-        types=lambda variant, dtype: _types(kernel, dtype, variant["head_dim"]),
-        constants=constants,
-        config=lambda variant, dtype, arch: config_for(name, variant["head_dim"], dtype, arch),
-        arches=arches,
-    )
-
-
-# 577 tokens stand for windows of 14², 24² and 30² patches, which all have the same kind of last tile. The variant
-# without a bias is never launched; it is what the one with a bias is compared with.
-KERNELS: list[KernelSpec] = [
-    _spec("relpos_forward", forward_kernel, ({"tokens": 577}, {"tokens": 577, "bias": False})),
-    _spec("relpos_forward_fragments", fragments_kernel, ({"tokens": 577},), FRAGMENT_HEAD_DIMS, arches=(90,)),
-    _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},)),
-    _spec("relpos_dq", dq_kernel, ({},)),
-    KernelSpec(
-        name="relpos_batch_sum",
-        kernel=batch_sum_kernel,
-        variants=({"first": True}, {"first": False}),
-        types=lambda variant, dtype: {"ds_ptr": f"*{dtype}", "dbias_ptr": "*fp32", "stride_ds": "i32", "batch": "i32"},
-        constants=lambda variant, dtype, config: {"FIRST": variant["first"], **config.tiles},
-        config=lambda variant, dtype, arch: _SUM,
-        tensor_core=False,
-    ),
-    BIAS_SPEC,
-    TABLE_SPEC,
-    STATISTICS_SPEC,
-]

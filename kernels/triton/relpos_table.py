@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -16,15 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..checks import BIAS_TILE
-from .launch import KernelSpec, LaunchConfig, architecture
-
-
-def _table_config(width: int) -> LaunchConfig:
-    tiles = {
-        "BLOCK_X": min(32, triton.next_power_of_2(width)),
-        "BLOCK_DX": min(64, triton.next_power_of_2(2 * width - 1)),
-    }
-    return LaunchConfig(tiles, num_warps=2 if width <= 16 else 4, num_stages=2)
+from .launch import KernelSpec, LaunchConfig, Variant, architecture, launch_options
 
 
 def bias_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,12 +21,7 @@ def bias_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-# Quotients so far below the largest of their query are as good as infinite in a softmax, and stay finite.
-_LARGEST = {torch.float16: 60000.0, torch.float32: 1e30}
 FRAGMENT_HEAD_DIMS = (64,)
-_BIAS = LaunchConfig({"ROWS": 32, "BLOCK": 128}, num_warps=4, num_stages=1)
-# A quarter of a tile of fragments, which is contiguous in memory.
-_BIAS_FRAGMENTS = LaunchConfig({"ROWS": 64, "BLOCK": 32}, num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -136,6 +120,28 @@ def bias_kernel(
         tl.store(base + rows[:, None] * stride_bias + columns[None, :], value, mask=(rows < tokens)[:, None])
 
 
+def _bias_config(variant: Variant, dtype: str, arch: int) -> LaunchConfig:
+    # A quarter of a tile of fragments is contiguous in memory.
+    rows, block = (64, 32) if variant.get("fragments") else (32, 128)
+    return LaunchConfig({"ROWS": rows, "BLOCK": block}, num_warps=4, num_stages=1)
+
+
+BIAS = KernelSpec(
+    name="relpos_bias",
+    kernel=bias_kernel,
+    variants=({"turned": False}, {"turned": True}, {"turned": False, "fragments": True}),
+    config=_bias_config,
+    constants=lambda variant, dtype, config: {
+        # Quotients so far below the largest of their query are as good as infinite in a softmax, and stay finite.
+        "LARGEST": 1e30 if dtype == "fp32" else 60000.0,
+        "TURNED": variant["turned"],
+        "FRAGMENTS": variant.get("fragments", False),
+    },
+    types=lambda variant, dtype: {"bias_ptr": "*fp32" if dtype == "fp32" else "*fp16"},
+    tensor_core=False,
+)
+
+
 def materialise_bias(
     table: Tensor,
     window: tuple[int, int],
@@ -163,14 +169,11 @@ def materialise_bias(
     distances = entries[:, :-3].reshape(heads, 2 * window[0] - 1, 2 * window[1] - 1)
     largest = F.max_pool2d(F.max_pool2d(distances, (window[0], 1), 1), (1, window[1]), 1)
     bias = torch.empty(shape, dtype=storage, device=table.device)
-    config = _BIAS_FRAGMENTS if fragments else _BIAS
+    options, config = launch_options(BIAS, bias, turned=turned, fragments=fragments)
     grid = (4 * padded // 128, heads, padded // 64) if fragments else (
         triton.cdiv(tokens, config.tiles["ROWS"]), heads, padded // config.tiles["BLOCK"]
     )  # fmt: skip
-    bias_kernel[grid](
-        entries, largest, bias, padded, heads, *window, 1 / scale, LARGEST=_LARGEST[storage],
-        TURNED=turned, FRAGMENTS=fragments, **config.tiles, **config.options,
-    )  # fmt: skip
+    bias_kernel[grid](entries, largest, bias, padded, heads, *window, 1 / scale, **options)
     return bias
 
 
@@ -244,6 +247,28 @@ def table_gradient_kernel(
         tl.store(class_rows + 2 * heads, to_itself)
 
 
+def _table_config(variant: Variant, dtype: str, arch: int) -> LaunchConfig:
+    width = variant["width"]
+    tiles = {
+        "BLOCK_X": min(32, triton.next_power_of_2(width)),
+        "BLOCK_DX": min(64, triton.next_power_of_2(2 * width - 1)),
+    }
+    return LaunchConfig(tiles, num_warps=2 if width <= 16 else 4, num_stages=2)
+
+
+TABLE_GRADIENT = KernelSpec(
+    name="relpos_table_gradient",
+    kernel=table_gradient_kernel,
+    variants=({"width": 14}, {"width": 24}),
+    config=_table_config,
+    constants=lambda variant, dtype, config: {"TURNED": variant.get("turned", True)},
+    types=lambda variant, dtype: {"dbias_ptr": "*fp32", "dtable_ptr": "*fp32"},
+    tensor_core=False,
+    dtypes=("fp32",),
+)
+KERNELS = [BIAS, TABLE_GRADIENT]
+
+
 def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = False) -> Tensor:
     """Sums of the bias gradients `[parts, H, N, N_pad]` fp32 per row of the table: `[(2wh-1)(2ww-1)+3, H]` fp32.
 
@@ -253,48 +278,7 @@ def table_gradient(dbias: Tensor, window: tuple[int, int], *, turned: bool = Fal
     parts, heads = dbias.shape[:2]
     rows = (2 * height - 1) * (2 * width - 1) + 3
     dtable = torch.empty((rows, heads), dtype=torch.float32, device=dbias.device)
-    config = _table_config(width)
+    options, config = launch_options(TABLE_GRADIENT, dbias, width=width, turned=turned)
     programs = (2 * height - 1) * triton.cdiv(2 * width - 1, config.tiles["BLOCK_DX"]) + 1
-    table_gradient_kernel[(programs, heads)](
-        dbias, dtable, dbias.stride(2), parts, heads, height, width, TURNED=turned,
-        **config.tiles, **config.options,
-    )  # fmt: skip
+    table_gradient_kernel[(programs, heads)](dbias, dtable, dbias.stride(2), parts, heads, height, width, **options)
     return dtable
-
-
-def _bias_types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    pointers = {"entries_ptr": "*fp32", "largest_ptr": "*fp32", "bias_ptr": "*fp16"}
-    return pointers | {"inverse": "fp32"} | dict.fromkeys(("stride_bias", "heads", "height", "width"), "i32")
-
-
-BIAS_SPEC = KernelSpec(
-    name="relpos_bias",
-    kernel=bias_kernel,
-    variants=({"turned": False}, {"turned": True}, {"turned": False, "fragments": True}),
-    types=_bias_types,
-    constants=lambda variant, dtype, config: {
-        "LARGEST": _LARGEST[torch.float16],
-        "TURNED": variant["turned"],
-        "FRAGMENTS": variant.get("fragments", False),
-        **config.tiles,
-    },
-    config=lambda variant, dtype, arch: _BIAS_FRAGMENTS if variant.get("fragments") else _BIAS,
-    tensor_core=False,
-)
-
-
-def _types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    integers = ("stride_bias", "parts", "heads", "height", "width")
-    return {"dbias_ptr": "*fp32", "dtable_ptr": "*fp32", **dict.fromkeys(integers, "i32")}
-
-
-TABLE_SPEC = KernelSpec(
-    name="relpos_table_gradient",
-    kernel=table_gradient_kernel,
-    variants=({"width": 14}, {"width": 24}),
-    types=_types,
-    constants=lambda variant, dtype, config: {"TURNED": True, **config.tiles},
-    config=lambda variant, dtype, arch: _table_config(variant["width"]),
-    tensor_core=False,
-    dtypes=("fp32",),
-)

@@ -13,7 +13,7 @@ they few and long or many and short; then a program searches for its sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,30 +27,30 @@ from ..limits import HEAD_DIMS
 from .attention_tiles import (
     LOG2E,
     addressable,
-    argument_types,
+    attention_spec,
     backward_statistics,
     dkdv_tile,
-    dot_precision,
     dq_tile,
     dropout_stream,
     forward_tile,
     load_pieces,
-    split_head_dim,
+    optional_arguments,
     store_pieces,
+    strides_of,
 )
 from .launch import (
     TRITON_TYPE,
     KernelSpec,
     LaunchConfig,
+    Variant,
     architecture,
-    config_for,
     dtype_name,
+    launch_options,
     multiprocessors,
     tuned_backend,
     tuned_config,
 )
 
-__all__ = ["KERNELS", "SHORT", "dropout_threshold", "varlen_attention_backward", "varlen_attention_forward"]
 # Sequences of up to this many tokens have kernels with small tiles: captions average 13 tokens.
 SHORT = 32
 # So have sequences of up to this many on average, whatever the bound of their lengths: the captions of an image, as
@@ -285,9 +285,9 @@ def dkdv_kernel(
     for first in range(0, full, BLOCK_M):
         dk_a, dk_b, dv_a, dv_b = dkdv_tile(
             k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-            row_lse + first, delta + first, 0, rows < length_q - first,
+            row_lse + first, delta + first, None, rows < length_q - first,
             seed, stream, first + rows, start + columns,
-            SCALE, D_A, D_B, BLOCK_M, PRECISION, False, MASKED, THRESHOLD,
+            SCALE, D_A, D_B, BLOCK_M, PRECISION, MASKED, THRESHOLD,
         )  # fmt: skip
         q_base += BLOCK_M * stride_qn
         g_base += BLOCK_M * stride_gn
@@ -295,9 +295,9 @@ def dkdv_kernel(
         if full < length_q:
             dk_a, dk_b, dv_a, dv_b = dkdv_tile(
                 k_a, k_b, v_a, v_b, dk_a, dk_b, dv_a, dv_b, q_base, g_base, stride_qn, stride_gn,
-                row_lse + full, delta + full, 0, rows < length_q - full,
+                row_lse + full, delta + full, None, rows < length_q - full,
                 seed, stream, full + rows, start + columns,
-                SCALE, D_A, D_B, BLOCK_M, PRECISION, False, True, THRESHOLD,
+                SCALE, D_A, D_B, BLOCK_M, PRECISION, True, THRESHOLD,
             )  # fmt: skip
     dk_a = dk_a * SCALE
     dk_b = dk_b * SCALE
@@ -354,8 +354,8 @@ def dq_kernel(
         allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
         dq_a, dq_b = dq_tile(
             q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-            0, present, allowed, seed, stream, start + rows, first + columns,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD,
+            present, allowed, seed, stream, start + rows, first + columns,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, MASKED, HAS_MASK, THRESHOLD,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
@@ -365,12 +365,49 @@ def dq_kernel(
             allowed = tl.load(mask + full + columns, mask=present, other=0) != 0 if HAS_MASK else columns
             dq_a, dq_b = dq_tile(
                 q_a, q_b, g_a, g_b, dq_a, dq_b, row_lse, delta, k_base, v_base, stride_kn, stride_vn,
-                0, present, allowed, seed, stream, start + rows, full + columns,
-                SCALE, D_A, D_B, BLOCK_N, PRECISION, False, True, HAS_MASK, THRESHOLD,
+                present, allowed, seed, stream, start + rows, full + columns,
+                SCALE, D_A, D_B, BLOCK_N, PRECISION, True, HAS_MASK, THRESHOLD,
             )  # fmt: skip
     stride_dn = heads * (D_A + D_B)
     dq_base = dq_ptr + token * stride_dn + h * (D_A + D_B)
     store_pieces(dq_base, rows, stride_dn, inside, dq_a * SCALE, dq_b * SCALE, D_A, D_B)
+
+
+def _spec(name: str, kernel: Any, variants: Sequence[Variant]) -> KernelSpec:
+    def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
+        # Images have one size, and a class token or few tokens after whole tiles.
+        rest = variant.get("keys", 0) % config.tiles["BLOCK_N"]
+        return {"SEARCHED": variant.get("searched", False), "TAIL": _SMALLEST if 0 < rest <= _SMALLEST else 0}
+
+    return attention_spec(name, kernel, variants, extras)
+
+
+_ALL = [{"head_dim": head_dim} for head_dim in HEAD_DIMS]
+# 577 stand for all images of a class token behind whole tiles of patches.
+_IMAGES = [{"head_dim": head_dim, "keys": 577} for head_dim in HEAD_DIMS]
+_DROPOUT, _MASK, _SEARCHED = (
+    {"head_dim": 64, **form} for form in ({"dropout": 0.1}, {"mask": True}, {"searched": True})
+)
+KERNELS: list[KernelSpec] = [
+    *(
+        _spec(f"varlen_{name}{suffix}", kernel, variants)
+        for suffix, variants in (
+            ("", _ALL),
+            ("_short", [*_ALL, _MASK, _DROPOUT]),
+            ("_masked", [_MASK]),
+            ("_dropout", [_DROPOUT]),
+        )
+        for name, kernel in (("dkdv", dkdv_kernel), ("dq", dq_kernel))
+    ),
+    _spec("varlen_forward", forward_kernel, [*_IMAGES, *_ALL, _SEARCHED]),
+    _spec("varlen_forward_narrow", forward_kernel, [{"head_dim": 64, "keys": 577}, {"head_dim": 64}]),
+    _spec("varlen_forward_masked", forward_kernel, [_MASK]),
+    _spec("varlen_forward_dropout", forward_kernel, [_DROPOUT]),
+    _spec("varlen_forward_short", forward_kernel, [*_ALL, _MASK, _DROPOUT]),
+    _spec("varlen_forward_heads", heads_forward_kernel, [*_ALL, _MASK, _SEARCHED]),
+    _spec("varlen_forward_heads_many", heads_forward_kernel, [*_ALL, _MASK, _SEARCHED]),
+]
+_SPECS = {spec.name: spec for spec in KERNELS}
 
 
 def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
@@ -388,22 +425,20 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
     lse = torch.empty((heads, total), dtype=torch.float32, device=q.device)
     if q.numel():
         form = _forward_form(q, k, packed)
-        constants, config = _constants(form, q, packed)
-        tiles, searched = _tiles(total, packed.max_q, sequences, config.tiles["BLOCK_M"])
+        # Known to be all of one length: the last tile of keys has a size of its own.
+        known = k.shape[0] == sequences * packed.max_k and packed.key_mask is None and not packed.dropout_p
+        keys = packed.max_k if known else 0
+        options, config, tiles = _options(form, q, packed, total, packed.max_q, "BLOCK_M", keys=keys)
         if form == "varlen_forward" and _narrower(tiles * heads, q):
-            constants, config = _constants("varlen_forward_narrow", q, packed)
-        offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
-        mask, strides = _bytes(packed.key_mask, q), _strides(q, k, v, out)
-        options = {**config.options, "SEARCHED": searched}
-        if "HEADS" in constants:
-            heads_forward_kernel[(tiles * triton.cdiv(heads, config.tiles["HEADS"]),)](
-                q, k, v, *offsets, mask, out, lse, *strides, sequences, tiles, total, heads, **constants, **options
-            )
+            options, config, tiles = _options(f"{form}_narrow", q, packed, total, packed.max_q, "BLOCK_M", keys=keys)
+        mask, seed = optional_arguments(q, packed.key_mask, packed.dropout_p, packed.seed)
+        inputs = (q, k, v, packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous(), mask)
+        rest = (*strides_of(q, k, v, out), sequences, tiles, total)
+        if "HEADS" in config.tiles:
+            programs = tiles * triton.cdiv(heads, config.tiles["HEADS"])
+            heads_forward_kernel[(programs,)](*inputs, out, lse, *rest, heads, **options)
         else:
-            forward_kernel[(tiles * heads,)](
-                q, k, v, *offsets, mask, q if packed.seed is None else packed.seed, out, lse,
-                *strides, sequences, tiles, total, TAIL=_tail(k, packed, config), **constants, **options,
-            )  # fmt: skip
+            forward_kernel[(tiles * heads,)](*inputs, seed, out, lse, *rest, **options)
     return out, lse
 
 
@@ -421,23 +456,16 @@ def varlen_attention_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     delta, row_lse = (t[0] for t in backward_statistics(out[None], dout[None], lse[None]))
     offsets = (packed.cu_seqlens_q.contiguous(), packed.cu_seqlens_k.contiguous())
-    chance = q if packed.seed is None else packed.seed
-    inputs = (q, k, v, dout, *offsets, _bytes(packed.key_mask, q), chance, row_lse, delta)
-    sizes = (*_strides(q, k, v, dout), sequences)
+    optional = optional_arguments(q, packed.key_mask, packed.dropout_p, packed.seed)
+    inputs, strides = (q, k, v, dout, *offsets, *optional, row_lse, delta), strides_of(q, k, v, dout)
     if k.numel():
-        constants, config = _constants(_form("varlen_dkdv", k, packed.max_k, packed), q, packed)
-        tiles, searched = _tiles(k.shape[0], packed.max_k, sequences, config.tiles["BLOCK_N"])
-        dkdv_kernel[(tiles * heads,)](
-            *inputs, dk, dv, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
-            **config.options,
-        )  # fmt: skip
+        form = _form("varlen_dkdv", k, packed.max_k, packed)
+        options, _, tiles = _options(form, q, packed, k.shape[0], packed.max_k, "BLOCK_N")
+        dkdv_kernel[(tiles * heads,)](*inputs, dk, dv, *strides, sequences, tiles, q.shape[0], heads, **options)
     if q.numel():
-        constants, config = _constants(_form("varlen_dq", q, packed.max_q, packed), q, packed)
-        tiles, searched = _tiles(q.shape[0], packed.max_q, sequences, config.tiles["BLOCK_M"])
-        dq_kernel[(tiles * heads,)](
-            *inputs, dq, *sizes, tiles, q.shape[0], heads, SEARCHED=searched, **constants,
-            **config.options,
-        )  # fmt: skip
+        form = _form("varlen_dq", q, packed.max_q, packed)
+        options, _, tiles = _options(form, q, packed, q.shape[0], packed.max_q, "BLOCK_M")
+        dq_kernel[(tiles * heads,)](*inputs, dq, *strides, sequences, tiles, q.shape[0], heads, **options)
     return dq, dk, dv
 
 
@@ -450,17 +478,15 @@ def tuned_backends(q: Tensor, k: Tensor, packed: Packed, dtype: torch.dtype, *, 
     return {tuned_backend(form, q.shape[-1], name, arch) for form in forms}
 
 
-def dropout_threshold(dropout_p: float) -> int:
-    """The probability in units of 2⁻¹⁶, as the kernels compare it with random bits."""
-    return min(round(dropout_p * 2**16), 2**16 - 1)
-
-
-def _bytes(mask: Tensor | None, otherwise: Tensor) -> Tensor:
-    return otherwise if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
+def _options(
+    form: str, q: Tensor, packed: Packed, total: int, longest: int, block: str, **variant: Any
+) -> tuple[dict[str, Any], LaunchConfig, int]:
+    """Options and configuration of a form's launch, and the tiles for `total` rows of sequences up to `longest`."""
+    variant |= {"head_dim": q.shape[-1], "scale": checks.positive_scale(packed.scale)}
+    variant |= {"mask": packed.key_mask is not None, "dropout": packed.dropout_p}
+    options, config = launch_options(_SPECS[form], q, **variant)
+    tiles, searched = _tiles(total, longest, packed.cu_seqlens_q.numel() - 1, config.tiles[block])
+    return {**options, "SEARCHED": searched}, config, tiles
 
 
 def _tiles(total: int, longest: int, sequences: int, block: int) -> tuple[int, bool]:
@@ -471,13 +497,6 @@ def _tiles(total: int, longest: int, sequences: int, block: int) -> tuple[int, b
     """
     searched, shared = total // block + sequences, sequences * triton.cdiv(longest, block)
     return (shared, False) if 0 < shared <= _WORTH * searched else (searched, True)
-
-
-def _tail(k: Tensor, packed: Packed, config: LaunchConfig) -> int:
-    """The forward kernel's TAIL: images have one size, and a class token or few tokens after whole tiles."""
-    sequences, rest = packed.cu_seqlens_k.numel() - 1, packed.max_k % config.tiles["BLOCK_N"]
-    known = k.shape[0] == sequences * packed.max_k and packed.key_mask is None and not packed.dropout_p
-    return _SMALLEST if known and 0 < rest <= _SMALLEST else 0
 
 
 def _narrower(programs: int, q: Tensor) -> bool:
@@ -517,75 +536,3 @@ def _form(kernel: str, owned: Tensor, longest: int, packed: Packed) -> str:
     if packed.dropout_p:
         return f"{kernel}_dropout"
     return kernel if packed.key_mask is None else f"{kernel}_masked"
-
-
-def _constants(form: str, q: Tensor, packed: Packed) -> tuple[dict[str, Any], LaunchConfig]:
-    """Constants and configuration of a kernel's form."""
-    dtype, head_dim = dtype_name(q.dtype), q.shape[-1]
-    threshold, masked = dropout_threshold(packed.dropout_p), packed.key_mask is not None
-    if threshold:
-        checks.seed_of(packed.dropout_p, packed.seed)
-    config = config_for(form, head_dim, dtype, architecture(q.device))
-    constants = _kernel_constants(head_dim, dtype, checks.positive_scale(packed.scale), threshold, masked, config)
-    if "HEADS" in constants:
-        del constants["THRESHOLD"]
-    return constants, config
-
-
-def _kernel_constants(
-    head_dim: int, dtype: str, scale: float, threshold: int, masked: bool, config: LaunchConfig
-) -> dict[str, Any]:
-    d_a, d_b = split_head_dim(head_dim)
-    constants = {"SCALE": scale, "D_A": d_a, "D_B": d_b, "PRECISION": dot_precision(dtype)}
-    return constants | {"THRESHOLD": threshold, "HAS_MASK": masked, **config.tiles}
-
-
-def _spec(name: str, kernel: Any, variants: tuple[Mapping[str, Any], ...]) -> KernelSpec:
-    def constants(variant: Mapping[str, Any], dtype: str, config: LaunchConfig) -> dict[str, Any]:
-        head_dim, threshold = variant["head_dim"], dropout_threshold(variant.get("dropout", 0.0))
-        made = _kernel_constants(head_dim, dtype, head_dim**-0.5, threshold, variant.get("mask", False), config)
-        tail = _SMALLEST if variant.get("keys", 0) % config.tiles["BLOCK_N"] in range(1, _SMALLEST + 1) else 0
-        given = {**made, "SEARCHED": variant.get("searched", False), "TAIL": tail}
-        return {key: value for key, value in given.items() if key in kernel.arg_names}
-
-    def types(variant: Mapping[str, Any], dtype: str) -> dict[str, str]:
-        special = {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "mask_ptr": "*u8", "seed_ptr": "*i64"}
-        special |= dict.fromkeys(("lse_ptr", "row_lse_ptr", "delta_ptr"), "*fp32")
-        constexprs = ("SCALE", "D_A", "D_B", "PRECISION", "THRESHOLD", "HAS_MASK", "HEADS", "BLOCK_M", "BLOCK_N")
-        return argument_types(kernel, dtype, special, dict.fromkeys((*constexprs, "SEARCHED", "TAIL")))
-
-    return KernelSpec(
-        name=name,
-        kernel=kernel,
-        variants=variants,
-        types=types,
-        constants=constants,
-        config=lambda variant, dtype, arch: config_for(name, variant["head_dim"], dtype, arch),
-    )
-
-
-_ALL = tuple({"head_dim": head_dim} for head_dim in HEAD_DIMS)
-# 577 stand for all images of a class token behind whole tiles of patches.
-_IMAGES = tuple({"head_dim": head_dim, "keys": 577} for head_dim in HEAD_DIMS)
-_DROPOUT = {"head_dim": 64, "dropout": 0.1}
-_MASK = {"head_dim": 64, "mask": True}
-_SEARCHED = {"head_dim": 64, "searched": True}
-KERNELS: list[KernelSpec] = [
-    *(
-        _spec(f"varlen_{name}{suffix}", kernel, variants)
-        for suffix, variants in (
-            ("", _ALL),
-            ("_short", (*_ALL, _MASK, _DROPOUT)),
-            ("_masked", (_MASK,)),
-            ("_dropout", (_DROPOUT,)),
-        )
-        for name, kernel in (("dkdv", dkdv_kernel), ("dq", dq_kernel))
-    ),
-    _spec("varlen_forward", forward_kernel, (*_IMAGES, *_ALL, _SEARCHED)),
-    _spec("varlen_forward_narrow", forward_kernel, ({"head_dim": 64, "keys": 577}, {"head_dim": 64})),
-    _spec("varlen_forward_masked", forward_kernel, (_MASK,)),
-    _spec("varlen_forward_dropout", forward_kernel, (_DROPOUT,)),
-    _spec("varlen_forward_short", forward_kernel, (*_ALL, _MASK, _DROPOUT)),
-    _spec("varlen_forward_heads", heads_forward_kernel, (*_ALL, _MASK, _SEARCHED)),
-    _spec("varlen_forward_heads_many", heads_forward_kernel, (*_ALL, _MASK, _SEARCHED)),
-]

@@ -15,8 +15,8 @@ from tests.kernels.triton_testing import INTERPRETED, poison
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import fp8, marked, ops, reference
 from xfm_fast.kernels.checks import AddNorm
-from xfm_fast.kernels.triton import fp8 as triton_fp8
 from xfm_fast.kernels.triton import gelu, layer_norm
+from xfm_fast.kernels.triton import rows as triton_rows
 
 
 @pytest.fixture(autouse=True)
@@ -73,30 +73,22 @@ def same_bits(found: tuple[Tensor, Tensor], x: Tensor) -> None:
 def test_the_kernel_rounds_as_the_definition(width: int, dtype: torch.dtype) -> None:
     x = rows_like_activations(6, 2 * width, dtype)[:, ::2] if width == 111 else rows_like_activations(6, width, dtype)
     with poison():
-        same_bits(triton_fp8.quantise_rows(x.view(2, 3, width)), x)
+        same_bits(triton_rows.quantise_rows(x.view(2, 3, width)), x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_a_norm_rounds_what_it_stores(dtype: torch.dtype) -> None:
-    x, residual = torch.randn(2, 3, 48).to(dtype), torch.randn(2, 3, 48).to(dtype)
-    weight, bias = torch.randn(48).to(dtype), torch.randn(48).to(dtype)
-    given = AddNorm(x, residual, weight, bias, 1e-5, weight)
-    plain = layer_norm.add_layer_norm_forward(given)
+def test_a_norm_and_gelu_round_what_they_store() -> None:
+    x, vector = torch.randn(6, 48).half(), torch.randn(48).half()
+    given = AddNorm(x, x, vector, vector, 1e-5, vector)
     with poison():
-        room = triton_fp8.room_for(x.view(6, 48))
+        room = triton_rows.room_for(x)
         made = layer_norm.add_layer_norm_forward(given, rounded=room)
-    assert torch.equal(made.normed, plain.normed)
+    assert torch.equal(made.normed, layer_norm.add_layer_norm_forward(given).normed)
     same_bits(room, made.normed)
-
-
-@pytest.mark.parametrize("biased", [True, False])
-def test_gelu_rounds_what_it_stores(biased: bool) -> None:
-    y, bias = torch.randn(5, 48).half(), torch.randn(48).half() if biased else None
-    plain = gelu.bias_gelu_forward(y, bias)
-    with poison():
-        out, *room = gelu.bias_gelu_quantise(y.clone(), bias)
-    assert torch.equal(out, plain)
-    same_bits((room[0], room[1]), out)
+    for bias in (vector, None):
+        with poison():
+            out, *found = gelu.bias_gelu_quantise(x.clone(), bias)
+        assert torch.equal(out, gelu.bias_gelu_forward(x, bias))
+        same_bits((found[0], found[1]), out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -144,8 +136,8 @@ def test_interpreted_kernels_give_the_same_and_round_once(monkeypatch: pytest.Mo
     x, residual, (w1, b1, w2, b2) = torch.randn(3, 32), torch.randn(3, 32), mlp()
     norm = (torch.randn(32), torch.randn(32))
     passes: list[int] = []
-    own = triton_fp8.quantise_rows
-    monkeypatch.setattr(triton_fp8, "quantise_rows", lambda x: (passes.append(x.numel()), own(x))[1])
+    own = triton_rows.quantise_rows
+    monkeypatch.setattr(triton_rows, "quantise_rows", lambda x: (passes.append(x.numel()), own(x))[1])
     with ops.use_fp8():
         plain = ops.mlp_residual(ops.layer_norm(x, *norm, 1e-5), w1, b1, w2, b2, residual)
         with ops.use_backend("triton"):
@@ -160,32 +152,23 @@ def test_interpreted_kernels_give_the_same_and_round_once(monkeypatch: pytest.Mo
             assert len(fp8._switch.rounded) == 1
             del normed
             assert not fp8._switch.rounded
+            with torch.inference_mode():
+                ops.layer_norm(x, *norm, 1e-5)
+                assert not fp8._switch.rounded, "tensors without versions, whose changes cannot be seen"
     torch.testing.assert_close(found, plain, rtol=0, atol=0.05)
 
 
-def test_nothing_is_remembered_where_changes_cannot_be_seen() -> None:
-    x, norm = torch.randn(3, 32), (torch.randn(32), torch.randn(32))
-    with torch.inference_mode(), ops.use_fp8(), ops.use_backend("triton"):
-        ops.layer_norm(x, *norm, 1e-5)
-        assert not fp8._switch.rounded
-
-
-def test_gradients_are_refused() -> None:
+def test_gradients_and_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(3, 32), torch.randn(16, 32, requires_grad=True)
-    with torch.enable_grad(), ops.use_fp8(), pytest.raises(InputError, match="fp8"):
-        ops.linear(x, weight, None)
     with torch.enable_grad(), ops.use_fp8():
+        with pytest.raises(InputError, match="fp8"):
+            ops.linear(x, weight, None)
         ops.linear(x, weight.detach(), None)
-
-
-def test_devices_without_fp8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.empty(3, 32, device="meta"), torch.empty(16, 32, device="meta")
     with ops.use_fp8(), pytest.raises(UnavailableError, match="meta"):
-        ops.linear(x, weight, None, backend="reference")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
-    assert "compute capability 8.0 and fp8 needs 8.9" in (fp8._why_not("cuda", 0) or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
-    assert fp8._why_not("cuda", 0) is None
+        ops.linear(x.to("meta"), weight.to("meta"), None, backend="reference")
+    for capability, usable in (((8, 0), False), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None, given=capability: given)
+        assert (fp8._why_not("cuda", 0) is None) == usable
 
 
 def test_a_marked_weight_is_multiplied_as_within_the_block() -> None:

@@ -22,12 +22,13 @@ on_gpu = pytest.mark.gpu
 REPEATS = 20
 
 
-def model_of(device: str, dtype: torch.dtype) -> XFM:
-    """Two layers of each encoder, with heads of 64 as in the real models, on the same weights everywhere."""
+def model_of(device: str, dtype: torch.dtype, layers: int = 2) -> XFM:
+    """Few layers of each encoder, with heads of 64 as in the real models, on the same weights everywhere."""
     from xfm_fast import XFM, XFMConfig
 
     torch.manual_seed(0)
-    config = XFMConfig.preset("tiny", vision_depth=2, text_layers=2, fusion_layers=2, vocab_size=64, image_size=64)
+    depths = {"vision_depth": layers, "text_layers": layers, "fusion_layers": layers}
+    config = XFMConfig.preset("tiny", **depths, vocab_size=64, image_size=64)
     config = config.replace(vision_width=128, vision_heads=2, text_width=128, text_heads=2)
     model = XFM(config).eval()
     with torch.no_grad():
@@ -55,8 +56,9 @@ def results(model: XFM, backend: ops.Backend = "auto") -> dict[str, Tensor]:
         logits = model.match_logits(fused)
         logits.float().logsumexp(1).sum().backward()
     found = {"images": images, "texts": texts[mask], "fused": fused[mask], "logits": logits}
-    table = model.get_parameter("vision_encoder.blocks.1.attn.relative_position_bias_table").grad
-    weight = model.get_parameter("fusion_encoder.roberta.encoder.layer.1.attention.self.query.weight").grad
+    last = model.config.vision_depth - 1
+    table = model.get_parameter(f"vision_encoder.blocks.{last}.attn.relative_position_bias_table").grad
+    weight = model.get_parameter(f"fusion_encoder.roberta.encoder.layer.{last}.attention.self.query.weight").grad
     assert table is not None
     assert weight is not None
     found |= {"gradient of a table": table, "gradient of a weight": weight}

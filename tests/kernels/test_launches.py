@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from tests.kernels.triton_testing import HAS_TRITON, compiling_environment
-from xfm_fast.kernels.limits import BIAS_HEAD_DIMS
 
 if not HAS_TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
+
+from tests.kernels.launches import CASES
 
 # Waits of a well pipelined loop for each instruction that multiplies; serialised ones have one each.
 MOST_WAITS = 0.35
@@ -23,16 +24,7 @@ MOST_WAITS = 0.35
 # narrow is the head or its second piece, that is more of them. The numbers are those of the gradient of the bias, whose
 # loop has no other product.
 MOST_WAITS_OF = {"bias, 16": 1.0, "bias, 32": 0.5, "bias, windows": 0.5, "bias, 48": 0.67, "bias, 80": 0.4}
-ALL = (
-    "relpos", "relpos, one head", *(f"relpos, {d}" for d in (32, 80, 96, 128)),
-    "relpos, fragments, 64", *(f"bias, {d}" for d in BIAS_HEAD_DIMS),
-    "bias, an entry each", "bias, windows", "bias, dropout, masked", "varlen, many waves", "varlen, short over many",
-    "varlen", "varlen, short", "varlen, one sequence", "varlen, dropout", "varlen, masked", "varlen, short, dropout",
-    "varlen, short, masked", *(f"varlen, {d}" for d in (32, 80, 96, 128)),
-    "norms", "norms, scaled", "embedding", "activation", "rounding", "vocabulary",
-)  # fmt: skip
-
-
+ALL = [case for case in CASES if case != "captions"]
 # Folders with another Triton each, as `pip install --target` makes them.
 TRITONS = [Path(folder).resolve() for folder in os.environ.get("XFM_TRITONS", "").split(os.pathsep) if folder]
 
@@ -63,7 +55,7 @@ def test_attention_of_one_head_compiles_and_is_not_serialised() -> None:
     """One head, of one image: what is 1 becomes a constant, whose methods are not those of a number in a kernel."""
     found = launches("relpos, one head")
     assert {row["kernel"].split(".")[1] for row in found} == {
-        "bias_kernel", "forward_kernel", "backward_statistics_kernel", "dkdv_kernel", "dq_kernel",
+        "bias_kernel", "forward_kernel", "statistics_kernel", "dkdv_kernel", "dq_kernel",
         "batch_sum_kernel", "table_gradient_kernel",
     }  # fmt: skip
     check(found, MOST_WAITS)
@@ -111,7 +103,7 @@ AMD = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from xfm_fast.kernels.audit import shipped_kernels
+from xfm_fast.kernels.audit.compiling import shipped_kernels
 
 arch, warp, names = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 for spec in shipped_kernels():

@@ -19,12 +19,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from tests.kernels.accuracy import assert_accurate, draws
+from tests.kernels.cases import Arguments, Case, converted, run
+
+if TYPE_CHECKING:
+    from xfm_fast.kernels.triton.launch import LaunchConfig
 
 # As tests/conftest.py decides it for the whole suite.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -160,6 +166,33 @@ def compiled_kernels(device: torch.device) -> Iterator[None]:
             lambda name, kind, index: None if (name, kind) == ("triton", "cpu") else why_not(name, kind, index),
         )
         yield
+
+
+def assert_triton_is_accurate(case: Case, arguments: Arguments, **options: Any) -> None:
+    """Results and gradients of an operation by Triton are as accurate as plain PyTorch's, and of its dtypes.
+
+    Memory that a kernel leaves unwritten holds NaN; `options` are for the operation on Triton only.
+    """
+    dtype = next(t.dtype for t in arguments.values() if isinstance(t, Tensor) and t.is_floating_point())
+    plain = draws(lambda: run(case, converted(arguments, dtype), "reference"))
+    truth = run(case, converted(arguments, torch.float64), "reference")
+    with poison():
+        found = run(case, arguments, "triton", **options)
+    for i, (value, true) in enumerate(zip(found, truth, strict=True)):
+        assert value.dtype == plain[0][i].dtype
+        assert_accurate(value, [each[i] for each in plain], true, f"result {i}")
+
+
+@contextmanager
+def configured(config: Callable[[str], LaunchConfig]) -> Iterator[None]:
+    """Within the block, kernels of attention take this configuration by their names."""
+    from xfm_fast.kernels.triton import attention_tiles, launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_tiles, "config_for", lambda name, *_, **__: config(name))
+        launch.cached_options.cache_clear()
+        yield
+    launch.cached_options.cache_clear()
 
 
 def compiling_environment() -> dict[str, str]:

@@ -56,16 +56,27 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
     "xfm_fast/tasks/classification.py": ("tests/tasks/test_classification.py",),
     "xfm_fast/tasks/reranking.py": ("tests/tasks/test_retrieval.py",),
     "xfm_fast/tasks/vqa.py": ("tests/tasks/test_vqa.py",),
-    "kernels/triton/attention_tiles.py": ("tests/kernels/test_triton_varlen.py", "tests/kernels/test_triton_relpos.py"),
-    "kernels/triton/bias_attention.py": ("tests/kernels/test_triton_bias.py",),
-    "kernels/triton/cross_entropy.py": ("tests/kernels/test_triton_cross_entropy.py",),
-    "kernels/triton/embed_layer_norm.py": ("tests/kernels/test_triton_norm.py",),
-    "kernels/triton/gelu.py": ("tests/kernels/test_triton_gelu.py",),
-    "kernels/triton/layer_norm.py": ("tests/kernels/test_triton_norm.py",),
-    "kernels/triton/relpos_attention.py": ("tests/kernels/test_triton_relpos.py",),
-    "kernels/triton/relpos_table.py": ("tests/kernels/test_triton_relpos.py",),
-    "kernels/triton/rows.py": ("tests/kernels/test_triton_norm.py", "tests/kernels/test_triton_gelu.py"),
-    "kernels/triton/varlen_attention.py": ("tests/kernels/test_triton_varlen.py",),
+    "kernels/triton/attention_tiles.py": (
+        "tests/kernels/test_triton_contract.py",
+        "tests/kernels/test_triton_attention.py",
+    ),
+    "kernels/triton/bias_attention.py": (
+        "tests/kernels/test_triton_contract.py",
+        "tests/kernels/test_triton_attention.py",
+    ),
+    "kernels/triton/cross_entropy.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
+    "kernels/triton/gelu.py": ("tests/kernels/test_triton_contract.py",),
+    "kernels/triton/layer_norm.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
+    "kernels/triton/relpos_attention.py": ("tests/kernels/test_triton_contract.py",),
+    "kernels/triton/relpos_table.py": (
+        "tests/kernels/test_triton_contract.py",
+        "tests/kernels/test_triton_attention.py",
+    ),
+    "kernels/triton/rows.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
+    "kernels/triton/varlen_attention.py": (
+        "tests/kernels/test_triton_contract.py",
+        "tests/kernels/test_triton_attention.py",
+    ),
 }
 # Of these tests, that which is likeliest to see a fault of a function comes first.
 _FIRST = {
@@ -98,7 +109,7 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("share - (1 - smoothing)", "share - 1"),
         ("tl.where(coefficient == 0.0, 0.0, coefficient * share)", "coefficient * share"),
         ("here = (target >= start)", "here = (target > start)"),
-        ("dw_part += _wide_product", "dw_part = _wide_product"),
+        ("wide += _wide_product", "wide = _wide_product"),
         ("total += _wide_product(x, y)", "total = _wide_product(x, y)"),
     ),
     "kernels/triton/gelu.py": (
@@ -115,16 +126,14 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("place + programs * WIDTH, dbias", "place + programs * WIDTH, dweight"),
         (">= drop_below, keep_scale, 0.0)", ">= drop_below, 1.0, 0.0)"),
         ("values *= tl.load(row_scale_ptr + rows // rows_per_scale", "values *= tl.load(row_scale_ptr + rows * 0"),
-    ),
-    "kernels/triton/rows.py": (
-        ("sums += tl.load(base", "sums = tl.load(base"),
-        ("which.to(tl.int64) * count * WIDTH", "which.to(tl.int64) * WIDTH"),
-    ),
-    "kernels/triton/embed_layer_norm.py": (
         ("(entry != skipped) & ", ""),
         ("sums += tl.load(addresses", "sums = tl.load(addresses"),
         ("(place >= 0) & (place < places)", "(place >= 0)"),
         ("dtype_row += tl.sum(ds, 0)", "dtype_row += tl.sum(dnormed, 0)"),
+    ),
+    "kernels/triton/rows.py": (
+        ("sums += tl.load(base", "sums = tl.load(base"),
+        ("which.to(tl.int64) * count * WIDTH", "which.to(tl.int64) * WIDTH"),
     ),
     "kernels/triton/varlen_attention.py": (
         ("begin // BLOCK + s <= tile", "begin // BLOCK + s < tile"),
@@ -142,6 +151,7 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("kept = tl.where(keep, weights * rescale, 0.0)", "kept = weights"),
         ('lse = tl.where(lse == float("-inf"), float("inf"), lse)', "lse = lse"),
         ("tl.cast(head, tl.int64) |", "tl.cast(head * 0, tl.int64) |"),
+        ("delta -= tl.load(dlse_ptr", "delta += tl.load(dlse_ptr"),
     ),
     "kernels/triton/relpos_attention.py": (
         ("dk_a * SCALE, dk_b * SCALE", "dk_a, dk_b * SCALE"),
@@ -158,11 +168,9 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "kernels/triton/bias_attention.py": (
         ("new_max <= _HIDDEN / SCALE", 'new_max == float("-inf")'),
-        ("delta -= tl.load(dlse_ptr", "delta += tl.load(dlse_ptr"),
         ("rescale / row_sum", "1.0 / row_sum"),
         ("b % period * stride_bg", "b // period * stride_bg"),
         ("dk_a * SCALE, dk_b * SCALE", "dk_a, dk_b * SCALE"),
-        ('lse = tl.where(lse == float("-inf"), float("inf"), lse)', "lse = lse"),
     ),
 }
 

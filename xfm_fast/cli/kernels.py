@@ -21,7 +21,7 @@ from xfm_fast.errors import InputError, StorageError, UnavailableError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xfm_fast.kernels.audit import Row
+    from xfm_fast.kernels.audit.compiling import Row
     from xfm_fast.kernels.triton.launch import KernelSpec
 
 
@@ -146,20 +146,20 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     audit are compiled, the rest comes from the cache.
     """
     specs = _kernels(options.kernel)
-    from xfm_fast.kernels import audit as library
     from xfm_fast.kernels.audit import baseline
-    from xfm_fast.kernels.audit.architectures import LIMITS
+    from xfm_fast.kernels.audit import compiling as library
+    from xfm_fast.kernels.audit.machine_code import ARCHITECTURES, LIMITS
 
     if unknown := set(options.arch) - set(LIMITS):
         known = ", ".join(map(str, LIMITS))
         raise InputError(f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}")
-    arches = options.arch or library.ARCHITECTURES
+    arches = options.arch or ARCHITECTURES
     begun = time.perf_counter()
     forms = library.shipped_forms(specs, arches)
     chosen = forms if options.all else library.representative(forms)
     path, shipped = options.ratchet or baseline.BASELINE, {form.key for form in forms}
     try:
-        accepted = baseline.in_scope(baseline.read(path), kernels=options.kernel, arches=arches)
+        accepted = baseline.read(path, kernels=options.kernel, arches=arches)
     except ValueError as error:
         raise InputError(str(error)) from error
     if options.changed:
@@ -225,7 +225,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
         raise UnavailableError("PyTorch finds no NVIDIA GPU to tune on; without one, run xfm-fast audit")
     specs = _kernels(options.kernel)
     from xfm_fast.kernels import tune as library
-    from xfm_fast.kernels.audit import describe
+    from xfm_fast.kernels.audit.compiling import describe
     from xfm_fast.kernels.triton.launch import architecture
 
     number = architecture(torch.device("cuda"))
@@ -284,7 +284,7 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
 
     if find_spec("triton") is None:
         raise UnavailableError("Triton is not installed; pip install 'xfm-fast[triton]' (Linux)")
-    from xfm_fast.kernels.audit import shipped_kernels
+    from xfm_fast.kernels.audit.compiling import shipped_kernels
 
     specs = shipped_kernels()
     known = [spec.name for spec in specs]
