@@ -12,7 +12,6 @@ Every export writes a folder with `manifest.json`: sizes, checksums, and the com
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from .onnx import export_onnx
     from .quantise import quantize_int8
     from .request import ExportRequest, OnnxRequest, RepositoryOptions
-    from .runtimes.aoti import PackageRequest
+    from .runtimes.aoti import PackageRequest, export_packages
     from .runtimes.tensorrt import EngineRequest, TensorRTRequest
     from .session import Session
     from .verification import verify, verify_export
@@ -40,6 +39,7 @@ _HOMES = {
     "TensorRTRequest": "runtimes.tensorrt",
     "export_engines": "engines",
     "export_onnx": "onnx",
+    "export_packages": "runtimes.aoti",
     "generated_examples": "expected",
     "make_examples": "expected",
     "quantize_int8": "quantise",
@@ -49,32 +49,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "EngineRequest",
-    "Examples",
-    "ExportRequest",
-    "Manifest",
-    "OnnxRequest",
-    "PackageRequest",
-    "RepositoryOptions",
-    "Session",
-    "TensorRTRequest",
-    "export_engines",
-    "export_onnx",
-    "export_packages",
-    "generated_examples",
-    "make_examples",
-    "quantize_int8",
-    "verify",
-    "verify_export",
-    "write_model_repository",
-]
-
-
-def export_packages(model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
-    """Compile graphs of a model to AOTInductor packages, see `runtimes.aoti`."""
-    from .runtimes import find_runtime
-
-    return find_runtime("aoti").export(model, folder, request, **given)
+    "EngineRequest", "Examples", "ExportRequest", "Manifest", "OnnxRequest", "PackageRequest", "RepositoryOptions",
+    "Session", "TensorRTRequest", "export_engines", "export_onnx", "export_packages", "generated_examples",
+    "make_examples", "quantize_int8", "verify", "verify_export", "write_model_repository",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

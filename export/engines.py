@@ -9,31 +9,44 @@ profiles, on the command line `name:axis=size` or `name:axis=least..best..most` 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, ClassVar, NamedTuple, get_args
 
-from xfm_fast.errors import ExportError
+from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.io import write_bytes, write_files
 from xfm_fast.models.xfm import XFM
 
 from .expected import Examples, Reference, generated_examples
 from .manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from .onnx import export_onnx, require_onnx
-from .pipeline import build_graphs, fill_folder, graph_bytes, graph_records, prepare_folder, sidecar_files
-from .quantise import Calibration, check_quantisation, eight_bit_options, make_rewrite, require_eight_bits
-from .request import OnnxRequest
+from .pipeline import (
+    Progress,
+    build_graphs,
+    fill_folder,
+    graph_bytes,
+    graph_records,
+    prepare_folder,
+    sidecar_files,
+    silent,
+)
+from .quantise import Calibration, check_quantisation, quantise_graphs
+from .request import OnnxRequest, joined
 from .runtimes import Spelling, data_type, find_runtime
 from .runtimes.tensorrt import (
     EngineRequest,
-    Library,
+    HardwareCompatibility,
+    TensorRT,
+    TensorRTForRTX,
     TensorRTRequest,
     first_error,
-    load_library,
+    local_capability,
     message_logger,
     start,
 )
@@ -41,25 +54,170 @@ from .slots import graph_profiles, parse_profiles
 from .verification import compare_with_reference, keep_reference
 
 ONNX_FOLDER = "onnx"
-"""In the folder of the engines: the graphs that they were built from, where they are kept."""
+"""In the folder of the engines: the graphs that they were built from, if the request keeps them."""
 
+LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
+"""The oldest compute capability with arithmetic in a type, as 10 · major + minor."""
+
+# The first version whose parser imports `Attention`.
+_OLDEST_TENSORRT = (10, 14)
 # An engine holds the weights again, and code for every target.
 _ENGINE_PER_ONNX = 1.5
 _ROOM_PER_ENGINE = 16 << 20
 
-
-class BuildProgress(Protocol):
-    """Progress of a build. Phases nest: `Building engine` contains the others."""
-
-    def graph(self, name: str, number: int, count: int) -> None:
-        """The build of graph `number` of `count`, from 1, begins."""
-
-    def phase(self, name: str, done: int, steps: int, depth: int) -> None:
-        """A phase of the builder has done some of its steps; depth 0 is the whole build."""
+_log = logging.getLogger(__name__)
 
 
-class Silent(BuildProgress):
-    """No progress output."""
+class Builder:
+    """The builder of TensorRT: the imported module, the options that it takes, and how it is configured."""
+
+    runtime: ClassVar[type[TensorRT]] = TensorRT
+    newest: ClassVar[int] = 11
+    """The last major version that was tried."""
+    least: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
+
+    def __init__(self) -> None:
+        self.name, self.title = self.runtime.name, self.runtime.title
+        self.trt: Any = self.runtime.import_library()
+        self.version: str = self.trt.__version__
+
+    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
+        """Validate a request and return its compute capabilities; `UnavailableError` for what the library lacks."""
+        if int(self.version.split(".", 1)[0]) > self.newest:
+            # Python prints it once, however often a request is checked.
+            warnings.warn(
+                f"{self.title} {self.version} is newer than version {self.newest}, the last that was tried; its "
+                f"engines are compared with the model as ever; should it fail, pip install "
+                f"'{self.name}<{self.newest + 1}'",
+                stacklevel=1,
+            )
+        targets = self.targets(request, parse_targets(joined(request.sm)), local_capability())
+        if lacking := [target for target in targets if target < self.least[dtype]]:
+            raise UnavailableError(
+                f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype} in {self.title}; leave out "
+                f"targets below SM{self.least[dtype]}, or use "
+                f"{'--quantize int8' if dtype == 'fp8' else '--dtype fp16'}"
+            )
+        return targets
+
+    def targets(self, request: TensorRTRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+        """The compute capabilities to build for, of those in a request and this machine's."""
+        if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
+            oldest = ".".join(map(str, _OLDEST_TENSORRT))
+            raise UnavailableError(
+                f"TensorRT {self.version} is too old to read attention; pip install 'tensorrt>={oldest}'"
+            )
+        if present is None:
+            raise UnavailableError(
+                "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
+                "a machine with one, or use xfm-fast export --to tensorrt-rtx, which needs none"
+            )
+        if named and set(named) != {present}:
+            raise UnavailableError(
+                f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(named)}; "
+                "leave out --sm and build with hardware_compatible, or use xfm-fast export --to tensorrt-rtx"
+            )
+        level, known = request.hardware_compatible, get_args(HardwareCompatibility)
+        if level and level not in known:
+            raise UnavailableError(f"hardware_compatible={level!r} is unknown; choose from {', '.join(known)}")
+        if level == "ampere_plus" and present < 80:
+            raise UnavailableError(
+                f"hardware_compatible='ampere_plus' needs SM80 or newer, and this GPU is SM{present}"
+            )
+        return (present,)
+
+    def network(self, builder: Any) -> Any:
+        """An empty, strongly typed network; later versions have no flag for it."""
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return builder.create_network(0 if flag is None else 1 << int(flag))
+
+    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
+        """Set the options on an `IBuilderConfig`."""
+        # On by default, it rounds the operands of fp32 GEMMs to 10 bits: an error a hundred times that of fp32.
+        config.clear_flag(self.trt.BuilderFlag.TF32)
+        if request.level is not None:
+            config.builder_optimization_level = request.level
+        if request.version_compatible:
+            config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
+        if request.hardware_compatible:
+            level = request.hardware_compatible.upper()
+            config.hardware_compatibility_level = getattr(self.trt.HardwareCompatibilityLevel, level)
+        if request.timing_cache is not None:
+            stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
+            # TensorRT rejects timings of another GPU or version; the build then starts with an empty cache.
+            if not config.set_timing_cache(config.create_timing_cache(stored), False):
+                config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+class BuilderForRTX(Builder):
+    """The builder of TensorRT for RTX."""
+
+    runtime = TensorRTForRTX
+    newest = 1
+    # It has no fp32 GEMMs for Turing.
+    least = LEAST_CAPABILITY | {"fp32": 80}
+
+    def targets(self, request: TensorRTRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+        """See `Builder.targets`."""
+        names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
+        known = sorted(int(name[1]) for name in names if name)
+        targets = tuple(sorted(set(named))) or (() if present is None else (present,))
+        if not targets:
+            raise UnavailableError(
+                "there is no NVIDIA GPU here to build for; name the targets with --sm, such as --sm 80,89,120"
+            )
+        if unknown := [target for target in targets if target not in known]:
+            raise UnavailableError(
+                f"TensorRT for RTX {self.version} does not build for {_names(unknown)}; it builds for {_names(known)}"
+            )
+        lacks = {
+            "version_compatible": "it has no lean runtime; build again after an upgrade",
+            "hardware_compatible": f"name all targets instead: --sm {','.join(map(str, known))}",
+            "timing_cache": "it times no kernels while it builds; the runtime caches what it compiles",
+        }
+        for option, reason in lacks.items():
+            if getattr(request, option):
+                raise UnavailableError(f"TensorRT for RTX does not take {option}: {reason}; leave it out")
+        return targets
+
+    def network(self, builder: Any) -> Any:
+        """See `Builder.network`."""
+        return builder.create_network(0)
+
+    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
+        """See `Builder.configure`."""
+        super().configure(config, request, targets)
+        # An engine that allocates for itself while it runs cannot be captured as a CUDA graph.
+        config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        config.num_compute_capabilities = len(targets)
+        for number, target in enumerate(targets):
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{target}"), number)
+
+
+def find_builder(name: str) -> Builder:
+    """The builder of a runtime; raises `UnavailableError` with the extra to install."""
+    builders = {each.runtime.name: each for each in (Builder, BuilderForRTX)}
+    if name not in builders:
+        raise UnavailableError(f"engine library {name!r} is unknown; choose from {', '.join(builders)}")
+    return builders[name]()
+
+
+def parse_targets(text: str) -> tuple[int, ...]:
+    """Compute capabilities from a list such as `80,89,120` or `8.9,12.0`."""
+    targets = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(?:sm_?)?(?:(\d{2,3})|(\d{1,2})\.(\d))", part, re.IGNORECASE)
+        number = 0 if match is None else int(match[1] or match[2] + match[3])
+        if not 50 <= number < 200:
+            raise UnavailableError(
+                f"--sm {part!r} is no compute capability; write them as numbers with commas, such as 80,89,120"
+            )
+        targets.append(number)
+    return tuple(dict.fromkeys(targets))
+
+
+def _names(targets: Sequence[int]) -> str:
+    return ", ".join(f"SM{target}" for target in targets)
 
 
 def export_engines(
@@ -68,7 +226,7 @@ def export_engines(
     consumer: str,
     request: EngineRequest | None = None,
     *,
-    progress: BuildProgress | None = None,
+    progress: Progress = silent,
     **given: Any,
 ) -> Manifest:
     """Export graphs of a model and build an engine of each, `<graph>.engine`, with `manifest.json`."""
@@ -89,7 +247,7 @@ def engine_graphs(
     tokenizer_sha256: str | None = None,
     companions: Mapping[str, bytes] = {},
     **changes: Any,
-) -> Iterator[Callable[[BuildProgress | None], Manifest]]:
+) -> Iterator[Callable[[Progress], Manifest]]:
     """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
     request = replace(request or TensorRTRequest(), **changes).complete
@@ -118,13 +276,9 @@ def engine_graphs(
             inputs = Calibration.of_model(
                 model, calibration or examples or generated_examples(model.config), onnx, exported
             )
-            exported.options |= eight_bit_options(kind, request.budget, inputs)
-            rewrite = make_rewrite(inputs, kind, dtype, budget=request.budget)
-            for record in exported.graphs:
-                rewrite(record, onnx / record.file)
+            quantise_graphs(exported, onnx, inputs, kind, budget=request.budget)
             exported.files = record_files(onnx, [record.name for record in exported.files])
-            require_eight_bits(exported.graphs, request.budget)
-            del inputs, rewrite
+            del inputs
         reference = None if examples is None else Reference.load(onnx)
 
         def compare(content: Manifest) -> None:
@@ -132,7 +286,7 @@ def engine_graphs(
                 keep_reference(content, folder, reference)
                 compare_with_reference(content, folder, reference)
 
-        def build(progress: BuildProgress | None) -> Manifest:
+        def build(progress: Progress) -> Manifest:
             if reference is not None:
                 compare_with_reference(exported, onnx, reference)
             exported.save(onnx)
@@ -144,13 +298,13 @@ def engine_graphs(
         yield build
 
 
-def check_request(consumer: str, request: EngineRequest) -> tuple[Library, tuple[int, ...], Spelling]:
-    """Check a request before a checkpoint is read; returns library, compute capabilities and attention form."""
+def check_request(consumer: str, request: EngineRequest) -> tuple[Builder, tuple[int, ...], Spelling]:
+    """Check a request before a checkpoint is read; returns builder, compute capabilities and attention form."""
     request = request.complete
     parse_profiles(request.profile, packed=request.packed)
     spelling = find_runtime(consumer).spelling(request.dtype, request.opset)
     require_onnx()
-    library = load_library(consumer)
+    library = find_builder(consumer)
     targets = library.check(request, request.dtype)
     if request.quantize:
         library.check(request, check_quantisation(request.quantize, data_type(request.dtype), request.budget))
@@ -161,15 +315,15 @@ def build_engines(
     exported: Manifest,
     onnx: Path,
     folder: Path,
-    library: Library,
+    library: Builder,
     targets: Sequence[int],
     *,
     request: EngineRequest | None = None,
-    progress: BuildProgress | None = None,
+    progress: Progress = silent,
     compare: Callable[[Manifest], None] = lambda content: None,
 ) -> Manifest:
     """Build an engine of every graph of the ONNX export in `onnx` into an existing folder."""
-    request, progress = (request or EngineRequest()).complete, progress or Silent()
+    request = (request or EngineRequest()).complete
     profiles = parse_profiles(request.profile, packed=request.packed)
     records = [
         record.model_copy(update={"file": f"{record.name}.engine", "profiles": graph_profiles(record, profiles)})
@@ -177,12 +331,9 @@ def build_engines(
     ]
 
     def write(record: GraphRecord) -> list[str]:
-        progress.graph(record.name, records.index(record) + 1, len(records))
+        progress(f"building {record.name} ({records.index(record) + 1} of {len(records)})")
         source = onnx / exported.graph(record.name).file
-        build_engine(
-            library, source, folder / record.file, request, targets, record.profiles, graph=record.name,
-            progress=progress,
-        )  # fmt: skip
+        build_engine(library, source, folder / record.file, request, targets, record.profiles)
         return [record.file]
 
     target = EngineTarget(
@@ -209,44 +360,44 @@ def build_engines(
 
 
 def build_engine(
-    library: Library,
+    library: Builder,
     onnx: Path,
     engine: Path,
     request: EngineRequest,
     targets: Sequence[int],
     profiles: Sequence[ProfileRecord],
     *,
-    graph: str = "",
-    progress: BuildProgress | None = None,
+    progress: Progress = lambda phase: _log.debug("%s", phase),
 ) -> None:
-    """Build one engine from one ONNX file; `targets` come from `library.check`, fixed shapes have no profiles."""
-    build = _Build(library, onnx, request.complete, targets, profiles, graph or onnx.stem, progress or Silent())
-    build.run(engine)
+    """Build one engine from one ONNX file, `targets` as `library.check` returns them; fixed shapes have no profiles.
+
+    `progress` is called with the names of the builder's phases; an exception in it stops the builder.
+    """
+    _Build(library, onnx, request.complete, targets, profiles, progress).run(engine)
 
 
 @dataclass
 class _Build:
     """One build, with the messages that the library logs for it."""
 
-    library: Library
+    library: Builder
     onnx: Path
     request: TensorRTRequest
     targets: Sequence[int]
     profiles: Sequence[ProfileRecord]
-    graph: str
-    progress: BuildProgress
+    progress: Progress
 
     def __post_init__(self) -> None:
         library = self.library
         self.errors: list[str] = []
         self.logger = message_logger(library.trt, self.errors)
-        self.builder: Any = start(library, library.trt.Builder, self.logger, self.errors)
+        self.builder: Any = start(f"{library.title} {library.version}", library.trt.Builder, self.logger, self.errors)
         # What stopped the builder: Ctrl-C, a full disk.
         self.raised: BaseException | None = None
 
     def run(self, engine: Path) -> None:
         library = self.library
-        network = library.create_network(self.builder)
+        network = library.network(self.builder)
         if network is None:
             raise ExportError(
                 f"{library.title} {library.version} makes no network ({first_error(self.errors)}); see that the driver "
@@ -267,14 +418,14 @@ class _Build:
                 raise self._failure(list(self.errors), "build", network)
             if not file.tell():
                 raise ExportError(
-                    f"{library.title} {library.version} built graph {self.graph!r} and wrote nothing of it; its Python "
-                    "module and its libraries may be of different versions: install it again"
+                    f"{library.title} {library.version} built graph {self.onnx.stem!r} and wrote nothing of it; its "
+                    "Python module and its libraries may be of different versions: install it again"
                 )
 
         write_files({engine: write})
-        timings = None if self.request.timing_cache is None else library.timing_cache(config)
+        timings = None if self.request.timing_cache is None else config.get_timing_cache()
         if self.request.timing_cache is not None and timings is not None:
-            write_bytes({self.request.timing_cache: timings})
+            write_bytes({self.request.timing_cache: bytes(memoryview(timings.serialize()))})
 
     def _build(self, network: Any, file: BinaryIO) -> tuple[bool, Any]:
         """Build a network into a file chunk by chunk: a whole engine in memory is a second copy of all weights."""
@@ -288,78 +439,63 @@ class _Build:
             if config.add_optimization_profile(shapes) < 0:
                 raise self._failure(list(self.errors), "build")
         # The configuration does not keep the monitor alive.
-        monitor = self._monitor()
+        monitor, writer = self._callbacks(file)
         config.progress_monitor = monitor
-        built = self.builder.build_serialized_network_to_stream(network, config, self._writer(file))
+        built = self.builder.build_serialized_network_to_stream(network, config, writer)
         if self.raised is not None:
             raise self.raised
         return built, config
 
-    def _monitor(self) -> Any:
-        """An `IProgressMonitor`; an exception in it is stored and stops the builder."""
+    def _callbacks(self, file: BinaryIO) -> tuple[Any, Any]:
+        """An `IProgressMonitor` and an `IStreamWriter`; an exception in them is stored and stops the builder."""
         build, trt = self, self.library.trt
+
+        def attempt(function: Callable[..., Any], argument: Any) -> Any:
+            try:
+                return function(argument)
+            except BaseException as error:  # Ctrl-C too
+                build.raised = build.raised or error
+                return 0
 
         class Monitor(trt.IProgressMonitor):
             def __init__(self) -> None:
                 trt.IProgressMonitor.__init__(self)
-                self._steps: dict[str, tuple[int, int]] = {}
 
             def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-                depth = self._steps[parent_phase][1] + 1 if parent_phase in self._steps else 0
-                self._steps[phase_name] = (num_steps, depth)
-                self._report(phase_name, 0)
+                attempt(build.progress, phase_name)
 
             def phase_finish(self, phase_name: str) -> None:
-                if phase_name in self._steps:
-                    self._report(phase_name, self._steps[phase_name][0])
+                pass
 
             def step_complete(self, phase_name: str, step: int) -> bool:
-                if phase_name in self._steps:
-                    self._report(phase_name, min(step + 1, self._steps[phase_name][0]))
                 return build.raised is None
-
-            def _report(self, phase_name: str, done: int) -> None:
-                try:
-                    build.progress.phase(phase_name, done, *self._steps[phase_name])
-                except BaseException as error:  # Ctrl-C too
-                    build.raised = build.raised or error
-
-        return Monitor()
-
-    def _writer(self, file: BinaryIO) -> Any:
-        """An `IStreamWriter` that fills a file; an exception in it is stored and stops the builder."""
-        build, trt = self, self.library.trt
 
         class Writer(trt.IStreamWriter):
             def __init__(self) -> None:
                 trt.IStreamWriter.__init__(self)
 
             def write(self, data: bytes) -> int:
-                try:
-                    return file.write(data)
-                except BaseException as error:  # Ctrl-C too
-                    build.raised = build.raised or error
-                    return 0
+                return attempt(file.write, data)
 
-        return Writer()
+        return Monitor(), Writer()
 
     def _failure(self, messages: Sequence[str], verb: str, network: Any = None) -> ExportError:
         import onnx
 
+        def builds(part: Any) -> bool:
+            with Path(os.devnull).open("wb") as nowhere:
+                return self._build(part, nowhere)[0]
+
         nodes = onnx.load(str(self.onnx), load_external_data=False).graph.node
         layers, rule, message = explain(messages, [(n.name, n.op_type, [*n.input, *n.output]) for n in nodes])
         if not layers and not rule.everywhere and network is not None:
-            layers = tuple(filter(None, [first_failing_layer(network, self._builds)]))
+            layers = tuple(filter(None, [first_failing_layer(network, builds)]))
         more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
         where = f" at {', '.join(layers[:3])}{more}" if layers else ""
         return ExportError(
-            f"{self.library.title} {self.library.version} cannot {verb} graph {self.graph!r}{where}: {rule.meaning}; "
-            f"{rule.remedy} ({self.library.title}: {message or 'no message'})"
+            f"{self.library.title} {self.library.version} cannot {verb} graph {self.onnx.stem!r}{where}: "
+            f"{rule.meaning}; {rule.remedy} ({self.library.title}: {message or 'no message'})"
         )
-
-    def _builds(self, part: Any) -> bool:
-        with Path(os.devnull).open("wb") as nowhere:
-            return self._build(part, nowhere)[0]
 
 
 class Rule(NamedTuple):
@@ -399,7 +535,7 @@ RULES = (
     Rule(
         r"libnvinfer_lean",
         "version compatibility needs the lean runtime, libnvinfer_lean, which is not installed",
-        "leave out --version-compatible, or install tensorrt_lean",
+        "leave out version_compatible, or install tensorrt_lean",
         everywhere=True,
     ),
     Rule(

@@ -3,9 +3,9 @@
 `vision`, `text`, `image_memory` and `fusion` let a server reuse work: an image is encoded and projected once, and every
 further caption costs the fusion encoder only. `match` is the whole model from pixels and ids to a score.
 
-A fine-tuned model has further graphs: heads are outputs of the graph that computes their input, `nlvr2` is the fusion
-encoder over a pair of images with its head, `decoder_memory` projects the decoder's states once, and `decoder_step`
-writes one token of every text.
+A fine-tuned model has further graphs: heads are outputs of the graph that computes their input, `PAIR_GRAPH` is the
+fusion encoder over a pair of images with its head, `decoder_memory` projects the decoder's states once, and
+`decoder_step` writes one token of every text.
 
 The graphs are made of the model's own modules, with their attention written for compilers; texts are padded instead of
 packed, because the number of packed tokens depends on values. Padding is masked with a finite value, so that a row
@@ -20,8 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,105 +36,14 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.nn import RelPosAttention
 from xfm_fast.tasks.task_model import TaskModel
 
-from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GRAPHS, AttentionForm, DType, GraphName
+from .manifest import AXES, TensorRecord
+from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GRAPHS, PAIR_GRAPH, AttentionForm, DType, GraphName
 
 M = TypeVar("M", bound=nn.Module)
 
 DTYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-LONGEST_ROW = 512
-"""Tokens of a packed row; positions restart with every caption, so the model's positions do not bound it."""
-
-
-class Axis(NamedTuple):
-    """Sizes of a dimension that varies: to trace with, the largest, and two to warm up with."""
-
-    traced: int
-    most: int
-    small: int
-    large: int
-
-
-AXES = {
-    "batch": Axis(2, 4096, 1, 4),
-    "texts": Axis(3, 4096, 4, 16),
-    "length": Axis(7, LONGEST_ROW, 16, 40),
-    "past": Axis(5, 512, 4, 16),
-    "rows": Axis(4, 4096, 2, 4),
-}
-
-# Dimensions of inputs and outputs: axes, sizes of the model, and in brackets what only some graphs have.
-_DIMS = {
-    "pixels": "batch 3 side side",
-    "image_embeds": "batch image_tokens vision_width",
-    "image_feature": "batch embed",
-    "input_ids": "batch [texts] length",
-    "attention_mask": "batch [texts] length",
-    "text_embeds": "batch [texts] length width",
-    "text_feature": "batch embed",
-    "memory_keys": "batch [pair] heads image_tokens size",
-    "memory_values": "batch [pair] heads image_tokens size",
-    "fused": "batch texts [length] width",
-    "match_logits": "batch texts 2",
-    "boxes": "batch texts 4",
-    "scores": "batch texts",
-    "class_logits": "batch [texts] labels",
-    "packed_ids": "rows length",
-    "positions": "rows length",
-    # Number of the caption of a token, from 1; 0 for padding. Unique over the rows of an image.
-    "segments": "[batch] rows length",
-    # Row of every caption, and position of its token 0 in it.
-    "firsts": "batch [texts] 2",
-    "packed_embeds": "[batch] rows length width",
-    "fused_tokens": "batch rows length width",
-    "states": "batch length states_width",
-    "memory_mask": "batch length",
-    "decoder_keys": "batch heads length size",
-    "decoder_values": "batch heads length size",
-    "token_ids": "batch texts",
-    "past": "batch texts layers 2 heads past size",
-    # Zero for tokens that do not exist.
-    "past_mask": "batch texts past",
-    "logits": "batch texts vocabulary",
-    "present": "batch texts layers 2 heads size",
-}
-_INTEGERS = frozenset(
-    {
-        *("input_ids", "packed_ids", "token_ids", "positions", "segments", "firsts"),
-        *("attention_mask", "past_mask", "memory_mask"),
-    }
-)
-
 _MASKED = -10000.0
-
-
-def dims_of(name: str, count: int) -> list[str]:
-    """Names of the dimensions of a tensor with `count` dimensions; raises `LookupError` for other tensors."""
-    words = _DIMS[name.rstrip("0123456789").rstrip("_")].split()
-    required = [word for word in words if not word.startswith("[")]
-    if count == len(required):
-        return required
-    if count == len(words):
-        return [word.strip("[]") for word in words]
-    raise LookupError(f"{name} has {len(words)} dimensions, not {count}")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and dimensions of an input or output; a dimension is a number or the name of an axis."""
-
-    name: str
-    integer: bool
-    dims: tuple[int | str, ...]
-
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The dimensions as numbers, given the sizes of the axes by name."""
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
-
-    @property
-    def axes(self) -> dict[int, str]:
-        """Position → axis of the dynamic dimensions."""
-        return {place: dim for place, dim in enumerate(self.dims) if isinstance(dim, str)}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: AttentionForm) -> Tensor:
@@ -159,8 +67,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, form: Attent
 class Graph(nn.Module):
     """A part of the model with named inputs and outputs, in the order of `forward`'s arguments and results."""
 
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: list[TensorRecord]
+    outputs: list[TensorRecord]
     gathered: int = 0
     """How many of the last inputs are the tuple `*memory` of `forward`."""
 
@@ -174,23 +82,18 @@ class Graph(nn.Module):
             "pair": 2, **sizes,
         }  # fmt: skip
 
-        def spec(name: str) -> TensorSpec:
-            base = name.rstrip("0123456789").rstrip("_")
-            words = _DIMS[base].split()
-            dims = [word.strip("[]") for word in words if not word.startswith("[") or word.strip("[]") in keep]
-            numbers = (sizes.get(dim, dim) for dim in dims)
-            return TensorSpec(
-                name,
-                base in _INTEGERS,
-                tuple(int(dim) if isinstance(dim, int) or dim.isdigit() else dim for dim in numbers),
-            )
-
-        self.inputs, self.outputs = tuple(map(spec, inputs)), tuple(map(spec, outputs))
+        self.inputs, self.outputs = (
+            [TensorRecord.of(name, keep, sizes) for name in names] for names in (inputs, outputs)
+        )
 
     def own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The sizes of the axes that this graph has."""
-        axes = {axis for spec in self.inputs for axis in spec.axes.values()}
-        return {axis: size for axis, size in sizes.items() if axis in axes}
+        return {axis: size for axis, size in sizes.items() if axis in self.axes}
+
+    @property
+    def axes(self) -> list[str]:
+        """The axes of all inputs that vary."""
+        return [*dict.fromkeys(dim for tensor in self.inputs for dim in tensor.dims if isinstance(dim, str))]
 
 
 class _Heads(nn.ModuleDict):
@@ -543,7 +446,7 @@ class MatchGraph(Graph):
         return (fused[1][..., 1],)
 
 
-class NLVR2Graph(Graph):
+class PairGraph(Graph):
     """A sentence fused with each of two images, and the head on both: logits of "false" and "true"."""
 
     def __init__(self, model: Any, form: AttentionForm) -> None:
@@ -635,7 +538,7 @@ GRAPH_CLASSES: dict[GraphName, type[Graph]] = {
     "image_memory": ImageMemoryGraph,
     "fusion": FusionGraph,
     "match": MatchGraph,
-    "nlvr2": NLVR2Graph,
+    PAIR_GRAPH: PairGraph,
     "decoder_memory": DecoderMemoryGraph,
     "decoder_step": DecoderStepGraph,
 }
@@ -709,7 +612,10 @@ def tracing_call(
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Inputs to trace a graph with, and the dynamic dimensions of each, in `forward`'s order."""
     dims = {name: torch.export.Dim(name, min=1, max=axis.most) for name, axis in AXES.items() if name not in fixed}
-    shapes = tuple({place: dims[axis] for place, axis in spec.axes.items() if axis in dims} for spec in graph.inputs)
+    shapes = tuple(
+        {place: dims[axis] for place, axis in enumerate(tensor.dims) if isinstance(axis, str) and axis in dims}
+        for tensor in graph.inputs
+    )
     inputs = random_inputs(graph, {name: axis.traced for name, axis in AXES.items()} | dict(fixed), dtype)
     if graph.gathered:
         shapes = (*shapes[: -graph.gathered], shapes[-graph.gathered :])
@@ -720,7 +626,7 @@ def random_inputs(graph: Graph, sizes: Mapping[str, int], dtype: torch.dtype, *,
     """Inputs of a graph at given axis sizes: noise, small ids, captions of decreasing length."""
     generator = torch.Generator().manual_seed(seed)
 
-    def values(spec: TensorSpec) -> Tensor:
+    def values(spec: TensorRecord) -> Tensor:
         shape = spec.shape(sizes)
         if spec.name.endswith("_ids"):
             ids = torch.randint(4, 200, shape, generator=generator)
@@ -749,7 +655,7 @@ def _real(shape: tuple[int, ...]) -> Tensor:
 
 def check_fixed(graphs: Iterable[Graph], fixed: Mapping[str, int]) -> None:
     """Raise `InputError` for a fixed axis that no graph has, or a size below 1."""
-    known = {axis for graph in graphs for spec in graph.inputs for axis in spec.axes.values()}
+    known = {axis for graph in graphs for axis in graph.axes}
     for name, size in fixed.items():
         if name not in known:
             raise InputError(f"axis {name!r} cannot be fixed; choose from {', '.join(sorted(known)) or 'none'}")

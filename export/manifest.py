@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +28,88 @@ from .request import AttentionForm, DType, GraphName, Quantisation
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+
+LONGEST_ROW = 512
+"""Tokens of a packed row; positions restart with every caption, so the model's positions do not bound it."""
+
+
+class Axis(NamedTuple):
+    """Sizes of a dimension that varies: to trace with, the largest, and two to warm up with."""
+
+    traced: int
+    most: int
+    small: int
+    large: int
+
+
+AXES = {
+    "batch": Axis(2, 4096, 1, 4),
+    "texts": Axis(3, 4096, 4, 16),
+    "length": Axis(7, LONGEST_ROW, 16, 40),
+    "past": Axis(5, 512, 4, 16),
+    "rows": Axis(4, 4096, 2, 4),
+}
+
+# Dimensions of inputs and outputs: axes, sizes of the model, and in brackets what only some graphs have.
+_DIMS = {
+    "pixels": "batch 3 side side",
+    "image_embeds": "batch image_tokens vision_width",
+    "image_feature": "batch embed",
+    "input_ids": "batch [texts] length",
+    "attention_mask": "batch [texts] length",
+    "text_embeds": "batch [texts] length width",
+    "text_feature": "batch embed",
+    "memory_keys": "batch [pair] heads image_tokens size",
+    "memory_values": "batch [pair] heads image_tokens size",
+    "fused": "batch texts [length] width",
+    "match_logits": "batch texts 2",
+    "boxes": "batch texts 4",
+    "scores": "batch texts",
+    "class_logits": "batch [texts] labels",
+    "packed_ids": "rows length",
+    "positions": "rows length",
+    # Number of the caption of a token, from 1; 0 for padding. Unique over the rows of an image.
+    "segments": "[batch] rows length",
+    # Row of every caption, and position of its token 0 in it.
+    "firsts": "batch [texts] 2",
+    "packed_embeds": "[batch] rows length width",
+    "fused_tokens": "batch rows length width",
+    "states": "batch length states_width",
+    "memory_mask": "batch length",
+    "decoder_keys": "batch heads length size",
+    "decoder_values": "batch heads length size",
+    "token_ids": "batch texts",
+    "past": "batch texts layers 2 heads past size",
+    # Zero for tokens that do not exist.
+    "past_mask": "batch texts past",
+    "logits": "batch texts vocabulary",
+    "present": "batch texts layers 2 heads size",
+}
+_INTEGERS = frozenset(
+    {
+        *("input_ids", "packed_ids", "token_ids", "positions", "segments", "firsts"),
+        *("attention_mask", "past_mask", "memory_mask"),
+    }
+)
+
+
+@cache
+def tensor_axes(name: str, count: int) -> tuple[str | None, ...]:
+    """The axis of every dimension of a tensor with `count` dimensions, None for one that never varies.
+
+    Raises `LookupError` for other tensors.
+    """
+    words = _DIMS[_table_name(name)].split()
+    required = [word for word in words if not word.startswith("[")]
+    if count not in (len(required), len(words)):
+        raise LookupError(f"{name} has {len(words)} dimensions, not {count}")
+    dims = required if count == len(required) else [word.strip("[]") for word in words]
+    return tuple(dim if dim in AXES else None for dim in dims)
+
+
+def _table_name(name: str) -> str:
+    return name.rstrip("0123456789").rstrip("_")
+
 
 Status = Literal["verified", "failed", "graphs verified", "unverified"]
 
@@ -57,6 +140,23 @@ class TensorRecord(_Record):
     name: str
     dtype: Literal["float32", "float16", "bfloat16", "int64"]
     dims: list[int | str]
+
+    @classmethod
+    def of(cls, name: str, keep: Collection[str], sizes: Mapping[str, int]) -> Self:
+        """The tensor of a graph in fp32, given what it has of the dimensions in brackets, and sizes of the model."""
+        base = _table_name(name)
+        words = (word for word in _DIMS[base].split() if not word.startswith("[") or word.strip("[]") in keep)
+        dims = [sizes.get(dim, int(dim) if dim.isdigit() else dim) for dim in (word.strip("[]") for word in words)]
+        return cls(name=name, dtype="int64" if base in _INTEGERS else "float32", dims=dims)
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """See `tensor_axes`."""
+        return tensor_axes(self.name, len(self.dims))
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The dimensions as numbers, given the sizes of the axes by name."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 
 class ProfileRecord(_Record):
@@ -221,7 +321,7 @@ class Manifest(_Record):
                 used |= external_files(folder / graph.file)
             if unlisted := sorted(used - listed):
                 raise ExportError(
-                    f"graph {graph.name!r} in {folder} lies in {unlisted[0]!r}, which {MANIFEST_FILE} does not list "
+                    f"graph {graph.name!r} in {folder} uses {unlisted[0]!r}, which {MANIFEST_FILE} does not list "
                     "among its files; export again"
                 )
 
@@ -331,70 +431,27 @@ def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
             yield f"{record.name} cannot be read ({error.strerror or error})"
 
 
-# Where tensors lie in the messages of ONNX: message → number of a field → message in it.
-_MESSAGES: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "entry"},
-}
+# A string "location" of a message: the key of an entry of `TensorProto.external_data`, see `external_files`.
+_LOCATION = re.compile(rb"(?<=[\x08\x00])location")
 
 
 def external_files(path: Path) -> set[str]:
-    """Names of the external weight files of an ONNX graph, parsed without the `onnx` package."""
+    """Names of the external weight files of an ONNX graph, read without the `onnx` package.
+
+    An entry is `j`, its size, the key `location`, and the name as value; other encodings of the same raise
+    `ExportError`.
+    """
     names: set[str] = set()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            rest = [("model", 0, len(content))]
-            while rest:
-                message, start, end = rest.pop()
-                entry: dict[int, bytes] = {}
-                for number, first, last in _fields(content, start, end):
-                    if message == "entry":
-                        entry[number] = content[first:last]
-                    elif (inner := _MESSAGES[message].get(number)) is not None:
-                        rest.append((inner, first, last))
-                if entry.get(1) == b"location":
-                    names.add(entry.get(2, b"").decode())
+            for start, end in (match.span() for match in _LOCATION.finditer(content)):
+                size = content[end + 1]
+                if content[start - 4 : start] + content[end : end + 1] != bytes([106, size + 12, 10, 8, 18]):
+                    raise ValueError("an entry of external_data has no plain form")
+                names.add(content[end + 2 : end + 2 + size].decode())
     except (OSError, ValueError, IndexError) as error:
         raise ExportError(f"{path} is no ONNX graph that can be read ({error}); export again") from None
     return names
-
-
-def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and end of every length-delimited field (protobuf wire type 2) of a message."""
-
-    def varint(at: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte = content[at]
-            value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
-            if byte < 128:
-                return value, at
-            if shift > 63:
-                raise ValueError("a number in it has no end")
-
-    while at < end:
-        tag, at = varint(at)
-        kind = tag & 7
-        size = 0
-        if kind == 0:
-            _, at = varint(at)
-        elif kind == 2:
-            size, at = varint(at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"a field in it has wire type {kind}")
-        if at + size > end:
-            raise ValueError("a field in it ends behind its message")
-        if kind == 2:
-            yield tag >> 3, at, at + size
-        at += size
 
 
 def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:

@@ -27,16 +27,23 @@ from xfm_fast.models.xfm import XFM
 from .expected import DECODER_GRAPHS, Examples, reference_bytes
 from .graphs import (
     DTYPES,
-    LONGEST_ROW,
     Graph,
-    TensorSpec,
     build,
     check_fixed,
     default_graphs,
     in_dtype,
     needs_all_tokens,
 )
-from .manifest import MANIFEST_FILE, AxisRecord, GraphRecord, Manifest, TensorRecord, new_manifest, record_files
+from .manifest import (
+    LONGEST_ROW,
+    MANIFEST_FILE,
+    AxisRecord,
+    GraphRecord,
+    Manifest,
+    TensorRecord,
+    new_manifest,
+    record_files,
+)
 from .request import DType, ExportRequest, GraphName, Request
 from .runtimes import Spelling, data_type
 from .slots import parse_profiles
@@ -191,14 +198,14 @@ def graph_records(
 ) -> list[GraphRecord]:
     """Records of graphs before they are written."""
 
-    def tensor(spec: TensorSpec) -> TensorRecord:
-        kind = "int64" if spec.integer else _TENSOR_TYPES[dtype]
-        dims = [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.dims]
-        return TensorRecord.model_validate({"name": spec.name, "dtype": kind, "dims": dims})
+    def tensor(each: TensorRecord) -> TensorRecord:
+        kind = each.dtype if each.dtype == "int64" else _TENSOR_TYPES[dtype]
+        dims = [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in each.dims]
+        return each.model_copy(update={"dtype": kind, "dims": dims})
 
     records = []
     for name, graph in built.items():
-        axes = [axis for spec in graph.inputs for axis in spec.axes.values() if axis not in fixed]
+        axes = [axis for axis in graph.axes if axis not in fixed]
         most: dict[str, int] = dict.fromkeys(("length", "past"), model.config.max_text_length)
         if "rows" in axes:
             most["length"] = max(most["length"], LONGEST_ROW)
@@ -207,8 +214,8 @@ def graph_records(
                 name=name,
                 file=f"{name}{suffix}",
                 files=[],
-                inputs=[tensor(spec) for spec in graph.inputs],
-                outputs=[tensor(spec) for spec in graph.outputs],
+                inputs=[*map(tensor, graph.inputs)],
+                outputs=[*map(tensor, graph.outputs)],
                 axes={axis: AxisRecord(least=1, most=most.get(axis)) for axis in axes},
                 build_seconds=0,
             )
@@ -294,7 +301,7 @@ def readme(manifest: Manifest) -> str:
 
 def _trtexec(record: GraphRecord, packed: bool) -> str:
     """The `trtexec` command of a graph for the sizes of the last default profile."""
-    axes = parse_profiles((), packed=packed)[-1].axes
+    axes = parse_profiles((), packed=packed)[-1].ranges
     options = [f"trtexec --onnx={record.file} --saveEngine={record.name}.engine --noTF32"]
     for name, chosen in (("min", "least"), ("opt", "best"), ("max", "most")) if record.axes else ():
         # A model may accept less than the profile has.

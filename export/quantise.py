@@ -45,10 +45,8 @@ from .verification import (
     THRESHOLDS,
     Case,
     Comparison,
-    Runner,
     chunks,
     compare_with_reference,
-    default_runner,
     keep_reference,
 )
 
@@ -361,11 +359,9 @@ def save(model: Any, path: Path, *, largest_file: int = LARGEST_FILE) -> None:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Inputs of the graphs of an export: results of the model on examples, and a runner that computes memories."""
+    """Inputs of the graphs of an export, as a session gives them to the graphs."""
 
-    manifest: Manifest
-    reference: Reference
-    runner: Runner
+    comparison: Comparison
     origin: str
 
     @classmethod
@@ -373,8 +369,7 @@ class Calibration:
         """Calibration with embeddings computed by the model, for its ONNX export in `folder`."""
         images, texts = _needed(manifest)
         graphs: list[GraphName] = [*(["image_memory"] if images else []), *(["text"] if texts else [])]
-        reference = make_reference(model, examples, graphs, "fp32")
-        return cls(manifest, reference, default_runner(folder, manifest), examples.origin)
+        return cls(Comparison(manifest, folder, make_reference(model, examples, graphs, "fp32")), examples.origin)
 
     @classmethod
     def of_export(cls, folder: Path, manifest: Manifest, examples: Examples) -> Self:
@@ -392,35 +387,32 @@ class Calibration:
             tensors["image_embeds"] = session.encode_image(examples.pixels)
         if texts:
             tensors["text_embeds"] = session.encode_text(examples.input_ids, examples.attention_mask)
-        return cls(manifest, Reference(tensors, {}), session, examples.origin)
+        return cls(Comparison(manifest, folder, Reference(tensors, {})), examples.origin)
 
-    @classmethod
-    def of_reference(cls, folder: Path, manifest: Manifest, reference: Reference) -> Self:
-        """Calibration with the examples of the verification."""
-        origin = f"{manifest.examples}, which it is compared on too"
-        return cls(manifest, reference, default_runner(folder, manifest), origin)
-
-    def inputs(self, record: GraphRecord) -> Iterator[dict[str, np.ndarray]]:
+    def inputs(self, record: GraphRecord) -> list[Feed]:
         """Inputs of a graph by name, an image with 8 captions (or 16 captions) each, in fp32 and int64."""
-        reference, wide = self.reference, self.manifest.model_copy(update={"dtype": "fp32"})
-        lengths = reference.tensors["attention_mask"].sum(1)
-        fixed = {axis: sizes.least for axis, sizes in graph_slots(record)[0].ranges.items() if sizes.single}
+        reference = self.comparison.reference
+        ranges = graph_slots(record)[0].ranges
+        fixed = {axis: sizes.least for axis, sizes in ranges.items() if sizes.single}
+        batch, count = fixed.get("batch", 1), fixed.get("texts", _TEXTS_WITH_AN_IMAGE)
         if record.name == "text":
-            size = fixed.get("batch", min(_TEXTS_AT_ONCE, reference.texts))
-            pairs = [(torch.zeros_like(rows), rows[:, None]) for rows in chunks(reference.texts, size)]
+            size = min(fixed.get("batch", _TEXTS_AT_ONCE), reference.texts)
+            cases = [Case(torch.zeros_like(rows), rows[:, None]) for rows in chunks(reference.texts, size)]
         else:
-            images, texts = torch.arange(fixed.get("batch", 1)), torch.arange(fixed.get("texts", _TEXTS_WITH_AN_IMAGE))
-            pairs = [
-                ((images + n) % reference.images, ((texts + n * len(texts)) % reference.texts).expand(len(images), -1))
+            cases = [
+                Case(
+                    (torch.arange(batch) + n) % reference.images,
+                    ((torch.arange(count) + n * count) % reference.texts).expand(batch, -1),
+                )
                 for n in range(reference.images)
             ]
-        comparison = Comparison(wide, reference, self.runner)
-        for images, texts in pairs:
-            case = Case(images, texts, fixed.get("length", int(lengths[texts].max())))
-            yield {
-                name: (value.float() if value.is_floating_point() else value.long()).contiguous().numpy()
-                for name, value in comparison.inputs(record, case).items()
+        return [
+            {
+                name: (value.float() if value.is_floating_point() else value).contiguous().numpy()
+                for name, value in given.items()
             }
+            for given in self.comparison.inputs(record.name, cases)
+        ]
 
 
 def _needed(manifest: Manifest) -> tuple[bool, bool]:
@@ -428,23 +420,27 @@ def _needed(manifest: Manifest) -> tuple[bool, bool]:
     return not {"image_memory", "fusion"}.isdisjoint(manifest.graph_names), "fusion" in manifest.graph_names
 
 
-def make_rewrite(
+def quantise_graphs(
+    exported: Manifest,
+    folder: Path,
     calibration: Calibration,
     kind: Quantisation,
-    dtype: DType,
     *,
     budget: float = BUDGET,
     unsigned: bool = False,
     progress: Progress = silent,
-) -> Callable[[GraphRecord, Path], None]:
-    """A function that rewrites the file of a graph to 8-bit GEMMs within a budget and records the choice."""
-    check_quantisation(kind, dtype, budget)
-    scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
+) -> None:
+    """Rewrite the ONNX files of an export in `folder` to 8-bit GEMMs within a budget, and record the choices.
 
-    def rewrite(record: GraphRecord, path: Path) -> None:
-        progress(f"choosing products of {record.name}")
+    Raises:
+        ExportError: ONNX Runtime does not run a graph, or the budget leaves no GEMM in 8 bits.
+    """
+    scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
+    for record in exported.graphs:
+        started = time.perf_counter()
+        progress(f"choosing GEMMs of {record.name}")
         try:
-            record.quantisation = _Search(path, [*calibration.inputs(record)], scheme, budget).run()
+            record.quantisation = _Search(folder / record.file, calibration.inputs(record), scheme, budget).run()
         except (ExportError, OSError):
             raise
         except Exception as error:  # of ONNX Runtime, which has no errors of its own
@@ -452,8 +448,15 @@ def make_rewrite(
                 f"graph {record.name!r} could not be quantised to {kind} ({' '.join(str(error).split())[:300]}); "
                 "export it without 8 bits"
             ) from error
-
-    return rewrite
+        record.files = [name for name in record.files if (folder / name).exists()]
+        record.build_seconds += time.perf_counter() - started
+    made = [record.quantisation for record in exported.graphs if record.quantisation is not None]
+    if made and all(len(each.kept) == each.products for each in made):
+        raise ExportError(
+            f"--budget {budget} cannot be met: no GEMM of {', '.join(exported.graph_names)} can be in {kind}; give a "
+            "smaller one, or serve the export without 8 bits"
+        )
+    exported.options |= {"arithmetic": kind, "budget": budget, "calibration": calibration.origin}
 
 
 class _Search:
@@ -569,17 +572,16 @@ def quantize_int8(
         )
     reference = Reference.load(folder)
     if examples is None:
-        calibration = Calibration.of_reference(folder, source, reference)
+        origin = f"{source.examples}, which it is compared on too"
+        calibration = Calibration(Comparison(source, folder, reference), origin)
     else:
         calibration = Calibration.of_export(folder, source, examples)
     # Room for a copy of the old graphs and for the new ones.
     prepare_folder(out, 2 * sum(record.bytes for record in source.files))
-    # CPUs multiply uint8 by int8, GPUs int8 by int8.
-    unsigned = not source.consumer.startswith("tensorrt")
-    rewrite = make_rewrite(calibration, "int8", "fp32", budget=budget, unsigned=unsigned, progress=progress)
-    result = source.unverified(
+    changed = source.unverified(
         versions=source.versions | package_versions("onnxruntime"),
-        options=source.options | eight_bit_options("int8", budget, calibration),
+        options=dict(source.options),
+        graphs=[record.model_copy(update={"build_seconds": 0.0}) for record in source.graphs],
     )
 
     def compare(content: Manifest) -> None:
@@ -589,38 +591,19 @@ def quantize_int8(
 
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch:
-            records = []
-            for record in source.graphs:
-                started = time.perf_counter()
-                for name in record.files:
-                    shutil.copyfile(folder / name, Path(scratch, name))
-                changed = record.model_copy()
-                rewrite(changed, Path(scratch, record.file))
-                changed.build_seconds = time.perf_counter() - started
-                records.append(changed)
-            require_eight_bits(records, budget)
+            for name in (name for record in source.graphs for name in record.files):
+                shutil.copyfile(folder / name, Path(scratch, name))
+            # CPUs multiply uint8 by int8, GPUs int8 by int8.
+            unsigned = not source.consumer.startswith("tensorrt")
+            quantise_graphs(
+                changed, Path(scratch), calibration, "int8", budget=budget, unsigned=unsigned, progress=progress
+            )
 
             def write(record: GraphRecord) -> list[str]:
-                names = [name for name in record.files if Path(scratch, name).exists()]
-                for name in names:
+                for name in record.files:
                     Path(scratch, name).replace(out / name)
-                return names
+                return record.files
 
-            return fill_folder(result, out, records, write, compare, sidecar_files(folder, source))
+            return fill_folder(changed, out, changed.graphs, write, compare, sidecar_files(folder, source))
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({error.strerror or error}); choose another folder") from error
-
-
-def eight_bit_options(kind: Quantisation, budget: float, calibration: Calibration) -> dict[str, Any]:
-    """Manifest options of an 8-bit export."""
-    return {"arithmetic": kind, "budget": budget, "calibration": calibration.origin}
-
-
-def require_eight_bits(graphs: Sequence[GraphRecord], budget: float) -> None:
-    """Raise `ExportError` where the budget leaves no GEMM in 8 bits."""
-    made = [record.quantisation for record in graphs if record.quantisation is not None]
-    if made and all(len(record.kept) == record.products for record in made):
-        raise ExportError(
-            f"--budget {budget} cannot be met: no product of {', '.join(record.name for record in graphs)} can be in "
-            f"{made[0].kind}; give a smaller one, or serve the export without 8 bits"
-        )

@@ -17,6 +17,9 @@ from xfm_fast.errors import InputError, UnavailableError
 GraphName = Literal["vision", "text", "image_memory", "fusion", "match", "nlvr2", "decoder_memory", "decoder_step"]
 ALL_GRAPHS: tuple[GraphName, ...] = get_args(GraphName)
 
+PAIR_GRAPH: GraphName = "nlvr2"
+"""The fusion encoder over a pair of images, with the head of its task."""
+
 DEFAULT_GRAPHS: tuple[GraphName, ...] = ("vision", "text", "image_memory", "fusion")
 """The graphs that a server composes; `match`, the whole model in one file, is opt-in."""
 
@@ -45,8 +48,7 @@ class ExportRequest:
 
     Attributes:
         dtype: Dtype of weights and arithmetic.
-        graphs: vision, text, image_memory, fusion, match; for tasks nlvr2, decoder_memory, decoder_step; with commas.
-            [all but match, or the graphs of the task]
+        graphs: Names such as vision,text,image_memory,fusion,match. [all but match, or those of the task]
         fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token instead of token 0.
         packed: text and fusion take captions packed into rows, so that their cost follows the real tokens; by default

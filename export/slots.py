@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from math import ceil, inf, prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,7 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 
-from .graphs import AXES, dims_of
-from .manifest import GraphRecord, ProfileRecord, TensorRecord
+from .manifest import AXES, GraphRecord, ProfileRecord, TensorRecord
 
 # Tokens of a row that are tried: about as many as a caption has, to where attention begins to count.
 _TARGETS = (32, 48, 64, 96, 128)
@@ -37,118 +36,8 @@ _SYNTAX = "write name:axis=least..best..most, such as latency:batch=1,texts=1..8
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 
 
-class AxisRange(NamedTuple):
-    """Sizes of one axis, 1 ≤ least ≤ best ≤ most; the engine is tuned for `best`."""
-
-    least: int
-    best: int
-    most: int
-
-    @classmethod
-    def parse(cls, text: str) -> AxisRange:
-        """A range from `size` or `least..best..most`; `a..b` is tuned for b."""
-        pieces = [piece.strip() for piece in text.split("..")]
-        if not 1 <= len(pieces) <= 3 or not all(piece.isascii() and piece.isdigit() for piece in pieces):
-            raise InputError(f"{text!r} is no range; write a size such as 1, or least..best..most such as 1..8..64")
-        sizes = [int(piece) for piece in pieces]
-        made = cls(sizes[0], sizes[len(sizes) // 2], sizes[-1])
-        if not 1 <= made.least <= made.best <= made.most:
-            raise InputError(f"range {made} does not rise from 1 or more: least..best..most; write it so")
-        return made
-
-    def __str__(self) -> str:
-        return f"{self.least}..{self.best}..{self.most}"
-
-
-class ShapeProfile(NamedTuple):
-    """A named set of ranges, one per axis."""
-
-    name: str
-    axes: Mapping[str, AxisRange]
-
-    def __str__(self) -> str:
-        return f"{self.name}:" + ",".join(f"{axis}={sizes}" for axis, sizes in self.axes.items())
-
-
-def _default_profiles(length: AxisRange, **more: AxisRange) -> tuple[ShapeProfile, ...]:
-    axes = {"texts": AxisRange(1, 16, 64), "length": length, "past": AxisRange(1, 8, 40), **more}
-    return (
-        ShapeProfile("latency", {"batch": AxisRange(1, 1, 1), **axes}),
-        ShapeProfile("bulk", {"batch": AxisRange(1, 16, 32), **axes}),
-    )
-
-
-DEFAULT_PROFILES = _default_profiles(AxisRange(1, 16, 40))
-"""One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40, and a decoder
-writes as many. The second takes all that the first does, so that a server may put requests together."""
-
-PACKED_PROFILES = _default_profiles(AxisRange(1, 64, 128), rows=AxisRange(1, 4, 16))
-"""The same for graphs that take texts in rows: as many texts, of 13 tokens each."""
-
-
-def parse_profile(text: str) -> ShapeProfile:
-    """A profile from its text; raises `InputError` for unknown axes and bad ranges."""
-    name, colon, rest = text.partition(":")
-    name = name.strip()
-    if not colon or not re.fullmatch(r"[A-Za-z][\w-]*", name):
-        raise InputError(f"profile {text!r} has no name; {_SYNTAX}")
-    axes: dict[str, AxisRange] = {}
-    for part in filter(None, (part.strip() for part in rest.split(","))):
-        axis, _, sizes = (piece.strip() for piece in part.partition("="))
-        if axis not in AXES:
-            raise InputError(f"profile {name!r} names an axis {axis!r}; the axes are {', '.join(AXES)}")
-        if axis in axes:
-            raise InputError(f"profile {name!r} names the axis {axis!r} twice; name it once")
-        try:
-            axes[axis] = AxisRange.parse(sizes)
-        except InputError as error:
-            raise InputError(f"profile {name!r}, axis {axis!r}: {error}") from None
-    if not axes:
-        raise InputError(f"profile {name!r} names no axis; {_SYNTAX}")
-    return ShapeProfile(name, axes)
-
-
-def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[ShapeProfile, ...]:
-    """Profiles from their texts; without texts `PACKED_PROFILES` or `DEFAULT_PROFILES`."""
-    profiles = tuple(parse_profile(text) for text in texts) or (PACKED_PROFILES if packed else DEFAULT_PROFILES)
-    names = [profile.name for profile in profiles]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"two profiles are named {twice[0]!r}; give each a name of its own")
-    return profiles
-
-
-def graph_profiles(graph: GraphRecord, profiles: Sequence[ShapeProfile]) -> list[ProfileRecord]:
-    """The input shapes of a graph under each profile, duplicates dropped; empty without dynamic axes."""
-    records: list[ProfileRecord] = []
-    for profile in profiles if graph.axes else ():
-        for axis, accepted in graph.axes.items():
-            if axis not in profile.axes:
-                raise InputError(
-                    f"profile {profile.name!r} lacks {axis!r}, an axis of graph {graph.name!r}; add "
-                    f"{axis}=least..best..most to it"
-                )
-            sizes, top = profile.axes[axis], accepted.most
-            if sizes.least < accepted.least or (top is not None and sizes.most > top):
-                raise InputError(
-                    f"profile {profile.name!r} has {axis}={sizes} and graph {graph.name!r} accepts {accepted.least} "
-                    f"to {'any size' if top is None else top}; narrow the range"
-                )
-        shapes = {
-            bound: {
-                tensor.name: [getattr(profile.axes[dim], bound) if isinstance(dim, str) else dim for dim in tensor.dims]
-                for tensor in graph.inputs
-            }
-            for bound in ("least", "best", "most")
-        }
-        record = ProfileRecord(name=profile.name, **shapes)
-        if all(record.model_copy(update={"name": other.name}) != other for other in records):
-            records.append(record)
-    return records
-
-
-@dataclass(frozen=True)
-class SizeRange:
-    """Sizes of an axis; `most` None is unbounded, `best` is the size that an engine was tuned for."""
+class SizeRange(NamedTuple):
+    """Sizes of an axis; `most` None is unbounded, `best` is the size that an engine is tuned for."""
 
     least: int
     most: int | None
@@ -159,6 +48,8 @@ class SizeRange:
         return self.least == self.most
 
     def __str__(self) -> str:
+        if self.best is not None:
+            return f"{self.least}..{self.best}..{self.most}"
         if self.single:
             return f"exactly {self.least}"
         return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
@@ -171,6 +62,9 @@ class Slot:
     name: str
     number: int
     ranges: Mapping[str, SizeRange]
+
+    def __str__(self) -> str:
+        return f"{self.name}:" + ",".join(f"{axis}={sizes}" for axis, sizes in self.ranges.items())
 
     @property
     def fixed(self) -> bool:
@@ -195,9 +89,71 @@ class Slot:
         return out
 
 
-def axes_of(tensor: TensorRecord) -> list[str | None]:
-    """The axis of every dimension of a tensor; None for a dimension that never varies."""
-    return [dim if dim in AXES else None for dim in dims_of(tensor.name, len(tensor.dims))]
+def _default_profiles(length: SizeRange, **more: SizeRange) -> tuple[Slot, ...]:
+    axes = {"texts": SizeRange(1, 64, 16), "length": length, "past": SizeRange(1, 40, 8), **more}
+    return (
+        Slot("latency", 0, {"batch": SizeRange(1, 1, 1), **axes}),
+        Slot("bulk", 1, {"batch": SizeRange(1, 32, 16), **axes}),
+    )
+
+
+DEFAULT_PROFILES = _default_profiles(SizeRange(1, 40, 16))
+"""One image at a time for latency, many for throughput; captions average 13 tokens and are cut at 40, and a decoder
+writes as many. The second takes all that the first does, so that a server may put requests together."""
+
+PACKED_PROFILES = _default_profiles(SizeRange(1, 128, 64), rows=SizeRange(1, 16, 4))
+"""The same for graphs that take texts in rows: as many texts, of 13 tokens each."""
+
+
+def parse_profiles(texts: Iterable[str], *, packed: bool = False) -> tuple[Slot, ...]:
+    """Profiles from their texts; without texts `PACKED_PROFILES` or `DEFAULT_PROFILES`."""
+    profiles: list[Slot] = []
+    for text in texts:
+        name, colon, rest = (piece.strip() for piece in text.partition(":"))
+        if not colon or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+            raise InputError(f"profile {text!r} has no name; {_SYNTAX}")
+        axes: dict[str, SizeRange] = {}
+        for part in filter(None, map(str.strip, rest.split(","))):
+            axis, _, sizes = (piece.strip() for piece in part.partition("="))
+            if axis not in AXES or axis in axes:
+                raise InputError(f"profile {name!r}: {axis!r} is twice there, or not one of {', '.join(AXES)}")
+            # `a..b` is tuned for b.
+            numbers = [
+                int(size) if size.isascii() and size.isdigit() else 0 for size in map(str.strip, sizes.split(".."))
+            ]
+            if len(numbers) > 3 or numbers[0] < 1 or numbers != sorted(numbers):
+                raise InputError(f"profile {name!r}: {axis}={sizes} is no rising range from 1 or more; {_SYNTAX}")
+            axes[axis] = SizeRange(numbers[0], numbers[-1], numbers[len(numbers) // 2])
+        if not axes or any(name == other.name for other in profiles):
+            raise InputError(f"profile {name!r} is empty or defined twice; {_SYNTAX}")
+        profiles.append(Slot(name, len(profiles), axes))
+    return tuple(profiles) or (PACKED_PROFILES if packed else DEFAULT_PROFILES)
+
+
+def graph_profiles(graph: GraphRecord, profiles: Sequence[Slot]) -> list[ProfileRecord]:
+    """The input shapes of a graph under each profile, duplicates dropped; empty without dynamic axes."""
+    records: list[ProfileRecord] = []
+    for profile in profiles if graph.axes else ():
+        for axis, accepted in graph.axes.items():
+            sizes, top = profile.ranges.get(axis), accepted.most
+            if sizes is None or sizes.least < accepted.least or (top is not None and (sizes.most or top) > top):
+                raise InputError(
+                    f"profile {profile.name!r} has {axis}={sizes} and graph {graph.name!r} accepts "
+                    f"{SizeRange(accepted.least, top)}; give {axis}=least..best..most within it"
+                )
+        shapes = {
+            bound: {
+                tensor.name: [
+                    getattr(profile.ranges[dim], bound) if isinstance(dim, str) else dim for dim in tensor.dims
+                ]
+                for tensor in graph.inputs
+            }
+            for bound in ("least", "best", "most")
+        }
+        record = ProfileRecord(name=profile.name, **shapes)
+        if all(record.model_copy(update={"name": other.name}) != other for other in records):
+            records.append(record)
+    return records
 
 
 def graph_slots(record: GraphRecord) -> list[Slot]:
@@ -214,7 +170,7 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
                         profile.best[tensor.name][place],
                     )
                     for tensor in record.inputs
-                    for place, axis in enumerate(axes_of(tensor))
+                    for place, axis in enumerate(tensor.axes)
                     if axis is not None
                 },
             )
@@ -222,7 +178,7 @@ def graph_slots(record: GraphRecord) -> list[Slot]:
         ]
     ranges: dict[str, SizeRange] = {}
     for tensor in record.inputs:
-        for axis, dim in zip(axes_of(tensor), tensor.dims, strict=True):
+        for axis, dim in zip(tensor.axes, tensor.dims, strict=True):
             if axis is not None and isinstance(dim, int):
                 ranges[axis] = SizeRange(dim, dim)
             elif axis is not None:
@@ -235,7 +191,11 @@ def choose_slot(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> 
     """The slot with the least padding for a request, and the padded sizes; raises `InputError` where no slot fits."""
     fitting = [(slot, padded) for slot in slots if (padded := slot.padded(sizes)) is not None]
     if not fitting:
-        raise InputError(_refusal(graph, slots, sizes))
+        shape = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise InputError(
+            f"graph {graph!r} takes no {shape} (it takes {'; or '.join(map(str, slots))}); split or shorten the "
+            "request, or export with wider sizes"
+        )
 
     def waste(choice: tuple[Slot, dict[str, int]]) -> tuple[int, float]:
         slot, padded = choice
@@ -259,7 +219,7 @@ def request_sizes(record: GraphRecord, inputs: Mapping[str, Tensor]) -> dict[str
         )
     sizes: dict[str, int] = {}
     for tensor in record.inputs:
-        shape, axes = [*inputs[tensor.name].shape], axes_of(tensor)
+        shape, axes = [*inputs[tensor.name].shape], tensor.axes
         expected = [axis or dim for axis, dim in zip(axes, tensor.dims, strict=True)]
         if len(shape) != len(expected) or any(
             isinstance(dim, int) and dim != size for dim, size in zip(expected, shape, strict=True)
@@ -294,38 +254,11 @@ def trim_tensor(value: Tensor, axes: Sequence[str | None], sizes: Mapping[str, i
     return value
 
 
-def tensor_shape(tensor: TensorRecord, sizes: Mapping[str, int]) -> torch.Size:
-    """Shape of an input or output at the given sizes of its axes."""
-    pairs = zip(axes_of(tensor), tensor.dims, strict=True)
-    return torch.Size([int(dim) if axis is None else sizes[axis] for axis, dim in pairs])
-
-
 def empty_tensors(tensors: Iterable[TensorRecord], sizes: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
     """Uninitialised memory for inputs or outputs of a graph at the given sizes."""
     return {
-        each.name: torch.empty(tensor_shape(each, sizes), dtype=TORCH_DTYPES[each.dtype], device=device)
-        for each in tensors
+        each.name: torch.empty(each.shape(sizes), dtype=TORCH_DTYPES[each.dtype], device=device) for each in tensors
     }
-
-
-def _refusal(graph: str, slots: Sequence[Slot], sizes: Mapping[str, int]) -> str:
-    kind = "profile" if len(slots) > 1 or slots[0].name not in ("dynamic", "fixed") else "graph"
-    for axis, size in sizes.items():
-        top = largest(slots, axis)
-        if top is not None and size > top:
-            taken = "; ".join(
-                f"{f'profile {slot.name!r}' if kind == 'profile' else f'graph {graph!r}'} takes {slot.ranges[axis]}"
-                for slot in slots
-            )
-            return (
-                f"graph {graph!r}: {axis} is {size} and {taken}; split or shorten the request, or export with a wider "
-                f"{'--profile' if kind == 'profile' else 'range'}"
-            )
-    asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-    offered = "; ".join(
-        f"profile {slot.name!r}: " + ", ".join(f"{axis} {slot.ranges[axis]}" for axis in sizes) for slot in slots
-    )
-    return f"graph {graph!r}: no profile takes {asked} together ({offered}); split the request or add a --profile"
 
 
 class TokenBatch(NamedTuple):
@@ -342,17 +275,17 @@ class Rows(NamedTuple):
     length: int
 
 
-class FusionPass(NamedTuple):
-    """One run of the fusion graph: `[B]` memories, and `[B][T]` captions or `[B][R]` rows of captions on them."""
+class Pass(NamedTuple):
+    """One run of `text` or `fusion`: `[B]` memories, and `[B][R]` rows of captions on them; a padded row has one."""
 
     images: tuple[int, ...]
-    parts: tuple[tuple[Any, ...], ...]
+    rows: tuple[tuple[tuple[int, ...], ...], ...]
     length: int
 
     @property
     def tokens(self) -> int:
         """Tokens of the pass, padding included."""
-        return len(self.images) * len(self.parts[0]) * self.length
+        return len(self.images) * len(self.rows[0]) * self.length
 
 
 @dataclass(frozen=True)
@@ -382,8 +315,6 @@ def token_batches(
     padded: Callable[[int], int] = lambda length: length,
 ) -> list[TokenBatch]:
     """Divide captions into passes with the fewest padded tokens plus `pass_tokens` per pass."""
-    if budget < 1 or (most is not None and most < 1):
-        raise InputError(f"a pass of {budget} tokens and {most} texts holds nothing; give positive numbers")
     rows = sorted(range(len(lengths)), key=lengths.__getitem__)
     # rows[:bounds[n]] are the captions of the n shortest distinct lengths.
     bounds = [place for place in range(len(rows)) if not place or lengths[rows[place]] > lengths[rows[place - 1]]]
@@ -432,49 +363,48 @@ def _cuts(
 
 
 def plan_passes(
-    image_of: Sequence[int],
+    graph: str,
+    image_of: Sequence[int] | None,
     lengths: Sequence[int],
     slots: Sequence[Slot],
     limits: PassLimits,
     *,
     packed_width: int | None = None,
-) -> list[FusionPass]:
-    """Passes of the fusion graph, every pair once; raises `InputError` where a caption exceeds all slots.
+) -> list[Pass]:
+    """Passes of `text`, or of `fusion` given the image of each caption; every caption once.
 
-    `packed_width` is that of the text embeddings of a packed graph; None for a padded one.
+    Raises `InputError` where a caption exceeds all slots. `packed_width` is that of the text embeddings of a packed
+    graph; None for a padded one.
     """
-    for length in sorted(set(lengths))[-1:]:
-        choose_slot("fusion", slots, {"length": length})
-    # Where rows of texts that are not there are computed too, the fewest passes are the cheapest.
-    full = packed_width is None and min(slot.ranges["texts"].least for slot in slots) > 1
+    if not lengths:
+        return []
+    choose_slot(graph, slots, {"length": max(lengths)})
+    axis = "batch" if image_of is None else "texts"
+    # Where absent captions are computed too, the fewest passes are the cheapest.
+    full = packed_width is None and min(slot.ranges[axis].least for slot in slots) > 1
     price = limits.budget if full else limits.pass_tokens
     groups: dict[int, list[int]] = {}
-    for text, image in enumerate(image_of):
+    for text, image in enumerate([0] * len(lengths) if image_of is None else image_of):
         groups.setdefault(image, []).append(text)
-    units: list[FusionPass] = []
+    passes: list[Pass] = []
     for image, texts in groups.items():
         if packed_width is not None:
-            rows = row_batches(texts, lengths, slots, limits, packed_width, "fusion")
-            units += [FusionPass((image,), (each.texts,), each.length) for each in rows]
-            continue
-        batches = token_batches(
-            [lengths[text] for text in texts], limits.budget, pass_tokens=price, most=largest(slots, "texts"),
-            padded=lambda length: limits.padded(length, slots),
-        )  # fmt: skip
-        units += [FusionPass((image,), (tuple(texts[row] for row in batch.rows),), batch.length) for batch in batches]
-    return _combine(units, slots, limits, "texts" if packed_width is None else "rows")
+            rows = _row_batches(texts, lengths, slots, limits, packed_width, largest(slots, axis))
+        else:
+            batches = token_batches(
+                [lengths[text] for text in texts], limits.budget, pass_tokens=price, most=largest(slots, axis),
+                padded=lambda length: limits.padded(length, slots),
+            )  # fmt: skip
+            rows = [Rows(tuple((texts[number],) for number in batch.rows), batch.length) for batch in batches]
+        passes += [Pass((image,), (each.texts,), each.length) for each in rows]
+    return passes if image_of is None else _combine(passes, slots, limits, "texts" if packed_width is None else "rows")
 
 
-def row_batches(
-    texts: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int, graph: str
+def _row_batches(
+    texts: Sequence[int], lengths: Sequence[int], slots: Sequence[Slot], limits: PassLimits, width: int, top: int | None
 ) -> list[Rows]:
-    """Divide captions into passes of a packed graph; raises `InputError` where a caption exceeds all slots."""
-    if not texts:
-        return []
-    longest = max(lengths[text] for text in texts)
-    choose_slot(graph, slots, {"length": longest})
-    tokens = sum(lengths[text] for text in texts)
-    most = largest(slots, "batch" if graph == "text" else "texts") or len(texts)
+    """Divide captions into passes of a packed graph, which takes `top` captions at once."""
+    tokens, most = sum(lengths[text] for text in texts), top or len(texts)
     order = sorted(texts, key=lengths.__getitem__)
     for count in range(max(ceil(tokens / limits.budget), ceil(len(texts) / most)), len(texts) + 1):
         # By turns, so that each has its share of short and long ones.
@@ -491,14 +421,14 @@ def row_batches(
     raise AssertionError("a text alone fits into every slot that takes its length")
 
 
-def _combine(units: Sequence[FusionPass], slots: Sequence[Slot], limits: PassLimits, axis: str) -> list[FusionPass]:
-    """Combine passes of one image each into passes of equal numbers of captions or rows."""
-    by_count: dict[int, list[FusionPass]] = {}
+def _combine(units: Sequence[Pass], slots: Sequence[Slot], limits: PassLimits, axis: str) -> list[Pass]:
+    """Combine passes of one image each into passes of equal numbers of rows."""
+    by_count: dict[int, list[Pass]] = {}
     for unit in units:
-        by_count.setdefault(len(unit.parts[0]), []).append(unit)
+        by_count.setdefault(len(unit.rows[0]), []).append(unit)
     passes = []
     for count, alike in by_count.items():
-        # Every unit is a row of `count` parts; padding counts for all of them.
+        # Padding counts for all rows of a pass.
         batches = token_batches(
             [unit.tokens for unit in alike],
             limits.budget,
@@ -510,9 +440,9 @@ def _combine(units: Sequence[FusionPass], slots: Sequence[Slot], limits: PassLim
             # In the order of the images, so that neighbouring memories need no copy.
             chosen = sorted((alike[row] for row in batch.rows), key=lambda unit: unit.images)
             passes.append(
-                FusionPass(
+                Pass(
                     tuple(unit.images[0] for unit in chosen),
-                    tuple(unit.parts[0] for unit in chosen),
+                    tuple(unit.rows[0] for unit in chosen),
                     max(unit.length for unit in chosen),
                 )
             )
@@ -563,7 +493,7 @@ def _fill_rows(order: Sequence[int], lengths: Sequence[int], count: int) -> tupl
 
 @dataclass(frozen=True)
 class Layout:
-    """Token positions of one pass: B images (1 without images) with R rows of L tokens each."""
+    """Token positions of one pass: B images (1 without images) with R rows of L tokens; padded: one caption a row."""
 
     source: Tensor  # [N] token numbers over all captions, concatenated
     place: Tensor  # [N] position of each among all B R L
@@ -576,39 +506,40 @@ class Layout:
     def of(cls, images: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int], length: int) -> Layout:
         """The layout of captions: `images` holds the rows of every image, the same number of rows each."""
         counts = [sum(map(len, rows)) for rows in images]
-        rows = len(images[0])
+        rows, most = len(images[0]), max(counts)
         texts = np.array([text for image in images for row in image for text in row])
         row = np.repeat(np.arange(len(images) * rows), [len(row) for image in images for row in image])
         sizes = np.asarray(lengths)[texts]
-        behind = np.cumsum(sizes) - sizes
-        # Tokens before the first text of a row; rows without one have no say.
+        before = np.cumsum(sizes) - sizes
+        # Tokens before the first caption of a row; empty rows are not read.
         begins = np.zeros(len(images) * rows, dtype=np.int64)
-        begins[row[::-1]] = behind[::-1]
-        offset = behind - begins[row]
-        # Of every token: which of the texts here it belongs to, and its place in it.
+        begins[row[::-1]] = before[::-1]
+        offset = before - begins[row]
+        # Caption of every token, and the token's position in it.
         of = np.repeat(np.arange(len(texts)), sizes)
-        inner = np.arange(len(of)) - behind[of]
+        inner = np.arange(len(of)) - before[of]
         place = row[of] * length + offset[of] + inner
         starts = np.cumsum(lengths) - np.asarray(lengths)
         image = np.repeat(np.arange(len(images)), counts)
-        # The texts of an image are numbered as they come, wherever they lie.
-        number = np.empty(len(texts), dtype=np.int64)
-        number[np.lexsort((texts, image))] = np.concatenate([np.arange(count) for count in counts])
+        number = np.concatenate([np.arange(count) for count in counts])
         segments = np.zeros(len(images) * rows * length, dtype=np.int64)
         segments[place] = number[of] + 1
-        firsts = np.zeros((len(images), max(counts), 2), dtype=np.int64)
+        firsts = np.zeros((len(images), most, 2), dtype=np.int64)
         firsts[image, number] = np.stack([row % rows, offset], axis=1)
+        source, found = starts[texts][of] + inner, image * most + number
         return cls(
-            source=torch.from_numpy(starts[texts][of] + inner),
-            place=torch.from_numpy(place),
-            segments=torch.from_numpy(segments).view(len(images), rows, length),
-            firsts=torch.from_numpy(firsts),
-            texts=torch.from_numpy(texts),
-            found=torch.from_numpy(image * max(counts) + number),
+            *map(torch.from_numpy, (source, place, segments.reshape(len(images), rows, length), firsts, texts, found))
         )
 
-    def spread(self, values: Tensor, padding: int = 0) -> Tensor:
-        """Scatter token values, `[tokens of all captions, ...]` → `[B, R, L, ...]`, with `padding` elsewhere."""
-        out = values.new_full((self.segments.numel(), *values.shape[1:]), padding)
-        out[self.place.to(values.device)] = values.index_select(0, self.source.to(values.device))
-        return out.view(*self.segments.shape, *values.shape[1:])
+    def inputs(self, packed: bool) -> dict[str, Tensor]:
+        """Inputs of a graph that mark captions."""
+        if packed:
+            return {"segments": self.segments, "firsts": self.firsts}
+        return {"attention_mask": (self.segments > 0).long()}
+
+    def spread(self, values: Tensor, padding: int | None = None) -> Tensor:
+        """Token values `[tokens of all captions, ...]` → `[B, R, L, ...]`; padding is arbitrary where None."""
+        index = torch.zeros(self.segments.numel(), dtype=torch.long)
+        index[self.place] = self.source
+        out = values.index_select(0, index.to(values.device)).view(*self.segments.shape, *values.shape[1:])
+        return out if padding is None else out.masked_fill((self.segments == 0).to(out.device), padding)

@@ -1,52 +1,46 @@
 """Verification: an export compared with the reference of its model over the range of shapes.
 
-Any object with `run` can execute the export. Errors, cosines and ranks are judged by a `Threshold` per dtype, and the
-result goes into the manifest; a failed export keeps its files.
+Sessions run the graphs, each on the reference's inputs. Errors, cosines and ranks are judged by a `Threshold` per
+dtype, and the result goes into the manifest; a failed export keeps its files.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
 from .expected import DECODER_GRAPHS, LONGEST, REFERENCE_FILE, Examples, Reference, generated_examples, make_reference
-from .graphs import DTYPES, is_memory
+from .graphs import DTYPES, is_memory, memory_names
 from .manifest import Check, GraphRecord, Manifest, RankCheck, VerificationRecord, record_files
-from .request import BUDGET, DType, GraphName
-from .slots import Layout, graph_slots, largest, pack_rows
+from .request import BUDGET, DEFAULT_GRAPHS, PAIR_GRAPH, DType, GraphName
+from .runtimes import LoadedGraph, RunFunction, Runtime
+from .runtimes.onnx_runtime import OnnxRuntime
+from .session import SessionMemory
+from .session.tasks import TaskSession
+from .slots import empty_tensors, graph_slots, largest
 
-
-class Runner(Protocol):
-    """A program that runs the graphs of an export."""
-
-    @property
-    def description(self) -> str:
-        """Library, version and device, for the manifest."""
-        ...
-
-    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """One graph: inputs by name in its dtypes, outputs by name."""
-        ...
+# A session with these limits makes one pass of what it is given.
+_ONE_PASS = 1 << 30
 
 
 def verify_export(
-    folder: str | Path, model: XFM, examples: Examples | None = None, runner: Runner | str = "auto"
+    folder: str | Path, model: XFM, examples: Examples | None = None, runtime: Runtime | str = "auto"
 ) -> Manifest:
     """Write the reference of `model` into the folder of an export, and compare the export with it."""
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=False)
     try:
-        compare_with_reference(manifest, folder, keep_results(manifest, folder, model, examples), runner)
+        compare_with_reference(manifest, folder, keep_results(manifest, folder, model, examples), runtime)
     finally:
         manifest.save(folder)
     return manifest
@@ -69,23 +63,23 @@ def keep_reference(manifest: Manifest, folder: Path, reference: Reference) -> No
     manifest.files = [*others, *record_files(folder, [REFERENCE_FILE])]
 
 
-def verify(folder: str | Path, runner: Runner | str = "auto", *, check_files: bool = True) -> Manifest:
+def verify(folder: str | Path, runtime: Runtime | str = "auto", *, check_files: bool = True) -> Manifest:
     """Compare an export with its reference and save the result in the manifest; packages run with `aoti` only."""
     folder = Path(folder)
     manifest = Manifest.load(folder, check_files=check_files)
-    compare_with_reference(manifest, folder, Reference.load(folder), runner)
+    compare_with_reference(manifest, folder, Reference.load(folder), runtime)
     manifest.save(folder)
     return manifest
 
 
 def compare_with_reference(
-    manifest: Manifest, folder: Path, reference: Reference, runner: Runner | str = "auto"
+    manifest: Manifest, folder: Path, reference: Reference, runtime: Runtime | str = "auto"
 ) -> None:
     """Compare the files of an export with a reference and set status and reason in its manifest."""
     started = time.perf_counter()
     try:
-        runner = default_runner(folder, manifest, runner) if isinstance(runner, str) else runner
-        checks, ranks = Comparison(manifest, reference, runner).run()
+        comparison = Comparison(manifest, folder, reference, runtime)
+        checks, ranks = comparison.run()
     except UnavailableError as error:
         manifest.verification, graphs = None, manifest.graphs_verification
         if graphs is None:
@@ -97,7 +91,7 @@ def compare_with_reference(
             manifest.status, manifest.reason = "graphs verified", f"engine not run here: {error}"
         return
     record = VerificationRecord(
-        runtime=runner.description,
+        runtime=comparison.description,
         examples=manifest.examples,
         seconds=round(time.perf_counter() - started, 3),
         checks=checks,
@@ -109,52 +103,32 @@ def compare_with_reference(
     manifest.reason = f"differs from the model: {', '.join(bad)}" if bad else ""
 
 
-def default_runner(folder: Path, manifest: Manifest, runtime: str = "auto") -> Runner:
-    """A session of a runtime, as in `Session.load`; `auto` runs ONNX files on the CPU, bf16 graphs in fp32."""
-    from .runtimes.onnx_runtime import OnnxRuntime
-    from .session import Session
+class Recorder(Runtime):
+    """A runtime that records the inputs of every run; the graph `idle` returns zeros."""
 
-    def opened(part: Manifest) -> Runner:
-        on_cpu = manifest.kind == "onnx" and runtime in ("auto", "onnxruntime")
-        kind = OnnxRuntime(part, torch.device("cpu"), compares=True) if on_cpu else runtime
-        session = Session(folder, kind, manifest=part)
-        session.warm_up()
-        return session
+    def __init__(self, runtime: Runtime, idle: str) -> None:
+        self.runtime, self.idle, self.device, self.description = runtime, idle, runtime.device, runtime.description
+        self.calls: list[tuple[str, Mapping[str, Tensor]]] = []
 
-    return _OneGraphAtATime(manifest, opened) if manifest.kind == "onnx" else opened(manifest)
+    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
+        """See `Runtime.load`."""
+        graph = None if record.name == self.idle else self.runtime.load(record, path)
 
+        def run(inputs: Mapping[str, Tensor], slot: Any, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+            self.calls.append((record.name, inputs))
+            if graph is not None:
+                return graph.run(inputs, slot, sizes)
+            outputs = empty_tensors(record.outputs, sizes, self.device)
+            return {name: value.zero_() for name, value in outputs.items()}
 
-class _OneGraphAtATime:
-    """A `Runner` that keeps one graph loaded at a time, plus `image_memory`, to limit memory."""
-
-    def __init__(self, manifest: Manifest, opened: Callable[[Manifest], Runner]) -> None:
-        self._manifest, self._opened = manifest, opened
-        self._loaded: dict[str, Runner] = {}
-
-    @property
-    def description(self) -> str:
-        """See `Runner`."""
-        return self._runner(next(iter(self._loaded), self._manifest.graphs[0].name)).description
-
-    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See `Runner`."""
-        return self._runner(graph).run(graph, inputs)
-
-    def _runner(self, graph: str) -> Runner:
-        if graph not in self._loaded:
-            for other in self._loaded.keys() - {"image_memory"}:
-                del self._loaded[other]
-            part = self._manifest.model_copy(update={"graphs": [self._manifest.graph(graph)]})
-            self._loaded[graph] = self._opened(part)
-        return self._loaded[graph]
+        return RunFunction(run)
 
 
 class Case(NamedTuple):
-    """One run of a graph: images `[B]` and captions `[B, T]` by number, and the padded length."""
+    """Inputs of a graph: images `[B]` and captions `[B, T]` by number."""
 
     images: Tensor
     texts: Tensor
-    length: int
 
 
 def chunks(count: int, size: int) -> Iterator[Tensor]:
@@ -164,280 +138,204 @@ def chunks(count: int, size: int) -> Iterator[Tensor]:
 
 
 class Comparison:
-    """The graphs of an export on the inputs of a reference, and their outputs compared with its results."""
+    """The graphs of an export run on the inputs of a reference, and their outputs compared with its results."""
 
-    def __init__(self, manifest: Manifest, reference: Reference, runner: Runner) -> None:
-        self.manifest, self.reference, self.runner = manifest, reference, runner
-        self.known, self.dtype = reference.tensors, DTYPES[manifest.dtype]
-        self.padding: int = manifest.xfm_config.pad_token_id
-        # `image_memory` computes the memory of every image; the reference holds only that of image 0.
-        self.has_memories = "image_memory" in manifest.graph_names
+    def __init__(self, manifest: Manifest, folder: Path, reference: Reference, runtime: Runtime | str = "auto") -> None:
+        self.manifest, self.folder, self.reference, self.runtime = manifest, folder, reference, runtime
+        self.known = reference.tensors
+        self.lengths = self.known["attention_mask"].sum(1)
+        self.description = ""
+        self._whole: TaskSession | None = None
+
+    def session(self, graph: str, idle: str = "") -> TaskSession:
+        """A session with one graph of ONNX files, and `image_memory`, to limit memory; else with all graphs."""
+        if self._whole is not None:
+            return self._whole
+        part = self.manifest
+        if self.manifest.kind == "onnx":
+            loaded = {graph, "image_memory"} if graph in ("fusion", PAIR_GRAPH) else {graph}
+            part = part.model_copy(update={"graphs": [each for each in part.graphs if each.name in loaded]})
+        runtime = self.runtime
+        if part.kind == "onnx" and runtime in ("auto", OnnxRuntime.name):
+            # On the CPU, where bf16 graphs are computed in fp32.
+            runtime = OnnxRuntime(part, torch.device("cpu"), compares=True)
+        session = TaskSession(self.folder, runtime, manifest=part)
+        session.runtime = recorder = Recorder(session.runtime, idle)
+        session.limits = replace(session.limits, budget=_ONE_PASS, pass_tokens=_ONE_PASS)
+        session.warm_up()
+        recorder.calls.clear()
+        self.description = session.description
+        self._whole = None if part.kind == "onnx" else session
+        return session
+
+    def inputs(self, graph: str, cases: Iterable[Case]) -> list[Mapping[str, Tensor]]:
+        """The inputs that a session gives to a graph, which is not run."""
+        session = self.session(graph, idle=graph)
+        with torch.inference_mode():
+            for case in cases:
+                self.outputs(session, graph, case, self.known)
+        assert isinstance(session.runtime, Recorder)
+        return [inputs for name, inputs in session.runtime.calls if name == graph]
 
     def run(self) -> tuple[list[Check], list[RankCheck]]:
         """Run every graph over the range of its shapes and compare all outputs with the reference."""
-        threshold, reference = threshold_of(self.manifest), self.reference
+        threshold, reference, dtype = threshold_of(self.manifest), self.reference, self.manifest.dtype
         checks: list[Check] = []
         ranks: list[RankCheck] = []
+        computed = dict(self.known)
+        # 8-bit errors accumulate from graph to graph, which the ranks of a single graph do not show.
+        chained = self.manifest.options.get("arithmetic") and {*DEFAULT_GRAPHS} <= {*self.manifest.graph_names}
         for record in self.manifest.graphs:
-            found = Findings(record.name)
-            if record.name in DECODER_GRAPHS:
-                self._decode(record, found)
-            else:
-                for case in self.cases(record):
-                    self._run(record, case, found)
-            checks += [found.check(output, threshold, reference, self.manifest.dtype) for output in found.outputs]
+            session, found = self.session(record.name), Findings(record.name)
+            with torch.inference_mode():
+                if record.name == "decoder_step":
+                    self._write_tokens(session, found)
+                elif record.name == "decoder_memory":
+                    self._project_states(session, found)
+                for case in () if record.name in DECODER_GRAPHS else self.cases(record):
+                    outputs = self.outputs(session, record.name, case, self.known)
+                    self._compare(record.name, case, outputs, found)
+                    # Cases end with one that covers all images and captions.
+                    for name in {"image_embeds", "text_embeds"} & {*outputs} if chained else ():
+                        rows = case.images if name == "image_embeds" else case.texts[:, 0]
+                        value = outputs[name].float().cpu()
+                        computed[name] = computed[name].index_put((rows[:, None], torch.arange(value.shape[1])), value)
+            assert isinstance(session.runtime, Recorder)
+            calls = [inputs for name, inputs in session.runtime.calls if name == record.name]
+            shapes = list(dict.fromkeys(tuple(inputs[record.inputs[0].name].shape) for inputs in calls))
+            checks += [found.check(output, shapes, threshold, reference, dtype) for output in found.outputs]
             ranks += _rank_check(record.name, found.scores, threshold, reference)
-        composed = {"vision", "text", "image_memory", "fusion"} <= {*self.manifest.graph_names}
-        if self.manifest.options.get("arithmetic") and composed:
-            # 8-bit errors accumulate from graph to graph, which the ranks of a single graph do not show.
-            ranks += _rank_check("all", self._reranked(), threshold, reference)
+        if chained:
+            record, found = self.manifest.graph("fusion"), Findings("fusion")
+            with torch.inference_mode():
+                *_, case = self.cases(record)
+                self._compare("fusion", case, self.outputs(self.session("fusion"), "fusion", case, computed), found)
+            ranks += _rank_check("all", found.scores, threshold, reference)
         return checks, ranks
 
-    def _reranked(self) -> Tensor | None:
-        """The scores `[I, T]` of the chained graphs, each fed with the computed results of the previous one."""
-        computed = dict(self.known)
-        for graph, output in (("vision", "image_embeds"), ("text", "text_embeds")):
-            record = self.manifest.graph(graph)
-            values = computed[output] = computed[output].clone()
-            for case in self._largest_cases(record):
-                rows = case.images if graph == "vision" else case.texts[:, 0]
-                outputs = self.runner.run(graph, self.inputs(record, case))
-                if output in outputs:
-                    made = outputs[output].float().cpu()
-                else:
-                    made = self._out_of_rows(record, case, outputs["packed_embeds"].float().cpu())
-                values[rows[:, None], torch.arange(made.shape[1])] = made
-        record, found = self.manifest.graph("fusion"), Findings("fusion")
-        chained = Comparison(self.manifest, Reference(computed, self.reference.rounding), self.runner)
-        for case in self._largest_cases(record):
-            chained._run(record, case, found)
-        return found.scores
-
-    def _largest_cases(self, record: GraphRecord) -> list[Case]:
-        """The cases of the largest shape, which cover every image, caption or pair."""
-        found = [*self.cases(record)]
-        return [case for case in found if case.texts.shape == found[-1].texts.shape]
-
     def cases(self, record: GraphRecord) -> Iterator[Case]:
-        """Shapes from smallest to largest within the profiles, each image with each caption; fixed axes stay."""
-        images, fixed, slots = self.reference.images, self.manifest.fixed, graph_slots(record)
-        if record.name in ("fusion", "nlvr2") and not self.has_memories:
+        """From one image or caption to all, each image with each caption, of captions that the graph takes."""
+        graph, slots, images = record.name, graph_slots(record), self.reference.images
+        if graph in ("fusion", PAIR_GRAPH) and "image_memory" not in self.manifest.graph_names:
+            # The reference holds the memory of image 0.
             images = 1
-        lengths = self.known["attention_mask"].sum(1)
         longest = largest(slots, "length") if "length" in slots[0].ranges else None
-        # The texts that fit, by number.
-        usable = (lengths <= (longest or lengths.max())).nonzero().flatten()
+        usable = (self.lengths <= (longest or self.lengths.max())).nonzero().flatten()
         texts = len(usable)
-
-        def case(image_rows: Tensor, text_rows: Tensor) -> Case:
-            return Case(image_rows, text_rows, fixed.get("length", int(lengths[text_rows].max())))
-
-        if record.name not in ("fusion", "match"):
-            count = images if record.name in ("vision", "image_memory") else texts
-            few = 3 if record.name == "text" else 2
-            for size in _sizes(fixed.get("batch"), (1, few, count), largest(slots, "batch") or count):
+        if graph not in ("fusion", "match"):
+            count = images if graph in ("vision", "image_memory") else texts
+            for size in dict.fromkeys((1, min(2, count), count)):
                 for rows in chunks(count, size):
-                    yield case(rows % images, usable[rows % texts][:, None])
+                    yield Case(rows % images, usable[rows % texts][:, None])
             return
-        bounded: list[tuple[int, int]] = []
-        for batch, count in ((1, 1), (1, texts), (images, 1), (images, texts)):
-            # The memories that a profile takes, and the texts on each that it takes with them.
-            batch, count = fixed.get("batch", batch), fixed.get("texts", count)
-            batch = min(batch, largest(slots, "batch") or batch)
-            together = [slot for slot in slots if slot.padded({"batch": batch}) is not None]
-            bounded.append((batch, min(count, largest(together, "texts") or count)))
-        for batch, count in dict.fromkeys(bounded):
-            for image_rows in chunks(images, batch):
-                if count == 1 and fixed.get("texts") is None:
-                    # A memory for each text: image b with a text of its own.
-                    rows = torch.arange(batch)[:, None] + int(image_rows[0])
-                    yield case(image_rows, usable[rows % texts])
-                    continue
-                for text_rows in chunks(texts, count):
-                    yield case(image_rows, usable[text_rows].expand(batch, -1))
+        every = torch.arange(images)
+        for image in every:
+            yield Case(image[None], usable[image[None] % texts][:, None])
+        yield Case(every, usable[every % texts][:, None])
+        for image in every:
+            yield Case(image[None], usable[None])
+        yield Case(every, usable.expand(images, -1))
 
-    def inputs(self, record: GraphRecord, case: Case) -> dict[str, Tensor]:
-        """Inputs of a graph from the reference; memories come from `image_memory` where it is exported."""
-        known, names = self.known, [tensor.name for tensor in record.inputs]
-        rows = case.texts if record.name in ("fusion", "match") else case.texts[:, 0]
-        inputs: dict[str, Tensor] = {}
-        for name in names:
-            if name in ("pixels", "image_embeds"):
-                inputs[name] = known[name][case.images].to(self.dtype)
-            elif name in ("input_ids", "attention_mask"):
-                inputs[name] = _cut(known[name], rows, case.length, self.padding if name == "input_ids" else 0)
-            elif name == "text_embeds":
-                inputs[name] = _cut(known[name], rows, case.length, 0).to(self.dtype)
-        inputs |= self._memory([name for name in names if is_memory(name)], case, pairs=record.name == "nlvr2")
-        if "segments" in names:
-            inputs |= self._rows(record, case)
-        return inputs
+    def outputs(
+        self, session: TaskSession, graph: str, case: Case, known: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Outputs of a graph for images, captions or pairs."""
+        images, rows = case.images, case.texts.flatten()
+        if graph == "vision":
+            return session.in_batches("vision", {"pixels": known["pixels"][images]})
+        if graph == "image_memory":
+            return session.image_memory(known["image_embeds"][images]).layers
+        mask = known["attention_mask"][rows, : int(self.lengths[rows].max())]
+        ids = known["input_ids"][rows, : mask.shape[1]]
+        if graph == "text":
+            return session.text_outputs(ids, mask)
+        if graph == "match":
+            return {"scores": _match(session, known["pixels"][images], ids, mask)}
+        embeds = known["text_embeds"][rows, : mask.shape[1]].to(session.device, session.dtype)
+        if graph == PAIR_GRAPH:
+            # An image and the next one.
+            pairs = torch.stack([images, (images + 1) % self.reference.images], 1).flatten()
+            layers = self._memory(session, pairs, known).layers.items()
+            memory = {name: layer.unflatten(0, (-1, 2)) for name, layer in layers}
+            return session.in_batches(PAIR_GRAPH, {"text_embeds": embeds, "attention_mask": mask, **memory})
+        image_of = torch.arange(len(images)).repeat_interleave(case.texts.shape[1]).tolist()
+        tokens, memory = embeds[mask.bool().to(embeds.device)], self._memory(session, images, known)
+        return session.fuse_packed(tokens, mask.sum(1), memory, image_of)
 
-    def _memory(self, names: list[str], case: Case, *, pairs: bool) -> dict[str, Tensor]:
-        if not names:
-            return {}
-        # Of a pair the image and the one behind it.
-        images = case.images
-        if pairs:
-            images = torch.stack([images, (images + 1) % self.reference.images], 1).flatten()
-        if self.has_memories:
-            most = largest(graph_slots(self.manifest.graph("image_memory")), "batch") or len(images)
-            embeds = (self.known["image_embeds"][rows].to(self.dtype) for rows in images.split(most))
-            made = [self.runner.run("image_memory", {"image_embeds": each}) for each in embeds]
-            layers = {name: torch.cat([each[name] for each in made]) for name in names}
-        else:
-            layers = {
-                name: self.known[name].to(self.dtype).expand(len(images), -1, -1, -1).contiguous() for name in names
-            }
-        return {name: layer.unflatten(0, (-1, 2)) if pairs else layer for name, layer in layers.items()}
+    def _memory(self, session: TaskSession, images: Tensor, known: Mapping[str, Tensor]) -> SessionMemory:
+        if "image_memory" in session.manifest.graph_names:
+            return session.image_memory(known["image_embeds"][images])
+        layers = {name: known[name] for name in memory_names(session.config.fusion_layers)}
+        return SessionMemory(
+            {name: layer.to(session.device, session.dtype).expand(len(images), -1, -1, -1)
+             for name, layer in layers.items()}
+        )  # fmt: skip
 
-    def _layout(self, record: GraphRecord, case: Case) -> tuple[Layout, Tensor]:
-        """Rows of the captions of a case (all for `text`, of each image for `fusion`), and their mask `[P, L]`."""
-        texts, slots = case.texts.flatten(), graph_slots(record)
-        lengths = self.known["attention_mask"].sum(1)[texts].tolist()
-        numbers = torch.arange(len(lengths)).view(1 if record.name == "text" else len(case.texts), -1).tolist()
-        most, longest = largest(slots, "rows"), largest(slots, "length")
-        width = self.manifest.config["text_width"]
-        found = [pack_rows(each, lengths, width, most_rows=most, most_length=longest) for each in numbers]
-        made = [rows for rows in found if rows is not None]
-        if len(made) < len(found):
-            raise InputError(f"graph {record.name!r}: {len(numbers[0])} texts do not fit; export with more rows")
-        # As many rows of each image as the one has that needs most of them.
-        count = max(len(each.texts) for each in made)
-        images = [(*each.texts, *((),) * (count - len(each.texts))) for each in made]
-        layout = Layout.of(images, lengths, max(each.length for each in made))
-        return layout, _cut(self.known["attention_mask"], texts, case.length, 0).bool()
-
-    def _rows(self, record: GraphRecord, case: Case) -> dict[str, Tensor]:
-        """The inputs of a packed graph."""
-        known, texts = self.known, case.texts.flatten()
-        layout, real = self._layout(record, case)
-
-        def spread(values: Tensor, padding: int = 0) -> Tensor:
-            return layout.spread(_cut(values, texts, case.length, padding)[real], padding)
-
-        given = {"segments": layout.segments, "firsts": layout.firsts}
-        if record.name != "text":
-            return given | {"packed_embeds": spread(known["text_embeds"]).to(self.dtype)}
-        padding = self.padding
-        given |= {
-            "packed_ids": spread(known["input_ids"], padding),
-            "positions": spread(known["attention_mask"].cumsum(1) + padding, padding),
-        }
-        return {name: value[0] for name, value in given.items()}
-
-    def _out_of_rows(self, record: GraphRecord, case: Case, value: Tensor) -> Tensor:
-        """`[..., R, L, width]` of a packed graph → `[P, L, width]` of the captions of a case, zero-padded."""
-        layout, real = self._layout(record, case)
-        tokens = value.new_empty(len(layout.source), value.shape[-1])
-        tokens[layout.source] = value.flatten(0, -2)[layout.place]
-        out = value.new_zeros(*real.shape, value.shape[-1])
-        out[real] = tokens
-        return out
-
-    def _run(self, record: GraphRecord, case: Case, found: Findings) -> None:
-        known, (image_rows, texts, length) = self.known, case
-        rows = texts if record.name in ("fusion", "match") else texts[:, 0]
-        inputs = self.inputs(record, case)
-        outputs = self.runner.run(record.name, inputs)
-        shape = [*inputs[record.inputs[0].name].shape]
-        images = image_rows[:, None].expand_as(texts)
-        # Rows of the reference: images, captions, or pairs.
-        rows_of: dict[str, Any] = {"vision": image_rows, "text": rows, "nlvr2": (image_rows, rows)}
-        index = rows_of.get(record.name, (images, texts))
-        for tensor in record.outputs:
-            name, value = tensor.name, outputs[tensor.name].float().cpu()
+    def _compare(self, graph: str, case: Case, outputs: Mapping[str, Tensor], found: Findings) -> None:
+        known, rows = self.known, case.texts.flatten()
+        images = case.images if graph in ("vision", "image_memory") else case.images.repeat_interleave(
+            case.texts.shape[1]
+        )  # fmt: skip
+        index: Any = {"vision": images, "text": rows}.get(graph, (images, rows))
+        for name, output in outputs.items():
+            value = output.float().cpu()
             if is_memory(name):
-                # The reference holds the memory of image 0.
-                mine = value[image_rows == 0]
-                found.add("memory", shape, mine, known[name].expand_as(mine))
-            elif name == "text_embeds":
-                # Padded positions hold arbitrary values.
-                real = inputs["attention_mask"].bool()
-                found.add(name, shape, value[real], _cut(known[name], rows, length, 0)[real])
-            elif name in ("packed_embeds", "fused_tokens"):
-                name, real = name.replace("packed", "text"), self._layout(record, case)[1]
+                mine = value[images == 0]
+                found.add("memory", mine, known[name].expand_as(mine))
+            elif name in ("text_embeds", "fused_tokens"):
+                real = known["attention_mask"][rows, : int(self.lengths[rows].max())].bool()
+                truth = (known[name] if name == "text_embeds" else known[name][0])[rows, : real.shape[1]][real]
                 # The reference of fused tokens covers image 0 only.
-                real = real & (images.flatten() == 0)[:, None] if name == "fused_tokens" else real
-                truth = _cut(known[name] if name == "text_embeds" else known[name][0], texts.flatten(), length, 0)
-                found.add(name, shape, self._out_of_rows(record, case, value)[real], truth[real])
-            elif name == "fused" and self.manifest.all_tokens and not self.manifest.packed:
-                found.add(name, shape, value[:, :, 0], known["fused"][images, texts])
-                real = (image_rows == 0)[:, None, None] & inputs["attention_mask"].bool()
-                truth = _cut(known["fused_tokens"][0], texts, length, 0)
-                found.add("fused_tokens", shape, value[real], truth[real])
+                ours = images.repeat_interleave(real.sum(1)) == 0 if name == "fused_tokens" else slice(None)
+                found.add(name, (value[real] if name == "text_embeds" else value)[ours], truth[ours])
             else:
-                found.add(name, shape, value, known[name][index])
+                found.add(name, value, known[name][index])
             if name in ("match_logits", "scores"):
-                scores = value[..., 1] if name == "match_logits" else value
-                found.add_scores(images, texts, scores, self.reference)
+                found.add_scores(images, rows, value[:, 1] if name == "match_logits" else value, self.reference)
 
-    def _decode(self, record: GraphRecord, found: Findings) -> None:
-        """A decoder's graphs: projected states, or teacher-forced steps from them."""
-        known, slots, fixed = self.known, graph_slots(record), self.manifest.fixed
-        least = slots[0].ranges["length"].least
-        states, texts = len(known["states"]), len(known["tokens"])
-        for batch in _sizes(fixed.get("batch"), (1, states), largest(slots, "batch") or states):
-            for rows in chunks(states, batch):
-                if record.name == "decoder_memory":
-                    self._project(record, rows, least, found)
-                    continue
-                for count in _sizes(fixed.get("texts"), (1, texts), largest(slots, "texts") or texts):
-                    for chosen in chunks(texts, count):
-                        self._write(record, rows, chosen, least, found)
+    def _project_states(self, session: TaskSession, found: Findings) -> None:
+        known = self.known
+        for size in dict.fromkeys((1, len(known["states"]))):
+            for rows in chunks(len(known["states"]), size):
+                # Padded positions are not read.
+                real = known["memory_mask"][rows].bool()
+                for name, value in session.states(known["states"][rows]).layers.items():
+                    both = value.float().cpu(), known[name][rows]
+                    found.add("memory", *(each.transpose(1, 2)[real] for each in both))
 
-    def _of_states(self, name: str, rows: Tensor, least: int) -> Tensor:
-        """A tensor of some states, padded where the graph has a fixed length."""
-        value = self.known[name][rows]
-        axis = 2 if name.startswith("decoder_") else 1
-        lacking = max(least - value.shape[axis], 0)
-        padded = F.pad(value.movedim(axis, -1), (0, lacking)).movedim(-1, axis).contiguous()
-        return padded.to(self.dtype) if value.is_floating_point() else padded
-
-    def _project(self, record: GraphRecord, rows: Tensor, least: int, found: Findings) -> None:
-        states = self._of_states("states", rows, least)
-        outputs = self.runner.run("decoder_memory", {"states": states})
-        # Padded positions are not read.
-        real = self._of_states("memory_mask", rows, least).bool()
-        for tensor in record.outputs:
-            both = outputs[tensor.name].float().cpu(), self._of_states(tensor.name, rows, least).float()
-            found.add("memory", [*states.shape], *(value.transpose(1, 2)[real] for value in both))
-
-    def _write(self, record: GraphRecord, rows: Tensor, chosen: Tensor, least: int, found: Findings) -> None:
+    def _write_tokens(self, session: TaskSession, found: Findings) -> None:
         """The same tokens from every state, each step fed with the results of the previous ones."""
-        tokens = self.known["tokens"][chosen].expand(len(rows), -1, -1)
-        present = self.known["present"][rows[:, None], chosen]
-        names = [tensor.name for tensor in record.inputs]
-        inputs = {
-            name: self._of_states(name, rows, least)
-            for name in names
-            if name.startswith("decoder_") or name == "memory_mask"
-        }
-        past = torch.zeros_like(present[:, :, :1], dtype=self.dtype)
-        most = largest(graph_slots(record), "past") or tokens.shape[2]
-        for step in range(min(tokens.shape[2], most + 1)):
-            real = torch.ones(*tokens.shape[:2], max(step, 1), dtype=torch.long) * bool(step)
-            inputs |= {"token_ids": tokens[:, :, step], "past": past.movedim(2, -2).contiguous(), "past_mask": real}
-            made = self.runner.run("decoder_step", inputs)
-            shape, logits = [*tokens.shape[:2], step], self.known["step_logits"][rows[:, None], chosen, step]
-            found.add("logits", shape, made["logits"].float().cpu(), logits)
-            found.add("present", shape, made["present"].float().cpu(), present[:, :, step])
-            new = made["present"].cpu()[:, :, None]
-            past = torch.cat([past, new], 2) if step else new
+        known = self.known
+        names = [each.name for each in session.manifest.graph("decoder_step").inputs]
+        layers = {name: known[name] for name in names if name.startswith("decoder_")}
+        memory = SessionMemory(layers, known["memory_mask"] if "memory_mask" in names else None)
+        for states, texts in dict.fromkeys(((1, 1), (len(known["states"]), len(known["tokens"])))):
+            for rows in chunks(len(known["states"]), states):
+                for chosen in chunks(len(known["tokens"]), texts):
+                    tokens = known["tokens"][chosen].expand(states, -1, -1)
+                    past = session.unwritten(states, texts, 0)
+                    for step in range(min(tokens.shape[2], session.positions)):
+                        logits, present = session.next_tokens(tokens[:, :, step], past, memory.select(rows))
+                        at = rows[:, None], chosen, step
+                        found.add("logits", logits.float().cpu(), known["step_logits"][at])
+                        found.add("present", present.float().cpu(), known["present"][at])
+                        past = torch.cat([past, present[:, :, None]], 2)
 
 
-def _sizes(fixed: int | None, free: tuple[int, ...], most: int) -> tuple[int, ...]:
-    return (fixed,) if fixed is not None else tuple(dict.fromkeys(min(size, most) for size in free))
-
-
-def _cut(values: Tensor, rows: Tensor, length: int, padding: int) -> Tensor:
-    """Captions by number, `[T, L, ...]` → `[*rows.shape, length, ...]`, cut or padded."""
-    chosen = values[rows][..., :length, :] if values.dim() > 2 else values[rows][..., :length]
-    lacking = length - chosen.shape[rows.dim()]
-    if not lacking:
-        return chosen.contiguous()
-    after = (0, 0) if values.dim() > 2 else ()
-    return F.pad(chosen, (*after, 0, lacking), value=padding)
+def _match(session: TaskSession, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Scores `[P]` of the graph `match` for the same number of captions on every image."""
+    texts = len(ids) // len(pixels)
+    scores = torch.empty(len(pixels), texts)
+    for rows in session.pieces("match", "batch", len(pixels)):
+        batch = rows.stop - rows.start
+        for columns in session.pieces("match", "texts", texts, batch=batch):
+            part = {
+                "pixels": pixels[rows],
+                "input_ids": ids.unflatten(0, (-1, texts))[rows, columns],
+                "attention_mask": mask.unflatten(0, (-1, texts))[rows, columns],
+            }
+            scores[rows, columns] = session.call("match", part)["scores"].float().cpu()
+    return scores.flatten()
 
 
 @dataclass(frozen=True)
@@ -506,7 +404,6 @@ DIRECTIONS = frozenset(
 
 @dataclass
 class _Errors:
-    shapes: list[list[int]] = field(default_factory=list)
     largest: float = 0.0
     total: float = 0.0
     count: int = 0
@@ -522,12 +419,10 @@ class Findings:
     outputs: dict[str, _Errors] = field(default_factory=dict)
     scores: Tensor | None = None
 
-    def add(self, name: str, shape: list[int], value: Tensor, truth: Tensor) -> None:
+    def add(self, name: str, value: Tensor, truth: Tensor) -> None:
         errors = self.outputs.setdefault(name, _Errors())
         if value.shape != truth.shape:
             raise ValueError(f"{self.graph} returned {name} of shape {[*value.shape]}, expected {[*truth.shape]}")
-        if shape not in errors.shapes:
-            errors.shapes.append(shape)
         if not truth.numel():
             return
         error = (value.double() - truth.double()).abs()
@@ -545,7 +440,9 @@ class Findings:
             self.scores = torch.full((reference.images, reference.texts), torch.nan)
         self.scores[images, texts] = scores
 
-    def check(self, output: str, threshold: Threshold, reference: Reference, dtype: DType) -> Check:
+    def check(
+        self, output: str, shapes: Sequence[Sequence[int]], threshold: Threshold, reference: Reference, dtype: DType
+    ) -> Check:
         errors = self.outputs[output]
         allowed = threshold.allowed(output, errors.extent, reference, dtype)
         directed = output in DIRECTIONS
@@ -554,7 +451,7 @@ class Findings:
         return Check(
             graph=self.graph,
             output=output,
-            shapes=errors.shapes,
+            shapes=[[*shape] for shape in shapes],
             max_error=_finite(errors.largest),
             mean_error=_finite(errors.total / max(errors.count, 1)),
             allowed=allowed,

@@ -29,7 +29,7 @@ from xfm_fast.tokenizer import CaptionTokenizer
 from ..manifest import AxisRecord, FileRecord, GraphRecord, Manifest, Status, TensorRecord, commit, record_files
 from ..pipeline import Progress, prepare_folder, silent
 from ..request import DEFAULT_GRAPHS, RepositoryOptions
-from ..slots import Slot, graph_slots, largest, tensor_shape
+from ..slots import Slot, graph_slots, largest
 
 PLATFORMS = {"onnx": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 """The platforms of Triton by kind of export; other exports are not served by Triton."""
@@ -356,7 +356,7 @@ def _warmups(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dic
             # Zeros are padding, which gives finite results; random values are no valid ids.
             inputs = []
             for tensor in record.inputs:
-                dims = [*tensor_shape(tensor, sizes)][1 if batch else 0 :]
+                dims = [*tensor.shape(sizes)][1 if batch else 0 :]
                 value = {"data_type": Symbol(_DTYPES[tensor.dtype]), "dims": dims, "zero_data": True}
                 inputs.append({"key": tensor.name, "value": value})
             rows = min(sizes["batch"], batch) if batch else 1
@@ -374,7 +374,7 @@ def _cuda_graphs(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list
     for slot in slots:
         best = {axis: sizes.best or sizes.least for axis, sizes in slot.ranges.items()}
         shapes = [
-            {"key": tensor.name, "value": {"dim": [*tensor_shape(tensor, best)][1 if batch else 0 :]}}
+            {"key": tensor.name, "value": {"dim": [*tensor.shape(best)][1 if batch else 0 :]}}
             for tensor in record.inputs
         ]
         spec: dict[str, Any] = {"batch_size": best["batch"]} if batch else {}

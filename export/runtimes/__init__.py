@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, get_args
@@ -51,9 +51,15 @@ class Spelling(NamedTuple):
 class LoadedGraph(Protocol):
     """A graph that is ready to run."""
 
-    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int], /) -> dict[str, Tensor]:
         """All outputs by name, for contiguous inputs on the runtime's device with the sizes of a slot."""
         ...
+
+
+class RunFunction(NamedTuple):
+    """A `LoadedGraph` made of a function."""
+
+    run: Callable[[Mapping[str, Tensor], Slot, Mapping[str, int]], dict[str, Tensor]]
 
 
 class Runtime:
@@ -66,13 +72,13 @@ class Runtime:
         package: The module that it imports.
         extra: The extra of this project that installs it.
         request: The options of its export.
+        exporter: The function that exports for it, called with model, folder, request and consumer.
         automatic: False for files that run code when they are loaded, which a user names.
         precisions: The dtypes that it can compute an fp32 export in, an argument `precision` of the constructor.
         dtypes: The dtypes that benchmarks run it in.
         devices: The devices that it runs on.
         description: Library, version and device, for the manifest.
         device: Where inputs and outputs lie.
-        enqueues: True if `run` returns before the results are there.
     """
 
     name: ClassVar[str]
@@ -81,6 +87,7 @@ class Runtime:
     package: ClassVar[str]
     extra: ClassVar[str] = ""
     request: ClassVar[type[ExportRequest]] = OnnxRequest
+    exporter: ClassVar[str] = "xfm_fast.export.onnx:export_onnx"
     automatic: ClassVar[bool] = True
     precisions: ClassVar[tuple[Precision, ...]] = ()
     dtypes: ClassVar[tuple[DType, ...]] = ("fp32", "bf16")
@@ -88,7 +95,6 @@ class Runtime:
 
     description: str
     device: torch.device
-    enqueues: bool = False
 
     def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
         import torch
@@ -118,9 +124,9 @@ class Runtime:
     @classmethod
     def export(cls, model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
         """Export graphs of a model for this runtime, see `export_onnx`."""
-        from ..onnx import export_onnx
-
-        return export_onnx(model, folder, request, **{"consumer": cls.name, **given})
+        module, _, name = cls.exporter.partition(":")
+        exporter: Any = getattr(importlib.import_module(module), name)
+        return exporter(model, folder, request=request, **{"consumer": cls.name, **given})
 
     @classmethod
     def spelling(cls, dtype: str, opset: int | None = None) -> Spelling:

@@ -20,7 +20,7 @@ from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
 from ..request import DType as DType
 from ..request import ExportRequest
-from . import Runtime, Spelling, data_type, failed_run, first_line, register
+from . import LoadedGraph, RunFunction, Runtime, Spelling, data_type, failed_run, first_line, register
 
 if TYPE_CHECKING:
     import torch
@@ -50,16 +50,15 @@ class PackageRequest(ExportRequest):
         import torch
         from torch._inductor.cpp_builder import get_cpp_compiler
 
-        dtype, native = data_type(self.dtype), self.dtype == "fp32"
-        if self.device == "cuda":
-            if not torch.cuda.is_available():
-                raise UnavailableError("device cuda needs an NVIDIA GPU and PyTorch finds none; use --device cpu")
-            native = native or dtype == "fp16" or torch.cuda.get_device_capability() >= (8, 0)
-        elif self.device != "cpu":
+        dtype = data_type(self.dtype)
+        if self.device not in ("cpu", "cuda"):
             raise UnavailableError(f"device {self.device!r} is unknown; choose from cpu, cuda")
-        elif not native:
-            probe = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", bool)
-            native = bool(probe())
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UnavailableError("device cuda needs an NVIDIA GPU and PyTorch finds none; use --device cpu")
+        if self.device == "cuda":
+            native = dtype != "bf16" or torch.cuda.get_device_capability() >= (8, 0)
+        else:
+            native = dtype == "fp32" or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", bool)())
         if not native:
             raise UnavailableError(f"{self.device} has no {dtype} arithmetic here; use --dtype fp32")
         try:
@@ -76,6 +75,7 @@ class AOTInductor(Runtime):
     title = "AOTInductor"
     package = "torch"
     request = PackageRequest
+    exporter = f"{__name__}:export_packages"
     automatic = False
 
     def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
@@ -86,8 +86,8 @@ class AOTInductor(Runtime):
             raise ExportError("the manifest of these packages does not say what they were compiled for; export again")
         if device is not None and device.type != target.device:
             raise UnavailableError(f"these packages were compiled for {target.device}, not for {device.type}")
-        self.enqueues, self.device, where = target.device == "cuda", torch.device("cpu"), "CPU"
-        if self.enqueues:
+        self.device, where = torch.device("cpu"), "CPU"
+        if target.device == "cuda":
             if not torch.cuda.is_available():
                 raise UnavailableError("these packages were compiled for an NVIDIA GPU and PyTorch finds none here")
             index = None if device is None else device.index
@@ -96,17 +96,26 @@ class AOTInductor(Runtime):
         check_target(target, local_target(target.device))
         self.description = f"AOTInductor of torch {torch.__version__}, {where}"
 
-    def load(self, record: GraphRecord, path: Path) -> _Package:
+    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         """See `Runtime.load`."""
         from torch._inductor import aoti_load_package
 
         try:
-            package = aoti_load_package(str(path), device_index=self.device.index if self.enqueues else -1)
+            index = self.device.index
+            package: Any = aoti_load_package(str(path), device_index=-1 if index is None else index)
         except Exception as error:  # of the loader, which has no errors of its own
             raise ExportError(
                 f"{self.description} does not load {path.name} ({first_line(error)}); build it on this machine"
             ) from error
-        return _Package(package, record, self.description)
+
+        def run(inputs: Mapping[str, Tensor], slot: Any, sizes: Any) -> dict[str, Tensor]:
+            try:
+                results = package(*(inputs[tensor.name] for tensor in record.inputs))
+            except Exception as error:
+                raise failed_run(self.description, record.name, inputs, first_line(error)) from error
+            return {tensor.name: value for tensor, value in zip(record.outputs, results, strict=True)}
+
+        return RunFunction(run)
 
     @classmethod
     def why_absent(cls, device: torch.device) -> str | None:
@@ -119,43 +128,31 @@ class AOTInductor(Runtime):
             return str(error)
         return None
 
-    @classmethod
-    def export(cls, model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
-        """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
-        from ..manifest import package_versions
-        from ..pipeline import export_graphs, split_request
 
-        request, facts = split_request(request, PackageRequest, given)
-        request.check()
+def export_packages(
+    model: Any, folder: str | Path, request: PackageRequest | None = None, *, consumer: str = "aoti", **given: Any
+) -> Manifest:
+    """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
+    from ..manifest import package_versions
+    from ..pipeline import export_graphs, split_request
 
-        def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
-            compile_package(graph, Path(folder, record.file), request, content.fixed)
-            return [record.file]
+    request, facts = split_request(request, PackageRequest, given)
+    request.check()
 
-        # While one is compiled its weights lie in a library, in an object file and in the package. Attention is
-        # decomposed by PyTorch and not by the graphs.
-        return export_graphs(
-            model, Path(folder), request, Spelling("primitives", 0), write, suffix=".pt2", kind="aoti",
-            room=lambda sizes: sum(sizes) + 3 * max(sizes), consumer="aoti", opset=None,
-            versions=package_versions("torch", "triton"), package=local_target(request.device), **facts,
-        )  # fmt: skip
+    def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
+        _compile(graph, Path(folder, record.file), request, content.fixed)
+        return [record.file]
 
-
-class _Package:
-    """A `LoadedGraph`."""
-
-    def __init__(self, package: Any, record: GraphRecord, description: str) -> None:
-        self._package, self._record, self._description = package, record, description
-
-    def run(self, inputs: Mapping[str, Tensor], slot: Any, sizes: Any) -> dict[str, Tensor]:
-        try:
-            results = self._package(*(inputs[tensor.name] for tensor in self._record.inputs))
-        except Exception as error:
-            raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
-        return {tensor.name: value for tensor, value in zip(self._record.outputs, results, strict=True)}
+    # During compilation the weights lie in a library, in an object file and in the package. PyTorch decomposes
+    # attention by itself.
+    return export_graphs(
+        model, Path(folder), request, Spelling("primitives", 0), write, suffix=".pt2", kind="aoti",
+        room=lambda sizes: sum(sizes) + 3 * max(sizes), consumer=consumer, opset=None,
+        versions=package_versions("torch", "triton"), package=local_target(request.device), **facts,
+    )  # fmt: skip
 
 
-def compile_package(graph: Graph, path: Path, request: PackageRequest, fixed: Mapping[str, int]) -> None:
+def _compile(graph: Graph, path: Path, request: PackageRequest, fixed: Mapping[str, int]) -> None:
     """Compile a graph to `path`; a failure leaves no partial file."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.utils import fresh_cache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
-from . import Runtime, failed_run, first_line, register
+from . import LoadedGraph, RunFunction, Runtime, failed_run, first_line, register
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ class OnnxRuntime(Runtime):
             )
         return torch.device("cuda", chosen.index or 0)
 
-    def load(self, record: GraphRecord, path: Path) -> _OnnxGraph:
+    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         """See `Runtime.load`."""
         if not self._widens:
             return self._load(record, path)
@@ -91,8 +91,10 @@ class OnnxRuntime(Runtime):
                 "space there, or set TMPDIR to another folder"
             ) from error
 
-    def _load(self, record: GraphRecord, path: Path) -> _OnnxGraph:
+    def _load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         import torch
+
+        from ..slots import empty_tensors
 
         providers: list[Any] = ["CPUExecutionProvider"]
         stream = None
@@ -108,7 +110,30 @@ class OnnxRuntime(Runtime):
                 f"{self.description} does not load {path.name} ({first_line(error)}); export it with --for "
                 f"{self.name}, or upgrade onnxruntime"
             ) from error
-        return _OnnxGraph(session, record, self.device, stream, self.description, widens=self._widens)
+        types = {tensor.name: _ELEMENT_TYPES[tensor.dtype] for tensor in (*record.inputs, *record.outputs)}
+        where = self.device.type, self.device.index or 0
+        # On a GPU calls of a graph follow each other, on the one stream that its session computes on.
+        turn = contextlib.nullcontext() if stream is None else threading.Lock()
+
+        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+            if self._widens:
+                inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+            outputs = empty_tensors(record.outputs, sizes, self.device)
+            binding = session.io_binding()
+            for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+                for name, value in tensors.items():
+                    bind(name, *where, types[name], [*value.shape], value.data_ptr())
+            with turn:
+                if stream is not None:
+                    # The GPU, not the host, waits for pending PyTorch work.
+                    stream.wait_stream(torch.cuda.current_stream(self.device))
+                try:
+                    session.run_with_iobinding(binding)
+                except Exception as error:
+                    raise failed_run(self.description, record.name, inputs, first_line(error)) from error
+            return {name: value.bfloat16() for name, value in outputs.items()} if self._widens else outputs
+
+        return RunFunction(run)
 
     def _options(self, record: GraphRecord) -> Any:
         options = session_options()
@@ -121,42 +146,6 @@ class OnnxRuntime(Runtime):
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             options.add_session_config_entry("session.disable_prepacking", "1")
         return options
-
-
-class _OnnxGraph:
-    """A `LoadedGraph`; with `widens`, of a bf16 graph computed in fp32."""
-
-    def __init__(
-        self, session: Any, record: GraphRecord, device: torch.device, stream: Any, description: str, *, widens: bool
-    ) -> None:
-        self._session, self._record, self._device, self._description = session, record, device, description
-        # On a GPU calls of a graph follow each other, on the one stream that its session computes on.
-        self._stream, self._turn = stream, contextlib.nullcontext() if stream is None else threading.Lock()
-        self._types = {tensor.name: _ELEMENT_TYPES[tensor.dtype] for tensor in (*record.inputs, *record.outputs)}
-        self._widens = widens
-
-    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        import torch
-
-        from ..slots import empty_tensors
-
-        if self._widens:
-            inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-        outputs = empty_tensors(self._record.outputs, sizes, self._device)
-        binding = self._session.io_binding()
-        where = (self._device.type, self._device.index or 0)
-        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-            for name, value in tensors.items():
-                bind(name, *where, self._types[name], [*value.shape], value.data_ptr())
-        with self._turn:
-            if self._stream is not None:
-                # The GPU, not the host, waits for pending PyTorch work.
-                self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            try:
-                self._session.run_with_iobinding(binding)
-            except Exception as error:
-                raise failed_run(self._description, self._record.name, inputs, first_line(error)) from error
-        return {name: value.bfloat16() for name, value in outputs.items()} if self._widens else outputs
 
 
 def session_options() -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xfm_fast.errors import ExportError, UnavailableError
 
-from . import Runtime, Spelling, data_type, failed_run, register
+from . import LoadedGraph, RunFunction, Runtime, Spelling, data_type, failed_run, register
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +60,11 @@ class OpenVINO(Runtime):
             )
         return super().spelling("fp32", opset)
 
-    def load(self, record: GraphRecord, path: Path) -> _Model:
+    def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         """See `Runtime.load`."""
         import torch
+
+        from ..slots import empty_tensors
 
         options = {
             # The default is the fastest dtype, which is bf16 on some processors.
@@ -76,31 +78,20 @@ class OpenVINO(Runtime):
             raise ExportError(
                 f"{self.description} does not load {path.name} ({_reason(error)}); export it again with --for openvino"
             ) from error
-        return _Model(self.library, compiled, record, self.description)
+        request, lock = compiled.create_infer_request(), threading.Lock()
 
+        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+            outputs = empty_tensors(record.outputs, sizes, self.device)
+            with lock:
+                for name, value in {**inputs, **outputs}.items():
+                    request.set_tensor(name, self.library.Tensor(value.numpy(), shared_memory=True))
+                try:
+                    request.infer()
+                except Exception as error:
+                    raise failed_run(self.description, record.name, inputs, _reason(error)) from error
+            return outputs
 
-class _Model:
-    """A `LoadedGraph`."""
-
-    def __init__(self, library: Any, compiled: Any, record: GraphRecord, description: str) -> None:
-        self._library, self._record, self._description = library, record, description
-        self._request: Any = compiled.create_infer_request()
-        self._lock = threading.Lock()
-
-    def run(self, inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        import torch
-
-        from ..slots import empty_tensors
-
-        outputs = empty_tensors(self._record.outputs, sizes, torch.device("cpu"))
-        with self._lock:
-            for name, value in {**inputs, **outputs}.items():
-                self._request.set_tensor(name, self._library.Tensor(value.numpy(), shared_memory=True))
-            try:
-                self._request.infer()
-            except Exception as error:
-                raise failed_run(self._description, self._record.name, inputs, _reason(error)) from error
-        return outputs
+        return RunFunction(run)
 
 
 def _reason(error: Exception) -> str:

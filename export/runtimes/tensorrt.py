@@ -19,24 +19,21 @@ TensorRT for RTX captures graphs itself (`WHOLE_GRAPH_CAPTURE`) while it compile
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
-import re
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Le
 
 from xfm_fast.errors import ExportError, StorageError, UnavailableError
 
-from ..request import BUDGET, DType, ExportRequest, Quantisation, joined
+from ..request import BUDGET, DType, ExportRequest, Quantisation
 from . import Runtime, failed_run, register
 
 if TYPE_CHECKING:
@@ -47,30 +44,6 @@ if TYPE_CHECKING:
     from ..slots import SizeRange, Slot
 
 HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
-
-LEAST_CAPABILITY = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 75, "fp8": 89}
-"""The oldest compute capability with arithmetic in a type, as 10 · major + minor."""
-
-# The first whose parser imports `Attention` and which has every attribute that is used here.
-_OLDEST_TENSORRT = (10, 14)
-# Called in every build, of the classes of both modules. Attributes of single options are not listed.
-CALLED = (
-    "Builder.build_serialized_network_to_stream",
-    "Builder.create_builder_config",
-    "Builder.create_network",
-    "Builder.create_optimization_profile",
-    "BuilderFlag.TF32",
-    "IBuilderConfig.add_optimization_profile",
-    "IBuilderConfig.clear_flag",
-    "IBuilderConfig.progress_monitor",
-    "ILogger",
-    "INetworkDefinition.get_input",
-    "INetworkDefinition.num_inputs",
-    "IOptimizationProfile.set_shape",
-    "IProgressMonitor",
-    "IStreamWriter",
-    "OnnxParser.parse_from_file",
-)
 
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER = 24
@@ -130,187 +103,6 @@ class TensorRTRequest(EngineRequest):
     hardware_compatible: HardwareCompatibility | None = None
 
 
-class Library:
-    """TensorRT: the imported module and its version. `LibraryForRTX` is the subclass for TensorRT for RTX."""
-
-    name: ClassVar[str] = "tensorrt"
-    module: ClassVar[str] = "tensorrt"
-    title: ClassVar[str] = "TensorRT"
-    newest: ClassVar[int] = 11
-    """The last major version that was tried."""
-    instead: ClassVar[str] = ", or export for a machine without it: xfm-fast export --to tensorrt-rtx"
-    least: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
-
-    def __init__(self) -> None:
-        try:
-            self.trt: Any = importlib.import_module(self.module)
-        except (ImportError, OSError) as error:
-            raise UnavailableError(
-                f"{self.title} is not installed ({' '.join(str(error).split())}); "
-                f"pip install 'xfm-fast[{self.name}]'{self.instead}"
-            ) from None
-        self.version: str = self.trt.__version__
-
-    def _check_newest(self) -> None:
-        """Warn about an untested major version; refuse one that lacks an attribute that every build calls."""
-        major = int(self.version.split(".", 1)[0])
-        if major <= self.newest:
-            return
-        older = f"pip install '{self.name}<{self.newest + 1}'"
-        lacking = []
-        for name in CALLED:
-            owner, _, part = name.partition(".")
-            if not hasattr(self.trt, owner) or (part and not hasattr(getattr(self.trt, owner), part)):
-                lacking.append(name)
-        if lacking:
-            raise UnavailableError(f"{self.title} {self.version} lacks {', '.join(lacking)}; {older}")
-        # Python prints it once, however often a request is checked.
-        warnings.warn(
-            f"{self.title} {self.version} is newer than version {self.newest}, the last that was tried; its engines "
-            f"are compared with the model as ever; should it fail, {older}",
-            stacklevel=1,
-        )
-
-    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
-        """Validate a request and return its compute capabilities; `UnavailableError` for what the library lacks."""
-        if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
-            oldest = ".".join(map(str, _OLDEST_TENSORRT))
-            raise UnavailableError(
-                f"TensorRT {self.version} is too old to read attention; pip install 'tensorrt>={oldest}'"
-            )
-        self._check_newest()
-        present = local_capability()
-        if present is None:
-            raise UnavailableError(
-                "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
-                "a machine with one, or use xfm-fast export --to tensorrt-rtx, which needs none"
-            )
-        targets = parse_targets(joined(request.sm))
-        if targets and set(targets) != {present}:
-            raise UnavailableError(
-                f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(targets)}; "
-                "leave out --sm and use --hardware-compatible, or use xfm-fast export --to tensorrt-rtx"
-            )
-        level, known = request.hardware_compatible, get_args(HardwareCompatibility)
-        if level and level not in known:
-            raise UnavailableError(f"--hardware-compatible {level!r} is unknown; choose from {', '.join(known)}")
-        if level == "ampere_plus" and present < 80:
-            raise UnavailableError(
-                f"--hardware-compatible ampere_plus needs SM80 or newer, and this GPU is SM{present}"
-            )
-        self._check_dtype((present,), dtype)
-        return (present,)
-
-    def _check_dtype(self, targets: Sequence[int], dtype: str) -> None:
-        least = self.least[dtype]
-        if lacking := [target for target in targets if target < least]:
-            raise UnavailableError(
-                f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype} in {self.title}; leave out "
-                f"targets below SM{least}, or use {'--quantize int8' if dtype == 'fp8' else '--dtype fp16'}"
-            )
-
-    def create_network(self, builder: Any) -> Any:
-        """An empty, strongly typed network; later versions have no flag for it."""
-        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        return builder.create_network(0 if flag is None else 1 << int(flag))
-
-    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
-        """Set the options on an `IBuilderConfig`."""
-        self._common(config, request)
-        if request.version_compatible:
-            config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
-        if request.hardware_compatible:
-            level = request.hardware_compatible.upper()
-            config.hardware_compatibility_level = getattr(self.trt.HardwareCompatibilityLevel, level)
-        if request.timing_cache is not None:
-            stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
-            # TensorRT rejects timings of another GPU or version; the build then starts with an empty cache.
-            if not config.set_timing_cache(config.create_timing_cache(stored), False):
-                config.set_timing_cache(config.create_timing_cache(b""), False)
-
-    def _common(self, config: Any, request: TensorRTRequest) -> None:
-        # On by default, it rounds the operands of fp32 GEMMs to 10 bits: an error a hundred times that of fp32.
-        config.clear_flag(self.trt.BuilderFlag.TF32)
-        if request.level is not None:
-            config.builder_optimization_level = request.level
-
-    def timing_cache(self, config: Any) -> bytes | None:
-        """The kernel timings of a build as bytes; None where the library has no timing cache."""
-        cache = config.get_timing_cache()
-        return None if cache is None else bytes(memoryview(cache.serialize()))
-
-    def declared_size(self, head: bytes) -> int | None:
-        """Bytes of an engine according to its header, or None; raises `ExportError` for another library's engine."""
-        if head[:4] == _RTX_MAGIC:
-            raise ExportError("it was built by TensorRT for RTX; build it with xfm-fast export --to tensorrt")
-        return None
-
-
-class LibraryForRTX(Library):
-    """TensorRT for RTX."""
-
-    name = "tensorrt-rtx"
-    module = "tensorrt_rtx"
-    title = "TensorRT for RTX"
-    newest = 1
-    instead = ""
-    # It has no fp32 GEMMs for Turing.
-    least = LEAST_CAPABILITY | {"fp32": 80}
-
-    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
-        self._check_newest()
-        names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
-        known = sorted(int(name[1]) for name in names if name)
-        present = local_capability()
-        targets = tuple(sorted(set(parse_targets(joined(request.sm))))) or (() if present is None else (present,))
-        if not targets:
-            raise UnavailableError(
-                "there is no NVIDIA GPU here to build for; name the targets with --sm, such as --sm 80,89,120"
-            )
-        if unknown := [target for target in targets if target not in known]:
-            raise UnavailableError(
-                f"TensorRT for RTX {self.version} does not build for {_names(unknown)}; it builds for {_names(known)}"
-            )
-        lacks = {
-            "version_compatible": "it has no lean runtime; build again after an upgrade",
-            "hardware_compatible": f"name all targets instead: --sm {','.join(map(str, known))}",
-            "timing_cache": "it times no kernels while it builds; the runtime caches what it compiles",
-        }
-        for option, reason in lacks.items():
-            if getattr(request, option):
-                name = option.replace("_", "-")
-                raise UnavailableError(f"TensorRT for RTX does not take --{name}: {reason}; leave it out")
-        self._check_dtype(targets, dtype)
-        return targets
-
-    def create_network(self, builder: Any) -> Any:
-        return builder.create_network(0)
-
-    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
-        self._common(config, request)
-        # An engine that allocates for itself while it runs cannot be captured as a CUDA graph.
-        config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        config.num_compute_capabilities = len(targets)
-        for number, target in enumerate(targets):
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, f"SM{target}"), number)
-
-    def timing_cache(self, config: Any) -> bytes | None:
-        return None
-
-    def declared_size(self, head: bytes) -> int | None:
-        if len(head) < _RTX_HEADER or head[:4] != _RTX_MAGIC:
-            raise ExportError("it is no engine of TensorRT for RTX; build it with xfm-fast export --to tensorrt-rtx")
-        return int.from_bytes(head[16:24], "little")
-
-
-def load_library(name: str) -> Library:
-    """The library of a runtime; raises `UnavailableError` with the extra to install."""
-    libraries = {each.name: each for each in (Library, LibraryForRTX)}
-    if name not in libraries:
-        raise UnavailableError(f"engine library {name!r} is unknown; choose from {', '.join(libraries)}")
-    return libraries[name]()
-
-
 def message_logger(trt: Any, errors: list[str]) -> Any:
     """An `ILogger` that forwards to the Python log and appends errors to a list."""
     serious = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
@@ -327,7 +119,7 @@ def message_logger(trt: Any, errors: list[str]) -> Any:
     return Logger()
 
 
-def start(library: Library, kind: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
+def start(title: str, kind: Callable[[Any], Any], logger: Any, errors: Sequence[str]) -> Any:
     """A builder or runtime of a library; raises `UnavailableError` where the library cannot start."""
     try:
         made = kind(logger)
@@ -335,8 +127,8 @@ def start(library: Library, kind: Callable[[Any], Any], logger: Any, errors: Seq
         made, errors = None, [*errors, str(error)]
     if not made:
         raise UnavailableError(
-            f"{library.title} {library.version} could not start ({first_error(errors)}); see that its CUDA libraries "
-            "and the driver fit each other"
+            f"{title} could not start ({first_error(errors)}); see that its CUDA libraries and the driver fit each "
+            "other"
         )
     return made
 
@@ -344,20 +136,6 @@ def start(library: Library, kind: Callable[[Any], Any], logger: Any, errors: Seq
 def first_error(errors: Sequence[str]) -> str:
     """The first error on one line."""
     return " ".join(errors[0].split()) if errors else "it gives no reason"
-
-
-def parse_targets(text: str) -> tuple[int, ...]:
-    """Compute capabilities from a list such as `80,89,120` or `8.9,12.0`."""
-    targets = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(?:sm_?)?(?:(\d{2,3})|(\d{1,2})\.(\d))", part, re.IGNORECASE)
-        number = 0 if match is None else int(match[1]) if match[1] else 10 * int(match[2]) + int(match[3])
-        if not 50 <= number < 200:
-            raise UnavailableError(
-                f"--sm {part!r} is no compute capability; write them as numbers with commas, such as 80,89,120"
-            )
-        targets.append(number)
-    return tuple(dict.fromkeys(targets))
 
 
 def local_capability() -> int | None:
@@ -370,26 +148,21 @@ def local_capability() -> int | None:
     return 10 * major + minor
 
 
-def _names(targets: Sequence[int]) -> str:
-    return ", ".join(f"SM{target}" for target in targets)
-
-
-def check_engine_file(path: Path, library: Library, *, expected_bytes: int | None = None) -> None:
+def check_engine_file(path: Path, runtime: type[Runtime], *, expected_bytes: int | None = None) -> None:
     """Raise `ExportError` for a missing, empty, truncated or foreign engine, before a runtime asserts on it."""
-    again = f"copy the file again or build it with xfm-fast export --to {library.name}"
+    again = f"copy the file again or build it with xfm-fast export --to {runtime.name}"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(_RTX_HEADER)
     except OSError as error:
         raise ExportError(f"engine {path} cannot be read ({error.strerror or error}); {again}") from None
     if not size:
         raise ExportError(f"engine {path} is empty; {again}")
-    try:
-        declared = library.declared_size(head)
-    except ExportError as error:
-        raise ExportError(f"{path} cannot be loaded: {error}") from None
-    for expected in (declared, expected_bytes):
+    of_rtx = head.startswith(_RTX_MAGIC)
+    if of_rtx != (runtime.name == TensorRTForRTX.name) or (of_rtx and len(head) < _RTX_HEADER):
+        raise ExportError(f"engine {path} cannot be loaded, it is no engine of {runtime.title}; {again}")
+    for expected in (int.from_bytes(head[16:24], "little") if of_rtx else None, expected_bytes):
         if expected is not None and size != expected:
             state = "truncated" if size < expected else "damaged"
             raise ExportError(f"engine {path} is {state} ({size:,} of {expected:,} bytes); {again}")
@@ -402,30 +175,24 @@ class TensorRT(Runtime):
     name = kind = package = extra = "tensorrt"
     title = "TensorRT"
     request = TensorRTRequest
+    exporter = "xfm_fast.export.engines:export_engines"
     devices = ("cuda",)
-    enqueues = True
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        device: torch.device | None = None,
-        *,
-        library: Library | None = None,
-        cuda: Any = None,
-    ) -> None:
+    def __init__(self, manifest: Manifest, device: torch.device | None = None, *, cuda: Any = None) -> None:
         import torch
 
-        self.library = load_library(self.name) if library is None else library
+        self.library = self.import_library()
+        self.version: str = self.library.__version__
         self.manifest, self.cuda = manifest, torch.cuda if cuda is None else cuda
         if cuda is None:
             device = self._device(device)
         assert device is not None
         self.device = device
-        self.description = f"{self.name} {self.library.version}, {self.cuda.get_device_name(device)}"
+        self.description = f"{self.name} {self.version}, {self.cuda.get_device_name(device)}"
         self.errors: list[str] = []
         # The runtime keeps no reference to it.
-        self._logger = message_logger(self.library.trt, self.errors)
-        self._runtime: Any = start(self.library, self.library.trt.Runtime, self._logger, self.errors)
+        self._logger = message_logger(self.library, self.errors)
+        self._runtime: Any = start(f"{self.title} {self.version}", self.library.Runtime, self._logger, self.errors)
         if manifest.target is not None and manifest.target.version_compatible:
             # Such an engine carries the runtime of the version that built it.
             self._runtime.engine_host_code_allowed = True
@@ -439,7 +206,7 @@ class TensorRT(Runtime):
         import torch
 
         # A wrong version shows on a machine without a GPU too.
-        self.manifest.require_target(library_version=self.library.version, compute_capability=None)
+        self.manifest.require_target(library_version=self.version, compute_capability=None)
         if chosen is not None and chosen.type != "cuda":
             raise UnavailableError(f"{self.title} runs on NVIDIA GPUs, not on {chosen}; use device='cuda'")
         capability = local_capability()
@@ -448,16 +215,9 @@ class TensorRT(Runtime):
                 f"{self.title} needs an NVIDIA GPU and PyTorch finds none here; export to ONNX for this machine: "
                 "xfm-fast export"
             )
-        self.manifest.require_target(library_version=self.library.version, compute_capability=capability)
+        self.manifest.require_target(library_version=self.version, compute_capability=capability)
         index = torch.cuda.current_device() if chosen is None or chosen.index is None else chosen.index
         return torch.device("cuda", index)
-
-    @classmethod
-    def export(cls, model: Any, folder: str | Path, request: Any = None, **given: Any) -> Manifest:
-        """Export graphs of a model and build an engine of each."""
-        from ..engines import export_engines
-
-        return export_engines(model, folder, cls.name, request, **given)
 
     def allocate(self, size: int, graph: str) -> _Activations:
         """A new activation buffer; raises `ExportError` where memory is short."""
@@ -472,7 +232,7 @@ class TensorRT(Runtime):
     def load(self, record: GraphRecord, path: Path) -> _Engine:
         """See `Runtime.load`."""
         sizes = {file.name: file.bytes for file in self.manifest.files}
-        check_engine_file(path, self.library, expected_bytes=sizes.get(path.name))
+        check_engine_file(path, type(self), expected_bytes=sizes.get(path.name))
         self.errors.clear()
         try:
             content = path.read_bytes()
@@ -481,7 +241,7 @@ class TensorRT(Runtime):
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise ExportError(
-                f"{self.title} {self.library.version} does not load {path.name} ({first_error(self.errors)}); "
+                f"{self.title} {self.version} does not load {path.name} ({first_error(self.errors)}); "
                 f"build it on this machine with xfm-fast export --to {self.name}"
             )
         return _Engine(self, engine, record, path)
@@ -517,7 +277,7 @@ class _Engine:
         self._runtime, self._engine, self._record = runtime, engine, record
         self._cuda, self._device = runtime.cuda, runtime.device
         self._stream: Any = runtime.stream
-        self._kernels = _KernelCache(runtime.library, engine, path, self._cuda.get_device_capability(self._device))
+        self._kernels = KernelCache(runtime, engine, path)
         slots = graph_slots(record)
         # GPU memory of the contexts: the requirement of the largest profile.
         self._size = int(engine.device_memory_size_v2)
@@ -607,7 +367,7 @@ class _Engine:
 
     def _capture_shape(self, slot: Slot, sizes: dict[str, int], memory: _Activations) -> bool:
         """Capture one shape; False where it cannot be captured."""
-        from ..slots import empty_tensors
+        from ..slots import empty_tensors, trim_tensor
 
         inputs = empty_tensors(self._record.inputs, sizes, self._device)
         for value in inputs.values():
@@ -629,11 +389,28 @@ class _Engine:
         except (RuntimeError, ExportError) as error:
             _log.info("graph %r runs without a CUDA graph at %s: %s", self._record.name, sizes, error)
             return False
-        self._captured.append(
-            _Captured(
-                self._cuda, self._device, self._record, slot.number, sizes, context, memory, graph, inputs, outputs
-            )
-        )
+
+        def replay(given: Mapping[str, Tensor], to: Mapping[str, int]) -> dict[str, Tensor]:
+            """Copy in, replay and copy out on the caller's stream; the sizes may be smaller than those captured."""
+            current = self._cuda.current_stream(self._device)
+            if memory.free is not None:
+                current.wait_event(memory.free)
+            for tensor in self._record.inputs:
+                if inputs[tensor.name].shape != given[tensor.name].shape:
+                    inputs[tensor.name].zero_()
+                part = trim_tensor(inputs[tensor.name], tensor.axes, to)
+                part.copy_(given[tensor.name], non_blocking=True)
+            graph.replay()
+            results = {
+                tensor.name: trim_tensor(outputs[tensor.name], tensor.axes, to).clone()
+                for tensor in self._record.outputs
+            }
+            memory.free = self._cuda.Event()
+            memory.free.record(current)
+            return results
+
+        # The graph points into the context and its memory.
+        self._captured.append(_Captured(slot.number, sizes, replay, (context, memory)))
         return True
 
 
@@ -647,55 +424,27 @@ def _steps(allowed: SizeRange) -> list[int]:
     return [*steps, most]
 
 
-@dataclass
-class _Captured:
-    """A CUDA graph with what it points into: a context, and memory; other graphs use the activations in turn."""
+class _Captured(NamedTuple):
+    """A CUDA graph of a shape, and what it points into; other graphs use the activations in turn."""
 
-    cuda: Any
-    device: torch.device
-    record: GraphRecord
     profile: int
     sizes: Mapping[str, int]
-    context: Any
-    memory: _Activations
-    graph: Any
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-
-    def replay(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Copy in, replay and copy out on the caller's stream; `sizes` may be smaller than those of the graph."""
-        from ..slots import axes_of, trim_tensor
-
-        record, stream = self.record, self.cuda.current_stream(self.device)
-        if self.memory.free is not None:
-            stream.wait_event(self.memory.free)
-        for tensor in record.inputs:
-            place, given = self.inputs[tensor.name], inputs[tensor.name]
-            if place.shape != given.shape:
-                place.zero_()
-            trim_tensor(place, axes_of(tensor), sizes).copy_(given, non_blocking=True)
-        self.graph.replay()
-        results = {
-            tensor.name: trim_tensor(self.outputs[tensor.name], axes_of(tensor), sizes).clone()
-            for tensor in record.outputs
-        }
-        self.memory.free = self.cuda.Event()
-        self.memory.free.record(stream)
-        return results
+    replay: Callable[[Mapping[str, Tensor], Mapping[str, int]], dict[str, Tensor]]
+    held: tuple[Any, _Activations]
 
 
-class _KernelCache:
+class KernelCache:
     """Execution contexts of an engine; for RTX with a file of the kernels that earlier loads on this GPU compiled."""
 
-    def __init__(self, library: Library, engine: Any, path: Path, capability: tuple[int, int]) -> None:
-        self._engine, self._trt = engine, library.trt
+    def __init__(self, runtime: TensorRT, engine: Any, path: Path) -> None:
+        self._engine, self._trt = engine, runtime.library
         self.captures = False
         self._config: Any = None
         self._cache: Any = None
-        if not hasattr(engine, "create_runtime_config") or library.name != "tensorrt-rtx":
+        if not hasattr(engine, "create_runtime_config") or runtime.name != TensorRTForRTX.name:
             return
-        major, minor = capability
-        self._path = path.with_name(f"{path.stem}.sm{major}{minor}.{library.version}.kernels")
+        major, minor = runtime.cuda.get_device_capability(runtime.device)
+        self._path = path.with_name(f"{path.stem}.sm{major}{minor}.{runtime.version}.kernels")
         self._config = engine.create_runtime_config()
         self._cache = self._config.create_runtime_cache()
         with contextlib.suppress(OSError):

@@ -33,11 +33,10 @@ from ..request import Precision
 from ..runtimes import LoadedGraph, Runtime, choose_runtime, first_line, open_runtime
 from ..slots import (
     TORCH_DTYPES,
-    FusionPass,
     Layout,
+    Pass,
     PassLimits,
     Slot,
-    axes_of,
     choose_slot,
     empty_tensors,
     graph_slots,
@@ -45,9 +44,6 @@ from ..slots import (
     pad_tensor,
     plan_passes,
     request_sizes,
-    row_batches,
-    tensor_shape,
-    token_batches,
     trim_tensor,
 )
 
@@ -63,12 +59,20 @@ _IDS = (*_PADDED, "token_ids")
 
 @dataclass(frozen=True)
 class SessionMemory:
-    """Keys and values `[B, H, M, D]` of every fusion layer for B images, by the names of the graph's inputs."""
+    """Keys and values `[B, H, M, D]` of every fusion layer for B images, by the names of the graph's inputs.
+
+    Or of every decoder layer for B states, with their mask `[B, M]` where lengths differ.
+    """
 
     layers: Mapping[str, Tensor]
+    mask: Tensor | None = None
 
     @property
     def images(self) -> int:
+        return self._first.shape[0]
+
+    @property
+    def states(self) -> int:
         return self._first.shape[0]
 
     @property
@@ -81,18 +85,31 @@ class SessionMemory:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.numel() * layer.element_size() for layer in self.layers.values())
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The inputs of the graph that reads it."""
+        return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
 
     def select(self, index: Tensor | slice) -> SessionMemory:
-        """The memory of some of the images; a slice shares storage."""
-        return SessionMemory({name: layer[index] for name, layer in self.layers.items()})
+        """The memory of some of the images or states; a slice shares storage."""
 
-    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The layers of some of the images; consecutive images share storage."""
+        def chosen(value: Tensor) -> Tensor:
+            return value[index] if isinstance(index, slice) else value.index_select(0, index.to(value.device))
+
+        layers = {name: chosen(layer) for name, layer in self.layers.items()}
+        return SessionMemory(layers, None if self.mask is None else chosen(self.mask))
+
+    def part(self, start: int, stop: int) -> SessionMemory:
+        """The states from `start` to `stop`, without a copy."""
+        return self.select(slice(start, stop))
+
+    def rows(self, rows: Sequence[int]) -> SessionMemory:
+        """Some of the images; consecutive ones share storage."""
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-            return {name: layer[rows[0] : rows[0] + len(rows)] for name, layer in self.layers.items()}
-        index = torch.tensor(rows, device=self._first.device)
-        return {name: layer.index_select(0, index) for name, layer in self.layers.items()}
+            return self.part(rows[0], rows[0] + len(rows))
+        return self.select(torch.tensor(rows))
 
     @classmethod
     def joined(cls, memories: Sequence[SessionMemory]) -> SessionMemory:
@@ -266,7 +283,7 @@ class Session:
             token = self.config.eos_token_id
             filling = token if tensor.name in _IDS else int(tensor.name.endswith("_mask"))
             made[tensor.name] = torch.full(
-                tensor_shape(tensor, sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
+                tensor.shape(sizes), filling, dtype=TORCH_DTYPES[tensor.dtype], device=self.device
             )
         return made
 
@@ -302,11 +319,11 @@ class Session:
         for tensor in record.inputs:
             value = inputs[tensor.name].detach().to(self.device, TORCH_DTYPES[tensor.dtype])
             filling = self.config.pad_token_id if tensor.name in _PADDED else 0
-            prepared[tensor.name] = pad_tensor(value, axes_of(tensor), padded, filling).contiguous()
+            prepared[tensor.name] = pad_tensor(value, tensor.axes, padded, filling).contiguous()
         outputs = self._graphs[name].run(prepared, slot, padded)
         if padded == sizes:
             return outputs
-        return {output.name: trim_tensor(outputs[output.name], axes_of(output), sizes) for output in record.outputs}
+        return {output.name: trim_tensor(outputs[output.name], output.axes, sizes) for output in record.outputs}
 
     def require(self, name: str) -> GraphName:
         if name not in self.manifest.graph_names:
@@ -318,23 +335,24 @@ class Session:
             raise UnavailableError("this session is not ready; call warm_up() first, or open it with Session.load")
         return name
 
-    def parts(self, name: GraphName, batch: Tensor) -> Sequence[Tensor]:
-        """The rows of a batch in chunks that the graph accepts."""
-        most = largest(self._slots[name], "batch")
-        if not len(batch):
-            return ()
-        return (batch,) if most is None else batch.split(most)
+    def pieces(self, graph: GraphName, axis: str, count: int, *limits: int, **sizes: int) -> Sequence[slice]:
+        """0 to `count` in slices within the limits and the largest size of an axis, in the slots that take `sizes`."""
+        most = largest([slot for slot in self.slots(graph) if slot.padded(sizes) is not None], axis)
+        size = max(1, min((*limits, count) if most is None else (*limits, count, most)))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    def joined(self, name: GraphName, passes: Sequence[dict[str, Tensor]], batch: int) -> dict[str, Tensor]:
+    def in_batches(self, graph: GraphName, inputs: Mapping[str, Tensor], *limits: int) -> dict[str, Tensor]:
+        """Run a graph on any number of rows, in passes that it accepts."""
+        rows = self.pieces(graph, "batch", len(next(iter(inputs.values()))), *limits)
+        passes = [self.call(graph, {name: value[part] for name, value in inputs.items()}) for part in rows]
+        if not passes:
+            return self.zeros(graph, request_sizes(self.manifest.graph(graph), inputs))
         if len(passes) == 1:
             return passes[0]
-        if not passes:
-            return self.zeros(name, {"batch": batch})
-        return {output: torch.cat([made[output] for made in passes]) for output in passes[0]}
+        return {name: torch.cat([each[name] for each in passes]) for name in passes[0]}
 
     def zeros(self, name: GraphName, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        record = self.manifest.graph(name)
-        outputs = empty_tensors(record.outputs, sizes, self.device)
+        outputs = empty_tensors(self.manifest.graph(name).outputs, sizes, self.device)
         return {name: value.zero_() for name, value in outputs.items()}
 
     @property
@@ -357,9 +375,7 @@ class Session:
         self.require("vision")
         checks.check_pixels(pixels, self.config)
         with torch.inference_mode():
-            passes = [self.call("vision", {"pixels": part}) for part in self.parts("vision", pixels)]
-            outputs = self.joined("vision", passes, len(pixels))
-        return self._attach(outputs, "image_embeds")
+            return self._attach(self.in_batches("vision", {"pixels": pixels}), "image_embeds")
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """`XFM.encode_text` without its options: `[B, L]` → `[B, L, text_width]`, zeros at padded positions.
@@ -370,66 +386,67 @@ class Session:
         self.require("text")
         mask = checks.check_tokens(input_ids, attention_mask, self.config)
         with torch.inference_mode():
-            encoded = self._packed_texts if self.manifest.packed else self._encoded_texts
-            outputs = encoded(input_ids.to(self.device), mask.to(self.device))
-        return self._attach(outputs, "text_embeds")
+            return self._attach(self.text_outputs(input_ids, mask), "text_embeds")
 
-    def _encoded_texts(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def text_outputs(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """All outputs of the text graph for `[B, L]` ids and mask, `text_embeds` unpacked with zeros at padding."""
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         texts, width = input_ids.shape
-        # Up to the last real token; a mask may have gaps before it.
-        places = torch.arange(1, width + 1, device=self.device)
-        lengths = (mask * places).amax(1).tolist() if texts else []
-        slots = self.slots("text")
-        for length in sorted(set(lengths))[-1:]:
-            choose_slot("text", slots, {"length": length})
-        outputs = self.zeros("text", {"batch": texts, "length": width})
-        batches = token_batches(
-            lengths,
-            self.limits.budget,
-            pass_tokens=self.limits.pass_tokens,
-            most=largest(slots, "batch"),
-            padded=lambda length: self.limits.padded(length, slots),
-        )
-        for batch in batches:
-            rows = torch.tensor(batch.rows, device=self.device)
-            kept = min(batch.length, width)
-            ids, real = (value[:, :kept].index_select(0, rows) for value in (input_ids, mask))
-            sizes = {"batch": len(batch.rows), "length": batch.length}
-            made = self.call(
-                "text",
-                {
-                    "input_ids": pad_tensor(ids, ("batch", "length"), sizes, self.config.pad_token_id),
-                    "attention_mask": pad_tensor(real, ("batch", "length"), sizes),
-                },
-            )
-            outputs["text_embeds"][rows, :kept] = made.pop("text_embeds")[:, :kept] * real[..., None]
-            for name, value in made.items():
-                outputs[name][rows] = value
+        padding = self.config.pad_token_id
+        if self.manifest.packed:
+            kept, real = mask.bool(), input_ids.ne(padding)
+            values = {"packed_ids": (input_ids, padding), "positions": (real.cumsum(1) * real + padding, padding)}
+        else:
+            # Up to the last real token; a mask may have gaps before it.
+            places = torch.arange(1, width + 1, device=self.device)
+            kept = places <= (mask * places).amax(1, keepdim=True) if texts else mask.bool()
+            values = {"input_ids": (input_ids, padding), "attention_mask": (mask, 0)}
+        lengths, tokens = kept.sum(1).tolist(), kept.flatten().nonzero().flatten()
+        given = {name: (value.flatten().index_select(0, tokens), filling) for name, (value, filling) in values.items()}
+        passes = plan_passes("text", None, lengths, self.slots("text"), self.limits, packed_width=self._packed_width)
+        outputs = self._run_passes("text", passes, lengths, given)
+        found = outputs.pop("packed_embeds" if self.manifest.packed else "text_embeds")
+        embeds = found.new_zeros(texts * width, found.shape[1]).index_copy_(0, tokens, found)
+        embeds = embeds.view(texts, width, found.shape[1])
+        return {"text_embeds": embeds if self.manifest.packed else embeds * mask[..., None], **outputs}
+
+    @property
+    def _packed_width(self) -> int | None:
+        return self.config.text_width if self.manifest.packed else None
+
+    def _run_passes(
+        self,
+        graph: GraphName,
+        passes: Sequence[Pass],
+        lengths: Sequence[int],
+        tokens: Mapping[str, tuple[Tensor, int | None]],
+        memory: SessionMemory | None = None,
+    ) -> dict[str, Tensor]:
+        """Outputs of `text` or `fusion` by caption `[P, ...]` or by token `[sum(lengths), ...]`.
+
+        `tokens` are inputs by name, `[sum(lengths), ...]`, with what to fill padding with.
+        """
+        packed, outputs, by_token = self.manifest.packed, {}, set()
+        for output in self.manifest.graph(graph).outputs:
+            if "length" in output.axes:
+                by_token.add(output.name)
+            rows = sum(lengths) if output.name in by_token else len(lengths)
+            dtype = TORCH_DTYPES[output.dtype]
+            outputs[output.name] = torch.zeros(rows, int(output.dims[-1]), dtype=dtype, device=self.device)
+        for work in passes:
+            layout = Layout.of(work.rows, lengths, work.length)
+            given = layout.inputs(packed) | {name: layout.spread(*value) for name, value in tokens.items()}
+            if memory is None:
+                given = {name: value[0] for name, value in given.items()}
+            else:
+                given |= memory.rows(work.images).layers
+            for name, value in self.call(graph, given).items():
+                place, found = (
+                    (layout.source, layout.place) if name in by_token else (layout.texts, layout.found)
+                )  # fmt: skip
+                flat = value.flatten(0, -2).index_select(0, found.to(self.device))
+                outputs[name].index_copy_(0, place.to(self.device), flat)
         return outputs
-
-    def _packed_texts(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        texts, width = input_ids.shape
-        config, sizes = self.config, mask.sum(1).tolist()
-        real = input_ids.ne(config.pad_token_id)
-        positions = real.cumsum(1) * real + config.pad_token_id
-        tokens = mask.flatten().nonzero().flatten()
-        given = {
-            "packed_ids": input_ids.flatten().index_select(0, tokens),
-            "positions": positions.flatten().index_select(0, tokens),
-        }
-        outputs = self.zeros("text", {"batch": texts, "rows": 0, "length": 0})
-        embeds = outputs.pop("packed_embeds").new_zeros(texts * width, config.text_width)
-        for rows in row_batches(range(texts), sizes, self.slots("text"), self.limits, config.text_width, "text"):
-            layout = Layout.of([rows.texts], sizes, rows.length)
-            inputs = {name: layout.spread(value, config.pad_token_id)[0] for name, value in given.items()}
-            made = self.call("text", inputs | {"segments": layout.segments[0], "firsts": layout.firsts[0]})
-            source, place, chosen, found = (
-                index.to(self.device) for index in (layout.source, layout.place, layout.texts, layout.found)
-            )
-            embeds[tokens[source]] = made.pop("packed_embeds").flatten(0, 1).index_select(0, place)
-            for name, value in made.items():
-                outputs[name][chosen] = value.index_select(0, found)
-        return {"text_embeds": embeds.view(texts, width, config.text_width), **outputs}
 
     def project_image(self, image_embeds: Tensor) -> Tensor:
         """Contrastive features `[B, embed_dim]`; `image_embeds` is the very tensor that `encode_image` returned.
@@ -451,10 +468,7 @@ class Session:
                 f"image embeddings are {[*image_embeds.shape]}; this export takes [B, {expected[0]}, {expected[1]}]"
             )
         with torch.inference_mode():
-            passes = [
-                self.call("image_memory", {"image_embeds": part}) for part in self.parts("image_memory", image_embeds)
-            ]
-            return SessionMemory(self.joined("image_memory", passes, len(image_embeds)))
+            return SessionMemory(self.in_batches("image_memory", {"image_embeds": image_embeds}))
 
     def fuse(
         self,
@@ -527,10 +541,10 @@ class Session:
             raise UnavailableError("this export has no match logits: its model was built without the 'matching' head")
         return SessionScorer(self)
 
-    def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> Sequence[FusionPass]:
+    def passes(self, lengths: Sequence[int], image_of: Sequence[int]) -> Sequence[Pass]:
         """The passes of `fuse_packed`."""
-        width = self.config.text_width if self.manifest.packed else None
-        return plan_passes(image_of, lengths, self.slots("fusion"), self.limits, packed_width=width)
+        slots = self.slots("fusion")
+        return plan_passes("fusion", image_of, lengths, slots, self.limits, packed_width=self._packed_width)
 
     def fuse_packed(
         self, tokens: Tensor, lengths: Tensor, memory: SessionMemory, image_of: Sequence[int]
@@ -548,36 +562,13 @@ class Session:
             `fused_tokens` `[sum(lengths), text_width]`.
         """
         sizes = lengths.tolist()
-        starts = offsets(lengths.to(self.device))[:-1].long()
-        outputs = self.zeros("fusion", {"batch": len(sizes), "texts": 1, "length": 1, "rows": 1})
-        outputs = {name: value.flatten(0, -2) for name, value in outputs.items() if name != "fused_tokens"}
-        whole = tokens.new_zeros(tokens.shape) if self.manifest.all_tokens else None
-        counts = lengths.to(self.device)
-        for work in self.passes(sizes, image_of):
-            if self.manifest.packed:
-                layout = Layout.of(work.parts, sizes, work.length)
-                given = {"packed_embeds": layout.spread(tokens), "segments": layout.segments, "firsts": layout.firsts}
-                made = self.call("fusion", {**given, **memory.rows(work.images)})
-                if whole is not None:
-                    fused = made["fused_tokens"].flatten(0, 2)
-                    whole[layout.source.to(self.device)] = fused.index_select(0, layout.place.to(self.device))
-                chosen, found = layout.texts.to(self.device), layout.found.to(self.device)
-                for name, value in outputs.items():
-                    value[chosen] = made[name].flatten(0, 1).index_select(0, found)
-                continue
-            rows = torch.tensor(work.parts, device=self.device)
-            places = starts[rows, None] + torch.arange(work.length, device=self.device)
-            real = torch.arange(work.length, device=self.device) < counts[rows, None]
-            # Positions beyond the end of a text read tokens of the next one; the mask hides them.
-            embeds = tokens.index_select(0, places.clamp(max=len(tokens) - 1).flatten()).view(*places.shape, -1)
-            made = self.call("fusion", {"text_embeds": embeds, "attention_mask": real, **memory.rows(work.images)})
-            if whole is not None:
-                fused = made["fused"]
-                whole[places[real]] = fused[real]
-                made["fused"] = fused[:, :, 0]
-            for name, value in outputs.items():
-                value[rows.flatten()] = made[name].flatten(0, 1)
-        return outputs if whole is None else outputs | {"fused_tokens": whole}
+        name = "packed_embeds" if self.manifest.packed else "text_embeds"
+        outputs = self._run_passes("fusion", self.passes(sizes, image_of), sizes, {name: (tokens, None)}, memory)
+        if self.manifest.all_tokens and not self.manifest.packed:
+            whole = outputs["fused"]
+            starts = offsets(lengths.to(self.device))[:-1].long()
+            return outputs | {"fused": whole.index_select(0, starts), "fused_tokens": whole}
+        return outputs
 
     def _attach(self, outputs: dict[str, Tensor], name: str) -> Tensor:
         result = outputs.pop(name)
@@ -685,10 +676,8 @@ class SessionRanks:
 
     def memories(self, embeds: Tensor) -> list[SessionMemory]:
         memory = self.session.image_memory(embeds)
-        return [
-            SessionMemory({name: layer[row : row + 1].clone() for name, layer in memory.layers.items()})
-            for row in range(memory.images)
-        ]
+        # Copies, so that a cached image does not hold the memory of others.
+        return [memory.select(torch.tensor([row])) for row in range(memory.images)]
 
     def logits(
         self, tokens: Tensor, lengths: Tensor, memories: Sequence[SessionMemory], counts: Sequence[int]

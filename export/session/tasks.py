@@ -6,7 +6,7 @@ and beams and answer prefixes are gathered from them at every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 from xfm_fast.tasks.answer_trie import AnswerTrie, DecodedTree
 from xfm_fast.tasks.task import TASKS
 
-from ..request import GraphName
 from ..slots import largest
 from . import Session, SessionMemory
 
@@ -30,31 +29,6 @@ def task_session(kind: str) -> type[TaskSession] | None:
     """Session class of a task; None for an unknown task, or one that no export answers."""
     methods = TASKS[kind].Session if kind in TASKS else None
     return None if methods is None else type(f"{TASKS[kind].__name__}Session", (methods, TaskSession), {})
-
-
-@dataclass(frozen=True)
-class SessionStates(SessionMemory):
-    """Decoder keys and values of every layer for B states, and their mask `[B, M]` (None: equal lengths)."""
-
-    mask: Tensor | None = None
-
-    @property
-    def states(self) -> int:
-        """B."""
-        return self.images
-
-    def part(self, start: int, stop: int) -> SessionStates:
-        """The states from `start` to `stop`, without a copy."""
-        return self.select(slice(start, stop))
-
-    def select(self, index: Tensor | slice) -> SessionStates:
-        """Some of the states; a slice shares storage."""
-        return SessionStates(super().select(index).layers, None if self.mask is None else self.mask[index])
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """The inputs of the step graph."""
-        return {**self.layers, **({} if self.mask is None else {"memory_mask": self.mask})}
 
 
 @dataclass
@@ -78,28 +52,19 @@ class TaskSession(Session):
     def writer(self) -> TaskSession:
         return self
 
-    def pieces(self, graph: GraphName, axis: str, count: int, *limits: int) -> Sequence[slice]:
-        """0 to `count` in slices within the limits and the largest size of an axis of a graph."""
-        most = largest(self.slots(graph), axis)
-        size = max(1, min((*limits, count) if most is None else (*limits, count, most)))
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
     @property
     def positions(self) -> int:
         """Tokens of the longest text that model and graphs take."""
         most = largest(self.slots("decoder_step"), "past")
         return self.config.max_text_length if most is None else min(self.config.max_text_length, most + 1)
 
-    def states(self, states: Tensor, mask: Tensor | None = None) -> SessionStates:
+    def states(self, states: Tensor, mask: Tensor | None = None) -> SessionMemory:
         """Project decoder states `[B, M, width]` once for all steps and beams."""
         self.require("decoder_memory")
         with torch.inference_mode():
-            passes = [self.call("decoder_memory", {"states": part}) for part in self.parts("decoder_memory", states)]
-            if passes:
-                return SessionStates(self.joined("decoder_memory", passes, len(states)), mask)
-            return SessionStates(self.zeros("decoder_memory", {"batch": 0, "length": states.shape[1]}), mask)
+            return SessionMemory(self.in_batches("decoder_memory", {"states": states}), mask)
 
-    def next_tokens(self, tokens: Tensor, past: Tensor, states: SessionStates) -> tuple[Tensor, Tensor]:
+    def next_tokens(self, tokens: Tensor, past: Tensor, states: SessionMemory) -> tuple[Tensor, Tensor]:
         """Logits `[B, T, vocabulary]` and keys and values `[B, T, layers, 2, H, D]` of the next token of T texts."""
         name = self.require("decoder_step")
         batch, texts, behind = past.shape[:3]
@@ -131,14 +96,14 @@ class TaskSession(Session):
         dims = (int(dim) for dim in present.dims[2:])
         return torch.zeros(*counts, *dims, dtype=self.dtype, device=self.device)
 
-    def begin(self, prompt_ids: Tensor, memory: SessionStates, capacity: int) -> tuple[Tensor, SessionPast]:
+    def begin(self, prompt_ids: Tensor, memory: SessionMemory, capacity: int) -> tuple[Tensor, SessionPast]:
         """See `Writer`: the prompt goes through the graph token by token."""
         prompt_ids = prompt_ids.to(self.device)
         past = SessionPast(self.unwritten(len(prompt_ids), 0))
         logits = [self.step(tokens, memory, past) for tokens in prompt_ids.unbind(1)]
         return logits[-1], past
 
-    def step(self, input_ids: Tensor, memory: SessionStates, past: SessionPast) -> Tensor:
+    def step(self, input_ids: Tensor, memory: SessionMemory, past: SessionPast) -> Tensor:
         """See `Writer`."""
         grid = (memory.states, -1)
         logits, present = self.next_tokens(input_ids.unflatten(0, grid), past.tokens.unflatten(0, grid), memory)
@@ -149,7 +114,7 @@ class TaskSession(Session):
         """See `Writer`: a copy of what a step returned, in fp32."""
         return hidden.to(torch.float32, copy=True)
 
-    def log_likelihoods(self, memory: SessionStates, answer_ids: Tensor) -> Tensor:
+    def log_likelihoods(self, memory: SessionMemory, answer_ids: Tensor) -> Tensor:
         """Log-likelihood `[Q]` of one text `[Q, L]` per state."""
         past = SessionPast(self.unwritten(len(answer_ids), 0))
         total = torch.zeros(len(answer_ids), dtype=torch.float64, device=self.device)
@@ -158,7 +123,7 @@ class TaskSession(Session):
             total += shares.gather(1, following[:, None])[:, 0] * (following != self.config.pad_token_id)
         return total
 
-    def answer_tree(self, memory: SessionStates, trie: AnswerTrie) -> SteppedTree:
+    def answer_tree(self, memory: SessionMemory, trie: AnswerTrie) -> SteppedTree:
         """Tree that decodes the answers of some questions."""
         return SteppedTree(self, memory, trie)
 
@@ -166,7 +131,7 @@ class TaskSession(Session):
 class SteppedTree(DecodedTree):
     """The answer tree over a step graph: nodes of a depth of all questions run in one step."""
 
-    def __init__(self, session: TaskSession, memory: SessionStates, trie: AnswerTrie) -> None:
+    def __init__(self, session: TaskSession, memory: SessionMemory, trie: AnswerTrie) -> None:
         super().__init__(trie, memory.states, torch.float32)
         self._session, self._memory = session, memory
         self._known = session.unwritten(0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -16,7 +17,10 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render, scene
 from xfm_fast.export.expected import Examples, padded_texts
+from xfm_fast.export.graphs import Graph
 from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS
+from xfm_fast.export.runtimes import Runtime
+from xfm_fast.export.slots import Slot
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
@@ -50,6 +54,44 @@ def _stirred(model: XFM) -> XFM:
             if name != "temp":
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.eval()
+
+
+def texts_of(count: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and masks of texts of 1 to `width` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, width + 1, (count, 1), generator=generator)
+    mask = (torch.arange(width) < lengths).long()
+    ids = torch.randint(4, 200, (count, width), generator=generator)
+    return ids.masked_fill(mask == 0, 1), mask
+
+
+def pixels_of(model: XFM, count: int) -> Tensor:
+    size = model.config.image_size
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+Spoil = Callable[[str, dict[str, Tensor]], None]
+
+
+class Eager(Runtime):
+    """Runs graphs in PyTorch, and lets `spoil` change what they return; `shapes` are those of first inputs."""
+
+    description, device = "PyTorch", torch.device("cpu")
+
+    def __init__(self, built: Mapping[Any, Graph], spoil: Spoil = lambda graph, outputs: None) -> None:
+        self.built, self.spoil = built, spoil
+        self.shapes: dict[str, set[tuple[int, ...]]] = {}
+
+    def load(self, record: Any, path: Path) -> Any:
+        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+            values = [inputs[tensor.name] for tensor in record.inputs]
+            self.shapes.setdefault(record.name, set()).add(tuple(values[0].shape))
+            results = self.built[record.name](*values)
+            outputs = {tensor.name: value for tensor, value in zip(record.outputs, results, strict=True)}
+            self.spoil(record.name, outputs)
+            return outputs
+
+        return SimpleNamespace(run=run)
 
 
 @pytest.fixture(scope="session")
@@ -156,8 +198,8 @@ def exported_packed(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def exported_fp16(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in fp16."""
-    return _exported(tmp_path_factory, small_model, "fp16", "fp16")
+    """Two of the graphs in fp16."""
+    return _exported(tmp_path_factory, small_model, "fp16", "fp16", ("vision", "text"))
 
 
 TARGETS = (80, 89, 120)

@@ -42,8 +42,8 @@ def _run(name: GraphName, model: XFM, *inputs: Tensor, **options: bool) -> tuple
         results = graph(*inputs)
     sizes = {}
     for spec, value in zip((*graph.inputs, *graph.outputs), (*inputs, *results), strict=True):
-        for place, axis in spec.axes.items():
-            assert sizes.setdefault(axis, value.shape[place]) == value.shape[place], spec.name
+        for size, axis in zip(value.shape, spec.dims, strict=True):
+            assert not isinstance(axis, str) or sizes.setdefault(axis, size) == size, spec.name
         assert value.shape == spec.shape(sizes), spec.name
     return results
 
@@ -112,7 +112,7 @@ def test_fusion(model: XFM, all_tokens: bool, images: int, texts: int) -> None:
 def _in_rows(images: list[list[list[int]]], length: int) -> Layout:
     layout = Layout.of(images, LENGTHS, length)
     # Every token is found again where it was written.
-    spread = layout.spread(torch.arange(sum(LENGTHS)) + 1)
+    spread = layout.spread(torch.arange(sum(LENGTHS)) + 1, 0)
     assert torch.equal(spread.flatten()[layout.place], layout.source + 1)
     assert int((spread == 0).sum()) == int((layout.segments == 0).sum()) == spread.numel() - len(layout.place)
     return layout

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,16 +23,14 @@ from xfm_fast.export.request import (
     RuntimeChoice,
 )
 from xfm_fast.export.runtimes.aoti import PackageRequest
-from xfm_fast.export.runtimes.tensorrt import EngineRequest, HardwareCompatibility, TensorRTRequest
-from xfm_fast.loading import Opened, Source, open_model
+from xfm_fast.export.runtimes.tensorrt import EngineRequest, TensorRTRequest
+from xfm_fast.loading import Source, open_model
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
     from xfm_fast.benchmarks.material.photographs import Collection
     from xfm_fast.config import XFMConfig
-    from xfm_fast.export.engines import BuildProgress
     from xfm_fast.export.expected import Examples
     from xfm_fast.export.manifest import Manifest, VerificationRecord
     from xfm_fast.models.xfm import XFM
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
 app = command_group("export")
 
 _PHOTOS, _CAPTIONS = 4, 48
-# Photographs to choose 8-bit products on, and how few of their own are too few.
+# Photographs to calibrate 8 bits on, and how few are too few without those of the comparison.
 _CALIBRATED, _LEAST_CALIBRATED = 16, 4
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
@@ -68,8 +64,7 @@ class ExportOptions:
         to: ONNX graphs; AOTInductor packages, native code that runs when it is loaded; or engines of TensorRT for the
             GPU here, or of TensorRT for RTX for the GPUs given, built on any machine.
         consumer: Library that reads the ONNX files. [onnxruntime]
-        graphs: vision, text, image_memory, fusion, match; for tasks nlvr2, decoder_memory, decoder_step; with commas.
-            [all but match, or the graphs of the task]
+        graphs: Names such as vision,text,image_memory,fusion,match. [all but match, or those of the task]
         fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token instead of token 0.
         packed: text and fusion take captions packed into rows, so that their cost follows the real tokens; by default
@@ -80,9 +75,6 @@ class ExportOptions:
         sm: Compute capabilities to build engines for, for example 80,89,120. [this machine's GPU]
         quantize: 8-bit GEMMs of engines, with scales from --data or the photographs.
         budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
-        timing_cache: File of kernel timings of TensorRT, read before and written after a build: later ones are faster.
-        version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
-        hardware_compatible: Other GPUs run the engine of TensorRT too.
         verbose: Show the builder's own messages.
         data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
@@ -98,9 +90,6 @@ class ExportOptions:
     sm: Sequence[str] = ()
     quantize: Quantisation | None = None
     budget: float | None = None
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: HardwareCompatibility | None = None
     verbose: bool = False
     data: Path | None = None
 
@@ -135,7 +124,9 @@ def export(
     options: Flat[ExportOptions] = ExportOptions(),
 ) -> int:
     """Export a model; the help is in `app`."""
+    from xfm_fast.benchmarks.material import photographs
     from xfm_fast.export import engines, export_packages, onnx, verification
+    from xfm_fast.tasks.task import TASKS, explanation
 
     request, source = options.request(source), named(model, source)
     if options.to == "onnx":
@@ -144,28 +135,33 @@ def export(
         request.check()
     else:
         engines.check_request(options.to, request)
-    opened, examples = load(source, options.data, request.sizes)
-    facts = export_facts(opened)
+    if options.verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
+    if options.data is not None:
+        # Validate before a checkpoint is read.
+        photographs.from_files(options.data, most=1)
+    exported = [name for name, task in TASKS.items() if task.Session is not None]
+    opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
+    vocabulary = opened.model.tokenizer if opened.task is None or opened.task.reads_text else None
+    facts: dict[str, Any] = {
+        "source": opened.origin,
+        "tokenizer_sha256": vocabulary and vocabulary.sha256(),
+        "companions": {} if opened.task is None else explanation(opened.task),
+        "examples": load_examples(opened.model, options.data, request.sizes),
+    }
+    # The model is released before a runtime or a builder holds its weights once more.
     if options.to == "onnx":
-        onnx.export_onnx(opened.model, out, request, **facts, examples=examples, compared=False, progress=say)
-        # The compared runtime holds a second copy of the weights.
+        onnx.export_onnx(opened.model, out, request, **facts, compared=False, progress=say)
         del opened
         return finish(verification.verify(out, check_files=False), out)
     if options.to == "aoti":
-        return finish(export_packages(opened.model, out, request, **facts, examples=examples, progress=say), out)
-    calibration = None
+        return finish(export_packages(opened.model, out, request, **facts, progress=say), out)
     if request.quantize is not None:
-        calibration = load_calibration(opened.model.config, opened.model.tokenizer, options.data)
-    with (
-        _show_progress(options.verbose) as progress,
-        engines.engine_graphs(
-            opened.model, out, options.to, request, **facts, examples=examples, calibration=calibration
-        ) as build_engines,
-    ):
-        # The builder holds several copies of a graph's weights.
+        facts["calibration"] = load_calibration(opened.model.config, opened.model.tokenizer, options.data)
+    with engines.engine_graphs(opened.model, out, options.to, request, **facts) as build_engines:
         del opened
-        made = build_engines(progress)
-    return finish(made, out)
+        return finish(build_engines(say), out)
 
 
 @app.command
@@ -249,65 +245,26 @@ def model_repository(
     print(f"serve it with: tritonserver --model-repository={out}")
 
 
-def load(source: Source, data: Path | None, sizes: Mapping[str, int]) -> tuple[Opened, Examples]:
-    """Open the model to export and its examples; prints a note if these are not photographs."""
-    from xfm_fast.tasks.task import TASKS
+def load_examples(model: XFM, data: Path | None, sizes: Mapping[str, int]) -> Examples:
+    """Load photographs and captions to compare on: the given ones, the bundled ones, or generated images with a note.
 
-    if data is not None:
-        # Validate before a checkpoint is read.
-        from xfm_fast.benchmarks.material import photographs
-
-        photographs.from_files(data, most=1)
-    exported = [name for name, task in TASKS.items() if task.Session is not None]
-    opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
-    examples, message = load_examples(opened.model, data, sizes)
-    if message:
-        note(message)
-    return opened, examples
-
-
-def export_facts(opened: Opened) -> dict[str, Any]:
-    """Manifest entries of an export, and its sidecar files, which `xfm-fast predict` needs for a task."""
-    from xfm_fast.tasks.task import explanation
-
-    vocabulary = opened.model.tokenizer
-    if opened.task is not None and not opened.task.reads_text:
-        vocabulary = None
-    return {
-        "source": opened.origin,
-        "tokenizer_sha256": vocabulary and vocabulary.sha256(),
-        "companions": {} if opened.task is None else explanation(opened.task),
-    }
-
-
-def load_examples(model: XFM, data: Path | None, sizes: Mapping[str, int]) -> tuple[Examples, str]:
-    """Load photographs and captions to compare on, and a note for the user ("" if there is none).
-
-    By default the bundled photographs, or generated images if these are not installed. `sizes` are the fixed axes.
+    `sizes` are the fixed axes.
     """
     from xfm_fast.benchmarks.material import photographs
-    from xfm_fast.export.expected import LONGEST, generated_examples
+    from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
 
-    longest = sizes.get("length", LONGEST)
-    if data is not None:
-        return _examples(photographs.from_files(data, most=_PHOTOS), model, longest), ""
+    config, longest = model.config, sizes.get("length", LONGEST)
     try:
-        collection = photographs.bundled()
+        found = photographs.bundled() if data is None else photographs.from_files(data, most=_PHOTOS)
     except DataError as error:
-        message = f"compared on generated images, not photographs: {error}"
-        return generated_examples(model.config, longest=longest), message
-    return _examples(collection, model, longest), ""
-
-
-def _examples(collection: Collection, model: XFM, longest: int) -> Examples:
-    from xfm_fast.export.expected import make_examples
-
-    config = model.config
-    captions = collection.texts(min(_CAPTIONS, len(collection.captions)))
-    rows = _ids(captions, collection, config, model.tokenizer, longest)
-    photos = range(min(_PHOTOS, len(collection.names)))
+        if data is not None:
+            raise
+        note(f"compared on generated images, not photographs: {error}")
+        return generated_examples(config, longest=longest)
+    rows = _ids(found.texts(min(_CAPTIONS, len(found.captions))), found, config, model.tokenizer, longest)
+    photos = range(min(_PHOTOS, len(found.names)))
     origin = f"{len(photos)} photographs and {len(rows)} captions"
-    return make_examples(collection.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)
+    return make_examples(found.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)
 
 
 def _ids(
@@ -346,60 +303,6 @@ def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data
     origin = f"{len(photos)} photographs and {len(rows)} captions"
     origin += ", with the same photographs as the comparison" if shared else ""
     return Examples(found.pixels(photos, config.image_size), *padded_texts(rows, config.pad_token_id), origin)
-
-
-class Bars:
-    """A progress bar for all graphs, and one per running phase of the builder."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._all: TaskID | None = None
-        self._phases: dict[int, tuple[str, TaskID]] = {}
-
-    def graph(self, name: str, number: int, count: int) -> None:
-        if self._all is None:
-            self._all = self._bars.add_task("", total=count)
-        self._bars.update(self._all, description=f"graph {name}", completed=number - 1)
-        for _, task in self._phases.values():
-            self._bars.remove_task(task)
-        self._phases.clear()
-
-    def phase(self, name: str, done: int, steps: int, depth: int) -> None:
-        known = self._phases.get(depth)
-        if known is None or known[0] != name:
-            if known is not None:
-                self._bars.remove_task(known[1])
-            known = (name, self._bars.add_task(f"{'  ' * (depth + 1)}{name}", total=max(steps, 1)))
-            self._phases[depth] = known
-        self._bars.update(known[1], completed=done)
-
-
-@contextmanager
-def _show_progress(verbose: bool) -> Iterator[BuildProgress]:
-    """Progress bars on a terminal, or the builder's messages."""
-    from rich.console import Console
-
-    from xfm_fast.export.engines import Silent
-
-    if verbose:
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
-        logger = logging.getLogger("xfm_fast.export")
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-        try:
-            yield Silent()
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(logging.NOTSET)
-    elif sys.stderr.isatty():
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True) as bars:
-            yield Bars(bars)
-    else:
-        yield Silent()
 
 
 def finish(manifest: Manifest, folder: Path) -> int:

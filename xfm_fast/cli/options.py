@@ -93,6 +93,10 @@ RENAMED: tuple[Renamed, ...] = (
     *(Renamed(name, "--seed", None, "the fixed seed 0") for name in ("bench", "try")),
     *(Renamed("try", name, "--inputs") for name in ("--texts", "--images")),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
+    *(
+        Renamed("export", f"--{name.replace('_', '-')}", None, f"TensorRTRequest({name}=) in Python")
+        for name in ("timing_cache", "version_compatible", "hardware_compatible")
+    ),
 )
 """Names of the version before; they work for this one, with a warning."""
 

@@ -82,13 +82,8 @@ class NLVR2Session:
         memory, embeds = replace(both, layers=of_pairs), self.encode_text(input_ids, mask)
         most = max(self.limits.budget // max(input_ids.shape[1], 1), 1)
         with torch.inference_mode():
-            passes = [
-                self.call(
-                    "nlvr2", {"text_embeds": embeds[rows], "attention_mask": mask[rows], **memory.select(rows).layers}
-                )
-                for rows in self.pieces("nlvr2", "batch", pairs, most)
-            ]
-            return self.joined("nlvr2", passes, pairs)["class_logits"]
+            given = {"text_embeds": embeds, "attention_mask": mask, **memory.layers}
+            return self.in_batches("nlvr2", given, most)["class_logits"]
 
 
 def _check_inputs(pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None, config: XFMConfig) -> Tensor:

@@ -14,9 +14,8 @@ import pytest
 
 from tests.export.conftest import build_model, build_task_model
 from xfm_fast.config import XFMConfig
-from xfm_fast.export.engines import build_engines, export_engines
+from xfm_fast.export.engines import build_engines, export_engines, find_builder
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.runtimes.tensorrt import load_library
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
@@ -114,7 +113,7 @@ def assert_no_more(folder: Path, most: Most) -> None:
 @pytest.fixture(autouse=True)
 def rtx() -> None:
     pytest.importorskip("tensorrt_rtx", reason="builds engines with tensorrt-rtx")
-    version = load_library("tensorrt-rtx").version
+    version = find_builder("tensorrt-rtx").version
     if not version.startswith("1.7."):
         pytest.skip(f"the numbers are those of TensorRT for RTX 1.7, and this is {version}")
 
@@ -128,7 +127,7 @@ def test_engines_launch_no_more_kernels_than_before(bf16_engines: Path) -> None:
 def test_the_default_export_becomes_engines(graph: str, exported_fp32: Path, tmp_path: Path) -> None:
     exported = Manifest.load(exported_fp32)
     exported.graphs = [exported.graph(graph)]
-    made = build_engines(exported, exported_fp32, tmp_path, load_library("tensorrt-rtx"), (80,))
+    made = build_engines(exported, exported_fp32, tmp_path, find_builder("tensorrt-rtx"), (80,))
     assert [record.file for record in made.graphs] == [f"{graph}.engine"]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xfm_fast.errors import InputError
-from xfm_fast.export.slots import PassLimits, SizeRange, Slot, plan_passes, row_batches, token_batches
+from xfm_fast.export.slots import PassLimits, SizeRange, Slot, plan_passes, token_batches
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
@@ -56,12 +56,6 @@ def test_divides_as_the_search_over_all_divisions_does(lengths: list[int], budge
     assert sum(len(batch.rows) * batch.length + price for batch in batches) <= cheapest
 
 
-@pytest.mark.parametrize(("budget", "most"), [(0, None), (10, 0)])
-def test_a_budget_of_nothing_is_an_error(budget: int, most: int | None) -> None:
-    with pytest.raises(InputError, match="holds nothing"):
-        token_batches([1], budget, most=most)
-
-
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=40), st.integers(40, 400))
 def test_fusion_passes_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) -> None:
     image_of, lengths = [image for image, _ in pairs], [length for _, length in pairs]
@@ -69,16 +63,16 @@ def test_fusion_passes_hold_every_pair_once(pairs: list[tuple[int, int]], budget
     bulk = _slot(SizeRange(1, 4, 2), SizeRange(1, 3, 2), SizeRange(1, 40, 16), "bulk", 1)
     for slots in (DYNAMIC, [latency, bulk]):
         limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
-        passes = plan_passes(image_of, lengths, slots, limits)
-        seen = [(i, text) for work in passes for i, row in zip(work.images, work.parts, strict=True) for text in row]
+        passes = plan_passes("fusion", image_of, lengths, slots, limits)
+        seen = [(i, t) for work in passes for i, rows in zip(work.images, work.rows, strict=True) for (t,) in rows]
         assert sorted(seen) == sorted(zip(image_of, range(len(pairs)), strict=True))
         for work in passes:
-            assert len({len(row) for row in work.parts}) == 1
-            assert work.length >= max(lengths[text] for row in work.parts for text in row)
+            assert len({len(rows) for rows in work.rows}) == 1
+            assert work.length >= max(lengths[text] for rows in work.rows for (text,) in rows)
             assert work.length % limits.step == 0
-            sizes = {"batch": len(work.images), "texts": len(work.parts[0]), "length": work.length}
+            sizes = {"batch": len(work.images), "texts": len(work.rows[0]), "length": work.length}
             assert any(slot.padded(sizes) is not None for slot in slots)
-            if len(work.images) * len(work.parts[0]) > 1:
+            if len(work.images) * len(work.rows[0]) > 1:
                 assert work.tokens <= budget
 
 
@@ -112,44 +106,44 @@ def test_rows_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) ->
     image_of, lengths = [image for image, _ in pairs], [length for _, length in pairs]
     for slots in (ROWS_OF_ANY, BOUNDED_ROWS):
         limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
-        passes = plan_passes(image_of, lengths, slots, limits, packed_width=64)
+        passes = plan_passes("fusion", image_of, lengths, slots, limits, packed_width=64)
         seen = [
-            (i, t) for work in passes for i, rows in zip(work.images, work.parts, strict=True) for r in rows for t in r
+            (i, t) for work in passes for i, rows in zip(work.images, work.rows, strict=True) for r in rows for t in r
         ]
         assert sorted(seen) == sorted(zip(image_of, range(len(pairs)), strict=True))
         for work in passes:
-            assert len({len(rows) for rows in work.parts}) == 1
-            assert all(sum(lengths[text] for text in row) <= work.length for rows in work.parts for row in rows)
-            texts = max(sum(map(len, rows)) for rows in work.parts)
-            sizes = {"batch": len(work.images), "rows": len(work.parts[0]), "texts": texts, "length": work.length}
+            assert len({len(rows) for rows in work.rows}) == 1
+            assert all(sum(lengths[text] for text in row) <= work.length for rows in work.rows for row in rows)
+            texts = max(sum(map(len, rows)) for rows in work.rows)
+            sizes = {"batch": len(work.images), "rows": len(work.rows[0]), "texts": texts, "length": work.length}
             assert any(slot.padded(sizes) is not None for slot in slots)
-            for rows in work.parts:
+            for rows in work.rows:
                 assert sum(map(len, rows)) == 1 or sum(lengths[text] for row in rows for text in row) <= budget + 40
 
 
 def test_rows_follow_the_tokens() -> None:
     lengths = [40, *[3 + n % 20 for n in range(31)]]
-    (rows,) = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(2048, 32), 768, "text")
-    assert sum(lengths) <= len(rows.texts) * rows.length <= 1.05 * sum(lengths)
+    (work,) = plan_passes("text", None, lengths, ROWS_OF_ANY, PassLimits(2048, 32), packed_width=768)
+    assert sum(lengths) <= work.tokens <= 1.05 * sum(lengths)
     padded = token_batches(lengths, 2048, pass_tokens=32)
-    assert len(rows.texts) * rows.length < sum(len(batch.rows) * batch.length + 32 for batch in padded)
+    assert work.tokens < sum(len(batch.rows) * batch.length + 32 for batch in padded)
     # Beyond the budget, passes of about as many tokens each.
-    several = row_batches(range(32), lengths, ROWS_OF_ANY, PassLimits(200, 32), 768, "text")
-    sizes = [sum(lengths[text] for row in each.texts for text in row) for each in several]
+    several = plan_passes("text", None, lengths, ROWS_OF_ANY, PassLimits(200, 32), packed_width=768)
+    sizes = [sum(lengths[text] for row in each.rows[0] for text in row) for each in several]
     assert len(several) == ceil(sum(lengths) / 200)
     assert max(sizes) - min(sizes) <= 40
-    with pytest.raises(InputError, match=r"length is 513"):
-        row_batches([0], [513], ROWS_OF_ANY, PassLimits(2048, 32), 768, "text")
+    with pytest.raises(InputError, match="length 513"):
+        plan_passes("text", None, [513], ROWS_OF_ANY, PassLimits(2048, 32), packed_width=768)
 
 
 def test_fixed_shapes_are_filled_before_another_pass_begins() -> None:
     slots = [_slot(SizeRange(1, 1), SizeRange(16, 16), SizeRange(16, 16), "fixed")]
-    passes = plan_passes([0] * 20, [3] * 9 + [15] * 11, slots, PassLimits(2048, 48))
+    passes = plan_passes("fusion", [0] * 20, [3] * 9 + [15] * 11, slots, PassLimits(2048, 48))
     assert len(passes) == 2
     assert {work.length for work in passes} == {16}
 
 
 def test_a_text_longer_than_every_slot_is_an_error() -> None:
     slots = [_slot(ANY, ANY, SizeRange(1, 40, 16), "bulk")]
-    with pytest.raises(InputError, match="length is 41"):
-        plan_passes([0], [41], slots, PassLimits(2048, 48))
+    with pytest.raises(InputError, match="length 41"):
+        plan_passes("fusion", [0], [41], slots, PassLimits(2048, 48))
