@@ -147,7 +147,7 @@ def test_embeddings(pad: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, rows = copy.deepcopy(module), []
     accelerate(fast)
     # Inference on a CPU takes the operation's implementation there, without its checks.
-    for holder, name in ((ops, "embed_layer_norm"), (heads, "embed_layer_norm_forward")):
+    for holder, name in ((ops, "embed_layer_norm"), (heads, "embedding_norm_forward")):
         original = getattr(holder, name)
         monkeypatch.setattr(holder, name, lambda *a, run=original, **k: rows.append(1) or run(*a, **k))
     first = torch.zeros_like(IDS)
