@@ -162,7 +162,6 @@ class ServeOptions(ModelOptions):
         image_size: Interpolate position tables to this size. [the model's]
         dtype: Dtype of the weights.
         clients: Clients at a time, with commas.
-        documents: Documents of a request.
         requests: Requests of a window, at least as many as clients.
         rounds: Windows of each backend.
         soak: Seconds of a soak with all kinds of requests after the measurements; 600 are ten minutes.
@@ -170,7 +169,6 @@ class ServeOptions(ModelOptions):
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # pyright: ignore[reportIncompatibleVariableOverride]
     clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
-    documents: Annotated[int, Ge(4), Le(64)] = 16
     requests: Annotated[int, Ge(1)] = 32
     rounds: Annotated[int, Ge(1)] = 5
     soak: Annotated[float, Ge(0)] = 0.0

@@ -46,6 +46,8 @@ _ANSWER_SECONDS = 600
 # Photographs of a shop's catalogue are about so large.
 _SIDE = 256
 _CATALOGUE = 64
+# Documents of a request.
+_DOCUMENTS = 16
 # Backend -> label and options of the service.
 _SERVICES: dict[str, tuple[str, tuple[str, ...]]] = {
     OURS: ("xfm-fast serve", ()),
@@ -84,7 +86,7 @@ def run(run: Run) -> Iterator[Case]:
         shared = ("--dtype", options.dtype, "--device", run.device.type, *patient)
         names = [name for name in _SERVICES if not options.quick or name in (OURS, ONE_AT_A_TIME)]
         running = {name: stack.enter_context(service(folder, *shared, *_SERVICES[name][1])) for name in names}
-        documents = options.documents
+        documents = _DOCUMENTS
         known = f"a caption and {documents} images of a catalogue of {_CATALOGUE} that was asked for before"
         for work, words, make in (
             ("serve-known", known, material.known),

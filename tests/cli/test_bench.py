@@ -67,6 +67,7 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
         (["scenario", "rerank", "--random", "huge"], 'Choose from: "tiny", "base"'),
         (["scenario", "rerank", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
         (["scenario", "rerank", "--model", "m", "--random", "tiny", "--quick"], "--model m and --random tiny"),
+        (["scenario", "coco", "--random", "tiny", "--p99-ms", "3"], "--p99-ms"),
         (["--threads", "2"], "OMP_NUM_THREADS"),
     ],
 )

@@ -44,6 +44,7 @@ _MEANINGS = {
     "nlvr2": "whether a sentence describes two images",
     "grounding": "boxes of expressions in an image",
     "captioning": "images to captions by three beams",
+    "coco": "cost of COCO's 5k retrieval evaluation, official and xfm-fast, projected from the times of its parts",
 }
 
 
@@ -71,23 +72,20 @@ def bench_scenario(
     interrupted.
 
     Args:
-        scenario: embed-image, embed-text, rerank, retrieve, or a task; see xfm-fast bench list.
+        scenario: embed-image, embed-text, rerank, retrieve, a task, or coco; see xfm-fast bench list.
         out: Folder or JSON file for the results. [bench-results/SCENARIO]
     """
+    from xfm_fast.benchmarks.work import coco
     from xfm_fast.benchmarks.work import scenario as scenarios
 
-    return _finish(_measure(scenarios.run, options, scenario=scenario), out or _RESULTS / scenario)
-
-
-@app.command(name="coco")
-def bench_coco(*, options: Flat[ModelOptions] = ModelOptions(), out: Out = _RESULTS / "coco") -> int:
-    """Estimate the cost of COCO's 5k retrieval evaluation on this machine, official and xfm-fast, part by part.
-
-    Projected from the times of its parts.
-    """
-    from xfm_fast.benchmarks.work import coco
-
-    return _finish(_measure(coco.run, options), out)
+    if scenario == "coco":
+        own, default = vars(ModelOptions()), vars(ScenarioOptions())
+        if unused := [name for name, value in vars(options).items() if name not in own and value != default[name]]:
+            raise InputError(f"scenario coco has no --{unused[0].replace('_', '-')}; leave it out")
+        document = _measure(coco.run, options)
+    else:
+        document = _measure(scenarios.run, options, scenario=scenario)
+    return _finish(document, out or _RESULTS / scenario)
 
 
 @app.command(name="serve")
