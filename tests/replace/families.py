@@ -32,51 +32,40 @@ CAUSAL_DTYPE, CAUSAL_BOUND = (torch.float64, 1e-12) if TRANSFORMERS > 4 else (to
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "mlp_dropout")
 
 
-def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any) -> Any:
-    """A text model of transformers by its class name, in training mode without dropout."""
+def build(name: str, sizes: Inputs, attention: str = "sdpa", **options: Any) -> nn.Module:
+    """A model of transformers by its class name."""
     torch.manual_seed(0)
     kind = getattr(transformers, name)
     # In transformers 4 some models have no choice of attention implementations.
     attention = attention if kind._supports_sdpa else "eager"
-    model = kind(kind.config_class(**SIZES | changes, attn_implementation=attention)).to(dtype).train()
+    return kind(kind.config_class(**sizes | options, attn_implementation=attention))
+
+
+def make(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any) -> Any:
+    """A text model of transformers by its class name, in training mode without dropout."""
+    model = build(name, SIZES, attention, **changes).to(dtype).train()
     with torch.no_grad():
         for parameter in model.parameters():
-            # Freshly made norms and biases are ones and zeros, which would hide an exchange of the two.
+            # Fresh norms and biases are ones and zeros, which would hide an exchange of the two.
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model
 
 
-def batch(padding: str = "right", *, labels: bool = False, vocabulary: int = 111) -> Inputs:
-    """Ids and mask of texts of `LENGTHS`."""
-    generator = torch.Generator().manual_seed(1)
-    longest = max(LENGTHS)
-    places = torch.arange(longest)
-    lengths = torch.tensor(LENGTHS)[:, None]
-    mask = {"right": places < lengths, "left": places >= longest - lengths}.get(padding)
-    if mask is None:
-        mask = torch.rand(len(LENGTHS), longest, generator=generator) < 0.6
+def batch(padding: str = "right", *, labels: bool = False, lengths: tuple[int, ...] = LENGTHS) -> Inputs:
+    """Ids and mask of texts of these lengths."""
+    generator, longest = torch.Generator().manual_seed(1), max(lengths)
+    places, ends = torch.arange(longest), torch.tensor(lengths)[:, None]
+    if padding == "holes":
+        mask = torch.rand(len(lengths), longest, generator=generator) < 0.6
         mask[:, 4] = True
-    ids = torch.randint(2, vocabulary, mask.shape, generator=generator)
-    made: Inputs = {"input_ids": torch.where(mask, ids, 1), "attention_mask": mask.long()}
+    else:
+        mask = places < ends if padding == "right" else places >= longest - ends
+    ids = torch.randint(2, 111, mask.shape, generator=generator)
+    inputs: Inputs = {"input_ids": torch.where(mask, ids, 1), "attention_mask": mask.long()}
     if labels:
         chosen = mask & (torch.rand(mask.shape, generator=generator) < 0.4)
-        made["labels"] = torch.where(chosen, ids, -100)
-    return made
-
-
-def padded(texts: int, length: int, *, left: bool = False) -> dict[str, Tensor]:
-    """Texts of random lengths."""
-    generator = torch.Generator().manual_seed(texts)
-    lengths = torch.randint(1, length + 1, (texts,), generator=generator)
-    lengths[0] = length
-    mask = torch.arange(length) < lengths[:, None]
-    mask = mask.flip(1) if left else mask
-    ids = torch.randint(2, 111, mask.shape, generator=generator)
-    return {"input_ids": torch.where(mask, ids, 1), "attention_mask": mask.long()}
-
-
-def pixels(dtype: torch.dtype = torch.float64, size: int = IMAGE, images: int = 2) -> Tensor:
-    return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        inputs["labels"] = torch.where(chosen, ids, -100)
+    return inputs
 
 
 def randomised(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -88,6 +77,14 @@ def randomised(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modul
             centre = 1.0 if parameter.ndim == 1 and "norm" in name.lower() and name.endswith("weight") else 0.0
             parameter.normal_(centre, spread, generator=generator)
     return model.to(dtype).eval()
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def pixels(dtype: torch.dtype = torch.float64, size: int = IMAGE, images: int = 2) -> Tensor:
+    return _random(images, 3, size, size, dtype=dtype)
 
 
 def _texts(dtype: torch.dtype) -> Inputs:
@@ -103,11 +100,15 @@ def _videos(dtype: torch.dtype) -> Inputs:
 
 
 def _spectra(dtype: torch.dtype) -> Inputs:
-    return {"input_values": torch.randn(2, 48, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)}
+    return {"input_values": _random(2, 48, 32, dtype=dtype)}
 
 
 def _images_and_texts(dtype: torch.dtype) -> Inputs:
     return {"pixel_values": pixels(dtype, images=len(LENGTHS)), **batch()}
+
+
+def _noisy(dtype: torch.dtype) -> Inputs:
+    return {"pixel_values": pixels(dtype), "noise": _random(2, 16).sigmoid()}
 
 
 def _boxes(dtype: torch.dtype) -> Inputs:
@@ -117,17 +118,9 @@ def _boxes(dtype: torch.dtype) -> Inputs:
 
 
 def _patches(dtype: torch.dtype) -> Inputs:
-    real = torch.arange(16) < torch.tensor([[16], [12]])
-    patches = torch.randn(2, 16, 3 * 64, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    return {
-        "pixel_values": patches,
-        "pixel_attention_mask": real.long(),
-        "spatial_shapes": torch.tensor([[4, 4], [3, 4]]),
-    }
-
-
-def _noisy(dtype: torch.dtype) -> Inputs:
-    return {"pixel_values": pixels(dtype), "noise": torch.rand(2, 16, generator=torch.Generator().manual_seed(1))}
+    real, shapes = torch.arange(16) < torch.tensor([[16], [12]]), torch.tensor([[4, 4], [3, 4]])
+    patches = _random(2, 16, 3 * 64, dtype=dtype)
+    return {"pixel_values": patches, "pixel_attention_mask": real.long(), "spatial_shapes": shapes}
 
 
 def _fused_texts(dtype: torch.dtype) -> Inputs:
@@ -162,23 +155,14 @@ class Case:
         return (torch.float32, 2e-5) if self.single else (torch.float64, 1e-11)
 
 
-def _transformers(name: str, sizes: Inputs, attention: str, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    kind = getattr(transformers, name)
-    attention = attention if kind._supports_sdpa else "eager"
-    return kind(kind.config_class(**sizes | options, attn_implementation=attention))
-
-
 def _text(name: str, layer: str = "", inputs: Any = _texts, **options: Any) -> Case:
     flags = {flag: options.pop(flag) for flag in ("unpads", "single") if flag in options}
-    build = partial(_transformers, name, SIZES)
-    return Case(layer or name.removesuffix("Model") + "Layer", build, inputs, options, **flags)
+    return Case(layer or name.removesuffix("Model") + "Layer", partial(build, name, SIZES), inputs, options, **flags)
 
 
 def _vision(name: str, layer: str = "", inputs: Any = _images, **options: Any) -> Case:
     sizes = {"image_size": IMAGE, **NO_DROPOUT} if "Swin" in name else PIXELS
-    build = partial(_transformers, name, sizes)
-    return Case(layer or name.removesuffix("Model") + "Layer", build, inputs, options)
+    return Case(layer or name.removesuffix("Model") + "Layer", partial(build, name, sizes), inputs, options)
 
 
 def _timm(name: str, layer: str, **options: Any) -> Case:
@@ -201,7 +185,7 @@ def _encoder(norm_first: bool, attention: str, **options: Any) -> nn.Module:
 
 
 def _sequences(dtype: torch.dtype) -> Inputs:
-    return {"src": torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1), dtype=dtype)}
+    return {"src": _random(3, 7, 16, dtype=dtype)}
 
 
 _ROTARY: Inputs = {"hidden_size": 32, "num_attention_heads": 2}
@@ -248,7 +232,12 @@ FAMILIES: dict[str, Case] = {
     "CLIP's images, GELU": _vision("CLIPVisionModel", "CLIPEncoderLayer", hidden_act="gelu"),
     "ViT-MSN": _vision("ViTMSNModel"),
     "I-JEPA": _vision("IJepaModel"),
-    "AST": _vision("ASTModel", inputs=_spectra, max_length=48, num_mel_bins=32),
+    "AST": _vision(
+        "ASTModel",
+        inputs=_spectra,
+        max_length=48,
+        num_mel_bins=32,
+    ),
     "ViViT": _vision("VivitModel", tubelet_size=[2, 8, 8], **_FRAMES),
     "VideoMAE": _vision("VideoMAEModel", qkv_bias=False, qv_bias=False, **_FRAMES),
     "YOLOS": _vision("YolosModel", image_size=[IMAGE, IMAGE], num_detection_tokens=5),
@@ -302,7 +291,7 @@ FAMILIES: dict[str, Case] = {
     "official images": Case(
         "VisionBlock",
         lambda _: replicas.VisionTransformer(),
-        lambda dtype: {"x": torch.randn(2, 13, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)},
+        lambda dtype: {"x": _random(2, 13, 32, dtype=dtype)},
     ),
 }
 if TRANSFORMERS >= 5:
@@ -344,7 +333,11 @@ if TRANSFORMERS >= 5:
         "DINOv2 with registers": _vision("Dinov2WithRegistersModel", mlp_ratio=2),
         "DINOv3": _vision("DINOv3ViTModel", num_register_tokens=2),
         "DINOv3, gated": _vision("DINOv3ViTModel", num_register_tokens=2, use_gated_mlp=True),
-        "ViT-MAE": _vision("ViTMAEModel", inputs=_noisy, mask_ratio=0.5),
+        "ViT-MAE": _vision(
+            "ViTMAEModel",
+            inputs=_noisy,
+            mask_ratio=0.5,
+        ),
         "Swin": _vision("SwinModel", **_SWIN),
         "Swin, whole windows": _vision("SwinModel", **_WHOLE),
         "Swin V2": _vision("Swinv2Model", **_SWIN),

@@ -146,8 +146,8 @@ class TextLayerWithoutMode(TextLayer):
         split_lengths=None,
         history_states=None,
     ):
-        given = (attention_mask, head_mask, encoder_hidden_states, encoder_attention_mask, past_key_value)
-        return super().forward(hidden_states, *given, output_attentions)
+        memory = (encoder_hidden_states, encoder_attention_mask)
+        return super().forward(hidden_states, attention_mask, head_mask, *memory, past_key_value, output_attentions)
 
 
 class TextStack(nn.Module):
@@ -191,7 +191,7 @@ class TextStack(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Embeddings as the official encoders have them: positions by RoBERTa's count of real tokens, or by place."""
+    """Embeddings with positions by RoBERTa's count of real tokens, or by place."""
 
     position_ids: Tensor
 

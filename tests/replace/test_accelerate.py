@@ -111,17 +111,6 @@ def test_the_objects_stay_the_same() -> None:
         assert vars(module).keys() == vars(other).keys()
 
 
-def test_expected_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "measured_product", lambda *_: 2.5)
-    made = nn.Sequential(Affine(), Affine(), Odd(10), nn.Linear(10, 5))
-    monkeypatch.setattr(acceleration, "rules", lambda: (Rule("Odd", lambda m: type(m) is Odd, FusedAffine, ""),))
-    found = accelerate(made)
-    assert found.expected_gains == {"2": 2.5}
-    assert found.expected.overall == pytest.approx(1 / (1 - 0.5 + 0.5 / 2.5))
-    (line,) = [line for line in str(found).splitlines() if line.startswith("2 ")]
-    assert line.split() == ["2", "Odd", "Odd", "50%", "2.5×"]
-
-
 @pytest.mark.parametrize(("after", "gains"), [(1.01, {}), (0.5, {"1": 2.5})])
 def test_a_smaller_measured_speedup_replaces_the_bound(
     after: float, gains: dict[str, float], monkeypatch: pytest.MonkeyPatch
@@ -145,6 +134,7 @@ def test_a_smaller_measured_speedup_replaces_the_bound(
     found = accelerate(nn.Sequential(Affine(), Odd()), verify=torch.ones(2, 5))
     assert found.expected.overall == pytest.approx(min(1 / after, 1 / (1 - 0.5 + 0.5 / 2.5)))
     assert found.expected_gains == gains
+    assert ("2.5×" in str(found)) == bool(gains)
 
 
 def test_the_product_that_gains_least_counts_less_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,13 +167,11 @@ def test_unknown_layers_are_listed() -> None:
 @pytest.mark.parametrize(
     ("options", "paths"),
     [
-        ({"include": "1"}, ["1.0"]),
         ({"include": "1.*"}, ["1.0"]),
         ({"include": ["0", "2"]}, ["0", "2"]),
         ({"include": Odd}, ["2"]),
         ({"include": "Od?"}, ["2"]),
         ({"exclude": "1"}, ["0", "2"]),
-        ({"exclude": Odd}, ["0", "1.0"]),
         ({"include": Affine, "exclude": ["0", Odd]}, ["1.0"]),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tests.replace.families import TRANSFORMERS, batch, make
+from tests.replace.families import FAMILIES, TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.cpu import int8, llvm, selection
@@ -20,20 +20,11 @@ from xfm_fast.kernels.marked import unmark
 from xfm_fast.replace import cached_plan
 from xfm_fast.replace.cached_plan import CachedPlan
 
-FAMILIES: dict[str, dict[str, Any]] = {"BertModel": {}, "XLMRobertaModel": {"hidden_act": "gelu_new"}}
-if TRANSFORMERS >= 5:
-    rotary = {"hidden_size": 32, "num_attention_heads": 2}
-    FAMILIES |= {
-        "MPNetModel": {},
-        "DistilBertModel": {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 63},
-        "AlbertModel": {"embedding_size": 24, "num_hidden_layers": 4, "num_hidden_groups": 2},
-        "ModernBertModel": rotary | {"bos_token_id": 0},
-        "NomicBertModel": rotary,
-    }
+KINDS = ("BERT", "BERT, another activation", "MPNet", "DistilBERT", "ALBERT", "ModernBERT", "NomicBERT")
 
 
-def model(name: str = "BertModel", dtype: torch.dtype = torch.float32) -> Any:
-    return make(name, dtype, **FAMILIES[name]).eval()
+def model(kind: str = "BERT") -> Any:
+    return FAMILIES[kind].model(torch.float32)
 
 
 def states(made: Any, given: dict[str, Any] | None = None) -> Tensor:
@@ -58,19 +49,19 @@ def without_plans(made: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, A
 
 
 @pytest.mark.parametrize(("dtype", "unpad"), [(None, False), (None, True), (torch.bfloat16, True)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in FAMILIES])
 def test_plans_match_the_general_path(
-    name: str, dtype: Any, unpad: bool, ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: Any, unpad: bool, ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype is not None and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("bfloat16 is emulated on this processor")
-    made = model(name)
+    made = model(kind)
     accelerate(made, unpad=unpad, dtype=dtype)
     wanted = without_plans(made, monkeypatch)
     assert not ran
     for _ in range(2):
         found = states(made)
-        band = 1e-5 if dtype is None else 2.0**-6
+        band = 2e-5 if dtype is None else 2.0**-5
         assert float((found - wanted).abs().max()) <= band * float(wanted.abs().max())
     assert len(ran) % made.config.num_hidden_layers == 0
     assert len(ran) >= 4
@@ -185,7 +176,7 @@ def test_a_change_invalidates_the_plan(change: str, unpad: bool, ran: list[Cache
         CHANGES[change](each.encoder.layer[0])
     wanted, found = states(original), states(fast)
     assert not torch.allclose(wanted, before, rtol=1e-2)
-    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
     ran.clear()
     states(fast)
     # The plan is rebuilt, unless a part must be called.

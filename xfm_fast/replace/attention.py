@@ -252,18 +252,15 @@ class Dense:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, settings: Settings) -> Tensor:
         if self.mask is not None and self.bias is None:
             return Padded(self.mask)(q, k, v, dropout_p, settings)
-        bias, scale = self._masked_bias(q.dtype), self.scale or q.shape[-1] ** -0.5
+        mask, bias, dtype = self.mask, self.bias, q.dtype
+        if mask is not None and isinstance(bias, Tensor):
+            if bias.requires_grad and torch.is_grad_enabled():
+                bias = add_mask(bias, mask, dtype)
+            else:
+                # All layers of a model get the same two.
+                bias = derived(f"with mask {dtype}", (bias, mask), partial(add_mask, bias, mask, dtype))
+        scale = self.scale or q.shape[-1] ** -0.5
         return attention(q, k, v, scale, bias, settings, dropout_p=dropout_p, causal=self.causal)
-
-    def _masked_bias(self, dtype: torch.dtype) -> Bias:
-        """Bias and mask in one tensor."""
-        mask, bias = self.mask, self.bias
-        if mask is None or not isinstance(bias, Tensor):
-            return bias
-        if bias.requires_grad and torch.is_grad_enabled():
-            return add_mask(bias, mask, dtype)
-        # All layers of a model get the same two.
-        return derived(f"with mask {dtype}", (bias, mask), lambda: add_mask(bias, mask, dtype))
 
 
 @dataclass
@@ -287,18 +284,14 @@ class Spread:
             keys, backend = None if self.packing.whole else self.mask, settings.backend
             out = ops.bias_attention(q, k, v, self.bias.to(q.dtype), keys, dropout_p, backend=backend)
         else:
-            seen = None if self.packing.whole and self.window is None else self._hidden(q.device)
+            seen = None if self.packing.whole else self.mask[:, None, None]
+            if self.window is not None:
+                places = torch.arange(self.mask.shape[1], device=q.device)
+                distance = (places[:, None] - places).abs()
+                # Every query sees itself, so that no row is empty.
+                seen = (self.mask[:, None, None] & (distance <= self.window)) | (distance == 0)
             out = Dense(seen, self.bias)(q, k, v, dropout_p, settings).unflatten(-1, q.shape[-2:])
         return self.packing.pack(out).flatten(-2)
-
-    def _hidden(self, device: torch.device) -> Tensor:
-        """Visible keys `[P, 1, 1 or L, L]`; every query sees itself, so that no row is empty."""
-        keys = self.mask[:, None, None]
-        if self.window is None:
-            return keys
-        places = torch.arange(self.mask.shape[1], device=device)
-        distance = (places[:, None] - places).abs()
-        return (keys & (distance <= self.window)) | (distance == 0)
 
 
 def add_mask(bias: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:

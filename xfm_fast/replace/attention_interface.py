@@ -18,6 +18,11 @@ from xfm_fast.kernels import ops
 from xfm_fast.replace.attention import attend_to_real_keys
 
 NAME = "xfm_fast"
+# Vision models of transformers 4 that select an attention class, not a function, by implementation name.
+_TABLES = {
+    "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
+    "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
+}
 
 
 def register_attention(name: str = NAME) -> str:
@@ -36,7 +41,13 @@ def register_attention(name: str = NAME) -> str:
         ) from None
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, padding_mask)
-    _register_classes(name)
+    for family, table in _TABLES.items():
+        try:
+            classes = getattr(import_module(family), table, None)
+        except ImportError:
+            continue
+        if classes is not None:
+            classes[name] = _with_bias_kernel(classes["sdpa"])
     return name
 
 
@@ -74,49 +85,21 @@ def attention(
         position = kwargs.get("position_bias")
         if attention_mask is not None and padding and position is None:
             return attend_to_real_keys(q, k, v, attention_mask, dropout, scaling), None
-        bias = _bias(module, query, attention_mask, position, kwargs.get("is_causal"))
-        if bias is not None:
+        bias, causal = position, kwargs.get("is_causal")
+        if attention_mask is None:
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            bias = None if causal else position
+        elif attention_mask.ndim == 4 and attention_mask.is_floating_point():
+            bias = attention_mask if position is None else position + attention_mask
+        elif not padding:
+            bias = None
+        if bias is not None and bias.ndim == 4 and query.shape[0] % bias.shape[0] == 0:
             keys = attention_mask.bool() if attention_mask is not None and padding else None
+            bias = bias.to(query.dtype) if torch.float64 in (bias.dtype, query.dtype) else bias
             return ops.bias_attention(q, k, v, bias, keys, dropout, scale=scaling), None
     if attention_mask is not None and padding:
         attention_mask = attention_mask.bool()[:, None, None, :]
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-
-
-def _bias(
-    module: nn.Module, query: Tensor, mask: Tensor | None, position: Tensor | None, causal: bool | None
-) -> Tensor | None:
-    """The score bias, `[B or 1, H or 1, L or 1, N]`; None if there is none, or more than a bias is required."""
-    numbers = mask if mask is not None and mask.ndim == 4 and mask.is_floating_point() else None
-    if position is None:
-        added = numbers
-    elif numbers is not None:
-        added = position + numbers
-    elif mask is not None:
-        added = position if mask.ndim == 2 else None
-    else:
-        added = None if (getattr(module, "is_causal", True) if causal is None else causal) else position
-    if added is None or added.ndim != 4 or query.shape[0] % added.shape[0]:
-        return None
-    wide = torch.float64 in (added.dtype, query.dtype)
-    return added.to(query.dtype) if wide else added
-
-
-# Vision models of transformers 4 that select an attention class, not a function, by implementation name.
-_TABLES = {
-    "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
-    "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
-}
-
-
-def _register_classes(name: str) -> None:
-    for family, table in _TABLES.items():
-        try:
-            classes = getattr(import_module(family), table, None)
-        except ImportError:
-            continue
-        if classes is not None:
-            classes[name] = _with_bias_kernel(classes["sdpa"])
 
 
 @cache

@@ -96,11 +96,11 @@ class CachedPlan:
         self._views, self._values = views, [view.clone() for view in views]
         ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
         self._linears = {
-            id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *_inner(parts))
+            id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *parts.inner)
         }
         self._qkv = [self._linear(group) for group in groups]
         self._proj, self._fc2 = self._linears[id(parts.proj)], self._linears[id(parts.fc2)]
-        self._fc1 = None if parts.hidden is not None or parts.fc1 is None else self._linears[id(parts.fc1)]
+        self._fc1 = None if parts.hidden is not None else self._linears[id(parts.inner[0])]
         self._first, self._second = (self._norm(norm) for norm in parts.norms)
         self._shape = (cast(Any, parts.proj).out_features,)
         self._scales = tuple(None if gamma is None else gamma.detach().to(dtype) for gamma in parts.gammas)
@@ -168,8 +168,8 @@ class CachedPlan:
     def _hidden(self, x: Tensor) -> Tensor:
         if self._fc1 is not None:
             return self._fc1.gelu(x)
-        assert self.parts.hidden is not None
-        return self.parts.hidden(x, lambda layer, value: self._linears[id(layer)].linear(value))
+        hidden: Any = self.parts.hidden
+        return hidden(x, lambda layer, value: self._linears[id(layer)].linear(value))
 
     def _normed(self, x: Tensor, norm: _Norm | None) -> Tensor:
         return x if norm is None else torch.layer_norm(x, self._shape, norm.weight, norm.bias, norm.eps)
@@ -248,7 +248,7 @@ def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool
         return False
     if parts.attention_p or parts.hidden_p or any(parts.branch_p) or parts.qkv_bias is not None:
         return False
-    for group in (*_groups(parts), *((part,) for part in (parts.proj, parts.fc2, *_inner(parts)))):
+    for group in (*_groups(parts), *((part,) for part in (parts.proj, parts.fc2, *parts.inner))):
         packed = pack_of(group)
         if packed is not None and packed.dtype != dtype:
             return False
@@ -270,16 +270,11 @@ def _groups(parts: Parts) -> list[tuple[nn.Module, ...]]:
     return [parts.projections] if parts.joins else [(part,) for part in parts.projections]
 
 
-def _inner(parts: Parts) -> tuple[nn.Module, ...]:
-    """The linear layers into the hidden layer."""
-    return parts.inner or (() if parts.fc1 is None else (parts.fc1,))
-
-
 def _parameters(parts: Iterable[nn.Module]) -> list[Tensor]:
     return [value for part in parts for value in part._parameters.values() if value is not None]
 
 
 def _weights(parts: Parts) -> list[Tensor]:
     """Every tensor that a layer computes with."""
-    linears = (*parts.projections, parts.proj, *_inner(parts), parts.fc2)
+    linears = (*parts.projections, parts.proj, *parts.inner, parts.fc2)
     return _parameters((*linears, *parts.norms)) + [gamma for gamma in parts.gammas if gamma is not None]

@@ -196,17 +196,15 @@ class FusedMaskedLM(CalledByName):
         inputs = {name: value for name, value in call.items() if name not in ("labels", "return_dict")}
         module: Any = self
         base = getattr(module, module.base_model_prefix)
-        run, states, packing, recorded = base, None, None, {}
+        states, packing, recorded = None, None, {}
+        run = base
         if is_fused(base) and hasattr(base, "packed") and not observed(base):
-            packed, mask = None, call.get("attention_mask")
-            alike = labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape
+            mask = call.get("attention_mask")
             # Labels at padding count in the loss.
-            if alike and _any(cast(Tensor, labels).ne(_IGNORED) & cast(Tensor, mask).eq(0)):
-                run = base.padded
-            else:
-                packed = base.packed(inputs)
-            if packed is not None:
-                states, packing = packed
+            if labels is not None and isinstance(mask, Tensor) and mask.shape == labels.shape:
+                run = base.padded if _any(labels.ne(_IGNORED) & mask.eq(0)) else base
+            if run is base:
+                states, packing = base.packed(inputs) or (None, None)
         if states is None:
             if labels is None:
                 return None

@@ -201,7 +201,6 @@ class LayerSpec:
             joins=self.joins,
             heads=self._heads(layer, proj),
             proj=proj,
-            fc1=inner[0],
             inner=tuple(inner),
             activation=attrgetter(mlp.activation) if mlp.activation else None,
             fc2=cast(nn.Module, find(layer, mlp.outer)),

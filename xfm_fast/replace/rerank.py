@@ -75,12 +75,22 @@ class Reranker:
             token_mask = check_token_mask(token_mask, (images, tokens), "token_mask")
         settings = self._settings
         with settings.own_types(image_embeds.device):
-            layers = [_keys_values(layer.crossattention.self, image_embeds, settings) for layer in self._crossing]
+            layers = []
+            for layer in self._crossing:
+                projections = layer.crossattention.self
+                key, value, heads = projections.key, projections.value, projections.num_attention_heads
+                if is_adapted(key) or is_adapted(value):
+                    both = torch.stack(settings.products("kv", image_embeds, key, value), -2).unflatten(-1, (heads, -1))
+                else:
+                    weight = concatenated("kv weight", key.weight, value.weight)
+                    bias = concatenated("kv bias", key.bias, value.bias)
+                    both = settings.linear(image_embeds, weight, bias).unflatten(-1, (2, heads, -1))
+                layers.append(both)
         return ImageMemory(tuple(layers), token_mask)
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Text states `[P, L, width]` before the first image layer, reusable for all images; zeros at padding."""
-        packing = Packing.from_mask(_text_mask(attention_mask, input_ids.shape, input_ids.device))
+        packing = Packing.from_mask(_text_mask(attention_mask, input_ids))
         with self._settings.own_types(input_ids.device):
             return packing.unpad(self._embedded(input_ids, packing))
 
@@ -104,7 +114,7 @@ class Reranker:
             check_embeddings(text_embeds, self._width, "text_embeds")
         texts = input_ids if text_embeds is None else text_embeds
         assert texts is not None
-        mask = _text_mask(attention_mask, texts.shape[:2], texts.device)
+        mask = _text_mask(attention_mask, texts)
         if image_index is not None:
             index = check_image_index(image_index, memory.images, len(texts), "texts")
         elif memory.images == 1:
@@ -154,7 +164,7 @@ class Reranker:
             raise InputError("this text encoder has no embeddings; give the texts as text_embeds")
         x = packing.pack(self._embeddings(input_ids=input_ids))
         self._check_mode()
-        attend = _within(packing)
+        attend = Packed.within(packing)
         for layer in self._alone:
             x = post_norm(TEXT_LAYER.parts(layer), x, attend, self._settings)
         return x
@@ -177,32 +187,18 @@ class Reranker:
                 across = Packed(cu_queries, cu_keys, x.shape[0], memory.longest, key_mask)
                 seen = Memory(memory.keys_values(projected), across, projected=True)
                 projected, cross = projected + 1, TEXT_LAYER.cross_parts(layer)
-            parts, attend = TEXT_LAYER.parts(layer), _within(packing, queries)
-            x = post_norm(parts, x, attend, self._settings, seen, cross, reads)
+            within = Packed(queries.cu_seqlens, packing.cu_seqlens, queries.longest, packing.longest)
+            x = post_norm(TEXT_LAYER.parts(layer), x, within, self._settings, seen, cross, reads)
         return x
 
 
-def _keys_values(projections: Any, images: Tensor, settings: Settings) -> Tensor:
-    """`[B, M, image width]` → keys and values side by side `[B, M, 2, H, D]`."""
-    key, value, heads = projections.key, projections.value, projections.num_attention_heads
-    if is_adapted(key) or is_adapted(value):
-        return torch.stack(settings.products("kv", images, key, value), -2).unflatten(-1, (heads, -1))
-    weight, bias = concatenated("kv weight", key.weight, value.weight), concatenated("kv bias", key.bias, value.bias)
-    return settings.linear(images, weight, bias).unflatten(-1, (2, heads, -1))
-
-
-def _within(packing: Packing, queries: Sequences | None = None) -> Packed:
-    """Self-attention of packed texts, with all tokens as queries or a subset."""
-    queries = packing if queries is None else queries
-    return Packed(queries.cu_seqlens, packing.cu_seqlens, queries.longest, packing.longest)
-
-
-def _text_mask(given: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    if len(shape) != 2:
-        raise InputError(f"input_ids are {[*shape]}; texts must be [P, L]")
-    if given is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    return check_attention_mask(given, [*shape])
+def _text_mask(mask: Tensor | None, texts: Tensor) -> Tensor:
+    """The mask `[P, L]` of texts `[P, L]` or `[P, L, width]`; all tokens are real by default."""
+    if texts.ndim != 2 and not texts.is_floating_point():
+        raise InputError(f"input_ids are {[*texts.shape]}; texts must be [P, L]")
+    if mask is None:
+        return torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device)
+    return check_attention_mask(mask, [*texts.shape[:2]])
 
 
 def _stack(encoder: nn.Module) -> tuple[list[Any], nn.Module | None]:

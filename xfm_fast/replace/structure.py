@@ -26,15 +26,14 @@ class Parts(NamedTuple):
     norms: tuple[nn.Module, nn.Module]  # of the attention and of the MLP
     heads: int
     proj: nn.Module  # linear layer after the attention
-    fc2: nn.Module  # linear layer out of the MLP
+    inner: tuple[nn.Module, ...]  # linear layers into the hidden layer of the MLP
+    fc2: nn.Module  # linear layer out of it
     projections: tuple[nn.Module, ...] = ()  # linear layers to queries, keys and values, or one to all three
     qkv: tuple[tuple[Tensor, Tensor | None], ...] = ()  # weights and biases in place of projections
     qkv_bias: Tensor | None = None  # bias of a single projection, stored outside the layer
     joins: bool = True  # one GEMM for all projections
-    fc1: nn.Module | None = None  # linear layer into the MLP, if hidden is None
-    inner: tuple[nn.Module, ...] = ()  # linear layers that hidden applies
     activation: Callable[[nn.Module], Any] | None = None  # looks up the activation in a layer
-    # the hidden layer of (x, apply_linear), unless it is `gelu(fc1(x))`
+    # the hidden layer of (x, apply_linear), unless it is `gelu(inner(x))`
     hidden: Callable[[Tensor, Callable[[Any, Tensor], Tensor]], Tensor] | None = None
     gammas: tuple[Tensor | None, Tensor | None] = (None, None)  # LayerScale of each branch
     row_scales: tuple[Callable[[Tensor], Tensor | None], ...] = ()  # stochastic depth of each branch: `[B]`, or None
@@ -78,8 +77,7 @@ def pre_norm(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Ten
         "backend": settings.backend,
     }
     if parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None:
-        assert parts.fc1 is not None
-        fc1, fc2 = settings.affine_of(parts.fc1, normed, x), settings.affine_of(parts.fc2, normed, x)
+        fc1, fc2 = settings.affine_of(parts.inner[0], normed, x), settings.affine_of(parts.fc2, normed, x)
         if fc1 is not None and fc2 is not None:
             return ops.mlp_residual(normed, *fc1, *fc2, x, **branch)
     return linear_residual(hidden_layer(parts, normed, settings), parts.fc2, x, settings, **branch)
@@ -111,8 +109,8 @@ def post_norm(
         x = _cross_attention(cross, x, memory, settings)
     second = parts.norms[1]
     plain = parts.hidden is None and not parts.hidden_p and parts.inner_norms[1] is None and not parts.branch_p[1]
-    if plain and _is_layer_norm(second) and parts.fc1 is not None:
-        rounded = settings.rounded_mlp(x, parts.fc1, F.gelu, parts.fc2, second)
+    if plain and _is_layer_norm(second):
+        rounded = settings.rounded_mlp(x, parts.inner[0], parts.fc2, second)
         if rounded is not None:
             return rounded
     hidden = hidden_layer(parts, x, settings)
@@ -171,7 +169,7 @@ def hidden_layer(parts: Parts, x: Tensor, settings: Settings) -> Tensor:
     if parts.hidden is not None:
         hidden = parts.hidden(x, lambda layer, value: apply_linear(layer, value, settings))
     else:
-        hidden = settings.activated(x, parts.fc1, F.gelu)
+        hidden = settings.activated(x, parts.inner[0], F.gelu)
     hidden = _dropout(hidden, parts.hidden_p)
     return hidden if parts.inner_norms[1] is None else run_module(parts.inner_norms[1], hidden)
 

@@ -137,14 +137,10 @@ class Settings:
             return ops.linear_gelu(x, *affine, backend=self.backend)
         return activation(self.products("", x, dense)[0])
 
-    def rounded_mlp(self, x: Tensor, first: Any, activation: Any, second: Any, norm: Any) -> Tensor | None:
+    def rounded_mlp(self, x: Tensor, first: Any, second: Any, norm: Any) -> Tensor | None:
         """`norm(x + second(gelu(first(x))))` as one int8 op, which rounds the hidden layer finer; None if not int8."""
         layers = (first, second)
-        if (
-            norm.bias is None
-            or not is_erf_gelu(activation)
-            or any(adapters.base_layer(layer) is not layer for layer in layers)
-        ):
+        if norm.bias is None or any(adapters.base_layer(layer) is not layer for layer in layers):
             return None
         # The property `weight` of a frozen layer would unpack it.
         weights, biases = [layer._parameters.get("weight") for layer in layers], [layer.bias for layer in layers]

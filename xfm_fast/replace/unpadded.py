@@ -162,8 +162,9 @@ class UnpaddedEncoder(CalledByName):
         recorded: Any = any(getattr(config, name, False) for name in _RECORDED)
         if recorded or getattr(config, "_attn_implementation", None) not in PLAIN_ATTENTION:
             return False
-        crosses = hasattr(layers[0], "crossattention") or not getattr(layers[0], "is_decoder", True)
-        if call.get("encoder_hidden_states") is not None and not crosses:
+        # A layer that is no decoder ignores the memory.
+        accepts = call.get("encoder_hidden_states") is None or hasattr(layers[0], "crossattention")
+        if not accepts and getattr(layers[0], "is_decoder", True):
             return False
         parts = [find(self, name) for name in {self._holder, row.embeddings, row.project} - {""}]
         if any(part is not None and observed(part) for part in parts):
