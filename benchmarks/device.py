@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -278,9 +277,10 @@ def _signal(group: int, number: int) -> None:
 def _document(plan: Plan, date: str, duration: float, interrupted: bool) -> dict[str, Any]:
     """A `record.Document` as plain values: the package of its schema may be missing here."""
     entries = read_entries(plan.out / ROWS)
+    # What the first stage replaces, where it runs.
     machine: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(), "system": platform.platform(), "gpus": [],
-        "python": platform.python_version(), "torch": _version("torch"), "xfm_fast": _version("xfm-fast"), "threads": 1,
+        "python": platform.python_version(), "torch": None, "xfm_fast": None, "threads": 1,
     }  # fmt: skip
     for entry in entries:
         machine |= entry.get("machine") or {}
@@ -293,11 +293,7 @@ def _document(plan: Plan, date: str, duration: float, interrupted: bool) -> dict
     }  # fmt: skip
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+_TABLE = "{:<64.64}  {:<32.32}  {:<5} {:>8} {:>8} {:>18} {:>7}  {}"
 
 
 def format_table(document: dict[str, Any]) -> str:
@@ -308,11 +304,11 @@ def format_table(document: dict[str, Any]) -> str:
     lines = [
         f"{gpus}, PyTorch {machine['torch']}, Triton {versions.get('triton')}, ptxas {versions.get('ptxas')}",
         f"{document['duration_s']:.0f} s of {document['options']['budget']:g} s\n",
-        _line("work", "backend", "dtype", "time", "host", "rate", "of peak", ""),
+        _TABLE.format("work", "backend", "dtype", "time", "host", "rate", "of peak", ""),
     ]
     for row in document["rows"]:
-        extra, times = row["extra"], sorted(row["seconds"])
-        middle, rate = times[len(times) // 2] if times else None, ""
+        extra, times, rate = row["extra"], sorted(row["seconds"]), ""
+        middle = times[len(times) // 2] if times else None
         if middle and row["unit"] not in ("calls", "stages", "tests"):
             rate = f"{row['items'] / middle:,.4g} {row['unit']}/s"
         elif middle and extra.get("needed_flops"):
@@ -320,31 +316,26 @@ def format_table(document: dict[str, Any]) -> str:
         elif middle and extra.get("bytes"):
             rate = f"{extra['bytes'] / middle / 1e9:,.4g} GB/s"
         share = extra.get("mfu_data_sheet") or extra.get("share_of_floor")
-        status = "" if row["status"] == "measured" else row["status"]
         by = "by events" if extra.get("timed_by") == "events" else ""
+        status = "" if row["status"] == "measured" else row["status"]
         lines.append(
-            _line(
+            _TABLE.format(
                 ", ".join(filter(None, (row["name"], row.get("mode")))), row["backend"], row["dtype"],
-                format_duration(middle), format_duration(extra.get("host_s")), rate, f"{share:.0%}" if share else "",
+                _format_duration(middle), _format_duration(extra.get("host_s")), rate, f"{share:.0%}" if share else "",
                 ": ".join(filter(None, (by, status, row.get("reason")))),
-            )
+            ).rstrip()
         )  # fmt: skip
     return "\n".join([*lines, ""])
 
 
-def _line(work: str, backend: str, dtype: str, *cells: str) -> str:
-    time, host, rate, share, remark = cells
-    return f"{work:<64.64}  {backend:<32.32}  {dtype:<5} {time:>8} {host:>8} {rate:>18} {share:>7}  {remark}".rstrip()
-
-
-def format_duration(seconds: float | None) -> str:
+def _format_duration(seconds: float | None) -> str:
     """Seconds, milliseconds or microseconds."""
     if seconds is None:
         return ""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    return next(
+        (f"{seconds / size:.3g} {unit}" for unit, size in (("s", 1.0), ("ms", 1e-3)) if seconds >= size),
+        f"{seconds * 1e6:.3g} µs",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

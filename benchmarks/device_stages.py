@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -176,14 +178,13 @@ def run_tests(context: Context) -> None:
 class Outcomes:
     """A pytest plugin that counts what became of every test, by module."""
 
-    def __init__(self, context: Context, way: str) -> None:
-        self.context, self.way, self.begun = context, way, time.monotonic()
-        self.modules: dict[str, dict[str, list[str]]] = {}
+    def __init__(self, context: Context, backend: str) -> None:
+        self.context, self.backend, self.begun = context, backend, time.monotonic()
+        self.modules: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
 
     def _count(self, node: str, outcome: str) -> None:
         module, _, test = node.partition("::")
-        outcomes = self.modules.setdefault(Path(module).name, {"passed": [], "failed": [], "skipped": []})
-        outcomes[outcome].append(test)
+        self.modules[Path(module).name][outcome].append(test)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Count a test's own phase, and set-up or tear-down that did not pass."""
@@ -197,22 +198,17 @@ class Outcomes:
 
     def add_rows(self, incomplete: str | None) -> None:
         """A row for each module, and one for all; `incomplete` is why some tests are missing."""
-        context = self.context
+        add = partial(self.context.add, "tests", unit="tests")
         for module, found in self.modules.items():
-            passed, failed, skipped = found["passed"], found["failed"], found["skipped"]
-            parts = [f"{len(passed)} passed"]
-            parts += [f"{len(failed)} failed: {', '.join(failed[:6])}"] if failed else []
-            parts += [f"{len(skipped)} skipped"] if skipped else []
-            parts += [incomplete] if incomplete else []
-            status = "failed" if failed else "partial" if incomplete else "measured"
-            context.add(
-                "tests", module, self.way, status=status, unit="tests", items=len(passed), reason=", ".join(parts)
-            )
+            parts = [f"{len(tests)} {outcome}" for outcome, tests in sorted(found.items())]
+            parts += [", ".join(found["failed"][:6])] if found["failed"] else []
+            status = "failed" if found["failed"] else "partial" if incomplete else "measured"
+            reason = ", ".join([*parts, *([incomplete] if incomplete else [])])
+            add(module, self.backend, status=status, items=len(found["passed"]), reason=reason)
         if not self.modules:
-            context.add("tests", "Triton tests", self.way, status="failed", unit="tests", items=0, reason=incomplete)
+            add("Triton tests", self.backend, status="failed", items=0, reason=incomplete)
         passed = sum(len(found["passed"]) for found in self.modules.values())
-        seconds = time.monotonic() - self.begun
-        context.add("tests", "all modules", self.way, unit="tests", items=passed, seconds=[seconds])
+        add("all modules", self.backend, items=passed, seconds=[time.monotonic() - self.begun])
 
 
 def run_sanitizer(context: Context) -> None:
@@ -335,7 +331,7 @@ def _random_model(context: Context, image_size: int, **parts: Any) -> Any:
     """The base model, or tiny if small, with random weights."""
     from xfm_fast.models.xfm import XFM
 
-    from .material.inputs import preset_config, random_state
+    from .inputs import preset_config, random_state
 
     config = preset_config("tiny" if context.small else "base").replace(image_size=image_size)
     with torch.device("meta"):
@@ -383,7 +379,7 @@ def measure_encoder(context: Context) -> None:
 
 
 def _add_encoder(
-    context: Context, model: Any, contender: str, batch: int, prepare: Callable[[Any, Tensor], Call],
+    context: Context, model: Any, backend: str, batch: int, prepare: Callable[[Any, Tensor], Call],
     least_s: float = 2.0,
 ) -> None:  # fmt: skip
     from xfm_fast import flops
@@ -391,8 +387,8 @@ def _add_encoder(
 
     size, device = model.config.image_size, context.device
     row = partial(
-        context.add, "encoder", f"vision encoder, {batch} image{'s' if batch > 1 else ''} of {size}", contender,
-        dtype="fp8" if contender == "fp8" else context.dtype, unit="images", items=batch,
+        context.add, "encoder", f"vision encoder, {batch} image{'s' if batch > 1 else ''} of {size}", backend,
+        dtype="fp8" if backend == "fp8" else context.dtype, unit="images", items=batch,
     )  # fmt: skip
     if context.left < least_s:
         row(status="absent", reason="no time was left for it in this stage")
@@ -408,7 +404,7 @@ def _add_encoder(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     else:
-        needed, speed = flops.image_encoder(model.config, batch).total, 2.0 if contender == "fp8" else 1.0
+        needed, speed = flops.image_encoder(model.config, batch).total, 2.0 if backend == "fp8" else 1.0
         share = efficiency(device, needed, statistics.median(seconds), speed=speed)
         row(seconds=seconds, host_s=host, **share)
 
@@ -436,15 +432,16 @@ def measure_training_step(context: Context) -> None:
     """A row of pairs per second of ITC, ITM, IMLM and MIM, forward and backward, in bf16 under autocast."""
     from xfm_fast import flops
 
-    from .material.inputs import preset_config
-    from .work.training import AUTOCAST, TrainingSubject
+    from .inputs import preset_config
+    from .tasks import PRETRAINING
+    from .work.training import AUTOCAST, make_step
 
     config, pairs = preset_config("tiny" if context.small else "base"), 4 if context.small else 96
     batch = random_pairs(config, pairs)
-    subject = TrainingSubject(config, batch, seed=0, device=context.device)
+    step = make_step(PRETRAINING, config, 0, {"batch": batch}, context.device)
     seconds: list[float] = []
     for number in range(12):
-        _, taken = timed(lambda: subject.step("xfm-fast", AUTOCAST[context.dtype]), context.device)
+        _, taken = timed(lambda: step.run("xfm-fast", AUTOCAST[context.dtype]), context.device)
         # The first two compile and allocate.
         seconds += [taken] if number >= 2 else []
         if seconds and context.left < 2 * taken:
@@ -480,10 +477,6 @@ def random_pairs(config: Any, pairs: int) -> Any:
     )
 
 
-class OutOfTime(Exception):
-    """The time of the stage is over."""
-
-
 def rerank_coco(context: Context) -> None:
     """A row of pairs per second over the candidates of COCO-5k, on random embeddings, as far as the time goes."""
     from xfm_fast import flops
@@ -512,18 +505,16 @@ def rerank_coco(context: Context) -> None:
         nonlocal scored
         scored = done
         if context.left < 1:
-            raise OutOfTime
+            raise TimeoutError
 
     # Compile and allocate before the clock runs.
     score_candidates(ModelScorer(model), image_index, text_index, candidates.of_images(0, 2), None, None, None)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    begun, complete = time.perf_counter(), True
-    try:
+    begun = time.perf_counter()
+    with suppress(TimeoutError):
         score_candidates(ModelScorer(model), image_index, text_index, candidates, None, None, progress)
-    except OutOfTime:
-        complete = False
-    seconds = time.perf_counter() - begun
+    seconds, complete = time.perf_counter() - begun, scored == candidates.pairs
     if not scored:
         context.add_out_of_time("rerank", f"COCO-5k re-ranking, {candidates.pairs} pairs", "xfm-fast")
         return

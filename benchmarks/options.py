@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Predicate
 
@@ -17,8 +17,6 @@ from xfm_fast.loading import Source, Weights
 Preset = Literal["tiny", "base"]
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "fp32", "bf16"]
-FineTuned = Literal["retrieval", "vqa", "nlvr2", "grounding", "captioning", "text", "image"]
-FINE_TUNING: tuple[FineTuned, ...] = get_args(FineTuned)
 Count = Annotated[int, Ge(1), Le(1_000_000)]
 
 
@@ -110,14 +108,14 @@ class StepOptions(RunOptions):
 
     Attributes:
         random: Size of the model.
-        task: Of fine-tuning, or all of them, one after another. [a step of pretraining]
+        task: A step of this task of fine-tuning, or all, one after another. [a step of pretraining]
         device: Device to measure. [a GPU if there is one]
         pairs: Image-text pairs, or items of the task, in the batch. [8 on a CPU, 96 on a GPU; of a task 4 or 8 on a
             CPU, the official batch on a GPU]
     """
 
     random: Preset = "base"
-    task: Literal[FineTuned, "all"] | None = None
+    task: str | None = None
     device: Device = "auto"
     pairs: Annotated[int | None, Ge(2), Le(1_000_000)] = None
 

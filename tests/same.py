@@ -138,7 +138,7 @@ def benchmark() -> list[str]:
         invoke(["bench", "--random", "tiny", "--quick", "--out", folder])
         (file,) = Path(folder).rglob("*.json")
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return sorted(f"{row['work']} {row['contender']} {row['dtype']} {row['status']}" for row in rows)
+    return sorted(f"{row['work']} {row['backend']} {row['dtype']} {row['status']}" for row in rows)
 
 
 SECTIONS: dict[str, Callable[[], Any]] = {

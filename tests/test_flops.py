@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.objectives.steps import total
 from xfm_fast import flops
 from xfm_fast.batches import PairBatch
-from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin, OfficialTwin
+from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin, OfficialTwin
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
 from xfm_fast.models.xfm import XFM

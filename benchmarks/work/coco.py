@@ -19,9 +19,9 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.packing import ImageGroups, Packing, Sequences, offsets
 from xfm_fast.tasks.reranking import TOKEN_BUDGET, ModelScorer
 
-from ..contenders.engine import wait_for
-from ..contenders.official_algorithm import OfficialTwin
-from ..material.inputs import MAX_TOKENS, Material, Texts
+from ..backends.engine import wait_for
+from ..backends.official_algorithm import OfficialTwin
+from ..inputs import MAX_TOKENS, Material, Texts
 from ..measure import Case, Run, benchmark, compared, interleave
 from ..record import OFFICIAL, OURS, Result
 from ..timing import DTYPES

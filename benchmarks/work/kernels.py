@@ -386,32 +386,16 @@ def _refuse_gradient(*inputs: Tensor) -> None:
         raise UnavailableError("FlexAttention has no gradient on a CPU")
 
 
-def _captions(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
-    """Self-attention of packed captions."""
-    texts, length = 8 if small else 256, 13
-    tokens = texts * length
-    offsets = torch.arange(texts + 1, dtype=torch.int32, device=device) * length
-    inputs = _tensors(device, dtype, *[(tokens, HEADS, HEAD_DIM)] * 3)
-    work = partial(roofline.varlen_attention, tokens * length, tokens, tokens, f"{texts} × {length}")
-    return _varlen(f"varlen_attention {texts} texts × {length}", work, offsets, offsets, inputs, small)
-
-
-def _captions_of_an_image(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
-    """Cross-attention of all captions of an image to its tokens."""
-    queries, keys = 64 if small else 3328, 577
-    of_queries, of_keys = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (queries, keys))
-    inputs = _tensors(device, dtype, *((n, HEADS, HEAD_DIM) for n in (queries, keys, keys)))
-    work = partial(roofline.varlen_attention, queries * keys, queries, keys, f"{queries} × {keys}")
-    name = f"varlen_attention {queries} queries × {keys} keys"
-    return _varlen(name, work, of_queries, of_keys, inputs, small)
-
-
-def _varlen(
-    name: str, work: Callable[..., roofline.Work], of_queries: Tensor, of_keys: Tensor, inputs: tuple[Tensor, ...],
-    small: bool,
-) -> Case:  # fmt: skip
-    device, sequences = inputs[0].device, len(of_queries) - 1
-    longest = [int(offsets.diff().max()) for offsets in (of_queries, of_keys)]
+def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+    """Self-attention of packed captions, or cross-attention of all captions of an image to its tokens."""
+    sequences, queries, keys = (8 if small else 256, 13, 13) if captions else (1, 64 if small else 3328, 577)
+    of_queries, of_keys = (
+        torch.arange(sequences + 1, dtype=torch.int32, device=device) * length for length in (queries, keys)
+    )
+    rows, columns, longest = sequences * queries, sequences * keys, [queries, keys]
+    inputs = _tensors(device, dtype, *((n, HEADS, HEAD_DIM) for n in (rows, columns, columns)))
+    size = f"{sequences} × {queries}" if captions else f"{queries} × {keys}"
+    name = f"{sequences} texts × {queries}" if captions else f"{queries} queries × {keys} keys"
 
     def plain(*qkv: Tensor) -> Tensor:
         return reference.varlen_attention(*qkv, of_queries, of_keys, HEAD_DIM**-0.5)
@@ -427,24 +411,18 @@ def _varlen(
         out: Any = varlen_attn(*qkv, of_queries, of_keys, *longest)
         return out
 
-    others: dict[str, Run | str] = {"eager, a sequence at a time": plain}
-    if all(bool((o.diff() == most).all()) for o, most in zip((of_queries, of_keys), longest, strict=True)):
-        others["SDPA"] = padded
+    def ours(*qkv: Tensor, **options: Any) -> Tensor:
+        return ops.varlen_attention(*qkv, of_queries, of_keys, *longest, **options)
+
+    others: dict[str, Run | str] = {"eager, a sequence at a time": plain, "SDPA": padded}
     if device.type == "cuda":
         others["torch varlen_attn"] = torch_varlen
-        others["flash-attn"] = (
-            partial(_ours_varlen, of_queries, of_keys, longest, backend="flash_attn")
-            if available("flash_attn.flash_attn_interface")
-            else "flash-attn 2 is not installed"
-        )
+        here = available("flash_attn.flash_attn_interface")
+        others["flash-attn"] = partial(ours, backend="flash_attn") if here else "flash-attn 2 is not installed"
     else:
         others |= _compiled(device, small, {"FlexAttention, document mask": _documents(of_queries, of_keys)})
-    ours = partial(_ours_varlen, of_queries, of_keys, longest)
-    return Case(name, inputs, ours, plain, _both(work, inputs), others)
-
-
-def _ours_varlen(of_queries: Tensor, of_keys: Tensor, longest: list[int], *qkv: Tensor, **options: Any) -> Tensor:
-    return ops.varlen_attention(*qkv, of_queries, of_keys, *longest, **options)
+    work = partial(roofline.varlen_attention, rows * keys, rows, columns, size)
+    return Case(f"varlen_attention {name}", inputs, ours, plain, _both(work, inputs), others)
 
 
 def _documents(of_queries: Tensor, of_keys: Tensor) -> Run:
@@ -625,8 +603,8 @@ CASES: dict[str, Callable[[torch.device, torch.dtype, bool], Case]] = {
     "relpos_attention at 224 px": partial(_relpos, 14),
     "relpos_attention at 384 px": partial(_relpos, 24),
     "relpos_attention at 480 px": partial(_relpos, 30),
-    "varlen_attention of captions": _captions,
-    "varlen_attention to an image": _captions_of_an_image,
+    "varlen_attention of captions": partial(_varlen, True),
+    "varlen_attention to an image": partial(_varlen, False),
     "add_layer_norm": _add_layer_norm,
     "linear_gelu": _linear_gelu,
     "linear_cross_entropy": _vocabulary,

@@ -21,18 +21,18 @@ from torch.profiler import ProfilerActivity, profile
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels.cpu.selection import selections
 
-from ..contenders.engine import Built, Clock, NoStages, Stages, wait_for
-from ..contenders.official_finetuning import official_engine
-from ..contenders.registry import ALL, TASK_WORK, Contender, Setup, choose
-from ..material import photographs
-from ..material.inputs import Material, Subjects, described, make_tokenizer
+from ..backends.engine import Clock, Engine, NoStages, Stages, wait_for
+from ..backends.official_finetuning import OfficialEngine
+from ..backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup, choose
+from ..inputs import MOST_PHOTOS, Material, Subjects, bundled, described, from_files, make_tokenizer
 from ..measure import MODEL_ROUNDING, Backend, Block, Call, Case, Run
 from ..options import ModelOptions
 from ..record import OFFICIAL, OURS, Baseline, Extra, Mode, Model, Status
 from ..timing import DTYPES
 from .requests import EmbedImage, EmbedText, Rerank, Retrieve, Workload
-from .task_requests import made
+from .task_requests import TASK_WORK, made
 
+SCENARIOS = (*MODEL_WORK, *TASK_WORK)
 _STAGED_RUNS = 3
 # A run of more than this is staged once.
 _LONG_S = 1.0
@@ -117,7 +117,7 @@ class Scale:
         return Retrieve(material, self.image_size, self.index, self.k, requests)
 
 
-def prepare(run: Run, image_size: int, most_photos: int = photographs.MOST_PHOTOS, work: str = "") -> Material:
+def prepare(run: Run, image_size: int, most_photos: int = MOST_PHOTOS, work: str = "") -> Material:
     """Read photographs and captions, load the weights, prepare the probes.
 
     Args:
@@ -131,7 +131,7 @@ def prepare(run: Run, image_size: int, most_photos: int = photographs.MOST_PHOTO
     options, folder, document = run.options, run.options.data, run.document
     document.cold_start["imports"] = time.time() - psutil.Process().create_time()
     run.progress.stage("photographs and captions")
-    collection = photographs.bundled() if folder is None else photographs.from_files(folder, most_photos)
+    collection = bundled() if folder is None else from_files(folder, most_photos)
     run.progress.stage("model")
     loading = time.perf_counter()
     subjects = Subjects.open(options.source)
@@ -158,45 +158,35 @@ def note_paths(run: Run) -> None:
     }
 
 
-class Engine:
-    """A backend of the registry in a dtype, built when first needed and kept for all cases."""
+class LazyEngine:
+    """A backend of the model in a dtype, loaded when first needed and kept for all cases."""
 
-    def __init__(self, contender: Contender, dtype: str, setup: Setup, absent_dtypes: dict[str, str]) -> None:
-        self.contender, self.dtype, self._setup = contender, dtype, setup
+    def __init__(self, backend: ModelBackend, dtype: str, setup: Setup, absent_dtypes: dict[str, str]) -> None:
+        self.backend, self.dtype, self._setup = backend, dtype, setup
+        self.key, self.ours = f"{backend.name} {dtype}", backend.name == OURS
         self.lacking: tuple[Status, str] | None = None
         if dtype in absent_dtypes:
             self.lacking = "not offered", absent_dtypes[dtype]
-        elif dtype not in contender.dtypes:
-            self.lacking = "not offered", f"{contender.label} does not run in {dtype} here"
-        self._built: Built | Exception | None = None
+        elif dtype not in backend.dtypes:
+            self.lacking = "not offered", f"{backend.label} does not run in {dtype} here"
+        self._loaded: Engine | Exception | None = None
         self.cold_start: Extra = {}
-
-    @property
-    def key(self) -> str:
-        """Name and dtype."""
-        return f"{self.contender.name} {self.dtype}"
-
-    @property
-    def ours(self) -> bool:
-        """True for xfm-fast."""
-        return self.contender.name == OURS
 
     def answer(self, workload: Workload) -> Callable[..., Any]:
         """Answers requests: a function of their numbers, and of a clock for the stages, that waits for results.
 
         Raises:
-            Exception: whatever the library raises.
+            Exception: any error of the library.
         """
-        if self._built is None:
+        if self._loaded is None:
             try:
-                self._built = self.contender.build(self._setup)
+                self._loaded, self.cold_start = self.backend.load(self._setup)
             except Exception as error:
-                self._built = error
-        if isinstance(self._built, Exception):
-            raise self._built
-        built = self._built
+                self._loaded = error
+        if isinstance(self._loaded, Exception):
+            raise self._loaded
         with torch.inference_mode():
-            prepared = workload.prepare(built.engine, DTYPES[self.dtype])
+            prepared = workload.prepare(self._loaded, DTYPES[self.dtype])
 
         def answer(numbers: Sequence[int], clock: Clock | None = None) -> Any:
             with torch.inference_mode():
@@ -204,19 +194,16 @@ class Engine:
                 wait_for(self._setup.device)
             return result
 
-        if not self.cold_start:
+        if "first_call_s" not in self.cold_start:
             begun = time.perf_counter()
             answer([0])
-            first = time.perf_counter() - begun
-            self.cold_start = {"build_s": built.build_s, "load_s": built.load_s, "first_call_s": first}
-            if built.artifact_bytes is not None:
-                self.cold_start["artifact_bytes"] = built.artifact_bytes
+            self.cold_start["first_call_s"] = time.perf_counter() - begun
         return answer
 
 
 def engines(
     run: Run, material: Material, work: str, image_size: int, baselines: Sequence[str], official: Path | None = None
-) -> list[Engine]:
+) -> list[LazyEngine]:
     """Every backend at a kind of work in every dtype.
 
     Args:
@@ -225,18 +212,19 @@ def engines(
     """
     present, absent = choose(baselines, work, run.device, quick=run.options.quick, official=official)
     run.document.baselines = [
-        Baseline(backend=one.name, label=one.label, version=one.version, reason=absent.get(one.name)) for one in ALL
+        Baseline(backend=one.name, label=one.label, version=one.version, reason=absent.get(one.name))
+        for one in BACKENDS
     ]
     found = []
-    for contender in present:
+    for backend in present:
         for dtype in (*run.dtypes, *run.absent):
             setup = Setup(material.subjects, work, image_size, dtype, run.device, run.scratch, official)
-            found.append(Engine(contender, dtype, setup, run.absent))
+            found.append(LazyEngine(backend, dtype, setup, run.absent))
     return found
 
 
 def case(
-    run: Run, workload: Workload, found: Sequence[Engine], *, batch: int, mode: Mode = "offline", block: int = 1,
+    run: Run, workload: Workload, found: Sequence[LazyEngine], *, batch: int, mode: Mode = "offline", block: int = 1,
     split: bool = False, **limits: Any,
 ) -> Case:  # fmt: skip
     """A number of requests at a time, answered by some engines, judged by the official algorithm.
@@ -249,7 +237,7 @@ def case(
     numbers, by_key = workload.batch(batch), {engine.key: engine for engine in found}
     subjects = workload.material.subjects
 
-    def build(engine: Engine) -> Call:
+    def build(engine: LazyEngine) -> Call:
         answer = engine.answer(workload)
         if engine.ours:
             first = engine.cold_start.get("first_call_s")
@@ -262,18 +250,18 @@ def case(
 
     def reference(dtype: str) -> Any:
         with torch.inference_mode():
-            official: Any = official_engine(subjects.model(workload.image_size, _WIDE[dtype], workload.work))
+            official = OfficialEngine(subjects.model(workload.image_size, _WIDE[dtype], workload.work))
             return workload.prepare(official, _WIDE[dtype])(numbers, NoStages())
 
     def count(backend: Backend, result: Any) -> Extra:
         engine = by_key[backend.key]
         return engine.cold_start | counts(workload, numbers, engine, result)
 
-    def detail(engine: Engine, median_s: float) -> Extra:
+    def detail(engine: LazyEngine, median_s: float) -> Extra:
         answer = engine.answer(workload)
         extra: Extra = {"stages": stages(answer, numbers, run.device, median_s)}
         # Only PyTorch's own operations can be seen.
-        if engine.contender.schedule != "own":
+        if engine.backend.schedule != "own":
             extra["operations"] = operation_shares(partial(answer, numbers), run.device)
         return extra
 
@@ -282,8 +270,8 @@ def case(
         workload.name(batch),
         [
             Backend(
-                engine.contender.name, engine.dtype, partial(build, engine), engine.contender.label,
-                lacking=engine.lacking, band=engine.contender.band,
+                engine.backend.name, engine.dtype, partial(build, engine), engine.backend.label,
+                lacking=engine.lacking, band=engine.backend.band,
                 detail=partial(detail, engine) if split else lambda median_s: {},
             )
             for engine in found
@@ -313,9 +301,9 @@ def single_requests(answer: Call, count: int) -> Block:
     return block
 
 
-def counts(workload: Workload, numbers: Sequence[int], engine: Engine, result: Any) -> Extra:
+def counts(workload: Workload, numbers: Sequence[int], engine: LazyEngine, result: Any) -> Extra:
     """Arithmetic, traffic and tokens of some requests; what depends on the course of the work is left out."""
-    schedule = engine.contender.schedule
+    schedule = engine.backend.schedule
     extra: Extra = {}
     needed = workload.flops(numbers, "ours", result)
     if needed is not None:

@@ -1,4 +1,4 @@
-"""The kinds of work: their requests, how a contender answers some of them together, and what that needs.
+"""The kinds of work: their requests, how a backend answers some of them together, and what that needs.
 
 A request of `embed-image` is one photograph, of `embed-text` one caption, of `rerank` one image with all its candidate
 captions (both embedded already), of `retrieve` one caption to which the index's best images are found and re-ranked.
@@ -8,7 +8,7 @@ captions (both embedded already), of `retrieve` one caption to which the index's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 from xfm_fast import flops
 from xfm_fast.tasks.reranking import UNSCORED, recall
 
-from ..contenders.engine import Clock, Engine, Evaluator, Everything, Found, Pairs, Schedule, SearchIndex
-from ..material.inputs import MAX_TOKENS, Material, Texts
+from ..backends.engine import Clock, Engine, Everything, Found, Pairs, Schedule, SearchIndex
+from ..inputs import MAX_TOKENS, Material, Texts
 from ..measure import Difference
 from ..timing import relative_error
 
@@ -61,7 +61,7 @@ class Workload:
         raise NotImplementedError
 
     def flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> int | None:
-        """Operations that a schedule spends on requests, given their answer; None where it is the contender's own."""
+        """Operations that a schedule spends on requests, given their answer; None where it is the backend's own."""
         return None if schedule == "own" else self._flops(numbers, schedule, answer).total
 
     def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
@@ -289,8 +289,8 @@ class Retrieval(Workload):
         return list(self._lengths)
 
     def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        batches, evaluator = self._pixels.to(dtype).split(self._batch), cast(Evaluator, engine)
-        return lambda numbers, clock: evaluator.evaluate(batches, self._given.ids, self._given.mask, self._k, clock)
+        batches = self._pixels.to(dtype).split(self._batch)
+        return lambda numbers, clock: engine.evaluate(batches, self._given.ids, self._given.mask, self._k, clock)
 
     def compare(self, numbers: Sequence[int], ours: Everything, theirs: Everything) -> Difference:
         """The pairs that both scored; near ties of the similarity may make candidates differ."""

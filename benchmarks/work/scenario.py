@@ -1,9 +1,9 @@
 """Scenarios under MLPerf's names: single stream (latency), offline (throughput), server (requests a second in time).
 
 Source of the names and of what each measures: MLPerf Inference (arXiv 1911.02549). In the server scenario nothing is
-simulated. Arrival times are drawn in advance (a Poisson process, seeded); then the contender answers by the wall clock.
+simulated. Arrival times are drawn in advance (a Poisson process, seeded); then the backend answers by the wall clock.
 Whenever it is free it takes all requests that have arrived, up to its largest batch. The latency of a request runs from
-its arrival until the batch that it was in is answered. The rate that a contender can bear is searched.
+its arrival until the batch that it was in is answered. The rate that a backend can bear is searched.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from typing import NamedTuple
 
 from xfm_fast.errors import UnavailableError
 
-from ..contenders.registry import SCENARIOS
 from ..machine import Readings
 from ..measure import Call, Case, Run, benchmark, percentile
 from ..options import ScenarioOptions
 from ..record import MODES, OFFICIAL, OURS, Comparison, Mode, Result
 from ..timing import one_line, rotated
-from .model import Scale, case, engines, note_paths, prepare, require
+from .model import SCENARIOS, Scale, case, engines, note_paths, prepare, require
 from .requests import Workload
 
 LATE_SHARE = 0.01

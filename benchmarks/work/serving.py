@@ -34,8 +34,7 @@ from PIL import Image
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from ..material import photographs
-from ..material.inputs import preset_config
+from ..inputs import Collection, preset_config
 from ..measure import Backend, Block, Call, Case, Run, benchmark, percentile
 from ..record import ONE_AT_A_TIME, OURS, Extra, Status
 from ..timing import DTYPES
@@ -234,7 +233,7 @@ class Material:
     images: list[Image.Image]
 
     @classmethod
-    def of(cls, collection: photographs.Collection, seed: int) -> Material:
+    def of(cls, collection: Collection, seed: int) -> Material:
         """A catalogue of crops of the photographs."""
         chance = random.Random(seed)
         photos = collection.images

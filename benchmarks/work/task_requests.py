@@ -35,16 +35,14 @@ from xfm_fast.errors import InputError
 from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.vqa import AnswerRanking
 
-from ..contenders.engine import AnswerList, Clock, Schedule, TaskEngine
-from ..contenders.official_finetuning import OfficialFineTuningTwin
-from ..material.inputs import Material, Texts, decoder_layers
-from ..material.questions import answer_list, questions
+from ..backends.engine import AnswerList, Clock, Engine, Schedule
+from ..backends.official_finetuning import OfficialFineTuningTwin
+from ..inputs import Material, Texts
 from ..measure import Difference
+from ..tasks import PROMPT, decoder_layers
 from ..timing import relative_error
-from .finetuning_cost import Shape, forward_costs
 from .requests import Answer, Workload, counted
 
-_PROMPT = "a picture of "
 # Of the official configuration.
 _BEAMS, _SHORTEST, _LONGEST = 3, 5, 20
 
@@ -57,13 +55,6 @@ class TaskWorkload(Workload):
         own = material.subjects.model(image_size, torch.float32, self.work).named_parameters()
         # Tables of embeddings are read by the row.
         self._weights = sum(p.numel() for name, p in own if ".embeddings." not in name)
-
-    def prepare(self, engine: Any, dtype: torch.dtype) -> Answer:
-        """Any: `TaskEngine` is another interface than that of the model without a task."""
-        return self._prepared(engine, dtype)
-
-    def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
-        raise NotImplementedError
 
     def _chosen(self, rows: Tensor) -> Texts:
         """Texts without what is padding in all of them."""
@@ -95,7 +86,7 @@ class Statements(TaskWorkload):
     def name(self, count: int) -> str:
         return f"judge {counted(count, 'statement')} on two images each of {self.image_size} px"
 
-    def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
+    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)
 
         def answer(numbers: Sequence[int], clock: Clock) -> Tensor:
@@ -105,9 +96,7 @@ class Statements(TaskWorkload):
         return answer
 
     def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
-        lengths = self.lengths(numbers)
-        costs = forward_costs("nlvr2", self.config, Shape(len(numbers), lengths, max(lengths)))
-        return costs.official if schedule == "official" else costs.needed
+        return fused_texts(self.config, self.lengths(numbers), 2 * len(numbers), schedule, passes=2, outputs=2)
 
 
 class _Several(TaskWorkload):
@@ -140,7 +129,7 @@ class Expressions(_Several):
     def name(self, count: int) -> str:
         return f"ground {counted(self.items, 'expression')} each in {counted(count, 'image')} of {self.image_size} px"
 
-    def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
+    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)
 
         def answer(numbers: Sequence[int], clock: Clock) -> Tensor:
@@ -150,10 +139,7 @@ class Expressions(_Several):
         return answer
 
     def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
-        lengths, config = self.lengths(numbers), self.config
-        costs = forward_costs("grounding", config, Shape(len(lengths), lengths, max(lengths)))
-        image = flops.image_encoder(config, 1) + flops.image_memory(config, 1)
-        return costs.official if schedule == "official" else costs.needed - (len(lengths) - len(numbers)) * image
+        return fused_texts(self.config, self.lengths(numbers), len(numbers), schedule, outputs=4)
 
 
 class Captions(TaskWorkload):
@@ -164,13 +150,13 @@ class Captions(TaskWorkload):
     def __init__(self, material: Material, image_size: int, requests: int) -> None:
         super().__init__(material, requests, image_size)
         self._pixels = material.pixels(requests, image_size)
-        self._prompt = material.tokenizer.encode_prompt(_PROMPT).to(material.device)
+        self._prompt = material.tokenizer.encode_prompt(PROMPT).to(material.device)
         self._scores: dict[tuple[int, ...], float] = {}
 
     def name(self, count: int) -> str:
         return f"caption {counted(count, 'image')} of {self.image_size} px, {_BEAMS} beams of {_LONGEST} tokens"
 
-    def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
+    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)
 
         def answer(numbers: Sequence[int], clock: Clock) -> Tensor:
@@ -239,21 +225,20 @@ class Questions(_Several):
 
     def __init__(self, material: Material, work: str, image_size: int, texts: int, k: int, requests: int) -> None:
         self.work, self._kind = work, ANSWERING[work]
-        config, seed = material.config(image_size), material.seed
-        ids, mask = (part.to(material.device) for part in answer_list(config, seed))
+        config = material.config(image_size)
+        ids, mask = material.answers()
         if k > len(ids):
             raise InputError(f"k={k}; with {len(ids)} answers it must be 1 to {len(ids)}")
         trie = AnswerTrie.of(ids, mask, config)
         self._list = AnswerList(ids, mask, trie, k, self._kind.whole_list, self._kind.best)
-        given = Texts(*(part.to(material.device) for part in questions(config, requests * texts, seed)))
-        super().__init__(material, image_size, texts, requests, given)
+        super().__init__(material, image_size, texts, requests, material.questions(requests * texts))
 
     def name(self, count: int) -> str:
         said = self._kind.says.format(k=self._list.k, n=f"{self._list.trie.answers:,}")
         images = "an image" if count == 1 else f"each of {count} images"
         return f"{counted(self.items, 'question')} to {images} of {self.image_size} px, {said}"
 
-    def _prepared(self, engine: TaskEngine, dtype: torch.dtype) -> Answer:
+    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
         pixels = self._pixels.to(dtype)
 
         def answer(numbers: Sequence[int], clock: Clock) -> AnswerRanking:
@@ -312,6 +297,24 @@ def compared(ours: AnswerRanking, truth: AnswerRanking, *, whole_list: bool = Fa
     return Difference(relative_error(torch.tensor(mine), torch.tensor(theirs)), note)
 
 
+def fused_texts(
+    config: XFMConfig, lengths: Sequence[int], images: int, schedule: Schedule, *, outputs: int, passes: int = 1
+) -> flops.Count:
+    """Operations of texts that are fused with images in so many passes, up to the outputs of a head on token 0.
+
+    The official procedure pads the texts, and encodes an image for each of them in every pass.
+    """
+    width, texts = config.text_width, len(lengths)
+    count = flops.linear(texts, passes * width, 2 * passes * width) + flops.linear(texts, 2 * passes * width, outputs)
+    if schedule == "official":
+        padded, images = [max(lengths)] * texts, passes * texts
+        count += flops.text_encoder(config, padded) + passes * flops.fusion(config, padded)
+    else:
+        count += flops.text_encoder(config, lengths) + flops.first_self_attention(config, lengths)
+        count += flops.fusion(config, passes * list(lengths), first_token_only=True, self_attended=True)
+    return count + flops.image_encoder(config, images) + flops.image_memory(config, images)
+
+
 def answering(config: XFMConfig, lengths: Sequence[int], nodes: Sequence[int], images: int = 1) -> flops.Count:
     """Operations that answers to questions of some images need.
 
@@ -358,3 +361,6 @@ def made(
     if work == "captioning":
         return Captions(material, image_size, requests)
     return Questions(material, work, image_size, texts, k, requests)
+
+
+TASK_WORK = (*ANSWERING, Statements.work, Expressions.work, Captions.work)

@@ -16,12 +16,12 @@ from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import accelerate
 
-from ..material.models import Batch, Opened, example_texts, image_batch, open_model, read_texts, text_batch
 from ..measure import Backend, Call, Case, Progress, Run, benchmark
 from ..options import TryOptions
 from ..record import UNTOUCHED, Document, Extra, Result
 from ..timing import DTYPES
 from .drop_in import INT8_BAND, TITLE
+from .trial_models import Batch, Opened, example_texts, image_batch, open_model, read_texts, text_batch
 
 # A gain within what chance makes of two runs of one thing is none.
 _WORTH = 1.03

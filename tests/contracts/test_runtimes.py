@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.contenders import exported
-from xfm_fast.benchmarks.contenders.registry import export_contenders
+from xfm_fast.benchmarks.backends.engine import NoStages
+from xfm_fast.benchmarks.backends.ours import export_engine
+from xfm_fast.benchmarks.backends.registry import export_backends
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export import Session, export_onnx, generated_examples, verify
 from xfm_fast.export.runtimes import Runtime, open_runtime, register, runtimes
@@ -68,10 +68,10 @@ def test_a_runtime_from_outside(tmp_path: Path) -> None:
         expected = model.encode_image(pixels)
     torch.testing.assert_close(session.encode_image(pixels), expected, rtol=0, atol=1e-5)
     # What a benchmark measures beside xfm-fast.
-    (contender, *_) = export_contenders(Toy)
-    assert (contender.name, contender.why_absent(torch.device("cpu"))) == ("toy", None)
-    built = exported.build(model, exported.Form("toy"), "fp32", "embed-image", tmp_path, torch.device("cpu"))
-    measured = built.engine.embed_images(pixels, lambda name: nullcontext())
+    (backend, *_) = export_backends(Toy)
+    assert (backend.name, backend.why_absent(torch.device("cpu"))) == ("toy", None)
+    engine = export_engine(model, "toy", "fp32", "embed-image", tmp_path, torch.device("cpu"))
+    measured = engine.embed_images(pixels, NoStages())
     torch.testing.assert_close(measured, expected, rtol=0, atol=1e-5)
     with pytest.raises(UnavailableError, match="cuda"):
         open_runtime("toy", manifest, "cuda")

@@ -28,7 +28,7 @@ from tests.objectives.steps import (
 )
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, TextBatch
-from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
+from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin
 from xfm_fast.kernels import attention, derived, ladder, linear, ops
 from xfm_fast.models.fusion import FusionEncoder
 from xfm_fast.models.text import TextEncoder, TransformerLayer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.objectives.steps import gradients, total
 from xfm_fast.batches import IGNORED, Batch, PairBatch, RegionBatch, TextBatch
-from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTrainingTwin
+from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
 from xfm_fast.benchmarks.work.training import TrainingSubject, difference
 from xfm_fast.config import XFMConfig

@@ -108,12 +108,12 @@ def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Out = _
     results on a GPU, in a checkout, are also saved to benchmarks/results, to be committed.
     """
     from xfm_fast.benchmarks import record
-    from xfm_fast.benchmarks.work import finetuning
+    from xfm_fast.benchmarks.work import training
     from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
     # Both procedures use the heap settings of `pretrain` and `finetune`.
     keep_freed_memory()
-    document = _measure(finetuning.run, options)
+    document = _measure(training.run, options)
     # The file of a GPU's pretraining step holds no task rows.
     code, folder = _finish(document, out), record.reference_folder() if options.task is None else None
     if folder is not None and document.device == "cuda" and code == 0:
@@ -189,7 +189,7 @@ def bench_list() -> None:
     """List the scenarios, and the baselines with the reason if one is not available here."""
     from rich.markup import escape
 
-    from xfm_fast.benchmarks.contenders.registry import ALL, SCENARIOS
+    from xfm_fast.benchmarks.backends.registry import BACKENDS
     from xfm_fast.benchmarks.machine import choose_device
     from xfm_fast.benchmarks.work.scenario import ELSEWHERE
 
@@ -200,12 +200,11 @@ def bench_list() -> None:
     for shown in (scenarios, baselines):
         shown.columns[0].no_wrap = True
     device = choose_device(None)
-    for contender in ALL:
-        why = contender.why_absent(device)
-        works = [work for work in contender.works if work in SCENARIOS]
+    for backend in BACKENDS:
+        why = backend.why_absent(device)
         baselines.add_row(
-            contender.name, escape(contender.label), "all" if len(works) == len(SCENARIOS) else ", ".join(works),
-            ", ".join(contender.dtypes), contender.version or "", escape(f"absent: {why}") if why else "",
+            backend.name, escape(backend.label), "all" if backend.works is None else ", ".join(backend.works),
+            ", ".join(backend.dtypes), backend.version or "", escape(f"absent: {why}") if why else "",
             style="dim" if why else None,
         )  # fmt: skip
     stdout().print(scenarios, baselines)

@@ -29,7 +29,7 @@ from xfm_fast.loading import Source, open_model
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xfm_fast.benchmarks.material.photographs import Collection
+    from xfm_fast.benchmarks.inputs import Collection
     from xfm_fast.config import XFMConfig
     from xfm_fast.export.expected import Examples
     from xfm_fast.export.manifest import Manifest, VerificationRecord
@@ -124,7 +124,7 @@ def export(
     options: Flat[ExportOptions] = ExportOptions(),
 ) -> int:
     """Export a model; the help is in `app`."""
-    from xfm_fast.benchmarks.material import photographs
+    from xfm_fast.benchmarks import inputs
     from xfm_fast.export import engines, export_packages, onnx, verification
     from xfm_fast.tasks.task import TASKS, explanation
 
@@ -140,7 +140,7 @@ def export(
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
     if options.data is not None:
         # Validate before a checkpoint is read.
-        photographs.from_files(options.data, most=1)
+        inputs.from_files(options.data, most=1)
     exported = [name for name, task in TASKS.items() if task.Session is not None]
     opened = open_model(replace(source, dtype=None), tasks=exported, device="cpu")
     vocabulary = opened.model.tokenizer if opened.task is None or opened.task.reads_text else None
@@ -250,12 +250,12 @@ def load_examples(model: XFM, data: Path | None, sizes: Mapping[str, int]) -> Ex
 
     `sizes` are the fixed axes.
     """
-    from xfm_fast.benchmarks.material import photographs
+    from xfm_fast.benchmarks import inputs
     from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
 
     config, longest = model.config, sizes.get("length", LONGEST)
     try:
-        found = photographs.bundled() if data is None else photographs.from_files(data, most=_PHOTOS)
+        found = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS)
     except DataError as error:
         if data is not None:
             raise
@@ -283,11 +283,11 @@ def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data
 
     With too few to divide, the same ones serve for both, and the origin notes it.
     """
-    from xfm_fast.benchmarks.material import photographs
+    from xfm_fast.benchmarks import inputs
     from xfm_fast.export.expected import LONGEST, Examples, generated_examples, padded_texts
 
     try:
-        found = photographs.bundled() if data is None else photographs.from_files(data, most=_PHOTOS + _CALIBRATED)
+        found = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS + _CALIBRATED)
     except DataError:
         if data is not None:
             raise

@@ -13,12 +13,11 @@ import torch
 
 from xfm_fast import flops
 from xfm_fast.benchmarks import record, report
-from xfm_fast.benchmarks.contenders import registry
-from xfm_fast.benchmarks.contenders.engine import Built
-from xfm_fast.benchmarks.contenders.official_algorithm import OfficialTwin
-from xfm_fast.benchmarks.contenders.ours import OurEngine
-from xfm_fast.benchmarks.contenders.registry import Contender
-from xfm_fast.benchmarks.material.inputs import preset_config
+from xfm_fast.benchmarks.backends import registry
+from xfm_fast.benchmarks.backends.official_algorithm import OfficialTwin
+from xfm_fast.benchmarks.backends.ours import OurEngine
+from xfm_fast.benchmarks.backends.registry import ModelBackend
+from xfm_fast.benchmarks.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import ModelOptions, ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Result, load
@@ -86,9 +85,9 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
     assert load(record.save(document, tmp_path, report.html(document)).document) == document
 
 
-def _with(monkeypatch: pytest.MonkeyPatch, *contenders: Contender) -> None:
+def _with(monkeypatch: pytest.MonkeyPatch, *backends: ModelBackend) -> None:
     for module in (registry, model):
-        monkeypatch.setattr(module, "ALL", (*registry.ALL, *contenders))
+        monkeypatch.setattr(module, "BACKENDS", (*registry.BACKENDS, *backends))
 
 
 def test_a_baseline_that_breaks_or_differs_is_a_row_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,11 +95,11 @@ def test_a_baseline_that_breaks_or_differs_is_a_row_and_the_run_goes_on(monkeypa
         def rerank(self, pairs: Any, clock: Any) -> Any:
             return super().rerank(pairs, clock) * 1.001
 
-    def never(setup: Any) -> Built:
+    def never(setup: Any) -> OurEngine:
         raise MemoryError("no room")
 
-    wrong = Contender("wrong", "wrong", lambda setup: Built(Wrong(setup.model)), schedule="ours")
-    _with(monkeypatch, Contender("never", "never", never), wrong)
+    wrong = ModelBackend("wrong", "wrong", lambda setup: Wrong(setup.model), schedule="ours")
+    _with(monkeypatch, ModelBackend("never", "never", never), wrong)
     document = scenario.run(replace(TINY, baselines=("never", "wrong"), mode=("offline",)), scenario="rerank")
     rows = _by_backend(document, "offline")
     assert document.ok

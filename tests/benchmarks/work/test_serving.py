@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from xfm_fast.benchmarks.material.photographs import Collection
+from xfm_fast.benchmarks.inputs import Collection
 from xfm_fast.benchmarks.options import ServeOptions
 from xfm_fast.benchmarks.record import OURS
 from xfm_fast.benchmarks.work import serving

@@ -11,12 +11,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xfm_fast import flops
-from xfm_fast.benchmarks.contenders.engine import NoStages
-from xfm_fast.benchmarks.contenders.official_finetuning import official_engine
-from xfm_fast.benchmarks.contenders.ours import our_engine
-from xfm_fast.benchmarks.material import photographs
-from xfm_fast.benchmarks.material.inputs import Material, Subjects, make_tokenizer, preset_config
-from xfm_fast.benchmarks.material.questions import ANSWERS, Texts, answer_list, questions
+from xfm_fast.benchmarks.backends.engine import NoStages
+from xfm_fast.benchmarks.backends.official_finetuning import OfficialEngine
+from xfm_fast.benchmarks.backends.ours import OurEngine
+from xfm_fast.benchmarks.inputs import (
+    ANSWERS,
+    Inputs,
+    Material,
+    Subjects,
+    Texts,
+    bundled,
+    make_tokenizer,
+    preset_config,
+)
 from xfm_fast.benchmarks.measure import Difference
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
@@ -31,6 +38,7 @@ from xfm_fast.tasks.vqa import AnswerRanking
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 CONFIG = preset_config("tiny")
+ALL_ANSWERS = Inputs.answers
 
 
 TINY = ScenarioOptions(
@@ -41,7 +49,7 @@ TINY = ScenarioOptions(
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_work() -> Any:
-    few, whole = slice(0, 40), Scale.of
+    whole = Scale.of
 
     def less(*given: Any) -> Scale:
         return replace(whole(*given), requests=3, rounds=2, budget_s=0.0)
@@ -50,32 +58,26 @@ def _little_work() -> Any:
         patch.setattr(Scale, "of", less)
         # The profiler takes longer than all the rest.
         patch.setattr(model_cases, "operation_shares", lambda run, device: {})
-        patch.setattr(
-            task_requests, "answer_list", lambda config, seed: Texts(*(t[few] for t in answer_list(config, seed)))
-        )
+        patch.setattr(Inputs, "answers", lambda self: Texts(*(part[:40] for part in ALL_ANSWERS(self))))
         yield
 
 
 @pytest.fixture(scope="module")
 def material() -> Material:
-    collection = photographs.bundled()
+    collection = bundled()
     return Material(Subjects.open(Source(random="tiny")), collection, make_tokenizer("tiny", None, collection))
 
 
-def test_the_list_has_the_trie_of_vqa_v2() -> None:
-    answers = answer_list(CONFIG, 0)
+def test_answers_and_questions_have_the_statistics_of_vqa_v2(material: Material) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inputs, "answers", ALL_ANSWERS)
+        answers = material.answers()
     trie = AnswerTrie.of(*answers, CONFIG)
-    lengths = Counter(answers.mask.sum(1).tolist())
-    assert lengths == {3: 823, 4: 1519, 5: 695, 6: 72, 7: 19, 8: 1}
+    assert Counter(answers.lengths) == {3: 823, 4: 1519, 5: 695, 6: 72, 7: 19, 8: 1}
     assert Counter(trie.depths.tolist()) == {0: 1, 1: 1276, 2: 1917, 3: 770, 4: 91, 5: 20, 6: 1}
     assert (trie.answers, len(answers.ids.unique(dim=0))) == (ANSWERS, ANSWERS)
     assert int(trie.edge_starts.diff()[1:].max()) in range(40, 80)
-
-
-def test_questions_have_the_lengths_of_vqa_v2() -> None:
-    asked = questions(CONFIG, 7, 0)
-    assert asked.mask.sum(1).tolist() == [9, 8, 12, 9, 10, 9, 8]
-    assert set(asked.ids[asked.mask == 0].tolist()) == {CONFIG.pad_token_id}
+    assert material.questions(7).lengths == [9, 8, 12, 9, 10, 9, 8]
 
 
 @pytest.mark.parametrize(
@@ -106,15 +108,15 @@ def test_a_task_agrees_with_the_official_procedure_and_its_count(work: str, mate
     workload = task_requests.made(work, material, 48, 2, 8, 3, "captions")
     model = material.subjects.model(48, torch.float64, work)
     with torch.inference_mode():
-        ours = workload.prepare(our_engine(model), torch.float64)([0, 2], NoStages())
+        ours = workload.prepare(OurEngine(model), torch.float64)([0, 2], NoStages())
         with FlopCounterMode(display=False) as counter:
-            official = workload.prepare(official_engine(model), torch.float64)([0, 2], NoStages())
+            official = workload.prepare(OfficialEngine(model), torch.float64)([0, 2], NoStages())
     found = workload.compare([0, 2], ours, official)
     # Boxes are told in fp32.
     assert found.error < (1e-6 if work == "grounding" else 1e-9)
     assert found.note == ""
     assert workload.flops([0, 2], "official", official) == counter.get_total_flops()
-    others = workload.prepare(our_engine(model), torch.float64)([1, 0], NoStages())
+    others = workload.prepare(OurEngine(model), torch.float64)([1, 0], NoStages())
     if work in ("nlvr2", "grounding"):
         assert workload.compare([0, 2], others, official).error > 1e-3
 
@@ -122,7 +124,7 @@ def test_a_task_agrees_with_the_official_procedure_and_its_count(work: str, mate
 def test_another_caption_is_as_wrong_as_it_is_unlikely(material: Material) -> None:
     workload = task_requests.made("captioning", material, 48, 1, 1, 2, "captions")
     model = material.subjects.model(48, torch.float32, "captioning")
-    best = workload.prepare(official_engine(model), torch.float32)([0, 1], NoStages())
+    best = workload.prepare(OfficialEngine(model), torch.float32)([0, 1], NoStages())
     assert workload.compare([0, 1], best, best) == Difference(0.0)
     wrong = best.clone()
     wrong[0, -4:] = torch.tensor([40, 41, 42, 43])

@@ -14,10 +14,10 @@ transformers = pytest.importorskip("transformers")
 
 from tests.cli.runner import invoke  # noqa: E402
 from xfm_fast import XFM, XFMConfig  # noqa: E402
-from xfm_fast.benchmarks.material import models  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
 from xfm_fast.benchmarks.record import UNTOUCHED, Parity, Result, load  # noqa: E402
 from xfm_fast.benchmarks.work import trial  # noqa: E402
+from xfm_fast.benchmarks.work import trial_models as models  # noqa: E402
 from xfm_fast.errors import CheckpointError, DataError, InputError  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"

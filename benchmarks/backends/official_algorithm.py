@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +12,11 @@ from torch import Tensor, nn
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.reference import relative_position_index
-from xfm_fast.models.decoder import TextDecoder
 from xfm_fast.models.heads import DeepMLPHead, LMHead, MLPHead
-from xfm_fast.models.text import Attention, Embeddings, LayerStack, ResidualNorm, TransformerLayer
+from xfm_fast.models.text import Attention, Embeddings, ResidualNorm, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
 from xfm_fast.nn import RelPosAttention
-from xfm_fast.tasks.vqa import AnswerRanking, VQAModel
-
-from .engine import Clock, Everything, Found, NoStages, Pairs, Part, SearchIndex, ordered, parts_under
 
 _MASKED = -10000.0
 _NOT_SCORED = -100.0
@@ -41,7 +36,8 @@ class OfficialTwin:
     """
 
     def __init__(self, model: XFM) -> None:
-        self.model = model
+        # Any: a model has the parts of its task.
+        self.model: Any = model
         self.config = model.config
         grid = model.config.grid
         self._index = relative_position_index((grid, grid), model.device).view(-1)
@@ -53,7 +49,7 @@ class OfficialTwin:
         """
         x = self._embed_patches(pixels, patch_mask)
         for block in self.model.vision_encoder.blocks:
-            x = self._vision_block(cast(Block, block), x)
+            x = self._vision_block(block, x)
         return self._finish_image(x)
 
     def encode_regions(self, pixels: Tensor, image_index: Tensor, region_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +61,7 @@ class OfficialTwin:
             pooled = (weights * patches).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
             return torch.cat((pooled, patches), dim=1), whole
         x = self._embed_patches(pixels, None)
-        blocks = [cast(Block, block) for block in self.model.vision_encoder.blocks]
+        blocks = self.model.vision_encoder.blocks
         shared = len(blocks) - self.config.local_attn_depth
         for block in blocks[:shared]:
             x = self._vision_block(block, x)
@@ -79,7 +75,7 @@ class OfficialTwin:
         encoder = self.model.text_encoder.roberta
         x = self._embed_tokens(encoder.embeddings, input_ids)
         mask = _additive(attention_mask, x.dtype)
-        for layer in _layers(encoder.encoder):
+        for layer in encoder.encoder.layer:
             x = self._self_attention(layer, x, mask)
             x = self._feed_forward(layer, x)
         return x
@@ -105,27 +101,30 @@ class OfficialTwin:
             token_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
         image_mask = _additive(token_mask, text_embeds.dtype)
         x = text_embeds
-        for layer in _layers(self.model.fusion_encoder.roberta.encoder):
+        for layer in self.model.fusion_encoder.roberta.encoder.layer:
             x = self._self_attention(layer, x, text_mask)
-            x = _attend(cast(Attention, layer.crossattention), x, image_embeds, image_mask)
+            x = _attend(layer.crossattention, x, image_embeds, image_mask)
             x = self._feed_forward(layer, x)
         return x
 
-    def decode(self, decoder: TextDecoder, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor) -> Tensor:
-        """Logits `[A, L, vocabulary]` of texts `[A, L]`, each with states `[A, M, width]` and their mask `[A, M]`."""
+    def decode(self, decoder: Any, ids: Tensor, mask: Tensor, states: Tensor, state_mask: Tensor) -> Tensor:
+        """Logits `[A, L, vocabulary]` of texts `[A, L]` by a `TextDecoder`.
+
+        Each text has states `[A, M, width]` and their mask `[A, M]`.
+        """
         x = self._embed_tokens(decoder.roberta.embeddings, ids)
         order = torch.arange(ids.shape[1], device=ids.device)
         seen = (order[None, :] <= order[:, None])[None].to(x.dtype) * mask[:, None, :].to(x.dtype)
         causal = (1.0 - seen[:, None]) * _MASKED
         visible = _additive(state_mask, x.dtype)
-        for layer in _layers(decoder.roberta.encoder):
+        for layer in decoder.roberta.encoder.layer:
             x = self._self_attention(layer, x, causal)
-            x = _attend(cast(Attention, layer.crossattention), x, states, visible)
+            x = _attend(layer.crossattention, x, states, visible)
             x = self._feed_forward(layer, x)
         return _lm_logits(decoder.lm_head, decoder.word_embeddings, x)
 
     def decode_next(
-        self, decoder: TextDecoder, ids: Tensor, states: Tensor, past: list[tuple[Tensor, ...]]
+        self, decoder: Any, ids: Tensor, states: Tensor, past: list[tuple[Tensor, ...]]
     ) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """Logits `[A, vocabulary]` after n more tokens `[A, n]` of each text, and the next `past`.
 
@@ -139,8 +138,8 @@ class OfficialTwin:
         causal = (1.0 - seen[None, None].to(x.dtype)) * _MASKED
         visible = _additive(torch.ones(states.shape[:2], device=ids.device), x.dtype)
         kept = []
-        for number, layer in enumerate(_layers(decoder.roberta.encoder)):
-            crossed = cast(Attention, layer.crossattention)
+        for number, layer in enumerate(decoder.roberta.encoder.layer):
+            crossed = layer.crossattention
             key, value = _memory_heads(layer.attention, x)
             if past:
                 known_key, known_value, *image = past[number]
@@ -190,20 +189,14 @@ class OfficialTwin:
         Returns scores `[I, T]` and `[T, I]`, -100 for pairs that were not scored.
         """
         similarity = self.project_image(image_embeds) @ self.project_text(text_embeds).t()
-        images, texts = similarity.shape
-        image_to_text = similarity.new_full((images, texts), _NOT_SCORED)
-        for number, row in enumerate(similarity):
+        of_images, of_texts = (torch.full_like(each, _NOT_SCORED) for each in (similarity, similarity.t()))
+        for number, (row, scores) in enumerate(zip(similarity, of_images, strict=True)):
             best = row.topk(k).indices
-            image_to_text[number, best] = self.rerank_image(
-                image_embeds[number], text_embeds[best], attention_mask[best]
-            )
-        text_to_image = similarity.new_full((texts, images), _NOT_SCORED)
-        for number, row in enumerate(similarity.t()):
+            scores[best] = self.rerank_image(image_embeds[number], text_embeds[best], attention_mask[best])
+        for number, (row, scores) in enumerate(zip(similarity.t(), of_texts, strict=True)):
             best = row.topk(k).indices
-            text_to_image[number, best] = self.rerank_text(
-                text_embeds[number], attention_mask[number], image_embeds[best]
-            )
-        return image_to_text, text_to_image
+            scores[best] = self.rerank_text(text_embeds[number], attention_mask[number], image_embeds[best])
+        return of_images, of_texts
 
     def _embed_patches(self, pixels: Tensor, patch_mask: Tensor | None) -> Tensor:
         encoder = self.model.vision_encoder
@@ -323,14 +316,15 @@ class OfficialTrainingTwin(OfficialTwin):
             columns = -(F.log_softmax(logits.t(), dim=1) * targets).sum(1).mean()
             itc = (rows + columns) / 2
         if hard_negatives is None:
-            negatives = self._draw_negatives(*features, image_ids)
+            negatives = self.draw_negatives(*features, image_ids)
         else:
             negatives = hard_negatives[0].tolist(), hard_negatives[1].tolist()
         itm = self._matching(matched, attention_mask, image, token_mask, negatives)
         return {"itc": itc, "itm": itm}
 
     @torch.no_grad()
-    def _draw_negatives(self, image: Tensor, text: Tensor, image_ids: Tensor | None) -> tuple[list[int], list[int]]:
+    def draw_negatives(self, image: Tensor, text: Tensor, image_ids: Tensor | None) -> tuple[list[int], list[int]]:
+        """The image for each text and the text for each image, from features `[B, embed_dim]`."""
         similarity = image @ text.t() / self.model.temp
         of_images, of_texts = F.softmax(similarity, dim=1) + 1e-5, F.softmax(similarity.t(), dim=1) + 1e-5
         if image_ids is None:
@@ -371,52 +365,6 @@ class OfficialTrainingTwin(OfficialTwin):
         if self.config.mim_patches_only:
             return loss
         return loss + F.mse_loss(masked[:, 0, :], target[:, 0, :])
-
-
-class OfficialAnswerTwin(OfficialTwin):
-    """Ranks a list of answers as the official evaluation of VQA v2 does.
-
-    In addition to `OfficialTwin`: an image is encoded for each of its questions; after the first tokens of all answers
-    are compared, the k candidates of a question are decoded from `<s>` on, padded to the longest answer of the list,
-    each with a copy of the question's states, which every layer projects for every copy; logits over the vocabulary
-    exist for every token, and the first token counts twice in the score.
-    """
-
-    def __init__(self, model: VQAModel) -> None:
-        super().__init__(model)
-        self._decoder = model.text_decoder
-
-    def rank_answers(
-        self, pixels: Tensor, question_ids: Tensor, question_mask: Tensor, answer_ids: Tensor, answer_mask: Tensor,
-        k: int,
-    ) -> AnswerRanking:  # fmt: skip
-        """The k best of N answers `[N, La]` for Q questions `[Q, L]` with an image `[Q, 3, R, R]` each.
-
-        The decoder attends to padded tokens of questions too.
-        """
-        text = self.encode_text(question_ids, question_mask)
-        states = self.fuse_pairs(text, question_mask, self.encode_image(pixels))
-        begun = answer_ids[:1, :1].repeat(len(states), 1)
-        first = self._answer_logits(begun, torch.ones_like(begun), states)[:, 0]
-        probabilities = first.softmax(1).index_select(1, answer_ids[:, 1])
-        likeliest, candidates = probabilities.topk(k, dim=1)
-        chosen = candidates.flatten()
-        ids, mask = answer_ids[chosen], answer_mask[chosen]
-        copies = states.unsqueeze(1).repeat(1, k, 1, 1).flatten(0, 1)
-        logits = self._answer_logits(ids, mask, copies)[:, :-1].contiguous()
-        targets = ids.masked_fill(mask == 0, -100)[:, 1:].contiguous()
-        losses = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="none")
-        scores = likeliest.log() - losses.view(len(ids), -1).sum(1).view_as(likeliest)
-        best = scores.topk(k, dim=1)
-        return AnswerRanking(candidates.gather(1, best.indices), best.values)
-
-    def _answer_logits(self, ids: Tensor, mask: Tensor, states: Tensor) -> Tensor:
-        """`[A, L]` texts, each with its own `[A, M, width]` → `[A, L, vocabulary]`."""
-        return self.decode(self._decoder, ids, mask, states, torch.ones(states.shape[:2], device=ids.device))
-
-
-def _layers(stack: LayerStack) -> Iterator[TransformerLayer]:
-    return (cast(TransformerLayer, layer) for layer in stack.layer)
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -508,75 +456,3 @@ def _lm_loss(head: LMHead, word_embeddings: Tensor, embeds: Tensor, batch: TextB
 def _lm_logits(head: LMHead, word_embeddings: Tensor, embeds: Tensor) -> Tensor:
     x = F.gelu(F.linear(embeds, head.dense.weight, head.dense.bias))
     return F.linear(layer_norm(head.layer_norm, x), word_embeddings, head.bias)
-
-
-Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
-
-
-class OfficialEngine:
-    """Re-ranks one image or text at a time, every pair with image tokens of its own, as the official evaluation does.
-
-    `compiled` compiles its functions; an encoder then is one stage.
-    """
-
-    def __init__(self, model: XFM, compiled: Compile | None = None) -> None:
-        twin = OfficialTwin(model)
-        self._twin, self._eager = twin, compiled is None
-        change: Compile = compiled or (lambda function: function)
-        self._images = change(twin.encode_image)
-        self._texts = change(twin.encode_text)
-        self._fuse = change(twin.fuse_pairs)
-
-    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
-        parts = (
-            Part(self._twin, "_embed_patches", "patch embedding"),
-            Part(self._twin, "_window_attention", "attention with its projections"),
-            Part(self._twin, "_vision_block", "MLP and norms"),
-        )
-        with parts_under(clock if self._eager else NoStages(), parts, "final norm and pooling"):
-            return self._images(pixels)
-
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
-        parts = (
-            Part(self._twin, "_self_attention", "self-attention with its projections"),
-            Part(self._twin, "_feed_forward", "MLP"),
-        )
-        with parts_under(clock if self._eager else NoStages(), parts, "embeddings"):
-            return self._texts(input_ids, attention_mask)
-
-    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
-        scores = []
-        for number, image in enumerate(pairs.images):
-            chosen = pairs.image_of == number
-            embeds = pairs.embeds[chosen]
-            scores.append(self._scores(embeds, pairs.mask[chosen], image.expand(len(embeds), -1, -1), clock))
-        return torch.cat(scores)
-
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
-        with clock("text encoder"):
-            embeds = self._texts(input_ids, attention_mask)
-        with clock("similarity and top-k"):
-            similarity = self._twin.project_text(embeds) @ index.features.t()
-            best = similarity.topk(min(k, len(index.features)), dim=1).indices
-        rows = []
-        for text, mask, candidates in zip(embeds, attention_mask, best, strict=True):
-            texts, masks = text.repeat(len(candidates), 1, 1), mask.repeat(len(candidates), 1)
-            rows.append(self._scores(texts, masks, index.embeds[candidates], clock))
-        return ordered(best, torch.stack(rows))
-
-    def _scores(self, embeds: Tensor, mask: Tensor, images: Tensor, clock: Clock) -> Tensor:
-        with clock("fusion, keys and values included"):
-            # The official code repeats an image's tokens in memory.
-            fused = self._fuse(embeds, mask, images.contiguous())
-        with clock("matching head"):
-            return self._twin.match_scores(fused)
-
-    def evaluate(
-        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
-    ) -> Everything:
-        with clock("image encoder"):
-            images = torch.cat([self._images(pixels) for pixels in batches])
-        with clock("text encoder"):
-            texts = self._texts(input_ids, attention_mask)
-        with clock("candidates and re-ranking"):
-            return Everything(*self._twin.retrieve(images, texts, attention_mask, k))

@@ -6,7 +6,6 @@ Nothing of a folder is executed: weights are safetensors or read with weights_on
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import cycle, islice
@@ -23,7 +22,8 @@ from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableE
 from xfm_fast.io import read_bytes, read_json
 from xfm_fast.loading import MANIFEST_FILE
 
-from .photographs import bundled
+from ..inputs import bundled, captions_table
+from ..timing import one_line
 
 TIMM = "timm:"
 _TEXTS, _IMAGES, _MOST_TOKENS = 32, 8, 512
@@ -121,7 +121,9 @@ def open_model(name: str) -> Opened:
     try:
         model = kind.from_pretrained(str(folder), local_files_only=True, weights_only=True)
     except Exception as error:  # transformers raises anything for a foreign file
-        raise CheckpointError(f"{name} cannot be opened by transformers ({_line(error)}); check its files") from error
+        raise CheckpointError(
+            f"{name} cannot be opened by transformers ({one_line(error)}); check its files"
+        ) from error
     missing = sorted(key for key, p in model.named_parameters() if p.is_meta)
     if missing:
         raise CheckpointError(f"{name} lacks weights of {missing[0]} and {len(missing) - 1} more; give complete files")
@@ -168,7 +170,7 @@ def _model_folder(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_DOWNLOADED))
     except Exception as error:  # its HTTP libraries raise errors of their own
         raise CheckpointError(
-            f"{name} is no folder here, and cannot be fetched from the Hugging Face Hub ({_line(error)}); check the "
+            f"{name} is no folder here, and cannot be fetched from the Hugging Face Hub ({one_line(error)}); check the "
             "name and the connection, or download it and give the folder"
         ) from error
 
@@ -178,7 +180,7 @@ def _read_json(file: Path) -> Any:
     try:
         return read_json(file) if file.is_file() else None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({_line(error)}); check the file") from error
+        raise CheckpointError(f"{file} cannot be read ({one_line(error)}); check the file") from error
 
 
 def read_texts(file: Path) -> list[str]:
@@ -186,7 +188,9 @@ def read_texts(file: Path) -> list[str]:
     try:
         content = read_bytes(file, _MOST_TEXT_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise DataError(f"--inputs {file} cannot be read ({_line(error)}); give a UTF-8 file, a text a line") from error
+        raise DataError(
+            f"--inputs {file} cannot be read ({one_line(error)}); give a UTF-8 file, a text a line"
+        ) from error
     texts = [line.strip() for line in content.splitlines() if line.strip()]
     if not texts:
         raise DataError(f"--inputs {file} has no line with text; give a text a line")
@@ -195,7 +199,7 @@ def read_texts(file: Path) -> list[str]:
 
 def example_texts() -> list[str]:
     """Texts of mixed length: one to six captions of the package's photographs in a row."""
-    table = json.loads(Path(__file__).with_name("captions.json").read_text(encoding="utf-8"))
+    table = captions_table()
     captions = cycle([caption for photo in table["photos"] for caption in photo["captions"]])
     return [", ".join(islice(captions, 1 + number % 6)) for number in range(_TEXTS)]
 
@@ -214,7 +218,17 @@ def text_batch(opened: Opened, texts: list[str]) -> Batch:
     notes: list[str] = []
     assert opened.folder is not None
     if any((opened.folder / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")):
-        arguments = _tokenise(opened, texts, most)
+        import transformers
+
+        try:
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(opened.folder), local_files_only=True)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+            encoded = dict(tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt"))
+        except Exception as error:  # tokenizers raises anything for a foreign file
+            reason = one_line(error)
+            raise DataError(f"the tokenizer of {opened.name} cannot be used ({reason}); check its files") from error
+        arguments = {"attention_mask": torch.ones_like(encoded["input_ids"]), **encoded}
     else:
         notes.append("it has no tokenizer, so ids are made up: as many as the texts have words, and a third more")
         sizes = torch.tensor([min(most, 2 + len(text.split()) * 4 // 3) for text in texts])
@@ -235,19 +249,6 @@ def text_batch(opened: Opened, texts: list[str]) -> Batch:
     return Batch({k: v for k, v in arguments.items() if k in accepted}, len(texts), "texts", words, notes)
 
 
-def _tokenise(opened: Opened, texts: list[str], most: int) -> dict[str, Tensor]:
-    import transformers
-
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(opened.folder), local_files_only=True)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        encoded = dict(tokenizer(texts, padding=True, truncation=True, max_length=most, return_tensors="pt"))
-    except Exception as error:  # tokenizers raises anything for a foreign file
-        raise DataError(f"the tokenizer of {opened.name} cannot be used ({_line(error)}); check its files") from error
-    return {"attention_mask": torch.ones_like(encoded["input_ids"]), **encoded}
-
-
 def image_batch(opened: Opened, folder: Path | None) -> Batch:
     """Images at the model's size, scaled to about [-1, 1]; raises `DataError` for a folder without images."""
     from torchvision.transforms.functional import normalize, resize, to_tensor
@@ -263,7 +264,7 @@ def image_batch(opened: Opened, folder: Path | None) -> Batch:
         try:
             files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)[:_IMAGES]
         except OSError as error:
-            raise DataError(f"--inputs {folder} cannot be read ({_line(error)}); check its permissions") from error
+            raise DataError(f"--inputs {folder} cannot be read ({one_line(error)}); check its permissions") from error
         if not files:
             raise DataError(f"--inputs {folder} holds no image ({', '.join(_SUFFIXES)}); name a folder of images")
         images = [decode_image(file, file.name) for file in files]
@@ -273,7 +274,3 @@ def image_batch(opened: Opened, folder: Path | None) -> Batch:
     batch = torch.stack(pixels) if pixels else noise
     name = "" if opened.folder is None else "pixel_values"
     return Batch({name: batch}, len(batch), "images", f"{len(batch)} images at {size} px", notes=notes)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

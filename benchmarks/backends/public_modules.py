@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 
-from .engine import Clock, ComposedSearch, Pairs
+from .engine import Clock, Engine, Pairs
 from .official_algorithm import layer_norm, mlp_head
 
 _VISION, _TEXT, _FUSION = "vision_encoder.", "text_encoder.roberta.", "fusion_encoder.roberta.encoder."
@@ -40,7 +40,7 @@ _BEIT_BLOCK = {
 _BEIT_QKV = (("q_proj", "k_proj", "v_proj"), ("attention.query", "attention.key", "attention.value"))
 
 
-class TransformersEngine(ComposedSearch):
+class TransformersEngine(Engine):
     """RoBERTa, BEiT and BLIP's text encoder of transformers: those of `vision`, `text`, `fusion` that are `parts`."""
 
     def __init__(self, model: XFM, parts: frozenset[str]) -> None:
@@ -76,7 +76,7 @@ class TransformersEngine(ComposedSearch):
             return mlp_head(self.model.itm_head, fused[:, 0])[:, 1]
 
 
-class TimmEngine:
+class TimmEngine(Engine):
     """BEiT of timm."""
 
     def __init__(self, model: XFM) -> None:
@@ -88,11 +88,11 @@ class TimmEngine:
         )  # fmt: skip
         state = {name: tensor for name, tensor in _part(model, _VISION).items() if name != "mask_token"}
         _fill(module, state, "timm's Beit")
-        self._model = model
+        self.model = model
         self._module = module.to(model.device, model.dtype).eval().requires_grad_(False)
 
     def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
-        return finish_image(self._model, self._module.forward_features(pixels))
+        return finish_image(self.model, self._module.forward_features(pixels))
 
 
 def finish_image(model: XFM, tokens: Tensor) -> Tensor:

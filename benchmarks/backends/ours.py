@@ -1,0 +1,224 @@
+"""xfm-fast: the model in memory, with an index that keeps the memories of its images, and exported."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfm_fast.export.expected import generated_examples
+from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.quantise import quantize_int8
+from xfm_fast.export.request import DType, GraphName
+from xfm_fast.export.runtimes import find_runtime
+from xfm_fast.export.session import Session
+from xfm_fast.kernels.backend import Backend, use_backend
+from xfm_fast.models.fusion import ImageMemory
+from xfm_fast.models.xfm import XFM
+from xfm_fast.tasks.retrieval import ImageIndex, Retriever
+from xfm_fast.tasks.vqa import AnswerRanking
+
+from .engine import AnswerList, Clock, Engine, Everything, Found, Pairs, Part, SearchIndex, ordered, parts_under
+
+
+def served(model: XFM) -> XFM:
+    """The model as one serves it: frozen where there is a CPU, in a copy, for others read its weights as they were."""
+    if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16) or model.quantised:
+        return model
+    return copy.deepcopy(model).freeze()
+
+
+class OurEngine(Engine):
+    """An `XFM`, with or without a task; `backend` is that of all its operations."""
+
+    def __init__(self, model: XFM, backend: Backend = "auto") -> None:
+        # Any: a model has the methods of its task.
+        self.model: Any = model
+        self.backend: Backend = backend
+
+    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+        encoder = self.model.vision_encoder
+        parts = [Part(encoder.patch_embed, "forward", "patch embedding")]
+        for block in encoder.blocks:
+            parts.append(Part(block.attn, "attend", "attention with its q, k and v"))
+            parts.append(Part(block, "forward", "output projection, MLP and norms"))
+        with use_backend(self.backend), parts_under(clock, parts, "final norm and pooling"):
+            return self.model.encode_image(pixels)
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
+        roberta = self.model.text_encoder.roberta
+        parts = [Part(roberta.embeddings, "forward", "embeddings")]
+        for layer in roberta.encoder.layer:
+            parts.append(Part(layer, "self_attention", "self-attention with its projections"))
+            parts.append(Part(layer, "feed_forward", "MLP"))
+        with use_backend(self.backend), parts_under(clock, parts, "packing"):
+            return self.model.encode_text(input_ids, attention_mask)
+
+    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+        with use_backend(self.backend):
+            with clock("image memory"):
+                memory = self.model.image_memory(pairs.images)
+            with clock("fusion"):
+                fused = self.model.fuse(pairs.embeds, pairs.mask, memory, pairs.image_of, first_token_only=True)
+            with clock("matching head"):
+                return self.model.match_logits(fused)[:, 1]
+
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+        with use_backend(self.backend):
+            return retrieve(Retriever(self.model), input_ids, attention_mask, index, k, clock)
+
+    def evaluate(
+        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
+    ) -> Everything:
+        retriever = Retriever(self.model)
+        with use_backend(self.backend):
+            with clock("image encoder"):
+                images = retriever.embed_images(batches)
+            with clock("text encoder"):
+                texts = retriever.embed_texts([(input_ids, attention_mask)])
+            with clock("candidates and re-ranking"):
+                result = retriever.rerank(images, texts, k)
+        return Everything(result.score_i2t, result.score_t2i)
+
+    def _stages(self, clock: Clock, rest: str) -> AbstractContextManager[None]:
+        """The stages of a model with a task."""
+        parts = [Part(self.model, "encode_image", "image encoder")]
+        if hasattr(self.model, "text_encoder"):
+            parts.append(Part(self.model, "image_memory", "image memory"))
+            parts.append(Part(self.model.text_encoder, "forward", "text encoder"))
+        return parts_under(clock, parts, rest)
+
+    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor, clock: Clock) -> Tensor:
+        with use_backend(self.backend), self._stages(clock, "fusion and head"):
+            return self.model.logits(pixels, ids, mask)
+
+    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, clock: Clock) -> Tensor:
+        with use_backend(self.backend), self._stages(clock, "fusion and head"):
+            return self.model.boxes(pixels, ids, mask, image_of)
+
+    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int, clock: Clock) -> Tensor:
+        with use_backend(self.backend), self._stages(clock, "decoder"):
+            return self.model.generate(pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams)
+
+    def answers(
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList, clock: Clock
+    ) -> AnswerRanking:
+        with use_backend(self.backend):
+            with self._stages(clock, "fusion"):
+                memory = self.model.encode_questions(pixels, ids, mask, image_of)
+            with clock("decoder"):
+                k = answers.trie.answers if answers.whole else answers.k
+                # As the official score does it.
+                return self.model.rank_answers(
+                    memory, answers.trie, k=k, best=answers.best, count_first_token_twice=True
+                )
+
+
+class MemoryEngine(OurEngine):
+    """The same, with keys and values of every image of the index kept: 42 MB an image of 384 pixels, base, fp32."""
+
+    def __init__(self, model: XFM) -> None:
+        super().__init__(model)
+        self._kept: tuple[Tensor, ImageMemory] | None = None
+
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+        if self._kept is None or self._kept[0] is not index.embeds:
+            self._kept = index.embeds, self.model.image_memory(index.embeds)
+        memory = self._kept[1]
+        with clock("text encoder"):
+            embeds = self.model.encode_text(input_ids, attention_mask)
+        with clock("similarity and top-k"):
+            features = self.model.project_text(embeds)
+            best = (features @ index.features.t()).topk(min(k, len(index.features)), dim=1).indices
+        with clock("fusion and matching head"):
+            rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
+            fused = self.model.fuse(embeds[rows], attention_mask[rows], memory, best.flatten(), first_token_only=True)
+            scores = self.model.match_logits(fused)[:, 1].view_as(best)
+        return ordered(best, scores)
+
+
+class SessionEngine(Engine):
+    """A session over exported graphs, as a server uses it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._retriever = Retriever(session) if "fusion" in session.manifest.graph_names else None
+
+    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+        return self._session.encode_image(pixels)
+
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
+        return self._session.encode_text(input_ids, attention_mask)
+
+    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+        session = self._session
+        with clock("image memory"):
+            memory = session.image_memory(pairs.images)
+        with clock("fusion and matching head"):
+            fused = session.fuse(pairs.embeds, pairs.mask, memory, pairs.image_of, first_token_only=True)
+        return session.match_logits(fused)[:, 1]
+
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+        assert self._retriever is not None
+        return retrieve(self._retriever, input_ids, attention_mask, index, k, clock)
+
+
+GRAPHS: dict[str, tuple[GraphName, ...]] = {
+    "embed-image": ("vision",),
+    "embed-text": ("text",),
+    "rerank": ("image_memory", "fusion"),
+    "retrieve": ("text", "image_memory", "fusion"),
+}
+"""The graphs of a kind of work."""
+
+
+def export_engine(
+    model: XFM, library: str, dtype: DType, work: str, scratch: Path, device: torch.device, *, packed: bool = False,
+    int8: bool = False,
+) -> SessionEngine:  # fmt: skip
+    """Export the graphs of a kind of work from a model in fp32 into a new folder, build them, and load them.
+
+    A runtime that offers bf16 as a precision computes in it from an fp32 export. `packed` puts texts in rows, `int8`
+    computes GEMMs in 8 bits. Raises `XFMError` if the library is missing here, or refuses.
+    """
+    runtime, graphs = find_runtime(library), GRAPHS[work]
+    precision = "bf16" if runtime.precisions and dtype == "bf16" else None
+    folder = scratch / "-".join([library, dtype, *["int8"] * int8, *["packed"] * packed, work])
+    common: dict[str, Any] = {"dtype": "fp32" if precision else dtype, "graphs": graphs, "packed": packed}
+    begun = time.perf_counter()
+    if int8:
+        with TemporaryDirectory(dir=scratch) as wide:
+            runtime.export(model, wide, examples=generated_examples(model.config), **common)
+            quantize_int8(wide, folder)
+    else:
+        # The export converts what it needs, and leaves the model as it is.
+        runtime.export(model, folder, **common)
+    built = time.perf_counter()
+    # This run has written the files, and compares results itself, those that 8 bits were not held to among them.
+    session = Session(folder, library, device, precision=precision, verify_files=False)
+    session.warm_up()
+    engine, files = SessionEngine(session), Manifest.load(folder, check_files=False).files
+    engine.cost = {
+        "build_s": built - begun, "load_s": time.perf_counter() - built,
+        "artifact_bytes": sum(record.bytes for record in files),
+    }  # fmt: skip
+    return engine
+
+
+def retrieve(
+    retriever: Retriever, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock
+) -> Found:
+    """`Retriever.search_images` for texts that come as ids, its parts under the clock."""
+    with clock("text encoder"):
+        texts = retriever.embed_texts([(input_ids, attention_mask)])
+    names = {"prepare": "first self-attention", "memory": "image memory", "scores": "fusion and matching head"}
+    parts = [Part(retriever.scorer, method, stage) for method, stage in names.items()]
+    with parts_under(clock, parts, "candidates"):
+        return Found(*retriever.search_images(texts, ImageIndex(index.embeds, index.features), k))

@@ -1,0 +1,257 @@
+"""The backends of the model: the works and dtypes of each, why one may be absent, and how it is loaded."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import xfm_fast
+from xfm_fast.errors import UnavailableError
+from xfm_fast.export.runtimes import Runtime, runtimes
+from xfm_fast.kernels.cpu import int8
+
+from ..inputs import Subjects
+from ..record import OFFICIAL, OFFICIAL_CODE, OURS, Extra
+from ..timing import DTYPES, why_not_compiled
+from .engine import Engine, Schedule
+from .official_code import CLONE_MARK, OfficialCodeEngine
+from .official_finetuning import OfficialEngine
+from .ours import GRAPHS, MemoryEngine, OurEngine, export_engine, served
+from .public_modules import TimmEngine, TransformersEngine
+
+# Of the largest value: a few times what rounding to int8 costs the base model.
+INT8_BAND = 0.1
+MODEL_WORK = tuple(GRAPHS)
+# Encoders of Hugging Face that a kind of work passes through.
+_PARTS = {
+    "embed-image": frozenset({"vision"}), "embed-text": frozenset({"text"}), "rerank": frozenset({"fusion"}),
+    "retrieve": frozenset({"text", "fusion"}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a backend is loaded from; `scratch` is a folder for files of the run, `official` the official clone."""
+
+    subjects: Subjects
+    work: str
+    image_size: int
+    dtype: str
+    device: torch.device
+    scratch: Path
+    official: Path | None = None
+
+    @property
+    def model(self) -> Any:
+        return self.subjects.model(self.image_size, DTYPES[self.dtype], self.work)
+
+
+@dataclass(frozen=True)
+class ModelBackend:
+    """One way to do the work of the model.
+
+    Attributes:
+        name: stable; `label` is for readers.
+        make: makes an engine; may raise any error of its library.
+        works: that it takes part in, None for all; `dtypes`: in which it can.
+        why_absent: on a device; None where it can run.
+        package: whose version is reported.
+        heavy: takes a minute or more to build, so that quick runs leave it out.
+        named: takes part only if it is named.
+        schedule: for counting its operations.
+        band: of its error, where rounding in a dtype is not what explains it.
+    """
+
+    name: str
+    label: str
+    make: Callable[[Setup], Engine]
+    works: tuple[str, ...] | None = MODEL_WORK
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    why_absent: Callable[[torch.device], str | None] = lambda device: None
+    package: str = "torch"
+    heavy: bool = False
+    named: bool = False
+    schedule: Schedule = "official"
+    band: float | None = None
+
+    @property
+    def version(self) -> str | None:
+        if self.package == "xfm_fast":
+            return xfm_fast.__version__
+        try:
+            return version(self.package)
+        except PackageNotFoundError:
+            return None
+
+    def load(self, setup: Setup) -> tuple[Engine, Extra]:
+        """An engine, and the cost of its cold start: see `record`."""
+        _ = setup.model  # weights are converted once and shared by all backends
+        begun = time.perf_counter()
+        engine = self.make(setup)
+        return engine, engine.cost or {"build_s": 0.0, "load_s": time.perf_counter() - begun}
+
+
+def _official_code(setup: Setup) -> Engine:
+    if setup.official is None:
+        raise UnavailableError("--official names no clone of the official repository")
+    return OfficialCodeEngine(setup.model, setup.official)
+
+
+def _needs(*packages: str, on: Literal["cpu", "cuda"] | None = None) -> Callable[[torch.device], str | None]:
+    def why_absent(device: torch.device) -> str | None:
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+        if on is None or device.type == on:
+            return None
+        return "runs on the CPU here" if on == "cpu" else f"needs an NVIDIA GPU, and this run is on {device.type}"
+
+    return why_absent
+
+
+def _torch_tensorrt(name: str, label: str, library: str) -> ModelBackend:
+    """Both variants of Torch-TensorRT are one module, so the name of the distribution decides which one is here."""
+
+    def why_absent(device: torch.device) -> str | None:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            return f"{name} is not installed"
+        return _needs("torch_tensorrt", library, on="cuda")(device)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        # Its import registers the backend; by default GEMMs of fp32 are rounded to TF32.
+        importlib.import_module("torch_tensorrt")
+        return torch.compile(function, backend="tensorrt", options={"disable_tf32": True})
+
+    return ModelBackend(
+        name, f"official algorithm, {label}", lambda s: OfficialEngine(s.model, compiled), why_absent=why_absent,
+        package=name, heavy=True,
+    )  # fmt: skip
+
+
+def _int8_absent(device: torch.device) -> str | None:
+    return int8.why_not() if device.type == "cpu" else "int8 is for CPUs"
+
+
+def export_backends(runtime: type[Runtime]) -> Iterator[ModelBackend]:
+    """A runtime of exports; on a CPU with packed texts and int8 GEMMs too, which a run names with --baselines."""
+
+    def make(setup: Setup, **form: bool) -> Engine:
+        model = setup.subjects.model(setup.image_size, torch.float32)
+        dtype: Any = setup.dtype
+        return export_engine(model, runtime.name, dtype, setup.work, setup.scratch, setup.device, **form)
+
+    def absent(device: torch.device) -> str | None:
+        return "is measured on the CPU" if device.type != "cpu" else runtime.why_absent(device)
+
+    common: dict[str, Any] = {
+        "dtypes": runtime.dtypes, "package": runtime.package.replace("_", "-"), "heavy": True, "schedule": "own"
+    }  # fmt: skip
+    yield ModelBackend(
+        runtime.name, runtime.title, make, why_absent=runtime.why_absent, named=not runtime.automatic, **common
+    )
+    if runtime.kind == "onnx":
+        texts = ("embed-text", "rerank")
+        yield ModelBackend(
+            f"{runtime.name}-packed", f"{runtime.title}, packed texts", partial(make, packed=True), texts,
+            why_absent=absent, named=True, **common,
+        )  # fmt: skip
+        yield ModelBackend(
+            f"{runtime.name}-int8", f"{runtime.title}, int8", partial(make, int8=True), ("embed-image", *texts),
+            why_absent=absent, named=True, band=INT8_BAND, **common,
+        )  # fmt: skip
+
+
+BACKENDS: tuple[ModelBackend, ...] = (
+    ModelBackend(
+        OURS, "xfm-fast", lambda s: OurEngine(served(s.model)), None, package="xfm_fast", schedule="ours"
+    ),
+    ModelBackend(
+        "xfm-fast-memories", "xfm-fast, image memories kept", lambda s: MemoryEngine(served(s.model)), ("retrieve",),
+        package="xfm_fast", schedule="kept memories",
+    ),
+    ModelBackend(OFFICIAL, "official algorithm, eager", lambda s: OfficialEngine(s.model), None),
+    ModelBackend(
+        # The weights are shared by all backends, and its marks are on them.
+        "xfm-fast-int8", "xfm-fast, GEMMs in int8", lambda s: OurEngine(copy.deepcopy(s.model).quantise()),
+        dtypes=("bf16",), why_absent=_int8_absent, package="xfm_fast", schedule="ours", band=INT8_BAND,
+    ),
+    ModelBackend(
+        OFFICIAL_CODE, "official code, a process of its own", _official_code, dtypes=("fp32",),
+        why_absent=_needs("transformers", "timm", on="cpu"), package="transformers",
+    ),
+    ModelBackend(
+        "torch-eager", "xfm-fast's schedule, plain PyTorch operations", lambda s: OurEngine(s.model, "reference"), None,
+        schedule="ours",
+    ),
+    ModelBackend(
+        "torch-compile", "official algorithm, torch.compile", lambda s: OfficialEngine(s.model, torch.compile),
+        why_absent=why_not_compiled, heavy=True,
+    ),
+    _torch_tensorrt("torch-tensorrt", "Torch-TensorRT", "tensorrt"),
+    _torch_tensorrt("torch-tensorrt-rtx", "Torch-TensorRT for RTX", "tensorrt_rtx"),
+    ModelBackend(
+        "huggingface", "Hugging Face transformers", lambda s: TransformersEngine(s.model, _PARTS[s.work]),
+        why_absent=_needs("transformers"), package="transformers", schedule="padded",
+    ),
+    ModelBackend(
+        "timm", "timm", lambda s: TimmEngine(s.model), ("embed-image",), why_absent=_needs("timm"), package="timm",
+        schedule="padded",
+    ),
+    ModelBackend(
+        "flash-attn", "xfm-fast with flash-attn", lambda s: OurEngine(s.model, "flash_attn"),
+        ("embed-text", "rerank", "retrieve"), ("bf16",), _needs("flash_attn", on="cuda"), "flash-attn", schedule="ours",
+    ),
+    *(backend for runtime in runtimes().values() for backend in export_backends(runtime)),
+)  # fmt: skip
+
+
+def choose(
+    names: Sequence[str], work: str, device: torch.device, *, quick: bool, official: Path | None = None
+) -> tuple[list[ModelBackend], dict[str, str]]:
+    """The backends at a kind of work, and the other ones with the reason.
+
+    xfm-fast and the official algorithm, to which everything is compared, always take part. No `names` stand for all
+    backends that are installed, without the heavy ones in a quick run; `official` is a clone of the official code.
+
+    Raises:
+        UnavailableError: a name is unknown, or `official` is no clone.
+    """
+    known = {backend.name: backend for backend in BACKENDS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UnavailableError(f"baseline {unknown[0]!r} is unknown; choose from {', '.join(known)}")
+    # A path without the code must not end in a table without its row.
+    if official is not None and not (official / CLONE_MARK).is_file():
+        raise UnavailableError(f"--official {official} has no {CLONE_MARK}; name a clone of the official repository")
+    present, absent = [], {}
+    for name, backend in known.items():
+        why = backend.why_absent(device)
+        if backend.works is not None and work not in backend.works:
+            why = f"has no {work}"
+        elif name in (OURS, OFFICIAL):
+            why = None
+        elif name == OFFICIAL_CODE and official is None:
+            why = "--official names no clone of the official repository"
+        elif names and name not in names and name != OFFICIAL_CODE:
+            why = "was not asked for"
+        elif why is None and not names and backend.named:
+            why = f"takes part by name; --baselines {name} takes it in"
+        elif why is None and not names and quick and backend.heavy:
+            why = f"is left out of quick runs; --baselines {name} takes it in"
+        if why is None:
+            present.append(backend)
+        else:
+            absent[name] = why
+    return present, absent

@@ -1,1 +1,0 @@
-"""The photographs, captions, weights and texts that benchmarks are made of."""

@@ -1,0 +1,187 @@
+"""Pretraining and the fine-tuning tasks in benchmarks: model, batch of a step, and the official procedure of each.
+
+Images are photographs, texts their captions; questions, answers and the texts of classification are random tokens. How
+much the official procedure loses to padding and copies depends on the lengths, and on the answers of a question:
+
+- captions have 10 to 15 tokens, so that padding costs next to nothing; questions have the lengths of VQA v2;
+- questions have 1, 3, 2, 5, 1, 2, 4, 2 distinct answers in turn, 2.5 on average;
+- texts have 128, 16, 64, 32, 96, 24, 48, 40 tokens in turn, so that more than half of a padded batch is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from xfm_fast.config import XFMConfig
+from xfm_fast.data.items import collate_pairs
+from xfm_fast.data.masking import block_mask
+from xfm_fast.data.options import TextOptions
+from xfm_fast.data.texts import EncodedText, encode_pair_text
+from xfm_fast.models.xfm import ALL_HEADS, XFM
+from xfm_fast.tasks.captioning import CaptioningModel
+from xfm_fast.tasks.classification import ClassificationModel
+from xfm_fast.tasks.grounding import GroundingModel
+from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.vqa import VQAModel
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
+
+Batch = dict[str, Any]
+"""Arguments of a task's loss by name; pairs for contrastive losses are a `PairBatch` named `batch`."""
+PROMPT = "a picture of "
+# The official decoder has 12 layers; that of a small model has as many as its fusion encoder.
+_DECODER_LAYERS = 12
+_TEXT_CLASSES, _IMAGE_CLASSES = 3, 1000
+_ANSWERS = (1, 3, 2, 5, 1, 2, 4, 2)
+_TEXT_LENGTHS = (128, 16, 64, 32, 96, 24, 48, 40)
+
+
+def decoder_layers(config: XFMConfig) -> int:
+    """Layers of the decoder that a task adds to a model of these sizes."""
+    return min(_DECODER_LAYERS, config.fusion_layers)
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """A task and its step of training.
+
+    Attributes:
+        title: for readers; `unit` is what `counts` counts: items of a batch on a CPU, of a quick run on it, and the
+            official ones on a GPU.
+        image_size: the official one; None where there is no image.
+        build: makes the model.
+        batch: makes so many items of a batch.
+        official: the method of `OfficialFineTuningTwin` that computes the losses of the batch.
+        losses: options of `pretraining_losses`, for pairs.
+    """
+
+    title: str
+    unit: str
+    counts: tuple[int, int, int]
+    image_size: int | None
+    build: Callable[[XFMConfig], XFM]
+    batch: Callable[[Inputs, int], Batch]
+    official: str
+    losses: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _pretraining(inputs: Inputs, count: int) -> Batch:
+    """Photographs with a caption each, masked and padded as the official loader does; repeated where they are few."""
+    rng, collection, config = np.random.default_rng(inputs.seed), inputs.collection, inputs.sizes
+    photos, texts = len(collection.names), []
+    for number in range(count):
+        captions = collection.captions_of(number % photos)
+        caption = captions[number // photos % len(captions)]
+        texts.append(encode_pair_text(caption, inputs.tokenizer, TextOptions(), rng))
+    hidden, least = config.num_masking_patches, config.min_num_patches
+    batch = collate_pairs(
+        list(inputs.pixels(count)), texts, pad_token_id=config.pad_token_id,
+        patch_masks=[block_mask(config.grid, hidden, least, rng) for _ in texts], width=TextOptions().max_tokens,
+        most=TextOptions().masking.most,
+    )  # fmt: skip
+    return {"batch": batch}
+
+
+def _retrieval(inputs: Inputs, count: int) -> Batch:
+    ids = inputs.tokenizer.encode_ids(inputs.collection.texts(count), 40)
+    photos = len(inputs.collection.names)
+    batch = collate_pairs(
+        list(inputs.pixels(count)), [EncodedText(row, row, [], []) for row in ids],
+        pad_token_id=inputs.sizes.pad_token_id, image_ids=[number % photos for number in range(count)],
+    )  # fmt: skip
+    return {"batch": batch}
+
+
+def _vqa(inputs: Inputs, count: int) -> Batch:
+    questions, known = inputs.questions(count), inputs.answers()
+    each = torch.tensor([*islice(cycle(_ANSWERS), count)])
+    chosen = torch.arange(int(each.sum())) % len(known.ids)
+    mask = known.mask[chosen]
+    longest = int(mask.sum(1).max())
+    return {
+        "pixels": inputs.pixels(count),
+        "question_ids": questions.ids,
+        "question_mask": questions.mask,
+        "answer_ids": known.ids[chosen, :longest],
+        "answer_mask": mask[:, :longest],
+        "answers_per_question": each,
+        "answer_weights": torch.repeat_interleave(1 / each, each),
+    }
+
+
+def _captions(inputs: Inputs, count: int, images: int = 1) -> Batch:
+    ids, mask = inputs.tokenizer.encode(inputs.collection.texts(count), 40, pad_to_longest=True)
+    return {"pixels": inputs.pixels(images * count), "input_ids": ids, "attention_mask": mask}
+
+
+def _nlvr2(inputs: Inputs, count: int) -> Batch:
+    # With as many false ones the gradient of the last bias would cancel but for rounding, and bound nothing.
+    return _captions(inputs, count, images=2) | {"targets": torch.ones(count, dtype=torch.long)}
+
+
+def _grounding(inputs: Inputs, count: int) -> Batch:
+    # Centres and sides: every box lies inside its image.
+    boxes = 0.35 + 0.3 * torch.rand(count, 4, generator=torch.Generator().manual_seed(inputs.seed))
+    return _captions(inputs, count) | {"target": boxes}
+
+
+def _captioning(inputs: Inputs, count: int) -> Batch:
+    texts = [PROMPT + caption for caption in inputs.collection.texts(count)]
+    ids, mask = inputs.tokenizer.encode(texts, 40, pad_to_longest=True)
+    return {
+        "pixels": inputs.pixels(count), "caption_ids": ids, "caption_mask": mask,
+        "prompt_length": len(inputs.tokenizer.encode_prompt(PROMPT)), "label_smoothing": 0.1,
+    }  # fmt: skip
+
+
+def _text(inputs: Inputs, count: int) -> Batch:
+    longest = inputs.sizes.max_text_length
+    ids, mask = inputs.random_texts([min(length, longest) for length in islice(cycle(_TEXT_LENGTHS), count)])
+    return {"input_ids": ids, "attention_mask": mask, "targets": torch.arange(count) % _TEXT_CLASSES}
+
+
+def _image(inputs: Inputs, count: int) -> Batch:
+    # What Mixup makes of two classes.
+    targets = torch.zeros(count, _IMAGE_CLASSES)
+    targets[:, 0], targets[torch.arange(count), 1 + torch.arange(count) % (_IMAGE_CLASSES - 1)] = 0.3, 0.7
+    return {"pixels": inputs.pixels(count), "targets": targets}
+
+
+PRETRAINING = BenchTask(
+    "ITC + ITM + IMLM + MIM", "pairs", (8, 2, 96), 224, lambda config: XFM(config, heads=ALL_HEADS), _pretraining,
+    "losses",
+)  # fmt: skip
+TASKS: Mapping[str, BenchTask] = {
+    "retrieval": BenchTask(
+        "retrieval (ITC + ITM)", "pairs", (4, 2, 32), 384,
+        lambda config: TaskModel(config, heads=("contrastive", "matching")), _retrieval, "retrieval",
+        {"losses": ("itc", "itm"), "stop_gradient": False},
+    ),
+    "vqa": BenchTask(
+        "VQA", "questions", (4, 2, 24), 480,
+        lambda config: VQAModel(config, decoder_layers=decoder_layers(config)), _vqa, "answers",
+    ),
+    "nlvr2": BenchTask("NLVR2", "statements", (4, 2, 8), 384, NLVR2Model, _nlvr2, "statements"),
+    "grounding": BenchTask("grounding", "expressions", (4, 2, 20), 384, GroundingModel, _grounding, "grounding"),
+    "captioning": BenchTask(
+        "captioning", "captions", (4, 2, 32), 384,
+        lambda config: CaptioningModel(config, decoder_layers=decoder_layers(config)), _captioning, "captions",
+    ),
+    "text": BenchTask(
+        "text classification", "texts", (8, 2, 32), None,
+        lambda config: ClassificationModel(config, _TEXT_CLASSES, modality="text"), _text, "texts",
+    ),
+    "image": BenchTask(
+        "image classification", "images", (8, 2, 128), 224,
+        lambda config: ClassificationModel(config, _IMAGE_CLASSES, modality="image", head="official_image"), _image,
+        "images",
+    ),
+}  # fmt: skip
