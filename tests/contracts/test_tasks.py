@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ each_task = pytest.mark.parametrize("kind", CASES)
 
 
 @pytest.fixture
-def made(recipe: Make, world: Path, tmp_path: Path) -> Callable[..., FinetuneRecipe]:
+def made(recipe: Make, world: Path, tmp_path: Path) -> Make:
     """Makes the recipe of a case; the boxes of the files are the detections of weak grounding."""
 
     def make(kind: str, **changes: Any) -> FinetuneRecipe:
@@ -108,7 +107,7 @@ def test_every_task_has_a_tiny_recipe() -> None:
 
 @each_task
 @torch.no_grad()
-def test_predictions_do_not_depend_on_the_batch(kind: str, made: Callable[..., FinetuneRecipe]) -> None:
+def test_predictions_do_not_depend_on_the_batch(kind: str, made: Make) -> None:
     recipe = made(kind)
     task = open_task(recipe)
     torch.manual_seed(1)
@@ -118,7 +117,7 @@ def test_predictions_do_not_depend_on_the_batch(kind: str, made: Callable[..., F
 
 
 @each_task
-def test_requests(kind: str, made: Callable[..., FinetuneRecipe]) -> None:
+def test_requests(kind: str, made: Make) -> None:
     case, task = CASES[kind], open_task(made(kind))
     if case.images or case.texts:
         assert len(task.requests([Path(image) for image in case.images], case.texts)) == 1
@@ -128,7 +127,7 @@ def test_requests(kind: str, made: Callable[..., FinetuneRecipe]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["grounding", "nlvr2", "retrieval", "vqa"])
-def test_official_weights_come_back_whole(kind: str, made: Callable[..., FinetuneRecipe], tmp_path: Path) -> None:
+def test_official_weights_come_back_whole(kind: str, made: Make, tmp_path: Path) -> None:
     task = open_task(made(kind))
     first, second = task.build(), task.build()
     official = to_official(first.state_dict(), task.config, naming="fine-tuning")
@@ -147,9 +146,11 @@ def test_a_few_steps(name: str, world: Path, pretrained: Path, tmp_path: Path) -
         f"data.root={world}", "shapes=null", f"init.checkpoint={pretrained}", "epochs=1", "steps=3", "batch_size=4",
         "eval_batch_size=4", f"checkpoint={{folder: {folder}, every: 1}}", "log.every=1", "device=cpu",
     ]  # fmt: skip
+    if name.startswith("captioning"):
+        overrides.append("task.num_beams=1")
     recipe = load_finetune_recipe(name, overrides)
     assert in_processes(process, 1, tmp_path / "meet", recipe, {"at_step": 2}) == [-9]
-    assert in_processes(process, 1, tmp_path / "meet", recipe, {}) == [0]
+    finetune(recipe)
     metrics: dict[str, Any] = json.loads((folder / "evaluation/test/metrics.json").read_text())["metrics"]
     assert metrics
     assert set(metrics) <= set(TASKS[recipe.task.kind].metrics)
@@ -161,7 +162,7 @@ def test_a_few_steps(name: str, world: Path, pretrained: Path, tmp_path: Path) -
 
 
 @each_task
-def test_a_batch_is_learnt(kind: str, made: Callable[..., FinetuneRecipe]) -> None:
+def test_a_batch_is_learnt(kind: str, made: Make) -> None:
     recipe = made(kind, model={"hidden_dropout": 0, "drop_path_rate": 0})
     task, rng = open_task(recipe), np.random.default_rng(0)
     torch.manual_seed(0)

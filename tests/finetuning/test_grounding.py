@@ -1,4 +1,4 @@
-"""Grounding from its files to its metrics, and the stage on captions of regions before it."""
+"""Grounding from its files to its metrics, and batches of captioned regions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cli.runner import invoke
 from tests.conftest import load_json
 from tests.finetuning.conftest import Make
 from xfm_fast.config import XFMConfig
@@ -163,26 +162,3 @@ def test_captions_of_regions(task: Open, world: Path) -> None:
         batch.image, batch.input_ids[boxed], batch.attention_mask[boxed], batch.boxes[boxed], batch.image_index[boxed]
     )
     assert losses["bbox_l1"].item() == pytest.approx(only.l1.item(), rel=1e-5)
-
-
-def test_regions_first_then_expressions(recipe: Make, world: Path, photo: Path, tmp_path: Path) -> None:
-    domain = recipe(
-        *FILES,
-        task={"regions": REGIONS},
-        steps=2,
-        batch_size=4,
-        data={"root": str(world), "train": "regions_train.jsonl"},
-    )
-    finetune(domain)
-    after = recipe(
-        *FILES, task={"augment": False}, steps=2, init={"checkpoint": domain.checkpoint.folder},
-        checkpoint={"folder": str(tmp_path / "after")}, choose={"by": "accuracy", "split": "val"},
-    )  # fmt: skip
-    result = finetune(after)
-    assert set(result.metrics) == {"val", "test"}
-    boxes = json.loads((tmp_path / "after/evaluation/test/boxes.json").read_text())
-    assert len(boxes) == len(json.loads((world / "grounding_test.json").read_text()))
-    done = invoke(["predict", tmp_path / "after", photo, "red star", "circle"])
-    assert [len(json.loads(line)["bbox"]) for line in done.stdout.splitlines()] == [4, 4]
-    done = invoke(["evaluate", tmp_path / "after", "--split", "test", "--json"])
-    assert json.loads(done.stdout) == {"test": result.metrics["test"]}

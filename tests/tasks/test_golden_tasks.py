@@ -231,7 +231,8 @@ def loss_of(task: str, case: str, model: nn.Module) -> Tensor:
     if isinstance(model, NLVR2Model):
         return nlvr(model, values)["loss"]
     if isinstance(model, GroundingModel):
-        return model(values["image"], values["text_ids"], values["text_atts"], values["target_bbox"]).total
+        losses = model(values["image"], values["text_ids"], values["text_atts"], values["target_bbox"])
+        return losses.l1 + losses.giou
     assert isinstance(model, XFM)
     losses = retrieval(model, values)
     return losses["loss_itc"] + losses["loss_itm"]

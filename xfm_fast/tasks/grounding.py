@@ -79,10 +79,6 @@ class GroundingLosses(NamedTuple):
     l1: Tensor
     giou: Tensor
 
-    @property
-    def total(self) -> Tensor:
-        return self.l1 + self.giou
-
 
 class GroundingModel(BoxesOfTexts, TaskModel):
     """X-FM with its box head, trained with the box losses of pretraining."""

@@ -121,9 +121,5 @@ class DecoderModel(TaskModel):
         """Keys and values of states `[B, M, width]`, projected once for all steps and beams."""
         return self.text_decoder.memory(states, mask)
 
-    def initialise_decoder(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Initialise the decoder from an encoder of a pretraining state dict; returns what stays random."""
-        return self.text_decoder.initialise_from(state, self.decoder_from)
-
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
-        return [f"text_decoder.{name}" for name in self.initialise_decoder(pretrained)]
+        return [f"text_decoder.{name}" for name in self.text_decoder.initialise_from(pretrained, self.decoder_from)]

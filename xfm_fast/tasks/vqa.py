@@ -298,9 +298,14 @@ class VQARecord(Annotation):
 
 def vqa_rows(paths: Paths) -> list[AnnotationRows[VQARecord]]:
     """Questions: official JSON, or VQA v2's `*_questions.json` and `*_annotations.json`."""
+
+    def answer_only(fields: dict[str, Any]) -> Any:
+        """`object_hook` that reduces a VQA v2 answer to its text, to save gigabytes."""
+        return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
+
     arrays, documents = [], []
     for path in find_files(paths):
-        content = read_json(path, "official JSON or VQA v2 questions and annotations", _answer_only)
+        content = read_json(path, "official JSON or VQA v2 questions and annotations", answer_only)
         if isinstance(content, dict) and ("questions" in content or "annotations" in content):
             documents.append((path, content))
         else:
@@ -320,11 +325,6 @@ def _empty_answers(element: Any) -> list[str]:
     answers = element.get("answer") if isinstance(element, dict) else None
     texts = map(answer_text, answers) if isinstance(answers, list) else ()
     return [text for text in texts if isinstance(text, str) and not text.strip()]
-
-
-def _answer_only(fields: dict[str, Any]) -> Any:
-    """`object_hook` that reduces a VQA v2 answer to its text, to save gigabytes."""
-    return fields["answer"] if "answer" in fields and "answer_id" in fields else fields
 
 
 def _vqa_elements(documents: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[Elements]:

@@ -6,6 +6,7 @@ Training is that of retrieval on images and expressions; see `xfm_fast.tasks.hea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +68,10 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
         return [expressions_of(rows, training=True) for rows in grounding_rows(paths)]
 
     def records(self, paths: Sequence[Path], split: str) -> list[DetectedRecord]:
-        detections = {path: found for path in paths if (found := _detections(path)) is not None}
+        detections: dict[Path, dict[str, Tensor]] = {}
+        for path in paths:
+            with suppress(DataError):
+                detections |= {path: read_detections(path)} if path.suffix == ".json" else {}
         if not detections:
             raise DataError(
                 f"data.splits.{split} lists no detections; add the JSON of boxes by image, such as MAttNet's dets.json"
@@ -109,13 +113,6 @@ class WeakGroundingTask(PairTask[WeakGroundingOptions]):
         raise InputError(
             "this model chooses among detections: xfm-fast predict RUN FILE TEXT --heatmap OUT.png --detections JSON"
         )
-
-
-def _detections(path: Path) -> dict[str, Tensor] | None:
-    try:
-        return read_detections(path) if path.suffix == ".json" else None
-    except DataError:
-        return None
 
 
 def boxes_of(image: str, detections: Mapping[str, Tensor]) -> Tensor:
