@@ -148,7 +148,8 @@ class WebFetcher:
         if not target.isascii() or any(ord(character) <= 32 or ord(character) == 127 for character in target):
             raise Problem(422, f"{shown} holds characters that a URL may not; percent-encode them")
         # At most the time left of the request.
-        until = min(time.monotonic() + self.seconds, math.inf if self.budget is None else self.budget.deadline)
+        started = time.monotonic()
+        until = min(started + self.seconds, math.inf if self.budget is None else self.budget.deadline)
         connection = _Pinned(host, port, secure, self.permitted, self.seconds)
         results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
@@ -161,7 +162,7 @@ class WebFetcher:
                 connection.close()
                 _DOWNLOADS.release()
 
-        result: bytes | Exception = TimeoutError(f"it took more than {self.seconds:.3g} s")
+        result: bytes | Exception = TimeoutError(f"it took more than {until - started:.3g} s")
         # A socket's timeout is per read; a server that sends a byte a second would hold a thread for days.
         if _DOWNLOADS.acquire(timeout=max(0.01, until - time.monotonic())):
             threading.Thread(target=download, daemon=True).start()
