@@ -29,8 +29,7 @@ from ..measure import MODEL_ROUNDING, Backend, Block, Call, Case, Run
 from ..options import ModelOptions
 from ..record import OFFICIAL, OURS, Baseline, Extra, Mode, Model, Status
 from ..timing import DTYPES
-from .requests import EmbedImage, EmbedText, Rerank, Retrieve, Workload
-from .task_requests import TASK_WORK, made
+from .requests import TASK_WORK, EmbedImage, EmbedText, Rerank, Retrieve, Workload, task_workload
 
 SCENARIOS = (*MODEL_WORK, *TASK_WORK)
 _STAGED_RUNS = 3
@@ -107,7 +106,7 @@ class Scale:
         """The requests of a kind of work at this size."""
         requests = max(self.requests, self.batch)
         if work in TASK_WORK:
-            return made(work, material, self.image_size, self.texts, self.k, requests, self.lengths)
+            return task_workload(work, material, self.image_size, self.texts, self.k, requests, self.lengths)
         if work == "embed-image":
             return EmbedImage(material, self.image_size, requests)
         if work == "embed-text":

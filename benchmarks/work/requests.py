@@ -1,28 +1,55 @@
-"""The kinds of work: their requests, how a backend answers some of them together, and what that needs.
+"""The kinds of work: their requests, how a backend answers some of them together, and what that costs.
 
 A request of `embed-image` is one photograph, of `embed-text` one caption, of `rerank` one image with all its candidate
 captions (both embedded already), of `retrieve` one caption to which the index's best images are found and re-ranked.
 `retrieval` is one evaluation of a small collection from end to end, in both directions.
+
+A fine-tuned model answers from pixels and tokens: a sentence about two photographs, a photograph with several
+expressions, one to be captioned by three beams of 20 tokens after a prompt, or one with several questions over a list
+of 3,129 answers:
+
+- `vqa`: 128 candidates of every question ranked, which is what the official evaluation does;
+- `vqa-best`: the best of these 128; `vqa-all`: the best of the whole list, exactly; `vqa-list`: the whole list ranked.
+
+In each of these the official procedure ranks its 128 candidates. It encodes an image for each of its questions and
+expressions, and is spared the padding of questions, which it gets one after another. GFLOP a question, for the base
+model, an image of 480 pixels with five questions of 10 tokens, and random weights, with which least can be left out:
+
+- officially 533: 209 for the image and its keys and values, 285 to decode 128 x 8 tokens, 36 for 129 copies of keys and
+  values;
+- `vqa` 95: 42 for the image, 49 to decode about 175 distinct prefixes; `vqa-best` 70 (86 prefixes);
+- `vqa-all` 417 (about 1,340 prefixes, 1,276 of them first tokens); `vqa-list` 1,175 (4,076). No order of the work makes
+  that less: the normaliser of every prefix is needed, and it needs the whole vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xfm_fast import flops
+from xfm_fast.config import XFMConfig
+from xfm_fast.errors import InputError
+from xfm_fast.flops import Count
+from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.reranking import UNSCORED, recall
+from xfm_fast.tasks.vqa import AnswerRanking
 
-from ..backends.engine import Clock, Engine, Everything, Found, Pairs, Schedule, SearchIndex
+from ..backends.engine import AnswerList, Clock, Engine, Everything, Found, Pairs, Schedule, SearchIndex
+from ..backends.official_finetuning import OfficialFineTuningTwin
 from ..inputs import MAX_TOKENS, Material, Texts
 from ..measure import Difference
+from ..tasks import PROMPT, decoder_layers
 from ..timing import relative_error
 
 Answer = Callable[[Sequence[int], Clock], Any]
 """Runs the requests of these numbers as one batch."""
+
+# Of the official configuration.
+_BEAMS, _SHORTEST, _LONGEST = 3, 5, 20
 
 
 def padded(lengths: Sequence[int], schedule: Schedule, official: int) -> list[int]:
@@ -38,17 +65,20 @@ class Workload:
     Attributes:
         work: its name; `unit` is what a request counts, `items` of them.
         requests: distinct ones; numbers beyond wrap around.
+        inputs: tensors that `run` gets in the dtype of the engine.
     """
 
     work: str
-    unit: str
+    unit: ClassVar[str]
 
     def __init__(
-        self, material: Material, requests: int, image_size: int | None = None, texts: Texts | None = None
-    ) -> None:
-        self.material, self.requests, self.items = material, requests, 1
+        self, material: Material, requests: int, image_size: int | None = None, texts: Texts | None = None,
+        items: int = 1, inputs: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        self.material, self.requests, self.items = material, requests, items
         self.image_size = image_size or material.subjects.config.image_size
         self.config = material.config(self.image_size)
+        self.inputs = inputs
         self._texts = texts
         self._lengths = [] if texts is None else texts.lengths
 
@@ -56,24 +86,47 @@ class Workload:
         """So many requests together, in words."""
         raise NotImplementedError
 
-    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        """How an engine answers requests in its type."""
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Any:
+        """Answer requests."""
         raise NotImplementedError
+
+    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
+        """How an engine answers requests in its dtype."""
+        inputs = [tensor.to(dtype) for tensor in self.inputs]
+        return lambda numbers, clock: self.run(engine, torch.tensor(list(numbers)), clock, *inputs)
 
     def flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> int | None:
         """Operations that a schedule spends on requests, given their answer; None where it is the backend's own."""
         return None if schedule == "own" else self._flops(numbers, schedule, answer).total
 
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
         raise NotImplementedError
 
     def traffic(self, numbers: Sequence[int], element: int) -> int:
         """Bytes that have to move at least, given the size of an element."""
         raise NotImplementedError
 
+    def rows(self, numbers: Sequence[int]) -> list[int]:
+        """Rows of the texts of requests."""
+        return [number * self.items + item for number in numbers for item in range(self.items)]
+
     def lengths(self, numbers: Sequence[int]) -> list[int]:
         """Tokens of the texts of requests, none for images."""
-        return [self._lengths[number] for number in numbers] if self._lengths else []
+        return [self._lengths[row] for row in self.rows(numbers)] if self._lengths else []
+
+    def texts(self, numbers: Tensor) -> Texts:
+        """The texts of requests."""
+        assert self._texts is not None
+        rows = self.rows(numbers.tolist())
+        return Texts(self._texts.ids[rows], self._texts.mask[rows])
+
+    def image_of(self, numbers: Tensor) -> Tensor:
+        """The image of every text of some requests."""
+        return torch.arange(len(numbers), device=self.material.device).repeat_interleave(self.items)
+
+    def pad(self, lengths: Sequence[int], schedule: Schedule) -> list[int]:
+        """The lengths of texts in a schedule."""
+        return padded(lengths, schedule, max(lengths) if self._texts is None else self._texts.ids.shape[1])
 
     def compare(self, numbers: Sequence[int], ours: Any, theirs: Any) -> Difference:
         """Two answers to the same requests."""
@@ -97,10 +150,7 @@ class Workload:
     def tokens(self, numbers: Sequence[int], schedule: Schedule) -> tuple[int, int] | None:
         """Text tokens of requests: those of the texts, and those that a schedule computes for them."""
         lengths = self.lengths(numbers)
-        if not lengths or schedule == "own":
-            return None
-        official = max(lengths) if self._texts is None else self._texts.ids.shape[1]
-        return sum(lengths), sum(padded(lengths, schedule, official))
+        return None if not lengths or schedule == "own" else (sum(lengths), sum(self.pad(lengths, schedule)))
 
 
 class EmbedImage(Workload):
@@ -109,21 +159,19 @@ class EmbedImage(Workload):
     work, unit = "embed-image", "images"
 
     def __init__(self, material: Material, image_size: int, requests: int) -> None:
-        super().__init__(material, requests, image_size)
-        self._pixels = material.pixels(requests, image_size)
+        super().__init__(material, requests, image_size, inputs=[material.pixels(requests, image_size)])
 
     def name(self, count: int) -> str:
         return f"embed {counted(count, 'image')} of {self.image_size} px"
 
-    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        given = self._pixels.to(dtype)
-        return lambda numbers, clock: engine.embed_images(given[torch.tensor(list(numbers))], clock)
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+        return engine.embed_images(inputs[0][numbers], clock)
 
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
         return flops.image_encoder(self.config, len(numbers))
 
     def traffic(self, numbers: Sequence[int], element: int) -> int:
-        per_image = self._pixels[0].numel() + self.config.num_image_tokens * self.config.vision_width
+        per_image = self.inputs[0][0].numel() + self.config.num_image_tokens * self.config.vision_width
         return element * (self.material.weights["vision"] + len(numbers) * per_image)
 
 
@@ -133,26 +181,21 @@ class EmbedText(Workload):
     work, unit = "embed-text", "texts"
 
     def __init__(self, material: Material, requests: int, lengths: str = "captions") -> None:
-        self._given = material.texts(requests, lengths)
-        self._noun = _noun(lengths)
+        self._given, self._noun = material.texts(requests, lengths), _noun(lengths)
         super().__init__(material, requests, texts=self._given)
 
     def name(self, count: int) -> str:
         return f"embed {counted(count, self._noun)} ({self._given.span} tokens)"
 
-    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        def answer(numbers: Sequence[int], clock: Clock) -> Tensor:
-            chosen = torch.tensor(list(numbers))
-            return engine.embed_texts(self._given.ids[chosen], self._given.mask[chosen], clock)
-
-        return answer
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+        return engine.embed_texts(*self.texts(numbers), clock)
 
     def compare(self, numbers: Sequence[int], ours: Tensor, theirs: Tensor) -> Difference:
-        real = self._given.mask[torch.tensor(list(numbers))].bool()
+        real = self._given.mask[list(numbers)].bool()
         return Difference(relative_error(ours[real], theirs[real]))
 
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
-        return flops.text_encoder(self.config, padded(self.lengths(numbers), schedule, self._given.ids.shape[1]))
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
+        return flops.text_encoder(self.config, self.pad(self.lengths(numbers), schedule))
 
     def traffic(self, numbers: Sequence[int], element: int) -> int:
         # Rows of two tables of embeddings in, one row out.
@@ -167,40 +210,31 @@ class Rerank(Workload):
     def __init__(
         self, material: Material, image_size: int, texts: int, requests: int, lengths: str = "captions"
     ) -> None:
-        self._given = material.texts(texts, lengths)
-        super().__init__(material, requests, image_size, self._given)
-        self.items, self._noun = texts, _noun(lengths)
-        self._images, _ = material.images(requests, image_size)
+        given, self._noun = material.texts(texts, lengths), _noun(lengths)
+        images, _ = material.images(requests, image_size)
         with torch.inference_mode():
-            self._embeds = material.subjects.model(image_size, torch.float32).encode_text(*self._given)
+            embeds = material.subjects.model(image_size, torch.float32).encode_text(*given)
+        super().__init__(material, requests, image_size, given, texts, [images, embeds])
+        self._span = given.span
 
     def name(self, count: int) -> str:
-        texts = f"{counted(self.items, self._noun)} ({self._given.span} tokens)"
+        texts = f"{counted(self.items, self._noun)} ({self._span} tokens)"
         return f"re-rank {counted(count, 'image')} of {self.image_size} px x {texts}"
 
-    def _rows(self, numbers: Sequence[int]) -> list[int]:
-        return [(number + i) % self.items for number in numbers for i in range(self.items)]
+    def rows(self, numbers: Sequence[int]) -> list[int]:
+        return [(number + item) % self.items for number in numbers for item in range(self.items)]
 
-    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        images, embeds = self._images.to(dtype), self._embeds.to(dtype)
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+        images, embeds = inputs
+        rows = self.rows(numbers.tolist())
+        return engine.rerank(
+            Pairs(images[numbers], embeds[rows], self.texts(numbers).mask, self.image_of(numbers)), clock
+        )
 
-        def answer(numbers: Sequence[int], clock: Clock) -> Tensor:
-            rows = torch.tensor(self._rows(numbers))
-            image_of = torch.arange(len(numbers), device=images.device).repeat_interleave(self.items)
-            chosen = torch.tensor(list(numbers))
-            return engine.rerank(Pairs(images[chosen], embeds[rows], self._given.mask[rows], image_of), clock)
-
-        return answer
-
-    def lengths(self, numbers: Sequence[int]) -> list[int]:
-        return [self._lengths[row] for row in self._rows(numbers)]
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
         every = self.lengths(numbers)
         if schedule in ("official", "padded"):
-            return flops.official_fusion(
-                self.config, len(every), padded(every, schedule, self._given.ids.shape[1])[0]
-            )  # fmt: skip
+            return flops.official_fusion(self.config, len(every), self.pad(every, schedule)[0])
         fused = flops.fusion(self.config, every, first_token_only=True) + flops.matching_head(self.config, len(every))
         return flops.image_memory(self.config, len(numbers)) + fused
 
@@ -216,24 +250,17 @@ class Retrieve(Workload):
     work, unit = "retrieve", "queries"
 
     def __init__(self, material: Material, image_size: int, index: int, k: int, requests: int) -> None:
-        self._given = material.texts(requests)
-        index = min(index, len(material.collection.names))
-        super().__init__(material, requests, image_size, self._given)
-        self._embeds, self._features = material.images(index, image_size)
-        self._index, self._k = index, min(k, index)
+        given = material.texts(requests)
+        self._index = min(index, len(material.collection.names))
+        self._k, self._span = min(k, self._index), given.span
+        super().__init__(material, requests, image_size, given, inputs=material.images(self._index, image_size))
 
     def name(self, count: int) -> str:
         found = f"{self._k} best of {counted(self._index, 'image')} of {self.image_size} px, re-ranked"
-        return f"retrieve for {counted(count, 'caption')} ({self._given.span} tokens) the {found}"
+        return f"retrieve for {counted(count, 'caption')} ({self._span} tokens) the {found}"
 
-    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        searched = SearchIndex(self._embeds.to(dtype), self._features.to(dtype))
-
-        def answer(numbers: Sequence[int], clock: Clock) -> Found:
-            chosen = torch.tensor(list(numbers))
-            return engine.search(self._given.ids[chosen], self._given.mask[chosen], searched, self._k, clock)
-
-        return answer
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Found:
+        return engine.search(*self.texts(numbers), SearchIndex(*inputs), self._k, clock)
 
     def compare(self, numbers: Sequence[int], ours: Found, theirs: Found) -> Difference:
         """The images that both re-ranked; near ties of the similarity may make candidates differ."""
@@ -249,18 +276,18 @@ class Retrieve(Workload):
             return Difference(float("inf"), "no candidate in common")
         return Difference(relative_error(torch.tensor(mine), torch.tensor(yours)), _near_ties(differing))
 
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
-        config, every = self.config, padded(self.lengths(numbers), schedule, self._given.ids.shape[1])
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
+        config, every = self.config, self.pad(self.lengths(numbers), schedule)
         common = flops.text_encoder(config, every) + flops.contrastive_features(config, 0, len(every))
         common += flops.linear(len(every), config.embed_dim, self._index)
         if schedule in ("official", "padded"):
             return common + flops.official_fusion(config, self._k * len(every), every[0])
         images = len(torch.as_tensor(answer.indices).unique()) if schedule == "ours" else 0
-        return common + _fused(self, every, [size for size in every for _ in range(self._k)], images)
+        return common + _fused(config, every, [size for size in every for _ in range(self._k)], images)
 
     def traffic(self, numbers: Sequence[int], element: int) -> int:
         weights = self.material.weights["text"] + self.material.weights["fusion"]
-        read = self._features.numel() + self._k * self.config.num_image_tokens * self.config.vision_width
+        read = self.inputs[1].numel() + self._k * self.config.num_image_tokens * self.config.vision_width
         return element * (weights + len(numbers) * read)
 
 
@@ -277,20 +304,18 @@ class Retrieval(Workload):
         chosen = [collection.captions_of(photo)[:captions_per_photo] for photo in range(photos)]
         self._given = material.encoded([caption for captions in chosen for caption in captions])
         self._image_of_text = torch.tensor([photo for photo, captions in enumerate(chosen) for _ in captions])
-        self._k, self._batch = min(k, photos), batch
-        self._pixels = material.pixels(photos, image_size)
-        super().__init__(material, 1, image_size, self._given)
+        self._k, self._batch, self._photos = min(k, photos), batch, photos
+        super().__init__(material, 1, image_size, self._given, inputs=[material.pixels(photos, image_size)])
 
     def name(self, count: int) -> str:
-        images = f"{counted(len(self._pixels), 'image')} of {self.image_size} px"
+        images = f"{counted(self._photos, 'image')} of {self.image_size} px"
         return f"retrieve {images} x {counted(len(self._given.ids), 'caption')}, k = {self._k}, end to end"
 
-    def lengths(self, numbers: Sequence[int]) -> list[int]:
-        return list(self._lengths)
+    def rows(self, numbers: Sequence[int]) -> list[int]:
+        return list(range(len(self._given.ids)))
 
-    def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
-        batches = self._pixels.to(dtype).split(self._batch)
-        return lambda numbers, clock: engine.evaluate(batches, self._given.ids, self._given.mask, self._k, clock)
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Everything:
+        return engine.evaluate(inputs[0].split(self._batch), *self._given, self._k, clock)
 
     def compare(self, numbers: Sequence[int], ours: Everything, theirs: Everything) -> Difference:
         """The pairs that both scored; near ties of the similarity may make candidates differ."""
@@ -305,9 +330,8 @@ class Retrieval(Workload):
     def recall(self, answer: Everything) -> dict[str, float]:
         return recall(answer.image_to_text.float().cpu(), answer.text_to_image.float().cpu(), self._image_of_text)
 
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> flops.Count:
-        config, images = self.config, len(self._pixels)
-        every = padded(self._lengths, schedule, MAX_TOKENS)
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
+        config, images, every = self.config, self._photos, self.pad(self._lengths, schedule)
         common = flops.contrastive_features(config, images, len(every)) + flops.image_encoder(config, images)
         common += flops.text_encoder(config, every)
         if schedule == "official":
@@ -315,19 +339,270 @@ class Retrieval(Workload):
             return common + flops.official_fusion(config, pairs, MAX_TOKENS)
         # A pair that is a candidate in both directions is scored once.
         scored = (answer[0] != UNSCORED) | (answer[1].t() != UNSCORED)
-        return common + _fused(self, every, [every[text] for text in scored.nonzero()[:, 1].tolist()], images)
+        return common + _fused(config, every, [every[text] for text in scored.nonzero()[:, 1].tolist()], images)
 
     def traffic(self, numbers: Sequence[int], element: int) -> int:
-        return element * (sum(self.material.weights.values()) + self._pixels.numel())
+        return element * (sum(self.material.weights.values()) + self.inputs[0].numel())
 
 
-def _fused(workload: Workload, texts: Sequence[int], pairs: Sequence[int], images: int) -> flops.Count:
+class TaskWorkload(Workload):
+    """Photographs, each with texts of its own, for a fine-tuned model; official texts are padded to the longest."""
+
+    def __init__(
+        self, material: Material, image_size: int, requests: int, texts: Texts | None = None, items: int = 1,
+        photos: int = 0,
+    ) -> None:  # fmt: skip
+        pixels = material.pixels(photos or requests, image_size)
+        super().__init__(material, requests, image_size, texts, items, [pixels])
+        parameters = material.subjects.model(image_size, torch.float32, self.work).named_parameters()
+        # Tables of embeddings are read by the row.
+        self._weights = sum(p.numel() for name, p in parameters if ".embeddings." not in name)
+
+    def texts(self, numbers: Tensor) -> Texts:
+        """Texts without the padding of all of them."""
+        ids, mask = super().texts(numbers)
+        longest = int(mask.sum(1).max())
+        return Texts(ids[:, :longest], mask[:, :longest])
+
+    def pad(self, lengths: Sequence[int], schedule: Schedule) -> list[int]:
+        return [max(lengths)] * len(lengths) if schedule == "official" else list(lengths)
+
+    def traffic(self, numbers: Sequence[int], element: int) -> int:
+        return element * (self._weights + len(numbers) * 3 * self.image_size**2)
+
+
+class Statements(TaskWorkload):
+    """Sentences to whether they describe two photographs."""
+
+    work, unit = "nlvr2", "statements"
+
+    def __init__(self, material: Material, image_size: int, requests: int) -> None:
+        super().__init__(material, image_size, requests, material.texts(requests), photos=requests + 1)
+
+    def name(self, count: int) -> str:
+        return f"judge {counted(count, 'statement')} on two images each of {self.image_size} px"
+
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+        pixels = inputs[0]
+        return engine.statements(torch.cat((pixels[numbers], pixels[numbers + 1])), *self.texts(numbers), clock)
+
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
+        return fused_texts(self.config, self.lengths(numbers), 2 * len(numbers), schedule, passes=2, outputs=2)
+
+
+class Expressions(TaskWorkload):
+    """Expressions to boxes in their photograph."""
+
+    work, unit = "grounding", "expressions"
+
+    def __init__(self, material: Material, image_size: int, texts: int, requests: int, lengths: str) -> None:
+        super().__init__(material, image_size, requests, material.texts(requests * texts, lengths), texts)
+
+    def name(self, count: int) -> str:
+        return f"ground {counted(self.items, 'expression')} each in {counted(count, 'image')} of {self.image_size} px"
+
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+        return engine.boxes(inputs[0][numbers], *self.texts(numbers), self.image_of(numbers), clock)
+
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
+        return fused_texts(self.config, self.lengths(numbers), len(numbers), schedule, outputs=4)
+
+
+class Captions(TaskWorkload):
+    """Photographs to captions, by beam search."""
+
+    work, unit = "captioning", "captions"
+
+    def __init__(self, material: Material, image_size: int, requests: int) -> None:
+        super().__init__(material, image_size, requests)
+        self._prompt = material.tokenizer.encode_prompt(PROMPT).to(material.device)
+        self._scores: dict[tuple[int, ...], float] = {}
+
+    def name(self, count: int) -> str:
+        return f"caption {counted(count, 'image')} of {self.image_size} px, {_BEAMS} beams of {_LONGEST} tokens"
+
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+        return engine.captions(inputs[0][numbers], self._prompt, _LONGEST, _SHORTEST, _BEAMS, clock)
+
+    def compare(self, numbers: Sequence[int], ours: Tensor, theirs: Tensor) -> Difference:
+        """Log-likelihoods of the captions, a token, officially in fp32: near ties lead a search to others as likely."""
+        pairs = [(self._score(n, a), self._score(n, b)) for n, a, b in zip(numbers, ours, theirs, strict=True)]
+        others = sum(one.tolist() != other.tolist() for one, other in zip(ours, theirs, strict=True))
+        error = relative_error(*(torch.tensor(scores) for scores in zip(*pairs, strict=True)))
+        return Difference(error, f"near ties led to {counted(others, 'other caption')}" if others else "")
+
+    def _score(self, number: int, ids: Tensor) -> float:
+        key = number % self.requests, *ids.tolist()
+        if key not in self._scores:
+            twin = OfficialFineTuningTwin(self.material.subjects.model(self.image_size, torch.float32, self.work))
+            real, pixels = ids.ne(self.config.pad_token_id).long()[None], self.inputs[0][key[0] : key[0] + 1]
+            with torch.inference_mode():
+                loss = twin.captions(pixels, ids[None], real, len(self._prompt), label_smoothing=0.0)
+            self._scores[key] = float(loss)
+        return self._scores[key]
+
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
+        """As if the search ended with its longest caption."""
+        config, images, given = self.config, len(numbers), len(self._prompt)
+        copies = images * _BEAMS
+        # What is copied for every beam from the beginning, and whose logits are all computed.
+        begun, read = (copies, copies * given) if schedule == "official" else (images, images)
+        count = flops.image_encoder(config, images)
+        count += begun * _memory(config, config.num_image_tokens, config.vision_width)
+        count += _decoded(config, [given] * begun, config.num_image_tokens) + flops.lm_head(config, read)
+        for behind in range(given, answer.shape[1] - 1):
+            count += _decoded(config, [1] * copies, config.num_image_tokens) + flops.lm_head(config, copies)
+            count += decoder_layers(config) * Count(attention=4 * copies * behind * config.text_width)
+        return count
+
+
+class _Kind(NamedTuple):
+    """Answers of a question: `words` in a row's name, of numbers k and n answers."""
+
+    words: str
+    whole_list: bool = False
+    best: int | None = None
+
+
+ANSWERING = {
+    "vqa": _Kind("{k} of {n} answers ranked"),
+    "vqa-best": _Kind("the best of {k} of {n} answers", best=1),
+    "vqa-all": _Kind("the best of all {n} answers (official: of {k})", True, best=1),
+    "vqa-list": _Kind("all {n} answers ranked (official: {k})", True),
+}
+
+
+class Questions(TaskWorkload):
+    """Questions to answers out of a list; raises `InputError` for more candidates than there are answers."""
+
+    unit = "questions"
+
+    def __init__(self, material: Material, work: str, image_size: int, texts: int, k: int, requests: int) -> None:
+        self.work, self._kind = work, ANSWERING[work]
+        ids, mask = material.answers()
+        if k > len(ids):
+            raise InputError(f"k={k}; with {len(ids)} answers it must be 1 to {len(ids)}")
+        trie = AnswerTrie.of(ids, mask, material.config(image_size))
+        self._list = AnswerList(ids, mask, trie, k, self._kind.whole_list, self._kind.best)
+        super().__init__(material, image_size, requests, material.questions(requests * texts), texts)
+
+    def name(self, count: int) -> str:
+        words = self._kind.words.format(k=self._list.k, n=f"{self._list.trie.answers:,}")
+        images = "an image" if count == 1 else f"each of {count} images"
+        return f"{counted(self.items, 'question')} to {images} of {self.image_size} px, {words}"
+
+    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> AnswerRanking:
+        texts = self.texts(numbers)
+        return engine.answers(inputs[0][numbers], *texts, self.image_of(numbers), self._list, clock)
+
+    def compare(self, numbers: Sequence[int], ours: AnswerRanking, theirs: AnswerRanking) -> Difference:
+        # The official algorithm in another dtype has ranked only the candidates too.
+        return compared(ours, theirs, whole_list=self._kind.whole_list and ours.indices.shape != theirs.indices.shape)
+
+    def pad(self, lengths: Sequence[int], schedule: Schedule) -> list[int]:
+        return list(lengths)
+
+    def flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> int | None:
+        """None where it depends on the model's certainty what has to be decoded."""
+        if self._kind.best is not None and schedule != "official":
+            return None
+        return super().flops(numbers, schedule, answer)
+
+    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: AnswerRanking) -> Count:
+        lengths, trie = self.lengths(numbers), self._list.trie
+        if schedule == "official":
+            return official_answering(self.config, lengths, self._list.k, self._list.ids.shape[1])
+        nodes = [trie.nodes] * len(lengths)
+        if not self._kind.whole_list:
+            nodes = [len(each.unique()) for each in trie.answer_nodes[answer.indices]]
+        return answering(self.config, lengths, nodes, len(numbers))
+
+
+def compared(ours: AnswerRanking, truth: AnswerRanking, *, whole_list: bool = False) -> Difference:
+    """Scores of the answers that are in both rankings of the same questions, and those of the best.
+
+    Args:
+        whole_list: ours looked at all answers: its best may be better, but none of the others' may be missing that is
+            better than its last.
+    """
+    mine: list[float] = []
+    theirs: list[float] = []
+    alone = 0
+    for indices, scores, other_indices, other_scores in zip(*map(torch.Tensor.tolist, (*ours, *truth)), strict=True):
+        found, known = (dict(zip(*pair, strict=True)) for pair in ((indices, scores), (other_indices, other_scores)))
+        shared = found.keys() & known.keys()
+        mine += [found[index] for index in shared] + scores[:1]
+        theirs += [known[index] for index in shared]
+        theirs.append(max(scores[0], other_scores[0]) if whole_list else other_scores[0])
+        if whole_list:
+            missing = max((known[index] for index in known.keys() - found.keys()), default=scores[-1])
+            mine.append(scores[-1])
+            theirs.append(max(scores[-1], missing))
+        else:
+            # First tokens that are equally likely but for rounding decide which answers are candidates.
+            alone += len(found) - len(shared)
+    note = f"near ties put {alone} answers into one of the rankings alone" if alone else ""
+    return Difference(relative_error(torch.tensor(mine), torch.tensor(theirs)), note)
+
+
+def fused_texts(
+    config: XFMConfig, lengths: Sequence[int], images: int, schedule: Schedule, *, outputs: int, passes: int = 1
+) -> Count:
+    """Operations of texts that are fused with images in so many passes, up to the outputs of a head on token 0.
+
+    The official procedure pads the texts, and encodes an image for each of them in every pass.
+    """
+    width, texts = config.text_width, len(lengths)
+    count = flops.linear(texts, passes * width, 2 * passes * width) + flops.linear(texts, 2 * passes * width, outputs)
+    if schedule == "official":
+        padded, images = [max(lengths)] * texts, passes * texts
+        count += flops.text_encoder(config, padded) + passes * flops.fusion(config, padded)
+    else:
+        count += flops.text_encoder(config, lengths) + flops.first_self_attention(config, lengths)
+        count += flops.fusion(config, passes * list(lengths), first_token_only=True, self_attended=True)
+    return count + flops.image_encoder(config, images) + flops.image_memory(config, images)
+
+
+def answering(config: XFMConfig, lengths: Sequence[int], nodes: Sequence[int], images: int = 1) -> Count:
+    """Operations that answers to questions of some images need.
+
+    Args:
+        lengths: tokens of each question.
+        nodes: prefixes that are decoded for each.
+    """
+    count = flops.image_encoder(config, images) + flops.image_memory(config, images)
+    count += flops.text_encoder(config, lengths) + flops.fusion(config, lengths)
+    for length, prefixes in zip(lengths, nodes, strict=True):
+        count += _decoded(config, [1] * prefixes, length) + flops.lm_head(config, prefixes)
+        count += _memory(config, length, config.text_width)
+    return count
+
+
+def official_answering(config: XFMConfig, lengths: Sequence[int], k: int, longest: int) -> Count:
+    """The same as the official code does it: k candidates of `longest` tokens, each with a copy of its question."""
+    count = Count()
+    for length in lengths:
+        count += answering(config, [length], [1])
+        count += _decoded(config, [longest] * k, length) + flops.lm_head(config, longest * k)
+        count += k * _memory(config, length, config.text_width)
+    return count
+
+
+def _decoded(config: XFMConfig, lengths: list[int], states: int) -> Count:
+    """Texts through the decoder, whose layers are those of the fusion encoder."""
+    return flops.fusion(config.replace(fusion_layers=decoder_layers(config)), lengths, states)
+
+
+def _memory(config: XFMConfig, states: int, width: int) -> Count:
+    """Keys and values of states in every layer of the decoder."""
+    return decoder_layers(config) * flops.linear(states, width, 2 * config.text_width)
+
+
+def _fused(config: XFMConfig, texts: Sequence[int], pairs: Sequence[int], images: int) -> Count:
     """Our re-ranking of pairs of these lengths: first self-attention once a text, memory once an image."""
-    config = workload.config
     count = flops.first_self_attention(config, texts) + flops.matching_head(config, len(pairs))
-    return count + flops.fusion(config, pairs, first_token_only=True, self_attended=True) + flops.image_memory(
-        config, images
-    )  # fmt: skip
+    count += flops.fusion(config, pairs, first_token_only=True, self_attended=True)
+    return count + flops.image_memory(config, images)
 
 
 def _near_ties(differing: int) -> str:
@@ -341,3 +616,18 @@ def counted(number: int, noun: str) -> str:
 
 def _noun(lengths: str) -> str:
     return "caption" if lengths == "captions" else "text"
+
+
+TASK_WORK = (*ANSWERING, Statements.work, Expressions.work, Captions.work)
+
+
+def task_workload(
+    work: str, material: Material, image_size: int, texts: int, k: int, requests: int, lengths: str
+) -> TaskWorkload:  # fmt: skip
+    """The requests of a kind of work that a task has."""
+    if work in ANSWERING:
+        return Questions(material, work, image_size, texts, k, requests)
+    if work == Expressions.work:
+        return Expressions(material, image_size, texts, requests, lengths)
+    one_each = {kind.work: kind for kind in (Statements, Captions)}
+    return one_each[work](material, image_size, requests)

@@ -12,8 +12,7 @@ from ..measure import Case, Run, benchmark
 from ..record import OFFICIAL, OURS
 from ..tasks import TASKS
 from .model import LazyEngine, Scale, case, engines, note_paths, prepare
-from .requests import EmbedImage, EmbedText, Rerank, Retrieval
-from .task_requests import TASK_WORK, made
+from .requests import TASK_WORK, EmbedImage, EmbedText, Rerank, Retrieval, task_workload
 
 # Seconds after which the rows that are left get one sample; of tasks so much later.
 _DEADLINE_S, _QUICK_S, _TASKS_S = 185, 42, 100
@@ -57,7 +56,7 @@ def run(run: Run) -> Iterator[Case]:
         run.progress.stage(task)
         scale = Scale.of(task, options, run.device)
         texts, batch = (_TASK_ITEMS, 1) if task in ("vqa", "grounding") else (1, _TASK_ITEMS)
-        workload = made(task, material, scale.image_size, texts, scale.k, batch, "captions")
+        workload = task_workload(task, material, scale.image_size, texts, scale.k, batch, "captions")
         yield case(run, workload, _engines(run, material, task, scale.image_size, None), batch=batch, **limits)
     note_paths(run)
     # The other backends do not take part.

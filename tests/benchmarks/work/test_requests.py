@@ -28,7 +28,7 @@ from xfm_fast.benchmarks.measure import Difference
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
 from xfm_fast.benchmarks.work import model as model_cases
-from xfm_fast.benchmarks.work import scenario, task_requests
+from xfm_fast.benchmarks.work import requests, scenario
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.errors import InputError
 from xfm_fast.loading import Source
@@ -81,7 +81,7 @@ def test_answers_and_questions_have_the_statistics_of_vqa_v2(material: Material)
 
 
 @pytest.mark.parametrize(
-    "work", ["vqa", pytest.param("vqa-all", marks=pytest.mark.slow), "nlvr2", "grounding", "captioning"]
+    "work", ["vqa", "grounding", *(pytest.param(work, marks=pytest.mark.slow) for work in ("vqa-all", "captioning"))]
 )
 def test_a_task_is_a_scenario(work: str) -> None:
     document = scenario.run(TINY, scenario=work)
@@ -102,27 +102,27 @@ def test_a_task_is_a_scenario(work: str) -> None:
     assert 0 < (ours.number("flops") or 0) < (official.number("flops") or 0)
 
 
-@pytest.mark.parametrize("work", ["vqa", "vqa-best", "vqa-all", "vqa-list", "nlvr2", "grounding", "captioning"])
+@pytest.mark.parametrize("work", requests.TASK_WORK)
 def test_a_task_agrees_with_the_official_procedure_and_its_count(work: str, material: Material) -> None:
     """In fp64, where nothing but a fault is left; requests of several lengths, together."""
-    workload = task_requests.made(work, material, 48, 2, 8, 3, "captions")
+    workload = requests.task_workload(work, material, 48, 2, 8, 3, "captions")
     model = material.subjects.model(48, torch.float64, work)
     with torch.inference_mode():
         ours = workload.prepare(OurEngine(model), torch.float64)([0, 2], NoStages())
         with FlopCounterMode(display=False) as counter:
             official = workload.prepare(OfficialEngine(model), torch.float64)([0, 2], NoStages())
     found = workload.compare([0, 2], ours, official)
-    # Boxes are told in fp32.
+    # Boxes are computed in fp32.
     assert found.error < (1e-6 if work == "grounding" else 1e-9)
     assert found.note == ""
     assert workload.flops([0, 2], "official", official) == counter.get_total_flops()
     others = workload.prepare(OurEngine(model), torch.float64)([1, 0], NoStages())
-    if work in ("nlvr2", "grounding"):
+    if isinstance(official, torch.Tensor) and official.is_floating_point():
         assert workload.compare([0, 2], others, official).error > 1e-3
 
 
 def test_another_caption_is_as_wrong_as_it_is_unlikely(material: Material) -> None:
-    workload = task_requests.made("captioning", material, 48, 1, 1, 2, "captions")
+    workload = requests.task_workload("captioning", material, 48, 1, 1, 2, "captions")
     model = material.subjects.model(48, torch.float32, "captioning")
     best = workload.prepare(OfficialEngine(model), torch.float32)([0, 1], NoStages())
     assert workload.compare([0, 1], best, best) == Difference(0.0)
@@ -151,20 +151,20 @@ def _ranking(*scores: float, first: int = 0) -> AnswerRanking:
     ],
 )
 def test_agreement(ours: AnswerRanking, truth: AnswerRanking, whole_list: bool, wrong: float) -> None:
-    error = task_requests.compared(ours, truth, whole_list=whole_list).error
+    error = requests.compared(ours, truth, whole_list=whole_list).error
     assert error == pytest.approx(wrong, abs=1e-6)
 
 
 def test_operations_of_both_procedures() -> None:
     """Of two questions, the image is needed once; 128 candidates and their copies are most of the official cost."""
     config = preset_config("base").replace(image_size=480)
-    one, two = (task_requests.answering(config, [10] * n, [175] * n).total for n in (1, 2))
+    one, two = (requests.answering(config, [10] * n, [175] * n).total for n in (1, 2))
     image = (flops.image_encoder(config, 1) + flops.image_memory(config, 1)).total
     assert image < one < two < 2 * one - image + 1
-    official = task_requests.official_answering
+    official = requests.official_answering
     assert official(config, [10] * 2, 128, 8).total == 2 * official(config, [10], 128, 8).total
 
 
 def test_more_candidates_than_answers() -> None:
-    with pytest.raises(InputError, match="k=4000; with 40 answers it must be 1 to 40"):
+    with pytest.raises(InputError, match="k=4000"):
         scenario.run(replace(TINY, k=4000), scenario="vqa")
