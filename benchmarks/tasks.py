@@ -51,16 +51,10 @@ def decoder_layers(config: XFMConfig) -> int:
 
 @dataclass(frozen=True)
 class BenchTask:
-    """A task and its step of training.
+    """A task and its step of training; `unit` is what `counts` counts: items on a CPU, of a quick run, and on a GPU.
 
-    Attributes:
-        title: for readers; `unit` is what `counts` counts: items of a batch on a CPU, of a quick run on it, and the
-            official ones on a GPU.
-        image_size: the official one; None where there is no image.
-        build: makes the model.
-        batch: makes so many items of a batch.
-        official: the method of `OfficialFineTuningTwin` that computes the losses of the batch.
-        losses: options of `pretraining_losses`, for pairs.
+    `image_size` is the official one, None where there is no image. `build` makes the model and `batch` so many items.
+    Losses are those of a method of `OfficialFineTuningTwin`, `official`; `losses` are options of `pretraining_losses`.
     """
 
     title: str

@@ -1,1 +1,1 @@
-"""Those that do the work of a scenario: xfm-fast, the official algorithm, and whatever else is installed."""
+"""Backends of the model: xfm-fast, the official algorithm and code, public libraries, runtimes of exports."""

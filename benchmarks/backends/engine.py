@@ -161,18 +161,22 @@ class Engine:
         raise NotImplementedError
 
     def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
-        """For every text `[Q, L]` the k most similar images, re-ranked: by default every pair for itself, padded."""
+        """For every text `[Q, L]` the k most similar images, re-ranked."""
         with clock("text encoder"):
             embeds = self.embed_texts(input_ids, attention_mask, NoStages())
         with clock("similarity and top-k"):
             projection = self.model.text_proj
             features = F.normalize(F.linear(embeds[:, 0], projection.weight, projection.bias), dim=-1)
             best = (features @ index.features.t()).topk(min(k, len(index.features)), dim=1).indices
+        scores, order = self.scores(embeds, attention_mask, index, best, clock).sort(dim=1, descending=True)
+        return Found(best.gather(1, order), scores)
+
+    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor, clock: Clock) -> Tensor:
+        """Match scores `[Q, k]` of embedded texts with their best images; by default all pairs, padded."""
         rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
         images, every = index.embeds[best.flatten()], torch.arange(best.numel(), device=best.device)
         with clock("re-ranking"):
-            scores = self.rerank(Pairs(images, embeds[rows], attention_mask[rows], every), NoStages())
-        return ordered(best, scores.view_as(best))
+            return self.rerank(Pairs(images, embeds[rows], mask[rows], every), NoStages()).view(best.shape)
 
     def evaluate(
         self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
@@ -203,9 +207,3 @@ def wait_for(device: torch.device) -> None:
     """Until everything that was enqueued on a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def ordered(indices: Tensor, scores: Tensor) -> Found:
-    """Candidates `[Q, k]` of every query, best first."""
-    scores, order = scores.sort(dim=1, descending=True)
-    return Found(indices.gather(1, order.to(indices.device)), scores)

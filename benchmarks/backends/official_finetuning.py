@@ -19,12 +19,10 @@ from .engine import (
     Clock,
     Engine,
     Everything,
-    Found,
     NoStages,
     Pairs,
     Part,
     SearchIndex,
-    ordered,
     parts_under,
 )
 from .official_algorithm import OfficialTrainingTwin, box_losses, mlp_head
@@ -210,17 +208,12 @@ class OfficialEngine(Engine):
             scores.append(self._scores(embeds, pairs.mask[chosen], image.expand(len(embeds), -1, -1), clock))
         return torch.cat(scores)
 
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
-        with clock("text encoder"):
-            embeds = self._texts(input_ids, attention_mask)
-        with clock("similarity and top-k"):
-            similarity = self._twin.project_text(embeds) @ index.features.t()
-            best = similarity.topk(min(k, len(index.features)), dim=1).indices
+    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor, clock: Clock) -> Tensor:
         rows = []
-        for text, mask, candidates in zip(embeds, attention_mask, best, strict=True):
-            texts, masks = text.repeat(len(candidates), 1, 1), mask.repeat(len(candidates), 1)
+        for text, its_mask, candidates in zip(embeds, mask, best, strict=True):
+            texts, masks = text.repeat(len(candidates), 1, 1), its_mask.repeat(len(candidates), 1)
             rows.append(self._scores(texts, masks, index.embeds[candidates], clock))
-        return ordered(best, torch.stack(rows))
+        return torch.stack(rows)
 
     def _scores(self, embeds: Tensor, mask: Tensor, images: Tensor, clock: Clock) -> Tensor:
         with clock("fusion, keys and values included"):

@@ -25,7 +25,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.retrieval import ImageIndex, Retriever
 from xfm_fast.tasks.vqa import AnswerRanking
 
-from .engine import AnswerList, Clock, Engine, Everything, Found, Pairs, Part, SearchIndex, ordered, parts_under
+from .engine import AnswerList, Clock, Engine, Everything, Found, Pairs, Part, SearchIndex, parts_under
 
 
 def served(model: XFM) -> XFM:
@@ -129,19 +129,15 @@ class MemoryEngine(OurEngine):
         self._kept: tuple[Tensor, ImageMemory] | None = None
 
     def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+        return Engine.search(self, input_ids, attention_mask, index, k, clock)
+
+    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor, clock: Clock) -> Tensor:
         if self._kept is None or self._kept[0] is not index.embeds:
             self._kept = index.embeds, self.model.image_memory(index.embeds)
-        memory = self._kept[1]
-        with clock("text encoder"):
-            embeds = self.model.encode_text(input_ids, attention_mask)
-        with clock("similarity and top-k"):
-            features = self.model.project_text(embeds)
-            best = (features @ index.features.t()).topk(min(k, len(index.features)), dim=1).indices
         with clock("fusion and matching head"):
             rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
-            fused = self.model.fuse(embeds[rows], attention_mask[rows], memory, best.flatten(), first_token_only=True)
-            scores = self.model.match_logits(fused)[:, 1].view_as(best)
-        return ordered(best, scores)
+            fused = self.model.fuse(embeds[rows], mask[rows], self._kept[1], best.flatten(), first_token_only=True)
+            return self.model.match_logits(fused)[:, 1].view(best.shape)
 
 
 class SessionEngine(Engine):

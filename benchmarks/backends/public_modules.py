@@ -46,25 +46,27 @@ class TransformersEngine(Engine):
     def __init__(self, model: XFM, parts: frozenset[str]) -> None:
         self.model = model
         transformers: Any = importlib.import_module("transformers")
-        made = {
-            name: build(transformers, model).to(model.device, model.dtype).eval().requires_grad_(False)
-            for name, build in (("vision", _vision_module), ("text", _text_module), ("fusion", _fusion_module))
-            if name in parts
-        }
-        self._vision, self._text, self._fusion = (made.get(name) for name in ("vision", "text", "fusion"))
+        settings = roberta_settings(model.config)
+        if "vision" in parts:
+            self._vision = _load(model, *_beit(transformers, model))
+        if "text" in parts:
+            text = transformers.RobertaModel(transformers.RobertaConfig(**settings), add_pooling_layer=False)
+            self._text = _load(model, text, _part(model, _TEXT))
+        if "fusion" in parts:
+            blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
+            settings |= {"num_hidden_layers": model.config.fusion_layers, "is_decoder": True}
+            config = transformers.BlipTextConfig(**settings, encoder_hidden_size=model.config.vision_width)
+            self._fusion = _load(model, blip.BlipTextEncoder(config), _part(model, _FUSION))
 
     def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
-        assert self._vision is not None
         return finish_image(self.model, self._vision(pixels).last_hidden_state)
 
     def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
-        assert self._text is not None
         longest = int(attention_mask.sum(1).max())
         out = self._text(input_ids=input_ids[:, :longest], attention_mask=attention_mask[:, :longest])
         return F.pad(out.last_hidden_state, (0, 0, 0, input_ids.shape[1] - longest))
 
     def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
-        assert self._fusion is not None
         longest = int(pairs.mask.sum(1).max())
         mask = pairs.mask[:, None, None, :longest].to(pairs.embeds.dtype)
         hidden = (1.0 - mask) * torch.finfo(mask.dtype).min
@@ -87,9 +89,8 @@ class TimmEngine(Engine):
             **beit_settings(config),
         )  # fmt: skip
         state = {name: tensor for name, tensor in _part(model, _VISION).items() if name != "mask_token"}
-        _fill(module, state, "timm's Beit")
         self.model = model
-        self._module = module.to(model.device, model.dtype).eval().requires_grad_(False)
+        self._module = _load(model, module, state)
 
     def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
         return finish_image(self.model, self._module.forward_features(pixels))
@@ -106,32 +107,14 @@ def _part(model: XFM, prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in model.state_dict().items() if n.startswith(prefix)}
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load weights and refuse a module that has others: its results would be its own."""
+def _load(model: XFM, module: Any, state: Mapping[str, Tensor]) -> Any:
+    """A module with weights, on the device of the model; RuntimeError if it has other parameters than the weights."""
     outcome = module.load_state_dict(dict(state), strict=False)
     buffers = ("position_ids", "token_type_ids", "relative_position_index")
     wrong = [name for name in (*outcome.missing_keys, *outcome.unexpected_keys) if not name.endswith(buffers)]
     if wrong:
-        raise RuntimeError(f"{what} of this version has other parameters, such as {wrong[0]}")
-
-
-def _text_module(transformers: Any, model: XFM) -> Any:
-    """RoBERTa of transformers with the weights of the text encoder."""
-    module = transformers.RobertaModel(
-        transformers.RobertaConfig(**roberta_settings(model.config)), add_pooling_layer=False
-    )
-    _fill(module, _part(model, _TEXT), "RobertaModel")
-    return module
-
-
-def _fusion_module(transformers: Any, model: XFM) -> nn.Module:
-    blip: Any = importlib.import_module("transformers.models.blip.modeling_blip_text")
-    settings = roberta_settings(model.config) | {"num_hidden_layers": model.config.fusion_layers, "is_decoder": True}
-    module = blip.BlipTextEncoder(
-        transformers.BlipTextConfig(**settings, encoder_hidden_size=model.config.vision_width)
-    )
-    _fill(module, _part(model, _FUSION), "BlipTextEncoder")
-    return module
+        raise RuntimeError(f"{type(module).__name__} of this version has other parameters, such as {wrong[0]}")
+    return module.to(model.device, model.dtype).eval().requires_grad_(False)
 
 
 def roberta_settings(config: XFMConfig) -> dict[str, Any]:
@@ -165,7 +148,8 @@ def beit_settings(config: XFMConfig) -> dict[str, Any]:
     }
 
 
-def _vision_module(transformers: Any, model: XFM) -> nn.Module:
+def _beit(transformers: Any, model: XFM) -> tuple[Any, dict[str, Tensor]]:
+    """BEiT of transformers, and the weights of the vision encoder under its names."""
     config = model.config
     settings = transformers.BeitConfig(
         hidden_size=config.vision_width,
@@ -202,5 +186,4 @@ def _vision_module(transformers: Any, model: XFM) -> nn.Module:
         else:
             stem = next(stem for stem in _BEIT_BLOCK if inner == stem or inner.startswith(f"{stem}."))
             named[block + _BEIT_BLOCK[stem][spelling] + inner.removeprefix(stem)] = tensor
-    _fill(module, named, "BeitModel")
-    return module
+    return module, named

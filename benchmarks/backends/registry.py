@@ -58,18 +58,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class ModelBackend:
-    """One way to do the work of the model.
+    """One way to do the work of the model; `name` is stable, `label` for readers.
 
-    Attributes:
-        name: stable; `label` is for readers.
-        make: makes an engine; may raise any error of its library.
-        works: that it takes part in, None for all; `dtypes`: in which it can.
-        why_absent: on a device; None where it can run.
-        package: whose version is reported.
-        heavy: takes a minute or more to build, so that quick runs leave it out.
-        named: takes part only if it is named.
-        schedule: for counting its operations.
-        band: of its error, where rounding in a dtype is not what explains it.
+    `make` makes an engine and may raise any error of its library. It takes part in `works` (None: in all) in `dtypes`,
+    unless `why_absent` has a reason on a device; `package` has the version. A heavy one takes a minute or more to
+    build, so that quick runs leave it out; a `named` one takes part only by its name. `schedule` counts its operations,
+    and `band` is its allowed error where rounding in a dtype does not explain it.
     """
 
     name: str
@@ -224,9 +218,7 @@ def choose(
 
     xfm-fast and the official algorithm, to which everything is compared, always take part. No `names` stand for all
     backends that are installed, without the heavy ones in a quick run; `official` is a clone of the official code.
-
-    Raises:
-        UnavailableError: a name is unknown, or `official` is no clone.
+    Raises `UnavailableError` for an unknown name, or if `official` is no clone.
     """
     known = {backend.name: backend for backend in BACKENDS}
     unknown = [name for name in names if name not in known]

@@ -50,14 +50,9 @@ _KINDS = (
 class Scale:
     """How much work, and how long.
 
-    Attributes:
-        batch: requests of an offline run, and the most that a server answers together.
-        requests: distinct ones.
-        rounds, block: of single-stream: rounds, and requests of each backend in a round.
-        budget_s: for all rounds of a mode.
-        trial_requests, trial_s: of the server: requests of a trial, fewer if they would take longer, more if the bound
-            needs it.
-        trials: of the search for a rate.
+    `batch` requests of `requests` distinct ones are an offline run, and the most that a server answers together. A
+    round of single-stream is `block` requests of each backend; `budget_s` is for all rounds of a mode. A trial of the
+    server is `trial_requests` or as many as take `trial_s`, more if the bound needs it; `trials` search for a rate.
     """
 
     image_size: int
@@ -117,15 +112,9 @@ class Scale:
 
 
 def prepare(run: Run, image_size: int, most_photos: int = MOST_PHOTOS, work: str = "") -> Material:
-    """Read photographs and captions, load the weights, prepare the probes.
+    """Read photographs and captions, load the weights, prepare the probes; raises XFMError for unusable ones.
 
-    Args:
-        image_size: of the first model that is needed.
-        most_photos: of a folder of the user's.
-        work: for which the model is needed.
-
-    Raises:
-        XFMError: the checkpoint or the data cannot be used.
+    The first model has an `image_size` and a kind of work; a folder of the user's gives at most `most_photos`.
     """
     options, folder, document = run.options, run.options.data, run.document
     document.cold_start["imports"] = time.time() - psutil.Process().create_time()
@@ -174,8 +163,7 @@ class LazyEngine:
     def answer(self, workload: Workload) -> Callable[..., Any]:
         """Answers requests: a function of their numbers, and of a clock for the stages, that waits for results.
 
-        Raises:
-            Exception: any error of the library.
+        It may raise any error of the library.
         """
         if self._loaded is None:
             try:
@@ -203,12 +191,7 @@ class LazyEngine:
 def engines(
     run: Run, material: Material, work: str, image_size: int, baselines: Sequence[str], official: Path | None = None
 ) -> list[LazyEngine]:
-    """Every backend at a kind of work in every dtype.
-
-    Args:
-        baselines: names; none stand for all that are installed.
-        official: clone of the official repository.
-    """
+    """Every backend at a kind of work in every dtype; see `choose`."""
     present, absent = choose(baselines, work, run.device, quick=run.options.quick, official=official)
     run.document.baselines = [
         Baseline(backend=one.name, label=one.label, version=one.version, reason=absent.get(one.name))
@@ -228,10 +211,8 @@ def case(
 ) -> Case:  # fmt: skip
     """A number of requests at a time, answered by some engines, judged by the official algorithm.
 
-    Args:
-        block: requests of a single-stream round.
-        split: find out where the time goes, by runs of their own.
-        limits: fields of `Case`.
+    `block` are the requests of a single-stream round; `split` times the parts in runs of their own; `limits` are fields
+    of `Case`.
     """
     numbers, by_key = workload.batch(batch), {engine.key: engine for engine in found}
     subjects = workload.material.subjects
@@ -375,10 +356,6 @@ def _silence() -> Iterator[None]:
 
 
 def require(known: Sequence[str], name: str, what: str) -> None:
-    """Check a name.
-
-    Raises:
-        UnavailableError: it is unknown.
-    """
+    """Raise `UnavailableError` for an unknown name."""
     if name not in known:
         raise UnavailableError(f"{what} {name!r} is unknown; choose from {', '.join(known)}")

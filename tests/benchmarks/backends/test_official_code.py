@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -90,3 +92,11 @@ def test_an_error_inside_reaches_the_caller(engine: OfficialCodeEngine, model: X
         engine.rerank(pairs, NoStages())
     with pytest.raises(UnavailableError, match="ended"):
         engine.rerank(pairs, NoStages())
+
+
+def test_a_clone_that_does_not_import(model: XFM, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("")
+    (tmp_path / "models" / "beit2.py").write_text("print('noise')\nimport a_module_that_does_not_exist\n")
+    with pytest.raises(UnavailableError, match="a_module_that_does_not_exist"):
+        OfficialCodeEngine(model, tmp_path)

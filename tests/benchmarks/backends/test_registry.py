@@ -209,7 +209,7 @@ def test_synthetic_lengths(material: Material) -> None:
             material.texts(2, wrong)
 
 
-def test_who_takes_part() -> None:
+def test_who_takes_part(tmp_path: Path) -> None:
     present, absent = choose((), "embed-image", CPU, quick=True)
     names = [backend.name for backend in present]
     assert names[:2] == [OURS, OFFICIAL]
@@ -225,3 +225,5 @@ def test_who_takes_part() -> None:
     assert "--baselines" in absent["onnxruntime-packed"] or "not installed" in absent["onnxruntime-packed"]
     with pytest.raises(UnavailableError, match="tensorflow"):
         choose(("tensorflow",), "rerank", CPU, quick=True)
+    with pytest.raises(UnavailableError, match=str(tmp_path)):
+        choose((), "rerank", CPU, quick=True, official=tmp_path)

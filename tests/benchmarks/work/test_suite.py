@@ -12,7 +12,7 @@ from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import SuiteOptions
-from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE, OURS, Document
+from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document
 from xfm_fast.benchmarks.work import suite
 from xfm_fast.errors import CheckpointError, UnavailableError
 from xfm_fast.models.xfm import XFM
@@ -83,17 +83,3 @@ def test_checkpoints(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointError):
         _run(random=None, config="tiny", model=str(tmp_path / "foreign.pth"))
-
-
-def test_an_official_clone_that_does_not_import(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="official repository"):
-        _run(official=tmp_path)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "__init__.py").write_text("")
-    (tmp_path / "models" / "xfm.py").write_text("")
-    (tmp_path / "models" / "beit2.py").write_text("print('noise')\nimport a_module_that_does_not_exist\n")
-    document = _run(official=tmp_path)
-    row = next(row for row in document.rows if row.backend == OFFICIAL_CODE)
-    assert row.status == "failed"
-    assert "\n" not in (row.reason or "")
-    assert "Error" in (row.reason or "")
