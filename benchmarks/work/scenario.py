@@ -99,7 +99,6 @@ def search_rates(
             continue
         searches[key] = RateSearch(_FIRST_SHARE * rate, scale.trials, scale.resolution)
     bound_s, origin = _bound(run.options, singles)
-    best: dict[str, Trial] = {}
     interrupted, turn = False, 0
     try:
         while any(not search.done for search in searches.values()):
@@ -121,8 +120,6 @@ def search_rates(
                     del searches[key]
                     continue
                 search.record(trial)
-                if trial.held and trial.rate >= search.best:
-                    best[key] = trial
             read()
             turn += 1
     except KeyboardInterrupt:
@@ -133,7 +130,8 @@ def search_rates(
             row.status, row.reason = "failed", failures[key]
         if key not in searches:
             continue
-        search, served = searches[key], best.get(key)
+        search = searches[key]
+        served = search.served
         if interrupted and not search.done:
             row.status, row.reason = "partial", f"interrupted after {len(search.trials)} trials"
         elif served is None:
@@ -142,10 +140,10 @@ def search_rates(
             row.reason = "the bound held at every rate that was tried"
         row.extra |= {
             "max_qps": search.best, "bound_s": bound_s, "bound_origin": origin, "largest_batch": scale.batch,
-            "trials": {f"{trial.rate:.6g}": trial.percentile(0.99) for trial in search.trials},
+            "trials": {f"{trial.rate:.6g}": percentile(trial.latencies, 0.99) for trial in search.trials},
         }  # fmt: skip
         if served is not None:
-            row.extra |= {f"p{share}_s": served.percentile(share / 100) for share in (50, 90, 99)}
+            row.extra |= {f"p{share}_s": percentile(served.latencies, share / 100) for share in (50, 90, 99)}
         row.contended = readings.contended(row.dtype)
         # How many times the rate of the others ours is; one that held none is left out.
         for other, its in searches.items() if row.backend == OURS else ():
@@ -180,19 +178,12 @@ class Trial(NamedTuple):
 
     Attributes:
         latencies: of the requests that were answered, in order of arrival.
-        late: how many took longer than the bound; `held` if that were at most 1%, `cut` if it ended early for them.
+        held: at most 1% of the requests took longer than the bound; else the trial ended early.
     """
 
     rate: float
     latencies: list[float]
-    late: int
-    mean_batch: float
     held: bool
-    cut: bool
-
-    def percentile(self, share: float) -> float:
-        """Of the latencies."""
-        return percentile(self.latencies, share)
 
 
 def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
@@ -228,7 +219,6 @@ def serve(
     arrivals = poisson_arrivals(rate, requests, seed)
     allowed = int(LATE_SHARE * requests)
     latencies: list[float] = []
-    sizes: list[int] = []
     late, done = 0, 0
     begun = clock()
     while done < requests and late <= allowed:
@@ -245,28 +235,27 @@ def serve(
         for arrival in arrivals[done : done + size]:
             latencies.append(finished - arrival)
             late += latencies[-1] > bound_s
-        sizes.append(size)
         done += size
-    return Trial(rate, latencies, late, statistics.fmean(sizes), late <= allowed, done < requests)
+    return Trial(rate, latencies, late <= allowed)
 
 
 @dataclass
 class RateSearch:
-    """Finds the highest rate that holds: up or down by a factor until one holds and one fails, then bisection.
+    """Finds the highest rate that holds: up or down by a factor of 2 until one holds and one fails, then bisection.
 
     Rates are compared by their logarithms; the search ends when the two are within `resolution`, or after `most`
     trials.
 
     Attributes:
         start: first rate; that of the backend without a pause is a good one.
-        best: highest rate that held, 0 before any did; `worst`: lowest that failed.
+        best: highest rate that held, in `served`, 0 before any did; `worst`: lowest that failed.
     """
 
     start: float
     most: int
     resolution: float = 1.1
-    factor: float = 2.0
     best: float = 0.0
+    served: Trial | None = None
     worst: float = math.inf
     trials: list[Trial] = field(default_factory=list)
 
@@ -279,15 +268,15 @@ class RateSearch:
         if not self.trials:
             return self.start
         if self.best == 0:
-            return self.worst / self.factor
+            return self.worst / 2
         if self.worst == math.inf:
-            return self.best * self.factor
+            return 2 * self.best
         return (self.best * self.worst) ** 0.5
 
     def record(self, trial: Trial) -> None:
         """Learn from a trial. A rate that failed by chance below one that held does not lower what was reached."""
         self.trials.append(trial)
-        if trial.held:
-            self.best = max(self.best, trial.rate)
-        elif trial.rate > self.best:
+        if trial.held and trial.rate >= self.best:
+            self.best, self.served = trial.rate, trial
+        elif not trial.held and trial.rate > self.best:
             self.worst = min(self.worst, trial.rate)

@@ -174,8 +174,7 @@ def test_latency_is_that_of_a_queue_with_one_server_and_poisson_arrivals() -> No
         expected.append(free - arrival)
     assert served.latencies == pytest.approx(expected, abs=1e-4)
     assert [number for batch in machine.batches for number in batch] == list(range(500))
-    assert (served.held, served.cut) == (True, False)
-    assert served.percentile(0.99) > served.percentile(0.5) >= 0.01
+    assert served.held
 
 
 def test_waiting_requests_are_answered_together_and_an_overload_ends_early() -> None:
@@ -183,12 +182,12 @@ def test_waiting_requests_are_answered_together_and_an_overload_ends_early() -> 
     machine = _Machine(lambda size: 0.01 + 0.0003 * size)
     served = machine.serve(400.0, 400, largest=8, bound_s=0.05)
     assert served.held
-    assert 2 < served.mean_batch <= 8
+    assert len(machine.batches) < 200
     assert max(len(batch) for batch in machine.batches) == 8
     served = _Machine(lambda size: 0.01).serve(300.0, 1000, bound_s=0.05)
-    assert (served.held, served.cut) == (False, True)
+    assert not served.held
     # One percent of the requests may be late, and one more ends the trial.
-    assert served.late == 11
+    assert sum(latency > 0.05 for latency in served.latencies) == 11
     assert len(served.latencies) < 200
 
 
@@ -197,7 +196,7 @@ def test_the_search_closes_in_on_the_capacity(capacity: float, start: float) -> 
     search = RateSearch(start, most=40)
     while not search.done:
         rate = search.next_rate()
-        search.record(Trial(rate, [0.1], 0, 1.0, rate <= capacity, False))
+        search.record(Trial(rate, [0.1], rate <= capacity))
     assert search.best <= capacity < search.worst
     assert search.worst / search.best <= 1.1
 
