@@ -31,7 +31,7 @@ from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import roofline
 from xfm_fast.kernels.backend import compiler_versions
 from xfm_fast.kernels.cpu import llvm, waiting
-from xfm_fast.kernels.cpu.gemm import compiled_linear
+from xfm_fast.kernels.cpu.gemm import compiled
 from xfm_fast.kernels.cpu.races import compare_all
 from xfm_fast.kernels.cpu.workspace import keeps_freed_memory
 
@@ -336,7 +336,7 @@ class GemmProbe:
         if not x.is_cuda:
             candidates |= _onednn(x, weight)
             if llvm.why_not(dtype) is None:
-                candidates["LLVM"] = lambda: compiled_linear(x, weight, None)
+                candidates["LLVM"] = lambda: compiled(x, weight, None)
         rates = {}
         with torch.no_grad():
             for name, run in candidates.items():

@@ -71,11 +71,9 @@ def _relpos_reference(a: RelPos, call: Call) -> Tensor:
 
 
 def _relpos_inference(a: RelPos, call: Call) -> Tensor:
+    if a.key_mask is not None or type(a.q) is not Tensor:
+        return _relpos_kernel(a, call)
     # The operator would take a tenth of the attention's time.
-    return _relpos_kernel(a, call) if a.key_mask is not None or type(a.q) is not Tensor else _on_cpu(a, call)
-
-
-def _on_cpu(a: RelPos, call: Call) -> Tensor:
     _check_bias(a, call)
     return _relpos_forward(a, "cpu")[0]
 

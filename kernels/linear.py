@@ -93,7 +93,12 @@ def _train(a: Branch, _: Call) -> Tensor:
     inner = a._replace(x=x, residual_is_x=a.residual is x, dtype=dtype)
     if a.dropout_p or (a.row_scale is not None and a.row_scale.requires_grad):
         inner = inner._replace(residual=None, gamma=None, row_scale=None, dropout_p=0.0, residual_is_x=False)
-        return _add_branch(_branch(inner, "cpu")[0], a.residual, a.gamma, a.row_scale, a.dropout_p)
+        out = _branch(inner, "cpu")[0]
+        if a.dropout_p:
+            dropout = Dropout(a.dropout_p, torch.randint(1 << 62, (1,)))
+            # Not in the scratch memory of the mask, which the backward pass reads.
+            out = out * torch.mul(dropout.mask(tuple(out.shape), out.dtype), 1 / dropout.kept)
+        return cpu_norms.add_branch(out, a.residual, a.gamma, a.row_scale)
     return _branch(inner, "cpu")[0]
 
 
@@ -399,38 +404,6 @@ class _Joined(NamedTuple):
     residual_is_x = False
 
 
-def _add_branch(
-    out: Tensor,
-    residual: Tensor,
-    gamma: Tensor | None,
-    row_scale: Tensor | None,
-    dropout_p: float = 0.0,
-    *,
-    in_place: bool = False,
-) -> Tensor:
-    """`residual + row_scale · gamma · dropout(out)`, in one pass after the dropout.
-
-    `in_place`: overwrite `out` if it is as wide as the sum, since a second tensor would fragment memory in every
-    branch.
-    """
-    if dropout_p:
-        dropout = Dropout(dropout_p, torch.randint(1 << 62, (1,)))
-        out = out * torch.mul(dropout.mask(tuple(out.shape), out.dtype), 1 / dropout.kept)
-    place = out if in_place and torch.promote_types(out.dtype, residual.dtype) == out.dtype else None
-    if row_scale is None and gamma is None:
-        return torch.add(residual, out, out=place)
-    rows = None if row_scale is None else _of_rows(row_scale, out)
-    factor = gamma if rows is None else rows if gamma is None else rows * gamma
-    assert factor is not None
-    if factor.dtype != out.dtype:
-        place = None
-    return torch.addcmul(residual, out, factor, out=place)
-
-
-def _of_rows(row_scale: Tensor, x: Tensor) -> Tensor:
-    return row_scale.view(-1, *[1] * (x.ndim - 1))
-
-
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Concatenated weights in the dtype of the GEMM, in scratch memory; a single weight as it is."""
     if len(parts) == 1:
@@ -527,7 +500,8 @@ def _branch_forward(a: Any, _: str) -> tuple[Tensor, ...]:
     if a.weight_out is not None:
         kept, bias = out, None if a.bias_out is None else a.bias_out.to(a.dtype)
         out = cpu.trained_linear(_activated(kept), a.weight_out, bias)
-    out = out if a.residual is None else _add_branch(out, a.residual, a.gamma, a.row_scale, in_place=True)
+    if a.residual is not None:
+        out = cpu_norms.add_branch(out, a.residual, a.gamma, a.row_scale, in_place=True)
     return out, kept, mean, rstd
 
 
@@ -554,7 +528,7 @@ def _branch_backward(
     if a.row_scale is not None:
         # The gradient of a branch without its LayerScale, in the dtype of its GEMMs.
         upstream = scratch("upstream", tuple(dout.shape), a.dtype)
-        torch.mul(dout, _of_rows(a.row_scale, dout), out=upstream)
+        torch.mul(dout, cpu_norms.of_rows(a.row_scale, dout), out=upstream)
     gamma, of_gamma, of_outer = a.gamma, need["gamma"], (None, None, None)
     if a.weight_out is not None:
         hidden = _activated(kept) if need["weight_out"] or of_gamma else kept

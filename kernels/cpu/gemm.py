@@ -102,7 +102,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     if gamma is None:
         out = multiply(_RESIDUAL[name], rows, weight, bias, sums)
     elif name == "llvm":
-        out = compiled_residual(rows, weight, bias, sums, gamma)
+        out = compiled(rows, weight, bias, sums, gamma)
     elif name == "aten" or weight.is_mkldnn:
         # A weight that is laid out is there once, as it is.
         product = multiply(F.linear if name == "aten" else onednn_linear, rows, weight, bias)
@@ -136,8 +136,8 @@ def mlp_residual(
         parts = [slice(start, start + _COMPILED_ROWS) for start in range(0, rows.shape[0], _COMPILED_ROWS)]
         out = torch.empty_like(sums)
         for part in parts:
-            middle = compiled_gelu(rows[part], weight_in, bias_in, out=hidden[: rows[part].shape[0]])
-            compiled_residual(middle, weight_out, bias_out, sums[part], gamma, out=out[part])
+            middle = compiled(rows[part], weight_in, bias_in, gelu=True, out=hidden[: rows[part].shape[0]])
+            compiled(middle, weight_out, bias_out, sums[part], gamma, out=out[part])
         return out.view(residual.shape)
     if first != "aten" or second != "aten" or bias_in is None or bias_out is None:
         return linear_residual(linear_gelu(rows, weight_in, bias_in), weight_out, bias_out, residual, gamma)
@@ -307,35 +307,32 @@ def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     return (residual.clone() if bias is None else residual + bias).addmm_(x, weight.t())
 
 
-def compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` by a kernel that LLVM compiles here: x `[n, K]`, weight `[M, K]`."""
-    found = _compiled(x, weight, bias)
-    return F.linear(x, weight.to(x.dtype), bias) if found is None else found
-
-
-def compiled_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """`gelu(x W^T + b)` by the compiled kernel, written to `out` `[n, M]` if given."""
-    found = _compiled(x, weight, bias, gelu=True, out=out)
-    if found is None:
-        found = torch.ops.aten.gelu_(F.linear(x, weight, bias))
-        found = found if out is None else out.copy_(found)
-    return found
-
-
-def compiled_residual(
+def compiled(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None = None,
     gamma: Tensor | None = None,
+    *,
+    gelu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`residual + gamma · (x W^T + b)` by the compiled kernel, written to `out` `[n, M]` if given."""
-    found = _compiled(x, weight, bias, residual, gamma, out=out)
-    if found is None:
-        product = F.linear(x, weight, bias)
-        found = torch.add(residual, product if gamma is None else product.mul_(gamma), out=out)
-    return found
+    """`residual + gamma · (x W^T + b)`, or its GELU, by a kernel that LLVM compiles; written to `out`, if given.
+
+    Sizes without a kernel run on PyTorch's operations.
+    """
+    found = _compiled(x, weight, bias, residual, gamma, gelu=gelu, out=out)
+    if found is not None:
+        return found
+    found = F.linear(x, weight.to(x.dtype), bias)
+    if gelu:
+        torch.ops.aten.gelu_(found)
+    found = found if gamma is None else found.mul_(gamma)
+    found = found if residual is None else found.add_(residual)
+    return found if out is None else out.copy_(found)
+
+
+_compiled_gelu = partial(compiled, gelu=True)
 
 
 def _compiled(
@@ -353,7 +350,7 @@ def _compiled(
     return linear(x, weight, bias, *others, turned=turned, **options) if taken else None
 
 
-_UNDIVIDED = (compiled_linear, compiled_gelu, compiled_residual)
+_UNDIVIDED = (compiled, _compiled_gelu)
 _HERE = llvm.why_not() is None
 # With the narrow vectors of AVX2 many rows gain no time over MKL, which sums as eager PyTorch does.
 _TRAINS = _HERE and llvm.levels()[0].lanes > 8
@@ -362,20 +359,20 @@ _LINEAR: dict[str, Product] = {
     "aten": F.linear,
     "onednn": onednn_linear,
     "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b),
-    **({"llvm": compiled_linear} if _HERE else {}),
+    **({"llvm": compiled} if _HERE else {}),
 }
 _GELU: dict[str, Product] = {
     "aten": lambda x, w, b: torch.ops.aten.gelu_(F.linear(x, w, b)),
     "onednn+gelu": lambda x, w, b: torch.ops.aten.gelu_(onednn_linear(x, w, b)),
     "onednn": partial(onednn_linear, gelu=True),
     "onednn-packed": lambda x, w, b: onednn_linear(x, _packed(w, x.shape[0]), b, gelu=True),
-    **({"llvm": compiled_gelu} if _HERE else {}),
+    **({"llvm": _compiled_gelu} if _HERE else {}),
 }
 _RESIDUAL: dict[str, Product] = {
     "aten": _aten_residual,
     "onednn": onednn_residual,
     "onednn-packed": lambda x, w, b, residual: onednn_residual(x, _packed(w, x.shape[0]), b, residual),
-    **({"llvm": compiled_residual} if _HERE else {}),
+    **({"llvm": compiled} if _HERE else {}),
 }
 
 
@@ -417,7 +414,7 @@ def _compiled_weight(dout: Tensor, x: Tensor, **options: Any) -> Tensor:
 _TRAINED: dict[str, Product] = {
     "aten": F.linear,
     "onednn": onednn_linear,
-    **({"llvm": compiled_linear} if _TRAINS else {}),
+    **({"llvm": compiled} if _TRAINS else {}),
 }
 _INPUT: dict[str, Product] = {
     "aten": torch.mm,

@@ -75,14 +75,14 @@ def linear_cross_entropy_forward(
     gradients = _Accumulators(rows, w, b, early, len(blocks), weight)
     slices = _vocabulary_slices(w.shape[0])
     # For a gradient the logits of all slices are kept until the row's normaliser is known; or else one place is enough.
-    memory = _Slices(rows, blocks, slices if any(needs) else slices[:1])
+    memory = _memory(rows, blocks, slices if any(needs) else slices[:1])
     total = torch.zeros((), dtype=gradients.dtype)
     for block in blocks:
         h_block, t_block = rows[block], targets[block]
         logits: list[Tensor] = []
         running = _Running(h_block.shape[0], gradients.dtype)
-        for part in slices:
-            piece = _logits(h_block, w, b, part, memory)
+        for i, part in enumerate(slices):
+            piece = _logits(h_block, w, b, part, memory[i % len(memory)])
             running.add(piece, t_block, part, label_smoothing)
             if any(needs):
                 logits.append(piece)
@@ -148,11 +148,11 @@ def token_log_likelihood_forward(
     out = torch.empty(rows.shape[0], dtype=dtype)
     maximum, log_sum = torch.empty_like(out), torch.empty_like(out)
     blocks, slices = _row_blocks(rows, _SLICE), _vocabulary_slices(w.shape[0])
-    memory = _Slices(rows, blocks, slices[:1])
+    memory = _memory(rows, blocks, slices[:1])
     for block in blocks:
         running = _Running(rows[block].shape[0], dtype)
         for part in slices:
-            running.add(_logits(rows[block], w, b, part, memory), targets[block], part, 0.0)
+            running.add(_logits(rows[block], w, b, part, memory[0]), targets[block], part, 0.0)
         maximum[block], log_sum[block] = statistics = running.statistics()
         out[block] = -running.losses(statistics, 0.0, w.shape[0])
     out.masked_fill_(targets == ignore_index, 0)
@@ -175,31 +175,21 @@ def token_log_likelihood_backward(
     blocks = _row_blocks(rows, _SLICE)
     gradients = _Accumulators(rows, w, b, needs, len(blocks), 1.0)
     slices = _vocabulary_slices(w.shape[0]) if any(needs) else []
-    memory = _Slices(rows, blocks, slices[:1])
+    memory = _memory(rows, blocks, slices[:1])
     for part in slices:
         # Slices outside, blocks inside: a slice of the vocabulary is read from memory once, its gradient written once.
         for block in blocks:
             here = RowStatistics(*(s[block] for s in statistics))
-            logits = _logits(rows[block], w, b, part, memory)
+            logits = _logits(rows[block], w, b, part, memory[0])
             gradient = _to_gradient(logits, here, targets[block], coefficients[block], part, 0.0, w.shape[0])
             gradients.add(gradient, block, part)
     return gradients.finish(h, None)
 
 
-class _Slices:
-    """Memory for the logits of one block, allocated once: fresh memory costs a page fault every 4 KB."""
-
-    def __init__(self, h: Tensor, blocks: list[slice], slices: list[slice]) -> None:
-        rows = max((b.stop - b.start for b in blocks), default=0)
-        width = max((s.stop - s.start for s in slices), default=0) + 1
-        self.first = 0
-        self.places = h.new_empty(len(slices), rows * width)
-
-    def next(self, rows: int, width: int) -> Tensor:
-        """The slice that was handed out longest ago; its contents are arbitrary."""
-        place = self.places[self.first % self.places.shape[0], : rows * width]
-        self.first += 1
-        return place.view(rows, width)
+def _memory(h: Tensor, blocks: list[slice], slices: list[slice]) -> Tensor:
+    """Memory for the logits of one block, allocated once, with a row for each of these slices or of one more entry."""
+    rows = max((b.stop - b.start for b in blocks), default=0)
+    return h.new_empty(len(slices), rows * (max((s.stop - s.start for s in slices), default=0) + 1))
 
 
 class _Running:
@@ -348,15 +338,14 @@ def _chosen(role: str, dtype: torch.dtype) -> str:
     return select(role, dtype) if dtype in _ONEDNN_DTYPES else "aten"
 
 
-def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: _Slices) -> Tensor:
+def _logits(h: Tensor, w: Tensor, b: Tensor | None, part: slice, memory: Tensor) -> Tensor:
     bias = None if b is None else b[part]
     if _chosen("vocabulary logits", h.dtype) == "onednn":
         # Inside the product the bias is added before the rounding to half precision.
         return _onednn_product(h, w[part], None if bias is None else bias.contiguous())
-    out = memory.next(h.shape[0], part.stop - part.start)
-    if bias is None:
-        return torch.mm(h, w[part].t(), out=out)
-    return torch.addmm(bias, h, w[part].t(), out=out)
+    shape = (h.shape[0], part.stop - part.start)
+    out = memory[: math.prod(shape)].view(shape)
+    return torch.mm(h, w[part].t(), out=out) if bias is None else torch.addmm(bias, h, w[part].t(), out=out)
 
 
 def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: float, *, first: bool = False) -> None:

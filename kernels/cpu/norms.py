@@ -38,7 +38,9 @@ class AddLayerNormGradients(NamedTuple):
 
 def add_layer_norm_forward(a: AddNorm) -> AddLayerNorm:
     """`summed = residual + row_scale · gamma · dropout(x)` and its LayerNorm."""
-    summed = _sum(a)
+    assert a.residual is not None
+    kept = _dropout_factor(a.x, a.x.dtype, a.dropout_p, a.seed)
+    summed = add_branch(a.x if kept is None else a.x * kept, a.residual, a.gamma, a.row_scale)
     normed, mean, rstd = normalise(summed, a.weight, a.bias, a.eps)
     return AddLayerNorm(normed if a.wide else normed.to(a.x.dtype), summed, mean, rstd)
 
@@ -101,11 +103,16 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def of_rows(row_scale: Tensor, x: Tensor) -> Tensor:
+    """Factors `[B]` of the entries of x as `[B, 1, ..., 1]`."""
+    return row_scale.view(-1, *[1] * (x.ndim - 1))
+
+
 def _factor(gamma: Tensor | None, row_scale: Tensor | None, x: Tensor) -> Tensor | None:
-    """The factor of the branch: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
+    """The factor of a branch: `[M]`, `[B, 1, ..., M]` or `[B, 1, ..., 1]`."""
     if row_scale is None:
         return gamma
-    rows = row_scale.view(-1, *[1] * (x.ndim - 1))
+    rows = of_rows(row_scale, x)
     return rows if gamma is None else rows * gamma
 
 
@@ -117,15 +124,19 @@ def _dropout_factor(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: Tenso
     return dropout.mask(tuple(x.shape), dtype).mul_(1 / dropout.kept)
 
 
-def _sum(a: AddNorm) -> Tensor:
-    x, residual = a.x, a.residual
-    kept, factor = _dropout_factor(x, x.dtype, a.dropout_p, a.seed), _factor(a.gamma, a.row_scale, x)
-    branch = x if kept is None else x * kept
-    if residual is None:
-        return branch if factor is None else (branch * factor).to(x.dtype)
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    # `addcmul` reads and writes once where a product and a sum would twice.
-    return (residual + branch if factor is None else torch.addcmul(residual, branch, factor)).to(dtype)
+def add_branch(
+    branch: Tensor, residual: Tensor, gamma: Tensor | None, row_scale: Tensor | None, *, in_place: bool = False
+) -> Tensor:
+    """`residual + row_scale · gamma · branch`, as wide as its two terms, in one pass over memory.
+
+    `in_place`: overwrite `branch` if it is as wide as the sum, since a second tensor would fragment memory.
+    """
+    dtype, factor = torch.promote_types(branch.dtype, residual.dtype), _factor(gamma, row_scale, branch)
+    place = branch if in_place and branch.dtype == dtype else None
+    if factor is None:
+        return torch.add(residual, branch, out=place)
+    place = place if factor.dtype == branch.dtype else None
+    return torch.addcmul(residual, branch, factor, out=place).to(dtype)
 
 
 def normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

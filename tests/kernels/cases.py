@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tests.kernels.accuracy import assert_accurate, draws, widened
 from xfm_fast.kernels import ops
 
 Arguments = dict[str, Any]
@@ -147,6 +148,30 @@ def _scaled(operation: Callable[..., Any]) -> Callable[..., Any]:
         return operation(x=x, row_scale=row_scale.to(x.dtype), **rest)
 
     return call
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Attention `[B, N, H, D]` in plain PyTorch, with a bias `[G, H or 1, Nq or 1, Nk]`, G a divisor of B."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q * scale) @ k.transpose(-1, -2)
+    scores = scores if bias is None else scores + bias.repeat(len(q) // len(bias), 1, 1, 1)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def _attention_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    given = [t.detach().clone().requires_grad_() for t in (q, k, v, bias) if t is not None]
+    with torch.enable_grad():
+        out = plain_attention(given[0], given[1], given[2], scale, None if bias is None else given[3])
+    return torch.autograd.grad(out, given, dout)
+
+
+def assert_attention_gradients(found: Sequence[Tensor | None], *arguments: Any) -> None:
+    """Those of q, k, v and the bias, as accurate as plain PyTorch's; that of a bias is summed and returned in fp32."""
+    plain, truth = draws(lambda: _attention_gradients(*arguments)), _attention_gradients(*widened(arguments))
+    for i, gradient in enumerate(t for t in found if t is not None):
+        assert_accurate(gradient.to(plain[0][i].dtype), [each[i] for each in plain], truth[i], "qkvb"[i])
 
 
 relpos = partial(ops.relpos_attention, window=(3, 5))

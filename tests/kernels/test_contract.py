@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -28,7 +26,7 @@ from tests.kernels.cases import CASES, Arguments, converted, leaves, offsets, re
 from tests.kernels.triton_testing import HAS_TRITON
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import backend as backends
-from xfm_fast.kernels import checks, library, ops, reference
+from xfm_fast.kernels import checks, ops, reference
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.varlen import plan_of
@@ -36,6 +34,10 @@ from xfm_fast.kernels.cpu.varlen import plan_of
 NAN = math.nan
 BACKENDS: tuple[ops.Backend, ...] = ("auto", "reference", *(("triton",) if HAS_TRITON else ()))
 each_case = pytest.mark.parametrize("name", CASES)
+# Compilers and transforms see one case of every operation in the quick suite.
+each_operation = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "," in name else name for name in CASES]
+)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -133,7 +135,7 @@ def test_nothing_waits_for_a_device(name: str, backend: ops.Backend, monkeypatch
     torch.autograd.grad(found, leaves(arguments), [torch.ones_like(t) for t in found])
 
 
-@each_case
+@each_operation
 def test_one_compilation_serves_every_number_of_rows(name: str) -> None:
     made: list[Any] = []
 
@@ -187,7 +189,7 @@ def test_autocast(name: str) -> None:
     assert all(g.dtype == torch.float32 for g in found[-len(leaves(arguments)) :])
 
 
-@each_case
+@each_operation
 def test_activation_checkpointing(name: str) -> None:
     gradients = []
     for call in (
@@ -233,7 +235,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@each_case
+@each_operation
 def test_operators_keep_the_rules_of_pytorch(name: str) -> None:
     """Schemas, fakes, gradients and compilation of all operators that an operation calls, by `opcheck`."""
     arguments = CASES[name].arguments(grad=True)
@@ -267,7 +269,7 @@ def test_every_operator_is_called_by_a_case() -> None:
     assert {name for name in uncalled if not name.startswith("toy")} == only
 
 
-@each_case
+@each_operation
 def test_transforms_and_forward_mode_see_the_reference(name: str) -> None:
     case = CASES[name]
     given, directions = (case.arguments(torch.float64, grad=True) for _ in range(2))
@@ -312,13 +314,11 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("relpos", _qkv(_random(3, 16, 2, 0)), "heads"),
     ("relpos", _qkv(torch.ones(3, 16, 2, 32, dtype=torch.long)), "int64"),
     ("relpos|bias", {"k": _random(3, 16, 2, 32).to(_F16)}, r"float16|\[3, 16, 2, 32\]"),
-    *(("relpos", {"window": window}, "window") for window in ((3, 2), (3, 5, 1), (-3, -5), 2)),
+    *(("relpos", {"window": window}, "window") for window in ((3, 2), (-3, -5), 2)),
     ("relpos", {"table": _random(47, 2)}, r"table.*\[47, 2\].*\[48, 2\]"),
-    ("relpos", {"table": torch.ones(48, 2, dtype=torch.long)}, "table.*int64"),
     *(("relpos|bias|varlen", {"scale": scale}, f"scale={scale}") for scale in (NAN, math.inf, 0.0, -0.5)),
     ("relpos|bias", {"key_mask": torch.ones(3, 9)}, "key_mask.*float32"),
     ("bias", {"k": _random(3, 9, 3, 32)}, r"k.*\[3, 9, 3, 32\]"),
-    ("bias", {"v": _random(3, 6, 2, 32)}, r"\[3, 6, 2, 32\]"),
     ("bias", {"bias": _random(1, 2, 9, 5)}, r"bias.*\[1, 2, 9, 5\]"),
     ("bias", {"bias": _random(2, 2, 5, 9)}, r"bias \[2, .*divisor of 3"),
     ("bias", {"bias": torch.ones(1, 2, 5, 9, dtype=torch.bool)}, "bias.*bool"),
@@ -327,13 +327,11 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("varlen", {"seed": torch.tensor([1.5]), "dropout_p": 0.1}, "seed.*float32"),
     ("varlen", {"q": _random(1, 17, 2, 32)}, r"q.*\[1, 17, 2, 32\]"),
     ("varlen", {"k": _random(20, 2, 64), "v": _random(20, 2, 64)}, r"k.*\[20, 2, 64\]"),
-    ("varlen", {"v": _random(19, 2, 32)}, r"\[19, 2, 32\]"),
     ("varlen", {"cu_seqlens_q": torch.tensor([0, 18, 4, 5, 17])}, "cu_seqlens_q"),
     ("varlen", {"cu_seqlens_k": torch.tensor([0, 6, 9, 9, 99]), "max_k": 95}, "cu_seqlens_k.* 99"),
     ("varlen", {"cu_seqlens_q": torch.tensor([1, 4, 4, 5, 17])}, "cu_seqlens_q.* 1 .*17"),
     ("varlen", {"cu_seqlens_q": torch.tensor([0, 4, 4, 5, 17], dtype=torch.int16)}, "cu_seqlens_q.*int16"),
     ("varlen", {"cu_seqlens_k": torch.tensor([0, 20])}, r"cu_seqlens_k \[2\]"),
-    ("varlen", {"cu_seqlens_q": torch.tensor([], dtype=torch.int32)}, r"cu_seqlens_q.*\[0\]"),
     ("varlen", {"max_q": 3}, "max_q=3.* 12"),
     ("varlen", {"key_mask": torch.ones(7, dtype=torch.bool)}, r"key_mask.*\[7\].*\[20\]"),
     *(
@@ -346,20 +344,17 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("add_layer_norm|linear_residual|mlp_residual", {"row_scale": _random(2)}, r"row_scale.*\[2\].*\[3\]"),
     ("layer_norm|add_layer_norm", {"weight": _random(15)}, r"weight \[15\]"),
     ("layer_norm|add_layer_norm|embed_layer_norm", {"eps": -1.0}, "eps=-1.0"),
-    ("layer_norm|add_layer_norm|embed_layer_norm", {"eps": math.inf}, "eps=inf"),
     ("layer_norm", {"x": torch.ones(3, 32, dtype=torch.long)}, "x.*int64"),
     ("embed_layer_norm", {"tokens": torch.zeros(2, 3, dtype=torch.long)}, r"tokens \[2, 3\]"),
     ("embed_layer_norm", {"tokens": torch.zeros(3, 3)}, "tokens.*float32"),
     ("embed_layer_norm", {"type_row": _random(1, 32)}, r"type_row.*\[1, 32\]"),
     ("embed_layer_norm", {"padding_idx": 7}, "padding_idx=7"),
     ("linear|linear_gelu|linear_residual", {"weight": _random(64, 7)}, r"weight \[64, 7\]"),
-    ("linear|linear_gelu|linear_residual", {"weight": _random(2, 64, 32)}, r"weight \[2, 64, 32\]"),
     ("linear|linear_gelu|linear_residual", {"bias": _random(1)}, r"bias.*\[1\].*\[64\]"),
     ("linear|linear_gelu|linear_residual", {"x": _random(3, 5, 32).bfloat16()}, "x.*bfloat16.*float32"),
     ("mlp_residual", {"weight_out": _random(32, 11)}, r"weight_out \[32, 11\]"),
     ("mlp_residual", {"bias_out": _random(12)}, r"bias_out.*\[12\].*\[32\]"),
     ("linear_cross_entropy|token_log_likelihood", {"w": _random(50, 7)}, r"w \[50, 7\]"),
-    ("linear_cross_entropy|token_log_likelihood", {"w": _random(0, 32), "b": None}, r"w \[0, 32\]"),
     ("linear_cross_entropy|token_log_likelihood", {"b": _random(4)}, r"b \[4\]"),
     ("linear_cross_entropy|token_log_likelihood", {"b": _random(50).to(_F64)}, "b.*float64"),
     ("linear_cross_entropy|token_log_likelihood", {"target": torch.zeros(4, dtype=torch.long)}, r"target \[4\]"),
@@ -640,52 +635,7 @@ def test_linear_takes_its_operator_in_training_alone() -> None:
         assert operator() == "None"
 
 
-# Devices, blocks and processes.
-
-
-def test_distributed_data_parallel(tmp_path: Any) -> None:
-    # Training needs the models' configurations, and the cases of this file run on machines without their pydantic.
-    from xfm_fast.training.distributed import end_groups
-
-    given = CASES["relpos"].arguments()
-
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Parameter(given["table"].clone())
-
-        def forward(self) -> Tensor:
-            return CASES["relpos"].operation(**given | {"table": self.table})
-
-    alone, wrapped = Layer(), Layer()
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        nn.parallel.DistributedDataParallel(wrapped)().square().sum().backward()
-    finally:
-        end_groups()
-    alone().square().sum().backward()
-    assert torch.equal(alone.table.grad, wrapped.table.grad)
-    other = (given["table"] * 2).requires_grad_()
-    out = torch.func.functional_call(alone, {"table": other}, ())
-    assert torch.autograd.grad(out.sum(), other)[0].abs().sum() > 0
-
-
-def test_an_implementation_runs_on_the_device_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are launched on the current device, which is not that of the arguments where a model is spread."""
-    entered: list[torch.device] = []
-
-    @contextmanager
-    def device(of: torch.device) -> Iterator[None]:
-        entered.append(of)
-        yield
-        entered.append(torch.device("cpu"))
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    with FakeTensorMode():
-        second = torch.empty(2, device="cuda:1")
-        call = library.on_device_of_arguments(lambda *given: len(entered))
-        assert call(3, torch.empty(2), None, second) == 1
-    assert entered == [torch.device("cuda:1"), torch.device("cpu")]
+# Devices and blocks.
 
 
 def test_a_position_bias_of_another_table_is_refused() -> None:
@@ -755,12 +705,7 @@ def test_two_types_are_refused_on_a_device_that_has_no_autocast() -> None:
 
 @pytest.mark.parametrize(
     ("triton", "ptxas", "fault"),
-    [
-        ("3.9.0", "13.4", None),
-        ("3.7.1", "13.3", None),
-        ("3.6.0", "13.4", "Triton 3.6.0"),
-        ("3.9.0+git1", "12.8", "ptxas 12.8"),
-    ],
+    [("3.7.1", "13.3", None), ("3.6.0", "13.4", "Triton 3.6.0"), ("3.9.0+git1", "12.8", "ptxas 12.8")],
 )
 def test_attention_on_hopper_needs_a_compiler_without_faults(
     triton: str, ptxas: str, fault: str | None, monkeypatch: pytest.MonkeyPatch
@@ -773,7 +718,7 @@ def test_attention_on_hopper_needs_a_compiler_without_faults(
     with FakeTensorMode():
         x = torch.empty(2, device="cuda")
     if fault is None:
-        assert resolve("auto", x, has_flash=True) == resolve("triton", x, has_flash=True) == "triton"
+        assert resolve("auto", x, has_flash=True) == "triton"
     else:
         with pytest.warns(RuntimeWarning, match=fault):
             assert resolve("auto", x, has_flash=True) == "reference"

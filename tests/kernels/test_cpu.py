@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from tests.agreement import deterministic_algorithms
-from tests.kernels.accuracy import assert_accurate, assert_as_accurate, draws, widened
+from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.cases import assert_attention_gradients, plain_attention
 from tests.kernels.conftest import LIBRARIES, compared, each_library
 from xfm_fast.errors import InputError
-from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels import reference
 from xfm_fast.kernels.cpu import attention, gemm, int8, llvm, selection, workspace
-from xfm_fast.kernels.cpu.races import PATHS, SIZES, compare_all, races
+from xfm_fast.kernels.cpu.races import PATHS, SIZES, races
 from xfm_fast.kernels.cpu.selection import RACES
 from xfm_fast.kernels.cpu.workspace import Dropout
 
@@ -33,12 +34,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def usable(operation: str, name: str, dtype: torch.dtype) -> bool:
     """Whether this processor and this PyTorch can run an implementation."""
     return name not in compared(operation, RACES[operation], dtype).rejected
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = (q * scale) @ k.transpose(-1, -2)
-    return ((scores if bias is None else scores + bias).softmax(-1) @ v).transpose(1, 2)
 
 
 # (batch, queries, keys, heads, width): one token, odd sizes, several biases for a batch, more rows than a tile holds.
@@ -65,8 +60,7 @@ def test_attention(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
         if usable("attention" if bias is None else "biased attention", name, dtype):
             found = attention._ALL[name](q, k, v, 0.3, bias)
             assert found.is_contiguous()
-            whole = None if bias is None else bias.repeat(batch // len(bias), 1, 1, 1)
-            assert_as_accurate(found, plain_attention, q, k, v, 0.3, whole)
+            assert_as_accurate(found, plain_attention, q, k, v, 0.3, bias)
 
 
 @each_dtype
@@ -89,17 +83,6 @@ def test_powers_out_of_range_are_left_to_the_softmax(name: str, dtype: torch.dty
     assert attention._ALL[name](q * torch.nan, k, v, 0.3, None).isnan().all()
 
 
-def attention_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
-) -> tuple[Tensor, ...]:
-    given = [t.detach().clone().requires_grad_() for t in (q, k, v) if t is not None]
-    if bias is not None:
-        given.append(bias.detach().clone().requires_grad_())
-    with torch.enable_grad():
-        out = plain_attention(given[0], given[1], given[2], scale, given[3] if bias is not None else None)
-    return torch.autograd.grad(out, given, dout)
-
-
 @each_dtype
 @pytest.mark.parametrize("tile_bytes", [3000, 100])
 @pytest.mark.parametrize("shape", SHAPES[1:3])
@@ -117,12 +100,7 @@ def test_gradients_of_tiles(
         if buffer.is_floating_point():
             buffer.fill_(torch.nan)
     found = attention.tiled_attention_backward(dout, q, k, v, 0.3, bias, bias_gradient=True)
-    arguments = (dout, q, k, v, 0.3, bias)
-    plain, truth = draws(lambda: attention_gradients(*arguments)), attention_gradients(*widened(arguments))
-    for i, gradient in enumerate(found):
-        assert gradient is not None
-        # The gradient of the bias is summed and returned in fp32.
-        assert_accurate(gradient.to(dtype), [each[i] for each in plain], truth[i], "qkvb"[i])
+    assert_attention_gradients(found, dout, q, k, v, 0.3, bias)
 
 
 def test_position_bias_and_its_gradient() -> None:
@@ -325,30 +303,6 @@ def test_every_implementation_has_its_turn_and_its_words() -> None:
     assert {name for race in races().values() if race.alike for name in race.candidates} == {*LIBRARIES} & names
     assert names <= {*PATHS}
     assert all(any(word in name for name in races()) or llvm.why_not() or int8.why_not() for word in SIZES)
-
-
-@each_library("llvm")
-def test_all_choices_are_made_at_once(library: str) -> None:
-    """Under the names by which the operations ask for them, with whatever is chosen."""
-    compared_names = {found.operation for found, _ in compare_all([torch.float32])}
-    assert compared_names == set(races())
-    known = dict(selection._selections)
-    x, weight = torch.randn(16, 64), torch.randn(64, 64)
-    with torch.inference_mode():
-        for rows in (x, x[:3]):
-            for run in (ops.linear, ops.linear_gelu):
-                run(rows, weight, None)
-            ops.linear_residual(rows, weight, None, rows)
-        for tokens in (10, 70, 130):
-            q, k, v = torch.randn(5, tokens, 3, 2, 16).unbind(2)
-            attention.plain_attention(q, k, v, 0.3)
-            bias = torch.zeros(5, 2, tokens, tokens)
-            attention.biased_attention(q, k, v, 0.3, bias)
-            attention.attention_backward(q, q, k, v, 0.3)
-            attention.attention_backward(q, q, k, v, 0.3, bias, bias_gradient=True)
-    weight.requires_grad_()
-    ops.linear(x, weight, None).sum().backward()
-    assert selection._selections == known
 
 
 SHAPE = (3, 333, 1001)

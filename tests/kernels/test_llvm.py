@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.accuracy import assert_accurate, assert_as_accurate, draws, widened
+from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.cases import assert_attention_gradients, plain_attention
 from xfm_fast.kernels.cpu import llvm, workspace
 
 if llvm.why_not() is not None:
@@ -37,12 +38,6 @@ CASES = [
 each_case = pytest.mark.parametrize(("level", "dtype"), CASES, ids=[f"{a.name}-{str(b)[6:]}" for a, b in CASES])
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = (q * scale) @ k.transpose(-1, -2)
-    return ((scores if bias is None else scores + bias).softmax(-1) @ v).transpose(1, 2)
-
-
 # (batch, queries, keys, heads, width): every height of a tile and rows beside it, keys of less than a vector, of one,
 # between one and two and of several panels, heads of one vector and of more than two, more keys than the smaller room.
 SHAPES = [(1, 1, 1, 1, 32), (2, 13, 13, 3, 64), (3, 8, 17, 1, 96), (1, 7, 1041, 1, 32), (1, 300, 33, 1, 128)]
@@ -57,7 +52,7 @@ def test_attention(level: llvm.Level, dtype: torch.dtype, shape: tuple[int, ...]
     for bias in (None, torch.randn(1, heads, queries, keys).to(dtype)):
         found = attention(q, k, v, 0.3, bias, level=level)
         assert found.is_contiguous()
-        assert_as_accurate(found, plain, q, k, v, 0.3, bias)
+        assert_as_accurate(found, plain_attention, q, k, v, 0.3, bias)
 
 
 @each_case
@@ -71,7 +66,7 @@ def test_packed_sequences(level: llvm.Level, dtype: torch.dtype) -> None:
     for i in range(len(lengths_q)):
         rows, keys = slice(bounds_q[i], bounds_q[i + 1]), slice(bounds_k[i], bounds_k[i + 1])
         if lengths_q[i] and lengths_k[i]:
-            assert_as_accurate(found[:, rows], plain, q[:, rows], k[:, keys], v[:, keys], 0.3, None)
+            assert_as_accurate(found[:, rows], plain_attention, q[:, rows], k[:, keys], v[:, keys], 0.3, None)
         else:
             assert not found[:, rows].any()
 
@@ -124,26 +119,11 @@ def test_any_strides_and_biases_that_are_shared(level: llvm.Level, dtype: torch.
     for shape in ((1, 1, 1, 9), (2, 1, 9, 9), (4, 2, 1, 9), (2, 2, 9, 9)):
         bias = torch.randn(shape).transpose(-1, -2).contiguous().transpose(-1, -2)
         found = attention(q, k, v, -0.3, bias, level=level)
-        assert_as_accurate(found, plain, q, k, v, -0.3, bias.repeat(4 // shape[0], 1, 1, 1).to(dtype))
-
-
-def gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> list[Tensor]:
-    given = [t.detach().clone().requires_grad_() for t in (q, k, v, bias) if t is not None]
-    whole = None if bias is None else given[3].repeat(len(q) // len(bias), 1, 1, 1)
-    with torch.enable_grad():
-        out = plain(given[0], given[1], given[2], scale, whole)
-    return [*torch.autograd.grad(out, given, dout)]
+        assert_as_accurate(found, plain_attention, q, k, v, -0.3, bias.to(dtype))
 
 
 def backward(*given: Any, **options: Any) -> tuple[Tensor, ...]:
     return tuple(t for t in attention_backward(*given, **options) if t is not None)
-
-
-def assert_gradients(found: tuple[Tensor, ...], *arguments: Any) -> None:
-    """As accurate as those of plain PyTorch; that of a bias is summed and returned in fp32."""
-    plain, truth = draws(lambda: gradients(*arguments)), gradients(*widened(arguments))
-    for i, gradient in enumerate(found):
-        assert_accurate(gradient.to(plain[0][i].dtype), [each[i] for each in plain], truth[i], "qkvb"[i])
 
 
 # One key; rows of less than a tile, of a block and one, keys of one vector and one; more keys than the smallest room;
@@ -162,7 +142,7 @@ def test_gradients_of_attention(level: llvm.Level, dtype: torch.dtype, shape: tu
             buffer.fill_(255)
         found = backward(dout, q, k, v, 0.3, bias, bias_gradient=bias is not None, level=level)
         assert all(t.is_contiguous() for t in found)
-        assert_gradients(found, dout, q, k, v, 0.3, bias)
+        assert_attention_gradients(found, dout, q, k, v, 0.3, bias)
 
 
 @each_case
@@ -182,7 +162,7 @@ def test_gradients_of_biases_that_are_shared(level: llvm.Level, dtype: torch.dty
                 again = backward(dout, q, k, v, -0.3, bias, bias_gradient=True, level=level)
                 assert all(torch.equal(a, b) for a, b in zip(found[threads], again, strict=True))
                 assert all(torch.equal(a, b) for a, b in zip(found[threads][:3], found[1], strict=False))
-                assert_gradients(found[threads], dout, q, k, v, -0.3, bias)
+                assert_attention_gradients(found[threads], dout, q, k, v, -0.3, bias)
             unasked = backward(dout, q, k, v, -0.3, bias, level=level)
             assert len(unasked) == 3
             assert all(torch.equal(a, b) for a, b in zip(unasked, found[1], strict=False))
@@ -205,7 +185,7 @@ def test_gradients_of_hidden_keys(level: llvm.Level, dtype: torch.dtype) -> None
     seen = [n for n in range(20) if n not in (3, 4)]
     bias = bias[:, :, seen, :7].to(dtype)
     parts = (found[0][:, seen], found[1][:, :7], found[2][:, :7], found[3][:, :, seen, :7])
-    assert_gradients(parts, dout[:, seen], q[:, seen], k[:, :7], v[:, :7], 0.3, bias)
+    assert_attention_gradients(parts, dout[:, seen], q[:, seen], k[:, :7], v[:, :7], 0.3, bias)
     dout[0, 5, 1, 3] = torch.nan
     found = backward(dout, q, k, v, 0.3, level=level)
     unknown = torch.zeros(20, 2, dtype=torch.bool)
@@ -225,7 +205,7 @@ def test_gradients_of_packed_sequences(level: llvm.Level, dtype: torch.dtype) ->
     assert not any(t[0, 7:10].any() for t in found[1:])
     for (a, b), (c, d) in (((0, 5), (0, 7)), ((9, 60), (10, 29))):
         parts = (found[0][:, a:b], *(t[:, c:d] for t in found[1:]))
-        assert_gradients(parts, dout[:, a:b], q[:, a:b], k[:, c:d], v[:, c:d], 0.3, None)
+        assert_attention_gradients(parts, dout[:, a:b], q[:, a:b], k[:, c:d], v[:, c:d], 0.3, None)
     for some in (torch.zeros(1, 0, 2, 64, dtype=dtype), q):
         found = backward(some, some, k[:, :0], v[:, :0], 0.3, level=level)
         assert not found[0].any()
