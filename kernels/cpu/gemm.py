@@ -344,10 +344,8 @@ def _compiled(
     # Imported where it runs, because its compiler takes long to load.
     from .llvm.linear import linear, takes
 
-    bias = _dense(bias)
-    others = tuple(_dense(other) for other in others)
-    taken = takes(x, weight, bias, *others, turned=turned)
-    return linear(x, weight, bias, *others, turned=turned, **options) if taken else None
+    given = [None if t is None else t.contiguous() for t in (bias, *others)]
+    return linear(x, weight, *given, turned=turned, **options) if takes(x, weight, *given, turned=turned) else None
 
 
 _UNDIVIDED = (compiled, _compiled_gelu)
