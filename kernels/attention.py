@@ -16,14 +16,13 @@ from xfm_fast.errors import InputError
 
 from . import checks, flash, host, reference
 from .backend import Backend, _why_not, named, resolve, transformed
-from .checks import Biased, RelPos, Varlen
+from .checks import BIAS_HEAD_DIMS, HEAD_DIMS, HIDDEN, Biased, RelPos, Varlen
 from .cpu import attention, varlen
 from .cpu.attention import Hiding, attention_backward, biased_attention, tiled_attention
 from .cpu.workspace import Dropout
 from .derived import derived
 from .ladder import Call, Op
 from .library import Gradients, autocast_dtype, differentiable, operator
-from .limits import BIAS_HEAD_DIMS, HEAD_DIMS, HIDDEN
 
 
 def relpos_attention(
@@ -217,8 +216,7 @@ def _relpos_backward(
     if backend == "triton":
         from .triton.relpos_attention import relpos_attention_backward
 
-        given = (dout, *a[:3], _padded_bias(a), table.shape[0], window, a.scale, *outputs, a.turned)
-        dq, dk, dv, dtable = relpos_attention_backward(*given)
+        dq, dk, dv, dtable = relpos_attention_backward(dout, a._replace(window=window), *outputs)
         return dq, dk, dv, dtable.to(table.dtype)
     bias = _bias(table, window) if a.bias is None else a.bias
     dq, dk, dv, dbias = attention_backward(dout, *a[:3], a.scale, bias[None], bias_gradient=True)
@@ -463,7 +461,7 @@ def bias_attention(
         q: `[B, Nq, H, D]`; k, v: `[B, Nk, H, D]`; any strides.
         bias: `[G, H, Nq, Nk]`: 1 for the whole batch, B for an entry each, or a divisor G of B: entry b mod G is for
             batch entry b, as windows of an image share masks. H, Nq and Nk may be 1 for a broadcast. A bias of -1e30
-            or less (`limits.HIDDEN`) hides a key from a query. float64 where q is, else any floating-point dtype.
+            or less hides a key from a query. float64 where q is, else any floating-point dtype.
         key_mask: `[B, Nk]` boolean, False for keys that a batch entry does not attend to.
         dropout_p: probability of dropping an attention weight.
         scale: of the scores; 1/sqrt(D) by default.
@@ -520,11 +518,11 @@ def _hiding(a: Biased) -> Hiding | None:
 
 
 def _biased_forward(a: Biased, backend: str) -> tuple[Tensor, Tensor]:
-    q, k, v, bias, key_mask, dropout_p, seed, scale, return_lse = a
+    q, k, v, bias, _, dropout_p, seed, scale, return_lse = a
     if backend == "triton":
         from .triton.bias_attention import bias_attention_forward
 
-        return bias_attention_forward(q, k, v, bias, scale, key_mask, dropout_p, seed)
+        return bias_attention_forward(a)
     lse = torch.full(_lse_room(a), -torch.inf, dtype=_lse_type(q))
     if not q.numel() or not k.numel():
         return torch.zeros(q.shape, dtype=q.dtype), lse
@@ -545,13 +543,12 @@ def _biased_backward(
     upstream: Gradients, a: Biased, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
 ) -> Gradients:
     dout, dlse = upstream
-    q, k, v, bias, key_mask, dropout_p, seed, scale, _ = a
+    q, k, v, bias, _, dropout_p, seed, scale, _ = a
     dout = torch.zeros_like(outputs[0]) if dout is None else dout
     if backend == "triton":
         from .triton.bias_attention import bias_attention_backward
 
-        given = (q, k, v, bias, *outputs, scale, key_mask, dropout_p, seed)
-        return bias_attention_backward(dout, dlse, *given, bias_gradient=needs[3])
+        return bias_attention_backward(dout, dlse, a, *outputs, bias_gradient=needs[3])
     if not q.numel() or not k.numel():
         return [torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v, bias)]
     # The same seed draws the masks of the forward pass again.

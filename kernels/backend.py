@@ -17,12 +17,12 @@ from torch.autograd import forward_ad
 
 from xfm_fast.errors import InputError
 
-from .limits import OLDEST_GPU
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 Backend = Literal["auto", "reference", "cpu", "triton", "flash_attn"]
 _BACKENDS: tuple[Backend, ...] = get_args(Backend)
+# Compute capability below which the Triton kernels do not run: Ampere brought bf16 and asynchronous copies.
+_OLDEST_GPU = (8, 0)
 
 
 class _Chosen(threading.local):
@@ -134,7 +134,7 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
     if device != "cuda":
         return f"it needs a CUDA GPU and the tensors live on {device}"
     capability = torch.cuda.get_device_capability(index)
-    if capability < OLDEST_GPU:
+    if capability < _OLDEST_GPU:
         return f"GPU {index} has compute capability {capability[0]}.{capability[1]} and the kernels need 8.0"
     return None
 

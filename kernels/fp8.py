@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -156,17 +156,14 @@ def makes_fp8_rows(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> 
 def keep(x: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     """Cache the fp8 rows of x until the block ends or x changes or is freed; returns x."""
     kept, key = _switch.rounded, id(x)
-    kept[key] = (weakref.ref(x, _forgetting(kept, key)), x._version, rows, scales)
-    return x
 
-
-def _forgetting(kept: dict[int, tuple[weakref.ref[Tensor], int, Tensor, Tensor]], key: int) -> Callable[..., None]:
     def forget(dead: weakref.ref[Tensor]) -> None:
         # Another tensor may have taken the identity of the dead one meanwhile.
         if key in kept and kept[key][0] is dead:
             del kept[key]
 
-    return forget
+    kept[key] = (weakref.ref(x, forget), x._version, rows, scales)
+    return x
 
 
 @constant_when_compiled

@@ -17,14 +17,13 @@ from xfm_fast.errors import InputError, UnavailableError
 
 from . import fp8, reference
 from .backend import Backend, resolve
-from .checks import Branch, LinearGELU
+from .checks import LARGEST_WIDTH, Branch, LinearGELU
 from .cpu import gemm as cpu
 from .cpu import int8
 from .cpu import norms as cpu_norms
 from .cpu.workspace import Dropout, scratch
 from .ladder import CPU_DTYPES, Call, Op, Rung, trains
 from .library import Gradients, autocast_dtype, differentiable, on_device_of_arguments
-from .limits import LARGEST_WIDTH
 from .marked import EightBits, kind_of
 from .norms import add_layer_norm, layer_norm
 

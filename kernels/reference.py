@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
-from .limits import HIDDEN
+from .checks import HIDDEN
 
 
 def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -24,7 +24,7 @@ import torch
 from . import flash
 from .audit.compiling import Form, Row, compile_rows
 from .backend import _why_not
-from .checks import FRAGMENT_TILE, AddNorm, Packed
+from .checks import FRAGMENT_TILE, AddNorm, Biased, Packed, RelPos
 from .files import write_whole
 from .triton import launch
 from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
@@ -285,14 +285,15 @@ def _calls(
     q, k, v, dout = (noise(8, tokens, heads, size) for _ in range(4))
     if family == "bias":
         bias, bias_back = noise(1, heads, tokens, tokens), bias_attention.bias_attention_backward
-        forward = partial(bias_attention.bias_attention_forward, q, k, v, bias, scale)
-        return forward, lambda kept: bias_back(dout, None, q, k, v, bias, *kept, scale)
+        biased = Biased(q, k, v, bias, scale=scale)
+        return partial(bias_attention.bias_attention_forward, biased), lambda kept: bias_back(dout, None, biased, *kept)
     table, fragments = noise(rows, heads).float(), takes_fragments(size, q.dtype, q.device)
     bias = relpos_attention.materialise_bias(table, window, q.dtype, scale, fragments=fragments)
     turned = relpos_attention.materialise_bias(table, window, q.dtype, scale, turned=True)
     relpos_back = relpos_attention.relpos_attention_backward
     forward = partial(relpos_attention.relpos_attention_forward, q, k, v, bias, scale)
-    return forward, lambda kept: relpos_back(dout, q, k, v, bias, rows, window, scale, *kept, turned)
+    a = RelPos(q, k, v, table, window, scale, turned=turned)
+    return forward, lambda kept: relpos_back(dout, a, *kept)
 
 
 def _packed(

@@ -29,8 +29,8 @@ from queue import Queue
 from typing import Any
 
 from ..backend import compiler_versions, version_numbers
+from ..checks import HEAD_DIMS
 from ..files import cache_folder, write_whole
-from ..limits import HEAD_DIMS
 from ..triton.launch import CompileRequest, KernelSpec, LaunchConfig
 from . import machine_code
 from .machine_code import ARCHITECTURES, LIMITS, RESERVED_SHARED, occupancy, register_limit

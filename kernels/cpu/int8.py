@@ -21,8 +21,8 @@ from torch import Tensor
 from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
+from ..checks import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from ..derived import derived
-from ..limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from . import gemm, llvm
 from .selection import Race, operands, register, select
 from .workspace import scratch

@@ -69,21 +69,12 @@ def add_layer_norm_backward(
     return AddLayerNormGradients(branch.to(x.dtype), ds, dweight, dbias, dgamma)
 
 
-def embedding_norm_forward(
-    tokens: Tensor,
-    positions: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_row: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm `[..., M]` of `word[tokens] + position[positions] + type_row`, and mean and rstd `[rows]`.
 
     IndexError for a token or position outside its table.
     """
-    return normalise(_embed(tokens, positions, word, position, type_row), weight, bias, eps)
+    return normalise(_embed(*a[:5]), a.weight, a.bias, a.eps)
 
 
 def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:

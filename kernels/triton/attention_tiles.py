@@ -29,7 +29,7 @@ from triton.language.random import philox_impl
 from xfm_fast.errors import InputError
 
 from .. import checks
-from ..limits import HEAD_DIMS
+from ..checks import HEAD_DIMS
 from .launch import KernelSpec, LaunchConfig, Variant, config_for, launch_options
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -124,27 +124,26 @@ def dropout_keep(seed, stream, queries, keys, THRESHOLD: tl.constexpr):
 @triton.jit
 def forward_tile(
     q_a, q_b, acc_a, acc_b, row_max, row_sum,
-    k_base, v_base, stride_kn, stride_vn, bias, inside, allowed, seed, stream, queries, keys,
+    k_base, v_base, stride_kn, stride_vn, bias_pointers, inside, allowed, seed, stream, queries, keys,
     SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
+    MASKED: tl.constexpr, HAS_MASK: tl.constexpr, THRESHOLD: tl.constexpr,
     APART: tl.constexpr = False, loaded=None,
 ):  # fmt: skip
     """The online softmax over one tile of keys: updated (acc_a, acc_b, row_max, row_sum).
 
     `inside` [BLOCK_N]: keys that exist, used when MASKED; `allowed` [BLOCK_N]: keys that may be attended to, used when
     HAS_MASK. With a bias neither is needed for the scores, since the bias of a missing key is -inf. APART: `row_sum`
-    is [rows, 8], sums of every eighth key, to be added behind the loop: a thread has them to itself. `bias`: pointers
-    of the tile. `loaded`: the tile of the bias and the pieces of keys and values, where they are there already.
+    is [rows, 8], sums of every eighth key, to be added after the loop: a thread has them to itself. `loaded`: the tile
+    of the bias and the pieces of keys and values, where they are there already.
     """
     columns = tl.arange(0, BLOCK_N)
     if loaded is None:
         k_a, k_b = load_pieces(k_base, columns, stride_kn, inside, D_A, D_B, MASKED)
+        bias = None if bias_pointers is None else tl.load(bias_pointers)
     else:
-        k_a, k_b = loaded[1], loaded[2]
-    if HAS_BIAS:
-        scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION, tl.load(bias) if loaded is None else loaded[0])
-    else:
-        scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION)
+        bias, k_a, k_b = loaded[0], loaded[1], loaded[2]
+    scores = product(q_a, q_b, k_a, k_b, D_B, PRECISION, bias)
+    if bias is None:
         if HAS_MASK:
             scores = tl.where(allowed[None, :], scores, float("-inf"))
         elif MASKED:

@@ -5,7 +5,7 @@ may be shared by the batch, of an entry each, or of one for every entry of a per
 Its gradient has one writer: where every batch entry has a bias of its own, the kernel of dq stores it on the way; else
 a kernel sums it over the entries that share it, in order.
 
-A score is hidden by a bias of `limits.HIDDEN` or less. Queries of which all scores are hidden have a logsumexp of -inf,
+A score is hidden by a bias of `checks.HIDDEN` or less. Queries of which all scores are hidden have a logsumexp of -inf,
 of which the statistics of the backward pass make +inf: that makes their weights zero there.
 """
 
@@ -15,7 +15,7 @@ of which the statistics of the backward pass make +inf: that makes their weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import checks
-from ..checks import Biased
-from ..limits import BIAS_HEAD_DIMS, HIDDEN
+from ..checks import BIAS_HEAD_DIMS, HIDDEN, Biased
 from .attention_tiles import (
     LOG2E,
     addressable,
@@ -463,48 +461,26 @@ def dbias_kernel(
     tl.store(dbias, acc.to(dbias_ptr.dtype.element_ty), mask=kept)
 
 
-def _spec(
-    name: str,
-    kernel: Any,
-    *more: Variant,
-    extras: Callable[[Variant, LaunchConfig], Mapping[str, Any]] = lambda variant, config: {},
-    **options: Any,
-) -> KernelSpec:
+def _spec(name: str, kernel: Any, *more: Variant, looped: str = "BLOCK_N", **options: Any) -> KernelSpec:
+    def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
+        return {
+            "TAIL": tail_size(variant.get("looped", 577), config.tiles[looped]),
+            "STORE_BIAS": variant.get("own_bias", False),
+            "DK": variant.get("dk", True),
+            "DV": variant.get("dv", variant["head_dim"] <= _ONE_LAUNCH),
+        }
+
     # The model's head dimension, one whose second piece is filled in part, and the widest of two columns of the table
     # of configurations: the others compile to less than one of these.
-    variants = [*({"head_dim": head_dim} for head_dim in (64, 72, 128, 256)), *more]
-    return attention_spec(name, kernel, variants, extras, BIAS_HEAD_DIMS, **options)
+    every = [{"head_dim": head_dim} for head_dim in (64, 72, 128, 256)]
+    chance = {"head_dim": 64, "mask": True, "dropout": 0.1}
+    return attention_spec(name, kernel, [*every, *more, chance], extras, BIAS_HEAD_DIMS, **options)
 
 
-def _tail(variant: Variant, config: LaunchConfig, block: str = "BLOCK_N") -> int:
-    return tail_size(variant.get("looped", 577), config.tiles[block])
-
-
-_CHANCE = {"head_dim": 64, "mask": True, "dropout": 0.1}
-FORWARD = _spec(
-    "bias_attention_forward",
-    forward_kernel,
-    _CHANCE,
-    extras=lambda variant, config: {"TAIL": _tail(variant, config)},
-)
-DKDV = _spec(
-    "bias_attention_dkdv",
-    dkdv_kernel,
-    _CHANCE,
-    extras=lambda variant, config: {
-        "TAIL": _tail(variant, config, "BLOCK_M"),
-        "DK": variant.get("dk", True),
-        "DV": variant.get("dv", variant["head_dim"] <= _ONE_LAUNCH),
-    },
-)
-DQ = _spec(
-    "bias_attention_dq",
-    dq_kernel,
-    {"head_dim": 64, "own_bias": True},
-    _CHANCE,
-    extras=lambda variant, config: {"TAIL": _tail(variant, config), "STORE_BIAS": variant.get("own_bias", False)},
-)
-DBIAS = _spec("bias_attention_dbias", dbias_kernel, _CHANCE, types=lambda variant, dtype: {"dbias_ptr": "*fp32"})
+FORWARD = _spec("bias_attention_forward", forward_kernel)
+DKDV = _spec("bias_attention_dkdv", dkdv_kernel, looped="BLOCK_M")
+DQ = _spec("bias_attention_dq", dq_kernel, {"head_dim": 64, "own_bias": True})
+DBIAS = _spec("bias_attention_dbias", dbias_kernel, types=lambda variant, dtype: {"dbias_ptr": "*fp32"})
 KERNELS = [FORWARD, DKDV, DQ, DBIAS]
 # The widest head of which one launch of the dkdv kernel sums both gradients.
 _ONE_LAUNCH = 128
@@ -517,53 +493,30 @@ def bias_partials(sharing: int, programs: int) -> int:
     return max(1, min(sharing, 8, _PROGRAMS // programs))
 
 
-def bias_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    scale: float,
-    key_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def bias_attention_forward(a: Biased) -> tuple[Tensor, Tensor]:
     """softmax(scale · q kᵀ + bias) v `[B, Nq, H, D]`, contiguous, and the natural logsumexp `[B, H, Nq]` in fp32.
 
     q `[B, Nq, H, D]`, k and v `[B, Nk, H, D]` with D in `BIAS_HEAD_DIMS`, bias `[G, H, Nq, Nk]` in fp16, bf16 or fp32,
     G a divisor of B; copied where rows are not contiguous and aligned. Queries without keys give zeros and -inf.
     Dropout depends on the seed, the head, the query's place in the batch and the key's in its sequence only. InputError
-    for unsupported arguments.
+    for an unsupported dtype or head dimension.
     """
-    Biased(q, k, v, bias, key_mask, dropout_p, seed).check()
-    (batch, queries, heads, _), keys = q.shape, k.shape[1]
-    q, k, v = (addressable(t, 8) for t in (q, k, v))
+    (batch, queries, heads, _), keys = a.q.shape, a.k.shape[1]
+    q, k, v = (addressable(t, 8) for t in a[:3])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    options, config = launch_options(FORWARD, q, looped=keys, **_variant(q, scale, key_mask, dropout_p))
+    options, config = launch_options(FORWARD, q, looped=keys, **_variant(a))
     if q.numel():
-        bias = _bias_rows(bias)
+        bias = _bias_rows(a.bias)
         forward_kernel[(triton.cdiv(queries, config.tiles["BLOCK_M"]) * batch * heads,)](
-            q, k, v, bias, *optional_arguments(q, key_mask, dropout_p, seed), out, lse,
+            q, k, v, bias, *optional_arguments(q, a.key_mask, a.dropout_p, a.seed), out, lse,
             *strides_of(q, k, v, out, bias), batch, heads, bias.shape[0], queries, keys, **options,
         )  # fmt: skip
     return out, lse
 
 
 def bias_attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    key_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    *,
-    bias_gradient: bool = True,
+    dout: Tensor, dlse: Tensor | None, a: Biased, out: Tensor, lse: Tensor, *, bias_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Deterministic gradients of `bias_attention_forward`: dq, dk, dv, and dbias `[G, H, Nq, Nk]`, contiguous.
 
@@ -571,9 +524,8 @@ def bias_attention_backward(
     which also stores the gradient of an unshared bias, and else the gradient of the bias (two). `dlse` None means
     zeros; without `bias_gradient` dbias is empty.
     """
-    Biased(q, k, v, bias, key_mask, dropout_p, seed).check()
-    (batch, queries, heads, head_dim), keys = q.shape, k.shape[1]
-    q, k, v, dout, out = (addressable(t, 8) for t in (q, k, v, dout, out))
+    (batch, queries, heads, head_dim), keys, bias = a.q.shape, a.k.shape[1], a.bias
+    q, k, v, dout, out = (addressable(t, 8) for t in (*a[:3], dout, out))
     make = torch.zeros if not q.numel() or not k.numel() else torch.empty
     dq, dk, dv = (make(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     dbias = make(bias.shape if bias_gradient else (0,), dtype=bias.dtype, device=q.device)
@@ -582,9 +534,9 @@ def bias_attention_backward(
     turned, bias = _bias_rows(bias.transpose(2, 3)), _bias_rows(bias)
     period = bias.shape[0]
     statistics = backward_statistics(out, dout, lse, dlse, 8)
-    rest = (*optional_arguments(q, key_mask, dropout_p, seed), *statistics[::-1])
+    rest = (*optional_arguments(q, a.key_mask, a.dropout_p, a.seed), *statistics[::-1])
     counts = (batch, heads, period, queries, keys)
-    variant = _variant(q, scale, key_mask, dropout_p)
+    variant = _variant(a)
 
     for dk_wanted, dv_wanted in ((True, True),) if head_dim <= _ONE_LAUNCH else ((True, False), (False, True)):
         options, config = launch_options(DKDV, q, looped=queries, dk=dk_wanted, dv=dv_wanted, **variant)
@@ -610,9 +562,9 @@ def bias_attention_backward(
     return dq, dk, dv, dbias if parts == 1 else partial.sum(0).to(bias.dtype)
 
 
-def _variant(q: Tensor, scale: float, key_mask: Tensor | None, dropout_p: float) -> dict[str, Any]:
-    scale = checks.positive_scale(scale)
-    return {"head_dim": q.shape[-1], "scale": scale, "mask": key_mask is not None, "dropout": dropout_p}
+def _variant(a: Biased) -> dict[str, Any]:
+    masked = a.key_mask is not None
+    return {"head_dim": a.q.shape[-1], "scale": a.scale, "mask": masked, "dropout": a.dropout_p}
 
 
 def _bias_rows(bias: Tensor) -> Tensor:

@@ -25,9 +25,8 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from .. import checks
-from ..checks import AddNorm, Embedding
+from ..checks import LARGEST_WIDTH, AddNorm, Embedding
 from ..cpu.norms import AddLayerNorm, AddLayerNormGradients
-from ..limits import LARGEST_WIDTH
 from .launch import LaunchConfig, Variant, launch_options
 from .rows import ARCHES, contiguous_rows, dense, first_stage_programs, ordered_sum, round_rows, row_spec, row_wise
 
@@ -451,28 +450,20 @@ def _chance(a: AddNorm) -> tuple[int, Tensor | None, int, float]:
     return rows, seed, round(a.dropout_p * _DROPOUT_STEPS), 1 / (1 - a.dropout_p) if a.dropout_p < 1 else 0.0
 
 
-def embedding_norm_forward(
-    tokens: Tensor,
-    positions: Tensor,
-    word: Tensor,
-    position: Tensor,
-    type_row: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm `[..., M]` of `word[tokens] + position[positions] + type_row`, and mean and rstd `[rows]` in fp32.
 
     An id outside its table makes its row NaN.
     """
-    width, count = width_of(word), tokens.numel()
-    normed = torch.empty(*tokens.shape, width, dtype=word.dtype, device=word.device)
+    word, position, count = a.word, a.position, a.tokens.numel()
+    width = width_of(word)
+    normed = word.new_empty(*a.tokens.shape, width)
     mean, rstd = _statistics(count, word)
     options, config = launch_options(EMBED_FORWARD, word, width=width)
     if count:
         embedding_norm_forward_kernel[(triton.cdiv(count, config.tiles["ROWS"]),)](
-            *_ids(tokens, positions), word.contiguous(), position.contiguous(), dense(type_row), dense(weight),
-            dense(bias), normed, mean, rstd, count, word.shape[0], position.shape[0], eps, **options,
+            *_ids(a), word.contiguous(), position.contiguous(), dense(a.type_row), dense(a.weight), dense(a.bias),
+            normed, mean, rstd, count, word.shape[0], position.shape[0], a.eps, **options,
         )  # fmt: skip
     return normed, mean, rstd
 
@@ -481,7 +472,7 @@ def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embe
     """Gradients of tables, type row and norm; zero in row `padding_idx` of both tables, as in RoBERTa."""
     word, position, weight = a.word, a.position, a.weight
     width, count = width_of(word), a.tokens.numel()
-    upstream, ids = contiguous_rows(dnormed), _ids(a.tokens, a.positions)
+    upstream, ids = contiguous_rows(dnormed), _ids(a)
     ds = torch.empty(count, width, dtype=torch.float32, device=word.device)
     options, config = launch_options(EMBED_BACKWARD, word, width=width)
     programs = first_stage_programs(triton.cdiv(count, config.tiles["ROWS"]), word.device)
@@ -510,5 +501,5 @@ def _table_gradient(ids: Tensor, rows: Tensor, table: Tensor, padding_idx: int |
     return gradient
 
 
-def _ids(tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    return tokens.reshape(-1).contiguous(), positions.reshape(-1).contiguous()
+def _ids(a: Embedding) -> tuple[Tensor, Tensor]:
+    return a.tokens.reshape(-1).contiguous(), a.positions.reshape(-1).contiguous()

@@ -23,9 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xfm_fast.errors import InputError
 
-from .. import checks
-from ..checks import FRAGMENT_TILE
-from ..limits import HEAD_DIMS
+from ..checks import FRAGMENT_TILE, HEAD_DIMS, RelPos
 from .attention_tiles import (
     LOG2E,
     addressable,
@@ -44,7 +42,6 @@ from .relpos_table import (
     first_columns,
     materialise_bias,
     table_gradient,
-    turn,
     unfold_fragments,
 )
 
@@ -69,7 +66,7 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh, stride_bias, batch, heads, tokens,
-    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCALE: tl.constexpr, D_A: tl.constexpr, D_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr = None,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one batch entry, against all keys.
@@ -97,7 +94,7 @@ def forward_kernel(
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
             k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + columns[None, :]), columns, columns,
-            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, HAS_BIAS, False, False, 0,
+            0, 0, 0, 0, SCALE, D_A, D_B, BLOCK_N, PRECISION, False, False, 0,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
@@ -111,7 +108,7 @@ def forward_kernel(
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
                 k_base, v_base, stride_kn, stride_vn, bias_base + (bias_rows + last[None, :]), last < tokens - full,
-                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, HAS_BIAS, True, False, 0,
+                last, 0, 0, 0, 0, SCALE, D_A, D_B, TAIL, PRECISION, True, False, 0,
             )  # fmt: skip
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
     lse_base = lse_ptr + (b * heads + h) * tokens + start
@@ -174,15 +171,15 @@ def fragments_kernel(
         k = k_tiles.load([batch_entry, first, head * D_A]).reshape(BLOCK_N, D_A)
         v = v_tiles.load([batch_entry, first, head * D_A]).reshape(BLOCK_N, D_A)
         acc, rest, row_max, row_sum = forward_tile(
-            q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, True, False, False, 0, False, (bias, k, k, v, v),
+            q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, False, 0, False, (bias, k, k, v, v),
         )  # fmt: skip
     if TAIL > 0:
         if full < tokens:  # a fence, see `forward_kernel`
             bias = first_columns(bias_ahead, TAIL)
             acc, rest, row_max, row_sum = forward_tile(
-                q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-                SCALE, D_A, D_B, TAIL, PRECISION, True, True, False, 0, False, (bias, k_last, k_last, v_last, v_last),  # pyright: ignore[reportPossiblyUnboundVariable]
+                q, q, acc, rest, row_max, row_sum, 0, 0, 0, 0, None, 0, 0, 0, 0, 0, 0,
+                SCALE, D_A, D_B, TAIL, PRECISION, True, False, 0, False, (bias, k_last, k_last, v_last, v_last),  # pyright: ignore[reportPossiblyUnboundVariable]
             )  # fmt: skip
     out_base = out_ptr + b * stride_ob + h * stride_oh + start.to(tl.int64) * stride_on
     lse_base = lse_ptr + (b * heads + h) * tokens + start
@@ -302,32 +299,31 @@ def batch_sum_kernel(
 
 
 def _spec(
-    name: str, kernel: Any, variants: tuple[Variant, ...], head_dims: tuple[int, ...] = HEAD_DIMS, **options: Any
+    name: str, kernel: Any, variant: Variant, head_dims: tuple[int, ...] = HEAD_DIMS, **options: Any
 ) -> KernelSpec:
-    """A kernel with these variants for every head dimension."""
+    """A kernel with this variant for every head dimension."""
     looped, masked = ("BLOCK_M", MASKED_QUERIES) if name == "relpos_dkdv" else ("BLOCK_N", 32)
 
     def extras(variant: Variant, config: LaunchConfig) -> Mapping[str, Any]:
         tail = tail_size(variant.get("tokens", 0), config.tiles[looped], masked)
-        return {"TAIL": tail, "HAS_BIAS": variant.get("bias", True)}
+        return {"TAIL": tail}
 
     def types(variant: Variant, dtype: str) -> Mapping[str, str]:
         tile = f"tensordesc<{dtype}[1, {FRAGMENT_TILE[1]}, {variant['head_dim']}]>"
         bias = "*i32" if kernel is fragments_kernel else "*fp32" if dtype == "fp32" else "*fp16"
         return {"bias_ptr": bias, "k_tiles": tile, "v_tiles": tile}
 
-    every = [{"head_dim": head_dim, **variant} for head_dim in head_dims for variant in variants]
+    every = [{"head_dim": head_dim, **variant} for head_dim in head_dims]
     return attention_spec(name, kernel, every, extras, types=types, **options)
 
 
 # Tiles of at most so many queries are masked in the loop of the dkdv kernel, instead of a last tile of their own.
 MASKED_QUERIES = 16
-# 577 tokens stand for windows of 14², 24² and 30² patches, which all have the same kind of last tile. The variant
-# without a bias is never launched; it is what the one with a bias is compared with.
-FORWARD = _spec("relpos_forward", forward_kernel, ({"tokens": 577}, {"tokens": 577, "bias": False}))
-FRAGMENTS = _spec("relpos_forward_fragments", fragments_kernel, ({"tokens": 577},), FRAGMENT_HEAD_DIMS, arches=(90,))
-DKDV = _spec("relpos_dkdv", dkdv_kernel, ({"tokens": 577},))
-DQ = _spec("relpos_dq", dq_kernel, ({},))
+# 577 tokens stand for windows of 14², 24² and 30² patches, which all have the same kind of last tile.
+FORWARD = _spec("relpos_forward", forward_kernel, {"tokens": 577})
+FRAGMENTS = _spec("relpos_forward_fragments", fragments_kernel, {"tokens": 577}, FRAGMENT_HEAD_DIMS, arches=(90,))
+DKDV = _spec("relpos_dkdv", dkdv_kernel, {"tokens": 577})
+DQ = _spec("relpos_dq", dq_kernel, {})
 BATCH_SUM = KernelSpec(
     name="relpos_batch_sum",
     kernel=batch_sum_kernel,
@@ -359,7 +355,7 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     for unsupported arguments.
     """
     fragments = bias.ndim == 5
-    _check(q, k, v, bias, fragments=fragments)
+    _check(q, bias)
     batch, tokens, heads, head_dim = q.shape
     if fragments and batch > _LARGEST_GRID:
         parts = zip(*(t.split(_LARGEST_GRID) for t in (q, k, v)), strict=True)
@@ -368,17 +364,15 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     q, k, v = (addressable(t) for t in (q, k, v))
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    variant = {"head_dim": head_dim, "scale": checks.positive_scale(scale), "tokens": tokens}
+    variant = {"head_dim": head_dim, "scale": scale, "tokens": tokens}
     options, config = launch_options(FRAGMENTS if fragments else FORWARD, q, **variant)
     columns = bias.shape[2] * (FRAGMENT_TILE[1] if fragments else 1)
-    _check_padding(columns, tokens, config.tiles["BLOCK_N"])
     if q.numel():
         tiles = triton.cdiv(tokens, config.tiles["BLOCK_M"])
         if fragments:
-            k, v = (_describable(t) for t in (k, v))
+            (k, k_tiles), (v, v_tiles) = (_described(t, config.tiles["BLOCK_N"]) for t in (k, v))
             fragments_kernel[(tiles, batch, heads)](
-                q, k, v, *(_described(t, config.tiles["BLOCK_N"]) for t in (k, v)),
-                bias.view(torch.int32),  # words of two neighbours
+                q, k, v, k_tiles, v_tiles, bias.view(torch.int32),  # words of two neighbours
                 out, lse, *strides_of(q, k, v, out), columns, heads, tokens, **options,
             )  # fmt: skip
         else:
@@ -388,66 +382,46 @@ def relpos_attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scal
     return out, lse
 
 
-def _describable(tensor: Tensor) -> Tensor:
-    """`[B, N, H, D]` itself if it fits a tensor descriptor, else a copy.
+def _described(tensor: Tensor, rows: int) -> tuple[Tensor, TensorDescriptor]:
+    """`[B, N, H, D]`, or a copy that fits, and its descriptor as `[B, N, H·D]`, in tiles of one head.
 
     A descriptor needs adjacent heads, rows that begin at multiples of 16 bytes, and nested strides.
     """
-    batch, _, heads, head_dim = tensor.shape
+    batch, tokens, heads, head_dim = tensor.shape
     outer, row, of_head, _ = tensor.stride()
     side_by_side = (of_head == head_dim or heads == 1) and row >= heads * head_dim
     aligned = tensor.data_ptr() % 16 == 0 and row * tensor.element_size() % 16 == 0
     nested = batch == 1 or (outer > 0 and outer % row == 0)
-    fits = side_by_side and aligned and nested
-    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """`[B, N, H, D]` as `[B, N, H·D]`, in tiles of one head."""
-    batch, tokens, heads, head_dim = tensor.shape
-    outer, row = tensor.stride()[:2]
+    if not (side_by_side and aligned and nested):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        outer, row = tensor.stride()[:2]
     strides = [outer if batch > 1 else tokens * row, row, 1]
-    return TensorDescriptor(tensor, [batch, tokens, heads * head_dim], strides, [1, rows, head_dim])
+    return tensor, TensorDescriptor(tensor, [batch, tokens, heads * head_dim], strides, [1, rows, head_dim])
 
 
 def relpos_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    table_rows: int,
-    window: tuple[int, int],
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    turned_bias: Tensor | None = None,
+    dout: Tensor, a: RelPos, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deterministic gradients of `relpos_attention_forward`: dq, dk, dv, and dtable `[table_rows, H]` in fp32.
+    """Deterministic gradients of `relpos_attention_forward`: dq, dk, dv, and dtable `[entries, H]` in fp32.
 
     Five GEMMs of 2·B·H·N²·D operations, the minimum of a backward pass: one kernel runs four, for dk and dv, and stores
     the gradients of the scores in the dtype of q; another makes dq from these, and a third sums them over the batch. So
-    each owns its sums and needs no atomics. Large batches are split, to bound that memory. `turned_bias` is `[H, keys,
-    queries]`, from `materialise_bias` with `turned`, the only bias that is read; by default a copy of the bias, not of
-    fragments.
+    each owns its sums and needs no atomics. Large batches are split, to bound that memory. Of the biases only
+    `a.turned` is read: `[H, keys, queries]`, from `materialise_bias` with `turned`.
     """
-    _check(q, k, v, bias if turned_bias is None else turned_bias)
-    batch, tokens, heads, head_dim = q.shape
-    height, width = window
-    if tokens != 1 + height * width or table_rows != (2 * height - 1) * (2 * width - 1) + 3:
-        raise InputError(f"window {window} does not go with {tokens} tokens and a table of {table_rows} rows")
-    q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
+    batch, tokens, heads, head_dim = a.q.shape
+    q, k, v, dout, out = (addressable(t) for t in (*a[:3], dout, out))
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     if not q.numel():
-        return dq, dk, dv, torch.zeros((table_rows, heads), dtype=torch.float32, device=q.device)
+        return dq, dk, dv, torch.zeros(a.table.shape, dtype=torch.float32, device=q.device)
+    turned = a.turned
+    assert turned is not None
     delta, row_lse = backward_statistics(out, dout, lse)
-    turned_bias = turn(bias) if turned_bias is None else turned_bias
-    variant = {"head_dim": head_dim, "scale": checks.positive_scale(scale)}
+    variant = {"head_dim": head_dim, "scale": a.scale}
     of_keys, config = launch_options(DKDV, q, tokens=tokens, **variant)
     block, block_of_keys = config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]
     of_queries, config = launch_options(DQ, q, **variant)
     block_of_queries = config.tiles["BLOCK_M"]
-    _check_padding(turned_bias.shape[2], tokens, block)
     # Up to the end of the last tile of queries.
     stride = tokens // block * block + of_keys["TAIL"]
     step = entries_at_once(batch, heads * tokens * stride * q.element_size())
@@ -458,8 +432,8 @@ def relpos_attention_backward(
         part = slice(first, first + count)
         operands = (q[part], k[part], v[part], dout[part])
         dkdv_kernel[(triton.cdiv(tokens, block_of_keys) * count * heads,)](
-            *operands, turned_bias, row_lse[part], delta[part], dk[part], dv[part], scores,
-            *strides_of(*operands), turned_bias.stride(1), stride, count, heads, tokens, **of_keys,
+            *operands, turned, row_lse[part], delta[part], dk[part], dv[part], scores,
+            *strides_of(*operands), turned.stride(1), stride, count, heads, tokens, **of_keys,
         )  # fmt: skip
         dq_kernel[(triton.cdiv(tokens, block_of_queries) * count * heads,)](
             k[part], scores, dq[part], *strides_of(k[part]), stride, count, heads, tokens, **of_queries
@@ -467,22 +441,14 @@ def relpos_attention_backward(
         options, config = launch_options(BATCH_SUM, q, first=first == 0)
         size = dbias.numel()
         batch_sum_kernel[(triton.cdiv(size, config.tiles["BLOCK"]),)](scores, dbias, size, count, **options)
-    return dq, dk, dv, table_gradient(dbias, window, turned=True)
+    return dq, dk, dv, table_gradient(dbias, a.window, turned=True)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, fragments: bool = False) -> None:
-    checks.self_attention(q, k, v)
-    if fragments:
-        shape = checks.bias_shape(q.shape[1], q.shape[2], fragments=True)
-        if bias.shape != shape or not bias.is_contiguous() or q.dtype == torch.float32:
-            raise InputError(f"bias is {[*bias.shape]} for {q.dtype}; fragments are {[*shape]} for half precision")
-    elif bias.ndim != 3 or bias.shape[:2] != (q.shape[2], q.shape[1]) or not bias.is_contiguous():
-        raise InputError(f"bias is {[*bias.shape]}; it must be contiguous [{q.shape[2]}, {q.shape[1]}, N_pad]")
-    if bias.dtype != bias_dtype(q.dtype):
-        raise InputError(f"bias is {bias.dtype}; for {q.dtype} it must be {bias_dtype(q.dtype)}, see materialise_bias")
-
-
-def _check_padding(columns: int, tokens: int, block: int) -> None:
-    needed = triton.cdiv(tokens, block) * block
-    if columns < needed:
-        raise InputError(f"bias has {columns} columns for {tokens} tokens; tiles of {block} need {needed}")
+def _check(q: Tensor, bias: Tensor) -> None:
+    """The layout of a bias that the caller made."""
+    storage, in_order = bias_dtype(q.dtype), bias.is_contiguous()
+    if bias.dtype != storage or not in_order or (bias.ndim == 5 and q.dtype == torch.float32):
+        raise InputError(
+            f"bias is {bias.dtype} {[*bias.shape]}; for {q.dtype} it must be contiguous {storage}, in fragments for "
+            "half precision only, see relpos_bias"
+        )

@@ -147,12 +147,11 @@ def materialise_bias(
     window: tuple[int, int],
     dtype: torch.dtype,
     scale: float,
-    tile: int = BIAS_TILE,
     *,
     turned: bool = False,
     fragments: bool = False,
 ) -> Tensor:
-    """The bias of every (query, key) pair over the scale, at most 0, with columns of -inf up to a multiple of `tile`.
+    """The bias of every (query, key) pair over the scale, at most 0, with columns of -inf up to a multiple of 128.
 
     `[H, N, N_pad]` in `bias_dtype(dtype)`, `turned` with keys as rows; of fragments `[H, N_pad / 128, N_pad / 64, 256,
     32]`, see `fragment_rows`. The largest of every query is 0. Quotients below -60000 in fp16 and -1e30 in fp32 are
@@ -161,8 +160,7 @@ def materialise_bias(
     table = table.detach()
     tokens, heads = 1 + window[0] * window[1], table.shape[1]
     storage = bias_dtype(dtype)
-    padded = triton.cdiv(tokens, tile) * tile
-    shape = checks.bias_shape(tokens, heads, fragments=fragments) if tile == BIAS_TILE else (heads, tokens, padded)
+    shape, padded = checks.bias_shape(tokens, heads, fragments=fragments), triton.cdiv(tokens, BIAS_TILE) * BIAS_TILE
     # Entries of a head side by side, from which neighbours are gathered.
     entries = torch.empty((heads, table.shape[0]), dtype=torch.float32, device=table.device).copy_(table.t())
     # The window of a query at (y, x) begins there in the table of distances.
@@ -181,13 +179,6 @@ def takes_fragments(head_dim: int, dtype: torch.dtype, device: torch.device) -> 
     """True where the forward kernel reads its bias in fragments: in half precision on Hopper."""
     half = dtype in (torch.float16, torch.bfloat16)
     return half and head_dim in FRAGMENT_HEAD_DIMS and 90 <= architecture(device) < 100
-
-
-def turn(bias: Tensor) -> Tensor:
-    """`[H, queries, keys]` from `materialise_bias` → `[H, keys, queries]`, as with `turned`."""
-    turned, tokens = torch.full_like(bias, -torch.inf), bias.shape[1]
-    turned[..., :tokens] = bias[..., :tokens].transpose(1, 2)
-    return turned
 
 
 @triton.jit(do_not_specialize=["parts", "heads", "height", "width"])

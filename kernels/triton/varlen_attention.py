@@ -21,9 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import checks
-from ..checks import Packed
-from ..limits import HEAD_DIMS
+from ..checks import HEAD_DIMS, Packed
 from .attention_tiles import (
     LOG2E,
     addressable,
@@ -134,8 +132,8 @@ def forward_kernel(
         allowed = tl.load(mask + first + columns, mask=present, other=0) != 0 if HAS_MASK else columns
         acc_a, acc_b, row_max, row_sum = forward_tile(
             q_a, q_b, acc_a, acc_b, row_max, row_sum,
-            k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, stream, start + rows, first + columns,
-            SCALE, D_A, D_B, BLOCK_N, PRECISION, False, MASKED, HAS_MASK, THRESHOLD, APART,
+            k_base, v_base, stride_kn, stride_vn, None, present, allowed, seed, stream, start + rows, first + columns,
+            SCALE, D_A, D_B, BLOCK_N, PRECISION, MASKED, HAS_MASK, THRESHOLD, APART,
         )  # fmt: skip
         k_base += BLOCK_N * stride_kn
         v_base += BLOCK_N * stride_vn
@@ -146,8 +144,8 @@ def forward_kernel(
             allowed = tl.load(mask + full + last, mask=present, other=0) != 0 if HAS_MASK else last
             acc_a, acc_b, row_max, row_sum = forward_tile(
                 q_a, q_b, acc_a, acc_b, row_max, row_sum,
-                k_base, v_base, stride_kn, stride_vn, 0, present, allowed, seed, stream, start + rows, full + last,
-                SCALE, D_A, D_B, LAST, PRECISION, False, True, HAS_MASK, THRESHOLD, APART,
+                k_base, v_base, stride_kn, stride_vn, None, present, allowed, seed, stream, start + rows, full + last,
+                SCALE, D_A, D_B, LAST, PRECISION, True, HAS_MASK, THRESHOLD, APART,
             )  # fmt: skip
     if APART:
         row_sum = tl.sum(row_sum, 1)
@@ -415,9 +413,9 @@ def varlen_attention_forward(q: Tensor, k: Tensor, v: Tensor, packed: Packed) ->
 
     D in `HEAD_DIMS`, any strides; copied if the last dimension is not contiguous. Queries without keys give zeros and
     -inf. The upper bounds of the lengths select small or large tiles. Dropout depends on the seed, the head, the start
-    of the sequence in `q` and the positions of query and key in it only. InputError for unsupported arguments.
+    of the sequence in `q` and the positions of query and key in it only. InputError for an unsupported dtype or
+    head dimension.
     """
-    packed.check(q, k, v)
     q, k, v = (addressable(t) for t in (q, k, v))
     total, heads, _ = q.shape
     sequences = packed.cu_seqlens_q.numel() - 1
@@ -450,7 +448,6 @@ def varlen_attention_backward(
     Two kernels recompute the scores and own their sums: dk and dv (four GEMMs of 2·H·D·Σ len_q·len_k operations), and
     dq (three).
     """
-    packed.check(q, k, v)
     q, k, v, dout, out = (addressable(t) for t in (q, k, v, dout, out))
     heads, sequences = q.shape[1], packed.cu_seqlens_q.numel() - 1
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
@@ -482,7 +479,7 @@ def _options(
     form: str, q: Tensor, packed: Packed, total: int, longest: int, block: str, **variant: Any
 ) -> tuple[dict[str, Any], LaunchConfig, int]:
     """Options and configuration of a form's launch, and the tiles for `total` rows of sequences up to `longest`."""
-    variant |= {"head_dim": q.shape[-1], "scale": checks.positive_scale(packed.scale)}
+    variant |= {"head_dim": q.shape[-1], "scale": packed.scale}
     variant |= {"mask": packed.key_mask is not None, "dropout": packed.dropout_p}
     options, config = launch_options(_SPECS[form], q, **variant)
     tiles, searched = _tiles(total, longest, packed.cu_seqlens_q.numel() - 1, config.tiles[block])

@@ -35,7 +35,7 @@ from tests.kernels.cases import leaves, offsets, results
 from xfm_fast.kernels import backend, ops
 from xfm_fast.kernels.audit import machine_code
 from xfm_fast.kernels.audit.compiling import disassemble
-from xfm_fast.kernels.limits import BIAS_HEAD_DIMS
+from xfm_fast.kernels.checks import BIAS_HEAD_DIMS
 from xfm_fast.kernels.triton.relpos_table import materialise_bias
 
 # Those of an H100 with four programs for each multiprocessor.

@@ -258,7 +258,6 @@ def test_command(tmp_path: Path) -> None:
     written = json.loads(rows.read_text())
     assert {(row["kernel"], row["arch"]) for row in written} == {("ordered_sum", 80)}
     # A form with the hash of its accepted figures is skipped, one with another is compared: it is worse.
-    assert "0 of" in audit(*selection, "--changed").stdout
     content = json.loads(accepted.read_text())
     key = next(iter(content["rows"]))
     content["rows"][key] |= {"registers": content["rows"][key]["registers"] - 1, "made_of": "other"}

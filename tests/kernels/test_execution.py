@@ -16,7 +16,6 @@ import torch
 from tests.kernels.triton_testing import INTERPRETED, Carried, compiled_kernels, compiling_environment
 
 from tests.kernels.cases import CASES, leaves, results  # isort: skip
-from xfm_fast.kernels.triton import relpos_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -47,26 +46,6 @@ def test_tests_of_a_gpu_are_collected_on_any_machine(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, where the tests themselves are carried")
 class TestCarrying:
-    def test_strides_and_results(self) -> None:
-        q, k, v = torch.randn(3, 2, 16, 32, 2).half().transpose(3, 4).unbind(0)
-        given = (q, k, v, torch.zeros(2, 16, 128).half(), 0.2)
-        expected = relpos_attention.relpos_attention_forward(*given)
-        seen: list[tuple[int, ...]] = []
-        with compiled_kernels(CPU), pytest.MonkeyPatch.context() as patch:
-            inner = relpos_attention.relpos_attention_forward
-            assert isinstance(inner, Carried)
-            function = inner.function
-
-            def forward(carried: torch.Tensor, *rest: object) -> object:
-                assert carried.data_ptr() != q.data_ptr(), "the argument was not carried"
-                seen.append(carried.stride())
-                return function(carried, *rest)
-
-            patch.setattr(inner, "function", forward)
-            found = relpos_attention.relpos_attention_forward(*given)
-        assert seen == [q.stride()]
-        assert all(map(torch.equal, found, expected))
-
     @pytest.mark.parametrize("name", ["relpos", "varlen", "linear_cross_entropy"])
     def test_operations_reach_the_launchers(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """As on a GPU: CPU tensors, no interpreter that the backend would know of."""
@@ -104,10 +83,3 @@ class TestCarrying:
             found = results(CASES[name].operation(**arguments, backend="triton"))
             torch.autograd.grad(found, leaves(arguments), [torch.ones_like(t) for t in found])
         assert any("backward" in name for name in seen), seen
-
-
-def test_launchers_are_themselves_again_afterwards() -> None:
-    before = relpos_attention.relpos_attention_forward
-    with compiled_kernels(CPU):
-        assert relpos_attention.relpos_attention_forward is not before
-    assert relpos_attention.relpos_attention_forward is before

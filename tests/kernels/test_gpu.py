@@ -22,13 +22,13 @@ on_gpu = pytest.mark.gpu
 REPEATS = 20
 
 
-def model_of(device: str, dtype: torch.dtype, layers: int = 2) -> XFM:
+def model_of(device: str, dtype: torch.dtype, layers: int = 2, image_size: int = 64) -> XFM:
     """Few layers of each encoder, with heads of 64 as in the real models, on the same weights everywhere."""
     from xfm_fast import XFM, XFMConfig
 
     torch.manual_seed(0)
     depths = {"vision_depth": layers, "text_layers": layers, "fusion_layers": layers}
-    config = XFMConfig.preset("tiny", **depths, vocab_size=64, image_size=64)
+    config = XFMConfig.preset("tiny", **depths, vocab_size=64, image_size=image_size)
     config = config.replace(vision_width=128, vision_heads=2, text_width=128, text_heads=2)
     model = XFM(config).eval()
     with torch.no_grad():

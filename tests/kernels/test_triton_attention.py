@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +26,7 @@ from tests.kernels.triton_testing import (
     poison,
 )
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.checks import Packed
-from xfm_fast.kernels.limits import HIDDEN
+from xfm_fast.kernels.checks import HIDDEN, Packed
 from xfm_fast.kernels.triton import (
     launch,
     relpos_attention,
@@ -182,31 +179,12 @@ def test_tiles_are_found(name: str, worth: float, monkeypatch: pytest.MonkeyPatc
     assert_triton_is_accurate(KERNELS[name], KERNELS[name].arguments(torch.float16, grad=True))
 
 
-def test_tiles_are_shared_out_where_the_bound_of_the_lengths_is_close() -> None:
-    assert varlen_attention._tiles(256 * 13, 13, 256, 16) == (256, False)
-    assert varlen_attention._tiles(3328, 3328, 1, 64) == (52, False)
-    assert varlen_attention._tiles(256 * 13, 30, 256, 16) == (512, False)  # 464 with a search
-    assert varlen_attention._tiles(3328, 3328, 64, 64) == (52 + 64, True)
-    assert varlen_attention._tiles(0, 0, 5, 64) == (5, True)
-
-
 @pytest.mark.parametrize("keys", [(33, 33), (70, 5)], ids=str)
 def test_tiles_of_half_as_many_keys(keys: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where keys are known to fill whole tiles and a few more, sums are kept apart until the end."""
     monkeypatch.setattr(varlen_attention, "_narrower", lambda *_: True)
     case = packed([70, 40], keys, 2, 64)
     assert_triton_is_accurate(case, case.arguments(torch.float32, grad=True))
-
-
-def test_tiles_are_narrower_where_that_saves_a_wave(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = torch.empty(1, 12, 64, dtype=torch.bfloat16)
-    monkeypatch.setattr(varlen_attention, "multiprocessors", lambda _: 132)
-    assert not varlen_attention._narrower(624, q)  # not on Hopper
-    monkeypatch.setattr(varlen_attention, "architecture", lambda _: 90)
-    programs = (132, 528, 529, 660, 661, 1056, 1320, 1321, 10_000)
-    found = [varlen_attention._narrower(count, q) for count in programs]
-    assert found == [False, False, True, True, False, False, True, False, False]
-    assert not varlen_attention._narrower(624, q.float())
 
 
 def test_masked_keys_with_enormous_scores_leave_no_trace() -> None:
@@ -281,6 +259,13 @@ def table_of(height: int, width: int, heads: int = 2) -> Tensor:
     return torch.randn((2 * height - 1) * (2 * width - 1) + 3, heads)
 
 
+def turn(bias: Tensor) -> Tensor:
+    """`[H, queries, keys]`, padded → `[H, keys, queries]`."""
+    turned, tokens = torch.full_like(bias, -torch.inf), bias.shape[1]
+    turned[..., :tokens] = bias[..., :tokens].transpose(1, 2)
+    return turned
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", [(3, 4), (2, 70)], ids=str)
 def test_bias_is_the_table_entry_over_the_scale_and_infinite_beyond(size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -293,7 +278,7 @@ def test_bias_is_the_table_entry_over_the_scale_and_infinite_beyond(size: tuple[
     divided = ((entries - entries.amax(-1, keepdim=True)) * (1 / 0.3)).to(bias.dtype)
     torch.testing.assert_close(bias[..., :tokens], divided, rtol=0, atol=0)
     assert (bias[..., tokens:] == -torch.inf).all()
-    assert torch.equal(turned, relpos_table.turn(bias))
+    assert torch.equal(turned, turn(bias))
 
 
 @each_dtype
@@ -391,7 +376,7 @@ def test_table_gradient_is_the_transpose_of_the_lookup(size: tuple[int, int]) ->
     dbias[..., :tokens] = torch.randn(2, 3, tokens, tokens)
     with poison():
         actual = relpos_table.table_gradient(dbias, size)
-        turned = relpos_table.table_gradient(torch.stack([*map(relpos_table.turn, dbias)]), size, turned=True)
+        turned = relpos_table.table_gradient(torch.stack([*map(turn, dbias)]), size, turned=True)
     results = []
     for dtype in (torch.float32, torch.float64):
         table = torch.zeros_like(table_of(*size, 3), dtype=dtype).requires_grad_()
@@ -399,22 +384,6 @@ def test_table_gradient_is_the_transpose_of_the_lookup(size: tuple[int, int]) ->
         results.append(table.grad)
     for found in (actual, turned):
         assert_accurate(found, results[:1], results[1], "dtable")
-
-
-def test_configurations_come_from_the_table_and_else_from_the_heuristic(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    row = {"tiles": {"BLOCK_M": 16, "BLOCK_N": 32}, "num_warps": 1, "num_stages": 5}
-    (tmp_path / "sm_90.json").write_text(json.dumps({"relpos_forward": {"bf16/64": row}}))
-    monkeypatch.setattr(launch, "_TUNING", tmp_path)
-    launch._tuned.cache_clear()
-    kernel = ("relpos_forward", 64, "bf16", 90)
-    others = (("relpos_dq", *kernel[1:]), (*kernel[:2], "fp16", 90), (*kernel[:3], 80))
-    try:
-        assert launch.config_for(*kernel) == LaunchConfig(row["tiles"], 1, 5)
-        assert all(launch.config_for(*other) == launch.heuristic_config(*other) for other in others)
-    finally:
-        launch._tuned.cache_clear()
 
 
 COMPILE = """

@@ -20,7 +20,7 @@ from tests.kernels.cases import Case, converted, leaves
 from tests.kernels.test_triton_contract import embedding, norm, small_blocks, vocabulary
 from tests.kernels.triton_testing import assert_triton_is_accurate
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.checks import AddNorm, Vocabulary
+from xfm_fast.kernels.checks import AddNorm, Embedding, Vocabulary
 from xfm_fast.kernels.triton import cross_entropy, gelu, layer_norm, rows
 
 __all__ = ["small_blocks"]
@@ -119,7 +119,7 @@ def test_more_partial_sums_than_a_tile_holds() -> None:
 def test_an_id_outside_its_table_is_never_garbage() -> None:
     a = embedding(29, 63, None).arguments()
     a["tokens"][3], a["tokens"][5], a["positions"][7] = 12, -1, 6
-    normed, *_ = layer_norm.embedding_norm_forward(**a, eps=EPS)
+    normed, *_ = layer_norm.embedding_norm_forward(Embedding(**a, eps=EPS))
     bad = normed.isnan().all(1)
     assert bad.nonzero().flatten().tolist() == [3, 5, 7]
     assert not normed[~bad].isnan().any()
@@ -145,12 +145,6 @@ def test_extreme_pre_activations() -> None:
         case, {"x": y.requires_grad_(), "weight": weight, "bias": torch.zeros(8).requires_grad_()}
     )
     assert torch.equal(gelu.bias_gelu_forward(y.detach(), None)[0, [0, 7]], torch.tensor([-0.0, 1e4]))
-
-
-def test_a_sum_is_cut_into_as_many_parts_as_keep_the_processors_busy() -> None:
-    assert cross_entropy.parts_of_sum(1440, 768, 132) == 3
-    assert cross_entropy.parts_of_sum(128, 128, 4) == 4
-    assert cross_entropy.parts_of_sum(16384, 768, 132) == cross_entropy.parts_of_sum(0, 768, 132) == 1
 
 
 @pytest.mark.usefixtures("small_blocks")

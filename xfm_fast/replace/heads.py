@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host, ops
+from xfm_fast.kernels.checks import Embedding
 from xfm_fast.kernels.cpu.norms import embedding_norm_forward
 from xfm_fast.packing import on_host
 from xfm_fast.replace.adapters import Adaptable
@@ -89,7 +90,7 @@ class FusedEmbeddings(CalledByName):
             row = torch.zeros_like(norm.weight) if table is None else table.weight[0]
             given = (tokens, positions, word.weight, position.weight, row, norm.weight, norm.bias, norm.eps)
             if infers(word.weight, self.settings) and word.weight.dtype == norm.weight.dtype:
-                normed = embedding_norm_forward(*given)[0]
+                normed = embedding_norm_forward(Embedding(*given))[0]
             else:
                 backend = self.settings.backend
                 normed = ops.embed_layer_norm(*given, padding_idx=word.padding_idx, backend=backend)

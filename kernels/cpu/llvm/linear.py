@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...limits import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
+from ...checks import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from ..workspace import scratch
 from . import Level, fits, levels
 from .builder import (
