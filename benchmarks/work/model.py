@@ -124,11 +124,11 @@ def prepare(run: Run, image_size: int, most_photos: int = MOST_PHOTOS, work: str
     loading = time.perf_counter()
     subjects = Subjects.open(options.source)
     subjects.device = run.device
-    tokenizer = subjects.tokenizer or make_tokenizer(options.preset, options.tokenizer, collection)
-    document.data = described(collection, tokenizer)
-    tokenizer.check(subjects.config)
     model = subjects.model(image_size, DTYPES[run.dtypes[0]], work)
     document.cold_start["weights"] = time.perf_counter() - loading
+    tokenizer = subjects.tokenizer or make_tokenizer(options.preset, options.tokenizer, collection)
+    tokenizer.check(subjects.config)
+    document.data = described(collection, tokenizer)
     document.model = Model(
         preset=options.preset, origin=subjects.origin, trained=subjects.trained,
         meaningful_recall=subjects.tokenizer is not None, config=subjects.config.model_dump(),

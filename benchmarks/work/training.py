@@ -320,7 +320,7 @@ def memory_use(
         except Exception as error:
             raise UnavailableError(
                 f"the process that measures the memory of a step ({procedure}, {dtype}) failed: {one_line(error)}; "
-                "free memory, or take fewer --pairs or --preset tiny"
+                "free memory, or take fewer --pairs or --random tiny"
             ) from error
 
 
