@@ -203,28 +203,16 @@ def textures(root: Path) -> None:
         write(root / f"dtd/dtd/labels/{split}1.txt", "".join(lines))
 
 
-def countries(root: Path) -> None:
-    for split in ("train", "test"):
-        class_folders(root / "country211" / split, ["AA", "BB"])
-
-
-def sentences(root: Path) -> None:
-    for split in ("train", "test"):
-        class_folders(root / "rendered-sst2" / split, ["negative", "positive"], "{}.png")
-
-
-def objects(root: Path) -> None:
-    class_folders(root / "caltech101/101_ObjectCategories", ["BACKGROUND_Google", "ant", "bee"], "image_{:04d}.jpg")
-
-
 def scenes(root: Path) -> None:
     class_folders(root / "SUN397", ["a/ant", "b/bee"], "sun_{}.jpg")
     write(root / "SUN397/ClassName.txt", "/a/ant\n/b/bee\n")
 
 
 # With what writes each set, as torchvision reads it, into a folder.
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "caltech101": objects,
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "caltech101": lambda root: class_folders(
+        root / "caltech101/101_ObjectCategories", ["BACKGROUND_Google", "ant", "bee"], "image_{:04d}.jpg"
+    ),
     "cifar10": lambda root: cifar(
         root, "cifar-10-batches-py", [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"], "labels",
         "batches.meta", "label_names",
@@ -232,8 +220,12 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "cifar100": lambda root: cifar(
         root, "cifar-100-python", ["train", "test"], "fine_labels", "meta", "fine_label_names"
     ),
-    "country211": countries, "dtd": textures, "fer2013": fer, "fgvcaircraft": aircraft, "flowers102": flowers,
-    "food101": food, "gtsrb": gtsrb, "mnist": mnist, "oxfordiiitpet": pets, "pcam": pcam, "renderedsst2": sentences,
+    "country211": lambda root: [class_folders(root / "country211" / split, ["AA", "BB"]) for split in SPLITS],
+    "dtd": textures, "fer2013": fer, "fgvcaircraft": aircraft, "flowers102": flowers,
+    "food101": food, "gtsrb": gtsrb, "mnist": mnist, "oxfordiiitpet": pets, "pcam": pcam,
+    "renderedsst2": lambda root: [
+        class_folders(root / "rendered-sst2" / split, ["negative", "positive"], "{}.png") for split in SPLITS
+    ],
     "stanfordcars": cars, "stl10": stl, "sun397": scenes,
 }  # fmt: skip
 
