@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -34,14 +36,17 @@ class Limited:
     def post(self, path: str, body: bytes) -> int:
         return ask(self.port, "POST", path, body, {"content-type": "application/json"}).status
 
-    def check(self, path: str, body: bytes, statuses: tuple[int, ...]) -> None:
-        """Send a body, and compare its status and its cost with the limits."""
+    def check(self, path: str, body: bytes, statuses: tuple[int, ...]) -> float:
+        """Send a body, compare its status and its cost with the limits, and return the larger share of a limit."""
         with open(f"/proc/{self.pid}/clear_refs", "w") as file:
             file.write("5")
         before, seconds = self.megabytes("VmRSS"), self._seconds()
-        assert self.post(path, body) in statuses
-        assert self._seconds() - seconds <= MOST_CPU_SECONDS
-        assert self.megabytes("VmHWM") - before <= MOST_MEGABYTES
+        status = self.post(path, body)
+        seconds, megabytes = self._seconds() - seconds, self.megabytes("VmHWM") - before
+        assert (status in statuses, seconds <= MOST_CPU_SECONDS, megabytes <= MOST_MEGABYTES) == (True,) * 3, (
+            f"{status}, {seconds:.2f} s, {megabytes:.1f} MB: {body[:200]!r}"
+        )
+        return max(seconds / MOST_CPU_SECONDS, megabytes / MOST_MEGABYTES)
 
     def megabytes(self, name: str) -> float:
         with open(f"/proc/{self.pid}/status") as lines:
@@ -119,6 +124,53 @@ BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
 def test_a_body_costs_little(limited: Limited, name: str) -> None:
     make, statuses = BODIES[name]
     limited.check("/v1/rerank", make(), statuses)
+
+
+PATHS = {"/v1/rerank": "documents", "/v1/embeddings": "input", "/v1/score": "text_2"}
+TOKENS = (
+    "0", "{}", "[]", '""', "null", "1.5", '"ab"', '{"a":0}', "[[[]]]", '{"text":1}', '{"image":"a"}', '{"content":[]}',
+    '"漢字"', '"\\u00e9"', '"' + "a," * 900 + '"', "9" * 4000, "[" * 60 + "]" * 60,
+)  # fmt: skip
+KINDS: dict[str, Callable[[int], bytes]] = {
+    "png": lambda side: saved(side, "RGB", "PNG"),
+    "transparent": lambda side: saved(side, "RGBA", "PNG"),
+    "jpeg": lambda side: saved(side, "RGB", "JPEG", quality=1),
+    "progressive": lambda side: saved(side, "RGB", "JPEG", quality=1, progressive=True),
+    "scans": lambda side: scans(side, 200),
+    "webp": lambda side: saved(side, "RGBA", "WEBP", lossless=True, method=0),
+    "inflates": lambda side: inflating_png(side // 8),
+    "texts of PNG": lambda side: _texts_of_png(60),
+}
+CHOICES: dict[str, tuple[object, ...]] = {
+    "path": (*PATHS,), "token": TOKENS, "kind": ("list", "keys", *KINDS), "field": ("right", "other", "content"),
+    "count": (1, 8, 64, 256, 10_000, 1_000_000), "side": (8, 224, 1000, 1800, 3300, 4096),
+}  # fmt: skip
+
+
+def _body(gene: dict[str, Any]) -> bytes:
+    """At most a megabyte of JSON made by choices."""
+    token, name = gene["token"], PATHS[gene["path"]] if gene["field"] != "other" else "other"
+    if gene["kind"] in KINDS:
+        picture = base64.b64encode(KINDS[gene["kind"]](gene["side"])).decode()
+        token = json.dumps({"image": picture})
+    elif gene["kind"] == "keys":
+        token = "{" + ",".join(f'"k{number}":0' for number in range(gene["side"])) + "}"
+    items = _list(token, max(1, min(gene["count"], 900_000 // (len(token.encode()) + 1))))
+    items = f'[{{"content": {items}}}]' if gene["field"] == "content" else items
+    return f'{{"query": "a", "text_1": "a", "{name}": {items}}}'.encode()[:1_000_000]
+
+
+@pytest.mark.parametrize(("seed", "trials"), [(0, 30), pytest.param(1, 600, marks=pytest.mark.slow)])
+def test_the_dearest_body_that_a_search_finds(limited: Limited, seed: int, trials: int) -> None:
+    """Bodies made at random, then the dearest of them with one choice made anew."""
+    rng, found = random.Random(seed), list[tuple[float, dict[str, Any]]]()
+    for trial in range(trials):
+        fresh = {name: rng.choice(options) for name, options in CHOICES.items()}
+        if trial >= trials // 2:
+            changed = rng.choice([*CHOICES])
+            fresh = rng.choice(found[:8])[1] | {changed: fresh[changed]}
+        cost = limited.check(fresh["path"], _body(fresh), (200, *REFUSED))
+        found = sorted([*found, (cost, fresh)], key=lambda each: -each[0])
 
 
 def test_many_at_once_leave_the_service_alive(limited: Limited) -> None:
