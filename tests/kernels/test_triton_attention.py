@@ -23,6 +23,7 @@ from tests.kernels.triton_testing import (
     assert_triton_is_accurate,
     compiling_environment,
     configured,
+    philox,
     poison,
 )
 from xfm_fast.kernels import ops, reference
@@ -48,29 +49,17 @@ def test_every_tile_size_gives_the_result(name: str, tiles: tuple[int, int]) -> 
 
 
 def philox_keep(seed: int, head: int, origin: int, queries: int, keys: int, p: float) -> Tensor:
-    """`[queries, keys]`: Philox 4x32 with 7 rounds, written down a second time, in NumPy.
+    """`[queries, keys]`: Philox with 7 rounds.
 
     Eight elements share a call: word j and half i of it are for key 8j and query 8i beyond the first of them.
     """
-    low = np.uint64(0xFFFFFFFF)
     q, k = np.arange(queries, dtype=np.uint64)[:, None], np.arange(keys, dtype=np.uint64)[None, :]
     first_key = k // np.uint64(32) * np.uint64(32) + k % np.uint64(8)
     first_query = q // np.uint64(16) * np.uint64(16) + q % np.uint64(8)
-    counter = (first_key, first_query, np.uint64(head), np.uint64(origin))
-    c0, c1, c2, c3 = (np.broadcast_to(c, (queries, keys)) for c in counter)
-    key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    for _ in range(7):
-        product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c2 = (
-            (product2 >> np.uint64(32)) ^ c1 ^ np.uint64(key0),
-            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(key1),
-        )
-        c1, c3 = product2 & low, product0 & low
-        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    words = np.stack(philox(seed, (first_key, first_query, np.uint64(head), np.uint64(origin)), 7))
     word = np.broadcast_to(k // np.uint64(8) % np.uint64(4), (queries, keys)).astype(np.int64)
-    words = np.take_along_axis(np.stack([c0, c1, c2, c3]), word[None], 0)[0]
-    halves = words >> (q // np.uint64(8) % np.uint64(2) * np.uint64(16)) & np.uint64(0xFFFF)
-    return torch.from_numpy(halves >= np.uint64(round(p * 2**16)))
+    halves = np.take_along_axis(words, word[None], 0)[0] >> (q // np.uint64(8) % np.uint64(2) * np.uint64(16))
+    return torch.from_numpy(halves & np.uint64(0xFFFF) >= np.uint64(round(p * 2**16)))
 
 
 def dropped(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.kernels.accuracy import assert_accurate, assert_as_accurate
 from tests.kernels.cases import Case, converted, leaves
 from tests.kernels.test_triton_contract import embedding, norm, small_blocks, vocabulary
-from tests.kernels.triton_testing import assert_triton_is_accurate
+from tests.kernels.triton_testing import assert_triton_is_accurate, philox
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.checks import AddNorm, Embedding, Vocabulary
 from xfm_fast.kernels.triton import cross_entropy, gelu, layer_norm, rows
@@ -68,23 +68,13 @@ def factors(count: int, width: int, dropout_p: float, seed: int) -> Tensor:
     return layer_norm.add_layer_norm_forward(a).summed
 
 
-def philox(key: int, counters: np.ndarray, rounds: int = 10) -> np.ndarray:
-    """Philox4x32 (Salmon et al., SC 2011): `[n]` 64-bit counters → `[n, 4]` 32-bit numbers."""
-    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c = [counters & low, counters >> high, np.zeros_like(counters), np.zeros_like(counters)]
-    k = [np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)]
-    for _ in range(rounds):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(b >> high) ^ c[1] ^ k[0], b & low, (a >> high) ^ c[3] ^ k[1], a & low]
-        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
-    return np.stack(c, 1)
-
-
 @pytest.mark.parametrize(("count", "width"), [(3, 32), (2, 111)])
 def test_dropout_is_philox_of_seed_row_and_column(count: int, width: int) -> None:
     seed, dropout_p = 0x1234567890, 0.25
     quads = -(-width // 4)
-    numbers = philox(seed, np.arange(count * quads, dtype=np.uint64)).reshape(count, quads * 4)[:, :width]
+    zero = np.uint64(0)
+    words = philox(seed, (np.arange(count * quads, dtype=np.uint64), zero, zero, zero), 10)
+    numbers = np.stack(words, 1).reshape(count, quads * 4)[:, :width]
     expected = torch.from_numpy((numbers >> np.uint64(8)).astype(np.int64) >= round(dropout_p * 2**24)).float() / 0.75
     torch.testing.assert_close(factors(count, width, dropout_p, seed), expected)
 

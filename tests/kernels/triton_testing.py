@@ -16,11 +16,12 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -181,6 +182,21 @@ def assert_triton_is_accurate(case: Case, arguments: Arguments, **options: Any) 
     for i, (value, true) in enumerate(zip(found, truth, strict=True)):
         assert value.dtype == plain[0][i].dtype
         assert_accurate(value, [each[i] for each in plain], true, f"result {i}")
+
+
+def philox(key: int, counter: Sequence[Any], rounds: int) -> list[np.ndarray]:
+    """Philox4x32 (Salmon et al., SC 2011), written down a second time: four 32-bit words, held in 64 bits, for each
+    counter of four such words.
+    """
+    low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1, c2, c3 = np.broadcast_arrays(*counter)
+    key0, key1 = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    for _ in range(rounds):
+        product0, product2 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c2 = (product2 >> high) ^ c1 ^ np.uint64(key0), (product0 >> high) ^ c3 ^ np.uint64(key1)
+        c1, c3 = product2 & low, product0 & low
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [c0, c1, c2, c3]
 
 
 @contextmanager

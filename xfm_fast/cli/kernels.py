@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from xfm_fast.kernels.audit.compiling import Row
     from xfm_fast.kernels.triton.launch import KernelSpec
+
+
+_MOST_LINES = 200  # of a list of differences
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     audit are compiled, the rest comes from the cache.
     """
     specs = _kernels(options.kernel)
+    from xfm_fast.io import write_bytes
     from xfm_fast.kernels.audit import baseline
     from xfm_fast.kernels.audit import compiling as library
     from xfm_fast.kernels.audit.machine_code import ARCHITECTURES, LIMITS
@@ -175,7 +179,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     rows = library.compile_rows(chosen, jobs=options.jobs, cache_dir=options.cache, progress=progress)
     seconds = time.perf_counter() - begun
     if options.json is not None:
-        _write_json(options.json, [row.as_dict() for row in rows])
+        write_bytes({options.json: (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode()})
     shown = stdout(220)
     if rows:
         _print_rows(rows, shown)
@@ -193,19 +197,19 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     comparison = baseline.compare(rows, accepted, compiler=library.compiler(), shipped=shipped)
     if comparison.note:
         shown.print(f"note: {comparison.note}", soft_wrap=True)
-    _print_lines("better than accepted; xfm-fast audit --accept keeps it so", comparison.better, shown)
-    _print_lines("worse than accepted", comparison.worse, shown)
+    better = "better than accepted; xfm-fast audit --accept keeps it so"
+    for title, lines in ((better, comparison.better), ("worse than accepted", comparison.worse)):
+        if lines:
+            shown.print(title, style="bold")
+        for line in lines[:_MOST_LINES]:
+            shown.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+        if len(lines) > _MOST_LINES:
+            shown.print(f"  … and {len(lines) - _MOST_LINES} more")
     if comparison.worse:
         command = "xfm-fast audit --accept" + " --all" * options.all
         shown.print(f"{len(comparison.worse)} figures are worse, new or missing. If that is meant: {command}")
         return 1
     return 0
-
-
-def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    from xfm_fast.io import write_bytes
-
-    write_bytes({path: (json.dumps(rows, indent=1) + "\n").encode()})
 
 
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
@@ -327,12 +331,3 @@ def _waits(row: Row) -> str:
     """Waits per HGMMA, and the assembler's warnings about them."""
     waits, warnings = row.waits_per_tensor_core, " ".join(row.warnings or ())
     return "–" if waits is None else f"[yellow]{waits:.2f} {warnings}[/]" if warnings else f"{waits:.2f}"
-
-
-def _print_lines(title: str, lines: list[str], console: Console, most: int = 200) -> None:
-    if title and lines:
-        console.print(title, style="bold")
-    for line in lines[:most]:
-        console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
-    if len(lines) > most:
-        console.print(f"  … and {len(lines) - most} more")
