@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,7 +15,8 @@ from tests.objectives.steps import gradients, total
 from xfm_fast.batches import IGNORED, Batch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
-from xfm_fast.benchmarks.work.training import TrainingSubject, difference
+from xfm_fast.benchmarks.tasks import PRETRAINING
+from xfm_fast.benchmarks.work.training import difference, make_step
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import fusion_pass, pretraining_losses
@@ -192,9 +194,13 @@ def test_gradients_of_a_deep_model() -> None:
     """
     config = XFMConfig.preset("tiny", text_layers=24, fusion_layers=24)
     batch = pair_batch(8, config, 0, ids=False)
-    subject = TrainingSubject(config, batch, seed=0, device=CPU)
-    truth = TrainingSubject(config, batch, seed=0, device=CPU, dtype=torch.float64).outcome(OFFICIAL)
-    plain = difference(subject.outcome(OFFICIAL, torch.bfloat16), truth)
-    found = difference(subject.outcome(OURS, torch.bfloat16), truth)
+    step, exact = (
+        make_step(PRETRAINING, config, 0, {"batch": replace(batch, image=batch.image.to(dtype))}, CPU)
+        for dtype in (torch.float32, torch.float64)
+    )
+    exact.model.double()
+    truth = exact.outcome(OFFICIAL)
+    plain = difference(step.outcome(OFFICIAL, torch.bfloat16), truth)
+    found = difference(step.outcome(OURS, torch.bfloat16), truth)
     assert set(truth.losses) == {"itc", "itm", "imlm", "mim"}
     assert found.error <= 2 * plain.error + torch.finfo(torch.bfloat16).eps, (found, plain)
