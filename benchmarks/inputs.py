@@ -336,11 +336,11 @@ def random_state(config: XFMConfig, heads: Iterable[Head], seed: int) -> dict[st
         return checkpoint.random_tensors(XFM(config, heads=heads).state_dict(), seed)
 
 
-def make_tokenizer(preset: PresetName, files: Path | None, collection: Collection) -> CaptionTokenizer:
-    """RoBERTa's tokenizer from its files, or one trained on the captions."""
+def make_tokenizer(config: XFMConfig, files: Path | None, collection: Collection) -> CaptionTokenizer:
+    """RoBERTa's tokenizer from its files, or one of a model's vocabulary size, trained on the captions."""
     if files is not None:
         return CaptionTokenizer.from_files(files)
-    return CaptionTokenizer.train_on_texts(collection.captions, preset_config(preset).vocab_size)
+    return CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
 
 
 def described(collection: Collection, tokenizer: CaptionTokenizer) -> Data:

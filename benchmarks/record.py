@@ -27,7 +27,7 @@ import statistics
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -328,19 +328,11 @@ def load(path: str | Path) -> Document:
         ) from None
 
 
-class Saved(NamedTuple):
-    """The files of a run."""
-
-    document: Path
-    page: Path
-
-
-def save(document: Document, folder: str | Path, page: str) -> Saved:
+def save(document: Document, folder: str | Path, page: str) -> Path:
     """Write `<timestamp>.json` and `.html`, and the same as `latest.json` and `latest.html`.
 
-    All four appear complete or not at all; results of earlier runs are never overwritten.
-
-    `page` is the HTML of the document. Raises `StorageError`.
+    All four appear complete or not at all; results of earlier runs are never overwritten. `page` is the HTML of the
+    document. Returns the path of the JSON file; raises `StorageError`.
     """
     folder = Path(folder)
     try:
@@ -353,7 +345,7 @@ def save(document: Document, folder: str | Path, page: str) -> Saved:
     content, html = document.encoded(), page.encode()
     files = {f"{name}.{kind}": text for name in (stem, "latest") for kind, text in (("json", content), ("html", html))}
     write_bytes({folder / name: text for name, text in files.items()})
-    return Saved(folder / f"{stem}.json", folder / f"{stem}.html")
+    return folder / f"{stem}.json"
 
 
 def save_as(document: Document, path: Path) -> None:

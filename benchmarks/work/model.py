@@ -126,7 +126,7 @@ def prepare(run: Run, image_size: int, most_photos: int = MOST_PHOTOS, work: str
     subjects.device = run.device
     model = subjects.model(image_size, DTYPES[run.dtypes[0]], work)
     document.cold_start["weights"] = time.perf_counter() - loading
-    tokenizer = subjects.tokenizer or make_tokenizer(options.preset, options.tokenizer, collection)
+    tokenizer = subjects.tokenizer or make_tokenizer(subjects.config, options.tokenizer, collection)
     tokenizer.check(subjects.config)
     document.data = described(collection, tokenizer)
     document.model = Model(

@@ -307,7 +307,7 @@ def _finish(document: Document, out: Path) -> int:
         names = str(out)
     else:
         saved = record.save(document, out, report.html(document))
-        names = f"{saved.document} and {saved.page}"
+        names = f"{saved} and {saved.with_suffix('.html')}"
     stdout().print(f"saved: {names}", soft_wrap=True, highlight=False)
     return _exit_code(document)
 

@@ -43,7 +43,8 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = bundled()
-    return Material(Subjects.open(Source(random="tiny")), collection, make_tokenizer("tiny", None, collection))
+    subjects = Subjects.open(Source(random="tiny"))
+    return Material(subjects, collection, make_tokenizer(subjects.config, None, collection))
 
 
 @pytest.fixture(scope="module")

@@ -182,10 +182,10 @@ def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
 
     document = _load("embed-image-cpu-amx")
     saved = record.save(document, tmp_path / "out", report.html(document))
-    assert record.load(saved.document) == document
+    assert record.load(saved) == document
     text, card = tmp_path / "page.html", tmp_path / "card.png"
-    assert invoke(["bench", "report", saved.document, "--markdown"]).output == report.markdown(document)
-    done = invoke(["bench", "report", saved.document, "--html", text, "--png", card])
+    assert invoke(["bench", "report", saved, "--markdown"]).output == report.markdown(document)
+    done = invoke(["bench", "report", saved, "--html", text, "--png", card])
     assert done.exit_code == 0, done.output
     assert 'og:image" content="card.png"' in text.read_text(encoding="utf-8")
     with Image.open(card) as image:
@@ -195,7 +195,7 @@ def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
     # xfm-fast is dark and others are grey.
     assert {(11, 93, 82), (138, 146, 155)} <= {colour for _, colour in colours}
     for option in ("--html", "--png"):
-        assert invoke(["bench", "report", saved.document, option, tmp_path]).exit_code == 2
+        assert invoke(["bench", "report", saved, option, tmp_path]).exit_code == 2
     with pytest.raises(UnavailableError):
         report.png(document.model_copy(update={"rows": []}), card)
 
@@ -203,8 +203,8 @@ def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
 def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document, folder = _load("cpu-avx2"), tmp_path / "deep" / "out"
     saved = record.save(document, folder, "page")
-    assert (folder / "latest.json").read_bytes() == saved.document.read_bytes()
-    assert record.save(document, folder, "page").document != saved.document
+    assert (folder / "latest.json").read_bytes() == saved.read_bytes()
+    assert record.save(document, folder, "page") != saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert len(before) == 6
 
@@ -216,7 +216,7 @@ def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: p
         record.save(document, folder, "page")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(StorageError):
-        record.save(document, saved.document / "out", "page")
+        record.save(document, saved / "out", "page")
 
 
 def test_results_of_a_gpu_are_kept_under_its_name(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def _little_work() -> Any:
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = bundled()
-    return Material(Subjects.open(Source(random="tiny")), collection, make_tokenizer("tiny", None, collection))
+    subjects = Subjects.open(Source(random="tiny"))
+    return Material(subjects, collection, make_tokenizer(subjects.config, None, collection))
 
 
 def test_answers_and_questions_have_the_statistics_of_vqa_v2(material: Material) -> None:

@@ -82,7 +82,7 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert 1 <= len(row.parts("trials")) <= 3
         assert row.number("max_qps") == pytest.approx(max(held, default=0), rel=1e-4)
         assert OFFICIAL in row.text("bound_origin")
-    assert load(record.save(document, tmp_path, report.html(document)).document) == document
+    assert load(record.save(document, tmp_path, report.html(document))) == document
 
 
 def _with(monkeypatch: pytest.MonkeyPatch, *backends: ModelBackend) -> None:

@@ -47,7 +47,7 @@ def _few_answers() -> Any:
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
     collection = bundled()
-    return Inputs(collection, make_tokenizer("tiny", None, collection), CONFIG)
+    return Inputs(collection, make_tokenizer(CONFIG, None, collection), CONFIG)
 
 
 def _step(name: str, inputs: Inputs) -> Step:
@@ -197,7 +197,7 @@ def test_rows_of_pretraining(tmp_path: Path) -> None:
         sizes = (row.number("peak_bytes"), row.number("checkpointed_bytes"), official.number("peak_bytes"))
         assert sizes == (60, 40, 120)
     saved = record.save(document, tmp_path, report.html(document))
-    assert record.load(saved.document) == document
+    assert record.load(saved) == document
 
 
 @pytest.mark.slow
