@@ -18,10 +18,8 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.export.expected import Examples
 from xfm_fast.kernels import fp8, ops, reference
-from xfm_fast.kernels.cpu import int8, llvm, selection
+from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.marked import EightBits, kind_of
-from xfm_fast.models.text import Int8Parts
-from xfm_fast.packing import Packing
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
@@ -221,53 +219,3 @@ def test_trained_weights_keep_embeddings_and_ranks(trained_model: XFM, dtype: to
         found = ranked(model.dequantise().quantise("int8", agreement, least=0.97), judged)
         assert min(F.cosine_similarity(found[name], wanted[name]).min() for name in ("images", "texts")) >= 0.99
         assert in_order(found["scores"], wanted["scores"]) >= 0.97
-
-
-@needs_int8
-@pytest.mark.skipif(llvm.why_not(torch.int8) is not None, reason="no compiled products of bytes here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_single_short_text(dtype: torch.dtype, model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the short path, by the general one, with a hook, and after a weight was written to."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("bfloat16 is emulated on this processor")
-    for each in (torch.float32, torch.bfloat16):
-        found = selection.Selection("products of bytes", each, "llvm", {}, {}, "settled")
-        monkeypatch.setitem(selection._selections, ("products of bytes", each), found)
-    model = model.to(dtype)
-    short, taken = Int8Parts.forward_short, list[int]()
-    monkeypatch.setattr(Int8Parts, "forward_short", lambda parts, x: taken.append(len(x)) or short(parts, x))
-    ids, layers = torch.randint(5, model.config.vocab_size, (2, 9)), model.config.text_layers
-    mask = torch.arange(9)[None] < torch.tensor([[7], [9]])
-
-    def run(texts: int = 1) -> Tensor:
-        taken.clear()
-        with torch.inference_mode():
-            return model.encode_text(ids[:texts], mask[:texts])[:1]
-
-    model.quantise()
-    allowed = (2e-5 if dtype == torch.float32 else 0.1) * float(run().abs().max())
-    assert taken == [7] * layers
-    together = run(2)
-    assert not taken
-    assert float((run() - together).abs().max()) <= allowed
-    taken.clear()
-    with torch.inference_mode():
-        first = model.text_encoder(ids[:1], Packing.from_mask(mask[:1]), first_token_only=True)
-    assert float((first - together[:, 0]).abs().max()) <= allowed
-    # Of the last layer one token is computed, in the general way.
-    assert taken == [7] * (layers - 1)
-    attention: Any = model.text_encoder.roberta.encoder[0].attention
-    before = run()
-    for written in (attention.self.value.bias, attention.output.dense.weight, attention.self.key.weight):
-        with torch.no_grad():
-            written.add_(1)
-        after = run()
-        assert not torch.equal(after, before)
-        assert taken
-        before = after
-    assert float((after - run(2)).abs().max()) <= 2 * allowed
-    seen: list[Any] = []
-    attention.output.register_forward_hook(lambda *given: seen.append(given))
-    assert float((run() - after).abs().max()) <= 2 * allowed
-    assert seen
-    assert not taken

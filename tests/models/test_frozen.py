@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.export.graphs import build
-from xfm_fast.kernels.cpu import attention, gemm
-from xfm_fast.models.text import FrozenParts
+from xfm_fast.kernels.cpu import attention, gemm, int8, llvm, selection
+from xfm_fast.models.text import FrozenParts, Int8Parts
+from xfm_fast.packing import Packing
 
 DTYPES = [torch.float32, torch.bfloat16]
+NEEDS_INT8 = pytest.mark.skipif(bool(int8.why_not() or llvm.why_not(torch.int8)), reason="no compiled int8 GEMM here")
 
 
 @pytest.fixture(autouse=True)
@@ -51,38 +53,60 @@ def results(model: XFM) -> list[Tensor]:
         return [image, text, few, model.fuse(text, mask, memory, of), model.match_logits(first), first]
 
 
-@pytest.mark.parametrize("model", DTYPES, indirect=True)
-def test_a_single_short_text(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the short path, by the general one, and with a hook."""
-    ids, short = torch.randint(5, model.config.vocab_size, (2, 9)), FrozenParts.forward_short
-    taken: list[int] = []
-    monkeypatch.setattr(
-        FrozenParts, "forward_short", lambda parts, x, gelu: taken.append(len(x)) or short(parts, x, gelu)
-    )
+@pytest.mark.usefixtures("int8_chosen")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["frozen", pytest.param("int8", marks=NEEDS_INT8)])
+def test_a_single_short_text(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the short path, by the general one, after a weight was written to, and with a hook."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("bfloat16 is emulated on this processor")
+    for each in DTYPES:
+        compiled = selection.Selection("products of bytes", each, "llvm", {}, {}, "settled")
+        monkeypatch.setitem(selection._selections, ("products of bytes", each), compiled)
+    model = XFM(XFMConfig.preset("tiny")).eval().requires_grad_(False)
+    for weight in model._block_weights():
+        # Fresh blocks add next to nothing to their input.
+        weight.normal_(std=0.1)
+    model = model.to(dtype)
+    parts, taken = (FrozenParts, Int8Parts)[kind == "int8"], list[int]()
+    short = parts.forward_short
+    monkeypatch.setattr(parts, "forward_short", lambda own, x, *rest: taken.append(len(x)) or short(own, x, *rest))
+    ids, layers = torch.randint(5, model.config.vocab_size, (2, 9)), model.config.text_layers
+    mask = torch.arange(9)[None] < torch.tensor([[7], [9]])
 
     def run(texts: int = 1) -> Tensor:
         taken.clear()
         with torch.inference_mode():
-            return model.encode_text(ids[:texts], torch.arange(9)[None] < torch.tensor([7, 9])[:texts, None])[:1]
+            return model.encode_text(ids[:texts], mask[:texts])[:1]
 
-    expected, layers = run(), model.config.text_layers
+    expected = run()
     assert not taken
-    model.freeze()
-    allowed = (2e-5 if model.dtype == torch.float32 else 0.1) * float(expected.abs().max())
+    if kind == "int8":
+        expected = model.quantise().encode_text(ids, mask)[:1]
+    else:
+        model.freeze()
+    allowed = (2e-5 if dtype == torch.float32 else 0.1) * float(expected.abs().max())
     assert float((run() - expected).abs().max()) <= allowed
     assert taken == [7] * layers
     assert float((run(2) - expected).abs().max()) <= allowed
     assert not taken
-    first: Any = model.text_encoder.roberta.encoder.layer[0]
+    with torch.inference_mode():
+        first = model.text_encoder(ids[:1], Packing.from_mask(mask[:1]), first_token_only=True)
+    assert float((first - expected[:, 0]).abs().max()) <= allowed
+    # Of the last layer one token is computed, in the general way.
+    assert taken == [7] * (layers - 1)
+    attention: Any = model.text_encoder.roberta.encoder.layer[0].attention
     before = run()
-    with torch.no_grad():
-        first.attention.self.value.bias.add_(1)
-    after = run()
-    assert not torch.equal(after, before)
-    assert taken
+    for written in (attention.self.value.bias, *([attention.self.key.weight] if kind == "int8" else [])):
+        with torch.no_grad():
+            written.add_(1)
+        after = run()
+        assert not torch.equal(after, before)
+        assert taken
+        before = after
     seen: list[Any] = []
-    first.attention.output.register_forward_hook(lambda *given: seen.append(given))
-    assert float((run() - after).abs().max()) <= allowed
+    attention.output.register_forward_hook(lambda *given: seen.append(given))
+    assert float((run() - before).abs().max()) <= 2 * allowed
     assert seen
     assert not taken
 
@@ -154,7 +178,8 @@ def test_copies_and_conversions(model: XFM) -> None:
             assert torch.equal(found, right)
         twin.unfreeze()
         assert all(torch.equal(t, held[n]) for n, t in twin.state_dict().items())
-    weight: Any = model.to(torch.bfloat16).vision_encoder.blocks[0].mlp.fc1.weight
+    block: Any = model.to(torch.bfloat16).vision_encoder.blocks[0]
+    weight = block.mlp.fc1.weight
     assert weight.layout == torch.strided
     assert torch.equal(weight, held["vision_encoder.blocks.0.mlp.fc1.weight"].bfloat16())
 

@@ -252,6 +252,7 @@ def test_compiled(kind: str) -> None:
     assert_close(wanted, gradients(fast, partial(states, compiled, given)), 2e-5)
 
 
+@pytest.mark.slow
 @of("BERT")
 def test_one_graph_without_padding(kind: str) -> None:
     case, graphs = FAMILIES[kind], []
