@@ -27,7 +27,7 @@ from .runtimes import LoadedGraph, RunFunction, Runtime
 from .runtimes.onnx_runtime import OnnxRuntime
 from .session import SessionMemory
 from .session.tasks import TaskSession
-from .slots import empty_tensors, graph_slots, largest
+from .slots import Slot, empty_tensors, graph_slots, largest
 
 # A session with these limits makes one pass of what it is given.
 _ONE_PASS = 1 << 30
@@ -104,20 +104,24 @@ def compare_with_reference(
 
 
 class Recorder(Runtime):
-    """A runtime that records the inputs of every run; the graph `idle` returns zeros."""
+    """A runtime that records the shapes of every run, and the inputs of the graph `idle`, which returns zeros."""
 
     def __init__(self, runtime: Runtime, idle: str) -> None:
         self.runtime, self.idle, self.device, self.description = runtime, idle, runtime.device, runtime.description
-        self.calls: list[tuple[str, Mapping[str, Tensor]]] = []
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+        self.inputs: list[Mapping[str, Tensor]] = []
 
     def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         """See `Runtime.load`."""
         graph = None if record.name == self.idle else self.runtime.load(record, path)
 
-        def run(inputs: Mapping[str, Tensor], slot: Any, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-            self.calls.append((record.name, inputs))
+        def run(inputs: Mapping[str, Tensor], slot: Slot, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+            shape, shapes = tuple(inputs[record.inputs[0].name].shape), self.shapes.setdefault(record.name, [])
+            if shape not in shapes:
+                shapes.append(shape)
             if graph is not None:
                 return graph.run(inputs, slot, sizes)
+            self.inputs.append(inputs)
             outputs = empty_tensors(record.outputs, sizes, self.device)
             return {name: value.zero_() for name, value in outputs.items()}
 
@@ -160,10 +164,11 @@ class Comparison:
             # On the CPU, where bf16 graphs are computed in fp32.
             runtime = OnnxRuntime(part, torch.device("cpu"), compares=True)
         session = TaskSession(self.folder, runtime, manifest=part)
-        session.runtime = recorder = Recorder(session.runtime, idle)
+        session.runtime = self.recorder = Recorder(session.runtime, idle)
         session.limits = replace(session.limits, budget=_ONE_PASS, pass_tokens=_ONE_PASS)
         session.warm_up()
-        recorder.calls.clear()
+        self.recorder.shapes.clear()
+        self.recorder.inputs.clear()
         self.description = session.description
         self._whole = None if part.kind == "onnx" else session
         return session
@@ -174,8 +179,7 @@ class Comparison:
         with torch.inference_mode():
             for case in cases:
                 self.outputs(session, graph, case, self.known)
-        assert isinstance(session.runtime, Recorder)
-        return [inputs for name, inputs in session.runtime.calls if name == graph]
+        return self.recorder.inputs
 
     def run(self) -> tuple[list[Check], list[RankCheck]]:
         """Run every graph over the range of its shapes and compare all outputs with the reference."""
@@ -200,9 +204,7 @@ class Comparison:
                         rows = case.images if name == "image_embeds" else case.texts[:, 0]
                         value = outputs[name].float().cpu()
                         computed[name] = computed[name].index_put((rows[:, None], torch.arange(value.shape[1])), value)
-            assert isinstance(session.runtime, Recorder)
-            calls = [inputs for name, inputs in session.runtime.calls if name == record.name]
-            shapes = list(dict.fromkeys(tuple(inputs[record.inputs[0].name].shape) for inputs in calls))
+            shapes = self.recorder.shapes[record.name]
             checks += [found.check(output, shapes, threshold, reference, dtype) for output in found.outputs]
             ranks += _rank_check(record.name, found.scores, threshold, reference)
         if chained:

@@ -56,10 +56,11 @@ class LoadedGraph(Protocol):
         ...
 
 
-class RunFunction(NamedTuple):
+class RunFunction:
     """A `LoadedGraph` made of a function."""
 
-    run: Callable[[Mapping[str, Tensor], Slot, Mapping[str, int]], dict[str, Tensor]]
+    def __init__(self, run: Callable[[Mapping[str, Tensor], Slot, Mapping[str, int]], dict[str, Tensor]]) -> None:
+        self.run = run
 
 
 class Runtime:

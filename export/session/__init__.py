@@ -404,11 +404,10 @@ class Session:
         lengths, tokens = kept.sum(1).tolist(), kept.flatten().nonzero().flatten()
         given = {name: (value.flatten().index_select(0, tokens), filling) for name, (value, filling) in values.items()}
         passes = plan_passes("text", None, lengths, self.slots("text"), self.limits, packed_width=self._packed_width)
-        outputs = self._run_passes("text", passes, lengths, given)
-        found = outputs.pop("packed_embeds" if self.manifest.packed else "text_embeds")
-        embeds = found.new_zeros(texts * width, found.shape[1]).index_copy_(0, tokens, found)
-        embeds = embeds.view(texts, width, found.shape[1])
-        return {"text_embeds": embeds if self.manifest.packed else embeds * mask[..., None], **outputs}
+        outputs = self._run_passes("text", passes, lengths, given, rows=(texts * width, tokens))
+        embeds = outputs.pop("packed_embeds" if self.manifest.packed else "text_embeds")
+        embeds = embeds.view(texts, width, embeds.shape[1])
+        return {"text_embeds": embeds if self.manifest.packed else embeds.mul_(mask[..., None]), **outputs}
 
     @property
     def _packed_width(self) -> int | None:
@@ -421,18 +420,21 @@ class Session:
         lengths: Sequence[int],
         tokens: Mapping[str, tuple[Tensor, int | None]],
         memory: SessionMemory | None = None,
+        rows: tuple[int, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Outputs of `text` or `fusion` by caption `[P, ...]` or by token `[sum(lengths), ...]`.
 
-        `tokens` are inputs by name, `[sum(lengths), ...]`, with what to fill padding with.
+        `tokens` are inputs by name, `[sum(lengths), ...]`, with what to fill padding with. `rows` are the number of
+        rows of an output by token and the row of each token, if they are others; rows without a token are zero.
         """
         packed, outputs, by_token = self.manifest.packed, {}, set()
         for output in self.manifest.graph(graph).outputs:
+            count = len(lengths)
             if "length" in output.axes:
                 by_token.add(output.name)
-            rows = sum(lengths) if output.name in by_token else len(lengths)
+                count = sum(lengths) if rows is None else rows[0]
             dtype = TORCH_DTYPES[output.dtype]
-            outputs[output.name] = torch.zeros(rows, int(output.dims[-1]), dtype=dtype, device=self.device)
+            outputs[output.name] = torch.zeros(count, int(output.dims[-1]), dtype=dtype, device=self.device)
         for work in passes:
             layout = Layout.of(work.rows, lengths, work.length)
             given = layout.inputs(packed) | {name: layout.spread(*value) for name, value in tokens.items()}
@@ -440,12 +442,13 @@ class Session:
                 given = {name: value[0] for name, value in given.items()}
             else:
                 given |= memory.rows(work.images).layers
+            source, place, texts, found = (
+                index.to(self.device) for index in (layout.source, layout.place, layout.texts, layout.found)
+            )
+            into = source if rows is None else rows[1].index_select(0, source)
             for name, value in self.call(graph, given).items():
-                place, found = (
-                    (layout.source, layout.place) if name in by_token else (layout.texts, layout.found)
-                )  # fmt: skip
-                flat = value.flatten(0, -2).index_select(0, found.to(self.device))
-                outputs[name].index_copy_(0, place.to(self.device), flat)
+                to, at = (into, place) if name in by_token else (texts, found)
+                outputs[name].index_copy_(0, to, value.flatten(0, -2).index_select(0, at))
         return outputs
 
     def project_image(self, image_embeds: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from tests.cli.runner import invoke
 from xfm_fast.cli import export as commands
+from xfm_fast.config import XFMConfig
 from xfm_fast.export import onnx, verification
 from xfm_fast.export.expected import Reference
 from xfm_fast.export.graphs import DTYPES, is_memory
@@ -128,7 +129,7 @@ def test_errors_come_before_an_export(
 
 def test_examples_are_photographs_where_there_are_any() -> None:
     pytest.importorskip("skimage")
-    examples = commands.load_examples(open_model(Source(random="tiny")).model, None, {"length": 40})
+    examples = commands.load_examples(XFMConfig.preset("tiny"), None, None, {"length": 40})
     assert "photographs" in examples.origin
     assert examples.pixels.shape[1:] == (3, 32, 32)
     assert {1, 2, 3, 5, 8, 13, 21, 34, 40} <= {*examples.attention_mask.sum(1).tolist()}

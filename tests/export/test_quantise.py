@@ -134,7 +134,8 @@ def test_heads_keep_their_type(exported_fp32: Path) -> None:
         assert not [layer for layer in layers if "head" in layer]
 
 
-@pytest.mark.parametrize("consumer", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("consumer", ["onnxruntime", "openvino"])
 def test_int8_keeps_the_ranks_of_trained_weights(trained_model: XFM, tmp_path: Path, consumer: Any) -> None:
     """Chosen on some scenes, compared on others, by the library that serves the export."""
     pytest.importorskip(consumer)

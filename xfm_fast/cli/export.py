@@ -18,9 +18,11 @@ from xfm_fast.export.request import (
     BUDGET,
     ExportRequest,
     OnnxRequest,
+    Pipeline,
     Quantisation,
     RepositoryOptions,
     RuntimeChoice,
+    ServedDevice,
 )
 from xfm_fast.export.runtimes.aoti import PackageRequest
 from xfm_fast.export.runtimes.tensorrt import EngineRequest, TensorRTRequest
@@ -29,11 +31,9 @@ from xfm_fast.loading import Source, open_model
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from xfm_fast.benchmarks.inputs import Collection
     from xfm_fast.config import XFMConfig
     from xfm_fast.export.expected import Examples
     from xfm_fast.export.manifest import Manifest, VerificationRecord
-    from xfm_fast.models.xfm import XFM
     from xfm_fast.tokenizer import CaptionTokenizer
 
 app = command_group("export")
@@ -148,7 +148,7 @@ def export(
         "source": opened.origin,
         "tokenizer_sha256": vocabulary and vocabulary.sha256(),
         "companions": {} if opened.task is None else explanation(opened.task),
-        "examples": load_examples(opened.model, options.data, request.sizes),
+        "examples": load_examples(opened.model.config, opened.model.tokenizer, options.data, request.sizes),
     }
     # The model is released before a runtime or a builder holds its weights once more.
     if options.to == "onnx":
@@ -158,7 +158,7 @@ def export(
     if options.to == "aoti":
         return finish(export_packages(opened.model, out, request, **facts, progress=say), out)
     if request.quantize is not None:
-        facts["calibration"] = load_calibration(opened.model.config, opened.model.tokenizer, options.data)
+        facts["calibration"] = load_examples(opened.model.config, opened.model.tokenizer, options.data, calibrates=True)
     with engines.engine_graphs(opened.model, out, options.to, request, **facts) as build_engines:
         del opened
         return finish(build_engines(say), out)
@@ -203,7 +203,7 @@ def int8(
         vocabulary = own if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
         if manifest.tokenizer_sha256 not in (None, None if vocabulary is None else vocabulary.sha256()):
             raise InputError(f"{folder} was exported with another vocabulary; name it with --tokenizer")
-        examples = load_calibration(manifest.xfm_config, vocabulary, data)
+        examples = load_examples(manifest.xfm_config, vocabulary, data, calibrates=True)
     return finish(quantize_int8(folder, out, budget=budget, examples=examples, progress=say), out)
 
 
@@ -213,7 +213,10 @@ def model_repository(
     /,
     *,
     out: Path,
-    options: Flat[RepositoryOptions] = RepositoryOptions(),
+    pipeline: Pipeline = "rank",
+    prefix: str = "xfm",
+    device: ServedDevice = "auto",
+    most_batch: int = 32,
     tokenizer: Tokenizer = None,
     overwrite: bool = False,
 ) -> None:
@@ -222,6 +225,10 @@ def model_repository(
     Args:
         folder: Folder of an export.
         out: The repository; must not exist without --overwrite.
+        pipeline: rank adds a model from image files and captions to scores; graphs adds none.
+        prefix: Prefix of the models' names.
+        device: Device of the models; engines always run on a GPU.
+        most_batch: Rows of a batch, for graphs that take any number.
         overwrite: Replace an existing repository.
     """
     from rich.markup import escape
@@ -229,6 +236,7 @@ def model_repository(
     from xfm_fast.export.model_repository import check_free, write_model_repository
     from xfm_fast.tokenizer import CaptionTokenizer
 
+    options = RepositoryOptions(pipeline, prefix, device, most_batch)
     options.check()
     check_free(out, overwrite)
     vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
@@ -245,64 +253,50 @@ def model_repository(
     print(f"serve it with: tritonserver --model-repository={out}")
 
 
-def load_examples(model: XFM, data: Path | None, sizes: Mapping[str, int]) -> Examples:
+def load_examples(
+    config: XFMConfig,
+    tokenizer: CaptionTokenizer | None,
+    data: Path | None,
+    sizes: Mapping[str, int] = {},
+    *,
+    calibrates: bool = False,
+) -> Examples:
     """Load photographs and captions to compare on: the given ones, the bundled ones, or generated images with a note.
 
-    `sizes` are the fixed axes.
+    `sizes` are the fixed axes. With `calibrates`, different ones for the calibration of 8 bits; with too few to divide,
+    the same ones serve for both, and the origin notes it.
     """
     from xfm_fast.benchmarks import inputs
-    from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
+    from xfm_fast.export.expected import LONGEST, Examples, generated_examples, make_examples, padded_texts
+    from xfm_fast.tokenizer import CaptionTokenizer
 
-    config, longest = model.config, sizes.get("length", LONGEST)
+    longest = min(sizes.get("length", LONGEST), config.max_text_length)
+    most = _PHOTOS + _CALIBRATED if calibrates else _PHOTOS
     try:
-        found = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS)
+        found = inputs.bundled() if data is None else inputs.from_files(data, most=most)
     except DataError as error:
         if data is not None:
             raise
+        if calibrates:
+            return generated_examples(config, images=_CALIBRATED, seed=1)
         note(f"compared on generated images, not photographs: {error}")
         return generated_examples(config, longest=longest)
-    rows = _ids(found.texts(min(_CAPTIONS, len(found.captions))), found, config, model.tokenizer, longest)
-    photos = range(min(_PHOTOS, len(found.names)))
-    origin = f"{len(photos)} photographs and {len(rows)} captions"
-    return make_examples(found.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)
-
-
-def _ids(
-    captions: list[str], collection: Collection, config: XFMConfig, tokenizer: CaptionTokenizer | None, longest: int
-) -> list[list[int]]:
-    from xfm_fast.tokenizer import CaptionTokenizer
-
+    captions = found.texts(len(found.captions))
+    first = _PHOTOS if calibrates and len(found.names) >= _PHOTOS + _LEAST_CALIBRATED else 0
+    if calibrates and len(captions) >= _CAPTIONS + _LEAST_CALIBRATED:
+        captions = captions[_CAPTIONS:]
     if tokenizer is None:
         # Any ids can compare an export with its model.
-        tokenizer = CaptionTokenizer.train_on_texts(collection.captions, config.vocab_size)
-    return tokenizer.encode_ids(captions, max(longest, 3))
-
-
-def load_calibration(config: XFMConfig, tokenizer: CaptionTokenizer | None, data: Path | None) -> Examples:
-    """Load photographs and captions for calibration, different from those that exports are compared on.
-
-    With too few to divide, the same ones serve for both, and the origin notes it.
-    """
-    from xfm_fast.benchmarks import inputs
-    from xfm_fast.export.expected import LONGEST, Examples, generated_examples, padded_texts
-
-    try:
-        found = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS + _CALIBRATED)
-    except DataError:
-        if data is not None:
-            raise
-        return generated_examples(config, images=_CALIBRATED, seed=1)
-    if tokenizer is None:
-        note("calibration uses random ids for captions; name the model's vocabulary with --tokenizer")
-    shared = len(found.names) < _PHOTOS + _LEAST_CALIBRATED
-    photos = range(0 if shared else _PHOTOS, min(len(found.names), _PHOTOS + _CALIBRATED))
-    captions = found.texts(len(found.captions))
-    captions = captions[_CAPTIONS:] if len(captions) >= _CAPTIONS + _LEAST_CALIBRATED else captions
-    longest = min(LONGEST, config.max_text_length)
-    rows = _ids(captions[:_CAPTIONS], found, config, tokenizer, longest)
-    origin = f"{len(photos)} photographs and {len(rows)} captions"
-    origin += ", with the same photographs as the comparison" if shared else ""
-    return Examples(found.pixels(photos, config.image_size), *padded_texts(rows, config.pad_token_id), origin)
+        tokenizer = CaptionTokenizer.train_on_texts(found.captions, config.vocab_size)
+        if calibrates:
+            note("calibration uses random ids for captions; name the model's vocabulary with --tokenizer")
+    rows = tokenizer.encode_ids(captions[:_CAPTIONS], max(longest, 3))
+    photos = range(first, min(len(found.names), most))
+    pixels, origin = found.pixels(photos, config.image_size), f"{len(photos)} photographs and {len(rows)} captions"
+    if not calibrates:
+        return make_examples(pixels, rows, config, origin=origin, longest=longest)
+    origin += "" if first else ", with the same photographs as the comparison"
+    return Examples(pixels, *padded_texts(rows, config.pad_token_id), origin)
 
 
 def finish(manifest: Manifest, folder: Path) -> int:

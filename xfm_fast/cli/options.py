@@ -98,6 +98,10 @@ RENAMED: tuple[Renamed, ...] = (
         Renamed("export", f"--{name.replace('_', '-')}", None, f"TensorRTRequest({name}=) in Python")
         for name in ("timing_cache", "version_compatible", "hardware_compatible")
     ),
+    *(
+        Renamed("export model-repository", f"--{name.replace('_', '-')}", None, f"RepositoryOptions({name}=) in Python")
+        for name in ("queue_delay", "instances", "most_images", "most_captions", "cache_mb")
+    ),
 )
 """Names of the version before; they work for this one, with a warning."""
 
