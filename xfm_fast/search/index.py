@@ -282,7 +282,7 @@ def _read_index(folder: Path, *, again: bool = True) -> SearchIndex:
         # Another process may have replaced the index and removed the old files.
         if again:
             return _read_index(folder, again=False)
-        raise DataError(f"the index {folder} lacks {error.filename}; delete it and index again") from None
+        raise DataError(f"the index {folder} lacks {error.filename!r}; delete it and index again") from None
     except DataError:
         raise
     except _DAMAGE as error:
