@@ -484,7 +484,10 @@ if _LLVM:
 
 
 def _example(dtype: torch.dtype, q: tuple[int, ...], keys: int, bias: tuple[int, ...] | None = None) -> tuple[Any, ...]:
-    """Q of this shape, k, v and scale, and a bias of this shape."""
+    """Q of this shape, k, v and scale, and a bias of this shape; views of one projection for an image."""
+    if bias is not None and q[0] == 1:
+        parts, scores = operands(dtype, (q[0], keys, 3, *q[2:]), bias)
+        return *parts.unbind(2), q[-1] ** -0.5, scores
     k = (q[0], keys, *q[2:])
     return *operands(dtype, q, k, k), q[-1] ** -0.5, None if bias is None else operands(dtype, bias)[0]
 

@@ -328,7 +328,7 @@ def compiled(
     if gelu:
         torch.ops.aten.gelu_(found)
     found = found if gamma is None else found.mul_(gamma)
-    found = found if residual is None else found.add_(residual)
+    found = found if residual is None else found + residual
     return found if out is None else out.copy_(found)
 
 

@@ -207,8 +207,10 @@ def configured(config: Callable[[str], LaunchConfig]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_tiles, "config_for", lambda name, *_, **__: config(name))
         launch.cached_options.cache_clear()
-        yield
-    launch.cached_options.cache_clear()
+        try:
+            yield
+        finally:
+            launch.cached_options.cache_clear()
 
 
 def compiling_environment() -> dict[str, str]:
