@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -274,13 +275,19 @@ def _signal(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _document(plan: Plan, date: str, duration: float, interrupted: bool) -> dict[str, Any]:
     """A `record.Document` as plain values: the package of its schema may be missing here."""
     entries = read_entries(plan.out / ROWS)
-    # What the first stage replaces, where it runs.
     machine: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(), "system": platform.platform(), "gpus": [],
-        "python": platform.python_version(), "torch": None, "xfm_fast": None, "threads": 1,
+        "python": platform.python_version(), "torch": _version("torch"), "xfm_fast": _version("xfm-fast"), "threads": 1,
     }  # fmt: skip
     for entry in entries:
         machine |= entry.get("machine") or {}

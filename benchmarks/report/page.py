@@ -184,7 +184,7 @@ class Bars(NamedTuple):
 
     def width(self, value: float) -> float:
         """The length of a bar in percent of the drawing."""
-        return _LONGEST_BAR * value / max(max(bar.value, bar.high or 0) for bar in self.bars)
+        return _LONGEST_BAR * value / (max(max(bar.value, bar.high or 0) for bar in self.bars) or 1)
 
 
 def _pace(row: Result) -> float:
@@ -220,7 +220,7 @@ def _bar(row: Result, base: Result | None) -> Bar:
     if base is not None:
         found = next((c for c in row.against if (c.backend, c.dtype) == (base.backend, base.dtype)), None)
         ratio = found.ratio if found else pace / _pace(base) if _pace(base) else 0.0
-        factor = "1×" if row is base else times(ratio)
+        factor = "1×" if row is base else times(ratio) if ratio else ""
         # The interval of a factor is of samples of the same rounds.
         if found is not None and found.low is not None and found.high is not None:
             low, high = pace * found.low / ratio, pace * found.high / ratio
@@ -300,7 +300,9 @@ def png(document: Document, path: Path) -> None:
     best: dict[str, tuple[float, Bars]] = {}
     rows = [row for row in document.rows if row.dtype != "int8"]
     for chart in speeds(document.model_copy(update={"rows": rows})):
-        gain = max((bar.value for bar in chart.bars if bar.ours), default=0.0) / min(bar.value for bar in chart.bars)
+        gain = max((bar.value for bar in chart.bars if bar.ours), default=0.0) / (
+            min(bar.value for bar in chart.bars) or 1
+        )
         if chart.title not in best or gain > best[chart.title][0]:
             best[chart.title] = gain, chart
     charts = [chart for _, chart in best.values()][:_PANELS]

@@ -24,7 +24,7 @@ from xfm_fast.kernels.cpu.selection import selections
 from ..backends.engine import Clock, Engine, NoStages, Stages, wait_for
 from ..backends.official_finetuning import OfficialEngine
 from ..backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup, choose
-from ..inputs import MOST_PHOTOS, Material, Subjects, bundled, described, from_files, make_tokenizer
+from ..inputs import Material, Subjects, bundled, described, from_files, make_tokenizer
 from ..measure import MODEL_ROUNDING, Backend, Block, Call, Case, Run
 from ..options import ModelOptions
 from ..record import OFFICIAL, OURS, Baseline, Extra, Mode, Model, Status
@@ -86,7 +86,7 @@ class Scale:
             requests=max(16, batch),
             texts=asked.get("texts", texts),
             lengths=asked.get("lengths", "captions"),
-            index=asked.get("index", index),
+            index=index,
             k=asked.get("k", k),
             rounds=3 if quick else 10,
             block=4 if quick else 10,
@@ -111,15 +111,15 @@ class Scale:
         return Retrieve(material, self.image_size, self.index, self.k, requests)
 
 
-def prepare(run: Run, image_size: int, most_photos: int = MOST_PHOTOS, work: str = "") -> Material:
+def prepare(run: Run, image_size: int, work: str = "") -> Material:
     """Read photographs and captions, load the weights, prepare the probes; raises XFMError for unusable ones.
 
-    The first model has an `image_size` and a kind of work; a folder of the user's gives at most `most_photos`.
+    The first model has an `image_size` and a kind of work.
     """
     options, folder, document = run.options, run.options.data, run.document
     document.cold_start["imports"] = time.time() - psutil.Process().create_time()
     run.progress.stage("photographs and captions")
-    collection = bundled() if folder is None else from_files(folder, most_photos)
+    collection = bundled() if folder is None else from_files(folder)
     run.progress.stage("model")
     loading = time.perf_counter()
     subjects = Subjects.open(options.source)

@@ -54,7 +54,9 @@ def read(path: Path = BASELINE, *, kernels: Collection[str] = (), arches: Collec
             if (tags is None or arch in tags) and (not kernels or kernel in kernels)
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no accepted figures ({error}); restore it, or delete it and run xfm-fast audit --accept") from error
+        raise ValueError(
+            f"{path} holds no accepted figures ({error}); restore it, or delete it and run xfm-fast audit --accept"
+        ) from error
     return Accepted(compiler, kept)
 
 

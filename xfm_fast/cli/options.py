@@ -123,8 +123,11 @@ def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                 continue
             if each.new is None:
                 raise InputError(f"{each.option} is retired; use {each.instead}")
-            line[place] = f"{each.new}{equals}{value}"
-            warnings.append(f"{each.option} is now {each.new}")
+            # With a checkpoint, a preset of `bench` gave its sizes.
+            sizes = words == ["bench"] and name == "--preset" and any("--model" in other for _, other in _options(line))
+            new = "--config" if sizes else each.new
+            line[place] = f"{new}{equals}{value}"
+            warnings.append(f"{each.option} is now {new}")
     return line, warnings
 
 

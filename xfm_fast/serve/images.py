@@ -68,13 +68,14 @@ def image_content(
 
 
 def _decode_base64(value: str, name: str) -> bytes:
-    data = value.encode("utf-8", "replace")
     if value[:5].lower() == "data:":
         head, comma, text = value.partition(",")
         kind, coding = head[len("data:") :].partition(";")[0], head.rpartition(";")[2]
         if not comma or kind.strip().lower()[:6] not in ("", "image/") or coding.strip().lower() != "base64":
             raise Problem(422, f"{name} is no image in base64 ({value[:40]!r}); write data:image/jpeg;base64,...")
         data = unquote_to_bytes(text)
+    else:
+        data = value.encode("utf-8", "replace")
     try:
         content = binascii.a2b_base64(data.translate(None, b"\r\n"), strict_mode=True)
     except ValueError as error:
@@ -156,7 +157,7 @@ class WebFetcher:
         def download() -> None:
             try:
                 results.put(self._download(connection, target))
-            except Exception as error:  # raised in the caller's thread
+            except Exception as error:  # raised in the caller's thread, or named as a reason
                 results.put(error)
             finally:
                 connection.close()
@@ -173,6 +174,8 @@ class WebFetcher:
         connection.abort()
         if isinstance(result, Problem):
             raise Problem(result.status_code, f"{shown}: {result.detail}", result.headers) from None
+        if not isinstance(result, OSError | http.client.HTTPException | ValueError):
+            raise result
         reason = " ".join(str(result).split())[:100] or type(result).__name__
         raise Problem(422, f"{shown} cannot be fetched ({reason}); send the image itself") from None
 
@@ -217,6 +220,9 @@ class _Pinned(http.client.HTTPConnection):
         self.sock = self._opened = socket.create_connection((addresses[0], self.port), self.timeout)
         if self._secure:
             self.sock = self._opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        # An end in the meantime found no socket to close.
+        if self._aborted:
+            raise TimeoutError
 
     def abort(self) -> None:
         """Interrupt the download, from another thread."""
