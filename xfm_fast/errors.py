@@ -73,7 +73,7 @@ def explain_types(function: F) -> F:
             return function(*args, **kwargs)
         except XFMError:
             raise
-        except Exception as error:
+        except (TypeError, AttributeError, ValueError, LookupError, RuntimeError) as error:
             problem = wrong_argument(function, args, kwargs)
             if problem is None:
                 raise
@@ -97,7 +97,8 @@ def wrong_argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             continue
         try:
             hint = get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names)[name]
-            TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value, strict=True)
+            # Within a tuple, for a model has its own configuration.
+            TypeAdapter(tuple[hint], config={"arbitrary_types_allowed": True}).validate_python((value,), strict=True)
         except ValidationError:
             shown = (repr(value).splitlines() or [""])[0][:60]
             return f"{name} is {shown} ({type(value).__name__}); give {annotation}"

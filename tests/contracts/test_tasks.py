@@ -24,7 +24,7 @@ from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
 from xfm_fast.finetuning.run import evaluate, finetune, load_weights, open_task
 from xfm_fast.tasks.checking import Options, check
-from xfm_fast.tasks.task import TASKS, explanation
+from xfm_fast.tasks.task import TASKS, Item, explanation
 from xfm_fast.training.recipe import FINETUNING, read_recipe, recipe_names
 
 KINDS = [kind for kind in TASKS if kind != toy_task.LikenessOptions().kind]
@@ -124,6 +124,12 @@ def test_requests(kind: str, made: Make) -> None:
     for images, texts in case.refused:
         with pytest.raises(InputError):
             task.requests([Path("a.png")] * images, texts)
+
+
+def test_first_images_come_before_second_ones(made: Make) -> None:
+    task = open_task(made("nlvr2"))
+    items = [Item(torch.tensor([10.0 * item, 10 * item + 1]), [0, 5, 2], 1) for item in range(3)]
+    assert task.collate(items, np.random.default_rng(0)).image.tolist() == [0, 10, 20, 1, 11, 21]
 
 
 @pytest.mark.parametrize("kind", ["grounding", "nlvr2", "retrieval", "vqa"])

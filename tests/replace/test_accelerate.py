@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any, ClassVar
 
 import pytest
@@ -265,3 +266,28 @@ def test_unavailable_dtypes_and_backends(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UnavailableError, match="bfloat16"):
             accelerate(made, dtype=dtype)
         assert not is_fused(made[0])
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
+def test_slow_bfloat16_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    acceleration.warn_of_slow_bfloat16.cache_clear()
+    monkeypatch.setattr(acceleration.gemm, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0)
+    with pytest.warns(UserWarning, match=r"bfloat16.*1\.5") as caught:
+        accelerate(model(), dtype=torch.bfloat16)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model(), dtype=torch.bfloat16)
+        accelerate(model())
+    acceleration.warn_of_slow_bfloat16.cache_clear()
+
+
+def test_a_failure_brings_back_parts_with_their_own_settings() -> None:
+    both = nn.ModuleDict({"a": model(), "b": model()})
+    accelerate(both["a"], dtype=torch.bfloat16)
+    accelerate(both["b"])
+    kept = {name: part.settings for name, part in both.named_modules() if isinstance(part, Fused)}
+    assert len({part.dtype for part in kept.values()}) == 2
+    with pytest.raises(InputError):
+        accelerate(both, include="absent")
+    assert {name: part.settings for name, part in both.named_modules() if isinstance(part, Fused)} == kept

@@ -124,9 +124,6 @@ def test_scores_and_gradients_equal_those_of_single_pairs(name: str) -> None:
             assert relative_error(_scores(Reranker(model, head), given, token_mask), masked) < CLOSE
 
 
-# BLIP of transformers 5 receives a mask of the image tokens and does not apply it.
-
-
 def test_work_is_shared_and_padding_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, head, given = _made("bert")
     rows: list[int] = []

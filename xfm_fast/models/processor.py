@@ -42,6 +42,8 @@ class XFMProcessor:
     model_input_names = ("pixels", "input_ids", "attention_mask")
 
     def __init__(self, config: XFMConfig, tokenizer: CaptionTokenizer | None = None) -> None:
+        if not isinstance(config, XFMConfig):
+            raise InputError(f"config is a {type(config).__name__}; give an XFMConfig")
         if not isinstance(tokenizer, CaptionTokenizer | None):
             raise InputError(f"tokenizer is a {type(tokenizer).__name__}; give a CaptionTokenizer, or None for images")
         self.config, self.tokenizer = config, tokenizer

@@ -745,6 +745,8 @@ class XFM(nn.Module):
         Returns:
             `[P, L, text_width]`, zeros at padded positions; `[P, 1, text_width]` with `first_token_only`.
         """
+        if not isinstance(memory, ImageMemory):
+            raise InputError(f"memory is a {type(memory).__name__}; give the result of image_memory")
         inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
         mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
         texts = text_embeds.shape[0]

@@ -201,8 +201,10 @@ def _without_former(model: nn.Module) -> Iterator[None]:
     """Remove an earlier acceleration, and install it again on an error."""
     graphs = model.__dict__.pop("forward") if in_graphs(model) else None
     former = [module for module in model.modules() if isinstance(module, Fused)]
-    forms: Forms = [(module, fused_form(module)) for module in former if not isinstance(module, FrozenLinear)]
-    settings = former[0].settings if former else Settings()
+    forms: dict[Settings, Forms] = {}
+    for module in former:
+        if not isinstance(module, FrozenLinear):
+            forms.setdefault(module.settings, []).append((module, fused_form(module)))
     for module in former:
         restore(module)
     try:
@@ -211,7 +213,8 @@ def _without_former(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if is_fused(module):
                 restore(module)
-        _install(model, forms, settings)
+        for settings, alike in forms.items():
+            _install(model, alike, settings)
         if graphs is not None:
             model.__dict__["forward"] = graphs
         raise
@@ -363,7 +366,7 @@ def warn_of_slow_bfloat16() -> None:
     if share > _SLOWER:
         warnings.warn(
             f"bfloat16 takes {share:.1f} times as long as float32 on this CPU; use dtype=None with model.float()",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

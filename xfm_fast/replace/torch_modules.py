@@ -179,8 +179,11 @@ def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings
         if end < 3 and weight is not None and inputs[end] is inputs[start]:
             continue
         rows = slice(start * width, end * width)
-        part = own[start] if weight is None else weight[rows]
-        results += settings.linear(inputs[start], part, None if bias is None else bias[rows]).chunk(end - start, -1)
+        part, shift = own[start] if weight is None else weight[rows], None if bias is None else bias[rows]
+        if end - start == 3:
+            # A slice of the whole is another tensor each time, and its converted or packed form would not be kept.
+            part, shift = weight, bias
+        results += settings.linear(inputs[start], part, shift).chunk(end - start, -1)
         start = end
     return tuple(result.unflatten(-1, (attention.num_heads, -1)) for result in results)
 

@@ -34,18 +34,19 @@ class Rounding(NamedTuple):
         return f"has a cosine of at least {self.cosine:.4f}{ranks}"
 
 
-def outputs(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+def outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[str, Tensor]:
     """Floating-point outputs of a model by name, in evaluation mode, without gradients."""
+    call = model if hooks else model.forward
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             if isinstance(batch, Mapping):
-                result = model(**batch)
+                result = call(**batch)
             elif isinstance(batch, (tuple, list)):
-                result = model(*batch)
+                result = call(*batch)
             else:
-                result = model(batch)
+                result = call(batch)
     finally:
         for module, training in modes.items():
             module.training = training
