@@ -25,7 +25,6 @@ from xfm_fast.models.xfm import XFM, Head
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 from .record import Data, Skip
-from .tasks import TASKS
 
 HEADS: tuple[Head, ...] = ("contrastive", "matching")
 _TABLE = ".relative_position_bias_table"
@@ -263,15 +262,20 @@ def _first_word(config: XFMConfig) -> int:
     return max(config.pad_token_id, config.bos_token_id, config.eos_token_id) + 1
 
 
+Builders = Mapping[str, Callable[[XFMConfig], XFM]]
+
+
 class Subjects:
     """Models of one set of weights, built on first use, on `device`; `origin` is for reports.
 
     Resolutions share all tensors but the position tables, which are interpolated; every dtype has one converted copy.
-    The head of a task is random, and only the models of the last task are kept.
+    `builders` make the model of a task; its head is random, and only the models of the last task are kept.
     """
 
-    def __init__(self, config: XFMConfig, state: Mapping[str, Tensor], origin: str, *, trained: bool) -> None:
-        self.config, self.origin, self.trained = config, origin, trained
+    def __init__(
+        self, config: XFMConfig, state: Mapping[str, Tensor], origin: str, builders: Builders, *, trained: bool
+    ) -> None:
+        self.config, self.origin, self.builders, self.trained = config, origin, builders, trained
         self.tokenizer: CaptionTokenizer | None = None
         self.device = torch.device("cpu")
         self._state = state
@@ -279,24 +283,24 @@ class Subjects:
         self._models: dict[tuple[str, int, torch.dtype], XFM] = {}
 
     @classmethod
-    def open(cls, source: Source) -> Subjects:
+    def open(cls, source: Source, builders: Builders) -> Subjects:
         """The weights of a model, or random ones; raises the errors of `open_model`."""
         source.check()
         if source.model is None:
             config = preset_config(source.random or "base")
-            return cls(config, random_state(config, HEADS, 0), "random weights (seed 0)", trained=False)
+            return cls(config, random_state(config, HEADS, 0), "random weights (seed 0)", builders, trained=False)
         opened = open_model(source, needs=HEADS, device="cpu")
         if lacking := {*HEADS} - {*opened.model.heads}:
             raise UnavailableError(f"{source.model} has no {' or '.join(lacking)} head; give a pretrained model")
         state = checkpoint.select_heads(opened.model.state_dict(), HEADS)
-        subjects = cls(opened.model.config, state, opened.origin, trained=True)
+        subjects = cls(opened.model.config, state, opened.origin, builders, trained=True)
         subjects.tokenizer = opened.model.tokenizer
         return subjects
 
     def model(self, image_size: int, dtype: torch.dtype, work: str = "") -> XFM:
         """The model for a resolution, a dtype and a kind of work, in evaluation mode."""
         task = work.partition("-")[0]
-        task = task if task in TASKS else ""
+        task = task if task in self.builders else ""
         key = (task, image_size, dtype)
         if key not in self._models:
             if task:
@@ -314,7 +318,7 @@ class Subjects:
                 if name.endswith(_TABLE)
             }
             with torch.device("meta"):
-                model = TASKS[task].build(config) if task else XFM(config, heads=HEADS)
+                model = self.builders[task](config) if task else XFM(config, heads=HEADS)
             wanted = model.state_dict()
             own = checkpoint.random_tensors(
                 {name: tensor for name, tensor in wanted.items() if name not in self._state}, 0

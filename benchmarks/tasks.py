@@ -179,3 +179,4 @@ TASKS: Mapping[str, BenchTask] = {
         "images",
     ),
 }  # fmt: skip
+BUILDERS = {name: task.build for name, task in TASKS.items()}

@@ -23,7 +23,7 @@ from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.io import write_bytes, write_files
 from xfm_fast.models.xfm import XFM
 
-from .expected import Examples, Reference, generated_examples
+from .expected import LONGEST, Examples, Reference, generated_examples
 from .manifest import EngineTarget, GraphRecord, Manifest, ProfileRecord, record_files
 from .onnx import export_onnx, require_onnx
 from .pipeline import (
@@ -273,9 +273,9 @@ def engine_graphs(
         )  # fmt: skip
         if kind is not None:
             # The memories of fusion come from `image_memory` as served, in 8 bits.
-            inputs = Calibration.of_model(
-                model, calibration or examples or generated_examples(model.config), onnx, exported
-            )
+            longest = request.sizes.get("length", LONGEST)
+            chosen = calibration or examples or generated_examples(model.config, longest=longest)
+            inputs = Calibration.of_model(model, chosen, onnx, exported)
             quantise_graphs(exported, onnx, inputs, kind, budget=request.budget)
             exported.files = record_files(onnx, [record.name for record in exported.files])
             del inputs

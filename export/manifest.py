@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import re
 import subprocess
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -431,27 +430,70 @@ def mismatches(folder: Path, files: Iterable[FileRecord]) -> Iterable[str]:
             yield f"{record.name} cannot be read ({error.strerror or error})"
 
 
-# A string "location" of a message: the key of an entry of `TensorProto.external_data`, see `external_files`.
-_LOCATION = re.compile(rb"(?<=[\x08\x00])location")
+# Where tensors lie in the messages of ONNX: message → number of a field → message in it.
+_MESSAGES: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
 
 
 def external_files(path: Path) -> set[str]:
-    """Names of the external weight files of an ONNX graph, read without the `onnx` package.
-
-    An entry is `j`, its size, the key `location`, and the name as value; other encodings of the same raise
-    `ExportError`.
-    """
+    """Names of the external weight files of an ONNX graph, parsed without the `onnx` package."""
     names: set[str] = set()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for start, end in (match.span() for match in _LOCATION.finditer(content)):
-                size = content[end + 1]
-                if content[start - 4 : start] + content[end : end + 1] != bytes([106, size + 12, 10, 8, 18]):
-                    raise ValueError("an entry of external_data has no plain form")
-                names.add(content[end + 2 : end + 2 + size].decode())
+            rest = [("model", 0, len(content))]
+            while rest:
+                message, start, end = rest.pop()
+                entry: dict[int, bytes] = {}
+                for number, first, last in _fields(content, start, end):
+                    if message == "entry":
+                        entry[number] = content[first:last]
+                    elif (inner := _MESSAGES[message].get(number)) is not None:
+                        rest.append((inner, first, last))
+                if entry.get(1) == b"location":
+                    names.add(entry.get(2, b"").decode())
     except (OSError, ValueError, IndexError) as error:
         raise ExportError(f"{path} is no ONNX graph that can be read ({error}); export again") from None
     return names
+
+
+def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, start and end of every length-delimited field (protobuf wire type 2) of a message."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = content[at]
+            value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+            if byte < 128:
+                return value, at
+            if shift > 63:
+                raise ValueError("a number in it has no end")
+
+    while at < end:
+        tag, at = varint(at)
+        kind = tag & 7
+        size = 0
+        if kind == 0:
+            _, at = varint(at)
+        elif kind == 2:
+            size, at = varint(at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"a field in it has wire type {kind}")
+        if at + size > end:
+            raise ValueError("a field in it ends behind its message")
+        if kind == 2:
+            yield tag >> 3, at, at + size
+        at += size
 
 
 def record_files(folder: Path, names: Iterable[str]) -> list[FileRecord]:

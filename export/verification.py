@@ -204,6 +204,7 @@ class Comparison:
                         rows = case.images if name == "image_embeds" else case.texts[:, 0]
                         value = outputs[name].float().cpu()
                         computed[name] = computed[name].index_put((rows[:, None], torch.arange(value.shape[1])), value)
+            del session  # before the next graph is loaded
             shapes = self.recorder.shapes[record.name]
             checks += [found.check(output, shapes, threshold, reference, dtype) for output in found.outputs]
             ranks += _rank_check(record.name, found.scores, threshold, reference)

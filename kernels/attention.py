@@ -16,7 +16,7 @@ from xfm_fast.errors import InputError
 
 from . import checks, flash, host, reference
 from .backend import Backend, _why_not, named, resolve, transformed
-from .checks import BIAS_HEAD_DIMS, HEAD_DIMS, HIDDEN, Biased, RelPos, Varlen
+from .checks import BIAS_HEAD_DIMS, HEAD_DIMS, Biased, RelPos, Varlen
 from .cpu import attention, varlen
 from .cpu.attention import Hiding, attention_backward, biased_attention, tiled_attention
 from .cpu.workspace import Dropout
@@ -512,7 +512,7 @@ def _lse_type(q: Tensor) -> torch.dtype:
 
 def _hiding(a: Biased) -> Hiding | None:
     """The hidden keys; None if every query sees every key, which saves passes over the scores."""
-    if a.key_mask is None and a.bias.numel() and host.number(a.bias.amin()) > HIDDEN:
+    if a.key_mask is None and a.bias.numel() and host.number(a.bias.amin()) > reference.HIDDEN:
         return None
     return Hiding(a.key_mask)
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import host
-from .checks import HIDDEN
+
+HIDDEN = -1e30
+"""A bias of this or less hides a key: -inf, and the least numbers of fp32 and bf16, which masks are often made of."""
 
 
 def _dropout(probability: float, seed: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from tests.sizes import BUDGET, ROOT, files_of_tests, over_budget, sources, tree
@@ -109,6 +110,13 @@ def _within(module: str, packages: set[str] | frozenset[str]) -> bool:
 def test_the_tree_is_seen() -> None:
     assert {"xfm_fast.config", "xfm_fast.kernels"} <= MODULES
     assert len(FILES) == len({path.resolve() for path in FILES})
+
+
+def test_no_files_import_each_other() -> None:
+    """Imports for type checkers and inside functions count; a package's face hands names on and does not."""
+    files = {_module(path): path for path in SOURCES if path.name != "__init__.py"}
+    graph = {module: {each for each, _ in _imports(path)} & files.keys() - {module} for module, path in files.items()}
+    TopologicalSorter(graph).prepare()
 
 
 def test_arrows_point_one_way() -> None:

@@ -98,7 +98,8 @@ def wrong_argument(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         try:
             hint = get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names)[name]
             # Within a tuple, for a model has its own configuration.
-            TypeAdapter(tuple[hint], config={"arbitrary_types_allowed": True}).validate_python((value,), strict=True)
+            one: Any = tuple.__class_getitem__(hint)
+            TypeAdapter(one, config={"arbitrary_types_allowed": True}).validate_python((value,), strict=True)
         except ValidationError:
             shown = (repr(value).splitlines() or [""])[0][:60]
             return f"{name} is {shown} ({type(value).__name__}); give {annotation}"

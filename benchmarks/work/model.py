@@ -28,6 +28,7 @@ from ..inputs import Material, Subjects, bundled, described, from_files, make_to
 from ..measure import MODEL_ROUNDING, Backend, Block, Call, Case, Run
 from ..options import ModelOptions
 from ..record import OFFICIAL, OURS, Baseline, Extra, Mode, Model, Status
+from ..tasks import BUILDERS
 from ..timing import DTYPES
 from .requests import TASK_WORK, EmbedImage, EmbedText, Rerank, Retrieve, Workload, task_workload
 
@@ -122,7 +123,7 @@ def prepare(run: Run, image_size: int, work: str = "") -> Material:
     collection = bundled() if folder is None else from_files(folder)
     run.progress.stage("model")
     loading = time.perf_counter()
-    subjects = Subjects.open(options.source)
+    subjects = Subjects.open(options.source, BUILDERS)
     subjects.device = run.device
     model = subjects.model(image_size, DTYPES[run.dtypes[0]], work)
     document.cold_start["weights"] = time.perf_counter() - loading

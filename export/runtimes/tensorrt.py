@@ -390,22 +390,24 @@ class _Engine:
             _log.info("graph %r runs without a CUDA graph at %s: %s", self._record.name, sizes, error)
             return False
 
+        # The function is kept by this object, and must not keep it.
+        cuda, device, record = self._cuda, self._device, self._record
+
         def replay(given: Mapping[str, Tensor], to: Mapping[str, int]) -> dict[str, Tensor]:
             """Copy in, replay and copy out on the caller's stream; the sizes may be smaller than those captured."""
-            current = self._cuda.current_stream(self._device)
+            current = cuda.current_stream(device)
             if memory.free is not None:
                 current.wait_event(memory.free)
-            for tensor in self._record.inputs:
+            for tensor in record.inputs:
                 if inputs[tensor.name].shape != given[tensor.name].shape:
                     inputs[tensor.name].zero_()
                 part = trim_tensor(inputs[tensor.name], tensor.axes, to)
                 part.copy_(given[tensor.name], non_blocking=True)
             graph.replay()
             results = {
-                tensor.name: trim_tensor(outputs[tensor.name], tensor.axes, to).clone()
-                for tensor in self._record.outputs
+                tensor.name: trim_tensor(outputs[tensor.name], tensor.axes, to).clone() for tensor in record.outputs
             }
-            memory.free = self._cuda.Event()
+            memory.free = cuda.Event()
             memory.free.record(current)
             return results
 

@@ -94,6 +94,8 @@ class SessionMemory:
 
     def select(self, index: Tensor | slice) -> SessionMemory:
         """The memory of some of the images or states; a slice shares storage."""
+        if not isinstance(index, slice):
+            index = index.to(self._first.device)
 
         def chosen(value: Tensor) -> Tensor:
             return value[index] if isinstance(index, slice) else value.index_select(0, index.to(value.device))
@@ -352,8 +354,9 @@ class Session:
         return {name: torch.cat([each[name] for each in passes]) for name in passes[0]}
 
     def zeros(self, name: GraphName, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        outputs = empty_tensors(self.manifest.graph(name).outputs, sizes, self.device)
-        return {name: value.zero_() for name, value in outputs.items()}
+        outputs = self.manifest.graph(name).outputs
+        made = empty_tensors(outputs, sizes, self.device)
+        return {each.name: trim_tensor(made[each.name], each.axes, sizes).zero_() for each in outputs}
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -454,6 +457,7 @@ class Session:
                 count = sum(lengths) if rows is None else rows[0]
             dtype = TORCH_DTYPES[output.dtype]
             outputs[output.name] = torch.zeros(count, int(output.dims[-1]), dtype=dtype, device=self.device)
+        empty = torch.empty(0, dtype=torch.long)
         for work in passes:
             layout = Layout.of(work.rows, lengths, work.length)
             given = layout.inputs(packed) | {name: layout.spread(*value) for name, value in tokens.items()}
@@ -461,9 +465,8 @@ class Session:
                 given = {name: value[0] for name, value in given.items()}
             else:
                 given |= memory.rows(work.images).layers
-            source, place, texts, found = (
-                index.to(self.device) for index in (layout.source, layout.place, layout.texts, layout.found)
-            )
+            of_tokens = (layout.source, layout.place) if by_token else (empty, empty)
+            source, place, texts, found = (index.to(self.device) for index in (*of_tokens, layout.texts, layout.found))
             into = source if rows is None else rows[1].index_select(0, source)
             for name, value in self.call(graph, given).items():
                 to, at = (into, place) if name in by_token else (texts, found)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host, reference
-from ..checks import HIDDEN
+from ..reference import HIDDEN
 from . import llvm
 from .selection import Race, operands, register, select
 from .workspace import Dropout, scratch

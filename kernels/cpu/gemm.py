@@ -181,8 +181,9 @@ def input_gradient(dout: Tensor, weight: Tensor, factors: Tensor | None = None, 
 
 def weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype | None = None, sums: Tensor | None = None) -> Tensor:
     """`dout^T x` over all rows: `[..., M]`, `[..., K]` → `[M, K]`; `sums` `[M]` in fp32 receives the bias gradient."""
-    name = select("weight gradient", dout.dtype)
     dtype, dout, x = dtype or x.dtype, dout.reshape(-1, dout.shape[-1]), x.reshape(-1, x.shape[-1])
+    # Some libraries refuse a product over no rows.
+    name = select("weight gradient", dout.dtype) if len(x) else "aten"
     if name == "llvm":
         # The GEMM sums in fp32: no second pass widens the result or reads dout again for the bias.
         return _compiled_weight(dout, x, wide=dtype == torch.float32, sums=sums)

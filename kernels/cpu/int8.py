@@ -21,9 +21,9 @@ from torch import Tensor
 from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
-from ..checks import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from ..derived import derived
 from . import gemm, llvm
+from .llvm import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from .selection import Race, operands, register, select
 from .workspace import scratch
 

@@ -5,8 +5,8 @@ may be shared by the batch, of an entry each, or of one for every entry of a per
 Its gradient has one writer: where every batch entry has a bias of its own, the kernel of dq stores it on the way; else
 a kernel sums it over the entries that share it, in order.
 
-A score is hidden by a bias of `checks.HIDDEN` or less. Queries of which all scores are hidden have a logsumexp of -inf,
-of which the statistics of the backward pass make +inf: that makes their weights zero there.
+A score is hidden by a bias of `reference.HIDDEN` or less. Queries of which all scores are hidden have a logsumexp of
+-inf, of which the statistics of the backward pass make +inf: that makes their weights zero there.
 """
 
 
@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import BIAS_HEAD_DIMS, HIDDEN, Biased
+from ..checks import BIAS_HEAD_DIMS, Biased
+from ..reference import HIDDEN
 from .attention_tiles import (
     LOG2E,
     addressable,

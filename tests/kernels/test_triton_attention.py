@@ -27,7 +27,8 @@ from tests.kernels.triton_testing import (
     poison,
 )
 from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.checks import HIDDEN, Packed
+from xfm_fast.kernels.checks import Packed
+from xfm_fast.kernels.reference import HIDDEN
 from xfm_fast.kernels.triton import (
     launch,
     relpos_attention,

@@ -141,7 +141,7 @@ KINDS: dict[str, Callable[[int], bytes]] = {
     "inflates": lambda side: inflating_png(side // 8),
     "texts of PNG": lambda side: _texts_of_png(60),
 }
-CHOICES: dict[str, tuple[object, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "path": (*PATHS,), "token": TOKENS, "kind": ("list", "keys", *KINDS), "field": ("right", "other", "content"),
     "count": (1, 8, 64, 256, 10_000, 1_000_000), "side": (8, 224, 1000, 1800, 3300, 4096),
 }  # fmt: skip

@@ -158,7 +158,9 @@ def export(
     if options.to == "aoti":
         return finish(export_packages(opened.model, out, request, **facts, progress=say), out)
     if request.quantize is not None:
-        facts["calibration"] = load_examples(opened.model.config, opened.model.tokenizer, options.data, calibrates=True)
+        facts["calibration"] = load_examples(
+            opened.model.config, opened.model.tokenizer, options.data, request.sizes, calibrates=True
+        )
     with engines.engine_graphs(opened.model, out, options.to, request, **facts) as build_engines:
         del opened
         return finish(build_engines(say), out)
@@ -203,7 +205,7 @@ def int8(
         vocabulary = own if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
         if manifest.tokenizer_sha256 not in (None, None if vocabulary is None else vocabulary.sha256()):
             raise InputError(f"{folder} was exported with another vocabulary; name it with --tokenizer")
-        examples = load_examples(manifest.xfm_config, vocabulary, data, calibrates=True)
+        examples = load_examples(manifest.xfm_config, vocabulary, data, manifest.fixed, calibrates=True)
     return finish(quantize_int8(folder, out, budget=budget, examples=examples, progress=say), out)
 
 
@@ -278,7 +280,7 @@ def load_examples(
         if data is not None:
             raise
         if calibrates:
-            return generated_examples(config, images=_CALIBRATED, seed=1)
+            return generated_examples(config, images=_CALIBRATED, longest=longest, seed=1)
         note(f"compared on generated images, not photographs: {error}")
         return generated_examples(config, longest=longest)
     captions = found.texts(len(found.captions))

@@ -180,7 +180,7 @@ def _project(attention: Any, query: Tensor, key: Tensor, value: Tensor, settings
             continue
         rows = slice(start * width, end * width)
         part, shift = own[start] if weight is None else weight[rows], None if bias is None else bias[rows]
-        if end - start == 3:
+        if weight is not None and end - start == 3:
             # A slice of the whole is another tensor each time, and its converted or packed form would not be kept.
             part, shift = weight, bias
         results += settings.linear(inputs[start], part, shift).chunk(end - start, -1)

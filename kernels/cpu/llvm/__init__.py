@@ -16,6 +16,12 @@ from typing import NamedTuple
 
 import torch
 
+ZERO_BYTE, GELU_ZERO_BYTE = 128, 32
+"""The bytes for 0 in GEMMs of unsigned with signed bytes: of any rows, and of a GELU, whose minimum is -0.17, so that
+most levels are for positive values."""
+NO_FRACTIONS = 1.5 * 2**23
+"""Added in fp32, it leaves no room for fractions: the sum is rounded, and its lowest byte is the level."""
+
 
 class Level(NamedTuple):
     """What a kernel may use of a processor."""

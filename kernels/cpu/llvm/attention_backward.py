@@ -18,7 +18,7 @@ import llvmlite.ir as ir
 import torch
 from torch import Tensor
 
-from ...checks import HIDDEN
+from ...reference import HIDDEN
 from . import Level, levels, whole
 from .attention import Heads, Sequence, bias_place, laid_out, lengths_of, readable, scale_bits
 from .builder import BF16, FP32, INT16, INT32, divided, kernel, scratch_address

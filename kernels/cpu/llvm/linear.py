@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checks import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from ..workspace import scratch
-from . import Level, fits, levels
+from . import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE, Level, fits, levels
 from .builder import (
     BF16,
     BYTE,

@@ -49,7 +49,7 @@ class XFMForRetrieval(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def model() -> XFM:
-    return Subjects.open(Source(random="tiny")).model(32, torch.float32)
+    return Subjects.open(Source(random="tiny"), {}).model(32, torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from xfm_fast.benchmarks.backends.engine import Clock, NoStages, Stages
 from xfm_fast.benchmarks.backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup, choose
 from xfm_fast.benchmarks.inputs import Material, Subjects, bundled, make_tokenizer
 from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE, OURS
+from xfm_fast.benchmarks.tasks import BUILDERS
 from xfm_fast.benchmarks.timing import DTYPES, FP32_BAND
 from xfm_fast.benchmarks.work.model import operation_shares
 from xfm_fast.benchmarks.work.requests import EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload, padded
@@ -43,7 +44,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = bundled()
-    subjects = Subjects.open(Source(random="tiny"))
+    subjects = Subjects.open(Source(random="tiny"), BUILDERS)
     return Material(subjects, collection, make_tokenizer(subjects.config, None, collection))
 
 

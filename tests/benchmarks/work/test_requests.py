@@ -27,6 +27,7 @@ from xfm_fast.benchmarks.inputs import (
 from xfm_fast.benchmarks.measure import Difference
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
+from xfm_fast.benchmarks.tasks import BUILDERS
 from xfm_fast.benchmarks.work import model as model_cases
 from xfm_fast.benchmarks.work import requests, scenario
 from xfm_fast.benchmarks.work.model import Scale
@@ -65,7 +66,7 @@ def _little_work() -> Any:
 @pytest.fixture(scope="module")
 def material() -> Material:
     collection = bundled()
-    subjects = Subjects.open(Source(random="tiny"))
+    subjects = Subjects.open(Source(random="tiny"), BUILDERS)
     return Material(subjects, collection, make_tokenizer(subjects.config, None, collection))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ def _run(**changes: Any) -> Document:
 
 
 def test_every_task_with_a_loss_of_its_own_has_a_step() -> None:
-    # Weak grounding learns as retrieval does.
-    assert {*TASKS} == {*REGISTERED} - {"weak_grounding"}
+    # Weak grounding learns as retrieval does; tests enter tasks of their own.
+    ours = {name for name in REGISTERED if find_spec(f"xfm_fast.tasks.{name}") is not None}
+    assert {*TASKS} == ours - {"weak_grounding"}
 
 
 # What the loss of a task reads of its model; in pretraining all of it.

@@ -1,4 +1,4 @@
-"""Model repositories: their configurations, their models against the eager model, and the real server."""
+"""Model repositories: their configurations, and their models against the eager model."""
 
 import io
 import shutil
