@@ -18,6 +18,7 @@ from xfm_fast import XFM, Retriever, flops
 from xfm_fast.errors import ConfigError, ExportError, InputError, UnavailableError, XFMError
 from xfm_fast.export.manifest import record_files
 from xfm_fast.export.onnx import export_onnx
+from xfm_fast.export.request import OnnxRequest
 from xfm_fast.export.session import Session
 from xfm_fast.export.slots import PassLimits
 from xfm_fast.export.verification import verify_export
@@ -121,6 +122,14 @@ def test_nothing_is_nothing(either: Session, small_model: XFM) -> None:
     assert images.shape == (0, either.config.num_image_tokens, either.config.vision_width)
     memory = either.image_memory(images)
     assert either.match_logits(either.fuse(embeds, mask, memory, first_token_only=True)).shape == (0, 2)
+
+
+def test_nothing_of_a_fixed_batch_is_nothing(small_model: XFM, tmp_path: Path) -> None:
+    request = OnnxRequest(graphs=["vision"], fixed=["batch=2"])
+    export_onnx(small_model, tmp_path / "fixed", request, compared=False)
+    fixed = Session.load(tmp_path / "fixed", "onnxruntime", "cpu")
+    assert fixed.encode_image(pixels_of(small_model, 3)).shape[0] == 3
+    assert fixed.encode_image(pixels_of(small_model, 1)[:0]).shape[0] == 0
 
 
 def test_heads_answer_for_the_very_tensor_only(session: Session, small_model: XFM) -> None:
