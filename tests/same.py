@@ -135,8 +135,8 @@ def benchmark() -> list[str]:
     from tests.cli.runner import invoke
 
     with tempfile.TemporaryDirectory() as folder:
-        invoke(["bench", "--random", "tiny", "--quick", "--out", folder])
-        (file,) = Path(folder).rglob("*.json")
+        file = Path(folder) / "rows.json"
+        invoke(["bench", "--random", "tiny", "--quick", "--out", file])
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     return sorted(f"{row['work']} {row['backend']} {row['dtype']} {row['status']}" for row in rows)
 

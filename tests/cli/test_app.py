@@ -159,6 +159,8 @@ def test_former_names_are_today_s_with_a_warning() -> None:
     line, warnings = modernised(["export", "tensorrt", "--checkpoint=a", "--out", "b", "--", "--preset"])
     assert line == ["export", "--to", "tensorrt", "--model=a", "--out", "b", "--", "--preset"]
     assert len(warnings) == 2
+    line, _ = modernised(["bench", "--checkpoint", "a.th", "--preset", "base"])
+    assert line == ["bench", "--model", "a.th", "--config", "base"]
     assert modernised(["search", "export", "onnx"]) == (["search", "export", "onnx"], [])
     for each in RENAMED:
         words = [*each.command.split(), *([each.option] if each.option else [])]

@@ -210,8 +210,8 @@ def on_retrieval() -> Iterator[Attack]:
         yield Attack("accelerate", name, lambda _, m=model, o=options: xfm_fast.accelerate(m, **o))
 
 
-def _public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
-    """Every public function of docs/api.md with arguments of right types."""
+def public_calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Public functions and methods with arguments of right types."""
     model, picture = _model(), Image.new("RGB", (8, 8))
     config, retriever = model.config, Retriever(model)
     texts, mask = torch.zeros(1, 5, config.text_width), torch.ones(1, 5)
@@ -263,7 +263,7 @@ def on_the_api() -> Iterator[Attack]:
         "None": None, "an integer": 5, "a float": 2.5, "bytes": b"x", "a list": [], "a mapping": {}, "floats": [0.5],
         "an object": object(), "a tensor": torch.zeros(2), "mixed": [3, None],
     }  # fmt: skip
-    for name, (call, arguments) in _public_calls().items():
+    for name, (call, arguments) in public_calls().items():
         for parameter in arguments:
             for kind, value in wrong.items():
                 changed = arguments | {parameter: value}

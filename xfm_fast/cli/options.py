@@ -66,13 +66,14 @@ class Renamed(NamedTuple):
     """A former name of a command, or of an option of a command and its sub-commands.
 
     Without `option` the words of the command become `new`, otherwise the option does; `new` of None is retired, and
-    `instead` says what to use.
+    `instead` says what to use. With `--model` in the line the option becomes `with_model`, if given.
     """
 
     command: str
     option: str | None
     new: str | None
     instead: str = ""
+    with_model: str | None = None
 
 
 RENAMED: tuple[Renamed, ...] = (
@@ -83,7 +84,7 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("convert", "--preset", "--config"),
     Renamed("export", "--level", None, "EngineRequest(level=) in Python"),
     Renamed("bench", "--checkpoint", "--model"),
-    Renamed("bench", "--preset", "--random"),
+    Renamed("bench", "--preset", "--random", with_model="--config"),
     Renamed("bench drop-in", "--json", "--out"),
     Renamed("bench kernels", "--json", "--out"),
     Renamed("bench report", "--gains", None, "xfm_fast.benchmarks.report.tables.gains in Python"),
@@ -123,9 +124,8 @@ def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                 continue
             if each.new is None:
                 raise InputError(f"{each.option} is retired; use {each.instead}")
-            # With a checkpoint, a preset of `bench` gave its sizes.
-            sizes = words == ["bench"] and name == "--preset" and any("--model" in other for _, other in _options(line))
-            new = "--config" if sizes else each.new
+            beside = each.with_model and any(other.partition("=")[0] == "--model" for _, other in _options(line))
+            new = each.with_model if beside else each.new
             line[place] = f"{new}{equals}{value}"
             warnings.append(f"{each.option} is now {new}")
     return line, warnings
