@@ -60,7 +60,8 @@ _FOREIGN = (
 
 def model_folder(path: Path) -> Path | None:
     """The weights folder of a path: the path itself, or the chosen or last one of a run; None for other paths."""
-    return next((each for each in (path, path / "best", path / "model") if (each / CONFIG_FILE).is_file()), None)
+    # os.path, unlike pathlib, answers False to a name that is too long.
+    return next((each for each in (path, path / "best", path / "model") if os.path.isfile(each / CONFIG_FILE)), None)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
