@@ -30,10 +30,11 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.serve import ServiceOptions, SourceOptions
 
 if TYPE_CHECKING:
-    from xfm_fast.serve import Server, Service
+    from xfm_fast.serve import Service
 
 SECONDS = 60.0
 CAPTIONS = ["a red circle", "Two blue squares, left of a triangle!", "green", "a yellow star above a circle"]
+JSON = {"content-type": "application/json"}
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -119,9 +120,7 @@ class Reply:
         return self.json["error"]["message"]
 
 
-def ask(
-    port: int, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-) -> Reply:  # fmt: skip
+def ask(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
     connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     try:
         connection.request(method, path, body, headers or {})
@@ -136,16 +135,11 @@ class Running:
     """A service in a thread of this process."""
 
     service: Service
-    server: Server
     port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Reply:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        return ask(self.port, "POST", path, body, {"content-type": "application/json"} | (headers or {}))
+        return ask(self.port, "POST", path, body, JSON | (headers or {}))
 
     def get(self, path: str, headers: dict[str, str] | None = None) -> Reply:
         return ask(self.port, "GET", path, headers=headers)
@@ -156,18 +150,18 @@ class Running:
 
 @contextmanager
 def running(service: Service) -> Iterator[Running]:
-    from xfm_fast.serve import Server, bind
+    from xfm_fast.serve import Server, listen
 
-    with bind(service.options) as sock:
-        sock.listen()
+    with listen(service.options) as sock:
         server = Server(service)
         thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
         thread.start()
         try:
-            yield Running(service, server, sock.getsockname()[1])
+            yield Running(service, sock.getsockname()[1])
         finally:
             server.should_exit = True
             thread.join(SECONDS)
+            service.close()
             assert not thread.is_alive(), "the service did not end"
 
 
@@ -192,7 +186,7 @@ Start = Callable[..., Any]
 @pytest.fixture(scope="session", autouse=True)
 def extra() -> None:
     """Skip the tests of this folder where the extra is not installed."""
-    for name in ("fastapi", "uvicorn", "prometheus_client"):
+    for name in ("fastapi", "httpx", "uvicorn", "prometheus_client"):
         pytest.importorskip(name, reason="the extra 'serve'")
 
 
@@ -223,14 +217,14 @@ def start(weights: Path) -> Start:
     def begin(folder: Path = weights, rank: Any = None, **options: Any) -> Any:
         from xfm_fast.serve import Service, load
 
-        given = replace(ServiceOptions(port=0, drain=5, cache_mb=64), **options)
+        given = replace(ServiceOptions(port=0, timeout=20, cache_mb=64), **options)
         return running(Service(load(folder, SourceOptions(device="cpu", rank=rank), given.cache_mb << 20), given))
 
     return begin
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def served(start: Start) -> Iterator[Running]:
-    """A service that the tests of a file share."""
-    with start(max_pixels=200_000, max_documents=40) as service:
+    """A service that tests share."""
+    with start(max_documents=40) as service:
         yield service

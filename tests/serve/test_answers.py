@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import base64
-import json
 import shlex
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from tests.serve.conftest import CAPTIONS, Running, Start, ask, data_url, image, photo, scores
+from tests.serve.conftest import CAPTIONS, Running, Start, data_url, image, photo, scores
 from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import SearchModel, Source, match_images
-from xfm_fast.tasks.reranking import RANKS
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 CURL, *PROGRAMS = (
@@ -76,14 +73,13 @@ def test_the_ranking_rule_is_named_or_recorded(
     run = shutil.copytree(weights, tmp_path / "run")
     (run / TASK_FILE).write_text('{"format": 1, "task": {"kind": "retrieval", "rank": "sum"}}')
     documents = [image(seed) for seed in (1, 2, 3)]
-    for rank in (None, *RANKS):
-        with start(run, rank) as service:
+    for given, rank in ((None, "sum"), ("similarity", "similarity")):
+        with start(run, given) as service:
             answer = service.post("/v1/rerank", {"query": CAPTIONS[1], "documents": documents}).json
             pairs = service.post("/v1/score", {"text_1": CAPTIONS[1], "text_2": documents}).json
-        assert answer["scoring"] == pairs["scoring"] == (rank or "sum")
-        if answer["scoring"] in expected:
-            close(scores(answer), expected[answer["scoring"]])
-            close([each["score"] for each in pairs["data"]], expected[answer["scoring"]])
+        assert answer["scoring"] == pairs["scoring"] == rank
+        close(scores(answer), expected[rank])
+        close([each["score"] for each in pairs["data"]], expected[rank])
 
 
 def test_two_of_a_kind_are_compared_by_features(served: Running, model: XFM, photos: list[Path]) -> None:
@@ -129,22 +125,13 @@ def test_every_form_of_an_image(served: Running) -> None:
         assert served.post("/v1/rerank", asked).status == 200
 
 
-def test_concurrent_requests_get_the_same_responses(start: Start) -> None:
-    with start(batch_wait_ms=50.0) as service:
-        asked = [{"query": image(seed), "documents": CAPTIONS[seed % 3 :]} for seed in range(6)]
-        singly = [scores(service.post("/v1/rerank", content).json) for content in asked]
-        together: dict[int, list[float]] = {}
-
-        def post(place: int) -> None:
-            together[place] = scores(service.post("/v1/rerank", asked[place]).json)
-
-        threads = [threading.Thread(target=post, args=(place,)) for place in range(len(asked))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        for place, expected in enumerate(singly):
-            close(together[place], expected)
+def test_concurrent_requests_get_the_same_responses(served: Running) -> None:
+    asked = [{"query": image(seed), "documents": CAPTIONS[seed % 3 :]} for seed in range(6)]
+    singly = [scores(served.post("/v1/rerank", content).json) for content in asked]
+    with ThreadPoolExecutor(6) as threads:
+        together = list(threads.map(lambda content: scores(served.post("/v1/rerank", content).json), asked))
+    for found, expected in zip(together, singly, strict=True):
+        close(found, expected)
 
 
 def test_probes_models_metrics_and_docs(served: Running) -> None:
@@ -152,33 +139,27 @@ def test_probes_models_metrics_and_docs(served: Running) -> None:
     assert served.get("/ready").json == {"status": "ready"}
     (listed,) = served.get("/v1/models").json["data"]
     assert (listed["id"], listed["heads"]) == ("tiny-xfm", ["contrastive", "matching"])
-    for _ in range(2):
-        served.post("/v1/rerank", {"query": "a red circle", "documents": [image(7)]})
+    served.post("/v1/rerank", {"query": "a red circle", "documents": [image(7)]})
     text = served.get("/metrics").body.decode()
-    for line in ('requests_total{path="/v1/rerank",status="200"}', 'images_total{cache="hit"}', "batch_tokens_bucket"):
+    for line in ('requests_total{path="/v1/rerank",status="200"}', "batch_tokens_bucket", "cache_bytes"):
         assert f"xfm_{line}" in text
-    assert served.get("/docs").headers["content-type"].startswith("text/html")
-    for path, status in (("/health", 200), ("/ready", 200), ("/v1/rerank", 405)):
-        assert ask(served.port, "HEAD", path).status == status
+    for path in ("/docs", "/openapi.json", "/metrics", "/v1/nothing"):
+        assert served.get(path).headers["x-content-type-options"] == "nosniff"
 
 
 def test_openapi_describes_bodies_and_responses(served: Running) -> None:
     document = served.get("/openapi.json").json
     schemas = document["components"]["schemas"]
-    for place in json.dumps(document).split('"$ref": "')[1:]:
-        assert place.partition('"')[0].removeprefix("#/components/schemas/") in schemas
     for path, name in (("/v1/rerank", "Rerank"), ("/v1/embeddings", "Embeddings"), ("/score", "Score")):
         call = document["paths"][path]["post"]
         assert call["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{name}Request")
         for status, answer in (("200", f"{name}Answer"), ("4XX", "ErrorAnswer")):
             content = call["responses"][status]["content"]["application/json"]
             assert content["schema"]["$ref"].endswith(f"/{answer}")
-        reply = served.post(path, schemas[f"{name}Request"]["examples"][0])
+        fields = schemas[f"{name}Request"]["properties"]
+        reply = served.post(path, {name: field["examples"][0] for name, field in fields.items() if "examples" in field})
         assert reply.status == 422, "the example is valid but for its image"
         assert "base64" in reply.message
-    for path, methods in document["paths"].items():
-        for method in methods:
-            assert ask(served.port, method.upper(), path).status in (200, 415), path
 
 
 def test_the_request_of_the_page(served: Running) -> None:
@@ -193,19 +174,17 @@ def test_the_request_of_the_page(served: Running) -> None:
 def test_the_programs_of_the_page(served: Running, program: str) -> None:
     name = program.split("= ")[1].split(".")[0]
     package = pytest.importorskip(name)
-    program = program.replace("http://127.0.0.1:8000", served.url).replace("retrieval", "tiny-xfm")
-    exec(program, {name: package})
+    program = program.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{served.port}")
+    exec(program.replace("retrieval", "tiny-xfm"), {name: package})
 
 
 def test_openai_embeds(served: Running, model: XFM) -> None:
     openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    url = f"http://127.0.0.1:{served.port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         # Its default is base64, which it decodes.
-        for settings in ({}, {"encoding_format": "float"}):
-            found = client.embeddings.create(model="tiny-xfm", input=CAPTIONS, **settings)
-            close([each.embedding for each in found.data], model.encode(CAPTIONS))
-        assert found.usage.total_tokens > 0
-        assert [each.id for each in client.models.list()] == ["tiny-xfm"]
+        found = client.embeddings.create(model="tiny-xfm", input=CAPTIONS)
+        close([each.embedding for each in found.data], model.encode(CAPTIONS))
         with pytest.raises(openai.NotFoundError, match="gpt-4"):
             client.embeddings.create(model="gpt-4", input="a")
 
@@ -213,7 +192,7 @@ def test_openai_embeds(served: Running, model: XFM) -> None:
 @pytest.mark.parametrize("name", ["Client", "ClientV2"])
 def test_cohere_ranks(served: Running, model: XFM, name: str) -> None:
     cohere = pytest.importorskip("cohere")
-    client = getattr(cohere, name)(api_key="none", base_url=served.url)
+    client = getattr(cohere, name)(api_key="none", base_url=f"http://127.0.0.1:{served.port}")
     found = client.rerank(model="tiny-xfm", query=CAPTIONS[0], documents=CAPTIONS, top_n=2)
     features = model.encode(CAPTIONS)
     expected = (1 + features @ features[0]) / 2
@@ -221,14 +200,3 @@ def test_cohere_ranks(served: Running, model: XFM, name: str) -> None:
     close([each.relevance_score for each in found.results], [float(expected[each.index]) for each in found.results])
     with pytest.raises(cohere.core.api_error.ApiError, match="is not served here"):
         client.rerank(model="rerank-v3.5", query="a", documents=["b"])
-
-
-def test_random_weights_warn() -> None:
-    from tests.serve.conftest import running
-    from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
-
-    model = load(None, SourceOptions(random="tiny", device="cpu"), 0)
-    with running(Service(model, ServiceOptions(port=0))) as service:
-        answer = service.post("/v1/embeddings", {"input": "a dog"}).json
-    assert "RANDOM" in answer["warning"]
-    assert torch.tensor(answer["data"][0]["embedding"]).norm() == pytest.approx(1, abs=1e-4)

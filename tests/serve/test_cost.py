@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import os
-import random
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
@@ -19,6 +17,7 @@ from tests.serve.conftest import ask, chunk, inflating_png, png, process, saved,
 resource = pytest.importorskip("resource", reason="limits of a process")
 if not hasattr(resource, "prlimit"):
     pytest.skip("the costs of another process are read from /proc", allow_module_level=True)
+pytestmark = pytest.mark.slow
 
 MOST_MEGABYTES = 64
 # Five times a second, for machines that are slow or busy.
@@ -124,53 +123,6 @@ BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
 def test_a_body_costs_little(limited: Limited, name: str) -> None:
     make, statuses = BODIES[name]
     limited.check("/v1/rerank", make(), statuses)
-
-
-PATHS = {"/v1/rerank": "documents", "/v1/embeddings": "input", "/v1/score": "text_2"}
-TOKENS = (
-    "0", "{}", "[]", '""', "null", "1.5", '"ab"', '{"a":0}', "[[[]]]", '{"text":1}', '{"image":"a"}', '{"content":[]}',
-    '"漢字"', '"\\u00e9"', '"' + "a," * 900 + '"', "9" * 4000, "[" * 60 + "]" * 60,
-)  # fmt: skip
-KINDS: dict[str, Callable[[int], bytes]] = {
-    "png": lambda side: saved(side, "RGB", "PNG"),
-    "transparent": lambda side: saved(side, "RGBA", "PNG"),
-    "jpeg": lambda side: saved(side, "RGB", "JPEG", quality=1),
-    "progressive": lambda side: saved(side, "RGB", "JPEG", quality=1, progressive=True),
-    "scans": lambda side: scans(side, 200),
-    "webp": lambda side: saved(side, "RGBA", "WEBP", lossless=True, method=0),
-    "inflates": lambda side: inflating_png(side // 8),
-    "texts of PNG": lambda side: _texts_of_png(60),
-}
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "path": (*PATHS,), "token": TOKENS, "kind": ("list", "keys", *KINDS), "field": ("right", "other", "content"),
-    "count": (1, 8, 64, 256, 10_000, 1_000_000), "side": (8, 224, 1000, 1800, 3300, 4096),
-}  # fmt: skip
-
-
-def _body(gene: dict[str, Any]) -> bytes:
-    """At most a megabyte of JSON made by choices."""
-    token, name = gene["token"], PATHS[gene["path"]] if gene["field"] != "other" else "other"
-    if gene["kind"] in KINDS:
-        picture = base64.b64encode(KINDS[gene["kind"]](gene["side"])).decode()
-        token = json.dumps({"image": picture})
-    elif gene["kind"] == "keys":
-        token = "{" + ",".join(f'"k{number}":0' for number in range(gene["side"])) + "}"
-    items = _list(token, max(1, min(gene["count"], 900_000 // (len(token.encode()) + 1))))
-    items = f'[{{"content": {items}}}]' if gene["field"] == "content" else items
-    return f'{{"query": "a", "text_1": "a", "{name}": {items}}}'.encode()[:1_000_000]
-
-
-@pytest.mark.parametrize(("seed", "trials"), [(0, 30), pytest.param(1, 600, marks=pytest.mark.slow)])
-def test_the_dearest_body_that_a_search_finds(limited: Limited, seed: int, trials: int) -> None:
-    """Bodies made at random, then the dearest of them with one choice made anew."""
-    rng, found = random.Random(seed), list[tuple[float, dict[str, Any]]]()
-    for trial in range(trials):
-        fresh = {name: rng.choice(options) for name, options in CHOICES.items()}
-        if trial >= trials // 2:
-            changed = rng.choice([*CHOICES])
-            fresh = rng.choice(found[:8])[1] | {changed: fresh[changed]}
-        cost = limited.check(fresh["path"], _body(fresh), (200, 400, *REFUSED))
-        found = sorted([*found, (cost, fresh)], key=lambda each: -each[0])
 
 
 def test_many_at_once_leave_the_service_alive(limited: Limited) -> None:

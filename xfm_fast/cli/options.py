@@ -94,6 +94,14 @@ RENAMED: tuple[Renamed, ...] = (
     *(Renamed(name, "--threads", None, "OMP_NUM_THREADS=N in the environment") for name in ("bench", "try")),
     *(Renamed(name, "--seed", None, "the fixed seed 0") for name in ("bench", "try")),
     *(Renamed("try", name, "--inputs") for name in ("--texts", "--images")),
+    *(
+        Renamed("serve", name, None, "--timeout, the limit of a whole request")
+        for name in ("--read-timeout", "--drain")
+    ),
+    Renamed("serve", "--max-pixels", None, "the fixed limit of 16,777,216 pixels"),
+    Renamed("serve", "--max-characters", None, "the fixed limit of 2,000 characters"),
+    Renamed("serve", "--max-connections", None, "the limits of a proxy in front"),
+    Renamed("serve", "--batch-wait-ms", None, "the fixed wait of 5 ms"),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
     *(
         Renamed("export", f"--{name.replace('_', '-')}", None, f"TensorRTRequest({name}=) in Python")

@@ -12,9 +12,9 @@ from xfm_fast.serve.options import ServiceOptions, SourceOptions
 if TYPE_CHECKING:
     from xfm_fast.serve.app import Service
     from xfm_fast.serve.model import ServedModel, load
-    from xfm_fast.serve.server import Server, address, bind, run
+    from xfm_fast.serve.server import Server, address, listen, run
 
-__all__ = ["ServedModel", "Server", "Service", "ServiceOptions", "SourceOptions", "address", "bind", "load", "run"]
+__all__ = ["ServedModel", "Server", "Service", "ServiceOptions", "SourceOptions", "address", "listen", "load", "run"]
 
 _MODULES = {"ServedModel": "model", "Service": "app", "load": "model"}
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import binascii
-import http.client
 import ipaddress
-import math
-import queue
 import socket
-import ssl
 import struct
-import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
+
+import httpx
 
 from xfm_fast.data.headers import png_chunks, read_header
 from xfm_fast.errors import DataError
 from xfm_fast.serve.schema import Problem
 from xfm_fast.serve.work import Budget
 
-_PIECE = 1 << 16
 # Special-purpose networks of IANA that not every version of the standard library knows.
 _SPECIAL = tuple(
     map(
@@ -29,8 +23,6 @@ _SPECIAL = tuple(
         ("192.88.99.0/24", "64:ff9b:1::/48", "100::/64", "2001:db8::/32", "3fff::/20", "5f00::/16"),
     )
 )
-# Concurrent downloads; DNS lookups cannot be interrupted.
-_DOWNLOADS = threading.BoundedSemaphore(64)
 
 
 def is_url(value: str) -> bool:
@@ -38,18 +30,8 @@ def is_url(value: str) -> bool:
     return value[:8].lower().startswith(("http:", "https:"))
 
 
-def image_content(
-    value: str, name: str, fetcher: WebFetcher | None, most_pixels: int, budget: Budget
-) -> tuple[bytes, int]:
-    """File of an image that a request gives as data URL, base64 or URL, and the bytes that decoding it takes."""
-    if is_url(value):
-        if fetcher is None:
-            raise Problem(
-                422, f"{name} is a URL; send data:image/jpeg;base64,..., or start the service with --allow-urls"
-            )
-        content = fetcher.fetch(value)
-    else:
-        content = _decode_base64(value, name)
+def check_image(content: bytes, name: str, budget: Budget) -> tuple[bytes, int]:
+    """The file of an image as it may be decoded, and the bytes that decoding it takes; only its header is read."""
     try:
         width, height, depth = read_header(content)
         if content.startswith(b"\x89PNG"):
@@ -58,16 +40,15 @@ def image_content(
         raise DataError(
             f"{name} ({len(content):,} bytes, {content[:8]!r}...) is no JPEG, PNG or WebP ({error}); convert it"
         ) from None
-    pixels = width * height
-    if pixels > most_pixels:
-        raise Problem(
-            413, f"{name} is {width}x{height} = {pixels:,} pixels, over the limit of {most_pixels:,}; shrink it"
-        )
-    budget.take_image(name, pixels, pixels * depth)
-    return content, pixels * depth
+    peak = width * height * depth
+    budget.take_image(f"{name} ({width}x{height})", width * height, peak)
+    return content, peak
 
 
-def _decode_base64(value: str, name: str) -> bytes:
+def decode_base64(value: str, name: str) -> bytes:
+    """The file of an image that a request gives as a data URL or as base64; raises `Problem` for anything else."""
+    if is_url(value):
+        raise Problem(422, f"{name} is a URL; send data:image/jpeg;base64,..., or start the service with --allow-urls")
     if value[:5].lower() == "data:":
         head, comma, text = value.partition(",")
         kind, coding = head[len("data:") :].partition(";")[0], head.rpartition(";")[2]
@@ -77,12 +58,9 @@ def _decode_base64(value: str, name: str) -> bytes:
     else:
         data = value.encode("utf-8", "replace")
     try:
-        content = binascii.a2b_base64(data.translate(None, b"\r\n"), strict_mode=True)
+        return binascii.a2b_base64(data.translate(None, b"\r\n"), strict_mode=True)
     except ValueError as error:
         raise Problem(422, f"{name} ({len(data):,} characters, {data[:16]!r}...) is not base64 ({error})") from None
-    if not content:
-        raise Problem(422, f"{name} is empty; send the file of an image")
-    return content
 
 
 def _without_compressed_text(content: bytes) -> bytes:
@@ -111,123 +89,46 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-class WebFetcher:
-    """Downloads the images of one request: `most_bytes` together, each within `seconds`; thread-safe.
+def web_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+    """A client for `fetch`: no redirects, no proxies of the environment, and a connection for each download."""
+    return httpx.AsyncClient(
+        transport=transport, trust_env=False, timeout=None,
+        limits=httpx.Limits(max_connections=32, max_keepalive_connections=0),
+        headers={"accept": "image/*", "accept-encoding": "identity", "user-agent": "xfm-fast"},
+    )  # fmt: skip
 
-    A name is resolved once and the connection goes to the address that was checked, so DNS rebinding leads nowhere
-    else. Redirects are refused, and proxies of the environment are ignored.
+
+async def fetch(client: httpx.AsyncClient, url: str, budget: Budget, seconds: float = 10.0) -> bytes:
+    """Download an image into the budget; raises `Problem` where the URL is not public, or the site is late.
+
+    The name is resolved once and the connection goes to the address that was checked, so DNS rebinding leads nowhere
+    else; TLS and the header `host` have the name.
     """
-
-    def __init__(
-        self,
-        most_bytes: int,
-        seconds: float = 10.0,
-        *,
-        budget: Budget | None = None,
-        ports: frozenset[int] | None = frozenset((80, 443)),
-        permitted: Callable[[str], bool] = is_public,
-    ) -> None:
-        self.most_bytes, self.seconds, self.budget = most_bytes, seconds, budget
-        self.ports, self.permitted = ports, permitted
-        self._fetched, self._lock = 0, threading.Lock()
-
-    def fetch(self, url: str) -> bytes:
-        """The content of a URL; raises `Problem` where it is malformed, not public, late or too large."""
-        shown = f"URL {url[:100]!r}"
-        try:
-            parts = urlsplit(url)
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
-            raise Problem(422, f"{shown} is malformed ({error})") from None
-        if parts.scheme.lower() not in ("http", "https") or not host or parts.username is not None:
-            raise Problem(422, f"{shown} is not of the form https://host/path")
-        secure = parts.scheme.lower() == "https"
-        port = port or (443 if secure else 80)
-        if self.ports is not None and port not in self.ports:
-            raise Problem(422, f"{shown} names port {port}; images are fetched from ports 80 and 443")
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        if not target.isascii() or any(ord(character) <= 32 or ord(character) == 127 for character in target):
-            raise Problem(422, f"{shown} holds characters that a URL may not; percent-encode them")
-        # At most the time left of the request.
-        started = time.monotonic()
-        until = min(started + self.seconds, math.inf if self.budget is None else self.budget.deadline)
-        connection = _Pinned(host, port, secure, self.permitted, self.seconds)
-        results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-
-        def download() -> None:
-            try:
-                results.put(self._download(connection, target))
-            except Exception as error:  # raised in the caller's thread, or named as a reason
-                results.put(error)
-            finally:
-                connection.close()
-                _DOWNLOADS.release()
-
-        result: bytes | Exception = TimeoutError(f"it took more than {until - started:.3g} s")
-        # A socket's timeout is per read; a server that sends a byte a second would hold a thread for days.
-        if _DOWNLOADS.acquire(timeout=max(0.01, until - time.monotonic())):
-            threading.Thread(target=download, daemon=True).start()
-            with suppress(queue.Empty):
-                result = results.get(timeout=max(0.01, until - time.monotonic()))
-        if isinstance(result, bytes):
-            return result
-        connection.abort()
-        if isinstance(result, Problem):
-            raise Problem(result.status_code, f"{shown}: {result.detail}", result.headers) from None
-        if not isinstance(result, OSError | http.client.HTTPException | ValueError):
-            raise result
-        reason = " ".join(str(result).split())[:100] or type(result).__name__
+    shown = f"URL {url[:100]!r}"
+    try:
+        place = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise Problem(422, f"{shown} is malformed ({error})") from None
+    if not place.host or place.userinfo or place.port is not None:
+        raise Problem(422, f"{shown} is not of the form https://host/path, without a port; send the image itself")
+    name, content = place.raw_host.decode(), bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            addresses = [str(entry[4][0]) for entry in found]
+            # A name with both public and private addresses is refused.
+            if not addresses or not all(map(is_public, addresses)):
+                raise Problem(422, f"{shown} leads to an address that is not public; send the image itself")
+            pinned = place.copy_with(host=addresses[0])
+            headers, extensions = {"host": place.netloc.decode()}, {"sni_hostname": name}
+            async with client.stream("GET", pinned, headers=headers, extensions=extensions) as answer:
+                if answer.status_code != 200:
+                    raise OSError(f"status {answer.status_code}; redirects are not followed")
+                async for piece in answer.aiter_raw():
+                    budget.receive(len(piece))
+                    content += piece
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        # `TimeoutError` is an `OSError` without words.
+        reason = " ".join(str(error).split())[:100] or f"it took more than {seconds:g} s"
         raise Problem(422, f"{shown} cannot be fetched ({reason}); send the image itself") from None
-
-    def _download(self, connection: _Pinned, target: str) -> bytes:
-        connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "xfm-fast"})
-        answer = connection.getresponse()
-        if answer.status != 200:
-            redirect = " (redirects are not followed)" if 300 <= answer.status < 400 else ""
-            raise http.client.HTTPException(f"status {answer.status}{redirect}")
-        content = bytearray()
-        while piece := answer.read1(_PIECE):
-            content += piece
-            with self._lock:
-                self._fetched += len(piece)
-            if self._fetched > self.most_bytes:
-                raise Problem(413, f"images of more than {self.most_bytes:,} bytes are fetched; shrink them")
-            if self.budget is not None:
-                self.budget.take(len(piece), copies=1)
-        if answer.length:
-            raise http.client.HTTPException("it broke off")
-        return bytes(content)
-
-
-class _Pinned(http.client.HTTPConnection):
-    """A connection to an address that is resolved once and permitted, with the host's name in TLS and headers."""
-
-    def __init__(self, host: str, port: int, secure: bool, permitted: Callable[[str], bool], timeout: float) -> None:
-        super().__init__(host, port, timeout=timeout)
-        self.default_port = 443 if secure else 80
-        self._secure, self._permitted = secure, permitted
-        self._opened: socket.socket | None = None
-        self._aborted = False
-
-    def connect(self) -> None:
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        addresses = [str(entry[4][0]) for entry in found]
-        # A name with both public and private addresses is refused.
-        if not addresses or not all(map(self._permitted, addresses)):
-            raise Problem(422, "it leads to an address that is not public; send the image itself")
-        if self._aborted:
-            raise TimeoutError
-        self.sock = self._opened = socket.create_connection((addresses[0], self.port), self.timeout)
-        if self._secure:
-            self.sock = self._opened = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
-        # An end in the meantime found no socket to close.
-        if self._aborted:
-            raise TimeoutError
-
-    def abort(self) -> None:
-        """Interrupt the download, from another thread."""
-        self._aborted = True
-        # `sock` is None as soon as the response head closes the connection.
-        if self._opened is not None:
-            with suppress(OSError):
-                self._opened.shutdown(socket.SHUT_RDWR)
+    return bytes(content)

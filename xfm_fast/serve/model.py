@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from xfm_fast.export.slots import largest
 from xfm_fast.loading import open_model, open_session
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks.ranking import ModelRanks, Picture, Query, Ranker, Ranking, RankModel
-from xfm_fast.tasks.reranking import Rank
+from xfm_fast.tasks.reranking import Rank, rank_score
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 _HEADS = ("contrastive", "matching")
@@ -31,41 +32,65 @@ Read = tuple[int, ...] | Picture
 """An input of the model: the token ids of a text, or an image."""
 
 
-class Work(NamedTuple):
-    """Work of a request: pairs to be scored, and items to be embedded."""
+@dataclass(frozen=True)
+class Work:
+    """Items of a request, and the pairs of them to be scored by `scoring`; without pairs all are embedded."""
 
-    queries: tuple[Query, ...] = ()
-    items: tuple[Read, ...] = ()
+    items: tuple[Read, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+    scoring: Rank = "similarity"
 
+    @cached_property
+    def queries(self) -> list[Query]:
+        """Pairs for the fusion encoder: one query where all pairs share their first item."""
+        if self.scoring == "similarity":
+            return []
+        shared = len({first for first, _ in self.pairs}) == 1
+        groups = [(self.pairs[0][0], *(second for _, second in self.pairs))] if shared else self.pairs
+        return [
+            Query(
+                tuple(each for number in group if isinstance(each := self.items[number], Picture)),
+                tuple(each for number in group if not isinstance(each := self.items[number], Picture)),
+            )
+            for group in groups
+        ]
 
-class Found(NamedTuple):
-    """Results of a `Work`: rankings in the order of queries, features `[items, embed_dim]`."""
+    @property
+    def embedded(self) -> tuple[Read, ...]:
+        """Items whose features are needed."""
+        return () if self.scoring == "match" else self.items
 
-    rankings: tuple[Ranking, ...]
-    features: Tensor | None
+    def result(self, rankings: Sequence[Ranking], features: Sequence[Tensor]) -> Tensor:
+        """Scores `[pairs]`, or features `[items, embed_dim]`."""
+        if self.scoring == "match":
+            return torch.cat([ranking.matches.flatten() for ranking in rankings])
+        rows = torch.stack([*features])
+        if not self.pairs:
+            return rows
+        first, second = torch.tensor(self.pairs).unbind(1)
+        cosines = (rows[first] * rows[second]).sum(1)
+        if self.scoring == "similarity":
+            return (1 + cosines) / 2
+        return rank_score("sum", torch.cat([ranking.scores.flatten() for ranking in rankings]), cosines)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that runs the work of several requests together.
-
-    Attributes:
-        name: The model's name in requests and responses.
-        source: Origin of the weights, for messages.
-        random: The weights are random, and results mean nothing.
-        heads: The available ones of `contrastive` and `matching`.
-        most_tokens: Length that texts are truncated to.
-        rank: Score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`.
-    """
+    """A model that runs the work of several requests together."""
 
     name: str
+    # Origin of the weights, for messages.
     source: str
+    # The weights are random, and results mean nothing.
     random: bool
+    # The available ones of `contrastive` and `matching`.
     heads: tuple[str, ...]
     tokenizer: CaptionTokenizer
     device: torch.device
     ranker: Ranker
+    # Length that texts are truncated to.
     most_tokens: int
+    # Score of a text with an image; see `xfm_fast.tasks.reranking.rank_score`.
     rank: Rank = "match"
 
     @property
@@ -97,7 +122,7 @@ class ServedModel:
         texts = [ids for query in work.queries for ids in query.captions for _ in query.pictures]
         memories, features = self.ranker.cache, self.ranker.features
         images = {each.key for query in work.queries for each in query.pictures if each.key not in memories}
-        for item in work.items:
+        for item in work.embedded:
             if not isinstance(item, Picture):
                 texts.append(item)
             elif item.key not in features:
@@ -109,24 +134,24 @@ class ServedModel:
         tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.eos_token_id)
         stream = io.BytesIO()
         Image.new("RGB", (8, 8)).save(stream, "PNG")
-        picture = self.read_image(stream.getvalue(), "a black square")
-        queries = (Query((picture,), (tokens,)),) if "matching" in self.heads else ()
-        self.answer([Work(queries, (tokens, picture) if "contrastive" in self.heads else ())])
+        items = (tokens, self.read_image(stream.getvalue(), "a black square"))
+        scoring = {"matching": Work(items, ((0, 1),), "match"), "contrastive": Work(items)}
+        self.answer([work for head, work in scoring.items() if head in self.heads])
 
-    def answer(self, works: Sequence[Work]) -> list[Found | Exception]:
-        """Results for several requests, or the error of a request with a damaged image."""
-        items = [item for work in works for item in work.items]
+    def answer(self, works: Sequence[Work]) -> list[Tensor | Exception]:
+        """Results of several requests, or the error of a request with a damaged image."""
+        items = [item for work in works for item in work.embedded]
         texts = [item for item in items if not isinstance(item, Picture)]
         rankings: Any = iter(self.ranker.rank([query for work in works for query in work.queries]))
         of_texts: Any = iter(self.ranker.embed_captions(texts) if texts else ())
         of_images: Any = iter(self.ranker.embed_images([item for item in items if isinstance(item, Picture)]))
-        found: list[Found | Exception] = []
+        results: list[Tensor | Exception] = []
         for work in works:
             ranked = [next(rankings) for _ in work.queries]
-            rows = [next(of_images if isinstance(item, Picture) else of_texts) for item in work.items]
+            rows = [next(of_images if isinstance(item, Picture) else of_texts) for item in work.embedded]
             failed = next((each for each in [*ranked, *rows] if isinstance(each, XFMError)), None)
-            found.append(failed or Found(tuple(ranked), torch.stack(rows) if rows else None))
-        return found
+            results.append(work.result(ranked, rows) if failed is None else failed)
+        return results
 
 
 def load(path: str | Path | None, options: SourceOptions, cache_bytes: int) -> ServedModel:

@@ -40,20 +40,14 @@ class ServiceOptions:
         api_key: Key that clients send as a bearer token. Other users of this machine can see it on the command line,
             unlike the environment variable XFM_API_KEY. [no key]
         allow_urls: Download images that requests name by URL, from public addresses only.
-        max_body_mb: Megabytes of a request.
-        max_pixels: Pixels of an image.
+        max_body_mb: Megabytes of a request, downloaded images included.
         max_documents: Documents or inputs of a request.
-        max_characters: Characters of a text, before the official cut to 30 words and 40 tokens.
         memory_mb: Megabytes of all requests together, bodies in three copies during parsing; 429 beyond it.
         max_queue: Requests in flight, waiting ones included; 429 beyond it.
-        max_connections: Concurrent connections.
         batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single request may have more.
             [4096 on a CPU, 65536 on a GPU]
-        batch_wait_ms: Most milliseconds that a request waits for others that are being read.
         cache_mb: Megabytes of image memories cached between requests; 0 disables the cache.
-        timeout: Seconds until a request is answered with 504.
-        read_timeout: Seconds to receive a request, and to send a response.
-        drain: Seconds that requests in flight have to finish after SIGTERM.
+        timeout: Seconds until a request is answered with 504; after SIGTERM too, the process ends no later.
     """
 
     host: str = "127.0.0.1"
@@ -61,18 +55,12 @@ class ServiceOptions:
     api_key: str | None = None
     allow_urls: bool = False
     max_body_mb: Annotated[int, Ge(1), Le(4096)] = 32
-    max_pixels: Annotated[int, Ge(1)] = 1 << 24
     max_documents: Annotated[int, Ge(1)] = 256
-    max_characters: Annotated[int, Ge(1)] = 2000
     memory_mb: Annotated[int, Ge(1)] = 512
     max_queue: Annotated[int, Ge(1)] = 128
-    max_connections: Annotated[int, Ge(1)] = 512
     batch_tokens: Annotated[int | None, Ge(1)] = None
-    batch_wait_ms: Annotated[float, Ge(0), Le(1000)] = 5.0
     cache_mb: Annotated[int, Ge(0)] = 1024
-    timeout: Annotated[float, Gt(0)] = 60.0
-    read_timeout: Annotated[float, Gt(0)] = 30.0
-    drain: Annotated[int, Ge(0)] = 30
+    timeout: Annotated[float, Gt(0), Le(86400)] = 60.0
 
     @property
     def loopback(self) -> bool:

@@ -6,54 +6,36 @@ from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from xfm_fast.tasks.reranking import Rank
 
-_EXAMPLE_IMAGE: JsonValue = {"image": "data:image/jpeg;base64,..."}
-
-
-class Request(BaseModel):
-    """The common fields of requests; unknown ones are ignored."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    model: str | None = Field(None, description="name of the served model; may be left out")
-
-
-class ImageURL(BaseModel):
-    """An image in a message part."""
-
-    url: str
-
-
-class Part(BaseModel):
-    """A message part in the format of OpenAI's API: a text or an image."""
-
-    type: Literal["text", "image_url"]
-    text: str | None = None
-    image_url: ImageURL | None = None
+_EXAMPLE_IMAGE: Any = {"image": "data:image/jpeg;base64,..."}
 
 
 class Item(BaseModel):
-    """A text, or an image as a data URL, base64 or, with `--allow-urls`, a URL; or a message with one part."""
+    """A text, or an image as a data URL, base64 or, with `--allow-urls`, a URL.
 
-    model_config = ConfigDict(extra="ignore")
+    A message with one part is read, too: `{"content": [{"type": "image_url", "image_url": {"url": "..."}}]}`.
+    """
 
     text: str | None = None
     image: str | None = Field(None, description="data:image/jpeg;base64,..., or base64")
-    content: Annotated[list[Part], Field(max_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Item:
-        if self.content is not None:
-            if not self.content or self.text is not None or self.image is not None:
-                raise ValueError("give one text or one image; the model reads no mixture of them")
-            part = self.content[0]
-            self.text, self.image = part.text, part.image_url.url if part.image_url else None
         if (self.text is None) == (self.image is None):
             raise ValueError('give either {"text": "..."} or {"image": "data:image/jpeg;base64,..."}')
         return self
+
+
+def _as_item(value: Any) -> Any:
+    match value:
+        case str(text) | {"content": [{"text": str(text)}]}:
+            return {"text": text}
+        case {"content": [{"image_url": {"url": str(url)}}]}:
+            return {"image": url}
+    return value
 
 
 def _as_list(value: Any) -> Any:
@@ -64,52 +46,43 @@ def _as_list(value: Any) -> Any:
     return value
 
 
-TextOrImage = Annotated[
-    Item,
-    BeforeValidator(
-        lambda value: {"text": value} if isinstance(value, str) else value, json_schema_input_type=str | Item
-    ),
-]
+TextOrImage = Annotated[Item, BeforeValidator(_as_item, json_schema_input_type=str | Item)]
 Items = Annotated[list[TextOrImage], Field(min_length=1)]
 OneOrMore = Annotated[Items, BeforeValidator(_as_list, json_schema_input_type=TextOrImage | Items)]
 
 
-class RerankRequest(Request):
-    """Documents to be ordered by their relevance to a query.
+class Body(BaseModel):
+    """The common fields of requests; unknown ones are ignored."""
 
-    The fusion encoder compares a text with an image: `relevance_score` is the probability that the text describes the
-    image; with `--rank` it is the cosine similarity or match logit + cosine. Two texts, or two images, are compared by
-    their features: cosine similarity, mapped from [-1, 1] to [0, 1]. All documents are of one kind, because the two
-    scores are not comparable.
-    """
+    model_config = ConfigDict(strict=True)
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"query": "a dog on a beach", "documents": [_EXAMPLE_IMAGE], "top_n": 3}]}
-    )
+    model: str | None = Field(None, description="name of the served model; may be left out")
 
-    query: TextOrImage
-    documents: Items
+
+class RerankRequest(Body):
+    """Documents, all texts or all images, to be ordered by their relevance to a query."""
+
+    query: TextOrImage = Field(examples=["a dog on a beach"])
+    documents: Items = Field(examples=[[_EXAMPLE_IMAGE]])
     top_n: Annotated[int | None, Field(ge=1)] = None
     return_documents: bool = False
 
 
-class EmbeddingsRequest(Request):
-    """Texts and images to be embedded: L2-normalised features, whose dot products are cosine similarities."""
+class EmbeddingsRequest(Body):
+    """Texts and images to be embedded."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a dog", _EXAMPLE_IMAGE]}]})
-
-    input: OneOrMore
+    input: OneOrMore = Field(examples=[["a dog", _EXAMPLE_IMAGE]])
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, description="that of the model; the features cannot be shortened")
 
 
-class ScoreRequest(Request):
-    """Pairs to be scored like documents of `RerankRequest`: one with each of the others, or as many with as many."""
+class ScoreRequest(Body):
+    """Pairs to be scored: one with each of the others, or as many with as many."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text_1": "a dog", "text_2": _EXAMPLE_IMAGE}]})
-
-    text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))
-    text_2: OneOrMore = Field(validation_alias=AliasChoices("text_2", "data_2", "documents", "items"))
+    text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"), examples=["a dog"])
+    text_2: OneOrMore = Field(
+        validation_alias=AliasChoices("text_2", "data_2", "documents", "items"), examples=[_EXAMPLE_IMAGE]
+    )
 
 
 class Usage(BaseModel):
@@ -124,6 +97,7 @@ class Answer(BaseModel):
 
     id: str
     model: str
+    object: Literal["list"] = "list"
     usage: Usage
     warning: str | None = Field(None, description="present where the weights are random and results mean nothing")
 
@@ -139,10 +113,8 @@ class Ranked(BaseModel):
 class RerankAnswer(Answer):
     """Documents, the most relevant first."""
 
-    object: Literal["list"] = "list"
     results: list[Ranked]
     scoring: Rank
-    meta: dict[str, Any] = Field(description="for Cohere's clients")
 
 
 class Embedding(BaseModel):
@@ -156,7 +128,6 @@ class Embedding(BaseModel):
 class EmbeddingsAnswer(Answer):
     """Features, in the order of the inputs."""
 
-    object: Literal["list"] = "list"
     data: list[Embedding]
 
 
@@ -171,7 +142,6 @@ class Score(BaseModel):
 class ScoreAnswer(Answer):
     """Scores, in the order of the pairs."""
 
-    object: Literal["list"] = "list"
     created: int
     data: list[Score]
     scoring: Rank
@@ -210,6 +180,5 @@ class Problem(HTTPException):
     def response(self) -> JSONResponse:
         """The response in the format of `ErrorAnswer`."""
         kind = _ERROR_TYPES.get(self.status_code, "invalid_request_error")
-        error = ErrorContent(message=self.detail, type=kind, code=self.status_code)
-        answer = ErrorAnswer(error=error, message=self.detail)
-        return JSONResponse(answer.model_dump(), self.status_code, self.headers)
+        error = {"message": self.detail, "type": kind, "param": None, "code": self.status_code}
+        return JSONResponse({"error": error, "message": self.detail}, self.status_code, self.headers)

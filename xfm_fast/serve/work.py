@@ -1,4 +1,4 @@
-"""Budgets of requests (memory, pixels, time), and dynamic batching of their work within a budget of tokens."""
+"""Memory and pixels that requests may take, and dynamic batching of their work within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.schema import Problem
 
 T = TypeVar("T")
-W = TypeVar("W")
-A = TypeVar("A")
 
-# A smaller body may cost as much as one of this size.
-_SMALL_BODY = 1 << 20
-# Limits of images per byte of the body: bytes to decode one of them, and pixels of all of them.
+MAX_PIXELS = 1 << 24
+"""Pixels of an image."""
+# A smaller request may cost as much as one of this size.
+_SMALL_REQUEST = 1 << 20
+# Limits of images per byte of the request: bytes to decode one of them, and pixels of all of them.
 _PEAK_PER_BYTE = 56
 _PIXELS_PER_BYTE = 16
-# Copies of a body while it is parsed: the body, its text, the values; a character beyond ASCII makes the text wider.
+# Copies of a body: its bytes, its text and values, the files of its images; a character beyond ASCII makes text wider.
 COPIES, _WIDE_COPIES = 3, 3
 # JSON values per document, and in the rest of the body.
 _VALUES_PER_DOCUMENT = 32
@@ -36,89 +35,74 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([,\[{])', re.DOTALL)
 
 
 class Memory:
-    """Bytes that all requests hold together; thread-safe."""
+    """Bytes that all requests hold together."""
 
     def __init__(self, most: int) -> None:
         self.most, self.used = most, 0
-        self._lock = threading.Lock()
-
-    def take(self, count: int) -> None:
-        """Add bytes, or raise `Problem` 429 where they exceed the limit."""
-        with self._lock:
-            if self.used + count > self.most:
-                raise Problem(
-                    429, f"requests hold {self.used:,} of {self.most:,} bytes; ask again in a second",
-                    {"retry-after": "1"},
-                )  # fmt: skip
-            self.used += count
+        self.lock = threading.Lock()
 
 
 class Budget:
-    """Memory, pixels and time of one request, whose `task` `end` cancels; `body` is empty once it is parsed."""
+    """What one request has received, holds and may still take."""
 
-    def __init__(self, memory: Memory, options: ServiceOptions, task: asyncio.Task[Any] | None = None) -> None:
-        self.options, self.deadline = options, time.monotonic() + options.timeout
-        self.body = b""
-        self.ending: Exception | None = None
-        self._memory, self._task = memory, task
-        self._held = self._bytes = self._pixels = 0
+    def __init__(self, memory: Memory, options: ServiceOptions) -> None:
+        self.options = options
+        # The work of the request is in the queue of the batcher, or done.
+        self.submitted = False
+        self.ended = False
+        self._memory = memory
+        self._held = self._received = self._pixels = 0
         self._job: Future[Any] | None = None
-        self._lock = threading.Lock()
 
-    def take(self, count: int, copies: int = COPIES) -> None:
-        """Charge more bytes that came for the request, in this many copies."""
-        with self._lock:
+    def check_size(self, count: int) -> None:
+        """Raise `Problem` 413 for a request of more bytes than one may have."""
+        most = self.options.max_body_mb << 20
+        if count > most:
+            raise Problem(413, f"the request has more than {most:,} bytes; shrink the images, or send fewer")
+
+    def receive(self, count: int, copies: int = 1) -> None:
+        """Hold bytes of the body or of a download, in this many copies."""
+        self._received += count
+        self.check_size(self._received)
+        self._hold(copies * count)
+
+    def _hold(self, count: int) -> None:
+        memory = self._memory
+        with memory.lock:
             self.check()
-            self._memory.take(copies * count)
-            self._held += copies * count
-            self._bytes += count
+            if memory.used + count > memory.most:
+                message = f"requests hold {memory.used:,} of {memory.most:,} bytes; ask again in a second"
+                raise Problem(429, message, {"retry-after": "1"})
+            memory.used += count
+            self._held += count
 
-    def take_json(self) -> bytes:
-        """The body, or `Problem` 422 where it holds more JSON values than documents need."""
-        body, self.body = self.body, b""
+    def check_values(self, body: bytearray) -> None:
+        """Raise `Problem` for a body of JSON whose values take much more memory than its bytes."""
         if not body.isascii():
-            self._memory.take(_WIDE_COPIES * len(body))
-            self._held += _WIDE_COPIES * len(body)
+            self._hold(_WIDE_COPIES * len(body))
         most = _VALUES_PER_DOCUMENT * self.options.max_documents + _OTHER_VALUES
         if sum(map(body.count, (b",", b"[", b"{"))) > most:
             # Separators inside strings do not count.
             beyond = islice((token for token in _TOKEN.finditer(body) if token[1]), most, None)
             if next(beyond, None) is not None:
                 raise Problem(422, f"the body holds more than {most:,} values; send fewer documents")
-        return body
 
     def take_image(self, name: str, pixels: int, peak: int) -> None:
-        """Charge an image whose decoding takes `peak` bytes."""
-        with self._lock:
-            self.check()
-            self._pixels += pixels
-        size = max(self._bytes, _SMALL_BODY)
+        """Count an image whose decoding takes `peak` bytes; raises `Problem` 413 where it is too large."""
+        if pixels > MAX_PIXELS:
+            raise Problem(413, f"{name} has {pixels:,} pixels, over the limit of {MAX_PIXELS:,}; shrink it")
+        self._pixels += pixels
+        size = max(self._received, _SMALL_REQUEST)
         if peak > _PEAK_PER_BYTE * size or self._pixels > _PIXELS_PER_BYTE * size:
             raise Problem(
                 413, f"{name} takes {peak:,} bytes to decode, and images so far hold {self._pixels:,} pixels, over "
                 f"{_PEAK_PER_BYTE} and {_PIXELS_PER_BYTE} per byte of the request; shrink them",
             )  # fmt: skip
 
-    def keep(self, count: int) -> None:
-        """Hold exactly this many bytes from now on."""
-        with self._lock:
-            self._memory.take(count - self._held)
-            self._held = count
-
     def check(self) -> None:
-        """Raise if the request has ended."""
-        if self.ending is not None:
-            raise self.ending
-
-    def live(self) -> bool:
-        """False once the request has ended."""
-        return self.ending is None
-
-    def end(self, reason: Exception) -> None:
-        """End the request before its response; called in the thread of its event loop."""
-        if self.ending is None and self._task is not None:
-            self.ending = reason
-            self._task.cancel()
+        """Raise `Problem` once the request has ended."""
+        if self.ended:
+            raise Problem(503, "the request has ended; ask again")
 
     async def run(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
         """Result of a function in another thread; the request holds its memory until the function returns."""
@@ -126,48 +110,48 @@ class Budget:
         return await asyncio.wrap_future(self._job)
 
     def close(self) -> None:
-        """Release the memory as soon as no thread works on it."""
-        self._task, self.body = None, b""
+        """End the request: it takes no more, and its memory is released once no thread works on it."""
+
+        def release(job: object) -> None:
+            with self._memory.lock:
+                self.ended = True
+                self._memory.used -= self._held
+                self._held = 0
+
+        self.ended = True
         if self._job is None:
-            self._release()
+            release(None)
         else:
-            self._job.add_done_callback(lambda _: self._release())
-
-    def _release(self) -> None:
-        with self._lock:
-            # Downloads may go on, and take no more.
-            self.ending = self.ending or Problem(503, "the request has ended; ask again")
-            self._memory.take(-self._held)
-            self._held = 0
+            self._job.add_done_callback(release)
 
 
-@dataclass
-class _Piece(Generic[W, A]):
-    work: W
+class _Piece(NamedTuple):
+    work: Any
     cost: int
-    answer: asyncio.Future[A]
-    since: float = field(default_factory=time.monotonic)
+    answer: asyncio.Future[Any]
+    since: float
 
 
-class Batcher(Generic[W, A]):
+class Batcher:
     """Runs work in batches of at most `budget` cost, in order and in one thread; a single piece may cost more.
 
     `run` returns results in order; an exception among them is raised for its piece, and after one that `run` raises
-    each piece runs by itself. The first piece of a batch waits `wait` seconds for others while `coming()` counts some.
+    each piece runs by itself. The first piece of a batch waits `wait` seconds for others while `coming()` counts some;
+    `observe` gets the pieces and the cost of a batch.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[W]], Sequence[A | Exception]],
+        run: Callable[[Sequence[Any]], Sequence[Any]],
         budget: int,
-        wait: float = 0.0,
+        wait: float = 0.005,
         *,
         coming: Callable[[], int] = lambda: 0,
-        seen: Callable[[int, int], None] = lambda pieces, cost: None,
+        observe: Callable[[int, int], None] = lambda pieces, cost: None,
     ) -> None:
         self.run, self.budget, self.wait = run, budget, wait
-        self._coming, self._seen = coming, seen
-        self._queue: deque[_Piece[W, A]] = deque()
+        self._coming, self._observe = coming, observe
+        self._queue: deque[_Piece] = deque()
         self._arrived = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -176,9 +160,9 @@ class Batcher(Generic[W, A]):
         """Length of the queue."""
         return len(self._queue)
 
-    async def submit(self, work: W, cost: int) -> A:
+    async def submit(self, work: Any, cost: int) -> Any:
         """Result of a piece of work; cancelling this drops work that has not begun."""
-        piece = _Piece[W, A](work, cost, asyncio.get_running_loop().create_future())
+        piece = _Piece(work, cost, asyncio.get_running_loop().create_future(), time.monotonic())
         self._queue.append(piece)
         self._arrived.set()
         if self._loop is None or self._loop.done():
@@ -200,17 +184,17 @@ class Batcher(Generic[W, A]):
                 self._arrived.clear()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._arrived.wait(), left)
-            batch, cost = list[_Piece[W, A]](), 0
+            batch, cost = list[_Piece](), 0
             while self._queue and (not batch or cost + self._queue[0].cost <= self.budget):
                 piece = self._queue.popleft()
                 if not piece.answer.done():
                     batch.append(piece)
                     cost += piece.cost
             if batch:
-                self._seen(len(batch), cost)
+                self._observe(len(batch), cost)
                 await self._answer(batch)
 
-    async def _answer(self, batch: Sequence[_Piece[W, A]]) -> None:
+    async def _answer(self, batch: Sequence[_Piece]) -> None:
         works, loop = [piece.work for piece in batch], asyncio.get_running_loop()
         try:
             answers = await loop.run_in_executor(self._thread, self.run, works)
