@@ -227,6 +227,21 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def storing(path: Path, remedy: str = "free space or choose another folder") -> Iterator[None]:
+    """Convert an `OSError` in the block, which writes `path`, to `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written ({_reason(error)}); {remedy}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents; failure raises `StorageError`."""
+    with storing(folder, "choose another"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
     """`write_files` for in-memory contents."""
     write_files({path: lambda file, content=content: _write(file, content) for path, content in contents.items()})

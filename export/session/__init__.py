@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from xfm_fast import flops
 from xfm_fast.checkpoint.files import TASK_FILE
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError, explain_types
@@ -638,10 +637,6 @@ class SessionScorer:
         """No work: the fusion graph starts with the text embeddings."""
         return tokens
 
-    def preparation_flops(self, lengths: Tensor) -> flops.Count:
-        """See `PairScorer`."""
-        return flops.Count()
-
     def memory(self, image_embeds: Tensor) -> SessionMemory:
         """The memory of images `[B, 1 + N, width]`."""
         return self.session.image_memory(image_embeds)
@@ -654,15 +649,6 @@ class SessionScorer:
                 tokens.to(self.session.device, self.session.dtype), lengths, memory, _image_of(groups)
             )
         return outputs["match_logits"][:, 1]
-
-    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
-        """The FLOPs of `scores`, padding included."""
-        first_only = not self.session.manifest.all_tokens
-        count = flops.Count()
-        for work in self.session.passes(lengths.tolist(), _image_of(groups)):
-            padded = [work.length] * (work.tokens // work.length)
-            count += flops.fusion(self.config, padded, image_tokens, first_token_only=first_only)
-        return count
 
     def fingerprint(self) -> str:
         """A hash of the weights and the runtime, which decides the last digits."""

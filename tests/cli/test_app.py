@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 import xfm_fast
 from tests.cli.runner import invoke
 from xfm_fast.cli.app import app, main
-from xfm_fast.cli.console import progress
+from xfm_fast.cli.console import named_progress, progress
 from xfm_fast.cli.kernels import AuditOptions
 from xfm_fast.cli.options import RENAMED, modernised
 from xfm_fast.errors import InputError
@@ -279,21 +278,16 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_bars_take_turns_and_the_first_process_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that evaluates has two; neither redraws itself over the other."""
+def test_the_first_process_has_one_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and its evaluations share it."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with (
-        progress("evaluating") as advance,
-        RunLog(tmp_path, LogRecipe(), Processes(), steps=9, start=0, title="run") as log,
-    ):
-        log.advance(3)
-        advance(2, 2)
-        drawn = terminal.getvalue()
-        assert "3/9" in drawn
-        assert "100%" in drawn
-        time.sleep(0.3)
-        assert terminal.getvalue() == drawn
+    with named_progress() as show, RunLog(tmp_path, LogRecipe(), Processes(), steps=8, start=0, show=show) as log:
+        log.write(4, {"loss/text/mlm": 0.5})
+        log.advance(8)
+        show("val", 2, 2)
+        for part in ("text/mlm 0.5", "val", "100%"):
+            assert part in terminal.getvalue()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(sys, "stderr", other := Terminal())
     with progress("evaluating") as advance:

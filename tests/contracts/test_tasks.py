@@ -153,7 +153,7 @@ def test_a_few_steps(name: str, world: Path, pretrained: Path, tmp_path: Path) -
         "eval_batch_size=4", f"checkpoint={{folder: {folder}, every: 1}}", "log.every=1", "device=cpu",
     ]  # fmt: skip
     if name.startswith("captioning"):
-        overrides.append("task.num_beams=1")
+        overrides += ["task.num_beams=1", "task.max_length=10"]
     recipe = load_finetune_recipe(name, overrides)
     assert in_processes(process, 1, tmp_path / "meet", recipe, {"at_step": 2}) == [-9]
     finetune(recipe)
@@ -175,15 +175,15 @@ def test_a_batch_is_learnt(kind: str, made: Make) -> None:
     model, (rows, *_) = task.build().train(), task.rows(recipe.paths_of("train"))
     batch = task.collate([task.item(rows.read(row), rng) for row in (0, 4, 8, 12)], rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(25):
+    losses: list[float] = []
+    while len(losses) < 25 and (not losses or losses[-1] > 0.7 * losses[0]):
         torch.manual_seed(0)
         loss = torch.stack([*task.losses_of(model, batch).values()]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert min(losses) < 0.7 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:

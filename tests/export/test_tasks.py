@@ -350,7 +350,7 @@ def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path) -> None:
     _alike([json.loads(line) for line in done.stdout.splitlines()], expected)
     lines, answers = tmp_path / "lines.jsonl", tmp_path / "answers.jsonl"
     lines.write_text("".join(json.dumps({"image": image}) + "\n" for image in images))
-    assert invoke(["predict", out, "--lines", lines, answers, "--batch-size", 2]).exit_code == 0
+    assert invoke(["predict", out, "--lines", lines, answers]).exit_code == 0
     _alike([json.loads(line) for line in answers.read_text().splitlines()], expected)
     for arguments, said in (
         (["predict", out, images[0], "x", "--heatmap", tmp_path / "h.png"], "a heat map needs gradients"),

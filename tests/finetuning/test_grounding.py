@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import load_json
 from tests.finetuning.conftest import Make
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError
@@ -81,25 +80,15 @@ def test_boxes_are_in_pixels_and_expressions_grouped_by_image(task: Open, world:
 
 
 def test_score_and_file(task: Open) -> None:
+    """Accuracy of all and by split; the golden numbers are those of tests/tasks/test_grounding.py."""
     made = task()
-    golden = load_json("metrics/grounding_inputs")
-    records = [record(ref_id=each["ref_id"], bbox=each["ref_box_xywh"], split=each["split"]) for each in golden]
-    rows = []
-    for each in golden:
-        cx, cy, w, h = each["pred_cxcywh_norm"]
-        width, height = each["width"], each["height"]
-        bbox = [width * (cx - w / 2), height * (cy - h / 2), width * w, height * h]
-        rows.append({"bbox": bbox, "relative": each["pred_cxcywh_norm"]})
-    metrics = made.score(rows, records)
-    official = load_json("metrics/metrics")["grounding"]["result"]
-    assert {f"{name.removeprefix('accuracy_')}_d": value / 100 for name, value in metrics.items()} == pytest.approx(
-        official | {"accuracy_d": sum(each["iou"] >= 0.5 for each in golden) / len(golden)}
-    )
+    records = [record(ref_id=n, bbox=(4, 4, 8, 8), split=split) for n, split in enumerate(("val", "testA", "testA"))]
+    rows = [{"bbox": box, "relative": [0.5] * 4} for box in ([4, 4, 8, 8], [4, 4, 8, 7], [20, 20, 4, 4])]
+    expected = {"accuracy": 200 / 3, "accuracy_val": 100, "accuracy_testA": 50}
+    assert made.score(rows, records) == pytest.approx(expected)
+    assert set(made.metrics_of(records)) == set(expected)
     (file,) = made.files(rows, records).values()
-    assert json.loads(file)[0] == {
-        "ref_id": golden[0]["ref_id"], "pred": golden[0]["pred_cxcywh_norm"], "bbox": rows[0]["bbox"]
-    }  # fmt: skip
-    assert set(made.score(rows[:2], [record(bbox=each.bbox) for each in records[:2]])) == {"accuracy"}
+    assert json.loads(file)[1] == {"ref_id": 1, "pred": [0.5] * 4, "bbox": [4, 4, 8, 7]}
     assert not made.metrics_of([record()] * 2)
     with pytest.raises(DataError, match="1 of 2"):
         made.metrics_of([record(), records[0]])

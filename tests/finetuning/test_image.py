@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import xfm_fast
 from tests.finetuning.conftest import Make
-from tests.finetuning.official_data import mnist
+from tests.finetuning.official_data import fer, mnist
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, DataError, InputError
 from xfm_fast.finetuning.recipe import FinetuneRecipe
@@ -130,26 +131,7 @@ def test_a_set_without_splits_is_split_always_alike(tmp_path: Path) -> None:
     assert test.picture(test.numbers[0]).mode == "RGB"
 
 
-@pytest.mark.slow
-def test_handwritten_digits(tmp_path: Path) -> None:
-    """scikit-learn's 1,797 digits of 8 by 8 pixels, from random weights."""
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        place = tmp_path / ("test" if number % 4 == 0 else "train") / str(label)
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image * 15).astype(np.uint8)).save(place / f"{number}.png")
-    model = {"preset": "tiny", "image_size": 16, "patch_size": 4, "layer_scale_init": 1.0, "drop_path_rate": 0.0}
-    model |= {"vision_depth": 2}
-    values: dict[str, Any] = {
-        "task": {"kind": "image", "view": "whole", "mixup": 0.8},
-        "model": model,
-        "data": {"root": str(tmp_path), "train": "train", "splits": {"test": "test"}},
-        "epochs": 30,
-        "batch_size": 64,
-        "optimizer": {"lr": 2e-3, "weight_decay": 0.05, "clip_norm": 1.0},
-        "schedule": {"warmup": 0.1},
-        "device": "cpu",
-        "checkpoint": {"folder": str(tmp_path / "run")},
-    }
-    top1 = finetune(FinetuneRecipe(**values)).metrics["test"]["top1"]
-    assert top1 >= 95, f"{top1:.1f}% of the digits are right"
+def test_the_test_split_of_fer2013_is_the_private_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fer(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.fer2013, "check_integrity", lambda path, md5=None: Path(path).exists())
+    assert [*open_torchvision("fer2013", tmp_path, "test").numbers] == [3, 4]

@@ -74,9 +74,9 @@ def test_files_of_requests(run: Path, requests: Path, tmp_path: Path) -> None:
 
 def test_the_command(run: Path, requests: Path, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    done = invoke(["predict", run, "--lines", requests, out, "--batch-size", 4])
+    done = invoke(["predict", run, "--lines", requests, out])
     assert done.exit_code == 0, done.stderr
-    assert invoke(["predict", run, "--lines", requests, "--batch-size", 4]).stdout == out.read_text()
+    assert invoke(["predict", run, "--lines", requests]).stdout == out.read_text()
     images = [world / f"images/test/{number:06d}.png" for number in (0, 1)]
     assert set(json.loads(invoke(["predict", run, *images, SENTENCES[0]]).stdout)) == {"answer", "probability"}
     for wrong in (

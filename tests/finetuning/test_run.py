@@ -79,9 +79,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Pat
     return made
 
 
-@pytest.mark.parametrize("kill", [{"at_step": 5}, {"at_batch": 1}, {"at_batch": 7}])
+@pytest.mark.parametrize("kill", [{"at_step": 5}, {"at_batch": 1}])
 def test_killed_and_resumed(kill: Kill, whole: FinetuneRecipe, recipe: Make, tmp_path: Path) -> None:
-    """At the end of an epoch, in the first evaluation and in the last one."""
+    """At the end of an epoch, and in the first evaluation."""
     again = recipe(*NLVR2, choose=CHOICE)
     assert in_processes(process, 1, tmp_path / "meet", again, kill) == [-9]
     assert in_processes(process, 1, tmp_path / "meet", again, {}) == [0]
@@ -91,10 +91,9 @@ def test_killed_and_resumed(kill: Kill, whole: FinetuneRecipe, recipe: Make, tmp
     assert metrics(again) == metrics(whole)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_find_what_one_finds(processes: int, recipe: Make, tmp_path: Path) -> None:
-    made = recipe(*NLVR2, choose=CHOICE, batch_size=4)
-    assert in_processes(process, processes, tmp_path / "meet", made, {}) == [0] * processes
+def test_two_processes_find_what_one_finds(recipe: Make, tmp_path: Path) -> None:
+    made = recipe(*NLVR2, choose=CHOICE, epochs=1, batch_size=4)
+    assert in_processes(process, 2, tmp_path / "meet", made, {}) == [0, 0]
     alone = evaluate(made, Path(made.checkpoint.folder), "test", tmp_path / "alone")
     assert json.loads(metrics(made)["test"])["metrics"] == alone
 

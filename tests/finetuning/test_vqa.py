@@ -135,7 +135,7 @@ def test_bad_answer_lists(recipe: Make, tmp_path: Path, answers: Any, message: s
 
 
 def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two sets with image folders; an unlisted and an empty answer; ranked, then generated."""
+    """Two sets with image folders; an empty answer; ranked, then generated."""
     elements = json.loads((world / "vqa_train.json").read_text())[:20]
     folder = str(world / "images")
     own = [each | {"image": each["image"].removeprefix("images/")} for each in elements]
@@ -150,8 +150,7 @@ def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys
         data={"root": str(world), "train": list(map(str, files)), "splits": {"val": str(files[0])}},
     )  # fmt: skip
     result = finetune(made)
-    notes = capsys.readouterr().err
-    assert all(part in notes for part in ("4 questions", "'unheard of'", "1 empty answers"))
+    assert "1 empty answers" in capsys.readouterr().err
     run = Path(made.checkpoint.folder)
     assert len(json.loads((run / "evaluation/val" / RESULT_FILE).read_text())) == 20
     assert result.metrics["val"].keys() == {"exact_match"}

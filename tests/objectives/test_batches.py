@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -48,14 +46,6 @@ def test_layout_of_regions() -> None:
 
 
 @each_batch
-def test_preparing_twice_is_preparing_once(batch: Batch) -> None:
-    prepared = batch.prepare()
-    again = prepared.prepare()
-    for name, value in vars(prepared).items():
-        assert getattr(again, name) is value
-
-
-@each_batch
 def test_a_batch_that_leaves_the_host_takes_its_layout_along(batch: Batch) -> None:
     moved = batch.to("meta")
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
@@ -70,11 +60,6 @@ def test_a_batch_that_leaves_the_host_takes_its_layout_along(batch: Batch) -> No
         assert moved.regions is not None
         assert moved.regions.visible.cu_seqlens.device.type == "meta"
         assert isinstance(moved.regions.visible.longest, int)
-
-
-@each_batch
-def test_on_the_host_nothing_happens_unasked(batch: Batch) -> None:
-    assert getattr(batch.to("cpu"), "layout", None) is None
 
 
 @pytest.mark.parametrize("case", ["tiny_a", "tiny_b"])
@@ -93,11 +78,3 @@ def test_a_batch_that_was_never_on_the_host(monkeypatch: pytest.MonkeyPatch, cas
     found = pretraining_losses(model_of(case), unprepared, hard_negatives=negatives)
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value.item(), rel=1e-12), name
-
-
-def test_changed_texts_need_a_new_layout() -> None:
-    batch = text_batch("tiny_a").prepare()
-    shorter = replace(batch, attention_mask=torch.ones_like(batch.attention_mask), layout=None)
-    layout = shorter.prepare().layout
-    assert layout is not None
-    assert layout.tokens == batch.input_ids.numel()

@@ -33,92 +33,43 @@ def step(batch: Batch, **options: Any) -> dict[str, Tensor]:
 PAIR, REGION, TEXT, IMAGE = pair_batch(CASE), region_batch(CASE), text_batch(CASE), image_batch(CASE)
 OWN = torch.arange(4)
 
-# (call, what the message names: the thing, its value, the remedy)
-REFUSED: dict[str, tuple[Callable[[], object], list[str]]] = {
-    "no batch": (lambda: step({"image": IMAGE.image}), ["dict", "PairBatch, RegionBatch, ImageBatch, TextBatch"]),  # pyright: ignore[reportArgumentType]
-    "unknown loss": (lambda: step(PAIR, losses={"mlm"}), ["'mlm'", "PairBatch", "itc, itm, imlm, mim"]),
-    "one string": (lambda: step(PAIR, losses="itc"), ["losses='itc'", "{'itc'}"]),
-    "flat texts": (lambda: step(replace(TEXT, input_ids=TEXT.input_ids[0])), ["input_ids", "[16]", "[B, L]"]),
-    "other masked texts": (
-        lambda: step(replace(PAIR, masked_input_ids=PAIR.masked_input_ids[:, 1:])),
-        ["masked_input_ids", "[4, 11]", "[4, 12]"],
-    ),
-    "other attention mask": (
-        lambda: step(replace(TEXT, attention_mask=TEXT.attention_mask[1:])),
-        ["attention_mask", "[4, 16]", "[5, 16]"],
-    ),
-    "too few positions": (
-        lambda: step(replace(TEXT, masked_positions=TEXT.masked_positions[1:])),
-        ["masked_positions", "[4, 4]", "5 texts"],
-    ),
-    "other labels": (
-        lambda: step(replace(TEXT, masked_labels=TEXT.masked_labels[:, 1:])),
-        ["masked_labels", "[5, 3]", "[5, 4]"],
-    ),
-    "too few images": (lambda: step(replace(PAIR, image=PAIR.image[1:])), ["3 images", "4 texts", "one each"]),
-    "other image ids": (lambda: step(replace(PAIR, image_ids=OWN[1:])), ["image_ids", "[3]", "4 texts"]),
-    "other patch mask": (lambda: step(PAIR, patch_mask=torch.ones(4, 17)), ["patch_mask", "[4, 17]", "[4, 16]"]),
-    "other boxes": (lambda: step(replace(REGION, boxes=REGION.boxes[1:])), ["boxes", "[4, 4]", "5 texts"]),
-    "NaN box": (
-        lambda: step(replace(REGION, boxes=changed(REGION.boxes, 2, 1, to=float("nan")))),
-        ["boxes of text 2", "NaN"],
-    ),
-    "other is_image": (lambda: step(replace(REGION, is_image=REGION.is_image[1:])), ["is_image", "[4]", "5 texts"]),
-    "other image index": (
-        lambda: step(replace(REGION, image_index=REGION.image_index[1:])),
-        ["image_index", "[4]", "5 texts"],
-    ),
-    "image index out of range": (
-        lambda: step(replace(REGION, image_index=changed(REGION.image_index, 1, to=2))),
-        ["image_index", "2 images"],
-    ),
-    "fewer region masks": (
-        lambda: step(replace(REGION, region_mask=REGION.region_mask[1:])),
-        ["region_mask", "[4, 17]", "5 texts"],
-    ),
-    "narrow region masks": (
-        lambda: step(replace(REGION, region_mask=REGION.region_mask[:, 1:])),
-        ["region_mask", "[5, 16]", "[5, 17]"],
-    ),
-    "id beyond the vocabulary": (
-        lambda: step(replace(PAIR, masked_input_ids=changed(PAIR.masked_input_ids, 0, 1, to=211))),
-        ["input_ids", "vocabulary of 211"],
-    ),
-    "label beyond the vocabulary": (
-        lambda: step(replace(TEXT, masked_labels=changed(TEXT.masked_labels, 0, 0, to=211))),
-        ["labels", "vocabulary of 211", "211"],
-    ),
-    "label below zero": (
-        lambda: step(replace(PAIR, masked_labels=changed(PAIR.masked_labels, 0, 0, to=-1))),
-        ["labels", "vocabulary of 211", "-1"],
-    ),
+FIELDS = [
+    (TEXT, "attention_mask"), (TEXT, "masked_positions"), (PAIR, "image"), (REGION, "boxes"), (REGION, "is_image"),
+    (REGION, "image_index"), (REGION, "region_mask"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batch", "field"), FIELDS)
+def test_fields_with_a_row_too_few_are_refused(batch: Any, field: str) -> None:
+    with pytest.raises(InputError, match=field):
+        step(replace(batch, **{field: getattr(batch, field)[1:]}))
+
+
+# A call, and a part of the message: the thing with its value.
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "no batch": (lambda: step({"image": IMAGE.image}), "dict"),  # pyright: ignore[reportArgumentType]
+    "unknown loss": (lambda: step(PAIR, losses={"mlm"}), "'mlm'"),
+    "one string": (lambda: step(PAIR, losses="itc"), "losses='itc'"),
+    "flat texts": (lambda: step(replace(TEXT, input_ids=TEXT.input_ids[0])), "input_ids"),
+    "other patch mask": (lambda: step(PAIR, patch_mask=torch.ones(4, 17)), "[4, 17]"),
+    "NaN box": (lambda: step(replace(REGION, boxes=changed(REGION.boxes, 2, 1, to=float("nan")))), "boxes of text 2"),
+    "image index": (lambda: step(replace(REGION, image_index=changed(REGION.image_index, 1, to=2))), "image_index"),
+    "id": (lambda: step(replace(PAIR, masked_input_ids=changed(PAIR.masked_input_ids, 0, 1, to=211))), "of 211"),
+    "label": (lambda: step(replace(TEXT, masked_labels=changed(TEXT.masked_labels, 0, 0, to=211))), "of 211"),
     "position beyond the text": (
         lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 1, 0, to=12))),
-        ["masked_positions[1]", "12", "7 real tokens", "-100"],
+        "masked_positions[1]",
     ),
     "position in the padding": (
         lambda: step(replace(PAIR, masked_positions=changed(PAIR.masked_positions, 3, 0, to=4))),
-        ["masked_positions[3]", "4 real tokens"],
+        "masked_positions[3]",
     ),
-    "empty text": (
-        lambda: step(replace(TEXT, attention_mask=torch.zeros_like(TEXT.attention_mask))),
-        ["masked_positions[0]"],
-    ),
-    "one tensor of negatives": (lambda: step(PAIR, hard_negatives=OWN), ["hard_negatives", "Tensor", "text_negative"]),
-    "too few negatives": (lambda: step(PAIR, hard_negatives=(OWN, OWN[1:])), ["text_negative_index", "[3]", "4 pairs"]),
-    "floating negatives": (
-        lambda: step(PAIR, hard_negatives=(OWN.double(), OWN)),
-        ["image_negative_index", "float64", "4 pairs"],
-    ),
-    "negative beyond the batch": (
-        lambda: step(PAIR, hard_negatives=(OWN, OWN + 1)),
-        ["text_negative_index", "4 pairs"],
-    ),
-    "one pair": (lambda: step(PairBatch(**rows(PAIR, text=slice(1)))), ["1 pair(s)", "2"]),
-    "one image": (
-        lambda: step(replace(PAIR, image_ids=torch.full((4,), 7))),
-        ["pair 0", "image id 7"],
-    ),
+    "one tensor of negatives": (lambda: step(PAIR, hard_negatives=OWN), "hard_negatives"),
+    "too few negatives": (lambda: step(PAIR, hard_negatives=(OWN, OWN[1:])), "text_negative_index"),
+    "floating negatives": (lambda: step(PAIR, hard_negatives=(OWN.double(), OWN)), "float64"),
+    "negative beyond the batch": (lambda: step(PAIR, hard_negatives=(OWN, OWN + 1)), "text_negative_index"),
+    "one pair": (lambda: step(PairBatch(**rows(PAIR, text=slice(1)))), "1 pair(s)"),
+    "one image": (lambda: step(replace(PAIR, image_ids=torch.full((4,), 7))), "image id 7"),
 }
 
 
@@ -127,8 +78,7 @@ def test_refused(name: str) -> None:
     call, named = REFUSED[name]
     with pytest.raises(InputError) as caught:
         call()
-    for part in named:
-        assert part in str(caught.value)
+    assert named in str(caught.value)
 
 
 def test_a_model_without_the_head() -> None:

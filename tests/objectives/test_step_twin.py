@@ -19,7 +19,7 @@ from xfm_fast.benchmarks.tasks import PRETRAINING
 from xfm_fast.benchmarks.work.training import difference, make_step
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import fusion_pass, pretraining_losses
+from xfm_fast.objectives import pretraining_losses
 
 LENGTH, SLOTS = 9, 4
 
@@ -164,13 +164,6 @@ def test_a_fixed_capacity_for_negatives_changes_nothing(count: int, seed: int, r
     with pytest.MonkeyPatch.context() as context:
         context.setattr("xfm_fast.objectives.fusion_pass.fixed_capacity", lambda *_: True)
         assert_same(model, batch, drawn(count, seed))
-
-
-def test_capacity_is_fixed_on_accelerators_only() -> None:
-    world = fusion_pass.World()
-    assert fusion_pass.fixed_capacity(torch.device("cuda"), world)
-    assert not fusion_pass.fixed_capacity(torch.device("cpu"), world)
-    assert not fusion_pass.fixed_capacity(torch.device("cuda"), fusion_pass.World(None, 2, 0))
 
 
 def test_what_is_packed_beyond_a_text_may_hold_anything() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.objectives.steps import gradients, rows, total
 from tests.objectives.test_step_twin import drawn, model_with, pair_batch, pixels, region_batch, texts
+from tests.training.small_runs import in_processes
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
 from xfm_fast.models.xfm import XFM
@@ -21,10 +21,7 @@ from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.distributed import end_groups
 
 PAIRS, IMAGES = 8, 4
-CASES = (
-    "pairs", "pairs with ids", "regions", "local regions", "texts", "images",
-    "pairs with hidden patches only",
-)  # fmt: skip
+CASES = ("pairs", "pairs with ids", "regions", "local regions", "texts", "images")
 DRAWN = ("pairs", "pairs with ids", "regions")
 Result = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]
 
@@ -62,23 +59,19 @@ def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, An
     return type(batch)(**fields), None if negatives is None else tuple(index[texts] for index in negatives)
 
 
-def losses_of(model: XFM, case: str, batch: Batch, negatives: Any, **options: Any) -> dict[str, Tensor]:
-    only = {"mim"} if case.endswith("only") else None
-    return pretraining_losses(model, batch, hard_negatives=None if only else negatives, losses=only, **options)
-
-
 def alone(case: str) -> Result:
     """Losses of the global batch in one process, and the gradients of each."""
     model, (batch, negatives) = model_for(case), whole(case)
-    losses = losses_of(model, case, batch, negatives)
+    losses = pretraining_losses(model, batch, hard_negatives=negatives)
     found = {name: gradients(model, loss) for name, loss in losses.items()}
     return losses, {name: {k: g for k, g in of.items() if g is not None} for name, of in found.items()}
 
 
 def together(case: str, rank: int, world: int, **options: Any) -> Result:
     """Means over processes of the same, as DDP takes them."""
-    model, (batch, negatives) = model_for(case), whole(case)
-    losses = losses_of(model, case, *part(batch, negatives, rank, world), **options)
+    model = model_for(case)
+    batch, negatives = part(*whole(case), rank, world)
+    losses = pretraining_losses(model, batch, hard_negatives=negatives, **options)
     means, averaged = {}, {}
     for name in losses:
         means[name] = losses[name].detach().clone()
@@ -134,13 +127,6 @@ def refused(rank: int) -> dict[str, str]:
     return messages
 
 
-def negatives_drawn(rank: int, world: int) -> dict[str, Tensor]:
-    """Losses with drawn negatives, which are finite and the same function of the draw for every process."""
-    model, (batch, _) = model_for("pairs"), whole("pairs")
-    local, _ = part(batch, None, rank, world)
-    return pretraining_losses(model, local, generator=torch.Generator().manual_seed(rank))
-
-
 def drawn_inside(case: str, rank: int, world: int) -> Result:
     """Losses of one process's part whose negatives come out of it, and the gradients of matching.
 
@@ -162,7 +148,9 @@ def _work(rank: int, world: int, folder: str) -> None:
         found["official"] = together("pairs", rank, world, official_itc_gradient=True)
         found["wrapped"] = wrapped(rank, world)
         found["refused"] = refused(rank)
-        found["drawn"] = {name: loss.detach() for name, loss in negatives_drawn(rank, world).items()}
+        local, _ = part(whole("pairs")[0], None, rank, world)
+        losses = pretraining_losses(model_for("pairs"), local, generator=torch.Generator().manual_seed(rank))
+        found["drawn"] = {name: loss.detach() for name, loss in losses.items()}
         found["inside"] = {case: drawn_inside(case, rank, world) for case in DRAWN}
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
@@ -171,5 +159,5 @@ def _work(rank: int, world: int, folder: str) -> None:
 
 def run(world: int, folder: Path) -> list[dict[str, Any]]:
     """What each of `world` processes found."""
-    mp.spawn(_work, (world, str(folder)), nprocs=world)
+    assert in_processes(_work, world, str(folder)) == [0] * world
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
 import pytest
 
-from xfm_fast.tasks.caption_metrics import bleu, caption_metrics, cider_d, rouge_l, words
+from xfm_fast.tasks.caption_metrics import caption_metrics, words
 
 REFERENCES = {
     1: ["A dog isn't on the red bench.", "the dog sits beside a bench (red)"],
@@ -62,22 +59,3 @@ def test_equal_to_the_coco_evaluation() -> None:
 )
 def test_words(text: str, expected: str) -> None:
     assert words(text) == expected.split()
-
-
-def test_equal_to_pycocoevalcap_on_random_captions() -> None:
-    bleu_scorer: Any = pytest.importorskip("pycocoevalcap.bleu.bleu")
-    cider_scorer: Any = pytest.importorskip("pycocoevalcap.cider.cider")
-    rouge_scorer: Any = pytest.importorskip("pycocoevalcap.rouge.rouge")
-    rng = random.Random(0)
-    vocabulary = list("abcdefghijklmn")
-
-    def caption() -> list[str]:
-        return rng.choices(vocabulary, k=rng.randint(1, 14))
-
-    references = [[caption() for _ in range(rng.randint(1, 5))] for _ in range(200)]
-    candidates = [rng.choice([rng.choice(texts), caption()]) for texts in references]
-    theirs = {i: [" ".join(text) for text in texts] for i, texts in enumerate(references)}
-    ours = {i: [" ".join(text)] for i, text in enumerate(candidates)}
-    assert [*bleu(candidates, references).values()] == bleu_scorer.Bleu(4).compute_score(theirs, ours, verbose=0)[0]
-    assert rouge_l(candidates, references) == pytest.approx(rouge_scorer.Rouge().compute_score(theirs, ours)[0])
-    assert cider_d(candidates, references) == pytest.approx(cider_scorer.Cider().compute_score(theirs, ours)[0])

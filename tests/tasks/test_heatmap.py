@@ -183,24 +183,16 @@ def test_best_box_is_the_published_rule() -> None:
     assert best_box(heat, [[20, 20, 10, 10], [-5, -5, 16, 16], [0, 0, 40, 40]], (40, 40)) == 1
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        [
-            {"det_id": 0, "image_id": 7, "box": [1, 2, 3, 4], "category_id": 1, "score": 0.9},
-            {"image": "a.png", "box": [0, 0, 5, 5]},
-            {"image_id": 7, "box": [1.5, 2, 3, 4]},
-        ],
-        {"7": [[1, 2, 3, 4, 0.9], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]},
-    ],
-)
-def test_both_forms_of_detections(tmp_path: Path, content: Any) -> None:
-    (tmp_path / "dets.json").write_text(json.dumps(content))
-    found = read_detections(tmp_path / "dets.json")
-    assert {image: boxes.tolist() for image, boxes in found.items()} == {
-        "7": [[1, 2, 3, 4], [1.5, 2, 3, 4]],
-        "a.png": [[0, 0, 5, 5]],
-    }
+def test_both_forms_of_detections(tmp_path: Path) -> None:
+    listed = [
+        {"det_id": 0, "image_id": 7, "box": [1, 2, 3, 4], "category_id": 1, "score": 0.9},
+        {"image": "a.png", "box": [0, 0, 5, 5]},
+        {"image_id": 7, "box": [1.5, 2, 3, 4]},
+    ]
+    for content in (listed, {"7": [[1, 2, 3, 4, 0.9], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]}):
+        (tmp_path / "dets.json").write_text(json.dumps(content))
+        found = {image: boxes.tolist() for image, boxes in read_detections(tmp_path / "dets.json").items()}
+        assert found == {"7": [[1, 2, 3, 4], [1.5, 2, 3, 4]], "a.png": [[0, 0, 5, 5]]}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from tests.agreement import inputs_of, with_weights
 from tests.conftest import config, load_json
-from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.models.decoder import TextDecoder
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks import answer_trie
 from xfm_fast.tasks.answer_trie import AnswerTrie
@@ -110,7 +108,7 @@ def test_answers_that_begin_alike_are_decoded_once(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("twice", [False, True])
-@pytest.mark.parametrize(("k", "best"), [(10, 1), (10, 3), (6, 2)])
+@pytest.mark.parametrize(("k", "best"), [(10, 3), (6, 2)])
 def test_the_best_are_exact_without_decoding_all(
     model: VQAModel, x: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, k: int, best: int, twice: bool
 ) -> None:
@@ -125,16 +123,13 @@ def test_the_best_are_exact_without_decoding_all(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("beams", [1, 3])
-def test_questions_of_any_length_are_answered_freely_in_one_batch(
-    model: VQAModel, x: dict[str, Tensor], beams: int
-) -> None:
+def test_questions_of_any_length_are_answered_freely_in_one_batch(model: VQAModel, x: dict[str, Tensor]) -> None:
     lengths = x["question_atts"].sum(1).tolist()
     assert len(set(lengths)) > 1
-    together = model.generate(model.encode_questions(*question(x)), max_length=7, num_beams=beams)
+    together = model.generate(model.encode_questions(*question(x)), max_length=7, num_beams=3)
     for q, length in enumerate(lengths):
         memory = model.encode_questions(x["image"][q : q + 1], x["question_ids"][q : q + 1, :length])
-        alone = model.generate(memory, max_length=7, num_beams=beams)[0].tolist()
+        alone = model.generate(memory, max_length=7, num_beams=3)[0].tolist()
         assert together[q].tolist() == alone + [model.config.pad_token_id] * (together.shape[1] - len(alone))
 
 
@@ -151,15 +146,6 @@ def test_bad_answers(model: VQAModel, x: dict[str, Tensor]) -> None:
     ):
         with pytest.raises(InputError, match=message):
             model.rank_answers(memory, ids, k=k)
-
-
-def test_padding_before_a_text_leaves_gradients_finite() -> None:
-    """A row of attention that sees nothing must not poison the keys' gradient."""
-    decoder = TextDecoder(XFMConfig.preset("tiny"), 1, 64)
-    packing = Packing.from_mask(torch.tensor([[False, True, True], [True, True, False]]))
-    memory, groups = decoder.memory(torch.randn(2, 4, 64)), ImageGroups(torch.tensor([0, 1, 2]))
-    decoder(torch.full((2, 3), 5), packing, memory, groups).square().sum().backward()
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in decoder.parameters())
 
 
 @pytest.mark.parametrize(

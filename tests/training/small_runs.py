@@ -25,7 +25,7 @@ from xfm_fast.training.loop import TrainResult, train
 from xfm_fast.training.metrics import read_log
 from xfm_fast.training.recipe import Recipe
 
-RATES = {"seconds", "images_per_s", "tokens_per_s", "mfu"}
+RATES = {"seconds", "images_per_s", "tokens_per_s"}
 ROOT = Path(__file__).resolve().parents[2]
 _KINDS = ("text", "regions", "images", "pairs")
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from tests.agreement import assert_gradient_norms, with_weights
 from tests.conftest import CASES, config, load_json
 from tests.objectives.steps import negatives_of, pair_batch
 from tests.training.synthetic import synthetic_batch
-from xfm_fast.batches import PairBatch, RegionBatch, TextBatch
+from xfm_fast.batches import RegionBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import box_giou_loss, box_l1_loss, pretraining_losses
-from xfm_fast.training.distributed import end_groups
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND
 
 Norms = dict[tuple[str, str], dict[str, float]]
@@ -78,35 +73,6 @@ def test_without_the_stop_gradient_fusion_losses_reach_the_language_encoder() ->
     assert reached == {(kind, loss) for kind, losses in LOSSES_OF_KIND.items() for loss in fusion.intersection(losses)}
 
 
-def test_masked_language_modelling_of_pairs_by_the_configuration() -> None:
-    model = XFM(CONFIG)
-    model.config = CONFIG.replace(detach_text_for_mlm=False)
-    reached = {loss for (_, loss), of_loss in gradient_norms(model, ("pairs",)).items() if of_loss.get("language")}
-    assert reached == {"itc", "imlm"}
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_synthetic_batches_are_what_loaders_make(kind: str, size: int) -> None:
-    batch, again = (synthetic_batch(kind, CONFIG, size=size, seed=3) for _ in range(2))
-    for name, value in vars(batch).items():
-        assert value is None or torch.equal(value, getattr(again, name))
-    if isinstance(batch, TextBatch):
-        assert (batch.input_ids.gather(1, batch.masked_positions) == batch.masked_labels).all()
-        assert (batch.masked_input_ids.gather(1, batch.masked_positions) == CONFIG.mask_token_id).all()
-        assert batch.attention_mask.gather(1, batch.masked_positions).all()
-        assert (batch.masked_positions > 0).all()
-        ends = batch.attention_mask.sum(1) - 1
-        assert (batch.input_ids.gather(1, ends[:, None]) == CONFIG.eos_token_id).all()
-    if isinstance(batch, RegionBatch):
-        assert batch.region_mask[:, 1:].any(1).all()
-        centres, halves = batch.boxes[:, :2], batch.boxes[:, 2:] / 2
-        corners = torch.cat([centres - halves, centres + halves])
-        assert (corners >= -1e-6).all()
-        assert (corners <= 1 + 1e-6).all()
-        assert batch.image_index.max() == len(batch.image) - 1
-
-
 @pytest.mark.parametrize(("loss", "official"), [("itm", "itm_finetune"), ("imlm", "imlm_nodetach")])
 @pytest.mark.parametrize("case", CASES)
 def test_undetached_losses_have_the_official_gradients(case: str, loss: str, official: str) -> None:
@@ -150,47 +116,4 @@ def test_boxes_against_the_plain_model() -> None:
     target = batch.boxes.double()
     (box_l1_loss(boxes, target, batch.is_image) + box_giou_loss(boxes, target, batch.is_image)).backward()
     expected = gradients(model)
-    assert_same(found, expected)
-
-
-def _step(rank: int, world_size: int, folder: str) -> dict[str, Tensor]:
-    """Gradients of the mean over processes, as DDP takes it, for the part of the batch that this process has."""
-    torch.manual_seed(0)
-    model = XFM(XFMConfig.preset("tiny")).double().eval()
-    whole = synthetic_batch("pairs", model.config, size=4)
-    assert isinstance(whole, PairBatch)
-    part = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
-    batch = PairBatch(**{n: t[part] for n, t in vars(whole).items() if isinstance(t, Tensor)})  # pyright: ignore[reportArgumentType]
-    negatives = torch.tensor([1, 0, 0, 2])[part], torch.tensor([2, 3, 1, 1])[part]
-    losses = pretraining_losses(
-        model, batch, hard_negatives=negatives, losses=("itc", "itm", "imlm"), stop_gradient=False
-    )
-    torch.stack([*losses.values()]).sum().backward()
-    found = gradients(model)
-    for gradient in found.values():
-        if world_size > 1:
-            dist.all_reduce(gradient)
-            gradient /= world_size
-    return found
-
-
-def _process(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world_size)
-    try:
-        found = _step(rank, world_size, folder)
-        if rank == 0:
-            torch.save(found, f"{folder}/gradients")
-    finally:
-        end_groups()
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
-    """Negatives are texts of the other process too, to which the gradient has to travel back."""
-    expected = _step(0, 1, str(tmp_path))
-    spawned: Any = mp.spawn
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    spawned(_process, (2, str(tmp_path)), nprocs=2)
-    found = torch.load(tmp_path / "gradients", weights_only=True)
     assert_same(found, expected)

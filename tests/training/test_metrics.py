@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,7 @@ import pytest
 import torch
 
 from tests.training.small_runs import Noise, batch_of, noise, numbers, run, small_recipe
-from tests.training.synthetic import synthetic_batch
-from xfm_fast import flops
-from xfm_fast.batches import PairBatch
-from xfm_fast.config import XFMConfig
-from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError, XFMError
+from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training import metrics
@@ -32,8 +27,6 @@ from xfm_fast.training.metrics import (
     Work,
     mean_by_name,
     read_log,
-    size_of,
-    training_flops,
 )
 from xfm_fast.training.recipe_fields import LogRecipe
 
@@ -104,7 +97,7 @@ def test_boards_that_are_missing_are_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     for recipe, package in ((LogRecipe(tensorboard=True), "tensorboard"), (LogRecipe(wandb="project"), "wandb")):
         with pytest.raises(UnavailableError, match=f"pip install {package}"):
-            RunLog(tmp_path, recipe, Processes(), steps=1, start=0, title="run")
+            RunLog(tmp_path, recipe, Processes(), steps=1, start=0)
 
 
 class Board(ModuleType):
@@ -133,105 +126,40 @@ class Board(ModuleType):
         self.calls.append(("finish", exit_code))
 
 
-def test_boards_receive_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boards_receive_every_line_under_a_name_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on extends its own curves, and never those of another run in a folder of the same name."""
     tensorboard, wandb = Board(), Board()
     monkeypatch.setattr(metrics, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with RunLog(tmp_path, LogRecipe(tensorboard=True, wandb="mine"), Processes(), steps=9, start=4, title="run") as log:
-        log.write(5, {"loss/pairs/itc": 0.5, "lr": 0.1})
-    assert tensorboard.calls[0] == ("open", {"purge_step": 5})
-    assert tensorboard.calls[1:] == [(5, "loss/pairs/itc", 0.5), (5, "lr", 0.1), ("close",)]
-    assert wandb.calls[0][1]["project"] == "mine"
-    assert wandb.calls[1:] == [(5, {"loss/pairs/itc": 0.5, "lr": 0.1}), ("finish", 0)]
-    assert read_log(tmp_path / "log.jsonl") == [{"step": 5, "loss/pairs/itc": 0.5, "lr": 0.1}]
-
-
-def test_a_run_keeps_its_name_on_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that goes on extends its own curves, and never those of another run in a folder of the same name."""
-    wandb = Board()
-    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    recipe = LogRecipe(tensorboard=True, wandb="mine")
     for folder in ("a/run", "a/run", "b/run"):
-        with RunLog(tmp_path / folder, LogRecipe(wandb="mine"), Processes(), steps=9, start=4, title="run"):
-            pass
+        with RunLog(tmp_path / folder, recipe, Processes(), steps=9, start=4) as log:
+            log.write(5, {"loss/pairs/itc": 0.5, "lr": 0.1})
+        assert read_log(tmp_path / folder / "log.jsonl") == [{"step": 5, "loss/pairs/itc": 0.5, "lr": 0.1}]
+    assert tensorboard.calls[0] == ("open", {"purge_step": 5})
+    assert tensorboard.calls[1:4] == [(5, "loss/pairs/itc", 0.5), (5, "lr", 0.1), ("close",)]
+    assert wandb.calls[1:3] == [(5, {"loss/pairs/itc": 0.5, "lr": 0.1}), ("finish", 0)]
     first, again, other = (call[1]["id"] for call in wandb.calls if call[0] == "open")
     assert first == again != other
-
-
-def test_only_the_first_process_writes(tmp_path: Path) -> None:
-    with RunLog(tmp_path / "run", LogRecipe(), Processes(rank=1, world_size=2), steps=1, start=0, title="run") as log:
-        log.say("nothing")
-        log.advance(1)
+    with RunLog(tmp_path / "second", recipe, Processes(rank=1, world_size=2), steps=1, start=0) as log:
         log.write(1, {"lr": 0.1})
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "second").exists()
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"checkpoint\.folder"):
-        RunLog(tmp_path / "file", LogRecipe(), Processes(), steps=1, start=0, title="run")
+        RunLog(tmp_path / "file", LogRecipe(), Processes(), steps=1, start=0)
 
 
-def test_operations_of_a_batch() -> None:
-    """Against sums written out: a backward pass is twice a forward pass, detached texts have none."""
-    recipe = small_recipe(Path("nowhere"))
-    config = recipe.model
-    text, images, pairs = (batch_of(recipe, stream) for stream in ("text", "images", "pairs"))
-    lengths = text.attention_mask.sum(1).tolist()
-    labelled = int((text.masked_labels != -100).sum())
-    vocabulary = flops.linear(labelled, config.text_width, config.text_width + config.vocab_size)
-    encoder = flops.text_encoder(config, lengths)
-    assert training_flops(config, text, ["mlm"]) == 3 * (encoder + vocabulary).total
-    image = flops.image_encoder(config, 4)
-    assert training_flops(config, images, ["mim"]) == 4 * image.total
-    assert size_of(images) == (4, 0)
-    assert size_of(text) == (0, sum(lengths))
-
-    lengths = pairs.attention_mask.sum(1).tolist()
-    reads = (pairs.masked_labels != -100).sum(1).tolist()
-    encoder = flops.text_encoder(config, lengths)
-    fusion = flops.first_self_attention(config, lengths) + flops.image_memory(config, 4)
-    fusion += flops.fusion(config, lengths, reads=reads, self_attended=True)
-    masked = training_flops(config, pairs, ["imlm"])
-    assert masked == (3 * image + encoder + 3 * fusion + 3 * vocabulary).total
-    assert training_flops(config, pairs, ["imlm"], stop_gradient=False) == masked + 2 * encoder.total
-    whole = training_flops(config, pairs, ["itc", "itm", "imlm", "mim"])
-    assert whole > training_flops(config, pairs, ["itc", "itm", "imlm"]) == whole - 3 * image.total
-
-
-def test_operations_are_those_of_the_exact_count() -> None:
-    """Up to the gradients of pixels and detached texts, which are little in a model of full size."""
-    config = XFMConfig.preset("base")
-    pairs = synthetic_batch("pairs", config, size=2, length=14)
-    assert isinstance(pairs, PairBatch)
-    reads = (pairs.masked_labels != -100).sum(1).tolist()
-    exact = flops.pretraining_step(config, pairs.attention_mask.sum(1), reads).total
-    counted = training_flops(config, pairs, ["itc", "itm", "imlm", "mim"])
-    assert exact <= counted < 1.01 * exact
-
-
-def test_rates_count_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "peak_flops_per_s", lambda device, precision: 1e9)
-    recipe = small_recipe(Path("nowhere"))
-    work = Work(recipe, Processes(rank=0, world_size=2))
-    batch = batch_of(recipe, "pairs")
-    for step in range(2):
-        work.count("pairs", batch, in_detail=step == 1)
-    rates = work.rates(2, 4.0)
-    assert rates["seconds"] == 2.0
-    assert rates["images_per_s"] == 2 * 2 * 4 / 4.0
-    assert rates["tokens_per_s"] == 2 * 2 * int(batch.attention_mask.sum()) / 4.0
-    assert rates["mfu"] == training_flops(recipe.model, batch, recipe.losses_of("pairs")) / 2.0 / 1e9
+def test_rates_count_all_processes() -> None:
+    work, batch = Work(world_size=2), batch_of(small_recipe(Path("nowhere")), "pairs")
+    for _ in range(2):
+        work.count(batch)
+    tokens = int(batch.attention_mask.sum())
+    assert work.rates(2, 4.0) == {"seconds": 2.0, "images_per_s": 2 * 2 * 4 / 4.0, "tokens_per_s": 2 * 2 * tokens / 4.0}
     assert work.rates(1, 1.0)["images_per_s"] == 0
-
-
-def test_lines_are_json(tmp_path: Path) -> None:
-    run(small_recipe(tmp_path, steps=1))
-    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
-    values = json.loads(line)
-    assert values["images_per_s"] > 0
-    assert 0 < values["mfu"] < 2
 
 
 def test_bad_batch_is_named_and_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -287,19 +215,6 @@ def exploding(folder: Path) -> tuple[XFM, Guard, dict[str, Any]]:
     return model, Guard(model, ModelNorms(model).names), {"images": batch_of(recipe, "images")}
 
 
-def test_first_operation_is_named(tmp_path: Path) -> None:
-    """Of all that is NaN, the logarithm is where it began, right behind the last weight that was read."""
-    model, guard, batches = exploding(tmp_path)
-
-    def rerun(_: str, batch: Any) -> torch.Tensor:
-        hidden = model.vision_proj(model.encode_image(batch.image)[:, 0])
-        return (hidden - hidden.abs().max() - 1).log().mean()
-
-    with pytest.raises(NonFiniteError) as caught:
-        guard.check([Value(3, "loss/images/mim", float("nan"))], batches, rerun)
-    assert "aten.log.default at vision_proj" in str(caught.value)
-
-
 def test_first_operation_of_the_backward_pass_is_named(tmp_path: Path) -> None:
     model, guard, batches = exploding(tmp_path)
 
@@ -331,14 +246,6 @@ def test_masks_of_infinity_are_no_fault(tmp_path: Path) -> None:
         guard.check([Value(1, "loss/images/mim", float("nan"))], batches, rerun)
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
-    """Losses look at inputs on a CPU alone."""
-    _, guard, batches = exploding(tmp_path)
-    batches["images"].image[1, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"images/mim.*nan.*image.*images"):
-        guard.check([Value(1, "loss/images/mim", float("nan"))], batches)
-
-
 def test_overflow_of_a_scaled_loss_is_no_fault(tmp_path: Path) -> None:
     """The loss scale takes care of it, until there is none left."""
     recipe = small_recipe(tmp_path)
@@ -351,13 +258,3 @@ def test_overflow_of_a_scaled_loss_is_no_fault(tmp_path: Path) -> None:
         guard.check([Value(2, "loss_scale", 0.5)], {})
     with pytest.raises(NonFiniteError, match=r"pairs/itc.*inf"):
         guard.check([Value(2, "loss/pairs/itc", float("inf"))], {})
-
-
-def test_finite_values_pass_and_are_forgotten(tmp_path: Path) -> None:
-    _, guard, batches = exploding(tmp_path)
-    guard.watch(1, "pairs", [0], torch.tensor([float("nan")]))
-    guard.check([Value(1, "grad_norm/pairs", 1.0)], batches)
-    with pytest.raises(NonFiniteError) as caught:
-        guard.check([Value(2, "grad_norm/pairs", float("nan"))], {})
-    assert "the gradient of" not in str(caught.value)
-    assert isinstance(caught.value, XFMError)

@@ -37,14 +37,6 @@ def test_a_folder_gives_the_weights_and_the_recipe_the_rest(saved: XFM, tmp_path
         assert torch.equal(ours, theirs), name
 
 
-def test_a_folder_at_another_resolution(saved: XFM, tmp_path: Path) -> None:
-    model = begun(tmp_path, image_size=48)
-    saved.set_image_size(48)
-    assert model.config.image_size == 48
-    for (name, ours), theirs in zip(model.named_parameters(), saved.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-
-
 def test_a_folder_of_another_model_is_refused(saved: XFM, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="text_layers=1"):
         begun(tmp_path, text_layers=2)

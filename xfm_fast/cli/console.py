@@ -42,21 +42,26 @@ def table(title: str, *heads: str, right: tuple[str, ...] = ()) -> Table:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, if it is a terminal; call it with (done, total).
+    """A progress bar on standard error, if it is a terminal; call it with (done, total)."""
+    with named_progress() as show:
+        yield lambda done, of: show(description, done, of)
 
-    It has no refresh thread: an evaluating run has a bar of its own on the same line.
-    """
+
+@contextmanager
+def named_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """`progress` of changing work; call it with (description, done, total)."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     silent = not sys.stderr.isatty() or not first_process()
     with Progress(console=Console(stderr=True), transient=True, auto_refresh=False, disable=silent) as bars:
-        bar, drawn = bars.add_task(description), 0.0
+        bar, drawn = bars.add_task(""), 0.0
 
-        def advance(done: int, of: int) -> None:
+        def advance(description: str, done: int, of: int) -> None:
             nonlocal drawn
             due = done >= of or time.monotonic() - drawn > _REDRAW_S
-            bars.update(bar, completed=done, total=of, refresh=due)
+            bars.update(bar, description=escape(description), completed=done, total=of, refresh=due)
             drawn = time.monotonic() if due else drawn
 
         yield advance

@@ -40,21 +40,17 @@ class RowOptions:
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """The task to read the rows for, and the sizes of the estimates.
+    """The task to read the rows for.
 
     Attributes:
         task: pairs, regions, images, text; or a task of fine-tuning, such as retrieval or vqa.
         tokenizer: For token counts: RoBERTa's vocab.json and merges.txt, or a tokenizer.json.
-        image_size: Image size of the model, for the estimates.
-        batch_size: Batch size of the memory estimate.
         list_first: Number of broken rows to list.
         tokenized: Texts contain WordPiece's ' ##', which is removed.
     """
 
     task: str
     tokenizer: Path | None = None
-    image_size: Annotated[int, Ge(32), Le(16384)] = 224
-    batch_size: Annotated[int, Ge(1)] = 96
     list_first: Annotated[int, Ge(0)] = 20
     tokenized: bool = False
 
@@ -102,7 +98,7 @@ def check(
     rows: Flat[RowOptions] = RowOptions(),
     as_json: Json = False,
 ) -> int:
-    """Read every row and decode every image as a task would; report content, broken rows and cost estimates.
+    """Read every row and decode every image as a task would; report content and broken rows.
 
     Exit code 1: a file has more broken rows than tolerated, and training on it would stop.
 
@@ -113,13 +109,8 @@ def check(
     from xfm_fast.tasks import checking
     from xfm_fast.tokenizer import CaptionTokenizer
 
-    # The official ratio of hidden patches, at any size.
-    hidden = max(1, 75 * (options.image_size // 16) ** 2 // 196)
     settings = checking.Options(
-        config=XFMConfig.preset(
-            "base", image_size=options.image_size, num_masking_patches=hidden, min_num_patches=min(16, hidden)
-        ),
-        batch_size=options.batch_size,
+        config=XFMConfig.preset("base"),
         tokenizer=None if options.tokenizer is None else CaptionTokenizer.from_files(options.tokenizer),
         image_key=rows.image_key,
         caption_key=rows.caption_key,
@@ -213,13 +204,6 @@ def _print_report(report: Report, console: Console) -> None:
         facts.add_row("regions of an image", _histogram(report.regions))
         facts.add_row("regions that cannot be used", f"{report.unusable_regions:,}")
     console.print(facts)
-
-    cost = table("estimates", "", "")
-    cost.add_row(f"memory of a batch of {report.batch_size}", f"{report.batch_bytes / 1e6:,.1f} MB in float32")
-    if report.seconds_per_item and report.hours_per_epoch is not None:
-        rate = f"{1 / report.seconds_per_item:,.0f} rows/s, {report.hours_per_epoch:,.2f} hours for an epoch"
-        cost.add_row("one worker on this machine", rate)
-    console.print(cost)
 
     if report.problems:
         broken = table(f"the first {len(report.problems)} of {report.broken:,} broken rows", "file", "row", "reason")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge
 from cyclopts import Parameter
 
-from xfm_fast.cli.console import first_process, note, progress, stdout, table
+from xfm_fast.cli.console import first_process, named_progress, note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json, named
 from xfm_fast.errors import CheckpointError, ConfigError, InputError
 from xfm_fast.export.request import RuntimeChoice
@@ -24,7 +22,9 @@ if TYPE_CHECKING:
     import torch
 
     from xfm_fast.finetuning.prediction import Predictor
-    from xfm_fast.finetuning.run import ShowProgress
+
+# Requests that are answered together.
+_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class PredictOptions:
             answers, one per line, and an interrupted command resumes. [answers go to standard output]
         heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the fusion encoder.
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
-        batch_size: Requests per batch.
         runtime: Library that runs the graphs of an export. AOTInductor packages are code that runs when it is loaded:
             they need aoti, for packages that you trust.
     """
@@ -59,7 +58,6 @@ class PredictOptions:
     lines: Path | None = None
     heatmap: Path | None = None
     detections: Path | None = None
-    batch_size: Annotated[int, Ge(1)] = 32
     runtime: RuntimeChoice = "auto"
 
 
@@ -80,7 +78,7 @@ def finetune(recipe: str, /, *overrides: str) -> int:
     from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
     keep_freed_memory()
-    with _bars() as show:
+    with named_progress() as show:
         result = run(loaded, show=show)
     if result.interrupted:
         note(f"stopped after step {result.step}; the same command resumes")
@@ -121,7 +119,7 @@ def evaluate(
     splits = [*recipe.data.splits] if options.split is None else [options.split]
     if not splits:
         raise ConfigError("the recipe has no split to evaluate on; add data.splits.test=<file>")
-    with _bars() as show:
+    with named_progress() as show:
         metrics = {split: run(recipe, model, split, out / split, show=show) for split in splits}
     if as_json:
         _say(json.dumps(metrics))
@@ -162,11 +160,11 @@ def predict(
             return _predict(predictor, items, options) if processes.first else 0
         if not items:
             if processes.first:
-                _print_answers(predictor, requests_in(predictor.task, options.lines), options.batch_size)
+                _print_answers(predictor, requests_in(predictor.task, options.lines))
             return 0
         out = Path(items[0])
         with progress("answering") as advance:
-            work = Evaluation(out.with_name(f".{out.name}.parts"), processes, options.batch_size, progress=advance)
+            work = Evaluation(out.with_name(f".{out.name}.parts"), processes, _BATCH, progress=advance)
             answer_lines(predictor, options.lines, out, work)
     _say(f"saved: {out}")
     return 0
@@ -194,13 +192,13 @@ def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions
     texts = [item for item in items if not Path(item).exists()]
     if options.heatmap is not None:
         return _heatmap(predictor, list(map(str, paths)), texts, options.heatmap, options.detections)
-    _print_answers(predictor, predictor.task.requests(paths, texts), options.batch_size)
+    _print_answers(predictor, predictor.task.requests(paths, texts))
     return 0
 
 
-def _print_answers(predictor: Predictor, records: Sequence[Any], size: int) -> None:
-    for start in range(0, len(records), size):
-        for row in predictor.answer(records[start : start + size]):
+def _print_answers(predictor: Predictor, records: Sequence[Any]) -> None:
+    for start in range(0, len(records), _BATCH):
+        for row in predictor.answer(records[start : start + _BATCH]):
             print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
@@ -226,12 +224,6 @@ def _heatmap(
         print(json.dumps({"bbox": boxes[best_box(heat, boxes, picture.size)].tolist()}))
     print(f"saved: {path}", file=sys.stderr)
     return 0
-
-
-@contextmanager
-def _bars() -> Iterator[ShowProgress]:
-    with progress("evaluating") as advance:
-        yield lambda split, done, of: advance(done, of)
 
 
 def _print(metrics: Mapping[str, Mapping[str, float]]) -> None:

@@ -88,6 +88,8 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("bench drop-in", "--json", "--out"),
     Renamed("bench kernels", "--json", "--out"),
     Renamed("bench report", "--gains", None, "xfm_fast.benchmarks.report.tables.gains in Python"),
+    Renamed("predict", "--batch-size", None, "the fixed 32 requests per batch"),
+    *(Renamed("data check", name, None, "bench train-step for costs") for name in ("--image-size", "--batch-size")),
     Renamed("bench coco", None, "bench scenario coco"),
     Renamed("bench serve", "--documents", None, "the fixed 16 documents"),
     Renamed("bench scenario", "--index", None, "the fixed number of images"),

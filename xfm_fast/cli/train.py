@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from xfm_fast.cli.console import note
+from xfm_fast.cli.console import named_progress, note
 from xfm_fast.cli.options import UNFINISHED, Flat
 from xfm_fast.errors import InputError
 
@@ -46,7 +46,8 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
     from xfm_fast.training.loop import train
 
     keep_freed_memory()
-    result = train(loaded)
+    with named_progress() as show:
+        result = train(loaded, show=show)
     if result.interrupted:
         note(f"stopped after step {result.step}; the same command resumes")
         return UNFINISHED

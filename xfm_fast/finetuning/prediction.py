@@ -20,11 +20,11 @@ from xfm_fast.export.request import RuntimeChoice
 from xfm_fast.export.session import Session
 from xfm_fast.export.session.tasks import task_session
 from xfm_fast.finetuning.run import load_weights
-from xfm_fast.io import parse_json, write_bytes
+from xfm_fast.io import make_folder, parse_json, write_bytes
 from xfm_fast.kernels.files import is_stream
 from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM, Precision
-from xfm_fast.tasks.evaluation import Evaluation, Row, make_folder
+from xfm_fast.tasks.evaluation import Evaluation, Row
 from xfm_fast.tasks.heatmap import cross_attention_heatmap
 from xfm_fast.tasks.task import Task, make_task, task_of
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,14 +29,12 @@ from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import save_whole, seed_everything, whole_state
 from xfm_fast.training.distributed import Processes, join_processes
 from xfm_fast.training.loop import train
-from xfm_fast.training.metrics import LOG_FILE, read_log
+from xfm_fast.training.metrics import LOG_FILE, Show, read_log
 from xfm_fast.training.optimizer import WeightAverage
 from xfm_fast.training.recipe import override, position_after
 from xfm_fast.training.setup import autocast
 
 RECIPE_FILE = "recipe.json"
-ShowProgress = Callable[[str, int, int], None]
-"""Callback (split, records done, total records)."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +86,14 @@ def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: str | 
 
 
 def finetune(
-    recipe: FinetuneRecipe, *, resume: bool = True, show: ShowProgress = lambda split, done, of: None
+    recipe: FinetuneRecipe, *, resume: bool = True, show: Show = lambda text, done, of: None
 ) -> FinetuneResult:
     """Run a recipe on one process or on every process that `torchrun` started.
 
     `recipe.checkpoint.folder` receives `recipe.json`, the files of `xfm_fast.training.loop.train` (`model/`: last
     weights), `best/` (weights selected by `recipe.choose`) and `evaluation/<split>/` with `metrics.json` and the
     benchmark's files. `xfm_fast.load` reads the weight folders. Data is validated before the first step; `show`
-    receives evaluation progress.
+    receives the losses or the split, and the steps or records done and in all.
     """
     if not recipe.epochs and not recipe.steps:
         raise ConfigError(
@@ -146,7 +144,7 @@ def finetune(
         result = train(
             recipe, resume=resume, sources={STREAM: source}, model=model,
             objective=lambda model, batch, losses: task.losses_of(model, batch),
-            explained_by=explained, on_step=hook,
+            explained_by=explained, on_step=hook, show=show,
             # Only once the folder is this run's: another one that works in it wrote its own.
             on_start=lambda: write_bytes({folder / RECIPE_FILE: written.encode()}),
         )  # fmt: skip
@@ -199,7 +197,7 @@ class _EpochEnd:
     processes: Processes
     per_epoch: int
     explained: dict[str, bytes]
-    show: ShowProgress
+    show: Show
 
     def evaluate(self, split: str, model: XFM) -> Metrics:
         """Metrics of a split."""
@@ -241,7 +239,7 @@ def evaluate(
     split: str,
     folder: str | Path,
     *,
-    show: ShowProgress = lambda split, done, of: None,
+    show: Show = lambda split, done, of: None,
 ) -> Metrics:
     """Metrics of weights on a split of a recipe, on one process or under `torchrun`.
 

@@ -7,14 +7,14 @@ behaviour, verified by parts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
@@ -155,11 +155,16 @@ class CaptioningOptions(TaskOptions):
     max_length: int = Field(default=20, gt=0, description="maximum tokens of a generated caption, as in max_tokens")
     min_length: int = Field(default=5, ge=0, description="minimum tokens before `</s>`, including the prompt")
     num_beams: int = Field(default=3, gt=0, description="1 is greedy decoding")
-    facts: bool = Field(default=False, description="also score the truth of captions (shapes dataset only)")
     pairs: CaptionedImages | None = Field(
         default=None,
         description="train on pretraining pairs; splits still list captioning files",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_retired(cls, values: Any) -> Any:
+        """Runs of earlier versions recorded the option `facts`."""
+        return {name: each for name, each in values.items() if name != "facts"} if isinstance(values, dict) else values
 
 
 @register
@@ -171,10 +176,7 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Item, PairInp
     """
 
     Options, Session = CaptioningOptions, CaptionsByDecoder
-    metrics = (
-        "CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "true_captions", "true_sizes", "true_colours",
-        "true_textures", "true_shapes", "true_relations",
-    )  # fmt: skip
+    metrics = ("CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L")
     check_rows = staticmethod(partial(captioning_rows, split="all"))
     test_record = CaptioningTestRecord
     truth = "caption"
@@ -264,19 +266,10 @@ class CaptioningTask(Task[CaptioningOptions, CaptioningTestRecord, Item, PairInp
             for record, text in zip(records, texts, strict=True)
         ]
 
-    def metrics_of(self, records: Sequence[CaptioningTestRecord]) -> Collection[str]:
-        names = super().metrics_of(records)
-        return [name for name in names if self.options.facts or not name.startswith("true_")]
-
     def score(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> Metrics:
-        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D` times 100; with the option `facts` also `true_shares`."""
+        """`BLEU-1` … `BLEU-4`, `ROUGE-L` and `CIDEr-D` times 100."""
         candidates = {record.identity: row["caption"] for row, record in zip(rows, records, strict=True)}
         found = caption_metrics(candidates, {record.identity: record.caption or () for record in records})
-        if self.options.facts:
-            from xfm_fast.data.shapes import true_shares
-
-            scenes = [_scene_of(self.images / record.image) for record in records]
-            found |= true_shares([row["caption"] for row in rows], scenes)
         return {name: 100 * value for name, value in found.items()}
 
     def files(self, rows: Sequence[Row], records: Sequence[CaptioningTestRecord]) -> dict[str, bytes]:
@@ -311,14 +304,3 @@ def _coco_captions(path: Path) -> dict[int | str, list[str]] | None:
         except (TypeError, KeyError, AttributeError):
             raise DataError(f"{path}, annotation {number} lacks image_id or caption; correct or remove it") from None
     return found
-
-
-def _scene_of(image: Path) -> Any:
-    """Scene of an image in a shapes dataset; any other image raises `DataError`."""
-    from xfm_fast.data.shapes import WORLD_FILE, Split, scene
-
-    try:
-        seed = read_json(image.parents[2] / WORLD_FILE, "the description of a shapes dataset")["seed"]
-        return scene(seed, int(image.stem), cast(Split, image.parent.name))
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{image} is no image of a shapes dataset ({error}); set task.facts=false") from None

@@ -1,13 +1,12 @@
-"""Validates data files with the readers of training, and reports statistics and cost estimates."""
+"""Validates data files with the readers of training, and reports statistics."""
 
 from __future__ import annotations
 
 import io
-import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -32,23 +31,20 @@ from xfm_fast.data.order import item_generator
 from xfm_fast.data.records import RecordSet, Rows, image_at, open_records
 from xfm_fast.data.regions import every_region_text
 from xfm_fast.data.texts import IDS_KEY, clean_text, every_text, text_of
-from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import DataError
 from xfm_fast.tasks.task import TASKS
 from xfm_fast.tokenizer import CaptionTokenizer
 
 _FINETUNING = TextOptions(max_tokens=40)
-# Number of rows to time like a training worker.
-_TIMED_ROWS = 64
-_FLOAT = 4
+# A row is judged by the same rules in a batch of any size.
+_BATCH = 96
 
 
 @dataclass(frozen=True)
 class Options:
-    """How files are read, and the run that estimates refer to; `image_key` to `tokenized` are as in a stream."""
+    """How files are read; `image_key` to `tokenized` are as in a stream."""
 
     config: XFMConfig
-    batch_size: int = 96
     tokenizer: CaptionTokenizer | None = None  # None counts words only
     image_key: str = "binary"
     caption_key: str = "desc"
@@ -74,7 +70,7 @@ def check(
     """Read and count every row as `task` would, decoding every image; `progress` receives (rows done, total)."""
     if task not in (known := checkable_tasks()):
         raise DataError(f"task {task!r} is unknown; choose one of {', '.join(known)}")
-    report = Report(task, tolerate_bad=options.tolerate_bad, batch_size=options.batch_size)
+    report = Report(task, tolerate_bad=options.tolerate_bad)
     if task in STREAM_KINDS:
         records = open_records(data, **options.stream(task).record_keys)
         reader: _Reader = _StreamReader(report, options)
@@ -99,45 +95,19 @@ def check(
             if done % 100 == 0 or done == len(records):
                 progress(done, len(records))
     report.duplicates = len(digests) - len(np.unique(np.frombuffer(digests, np.uint64)))
-    report.batch_bytes = options.batch_size * reader.row_bytes
-    report.seconds_per_item = _seconds_per_item(records, reader)
     return report
 
 
-def _seconds_per_item(records: RecordSet, reader: _Reader) -> float | None:
-    """Time per item in one worker, measured on rows spread over all files."""
-    made, spent = 0, 0.0
-    for number in np.linspace(0, len(records) - 1, min(_TIMED_ROWS, len(records))).astype(int):
-        rows, row = records.locate(int(number))
-        begun = time.perf_counter()
-        try:
-            reader.item(reader.record(rows, row), Path(rows.name))
-        except DataError:
-            continue
-        # Skip the one-time setup of the first item.
-        if made:
-            spent += time.perf_counter() - begun
-        made += 1
-    return spent / (made - 1) if made > 1 else None
-
-
 class _Reader:
-    """Reads and counts the records of a task; `row_bytes` is the memory of a record in a batch."""
-
-    row_bytes: int
+    """Reads and counts the records of a task."""
 
     def __init__(self, report: Report, options: Options) -> None:
         self.report, self.options = report, options
-        self._generator = item_generator(0, 0, 0, 0)
         self._sizes: dict[Path, tuple[int, int]] = {}
 
     def record(self, rows: Rows, row: int) -> Any:
         """Parse a row; a broken one raises `DataError`."""
         return rows.read(row)
-
-    def item(self, record: Any, file: Path) -> None:
-        """Process a record as training does."""
-        raise NotImplementedError
 
     def inspect(self, record: Any, file: Path) -> None:
         """Add a record to the report; a broken one raises `DataError`."""
@@ -186,22 +156,12 @@ class _StreamReader(_Reader):
         super().__init__(report, options)
         kind, config = report.task, options.config
         self.stream = stream = options.stream(kind)
-        # Any vocabulary detects broken rows and takes about as long.
+        # Any vocabulary detects broken rows.
         self._tokenizer = options.tokenizer or CaptionTokenizer.train_on_texts(["a picture of a thing"], 300)
-        self._items = self._plain = ITEMS[kind](stream, config, self._tokenizer, options.batch_size)
-        self.row_bytes = 0
-        if isinstance(stream, ImageOptions):
-            # Augmentation is slow and rejects no row.
-            self._plain = replace(self._items, options=stream.model_copy(update={"augment": False}))
-            self.row_bytes += 3 * config.image_size**2 * _FLOAT + config.num_patches
-        if isinstance(stream, TextOptions):
-            # Ids, mask, masked ids in int64; positions and labels besides.
-            self.row_bytes += 8 * (3 * stream.max_tokens + 2 * stream.masking.most)
-        if isinstance(stream, RegionOptions):
-            self.row_bytes += 4 * _FLOAT + 1
-
-    def item(self, record: Mapping[str, Any], file: Path) -> None:
-        self._items.item(record, self._generator)
+        # Augmentation is slow and rejects no row.
+        plain = stream.model_copy(update={"augment": False}) if isinstance(stream, ImageOptions) else stream
+        self._items = ITEMS[kind](plain, config, self._tokenizer, _BATCH)
+        self._generator = item_generator(0, 0, 0, 0)
 
     def inspect(self, record: Mapping[str, Any], file: Path) -> None:
         stream, text = self.stream, None
@@ -210,7 +170,7 @@ class _StreamReader(_Reader):
                 # Ids can only be judged by their vocabulary.
                 record = {**record, IDS_KEY: [self._tokenizer.pad_token_id]}
             text = text_of(record, stream.caption_key, self._tokenizer)
-        self._plain.item(record, self._generator)
+        self._items.item(record, self._generator)
         # One draw was good; so must be what other draws could find.
         size = (0, 0)
         if isinstance(stream, ImageOptions):
@@ -234,11 +194,6 @@ class _StreamReader(_Reader):
 class _AnnotationReader(_Reader):
     """Elements of fine-tuning files."""
 
-    def __init__(self, report: Report, options: Options) -> None:
-        super().__init__(report, options)
-        self.row_bytes = 2 * 8 * 40
-        self._transform = finetuning_transform(options.config.image_size)
-
     def record(self, rows: Rows, row: int) -> Any:
         assert isinstance(rows, AnnotationRows)
         element = rows.elements[row]
@@ -247,15 +202,9 @@ class _AnnotationReader(_Reader):
         kind = TASKS[self.report.task].test_record
         return parse_annotation(element, kind) if several and kind is not None else rows.read(row)
 
-    def item(self, record: Any, file: Path) -> None:
-        for image in image_names([record]):
-            place = (self.options.image_root or file.parent) / image
-            self._transform(decode_pixels(image_at(place), str(place)), self._generator)
-
     def inspect(self, record: Any, file: Path) -> None:
         images = [*image_names([record])]
         sizes = [self.count_image(image_at((self.options.image_root or file.parent) / image)) for image in images]
-        self.row_bytes = max(self.row_bytes, len(images) * 3 * self.options.config.image_size**2 * _FLOAT + 2 * 8 * 40)
         element = record.model_dump()
         if {"width", "height"} <= element.keys():
             parse_annotation({**element, "width": sizes[0][0], "height": sizes[0][1]}, type(record))
@@ -302,9 +251,6 @@ class Report:
     transparent: int = 0  # images with transparent pixels, composited on white
     regions: Counter[int] = field(default_factory=Counter)
     unusable_regions: int = 0  # skipped regions
-    batch_bytes: int = 0  # memory of a batch in float32
-    batch_size: int = 0
-    seconds_per_item: float | None = None  # of one worker, measured on a sample
     tolerate_bad: float = 0.01
 
     @property
@@ -324,11 +270,6 @@ class Report:
     def ok(self) -> bool:
         """True if no file exceeds the limit."""
         return not self.over_limit and self.broken < self.rows
-
-    @property
-    def hours_per_epoch(self) -> float | None:
-        """Hours per epoch with one worker."""
-        return None if self.seconds_per_item is None else self.seconds_per_item * (self.rows - self.broken) / 3600
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -358,12 +299,6 @@ class Report:
                 "height": _spread(heights),
             },
             "regions": {"per_image": dict(sorted(self.regions.items())), "unusable": self.unusable_regions},
-            "estimates": {
-                "batch_size": self.batch_size,
-                "batch_bytes": self.batch_bytes,
-                "items_per_second_and_worker": None if not self.seconds_per_item else 1 / self.seconds_per_item,
-                "hours_per_epoch_and_worker": self.hours_per_epoch,
-            },
         }
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from xfm_fast.errors import DataError, StorageError
-from xfm_fast.io import hold, write_bytes
+from xfm_fast.errors import DataError
+from xfm_fast.io import hold, make_folder, storing, write_bytes
 from xfm_fast.models.processor import evaluating
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.journal import Journal, checksum, read_journal
@@ -121,20 +121,10 @@ class Evaluation:
         return {batch: rows for found, entries in journals if found == identity for batch, rows in entries}
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder; failure raises `StorageError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"folder {folder} cannot be made ({error.strerror or error}); choose another") from error
-
-
 def delete(path: Path) -> None:
-    """Delete a file; failure raises `StorageError`."""
-    try:
+    """Delete a file, if it exists; failure raises `StorageError`."""
+    with storing(path, "check its permissions"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be deleted ({error.strerror or error}); check its permissions") from error
 
 
 def fingerprint(task: Any, model: Any, records: Sequence[Any], batch_size: int) -> str:

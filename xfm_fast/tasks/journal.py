@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
 
-from xfm_fast.errors import StorageError
-from xfm_fast.io import parse_json, write_bytes
+from xfm_fast.io import parse_json, storing, write_bytes
 
 
 def checksum(tensor: Tensor, start: int = 0) -> int:
@@ -50,38 +50,28 @@ class Journal:
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
-        try:
+        with self._storing():
             found, entries = read_journal(path)
             self.entries = entries if found == identity else []
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes({path: b"".join(map(_line, [identity, *self.entries]))})
             self._file: BinaryIO = path.open("ab")
-        except OSError as error:
-            raise self._failure(error) from error
 
     def append(self, value: Any) -> None:
         """Append a value and flush it."""
-        try:
+        with self._storing():
             self._file.write(_line(value))
             self._file.flush()
-        except OSError as error:
-            raise self._failure(error) from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
-            with self._file:
-                os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._failure(error) from error
+        with self._storing(), self._file:
+            os.fsync(self._file.fileno())
 
-    def _failure(self, error: OSError) -> StorageError:
-        return StorageError(
-            f"{self.path} cannot be written ({error.strerror or error}); its complete entries stay: free space and "
-            "resume"
-        )
+    def _storing(self) -> AbstractContextManager[None]:
+        return storing(self.path, "its complete entries stay: free space and resume")
 
 
 def _line(value: Any) -> bytes:

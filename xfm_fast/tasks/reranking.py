@@ -51,10 +51,8 @@ class PairScorer(Protocol):
     config: XFMConfig
 
     def prepare(self, tokens: Tensor, sequences: Sequences) -> Tensor: ...
-    def preparation_flops(self, lengths: Tensor) -> flops.Count: ...
     def memory(self, image_embeds: Tensor) -> Any: ...
     def scores(self, tokens: Tensor, sequences: Sequences, memory: Any, groups: ImageGroups) -> Tensor: ...
-    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count: ...
     def fingerprint(self) -> str: ...
 
 
@@ -69,9 +67,6 @@ class ModelScorer:
         """Image-independent part of fusion, once per text: `[T, width]` → `[T, width]`."""
         return self.model.fusion_encoder.first_self_attention(tokens, sequences)
 
-    def preparation_flops(self, lengths: Tensor) -> flops.Count:
-        return flops.first_self_attention(self.config, lengths)
-
     def memory(self, image_embeds: Tensor) -> ImageMemory:
         """Memory of images `[B, 1 + N, width]`, shared by their texts."""
         return self.model.image_memory(image_embeds)
@@ -82,9 +77,6 @@ class ModelScorer:
         # In half precision many pairs would have equal scores, and ties count against the true one.
         with torch.autocast(fused.device.type, enabled=False):
             return self.model.match_logits(fused[:, None].to(self.model.dtype))[:, 1]
-
-    def fusion_flops(self, lengths: Tensor, groups: ImageGroups, image_tokens: int) -> flops.Count:
-        return flops.fusion(self.config, lengths, image_tokens, first_token_only=True, self_attended=True)
 
     def fingerprint(self) -> str:
         """Digest of the weights that determine scores."""
@@ -143,22 +135,14 @@ class Receipt(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        config: XFMConfig,
-        candidates: Candidates,
-        lengths: Tensor,
-        image_tokens: int,
-        *,
-        resumed: int = 0,
-        spent: flops.Count | None = None,
+        cls, config: XFMConfig, candidates: Candidates, lengths: Tensor, image_tokens: int, *, resumed: int = 0
     ) -> Receipt:
-        """Receipt of scoring candidates with `lengths` `[T]`; `spent` defaults to one memory per image."""
+        """Receipt of scoring candidates with `lengths` `[T]`, with one memory per image."""
         of_pairs, images = lengths[candidates.texts], candidates.cu_pairs.shape[0] - 1
         padded = int(lengths.max()) if len(lengths) else 0
         official = int(candidates.for_image.sum()) + int(candidates.for_text.sum())
-        if spent is None:
-            spent = flops.first_self_attention(config, lengths) + flops.image_memory(config, images, image_tokens)
-            spent += flops.fusion(config, of_pairs, image_tokens, first_token_only=True, self_attended=True)
+        spent = flops.first_self_attention(config, lengths) + flops.image_memory(config, images, image_tokens)
+        spent += flops.fusion(config, of_pairs, image_tokens, first_token_only=True, self_attended=True)
         return cls(
             images=images,
             texts=lengths.shape[0],
@@ -285,11 +269,9 @@ def score_candidates(
         done = resumed
         starts = offsets(texts.lengths)[:-1].long()
         memory, memory_of = None, None
-        spent = flops.Count()
         tokens_of_texts = texts.tokens
         if done < candidates.pairs and not prepared:
             tokens_of_texts = prepare_texts(scorer, texts, budget)
-            spent += scorer.preparation_flops(texts.lengths)
         # What the host decides by, it knows: a pass is prepared while the one before it runs.
         known = texts.lengths.cpu()
         of_pairs = known[candidates.texts]
@@ -301,7 +283,6 @@ def score_candidates(
                 rows = slice(chosen[0], chosen[-1] + 1) if adjoining else torch.tensor(chosen)
                 memory = scorer.memory(images.embeds[rows].to(device))
                 memory_of = chosen
-                spent += flops.image_memory(scorer.config, len(chosen), images.embeds.shape[1])
             pairs = torch.cat([torch.arange(start, stop) for _, start, stop in pieces])
             selected = candidates.texts[pairs].to(device)
             lengths, counts = texts.lengths[selected], of_pairs[pairs]
@@ -310,7 +291,6 @@ def score_candidates(
             groups = ImageGroups(offsets(torch.tensor([stop - start for _, start, stop in pieces], device=device)))
             sequences = Sequences.from_lengths(lengths, int(counts.max()))
             scored = scorer.scores(tokens, sequences, memory, groups)
-            spent += scorer.fusion_flops(counts, groups, images.embeds.shape[1])
             scores[pairs] = scored.to("cpu", scores.dtype)
             done += len(pairs)
             if journal is not None:
@@ -321,7 +301,7 @@ def score_candidates(
                         journal.append([image, scores[first:last].tolist()])
             if progress is not None:
                 progress(done, candidates.pairs)
-        receipt = Receipt.of(scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed, spent=spent)
+        receipt = Receipt.of(scorer.config, candidates, known, images.embeds.shape[1], resumed=resumed)
         return RerankResult(candidates, scores, receipt)
 
 

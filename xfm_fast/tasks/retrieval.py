@@ -29,12 +29,13 @@ from xfm_fast.data.annotations import Annotation, AnnotationRows, RetrievalRecor
 from xfm_fast.data.caption_files import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import DataError, InputError, explain_types
+from xfm_fast.io import make_folder
 from xfm_fast.memory import create_mapped, open_mapped
 from xfm_fast.models import inputs
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.packing import Packing, Sequences
-from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, delete, fingerprint, make_folder
+from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, delete, fingerprint
 from xfm_fast.tasks.journal import checksum
 from xfm_fast.tasks.reranking import (
     RANKS,

@@ -10,8 +10,7 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -465,11 +464,6 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
             if isinstance(element, dict) and isinstance(element.get("image"), str):
                 folder = folders.get(element.get("dataset") or "vqa", "")
                 element["image"] = str(Path(folder, element["image"]))
-        for rows in found if not self.options.generate else []:
-            if absent := _unlisted_answers(rows, self.options.answers or ()):
-                shown = ", ".join(map(repr, [*dict.fromkeys(absent)][:_SHOWN]))
-                note = f"the answers of {len(absent)} questions are not in task.answers, so ranking cannot give them"
-                rows.notes += (f"{rows.name}: {note} ({shown}, ...)",)
         return found
 
     def item(self, record: VQARecord, rng: np.random.Generator) -> Item:
@@ -581,14 +575,3 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[VQARecord]:
         require_inputs(images, texts, "an image and questions about it", ok=len(images) == 1 and bool(texts))
         return [VQARecord(image=str(images[0]), question=text, question_id=n) for n, text in enumerate(texts)]
-
-
-def _unlisted_answers(rows: AnnotationRows[VQARecord], answers: Iterable[str]) -> list[str]:
-    """The most frequent answer of each question where it is missing from the answer list."""
-    listed, absent = {*answers}, []
-    for row in range(len(rows)):
-        # A broken row is counted by the quarantine.
-        with suppress(DataError):
-            if (given := rows.read(row).answer) and (best := Counter(given).most_common(1)[0][0]) not in listed:
-                absent.append(best)
-    return absent

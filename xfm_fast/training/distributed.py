@@ -117,7 +117,7 @@ class Processes:
 def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
     """The processes of this run; a group initialised by the caller is reused and left open."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local = _environment("LOCAL_RANK", 0)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise UnavailableError(
@@ -126,9 +126,15 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
             )
         torch.cuda.set_device(local)
     target = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    started = not dist.is_initialized() and _environment("WORLD_SIZE", 1) > 1
+    started = not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") != "1"
     if started:
-        store, rank, world_size = _rendezvous()
+        try:
+            store, rank, world_size = _rendezvous()
+        except ValueError as error:
+            raise UnavailableError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but this process cannot join the others ({error}); start them "
+                "with torchrun, or unset WORLD_SIZE"
+            ) from None
         # Under a prefix of its own, for a second group must not find the addresses of the first one.
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
@@ -152,28 +158,7 @@ def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes
 @cache
 def _rendezvous() -> tuple[dist.Store, int, int]:
     """Store, rank and world size of the launched processes."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        _environment(name)
-    if not os.environ.get("MASTER_ADDR"):
-        raise _started_otherwise("MASTER_ADDR", "is not set")
     return next(iter(rendezvous("env://")))
-
-
-def _environment(name: str, otherwise: int | None = None) -> int:
-    """Integer environment variable set by `torchrun`."""
-    value = os.environ.get(name)
-    if value is None and otherwise is not None:
-        return otherwise
-    if value is None or not (value.isascii() and value.isdigit()):
-        raise _started_otherwise(name, "is not set" if value is None else f"is {value!r}")
-    return int(value)
-
-
-def _started_otherwise(name: str, fault: str) -> UnavailableError:
-    return UnavailableError(
-        f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} says that this is one of several processes, but {name} {fault}; "
-        "start them with torchrun, or unset WORLD_SIZE"
-    )
 
 
 def end_groups() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ from xfm_fast.training.distributed import (
     stop_on_signal,
     sum_of_losses,
 )
-from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Work, mean_by_name
+from xfm_fast.training.metrics import Guard, Meter, ModelNorms, RunLog, Show, Work, mean_by_name
 from xfm_fast.training.optimizer import AdamW, WeightAverage, optimizer_groups, schedule_factor
 from xfm_fast.training.recipe import Recipe, Run, changes, position_after
 
@@ -67,6 +68,7 @@ def train(
     explained_by: Mapping[str, bytes] | None = None,
     on_start: Callable[[], None] | None = None,
     on_step: Callable[[int, XFM, WeightAverage | None], Mapping[str, float] | None] | None = None,
+    show: Show | None = None,
 ) -> TrainResult:
     """Run a recipe on one process or on every process that `torchrun` started.
 
@@ -74,7 +76,7 @@ def train(
     which `XFM.from_pretrained` reads. Recipes other than pretraining pass `sources`, `model` and `objective`.
     `explained_by` maps names of files saved with the weights to their contents. `on_start` runs on the first process
     before it writes to the folder. `on_step` runs on every process after every step, and its result is logged; it may
-    change the random state if it does so deterministically.
+    change the random state if it does so deterministically. `show` receives the last losses, steps done and all steps.
     """
     folder = Path(recipe.checkpoint.folder)
     with ExitStack() as stack:
@@ -130,10 +132,10 @@ def train(
         randomness = random_state(processes.device) if saved is None else saved
 
         log = stack.enter_context(
-            RunLog(folder, recipe.log, processes, steps=recipe.steps, start=progress.step, title=folder.name)
+            RunLog(folder, recipe.log, processes, steps=recipe.steps, start=progress.step, show=show)
         )
-        for note in notes:
-            log.say(note)
+        for note in notes if processes.first else []:
+            print(f"xfm-fast: {note}", file=sys.stderr)
         loaders: dict[str, Iterator[Batch]] = {}
         for stream in (stream for update in recipe.active_updates for stream in update):
             start = progress.batches.setdefault(stream, 0)
@@ -156,7 +158,7 @@ def train(
 
         # Where checking is free or happens every step anyway, bad gradients never reach the weights.
         look = processes.device.type == "cpu" or recipe.log.every == 1
-        work, metrics, logged, clock = Work(recipe, processes), {}, progress.step, time.perf_counter()
+        work, metrics, logged, clock = Work(processes.world_size), {}, progress.step, time.perf_counter()
         interrupted = False
 
         opening.close()
@@ -178,7 +180,7 @@ def train(
                 for number, (stream, _) in enumerate(losses, start=1):
                     batch = processes.together(partial(next, loaders[stream]))
                     progress.batches[stream] += 1
-                    work.count(stream, batch, in_detail=log_now)
+                    work.count(batch)
                     batch = batches[stream] = batch.to(processes.device)
                     weight = recipe.weight_of(stream) / recipe.accumulate
                     with parallel.synchronised(last=number == len(losses)):

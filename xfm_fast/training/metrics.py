@@ -7,11 +7,9 @@ import math
 import os
 import secrets
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -24,25 +22,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xfm_fast import flops
-from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch, TensorBatch, TextBatch
-from xfm_fast.config import XFMConfig
-from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError, needs
-from xfm_fast.io import parse_json, write_bytes
-from xfm_fast.kernels import roofline
+from xfm_fast.batches import Batch, TensorBatch
+from xfm_fast.errors import NonFiniteError, UnavailableError
+from xfm_fast.io import parse_json, storing, write_bytes
 from xfm_fast.training.distributed import Processes
-from xfm_fast.training.recipe import Recipe, Run
 from xfm_fast.training.recipe_fields import LogRecipe
 
-with needs("train"):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+Show = Callable[[str, int, int], None]
+"""Progress callback (text, done, total)."""
 
 LOG_FILE = "log.jsonl"
 ENCODERS = ("vision_encoder", "text_encoder", "fusion_encoder")
-_PROBE = 1024
-_REDRAW_S = 0.1
-_BOXES = {"bbox_l1", "bbox_giou"}
 # These ops return uninitialised memory.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize", "aten.set_")
 
@@ -89,17 +79,19 @@ def mean_by_name(values: list[Value]) -> dict[str, float]:
 
 
 class RunLog:
-    """Log of the first process: `log.jsonl`, TensorBoard, W&B, progress bar. Drops lines of steps after `start`."""
+    """Log of the first process: `log.jsonl`, TensorBoard, W&B, and progress. Drops lines of steps after `start`.
+
+    `show(losses, step, steps)` draws progress on a terminal; without it every line is printed.
+    """
 
     def __init__(
-        self, folder: Path, recipe: LogRecipe, processes: Processes, *, steps: int, start: int, title: str
+        self, folder: Path, recipe: LogRecipe, processes: Processes, *, steps: int, start: int, show: Show | None = None
     ) -> None:
         self.path = folder / LOG_FILE
-        self._writes = processes.first
+        self._writes, self._steps, self._shown = processes.first, steps, ""
+        self._show = show if sys.stderr.isatty() else None
         self._board: Any = None
         self._wandb: Any = None
-        self._bar: Progress | None = None
-        self._drawn = 0.0
         for wanted, package in ((recipe.tensorboard, "tensorboard"), (recipe.wandb, "wandb")):
             if wanted and find_spec(package) is None:
                 raise UnavailableError(
@@ -108,16 +100,12 @@ class RunLog:
                 )
         if not self._writes:
             return
-        try:
+        with storing(self.path, "set checkpoint.folder to another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 kept = [line for line in read_log(self.path) if line["step"] <= start]
                 write_bytes({self.path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
             self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise StorageError(
-                f"{self.path} cannot be written ({error.strerror or error}); set checkpoint.folder to another folder"
-            ) from error
         if recipe.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -130,36 +118,21 @@ class RunLog:
             if not identity.exists():
                 write_bytes({identity: secrets.token_hex(8).encode()})
             self._wandb = wandb.init(
-                project=recipe.wandb, name=title, id=identity.read_text(), resume="allow", dir=folder
+                project=recipe.wandb, name=folder.name, id=identity.read_text(), resume="allow", dir=folder
             )
-        # A file or pipe gets a line per log step instead of a progress bar.
-        self._console = Console(stderr=True)
-        if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            # It does not redraw itself: the bar of an evaluation takes turns with it on the one line.
-            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
-            self._bar.start()
-            self._task = self._bar.add_task(title, total=steps, completed=start)
-
-    def say(self, message: str) -> None:
-        if self._writes:
-            self._console.print(f"xfm-fast: {message}", soft_wrap=True, highlight=False, markup=False)
 
     def advance(self, step: int) -> None:
-        if self._bar is not None:
-            due = time.monotonic() - self._drawn > _REDRAW_S
-            self._bar.update(self._task, completed=step, refresh=due)
-            self._drawn = time.monotonic() if due else self._drawn
+        """Move the progress bar."""
+        if self._show is not None:
+            self._show(self._shown, step, self._steps)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line and flush it."""
         if not self._writes:
             return
-        try:
+        with storing(self.path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be written ({error.strerror or error}); free space") from error
         if self._board is not None:
             for name, number in values.items():
                 self._board.add_scalar(name, number, step)
@@ -168,20 +141,15 @@ class RunLog:
         losses = {name.split("/", 1)[1]: number for name, number in values.items() if name.startswith("loss/")}
         # Of the metrics by every rule that ranks, the mean.
         short = {n: v for n, v in (losses or values).items() if n.count("/") < 2 or n.endswith("/r_mean")}
-        shown = "  ".join(f"{name} {number:.4g}" for name, number in short.items())
-        if self._bar is not None:
-            self._bar.update(self._task, description=shown, refresh=True)
-        else:
-            print(f"step {step}  {shown}", file=sys.stderr, flush=True)
+        self._shown = "  ".join(f"{name} {number:.4g}" for name, number in short.items())
+        if self._show is None:
+            print(f"step {step}  {self._shown}", file=sys.stderr, flush=True)
 
     def sync(self) -> None:
         """Flush the log to disk, so that it is as durable as a checkpoint."""
-        if not self._writes:
-            return
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StorageError(f"{self.path} cannot be written ({error.strerror or error}); free space") from error
+        if self._writes:
+            with storing(self.path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -189,8 +157,6 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if not self._writes:
             return
-        if self._bar is not None:
-            self._bar.stop()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -281,115 +247,23 @@ def local(tensor: Tensor | None) -> Tensor:
 
 
 class Work:
-    """Counts images, tokens and FLOPs of a run, assuming that every process does the same amount."""
+    """Counts images and unpadded tokens of a run, assuming that every process does the same amount."""
 
-    def __init__(self, recipe: Run, processes: Processes) -> None:
-        self._recipe = recipe
-        self._processes = processes
-        self._begin()
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._images = self._tokens = 0
 
-    def _begin(self) -> None:
-        self._images = self._tokens = self._flops = 0
-
-    def count(self, stream: str, batch: TensorBatch, *, in_detail: bool) -> None:
-        """Count a CPU batch; `in_detail` also counts its FLOPs."""
-        images, tokens = size_of(batch)
-        self._images += images
-        self._tokens += tokens
-        recipe = self._recipe
-        # The operations of other tasks are not counted, so they have no mfu.
-        if in_detail and isinstance(recipe, Recipe) and isinstance(batch, TextBatch | ImageBatch):
-            self._flops += training_flops(
-                recipe.model,
-                batch,
-                recipe.losses_of(stream),
-                stop_gradient=recipe.method.stop_gradient,
-            )
+    def count(self, batch: TensorBatch) -> None:
+        """Count a CPU batch."""
+        image, mask = getattr(batch, "image", None), getattr(batch, "attention_mask", None)
+        self._images += 0 if image is None else len(image)
+        self._tokens += 0 if mask is None else int(mask.count_nonzero())
 
     def rates(self, steps: int, seconds: float) -> dict[str, float]:
-        """Global rates since the last call: `seconds`, `images_per_s`, `tokens_per_s`, `mfu` (if the peak is known)."""
-        rates = {
-            "seconds": seconds / steps,
-            "images_per_s": self._images * self._processes.world_size / seconds,
-            "tokens_per_s": self._tokens * self._processes.world_size / seconds,
-        }
-        peak = peak_flops_per_s(self._processes.device, self._recipe.precision)
-        if peak is not None and self._flops:
-            rates["mfu"] = self._flops * steps / seconds / peak
-        self._begin()
-        return rates
-
-
-def size_of(batch: TensorBatch) -> tuple[int, int]:
-    """Number of images and of unpadded tokens in a CPU batch."""
-    image, mask = getattr(batch, "image", None), getattr(batch, "attention_mask", None)
-    return 0 if image is None else len(image), 0 if mask is None else int(mask.count_nonzero())
-
-
-def training_flops(config: XFMConfig, batch: Batch, losses: Iterable[str], *, stop_gradient: bool = True) -> int:
-    """FLOPs of the losses of a CPU batch, forward and backward.
-
-    A backward pass counts twice the forward pass. Detached text passes and the MIM target have no backward pass. The
-    first fusion self-attention counts once per text, and the last layer counts only the tokens that a head reads.
-    """
-    wanted = set(losses)
-    forward, trained = flops.Count(), flops.Count()
-    if isinstance(batch, (PairBatch, RegionBatch, ImageBatch)):
-        images = len(batch.image)
-        seen = flops.image_encoder(config, images)
-        if wanted - {"mim"}:
-            trained += seen
-        else:
-            forward += seen
-        if "mim" in wanted:
-            trained += seen
-    if isinstance(batch, TextBatch):
-        lengths = batch.attention_mask.ne(0).sum(1).tolist()
-        masked = batch.masked_labels.ne(IGNORED).sum(1).tolist()
-        text, vocabulary = flops.text_encoder(config, lengths), flops.lm_head(config, sum(masked))
-        if "mlm" in wanted:
-            trained += text + vocabulary
-        if wanted & {"itc", "itm", *_BOXES}:
-            if "itc" in wanted or not stop_gradient:
-                trained += text
-            else:
-                forward += text
-        if "imlm" in wanted:
-            if stop_gradient:
-                forward += text
-            else:
-                trained += text
-            trained += flops.first_self_attention(config, lengths) + vocabulary
-            trained += flops.fusion(config, lengths, reads=masked, self_attended=True)
-        if isinstance(batch, (PairBatch, RegionBatch)):
-            images, texts = len(batch.image), len(lengths)
-            if wanted & {"itm", "imlm", *_BOXES}:
-                trained += flops.image_memory(config, images)
-            if "itc" in wanted:
-                trained += flops.contrastive_features(config, images, texts)
-            # A positive and two negatives of every pair; a box of every region.
-            passes = 3 * ("itm" in wanted) + (not wanted.isdisjoint(_BOXES))
-            if passes:
-                trained += flops.first_self_attention(config, lengths)
-                trained += passes * flops.matching_head(config, texts)
-                trained += passes * flops.fusion(config, lengths, first_token_only=True, self_attended=True)
-    return (forward + 3 * trained).total
-
-
-@cache
-def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
-    """Peak matmul rate of a known GPU or of this CPU (probed once); None if unknown."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [gpu.flops_per_s for gpu in roofline.GPUS if gpu.name in name]
-        return known[0] if known and precision in ("bf16", "fp16") else None
-    a = torch.ones(_PROBE, _PROBE, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    best = float("inf")
-    for _ in range(4):
-        begun = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * _PROBE**3 / best
+        """Global rates since the last call: `seconds` per step, `images_per_s`, `tokens_per_s`."""
+        images, tokens = (count * self._world_size / seconds for count in (self._images, self._tokens))
+        self._images = self._tokens = 0
+        return {"seconds": seconds / steps, "images_per_s": images, "tokens_per_s": tokens}
 
 
 class Guard:

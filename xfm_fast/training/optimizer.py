@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
-from xfm_fast.errors import CheckpointError, ConfigError, InputError
+from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.kernels import host
 from xfm_fast.training.recipe_fields import OptimizerRecipe, ScheduleRecipe
 
@@ -209,36 +208,6 @@ class WeightAverage:
         for name, average in self._averages.items():
             average.lerp_(self._parameters[name].detach().to(average.dtype), 1 - self.decay)
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Use the averaged weights inside the block, then restore the original weights exactly."""
-        own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        try:
-            self._put(self._averages)
-            yield
-        finally:
-            self._put(own)
-
-    @torch.no_grad()
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(weights[name])
-
     def state_dict(self) -> dict[str, Tensor]:
         """Averages by parameter name."""
         return dict(self._averages)
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load averages; other parameters raise `CheckpointError` and change no average."""
-        absent = sorted(self._averages.keys() - state.keys())
-        foreign = sorted(state.keys() - self._averages.keys())
-        other = sorted(n for n in self._averages.keys() & state.keys() if self._averages[n].shape != state[n].shape)
-        if absent or foreign or other:
-            raise CheckpointError(
-                f"the weight average belongs to another model: {len(absent)} parameters are absent, {len(foreign)} "
-                f"foreign, {len(other)} of another shape, such as {(absent + foreign + other)[0]}; resume with the "
-                "recipe that it was made by"
-            )
-        for name, average in self._averages.items():
-            average.copy_(state[name])

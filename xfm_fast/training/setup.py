@@ -15,8 +15,8 @@ from xfm_fast.checkpoint.files import MODEL_FILE, TOKENIZER_FILE, model_folder
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Stream
-from xfm_fast.errors import DataError, StorageError, XFMError
-from xfm_fast.io import write_bytes
+from xfm_fast.errors import DataError, XFMError
+from xfm_fast.io import make_folder, write_bytes
 from xfm_fast.models.hub import PREPROCESSOR_FILE
 from xfm_fast.models.processor import preprocessor_json
 from xfm_fast.models.xfm import XFM
@@ -68,7 +68,7 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                     "tokenizer=train, but no stream holds text to learn a vocabulary from; name a tokenizer"
                 )
             vocabulary = CaptionTokenizer.train_on_texts(texts, recipe.model.vocab_size)
-            _make_parent(learnt)
+            make_folder(learnt.parent)
             write_bytes({learnt: vocabulary.to_json().encode()})
 
     if recipe.tokenizer == "train":
@@ -119,13 +119,6 @@ def rollback_on_error(folder: Path) -> Iterator[None]:
                 if path not in before and path.is_file():
                     path.unlink()
         raise
-
-
-def _make_parent(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error.strerror or error}); free space") from error
 
 
 def _texts(recipe: Recipe) -> Iterator[str]:
