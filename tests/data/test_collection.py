@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.data.record_files import pairs, picture, write_lines, write_tar
+from tests.data.record_files import picture, write_lines, write_tar
 from tests.search.conftest import photos as photos
 from tests.search.conftest import write_picture
 from xfm_fast.config import XFMConfig
@@ -79,36 +79,6 @@ def test_a_list_of_paths(photos: Path, form: str) -> None:
     elsewhere.mkdir()
     moved = path.rename(elsewhere / path.name)
     assert open_collection(moved, photos).load(entries[1])[0].size == (80, 60)
-
-
-def test_broken_rows_of_a_list(photos: Path) -> None:
-    path = photos / "list.jsonl"
-    write_lines(path, [{"image": "0.png"}, {"caption": "of nothing"}, "{cut"])
-    entries, faults = open_collection(path).listing()
-    assert [entry.name for entry in entries] == ["0.png"]
-    assert [*faults] == ["list.jsonl#2", "list.jsonl#3"]
-
-
-def test_official_lines_and_shards(tmp_path: Path) -> None:
-    lines = open_collection(write_lines(tmp_path / "pairs.jsonl", pairs(3)))
-    entries, _ = lines.listing()
-    assert [entry.name for entry in entries] == ["pairs.jsonl#1", "pairs.jsonl#2", "pairs.jsonl#3"]
-    image, caption = lines.load(entries[2])
-    assert (image.size, caption) == ((40, 30), ("picture number 2 of a cat",))
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for shard in range(2):
-        members = {f"{shard}{row}.{form}": content for row in range(2) for form, content in sample(row).items()}
-        write_tar(folder / f"{shard}.tar", members)
-    for place, names in ((folder / "1.tar", ["1.tar#10", "1.tar#11"]), (folder, ["0.tar#00", "0.tar#01", "1.tar#10"])):
-        shards = open_collection(place)
-        entries, _ = shards.listing()
-        assert [entry.name for entry in entries][: len(names)] == names
-        assert shards.load(entries[-1])[1] == ("row 1",)
-
-
-def sample(row: int) -> dict[str, bytes]:
-    return {"jpg": picture(row), "txt": f"row {row}".encode()}
 
 
 @pytest.mark.parametrize(
@@ -183,28 +153,6 @@ def test_one_convention_everywhere(form: str, tmp_path: Path) -> None:
     trained = [record for rows in retrieval_rows(place) for record in rows.records()]
     assert [record.caption for record in trained] == texts
     assert trained[1].image_id == trained[2].image_id != trained[0].image_id
-
-
-def test_images_in_rows(tmp_path: Path) -> None:
-    place = written(tmp_path, "shard")
-    with pytest.raises(DataError, match=" 2 "):
-        image_at(tmp_path / "0.tar#7")
-    with pytest.raises(DataError, match=r"1 of 2 .*gone\.tar#0"):
-        check_images([f"{place}#0", "gone.tar#0"], tmp_path)
-    # A file of such a name is a file.
-    (tmp_path / "b.tar#0").write_bytes(picture(5))
-    assert image_at(tmp_path / "b.tar#0") == tmp_path / "b.tar#0"
-
-
-def test_broken_rows_of_a_table_in_pretraining(tmp_path: Path) -> None:
-    table = written(tmp_path, "table")
-    table.write_text(table.read_text() + "a.jpg\n,nothing\n")
-    (rows,) = open_records(table).files
-    assert [rows.label(row) for row in range(len(rows))] == [2, 3, 5, 6]
-    for row in (2, 3):
-        with pytest.raises(DataError, match=r"columns|image"):
-            rows.read(row)
-    assert b"a.jpg" in rows.raw(0)
 
 
 def test_a_table_in_a_folder_names_images_of_the_folder_only(tmp_path: Path) -> None:

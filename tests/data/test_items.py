@@ -130,14 +130,6 @@ def test_regions_fill_the_batch_exactly(counts: list[int], batch_size: int, seed
         assert max(repeats.values()) - min(repeats.values()) <= 1
 
 
-def test_which_regions_stay_is_random() -> None:
-    kept = Counter(number for seed in range(400) for number in _regions([3, 0, 3], 2, seed).input_ids[:, 1].tolist())
-    assert set(kept) == {0, 1, 2, 200, 201, 202}
-    # 400 draws of 2 out of 6.
-    assert all(abs(count - 400 / 3) < 4 * (400 * 2 / 9) ** 0.5 for count in kept.values())
-    assert torch.equal(_regions([3, 3], 2, 5).input_ids, _regions([3, 3], 2, 5).input_ids)
-
-
 def test_what_does_not_belong_together_is_refused() -> None:
     text = EncodedText([0, 5, 2], [0, 9, 2], [1], [5])
     image = torch.zeros(3, 4, 4)

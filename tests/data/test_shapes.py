@@ -15,27 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xfm_fast.data.shapes import (
-    Scene,
-    Split,
-    captions,
-    render,
-    scene,
-    true_shares,
-    write_world,
-)
-from xfm_fast.data.shapes.language import ANSWERS, caption_facts, questions, references
-from xfm_fast.data.shapes.scenes import (
-    CANVAS,
-    COLOURS,
-    HELD_OUT,
-    PAIRS,
-    SHAPES,
-    SPLITS,
-    Thing,
-    allowed_pairs,
-    pixel_box,
-)
+from xfm_fast.data.shapes import Scene, Split, captions, render, scene, write_world
+from xfm_fast.data.shapes.language import ANSWERS, questions, references
+from xfm_fast.data.shapes.scenes import CANVAS, HELD_OUT, PAIRS, SPLITS, Thing, allowed_pairs, pixel_box
 from xfm_fast.errors import DataError
 
 SCENES = {split: [scene(11, index, split) for index in range(150)] for split in SPLITS}
@@ -79,16 +61,13 @@ def test_a_scene_follows_from_seed_split_and_index() -> None:
         ground=181,
     )
     assert len({scene(seed, index, split) for seed in (1, 2) for index in range(20) for split in SPLITS}) == 160
-    for seed, index, split in ((-1, 0, "train"), (0, -1, "train"), (0, 0, "dev")):
-        with pytest.raises(DataError):
-            scene(seed, index, split)  # type: ignore[arg-type]
 
 
 @each_split
 def test_objects_lie_apart_and_show_the_combinations_of_their_split(split: Split) -> None:
     foreign = set().union(*(HELD_OUT[other] for other in SPLITS if other != split))
     seen: set[tuple[str, str]] = set()
-    for index in range(1000):
+    for index in range(300):
         made = scene(3, index, split)
         pairs = {(thing.colour, thing.shape) for thing in made.things}
         assert not pairs & foreign
@@ -132,27 +111,6 @@ def _answer(made: Scene, question: str) -> str:
     return "yes" if _stands(a, match[2], b) else "no"
 
 
-@each_split
-def test_facts_of_captions(split: Split) -> None:
-    """All claims of a caption are true; one wrong word is one false claim; other texts have no claims."""
-    assert caption_facts("a dog", SCENES[split][0]) is None
-    opposite = {"left": "right", "right": "left", "above": "below", "below": "above", "over": "under", "under": "over"}
-    texts, scenes = zip(*((text, made) for made in SCENES[split] for text in captions(made)), strict=True)
-    for text, made in zip(texts, scenes, strict=True):
-        facts = caption_facts(text, made)
-        assert facts is not None
-        assert [fact.true for fact in facts] == [True] * (5 * len(made.things) - 1)
-        for kind, words in (("colour", COLOURS), ("shape", SHAPES)):
-            present: set[str] = {getattr(thing, kind) for thing in made.things}
-            wrong = next(word for word in words if word not in present)
-            facts = caption_facts(re.sub("|".join(present), wrong, text, count=1), made)
-            assert [(fact.kind, fact.claim) for fact in facts or () if not fact.true] == [(kind, wrong)]
-        if len({thing.looks for thing in made.things}) == len(made.things) > 1:
-            facts = caption_facts(re.sub(r"\w+", lambda word: opposite.get(word[0], word[0]), text), made)
-            assert [f.kind for f in facts or () if not f.true] == ["relation"] * (len(made.things) - 1)
-    assert set(true_shares(texts, scenes).values()) == {1}
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("worlds") / "world"
@@ -165,10 +123,6 @@ def _read(path: Path) -> Any:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
-def _picture(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
 @each_split
 def test_files_of_a_split(world: Path, split: Split) -> None:
     scenes = [scene(4, index, split) for index in range(COUNTS[split])]
@@ -176,7 +130,8 @@ def test_files_of_a_split(world: Path, split: Split) -> None:
     assert [row["desc"] for row in pairs] == [captions(made) for made in scenes]
     boxes: dict[str, dict[str, list[int]]] = {}
     for row, made in zip(pairs, scenes, strict=True):
-        assert np.array_equal(_picture(base64.b64decode(row["binary"])), render(made))
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["binary"]))))
+        assert np.array_equal(picture, render(made))
         places = enumerate(made.things)
         boxes[row["binary"]] = {str(ref): [*pixel_box(thing)] for i, thing in places for ref in references(made, i)}
     assert not {row["binary"] for row in pairs} & {row["binary"] for row in _read(world / f"images_{split}.jsonl")}
@@ -185,15 +140,10 @@ def test_files_of_a_split(world: Path, split: Split) -> None:
             texts = element["caption"] if isinstance(element["caption"], list) else [element["caption"]]
             for text in texts:
                 assert boxes[row["binary"]][f"{element.get('attributes', '')} {text}".strip()] == element["bb"]
-    nlvr, retrieval, captioning = (
-        _read(world / f"{task}_{split}.json") for task in ("nlvr", "retrieval", "captioning")
-    )
+    nlvr = _read(world / f"nlvr_{split}.json")
     assert [row["label"] for row in nlvr].count("True") == len(nlvr) / 2
-    for row in captioning:
-        made = scenes[int(Path(row["image"]).stem)]
-        assert np.array_equal(_picture((world / row["image"]).read_bytes()), render(made))
-        assert row["caption"] == captions(made) if split != "train" else row["caption"] in captions(made)
     if split != "train":
+        retrieval = _read(world / f"retrieval_{split}.json")
         assert len({row["caption"][0] for row in retrieval}) == len(retrieval) > 0
     with (world / f"text_{split}.tsv").open(newline="") as file:
         text = list(csv.DictReader(file, delimiter="\t"))
@@ -208,15 +158,14 @@ def test_files_of_a_split(world: Path, split: Split) -> None:
 
 def test_bytes_follow_from_the_arguments(world: Path, tmp_path: Path) -> None:
     """Another digest would make numbers on the dataset of a seed incomparable; the files here hold no image."""
-    described = _read(world / "world.json")
-    names = sorted(name for name in described["sha256"] if not name.startswith(("pairs", "regions", "images")))
-    digests = "".join(described["sha256"][name] for name in names)
+    files = sorted(path for path in world.iterdir() if path.is_file() and path.name != "world.json")
+    texts = [path for path in files if not path.name.startswith(("pairs", "regions", "images"))]
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in texts)
     assert hashlib.sha256(digests.encode()).hexdigest()[:32] == "a61c6c361e82442d9730a2e267083dfa"
-    for name, digest in described["sha256"].items():
-        assert hashlib.sha256((world / name).read_bytes()).hexdigest() == digest
     (tmp_path / "again").mkdir()
-    assert write_world(tmp_path / "again", seed=4, images=dict(reversed(COUNTS.items()))) == described
-    assert [*tmp_path.iterdir()] == [tmp_path / "again"]
+    described = write_world(tmp_path / "again", seed=4, images=dict(reversed(COUNTS.items())))
+    assert described == _read(world / "world.json")
+    assert [path.read_bytes() for path in files] == [(tmp_path / "again" / path.name).read_bytes() for path in files]
 
 
 def test_a_folder_is_reused_or_refused(world: Path, tmp_path: Path) -> None:
@@ -228,7 +177,6 @@ def test_a_folder_is_reused_or_refused(world: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="shapes"):
         write_world(tmp_path, images={"train": 1})
-    for images in ({"train": 0}, {"dev": 3}):
-        with pytest.raises(DataError):
-            write_world(tmp_path / "world", images=images)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="dev"):
+        write_world(tmp_path / "world", images={"dev": 3})  # type: ignore[arg-type]
     assert [*tmp_path.iterdir()] == [tmp_path / "notes.txt"]

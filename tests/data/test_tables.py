@@ -11,7 +11,7 @@ import pytest
 from tests.data.record_files import picture, write_lines
 from xfm_fast.data.annotations import TextScoreRecord, label_names
 from xfm_fast.data.tables import GLUE, image_rows, text_rows
-from xfm_fast.errors import DataError, UnavailableError
+from xfm_fast.errors import DataError
 
 # A line of training and one of the test file of each set, with their headers, as the official zips hold them.
 SETS = {
@@ -71,12 +71,6 @@ def test_sets_of_glue(tmp_path: Path, name: str) -> None:
     _text(tmp_path / ("test_matched.tsv" if name == "mnli" else "test.tsv"), test)
     (tested,) = text_rows(tmp_path, glue=name, split="test")
     assert (tested.read(0).label, tested.read(0).index) == (None, 7 if name == "mnli" else 0)
-
-
-def test_lines_that_annotators_disagreed_on_are_left_out(tmp_path: Path) -> None:
-    (rows,) = text_rows(_text(tmp_path / "train.tsv", "\n".join(SETS["mnli"][0])), glue="mnli")
-    assert (len(rows), rows.read(0).index, rows.label(0)) == (1, 4, 2)
-    assert rows.notes == (f"{tmp_path}/train.tsv: 1 lines without an agreed label were left out (line 3)",)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +170,6 @@ def test_sets_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         text_rows(folder, split="train")
     with pytest.raises(DataError, match=r"'text'.*premise"):
         text_rows(folder, split="validation_matched")
-
-
-def test_datasets_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UnavailableError, match="pip install datasets"):
-        text_rows(_marked(tmp_path), split="train")
 
 
 def test_class_folders(tmp_path: Path) -> None:

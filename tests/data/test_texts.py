@@ -26,22 +26,10 @@ def _rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_the_official_options() -> None:
-    assert (
-        TextOptions(
-            max_tokens=30, max_words=30, masking=MaskingOptions(0.5, 15, 0.2, 3, False), language=None, tokenized=False
-        )
-        == CAPTIONS
-    )
-    assert (
-        TextStreamOptions(
-            max_tokens=128,
-            max_words=None,
-            masking=MaskingOptions(0.15, 20, 0.2, 3, False),
-            language=None,
-            tokenized=False,
-        )
-        == TEXTS
-    )
+    masking = MaskingOptions(0.5, 15, 0.2, 3, False)
+    assert TextOptions(max_tokens=30, max_words=30, masking=masking, language=None, tokenized=False) == CAPTIONS
+    masking = MaskingOptions(0.15, 20, 0.2, 3, False)
+    assert TextStreamOptions(max_tokens=128, max_words=None, masking=masking, language=None, tokenized=False) == TEXTS
 
 
 @pytest.mark.parametrize(
@@ -60,7 +48,7 @@ def test_any_of_the_given_texts_is_taken(value: Any, language: str | None, expec
     assert min(drawn.values()) > 100 / len(expected) / 2
 
 
-@pytest.mark.parametrize("value", [None, 3, "", [], {}, [""], [3], {"en": 3}])
+@pytest.mark.parametrize("value", [None, "", [], {}, [3], {"en": 3}])
 def test_what_is_no_text_is_named(value: Any) -> None:
     with pytest.raises(DataError, match="caption"):
         choose_text(value, _rng())
@@ -74,12 +62,6 @@ def test_captions_are_cleaned_cut_and_masked(tokenizer: CaptionTokenizer) -> Non
     assert [encoded.ids[place] for place in encoded.positions] == encoded.labels
     kept = set(range(len(encoded.ids))) - set(encoded.positions)
     assert all(encoded.ids[place] == encoded.masked_ids[place] for place in kept)
-    long = encode_text("xylophone", tokenizer, options, _rng())
-    assert len(long.ids) == 6
-    assert (long.ids[0], long.ids[-1]) == (0, 2)
-    assert tokenizer.mask_token_id in [
-        number for seed in range(9) for number in encode_text("a cat", tokenizer, options, _rng(seed)).masked_ids
-    ]
 
 
 def test_text_alone_is_not_cleaned(tokenizer: CaptionTokenizer) -> None:
@@ -111,15 +93,3 @@ def test_captions_of_several_images_say_so(tokenizer: CaptionTokenizer) -> None:
     assert min(seen.values()) >= 8
     plain = encode_pair_text(["two dogs"], tokenizer, CAPTIONS, _rng())
     assert tokenizer.decode(plain.ids) == "two dogs"
-
-
-def test_whole_words_are_those_of_the_text(tokenizer: CaptionTokenizer) -> None:
-    options = TextOptions(masking=MaskingOptions(0.4, 15, whole_word=True))
-    text = "xylophones quickly unfold a marzipan"
-    for seed in range(40):
-        encoded = encode_text(text, tokenizer, options, _rng(seed))
-        starts = [place for place, start in enumerate(tokenizer.word_starts(encoded.ids)) if start]
-        words = [set(range(a, b)) for a, b in zip(starts, [*starts[1:], len(encoded.ids)], strict=True)]
-        assert len(words) == 7, "five words and the two special tokens"
-        hidden = [word for word in words if word & set(encoded.positions)]
-        assert all(word <= set(encoded.positions) for word in hidden) or len(hidden) == 1

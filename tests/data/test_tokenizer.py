@@ -21,25 +21,13 @@ def tokenizer() -> CaptionTokenizer:
     return CaptionTokenizer.train_on_texts(TEXTS, 512)
 
 
-def test_cleaning_reproduces_the_official_examples(load_json: Callable[[str], Any]) -> None:
-    examples = load_json("metrics/metrics")["pre_caption_max30"]
+@pytest.mark.parametrize("clean", [pre_caption, pre_question])
+def test_cleaning_reproduces_the_official_examples(
+    load_json: Callable[[str], Any], clean: Callable[[str], str]
+) -> None:
+    examples = load_json("metrics/metrics")[f"{clean.__name__}_max30"]
     assert examples
-    for example in examples:
-        assert pre_caption(example["raw"]) == example["out"]
-
-
-def test_questions_reproduce_the_official_examples(load_json: Callable[[str], Any]) -> None:
-    examples = load_json("metrics/metrics")["pre_question_max30"]
-    assert examples
-    for example in examples:
-        assert pre_question(example["raw"]) == example["out"]
-
-
-def test_special_tokens_have_their_official_places(tokenizer: CaptionTokenizer) -> None:
-    assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1, 2)
-    tokenizer.check(XFMConfig.preset("tiny"))
-    tokenizer.check(XFMConfig.preset("base"))
-    assert tokenizer.encode(["<mask>"], 5)[0][0, 1] == tokenizer.vocab_size - 1
+    assert [clean(example["raw"]) for example in examples] == [example["out"] for example in examples]
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +55,7 @@ def test_pairs_are_encoded_as_transformers_does(
     assert tokenizer.encode_pair(first, second, 2 * half) == expected
 
 
-@given(st.integers(0, 12), st.integers(0, 12), st.integers(6, 30))
-def test_the_longer_text_of_a_pair_is_cut(tokenizer: CaptionTokenizer, first: int, second: int, most: int) -> None:
-    assume(first + second)
-    texts = ["a" * first, "ñ" * second]
-    kept = [tokenizer.encode_ids([text], 99)[0][1:-1] if text else [] for text in texts]
-    whole = [0, *kept[0], 2, 2, *kept[1], 2]
-    while len(kept[0]) + len(kept[1]) + 4 > most:
-        kept[0 if len(kept[0]) > len(kept[1]) else 1].pop()
-    found = tokenizer.encode_pair(*texts, max_tokens=most)
-    assert found == [0, *kept[0], 2, 2, *kept[1], 2]
-    assert len(found) == min(most, len(whole))
-
-
-@pytest.mark.parametrize("prompt", ["a picture of ", "a picture of", "a picture of:  ", "", " "])
+@pytest.mark.parametrize("prompt", ["a picture of:  ", ""])
 @given(caption=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
 def test_a_prompt_begins_its_text(tokenizer: CaptionTokenizer, prompt: str, caption: str) -> None:
     try:
@@ -140,19 +115,11 @@ def test_false_vocabularies_are_refused(tmp_path: Path, tokenizer: CaptionTokeni
         CaptionTokenizer.from_files(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "encode",
-    [lambda t, x: t.encode([x]), lambda t, x: t.encode_pair("a", x), lambda t, x: t.encode_prompt(x)],
-    ids=["texts", "pair", "prompt"],
-)
-def test_half_a_surrogate_pair_is_named(tokenizer: CaptionTokenizer, encode: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match=r"'a \\ud800'.*surrogate"):
-        encode(tokenizer, "a \ud800")
-
-
 def test_bad_requests_are_named(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
     assert pre_question(" What's this, <person>?") == " what s this  <person>"
     assert tokenizer.mask_token_id == tokenizer.vocab_size - 1
+    with pytest.raises(DataError, match=r"'a \\ud800'.*surrogate"):
+        tokenizer.encode(["a \ud800"])
     with pytest.raises(DataError, match="empty"):
         pre_caption(". - /")
     with pytest.raises(DataError, match="max_tokens=5"):
@@ -163,8 +130,5 @@ def test_bad_requests_are_named(tokenizer: CaptionTokenizer, tmp_path: Path) -> 
         tokenizer.check(XFMConfig.preset("tiny", vocab_size=100))
     with pytest.raises(DataError, match="261"):
         CaptionTokenizer.train_on_texts(TEXTS, 100)
-    for content in (None, "{}"):
-        if content is not None:
-            (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(DataError, match="tokenizer"):
-            CaptionTokenizer.from_files(tmp_path)
+    with pytest.raises(DataError, match="tokenizer"):
+        CaptionTokenizer.from_files(tmp_path)

@@ -1,22 +1,14 @@
-"""Faults of the machine, put into real work: a process dies, the power goes, the disk is full, the clock jumps.
+"""Faults of the machine, put into real work: a process dies, or the disk is full.
 
 Work of every kind runs in processes of its own. A fault strikes at the n-th operation on the files of the work (opening
 one to write, flushing it to the disk, renaming, removing, making a folder), so that every moment can be had again, or
 kills all processes at a moment that the clock chooses. Then the work is begun again, and its result must be that of
-work to which nothing happened, to the bit.
-
-A power cut is a kill after which the disk has forgotten what was never flushed to it. The shim notes each flush and
-each renaming, and `lose` takes the rest away in one of the ways in which file systems do: the tail of a file is gone,
-or zeros, or a file is empty, or has the name that it had before. It needs inodes that are not used twice, which a
-file system in memory has (`/dev/shm`).
+undisturbed work, to the bit.
 """
 
 from __future__ import annotations
 
 import argparse
-import builtins
-import json
-import math
 import os
 import random
 import shutil
@@ -26,24 +18,19 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tests.training.small_runs import in_processes, join_group, noise, numbers, process_of_a_run, small_recipe
+from tests.training.small_runs import in_processes, join_group, noise, numbers, small_recipe
 from xfm_fast.errors import XFMError
 
 REFUSED = 3
 """Exit code of work that ended in an error of ours; 1 is a traceback."""
-SHARED_MEMORY = Path("/dev/shm")
-
-Kind = Literal["none", "kill", "power", "full", "clock"]
-Loss = Literal["tail", "zeros", "empty", "names"]
-LOSSES: tuple[Loss, ...] = ("tail", "zeros", "empty", "names")
+Kind = Literal["none", "kill", "full"]
 
 
 @dataclass(frozen=True)
@@ -56,119 +43,38 @@ class Fault:
 
 
 class Shim:
-    """Between the work in this process and the files of a folder: counts, notes and strikes.
+    """Counts the operations of this process on the files of a folder, and strikes at one of them."""
 
-    Args:
-        folder: of the work.
-        fault: that strikes.
-        notes: file outside of the folder that receives what was flushed and renamed, for `lose`.
-    """
-
-    def __init__(self, folder: Path, fault: Fault, notes: Path) -> None:
-        self.folder, self.fault, self.notes = str(folder.resolve()), fault, notes
-        self.count = 0
-        self._offset = 0.0
-        self._backups = notes.with_suffix(".kept")
-        self._backups.mkdir(parents=True, exist_ok=True)
-        self._sync, self._replace, self._time, self._time_ns = os.fsync, os.replace, time.time, time.time_ns
-        self._quiet = False
+    def __init__(self, folder: Path, fault: Fault) -> None:
+        self.folder, self.fault, self.count = f"{folder.resolve()}{os.sep}", fault, 0
+        self._sync = os.fsync
 
     def install(self) -> None:
         """Strike from now on, until the process ends."""
         sys.addaudithook(self._hear)
         os.fsync = self._fsync
-        os.replace = os.rename = self._rename
-        if self.fault.kind == "clock":
-            time.time = lambda: self._time() + self._offset
-            time.time_ns = lambda: self._time_ns() + int(self._offset * 1e9)
-
-    def _inside(self, path: Any) -> bool:
-        with suppress(TypeError, ValueError, OSError):
-            return os.path.abspath(os.fsdecode(path)).startswith(self.folder)
-        return False
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self._quiet:
-            return
         if event == "open" and not isinstance(arguments[0], int):
-            writes = (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writes and self._inside(arguments[0]):
-                self._strike()
-        elif event in ("os.remove", "os.mkdir", "os.rmdir") and self._inside(arguments[0]):
-            self._strike()
+            if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                self._strike(arguments[0])
+        elif event == "os.rename":
+            self._strike(arguments[1])
+        elif event in ("os.remove", "os.mkdir", "os.rmdir"):
+            self._strike(arguments[0])
 
     def _fsync(self, file: Any) -> None:
-        number = file if isinstance(file, int) else file.fileno()
-        path = os.readlink(f"/proc/self/fd/{number}")
-        if self._inside(path):
-            self._strike()
-        status = os.fstat(number)
-        self._note({"flushed": status.st_ino, "bytes": status.st_size, "folder": path if os.path.isdir(path) else None})
-        self._sync(number)
+        self._strike(os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}"))
+        self._sync(file)
 
-    def _rename(self, source: Any, target: Any, **options: Any) -> None:
-        if self._inside(target):
-            self._strike()
-            kept = None
-            if os.path.isfile(target):
-                kept = str(self._backups / f"{os.getpid()}-{self.count}")
-                os.link(target, kept)
-            self._note({"from": os.fspath(source), "to": os.fspath(target), "kept": kept})
-        self._replace(source, target, **options)
-
-    def _note(self, what: dict[str, Any]) -> None:
-        self._quiet = True
-        with builtins.open(self.notes, "a", encoding="utf-8") as file:
-            file.write(json.dumps(what, default=os.fsdecode) + "\n")
-        self._quiet = False
-
-    def _strike(self) -> None:
-        self.count += 1
-        if self.fault.kind == "none" or self.count != self.fault.at:
+    def _strike(self, path: Any) -> None:
+        if not os.path.abspath(os.fsdecode(path)).startswith(self.folder):
             return
-        if self.fault.kind in ("kill", "power"):
+        self.count += 1
+        if self.count == self.fault.at and self.fault.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault.kind == "full":
+        if self.count == self.fault.at and self.fault.kind == "full":
             raise OSError(28, "No space left on device")
-        # A day back at every second blow, a day ahead at the others.
-        self._offset = 86_400.0 * (1 if self.fault.at % 2 else -1)
-
-    def told(self) -> None:
-        """Leave the number of operations for the parent."""
-        self._quiet = True
-        self.notes.with_suffix(f".{os.getpid()}.count").write_text(str(self.count))
-
-
-def lose(folder: Path, notes: Path, loss: Loss) -> None:
-    """Take from a folder what was never flushed to the disk, in one of the ways in which a power cut does."""
-    flushed: dict[int, int] = {}
-    pending: list[dict[str, Any]] = []
-    for line in notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []:
-        said = json.loads(line)
-        if "to" in said:
-            pending.append(said)
-        elif said["folder"] is not None:
-            pending = [each for each in pending if os.path.dirname(each["to"]) != said["folder"]]
-        else:
-            flushed[said["flushed"]] = said["bytes"]
-    if loss == "names":
-        for each in reversed(pending):
-            if os.path.exists(each["to"]) and not os.path.exists(each["from"]):
-                with suppress(OSError):
-                    os.rename(each["to"], each["from"])
-                    if each["kept"] is not None:
-                        os.link(each["kept"], each["to"])
-    for path in [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]:
-        status = path.stat()
-        safe = flushed.get(status.st_ino, 0)
-        if status.st_size <= safe:
-            continue
-        with path.open("r+b") as file:
-            if loss == "zeros":
-                file.seek(safe)
-                file.write(bytes(status.st_size - safe))
-            else:
-                file.truncate(safe if loss == "empty" else (safe + status.st_size) // 2)
 
 
 @dataclass(frozen=True)
@@ -288,13 +194,11 @@ WORKS: dict[str, Work] = {
 }
 
 
-def process(
-    rank: int, world_size: int, meeting_point: Path, name: str, folder: Path, fault: Fault, notes: Path
-) -> None:
+def process(rank: int, world_size: int, meeting_point: Path, name: str, folder: Path, fault: Fault) -> None:
     """One process of a work, struck by a fault; what `in_processes` calls."""
     join_group(rank, world_size, meeting_point)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    shim = Shim(folder, fault if rank == fault.rank else Fault(), notes)
+    shim = Shim(folder, fault if rank == fault.rank else Fault())
     shim.install()
     code = 0
     try:
@@ -305,7 +209,7 @@ def process(
     except BaseException:
         traceback.print_exc()
         code = 1
-    shim.told()
+    Path(f"{folder}.{rank}.count").write_text(str(shim.count))
     sys.stderr.flush()
     # What a group of processes holds open at the end is no part of the work.
     os._exit(code)
@@ -328,19 +232,8 @@ def prepare(place: Path) -> None:
     tokenizer.save(material / "pretrained" / "tokenizer.json")
 
 
-def _same(found: Any, expected: Any, what: str) -> None:
-    if found != expected:
-        parts = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
-        told = "; ".join(f"{str(a)[:400]} instead of {str(b)[:400]}" for a, b in parts if a != b)
-        raise AssertionError(f"{what} has another result: {told}")
-
-
 class Bench:
-    """A folder with the material of all works, in which they are done undisturbed and disturbed.
-
-    Args:
-        place: with room for them; in memory, for power cuts.
-    """
+    """A folder with the material of all works, in which they are done undisturbed and disturbed."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -348,130 +241,69 @@ class Bench:
         self._whole: dict[tuple[str, int], tuple[Any, int, float]] = {}
         self._number = 0
 
+    def _folder(self) -> Path:
+        self._number += 1
+        folder = self.place / f"work-{self._number}"
+        folder.mkdir()
+        return folder
+
     def _attempt(self, name: str, world_size: int, folder: Path, fault: Fault, stop: float | None = None) -> list[int]:
         self._number += 1
-        meet, notes = self.place / f"meet-{self._number}", self.place / f"notes-{self._number}"
-        return in_processes(process, world_size, meet, name, folder, fault, notes, kill_after=stop)
+        meet = self.place / f"meet-{self._number}"
+        return in_processes(process, world_size, meet, name, folder, fault, kill_after=stop)
 
     def whole(self, name: str, world_size: int = 1) -> tuple[Any, int, float]:
-        """The result of work that nothing happens to, how many operations on files it does, and its seconds."""
+        """The result of undisturbed work, how many operations on files it does, and its seconds."""
         if (name, world_size) not in self._whole:
-            folder = self.place / f"whole-{len(self._whole)}"
-            folder.mkdir()
-            begun = time.perf_counter()
+            folder, begun = self._folder(), time.perf_counter()
             codes = self._attempt(name, world_size, folder, Fault())
             assert codes == [0] * world_size, f"{name} by {world_size} processes ended with {codes}"
             seconds = time.perf_counter() - begun
-            counts = self.place.glob(f"notes-{self._number}.*.count")
-            most = max(int(path.read_text()) for path in counts)
+            most = max(int(Path(f"{folder}.{rank}.count").read_text()) for rank in range(world_size))
             self._whole[name, world_size] = (WORKS[name].result(folder), most, seconds)
         return self._whole[name, world_size]
 
-    def disturbed(self, name: str, fault: Fault, world_size: int = 1, loss: Loss = "tail") -> str:
-        """Work that a fault strikes and that is begun again; how it first ended.
+    def disturbed(self, name: str, fault: Fault, world_size: int = 1, stop: float | None = None) -> str:
+        """Work that a fault strikes, or a kill after `stop` seconds, and that is begun again; how it first ended.
 
         Raises:
             AssertionError: a traceback, a second failure, or another result than that of undisturbed work.
         """
-        expected = self.whole(name, world_size)[0]
-        folder = self.place / f"work-{self._number}"
-        folder.mkdir()
-        codes = self._attempt(name, world_size, folder, fault)
-        wanted = {"kill": -9, "power": -9, "full": REFUSED}.get(fault.kind, 0)
+        expected, folder = self.whole(name, world_size)[0], self._folder()
+        codes = self._attempt(name, world_size, folder, fault, stop)
         # Processes that lose another one may say so in any way.
-        assert codes[fault.rank] in (wanted, 0), f"{name} by {fault} ended with {codes}"
-        if fault.kind == "power":
-            lose(folder, self.place / f"notes-{self._number}", loss)
+        assert codes[fault.rank] in (REFUSED if fault.kind == "full" else -9, 0) or -9 in codes, f"{fault}: {codes}"
         again = self._attempt(name, world_size, folder, Fault())
-        assert again == [0] * world_size, f"{name} does not go on after {fault} ({loss}): {again}"
-        _same(WORKS[name].result(folder), expected, f"{name} after {fault} ({loss})")
+        assert again == [0] * world_size, f"{name} does not go on after {fault}, {stop} s: {again}"
+        found = WORKS[name].result(folder)
+        if found != expected:
+            parts = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+            differing = "; ".join(f"{str(a)[:400]} instead of {str(b)[:400]}" for a, b in parts if a != b)
+            raise AssertionError(f"{name} after {fault}, {stop} s has another result: {differing}")
         shutil.rmtree(folder)
-        return "killed" if codes[fault.rank] == -9 else "refused" if codes[fault.rank] == REFUSED else "finished"
-
-    def killed(self, name: str, after: float, world_size: int = 1) -> str:
-        """Work whose processes are all killed at a moment, and that is begun again."""
-        expected = self.whole(name, world_size)[0]
-        folder = self.place / f"work-{self._number}"
-        folder.mkdir()
-        codes = self._attempt(name, world_size, folder, Fault(), after)
-        assert codes == [0] * world_size or -9 in codes, f"{name} ended with {codes}"
-        again = self._attempt(name, world_size, folder, Fault())
-        assert again == [0] * world_size, f"{name} does not go on after a kill at {after:.2f} s: {again}"
-        _same(WORKS[name].result(folder), expected, f"{name} after a kill at {after:.2f} s")
-        shutil.rmtree(folder)
-        return "killed" if -9 in codes else "finished"
-
-
-def soak(bench: Bench, *, runs: int, every: int, random_numbers: random.Random, works: list[str]) -> Iterator[str]:
-    """All faults, one after the other; a line for each kind of work.
-
-    Args:
-        bench: to work on.
-        runs: kills at moments of the clock, of each kind of work with one process and with two.
-        every: strike at each n-th operation; 1 for all of them.
-        random_numbers: where the moments come from.
-        works: names of those that are done.
-    """
-    for name in works:
-        for world_size in (1, 2):
-            if name == "re-ranking" and world_size == 2:
-                continue
-            _, operations, last = bench.whole(name, world_size)
-            ends: Counter[str] = Counter()
-            for _ in range(runs):
-                moment = random_numbers.uniform(0, last)
-                end = bench.killed(name, moment, world_size)
-                ends[end] += 1
-                # The first run of all takes longest: what ended before its kill is killed earlier the next time.
-                last = moment if end == "finished" else last
-            yield f"{name}, {world_size} processes, killed at a moment: {dict(ends)}, all the same in the end"
-            if world_size == 2:
-                continue
-            for kind in ("kill", "power", "full", "clock"):
-                ends = Counter()
-                for at in range(1 + random_numbers.randrange(every), operations + 1, every):
-                    for loss in LOSSES if kind == "power" else LOSSES[:1]:
-                        ends[bench.disturbed(name, Fault(kind, at), world_size, loss)] += 1
-                yield f"{name}, {operations} operations, {kind}: {dict(ends)}, all the same in the end"
-    yield f"pretraining by 1, 2, 4 and 1 processes: {change_world(bench.place / 'sizes')} steps, each once"
-
-
-def change_world(folder: Path, sizes: tuple[int, ...] = (1, 2, 4, 1)) -> int:
-    """A run that is killed and goes on with another number of processes, again and again; the steps in its log.
-
-    Raises:
-        AssertionError: it does not go on, a step is missing or twice, or a number is not finite.
-    """
-    folder.mkdir()
-    steps = 3 * len(sizes)
-    for number, size in enumerate(sizes):
-        last = number == len(sizes) - 1
-        checkpoint = {"folder": str(folder), "every": 2, "keep": 2}
-        recipe = small_recipe(folder, steps=steps, checkpoint=checkpoint, parallel=("fsdp", "ddp")[number % 2])
-        options = {} if last else {"kill_at": 3 * (number + 1)}
-        codes = in_processes(process_of_a_run, size, folder / f"meet-{number}", recipe, options)
-        assert codes == [0 if last else -9] * size, f"{size} processes after {sizes[:number]} ended with {codes}"
-    lines = numbers(folder)
-    assert [line["step"] for line in lines] == [*range(1, steps + 1)], lines
-    assert all(math.isfinite(value) for line in lines for value in line.values())
-    return len(lines)
+        return {-9: "killed", REFUSED: "refused"}.get(codes[fault.rank], "finished")
 
 
 def main() -> int:
-    """The soak: every fault at every operation, and kills at moments without number; 1 where work ends differently."""
+    """Strike at every n-th operation, and kill at moments of the clock; fails where work ends differently."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="kills of each kind of work, by one and by two processes")
     parser.add_argument("--every", type=int, default=1, help="strike at each n-th operation on files")
     parser.add_argument("--work", default="", help=f"only those whose name holds this, of {', '.join(WORKS)}")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
-    print(f"seed {options.seed}", flush=True)
-    works = [name for name in WORKS if options.work in name]
-    random_numbers = random.Random(options.seed)
-    with tempfile.TemporaryDirectory(prefix="xfm-soak-", dir=SHARED_MEMORY) as place:
+    with tempfile.TemporaryDirectory(prefix="xfm-soak-") as place:
         bench = Bench(Path(place))
-        for line in soak(bench, runs=options.runs, every=options.every, random_numbers=random_numbers, works=works):
-            print(line, flush=True)
+        for name in (name for name in WORKS if options.work in name):
+            operations = bench.whole(name)[1]
+            kinds: tuple[Kind, ...] = ("kill", "full")
+            faults = [Fault(kind, at) for kind in kinds for at in range(1, operations + 1, options.every)]
+            ends = Counter(bench.disturbed(name, fault) for fault in faults)
+            print(f"{name}, struck at {operations} operations: {dict(ends)}, all the same in the end", flush=True)
+            for world_size in (1,) if name == "re-ranking" else (1, 2):
+                seconds = bench.whole(name, world_size)[2]
+                moments = [random.uniform(0, seconds) for _ in range(options.runs)]
+                ends = Counter(bench.disturbed(name, Fault(), world_size, moment) for moment in moments)
+                print(f"{name}, killed in {world_size} processes: {dict(ends)}, all the same in the end", flush=True)
     return 0
 
 

@@ -5,8 +5,8 @@ one fails, and writes `seeded_faults.json`: every fault with the test that caugh
 printed, and the exit code is 1.
 
 In plain Python faults are generated: every operator, comparison and number of a function is a place for one, and of
-these places a few are drawn by a fixed seed (`--all` takes every one). Triton's sources are not Python when they run,
-and of random faults in them many change nothing, so theirs are written by hand below.
+these places two are drawn by a fixed seed. Triton's sources are not Python when they run, and of random faults in them
+many change nothing, so theirs are written by hand below.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import ast
 import json
 import os
 import random
-import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -174,9 +174,6 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# Places at which a fault changes nothing that anyone could see, each with its reason.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -194,7 +191,7 @@ class Fault:
         return self.file, self.before, self.after
 
 
-def faults(*, every: bool = False) -> Iterator[Fault]:
+def faults() -> Iterator[Fault]:
     """Those that are generated, then those by hand."""
     for file, functions in GENERATED.items():
         source = (ROOT / file).read_text(encoding="utf-8")
@@ -202,7 +199,7 @@ def faults(*, every: bool = False) -> Iterator[Fault]:
             if name.startswith(_PASSED_OVER) or (functions and name not in functions):
                 continue
             found = [(*place, new) for place in places for new in _replacements(place[2])]
-            drawn = found if every else random.Random(f"{file} {name}").sample(found, min(_OF_A_FUNCTION, len(found)))
+            drawn = random.Random(f"{file} {name}").sample(found, min(_OF_A_FUNCTION, len(found)))
             for start, stop, old, new in sorted(drawn, key=lambda each: each[:2]):
                 text = source[:start] + new + source[stop:]
                 yield _fault(file, name, source, text, start, old, new)
@@ -315,36 +312,25 @@ class Copy:
             if not (folder / "xfm_fast" / link.name).is_symlink():
                 (folder / "xfm_fast" / link.name).symlink_to(os.readlink(link))
 
-    def first_failure(self, tests: tuple[str, ...], deselected: Sequence[str] = ()) -> tuple[str | None, float]:
-        """The test that fails first, None where all pass, and the seconds until then."""
-        begun = time.perf_counter()
-        read, write = os.pipe()
+    def first_failure(self, tests: tuple[str, ...], deselected: Sequence[str] = ()) -> str | None:
+        """The test that fails first; None where all pass."""
+        begun, log = time.perf_counter(), self.folder / "pytest.log"
         child = os.fork()
         if not child:
-            os.close(read)
-            os.dup2(write, 1)
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             self._run(tests, deselected)
-        os.close(write)
-        said = b""
-        while time.perf_counter() - begun < _SECONDS:
-            if select.select([read], [], [], 1.0)[0]:
-                part = os.read(read, 1 << 16)
-                if not part:
-                    break
-                said += part
-        else:
-            os.kill(child, 9)
-        os.close(read)
-        _, status = os.waitpid(child, 0)
-        seconds = time.perf_counter() - begun
-        if os.waitstatus_to_exitcode(status) == 0:
-            return None, seconds
-        lines = said.decode(errors="replace").splitlines()
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.perf_counter() - begun > _SECONDS:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.05)
+        if (code := os.waitstatus_to_exitcode(ended[1])) == 0:
+            return None
+        lines = log.read_text(errors="replace").splitlines()
         failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
         # Such as `FAILED tests/a.py::test_b[c d] - AssertionError: ...`.
         how = failed[-1].partition(" ")[2].partition(" - ")[0] if failed else ""
-        return how or f"{tests[0]}: the process ended by {os.waitstatus_to_exitcode(status)}", seconds
+        return how or f"{tests[0]}: the process ended by {code}"
 
     def _run(self, tests: tuple[str, ...], deselected: Sequence[str]) -> None:
         import pytest
@@ -379,13 +365,10 @@ def _write(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Put every fault in, one after the other; 1 where one is not caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every place, instead of a few of each function")
     parser.add_argument("--file", default="", help="only faults of files whose path holds this")
     parser.add_argument("--anew", action="store_true", help="those too that an earlier run has caught")
-    parser.add_argument("--survivors", action="store_true", help="only those that no test has caught yet")
     parser.add_argument("--deselect", action="append", default=[], help="a test that fails here without any fault")
     parser.add_argument("--unchecked", action="store_true", help="the tests are known to pass without a fault")
-    parser.add_argument("--backwards", action="store_true", help="from the last one, for a second process")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1")
     for name in _SLOW_TO_IMPORT:
@@ -393,40 +376,33 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    wanted = {fault.key: fault for fault in faults(every=options.all) if fault.key not in EQUIVALENT}
+    places = {fault.key: fault for fault in faults()}
     with tempfile.TemporaryDirectory(prefix="xfm-faults-") as folder:
         copy = Copy(Path(folder))
         clean: set[str] = set()
-        for key, fault in reversed(wanted.items()) if options.backwards else wanted.items():
+        for key, fault in places.items():
             # Read anew each time: another process may try others meanwhile.
             tried = _known().get(key)
-            if options.file not in fault.file or (tried is None and options.survivors):
-                continue
-            if tried is not None and tried["caught_by"] and not options.anew:
+            if options.file not in fault.file or (tried and tried["caught_by"] and not options.anew):
                 continue
             first = _FIRST.get(fault.function, "")
             tests = tuple(sorted(COVERED_BY[fault.file], key=lambda test, name=first: not name or name not in test))
             for test in (test for test in tests if test not in clean and not options.unchecked):
                 # What fails without a fault says nothing about one.
-                failure, seconds = copy.first_failure((test,), options.deselect)
-                print(f"{test}: {seconds:.0f} s", flush=True)
-                if failure is not None:
+                if (failure := copy.first_failure((test,), options.deselect)) is not None:
                     raise SystemExit(f"{failure} fails without any fault; mend it first")
                 clean.add(test)
             path = copy.folder / fault.file
             whole = path.read_text(encoding="utf-8")
             path.write_text(fault.text, encoding="utf-8")
-            caught, seconds = copy.first_failure(tests, options.deselect)
+            caught = copy.first_failure(tests, options.deselect)
             path.write_text(whole, encoding="utf-8")
-            print(f"{seconds:4.0f} s {caught or 'SURVIVED'}: {fault.file}: {fault.after}", flush=True)
-            done = _known()
-            done[key] = {
-                "file": fault.file, "function": fault.function, "before": fault.before, "after": fault.after,
-                "caught_by": caught,
-            }  # fmt: skip
-            _write([done[key] for key in wanted if key in done])
+            print(f"{caught or 'SURVIVED'}: {fault.file}: {fault.after}", flush=True)
+            row = {"file": fault.file, "function": fault.function, "before": fault.before, "after": fault.after}
+            done = _known() | {key: row | {"caught_by": caught}}
+            _write([done[key] for key in places if key in done])
     known = _known()
-    rows = [known[key] for key in wanted if key in known]
+    rows = [known[key] for key in places if key in known]
     _write(rows)
     survived = sum(not row["caught_by"] for row in rows)
     print(f"{len(rows) - survived} of {len(rows)} faults are caught")

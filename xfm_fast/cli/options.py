@@ -104,6 +104,7 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("serve", "--max-characters", None, "the fixed limit of 2,000 characters"),
     Renamed("serve", "--max-connections", None, "the limits of a proxy in front"),
     Renamed("serve", "--batch-wait-ms", None, "the fixed wait of 5 ms"),
+    Renamed("reproduce", "--jobs", None, "taskset, since a study takes the cores that the process may use"),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
     *(
         Renamed("export", f"--{name.replace('_', '-')}", None, f"TensorRTRequest({name}=) in Python")

@@ -11,7 +11,6 @@ from annotated_types import Ge
 
 from xfm_fast.cli.console import named_progress, note
 from xfm_fast.cli.options import UNFINISHED, Flat
-from xfm_fast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,12 +19,10 @@ class StudyOptions:
 
     Attributes:
         seeds: Runs of each part. [downstream 1, claims 10]
-        jobs: Fine-tunings at a time. [one a core]
         out: Folder of the study; finished runs in it are reused. [runs/STUDY]
     """
 
     seeds: Annotated[int | None, Ge(1)] = None
-    jobs: Annotated[int | None, Ge(1)] = None
     out: Path | None = None
 
 
@@ -69,8 +66,6 @@ def reproduce(
     from xfm_fast.io import write_bytes
     from xfm_fast.reproduce import claims, tasks
 
-    if study == "claims" and options.jobs is not None:
-        raise InputError("--jobs applies to downstream; leave it out")
     out = options.out or Path("runs", study)
     module: Any = claims if study == "claims" else tasks
 
@@ -84,9 +79,8 @@ def reproduce(
     if study == "claims":
         results = claims.run_claims(out, seeds=options.seeds or 10, overrides=overrides, on_change=keep)
     else:
-        results = tasks.run_tasks(
-            out, seeds=options.seeds or 1, jobs=options.jobs, overrides=overrides or tasks.OVERRIDES, on_change=keep
-        )
+        overrides = overrides or tasks.OVERRIDES
+        results = tasks.run_tasks(out, seeds=options.seeds or 1, overrides=overrides, on_change=keep)
     print(module.markdown(results))
     keep(results)
     print(f"saved: {page}, {document}")

@@ -1,17 +1,14 @@
 """Texts about scenes: captions, referring expressions, questions, and true or false statements.
 
-`caption_facts` parses captions and checks their claims. Questions and statements never mention a combination that is
-held out from the split.
+Questions and statements never mention a combination that is held out from the split.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, permutations, product
-from typing import Literal, NamedTuple
 
 from xfm_fast.data.shapes.scenes import (
     COLOURS,
@@ -25,7 +22,6 @@ from xfm_fast.data.shapes.scenes import (
     allowed_pairs,
     pixel_box,
 )
-from xfm_fast.errors import DataError
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -39,15 +35,6 @@ VOCABULARY = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:], *
 """Vocabulary of all texts."""
 ANSWERS = tuple(sorted({*COLOURS, *SHAPES, *SIZES, *TEXTURES, *NUMBERS[1:4], "yes", "no"}))
 """All answers."""
-Attribute = Literal["size", "colour", "texture", "shape"]
-ATTRIBUTES: tuple[Attribute, ...] = ("size", "colour", "texture", "shape")
-"""Attributes of an object in noun-phrase order."""
-
-_CANONICAL = {other: relation for relation, other in _OTHER_WORDS.items()}
-_ADJECTIVES = "".join(f"(?:({'|'.join(words)}) )?" for words in (SIZES, COLOURS, TEXTURES))
-_NOUN = re.compile(rf"(?:an?|the) {_ADJECTIVES}({'|'.join(SHAPES)}|object)")
-_RELATION = re.compile(f" ({'|'.join((*OPPOSITE, *_OTHER_WORDS.values()))}) ")
-_OPENING = re.compile("(?:there is |the image contains |a picture of )?")
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ class Reference:
     @property
     def adjectives(self) -> str:
         """Attributes without the shape; may be empty."""
-        return " ".join(part for part in (self.size, self.colour, self.texture) if part is not None)
+        return " ".join(filter(None, (self.size, self.colour, self.texture)))
 
     @property
     def noun(self) -> str:
@@ -264,66 +251,3 @@ def _choice(scenes: Sequence[Scene], purpose: str, count: int) -> int:
     """Deterministic pseudo-random number below `count` for these scenes."""
     looks = " ".join(f"{Reference(*t.looks)}{pixel_box(t)}" for scene in scenes for t in scene.things)
     return zlib.crc32(f"{purpose}: {looks}".encode()) % count
-
-
-class Fact(NamedTuple):
-    """One claim of a caption: an attribute of an object ("red") or a relation ("left of")."""
-
-    kind: Attribute | Literal["relation"]
-    claim: str
-    true: bool
-
-
-def caption_facts(text: str, scene: Scene) -> list[Fact] | None:
-    """Claims of a caption in order, checked against a scene; None for a text that cannot be parsed.
-
-    Accepts chains as produced by `captions`, with any subset of attributes. Nouns are assigned to distinct objects to
-    maximise true attributes, then true relations; all claims about an unassigned noun are false.
-    """
-    words = " ".join(text.lower().split()).removesuffix(".").rstrip()
-    parts = _RELATION.split(_OPENING.sub("", words, count=1))
-    nouns = [match.groups() for part in parts[::2] if (match := _NOUN.fullmatch(part))]
-    if len(nouns) < len(parts[::2]):
-        return None
-    relations = [_CANONICAL.get(relation, relation) for relation in parts[1::2]]
-    readings: Iterable[Sequence[Thing | None]] = permutations(scene.things, len(nouns))
-    if len(nouns) > len(scene.things):
-        places = permutations(range(len(nouns)), len(scene.things))
-        by_place = (dict(zip(chosen, scene.things, strict=True)) for chosen in places)
-        readings = ([things.get(place) for place in range(len(nouns))] for things in by_place)
-
-    def facts_of(meant: Sequence[Thing | None]) -> list[Fact]:
-        facts: list[Fact] = []
-        for place, (attributes, thing) in enumerate(zip(nouns, meant, strict=True)):
-            if place:
-                before, relation = meant[place - 1], relations[place - 1]
-                true = before is not None and thing is not None and holds(relation, before, thing)
-                facts.append(Fact("relation", relation, true))
-            for kind, claim in zip(ATTRIBUTES, attributes, strict=True):
-                if claim is not None and claim != "object":
-                    facts.append(Fact(kind, claim, thing is not None and getattr(thing, kind) == claim))
-        return facts
-
-    return max(
-        map(facts_of, readings),
-        key=lambda facts: (sum(f.true for f in facts if f.kind != "relation"), sum(f.true for f in facts)),
-    )
-
-
-def true_shares(texts: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Fractions of true claims over captions.
-
-    `true_captions`: captions with at least one claim and no false one; `true_colours`, `true_relations`, ...: claims by
-    kind.
-    """
-    if not texts or len(texts) != len(scenes):
-        raise DataError(
-            f"{len(texts)} captions and {len(scenes)} scenes: give one scene for each caption, at least one"
-        )
-    results = [caption_facts(text, made) or [] for text, made in zip(texts, scenes, strict=True)]
-    right = [bool(facts) and all(fact.true for fact in facts) for facts in results]
-    shares = {"true_captions": sum(right) / len(results)}
-    for kind in (*ATTRIBUTES, "relation"):
-        of_kind = [fact.true for facts in results for fact in facts if fact.kind == kind]
-        shares[f"true_{kind}s"] = sum(of_kind) / max(1, len(of_kind))
-    return shares
