@@ -91,7 +91,7 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["search", folder, "a dog", "--random", "tiny"], "was made with"),
         (["search", folder, "a dog", "--random", "tiny", "--model", "x"], "--model x and --random tiny"),
-        (["search", folder, "a dog", "--sheet", "a.gif"], ".html or .png"),
+        (["search", folder, "a dog", "--sheet", "a.png"], "a.png"),
         (["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"], "in no format that Pillow reads"),
         (["index", folder, "--random", "tiny"], "(--index)"),
         (["index", tmp_path / "nowhere"], "does not exist"),

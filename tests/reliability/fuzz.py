@@ -358,9 +358,9 @@ def _index() -> bytes:
 
 
 def _read_index(folder: Path) -> None:
-    index = open_index(folder)
+    index = open_index(folder, folder)
     with suppress(DataError, OSError):
-        for entry in (*index.entries, *index.broken):
+        for entry in index.entries:
             index.load(entry)
 
 

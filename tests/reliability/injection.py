@@ -149,13 +149,12 @@ def _evaluated(folder: Path) -> Any:
 
 def _index(folder: Path, rank: int, world_size: int) -> None:
     from xfm_fast.search import index, open_model
-    from xfm_fast.training.distributed import join_processes
 
     index._PART = 2
     material = folder.parent / "material"
-    with join_processes("cpu") as processes:
-        model = open_model(material / "pretrained")
-        index.build_index(material / "world/images/val", model, folder / "index", batch_size=1, processes=processes)
+    index.build_index(
+        material / "world/images/val", open_model(material / "pretrained"), folder / "index", batch_size=1
+    )
 
 
 def _indexed(folder: Path) -> Any:
@@ -163,7 +162,7 @@ def _indexed(folder: Path) -> Any:
 
     found = open_index(folder / "index")
     left = sorted(path.name for path in (folder / "index").glob("part-*"))
-    return [entry.name for entry in found.entries], found.features.tobytes(), found.faults, left
+    return [entry.name for entry in found.entries], found.features.tobytes(), left
 
 
 def _rerank(folder: Path, rank: int, world_size: int) -> None:
@@ -299,7 +298,7 @@ def main() -> int:
             faults = [Fault(kind, at) for kind in kinds for at in range(1, operations + 1, options.every)]
             ends = Counter(bench.disturbed(name, fault) for fault in faults)
             print(f"{name}, struck at {operations} operations: {dict(ends)}, all the same in the end", flush=True)
-            for world_size in (1,) if name == "re-ranking" else (1, 2):
+            for world_size in (1,) if name in ("re-ranking", "indexing") else (1, 2):
                 seconds = bench.whole(name, world_size)[2]
                 moments = [random.uniform(0, seconds) for _ in range(options.runs)]
                 ends = Counter(bench.disturbed(name, Fault(), world_size, moment) for moment in moments)

@@ -30,7 +30,7 @@ def test_work_goes_on(bench: Bench, name: str, kind: Kind) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in WORKS if name != "re-ranking"])
+@pytest.mark.parametrize("name", [name for name in WORKS if name not in ("re-ranking", "indexing")])
 def test_two_processes_go_on(bench: Bench, name: str) -> None:
     operations, seconds = bench.whole(name, 2)[1:]
     bench.disturbed(name, Fault("kill", operations // 2), 2)

@@ -15,10 +15,8 @@ import torch
 
 from tests.data.record_files import pairs, write_lines
 from tests.search.conftest import write_model, write_picture
-from tests.training.small_runs import in_processes, join_group
 from xfm_fast.errors import DataError, StorageError
 from xfm_fast.search import IndexReport, SearchModel, build_index, index, index_folder, open_index, open_model
-from xfm_fast.training.distributed import join_processes
 
 
 def indexed(photos: Path, model: SearchModel, **options: Any) -> tuple[IndexReport, int]:
@@ -36,17 +34,12 @@ def check_features(photos: Path, model: SearchModel) -> list[str]:
     return names
 
 
-def test_features_are_those_of_encode(photos: Path, model: SearchModel) -> None:
+def test_only_new_and_changed_images_are_read(photos: Path, model: SearchModel) -> None:
     report = build_index(photos, model, batch_size=3)
     assert (report.images, report.added, report.removed, dict(report.faults)) == (7, 7, 0, {})
     names = check_features(photos, model)
     assert names == sorted(names)
     assert isinstance(open_index(photos).features.base, np.memmap)
-    assert {path.name.split("-")[0] for path in index_folder(photos).iterdir()} == {"index.json", "features", "images"}
-
-
-def test_only_new_and_changed_images_are_read(photos: Path, model: SearchModel) -> None:
-    build_index(photos, model)
     before = {path.name: path.stat().st_mtime_ns for path in index_folder(photos).iterdir()}
     assert indexed(photos, model)[1] == 0
     assert {path.name: path.stat().st_mtime_ns for path in index_folder(photos).iterdir()} == before
@@ -72,14 +65,13 @@ def test_captions_are_renewed_without_their_images(photos: Path, model: SearchMo
     assert open_index(photos).entries[0].captions == ()
 
 
-def test_broken_images_are_listed_and_read_again_when_they_change(photos: Path, model: SearchModel) -> None:
+def test_broken_images_are_listed(photos: Path, model: SearchModel) -> None:
     (photos / "3.png").write_bytes(b"none")
-    for expected in (8, 0):
+    for expected in (8, 1):
         report, read = indexed(photos, model)
         assert (report.images, [*report.faults], read) == (7, ["3.png"], expected)
     write_picture(photos / "3.png", 3)
-    report, read = indexed(photos, model)
-    assert (report.images, read) == (8, 1)
+    assert build_index(photos, model).images == 8
 
 
 def test_a_killed_run_resumes(photos: Path, model: SearchModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,23 +86,17 @@ def test_a_killed_run_resumes(photos: Path, model: SearchModel, monkeypatch: pyt
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (index_folder(photos) / "index.json").exists()
-    # Half a part is none.
-    (index_folder(photos) / f"part-0-{model.fingerprint}-0123456789ab.jsonl").write_text('{"name":')
+    # Half a part is none; files of other names stay.
+    ours = [f"part-0-{model.fingerprint}-0123456789ab.jsonl", "graph-0123456789ab.usearch"]
+    others = ["part-1.jpg", "images-2024.jsonl", "features-old.f32"]
+    for name in (*ours, *others):
+        (index_folder(photos) / name).write_text('{"name":')
     report, read = indexed(photos, model)
     assert (report.images, read) == (7, 3)
     check_features(photos, model)
-    assert not [*index_folder(photos).glob("part-*")]
-
-
-def test_leftovers_of_a_killed_run_are_removed(photos: Path, model: SearchModel) -> None:
-    build_index(photos, model)
-    for name in ("part-1.jpg", "images-2024.jsonl", "features-old.f32", "graph-paper.pdf"):
-        (index_folder(photos) / name).write_text("")
-    whole = sorted(path.name for path in index_folder(photos).iterdir())
-    for name in ("part-0-{}.jsonl", f"part-0-{model.fingerprint}-{{}}.f32", "features-{}.f32", "graph-{}.usearch"):
-        (index_folder(photos) / name.format("0123456789ab")).write_text("")
-    build_index(photos, model)
-    assert sorted(path.name for path in index_folder(photos).iterdir()) == whole
+    left = {path.name for path in index_folder(photos).iterdir()}
+    assert {*others} < left
+    assert len(left) == len(others) + 3
 
 
 def test_a_stopped_run_resumes(photos: Path, model: SearchModel) -> None:
@@ -120,23 +106,6 @@ def test_a_stopped_run_resumes(photos: Path, model: SearchModel) -> None:
     assert (report, read) == (IndexReport(index_folder(photos), interrupted=True), 1)
     report, read = indexed(photos, model)
     assert (report.images, read) == (7, 6)
-
-
-def _share(rank: int, world_size: int, folder: Path, photos: Path, weights: Path) -> None:
-    join_group(rank, world_size, folder)
-    with join_processes("cpu") as processes:
-        report = build_index(photos, open_model(weights), processes=processes)
-        assert report.images == 7
-
-
-@pytest.mark.slow
-def test_processes_share_the_images(photos: Path, weights: Path, model: SearchModel, tmp_path: Path) -> None:
-    assert in_processes(_share, 2, tmp_path / "group", photos, weights) == [0, 0]
-    shared = open_index(photos)
-    build_index(photos, model, tmp_path / "one")
-    one = open_index(tmp_path / "one")
-    assert one.entries == shared.entries
-    np.testing.assert_allclose(one.features, shared.features, atol=1e-5)
 
 
 def test_another_model_or_collection_is_refused(photos: Path, model: SearchModel, tmp_path: Path) -> None:
@@ -152,70 +121,47 @@ def test_another_model_or_collection_is_refused(photos: Path, model: SearchModel
         build_index(photos / "trip", model, tmp_path / "index")
 
 
-def damage_header(folder: Path, change: Any) -> None:
-    path = folder / "index.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-
-
-def damage_file(folder: Path, pattern: str, change: Any) -> None:
-    path = next(folder.glob(pattern))
-    path.write_bytes(change(path.read_bytes()))
+@pytest.fixture(scope="module")
+def whole(model: SearchModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an index."""
+    folder = tmp_path_factory.mktemp("whole")
+    for number in range(2):
+        write_picture(folder / f"{number}.png", number)
+    return build_index(folder, model).folder
 
 
 @pytest.mark.parametrize(
-    ("damage", "arguments", "message"),
+    ("pattern", "damage", "word"),
     [
-        (damage_header, (lambda header: header | {"format": 1},), "format 1"),
-        (damage_header, (lambda header: header | {"images": 5},), "5 images"),
-        (damage_header, (lambda header: header | {"images": -1},), "images"),
-        (damage_header, (lambda header: header | {"entries": "/dev/zero"},), "entries"),
-        (damage_header, (lambda header: header | {"features": "../images"},), "features"),
-        (damage_header, (lambda header: header | {"sums": {header["features"]: 1}},), "checksum"),
-        (damage_header, (lambda header: [],), "damaged"),
-        (damage_file, ("features-*", lambda content: content[:-4]), "damaged"),
-        (damage_file, ("features-*", lambda content: content[:-4] + b"1234"), "checksum"),
-        (damage_file, ("images-*", lambda content: content.replace(b"0.png", b"1.png", 1)), "checksum"),
-        (damage_file, ("images-*", lambda content: b"5\n" * 7), "damaged"),
+        ("index.json", lambda header: header | {"format": 1}, "format"),
+        ("index.json", lambda header: header | {"images": 5}, "5 images"),
+        ("index.json", lambda header: header | {"entries": "/dev/zero"}, "entries"),
+        ("index.json", lambda header: header | {"features": "../images"}, "features"),
+        ("index.json", lambda header: header | {"features": "missing"}, "missing"),
+        ("index.json", lambda header: [], "damaged"),
+        ("features-*", lambda content: content[:-4], "features"),
+        ("features-*", lambda content: content[:-4] + b"1234", "checksum"),
+        ("images-*", lambda content: content.replace(b"0.png", b"1.png", 1), "checksum"),
+        ("images-*", lambda content: b"5\n" * 2, "damaged"),
     ],
 )
-def test_a_damaged_index_is_refused(
-    photos: Path, model: SearchModel, damage: Any, arguments: tuple[Any, ...], message: str
-) -> None:
-    build_index(photos, model)
-    damage(index_folder(photos), *arguments)
-    with pytest.raises(DataError, match=message):
-        open_index(photos)
+def test_a_damaged_index_is_refused(whole: Path, tmp_path: Path, pattern: str, damage: Any, word: str) -> None:
+    folder = shutil.copytree(whole, tmp_path / "index")
+    path = next(folder.glob(pattern))
+    content = path.read_bytes()
+    damaged = json.dumps(damage(json.loads(content))).encode() if path.suffix == ".json" else damage(content)
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=word):
+        open_index(folder)
 
 
-def test_an_index_without_checksums_is_read(photos: Path, model: SearchModel) -> None:
-    build_index(photos, model)
-    damage_header(index_folder(photos), lambda header: {k: v for k, v in header.items() if k != "sums"})
-    assert len(open_index(photos).entries) == 7
-    damage_file(index_folder(photos), "images-*", lambda content: content.replace(b"null", b'null, "fault": "?"', 1))
-    with pytest.raises(DataError, match="damaged"):
-        open_index(photos)
-
-
-def test_an_index_that_is_replaced_meanwhile_is_read_again(
-    photos: Path, model: SearchModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build_index(photos, model)
-    write_picture(photos / "7.png", 7)
-    loads, replaced = json.loads, False
-
-    def late(text: str | bytes) -> Any:
-        nonlocal replaced
-        values = loads(text)
-        if "features" in values and not replaced:
-            replaced = True
-            build_index(photos, model)
-        return values
-
-    monkeypatch.setattr(json, "loads", late)
-    assert len(open_index(photos).entries) == 8
-    next(index_folder(photos).glob("images-*")).unlink()
-    with pytest.raises(DataError, match=r"lacks .*images-"):
-        open_index(photos)
+def test_an_index_of_an_earlier_version_is_read(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "index")
+    header = json.loads((folder / "index.json").read_text())
+    del header["sums"]
+    line = {"name": "3.png", "size": 5, "modified": 7, "row": None, "captions": []}
+    (folder / "index.json").write_text(json.dumps(header | {"faults": {"3.png": "broken"}, "broken": [line]}))
+    assert len(open_index(folder).entries) == 2
 
 
 def test_an_index_moves_with_its_folder(photos: Path, model: SearchModel, tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ RENAMED: tuple[Renamed, ...] = (
         Renamed("serve", name, None, "--timeout, the limit of a whole request")
         for name in ("--read-timeout", "--drain")
     ),
+    Renamed("index", "--batch-size", None, "build_index(batch_size=) in Python"),
+    Renamed("index", "--workers", None, "the fixed 8 threads"),
     Renamed("serve", "--max-pixels", None, "the fixed limit of 16,777,216 pixels"),
     Renamed("serve", "--max-characters", None, "the fixed limit of 2,000 characters"),
     Renamed("serve", "--max-connections", None, "the limits of a proxy in front"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,23 +25,19 @@ _ALIKE = 0.01
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """The index and how it is built.
+    """The index.
 
     Attributes:
         index: Folder of the index. [.xfm-index in the folder, or next to the file]
         images: Folder of the images, if a file lists their paths. [the file's]
-        batch_size: Images per batch.
-        workers: Threads that read and decode images.
     """
 
     index: Path | None = None
     images: Path | None = None
-    batch_size: Annotated[int, Ge(1)] = 32
-    workers: Annotated[int, Ge(1)] = 4
 
 
 @dataclass(frozen=True)
-class SearchOptions:
+class SearchOptions(IndexOptions):
     """What to search for, and how to show it.
 
     Attributes:
@@ -48,17 +45,13 @@ class SearchOptions:
         candidates: Nearest images that the fusion encoder re-ranks; 0 ranks by features only.
         rank: Order of the candidates: match of the fusion encoder, similarity of features, or sum (match logit +
             similarity). [as recorded by the model's run, else match]
-        sheet: Contact sheet to write, .html or .png.
-        index: Folder of the index. [in the indexed folder, or next to it]
-        images: Folder of the images, if a file lists their paths. [the file's]
+        sheet: Contact sheet to write, a page .html.
     """
 
     top: Annotated[int, Ge(1)] = 12
     candidates: Annotated[int, Ge(0)] = 64
     rank: Literal["match", "similarity", "sum"] | None = None
     sheet: Path | None = None
-    index: Path | None = None
-    images: Path | None = None
 
 
 def index(
@@ -71,8 +64,7 @@ def index(
 ) -> int:
     """Index images for search, or update the index: only new and changed images are read.
 
-    An interrupted command resumes. Unreadable images are listed and skipped. On several processes: torchrun
-    --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
+    An interrupted command resumes. Unreadable images are listed and skipped.
 
     Args:
         collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or JSON lines with image
@@ -80,32 +72,22 @@ def index(
     """
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE
-    from xfm_fast.training.distributed import join_processes, stop_on_signal
+    from xfm_fast.training.distributed import stop_on_signal
 
     target = options.index or index_folder(collection)
     known = open_index(target).model if (target / INDEX_FILE).is_file() else None
-    source = _known(source, known)
-    with join_processes(source.device) as processes, stop_on_signal() as stop, progress("indexing") as advance:
-        if source.random and processes.first:
-            _warn(source)
-        model = processes.together(lambda: open_model(source, device=processes.device))
+    source = _choose_model(source, known)
+    with stop_on_signal() as stop, progress("indexing") as advance:
         report = build_index(
-            collection, model, target, images=options.images, batch_size=options.batch_size, workers=options.workers,
-            processes=processes, progress=advance, stop=stop,
+            collection, open_model(source), target, images=options.images, progress=advance, stop=stop
         )  # fmt: skip
-        first = processes.first
-    if not first:
-        return UNFINISHED if report.interrupted else 0
     if report.interrupted:
         note("stopped; the same command resumes")
         return UNFINISHED
     if as_json:
         print(json.dumps(asdict(report) | {"folder": str(report.folder), "random": source.random is not None}))
         return 0
-    for name, reason in list(report.faults.items())[:_SHOWN]:
-        note(f"skipped {name}: {reason}")
-    if len(report.faults) > _SHOWN:
-        note(f"skipped {len(report.faults) - _SHOWN} more; --json lists all")
+    _note_skipped(report.faults, "")
     left = f", {len(report.faults):,} left out" if report.faults else ""
     print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
     values = vars(source) | vars(options)
@@ -135,54 +117,52 @@ def search(
     from xfm_fast.search import open_index, open_model, write_sheet
     from xfm_fast.search import search as find
 
-    if options.sheet is not None and options.sheet.suffix.lower() not in (".html", ".htm", ".png"):
-        raise InputError(f"--sheet {options.sheet}: name a .html or .png file")
-    found_index = open_index(where, options.index, images=options.images)
-    source = _known(source, found_index.model)
-    if source.random:
-        _warn(source)
-    model = open_model(source)
+    if options.sheet is not None and options.sheet.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--sheet {options.sheet}: a contact sheet is a page; name it .html")
+    opened = open_index(where, options.index, images=options.images)
+    source = _choose_model(source, opened.model)
     target = Path(query) if os.path.isfile(query) else query
-    found = find(found_index, model, target, top=options.top, candidates=options.candidates, rank=options.rank)
+    settings = {"top": options.top, "candidates": options.candidates, "rank": options.rank}
+    found = find(opened, open_model(source), target, **settings)
     matches = [hit.match for hit in found.hits if hit.match is not None]
     if len(matches) > 1 and 0.1 < min(matches) <= max(matches) < min(0.9, min(matches) + _ALIKE):
         note("match scores hardly differ, as from an untrained head; try --rank similarity")
-    for name, reason in list(found.lost.items())[:_SHOWN]:
-        note(f"skipped {name}: {reason}; index again")
+    _note_skipped(found.lost, "; index again")
     if as_json:
         rows = [
-            {
-                "rank": rank, "path": hit.location, "match": hit.match, "similarity": hit.similarity,
-                "score": hit.score, "caption": hit.entry.caption,
-            }
+            {"rank": rank, "path": hit.location, "caption": hit.entry.caption}
+            | {name: getattr(hit, name) for name in ("match", "similarity", "score")}
             for rank, hit in enumerate(found.hits, start=1)
-        ]  # fmt: skip
+        ]
         print(json.dumps({"query": query, "random": source.random is not None, "hits": rows}))
     else:
-        made = table("", "", "match", "similarity", "image", right=("", "match", "similarity"))
+        rows = table("", "", "match", "similarity", "image", right=("", "match", "similarity"))
         for rank, hit in enumerate(found.hits, start=1):
             match = "" if hit.match is None else f"{hit.match:.1%}"
-            made.add_row(str(rank), match, f"{hit.similarity:.3f}", escape(hit.location))
-        stdout().print(made)
+            rows.add_row(str(rank), match, f"{hit.similarity:.3f}", escape(hit.location))
+        stdout().print(rows)
     if options.sheet is not None:
-        written = write_sheet(options.sheet, target, found, found_index)
+        written = write_sheet(options.sheet, target, found, opened)
         note(f"saved: {written}") if as_json else print(f"saved: {written}")
     return 0
 
 
-def _known(source: Source, known: Source | None) -> Source:
+def _choose_model(source: Source, known: Source | None) -> Source:
     """The model of the options, or the random one of the index; another model of an index needs a matching option."""
     if source.model is None and source.random is None:
-        if known is None or known.random is None:
-            if known is not None:
-                raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
-            return replace(source, random="tiny")
-        if known.tokenizer is not None and source.tokenizer is None:
+        if known is not None and known.random is None:
+            raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
+        if known is not None and known.tokenizer is not None and source.tokenizer is None:
             raise InputError(f"the index uses a tokenizer; if you trust it, add --tokenizer {known.tokenizer}")
-        source = replace(source, random=known.random)
+        source = replace(source, random="tiny" if known is None else known.random)
     source.check()
+    if source.random:
+        note(f"THE WEIGHTS ARE RANDOM ({source}): results are meaningless. Give trained weights with --model")
     return source
 
 
-def _warn(source: Source) -> None:
-    note(f"THE WEIGHTS ARE RANDOM ({source}): results are meaningless. Give trained weights with --model")
+def _note_skipped(reasons: Mapping[str, str], advice: str) -> None:
+    for name, reason in list(reasons.items())[:_SHOWN]:
+        note(f"skipped {name}: {reason}{advice}")
+    if len(reasons) > _SHOWN:
+        note(f"skipped {len(reasons) - _SHOWN} more; --json lists all")

@@ -1,8 +1,8 @@
 """The image index: features in a memory-mapped file, computed only for new and changed images, and their model.
 
-Each process writes parts, so that a killed run resumes. At the end the first process merges them with the valid rows of
-the old index, in the order of the collection, and replaces index.json. Images stay where they are: a search reads its
-few candidates again, since the embeddings of all patches would take 600 KB an image, features take 1 KB.
+A build writes parts, so that a killed run resumes. At the end it merges them with the valid rows of the old index, in
+the order of the collection, and replaces index.json. Images stay where they are: a search reads its few candidates
+again, since the embeddings of all patches would take 600 KB an image, features take 1 KB.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain, repeat
 from pathlib import Path
 from threading import Event
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from annotated_types import Ge, Lt
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 from torch import Tensor
 
 from xfm_fast import loading
@@ -43,18 +43,21 @@ from xfm_fast.models.xfm import PRECISIONS, XFM, Precision
 from xfm_fast.tasks.journal import checksum
 from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer
-from xfm_fast.training.distributed import Processes
 
-FORMAT_VERSION = 2
 INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
 # A killed run loses the features of at most this many images.
 _PART = 256
-# Batches that are decoded while the model computes.
-_PREFETCH = 3
+# Threads that decode images, and batches that they decode while the model computes.
+_THREADS, _PREFETCH = 8, 3
 _OUR_FILES = re.compile(r"(part-\d+(-[0-9a-f]{32})?|features|images|graph)-[0-9a-f]{12}\.(f32|jsonl|usearch)")
 # Counts changes of the image transform, which change features too.
 _TRANSFORM_VERSION = 2
 _FEATURE_WEIGHTS = ("vision_encoder.", "vision_proj.", "text_encoder.roberta.", "text_proj.")
+# What reading a damaged file raises.
+_DAMAGE = (OSError, ValueError, RecursionError)
+
+Row = tuple[Entry, np.ndarray]
+"""An image with its feature."""
 
 
 @dataclass(frozen=True)
@@ -108,29 +111,26 @@ class SearchIndex:
     folder: Path
     entries: list[Entry]
     features: np.ndarray
-    # Reasons by name of an image or row; `broken` are the images among them.
-    faults: dict[str, str]
-    broken: list[Entry]
     model: Source
     fingerprint: str
     # The collection; see `open_collection`.
     path: Path
     images: Path | None
-    # Pictures are read below this folder; None for the folder of the index, which may come from anybody.
+    # Pictures are read below this folder; None for an index that may come from anybody, which shows none.
     root: Path | None = None
 
     @cached_property
     def collection(self) -> Collection:
-        """The indexed collection; raises `DataError` where only the index names a place outside its folder."""
-        if self.root is None and not _is_below(self.path, self.folder):
+        """The indexed collection; raises `DataError` where only the index names it."""
+        if self.root is None:
             raise DataError(f"{self.folder} is an index of {self.path}; name that, with the index as --index")
         return open_collection(self.path, self.images)
 
     def load(self, entry: Entry) -> Image.Image:
         """The picture of an entry; raises `DataError` where it is broken or lies outside `root`."""
-        root = self.root or self.folder
-        if entry.row is None and not _is_below(place := Path(self.collection.location(entry)), root):
-            raise DataError(f"{place} lies outside {root}; name the folder of the images as --images")
+        place = os.path.abspath(self.collection.location(entry))
+        if entry.row is None and not Path(place).is_relative_to(os.path.abspath(self.root or "")):
+            raise DataError(f"{place} lies outside {self.root}; name the folder of the images as --images")
         return self.collection.load(entry)[0]
 
     def check(self, model: SearchModel) -> None:
@@ -154,14 +154,6 @@ class IndexReport:
     interrupted: bool = False
 
 
-class _Row(NamedTuple):
-    """An image and its feature, or the reason why it has none."""
-
-    entry: Entry
-    feature: np.ndarray | None
-    fault: str | None = None
-
-
 def index_folder(path: str | os.PathLike[str]) -> Path:
     """The default folder of the index of a collection: inside its folder, or next to its file."""
     path = Path(path).expanduser()
@@ -178,7 +170,7 @@ def open_index(
     """Read an index. Pictures are read only below `path` and `images`, whichever places the index names.
 
     Args:
-        path: the indexed collection; or the folder of an index, which then shows no pictures from elsewhere.
+        path: the indexed collection; or the folder of an index, which then shows no pictures.
         folder: of the index; by default in or next to `path`.
         images: folder of the images, where a file lists their paths; by default that of the file.
 
@@ -186,67 +178,57 @@ def open_index(
         DataError: there is no index, or it is damaged or of another version.
     """
     given = Path(path).expanduser()
-    places = [given, index_folder(given)] if folder is None else [Path(folder).expanduser()]
-    place = next((each for each in places if (each / INDEX_FILE).is_file()), None)
-    if place is None:
+    pictures = None if images is None else Path(images).expanduser()
+    alone = folder is None and (given / INDEX_FILE).is_file()
+    place = given if alone else index_folder(given) if folder is None else Path(folder).expanduser()
+    if not (place / INDEX_FILE).is_file():
         if not given.exists():
             raise DataError(f"{path} does not exist; name an indexed collection, or the folder of an index")
         raise DataError(f"{path} has no index; make one: xfm-fast index {path}")
-    found = _read_index(place)
-    if place == given:
-        return found
-    pictures = None if images is None else Path(images).expanduser()
+    index = _read_index(place)
+    if alone:
+        return index
     root = pictures or (given if given.is_dir() else given.parent)
-    return replace(found, path=given, images=pictures or found.images, root=root)
+    return replace(index, path=given, images=pictures or index.images, root=root)
 
 
-def _no_nul(text: str) -> str:
+def _checked_text(text: str) -> str:
     if "\0" in text:
         raise ValueError("it holds a NUL")
     return text
 
 
-def _plain(name: str) -> str:
+def _checked_name(name: str) -> str:
     if not is_plain_name(name):
         raise ValueError("it is no file of this folder")
     return name
 
 
-Text = Annotated[str, AfterValidator(_no_nul)]
-FileName = Annotated[str, AfterValidator(_plain)]
-Count = Annotated[int, Ge(0), Lt(1 << 63)]
+Text = Annotated[str, AfterValidator(_checked_text)]
+FileName = Annotated[str, AfterValidator(_checked_name)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Line(_Strict):
-    """A line of entries, and an entry of the header."""
+class _Line(BaseModel, strict=True):
+    """A line of entries."""
 
     name: Text
-    size: Annotated[int, Ge(-1), Lt(1 << 63)]
-    modified: Annotated[int, Ge(-(1 << 63)), Lt(1 << 63)]
-    row: Count | None = None
+    size: int
+    modified: int
+    row: Annotated[int, Ge(0), Lt(1 << 63)] | None = None
     captions: list[Text] = []
-    fault: str | None = None
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(self.name, self.size, self.modified, self.row, tuple(self.captions))
 
 
-class _Weights(_Strict):
+class _Weights(BaseModel, strict=True):
     weights: Text | None = None
     tokenizer: Text | None = None
     size: Literal["tiny", "base"] = "tiny"
 
 
-class _Header(_Strict):
+class _Header(BaseModel, strict=True):
     """`index.json`; sums are CRC-32 of the files, absent in older indexes."""
 
     format: Literal[2]
-    images: Count
+    images: int
     width: Annotated[int, Ge(1), Lt(1 << 20)]
     entries: FileName
     features: FileName
@@ -254,47 +236,27 @@ class _Header(_Strict):
     picture_folder: Text | None
     model: _Weights
     fingerprint: str
-    faults: dict[str, str]
-    broken: list[_Line]
     sums: dict[str, int] = {}
 
 
-_DAMAGE = (OSError, ValueError, RecursionError)
-
-
-def _read_header(folder: Path) -> _Header:
-    # Names of images may hold bytes that are no UTF-8, which `parse_json` refuses.
-    values = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
-    if isinstance(values, dict) and values.get("format") != FORMAT_VERSION:
-        raise DataError(f"{folder} has format {values.get('format')!r}, not {FORMAT_VERSION}; delete and make it again")
-    return _Header.model_validate(values)
-
-
-def _read_index(folder: Path, *, again: bool = True) -> SearchIndex:
+def _read_index(folder: Path) -> SearchIndex:
     try:
-        header = _read_header(folder)
-        entries, features, broken = _read_rows(
-            folder / header.entries, folder / header.features, header.width, header.sums
-        )
-        if broken or len(entries) != header.images:
+        # Names of images may hold bytes that are no UTF-8, which `parse_json` refuses.
+        header = _Header.model_validate(json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES)))
+        entries, features = _read_rows(folder / header.entries, folder / header.features, header.width, header.sums)
+        if len(entries) != header.images:
             raise ValueError(f"{len(entries)} entries for {header.images} images")
-    except FileNotFoundError as error:
-        # Another process may have replaced the index and removed the old files.
-        if again:
-            return _read_index(folder, again=False)
-        raise DataError(f"the index {folder} lacks {error.filename!r}; delete it and index again") from None
-    except DataError:
-        raise
     except _DAMAGE as error:
-        reason = error.errors()[0] if isinstance(error, ValidationError) else {}
-        words = f"{'.'.join(map(str, reason['loc']))}: {advice(reason)}" if reason else " ".join(str(error).split())
+        words = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            reason = error.errors()[0]
+            words = f"{'.'.join(map(str, reason['loc']))}: {advice(reason)}"
         raise DataError(f"the index {folder} is damaged ({words[:200]}); delete it and index again") from None
-    weights, tokenizer, pictures = header.model.weights, header.model.tokenizer, header.picture_folder
+    weights, tokenizer = header.model.weights, header.model.tokenizer
     source = Source(weights, None if weights else header.model.size, tokenizer=Path(tokenizer) if tokenizer else None)
-    return SearchIndex(
-        folder, entries, features, header.faults, [each.entry for each in header.broken], source,
-        header.fingerprint, _absolute(folder, header.path), None if pictures is None else _absolute(folder, pictures),
-    )  # fmt: skip
+    path = Path(os.path.normpath(folder / header.path))
+    images = header.picture_folder and Path(os.path.normpath(folder / header.picture_folder))
+    return SearchIndex(folder, entries, features, source, header.fingerprint, path, images or None)
 
 
 @explain_types
@@ -305,22 +267,18 @@ def build_index(
     *,
     images: str | os.PathLike[str] | None = None,
     batch_size: int = 32,
-    workers: int = 4,
-    processes: Processes | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     stop: Event | None = None,
 ) -> IndexReport:
     """Make or update the index of a collection; images of the same size and modification time are not read again.
 
-    All of several processes must see the folder, and each computes its share. Images that cannot be read are listed.
+    Images that cannot be read are listed.
 
     Args:
         path, images: the collection; see `open_collection`.
         model: see `open_model`.
         folder: of the index; by default `index_folder(path)`.
         batch_size: images that are computed together.
-        workers: threads that read and decode images.
-        processes: see `join_processes`; by default this process.
         progress: called with the numbers of images done and to do.
         stop: once it is set, the call returns, and another call resumes.
 
@@ -328,62 +286,59 @@ def build_index(
         DataError: there are no images, none can be read, or the index is of another model or version.
         StorageError: the index cannot be written, or another process is writing it.
     """
-    processes = processes or Processes()
     target = index_folder(path) if folder is None else Path(folder).expanduser()
     place, pictures = Path(path).expanduser(), None if images is None else Path(images).expanduser()
-    collection = processes.together(lambda: open_collection(place, pictures))
-    entries, faults = list[Entry](), dict[str, str]()
-    # The first process alone knows the old index.
-    old: SearchIndex | None = None
-
-    def begin() -> list[Entry]:
-        nonlocal entries, faults, old
+    collection = open_collection(place, pictures)
+    with hold(target / ".lock", f"the index {target} (--index)"):
         entries, faults = collection.listing()
-        if (target / INDEX_FILE).exists():
-            old = open_index(target)
+        old = open_index(target) if (target / INDEX_FILE).exists() else None
+        if old is not None:
             old.check(model)
             if old.path.resolve() != place.resolve():
                 raise DataError(f"{target} is the index of {old.path}, this is {place}; name another --index")
-        done = _stored_rows(target, model, old)
-        return [entry for entry in entries if entry.version not in done]
-
-    def work() -> None:
-        pending: list[_Row] = []
-        share = todo[processes.rank :: processes.world_size]
+        rows = _stored_rows(target, model, old)
+        todo, part = [entry for entry in entries if entry.version not in rows], list[Row]()
 
         def write_part() -> None:
-            if pending:
-                name = f"part-{processes.rank}-{model.fingerprint}-{secrets.token_hex(6)}"
-                _write_rows(target / f"{name}.jsonl", target / f"{name}.f32", pending)
-                pending.clear()
+            if part:
+                name = f"part-0-{model.fingerprint}-{secrets.token_hex(6)}"
+                _write_rows(target / f"{name}.jsonl", target / f"{name}.f32", part)
+                part.clear()
 
         try:
-            for number, row in enumerate(_embed(collection, share, model.model, batch_size, workers), start=1):
-                pending.append(row)
-                if len(pending) >= _PART:
+            for number, (entry, result) in enumerate(_embed(collection, todo, model.model, batch_size), start=1):
+                if isinstance(result, str):
+                    faults[entry.name] = result
+                else:
+                    rows[entry.version] = entry, result
+                    part.append(rows[entry.version])
+                if len(part) >= _PART:
                     write_part()
-                progress(number * processes.world_size, len(todo))
+                progress(number, len(todo))
                 if stop is not None and stop.is_set():
-                    break
+                    return IndexReport(target, interrupted=True)
         finally:
             write_part()
-
-    def finish() -> IndexReport:
-        header = {"path": _relative(target, place), "picture_folder": pictures and _relative(target, pictures)}
-        return _merge(target, model, header, entries, faults, todo, old)
-
-    with ExitStack() as stack:
-        processes.from_first(lambda: stack.enter_context(hold(target / ".lock", f"the index {target} (--index)")))
-        todo = processes.from_first(begin)
-        processes.together(work)
-        if processes.any(stop is not None and stop.is_set()):
-            return IndexReport(target, interrupted=True)
-        return processes.from_first(finish)
+        good: list[Row] = []
+        for entry in entries:
+            if entry.version in rows:
+                known, feature = rows[entry.version]
+                # Captions of rows in a file are known once the row is read.
+                good.append((entry if entry.row is None else known, feature))
+        if not good:
+            name, reason = next(iter(faults.items()))
+            raise DataError(f"none of {len(entries)} images can be read, such as {name}: {reason}")
+        if old is None or old.entries != [entry for entry, _ in good]:
+            _write_index(target, model, good, place, pictures)
+        _remove_old_files(target)
+    names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
+    removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
+    return IndexReport(target, len(good), sum(entry.version in new for entry, _ in good), removed, faults)
 
 
 def _embed(
-    collection: Collection, entries: Sequence[Entry], model: XFM | Session, batch_size: int, workers: int
-) -> Iterator[_Row]:
+    collection: Collection, entries: Sequence[Entry], model: XFM | Session, batch_size: int
+) -> Iterator[tuple[Entry, np.ndarray | str]]:
     """Features of images, in order; threads decode ahead."""
     transform = evaluation_transform(model.config.image_size)
 
@@ -395,7 +350,7 @@ def _embed(
             return entry, str(error)
 
     queue: deque[list[Future[tuple[Entry, Tensor | str]]]] = deque()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         # Empty batches at the end flush the queue.
         for batch in chain(batches(entries, batch_size), repeat((), _PREFETCH)):
             queue.append([pool.submit(load, entry) for entry in batch])
@@ -408,95 +363,58 @@ def _embed(
                 with torch.no_grad():
                     embeds = model.encode_image(torch.stack(pixels).to(model.device))
                     features = iter(model.project_image(embeds).float().cpu().numpy())
-            for entry, found in loaded:
-                yield _Row(entry, None, found) if isinstance(found, str) else _Row(entry, next(features))
+            yield from ((entry, found if isinstance(found, str) else next(features)) for entry, found in loaded)
 
 
-def _stored_rows(folder: Path, model: SearchModel, old: SearchIndex | None) -> dict[Any, _Row]:
-    """Rows of the old index and of the parts by this model; a damaged part is skipped and computed again."""
-    rows: list[_Row] = []
-    if old is not None:
-        rows += map(_Row, old.entries, old.features)
-        rows += (_Row(entry, None, old.faults.get(entry.name)) for entry in old.broken)
+def _stored_rows(folder: Path, model: SearchModel, old: SearchIndex | None) -> dict[Any, Row]:
+    """Rows by version of the old index and of the parts by this model; a damaged part is computed again."""
+    rows: list[Row] = [] if old is None else [*zip(old.entries, old.features, strict=True)]
     for path in sorted(folder.glob(f"part-*-{model.fingerprint}-*.jsonl")):
         with suppress(*_DAMAGE):
-            entries, features, broken = _read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim)
-            rows += [*map(_Row, entries, features), *broken]
-    return {row.entry.version: row for row in rows}
+            rows += zip(*_read_rows(path, path.with_suffix(".f32"), model.model.config.embed_dim), strict=True)
+    return {row[0].version: row for row in rows}
 
 
-def _merge(
-    folder: Path,
-    model: SearchModel,
-    places: Mapping[str, str | None],
-    entries: Sequence[Entry],
-    faults: Mapping[str, str],
-    todo: Sequence[Entry],
-    old: SearchIndex | None,
-) -> IndexReport:
-    """Write the new index from the rows of the old one and the parts, in the order of `entries`."""
-    rows = _stored_rows(folder, model, old)
-    reasons = dict(faults)
-    good: list[_Row] = []
-    broken: list[Entry] = []
-    for entry in entries:
-        row = rows[entry.version]
-        if row.feature is None:
-            broken.append(entry)
-            reasons[entry.name] = row.fault or "it could not be read"
-        else:
-            # Captions of rows in a file are known once the row is read.
-            captions = row.entry.captions if entry.row is not None else ()
-            good.append(_Row(replace(entry, captions=entry.captions or captions), row.feature))
-    if not good:
-        name, reason = next(iter(reasons.items()))
-        raise DataError(f"none of {len(entries)} images can be read, such as {name}: {reason}")
-    names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
-    removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
-    report = IndexReport(folder, len(good), sum(row.entry.version in new for row in good), removed, reasons)
-    new_entries = [row.entry for row in good]
-    if todo or old is None or (old.entries, old.broken, old.faults) != (new_entries, broken, reasons):
-        token, source = secrets.token_hex(6), model.source
-        files = {"features": f"features-{token}.f32", "entries": f"images-{token}.jsonl"}
-        weights, tokenizer = (
-            str(path.resolve()) if name is not None and (path := Path(name).expanduser()).exists() else name
-            for name in (source.model, source.tokenizer and str(source.tokenizer))
-        )
-        header = {
-            "format": FORMAT_VERSION, "images": len(good), "width": model.model.config.embed_dim, **files, **places,
-            "model": {"weights": weights, "tokenizer": tokenizer, "size": source.random or "tiny"},
-            "fingerprint": model.fingerprint,
-            "sums": _write_rows(folder / files["entries"], folder / files["features"], good),
-            "faults": reasons, "broken": [asdict(entry) for entry in broken],
-            # Earlier versions of this format may have a graph of neighbours.
-            "graph": None, "graph_bytes": 0,
-        }  # fmt: skip
-        write_bytes({folder / INDEX_FILE: (json.dumps(header, indent=1) + "\n").encode()})
-    # Also what a run left that was killed after its last rename.
-    current = _read_header(folder)
+def _write_index(folder: Path, model: SearchModel, rows: Sequence[Row], path: Path, images: Path | None) -> None:
+    token, source = secrets.token_hex(6), model.source
+    files = {"features": f"features-{token}.f32", "entries": f"images-{token}.jsonl"}
+    weights, tokenizer = (
+        str(local.resolve()) if name is not None and (local := Path(name).expanduser()).exists() else name
+        for name in (source.model, source.tokenizer and str(source.tokenizer))
+    )
+    # Relative, so that a folder moves with its index.
+    places = [place and os.path.relpath(place.resolve(), folder.resolve()) for place in (path, images)]
+    header = {
+        "format": 2, "images": len(rows), "width": model.model.config.embed_dim, **files,
+        "path": places[0], "picture_folder": places[1], "fingerprint": model.fingerprint,
+        "model": {"weights": weights, "tokenizer": tokenizer, "size": source.random or "tiny"},
+        "sums": _write_rows(folder / files["entries"], folder / files["features"], rows),
+    }  # fmt: skip
+    write_bytes({folder / INDEX_FILE: (json.dumps(header, indent=1) + "\n").encode()})
+
+
+def _remove_old_files(folder: Path) -> None:
+    """Remove parts, the former index, and what a run left that was killed after its last rename."""
+    current = json.loads((folder / INDEX_FILE).read_bytes())
     for path in folder.iterdir():
-        ours = _OUR_FILES.fullmatch(path.name) and path.name not in (current.entries, current.features)
-        if ours and path.is_file():
+        if _OUR_FILES.fullmatch(path.name) and path.name not in (current["entries"], current["features"]):
             with suppress(OSError):
                 path.unlink()
-    return report
 
 
-def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[_Row]) -> dict[str, int]:
+def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[Row]) -> dict[str, int]:
     """Write entries and features; returns the checksums of both files."""
     crc = 0
 
     def write_features(file: BinaryIO) -> None:
         nonlocal crc
-        for row in rows:
-            if row.feature is not None:
-                content = row.feature.tobytes()
-                crc = zlib.crc32(content, crc)
-                file.write(content)
+        for _, feature in rows:
+            content = feature.tobytes()
+            crc = zlib.crc32(content, crc)
+            file.write(content)
 
-    values = (asdict(row.entry) | ({"fault": row.fault} if row.feature is None else {}) for row in rows)
     # ASCII, since names need not be Unicode, and some characters of captions end a line.
-    lines = "".join(json.dumps(value) + "\n" for value in values).encode()
+    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry, _ in rows).encode()
     # In this order: where the entries are, the features are.
     write_files({features_file: write_features, entries_file: lambda file: file.write(lines)})
     return {entries_file.name: zlib.crc32(lines), features_file.name: crc}
@@ -504,12 +422,11 @@ def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[_Row]) -
 
 def _read_rows(
     entries_file: Path, features_file: Path, width: int, sums: Mapping[str, int] | None = None
-) -> tuple[list[Entry], np.ndarray, list[_Row]]:
-    """Entries, their features, and rows without one; the checksums are those of what is returned."""
+) -> tuple[list[Entry], np.ndarray]:
+    """Entries and their features; the checksums are those of what is returned."""
     content = read_bytes(entries_file, entries_file.stat().st_size)
     lines = [_Line.model_validate(json.loads(text)) for text in content.decode().splitlines()]
-    broken = [_Row(line.entry, None, line.fault) for line in lines if line.fault is not None]
-    entries = [line.entry for line in lines if line.fault is None]
+    entries = [Entry(line.name, line.size, line.modified, line.row, tuple(line.captions)) for line in lines]
     if require_file(features_file).stat().st_size != 4 * len(entries) * width:
         raise ValueError(f"{features_file.name} is not of {len(entries)} images")
     features: np.ndarray = np.empty((0, width), np.float32)
@@ -519,18 +436,4 @@ def _read_rows(
     for name, data in (entries_file.name, content), (features_file.name, features.data):
         if sums and name in sums and zlib.crc32(data) != sums[name]:
             raise ValueError(f"{name} has another checksum")
-    return entries, features, broken
-
-
-def _relative(folder: Path, path: Path) -> str:
-    """A path as the index stores it: relative where it contains or adjoins the index, so that both can move."""
-    path, folder = path.resolve(), folder.resolve()
-    return os.path.relpath(path, folder) if path == folder.parent or path.parent == folder.parent else str(path)
-
-
-def _absolute(folder: Path, path: str) -> Path:
-    return Path(os.path.normpath(folder / path))
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+    return entries, features

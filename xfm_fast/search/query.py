@@ -1,7 +1,9 @@
-"""A search: the nearest features of all images, the best of them re-ranked by the fusion encoder."""
+"""Search by features, re-ranking of the best candidates with the fusion encoder, and the contact sheet."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.collection import Entry
-from xfm_fast.errors import DataError, InputError, UnavailableError, explain_types
+from xfm_fast.errors import DataError, InputError, StorageError, UnavailableError, explain_types, needs
+from xfm_fast.io import write_bytes
 from xfm_fast.models.processor import batches, image_pixels, text_tokens
 from xfm_fast.search.index import SearchIndex, SearchModel
 from xfm_fast.tasks.reranking import Rank, rank_score
 
 # Rows per GEMV: 64 MB of features of the base model.
 _BLOCK = 1 << 16
+# Pixels of a picture in a sheet.
+_SIDE = 320
 
 
 class Hit(NamedTuple):
@@ -143,3 +148,50 @@ def match_images(opened: SearchModel, images: Sequence[Image.Image], text: str, 
 
 def _order(hit: Hit) -> tuple[float, float, str]:
     return -hit.score, -hit.similarity, hit.location
+
+
+@explain_types
+def write_sheet(path: str | Path, query: str | Path, found: Found, index: SearchIndex) -> Path:
+    """Write a contact sheet: a self-contained page of the hits with their pictures and scores.
+
+    Args:
+        path: of an `.html` file.
+        query: of the search.
+        found: the result of `search`.
+        index: that was searched.
+
+    Raises:
+        InputError: another suffix.
+        StorageError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{path}: a contact sheet is a page; name it .html")
+    with needs("cli"):
+        import jinja2
+    loader = jinja2.PackageLoader(__package__ or "", "templates")
+    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = templates.get_template("sheet.html").render(
+        title=query.name if isinstance(query, Path) else query,
+        cells=[{"hit": hit, "image": _thumbnail(hit, index)} for hit in found.hits],
+        warning=f"The weights are random ({index.model}), so this order means nothing." if index.model.random else None,
+        searched=len(index.entries), where=str(index.path), model=str(index.model), lost=found.lost,
+    )  # fmt: skip
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"folder {path.parent} cannot be made ({error.strerror or error}); choose another") from None
+    write_bytes({path: page.encode("utf-8", "replace")})
+    return path
+
+
+def _thumbnail(hit: Hit, index: SearchIndex) -> str | None:
+    """A data URL; None for an image that is gone since it was indexed."""
+    try:
+        image = (hit.image or index.load(hit.entry)).copy()
+    except DataError:
+        return None
+    image.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
