@@ -15,7 +15,7 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.export.graphs import build
 from xfm_fast.kernels.cpu import attention, gemm, int8, llvm, selection
-from xfm_fast.models.text import FrozenParts, Int8Parts
+from xfm_fast.models.text import ShortParts
 from xfm_fast.packing import Packing
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -68,9 +68,9 @@ def test_a_single_short_text(kind: str, dtype: torch.dtype, monkeypatch: pytest.
         # Fresh blocks add next to nothing to their input.
         weight.normal_(std=0.1)
     model = model.to(dtype)
-    parts, taken = (FrozenParts, Int8Parts)[kind == "int8"], list[int]()
-    short = parts.forward_short
-    monkeypatch.setattr(parts, "forward_short", lambda own, x, *rest: taken.append(len(x)) or short(own, x, *rest))
+    name, taken = f"run_{kind}", list[int]()
+    short = getattr(ShortParts, name)
+    monkeypatch.setattr(ShortParts, name, lambda own, x, *rest: taken.append(len(x)) or short(own, x, *rest))
     ids, layers = torch.randint(5, model.config.vocab_size, (2, 9)), model.config.text_layers
     mask = torch.arange(9)[None] < torch.tensor([[7], [9]])
 

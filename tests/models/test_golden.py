@@ -143,7 +143,7 @@ def names(case: str) -> list[str]:
     return sorted(set(tensors(f"{case}/outputs")) - NOT_COMPUTED)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in names(case)])
 def test_output(case: str, name: str, dtype: torch.dtype, backend: ops.Backend) -> None:
@@ -151,11 +151,6 @@ def test_output(case: str, name: str, dtype: torch.dtype, backend: ops.Backend) 
     if dtype == torch.float32:
         plain += [found[name] for found in drawn(case)]
     assert_agrees(name, computed(case, dtype, backend)[name], truth, plain, dtype)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_output_is_compared(case: str) -> None:
-    assert set(computed(case, torch.float64, "auto")) == set(names(case))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -171,13 +166,12 @@ def test_padding_changes_nothing_and_is_left_zero(case: str) -> None:
         assert not value[~real].any()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("case", CASES)
-def test_intermediates(case: str, backend: ops.Backend) -> None:
+def test_intermediates(case: str) -> None:
     x, stored = inputs_of(f"{case}/inputs", torch.float64), tensors(f"{case}/intermediates")
     model = model_of(case, torch.float64)
     mask = x["text_atts"]
-    with torch.inference_mode(), ops.use_backend(backend), record_hidden_states(model) as states:
+    with torch.inference_mode(), record_hidden_states(model) as states:
         memory = model.image_memory(model.encode_image(x["image"]))
         text = model.encode_text(x["text_ids"], mask, keep_padding=True)
         model.fuse(text, mask, memory, keep_padding=True)
@@ -299,12 +293,11 @@ def test_full_gradients(loss: str) -> None:
 LOCAL = [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize(("case", "depth"), LOCAL)
-def test_outputs_of_local_attention(case: str, depth: int, backend: ops.Backend) -> None:
+def test_outputs_of_local_attention(case: str, depth: int) -> None:
     x, model = inputs_of(f"{case}/inputs", torch.float64), model_of(case, torch.float64, local_attn_depth=depth)
     truth = tensors(f"local_attn/{case}_depth{depth}")
-    with torch.inference_mode(), ops.use_backend(backend):
+    with torch.inference_mode():
         found = outputs(model, x)
         found |= {
             "image_embeds": found["image_embeds"][:2],
@@ -341,11 +334,3 @@ def test_masking_every_block_hides_what_is_outside() -> None:
         after, _ = model.encode_regions(changed, index, mask)
     assert torch.equal(before[:, inside], after[:, inside])
     assert not torch.equal(before[:, ~inside], after[:, ~inside])
-
-
-def test_a_region_of_the_whole_image_is_the_image() -> None:
-    x, model = inputs_of("tiny_a/inputs", torch.float64), model_of("tiny_a", torch.float64, local_attn_depth=1)
-    index = torch.tensor([1, 0, 1])
-    with torch.inference_mode():
-        regions, whole = model.encode_regions(x["r_image"], index, torch.ones(3, model.config.num_image_tokens))
-    assert torch.allclose(regions, whole, rtol=0, atol=1e-12)

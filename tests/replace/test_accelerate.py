@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any, ClassVar
 
 import pytest
@@ -13,9 +12,8 @@ from torch.nn.utils import parametrizations
 
 from xfm_fast import XFM, XFMConfig, accelerate
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels.cpu import selection
-from xfm_fast.replace import Fused, Rule, acceleration, report, verification
-from xfm_fast.replace.swap import Settings, is_fused, observed
+from xfm_fast.replace import Fused, Rule, acceleration
+from xfm_fast.replace.swap import Settings, observed
 
 
 class Affine(nn.Module):
@@ -112,43 +110,6 @@ def test_the_objects_stay_the_same() -> None:
         assert vars(module).keys() == vars(other).keys()
 
 
-@pytest.mark.parametrize(("after", "gains"), [(1.01, {}), (0.5, {"1": 2.5})])
-def test_a_smaller_measured_speedup_replaces_the_bound(
-    after: float, gains: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a clock on which an untouched call takes a second."""
-    now = 0.0
-
-    def taking(seconds: float, forward: Any) -> Any:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            nonlocal now
-            now += seconds
-            return forward(*args, **kwargs)
-
-        return timed
-
-    monkeypatch.setattr(verification.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(Odd, "forward", taking(1.0, Affine.forward), raising=False)
-    fused = type("Timed", (FusedAffine,), {"forward": taking(after, FusedAffine.forward)})
-    monkeypatch.setattr(report, "measured_product", lambda *_: 2.5)
-    monkeypatch.setattr(acceleration, "rules", lambda: (Rule("Odd", lambda m: isinstance(m, Odd), fused, ""),))
-    found = accelerate(nn.Sequential(Affine(), Odd()), verify=torch.ones(2, 5))
-    assert found.expected.overall == pytest.approx(min(1 / after, 1 / (1 - 0.5 + 0.5 / 2.5)))
-    assert found.expected_gains == gains
-    assert ("2.5×" in str(found)) == bool(gains)
-
-
-def test_the_product_that_gains_least_counts_less_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    def race(operation: str, chosen: str, noise: float, **seconds: float) -> selection.Selection:
-        return selection.Selection(operation, torch.float32, chosen, seconds, {}, noise=noise)
-
-    races = [race("linear", "llvm", 0.0, aten=1.5, llvm=1.0), race("linear_gelu", "llvm", 0.02, aten=1.1, llvm=1.0)]
-    monkeypatch.setattr(report, "selections", lambda: races)
-    assert report.measured_product(nn.Linear(2, 2), None, None) == pytest.approx(1.1 / 1.02)
-    races.append(race("linear_residual", "aten", 0.05, aten=1.0, llvm=1.2))
-    assert report.measured_product(nn.Linear(2, 2), None, None) == 1.0
-
-
 def test_unknown_layers_are_listed() -> None:
     class Foreign(nn.Module):
         def __init__(self) -> None:
@@ -168,10 +129,7 @@ def test_unknown_layers_are_listed() -> None:
 @pytest.mark.parametrize(
     ("options", "paths"),
     [
-        ({"include": "1.*"}, ["1.0"]),
-        ({"include": ["0", "2"]}, ["0", "2"]),
-        ({"include": Odd}, ["2"]),
-        ({"include": "Od?"}, ["2"]),
+        ({"include": ["0", "Od?"]}, ["0", "2"]),
         ({"exclude": "1"}, ["0", "2"]),
         ({"include": Affine, "exclude": ["0", Odd]}, ["1.0"]),
     ],
@@ -187,7 +145,6 @@ def test_selection(options: dict[str, Any], paths: list[str]) -> None:
     ("made", "options", "named"),
     [
         (model, {"include": "nowhere"}, "nowhere"),
-        (nn.ReLU, {}, "ReLU"),
         (lambda: XFM(XFMConfig.preset("tiny")), {}, "XFM"),
         (lambda: "model", {}, "str"),
         (Odd, {"exclude": "*"}, "Odd"),
@@ -205,22 +162,15 @@ def test_verified(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Affine().train()
     found = accelerate(made, verify=given)
     assert found.differences == {"": 0.0}
-    assert "verified: output" in str(found)
+    assert found.share == 1.0
+    assert found.speedup is not None
+    assert f"{found.speedup:.2f}×" in str(found)
     assert made.training
     found.revert()
     monkeypatch.setattr(FusedAffine, "error", 0.5)
     with pytest.raises(InputError, match="output"):
         accelerate(made, verify=given)
     assert type(made) is Affine
-
-
-def test_a_failed_attempt_leaves_the_former_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: Any = model()
-    accelerate(made, include="0")
-    monkeypatch.setattr(FusedAffine, "error", 0.5)
-    with pytest.raises(InputError):
-        accelerate(made, verify=torch.ones(2, 5), exclude="0")
-    assert [is_fused(made[0]), is_fused(made[1][0]), is_fused(made[2])] == [True, False, False]
 
 
 def test_observed_parts_are_called() -> None:
@@ -257,15 +207,15 @@ def test_a_dtype_applies_to_the_whole_model() -> None:
 
 
 def test_unavailable_dtypes_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnavailableError, match="float16"):
-        accelerate(model(), dtype=torch.float16)
-    with pytest.raises(UnavailableError, match="flash_attn"):
-        accelerate(model(), kernels="flash_attn")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    for dtype, made in ((torch.bfloat16, model()), (None, model().bfloat16())):
-        with pytest.raises(UnavailableError, match="bfloat16"):
-            accelerate(made, dtype=dtype)
-        assert not is_fused(made[0])
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"dtype": torch.float16}, "float16"),
+        ({"kernels": "flash_attn"}, "flash_attn"),
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+    ]
+    for options, named in refused:
+        with pytest.raises(UnavailableError, match=named):
+            accelerate(model(), **options)
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16")
@@ -273,12 +223,8 @@ def test_slow_bfloat16_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> Non
     acceleration.warn_of_slow_bfloat16.cache_clear()
     monkeypatch.setattr(acceleration.gemm, "seconds", lambda dtype: 3.0 if dtype is torch.bfloat16 else 2.0)
     with pytest.warns(UserWarning, match=r"bfloat16.*1\.5") as caught:
-        accelerate(model(), dtype=torch.bfloat16)
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        accelerate(model(), dtype=torch.bfloat16)
-        accelerate(model())
+        [accelerate(model(), dtype=torch.bfloat16) for _ in range(2)]
+    assert [warning.filename for warning in caught] == [__file__]
     acceleration.warn_of_slow_bfloat16.cache_clear()
 
 

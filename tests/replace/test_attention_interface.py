@@ -18,7 +18,7 @@ from tests.replace.families import FAMILIES, TRANSFORMERS, assert_close, batch, 
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import attention_interface  # noqa: E402
 
-FAMILIES_WITH_BIAS = ("BEiT", "BEiT, shared bias", "BEiT, both biases", "Data2Vec", "Swin, whole windows")
+FAMILIES_WITH_BIAS = ("BEiT", "BEiT, shared bias", "BEiT, both biases", "Swin, whole windows")
 
 
 def pair(kind: str, **changes: Any) -> tuple[Any, Any]:

@@ -55,9 +55,8 @@ def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: boo
     assert not torch.equal(found, inferred(exact, given))
     assert report.rounded_weights == len(marked(made)) == 6 * made.config.num_hidden_layers
     assert f"{report.rounded_weights} weights run in {kind}" in str(report)
-    cost = report.rounding["last_hidden_state"]
-    assert cost.cosine == pytest.approx(least_cosine(found, wanted), abs=1e-3)
-    assert f"{cost.cosine:.4f}" in str(report)
+    # At real tokens.
+    assert report.rounding["last_hidden_state"] == pytest.approx(least_cosine(found, wanted), abs=1e-3)
     after = made.state_dict()
     assert all(torch.equal(after[name], before[name]) and type(after[name]) is Tensor for name in before)
     report.revert()
@@ -65,18 +64,6 @@ def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: boo
     assert all(p is parameters[name] and type(p) is nn.Parameter for name, p in made.named_parameters())
     assert torch.equal(inferred(made, given), wanted)
     assert not any(is_fused(module) for module in made.modules())
-
-
-@needs_int8
-def test_training_is_exact() -> None:
-    made, given = model(), batch()
-    wanted = made(**given).last_hidden_state[given["attention_mask"].bool()]
-    accelerate(made, dtype="int8")
-    found = made(**given).last_hidden_state[given["attention_mask"].bool()]
-    rounding = 2.0**-5 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 1e-5
-    assert float((found - wanted).detach().abs().max()) < rounding * float(wanted.detach().abs().max())
-    found.float().square().mean().backward()
-    assert all(p.grad is not None for name, p in made.named_parameters() if "encoder" in name)
 
 
 def test_gradients_are_refused_in_fp8() -> None:
@@ -93,11 +80,10 @@ def test_a_failed_change_leaves_it_in_force(kind: EightBits) -> None:
     made, given = model(), batch()
     accelerate(made, dtype=kind)
     before, names = inferred(made, given), marked(made)
-    for include in ("nothing like this", "pooler"):
-        with pytest.raises(InputError, match=include if " " in include else "BertModel"):
-            accelerate(made, include=include)
-        assert marked(made) == names
-        assert torch.equal(inferred(made, given), before)
+    with pytest.raises(InputError, match="BertModel"):
+        accelerate(made, include="pooler")
+    assert marked(made) == names
+    assert torch.equal(inferred(made, given), before)
     accelerate(made)
     assert not marked(made)
 
@@ -171,16 +157,3 @@ def test_refusals(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         accelerate(made, **options)
     assert not any(is_fused(module) for module in made.modules())
-
-
-def test_errors_are_measured_at_real_tokens() -> None:
-    before, mask = torch.randn(4, 3, 8), torch.tensor([[1, 1, 0]] * 4)
-    after = before.clone()
-    after[:, 2] = torch.randn(4, 8)
-    error = verification.rounding(before, after, mask)
-    assert error.cosine == pytest.approx(1)
-    assert error.ranks == 1
-    # The last entry is now nearest to the second.
-    before = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
-    after = torch.tensor([[1.0, 0], [1, 0.2], [0, 1], [1, 0.2]])
-    assert verification.rounding(before, after, None).ranks == 0.25

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -87,7 +87,18 @@ def to_official_file(
     lacking = checkpoint.underivable([our_name(name) for name in state], found.config)
     if lacking:
         found.report.append(f"dead weights omitted: {_join_names(lacking)}")
-    write_files({destination: _writer(state, destination.suffix)})
+
+    def write(file: BinaryIO) -> None:
+        if destination.suffix == ".safetensors":
+            # The format has no aliases: tied tensors are written twice.
+            file.write(save({name: tensor.clone() for name, tensor in state.items()}))
+            return
+        try:
+            torch.save({"model": dict(state)}, file)
+        except RuntimeError as error:  # how PyTorch reports a full disk
+            raise OSError(errno.EIO, str(error).splitlines()[0]) from error
+
+    write_files({destination: write})
     size = found.config.image_size
     found.report.append(f"wrote {destination}: {_describe(state)} in {naming} naming at {size} pixels")
     return found.report
@@ -114,34 +125,24 @@ def _read(source: Path, config: XFMConfig | None, image_size: int | None) -> _So
 def _from_official(source: Path, config: XFMConfig, image_size: int | None) -> _Source:
     official = checkpoint.read_state_dict(source)
     if (relative := checkpoint.relative_of(official)) is not None:
-        return _from_relative(source, official, relative, image_size)
-    config = checkpoint.config_of(official, config, image_size)
-    state, changes = checkpoint.to_ours(official, config)
-    report = [f"read {source}: {changes.naming} naming, {_describe(official)}"]
+        config, state, changes = checkpoint.read_x2vlm(official, what=f"checkpoint {source}", image_size=image_size)
+        naming, dropped = relative, "video weights dropped"
+    else:
+        config = checkpoint.config_of(official, config, image_size)
+        state, changes = checkpoint.to_ours(official, config)
+        naming, dropped = f"{changes.naming} naming", "dead weights"
+    report = [f"read {source}: {naming}, {_describe(official)}", *_interpolation(changes.interpolated)]
     if changes.renamed:
         old, new = next(iter(changes.renamed.items()))
         report.append(f"renamed: {len(changes.renamed)}, for example {old} to {new}")
-    report += _interpolation(changes.interpolated)
-    if changes.duplicates:
-        report.append(f"tied duplicates dropped: {_join_names(list(changes.duplicates))}")
-    if changes.buffers:
-        report.append(f"index buffers dropped: {_join_names(changes.buffers)}")
-    if changes.unused:
-        dead = _join_names(list(changes.unused))
-        report.append(f"dead weights: {dead} ({changes.unused_parameters:,} parameters)")
-    return _Source(config, state, changes.unused or None, report)
-
-
-def _from_relative(source: Path, theirs: Mapping[str, Tensor], name: str, image_size: int | None) -> _Source:
-    """Convert an X²-VLM checkpoint, whose weights determine the sizes."""
-    config, state, changes = checkpoint.read_x2vlm(theirs, what=f"checkpoint {source}", image_size=image_size)
-    report = [f"read {source}: {name}, {_describe(theirs)}"]
-    old, new = next(iter(changes.renamed.items()))
-    report.append(f"renamed: {len(changes.renamed)}, for example {old} to {new}")
-    report += _interpolation(changes.interpolated)
-    if changes.unused:
-        report.append(f"video weights dropped: {_join_names(list(changes.unused))}")
-    return _Source(config, state, None, report)
+    for what, names in (
+        ("tied duplicates dropped", changes.duplicates),
+        ("index buffers dropped", changes.buffers),
+        (dropped, changes.unused),
+    ):
+        if names:
+            report.append(f"{what}: {_join_names([*names])}")
+    return _Source(config, state, (changes.unused or None) if relative is None else None, report)
 
 
 def _check(found: _Source, source: Path) -> None:
@@ -165,20 +166,6 @@ def _check(found: _Source, source: Path) -> None:
     found.config = config
     if task:
         found.report.append(f"task head copied: {_join_names(task)}")
-
-
-def _writer(state: Mapping[str, Tensor], suffix: str) -> Callable[[BinaryIO], None]:
-    def write(file: BinaryIO) -> None:
-        if suffix == ".safetensors":
-            # The format has no aliases: tied tensors are written twice.
-            file.write(save({name: tensor.clone() for name, tensor in state.items()}))
-            return
-        try:
-            torch.save({"model": dict(state)}, file)
-        except RuntimeError as error:  # how PyTorch reports a full disk
-            raise OSError(errno.EIO, str(error).splitlines()[0]) from error
-
-    return write
 
 
 def _interpolation(changed: Mapping[str, tuple[int, int]]) -> list[str]:

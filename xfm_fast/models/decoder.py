@@ -49,14 +49,6 @@ class DecoderMemory:
         return DecoderMemory(tuple(layer[first:last] for layer in self.layers), cu_seqlens, self.longest)
 
 
-class Past(Protocol):
-    """The decoder's cache of previous tokens."""
-
-    def select(self, rows: Tensor) -> Any:
-        """The cache of the texts `rows` `[A']`, with repeats, in any order."""
-        ...
-
-
 class Writer(Protocol):
     """The interface of a decoder to `generate`, with memories and caches of its own."""
 
@@ -76,13 +68,6 @@ class Writer(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states to logits `[A, vocabulary]`."""
         ...
-
-
-class States(Protocol):
-    """A memory, of which `generate` uses only the number of states."""
-
-    @property
-    def states(self) -> int: ...
 
 
 class DecoderCache:
@@ -355,7 +340,7 @@ class _Hypotheses:
 @torch.no_grad()
 def generate(
     decoder: Writer,
-    memory: States,
+    memory: Any,
     prompt_ids: Tensor,
     *,
     max_length: int,
@@ -451,10 +436,10 @@ def beam_search(
 
 def _greedy(
     decoder: Writer,
-    memory: States,
+    memory: Any,
     ids: Tensor,
     hidden: Tensor,
-    past: Past,
+    past: Any,
     max_length: int,
     min_length: int,
     pad: int,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -36,31 +36,24 @@ class Slot(NamedTuple):
     parameter: nn.Parameter
 
 
-def pack(layers: Sequence[nn.Linear], *, blocked: bool) -> gemm.Frozen:
+def pack(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], *, blocked: bool) -> gemm.Frozen:
     """Move the weights of layers on one input into one packed weight, blocked for oneDNN or dense."""
-    weights = [layer.weight.detach() for layer in layers]
-    joined = torch.cat(weights) if len(weights) > 1 else weights[0]
+    joined = torch.cat([*weights]).detach() if len(weights) > 1 else weights[0].detach()
     packed = gemm.Frozen(gemm.laid_out(joined) if blocked else joined, requires_grad=False)
     sizes = tuple(weight.shape[0] for weight in weights)
-    for number, layer in enumerate(layers):
-        parameter = cast(nn.Parameter, layer.weight)
-        derived.forget(parameter)
-        layer.__dict__[_SLOT] = Slot(packed, sizes, number, parameter)
-        parameter.data = parameter.data.new_empty(0)
+    for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+        derived.forget(weight)
+        layer.__dict__[_SLOT] = Slot(packed, sizes, number, weight)
+        weight.data = weight.data.new_empty(0)
     return packed
 
 
 def unpack(layer: nn.Module) -> nn.Parameter:
     """The original parameter of a packed layer with its values restored."""
     parameter = slot_of(layer).parameter
-    parameter.data = state_weight(layer)
+    parameter.data = dense_weight(layer)
     del layer.__dict__[_SLOT]
     return parameter
-
-
-def is_packed(layer: nn.Module) -> bool:
-    """True if the weight of a layer is packed."""
-    return _SLOT in layer.__dict__
 
 
 def slot_of(layer: nn.Module) -> Slot:
@@ -69,15 +62,10 @@ def slot_of(layer: nn.Module) -> Slot:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight `[M, K]` of a packed layer: a view of a dense pack, a copy of a blocked one."""
+    """The weight `[M, K]` of a packed layer, without the storage of its neighbours."""
     slot = slot_of(layer)
-    return slot.packed.data.to_dense().split(slot.sizes)[slot.number]
-
-
-def state_weight(layer: nn.Module) -> Tensor:
-    """The weight of a packed layer without the storage of its neighbours, as state dicts hold it."""
-    weight = dense_weight(layer)
-    return weight if len(slot_of(layer).sizes) == 1 else weight.clone()
+    weight = slot.packed.data.to_dense().split(slot.sizes)[slot.number]
+    return weight if len(slot.sizes) == 1 else weight.clone()
 
 
 def pack_of(layers: Sequence[nn.Module]) -> gemm.Frozen | None:
@@ -133,18 +121,18 @@ def freeze(model: nn.Module) -> None:
         if not isinstance(part, Block | TransformerLayer):
             continue
         # Keys and values are one group.
-        pairs = [[m.key, m.value] for m in part.modules() if isinstance(m, AttentionProjections)]
-        paired = {id(layer) for pair in pairs for layer in pair}
-        singles = [[m] for m in part.modules() if isinstance(m, nn.Linear) and id(m) not in paired]
-        for group in pairs + singles:
-            hooked = any(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks for layer in group)
-            if hooked or any(type(layer) is not nn.Linear or owners[id(layer.weight)] > 1 for layer in group):
+        pairs = [(m.key, m.value) for m in part.modules() if isinstance(m, AttentionProjections)]
+        paired = {layer for pair in pairs for layer in pair}
+        singles = [(m,) for m in part.modules() if isinstance(m, nn.Linear) and m not in paired]
+        # A text may be single and short; an image has hundreds of rows.
+        few_rows = isinstance(part, TransformerLayer)
+        for group in (*pairs, *singles):
+            weights = own_weights(group, owners)
+            if weights is None:
                 continue
-            # A text may be single and short; an image has hundreds of rows.
-            dtype, few_rows = group[0].weight.dtype, isinstance(part, TransformerLayer)
-            blocked = gemm.prefers_onednn(dtype, few_rows=few_rows)
-            if blocked or gemm.reads_as_quickly(dtype, few_rows=few_rows):
-                group[0]._parameters["weight"] = pack(group, blocked=blocked)
+            blocked = gemm.prefers_onednn(weights[0].dtype, few_rows=few_rows)
+            if blocked or gemm.reads_as_quickly(weights[0].dtype, few_rows=few_rows):
+                group[0]._parameters["weight"] = pack(group, weights, blocked=blocked)
     model.__dict__[_HOOKS] = (
         model.register_state_dict_post_hook(_dense_state),
         model.register_load_state_dict_pre_hook(_refuse_state),
@@ -155,8 +143,9 @@ def unfreeze(model: nn.Module) -> None:
     """Restore the parameters bit for bit; no effect on a model that is not frozen."""
     if not is_frozen(model):
         return
-    for layer in filter(is_packed, model.modules()):
-        layer._parameters["weight"] = unpack(layer)
+    for layer in model.modules():
+        if _SLOT in layer.__dict__:
+            layer._parameters["weight"] = unpack(layer)
     for hook in model.__dict__.pop(_HOOKS):
         hook.remove()
     for parameter in model.__dict__.pop(_TRAINED):
@@ -166,6 +155,21 @@ def unfreeze(model: nn.Module) -> None:
 def owner_counts(model: nn.Module) -> Counter[int]:
     """How many modules own each parameter, by identity."""
     return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def own_weights(layers: Sequence[nn.Module | None], owners: Counter[int]) -> list[nn.Parameter] | None:
+    """The weights of plain linear layers without hooks, each owned by its layer alone; None if one is not."""
+    weights = []
+    for layer in layers:
+        if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return None
+        weight = layer._parameters.get("weight")
+        if type(weight) is not nn.Parameter or owners[id(weight)] > 1:
+            return None
+        weights.append(weight)
+    return weights
 
 
 def stop_gradients(model: nn.Module) -> list[nn.Parameter]:
@@ -178,8 +182,8 @@ def stop_gradients(model: nn.Module) -> list[nn.Parameter]:
 
 def _dense_state(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, layer in model.named_modules():
-        if is_packed(layer):
-            state[f"{prefix}{name}.weight"] = state_weight(layer)
+        if _SLOT in layer.__dict__:
+            state[f"{prefix}{name}.weight"] = dense_weight(layer)
 
 
 def _refuse_state(model: nn.Module, *_: Any) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,23 +77,17 @@ class PackedMemory:
 
 
 class FusionTransformer(nn.Module):
-    """Layers under the official name `roberta`. Of the official embeddings only the word matrix is used."""
+    """Layers under the official name `roberta`, and the vocabulary matrix of the LM head."""
 
     def __init__(self, config: XFMConfig, *, lm_head: bool) -> None:
         super().__init__()
         if lm_head:
-            self.embeddings = WordEmbeddings(config)
+            self.embeddings: Any = nn.Module()
+            vocabulary = nn.Embedding(config.vocab_size, config.text_width, padding_idx=config.pad_token_id)
+            self.embeddings.word_embeddings = vocabulary
         if config.fusion_layer_norm_eps is not None:
             config = config.replace(text_layer_norm_eps=config.fusion_layer_norm_eps)
         self.encoder = LayerStack([TransformerLayer(config, config.vision_width) for _ in range(config.fusion_layers)])
-
-
-class WordEmbeddings(nn.Module):
-    """The vocabulary matrix of the fusion encoder's LM head, which no input passes through."""
-
-    def __init__(self, config: XFMConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.text_width, padding_idx=config.pad_token_id)
 
 
 class FusionEncoder(nn.Module):

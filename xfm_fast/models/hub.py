@@ -5,29 +5,11 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
-
-from torch import nn
+from typing import Any, TypedDict, Unpack
 
 from xfm_fast.checkpoint.files import CONFIG_FILE, MODEL_FILE, TASK_FILE, TOKENIZER_FILE, model_folder
-from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError, UnavailableError
-
-
-class Saveable(Protocol):
-    """A model with `save_pretrained`."""
-
-    config: XFMConfig
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's parameters."""
-        ...
 
 
 class Download(TypedDict, total=False):
@@ -94,7 +76,7 @@ def resolve(model: str | Path) -> Path:
 
 
 def push(
-    model: Saveable,
+    model: Any,
     name: str,
     *,
     private: bool | None = None,
@@ -103,7 +85,7 @@ def push(
     branch: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload what `save_pretrained` writes as the model `name`, such as `"org/name"`; returns the commit's address.
+    """Upload what an `XFM` saves as the model `name`, such as `"org/name"`; returns the commit's address.
 
     A model card is added if there is none. Arguments as `PyTorchModelHubMixin.push_to_hub`. Raises `UnavailableError`
     without `huggingface_hub`, `StorageError` if the Hub cannot be reached or refuses.

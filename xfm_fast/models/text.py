@@ -186,7 +186,7 @@ class TransformerLayer(nn.Module):
         summed = ops.mlp_residual(x, first.weight, first.bias, second.weight, second.bias, x)
         return ops.layer_norm(summed, norm.weight, norm.bias, norm.eps)
 
-    def _parts(self) -> _Parts | None:
+    def short_parts(self) -> ShortParts | None:
         """The parameters of a layer without cross-attention, or None if a module has hooks or another class."""
         # Module attribute lookups would take a third of the time of the GEMMs; dictionaries are faster.
         parts: dict[str, Any] = self._modules
@@ -200,32 +200,11 @@ class TransformerLayer(nn.Module):
             return None
         eps = norms[0].eps, norms[1].eps
         linears = (*linears[:2], inner["value"], *linears[2:])
-        return _Parts(attention["self"].heads, eps, *(each._parameters for each in (*linears, *norms)))
-
-    def frozen_parts(self) -> FrozenParts | None:
-        """The parameters of a layer without cross-attention, if all are frozen and no module has hooks."""
-        found = self._parts()
-        if found is None:
-            return None
-        linears = found.query, found.key, found.attended, found.first, found.second
-        return FrozenParts(found) if all(gemm.is_frozen(own["weight"]) for own in linears) else None
-
-    def int8_parts(self) -> Int8Parts | None:
-        """The parameters of a layer without cross-attention, if all are int8 and no module has hooks."""
-        found = self._parts()
-        if found is None or any(kind_of(own["weight"]) != "int8" for own in found[2:8]):
-            return None
-        three = found.query, found.key, found.value
-        weights, biases = (tuple(own[name] for own in three) for name in ("weight", "bias"))
-        qkv = int8.prepared(weights, biases, lambda: concatenated("qkv weight", *weights))
-        others = (
-            int8.prepared((own["weight"],), (own["bias"],), partial(own.__getitem__, "weight")) for own in found[5:8]
-        )
-        return Int8Parts(found, qkv, *others)
+        return ShortParts(attention["self"].heads, eps, *(each._parameters for each in (*linears, *norms)))
 
 
-class _Parts(NamedTuple):
-    """Sizes of a layer, and its parameters by name."""
+class ShortParts(NamedTuple):
+    """Sizes of a layer and its parameters by name, to run one short text `[T, width]` without checks."""
 
     heads: int
     eps: tuple[float, float]
@@ -238,47 +217,34 @@ class _Parts(NamedTuple):
     norm: dict[str, Any]
     last_norm: dict[str, Any]
 
-
-class FrozenParts(NamedTuple):
-    """Parameters of a frozen layer; the key weight contains keys and values, concatenated."""
-
-    parts: _Parts
-
-    def forward_short(self, x: Tensor, chosen: gemm.Chosen) -> Tensor:
-        """Self-attention and MLP of one text `[T, width]`, without checks; `chosen` are the fastest GEMMs for its
-        length.
-        """
-        (tokens, width), own = x.shape, self.parts
+    def run_frozen(self, x: Tensor, chosen: gemm.Chosen) -> Tensor:
+        """With frozen weights, of which the key's contains the values'; `chosen` are the fastest GEMMs for T."""
+        tokens, width = x.shape
         # Concatenating the bias is faster than validating a cached one.
-        keys_values = chosen.linear(x, own.key["weight"], torch.cat((own.key["bias"], own.value["bias"])))
-        k, v = keys_values.view(1, tokens, 2, own.heads, -1).unbind(2)
-        q = chosen.linear(x, own.query["weight"], own.query["bias"]).view(1, tokens, own.heads, -1)
+        keys_values = chosen.linear(x, self.key["weight"], torch.cat((self.key["bias"], self.value["bias"])))
+        k, v = keys_values.view(1, tokens, 2, self.heads, -1).unbind(2)
+        q = chosen.linear(x, self.query["weight"], self.query["bias"]).view(1, tokens, self.heads, -1)
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
-        x = chosen.residual(context, own.attended["weight"], own.attended["bias"], x)
-        x = torch.layer_norm(x, (width,), **own.norm, eps=own.eps[0])
-        hidden = chosen.gelu(x, own.first["weight"], own.first["bias"])
-        x = chosen.residual(hidden, own.second["weight"], own.second["bias"], x)
-        return torch.layer_norm(x, (width,), **own.last_norm, eps=own.eps[1])
+        x = chosen.residual(context, self.attended["weight"], self.attended["bias"], x)
+        x = torch.layer_norm(x, (width,), **self.norm, eps=self.eps[0])
+        hidden = chosen.gelu(x, self.first["weight"], self.first["bias"])
+        x = chosen.residual(hidden, self.second["weight"], self.second["bias"], x)
+        return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
 
-
-class Int8Parts(NamedTuple):
-    """Parameters of an int8 layer."""
-
-    parts: _Parts
-    qkv: int8.Prepared
-    attended: int8.Prepared
-    first: int8.Prepared
-    second: int8.Prepared
-
-    def forward_short(self, x: Tensor) -> Tensor:
-        """Self-attention and MLP of one text `[T, width]`."""
-        (tokens, width), own = x.shape, self.parts
-        q, k, v = self.qkv(x).view(1, tokens, 3, own.heads, -1).unbind(2)
+    def run_int8(self, x: Tensor) -> Tensor:
+        """With int8 weights."""
+        three, (tokens, width) = (self.query, self.key, self.value), x.shape
+        weights, biases = (tuple(own[name] for own in three) for name in ("weight", "bias"))
+        qkv = int8.prepared(weights, biases, lambda: concatenated("qkv weight", *weights))
+        attended, first, second = (
+            int8.prepared((own["weight"],), (own["bias"],), partial(own.__getitem__, "weight")) for own in self[5:8]
+        )
+        q, k, v = qkv(x).view(1, tokens, 3, self.heads, -1).unbind(2)
         context = plain_attention(q, k, v, q.shape[-1] ** -0.5).view(tokens, width)
-        x = torch.layer_norm(self.attended(context, x), (width,), **own.norm, eps=own.eps[0])
-        hidden = self.first(x, gelu=True, dtype=torch.float32)
-        x = self.second(hidden, x, of_gelu=True)
-        return torch.layer_norm(x, (width,), **own.last_norm, eps=own.eps[1])
+        x = torch.layer_norm(attended(context, x), (width,), **self.norm, eps=self.eps[0])
+        hidden = first(x, gelu=True, dtype=torch.float32)
+        x = second(hidden, x, of_gelu=True)
+        return torch.layer_norm(x, (width,), **self.last_norm, eps=self.eps[1])
 
 
 class Embeddings(nn.Module):
@@ -344,32 +310,24 @@ class LayerStack(nn.Module):
 
     def forward_short(self, x: Tensor, count: int) -> Tensor | None:
         """The first `count` layers on one text `[T, width]`; None unless all are frozen or all are int8."""
-        layers = [self[number] for number in range(count)]
-        if self._uses_int8(x):
-            in_int8 = [found for layer in layers if (found := layer.int8_parts())]
-            if len(in_int8) == count:
-                for each in in_int8:
-                    x = each.forward_short(x)
-                return x
-        frozen = [found for layer in layers if (found := layer.frozen_parts())]
-        if not frozen or len(frozen) < count:
+        parts = [found for number in range(count) if (found := self[number].short_parts()) is not None]
+        if not parts or len(parts) < count:
             return None
-        chosen = gemm.chosen(frozen[0].parts.first["weight"], len(x))
-        for each in frozen:
-            x = each.forward_short(x, chosen)
+        # Query to second are the linear layers.
+        if all(kind_of(own["weight"]) == "int8" for each in parts for own in each[2:8]):
+            first, weights = parts[0], tuple(own["weight"] for own in parts[0][5:8])
+            usable = first.last_norm["weight"].dtype == x.dtype and not any(weight.is_inference() for weight in weights)
+            if usable and int8.compiled(len(x), x.dtype, weights):
+                for each in parts:
+                    x = each.run_int8(x)
+                return x
+        frozen = ((each.query, each.key, *each[5:8]) for each in parts)
+        if not all(gemm.is_frozen(own["weight"]) for layers in frozen for own in layers):
+            return None
+        chosen = gemm.chosen(parts[0].first["weight"], len(x))
+        for each in parts:
+            x = each.run_frozen(x, chosen)
         return x
-
-    def _uses_int8(self, x: Tensor) -> bool:
-        """True if compiled int8 GEMMs are fastest for tokens `[T, width]`."""
-        layer = self[0]
-        dense, first, second = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
-        weights = dense.weight, first.weight, second.weight
-        return (
-            kind_of(first.weight) == "int8"
-            and not any(weight.is_inference() for weight in weights)
-            and layer.output.LayerNorm.weight.dtype == x.dtype
-            and int8.compiled(len(x), x.dtype, weights)
-        )
 
     def can_chunk(self) -> bool:
         """True if the layers are frozen, in inference on a CPU, and have no hooks."""

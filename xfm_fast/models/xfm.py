@@ -745,23 +745,27 @@ class XFM(nn.Module):
         Returns:
             `[P, L, text_width]`, zeros at padded positions; `[P, 1, text_width]` with `first_token_only`.
         """
-        if not isinstance(memory, ImageMemory):
-            raise InputError(f"memory is a {type(memory).__name__}; give the result of image_memory")
-        inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
-        mask = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]])
-        texts = text_embeds.shape[0]
-        if image_index is None:
-            if texts != memory.images:
-                raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
-            groups = ImageGroups(torch.arange(texts + 1, dtype=torch.int32, device=text_embeds.device))
-        else:
-            image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
-            groups = ImageGroups.from_index(image_index, memory.images, text_embeds.device)
+        mask, groups = self.check_pairs(text_embeds, attention_mask, memory, image_index)
         packing = Packing.from_mask(mask, order=groups.order, keep_padding=keep_padding)
         fused = self.fusion_encoder(
             packing.pack(text_embeds), packing, memory, groups, first_token_only=first_token_only
         )
         return packing.restore(fused)[:, None] if first_token_only else packing.unpad(fused)
+
+    def check_pairs(
+        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, image_index: Tensor | None
+    ) -> tuple[Tensor, ImageGroups]:
+        """Validate the arguments of `fuse`; returns the boolean mask and the texts grouped by image."""
+        if not isinstance(memory, ImageMemory):
+            raise InputError(f"memory is a {type(memory).__name__}; give the result of image_memory")
+        inputs.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
+        mask, texts = inputs.check_attention_mask(attention_mask, [*text_embeds.shape[:2]]), text_embeds.shape[0]
+        if image_index is not None:
+            image_index = inputs.check_image_index(image_index, memory.images, texts, "texts")
+            return mask, ImageGroups.from_index(image_index, memory.images, text_embeds.device)
+        if texts != memory.images:
+            raise InputError(f"{texts} texts and {memory.images} images do not pair up; pass image_index")
+        return mask, ImageGroups(torch.arange(texts + 1, dtype=torch.int32, device=text_embeds.device))
 
     def match_logits(self, fused: Tensor) -> Tensor:
         """Fused embeddings `[P, L, text_width]` → `[P, 2]`; column 1 scores "text describes image"."""

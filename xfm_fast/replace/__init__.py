@@ -6,13 +6,12 @@ from typing import Any
 from xfm_fast.replace.acceleration import accelerate, accelerated
 from xfm_fast.replace.attention_interface import register_attention
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
-from xfm_fast.replace.report import Entry, Expectation, Report
+from xfm_fast.replace.report import Entry, Report
 from xfm_fast.replace.rerank import Reranker
 from xfm_fast.replace.swap import Fused, Rule
 
 __all__ = [
     "Entry",
-    "Expectation",
     "Fused",
     "LayerSpec",
     "Mlp",

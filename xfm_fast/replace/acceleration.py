@@ -17,6 +17,7 @@ from xfm_fast.errors import InputError, UnavailableError, explain_types
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.cpu import gemm
+from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits, keep_within
 from xfm_fast.replace import (
     adapters,
@@ -29,19 +30,8 @@ from xfm_fast.replace import (
     unpadded,
     verification,
 )
-from xfm_fast.replace.report import (
-    ROW,
-    Entry,
-    Expectation,
-    Report,
-    Unknown,
-    in_graphs,
-    linear_weights,
-    packed_paths,
-    size_of,
-    unknown_layers,
-)
-from xfm_fast.replace.stored import FrozenLinear, check_freezable, quantise, type_with
+from xfm_fast.replace.report import ROW, Entry, Report, Unknown, in_graphs, linear_weights, size_of, unknown_layers
+from xfm_fast.replace.stored import FrozenLinear, quantise
 from xfm_fast.replace.stored import freeze as freeze_weights
 from xfm_fast.replace.swap import (
     Fused,
@@ -124,8 +114,13 @@ def accelerate(
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise InputError(f"parameters have no values yet ({meta} is on the meta device); load the weights first")
-    kind = dtype if isinstance(dtype, str) else None
-    compute = type_with(model, dtype, freeze) if isinstance(dtype, str) else dtype
+    kind, compute = (dtype, None) if isinstance(dtype, str) else (None, dtype)
+    if kind is not None:
+        devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+        types = {type_beside(kind, device) for device in devices}
+        compute = types.pop() if len(types) == 1 else None
+        if freeze:
+            raise InputError(f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out")
     settings = Settings(kernels, compute, unpad, skip_logits, kind, freeze)
     _check_machine(model, settings)
     if cuda_graphs:
@@ -140,8 +135,6 @@ def accelerate(
         chosen = _under(chosen, include, "include")
     chosen = {path: module for path, module in chosen.items() if path not in excluded}
     with _without_former(model):
-        if freeze:
-            check_freezable(model, settings)
         before, seconds, mask = {}, None, verification.mask_of(verify)
         if verify is not None:
             before, seconds = verification.outputs(model, verify), verification.seconds(model, verify)
@@ -167,11 +160,7 @@ def accelerate(
                 report._exempt = keep_within(cosine, report._rounded, kind, verification.LEAST_COSINE)
             after = verification.outputs(model, verify)
             report.differences, report.rounding = verification.compare(before, after, mask, compute, kind)
-            report._counted = replace(
-                report._counted,
-                useful=verification.real_share(verify) if report._counted.packed else 1.0,
-                measured=None if seconds is None else seconds / (verification.seconds(model, verify) or seconds),
-            )
+            report.speedup = None if seconds is None else seconds / (verification.seconds(model, verify) or seconds)
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -270,11 +259,9 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
         raise InputError(_nothing(model, entries, unknown))
     if settings.dtype is not None and model not in modules:
         forms.append((model, _InOneType))
-    report = Report(entries, unknown, _modules=[module for module, _ in forms], _eight_bits=settings.eight_bits)
-    packed = [chosen[path] for path in packed_paths(report.replaced)]
-    shares = (size_of(linear_weights(*group)) / total for group in (modules, packed))
-    report._counted = Expectation(next(shares), None, packed=next(shares))
-    return report, forms
+    share = size_of(linear_weights(*modules)) / total
+    modules = [module for module, _ in forms]
+    return Report(entries, unknown, share, _modules=modules, _eight_bits=settings.eight_bits), forms
 
 
 def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
@@ -374,22 +361,10 @@ def _nothing(model: nn.Module, entries: Sequence[Entry], unknown: Sequence[Unkno
     name = original_class(model).__name__
     if original_class(model).__module__.startswith("xfm_fast."):
         return f"{name} already uses these kernels; freeze() and quantise() make it faster on a CPU"
-    paths: dict[str, list[str]] = {}
-    for entry in entries:
-        paths.setdefault(entry.reason or "", []).append(entry.path or name)
-    reasons = [
-        f"{alike[0]}{f' and {len(alike) - 1} more' if len(alike) > 1 else ''}: {reason}"
-        for reason, alike in paths.items()
-    ]
-    why = "; ".join(reasons[:5])
-    foreign = f" Unknown: {'; '.join(map(str, unknown[:5]))}; {ROW}." if unknown else ""
-    if any(entry.class_name != "LayerNorm" for entry in entries):
-        return f"no module of {name} can be replaced: {why}{f'.{foreign}' if foreign else ''}"
+    reasons = {entry.reason: f"{entry.path or name}: {entry.reason}" for entry in reversed(entries)}
+    why = "; ".join([*reversed(reasons.values())][:5])
+    foreign = f". Unknown: {'; '.join(map(str, unknown[:5]))}; {ROW}" if unknown else ""
     return (
-        f"no module of {name} is supported{f' ({why})' if why else ''}.{foreign} Supported are encoders of "
-        "transformers (BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ELECTRA, ALBERT, ModernBERT, NomicBERT, LayoutLMv3, "
-        "DeBERTa-v2, BEiT, Data2Vec, ViT, DeiT, CLIP, SigLIP, DINOv2, DINOv3, ViT-MAE, Swin, BLIP), vision "
-        "transformers of timm, towers of open_clip, the official X-FM and X²-VLM modules, and "
-        "torch.nn.MultiheadAttention, TransformerEncoderLayer and LayerNorm; xfm_fast.replace.register adds your own "
-        "layers, and xfm_fast.kernels.ops has operations to build with"
+        f"no module of {name} can be replaced{f' ({why})' if why else ''}{foreign}. docs/drop-in.md lists supported "
+        "layers; xfm_fast.replace.register adds your own, and xfm_fast.kernels.ops has operations to build with"
     )

@@ -69,14 +69,10 @@ def why_not(layer: Any) -> str | None:
     if layer.merged:
         return None
     for name in _active(layer):
-        variant = getattr(layer, "lora_variant", {}).get(name)
-        if variant is not None or layer.use_dora.get(name):
-            kind = "DoRA" if variant is None else type(variant).__name__.removesuffix("LinearVariant")
-            return f"has the adapter {name!r} of another kind than plain LoRA ({kind})"
-        if not isinstance(layer.lora_dropout[name], nn.Dropout | nn.Identity):
-            return f"drops the input of {name!r} by a {type(layer.lora_dropout[name]).__name__}"
-        if type(layer.lora_A[name]) is not nn.Linear or type(layer.lora_B[name]) is not nn.Linear:
-            return f"has the adapter {name!r} made of other layers than linear ones"
+        plain = getattr(layer, "lora_variant", {}).get(name) is None and not layer.use_dora.get(name)
+        linear = type(layer.lora_A[name]) is nn.Linear and type(layer.lora_B[name]) is nn.Linear
+        if not plain or not linear or not isinstance(layer.lora_dropout[name], nn.Dropout | nn.Identity):
+            return f"has the adapter {name!r} of another kind than plain LoRA"
     return None
 
 
@@ -128,10 +124,9 @@ def summary(modules: Iterable[nn.Module]) -> str | None:
     if not adapted:
         return None
     names = dict.fromkeys(name for layer in adapted for name in _active(layer))
-    merged = sum(bool(layer.merged) for layer in adapted)
     off = all(layer.disable_adapters for layer in adapted)
     state = "disabled" if off else f"{', '.join(map(repr, names)) or 'none'} active"
-    return f"LoRA adapters on {len(adapted)} linear layers: {state}" + (f", merged in {merged}" if merged else "")
+    return f"LoRA adapters on {len(adapted)} linear layers: {state}"
 
 
 def _active(layer: Any) -> list[str]:

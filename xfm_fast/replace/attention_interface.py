@@ -5,8 +5,6 @@ Registration is an explicit call: it changes process-wide tables of transformers
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +16,7 @@ from xfm_fast.kernels import ops
 from xfm_fast.replace.attention import attend_to_real_keys
 
 NAME = "xfm_fast"
-# Vision models of transformers 4 that select an attention class, not a function, by implementation name.
+# Vision models of transformers 4 that select an attention class by implementation name: it stays that of PyTorch.
 _TABLES = {
     "transformers.models.beit.modeling_beit": "BEIT_SELF_ATTENTION_CLASSES",
     "transformers.models.data2vec.modeling_data2vec_vision": "DATA2VEC_VISION_SELF_ATTENTION_CLASSES",
@@ -47,7 +45,7 @@ def register_attention(name: str = NAME) -> str:
         except ImportError:
             continue
         if classes is not None:
-            classes[name] = _with_bias_kernel(classes["sdpa"])
+            classes[name] = classes["sdpa"]
     return name
 
 
@@ -100,32 +98,3 @@ def attention(
     if attention_mask is not None and padding:
         attention_mask = attention_mask.bool()[:, None, None, :]
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-
-
-@cache
-def _with_bias_kernel(original: type[nn.Module]) -> type[nn.Module]:
-    """BEiT attention of transformers 4 with its position bias in `ops.bias_attention`."""
-    plain: Any = original
-    signature = inspect.signature(plain.forward)
-
-    class BiasKernelAttention(plain):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            call = signature.bind(self, *args, **kwargs).arguments
-            shared = call.get("relative_position_bias")
-            asks = call.get("output_attentions") or call.get("head_mask") is not None
-            if asks or not (self.has_relative_position_bias or shared is not None):
-                return super().forward(*args, **kwargs)
-            states, bias = call["hidden_states"], shared
-            if self.has_relative_position_bias:
-                window = tuple(side // self.config.patch_size for side in call["resolution"])
-                interpolated = call.get("interpolate_pos_encoding", False)
-                own = self.relative_position_bias(window, interpolated, dim_size=states.shape[1])
-                bias = own if bias is None else own + bias
-            assert bias is not None
-            shape = (self.num_attention_heads, self.attention_head_size)
-            q, k, v = (part(states).unflatten(-1, shape) for part in (self.query, self.key, self.value))
-            dropout = self.dropout.p if self.training else 0.0
-            bias = bias[None] if bias.ndim == 3 else bias
-            return (ops.bias_attention(q, k, v, bias, None, dropout).flatten(2),)
-
-    return BiasKernelAttention

@@ -29,48 +29,29 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _plans: weakref.WeakKeyDictionary[nn.Module, CachedPlan] = weakref.WeakKeyDictionary()
 
 
-class _Norm(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-
 class _Linear(NamedTuple):
-    """`x Wᵀ + b` with a dense or packed weight."""
+    """A linear layer with a dense, packed or int8 weight; int8 takes x in either dtype and has LayerScale folded in."""
 
     weight: Tensor
     bias: Tensor | None
-
-    def linear(self, x: Tensor) -> Tensor:
-        return cpu.linear(x, self.weight, self.bias)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return cpu.linear_gelu(x, self.weight, self.bias)
-
-    def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
-        return cpu.linear_residual(x, self.weight, self.bias, residual, gamma)
-
-
-class _Int8Linear(NamedTuple):
-    """The same in int8, for x of either dtype; LayerScale is folded into the weight."""
-
-    product: int8.Prepared
+    rounded: int8.Prepared | None
     dtype: torch.dtype
 
-    def linear(self, x: Tensor) -> Tensor:
-        return self._run(x, None)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return self._run(x, None, gelu=True)
-
-    def residual(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
-        return self._run(x, residual)
-
-    def _run(self, x: Tensor, residual: Tensor | None, *, gelu: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """`x Wᵀ + b`, or its GELU."""
+        if self.rounded is None:
+            return (cpu.linear_gelu if gelu else cpu.linear)(x, self.weight, self.bias)
         if x.ndim == 2:
-            return self.product(x, residual, gelu=gelu, dtype=self.dtype)
-        sums = None if residual is None else residual.flatten(0, -2)
-        return self.product(x.flatten(0, -2), sums, gelu=gelu, dtype=self.dtype).view(*x.shape[:-1], -1)
+            return self.rounded(x, gelu=gelu, dtype=self.dtype)
+        return self.rounded(x.flatten(0, -2), gelu=gelu, dtype=self.dtype).view(*x.shape[:-1], -1)
+
+    def add_to(self, residual: Tensor, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """`residual + gamma · (x Wᵀ + b)`."""
+        if self.rounded is None:
+            return cpu.linear_residual(x, self.weight, self.bias, residual, gamma)
+        if x.ndim == 2:
+            return self.rounded(x, residual)
+        return self.rounded(x.flatten(0, -2), residual.flatten(0, -2)).view(residual.shape)
 
 
 class CachedPlan:
@@ -115,40 +96,34 @@ class CachedPlan:
                 return False
             if kind_of(value) is not kind:
                 return False
-        if _busy(self._others):
-            return False
-        return all(map(torch.equal, self._views, self._values))
+        return not _busy(self._others) and all(map(torch.equal, self._views, self._values))
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any = None) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend`.
 
         `adapt` maps q or k `[..., H, D]` with False, or both stacked `[..., 2, H, D]` with True.
         """
-        return (self._post_norm if self.wide else self._pre_norm)(x, attend, settings, adapt)
-
-    def _pre_norm(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
+        fc1, fc2 = self._fc1, self._fc2
+        rounded = fc1 is not None and fc1.rounded is not None and fc2.rounded is not None
+        if self.wide:
+            own = x if self._qkv[0].rounded is not None else x.to(self.dtype)
+            x = self._normed(self._sum(self._attended(own, attend, settings, adapt), self._proj, x), self._first)
+            if rounded:
+                return self._normed(_int8_mlp(fc1, fc2, x, x), self._second)
+            return self._normed(self._sum(self._hidden(x.to(self.dtype)), fc2, x), self._second)
         x = x.to(self.dtype)
         context = self._attended(self._normed(x, self._first), attend, settings, adapt)
-        x = self._proj.residual(context, x, self._scales[0])
-        normed, fc1, fc2 = self._normed(x, self._second), self._fc1, self._fc2
-        if isinstance(fc1, _Linear) and isinstance(fc2, _Linear):
-            return cpu.mlp_residual(normed, *fc1, *fc2, x, self._scales[1])
-        if isinstance(fc1, _Int8Linear) and isinstance(fc2, _Int8Linear):
+        x = self._proj.add_to(x, context, self._scales[0])
+        normed = self._normed(x, self._second)
+        if rounded:
             return _int8_mlp(fc1, fc2, normed, x)
-        return fc2.residual(self._hidden(normed), x, self._scales[1])
-
-    def _post_norm(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
-        fc1, fc2 = self._fc1, self._fc2
-        # int8 takes x in either dtype.
-        own = x if isinstance(self._qkv[0], _Int8Linear) else x.to(self.dtype)
-        x = self._normed(self._summed(self._attended(own, attend, settings, adapt), self._proj, x), self._first)
-        if isinstance(fc1, _Int8Linear) and isinstance(fc2, _Int8Linear):
-            return self._normed(_int8_mlp(fc1, fc2, x, x), self._second)
-        return self._normed(self._summed(self._hidden(x.to(self.dtype)), fc2, x), self._second)
+        if fc1 is None or fc1.rounded is not None or fc2.rounded is not None:
+            return fc2.add_to(x, self._hidden(normed), self._scales[1])
+        return cpu.mlp_residual(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, self._scales[1])
 
     def _attended(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
         heads = self.parts.heads
-        made = [linear.linear(x) for linear in self._qkv]
+        made = [linear(x) for linear in self._qkv]
         if len(made) == 1:
             together = made[0].view(*made[0].shape[:-1], 3, heads, -1)
             q, k, v = together.unbind(-3)
@@ -160,21 +135,20 @@ class CachedPlan:
                 q, k = adapt(q, False), adapt(k, False)
         return attend(q, k, v, 0.0, settings)
 
-    def _summed(self, x: Tensor, linear: _Linear | _Int8Linear, residual: Tensor) -> Tensor:
-        if residual.dtype == x.dtype or isinstance(linear, _Int8Linear):
-            return linear.residual(x, residual, None)
-        return residual + linear.linear(x)
+    def _sum(self, x: Tensor, linear: _Linear, residual: Tensor) -> Tensor:
+        same = residual.dtype == x.dtype or linear.rounded is not None
+        return linear.add_to(residual, x) if same else residual + linear(x)
 
     def _hidden(self, x: Tensor) -> Tensor:
         if self._fc1 is not None:
-            return self._fc1.gelu(x)
+            return self._fc1(x, gelu=True)
         hidden: Any = self.parts.hidden
-        return hidden(x, lambda layer, value: self._linears[id(layer)].linear(value))
+        return hidden(x, lambda layer, value: self._linears[id(layer)](value))
 
-    def _normed(self, x: Tensor, norm: _Norm | None) -> Tensor:
-        return x if norm is None else torch.layer_norm(x, self._shape, norm.weight, norm.bias, norm.eps)
+    def _normed(self, x: Tensor, norm: tuple[Tensor, Tensor | None, float] | None) -> Tensor:
+        return x if norm is None else torch.layer_norm(x, self._shape, *norm)
 
-    def _linear(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Linear | _Int8Linear:
+    def _linear(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Linear:
         """The operands of one layer, or of several on the same input."""
         packed = pack_of(layers)
         rounded = packed is None and kind_of(layers[0].weight) == "int8"
@@ -182,22 +156,22 @@ class CachedPlan:
         biases = [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers]
         bias = side_by_side(biases, [layer.out_features for layer in layers])
         if packed is not None:
-            return _Linear(packed, bias)
+            return _Linear(packed, bias, None, self.dtype)
         weights = [layer.weight if rounded else layer.weight.detach().to(dtype) for layer in layers]
         weight = weights[0] if len(layers) == 1 else torch.cat(weights)
-        return _Int8Linear(int8.Prepared.of(weight, bias, gamma), self.dtype) if rounded else _Linear(weight, bias)
+        return _Linear(weight, bias, int8.Prepared.of(weight, bias, gamma) if rounded else None, self.dtype)
 
-    def _norm(self, norm: Any) -> _Norm | None:
+    def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
         if isinstance(norm, nn.Identity):
             return None
         dtype, bias = norm.weight.dtype if self.wide else self.dtype, norm.bias
-        return _Norm(norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm.eps)
+        return norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm.eps
 
 
-def _int8_mlp(first: _Int8Linear, second: _Int8Linear, x: Tensor, residual: Tensor) -> Tensor:
+def _int8_mlp(first: Any, second: Any, x: Tensor, residual: Tensor) -> Tensor:
     """As one op, which rounds the hidden layer finer."""
     rows, sums = (t if t.ndim == 2 else t.flatten(0, -2) for t in (x, residual))
-    return int8.prepared_mlp(first.product, second.product, rows, sums).view(residual.shape)
+    return int8.prepared_mlp(first.rounded, second.rounded, rows, sums).view(residual.shape)
 
 
 def cached_plan(
@@ -250,19 +224,23 @@ def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool
         return False
     for group in (*_groups(parts), *((part,) for part in (parts.proj, parts.fc2, *parts.inner))):
         packed = pack_of(group)
-        if packed is not None and packed.dtype != dtype:
-            return False
-        if packed is None and any(type(linear) is not nn.Linear for linear in group):
-            return False
-        if packed is None and len({kind_of(cast(Any, linear).weight) for linear in group}) > 1:
+        if packed is not None:
+            if packed.dtype != dtype:
+                return False
+        elif {*map(type, group)} != {nn.Linear} or len({kind_of(cast(Any, part).weight) for part in group}) > 1:
             return False
     if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
         return False
-    weights, own = _weights(parts), {id(parameter) for parameter in layer.parameters()}
-    if any(kind_of(weight) == "fp8" for weight in weights):
-        return False
-    plain = all(p.is_floating_point() and not p.is_inference() and p.device.type == "cpu" for p in weights)
-    return plain and all(id(p) in own and (mixed or p.dtype == dtype) for p in weights)
+    own = {id(parameter) for parameter in layer.parameters()}
+    return all(
+        p.is_floating_point()
+        and p.device.type == "cpu"
+        and not p.is_inference()
+        and kind_of(p) != "fp8"
+        and id(p) in own
+        and (mixed or p.dtype == dtype)
+        for p in _weights(parts)
+    )
 
 
 def _groups(parts: Parts) -> list[tuple[nn.Module, ...]]:

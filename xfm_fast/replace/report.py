@@ -1,69 +1,25 @@
-"""The report of `accelerate`: replaced modules, reasons against the others, expected speedup, verified outputs.
-
-The expected speedup is the share of linear weights, times the speedup of GEMMs measured on this processor. Attention
-and norms are not counted, so it is an upper bound; a smaller speedup measured by `verify` replaces it.
-"""
+"""The report of `accelerate`: replaced modules, reasons against the others, verified outputs and their time."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from xfm_fast.graphs import CallGraphs
-from xfm_fast.kernels.backend import Backend
-from xfm_fast.kernels.cpu.selection import selections
 from xfm_fast.kernels.marked import EightBits, kind_of
 from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace import adapters
 from xfm_fast.replace.stored import FrozenLinear
 from xfm_fast.replace.swap import Fused, is_fused, restore
-from xfm_fast.replace.verification import Rounding
 
 ROW = "register a LayerSpec to support it (xfm_fast.replace.register)"
-_RACES = ("linear", "linear_gelu", "linear_residual")
 # Least share of the linear weights that is reported.
 _LEAST_SHARE = 0.05
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """Expected speedup of an accelerated model."""
-
-    share: float  # share of the model's linear weights in replaced modules
-    product: float | None  # measured GEMM speedup; None before the first call and on devices without autotuning
-    useful: float = 1.0  # share of real tokens in an unpadded batch; 1 with padding
-    packed: float = 0.0  # share of the linear weights that skip padding
-    measured: float | None = None  # measured speedup of the `verify` batch; None on GPUs
-
-    @property
-    def bound(self) -> float:
-        """Speedup if the run time were that of the GEMMs."""
-        computed = self.share - self.packed * (1 - self.useful)
-        return 1 / (1 - self.share + computed / (self.product or 1.0))
-
-    @property
-    def overall(self) -> float:
-        """Expected speedup, capped by the measured one."""
-        return self.bound if self.measured is None else min(self.bound, self.measured)
-
-    def __str__(self) -> str:
-        parts = [f"{self.share:.0%} of the linear weights are in replaced modules (counted)"]
-        if self.product is None:
-            parts.append("GEMMs not timed here yet: counted as unchanged")
-        else:
-            parts.append(f"their GEMMs {self.product:.2f}× as fast (measured in this process)")
-        if self.measured is not None:
-            parts.append(f"the verify batch ran {self.measured:.2f}× as fast (measured)")
-        if self.useful < 1:
-            parts.append(f"{1 - self.useful:.0%} of the batch is padding, skipped")
-        most = "at most " if self.measured is None and self.bound > 1 else ""
-        return f"expected: {most}{self.overall:.2f}×; " + ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -101,16 +57,17 @@ class Report:
     entries: list[Entry]
     # unrecognised layers with a relevant share of the model's linear weights
     unknown: list[Unknown] = field(default_factory=list)
+    share: float = 0.0  # share of the model's linear weights in replaced modules
     # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
-    rounding: dict[str, Rounding] = field(default_factory=dict)  # error of each verified output in 8 bits
+    rounding: dict[str, float] = field(default_factory=dict)  # smallest cosine of each verified output in 8 bits
+    speedup: float | None = None  # measured on the `verify` batch; None without one, and on GPUs
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
     _eight_bits: EightBits | None = None
     _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)  # flagged weights of every module
     _exempt: int = 0  # modules that stay in floating point for accuracy
     _model: nn.Module | None = field(default=None, repr=False)  # the model, if its calls are replayed as graphs
-    _counted: Expectation = field(default=Expectation(0.0, None), repr=False)  # without the speedup of GEMMs
 
     @property
     def replaced(self) -> list[Entry]:
@@ -130,29 +87,6 @@ class Report:
             if reason is not None:
                 found[entry.path] = reason
         return found
-
-    @property
-    def expected(self) -> Expectation:
-        """Expected speedup, from counted weights and the timings of this process."""
-        first = next((module for module in self._modules if isinstance(module, Fused)), None)
-        if first is None:
-            return Expectation(0.0, None)
-        # fp8 GEMMs are not autotuned.
-        tuned = self._eight_bits != "fp8"
-        product = measured_product(first, first.settings.backend, first.settings.dtype) if tuned else None
-        return replace(self._counted, product=product)
-
-    @property
-    def expected_gains(self) -> dict[str, float]:
-        """Expected speedup of the linear layers of each replaced module, by path; empty if `verify` measured less."""
-        whole, gains, packed = self.expected, {}, packed_paths(self.replaced)
-        if whole.overall < whole.bound:
-            return {}
-        for entry in self.replaced:
-            useful = whole.useful if any(is_within(entry.path, path) for path in packed) else 1.0
-            if entry.share and (whole.product is not None or useful < 1):
-                gains[entry.path] = (whole.product or 1.0) / useful
-        return gains
 
     def revert(self) -> None:
         """Restore the original forward of every module. Idempotent; no other thread may use the model meanwhile."""
@@ -174,23 +108,21 @@ class Report:
         return sum(packed.numel() * packed.element_size() for packed in packs.values())
 
     def __str__(self) -> str:
-        rows = [("module", "class", "replaced by", "products", "expected", "why, or what it saves")]
-        groups: dict[tuple[str, str, str, str], list[Entry]] = {}
-        declining, gains = self.declining, self.expected_gains
+        rows = [("module", "class", "replaced by", "products", "why, or what it saves")]
+        groups: dict[tuple[str, str, str], list[Entry]] = {}
+        declining = self.declining
         for entry in self.entries:
             fate, why = entry.fused, entry.gain
             if entry.reason is not None:
                 fate, why = "not replaced", entry.reason
             elif entry.path in declining:
                 fate, why = "runs its original", declining[entry.path]
-            gain = gains.get(entry.path) if fate == entry.fused else None
-            groups.setdefault((entry.class_name, fate, f"{gain:.1f}×" if gain else "", why), []).append(entry)
-        for (class_name, fate, gain, why), entries in groups.items():
+            groups.setdefault((entry.class_name, fate, why), []).append(entry)
+        for (class_name, fate, why), entries in groups.items():
             place, share = entries[0].path or "(the model)", sum(entry.share for entry in entries)
-            if len(entries) > 1:
-                place += f" and {len(entries) - 1} more"
-            rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", gain, why))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+            more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+            rows.append((place + more, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", why))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * width for width in widths))
         lines.append(f"{len(self.replaced)} modules replaced, {len(self.left)} not replaced")
@@ -198,19 +130,16 @@ class Report:
             lines[-1] += f"; {len(declining)} of them currently run their original"
         lines += [f"unknown: {layers}; {ROW}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
-            line = f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place"
-            if left := sum(p.numel() * p.element_size() for p in linear_weights(*self._modules)):
-                line += f"; {left / 2**20:,.1f} MB of other linear weights stay parameters"
-            lines.append(line)
+            lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place")
         if rounded := self.rounded_weights:
             exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
-            how = "without gradients" if self._eight_bits == "int8" else "and cannot be trained"
-            lines.append(f"{rounded} weights run in {self._eight_bits} {how}{exempt}")
-            if self._eight_bits == "fp8" and any(weight.is_cpu for group in self._rounded for weight in group):
-                lines.append("this CPU emulates fp8, slowly: results match those of a GPU, times do not")
-        lines.append(str(self.expected))
+            lines.append(f"{rounded} weights run in {self._eight_bits}{exempt}")
+        lines.append(f"{self.share:.0%} of the linear weights are in replaced modules")
+        if self.speedup is not None:
+            lines[-1] += f"; the verify batch ran {self.speedup:.2f}× as fast"
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
-        costs = self.rounding or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
+        costs = {name: f"has a cosine of at least {value:.4f}" for name, value in self.rounding.items()}
+        costs = costs or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
         lines += [f"verified: {name or 'output'} {cost}" for name, cost in costs.items()]
         return "\n".join(lines)
 
@@ -218,18 +147,6 @@ class Report:
 def in_graphs(model: nn.Module) -> bool:
     """True if the model's calls are replayed as CUDA graphs."""
     return isinstance(model.__dict__.get("forward"), CallGraphs)
-
-
-def packed_paths(entries: Sequence[Entry]) -> list[str]:
-    """Paths of the modules that run without padding: encoders, and masked-language heads over them."""
-    encoders = [entry.path for entry in entries if "npadded" in entry.fused]
-    heads = [entry.path for entry in entries if entry.fused == "FusedMaskedLM"]
-    return encoders + [path for path in heads if any(is_within(encoder, path) for encoder in encoders)]
-
-
-def is_within(path: str, other: str) -> bool:
-    """True if path is other, or inside it."""
-    return not other or path == other or path.startswith(f"{other}.")
 
 
 def linear_weights(*modules: nn.Module) -> set[nn.Parameter]:
@@ -243,54 +160,29 @@ def size_of(weights: Collection[nn.Parameter]) -> int:
     return sum(p.numel() for p in weights)
 
 
-def unknown_layers(model: nn.Module, chosen: Mapping[str, nn.Module], known: Collection[nn.Module]) -> list[Unknown]:
+def unknown_layers(model: nn.Module, chosen: dict[str, nn.Module], known: Collection[nn.Module]) -> list[Unknown]:
     """Unrecognised repeated layers with a relevant share of the weights, largest first; no embeddings or heads."""
-    # Ancestors of recognised modules are not unknown layers.
-    around = {place for path, module in chosen.items() if module in known for place in _places(path)}
-    siblings = Counter((path.rpartition(".")[0], type(module)) for path, module in chosen.items() if path)
-    weights = {
-        path: [p for p in part.parameters(recurse=False) if p.ndim > 1]
-        for path, part in model.named_modules()
-        if not isinstance(part, (nn.Embedding, nn.EmbeddingBag))
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    matrices = {
+        module: {p for p in module.parameters(recurse=False) if p.ndim > 1}
+        for module in model.modules()
+        if not isinstance(module, tables)
     }
-    total = size_of({p for own in weights.values() for p in own}) or 1
-    sizes: dict[str, dict[str, int]] = {}
-    counted: set[nn.Parameter] = set()
-    for path, module in chosen.items():
-        own = [p for p in weights.get(path, ()) if p not in counted]
-        if module in known or not own:
+    total = size_of(set().union(*matrices.values())) or 1
+    left = {p for module in chosen.values() if module not in known for p in matrices.get(module, ())}
+    siblings = Counter((path.rpartition(".")[0], type(module)) for path, module in chosen.items())
+    around = [f"{path}." for path, module in chosen.items() if module in known]
+    found: dict[str, Unknown] = {}
+    # The innermost elements of lists come first: stages contain lists of layers. A bare linear layer does not count.
+    for path, module in reversed(chosen.items()):
+        holder, _, number = path.rpartition(".")
+        repeated = number.isdigit() and siblings[holder, type(module)] > 1 and not matrices.get(module)
+        if not repeated or any(inner.startswith(f"{path}.") for inner in around):
             continue
-        # The innermost list element (stages contain lists of layers); a bare linear layer does not count.
-        for place in reversed(_places(path)):
-            holder, _, number = place.rpartition(".")
-            if (
-                number.isdigit()
-                and place in chosen
-                and siblings[holder, type(chosen[place])] > 1
-                and not weights.get(place)
-            ):
-                if place not in around:
-                    counted.update(own)
-                    places = sizes.setdefault(type(chosen[place]).__name__, {})
-                    places[place] = places.get(place, 0) + size_of(own)
-                break
-    layers = [Unknown(name, [*places], sum(places.values()) / total) for name, places in sizes.items()]
-    return sorted((each for each in layers if each.share >= _LEAST_SHARE), key=lambda each: -each.share)
-
-
-def _places(path: str) -> list[str]:
-    """Qualified names of a module and its ancestors, outermost first."""
-    steps = path.split(".")
-    return [".".join(steps[:end]) for end in range(1, len(steps) + 1)]
-
-
-def measured_product(model: nn.Module, backend: Backend | None, dtype: torch.dtype | None) -> float | None:
-    """Lowest measured speedup of the chosen GEMM libraries over PyTorch's default, minus noise; None if untimed."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if first is None or first.device.type != "cpu" or backend not in (None, "cpu"):
-        return None
-    races = [race for race in selections() if race.operation in _RACES and race.dtype == (dtype or first.dtype)]
-    factors = [race.seconds[next(iter(race.seconds))] / race.seconds[race.chosen] for race in races if race.seconds]
-    noise = max((race.noise for race in races), default=0.0)
-    # Noise is irrelevant where the default was chosen.
-    return min((max(factor / (1 + noise), min(factor, 1.0)) for factor in factors if factor == factor), default=None)
+        own = left.intersection(module.parameters())
+        left -= own
+        if own:
+            name = type(module).__name__
+            _, paths, share = found.get(name, Unknown(name, [], 0.0))
+            found[name] = Unknown(name, [path, *paths], share + size_of(own) / total)
+    return sorted((each for each in found.values() if each.share >= _LEAST_SHARE), key=lambda each: -each.share)

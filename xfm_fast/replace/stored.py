@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import fp8, marked
 from xfm_fast.kernels.cpu import gemm
-from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits
-from xfm_fast.models.frozen import dense_weight, owner_counts, pack, slot_of, state_weight, stop_gradients, unpack
+from xfm_fast.models.frozen import dense_weight, own_weights, owner_counts, pack, slot_of, stop_gradients, unpack
 from xfm_fast.replace.adapters import Adaptable
-from xfm_fast.replace.swap import Fused, Settings, find, observed, restore, swap
+from xfm_fast.replace.swap import Fused, Settings, find, restore, swap
 
 _TRAINED = "_xfm_fast_trained"
 _PACKED = (torch.float32, torch.bfloat16)
@@ -34,7 +33,7 @@ class FrozenLinear(Fused):
 
     @property
     def weight(self) -> Tensor:
-        """`[M, K]`, read-only: a copy if blocked."""
+        """A copy `[M, K]`."""
         return dense_weight(self)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ class FrozenLinear(Fused):
             other.requires_grad_(True)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = state_weight(self)
+        destination[f"{prefix}weight"] = dense_weight(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any, **named: Any) -> NoReturn:
@@ -63,57 +62,42 @@ class FrozenLinear(Fused):
         return self._apply(fn, recurse)
 
 
-def check_freezable(model: nn.Module, settings: Settings) -> None:
-    """Raise InputError unless all parameters are on the CPU and in the compute dtype."""
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
-            raise InputError(
-                f"freeze=True is for a CPU, and {name} is on {parameter.device}; move the model or leave freeze out"
-            )
-        if settings.dtype is not None and parameter.is_floating_point() and parameter.dtype != settings.dtype:
-            raise InputError(
-                f"freeze=True stores one dtype, {name} is {parameter.dtype}, and dtype={settings.dtype}; convert the "
-                f"model first: model.to({settings.dtype})"
-            )
-
-
 def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list[FrozenLinear]:
     """Pack the linear weights of the fused forms in place and return their layers; no parameter takes gradients.
 
-    Skips adapted, hooked and parametrised layers, and shared weights.
+    Skips adapted, hooked and parametrised layers, and shared weights. Raises InputError unless all parameters are on
+    the CPU and in the compute dtype.
     """
-    owners = owner_counts(model)
-    done: list[FrozenLinear] = []
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or (
+            parameter.is_floating_point() and settings.dtype not in (None, parameter.dtype)
+        ):
+            raise InputError(
+                f"freeze=True stores weights of one dtype on a CPU, and {name} is {parameter.dtype} on "
+                f"{parameter.device}; convert the model first: model.to('cpu', {settings.dtype or parameter.dtype})"
+            )
+    owners, done = owner_counts(model), list[FrozenLinear]()
     for form in fused:
-        joint = [name for group in type(form).joint for name in group]
+        joint = {name for group in type(form).joint for name in group}
         singles = [
             (name,)
             for name, kinds in type(form).bypassed.items()
             if name not in joint and isinstance(kinds, tuple) and Adaptable in kinds
         ]
         for group in (*type(form).joint, *singles):
-            layers = cast(list[nn.Linear], [find(form, name) for name in group])
-            weights = [_own_weight(layer, owners, _PACKED) for layer in layers]
-            if any(weight is None for weight in weights):
+            layers = [find(form, name) for name in group]
+            weights = own_weights(layers, owners)
+            alike = weights is not None and len({(weight.dtype, weight.shape[1]) for weight in weights}) == 1
+            if weights is None or not alike or weights[0].dtype not in _PACKED:
                 continue
-            if len({(layer.weight.dtype, layer.in_features) for layer in layers}) > 1:
-                continue
-            pack(layers, blocked=gemm.prefers_onednn(layers[0].weight.dtype))
-            for layer in layers:
+            pack(cast(list[nn.Module], layers), weights, blocked=gemm.prefers_onednn(weights[0].dtype))
+            for layer in cast(list[nn.Module], layers):
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)
                 done.append(cast(FrozenLinear, layer))
     if done:
         done[0].__dict__[_TRAINED] = stop_gradients(model)
     return done
-
-
-def type_with(model: nn.Module, kind: str, freezes: bool) -> torch.dtype | None:
-    """Validate 8-bit computation of a model and return the dtype of everything else; None follows the inputs."""
-    types = {type_beside(kind, device) for device in {p.device for p in model.parameters()} or {torch.device("cpu")}}
-    if freezes:
-        raise InputError(f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out")
-    return types.pop() if len(types) == 1 else None
 
 
 def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[list[nn.Parameter]]:
@@ -126,11 +110,9 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
     types = _PACKED if kind == "int8" else (*_PACKED, torch.float16)
     done: list[list[nn.Parameter]] = []
     for form in fused:
-        if not form.multiplies_in_eight_bits:
-            continue
-        layers = [find(form, name) for name in type(form).bypassed]
-        candidates = [_own_weight(layer, owners, types) for layer in layers]
-        weights = [weight for weight in candidates if weight is not None and (kind == "int8" or fp8.fits(weight))]
+        layers = [find(form, name) for name in type(form).bypassed] if form.multiplies_in_eight_bits else []
+        own = [weight for layer in layers for weight in own_weights([layer], owners) or ()]
+        weights = [weight for weight in own if weight.dtype in types and (kind == "int8" or fp8.fits(weight))]
         if not weights:
             continue
         done.append(weights)
@@ -139,11 +121,3 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
             norms = (layer._parameters.get("weight") for layer in layers if type(layer) is nn.LayerNorm)
             marked.mark((scale for scale in norms if type(scale) is nn.Parameter), kind)
     return done
-
-
-def _own_weight(layer: Any, owners: Any, types: tuple[torch.dtype, ...]) -> nn.Parameter | None:
-    """The weight of a plain linear layer without hooks, owned by it alone, in one of the dtypes; or None."""
-    if type(layer) is not nn.Linear or observed(layer):
-        return None
-    weight = layer._parameters.get("weight")
-    return weight if type(weight) is nn.Parameter and owners[id(weight)] == 1 and weight.dtype in types else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,7 @@ from xfm_fast.replace.swap import BANDS
 
 LEAST_COSINE = 0.99
 """Least cosine between every output before and after, entry by entry of a batch, for 8 bits."""
-# Above this batch size the pairwise comparison would take longer than the model.
-_MOST_RANKED = 4096
 _TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
-
-
-class Rounding(NamedTuple):
-    """8-bit error of one output."""
-
-    cosine: float  # smallest cosine over batch entries (or tokens)
-    ranks: float | None  # share of entries with the same nearest neighbour; None for fewer than 3
-
-    def __str__(self) -> str:
-        ranks = "" if self.ranks is None else f", nearest-neighbour agreement {self.ranks:.0%}"
-        return f"has a cosine of at least {self.cosine:.4f}{ranks}"
 
 
 def outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[str, Tensor]:
@@ -86,12 +73,6 @@ def mask_of(batch: Any) -> Any:
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
-def real_share(batch: Any) -> float:
-    """Share of real tokens in a batch; 1 without a padding mask."""
-    mask = mask_of(batch)
-    return float(mask.bool().float().mean()) if isinstance(mask, Tensor) and mask.ndim == 2 else 1.0
-
-
 def relative_error(before: Tensor, after: Tensor) -> float:
     """Largest difference, relative to the largest value before."""
     if not before.numel():
@@ -102,9 +83,9 @@ def relative_error(before: Tensor, after: Tensor) -> float:
 
 def compare(
     before: dict[str, Tensor], after: dict[str, Tensor], mask: Any, dtype: torch.dtype | None, kind: EightBits | None
-) -> tuple[dict[str, float], dict[str, Rounding]]:
-    """The difference of every output, and its 8-bit error; InputError if one exceeds rounding."""
-    differences, errors = {}, {}
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The difference of every output, and its smallest cosine in 8 bits; InputError if one exceeds rounding."""
+    differences, cosines = {}, {}
     for name, old in before.items():
         new, label = after.get(name), f"output {name!r}" if name else "the output"
         if new is None or new.shape != old.shape:
@@ -112,12 +93,13 @@ def compare(
                 f"{label} was {tuple(old.shape)} and is {None if new is None else tuple(new.shape)} after "
                 "acceleration; the model was reverted"
             )
-        differences[name] = relative_error(*without_padding(old, new, mask))
+        old, new = without_padding(old, new, mask)
+        differences[name] = relative_error(old, new)
         if kind is not None:
-            errors[name] = rounding(old, new, mask)
-            if not errors[name].cosine >= LEAST_COSINE:
+            cosines[name] = _cosine(old, new)
+            if not cosines[name] >= LEAST_COSINE:
                 raise InputError(
-                    f"{label} has a cosine of {errors[name].cosine:.3f} to the original, below {LEAST_COSINE} for "
+                    f"{label} has a cosine of {cosines[name]:.3f} to the original, below {LEAST_COSINE} for "
                     f"{kind}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
                 )
             continue
@@ -127,7 +109,7 @@ def compare(
                 f"{label} differs by {differences[name]:.1e} of its largest value, more than rounding in "
                 f"{dtype or old.dtype} ({band:.0e}); the model was reverted. Use exclude=…"
             )
-    return differences, errors
+    return differences, cosines
 
 
 def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any) -> float:
@@ -136,28 +118,10 @@ def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any)
     return min((_cosine(*without_padding(old, new, mask)) for old, new in pairs), default=1.0)
 
 
-def rounding(before: Tensor, after: Tensor, mask: Any) -> Rounding:
-    """8-bit error of an output `[B, ...]`, at the real tokens of mask `[B, L]`."""
-    ranks = None
-    if before.ndim > 1 and 3 <= len(before) <= _MOST_RANKED and before.numel():
-        nearest = []
-        for output in (before.double(), after.double()):
-            if output.ndim > 2 and _has_tokens(output, mask):
-                # A text is represented by the sum of its tokens.
-                output = (output * mask.bool().view(*mask.shape, *[1] * (output.ndim - 2))).sum(1)
-            rows = F.normalize(output.flatten(1), dim=1)
-            nearest.append((rows @ rows.t()).fill_diagonal_(-2).argmax(1))
-        ranks = float((nearest[0] == nearest[1]).double().mean())
-    return Rounding(_cosine(*without_padding(before, after, mask)), ranks)
-
-
 def without_padding(before: Tensor, after: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    """Both outputs, at real tokens only if they have an entry per token."""
-    return (before[mask.bool()], after[mask.bool()]) if _has_tokens(before, mask) else (before, after)
-
-
-def _has_tokens(output: Tensor, mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2 and output.shape[:2] == mask.shape
+    """Both outputs, at the real tokens of mask `[B, L]` only if they have an entry per token."""
+    by_token = isinstance(mask, Tensor) and mask.ndim == 2 and before.shape[:2] == mask.shape
+    return (before[mask.bool()], after[mask.bool()]) if by_token else (before, after)
 
 
 def _cosine(before: Tensor, after: Tensor) -> float:
