@@ -154,7 +154,7 @@ class KernelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(ModelOptions):
-    """Options of the service under load; quick takes two backends instead of three.
+    """Options of the service under load.
 
     Attributes:
         image_size: Interpolate position tables to this size. [the model's]
@@ -162,14 +162,12 @@ class ServeOptions(ModelOptions):
         clients: Clients at a time, with commas.
         requests: Requests of a window, at least as many as clients.
         rounds: Windows of each backend.
-        soak: Seconds of a soak with all kinds of requests after the measurements; 600 are ten minutes.
     """
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # pyright: ignore[reportIncompatibleVariableOverride]
     clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
     requests: Annotated[int, Ge(1)] = 32
     rounds: Annotated[int, Ge(1)] = 5
-    soak: Annotated[float, Ge(0)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

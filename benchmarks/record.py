@@ -5,7 +5,7 @@ xfm-fast also holds its comparisons with the other backends of the same rounds. 
 FLOP/s, joules). What only some cases measure is in `Result.extra`:
 
 - rates: `rate_low`, `rate_high` (95% interval of items per second); `max_qps`, `bound_s`, `bound_origin`,
-  `largest_batch`, `trials` of a server; `p50_s`, `p90_s`, `p99_s` of its requests; `clients`, `requests`, `failures`,
+  `largest_batch`, `trials` of a server; `p50_s`, `p90_s`, `p99_s` of its requests; `clients`, `requests`,
   `clients_p50_s`, `clients_p99_s`, `cpu_s` of a service under load;
 - arithmetic of a run: `flops` of the backend's own procedure, `needed_flops` of the result by any procedure, `bytes`
   that have to move at least (weights of the parts that run, inputs and outputs, once); `mfu` and `utilisation` are

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """The size of one timed pass of every part: as large as the evaluation gives it to such a device.
+    """The size of one timed pass of every part, as large as the evaluation gives it to a device.
 
     `photos` and `captions` are embedded together; re-ranking takes `texts` over `images`, about the tokens that its
     scheduler gives a pass, and officially `official_pairs` of an image.
@@ -95,11 +95,8 @@ def receipt(config: XFMConfig, sizes: Sizes) -> dict[str, float]:
     }
 
 
-class _Part(NamedTuple):
-    """A part of a procedure: how often it comes in the evaluation, and one pass of it."""
-
-    times: float
-    call: Callable[[], object]
+Part = tuple[float, Callable[[], object]]
+"""A part of a procedure: how often it comes in the evaluation, and one pass of it."""
 
 
 @benchmark("coco", title="A whole retrieval evaluation", reference=OFFICIAL)
@@ -111,10 +108,9 @@ def run(run: Run) -> Iterator[Case]:
     run.progress.stage("rates of all parts")
     sizes = Sizes(IMAGES, TEXTS, CANDIDATES, material.encoded(material.collection.captions).lengths)
     passes = Passes.of(run.device, sizes)
-    given = material.texts(max(passes.texts, passes.captions, passes.official_pairs))
-    procedures = {f"{OFFICIAL} fp32": _official_parts(material, scale, passes, given, sizes)}
+    procedures = {f"{OFFICIAL} fp32": _parts(material, scale, passes, sizes, None)}
     for dtype in run.dtypes:
-        procedures[f"{OURS} {dtype}"] = _our_parts(material, scale, passes, given, sizes, dtype)
+        procedures[f"{OURS} {dtype}"] = _parts(material, scale, passes, sizes, dtype)
 
     def block(call: Callable[[], object]) -> list[float]:
         with torch.inference_mode():
@@ -123,10 +119,12 @@ def run(run: Run) -> Iterator[Case]:
             wait_for(run.device)
             return [time.perf_counter() - begun]
 
-    every = [(f"{part}: {key}", one) for key, parts in procedures.items() for part, one in parts.items()]
+    blocks = {
+        f"{part}: {key}": partial(block, call) for key, parts in procedures.items() for part, (_, call) in parts.items()
+    }
     samples = interleave(
-        {name: partial(block, one.call) for name, one in every}, run.probes, rounds=3, budget_s=scale.budget_s,
-        most_rounds=30, warmups=1, deadline=time.perf_counter() + 2 * scale.budget_s, on_step=run.progress.step,
+        blocks, run.probes, rounds=3, budget_s=scale.budget_s, most_rounds=30, warmups=1,
+        deadline=time.perf_counter() + 2 * scale.budget_s, on_step=run.progress.step,
     )  # fmt: skip
     if samples.interrupted:
         raise KeyboardInterrupt
@@ -134,7 +132,7 @@ def run(run: Run) -> Iterator[Case]:
     for key, parts in procedures.items():
         backend, dtype = key.split(" ")
         stages = {
-            part: [one.times * second for second in samples.seconds(f"{part}: {key}")] for part, one in parts.items()
+            part: [times * second for second in samples.seconds(f"{part}: {key}")] for part, (times, _) in parts.items()
         }
         failures = [why for name, why in samples.failures.items() if name.endswith(f": {key}")]
         row = Result(
@@ -158,47 +156,40 @@ def run(run: Run) -> Iterator[Case]:
     yield from ()
 
 
-def _our_parts(
-    material: Material, scale: Scale, passes: Passes, given: Texts, sizes: Sizes, dtype: str
-) -> dict[str, _Part]:
-    model = material.subjects.model(scale.image_size, DTYPES[dtype])
+def _parts(material: Material, scale: Scale, passes: Passes, sizes: Sizes, dtype: str | None) -> dict[str, Part]:
+    """The parts of our procedure in a dtype; without one those of the official procedure."""
+    kind = torch.float32 if dtype is None else DTYPES[dtype]
+    model: Any = material.subjects.model(scale.image_size, kind)
     scorer = ModelScorer(model)
-    pixels = material.pixels(passes.photos, scale.image_size).to(DTYPES[dtype])
+    model = OfficialTwin(model) if dtype is None else model
+    pixels = material.pixels(passes.photos, scale.image_size).to(kind)
+    given = material.texts(max(passes.texts, passes.captions, passes.official_pairs))
     ids, mask = (tensor[: passes.captions] for tensor in given)
-    of_pass = Texts(*(tensor[: passes.texts] for tensor in given))
+    of_pass = Texts(*(tensor[: passes.official_pairs if dtype is None else passes.texts] for tensor in given))
     with torch.inference_mode():
-        image = model.encode_image(pixels[: passes.images])
+        images, embeds = model.encode_image(pixels[: passes.images]), model.encode_text(*of_pass)
+    parts: dict[str, Part] = {
+        "embed images": (IMAGES / passes.photos, lambda: model.project_image(model.encode_image(pixels))),
+        "embed texts": (TEXTS / passes.captions, lambda: model.project_text(model.encode_text(ids, mask))),
+    }
+    if dtype is None:
+        return parts | {
+            "fusion, keys and values included": (
+                sizes.pairs / passes.official_pairs, lambda: model.rerank_image(images[0], embeds, of_pass.mask)
+            )
+        }  # fmt: skip
+    with torch.inference_mode():
         packing = Packing.from_mask(of_pass.mask)
-        tokens = packing.pack(model.encode_text(*of_pass))
+        tokens = packing.pack(embeds)
         sequences = Sequences.from_lengths(packing.cu_seqlens.diff().long())
-        prepared, memory = scorer.prepare(tokens, sequences), scorer.memory(image)
+        prepared, memory = scorer.prepare(tokens, sequences), scorer.memory(images)
     texts = torch.full((passes.images,), passes.texts // passes.images, device=material.device)
     texts[0] += passes.texts % passes.images
     groups = ImageGroups(offsets(texts))
-    return {
-        "embed images": _Part(IMAGES / passes.photos, lambda: model.project_image(model.encode_image(pixels))),
-        "embed texts": _Part(TEXTS / passes.captions, lambda: model.project_text(model.encode_text(ids, mask))),
-        "first self-attention": _Part(TEXTS / passes.texts, lambda: scorer.prepare(tokens, sequences)),
-        "image memory": _Part(IMAGES / passes.images, lambda: scorer.memory(image)),
-        "fusion and matching head": _Part(
+    return parts | {
+        "first self-attention": (TEXTS / passes.texts, lambda: scorer.prepare(tokens, sequences)),
+        "image memory": (IMAGES / passes.images, lambda: scorer.memory(images)),
+        "fusion and matching head": (
             sizes.pairs / passes.texts, lambda: scorer.scores(prepared, sequences, memory, groups)
         ),
-    }
-
-
-def _official_parts(
-    material: Material, scale: Scale, passes: Passes, given: Texts, sizes: Sizes
-) -> dict[str, _Part]:  # fmt: skip
-    twin = OfficialTwin(material.subjects.model(scale.image_size, torch.float32))
-    pixels = material.pixels(passes.photos, scale.image_size)
-    ids, mask = (tensor[: passes.captions] for tensor in given)
-    few = Texts(*(tensor[: passes.official_pairs] for tensor in given))
-    with torch.inference_mode():
-        image, embeds = twin.encode_image(pixels[:1])[0], twin.encode_text(*few)
-    return {
-        "embed images": _Part(IMAGES / passes.photos, lambda: twin.project_image(twin.encode_image(pixels))),
-        "embed texts": _Part(TEXTS / passes.captions, lambda: twin.project_text(twin.encode_text(ids, mask))),
-        "fusion, keys and values included": _Part(
-            sizes.pairs / passes.official_pairs, lambda: twin.rerank_image(image, embeds, few.mask)
-        ),
-    }
+    }  # fmt: skip

@@ -76,37 +76,30 @@ def search_rates(
 ) -> None:  # fmt: skip
     """Find the highest rate of Poisson arrivals at which each backend keeps the bound on the latency.
 
-    Raises:
-        KeyboardInterrupt: the search was interrupted; the results hold the trials until then.
+    After Ctrl-C the results hold the trials until then.
     """
-    readings = Readings()
+    readings, batch = Readings(), workload.batch(scale.batch)
+    singles, searches, failures = dict[str, float](), dict[str, RateSearch](), dict[str, str]()
 
     def read() -> None:
         if run.probes is not None:
             run.probes.read(readings)
 
     read()
-    singles: dict[str, float] = {}
-    searches: dict[str, RateSearch] = {}
-    batch, failures = workload.batch(scale.batch), dict[str, str]()
     for key, call in calls.items():
         run.progress.step(f"{key}, pace")
         try:
             singles[key] = statistics.median(_seconds(call, [number]) for number in range(_BOUND_SAMPLES))
             rate = max(1 / singles[key], len(batch) / _seconds(call, batch))
+            searches[key] = RateSearch(_FIRST_SHARE * rate, scale.trials, scale.resolution)
         except Exception as error:
             failures[key] = one_line(error)
-            continue
-        searches[key] = RateSearch(_FIRST_SHARE * rate, scale.trials, scale.resolution)
     bound_s, origin = _bound(run.options, singles)
-    interrupted, turn = False, 0
+    turn = 0
     try:
-        while any(not search.done for search in searches.values()):
-            for key in rotated(list(searches), turn):
-                search = searches[key]
-                if search.done:
-                    continue
-                rate = search.next_rate()
+        while open_searches := [key for key, search in searches.items() if not search.done]:
+            for key in rotated(open_searches, turn):
+                rate = searches[key].next_rate()
                 run.progress.step(f"{key}, {rate:.3g} requests/s")
                 # Long enough that a rate which is too high by the resolution of the search piles up to the bound.
                 least = rate * bound_s / (scale.resolution - 1)
@@ -118,41 +111,38 @@ def search_rates(
                 except Exception as error:
                     failures[key] = one_line(error)
                     del searches[key]
-                    continue
-                search.record(trial)
+                else:
+                    searches[key].trials.append(trial)
             read()
             turn += 1
-    except KeyboardInterrupt:
-        interrupted = True
+    finally:
         read()
-    for key, row in rows.items():
-        if key in failures:
-            row.status, row.reason = "failed", failures[key]
-        if key not in searches:
-            continue
-        search = searches[key]
-        served = search.served
-        if interrupted and not search.done:
-            row.status, row.reason = "partial", f"interrupted after {len(search.trials)} trials"
-        elif served is None:
-            row.reason = f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
-        elif search.worst == math.inf:
-            row.reason = "the bound held at every rate that was tried"
-        row.extra |= {
-            "max_qps": search.best, "bound_s": bound_s, "bound_origin": origin, "largest_batch": scale.batch,
-            "trials": {f"{trial.rate:.6g}": percentile(trial.latencies, 0.99) for trial in search.trials},
-        }  # fmt: skip
-        if served is not None:
-            row.extra |= {f"p{share}_s": percentile(served.latencies, share / 100) for share in (50, 90, 99)}
-        row.contended = readings.contended(row.dtype)
-        # How many times the rate of the others ours is; one that held none is left out.
-        for other, its in searches.items() if row.backend == OURS else ():
-            if other != key and its.best > 0:
-                backend, dtype = other.rsplit(" ", 1)
-                ratio, same = search.best / its.best, dtype == row.dtype
-                row.against.append(Comparison(backend=backend, dtype=dtype, like_for_like=same, ratio=ratio))
-    if interrupted:
-        raise KeyboardInterrupt
+        for key, reason in failures.items():
+            rows[key].status, rows[key].reason = "failed", reason
+        for key, search in searches.items():
+            _fill(rows[key], search, bound_s, searches)
+            rows[key].contended = readings.contended(rows[key].dtype)
+            rows[key].extra |= {"bound_origin": origin, "largest_batch": scale.batch}
+
+
+def _fill(row: Result, search: RateSearch, bound_s: float, others: dict[str, RateSearch]) -> None:
+    """Enter a search into its result; ours is compared with all that held a rate."""
+    served = search.served
+    if not search.done:
+        row.status, row.reason = "partial", f"interrupted after {len(search.trials)} trials"
+    elif served is None:
+        row.reason = f"the bound broke at every rate that was tried, down to {search.worst:.3g} a second"
+    elif search.worst == math.inf:
+        row.reason = "the bound held at every rate that was tried"
+    trials = {f"{trial.rate:.6g}": percentile(trial.latencies, 0.99) for trial in search.trials}
+    row.extra |= {"max_qps": search.best, "bound_s": bound_s, "trials": trials}
+    if served is not None:
+        row.extra |= {f"p{share}_s": percentile(served.latencies, share / 100) for share in (50, 90, 99)}
+    for key, other in others.items() if row.backend == OURS else ():
+        if other is not search and other.best > 0:
+            backend, dtype = key.rsplit(" ", 1)
+            ratio, same = search.best / other.best, dtype == row.dtype
+            row.against.append(Comparison(backend=backend, dtype=dtype, like_for_like=same, ratio=ratio))
 
 
 def _bound(options: ScenarioOptions, single: dict[str, float]) -> tuple[float, str]:
@@ -174,12 +164,7 @@ def _seconds(answer: Call, numbers: list[int]) -> float:
 
 
 class Trial(NamedTuple):
-    """Requests at one rate.
-
-    Attributes:
-        latencies: of the requests that were answered, in order of arrival.
-        held: at most 1% of the requests took longer than the bound; else the trial ended early.
-    """
+    """Latencies at one rate, in order of arrival; it `held` if at most 1% of them exceeded the bound."""
 
     rate: float
     latencies: list[float]
@@ -207,14 +192,9 @@ def serve(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Trial:
-    """Answer `requests` requests that arrive at `rate` a second.
+    """Answer `requests` requests that arrive at `rate` a second, by batches of their numbers.
 
-    Args:
-        answer: runs the requests of these numbers as a batch and returns when their results are there.
-        largest_batch: of requests answered together.
-        bound_s: on the 99th percentile of latency. A trial ends once more requests than allowed were late.
-        seed: of the arrivals.
-        clock, sleep: for tests.
+    A trial ends once more than 1% of the requests were later than `bound_s`.
     """
     arrivals = poisson_arrivals(rate, requests, seed)
     allowed = int(LATE_SHARE * requests)
@@ -222,10 +202,8 @@ def serve(
     late, done = 0, 0
     begun = clock()
     while done < requests and late <= allowed:
-        wait = arrivals[done] - (clock() - begun)
-        while wait > 0:
+        while (wait := arrivals[done] - (clock() - begun)) > 0:
             sleep(wait - _SPIN_S if wait > _SPIN_S else 0)
-            wait = arrivals[done] - (clock() - begun)
         now = clock() - begun
         size = 1
         while size < largest_batch and done + size < requests and arrivals[done + size] <= now:
@@ -244,20 +222,28 @@ class RateSearch:
     """Finds the highest rate that holds: up or down by a factor of 2 until one holds and one fails, then bisection.
 
     Rates are compared by their logarithms; the search ends when the two are within `resolution`, or after `most`
-    trials.
-
-    Attributes:
-        start: first rate; that of the backend without a pause is a good one.
-        best: highest rate that held, in `served`, 0 before any did; `worst`: lowest that failed.
+    trials. `start` is the first rate.
     """
 
     start: float
     most: int
     resolution: float = 1.1
-    best: float = 0.0
-    served: Trial | None = None
-    worst: float = math.inf
     trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def served(self) -> Trial | None:
+        """The trial of the highest rate that held."""
+        return max((trial for trial in self.trials if trial.held), key=lambda trial: trial.rate, default=None)
+
+    @property
+    def best(self) -> float:
+        """The highest rate that held, 0 before any did."""
+        return 0.0 if self.served is None else self.served.rate
+
+    @property
+    def worst(self) -> float:
+        """The lowest rate that failed; one that failed by chance below one that held does not count."""
+        return min((each.rate for each in self.trials if not each.held and each.rate > self.best), default=math.inf)
 
     @property
     def done(self) -> bool:
@@ -269,14 +255,4 @@ class RateSearch:
             return self.start
         if self.best == 0:
             return self.worst / 2
-        if self.worst == math.inf:
-            return 2 * self.best
-        return (self.best * self.worst) ** 0.5
-
-    def record(self, trial: Trial) -> None:
-        """Learn from a trial. A rate that failed by chance below one that held does not lower what was reached."""
-        self.trials.append(trial)
-        if trial.held and trial.rate >= self.best:
-            self.best, self.served = trial.rate, trial
-        elif not trial.held and trial.rate > self.best:
-            self.worst = min(self.worst, trial.rate)
+        return 2 * self.best if self.worst == math.inf else (self.best * self.worst) ** 0.5

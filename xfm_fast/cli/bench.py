@@ -93,7 +93,7 @@ def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Out = _RES
     """Load the HTTP service with re-ranking clients, against the same service with one request at a time.
 
     Every backend is a process of its own, and its answers are compared with the model's first. Exit code 1: an answer
-    differed, a request failed, or memory grew.
+    differed, or a request failed.
     """
     from xfm_fast.benchmarks.work import serving
 

@@ -92,6 +92,7 @@ RENAMED: tuple[Renamed, ...] = (
     *(Renamed("data check", name, None, "bench train-step for costs") for name in ("--image-size", "--batch-size")),
     Renamed("bench coco", None, "bench scenario coco"),
     Renamed("bench serve", "--documents", None, "the fixed 16 documents"),
+    Renamed("bench serve", "--soak", None, "--requests 10000, and watch xfm_process_resident_bytes of /metrics"),
     Renamed("bench scenario", "--index", None, "the fixed number of images"),
     *(Renamed(name, "--threads", None, "OMP_NUM_THREADS=N in the environment") for name in ("bench", "try")),
     *(Renamed(name, "--seed", None, "the fixed seed 0") for name in ("bench", "try")),
