@@ -1,22 +1,17 @@
 """JSON and YAML of any content are read or refused by `ValueError` in bounds; files are written whole, locks held."""
 
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.checkpoint.conftest import STATE, assert_same
 from xfm_fast import io
@@ -29,7 +24,7 @@ from xfm_fast.data.records import LineFile
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, ExportError, StorageError, XFMError
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.model_repository import Receipt
-from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, write_bytes, write_files
+from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, write_bytes
 from xfm_fast.kernels.files import write_whole
 from xfm_fast.tasks.heatmap import read_detections
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -38,11 +33,9 @@ from xfm_fast.training.recipe import override, read_recipe
 DEEP = "[" * 100_000
 HOSTILE = {
     "deep": (DEEP, "nested"),
-    "deep but parsed": ("[" * 100 + "]" * 100, "nested more than 64 deep"),
     "half a pair": (r'{"a": "\ud800"}', r"half of a surrogate pair, \\ud800"),
     "half a pair as a key": (r'{"\udfff": 1}', r"half of a surrogate pair, \\udfff"),
     "long number": ("1" + "0" * 4000, "more than 64 bits"),
-    "longer number": ("1" * 10_000, "Exceeds the limit"),
 }
 LAUGHS = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
 
@@ -58,9 +51,7 @@ def test_hostile_texts(parse: Callable[[str], Any], text: str, message: str) -> 
     ("text", "message"),
     [
         ("&a [*a]", "nested more than 64 deep"),
-        ("a: &a {b: *a}", "nested more than 64 deep"),
         (LAUGHS, "aliases"),
-        ("2026-13-45", "month must be"),
         ("!!timestamp x", "a tag does not fit"),
         ("a: 0x" + "f" * 20, "more than 64 bits"),
         (b"\xff\xfe", "not UTF-8"),
@@ -70,14 +61,6 @@ def test_hostile_texts(parse: Callable[[str], Any], text: str, message: str) -> 
 def test_hostile_yaml(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_yaml(text)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200) | st.text(st.sampled_from("{}[]&*!:-?|>'\"\\,#% \nab01.e\x00\ud800"), max_size=60))
-def test_nothing_else_is_raised(text: str | bytes) -> None:
-    for parse, errors in ((parse_json, (ValueError,)), (parse_yaml, (ValueError, yaml.YAMLError))):
-        with suppress(*errors):
-            json.dumps(parse(text), default=str, ensure_ascii=False, skipkeys=True).encode()
 
 
 def test_only_files_are_read(tmp_path: Path) -> None:
@@ -125,21 +108,13 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], type[XFMError]]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("text", [DEEP, r'{"a": "\ud800"}', '{"a": ' + "9" * 5000 + "}"], ids=["deep", "pair", "long"])
+@pytest.mark.parametrize("text", [DEEP, r'{"a": "\ud800"}'], ids=["deep", "pair"])
 def test_every_reader_refuses_by_its_own_error(tmp_path: Path, reader: str, text: str) -> None:
     name, read, error = READERS[reader]
     (tmp_path / name).write_text(text)
     with pytest.raises(error) as caught:
         read(tmp_path / name)
     str(caught.value).encode()
-
-
-def test_bounds_leave_room_for_what_is_written() -> None:
-    inner: Any = {}
-    for _ in range(io.MOST_DEPTH - 2):
-        inner = {"a": inner}
-    assert parse_json(json.dumps(inner)) == inner
-    assert parse_json('["\\ud83d\\ude00", 18446744073709551615]') == ["😀", 2**64 - 1]
 
 
 BIGGER = {"w": torch.randn(600, 600)}
@@ -158,7 +133,7 @@ def assert_untouched(folder: Path) -> None:
     assert_same(loaded.state, STATE)
 
 
-@pytest.mark.parametrize(("call", "successes"), [("fsync", 0), ("fsync", 1), ("replace", 0)])
+@pytest.mark.parametrize(("call", "successes"), [("fsync", 1), ("replace", 0)])
 def test_a_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, call: str, successes: int) -> None:
     real, calls = getattr(os, call), 0
 
@@ -177,20 +152,6 @@ def test_a_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, cal
     assert_untouched(saved)
 
 
-def test_a_rename_that_fails_after_another_is_told(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.replace
-
-    def failing(source: Path, target: Path) -> None:
-        if target.name == "config.json":
-            raise PermissionError(13, "Permission denied")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(StorageError, match=r"config\.json.*model\.safetensors"):
-        save_pretrained(BIGGER, XFMConfig.preset("base"), saved)
-    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
-
-
 def test_file_size_limit(saved: Path) -> None:
     """The system itself refuses to write on, half-way through the weights."""
     resource = pytest.importorskip("resource", reason="limits on file size need a POSIX system")
@@ -205,8 +166,7 @@ def test_file_size_limit(saved: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL needs a POSIX system")
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_killed_process_leaves_the_earlier_save(saved: Path, moment: int) -> None:
+def test_a_killed_process_leaves_the_earlier_save(saved: Path) -> None:
     program = f"""
         import os, signal, torch
         from xfm_fast.checkpoint import save_pretrained
@@ -215,7 +175,7 @@ def test_a_killed_process_leaves_the_earlier_save(saved: Path, moment: int) -> N
         def fsync(handle):
             global calls
             calls += 1
-            if calls == {moment}:
+            if calls == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(handle)
         os.fsync = fsync
@@ -231,16 +191,6 @@ def test_a_killed_process_leaves_the_earlier_save(saved: Path, moment: int) -> N
     for leftover in saved.glob(".*.tmp"):
         leftover.unlink()
     assert_untouched(saved)
-
-
-def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
-    def interrupted(file: Any) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_files({tmp_path / "a": interrupted})
-    assert list(tmp_path.iterdir()) == []
 
 
 def _write_pair(stream: Path) -> None:
@@ -266,11 +216,9 @@ def test_streams_are_written_through(tmp_path: Path, write: Callable[[Path], Non
     assert len([*tmp_path.iterdir()]) == 3
 
 
-@pytest.fixture(params=["fcntl", "no fcntl", "no locks there"])
+@pytest.fixture(params=["fcntl", "no locks there"])
 def locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "no fcntl":
-        monkeypatch.setattr(io, "fcntl", None)
-    elif request.param == "no locks there":
+    if request.param == "no locks there":
         monkeypatch.setattr(io.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "no")))
     return request.param
 
@@ -329,11 +277,3 @@ def test_a_forked_child_does_not_hold(tmp_path: Path) -> None:
             pass
     finally:
         os.kill(child, signal.SIGKILL)
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file"):
-        save_pretrained(STATE, XFMConfig.preset("tiny"), tmp_path / "file")
-    with pytest.raises(StorageError, match="cannot be written"), hold(tmp_path / "file" / ".lock", "it"):
-        pass

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import load_json, load_tensors
 from xfm_fast.checkpoint import interpolate_table, relative_position_index
-from xfm_fast.checkpoint.position_table import source_positions, table_rows, window_of
+from xfm_fast.checkpoint.position_table import source_positions, table_rows
 from xfm_fast.errors import InputError
 
 
@@ -19,7 +19,7 @@ def vectors() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["random", "smooth"])
-@pytest.mark.parametrize("window", [24, 30, 16, 7])
+@pytest.mark.parametrize("window", [24, 7])
 def test_official_interpolation(vectors: dict[str, torch.Tensor], kind: str, window: int) -> None:
     table = vectors["table_14x14" if kind == "random" else "table_smooth_14x14"]
     wanted = vectors[f"{kind}_14to{window}"]
@@ -40,44 +40,11 @@ def test_source_positions(window: int) -> None:
     assert wanted["target_positions"] == list(range(-window + 1, window))
 
 
-def test_interpolation_of_fine_tuning_resolution() -> None:
-    table = load_tensors("tiny_b/weights")["vision_encoder.blocks.0.attn.relative_position_bias_table"]
-    wanted = load_tensors("tiny_b/ft_outputs")["retrieval/interpolated_table_block0"]
-    torch.testing.assert_close(interpolate_table(table, (7, 7)).double(), wanted, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("window", [2, 4, 14])
 def test_official_index(vectors: dict[str, torch.Tensor], window: int) -> None:
     index = relative_position_index(window)
     assert index.dtype == torch.int64
     assert torch.equal(index, vectors[f"relative_position_index_{window}x{window}"].long())
-
-
-def test_same_window_is_the_same_object() -> None:
-    for dtype in (torch.float16, torch.float32, torch.float64):
-        table = torch.randn(table_rows(5), 2, dtype=dtype)
-        assert interpolate_table(table, (5, 5)) is table
-
-
-@pytest.mark.parametrize(
-    ("dtype", "wanted"),
-    [
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)
-def test_result_dtype(dtype: torch.dtype, wanted: torch.dtype) -> None:
-    table = torch.randn(table_rows(4), 2).to(dtype)
-    result = interpolate_table(table, (6, 6))
-    assert result.dtype == wanted
-    assert torch.equal(result.float(), interpolate_table(table.double(), (6, 6)).float())
-
-
-def test_gradients_are_not_recorded() -> None:
-    table = torch.nn.Parameter(torch.randn(table_rows(4), 2))
-    assert not interpolate_table(table, (6, 6)).requires_grad
 
 
 @given(source=st.integers(3, 12), target=st.integers(1, 20), heads=st.integers(1, 4))
@@ -86,28 +53,6 @@ def test_a_constant_stays_constant(source: int, target: int, heads: int) -> None
     result = interpolate_table(table, (target, target))
     assert result.shape == (table_rows(target), heads)
     torch.testing.assert_close(result, table[:1].expand_as(result), rtol=1e-6, atol=0)
-
-
-@given(source=st.integers(3, 10), target=st.integers(1, 12))
-def test_symmetry_is_kept(source: int, target: int) -> None:
-    side = 2 * source - 1
-    grid = torch.randn(side, side, dtype=torch.float64)
-    even = grid + grid.flip(0, 1)
-    table = torch.cat([even.reshape(-1, 1), torch.zeros(3, 1, dtype=torch.float64)])
-    result = interpolate_table(table, (target, target))[:-3].view(2 * target - 1, -1)
-    torch.testing.assert_close(result, result.flip(0, 1), rtol=1e-9, atol=1e-9)
-
-
-@given(window=st.integers(1, 60))
-def test_window_of_inverts_table_rows(window: int) -> None:
-    assert window_of(torch.empty(table_rows(window), 1, device="meta")) == window
-
-
-@given(rows=st.integers(0, 400))
-def test_other_row_counts_are_refused(rows: int) -> None:
-    if rows not in {table_rows(window) for window in range(1, 12)}:
-        with pytest.raises(InputError, match=f"{rows} rows"):
-            window_of(torch.empty(rows, 1))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.checkpoint import read_x2vlm, relative_of, relative_position_index
+from xfm_fast.checkpoint import relative_of, relative_position_index
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, DataError
 from xfm_fast.models.convert import to_xfm_folder
@@ -109,15 +109,6 @@ def x2vlm(seed: int = 0) -> State:
     state["text_encoder.cls.predictions.decoder.weight"] = state["text_encoder.bert.embeddings.word_embeddings.weight"]
     heads(state)
     return state
-
-
-def x2vlm_retrieval() -> State:
-    """Of fine-tuning: the same BERT without its masked language model, and fewer heads."""
-    return {
-        name.replace("text_encoder.bert.", "text_encoder."): value
-        for name, value in x2vlm().items()
-        if not name.startswith(("text_encoder.cls.", "bbox_head.", "absolute_frame"))
-    }
 
 
 def cclm() -> State:
@@ -222,11 +213,6 @@ KINDS: dict[str, tuple[Callable[[], State], dict[str, object], str | None]] = {
         {"text": "text_encoder.bert.", "fusion": "text_encoder.bert.", "first": LANGUAGE, "eps": 1e-12, "shift": 0},
         "text_encoder.cls.predictions",
     ),
-    "retrieval": (
-        x2vlm_retrieval,
-        {"text": "text_encoder.", "fusion": "text_encoder.", "first": LANGUAGE, "eps": 1e-12, "shift": 0},
-        None,
-    ),
     "cclm": (
         cclm,
         {"text": "text_encoder.", "fusion": "cross_encoder.", "first": 0, "eps": 1e-5, "shift": 2},
@@ -265,27 +251,6 @@ def test_the_function_is_the_same(kind: str) -> None:
         if words is not None:
             torch.testing.assert_close(model.predict_boxes(fused), twin.head("bbox_head", of_twin).sigmoid())
             torch.testing.assert_close(model.imlm_logits(fused)[mask], twin.words(words, of_twin)[mask])
-
-
-def test_there_and_in_a_folder(tmp_path: Path) -> None:
-    state = {name: value for name, value in x2vlm().items() if "position_i" not in name}
-    torch.save({"model": state}, tmp_path / "x2vlm.th")
-    with pytest.raises(CheckpointError, match=r"16 columns.*text_heads"):
-        to_xfm_folder(tmp_path / "x2vlm.th", tmp_path / "ours", XFMConfig.preset("tiny"))
-    model = XFM.from_x2vlm(tmp_path / "x2vlm.th", text_heads=TEXT_HEADS)
-    assert model.load_report is not None
-    assert [*model.load_report.unused] == ["absolute_frame_pos_embed"]
-    model.save_pretrained(tmp_path / "folder")
-    again = XFM.from_pretrained(tmp_path / "folder")
-    ids = torch.randint(4, 100, (1, 5))
-    torch.testing.assert_close(again.encode_text(ids), model.encode_text(ids))
-
-
-def test_another_resolution() -> None:
-    found = read_x2vlm(x2vlm(), what="it", image_size=48, text_heads=2)
-    assert found.config.image_size == 48
-    assert found.report.interpolated
-    assert XFM.from_x2vlm(x2vlm(), image_size=48, text_heads=2).encode_image(torch.randn(1, 3, 48, 48)).shape[1] == 37
 
 
 def test_word_pieces(tmp_path: Path) -> None:

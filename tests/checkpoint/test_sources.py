@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.checkpoint.conftest import WORDS
 from tests.conftest import config, load_tensors
 from xfm_fast.checkpoint import beit2_state, initialise, interpolate_table, roberta_state, to_ours
 from xfm_fast.config import XFMConfig
@@ -64,25 +63,6 @@ def test_hugging_face_roberta(kind: str) -> None:
     torch.testing.assert_close(ours[real], out[real], rtol=1e-4, atol=1e-5)
 
 
-def test_roberta_into_a_model_without_language_head() -> None:
-    cfg = config("tiny_b")
-    report = initialise(XFM(cfg, heads=()), roberta=hugging_face(cfg, "RobertaForMaskedLM").state_dict())
-    assert set(report.ignored) == {
-        f"text_encoder.lm_head.{name}"
-        for name in ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")
-    }
-
-
-def test_roberta_from_a_file(tmp_path: Path) -> None:
-    cfg = config("tiny_b")
-    theirs = hugging_face(cfg, "RobertaForMaskedLM").state_dict()
-    theirs["roberta.embeddings.position_ids"] = torch.arange(cfg.max_positions)[None]
-    torch.save(theirs, tmp_path / "pytorch_model.bin")
-    model = XFM(cfg)
-    initialise(model, roberta=tmp_path / "pytorch_model.bin")
-    assert torch.equal(model.state_dict()[WORDS], theirs["roberta.embeddings.word_embeddings.weight"])
-
-
 def test_roberta_faults() -> None:
     cfg = config("tiny_b")
     state = dict(hugging_face(cfg, "RobertaForMaskedLM").state_dict())
@@ -124,8 +104,7 @@ def beit2(cfg: XFMConfig, *, shared: bool, pretrained: bool) -> dict[str, Tensor
     return state
 
 
-@pytest.mark.parametrize("nesting", [None, "model", "module"])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("nesting", "shared"), [(None, False), ("module", True)])
 @pytest.mark.parametrize("pretrained", [False, True])
 @pytest.mark.parametrize("size", [40, 56])
 def test_beit2(nesting: str | None, shared: bool, pretrained: bool, size: int) -> None:

@@ -1,32 +1,24 @@
 """The command line as a user meets it: help, mistakes and completion of every command; former names."""
 
 import errno
-import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cyclopts import App
-from torch import Tensor
 
 import xfm_fast
 from tests.cli.runner import invoke
-from xfm_fast.cli.app import app, main
-from xfm_fast.cli.console import named_progress, progress
-from xfm_fast.cli.kernels import AuditOptions
+from xfm_fast.cli.app import app
 from xfm_fast.cli.options import RENAMED, modernised
 from xfm_fast.errors import InputError
-from xfm_fast.kernels.cpu import selection, waiting
+from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.races import races
-from xfm_fast.training.distributed import Processes
-from xfm_fast.training.metrics import RunLog
-from xfm_fast.training.recipe_fields import LogRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,23 +40,6 @@ def test_help_does_not_load_torch() -> None:
     assert invoke(["--version"]).stdout.strip() == f"xfm-fast {xfm_fast.__version__}"
 
 
-def test_info_as_tables_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (waiting.POLICY, waiting.SPINS):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    monkeypatch.setenv("LC_ALL", "C")
-    done = _run("info")
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    assert "GOMP_SPINCOUNT=1000" in " ".join(done.stdout.split())
-    for word in ("processor", "AVX2" if "x86" in os.uname().machine else "NEON", "onnxruntime", "flash-attn", "linear"):
-        assert word in done.stdout
-    facts = json.loads(invoke(["info", "--json"]).stdout)
-    assert facts.keys() == {"machine", "packages", "paths"}
-    assert {path["operation"] for path in facts["paths"]} >= {"linear", "linear_gelu", "linear_residual"}
-    assert all(path["chosen"] for path in facts["paths"])
-
-
 def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_selections", {})
     out = tmp_path / "choices.json"
@@ -77,6 +52,9 @@ def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(selection, "_selections", {})
     monkeypatch.setenv(selection.CHOICES, str(out))
     paths = json.loads(invoke(["info", "--json"]).stdout)["paths"]
+    table = invoke(["info"]).stdout
+    for word in ("processor", "AVX2" if "x86" in os.uname().machine else "NEON", "onnxruntime", "flash-attn", "linear"):
+        assert word in table
     names = {"fp32": "float32", "bf16": "bfloat16"}
     assert {(path["operation"], names[path["dtype"]]): path["chosen"] for path in paths} == kept
     assert invoke(["tune", "--cpu", "--out", out]).exit_code == 2
@@ -85,23 +63,6 @@ def test_choices_for_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         refused = invoke(["tune", "--cpu", "--out", name])
         assert (refused.exit_code, refused.stdout) == (2, "")
         assert str(name) in refused.stderr
-
-
-def test_convert_there_and_back(
-    load_tensors: Callable[[str], dict[str, Tensor]],
-    golden: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    torch.save({"model": load_tensors("tiny_a/weights")}, tmp_path / "official.th")
-    monkeypatch.chdir(tmp_path)
-    done = invoke(["convert", "official.th", tmp_path / "ours", "--config", golden("tiny_a/config.json")])
-    assert done.exit_code == 0, done.stderr
-    assert "dead weights" in done.stdout
-    assert (tmp_path / "ours" / "model.safetensors").is_file()
-    back = invoke(["convert", "ours", "back.th"])
-    assert back.exit_code == 0, back.stderr
-    assert "wrote back.th" in back.stdout
 
 
 def _commands(group: App = app, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], App]]:
@@ -177,34 +138,20 @@ def test_former_names_are_today_s_with_a_warning() -> None:
     assert "--preset is now --random" in done.stderr
 
 
-def _parsed(arguments: list[str]) -> Any:
-    return app.parse_args(arguments)[1].arguments["options"]
-
-
-def test_tuples_take_commas_and_may_be_repeated() -> None:
-    options = _parsed(["audit", "--arch", "90, 120", "--kernel", "a,b", "--kernel", "c"])
-    assert options == AuditOptions(arch=(90, 120), kernel=("a", "b", "c"))
-    assert _parsed(["audit", "--all", "--kernel", ""]) == AuditOptions(all=True)
-
-
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["inof"], '"info"'),
-        (["data", "chek"], '"check"'),
         (["tune", "--dtype", "fp61"], '"fp16"'),
         (["convert", "absent.th", "out"], "absent.th"),
-        (["convert", "absent.th", "out", "--to", "onnx"], '"official"'),
         (["convert", "a", "b", "c"], '"c"'),
         (["convert", "a", "b", "--image-size"], "--image-size"),
         (["convert", "a", "b", "--image-size", 10**18], "16384"),
-        (["audit", "--jobs", "0"], "--jobs"),
         (["audit", "--jobs", "2.5"], '"2.5"'),
         (["audit", "--arch", "90,ninety"], '"ninety"'),
         (["data", "check", "a", "--task", "text", "--tolerate-bad", "2"], "--tolerate-bad"),
         (["data", "shapes"], "OUT"),
         (["pretrain", "pretrain_base_4m", f"seed={10**18}0"], "9223372036854775808"),
-        (["pretrain", "pretrain_base_4m", "model.vocab_size=2000000000"], "vocab_size=2000000000"),
         (["pretrain", "pretrain_base_4m", f"steps={'[' * 5000}"], "nested"),
         (["pretrain", "x" * 300], "name"),
     ],
@@ -249,50 +196,27 @@ def test_errors_are_one_line_with_a_code(
 
 
 @pytest.mark.parametrize(
-    ("shell", "environment", "codes", "part"),
+    ("shell", "codes", "part"),
     [
-        ("--help >&-", {}, (2,), "standard output is closed"),
-        ("--help > /dev/full", {}, (2,), "standard output cannot be written"),
-        ("inof 2>/dev/full", {}, (1, 2, 120), ""),
-        ("--help | true; exit ${PIPESTATUS[0]}", {}, (0, 1), ""),
-        ("pretrain pretrain_tiny_shapes", {"WORLD_SIZE": "2"}, (2,), "RANK"),
+        ("--help >&-", (2,), "standard output is closed"),
+        ("--help > /dev/full", (2,), "standard output cannot be written"),
+        ("inof 2>/dev/full", (1, 2, 120), ""),
+        ("--help | true; exit ${PIPESTATUS[0]}", (0, 1), ""),
     ],
     ids=str,
 )
 def test_terminals_that_are_not_as_they_should_be(
-    tmp_path: Path, shell: str, environment: dict[str, str], codes: tuple[int, ...], part: str
+    tmp_path: Path, shell: str, codes: tuple[int, ...], part: str
 ) -> None:
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m xfm_fast {shell}"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         check=False, timeout=170,
     )  # fmt: skip
     assert done.returncode in codes, done.stderr
     assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_the_first_process_has_one_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training and its evaluations share it."""
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with named_progress() as show, RunLog(tmp_path, LogRecipe(), Processes(), steps=8, start=0, show=show) as log:
-        log.write(4, {"loss/text/mlm": 0.5})
-        log.advance(8)
-        show("val", 2, 2)
-        for part in ("text/mlm 0.5", "val", "100%"):
-            assert part in terminal.getvalue()
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(sys, "stderr", other := Terminal())
-    with progress("evaluating") as advance:
-        advance(2, 2)
-    assert other.getvalue() == ""
 
 
 @pytest.mark.parametrize("group", [[], ["data"]])
@@ -302,7 +226,7 @@ def test_a_group_without_a_command_shows_its_commands(group: list[str]) -> None:
     assert "Usage: xfm-fast" in done.stdout
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", "fish"])
 def test_completion_is_written(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script completes commands, options and choices; with --output no file of the shell's own is touched."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -316,28 +240,3 @@ def test_completion_is_written(shell: str, tmp_path: Path, monkeypatch: pytest.M
         ask = f"source {script}; {typed}; _xfm_fast; echo ${{COMPREPLY[*]}}"
         completed = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
         assert completed.stdout.split() == ["webdataset", "lines"]
-
-
-def test_completion_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for variable in ("XDG_DATA_HOME", "BASH_COMPLETION_USER_DIR"):
-        monkeypatch.delenv(variable, raising=False)
-    done = invoke(["--install-completion", "--shell", "bash"])
-    assert done.exit_code == 0, done.output
-    script = Path(done.stdout.removeprefix("saved: ").split(";")[0])
-    assert script.is_relative_to(tmp_path)
-    assert str(script) in (tmp_path / ".bashrc").read_text()
-
-
-@pytest.mark.parametrize(
-    ("command", "advice"), [("search", "1"), ("bench", "1"), ("bench train-step", None), ("finetune", None)]
-)
-def test_pytorch_takes_huge_pages_unless_the_whole_heap_has_them(
-    command: str, advice: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("xfm_fast.cli.app.run", lambda arguments: 0)
-    monkeypatch.setattr(sys, "argv", ["xfm-fast", *command.split()])
-    monkeypatch.setattr(os, "environ", {})
-    with pytest.raises(SystemExit):
-        main()
-    assert os.environ.get("THP_MEM_ALLOC_ENABLE") == advice

@@ -34,14 +34,6 @@ def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
     assert (tmp_path / "latest.html").stat().st_size > 1000
 
 
-def test_the_step_of_a_task_is_printed_and_saved(tmp_path: Path) -> None:
-    options = ["--task", "text", "--random", "tiny", "--quick", "--dtype", "fp32", "--device", "cpu"]
-    done = invoke(["bench", "train-step", *options, "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    latest = json.loads((tmp_path / "latest.json").read_text())
-    assert {row["work"] for row in latest["rows"]} == {"finetune-text"}
-
-
 def test_the_list_has_all_scenarios_and_baselines() -> None:
     done = invoke(["bench", "list"])
     assert done.exit_code == 0, done.output

@@ -37,21 +37,6 @@ def test_json(tmp_path: Path) -> None:
     assert (content["rows"], content["broken"], content["ok"]) == (2, 2, False)
 
 
-def test_several_files(tmp_path: Path) -> None:
-    for name in "ab":
-        write_lines(tmp_path / f"{name}.jsonl", [{"desc": "a cat"}])
-    one = _run("check", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--task", "text", "--json")
-    other = _run("check", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", "--task", "text", "--json")
-    assert json.loads(one.stdout)["rows"] == json.loads(other.stdout)["rows"] == 2
-
-
-def test_word_pieces_are_put_together_again(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"desc": "skate ##board ##er here"}])
-    plain, joined = (_run("check", path, "--task", "text", *flag) for flag in ((), ("--tokenized",)))
-    assert "4 to 4, median 4" in plain.output
-    assert "2 to 2, median 2" in joined.output
-
-
 def test_there_and_back(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", [*pairs(120), "{cut"])
     there = _run(
