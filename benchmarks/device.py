@@ -29,6 +29,8 @@ from typing import IO, Any
 
 from xfm_fast.kernels.files import write_whole
 
+from .record import SCHEMA_VERSION, Document, Result, Status, parse, plain
+
 ROWS, LOG, TABLE, DOCUMENT = "rows.jsonl", "log.txt", "table.txt", "device.json"
 # Reserved for the table and the document, and for a process to end after SIGTERM.
 _END_S, _GRACE_S = 2.0, 3.0
@@ -61,8 +63,7 @@ STAGES = (
     Stage("precompile", 50, "compile_launches", _KERNELS, gpu=True),
     Stage("tests", 150, "run_tests", (*_KERNELS, "pytest")),
     Stage("sanitizer", 25, "run_sanitizer", _KERNELS, "compute-sanitizer", gpu=True),
-    Stage("operations", 75, "measure_ops"),
-    Stage("counters", 20, "profile_kernels", _KERNELS, "ncu", gpu=True),
+    Stage("operations", 95, "measure_ops"),
     Stage("encoder", 50, "measure_encoder", _MODEL),
     Stage("step", 30, "measure_training_step", _MODEL),
     Stage("coco", 50, "rerank_coco", _MODEL),
@@ -98,8 +99,8 @@ class Context:
         return "bf16" if self.device_name == "cuda" else "fp32"
 
     def add(self, work: str, name: str, backend: str, **fields: Any) -> None:
-        """Append a row; see `plain_row`."""
-        self.append(row=plain_row(work, name, backend, **fields))
+        """Append a row; see `make_row`."""
+        self.append(row=plain(make_row(work, name, backend, **fields)))
 
     def add_out_of_time(self, work: str, name: str, backend: str, **fields: Any) -> None:
         """Append a row of work that there was no time for."""
@@ -145,16 +146,15 @@ class Plan:
     command: list[str] = field(default_factory=list)
 
 
-def plain_row(
-    work: str, name: str, backend: str, *, dtype: str = "-", status: str = "measured", reason: str | None = None,
+def make_row(
+    work: str, name: str, backend: str, *, dtype: str = "-", status: Status = "measured", reason: str | None = None,
     unit: str = "calls", items: int = 1, seconds: Sequence[float] = (), **extra: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """A `record.Result` as plain values."""
-    return {
-        "work": work, "name": name, "backend": backend, "label": backend, "dtype": dtype, "status": status,
-        "reason": reason, "unit": unit, "items": items, "seconds": list(seconds),
-        "extra": {name: value for name, value in extra.items() if value is not None},
-    }  # fmt: skip
+) -> Result:  # fmt: skip
+    """A result of a stage; `extra` without those that are None."""
+    return Result(
+        work=work, name=name, backend=backend, label=backend, dtype=dtype, status=status, reason=reason, unit=unit,
+        items=items, seconds=list(seconds), extra={name: value for name, value in extra.items() if value is not None},
+    )  # fmt: skip
 
 
 def append_entry(path: Path, stage: str, **content: Any) -> None:
@@ -190,6 +190,7 @@ def run(plan: Plan) -> int:
     rows.unlink(missing_ok=True)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     interrupted, fine = False, True
+    status: Status
     with (plan.out / LOG).open("wb") as log:
         for number, stage in enumerate(plan.stages):
             started = time.monotonic()
@@ -210,14 +211,14 @@ def run(plan: Plan) -> int:
             spent = time.monotonic() - started
             fine = fine and status in ("measured", "absent")
             seconds = [spent] if status != "absent" else []
-            row = plain_row(
+            row = make_row(
                 "stage", f"stage {stage.name}", "device", status=status, reason=reason, unit="stages", seconds=seconds
             )
-            append_entry(rows, stage.name, row=row)
+            append_entry(rows, stage.name, row=plain(row))
             print(f"{stage.name}: {status} in {spent:.0f} s{f', {reason}' if reason else ''}", flush=True)
     document = _document(plan, date, time.monotonic() - begun, interrupted)
     table = format_table(document)
-    write_whole(plan.out / DOCUMENT, f"{json.dumps(document, ensure_ascii=False, indent=1)}\n".encode())
+    write_whole(plan.out / DOCUMENT, document.encoded())
     write_whole(plan.out / TABLE, table.encode())
     print(table, end="", flush=True)
     print(f"saved: {plan.out / DOCUMENT} (xfm-fast bench report shows it), {ROWS}, {TABLE}, {LOG}")
@@ -236,7 +237,7 @@ def why_absent(stage: Stage, device: str) -> str | None:
     return None
 
 
-def _run_stage(stage: Stage, plan: Plan, log: IO[bytes], allowed: float) -> tuple[str, str | None]:
+def _run_stage(stage: Stage, plan: Plan, log: IO[bytes], allowed: float) -> tuple[Status, str | None]:
     """Status and reason of a stage; its process and all that it started have ended afterwards."""
     log.write(f"\n--- {stage.name}, at most {allowed:.0f} s\n".encode())
     log.flush()
@@ -282,8 +283,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _document(plan: Plan, date: str, duration: float, interrupted: bool) -> dict[str, Any]:
-    """A `record.Document` as plain values: the package of its schema may be missing here."""
+def _document(plan: Plan, date: str, duration: float, interrupted: bool) -> Document:
     entries = read_entries(plan.out / ROWS)
     machine: dict[str, Any] = {
         "cpu": platform.processor() or platform.machine(), "system": platform.platform(), "gpus": [],
@@ -292,44 +292,42 @@ def _document(plan: Plan, date: str, duration: float, interrupted: bool) -> dict
     for entry in entries:
         machine |= entry.get("machine") or {}
     machine["commit"] = plan.commit or os.environ.get("XFM_COMMIT") or machine.get("commit")
-    options = {"budget": plan.budget, "small": plan.small, "stages": [stage.name for stage in plan.stages]}
-    return {
-        "schema_version": 4, "benchmark": "device", "title": "The first hour on a GPU", "reference": "eager",
-        "date": date, "command": plan.command, "options": options, "interrupted": interrupted, "device": plan.device,
-        "machine": machine, "rows": [entry["row"] for entry in entries if entry.get("row")], "duration_s": duration,
-    }  # fmt: skip
+    return Document(
+        schema_version=SCHEMA_VERSION, benchmark="device", title="The first hour on a GPU", reference="eager",
+        date=date, command=plan.command, interrupted=interrupted, device=plan.device, machine=machine,
+        options={"budget": plan.budget, "small": plan.small, "stages": [stage.name for stage in plan.stages]},
+        rows=[parse(Result, entry["row"]) for entry in entries if entry.get("row")], duration_s=duration,
+    )  # fmt: skip
 
 
 _TABLE = "{:<64.64}  {:<32.32}  {:<5} {:>8} {:>8} {:>18} {:>7}  {}"
 
 
-def format_table(document: dict[str, Any]) -> str:
+def format_table(document: Document) -> str:
     """A line per row: times, rates, and the share of the card's peak; a row without numbers shows the reason."""
-    machine = document["machine"]
+    machine = document.machine
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or machine["cpu"]
     versions = machine.get("versions") or {}
     lines = [
         f"{gpus}, PyTorch {machine['torch']}, Triton {versions.get('triton')}, ptxas {versions.get('ptxas')}",
-        f"{document['duration_s']:.0f} s of {document['options']['budget']:g} s\n",
+        f"{document.duration_s:.0f} s of {document.options['budget']:g} s\n",
         _TABLE.format("work", "backend", "dtype", "time", "host", "rate", "of peak", ""),
     ]
-    for row in document["rows"]:
-        extra, times, rate = row["extra"], sorted(row["seconds"]), ""
-        middle = times[len(times) // 2] if times else None
-        if middle and row["unit"] not in ("calls", "stages", "tests"):
-            rate = f"{row['items'] / middle:,.4g} {row['unit']}/s"
-        elif middle and extra.get("needed_flops"):
-            rate = f"{extra['needed_flops'] / middle / 1e12:.3g} TFLOP/s"
-        elif middle and extra.get("bytes"):
-            rate = f"{extra['bytes'] / middle / 1e9:,.4g} GB/s"
-        share = extra.get("mfu_data_sheet") or extra.get("share_of_floor")
-        by = "by events" if extra.get("timed_by") == "events" else ""
-        status = "" if row["status"] == "measured" else row["status"]
+    for row in document.rows:
+        rate, share = "", row.number("mfu_data_sheet") or row.number("share_of_floor")
+        if row.rate and row.unit not in ("calls", "stages", "tests"):
+            rate = f"{row.rate:,.4g} {row.unit}/s"
+        elif flops := row.per_second("needed_flops"):
+            rate = f"{flops / 1e12:.3g} TFLOP/s"
+        elif moved := row.per_second("bytes"):
+            rate = f"{moved / 1e9:,.4g} GB/s"
+        by = "by events" if row.text("timed_by") == "events" else ""
+        status = "" if row.status == "measured" else row.status
+        name = row.name if row.mode == "offline" else f"{row.name}, {row.mode}"
         lines.append(
             _TABLE.format(
-                ", ".join(filter(None, (row["name"], row.get("mode")))), row["backend"], row["dtype"],
-                _format_duration(middle), _format_duration(extra.get("host_s")), rate, f"{share:.0%}" if share else "",
-                ": ".join(filter(None, (by, status, row.get("reason")))),
+                name, row.backend, row.dtype, _format_duration(row.median_s), _format_duration(row.number("host_s")),
+                rate, f"{share:.0%}" if share else "", ": ".join(filter(None, (by, status, row.reason))),
             ).rstrip()
         )  # fmt: skip
     return "\n".join([*lines, ""])

@@ -1,25 +1,25 @@
 """The stages of `benchmarks.device`: functions of a `Context`, each in its own process.
 
-Imports of Triton and of the schema of results are local, so that every stage runs where what it needs is installed.
+Imports of Triton and of the model are local, so that every stage runs where what it needs is installed.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import multiprocessing
 import os
 import re
 import statistics
 import subprocess
-import threading
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,11 @@ from torch import Tensor
 
 from . import machine
 from .device import Context
-from .timing import Clocked, one_line, timed
+from .measure import Backend, Case, Run, benchmark
+from .record import Document, plain
+from .timing import DTYPES, Clocked, one_line, timed
 
 Call = Callable[[], object]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Tokens of captions in COCO, 13 on average.
 _LENGTHS = (11, 12, 13, 14, 15)
 
@@ -125,17 +126,21 @@ def compile_launches(context: Context) -> None:
 
 
 def run_case(name: str, dtype: str, device: torch.device, small: bool) -> None:
-    """Run the backends of a case once in every direction, in fp16 ours alone; raises RuntimeError if ours fails."""
-    from .work.kernels import CASES, DTYPES, OURS, compare
+    """Run the backends of a case once in every direction, in fp16 ours alone, which raises its error if it fails."""
+    from .work.kernels import CASES, DTYPES, OURS
 
-    backends = compare(CASES[name](device, DTYPES[dtype], small), only={OURS} if dtype == "fp16" else None)
-    for backend in backends.values():
-        for prepare in backend.runs.values():
-            prepare()()
+    op = CASES[name](device, DTYPES[dtype], small)
+    for direction in op.work:
+        for backend in op.backends(dtype, direction, band=0.0):
+            if backend.lacking is None and (backend.name == OURS or dtype != "fp16"):
+                with nullcontext() if backend.name == OURS else suppress(Exception):
+                    backend.build()()()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    if backends[OURS].missing:
-        raise RuntimeError(str(backends[OURS].missing))
+
+
+_OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+_NODE = re.compile(r"tests/kernels/(test_\w+\.py)(?:::(\S+))?")
 
 
 def run_tests(context: Context) -> None:
@@ -145,70 +150,49 @@ def run_tests(context: Context) -> None:
     if root is None:
         context.add("tests", "Triton tests", "pytest", status="absent", reason="this is no checkout: it has no tests")
         return
-    compiled = context.device.type == "cuda"
+    compiled, environment, begun = context.device.type == "cuda", dict(os.environ), time.monotonic()
     tests = sorted(path.relative_to(root).as_posix() for path in (root / "tests/kernels").glob("test_triton_*.py"))
-    arguments = ["--tb=line", "-p", "no:cacheprovider", "--color=no", "-v", "-m"]
+    command = [sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", "--color=no", "-v", "-m"]
     if compiled:
         # A module that lacks a package is one error, and the others run.
-        arguments += ["gpu and not slow", "--continue-on-collection-errors", *tests, "tests/kernels/test_gpu.py"]
+        command += ["gpu and not slow", "--continue-on-collection-errors", *tests, "tests/kernels/test_gpu.py"]
         if importlib.util.find_spec("xdist") is not None:
-            arguments += ["-n", str(len(os.sched_getaffinity(0)))]
+            command += ["-n", str(len(os.sched_getaffinity(0)))]
     else:
-        os.environ["TRITON_INTERPRET"] = "1"
+        environment["TRITON_INTERPRET"] = "1"
         chosen = ["tests/kernels/test_triton_contract.py", "-k", "gelu"] if context.small else tests
-        arguments += ["not gpu and not slow", *chosen]
-    import pytest
-
-    os.chdir(root)
-    outcomes = Outcomes(context, "compiled" if compiled else "interpreted")
-
-    def end_early() -> NoReturn:
-        outcomes.add_rows("the rest was not reached in time")
-        os._exit(0)
-
-    # A hanging test lets no other code of this thread run.
-    timer = threading.Timer(max(0.1, context.left - 1), end_early)
-    timer.daemon = True
-    timer.start()
-    code = pytest.main(arguments, plugins=[outcomes])
-    timer.cancel()
-    outcomes.add_rows(None if outcomes.modules else f"pytest ended with exit code {int(code)}")
-
-
-class Outcomes:
-    """A pytest plugin that counts what became of every test, by module."""
-
-    def __init__(self, context: Context, backend: str) -> None:
-        self.context, self.backend, self.begun = context, backend, time.monotonic()
-        self.modules: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-
-    def _count(self, node: str, outcome: str) -> None:
-        module, _, test = node.partition("::")
-        self.modules[Path(module).name][outcome].append(test)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        """Count a test's own phase, and set-up or tear-down that did not pass."""
-        if report.when == "call" or report.outcome != "passed":
-            self._count(report.nodeid, report.outcome)
-
-    def pytest_collectreport(self, report: Any) -> None:
-        """Count a module that cannot be imported."""
-        if report.failed:
-            self._count(report.nodeid, "failed")
-
-    def add_rows(self, incomplete: str | None) -> None:
-        """A row for each module, and one for all; `incomplete` is why some tests are missing."""
-        add = partial(self.context.add, "tests", unit="tests")
-        for module, found in self.modules.items():
-            parts = [f"{len(tests)} {outcome}" for outcome, tests in sorted(found.items())]
-            parts += [", ".join(found["failed"][:6])] if found["failed"] else []
-            status = "failed" if found["failed"] else "partial" if incomplete else "measured"
-            reason = ", ".join([*parts, *([incomplete] if incomplete else [])])
-            add(module, self.backend, status=status, items=len(found["passed"]), reason=reason)
-        if not self.modules:
-            add("Triton tests", self.backend, status="failed", items=0, reason=incomplete)
-        passed = sum(len(found["passed"]) for found in self.modules.values())
-        add("all modules", self.backend, items=passed, seconds=[time.monotonic() - self.begun])
+        command += ["not gpu and not slow", *chosen]
+    log, incomplete = context.out / "pytest.txt", None
+    with log.open("w") as output:
+        try:
+            limit = max(1.0, context.left - 1)
+            subprocess.run(command, cwd=root, env=environment, stdout=output, stderr=output, timeout=limit, check=False)
+        except subprocess.TimeoutExpired:
+            incomplete = "the rest was not reached in time"
+    modules: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    # Behind the progress lines, a summary names failures again.
+    for line in log.read_text(errors="replace").partition("short test summary")[0].splitlines():
+        node, outcome = _NODE.search(line), _OUTCOME.search(line)
+        if node and outcome:
+            modules[node[1]][outcome[1].lower()].append(node[2] or "")
+    add = partial(context.add, "tests", unit="tests")
+    backend = "compiled" if compiled else "interpreted"
+    for module, found in modules.items():
+        failed = found["failed"] + found["error"]
+        parts = [f"{len(names)} {outcome}" for outcome, names in sorted(found.items()) if names]
+        parts += [", ".join(failed[:6])] if failed else []
+        status = "failed" if failed else "partial" if incomplete else "measured"
+        add(
+            module,
+            backend,
+            status=status,
+            items=len(found["passed"]),
+            reason=", ".join(filter(None, [*parts, incomplete])),
+        )
+    if not modules:
+        add("Triton tests", backend, status="failed", items=0, reason=incomplete or "pytest ran none; see pytest.txt")
+    passed = sum(len(found["passed"]) for found in modules.values())
+    add("all modules", backend, items=passed, seconds=[time.monotonic() - begun])
 
 
 def run_sanitizer(context: Context) -> None:
@@ -244,87 +228,25 @@ def launch_ops(context: Context) -> None:
         run_case(name, "fp16", context.device, small=True)
 
 
+def measure_cases(context: Context, measure: Callable[..., object], **given: Any) -> None:
+    """Rows of a benchmark of the harness, each case as soon as it is measured."""
+    written = 0
+
+    def keep(document: Document) -> None:
+        nonlocal written
+        for row in document.rows[written:]:
+            context.append(row=plain(row))
+        written = len(document.rows)
+
+    options = SimpleNamespace(device=context.device_name, dtype=context.dtype, small=context.small)
+    measure(options, keep=keep, **given)
+
+
 def measure_ops(context: Context) -> None:
-    """Rows of every case of `bench kernels`, each direction as soon as it is measured."""
-    from .work.kernels import CASES, OURS, case_names, measure
+    """Rows of every case of `bench kernels`."""
+    from .work import kernels
 
-    for name in case_names(context.device, DTYPES[context.dtype]):
-        if context.left < 1:
-            context.add_out_of_time(name.split()[0], name, OURS, dtype=context.dtype)
-            continue
-        case = CASES[name](context.device, DTYPES[context.dtype], context.small)
-        for rows in measure(case, context.device, context.dtype, left=lambda: context.left):
-            for row in rows:
-                context.append(row=row)
-
-
-# Kernel → the head dimension or width of rows that it is launched with.
-PROFILED = {
-    "relpos_forward": 64, "relpos_dkdv": 64, "varlen_forward": 64, "varlen_forward_short": 64,
-    "add_layer_norm_forward": 768, "bias_gelu_forward": 3072,
-}  # fmt: skip
-_METRICS = (
-    "gpu__time_duration.sum",
-    "sm__cycles_elapsed.max",
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
-    "lts__t_bytes.sum",
-    "dram__bytes.sum",
-)
-_SECONDS = {"ns": 1e-9, "nsecond": 1e-9, "us": 1e-6, "usecond": 1e-6, "ms": 1e-3, "msecond": 1e-3, "s": 1.0}
-
-
-def profile_kernels(context: Context) -> None:
-    """Rows of six kernels under Nsight Compute; all counters are in `ncu.csv`."""
-    file = context.out / "ncu.csv"
-    command = [
-        "ncu", "--csv", "--page", "raw", "--metrics", ",".join(_METRICS), "--clock-control", "none",
-        "--profile-from-start", "off", "--log-file", str(file), *context.command("launch_kernels", small=context.small),
-    ]  # fmt: skip
-    try:
-        code = subprocess.run(command, timeout=max(1.0, context.left - 1), check=False).returncode
-        why = f"ncu ended with exit code {code}"
-    except subprocess.TimeoutExpired:
-        why = "ncu was not done in time"
-    launches = read_counters(file)
-    for name, seconds in launches:
-        context.add("counters", name, "ncu", dtype="bf16", seconds=[seconds])
-    if not launches:
-        context.add("counters", "six kernels", "ncu", dtype="bf16", status="failed", reason=why)
-
-
-def read_counters(file: Path) -> list[tuple[str, float]]:
-    """(kernel function, seconds) of every launch in the output of `ncu --csv --page raw`; [] without one."""
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    rows = list(csv.DictReader(lines[start:]))
-    # The first row has the units.
-    unit = _SECONDS.get(rows[0].get(_METRICS[0]) or "", 1e-9) if rows else 1e-9
-    launches = []
-    for row in rows:
-        try:
-            launches.append((row["Kernel Name"], float((row.get(_METRICS[0]) or "").replace(",", "")) * unit))
-        except ValueError:
-            continue
-    return launches
-
-
-def launch_kernels(context: Context) -> None:
-    """Every profiled kernel at the model's shape: once to compile, then once for the profiler."""
-    from xfm_fast.kernels import tune
-
-    for kernel, size in PROFILED.items():
-        try:
-            run = tune.model_workload(kernel, size, "bf16")
-            run()
-        except Exception as error:  # the others are profiled
-            print(f"{kernel}: {error}")
-            continue
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        run()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+    measure_cases(context, kernels.run, deadline=time.perf_counter() + context.left)
 
 
 def _random_model(context: Context, image_size: int, **parts: Any) -> Any:
@@ -344,18 +266,16 @@ def _random_model(context: Context, image_size: int, **parts: Any) -> Any:
 
 def measure_encoder(context: Context) -> None:
     """Rows of the vision encoder at two sizes and four batches: eager, CUDA graph, fp8, and compiled at two points."""
-    sizes, batches = ((32,), (1, 2)) if context.small else ((224, 384), (1, 8, 64, 256))
-    models = {size: _random_model(context, size, heads=(), encoders=("vision",)) for size in sizes}
-    points = [(size, batch) for size in sizes for batch in batches]
+    from xfm_fast import flops
 
-    def eager(model: Any, pixels: Tensor) -> Call:
-        return lambda: model.encode_image(pixels)
+    sizes, batches = ((32,), (1, 2)) if context.small else ((224, 384), (1, 8, 64, 256))
+    # Compiling takes half a minute each.
+    long = set() if context.small else {(224, 64), (224, 1)}
 
     def graph(model: Any, pixels: Tensor) -> Call:
         from xfm_fast.graphs import Shapes, capture
 
-        graphs = capture(model, Shapes(images=(pixels.shape[0],)))
-        return lambda: graphs.encode_image(pixels)
+        return partial(capture(model, Shapes(images=(pixels.shape[0],))).encode_image, pixels)
 
     def fp8(model: Any, pixels: Tensor) -> Call:
         from xfm_fast.kernels import ops
@@ -367,65 +287,28 @@ def measure_encoder(context: Context) -> None:
         return run
 
     def compiled(model: Any, pixels: Tensor) -> Call:
-        encode = torch.compile(model.encode_image, dynamic=False)
-        return lambda: encode(pixels)
+        return partial(torch.compile(model.encode_image, dynamic=False), pixels)
 
-    for size, batch in points:
-        for name, prepare in {"eager": eager, "CUDA graph": graph, "fp8": fp8}.items():
-            _add_encoder(context, models[size], name, batch, prepare)
-    # Compiling takes half a minute each.
-    for size, batch in [] if context.small else [(224, 64), (224, 1)]:
-        _add_encoder(context, models[size], "torch.compile", batch, compiled, least_s=40.0)
+    @benchmark("encoder", title="The vision encoder", reference="eager")
+    def run(run: Run) -> Iterator[Case]:
+        for size in sizes:
+            model = _random_model(context, size, heads=(), encoders=("vision",))
+            for batch in batches:
+                pixels = torch.randn(batch, 3, size, size, device=context.device, dtype=DTYPES[context.dtype])
+                ways = {"eager": lambda model, pixels: partial(model.encode_image, pixels), "CUDA graph": graph}
+                ways |= {"fp8": fp8, **({"torch.compile": compiled} if (size, batch) in long else {})}
+                backends = [
+                    Backend(name, "fp8" if name == "fp8" else context.dtype, partial(prepare, model, pixels))
+                    for name, prepare in ways.items()
+                ]
+                needed = flops.image_encoder(model.config, batch).total
+                yield Case(
+                    "encoder", f"vision encoder, {batch} image{'s' if batch > 1 else ''} of {size}", backends,
+                    "images", batch, count=lambda *_, needed=needed: {"needed_flops": needed}, warmups=3,
+                    deadline=time.perf_counter() + context.left,
+                )  # fmt: skip
 
-
-def _add_encoder(
-    context: Context, model: Any, backend: str, batch: int, prepare: Callable[[Any, Tensor], Call],
-    least_s: float = 2.0,
-) -> None:  # fmt: skip
-    from xfm_fast import flops
-    from xfm_fast.errors import XFMError
-
-    size, device = model.config.image_size, context.device
-    row = partial(
-        context.add, "encoder", f"vision encoder, {batch} image{'s' if batch > 1 else ''} of {size}", backend,
-        dtype="fp8" if backend == "fp8" else context.dtype, unit="images", items=batch,
-    )  # fmt: skip
-    if context.left < least_s:
-        row(status="absent", reason="no time was left for it in this stage")
-        return
-    pixels = torch.randn(batch, 3, size, size, device=device, dtype=DTYPES[context.dtype])
-    try:
-        with torch.no_grad():
-            seconds, host = _timed_blocks(prepare(model, pixels), device)
-    except XFMError as error:
-        row(status="absent", reason=str(error)[:300])
-    except Exception as error:  # out of memory, the compiler: the other variants go on
-        row(status="failed", reason=one_line(error))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    else:
-        needed, speed = flops.image_encoder(model.config, batch).total, 2.0 if backend == "fp8" else 1.0
-        share = efficiency(device, needed, statistics.median(seconds), speed=speed)
-        row(seconds=seconds, host_s=host, **share)
-
-
-def _timed_blocks(run: Call, device: torch.device) -> tuple[list[float], float | None]:
-    """Seconds of a run with all that the host does, in blocks of 50 ms, and the host's part on a GPU."""
-
-    def block(times: int) -> tuple[float, float]:
-        begun = time.perf_counter()
-        for _ in range(times):
-            run()
-        issued = time.perf_counter() - begun
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / times, issued / times
-
-    for _ in range(3 if device.type == "cuda" else 1):
-        block(1)
-    times = max(1, round(0.05 / max(block(1)[0], 1e-6)))
-    seconds = [block(times)[0] for _ in range(5)]
-    return seconds, block(1)[1] if device.type == "cuda" else None
+    measure_cases(context, run)
 
 
 def measure_training_step(context: Context) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from xfm_fast import checkpoint
 from xfm_fast.config import PresetName, XFMConfig
 from xfm_fast.data.collection import open_collection
 from xfm_fast.data.images import decode_image, evaluation_transform
-from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.errors import DataError, UnavailableError
 from xfm_fast.loading import Source, open_model
 from xfm_fast.models.xfm import XFM, Head
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
@@ -31,8 +31,6 @@ _TABLE = ".relative_position_bias_table"
 MOST_PHOTOS = 64
 MAX_TOKENS = 40
 """Length to which the official evaluation pads captions."""
-# Synthetic lengths: shares of the mean, in turn.
-_SHAPES = {"fixed": (1.0,), "uniform": (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "bimodal": (0.25, 1.75)}
 # Of VQA v2: 6 words and a question mark on average.
 _QUESTION_LENGTHS = (9, 8, 12, 9, 10)
 ANSWERS = 3129
@@ -185,40 +183,14 @@ class Inputs:
         ids, mask = self.tokenizer.encode(captions, MAX_TOKENS)
         return Texts(ids.to(self.device), mask.to(self.device))
 
-    def texts(self, count: int, lengths: str = "captions") -> Texts:
-        """Captions, or synthetic texts: `fixed-16` are 16 tokens, `uniform-16` 4 to 28, `bimodal-16` 4 or 28.
+    def texts(self, count: int) -> Texts:
+        """`count` captions."""
+        return self.encoded(self.collection.texts(count))
 
-        `mixed-16` are 3 to 40 tokens with a mean of 16, most of them short. Raises `InputError` for an unknown
-        distribution, or one with longer texts than the model takes.
-        """
-        if lengths == "captions":
-            return self.encoded(self.collection.texts(count))
-        shape, _, number = lengths.partition("-")
-        shapes = [*_SHAPES, "mixed"]
-        if shape not in shapes or not number.isdigit():
-            raise InputError(
-                f"length distribution {lengths!r} is unknown; choose captions, or {', '.join(shapes)} with a mean, "
-                "such as fixed-16"
-            )
-        mean, least, room = int(number), 3, self.sizes.max_text_length
-        if shape != "mixed":
-            drawn = [max(least, round(mean * share)) for share in islice(cycle(_SHAPES[shape]), count)]
-        elif least < mean <= MAX_TOKENS:
-            # The mean of x ** power over [0, 1] is 1 / (1 + power).
-            power = (MAX_TOKENS - least) / (mean - least) - 1
-            drawn = [round(least + (MAX_TOKENS - least) * (i / max(count - 1, 1)) ** power) for i in range(count)]
-        else:
-            raise InputError(f"lengths {lengths!r} have no such mean; ask for {least + 1} to {MAX_TOKENS}")
-        if max(drawn) > room:
-            raise InputError(
-                f"lengths {lengths!r} reach {max(drawn)} tokens, and this model takes {room}; ask for less"
-            )
-        return self.random_texts(drawn, MAX_TOKENS)
-
-    def random_texts(self, lengths: Sequence[int], width: int = 0) -> Texts:
-        """Texts of random tokens between `<s>` and `</s>`, padded to the longest of them or to `width`."""
+    def random_texts(self, lengths: Sequence[int]) -> Texts:
+        """Texts of random tokens between `<s>` and `</s>`, padded to the longest."""
         config, generator = self.sizes, torch.Generator().manual_seed(self.seed)
-        ids = torch.full((len(lengths), max(width, *lengths)), config.pad_token_id)
+        ids = torch.full((len(lengths), max(lengths)), config.pad_token_id)
         for row, length in zip(ids, lengths, strict=True):
             row[:length] = torch.randint(_first_word(config), config.vocab_size, (length,), generator=generator)
             row[0], row[length - 1] = config.bos_token_id, config.eos_token_id
@@ -376,16 +348,3 @@ class Material(Inputs):
                 embeds = torch.cat(parts)
                 self._images[count, image_size] = embeds, model.project_image(embeds)
         return self._images[count, image_size]
-
-    @cached_property
-    def weights(self) -> dict[str, int]:
-        """Parameters that a pass reads, by encoder; embedding tables are read by row."""
-        state = self.subjects.model(self.sizes.image_size, torch.float32).state_dict()
-        parts = {
-            "vision": "vision_encoder.",
-            "text": "text_encoder.roberta.encoder.",
-            "fusion": "fusion_encoder.roberta.encoder.",
-        }
-        return {
-            part: sum(t.numel() for n, t in state.items() if n.startswith(prefix)) for part, prefix in parts.items()
-        }

@@ -1,4 +1,4 @@
-"""This machine: hardware, versions, optional packages, energy counters, and probes of its rates during a measurement.
+"""This machine: hardware, versions, optional packages, and probes of its rates during a measurement.
 
 It needs no schema of results, so that it runs where PyTorch alone is installed.
 """
@@ -66,7 +66,6 @@ _FEATURES = {
     "ARM I8MM": ("i8mm", ""),
 }
 _BF16_FEATURES = ("AVX-512 BF16", "AMX BF16", "ARM BF16")
-_POWERCAP = Path("/sys/class/powercap")
 # The MLP of one layer of a base-size encoder; on a GPU a GEMM that fills it.
 PROBE_SHAPE = {"cpu": (1280, 768, 3072), "cuda": (8192, 8192, 8192)}
 # Beyond any cache, and a millisecond of a GPU's time.
@@ -252,64 +251,20 @@ def choose_paths() -> list[dict[str, Any]]:
     ]
 
 
-class Nvml:
-    """Counters of a GPU by NVML; raises the error of the library where it lacks them."""
+def gpu_counters(device: torch.device) -> Callable[[], tuple[float, float]]:
+    """A function that reads the clock in MHz and the temperature in °C by NVML; raises any error of the library."""
+    nvml: Any = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    # NVML numbers GPUs in another order than CUDA_VISIBLE_DEVICES.
+    identifier = str(torch.cuda.get_device_properties(device).uuid)
+    handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{identifier.removeprefix('GPU-')}")
 
-    def __init__(self, device: torch.device) -> None:
-        self._nvml: Any = importlib.import_module("pynvml")
-        self._nvml.nvmlInit()
-        # NVML numbers GPUs in another order than CUDA_VISIBLE_DEVICES.
-        identifier = str(torch.cuda.get_device_properties(device).uuid)
-        self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{identifier.removeprefix('GPU-')}")
+    def read() -> tuple[float, float]:
+        clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
+        return float(clock), float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
 
-    def joules(self) -> float:
-        """Energy of the board since some moment."""
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
-
-    def state(self) -> tuple[float, float]:
-        """Clock of the multiprocessors in MHz, and temperature in °C."""
-        clock = self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
-        return float(clock), float(self._nvml.nvmlDeviceGetTemperature(self._handle, self._nvml.NVML_TEMPERATURE_GPU))
-
-
-class EnergyMeter:
-    """Joules since some moment, where the platform counts them; `reason` is why it does not."""
-
-    def __init__(self, device: torch.device, powercap: Path = _POWERCAP) -> None:
-        self.reason: str | None = None
-        self._gpu: Nvml | None = None
-        # Counters in microjoules, their ranges at which they start again, and their last values.
-        self._files: list[Path] = []
-        self._ranges: list[int] = []
-        self._last: list[int] = []
-        self._total = 0
-        if device.type == "cuda":
-            try:
-                self._gpu = Nvml(device)
-                self._gpu.joules()
-            except Exception as error:  # the package is missing, or NVML does not count energy here
-                self.reason, self._gpu = f"no energy counter of the GPU ({error}); it needs nvidia-ml-py", None
-            return
-        # Packages; their parts (cores, memory) have one more number in their name.
-        folders = sorted(path for path in powercap.glob("intel-rapl:*") if path.name.count(":") == 1)
-        try:
-            self._files = [folder / "energy_uj" for folder in folders]
-            self._ranges = [int((folder / "max_energy_range_uj").read_text()) for folder in folders]
-            self._last = [int(file.read_text()) for file in self._files]
-        except (OSError, ValueError) as error:
-            self.reason = f"the RAPL counter cannot be read ({error}); it is root's on most systems"
-        if not folders:
-            self.reason = f"no energy counter: {powercap} lists no RAPL package (virtual machines hide it)"
-
-    def joules(self) -> float:
-        """The counter; differences between calls less than a day apart have a meaning."""
-        if self._gpu is not None:
-            return self._gpu.joules()
-        now = [int(file.read_text()) for file in self._files]
-        for before, after, largest in zip(self._last, now, self._ranges, strict=True):
-            self._total += after - before if after >= before else after + largest - before
-        self._last = now
-        return self._total / 1e6
+    read()
+    return read
 
 
 def _best_rate(amount: float, run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
@@ -400,12 +355,10 @@ class MachineProbes:
     """Probes of the GEMM rate in some dtypes, of the copy rate, and of a GPU's clock and temperature."""
 
     def __init__(self, dtypes: Sequence[str], device: torch.device) -> None:
-        self._device, self._gpu, self.meter = device, None, EnergyMeter(device)
+        self._device, self._gpu = device, None
         if device.type == "cuda":
             with suppress(Exception):  # without NVML these two numbers are missing
-                gpu = Nvml(device)
-                gpu.state()
-                self._gpu = gpu
+                self._gpu = gpu_counters(device)
         self._gemm = {name: GemmProbe(DTYPES[name], device) for name in dtypes}
         self._source = torch.ones(COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device)
         self._target = torch.empty_like(self._source)
@@ -421,7 +374,7 @@ class MachineProbes:
             into.gemm.setdefault(name, []).append(probe())
         into.copies.append(self._copy())
         if self._gpu is not None:
-            into.gpu.append(self._gpu.state())
+            into.gpu.append(self._gpu())
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """A reading for the head of a document: `record.Probe` by dtype, as plain values."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xfm_fast.errors import XFMError
+from xfm_fast.errors import UnavailableError, XFMError
+from xfm_fast.kernels import roofline
 from xfm_fast.memory import PeakMemory
 
 from . import machine
@@ -53,7 +55,7 @@ MODEL_ROUNDING = 3.5
 
 Call = Callable[..., Any]
 Block = Callable[[], list[float]]
-"""Runs once or a few times and returns the seconds of each run."""
+"""Runs once or a few times and returns the seconds of each run; its `extra` and `reason`, if any, go into the row."""
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Backend:
         lacking: status and reason if it does not run.
         band: allowed error, if rounding in the dtype does not explain it.
         optional: its result may differ; then it is not offered.
+        bound: it computes a part of the work or similar work, and is not compared.
         parity: if it was compared before.
         extra: known before it runs.
         detail: further `extra`, asked for after the timing with the median in seconds.
@@ -101,12 +104,15 @@ class Backend:
     lacking: tuple[Status, str | None] | None = None
     band: float | None = None
     optional: bool = False
+    bound: bool = False
     parity: Parity | None = None
     extra: Extra = field(default_factory=dict)
     detail: Callable[[float], Extra] = lambda median_s: {}
 
     def __post_init__(self) -> None:
         self.label = self.label or self.name
+        if self.bound:
+            self.extra = {"bounds": 1} | self.extra
 
     @property
     def key(self) -> str:
@@ -155,6 +161,23 @@ class Case:
     warmups: int = 1
     deadline: float = math.inf
 
+    def repeated(self, rows: Iterable[Result], note: str = "", **changes: Any) -> Case:
+        """The same backends at other work, with the status and comparison of their results at this one."""
+        known, backends = {f"{row.backend} {row.dtype}": row for row in rows if row.place == self.place}, []
+        for backend in self.backends:
+            row = known.get(backend.key)
+            if row is not None:
+                lacking = None if row.status in ("measured", "partial") else (row.status, row.reason)
+                parity = row.parity and replace(row.parity, note=row.parity.note + note)
+                backend = replace(backend, lacking=lacking, parity=parity)
+            backends.append(backend)
+        return replace(self, backends=backends, reference=None, **changes)
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """As `Result.place`."""
+        return self.work, self.mode, self.name
+
     def result(self, backend: Backend) -> Result:
         """A result without numbers."""
         status, reason = backend.lacking or ("measured", None)
@@ -170,7 +193,7 @@ class Watched:
 
     def __init__(self, run: Call, device: torch.device) -> None:
         self._run, self._device = run, device
-        self.memory: Extra = {}
+        self.extra: Extra = {}
 
     def __call__(self) -> list[float]:
         if self._device.type == "cuda":
@@ -183,9 +206,9 @@ class Watched:
             with PeakMemory() as memory:
                 _, seconds = timed(self._run, self._device)
             peak, before, method = memory.peak, memory.start, memory.method
-        known = self.memory.get("peak_bytes")
+        known = self.extra.get("peak_bytes")
         if not isinstance(known, int) or peak > known:
-            self.memory = {"peak_bytes": peak, "grown_bytes": peak - before, "memory_method": method}
+            self.extra = {"peak_bytes": peak, "grown_bytes": peak - before, "memory_method": method}
         return [seconds]
 
 
@@ -236,7 +259,8 @@ class Comparator:
             pair = (value.double().flatten() for value in (result, self._reference("fp32")))
             cosine = finite(float(torch.cosine_similarity(*pair, dim=0)))
         return Parity(
-            error=finite(error), band=band, passed=error <= band, against=f"{case.judge} fp32", note=note,
+            error=finite(error), band=band, passed=error <= band, note=note,
+            against=f"{case.judge} fp32" if any(one.name == case.judge for one in case.backends) else case.judge,
             cosine=cosine,
         )  # fmt: skip
 
@@ -248,14 +272,12 @@ class Samples:
     Attributes:
         rounds: seconds of every run, round by round.
         failures: one line for each backend that raised an error, and takes no further part.
-        energy: joules of the blocks, and their seconds; empty without a counter.
         interrupted: stopped by Ctrl-C; whole blocks were kept.
     """
 
     rounds: dict[str, list[list[float]]]
     readings: Readings = field(default_factory=Readings)
     failures: dict[str, str] = field(default_factory=dict)
-    energy: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     interrupted: bool = False
 
     def seconds(self, key: str) -> list[float]:
@@ -289,7 +311,6 @@ def interleave(
         grad: leave automatic differentiation on.
     """
     out = Samples({name: [] for name in blocks})
-    meter = None if probes is None or probes.meter.reason is not None else probes.meter
 
     def read() -> None:
         if probes is not None:
@@ -298,7 +319,6 @@ def interleave(
     def attempt(name: str, *, warmup: bool = False) -> None:
         if name in out.failures:
             return
-        before, begun = meter.joules() if meter else 0.0, time.perf_counter()
         try:
             seconds = blocks[name]()
         except Exception as error:  # a backend of another library may fail in any way; the run goes on
@@ -306,9 +326,6 @@ def interleave(
             return
         if not warmup:
             out.rounds[name].append(seconds)
-            if meter:
-                used = meter.joules() - before, time.perf_counter() - begun
-                out.energy.setdefault(name, []).append(used)
 
     with torch.set_grad_enabled(grad):
         try:
@@ -359,10 +376,9 @@ class Run:
         self.probes: MachineProbes | None = None
 
     def probe(self) -> None:
-        """Prepare the machine probes and the energy counter."""
+        """Prepare the machine probes."""
         self.probes = MachineProbes(self.dtypes, self.device)
         self.document.probes = {name: Probe(**rates) for name, rates in self.probes.describe().items()}
-        self.document.energy_note = self.probes.meter.reason
 
     def add(self, rows: Sequence[Result]) -> None:
         """Add results to the document."""
@@ -375,11 +391,70 @@ class Run:
         Raises:
             KeyboardInterrupt: the rounds were interrupted; the results are there.
         """
-        rows, interrupted = _measured(case, self)
-        self.add(rows)
-        if interrupted:
+        rows = {backend.key: case.result(backend) for backend in case.backends}
+        calls: dict[str, Call] = {}
+        counted: dict[str, Extra] = {}
+        comparator = Comparator(case)
+        # The judge first: its result is the reference.
+        for backend in sorted(case.backends, key=lambda one: one.name != case.judge):
+            row = rows[backend.key]
+            if backend.lacking is not None:
+                continue
+            self.progress.step(f"comparing {backend.key}")
+            try:
+                with torch.set_grad_enabled(case.grad):
+                    call, result = backend.build(), None
+                    if case.reference is not None and not backend.bound:
+                        result = (backend.check or call)()
+                        row.parity = comparator.parity(backend, result)
+                    counted[backend.key] = case.count(backend, result)
+                    del result
+            except Exception as error:  # of any library: its own row alone is lost
+                row.status, row.reason = "failed", one_line(error)
+                if backend.dtype == "int8" and isinstance(error, XFMError):
+                    row.status = "not offered"
+                elif isinstance(error, UnavailableError) and not is_ours(backend.name):
+                    row.status, row.reason = "absent", str(error)
+                continue
+            if row.parity is None or row.parity.passed:
+                calls[backend.key] = call
+                continue
+            error = math.inf if row.parity.error is None else row.parity.error
+            row.reason = f"error {error:.1e} exceeds {row.parity.band:.1e}; no speed is reported"
+            row.status = "parity failed"
+            if backend.optional:
+                row.status, row.parity = "not offered", None
+        del comparator
+        ours = [backend for backend in case.backends if is_ours(backend.name)]
+        if ours and not any(backend.key in calls for backend in ours):
+            # Nothing to compare with.
+            unmeasured = [row for row in rows.values() if row.status != "measured"]
+            self.add(unmeasured)
+            return unmeasured
+        for key in calls:
+            rows[key].extra |= counted[key]
+        if case.search is not None:
+            try:
+                case.search(self, calls, rows)
+            finally:
+                self.add(list(rows.values()))
+            return list(rows.values())
+        block = case.block or (lambda call: Watched(call, self.device))
+        blocks = {key: block(call) for key, call in calls.items()}
+        samples = interleave(
+            blocks, self.probes, rounds=case.rounds, budget_s=case.budget_s, most_rounds=case.most_rounds,
+            warmups=case.warmups, deadline=case.deadline, on_step=self.progress.step, grad=case.grad,
+        )  # fmt: skip
+        for backend in case.backends:
+            if backend.key in blocks:
+                _fill(rows[backend.key], backend, samples, blocks[backend.key], self)
+        there = {(row.backend, row.dtype) for row in rows.values() if row.measured}
+        for row in rows.values():
+            row.against = [other for other in row.against if (other.backend, other.dtype) in there]
+        self.add(list(rows.values()))
+        if samples.interrupted:
             raise KeyboardInterrupt
-        return rows
+        return list(rows.values())
 
 
 Benchmark = Callable[..., Document]
@@ -411,9 +486,10 @@ def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..
             dtypes = asked.dtype if isinstance(asked.dtype, tuple) else [n for n in DTYPES if n == asked.dtype]
             torch.set_num_threads(machine.default_threads())
             torch.manual_seed(0)
+            named = vars(options) | {key: value for key, value in given.items() if isinstance(value, str)}
             plain = {
                 key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-                for key, value in (vars(options) | given).items()
+                for key, value in named.items()
             }
             document = Document(
                 schema_version=SCHEMA_VERSION, benchmark=name, title=title, reference=reference,
@@ -437,68 +513,8 @@ def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..
     return register
 
 
-def _measured(case: Case, run: Run) -> tuple[list[Result], bool]:
-    """Results of a case, and whether its rounds were interrupted."""
-    rows = {backend.key: case.result(backend) for backend in case.backends}
-    calls: dict[str, Call] = {}
-    counted: dict[str, Extra] = {}
-    comparator = Comparator(case)
-    # The judge first: its result is the reference.
-    for backend in sorted(case.backends, key=lambda one: one.name != case.judge):
-        row = rows[backend.key]
-        if backend.lacking is not None:
-            continue
-        run.progress.step(f"comparing {backend.key}")
-        try:
-            with torch.set_grad_enabled(case.grad):
-                call, result = backend.build(), None
-                if case.reference is not None:
-                    result = (backend.check or call)()
-                    row.parity = comparator.parity(backend, result)
-                counted[backend.key] = case.count(backend, result)
-                del result
-        except Exception as error:  # of any library: its own row alone is lost
-            refused = backend.dtype == "int8" and isinstance(error, XFMError)
-            row.status, row.reason = "not offered" if refused else "failed", one_line(error)
-            continue
-        if row.parity is None or row.parity.passed:
-            calls[backend.key] = call
-            continue
-        error = math.inf if row.parity.error is None else row.parity.error
-        row.reason = f"error {error:.1e} exceeds {row.parity.band:.1e}; no speed is reported"
-        row.status = "parity failed"
-        if backend.optional:
-            row.status, row.parity = "not offered", None
-    del comparator
-    ours = [backend for backend in case.backends if is_ours(backend.name)]
-    if ours and not any(backend.key in calls for backend in ours):
-        # Nothing to compare with.
-        return [row for row in rows.values() if row.status != "measured"], False
-    for key in calls:
-        rows[key].extra |= counted[key]
-    if case.search is not None:
-        try:
-            case.search(run, calls, rows)
-        except KeyboardInterrupt:
-            return list(rows.values()), True
-        return list(rows.values()), False
-    block = case.block or (lambda call: Watched(call, run.device))
-    blocks = {key: block(call) for key, call in calls.items()}
-    samples = interleave(
-        blocks, run.probes, rounds=case.rounds, budget_s=case.budget_s, most_rounds=case.most_rounds,
-        warmups=case.warmups, deadline=case.deadline, on_step=run.progress.step, grad=case.grad,
-    )  # fmt: skip
-    for backend in case.backends:
-        if backend.key in blocks:
-            _fill(rows[backend.key], backend, samples, blocks[backend.key], run)
-    there = {(row.backend, row.dtype) for row in rows.values() if row.measured}
-    for row in rows.values():
-        row.against = [other for other in row.against if (other.backend, other.dtype) in there]
-    return list(rows.values()), samples.interrupted
-
-
 def _fill(row: Result, backend: Backend, samples: Samples, block: Block, run: Run) -> None:
-    """Fill in the times, comparisons, memory, energy and efficiency of the rounds."""
+    """Fill in the times, comparisons, memory and efficiency of the rounds."""
     key, seconds = backend.key, samples.seconds(backend.key)
     if key in samples.failures:
         row.status, row.reason = "failed", samples.failures[key]
@@ -519,31 +535,25 @@ def _fill(row: Result, backend: Backend, samples: Samples, block: Block, run: Ru
     row.contended = readings.contended(row.dtype)
     if note := readings.note(row.dtype):
         row.extra["note"] = note
-    interval = bootstrap(np.median, seconds) if row.mode == "offline" else None
+    interval = bootstrap(partial(np.median, axis=-1), seconds) if row.mode == "offline" else None
     if interval is not None:
         row.extra |= {"rate_low": row.items / interval[1], "rate_high": row.items / interval[0]}
-    if isinstance(block, Watched) and "peak_bytes" not in row.extra:
-        row.extra |= block.memory
-    if key in samples.energy:
-        joules, busy_s = (sum(part) for part in zip(*samples.energy[key], strict=True))
-        row.extra |= {"joules_per_item": joules / (row.items * len(seconds)), "watts": joules / busy_s}
+    row.extra = getattr(block, "extra", {}) | row.extra
+    row.reason = row.reason or getattr(block, "reason", None)
     median = statistics.median(seconds)
-    needed, own, traffic = (row.number(name) for name in ("needed_flops", "flops", "bytes"))
+    needed, own = row.number("needed_flops"), row.number("flops")
     if needed is not None:
         # The arithmetic of a run over the rates of the machine.
         sheet, rates = machine.data_sheet(run.device), readings.gemm.get(row.dtype, [])
         medians = [statistics.median(block) for block in samples.rounds[key]]
         for name, flops in (("mfu", needed), ("utilisation", own)):
-            if flops is not None:
-                shares = shares_of_rate(flops, medians, rates)
-                row.extra[name] = statistics.median(shares) if shares else None
+            if flops is not None and (shares := shares_of_rate(flops, medians, rates)):
+                row.extra[name] = statistics.median(shares)
         if sheet is not None and row.dtype != "fp32":
             row.extra["mfu_data_sheet"] = needed / median / sheet.flops_per_s
-        if traffic and rates and readings.copies:
-            copies = statistics.median(readings.copies)
-            row.extra["roof"] = min(statistics.median(rates), needed / traffic * copies)
+        if sheet is not None and (traffic := row.number("bytes")) is not None:
+            row.extra["share_of_floor"] = roofline.Work("", "", needed, traffic).floor(sheet) / median
     if not samples.interrupted:
-        run.progress.step(f"{key}, detail")
         row.extra |= backend.detail(median)
 
 
@@ -563,21 +573,19 @@ def bootstrap(
     """Interval of 95% of a statistic by resampling; None for fewer than three samples.
 
     Args:
-        statistic: of the arrays of all series along `axis`.
+        statistic: of the arrays of all series along their last axis.
         series: samples of one thing, or of two.
         paired: two series are resampled together: they are of the same rounds.
     """
-    if min(map(len, series)) < _ENOUGH:
+    sizes = [len(each) for each in series]
+    if min(sizes) < _ENOUGH:
         return None
-    # The name of this argument in every SciPy; newer ones add another.
-    seed: Any = {"random_state": np.random.default_rng(0)}
-    # scipy's statistics take a second to load, and a process that measures one thing needs none.
-    from scipy import stats
-
-    found = stats.bootstrap(
-        series, statistic, paired=paired, vectorized=True, n_resamples=_RESAMPLES, method="percentile", **seed
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    draw = np.random.default_rng(0)
+    chosen = [draw.integers(0, size, (_RESAMPLES, size)) for size in sizes[: 1 if paired else None]]
+    places = chosen * len(series) if paired else chosen
+    found = statistic(*(np.asarray(each)[place] for each, place in zip(series, places, strict=True)))
+    low, high = np.percentile(found, (2.5, 97.5))
+    return float(low), float(high)
 
 
 def ratio_interval(
@@ -589,8 +597,5 @@ def ratio_interval(
         paired: both are of the same rounds, which are resampled together, so that drift common to both cancels.
     """
     rounds = min(len(slow), len(fast)) if paired else None
-
-    def ratio(a: Any, b: Any, axis: int = -1) -> Any:
-        return np.median(a, axis) / np.median(b, axis)
-
-    return bootstrap(ratio, slow[:rounds], fast[:rounds], paired=paired) or (None, None)
+    interval = bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), slow[:rounds], fast[:rounds], paired=paired)
+    return interval or (None, None)

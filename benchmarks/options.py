@@ -70,11 +70,9 @@ class SuiteOptions(ModelOptions):
     Attributes:
         image_size: Pixels along a side of the larger images. [384; tiny 48]
         device: Device to measure.
-        official: Clone of the official repository, measured as one more baseline.
     """
 
     device: Device = "cpu"
-    official: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +83,15 @@ class ScenarioOptions(ModelOptions):
         official: Clone of the official repository, measured as one more baseline.
         baselines: Names with commas, see xfm-fast bench list. [all that are installed]
         batch: Requests of an offline run, and the most that a server answers together.
-        texts: Captions of a rerank request, questions of vqa, expressions of grounding. [64, 5 and 5; quick 8, 2 and 2]
         mode: single-stream, offline or server; may be repeated. [all three]
         p99_ms: Bound of the server on the 99th percentile. [4 times one request of the official algorithm]
-        lengths: Of texts: captions, or a mean with a shape, such as fixed-16, uniform-16, bimodal-16.
-        k: Images that retrieve re-ranks, or candidates of a question of vqa. [8; quick 4; vqa 128]
     """
 
     official: Path | None = None
     baselines: tuple[str, ...] = ()
     batch: Count | None = None
-    texts: Count | None = None
     mode: tuple[Literal["single-stream", "offline", "server"], ...] = ()
     p99_ms: Annotated[float | None, Gt(0), Predicate(isfinite)] = None
-    lengths: str = "captions"
-    k: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

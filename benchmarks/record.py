@@ -2,7 +2,7 @@
 
 A document holds the results of one command; a `Result` is one backend at one case in one dtype, and the result of
 xfm-fast also holds its comparisons with the other backends of the same rounds. Numbers are in SI units (seconds, bytes,
-FLOP/s, joules). What only some cases measure is in `Result.extra`:
+FLOP/s). What only some cases measure is in `Result.extra`:
 
 - rates: `rate_low`, `rate_high` (95% interval of items per second); `max_qps`, `bound_s`, `bound_origin`,
   `largest_batch`, `trials` of a server; `p50_s`, `p90_s`, `p99_s` of its requests; `clients`, `requests`,
@@ -10,29 +10,29 @@ FLOP/s, joules). What only some cases measure is in `Result.extra`:
 - arithmetic of a run: `flops` of the backend's own procedure, `needed_flops` of the result by any procedure, `bytes`
   that have to move at least (weights of the parts that run, inputs and outputs, once); `mfu` and `utilisation` are
   their rates over the GEMM rate probed meanwhile, `mfu_data_sheet` and `share_of_floor` over the GPU's data sheet;
-  `roof` is the lower of the GEMM rate and of arithmetic intensity times the copy rate;
 - `tokens` of the texts and `padded_tokens` computed for them;
 - memory: `peak_bytes` of the process (on a GPU: of PyTorch's allocator), `grown_bytes` beyond what was held before,
   `memory_method`; of a training step `before_bytes`, `parameter_bytes`, `gradient_bytes`, `checkpointed_bytes`;
-- cold start: `build_s`, `load_s`, `first_call_s`, `artifact_bytes`; energy: `joules_per_item`, `watts`;
+- cold start: `build_s`, `load_s`, `first_call_s`, `artifact_bytes`;
 - `stages` and `operations`: seconds of one run by part; `host_s` and `timed_by` of a GPU kernel; `recall`; `replaced`,
   the report of `accelerate`; `bounds` where a backend computes less than the work; `note` about the machine.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import re
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from types import UnionType
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from xfm_fast.errors import DataError, StorageError
-from xfm_fast.io import advice, read_json, write_bytes
 
 SCHEMA_VERSION = 4
 OURS: Final = "xfm-fast"
@@ -50,13 +50,8 @@ Status = Literal["measured", "partial", "failed", "absent", "parity failed", "no
 Extra = dict[str, int | float | str | list[str] | dict[str, float] | None]
 
 
-class Record(BaseModel):
-    """Plain values; unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Parity(Record):
+@dataclass(kw_only=True)
+class Parity:
     """Largest difference from the reference, relative to the largest value, and what rounding in the dtype explains.
 
     Attributes:
@@ -73,7 +68,8 @@ class Parity(Record):
     cosine: float | None = None
 
 
-class Comparison(Record):
+@dataclass(kw_only=True)
+class Comparison:
     """How many times as fast a result is as another backend at the same case, from interleaved samples.
 
     Attributes:
@@ -89,7 +85,8 @@ class Comparison(Record):
     high: float | None = None
 
 
-class Result(Record):
+@dataclass(kw_only=True)
+class Result:
     """One backend at one case in one dtype.
 
     Attributes:
@@ -113,11 +110,11 @@ class Result(Record):
     reason: str | None = None
     unit: str
     items: int
-    seconds: list[float] = []
+    seconds: list[float] = field(default_factory=list)
     parity: Parity | None = None
-    against: list[Comparison] = []
+    against: list[Comparison] = field(default_factory=list)
     contended: bool = False
-    extra: Extra = {}
+    extra: Extra = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -175,7 +172,8 @@ class Result(Record):
         return amount / self.median_s if amount and self.median_s else None
 
 
-class Baseline(Record):
+@dataclass(kw_only=True)
+class Baseline:
     """A backend that was considered; `reason` says why it is absent."""
 
     backend: str
@@ -184,7 +182,8 @@ class Baseline(Record):
     reason: str | None = None
 
 
-class Probe(Record):
+@dataclass(kw_only=True)
+class Probe:
     """Rates of the machine in a dtype: GEMMs (with the fastest library) and copies."""
 
     library: str
@@ -192,26 +191,29 @@ class Probe(Record):
     copy_bytes_per_s: float | None = None
 
 
-class Skip(Record):
+@dataclass(kw_only=True)
+class Skip:
     """An input that could not be used, and why."""
 
     what: str
     reason: str
 
 
-class Data(Record):
+@dataclass(kw_only=True)
+class Data:
     """Photographs, captions and tokens of the inputs."""
 
     origin: str
     photos: int
     captions: int
-    skipped: list[Skip] = []
+    skipped: list[Skip] = field(default_factory=list)
     left_unread: int = 0
     tokenizer: str
     vocabulary: int
 
 
-class Model(Record):
+@dataclass(kw_only=True)
+class Model:
     """The measured model; `config` are the fields of its `XFMConfig`."""
 
     preset: str
@@ -222,7 +224,8 @@ class Model(Record):
     parameters: int
 
 
-class Document(Record):
+@dataclass(kw_only=True)
+class Document:
     """The results of one command.
 
     Attributes:
@@ -232,6 +235,7 @@ class Document(Record):
         cold_start: seconds of imports, weights and the first call.
         probes: by dtype.
         paths: the implementation that each operation chose on this CPU.
+        energy_note: of earlier versions.
     """
 
     schema_version: Literal[4]
@@ -246,11 +250,11 @@ class Document(Record):
     machine: dict[str, Any]
     model: Model | None = None
     data: Data | None = None
-    cold_start: dict[str, float] = {}
-    probes: dict[str, Probe] = {}
-    paths: dict[str, str] = {}
-    baselines: list[Baseline] = []
-    rows: list[Result] = []
+    cold_start: dict[str, float] = field(default_factory=dict)
+    probes: dict[str, Probe] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    baselines: list[Baseline] = field(default_factory=list)
+    rows: list[Result] = field(default_factory=list)
     energy_note: str | None = None
     duration_s: float = 0.0
 
@@ -283,7 +287,7 @@ class Document(Record):
 
     def encoded(self) -> bytes:
         """The document as JSON."""
-        return self.model_dump_json(indent=1, exclude_defaults=True).encode() + b"\n"
+        return (json.dumps(plain(self), ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def is_ours(backend: str) -> bool:
@@ -296,6 +300,48 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def plain(value: Any) -> Any:
+    """A record as values of JSON, without fields that have their defaults."""
+    if is_dataclass(value):
+        named = {each.name: (getattr(value, each.name), _default(each)) for each in fields(value)}
+        return {name: plain(one) for name, (one, default) in named.items() if one != default}
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return finite(value) if isinstance(value, float) else value
+
+
+def parse(hint: Any, value: Any, where: str = "") -> Any:
+    """A record from values of JSON; raises `ValueError` with the place of the first fault."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
+        hints, needed = _hints(hint), {each.name for each in fields(hint) if _default(each) is MISSING}
+        if faults := sorted(value.keys() - hints.keys()) or sorted(needed - value.keys()):
+            raise ValueError(f"{where}{faults[0]} {'is unknown' if faults[0] in value else 'is missing'}")
+        return hint(**{name: parse(hints[name], one, f"{where}{name}.") for name, one in value.items()})
+    if origin in (Union, UnionType):
+        for part in parts:
+            with suppress(ValueError):
+                return parse(part, value, where)
+    elif origin is list and isinstance(value, list):
+        return [parse(parts[0], one, f"{where}{place}.") for place, one in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {name: parse(parts[1], one, f"{where}{name}.") for name, one in value.items()}
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif hint is Any or type(value) is hint or any(type(value) is type(one) and value == one for one in parts):
+        return value
+    raise ValueError(f"{where.removesuffix('.')} is {str(value)[:80]!r}; it must be {str(hint).replace('typing.', '')}")
+
+
+_hints = cache(get_type_hints)
+
+
+def _default(each: Field[Any]) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
 def groups(rows: Iterable[Result]) -> list[list[Result]]:
     """Results of the same case together, in order of appearance."""
     found: dict[tuple[str, ...], list[Result]] = {}
@@ -306,6 +352,9 @@ def groups(rows: Iterable[Result]) -> list[list[Result]]:
 
 def load(path: str | Path) -> Document:
     """Read a results document; raises `DataError` for a file that is unreadable, damaged, or of another schema."""
+    # Its packages may be missing where operations are measured.
+    from xfm_fast.io import read_json
+
     try:
         content = read_json(path)
     except OSError as error:
@@ -319,13 +368,9 @@ def load(path: str | Path) -> Document:
             "with xfm-fast bench, or use the xfm-fast that wrote it"
         )
     try:
-        return Document.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(
-            f"{path} is damaged: {where}: {advice(first)} ({error.error_count()} faults); measure again"
-        ) from None
+        return parse(Document, content)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}; measure again") from None
 
 
 def save(document: Document, folder: str | Path, page: str) -> Path:
@@ -334,6 +379,8 @@ def save(document: Document, folder: str | Path, page: str) -> Path:
     All four appear complete or not at all; results of earlier runs are never overwritten. `page` is the HTML of the
     document. Returns the path of the JSON file; raises `StorageError`.
     """
+    from xfm_fast.io import write_bytes
+
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -350,19 +397,6 @@ def save(document: Document, folder: str | Path, page: str) -> Path:
 
 def save_as(document: Document, path: Path) -> None:
     """Write a document under a name of the user's choice; raises `StorageError`."""
+    from xfm_fast.io import write_bytes
+
     write_bytes({path: document.encoded()})
-
-
-def reference_folder() -> Path | None:
-    """The folder of results that are kept with the source code; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    folder = root / "benchmarks" / "results"
-    return folder if (root / ".git").exists() and folder.is_dir() else None
-
-
-def save_reference(document: Document, folder: Path) -> Path:
-    """Write the results of a GPU as `<benchmark>-<gpu>.json`, in place of earlier ones; raises `StorageError`."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", document.machine["gpus"][0]["name"].lower()).strip("-")
-    path = folder / f"{document.benchmark}-{gpu}.json"
-    save_as(document, path)
-    return path

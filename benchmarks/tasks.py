@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import cycle, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.items import collate_pairs
@@ -28,6 +30,7 @@ from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
+from xfm_fast.tasks.task import TASKS
 from xfm_fast.tasks.task_model import TaskModel
 from xfm_fast.tasks.vqa import VQAModel
 
@@ -54,7 +57,8 @@ class BenchTask:
     """A task and its step of training; `unit` is what `counts` counts: items on a CPU, of a quick run, and on a GPU.
 
     `image_size` is the official one, None where there is no image. `build` makes the model and `batch` so many items.
-    Losses are those of a method of `OfficialFineTuningTwin`, `official`; `losses` are options of `pretraining_losses`.
+    The judge is a method of `OfficialFineTuningTwin`, `official`, or the same losses on the reference ops. `losses` are
+    options of `pretraining_losses`; `losses_of` gives the losses of a model that does not return them itself.
     """
 
     title: str
@@ -63,8 +67,9 @@ class BenchTask:
     image_size: int | None
     build: Callable[[XFMConfig], XFM]
     batch: Callable[[Inputs, int], Batch]
-    official: str
+    official: str | None = None
     losses: Mapping[str, Any] = field(default_factory=dict)
+    losses_of: Callable[[Any, Any], dict[str, Tensor]] | None = None
 
 
 def _pretraining(inputs: Inputs, count: int) -> Batch:
@@ -153,7 +158,7 @@ PRETRAINING = BenchTask(
     "ITC + ITM + IMLM + MIM", "pairs", (8, 2, 96), 224, lambda config: XFM(config, heads=ALL_HEADS), _pretraining,
     "losses",
 )  # fmt: skip
-TASKS: Mapping[str, BenchTask] = {
+OFFICIAL_TASKS: Mapping[str, BenchTask] = {
     "retrieval": BenchTask(
         "retrieval (ITC + ITM)", "pairs", (4, 2, 32), 384,
         lambda config: TaskModel(config, heads=("contrastive", "matching")), _retrieval, "retrieval",
@@ -179,4 +184,23 @@ TASKS: Mapping[str, BenchTask] = {
         "images",
     ),
 }  # fmt: skip
-BUILDERS = {name: task.build for name, task in TASKS.items()}
+"""The tasks with an official procedure."""
+BUILDERS = {name: task.build for name, task in OFFICIAL_TASKS.items()}
+
+
+def bench_task(kind: str, inputs: Inputs, folder: Path) -> BenchTask:
+    """The row of a registered task, or one derived from its class; the `folder` receives the photographs as files."""
+    if kind in OFFICIAL_TASKS:
+        return OFFICIAL_TASKS[kind]
+    options: Any = TASKS[kind].Options
+    task = TASKS[kind](options(), inputs.sizes, inputs.tokenizer, images=folder)
+
+    def batch(inputs: Inputs, count: int) -> Batch:
+        for number, image in enumerate(inputs.collection.images[:count]):
+            image.save(folder / f"{number}.png")
+        photos, rng = len(inputs.collection.images), np.random.default_rng(inputs.seed)
+        captions = enumerate(inputs.collection.texts(count))
+        records = [task.example(Path(f"{number % photos}.png"), caption) for number, caption in captions]
+        return {"batch": task.collate([task.item(record, rng) for record in records], rng)}
+
+    return BenchTask(kind, "items", (4, 2, 32), None, lambda config: task.build(), batch, losses_of=task.losses_of)

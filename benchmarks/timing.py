@@ -80,6 +80,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def record_graph(run: Callable[[], object], runs: int, stream: Any) -> Callable[[], object]:
+    """A CUDA graph of some runs, as a function that replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(runs):
+            run()
+    return graph.replay
+
+
 class Clocked:
     """A call that is timed over and over: on a GPU by replaying a graph of it, so that the host has no part in it.
 
@@ -101,13 +110,18 @@ class Clocked:
         recorder: Callable[[Callable[[], object], int, Any], Callable[[], object]] | None = None,
     ) -> None:
         self._prepare, self.device = prepare, device
-        self._recorder = recorder or _recorded
+        self._record = recorder or record_graph
         self._call: Callable[[], object] | None = None
         self._stream: Any = None
         self._runs = 1
         self.by: TimedBy = "clock" if device.type != "cuda" else "events"
         self.host_s: float | None = None
         self.reason: str | None = None
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Further facts of a row."""
+        return {"timed_by": self.by} | ({} if self.host_s is None else {"host_s": self.host_s})
 
     def __call__(self) -> list[float]:
         """Seconds of one run, as a `Block`."""
@@ -134,7 +148,7 @@ class Clocked:
         torch.cuda.current_stream().wait_stream(stream)
         runs = min(_MOST_RUNS, max(1, math.ceil(_GRAPH_S / max(each, 1e-7))))
         try:
-            replay = self._recorder(run, runs, stream)
+            replay = self._record(run, runs, stream)
             replay()
             torch.cuda.synchronize()
         except Exception as error:  # every library has its own reasons not to be recorded
@@ -143,11 +157,3 @@ class Clocked:
             return run
         self._runs, self.by = runs, "graph replay"
         return replay
-
-
-def _recorded(run: Callable[[], object], runs: int, stream: Any) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(runs):
-            run()
-    return graph.replay

@@ -31,7 +31,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
-from .engine import Clock, Engine, Pairs
+from .engine import Engine, Pairs
 from .public_modules import beit_settings, roberta_settings
 
 CLONE_MARK = "models/xfm.py"
@@ -55,13 +55,13 @@ class OfficialCodeEngine(Engine):
         weakref.finalize(self, process.terminate)
         self._ask("weights", **model.state_dict())
 
-    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         return self._ask("embed-image", pixels=pixels)
 
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self._ask("embed-text", ids=input_ids, mask=attention_mask)
 
-    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+    def rerank(self, pairs: Pairs) -> Tensor:
         return self._ask("rerank", **pairs._asdict())
 
     def _ask(self, work: str, **tensors: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +13,7 @@ from xfm_fast.models.decoder import beam_search
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.vqa import AnswerRanking
 
-from .engine import (
-    AnswerList,
-    Clock,
-    Engine,
-    Everything,
-    NoStages,
-    Pairs,
-    Part,
-    SearchIndex,
-    parts_under,
-)
+from .engine import AnswerList, Engine, Everything, Pairs, SearchIndex
 from .official_algorithm import OfficialTrainingTwin, box_losses, mlp_head
 
 
@@ -172,91 +161,62 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
 class OfficialEngine(Engine):
     """The official evaluation: one image or text at a time is re-ranked, every text has image tokens of its own.
 
-    `compiled` compiles the three encoders; each then is one stage.
+    `compiled` compiles the three encoders.
     """
 
     def __init__(
         self, model: XFM, compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
     ) -> None:
-        twin = OfficialFineTuningTwin(model)
-        self.model, self._twin, self._eager = model, twin, compiled is None
+        self.model, self._twin = model, OfficialFineTuningTwin(model)
+        twin = self._twin
         encoders = twin.encode_image, twin.encode_text, twin.fuse_pairs
         self._images, self._texts, self._fuse = encoders if compiled is None else map(compiled, encoders)
 
-    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
-        parts = (
-            Part(self._twin, "_embed_patches", "patch embedding"),
-            Part(self._twin, "_window_attention", "attention with its projections"),
-            Part(self._twin, "_vision_block", "MLP and norms"),
-        )
-        with parts_under(clock if self._eager else NoStages(), parts, "final norm and pooling"):
-            return self._images(pixels)
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        return self._images(pixels)
 
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
-        parts = (
-            Part(self._twin, "_self_attention", "self-attention with its projections"),
-            Part(self._twin, "_feed_forward", "MLP"),
-        )
-        with parts_under(clock if self._eager else NoStages(), parts, "embeddings"):
-            return self._texts(input_ids, attention_mask)
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self._texts(input_ids, attention_mask)
 
-    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+    def rerank(self, pairs: Pairs) -> Tensor:
         scores = []
         for number, image in enumerate(pairs.images):
             chosen = pairs.image_of == number
             embeds = pairs.embeds[chosen]
-            scores.append(self._scores(embeds, pairs.mask[chosen], image.expand(len(embeds), -1, -1), clock))
+            scores.append(self._scores(embeds, pairs.mask[chosen], image.expand(len(embeds), -1, -1)))
         return torch.cat(scores)
 
-    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor, clock: Clock) -> Tensor:
+    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor) -> Tensor:
         rows = []
         for text, its_mask, candidates in zip(embeds, mask, best, strict=True):
             texts, masks = text.repeat(len(candidates), 1, 1), its_mask.repeat(len(candidates), 1)
-            rows.append(self._scores(texts, masks, index.embeds[candidates], clock))
+            rows.append(self._scores(texts, masks, index.embeds[candidates]))
         return torch.stack(rows)
 
-    def _scores(self, embeds: Tensor, mask: Tensor, images: Tensor, clock: Clock) -> Tensor:
-        with clock("fusion, keys and values included"):
-            # The official code repeats an image's tokens in memory.
-            fused = self._fuse(embeds, mask, images.contiguous())
-        with clock("matching head"):
-            return self._twin.match_scores(fused)
+    def _scores(self, embeds: Tensor, mask: Tensor, images: Tensor) -> Tensor:
+        # The official code repeats an image's tokens in memory.
+        return self._twin.match_scores(self._fuse(embeds, mask, images.contiguous()))
 
-    def evaluate(
-        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
-    ) -> Everything:
-        with clock("image encoder"):
-            images = torch.cat([self._images(pixels) for pixels in batches])
-        with clock("text encoder"):
-            texts = self._texts(input_ids, attention_mask)
-        with clock("candidates and re-ranking"):
-            return Everything(*self._twin.retrieve(images, texts, attention_mask, k))
+    def evaluate(self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int) -> Everything:
+        images = torch.cat([self._images(pixels) for pixels in batches])
+        return Everything(*self._twin.retrieve(images, self._texts(input_ids, attention_mask), attention_mask, k))
 
-    def _stages(self, clock: Clock, rest: str) -> AbstractContextManager[None]:
-        """The stages of a model with a task."""
-        parts = [Part(self._twin, f"encode_{what}", f"{what} encoder") for what in ("image", "text")]
-        return parts_under(clock, [*parts, Part(self._twin, "fuse_pairs", "fusion")], rest)
+    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        return self._twin.statement_logits(pixels, ids, mask)
 
-    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor, clock: Clock) -> Tensor:
-        with self._stages(clock, "head"):
-            return self._twin.statement_logits(pixels, ids, mask)
+    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor) -> Tensor:
+        return self._twin.boxes(pixels[image_of], ids, mask)
 
-    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, clock: Clock) -> Tensor:
-        with self._stages(clock, "head"):
-            return self._twin.boxes(pixels[image_of], ids, mask)
-
-    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int, clock: Clock) -> Tensor:
-        with self._stages(clock, "decoder"):
-            return self._twin.write_captions(pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams)
+    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int) -> Tensor:
+        return self._twin.write_captions(pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams)
 
     def answers(
-        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList, clock: Clock
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList
     ) -> AnswerRanking:
         """The questions one after another, each without padding."""
         rankings = []
-        with self._stages(clock, "decoder"):
-            for image, question, length in zip(image_of.tolist(), ids, mask.sum(1).tolist(), strict=True):
-                question = question[None, :length]
-                inputs = pixels[image : image + 1], question, torch.ones_like(question)
-                rankings.append(self._twin.rank_answers(*inputs, answers.ids, answers.mask, k=answers.k))
+        for image, question, length in zip(image_of.tolist(), ids, mask.sum(1).tolist(), strict=True):
+            question = question[None, :length]
+            inputs = pixels[image : image + 1], question, torch.ones_like(question)
+            rankings.append(self._twin.rank_answers(*inputs, answers.ids, answers.mask, k=answers.k))
         return AnswerRanking(*(torch.cat(parts) for parts in zip(*rankings, strict=True)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +24,7 @@ from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.retrieval import ImageIndex, Retriever
 from xfm_fast.tasks.vqa import AnswerRanking
 
-from .engine import AnswerList, Clock, Engine, Everything, Found, Pairs, Part, SearchIndex, parts_under
+from .engine import AnswerList, Engine, Everything, Found, Pairs, SearchIndex
 
 
 def served(model: XFM) -> XFM:
@@ -43,82 +42,49 @@ class OurEngine(Engine):
         self.model: Any = model
         self.backend: Backend = backend
 
-    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
-        encoder = self.model.vision_encoder
-        parts = [Part(encoder.patch_embed, "forward", "patch embedding")]
-        for block in encoder.blocks:
-            parts.append(Part(block.attn, "attend", "attention with its q, k and v"))
-            parts.append(Part(block, "forward", "output projection, MLP and norms"))
-        with use_backend(self.backend), parts_under(clock, parts, "final norm and pooling"):
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        with use_backend(self.backend):
             return self.model.encode_image(pixels)
 
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
-        roberta = self.model.text_encoder.roberta
-        parts = [Part(roberta.embeddings, "forward", "embeddings")]
-        for layer in roberta.encoder.layer:
-            parts.append(Part(layer, "self_attention", "self-attention with its projections"))
-            parts.append(Part(layer, "feed_forward", "MLP"))
-        with use_backend(self.backend), parts_under(clock, parts, "packing"):
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with use_backend(self.backend):
             return self.model.encode_text(input_ids, attention_mask)
 
-    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+    def rerank(self, pairs: Pairs) -> Tensor:
         with use_backend(self.backend):
-            with clock("image memory"):
-                memory = self.model.image_memory(pairs.images)
-            with clock("fusion"):
-                fused = self.model.fuse(pairs.embeds, pairs.mask, memory, pairs.image_of, first_token_only=True)
-            with clock("matching head"):
-                return self.model.match_logits(fused)[:, 1]
+            return rerank(self.model, pairs)
 
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
         with use_backend(self.backend):
-            return retrieve(Retriever(self.model), input_ids, attention_mask, index, k, clock)
+            return retrieve(Retriever(self.model), input_ids, attention_mask, index, k)
 
-    def evaluate(
-        self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int, clock: Clock
-    ) -> Everything:
+    def evaluate(self, batches: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, k: int) -> Everything:
         retriever = Retriever(self.model)
         with use_backend(self.backend):
-            with clock("image encoder"):
-                images = retriever.embed_images(batches)
-            with clock("text encoder"):
-                texts = retriever.embed_texts([(input_ids, attention_mask)])
-            with clock("candidates and re-ranking"):
-                result = retriever.rerank(images, texts, k)
+            images, texts = retriever.embed_images(batches), retriever.embed_texts([(input_ids, attention_mask)])
+            result = retriever.rerank(images, texts, k)
         return Everything(result.score_i2t, result.score_t2i)
 
-    def _stages(self, clock: Clock, rest: str) -> AbstractContextManager[None]:
-        """The stages of a model with a task."""
-        parts = [Part(self.model, "encode_image", "image encoder")]
-        if hasattr(self.model, "text_encoder"):
-            parts.append(Part(self.model, "image_memory", "image memory"))
-            parts.append(Part(self.model.text_encoder, "forward", "text encoder"))
-        return parts_under(clock, parts, rest)
-
-    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor, clock: Clock) -> Tensor:
-        with use_backend(self.backend), self._stages(clock, "fusion and head"):
+    def statements(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        with use_backend(self.backend):
             return self.model.logits(pixels, ids, mask)
 
-    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, clock: Clock) -> Tensor:
-        with use_backend(self.backend), self._stages(clock, "fusion and head"):
+    def boxes(self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor) -> Tensor:
+        with use_backend(self.backend):
             return self.model.boxes(pixels, ids, mask, image_of)
 
-    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int, clock: Clock) -> Tensor:
-        with use_backend(self.backend), self._stages(clock, "decoder"):
+    def captions(self, pixels: Tensor, prompt: Tensor, longest: int, shortest: int, beams: int) -> Tensor:
+        with use_backend(self.backend):
             return self.model.generate(pixels, prompt, max_length=longest, min_length=shortest, num_beams=beams)
 
     def answers(
-        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList, clock: Clock
+        self, pixels: Tensor, ids: Tensor, mask: Tensor, image_of: Tensor, answers: AnswerList
     ) -> AnswerRanking:
         with use_backend(self.backend):
-            with self._stages(clock, "fusion"):
-                memory = self.model.encode_questions(pixels, ids, mask, image_of)
-            with clock("decoder"):
-                k = answers.trie.answers if answers.whole else answers.k
-                # As the official score does it.
-                return self.model.rank_answers(
-                    memory, answers.trie, k=k, best=answers.best, count_first_token_twice=True
-                )
+            memory = self.model.encode_questions(pixels, ids, mask, image_of)
+            k = answers.trie.answers if answers.whole else answers.k
+            # As the official score does it.
+            return self.model.rank_answers(memory, answers.trie, k=k, best=answers.best, count_first_token_twice=True)
 
 
 class MemoryEngine(OurEngine):
@@ -128,16 +94,15 @@ class MemoryEngine(OurEngine):
         super().__init__(model)
         self._kept: tuple[Tensor, ImageMemory] | None = None
 
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
-        return Engine.search(self, input_ids, attention_mask, index, k, clock)
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
+        return Engine.search(self, input_ids, attention_mask, index, k)
 
-    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor, clock: Clock) -> Tensor:
+    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor) -> Tensor:
         if self._kept is None or self._kept[0] is not index.embeds:
             self._kept = index.embeds, self.model.image_memory(index.embeds)
-        with clock("fusion and matching head"):
-            rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
-            fused = self.model.fuse(embeds[rows], mask[rows], self._kept[1], best.flatten(), first_token_only=True)
-            return self.model.match_logits(fused)[:, 1].view(best.shape)
+        rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
+        fused = self.model.fuse(embeds[rows], mask[rows], self._kept[1], best.flatten(), first_token_only=True)
+        return self.model.match_logits(fused)[:, 1].view(best.shape)
 
 
 class SessionEngine(Engine):
@@ -147,23 +112,18 @@ class SessionEngine(Engine):
         self._session = session
         self._retriever = Retriever(session) if "fusion" in session.manifest.graph_names else None
 
-    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         return self._session.encode_image(pixels)
 
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self._session.encode_text(input_ids, attention_mask)
 
-    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
-        session = self._session
-        with clock("image memory"):
-            memory = session.image_memory(pairs.images)
-        with clock("fusion and matching head"):
-            fused = session.fuse(pairs.embeds, pairs.mask, memory, pairs.image_of, first_token_only=True)
-        return session.match_logits(fused)[:, 1]
+    def rerank(self, pairs: Pairs) -> Tensor:
+        return rerank(self._session, pairs)
 
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock) -> Found:
+    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
         assert self._retriever is not None
-        return retrieve(self._retriever, input_ids, attention_mask, index, k, clock)
+        return retrieve(self._retriever, input_ids, attention_mask, index, k)
 
 
 GRAPHS: dict[str, tuple[GraphName, ...]] = {
@@ -208,13 +168,14 @@ def export_engine(
     return engine
 
 
-def retrieve(
-    retriever: Retriever, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int, clock: Clock
-) -> Found:
-    """`Retriever.search_images` for texts that come as ids, its parts under the clock."""
-    with clock("text encoder"):
-        texts = retriever.embed_texts([(input_ids, attention_mask)])
-    names = {"prepare": "first self-attention", "memory": "image memory", "scores": "fusion and matching head"}
-    parts = [Part(retriever.scorer, method, stage) for method, stage in names.items()]
-    with parts_under(clock, parts, "candidates"):
-        return Found(*retriever.search_images(texts, ImageIndex(index.embeds, index.features), k))
+def rerank(model: Any, pairs: Pairs) -> Tensor:
+    """Match scores `[P]` by a model or a session."""
+    memory = model.image_memory(pairs.images)
+    fused = model.fuse(pairs.embeds, pairs.mask, memory, pairs.image_of, first_token_only=True)
+    return model.match_logits(fused)[:, 1]
+
+
+def retrieve(retriever: Retriever, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
+    """`Retriever.search_images` for texts that come as ids."""
+    texts = retriever.embed_texts([(input_ids, attention_mask)])
+    return Found(*retriever.search_images(texts, ImageIndex(index.embeds, index.features), k))

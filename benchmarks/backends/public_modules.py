@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
 
-from .engine import Clock, Engine, Pairs
+from .engine import Engine, Pairs
 from .official_algorithm import layer_norm, mlp_head
 
 _VISION, _TEXT, _FUSION = "vision_encoder.", "text_encoder.roberta.", "fusion_encoder.roberta.encoder."
@@ -58,24 +58,22 @@ class TransformersEngine(Engine):
             config = transformers.BlipTextConfig(**settings, encoder_hidden_size=model.config.vision_width)
             self._fusion = _load(model, blip.BlipTextEncoder(config), _part(model, _FUSION))
 
-    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         return finish_image(self.model, self._vision(pixels).last_hidden_state)
 
-    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor, clock: Clock) -> Tensor:
+    def embed_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         longest = int(attention_mask.sum(1).max())
         out = self._text(input_ids=input_ids[:, :longest], attention_mask=attention_mask[:, :longest])
         return F.pad(out.last_hidden_state, (0, 0, 0, input_ids.shape[1] - longest))
 
-    def rerank(self, pairs: Pairs, clock: Clock) -> Tensor:
+    def rerank(self, pairs: Pairs) -> Tensor:
         longest = int(pairs.mask.sum(1).max())
         mask = pairs.mask[:, None, None, :longest].to(pairs.embeds.dtype)
         hidden = (1.0 - mask) * torch.finfo(mask.dtype).min
-        with clock("fusion, keys and values included"):
-            fused = self._fusion(
-                pairs.embeds[:, :longest], attention_mask=hidden, encoder_hidden_states=pairs.images[pairs.image_of]
-            ).last_hidden_state
-        with clock("matching head"):
-            return mlp_head(self.model.itm_head, fused[:, 0])[:, 1]
+        fused = self._fusion(
+            pairs.embeds[:, :longest], attention_mask=hidden, encoder_hidden_states=pairs.images[pairs.image_of]
+        ).last_hidden_state
+        return mlp_head(self.model.itm_head, fused[:, 0])[:, 1]
 
 
 class TimmEngine(Engine):
@@ -92,7 +90,7 @@ class TimmEngine(Engine):
         self.model = model
         self._module = _load(model, module, state)
 
-    def embed_images(self, pixels: Tensor, clock: Clock) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         return finish_image(self.model, self._module.forward_features(pixels))
 
 

@@ -62,8 +62,8 @@ class ModelBackend:
 
     `make` makes an engine and may raise any error of its library. It takes part in `works` (None: in all) in `dtypes`,
     unless `why_absent` has a reason on a device; `package` has the version. A heavy one takes a minute or more to
-    build, so that quick runs leave it out; a `named` one takes part only by its name. `schedule` counts its operations,
-    and `band` is its allowed error where rounding in a dtype does not explain it.
+    build, so that quick runs leave it out; a `named` one takes part only by its name. `schedule` has the count of
+    its operations, and `band` is its allowed error where rounding in a dtype does not explain it.
     """
 
     name: str
@@ -75,7 +75,7 @@ class ModelBackend:
     package: str = "torch"
     heavy: bool = False
     named: bool = False
-    schedule: Schedule = "official"
+    schedule: Schedule | None = "official"
     band: float | None = None
 
     @property
@@ -150,7 +150,7 @@ def export_backends(runtime: type[Runtime]) -> Iterator[ModelBackend]:
         return "is measured on the CPU" if device.type != "cpu" else runtime.why_absent(device)
 
     common: dict[str, Any] = {
-        "dtypes": runtime.dtypes, "package": runtime.package.replace("_", "-"), "heavy": True, "schedule": "own"
+        "dtypes": runtime.dtypes, "package": runtime.package.replace("_", "-"), "heavy": True, "schedule": None
     }  # fmt: skip
     yield ModelBackend(
         runtime.name, runtime.title, make, why_absent=runtime.why_absent, named=not runtime.automatic, **common
@@ -173,7 +173,7 @@ BACKENDS: tuple[ModelBackend, ...] = (
     ),
     ModelBackend(
         "xfm-fast-memories", "xfm-fast, image memories kept", lambda s: MemoryEngine(served(s.model)), ("retrieve",),
-        package="xfm_fast", schedule="kept memories",
+        package="xfm_fast", schedule=None,
     ),
     ModelBackend(OFFICIAL, "official algorithm, eager", lambda s: OfficialEngine(s.model), None),
     ModelBackend(
@@ -197,11 +197,11 @@ BACKENDS: tuple[ModelBackend, ...] = (
     _torch_tensorrt("torch-tensorrt-rtx", "Torch-TensorRT for RTX", "tensorrt_rtx"),
     ModelBackend(
         "huggingface", "Hugging Face transformers", lambda s: TransformersEngine(s.model, _PARTS[s.work]),
-        why_absent=_needs("transformers"), package="transformers", schedule="padded",
+        why_absent=_needs("transformers"), package="transformers", schedule=None,
     ),
     ModelBackend(
         "timm", "timm", lambda s: TimmEngine(s.model), ("embed-image",), why_absent=_needs("timm"), package="timm",
-        schedule="padded",
+        schedule=None,
     ),
     ModelBackend(
         "flash-attn", "xfm-fast with flash-attn", lambda s: OurEngine(s.model, "flash_attn"),

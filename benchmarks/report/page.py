@@ -1,28 +1,20 @@
-"""A document as a terminal report, as one self-contained page without scripts, and as a picture to share.
+"""A document as a terminal report, and as one self-contained page without scripts.
 
 Every speed-up against the reference names both dtypes; the ratio in one dtype is given with it.
 """
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 from rich.console import Console
 from rich.markup import escape
 
-from xfm_fast.errors import UnavailableError
-from xfm_fast.io import write_bytes
-
 from ..record import OURS, Comparison, Document, Result, groups
 from .tables import STYLES, marked, number, plain, print_line, print_table, si, span, speed, tables, times, work
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader(__package__ or "", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -30,8 +22,6 @@ _TEMPLATES = jinja2.Environment(
 # The longest bar, in percent of the drawing, leaves room for the factor at its end.
 _LONGEST_BAR = 76.0
 _LONGEST_LABEL = 28
-_PANELS = 4
-INK, SOFT, DARK, GREY, GROUND = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b", "#fbfbfa"
 
 
 class Headline(NamedTuple):
@@ -134,7 +124,6 @@ def facts(document: Document) -> list[tuple[str, str]]:
     for dtype, probe in document.probes.items():
         copies = f", copies {si(probe.copy_bytes_per_s, 'B/s')}" if probe.copy_bytes_per_s else ""
         lines.append((f"probes, {dtype}", f"GEMMs {si(probe.gemm_flops_per_s, 'FLOP/s')} ({probe.library}){copies}"))
-    lines.append(("no energy", document.energy_note or ""))
     lines.append(("absent", "; ".join(f"{one.label} ({one.reason})" for one in document.baselines if one.reason)))
     return [(name, words) for name, words in lines if words]
 
@@ -231,106 +220,24 @@ def _bar(row: Result, base: Result | None) -> Bar:
     return Bar(label, pace, factor, marked(f"{number(value)} {unit}{agrees}", row), ours, low, high)
 
 
-def memory(document: Document) -> list[Bars]:
-    """Peak memory of training steps, where each procedure ran in a process of its own."""
-    charts = []
-    for group in groups(row for row in document.measured if row.number("gradient_bytes") is not None):
-        peaks = sorted(((row.number("peak_bytes") or 0, row) for row in group), key=lambda one: -one[0])
-        bars = [
-            Bar(row.title, peak, f"{peak / (peaks[0][0] or 1):.0%}", f"{peak / 1e9:.2f} GB", row.ours)
-            for peak, row in peaks
-        ]
-        charts.append(Bars(group[0].name, "shorter is better; shares of the largest", bars))
-    return charts
-
-
-def html(document: Document, *, image: str | None = None) -> str:
-    """The page of a document; `image` is the address of its picture, for previews of a link."""
+def html(document: Document) -> str:
+    """The page of a document."""
     bounded = any(row.extra.get("bounds") for row in document.rows)
     speed_about = (
         "Longer is faster. Backends ran in interleaved rounds of one process; the stroke is a bootstrap interval of "
         "95%. ✓ results equal the reference's, † something else ran on the machine meanwhile."
     )
     speed_about += " A bound computes less than the work: it is no alternative." if bounded else ""
-    sections = [
-        ("Speed", speed_about, speeds(document)),
-        ("Peak memory", "Each procedure in a process of its own on a CPU.", memory(document)),
-    ]
     found = headlines(document)
     return _TEMPLATES.get_template("page.html").render(
         title=document.title,
         description=". ".join([*(f"{one.factor} at {one.what} ({one.about})" for one in found[:2]), place(document)]),
-        image=image,
         place=place(document),
         remarks=list(remarks(document)),
         headlines=found,
-        sections=[section for section in sections if section[2]],
+        speed_about=speed_about,
+        charts=speeds(document),
         tables=tables(document),
         replaced={row.name: row.extra["replaced"] for row in document.rows if row.extra.get("replaced")},
         facts=[*facts(document), *circumstances(document)],
     )
-
-
-def new_figure(title: str) -> Figure:
-    """A picture of 1200 by 630 pixels with its title; raises `UnavailableError` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnavailableError("a PNG needs matplotlib; install it with pip install 'xfm-fast[bench]'") from None
-    figure = Figure(figsize=(12, 6.3), dpi=100, facecolor=GROUND)
-    figure.text(0.053, 0.9, OURS, fontsize=15, weight="bold", color=DARK)
-    figure.text(0.053, 0.82, title, fontsize=24, weight="bold", color=INK)
-    return figure
-
-
-def save_figure(figure: Figure, path: Path, source: str = "") -> None:
-    """Write a picture with its source in the metadata; raises `StorageError`."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Source": source})
-    write_bytes({path: content.getvalue()})
-
-
-def png(document: Document, path: Path) -> None:
-    """Draw the bars of up to four kinds of work, each in the dtype with the largest gain like for like.
-
-    Raises:
-        UnavailableError: matplotlib is not installed, or the document has nothing to draw.
-        StorageError: the file cannot be written.
-    """
-    best: dict[str, tuple[float, Bars]] = {}
-    rows = [row for row in document.rows if row.dtype != "int8"]
-    for chart in speeds(document.model_copy(update={"rows": rows})):
-        gain = max((bar.value for bar in chart.bars if bar.ours), default=0.0) / (
-            min(bar.value for bar in chart.bars) or 1
-        )
-        if chart.title not in best or gain > best[chart.title][0]:
-            best[chart.title] = gain, chart
-    charts = [chart for _, chart in best.values()][:_PANELS]
-    if not charts:
-        raise UnavailableError("these results have no two backends at the same work, so there is nothing to draw")
-    figure = new_figure(document.title)
-    figure.text(0.053, 0.055, place(document), color=SOFT, fontsize=11.5)
-    columns = min(len(charts), 2)
-    rows_of_panels = -(-len(charts) // columns)
-    grid = figure.subplots(rows_of_panels, columns, squeeze=False)
-    figure.subplots_adjust(left=0.053, right=0.947, top=0.7, bottom=0.13, wspace=0.1, hspace=0.35)
-    most = 6 if rows_of_panels == 1 else 3
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, chart in zip(grid.flat, charts, strict=False):
-        title = textwrap.shorten(chart.title.split(" (")[0], 90 // columns, placeholder=" …")
-        axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK)
-        # xfm-fast's bars, the reference's, and the fastest of the others.
-        kept = sorted(chart.bars, key=lambda bar: (not bar.ours, bar.factor != "1×", -bar.value))[:most]
-        for line, bar in enumerate(bar for bar in chart.bars if bar in kept):
-            color = DARK if bar.ours else INK
-            axes.barh(line, bar.value, height=0.4, color=DARK if bar.ours else GREY)
-            axes.text(0, line - 0.23, bar.label, fontsize=11, va="bottom", color=color)
-            axes.text(
-                1, line - 0.23, bar.text.replace(" ✓", ""), fontsize=10, va="bottom", ha="right", color=SOFT,
-                transform=axes.get_yaxis_transform(),
-            )  # fmt: skip
-            axes.text(bar.value, line, f" {bar.factor}", va="center", fontsize=14, weight="bold", color=color)
-        axes.set_xlim(0, max(bar.value for bar in kept) * 100 / _LONGEST_BAR)
-        axes.set_ylim(max(len(kept), min(most, 3)) - 0.7, -0.7)
-    save_figure(figure, path)

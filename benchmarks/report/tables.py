@@ -27,8 +27,8 @@ STYLES = {
     "faster": "green",
 }
 _GAP = 2
-# Characters that a column of words gets before columns of details are shown; the work, which is first, gets more.
-_WORDS, _WORK = 18, 24
+# Characters that the work, which is first, gets before columns of details are shown.
+_WORK = 24
 _MOST_SKIPPED = 12
 
 
@@ -145,11 +145,6 @@ def _quantile_ms(row: Result, share: float) -> float | None:
     return None if value is None else 1e3 * value
 
 
-def _share_of_roof(row: Result) -> float | None:
-    rate, roof = row.per_second("needed_flops"), row.number("roof")
-    return rate / roof if rate and roof else None
-
-
 def _cold_start(row: Result) -> str:
     values = [row.number(name) for name in ("build_s", "load_s", "first_call_s")]
     return " / ".join(seconds(value) if value else "0" for value in values) if any(values) else ""
@@ -176,14 +171,12 @@ _QUANTITIES: tuple[tuple[str, Callable[[Result], float | None], float, str, bool
     ("with padding", lambda row: row.per_second("padded_tokens"), 1, ",.0f", True),
     ("TFLOP/s", lambda row: row.per_second("needed_flops"), 1e-12, ".3g", True),
     ("GB/s", lambda row: row.per_second("bytes") if row.mode in get_args(Direction) else None, 1e-9, ".3g", True),
-    ("of the roof", _share_of_roof, 1, ".0%", True),
     ("of data sheet", lambda row: row.number("mfu_data_sheet"), 1, ".0%", True),
     ("error allowed", lambda row: row.parity.band if row.parity else None, 1, ".0e", True),
     ("p50 ms of clients", lambda row: row.number("clients_p50_s"), 1e3, "", False),
     ("p99 ms of clients", lambda row: row.number("clients_p99_s"), 1e3, "", False),
     ("CPU ms of a request", lambda row: row.number("cpu_s"), 1e3, "", False),
     ("samples", lambda row: len(row.seconds) or None, 1, "d", True),
-    ("J/item", lambda row: row.number("joules_per_item"), 1, ".3g", True),
 )  # fmt: skip
 
 
@@ -394,30 +387,20 @@ def print_line(text: str, style: str, console: Console) -> None:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Print the columns that fit side by side without breaking a word: details give way first, then the last numbers.
-
-    Room that is left goes to words first, then to the heads of numbers.
-    """
-    places, least, whole = list(range(len(table.columns))), list[int](), list[int]()
-    for place, column in enumerate(table.columns):
+    """Print the columns that fit side by side; details give way first, then the last numbers."""
+    columns, least = table.columns, list[int]()
+    for place, column in enumerate(columns):
         texts = [column.head, *(line[place] for line in table.lines)]
         words = max(len(word) for text in texts for word in text.split())
-        unbroken = max(words, *map(len, texts[1:])) if column.number else words
-        least.append(max(unbroken, min(max(map(len, texts)), _WORDS if place else _WORK) if not column.number else 0))
-        whole.append(max(map(len, texts)))
-    columns = table.columns
+        least.append(max(words, *map(len, texts[1:])) if column.number else max(words, _WORK if place == 0 else 0))
+    places = list(range(len(columns)))
     order = sorted((p for p in places if columns[p].number or columns[p].detail), key=lambda p: columns[p].detail)
-    room = console.width - sum(least) - _GAP * (len(places) - 1)
-    while room < 0 and order:
-        places.remove(dropped := order.pop())
-        room += least[dropped] + _GAP
-    for place in sorted(places, key=lambda p: (columns[p].number, whole[p])):
-        more = min(max(room, 0), whole[place] - least[place])
-        least[place], room = least[place] + more, room - more
+    while order and sum(least[place] + _GAP for place in places) - _GAP > console.width:
+        places.remove(order.pop())
     grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     for place in places:
         justify = "right" if columns[place].number else "left"
-        grid.add_column(columns[place].head, justify=justify, width=least[place], vertical="top")
+        grid.add_column(columns[place].head, justify=justify, min_width=least[place], vertical="top")
     above, most = "", _MOST_SKIPPED if table.title.startswith("Skipped") else len(table.lines)
     for row, line in enumerate(table.lines[:most]):
         cells = []

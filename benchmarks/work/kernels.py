@@ -1,7 +1,6 @@
 """`xfm-fast bench kernels`: every public op at the model's shapes, against alternatives that compute the same.
 
-Each case is compared with its reference in fp64 first, then timed in interleaved rounds, on a GPU by graph replay. Only
-`run` needs the schema of results: PyTorch and Triton are enough to measure a case (`benchmarks.device`).
+Each case is compared with its reference in fp64 first, then timed in interleaved rounds, on a GPU by graph replay.
 """
 
 # Backends take the inputs of their case as one tuple, of a length that no checker knows.
@@ -11,13 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import statistics
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +29,12 @@ from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.marked import mark
 from xfm_fast.kernels.roofline import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, WIDTH
 
-from .. import machine
-from ..timing import Clocked, one_line, parity_band, relative_error, rotated, why_not_compiled
+from ..measure import Backend, Case, Run, benchmark
+from ..record import OURS, Direction, Extra
+from ..timing import Clocked, one_line, parity_band, relative_error, why_not_compiled
 
-if TYPE_CHECKING:
-    from ..measure import Progress
-    from ..options import KernelOptions
-    from ..record import Document
-
-Run = Callable[..., Tensor]
-Direction = Literal["forward", "backward", "forward and backward"]
-PlainRow = dict[str, Any]
-"""The fields of a `record.Result`."""
-
-OURS, EAGER = "xfm-fast", "eager"
+Call = Callable[..., Tensor]
+EAGER = "eager"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROUNDS = 7
 _SDPA = {"math": SDPBackend.MATH, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -52,7 +43,7 @@ _ON_CPU: dict[str, Any] = {"dynamic": False, "fullgraph": True}
 
 
 @dataclass
-class Case:
+class OpCase:
     """One op at one shape.
 
     `others` are alternatives, or the reason why one is missing here; `bounds` compute a part of the work, or similar
@@ -62,68 +53,43 @@ class Case:
 
     name: str
     inputs: tuple[Tensor, ...]
-    ours: Run
-    reference: Run
+    ours: Call
+    reference: Call
     work: dict[Direction, roofline.Work | None]
-    others: dict[str, Run | str] = field(default_factory=dict)
-    bounds: dict[str, Run] = field(default_factory=dict)
-    rounded: Run | None = None
+    others: dict[str, Call | str] = field(default_factory=dict)
+    bounds: dict[str, Call] = field(default_factory=dict)
+    rounded: Call | None = None
+
+    def backends(self, dtype: str, direction: Direction, band: float) -> list[Backend]:
+        """The op and its alternatives, compared in the forward pass."""
+        backends = []
+        for name, call in {OURS: self.ours, **self.others, **self.bounds}.items():
+            if isinstance(call, str):
+                backends.append(Backend(name, dtype, dict, lacking=("absent", call)))
+                continue
+            check = step(call, self.inputs, "forward")
+            build = partial(self._prepare, call, direction)
+            backends.append(Backend(name, dtype, build, check=check, band=band, bound=name in self.bounds))
+        return backends
+
+    def _prepare(self, call: Call, direction: Direction) -> Callable[[], Callable[[], object]]:
+        if direction != "forward":
+            # Some attentions have no gradient of a bias.
+            step(call, self.inputs, "forward and backward")()
+        return partial(step, call, self.inputs, direction)
+
+    def band(self, exact: Tensor) -> float:
+        """The relative error that rounding explains."""
+        dtype = self.inputs[0].dtype
+        own = relative_error(self.reference(*self.inputs), exact)
+        band = parity_band(dtype, own, fp32=16 * torch.finfo(dtype).eps)
+        if self.rounded is not None:
+            # Libraries choose their own levels, and none is exact.
+            band += 2 * relative_error(self.rounded(*(t.double() for t in self.inputs)), exact)
+        return band
 
 
-@dataclass
-class Backend:
-    """A backend of a case before it is timed: its error, a factory of the call for every direction, or why not."""
-
-    error: float | None = None
-    band: float | None = None
-    runs: dict[Direction, Callable[[], Callable[[], object]]] = field(default_factory=dict)
-    missing: dict[Direction, tuple[str, str]] = field(default_factory=dict)
-
-
-def compare(case: Case, only: Collection[str] | None = None) -> dict[str, Backend]:
-    """Run every backend of a case (or `only` these) once and compare it with the reference in fp64."""
-    exact, dtype = case.reference(*(t.double() for t in case.inputs)), case.inputs[0].dtype
-    own = relative_error(case.reference(*case.inputs), exact)
-    band = parity_band(dtype, own, fp32=16 * torch.finfo(dtype).eps)
-    if case.rounded is not None:
-        # Libraries choose their own levels, and none is exact.
-        band += 2 * relative_error(case.rounded(*(t.double() for t in case.inputs)), exact)
-    # torch.compile keeps few versions of a function and then runs it eagerly: forget those of other cases.
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    backends: dict[str, Backend] = {}
-    for name, run in {OURS: case.ours, **case.others, **case.bounds}.items():
-        if only is not None and name not in only:
-            continue
-        backend = backends[name] = Backend()
-        if isinstance(run, str):
-            backend.missing = dict.fromkeys(case.work, ("absent", run))
-            continue
-        try:
-            with torch.no_grad():
-                out = run(*case.inputs)
-            if name not in case.bounds:
-                backend.error, backend.band = relative_error(out, exact), band
-        except Exception as error:  # any library: Triton, one not built for this card, out of memory
-            backend.missing = dict.fromkeys(case.work, ("failed", one_line(error)))
-            continue
-        if backend.error is not None and not backend.error <= band:
-            why = f"wrong: error {backend.error:.1e} exceeds {band:.1e}"
-            backend.missing = dict.fromkeys(case.work, ("parity failed", why))
-            continue
-        for direction in case.work:
-            try:
-                if direction != "forward":
-                    step(run, case.inputs, "forward and backward")()
-                backend.runs[direction] = partial(step, run, case.inputs, direction)
-            except UnavailableError as error:
-                backend.missing[direction] = "absent", str(error)
-            except Exception as error:  # some attentions have no gradient of a bias
-                backend.missing[direction] = "failed", one_line(error)
-    return backends
-
-
-def step(run: Run, inputs: tuple[Tensor, ...], direction: Direction) -> Callable[[], object]:
+def step(run: Call, inputs: tuple[Tensor, ...], direction: Direction) -> Callable[[], object]:
     """The call that is timed: a pass in one direction, or both."""
     if direction == "forward":
 
@@ -152,112 +118,58 @@ def step(run: Run, inputs: tuple[Tensor, ...], direction: Direction) -> Callable
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True, allow_unused=True)
 
 
-def measure(
-    case: Case, device: torch.device, dtype: str = "fp32", on_step: Callable[[str], None] = lambda what: None,
-    left: Callable[[], float] = lambda: math.inf,
-) -> Iterator[list[PlainRow]]:  # fmt: skip
-    """Yield the rows of every direction of a case, all backends timed in interleaved rounds.
+def directions(op: OpCase, dtype: str, run: Run, deadline: float = math.inf) -> Iterator[Case]:
+    """The case of each direction: all backends are compared in the first, and timed in interleaved rounds.
 
-    After three rounds it ends early once `left()` has no seconds left. An error of one backend, of any library, costs
-    its own rows.
+    After the `deadline` no round begins but the first.
     """
+    # torch.compile keeps few versions of a function and then runs it eagerly: forget those of other cases.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    first, *others = op.work
+    limits: dict[str, Any] = {"rounds": _ROUNDS, "most_rounds": _ROUNDS, "deadline": deadline}
+    case = Case(op.name.split()[0], op.name, [], mode=first, judge="the definition in fp64", **limits)
     try:
-        backends = compare(case)
-    except Exception as error:  # of the reference: there is nothing to compare with
-        direction = next(iter(case.work))
-        failed = Backend(missing={direction: ("failed", one_line(error))})
-        yield [_row(case, direction, OURS, dtype, failed, None, {})]
+        exact = op.reference(*(t.double() for t in op.inputs))
+        band = op.band(exact)
+    except Exception as error:  # there is nothing to compare with
+        run.add([case.result(Backend(OURS, dtype, dict, lacking=("failed", one_line(error))))])
         return
-    for direction in case.work:
-        clocks = {n: Clocked(one.runs[direction], device) for n, one in backends.items() if direction in one.runs}
-        seconds: dict[str, list[float]] = {name: [] for name in clocks}
-        # The first round compiles, warms up and records graphs.
-        for number in range(_ROUNDS + 1):
-            if number > 2 and left() < 0:
-                break
-            for name in rotated(list(clocks), number) if clocks else []:
-                if direction in backends[name].missing:
-                    continue
-                on_step(f"{name} {dtype}")
-                try:
-                    taken = clocks[name]()
-                except Exception as error:  # of any library; the others go on
-                    backends[name].missing[direction] = "failed", one_line(error)
-                    seconds[name] = []
-                else:
-                    seconds[name] += taken if number else []
-        yield [
-            _row(case, direction, name, dtype, backend, clocks.get(name), seconds) for name, backend in backends.items()
-        ]
+    case.block = lambda prepare: Clocked(prepare, run.device)
+    case.reference, case.count = lambda _: exact, partial(_work, op.work[first])
+    case.backends = op.backends(dtype, first, band)
+    yield case
+    for direction in others:
+        again = replace(case, backends=op.backends(dtype, direction, band))
+        yield again.repeated(run.document.rows, mode=direction, count=partial(_work, op.work[direction]))
 
 
-def _row(
-    case: Case, direction: Direction, name: str, dtype: str, backend: Backend, clock: Clocked | None,
-    seconds: dict[str, list[float]],
-) -> PlainRow:  # fmt: skip
-    """The row of a backend with what its clock measured, or with the reason why it has no times."""
-    extra: dict[str, Any] = {"bounds": 1} if name in case.bounds else {}
-    row: PlainRow = {
-        "work": case.name.split()[0], "name": case.name, "mode": direction, "backend": name, "label": name,
-        "dtype": dtype, "unit": "calls", "items": 1, "status": "measured", "seconds": [], "extra": extra,
-    }  # fmt: skip
-    if backend.error is not None and backend.band is not None:
-        row["parity"] = {
-            "error": backend.error if math.isfinite(backend.error) else None, "band": backend.band,
-            "passed": backend.error <= backend.band, "against": "the definition in fp64",
-        }  # fmt: skip
-    if direction in backend.missing or clock is None:
-        row["status"], row["reason"] = backend.missing.get(direction, ("failed", None))
-        return row
-    median, work = statistics.median(seconds[name]), case.work[direction]
-    row |= {"seconds": seconds[name], "reason": clock.reason}
-    extra |= {"host_s": clock.host_s, "timed_by": clock.by}
-    if work is not None:
-        sheet = machine.data_sheet(clock.device)
-        extra |= {"needed_flops": round(work.flops), "bytes": round(work.bytes)}
-        extra["share_of_floor"] = None if sheet is None else work.floor(sheet) / median
-    if name == OURS:
-        row["against"] = [
-            {"backend": n, "dtype": dtype, "like_for_like": True, "ratio": statistics.median(theirs) / median}
-            for n, theirs in seconds.items()
-            if n != OURS and theirs
-        ]
-    return row
+def _work(work: roofline.Work | None, backend: Backend, result: object) -> Extra:
+    return {} if work is None else {"needed_flops": round(work.flops), "bytes": round(work.bytes)}
 
 
-def run(
-    options: KernelOptions, progress: Progress | None = None, command: Sequence[str] = (),
-    keep: Callable[[Document], None] = lambda document: None,
-) -> Document:  # fmt: skip
-    """Measure every case on the GPU, or on the CPU without one; `keep` is called whenever the document has new rows.
+Cases = Mapping[str, Callable[[torch.device, torch.dtype, bool], OpCase]]
+
+
+@benchmark("kernels", title="Operations, against their alternatives", reference=EAGER)
+def run(run: Run, cases: Cases | None = None, deadline: float = math.inf) -> Iterator[Case]:
+    """Every case on the GPU, or on the CPU without one.
 
     Ctrl-C keeps the complete rows. Raises `InputError` for an unknown dtype.
     """
-    from ..measure import benchmark, compared
-    from ..record import Result
-
-    @benchmark("kernels", title="Operations, against their alternatives", reference=EAGER)
-    def cases(run: Any) -> Iterator[Any]:
-        device = run.device
-        dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-        if dtype not in DTYPES:
-            raise InputError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-        chosen = case_names(device, DTYPES[dtype])
-        run.progress.begin(len(chosen))
-        for name in chosen:
-            run.progress.stage(name)
-            case = CASES[name](device, DTYPES[dtype], options.small)
-            for plain in measure(case, device, dtype, run.progress.step):
-                rows = [Result.model_validate(row) for row in plain]
-                for ours in (row for row in rows if row.ours and row.seconds):
-                    others = (row for row in rows if not row.ours and row.seconds)
-                    ours.against = [
-                        compared(f"{other.backend} {dtype}", dtype, other.seconds, ours.seconds) for other in others
-                    ]
-                run.add(rows)
-        yield from ()
-
-    return cases(options, progress, command, keep)
+    device, options = run.device, run.options
+    dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    cases = cases or {name: CASES[name] for name in case_names(device, DTYPES[dtype])}
+    run.progress.begin(len(cases))
+    for name, make in cases.items():
+        run.progress.stage(name)
+        if time.perf_counter() > deadline:
+            late: Any = "absent", "no time was left for it in this stage"
+            run.add([Case(name.split()[0], name, []).result(Backend(OURS, dtype, dict, lacking=late))])
+        else:
+            yield from directions(make(device, DTYPES[dtype], options.small), dtype, run, deadline)
 
 
 def _both(work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...]) -> dict[Direction, roofline.Work | None]:
@@ -279,7 +191,7 @@ def available(package: str) -> bool:
         return False
 
 
-def _compiled(device: torch.device, small: bool, runs: dict[str, Run]) -> dict[str, Run | str]:
+def _compiled(device: torch.device, small: bool, runs: dict[str, Call]) -> dict[str, Call | str]:
     """Alternatives that torch.compile makes, or the reason why it cannot.
 
     A CPU takes up to a minute for each, so small cases are without them.
@@ -290,7 +202,7 @@ def _compiled(device: torch.device, small: bool, runs: dict[str, Run]) -> dict[s
     return {} if small and device.type == "cpu" else dict(runs)
 
 
-def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     side, batch = (side // 4, 2) if small else (side, 8)
     tokens, window = side**2 + 1, (side, side)
     q, k, v = _tensors(device, dtype, *[(batch, tokens, HEADS, HEAD_DIM)] * 3)
@@ -307,7 +219,7 @@ def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) ->
         scores = (q * HEAD_DIM**-0.5) @ k.transpose(-1, -2) + bias_of(table)
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
-    def sdpa(backend: SDPBackend | None, *, biased: bool = True) -> Run:
+    def sdpa(backend: SDPBackend | None, *, biased: bool = True) -> Call:
         def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
             mask = bias_of(table).contiguous() if biased else None
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -316,14 +228,14 @@ def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) ->
 
         return run
 
-    def gathered(table: Tensor) -> Run:
+    def gathered(table: Tensor) -> Call:
         return lambda head, query, key: table[index[query, key], head]
 
-    def read(table: Tensor) -> Run:
+    def read(table: Tensor) -> Call:
         values = bias_of(table)[0].contiguous()
         return lambda head, query, key: values[head, query, key]
 
-    others: dict[str, Run | str] = {EAGER: eager}
+    others: dict[str, Call | str] = {EAGER: eager}
     if device.type == "cuda":
         others |= {f"SDPA {name} + bias": sdpa(backend) for name, backend in _SDPA.items()}
         bounds = {"flash without bias": sdpa(SDPBackend.FLASH_ATTENTION, biased=False)}
@@ -343,7 +255,7 @@ def _relpos(side: int, device: torch.device, dtype: torch.dtype, small: bool) ->
     # Inference computes the bias once, before the graphs that read it are captured.
     ready = ops.relpos_bias(table, window, dtype=dtype, scale=HEAD_DIM**-0.5, head_dim=HEAD_DIM)
     inputs = q, k, v, table
-    return Case(
+    return OpCase(
         f"relpos_attention {batch} × {tokens}",
         inputs,
         lambda *a: ops.relpos_attention(*a, window, bias=None if _trains() else ready),
@@ -359,8 +271,8 @@ def _trains() -> bool:
 
 
 def _flex(
-    bias_from: Callable[[Tensor], Run], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
-) -> Run:
+    bias_from: Callable[[Tensor], Call], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any
+) -> Call:
     """FlexAttention with a bias of head, query and key that is made from the table."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -386,7 +298,7 @@ def _refuse_gradient(*inputs: Tensor) -> None:
         raise UnavailableError("FlexAttention has no gradient on a CPU")
 
 
-def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     """Self-attention of packed captions, or cross-attention of all captions of an image to its tokens."""
     sequences, queries, keys = (8 if small else 256, 13, 13) if captions else (1, 64 if small else 3328, 577)
     of_queries, of_keys = (
@@ -414,7 +326,7 @@ def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: boo
     def ours(*qkv: Tensor, **options: Any) -> Tensor:
         return ops.varlen_attention(*qkv, of_queries, of_keys, *longest, **options)
 
-    others: dict[str, Run | str] = {"eager, a sequence at a time": plain, "SDPA": padded}
+    others: dict[str, Call | str] = {"eager, a sequence at a time": plain, "SDPA": padded}
     if device.type == "cuda":
         others["torch varlen_attn"] = torch_varlen
         here = available("flash_attn.flash_attn_interface")
@@ -422,10 +334,10 @@ def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: boo
     else:
         others |= _compiled(device, small, {"FlexAttention, document mask": _documents(of_queries, of_keys)})
     work = partial(roofline.varlen_attention, rows * keys, rows, columns, size)
-    return Case(f"varlen_attention {name}", inputs, ours, plain, _both(work, inputs), others)
+    return OpCase(f"varlen_attention {name}", inputs, ours, plain, _both(work, inputs), others)
 
 
-def _documents(of_queries: Tensor, of_keys: Tensor) -> Run:
+def _documents(of_queries: Tensor, of_keys: Tensor) -> Call:
     """FlexAttention of packed sequences with a document mask, of which the blocks are computed once."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -448,7 +360,7 @@ def _documents(of_queries: Tensor, of_keys: Tensor) -> Run:
     return run
 
 
-def _add_layer_norm(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+def _add_layer_norm(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     rows = 64 if small else 8 * 577
     inputs = _tensors(device, dtype, (rows, WIDTH), (rows, WIDTH), (WIDTH,), (WIDTH,))
 
@@ -463,7 +375,7 @@ def _add_layer_norm(device: torch.device, dtype: torch.dtype, small: bool) -> Ca
     work = _both(partial(roofline.add_layer_norm, rows), inputs)
     ours = partial(_first, ops.add_layer_norm)
     name = f"add_layer_norm {rows} × {WIDTH}"
-    return Case(name, inputs, ours, eager, work, {EAGER: eager}, {"copy of the same bytes": copy})
+    return OpCase(name, inputs, ours, eager, work, {EAGER: eager}, {"copy of the same bytes": copy})
 
 
 def _first(op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
@@ -471,16 +383,16 @@ def _first(op: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor) -> Tensor:
     return op(*inputs, 1e-5)[0]
 
 
-def _linear_gelu(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+def _linear_gelu(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     rows = 64 if small else 8 * 577
     x, weight, bias = _tensors(device, dtype, (rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,))
     inputs = x, weight / WIDTH**0.5, bias
     eager, name = reference.linear_gelu, f"linear_gelu {rows} × {WIDTH} → {HIDDEN}"
     work = _both(partial(roofline.linear_gelu, rows), inputs)
-    return Case(name, inputs, ops.linear_gelu, eager, work, {EAGER: eager}, {"the product alone": F.linear})
+    return OpCase(name, inputs, ops.linear_gelu, eager, work, {EAGER: eager}, {"the product alone": F.linear})
 
 
-def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     rows, entries = (32, 512) if small else (1440, VOCABULARY)
     h, w, b = _tensors(device, dtype, (rows, WIDTH), (entries, WIDTH), (entries,))
     target = torch.randint(entries, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
@@ -493,12 +405,12 @@ def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
 
         return Liger.apply(h, w, target, b)[0]
 
-    others: dict[str, Run | str] = {EAGER: lambda *a: F.cross_entropy(F.linear(*a).float(), target)}
+    others: dict[str, Call | str] = {EAGER: lambda *a: F.cross_entropy(F.linear(*a).float(), target)}
     if available("liger_kernel"):
         others["Liger"] = liger
     elif h.is_cuda:
         others["Liger"] = "liger-kernel is not installed"
-    return Case(
+    return OpCase(
         f"linear_cross_entropy {rows} × {WIDTH} → {entries}",
         (h, w / WIDTH**0.5, b),
         lambda *a: ops.linear_cross_entropy(*a, target),
@@ -509,7 +421,7 @@ def _vocabulary(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
     )
 
 
-def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     """A linear layer on a CPU with a weight that is rounded to int8 once, and inputs that are at every call."""
     rows = 64 if small else 8 * 577
     x, weight, bias = _tensors(device, dtype, (rows, WIDTH), (HIDDEN, WIDTH), (HIDDEN,))
@@ -517,13 +429,13 @@ def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
     marked = torch.nn.Parameter(weight.clone(), requires_grad=False)
     mark([marked], "int8")
     names = "torchao", "torchao, torch.compile"
-    others: dict[str, Run | str] = dict.fromkeys(names, "torchao is not installed; pip install torchao")
+    others: dict[str, Call | str] = dict.fromkeys(names, "torchao is not installed; pip install torchao")
     if available("torchao"):
         others = {names[0]: _torchao(weight, bias)}
         others |= _compiled(device, small, {names[1]: _torchao(weight, bias, **_ON_CPU)})
     element, size = x.element_size(), f"{rows} × {WIDTH} → {HIDDEN}"
     traffic = rows * (WIDTH + HIDDEN) * element + WIDTH * HIDDEN
-    return Case(
+    return OpCase(
         f"linear in int8 {size}",
         (x,),
         lambda x: int8.linear(x, marked, bias),
@@ -537,7 +449,7 @@ def _int8_linear(device: torch.device, dtype: torch.dtype, small: bool) -> Case:
     )
 
 
-def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Run:
+def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Call:
     """The dynamic int8 of torchao: weights per channel, activations per token."""
 
     @cache
@@ -558,7 +470,7 @@ def _torchao(weight: Tensor, bias: Tensor, **compiled: Any) -> Run:
 
 
 # The other ops, against the backend `reference`: a call, and its inputs by the names of `_other`.
-_OTHERS: dict[str, tuple[Run, str]] = {
+_OTHERS: dict[str, tuple[Call, str]] = {
     "bias_attention": (ops.bias_attention, "heads heads heads scores"),
     "embed_layer_norm": (lambda *a: ops.embed_layer_norm(_ids(a[0]), _ids(a[0]), *a, 1e-5), "x x row norm"),
     "joined_linear": (lambda x, *layers: ops.joined_linear(x, layers[::2], layers[1::2]), "x up square"),
@@ -577,7 +489,7 @@ def _ids(table: Tensor) -> Tensor:
     return torch.arange(len(table), device=table.device)
 
 
-def _other(op: str, device: torch.device, dtype: torch.dtype, small: bool) -> Case:
+def _other(op: str, device: torch.device, dtype: torch.dtype, small: bool) -> OpCase:
     rows = 32 if small else 2 * 197
     shapes = {
         "x": [(rows, WIDTH)], "wide": [(rows, HIDDEN)], "row": [(WIDTH,)], "norm": [(WIDTH,), (WIDTH,)],
@@ -595,11 +507,11 @@ def _other(op: str, device: torch.device, dtype: torch.dtype, small: bool) -> Ca
             return call(*a)
 
     name = f"{op} {' × '.join(map(str, inputs[0].shape))}"
-    return Case(name, inputs, call, plain, {"forward": None, "backward": None}, {EAGER: plain})
+    return OpCase(name, inputs, call, plain, {"forward": None, "backward": None}, {EAGER: plain})
 
 
 _INT8 = "linear in int8"
-CASES: dict[str, Callable[[torch.device, torch.dtype, bool], Case]] = {
+CASES: dict[str, Callable[[torch.device, torch.dtype, bool], OpCase]] = {
     "relpos_attention at 224 px": partial(_relpos, 14),
     "relpos_attention at 384 px": partial(_relpos, 24),
     "relpos_attention at 480 px": partial(_relpos, 30),

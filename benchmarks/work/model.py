@@ -1,29 +1,25 @@
-"""Cases of the model under test: its weights and inputs, the engines of all backends, and where their time goes."""
+"""Cases of the model under test: its weights and inputs, and the engines of all backends."""
 
 from __future__ import annotations
 
-import os
-import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch._C._profiler import _ExperimentalConfig
-from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels.cpu.selection import selections
 
-from ..backends.engine import Clock, Engine, NoStages, Stages, wait_for
+from ..backends.engine import Engine, Schedule, wait_for
 from ..backends.official_finetuning import OfficialEngine
-from ..backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup, choose
+from ..backends.ours import OurEngine
+from ..backends.registry import BACKENDS, ModelBackend, Setup, choose
 from ..inputs import Material, Subjects, bundled, described, from_files, make_tokenizer
 from ..measure import MODEL_ROUNDING, Backend, Block, Call, Case, Run
 from ..options import ModelOptions
@@ -32,19 +28,21 @@ from ..tasks import BUILDERS
 from ..timing import DTYPES
 from .requests import TASK_WORK, EmbedImage, EmbedText, Rerank, Retrieve, Workload, task_workload
 
-SCENARIOS = (*MODEL_WORK, *TASK_WORK)
-_STAGED_RUNS = 3
-# A run of more than this is staged once.
-_LONG_S = 1.0
+SCENARIOS = {
+    "embed-image": "photographs to embeddings",
+    "embed-text": "captions to embeddings",
+    "rerank": "match scores of an image with candidate captions",
+    "retrieve": "a caption to the best images of an index: embedded, ranked, the first k re-ranked",
+    "vqa": "questions to an image, 128 of 3,129 answers ranked",
+    "vqa-best": "the best of these 128",
+    "vqa-all": "the best of all answers",
+    "vqa-list": "all answers ranked",
+    "nlvr2": "whether a sentence describes two images",
+    "grounding": "boxes of expressions in an image",
+    "captioning": "images to captions by three beams",
+}
+"""What each kind of work measures."""
 _WIDE = DTYPES | {"fp64": torch.float64}
-# The first kind with a fragment that a name holds takes it.
-_KINDS = (
-    ("attention", ("attention", "attn", "softmax", "exp2", "bmm", "baddbmm")),
-    ("matrix products", ("linear", "addmm", "mm", "mlp", "conv", "gemm", "cutlass", "nvjet")),
-    ("norms", ("norm",)),
-    ("GELU", ("gelu",)),
-    ("copies and lookups", ("copy", "cat", "index", "embedding", "gather", "contiguous", "pad", "fill", "clone")),
-)
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class Scale:
     batch: int
     requests: int
     texts: int
-    lengths: str
     index: int
     k: int
     rounds: int
@@ -85,10 +82,9 @@ class Scale:
             image_size=asked.get("image_size", 48 if tiny else 480 if work.startswith("vqa") else 384),
             batch=batch,
             requests=max(16, batch),
-            texts=asked.get("texts", texts),
-            lengths=asked.get("lengths", "captions"),
+            texts=texts,
             index=index,
-            k=asked.get("k", k),
+            k=k,
             rounds=3 if quick else 10,
             block=4 if quick else 10,
             budget_s=(1.0 if tiny else 6.0) if quick else (10.0 if tiny else 120.0),
@@ -102,13 +98,13 @@ class Scale:
         """The requests of a kind of work at this size."""
         requests = max(self.requests, self.batch)
         if work in TASK_WORK:
-            return task_workload(work, material, self.image_size, self.texts, self.k, requests, self.lengths)
+            return task_workload(work, material, self.image_size, self.texts, self.k, requests)
         if work == "embed-image":
             return EmbedImage(material, self.image_size, requests)
         if work == "embed-text":
-            return EmbedText(material, requests, self.lengths)
+            return EmbedText(material, requests)
         if work == "rerank":
-            return Rerank(material, self.image_size, self.texts, self.batch, self.lengths)
+            return Rerank(material, self.image_size, self.texts, self.batch)
         return Retrieve(material, self.image_size, self.index, self.k, requests)
 
 
@@ -162,7 +158,7 @@ class LazyEngine:
         self.cold_start: Extra = {}
 
     def answer(self, workload: Workload) -> Callable[..., Any]:
-        """Answers requests: a function of their numbers, and of a clock for the stages, that waits for results.
+        """Answers requests: a function of their numbers that waits for results.
 
         It may raise any error of the library.
         """
@@ -176,9 +172,9 @@ class LazyEngine:
         with torch.inference_mode():
             prepared = workload.prepare(self._loaded, DTYPES[self.dtype])
 
-        def answer(numbers: Sequence[int], clock: Clock | None = None) -> Any:
+        def answer(numbers: Sequence[int]) -> Any:
             with torch.inference_mode():
-                result = prepared([number % workload.requests for number in numbers], clock or NoStages())
+                result = prepared([number % workload.requests for number in numbers])
                 wait_for(self._setup.device)
             return result
 
@@ -208,12 +204,11 @@ def engines(
 
 def case(
     run: Run, workload: Workload, found: Sequence[LazyEngine], *, batch: int, mode: Mode = "offline", block: int = 1,
-    split: bool = False, **limits: Any,
+    **limits: Any,
 ) -> Case:  # fmt: skip
     """A number of requests at a time, answered by some engines, judged by the official algorithm.
 
-    `block` are the requests of a single-stream round; `split` times the parts in runs of their own; `limits` are fields
-    of `Case`.
+    `block` are the requests of a single-stream round; `limits` are fields of `Case`.
     """
     numbers, by_key = workload.batch(batch), {engine.key: engine for engine in found}
     subjects = workload.material.subjects
@@ -227,23 +222,32 @@ def case(
             # Libraries prepare for shapes when they first see them.
             for number in workload.distinct():
                 answer([number])
-        return lambda chosen=numbers, clock=None: answer(chosen, clock)
+        return lambda chosen=numbers: answer(chosen)
 
     def reference(dtype: str) -> Any:
         with torch.inference_mode():
             official = OfficialEngine(subjects.model(workload.image_size, _WIDE[dtype], workload.work))
-            return workload.prepare(official, _WIDE[dtype])(numbers, NoStages())
+            return workload.prepare(official, _WIDE[dtype])(numbers)
+
+    @cache
+    def flops(schedule: Schedule) -> int:
+        model = subjects.model(workload.image_size, torch.float32, workload.work)
+        counted = OurEngine(model, "reference") if schedule == "ours" else OfficialEngine(model)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            workload.prepare(counted, torch.float32)(numbers)
+        return counter.get_total_flops()
 
     def count(backend: Backend, result: Any) -> Extra:
+        """Cold start, arithmetic, tokens and quality."""
         engine = by_key[backend.key]
-        return engine.cold_start | counts(workload, numbers, engine, result)
-
-    def detail(engine: LazyEngine, median_s: float) -> Extra:
-        answer = engine.answer(workload)
-        extra: Extra = {"stages": stages(answer, numbers, run.device, median_s)}
-        # Only PyTorch's own operations can be seen.
-        if engine.backend.schedule != "own":
-            extra["operations"] = operation_shares(partial(answer, numbers), run.device)
+        schedule = engine.backend.schedule
+        extra: Extra = engine.cold_start | {"needed_flops": flops("ours")}
+        if schedule is not None:
+            extra["flops"] = flops(schedule)
+        if (tokens := workload.tokens(numbers, schedule)) is not None:
+            extra["tokens"], extra["padded_tokens"] = tokens
+        if (recall := workload.recall(result)) is not None:
+            extra["recall"] = recall
         return extra
 
     return Case(
@@ -253,7 +257,6 @@ def case(
             Backend(
                 engine.backend.name, engine.dtype, partial(build, engine), engine.backend.label,
                 lacking=engine.lacking, band=engine.backend.band,
-                detail=partial(detail, engine) if split else lambda median_s: {},
             )
             for engine in found
         ],
@@ -282,81 +285,7 @@ def single_requests(answer: Call, count: int) -> Block:
     return block
 
 
-def counts(workload: Workload, numbers: Sequence[int], engine: LazyEngine, result: Any) -> Extra:
-    """Arithmetic, traffic and tokens of some requests; what depends on the course of the work is left out."""
-    schedule = engine.backend.schedule
-    extra: Extra = {}
-    needed = workload.flops(numbers, "ours", result)
-    if needed is not None:
-        extra |= {"needed_flops": needed, "bytes": workload.traffic(numbers, DTYPES[engine.dtype].itemsize)}
-        if (own := workload.flops(numbers, schedule, result)) is not None:
-            extra["flops"] = own
-    if (tokens := workload.tokens(numbers, schedule)) is not None:
-        extra["tokens"], extra["padded_tokens"] = tokens
-    if (recall := workload.recall(result)) is not None:
-        extra["recall"] = recall
-    return extra
-
-
-def stages(
-    answer: Callable[..., Any], numbers: Sequence[int], device: torch.device, seconds: float
-) -> dict[str, float]:  # fmt: skip
-    """Median times of the parts of a run, from runs of their own; empty where the backend names no parts."""
-    found: dict[str, list[float]] = {}
-    for _ in range(1 if seconds > _LONG_S else _STAGED_RUNS):
-        clock = Stages(device)
-        answer(numbers, clock)
-        for name, value in clock.seconds.items():
-            found.setdefault(name, []).append(value)
-    return _longest_first({name: statistics.median(values) for name, values in found.items()})
-
-
-def kind_of(operation: str) -> str:
-    """The kind of an operator or kernel, by its name."""
-    name = operation.lower()
-    return next((kind for kind, fragments in _KINDS if any(f in name for f in fragments)), "everything else")
-
-
-def operation_shares(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of one run by kind of operation, in all of its threads; empty for what PyTorch cannot see."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    # A batch may be computed in shares, a thread each.
-    everywhere = _ExperimentalConfig(profile_all_threads=True)
-    with _silence(), profile(activities=activities, experimental_config=everywhere) as profiler:
-        run()
-    seconds: dict[str, float] = {}
-    for event in profiler.key_averages():
-        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if own > 0:
-            kind = kind_of(event.key)
-            seconds[kind] = seconds.get(kind, 0.0) + own / 1e6
-    return _longest_first(seconds)
-
-
-def _longest_first(seconds: dict[str, float]) -> dict[str, float]:
-    return dict(sorted(seconds.items(), key=lambda item: -item[1])) if sum(seconds.values()) > 0 else {}
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Some builds of the profiler write a line to the process's own streams whenever it starts and stops."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(number) for number in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        yield
-    finally:
-        for number, stream in zip((1, 2), kept, strict=True):
-            os.dup2(stream, number)
-            os.close(stream)
-        os.close(nowhere)
-
-
-def require(known: Sequence[str], name: str, what: str) -> None:
+def require(known: Iterable[str], name: str, what: str) -> None:
     """Raise `UnavailableError` for an unknown name."""
     if name not in known:
         raise UnavailableError(f"{what} {name!r} is unknown; choose from {', '.join(known)}")

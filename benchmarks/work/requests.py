@@ -1,4 +1,4 @@
-"""The kinds of work: their requests, how a backend answers some of them together, and what that costs.
+"""The kinds of work: their requests, and how a backend answers some of them together.
 
 A request of `embed-image` is one photograph, of `embed-text` one caption, of `rerank` one image with all its candidate
 captions (both embedded already), of `retrieve` one caption to which the index's best images are found and re-ranked.
@@ -12,14 +12,7 @@ of 3,129 answers:
 - `vqa-best`: the best of these 128; `vqa-all`: the best of the whole list, exactly; `vqa-list`: the whole list ranked.
 
 In each of these the official procedure ranks its 128 candidates. It encodes an image for each of its questions and
-expressions, and is spared the padding of questions, which it gets one after another. GFLOP a question, for the base
-model, an image of 480 pixels with five questions of 10 tokens, and random weights, with which least can be left out:
-
-- officially 533: 209 for the image and its keys and values, 285 to decode 128 x 8 tokens, 36 for 129 copies of keys and
-  values;
-- `vqa` 95: 42 for the image, 49 to decode about 175 distinct prefixes; `vqa-best` 70 (86 prefixes);
-- `vqa-all` 417 (about 1,340 prefixes, 1,276 of them first tokens); `vqa-list` 1,175 (4,076). No order of the work makes
-  that less: the normaliser of every prefix is needed, and it needs the whole vocabulary.
+expressions, and is spared the padding of questions, which it gets one after another.
 """
 
 from __future__ import annotations
@@ -30,33 +23,23 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from xfm_fast import flops
-from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.flops import Count
 from xfm_fast.tasks.answer_trie import AnswerTrie
 from xfm_fast.tasks.reranking import UNSCORED, recall
 from xfm_fast.tasks.vqa import AnswerRanking
 
-from ..backends.engine import AnswerList, Clock, Engine, Everything, Found, Pairs, Schedule, SearchIndex
+from ..backends.engine import AnswerList, Engine, Everything, Found, Pairs, Schedule, SearchIndex
 from ..backends.official_finetuning import OfficialFineTuningTwin
-from ..inputs import MAX_TOKENS, Material, Texts
+from ..inputs import Material, Texts
 from ..measure import Difference
-from ..tasks import PROMPT, decoder_layers
+from ..tasks import PROMPT
 from ..timing import relative_error
 
-Answer = Callable[[Sequence[int], Clock], Any]
+Answer = Callable[[Sequence[int]], Any]
 """Runs the requests of these numbers as one batch."""
 
 # Of the official configuration.
 _BEAMS, _SHORTEST, _LONGEST = 3, 5, 20
-
-
-def padded(lengths: Sequence[int], schedule: Schedule, official: int) -> list[int]:
-    """The lengths that texts are padded to: not at all, to the longest of them, or as the official code pads."""
-    if schedule in ("ours", "kept memories"):
-        return list(lengths)
-    return [official if schedule == "official" else max(lengths)] * len(lengths)
 
 
 class Workload:
@@ -86,25 +69,14 @@ class Workload:
         """So many requests together, in words."""
         raise NotImplementedError
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Any:
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Any:
         """Answer requests."""
         raise NotImplementedError
 
     def prepare(self, engine: Engine, dtype: torch.dtype) -> Answer:
         """How an engine answers requests in its dtype."""
         inputs = [tensor.to(dtype) for tensor in self.inputs]
-        return lambda numbers, clock: self.run(engine, torch.tensor(list(numbers)), clock, *inputs)
-
-    def flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> int | None:
-        """Operations that a schedule spends on requests, given their answer; None where it is the backend's own."""
-        return None if schedule == "own" else self._flops(numbers, schedule, answer).total
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        raise NotImplementedError
-
-    def traffic(self, numbers: Sequence[int], element: int) -> int:
-        """Bytes that have to move at least, given the size of an element."""
-        raise NotImplementedError
+        return lambda numbers: self.run(engine, torch.tensor(list(numbers)), *inputs)
 
     def rows(self, numbers: Sequence[int]) -> list[int]:
         """Rows of the texts of requests."""
@@ -123,10 +95,6 @@ class Workload:
     def image_of(self, numbers: Tensor) -> Tensor:
         """The image of every text of some requests."""
         return torch.arange(len(numbers), device=self.material.device).repeat_interleave(self.items)
-
-    def pad(self, lengths: Sequence[int], schedule: Schedule) -> list[int]:
-        """The lengths of texts in a schedule."""
-        return padded(lengths, schedule, max(lengths) if self._texts is None else self._texts.ids.shape[1])
 
     def compare(self, numbers: Sequence[int], ours: Any, theirs: Any) -> Difference:
         """Two answers to the same requests."""
@@ -147,10 +115,16 @@ class Workload:
             found.setdefault(tuple(sorted(self.lengths([number]))), number)
         return list(found.values())
 
-    def tokens(self, numbers: Sequence[int], schedule: Schedule) -> tuple[int, int] | None:
+    def tokens(self, numbers: Sequence[int], schedule: Schedule | None) -> tuple[int, int] | None:
         """Text tokens of requests: those of the texts, and those that a schedule computes for them."""
         lengths = self.lengths(numbers)
-        return None if not lengths or schedule == "own" else (sum(lengths), sum(self.pad(lengths, schedule)))
+        if not lengths or schedule is None:
+            return None
+        return sum(lengths), sum(lengths) if schedule == "ours" else self.padded(lengths)
+
+    def padded(self, lengths: Sequence[int]) -> int:
+        """Tokens of texts as the official code pads them."""
+        return len(lengths) * (0 if self._texts is None else self._texts.ids.shape[1])
 
 
 class EmbedImage(Workload):
@@ -164,15 +138,8 @@ class EmbedImage(Workload):
     def name(self, count: int) -> str:
         return f"embed {counted(count, 'image')} of {self.image_size} px"
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
-        return engine.embed_images(inputs[0][numbers], clock)
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        return flops.image_encoder(self.config, len(numbers))
-
-    def traffic(self, numbers: Sequence[int], element: int) -> int:
-        per_image = self.inputs[0][0].numel() + self.config.num_image_tokens * self.config.vision_width
-        return element * (self.material.weights["vision"] + len(numbers) * per_image)
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
+        return engine.embed_images(inputs[0][numbers])
 
 
 class EmbedText(Workload):
@@ -180,26 +147,19 @@ class EmbedText(Workload):
 
     work, unit = "embed-text", "texts"
 
-    def __init__(self, material: Material, requests: int, lengths: str = "captions") -> None:
-        self._given, self._noun = material.texts(requests, lengths), _noun(lengths)
+    def __init__(self, material: Material, requests: int) -> None:
+        self._given = material.texts(requests)
         super().__init__(material, requests, texts=self._given)
 
     def name(self, count: int) -> str:
-        return f"embed {counted(count, self._noun)} ({self._given.span} tokens)"
+        return f"embed {counted(count, 'caption')} ({self._given.span} tokens)"
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
-        return engine.embed_texts(*self.texts(numbers), clock)
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
+        return engine.embed_texts(*self.texts(numbers))
 
     def compare(self, numbers: Sequence[int], ours: Tensor, theirs: Tensor) -> Difference:
         real = self._given.mask[list(numbers)].bool()
         return Difference(relative_error(ours[real], theirs[real]))
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        return flops.text_encoder(self.config, self.pad(self.lengths(numbers), schedule))
-
-    def traffic(self, numbers: Sequence[int], element: int) -> int:
-        # Rows of two tables of embeddings in, one row out.
-        return element * (self.material.weights["text"] + 3 * sum(self.lengths(numbers)) * self.config.text_width)
 
 
 class Rerank(Workload):
@@ -207,10 +167,8 @@ class Rerank(Workload):
 
     work, unit = "rerank", "pairs"
 
-    def __init__(
-        self, material: Material, image_size: int, texts: int, requests: int, lengths: str = "captions"
-    ) -> None:
-        given, self._noun = material.texts(texts, lengths), _noun(lengths)
+    def __init__(self, material: Material, image_size: int, texts: int, requests: int) -> None:
+        given = material.texts(texts)
         images, _ = material.images(requests, image_size)
         with torch.inference_mode():
             embeds = material.subjects.model(image_size, torch.float32).encode_text(*given)
@@ -218,30 +176,16 @@ class Rerank(Workload):
         self._span = given.span
 
     def name(self, count: int) -> str:
-        texts = f"{counted(self.items, self._noun)} ({self._span} tokens)"
+        texts = f"{counted(self.items, 'caption')} ({self._span} tokens)"
         return f"re-rank {counted(count, 'image')} of {self.image_size} px x {texts}"
 
     def rows(self, numbers: Sequence[int]) -> list[int]:
         return [(number + item) % self.items for number in numbers for item in range(self.items)]
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
         images, embeds = inputs
         rows = self.rows(numbers.tolist())
-        return engine.rerank(
-            Pairs(images[numbers], embeds[rows], self.texts(numbers).mask, self.image_of(numbers)), clock
-        )
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        every = self.lengths(numbers)
-        if schedule in ("official", "padded"):
-            return flops.official_fusion(self.config, len(every), self.pad(every, schedule)[0])
-        fused = flops.fusion(self.config, every, first_token_only=True) + flops.matching_head(self.config, len(every))
-        return flops.image_memory(self.config, len(numbers)) + fused
-
-    def traffic(self, numbers: Sequence[int], element: int) -> int:
-        per_image = self.config.num_image_tokens * self.config.vision_width
-        read = len(numbers) * per_image + sum(self.lengths(numbers)) * self.config.text_width
-        return element * (self.material.weights["fusion"] + read)
+        return engine.rerank(Pairs(images[numbers], embeds[rows], self.texts(numbers).mask, self.image_of(numbers)))
 
 
 class Retrieve(Workload):
@@ -259,8 +203,8 @@ class Retrieve(Workload):
         found = f"{self._k} best of {counted(self._index, 'image')} of {self.image_size} px, re-ranked"
         return f"retrieve for {counted(count, 'caption')} ({self._span} tokens) the {found}"
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Found:
-        return engine.search(*self.texts(numbers), SearchIndex(*inputs), self._k, clock)
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Found:
+        return engine.search(*self.texts(numbers), SearchIndex(*inputs), self._k)
 
     def compare(self, numbers: Sequence[int], ours: Found, theirs: Found) -> Difference:
         """The images that both re-ranked; near ties of the similarity may make candidates differ."""
@@ -275,20 +219,6 @@ class Retrieve(Workload):
         if not mine:
             return Difference(float("inf"), "no candidate in common")
         return Difference(relative_error(torch.tensor(mine), torch.tensor(yours)), _near_ties(differing))
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        config, every = self.config, self.pad(self.lengths(numbers), schedule)
-        common = flops.text_encoder(config, every) + flops.contrastive_features(config, 0, len(every))
-        common += flops.linear(len(every), config.embed_dim, self._index)
-        if schedule in ("official", "padded"):
-            return common + flops.official_fusion(config, self._k * len(every), every[0])
-        images = len(torch.as_tensor(answer.indices).unique()) if schedule == "ours" else 0
-        return common + _fused(config, every, [size for size in every for _ in range(self._k)], images)
-
-    def traffic(self, numbers: Sequence[int], element: int) -> int:
-        weights = self.material.weights["text"] + self.material.weights["fusion"]
-        read = self.inputs[1].numel() + self._k * self.config.num_image_tokens * self.config.vision_width
-        return element * (weights + len(numbers) * read)
 
 
 class Retrieval(Workload):
@@ -314,8 +244,8 @@ class Retrieval(Workload):
     def rows(self, numbers: Sequence[int]) -> list[int]:
         return list(range(len(self._given.ids)))
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Everything:
-        return engine.evaluate(inputs[0].split(self._batch), *self._given, self._k, clock)
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Everything:
+        return engine.evaluate(inputs[0].split(self._batch), *self._given, self._k)
 
     def compare(self, numbers: Sequence[int], ours: Everything, theirs: Everything) -> Difference:
         """The pairs that both scored; near ties of the similarity may make candidates differ."""
@@ -330,20 +260,6 @@ class Retrieval(Workload):
     def recall(self, answer: Everything) -> dict[str, float]:
         return recall(answer.image_to_text.float().cpu(), answer.text_to_image.float().cpu(), self._image_of_text)
 
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        config, images, every = self.config, self._photos, self.pad(self._lengths, schedule)
-        common = flops.contrastive_features(config, images, len(every)) + flops.image_encoder(config, images)
-        common += flops.text_encoder(config, every)
-        if schedule == "official":
-            pairs = flops.official_pairs(images, len(every), self._k)
-            return common + flops.official_fusion(config, pairs, MAX_TOKENS)
-        # A pair that is a candidate in both directions is scored once.
-        scored = (answer[0] != UNSCORED) | (answer[1].t() != UNSCORED)
-        return common + _fused(config, every, [every[text] for text in scored.nonzero()[:, 1].tolist()], images)
-
-    def traffic(self, numbers: Sequence[int], element: int) -> int:
-        return element * (sum(self.material.weights.values()) + self.inputs[0].numel())
-
 
 class TaskWorkload(Workload):
     """Photographs, each with texts of its own, for a fine-tuned model; official texts are padded to the longest."""
@@ -354,9 +270,6 @@ class TaskWorkload(Workload):
     ) -> None:  # fmt: skip
         pixels = material.pixels(photos or requests, image_size)
         super().__init__(material, requests, image_size, texts, items, [pixels])
-        parameters = material.subjects.model(image_size, torch.float32, self.work).named_parameters()
-        # Tables of embeddings are read by the row.
-        self._weights = sum(p.numel() for name, p in parameters if ".embeddings." not in name)
 
     def texts(self, numbers: Tensor) -> Texts:
         """Texts without the padding of all of them."""
@@ -364,11 +277,8 @@ class TaskWorkload(Workload):
         longest = int(mask.sum(1).max())
         return Texts(ids[:, :longest], mask[:, :longest])
 
-    def pad(self, lengths: Sequence[int], schedule: Schedule) -> list[int]:
-        return [max(lengths)] * len(lengths) if schedule == "official" else list(lengths)
-
-    def traffic(self, numbers: Sequence[int], element: int) -> int:
-        return element * (self._weights + len(numbers) * 3 * self.image_size**2)
+    def padded(self, lengths: Sequence[int]) -> int:
+        return len(lengths) * max(lengths)
 
 
 class Statements(TaskWorkload):
@@ -382,12 +292,9 @@ class Statements(TaskWorkload):
     def name(self, count: int) -> str:
         return f"judge {counted(count, 'statement')} on two images each of {self.image_size} px"
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
         pixels = inputs[0]
-        return engine.statements(torch.cat((pixels[numbers], pixels[numbers + 1])), *self.texts(numbers), clock)
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        return fused_texts(self.config, self.lengths(numbers), 2 * len(numbers), schedule, passes=2, outputs=2)
+        return engine.statements(torch.cat((pixels[numbers], pixels[numbers + 1])), *self.texts(numbers))
 
 
 class Expressions(TaskWorkload):
@@ -395,17 +302,14 @@ class Expressions(TaskWorkload):
 
     work, unit = "grounding", "expressions"
 
-    def __init__(self, material: Material, image_size: int, texts: int, requests: int, lengths: str) -> None:
-        super().__init__(material, image_size, requests, material.texts(requests * texts, lengths), texts)
+    def __init__(self, material: Material, image_size: int, texts: int, requests: int) -> None:
+        super().__init__(material, image_size, requests, material.texts(requests * texts), texts)
 
     def name(self, count: int) -> str:
         return f"ground {counted(self.items, 'expression')} each in {counted(count, 'image')} of {self.image_size} px"
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
-        return engine.boxes(inputs[0][numbers], *self.texts(numbers), self.image_of(numbers), clock)
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        return fused_texts(self.config, self.lengths(numbers), len(numbers), schedule, outputs=4)
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
+        return engine.boxes(inputs[0][numbers], *self.texts(numbers), self.image_of(numbers))
 
 
 class Captions(TaskWorkload):
@@ -421,8 +325,8 @@ class Captions(TaskWorkload):
     def name(self, count: int) -> str:
         return f"caption {counted(count, 'image')} of {self.image_size} px, {_BEAMS} beams of {_LONGEST} tokens"
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> Tensor:
-        return engine.captions(inputs[0][numbers], self._prompt, _LONGEST, _SHORTEST, _BEAMS, clock)
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> Tensor:
+        return engine.captions(inputs[0][numbers], self._prompt, _LONGEST, _SHORTEST, _BEAMS)
 
     def compare(self, numbers: Sequence[int], ours: Tensor, theirs: Tensor) -> Difference:
         """Log-likelihoods of the captions, a token, officially in fp32: near ties lead a search to others as likely."""
@@ -440,20 +344,6 @@ class Captions(TaskWorkload):
                 loss = twin.captions(pixels, ids[None], real, len(self._prompt), label_smoothing=0.0)
             self._scores[key] = float(loss)
         return self._scores[key]
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> Count:
-        """As if the search ended with its longest caption."""
-        config, images, given = self.config, len(numbers), len(self._prompt)
-        copies = images * _BEAMS
-        # What is copied for every beam from the beginning, and whose logits are all computed.
-        begun, read = (copies, copies * given) if schedule == "official" else (images, images)
-        count = flops.image_encoder(config, images)
-        count += begun * _memory(config, config.num_image_tokens, config.vision_width)
-        count += _decoded(config, [given] * begun, config.num_image_tokens) + flops.lm_head(config, read)
-        for behind in range(given, answer.shape[1] - 1):
-            count += _decoded(config, [1] * copies, config.num_image_tokens) + flops.lm_head(config, copies)
-            count += decoder_layers(config) * Count(attention=4 * copies * behind * config.text_width)
-        return count
 
 
 class _Kind(NamedTuple):
@@ -491,31 +381,16 @@ class Questions(TaskWorkload):
         images = "an image" if count == 1 else f"each of {count} images"
         return f"{counted(self.items, 'question')} to {images} of {self.image_size} px, {words}"
 
-    def run(self, engine: Engine, numbers: Tensor, clock: Clock, *inputs: Tensor) -> AnswerRanking:
+    def run(self, engine: Engine, numbers: Tensor, *inputs: Tensor) -> AnswerRanking:
         texts = self.texts(numbers)
-        return engine.answers(inputs[0][numbers], *texts, self.image_of(numbers), self._list, clock)
+        return engine.answers(inputs[0][numbers], *texts, self.image_of(numbers), self._list)
+
+    def padded(self, lengths: Sequence[int]) -> int:
+        return sum(lengths)
 
     def compare(self, numbers: Sequence[int], ours: AnswerRanking, theirs: AnswerRanking) -> Difference:
         # The official algorithm in another dtype has ranked only the candidates too.
         return compared(ours, theirs, whole_list=self._kind.whole_list and ours.indices.shape != theirs.indices.shape)
-
-    def pad(self, lengths: Sequence[int], schedule: Schedule) -> list[int]:
-        return list(lengths)
-
-    def flops(self, numbers: Sequence[int], schedule: Schedule, answer: Any) -> int | None:
-        """None where it depends on the model's certainty what has to be decoded."""
-        if self._kind.best is not None and schedule != "official":
-            return None
-        return super().flops(numbers, schedule, answer)
-
-    def _flops(self, numbers: Sequence[int], schedule: Schedule, answer: AnswerRanking) -> Count:
-        lengths, trie = self.lengths(numbers), self._list.trie
-        if schedule == "official":
-            return official_answering(self.config, lengths, self._list.k, self._list.ids.shape[1])
-        nodes = [trie.nodes] * len(lengths)
-        if not self._kind.whole_list:
-            nodes = [len(each.unique()) for each in trie.answer_nodes[answer.indices]]
-        return answering(self.config, lengths, nodes, len(numbers))
 
 
 def compared(ours: AnswerRanking, truth: AnswerRanking, *, whole_list: bool = False) -> Difference:
@@ -545,66 +420,6 @@ def compared(ours: AnswerRanking, truth: AnswerRanking, *, whole_list: bool = Fa
     return Difference(relative_error(torch.tensor(mine), torch.tensor(theirs)), note)
 
 
-def fused_texts(
-    config: XFMConfig, lengths: Sequence[int], images: int, schedule: Schedule, *, outputs: int, passes: int = 1
-) -> Count:
-    """Operations of texts that are fused with images in so many passes, up to the outputs of a head on token 0.
-
-    The official procedure pads the texts, and encodes an image for each of them in every pass.
-    """
-    width, texts = config.text_width, len(lengths)
-    count = flops.linear(texts, passes * width, 2 * passes * width) + flops.linear(texts, 2 * passes * width, outputs)
-    if schedule == "official":
-        padded, images = [max(lengths)] * texts, passes * texts
-        count += flops.text_encoder(config, padded) + passes * flops.fusion(config, padded)
-    else:
-        count += flops.text_encoder(config, lengths) + flops.first_self_attention(config, lengths)
-        count += flops.fusion(config, passes * list(lengths), first_token_only=True, self_attended=True)
-    return count + flops.image_encoder(config, images) + flops.image_memory(config, images)
-
-
-def answering(config: XFMConfig, lengths: Sequence[int], nodes: Sequence[int], images: int = 1) -> Count:
-    """Operations that answers to questions of some images need.
-
-    Args:
-        lengths: tokens of each question.
-        nodes: prefixes that are decoded for each.
-    """
-    count = flops.image_encoder(config, images) + flops.image_memory(config, images)
-    count += flops.text_encoder(config, lengths) + flops.fusion(config, lengths)
-    for length, prefixes in zip(lengths, nodes, strict=True):
-        count += _decoded(config, [1] * prefixes, length) + flops.lm_head(config, prefixes)
-        count += _memory(config, length, config.text_width)
-    return count
-
-
-def official_answering(config: XFMConfig, lengths: Sequence[int], k: int, longest: int) -> Count:
-    """The same as the official code does it: k candidates of `longest` tokens, each with a copy of its question."""
-    count = Count()
-    for length in lengths:
-        count += answering(config, [length], [1])
-        count += _decoded(config, [longest] * k, length) + flops.lm_head(config, longest * k)
-        count += k * _memory(config, length, config.text_width)
-    return count
-
-
-def _decoded(config: XFMConfig, lengths: list[int], states: int) -> Count:
-    """Texts through the decoder, whose layers are those of the fusion encoder."""
-    return flops.fusion(config.replace(fusion_layers=decoder_layers(config)), lengths, states)
-
-
-def _memory(config: XFMConfig, states: int, width: int) -> Count:
-    """Keys and values of states in every layer of the decoder."""
-    return decoder_layers(config) * flops.linear(states, width, 2 * config.text_width)
-
-
-def _fused(config: XFMConfig, texts: Sequence[int], pairs: Sequence[int], images: int) -> Count:
-    """Our re-ranking of pairs of these lengths: first self-attention once a text, memory once an image."""
-    count = flops.first_self_attention(config, texts) + flops.matching_head(config, len(pairs))
-    count += flops.fusion(config, pairs, first_token_only=True, self_attended=True)
-    return count + flops.image_memory(config, images)
-
-
 def _near_ties(differing: int) -> str:
     return f"{differing} candidates differ by a near tie" if differing else ""
 
@@ -614,20 +429,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _noun(lengths: str) -> str:
-    return "caption" if lengths == "captions" else "text"
-
-
 TASK_WORK = (*ANSWERING, Statements.work, Expressions.work, Captions.work)
 
 
 def task_workload(
-    work: str, material: Material, image_size: int, texts: int, k: int, requests: int, lengths: str
+    work: str, material: Material, image_size: int, texts: int, k: int, requests: int
 ) -> TaskWorkload:  # fmt: skip
     """The requests of a kind of work that a task has."""
     if work in ANSWERING:
         return Questions(material, work, image_size, texts, k, requests)
     if work == Expressions.work:
-        return Expressions(material, image_size, texts, requests, lengths)
+        return Expressions(material, image_size, texts, requests)
     one_each = {kind.work: kind for kind in (Statements, Captions)}
     return one_each[work](material, image_size, requests)

@@ -63,7 +63,7 @@ def run(run: Run, scenario: str) -> Iterator[Case]:
         batch = scale.batch if mode == "offline" else 1
         run.progress.stage(f"{workload.name(batch)}, {mode}")
         yield case(
-            run, workload, found, batch=batch, mode=mode, block=scale.block, split=mode != "server",
+            run, workload, found, batch=batch, mode=mode, block=scale.block,
             rounds=scale.rounds, budget_s=scale.budget_s, most_rounds=60, warmups=0,
             deadline=time.perf_counter() + 2 * scale.budget_s,
             search=partial(search_rates, workload, scale) if mode == "server" else None,

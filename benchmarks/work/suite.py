@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from .. import machine
 from ..inputs import Material
 from ..measure import Case, Run, benchmark
 from ..record import OFFICIAL, OURS
-from ..tasks import TASKS
+from ..tasks import OFFICIAL_TASKS
 from .model import LazyEngine, Scale, case, engines, note_paths, prepare
 from .requests import TASK_WORK, EmbedImage, EmbedText, Rerank, Retrieval, task_workload
 
@@ -30,11 +29,11 @@ def run(run: Run) -> Iterator[Case]:
         "warmups": 0, "rounds": 2 if quick else 3, "budget_s": 0.2 if tiny else 1.0 if quick else 10.0,
         "deadline": started + (_QUICK_S if quick else _DEADLINE_S),
     }  # fmt: skip
-    tasks = [] if quick else [work for work in TASK_WORK if work in TASKS]
+    tasks = [] if quick else [work for work in TASK_WORK if work in OFFICIAL_TASKS]
     run.progress.begin(7 + len(tasks))
     material = prepare(run, small)
-    of_small = _engines(run, material, "embed-image", small, None)
-    of_large = _engines(run, material, "rerank", large, options.official)
+    of_small = _engines(run, material, "embed-image", small)
+    of_large = _engines(run, material, "rerank", large)
     for make in (
         lambda: EmbedImage(material, small, 2 if quick else 8),
         lambda: EmbedImage(material, large, 1 if quick else 4),
@@ -56,17 +55,17 @@ def run(run: Run) -> Iterator[Case]:
         run.progress.stage(task)
         scale = Scale.of(task, options, run.device)
         texts, batch = (_TASK_ITEMS, 1) if task in ("vqa", "grounding") else (1, _TASK_ITEMS)
-        workload = task_workload(task, material, scale.image_size, texts, scale.k, batch, "captions")
-        yield case(run, workload, _engines(run, material, task, scale.image_size, None), batch=batch, **limits)
+        workload = task_workload(task, material, scale.image_size, texts, scale.k, batch)
+        yield case(run, workload, _engines(run, material, task, scale.image_size), batch=batch, **limits)
     note_paths(run)
     # The other backends do not take part.
     run.document.baselines = []
 
 
-def _engines(run: Run, material: Material, work: str, image_size: int, official: Path | None) -> list[LazyEngine]:
+def _engines(run: Run, material: Material, work: str, image_size: int) -> list[LazyEngine]:
     """xfm-fast in every dtype, the official algorithm in fp32 and, where there is time for it, in bf16 too."""
     quick = run.options.quick or not machine.has_native_bf16()
-    found = engines(run, material, work, image_size, (OURS,), official)
+    found = engines(run, material, work, image_size, (OURS,))
     wide = [engine for engine in found if engine.ours or engine.dtype == "fp32"]
     half = [one for one in found if one.backend.name == OFFICIAL and one.dtype != "fp32" and not one.lacking]
     return wide if quick else wide + half

@@ -29,17 +29,18 @@ from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 from xfm_fast.memory import PeakMemory, resident_bytes
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
+from xfm_fast.tasks.task import TASKS
 from xfm_fast.tokenizer import CaptionTokenizer
 
 from ..backends.official_finetuning import OfficialFineTuningTwin
 from ..inputs import Inputs, Texts, bundled, described, preset_config
 from ..measure import Backend, Case, Difference, Run, benchmark
-from ..record import OFFICIAL, OURS, Extra, Model, Parity
-from ..tasks import PRETRAINING, TASKS, Batch, BenchTask
+from ..record import OFFICIAL, OURS, Extra, Model
+from ..tasks import OFFICIAL_TASKS, PRETRAINING, Batch, BenchTask, bench_task
 from ..timing import one_line
 
 Procedure = str
-"""`OURS` or `OFFICIAL`."""
+"""`OURS`, or the judge: `OFFICIAL`, or `REFERENCE_OPS` for a task without an official procedure."""
 Negatives = tuple[Tensor, Tensor] | None
 Losses = dict[str, Tensor]
 # What a user trains with: parameters in fp32, GEMMs in bf16 where that is asked for.
@@ -52,7 +53,11 @@ _NOISE = 1e-4
 # The bias of keys moves all scores of a query alike, which their softmax takes out again: its gradient is zero but for
 # rounding, and no two orders of summation round alike. It is compared on the scale of the weights' beside it.
 _KEY_BIAS = "key.bias"
-LABELS = {OURS: "xfm-fast", OFFICIAL: "official procedure, eager"}
+REFERENCE_OPS = "torch-eager"
+LABELS = {
+    OURS: "xfm-fast", OFFICIAL: "official procedure, eager",
+    REFERENCE_OPS: "xfm-fast's schedule, plain PyTorch operations",
+}  # fmt: skip
 _MEMORY_STEPS = 2
 
 
@@ -76,6 +81,11 @@ class Step:
     losses: dict[Procedure, Callable[[Negatives], Losses]]
     texts: Texts | None
 
+    @property
+    def judge(self) -> Procedure:
+        """The procedure that ours is compared with."""
+        return next(name for name in self.losses if name != OURS)
+
     def run(
         self, procedure: Procedure, autocast: torch.dtype | None = None, *, given_negatives: bool = False
     ) -> Losses:
@@ -85,7 +95,7 @@ class Step:
         """
         self.model.zero_grad(set_to_none=True)
         device, pairs, negatives = self.model.device, self.batch.get("batch"), None
-        if given_negatives and pairs is not None:
+        if given_negatives and isinstance(pairs, PairBatch):
             own = torch.arange(len(pairs.image), device=device)
             negatives = own.roll(-1), own.roll(1)
         with torch.enable_grad():
@@ -118,15 +128,20 @@ def make_step(task: BenchTask, config: XFMConfig, seed: int, batch: Batch, devic
     model.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, assign=True)
     twin = OfficialFineTuningTwin(model.eval())
     batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
-    pairs: PairBatch | None = batch.get("batch")
+    pairs = batch.get("batch")
 
     def ours(negatives: Negatives) -> Losses:
+        if task.losses_of is not None:
+            return task.losses_of(model, pairs)
         if pairs is not None:
             return pretraining_losses(model, pairs, hard_negatives=negatives, **task.losses)
         found = model(**batch)
         return {"loss": found} if isinstance(found, Tensor) else dict(zip(("bbox_l1", "bbox_giou"), found, strict=True))
 
-    def official(negatives: Negatives) -> Losses:
+    def judge(negatives: Negatives) -> Losses:
+        if task.official is None:
+            with use_backend("reference"):
+                return ours(negatives)
         arguments = batch if pairs is None else {"batch": pairs, "hard_negatives": negatives}
         found = getattr(twin, task.official)(**arguments)
         return {"loss": found} if isinstance(found, Tensor) else found
@@ -134,7 +149,8 @@ def make_step(task: BenchTask, config: XFMConfig, seed: int, batch: Batch, devic
     fields = batch if pairs is None else vars(pairs)
     names = ("question_ids", "question_mask"), ("caption_ids", "caption_mask"), ("input_ids", "attention_mask")
     texts = next((Texts(fields[ids], fields[mask]) for ids, mask in names if ids in fields), None)
-    return Step(model, batch, {OURS: ours, OFFICIAL: official}, texts)
+    judged_by = REFERENCE_OPS if task.official is None else OFFICIAL
+    return Step(model, batch, {OURS: ours, judged_by: judge}, texts)
 
 
 @benchmark("train-step", title="A training step, fast against official", reference=OFFICIAL)
@@ -144,9 +160,8 @@ def run(run: Run) -> Iterator[Case]:
     if options.dtype == ("auto",) and gpu:
         # On a GPU this model is not trained in fp32.
         run.dtypes.remove("fp32")
-    known = {"": PRETRAINING, **TASKS}
-    names = [*TASKS] if options.task == "all" else [options.task or ""]
-    if names[0] not in known:
+    names = [*OFFICIAL_TASKS] if options.task == "all" else [options.task or ""]
+    if names[0] and names[0] not in TASKS:
         raise UnavailableError(f"task {names[0]!r} is unknown; choose from {', '.join(TASKS)}, all")
     variants = (False,) if options.quick else (False, True)
     run.progress.begin(1 + len(names) * (1 + len(variants)) + (names == [""] and not gpu) * len(variants))
@@ -156,30 +171,36 @@ def run(run: Run) -> Iterator[Case]:
     run.document.data = described(collection, tokenizer)
     run.probe()
     for name in names:
-        task, config, memory = known[name], preset, dict[tuple[str, str, bool], Extra]()
+        config, memory = preset, dict[tuple[str, str, bool], Extra]()
+        inputs = Inputs(collection, tokenizer, config, options.seed)
+        task = bench_task(name, inputs, run.scratch) if name else PRETRAINING
         count = options.pairs or task.counts[2 if gpu else options.quick]
         if count < 2:
             raise UnavailableError(f"a step of {count} pair has no hard negatives; use --pairs 2 or more")
         if task.image_size is not None and options.preset != "tiny":
-            config = config.replace(image_size=task.image_size)
-        batch = task.batch(Inputs(collection, tokenizer, config, options.seed), count)
+            config = inputs.sizes = config.replace(image_size=task.image_size)
+        batch = task.batch(inputs, count)
         if task is PRETRAINING and not gpu:
             memory = _memory(run, config, batch["batch"], variants)
         run.progress.stage(f"model, {task.title}")
         step = make_step(task, config, options.seed, batch, run.device)
-        _describe(run, step.model)
+        run.document.reference = step.judge
+        parameters = sum(parameter.numel() for parameter in step.model.parameters())
+        if run.document.model is None or run.document.model.parameters < parameters:
+            run.document.model = Model(
+                preset=options.preset, origin=f"random weights (seed {options.seed})", trained=False,
+                meaningful_recall=False, config=config.model_dump(), parameters=parameters,
+            )  # fmt: skip
         size = f"{count} {task.unit} of {config.image_size} px"
-        if task.image_size is None and step.texts is not None:
+        if name == "text" and step.texts is not None:
             size = f"{count} {task.unit} of {step.texts.span} tokens"
         work, title = f"finetune-{name}", f"fine-tuning step, {task.title}, {size}"
         if task is PRETRAINING:
             work, title = "train-step", f"training step, {size}, {task.title}"
-        yield from _cases(run, step, Case(work, title, [], task.unit, count), variants, memory)
+        yield from _cases(run, step, Case(work, title, [], task.unit, count), memory)
 
 
-def _cases(
-    run: Run, step: Step, named: Case, variants: tuple[bool, ...], memory: dict[tuple[str, str, bool], Extra]
-) -> Iterator[Case]:
+def _cases(run: Run, step: Step, named: Case, memory: dict[tuple[str, str, bool], Extra]) -> Iterator[Case]:
     """A step without and with dropout; both procedures agree without it.
 
     `named` has the work, name, unit and items; `memory` is by procedure, dtype and dropout.
@@ -187,7 +208,7 @@ def _cases(
     quick, gpu = run.options.quick, run.device.type == "cuda"
     # As published, the official procedure runs in fp32; on a GPU in the dtype of ours.
     official = {dtype if gpu else "fp32" for dtype in run.dtypes} | (set() if quick else set(run.dtypes))
-    dtypes: dict[Procedure, list[str]] = {OURS: run.dtypes, OFFICIAL: [name for name in AUTOCAST if name in official]}
+    dtypes = {OURS: run.dtypes, step.judge: [name for name in AUTOCAST if name in official]}
     procedures = [(procedure, dtype) for procedure in dtypes for dtype in dtypes[procedure]]
     budget_s = 0.2 if run.options.preset == "tiny" else 10.0
     rounds, warmups = (10, 3) if gpu else (3, 1)
@@ -207,36 +228,29 @@ def _cases(
             extra |= {"parameter_bytes": parameters, "gradient_bytes": parameters}
         return extra
 
-    parity: dict[tuple[str, str], Parity | None] = {}
-    for dropout in variants:
-        name = named.name + ", with dropout" * dropout
-        run.progress.stage(name)
-        backends = [
+    def backend(procedure: Procedure, dtype: str, dropout: bool) -> Backend:
+        call, check = partial(training, procedure, dtype, dropout), partial(step.outcome, procedure, AUTOCAST[dtype])
+        extra = memory.get((procedure, dtype, dropout), {})
+        return Backend(procedure, dtype, lambda: call, LABELS[procedure], check, extra=extra)
+
+    def backends(dropout: bool) -> list[Backend]:
+        lacking = [
             Backend(OURS, dtype, dict, LABELS[OURS], lacking=("not offered", why)) for dtype, why in run.absent.items()
         ]
-        for procedure, dtype in procedures:
-            known = parity.get((procedure, dtype))
-            call = partial(training, procedure, dtype, dropout)
-            backend = Backend(
-                procedure, dtype, lambda call=call: call, LABELS[procedure],
-                partial(step.outcome, procedure, AUTOCAST[dtype]), parity=known,
-                extra=memory.get((procedure, dtype, dropout), {}),
-            )  # fmt: skip
-            if known is not None and not known.passed:
-                backend.lacking = "parity failed", "its gradients differ without dropout"
-            backends.append(backend)
-        yield replace(
-            named, work=named.work + "-dropout" * dropout, name=name, backends=backends, judge=OFFICIAL,
-            reference=None if dropout else lambda dtype: step.outcome(OFFICIAL, AUTOCAST[dtype]), compare=difference,
-            fp32_band=FP32_GRADIENT_BAND, count=count, grad=True, rounds=2 if quick else rounds, warmups=warmups,
-            budget_s=budget_s / 10 if quick else budget_s,
-        )  # fmt: skip
-        parity = {
-            (row.backend, row.dtype): row.parity
-            and row.parity.model_copy(update={"note": f"{row.parity.note}; compared without dropout"})
-            for row in run.document.rows
-            if row.work == named.work
-        }
+        return lacking + [backend(procedure, dtype, dropout) for procedure, dtype in procedures]
+
+    case = replace(
+        named, backends=backends(dropout=False), judge=step.judge, compare=difference, fp32_band=FP32_GRADIENT_BAND,
+        reference=lambda dtype: step.outcome(step.judge, AUTOCAST[dtype]), count=count, grad=True,
+        rounds=2 if quick else rounds, warmups=warmups, budget_s=budget_s / 10 if quick else budget_s,
+    )  # fmt: skip
+    run.progress.stage(case.name)
+    yield case
+    if not quick:
+        name = f"{named.name}, with dropout"
+        run.progress.stage(name)
+        again = replace(case, backends=backends(dropout=True))
+        yield again.repeated(run.document.rows, "; compared without dropout", work=f"{named.work}-dropout", name=name)
 
 
 def _memory(
@@ -255,16 +269,6 @@ def _memory(
                 if procedure == OURS:
                     memory[procedure, dtype, dropout]["checkpointed_bytes"] = measured(checkpointed=True)["peak_bytes"]
     return memory
-
-
-def _describe(run: Run, model: XFM) -> None:
-    """Note a model with random weights; of several the largest."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if run.document.model is None or run.document.model.parameters < parameters:
-        run.document.model = Model(
-            preset=run.options.preset, origin=f"random weights (seed {run.options.seed})", trained=False,
-            meaningful_recall=False, config=model.config.model_dump(), parameters=parameters,
-        )  # fmt: skip
 
 
 def difference(ours: Outcome, truth: Outcome) -> Difference:

@@ -66,7 +66,6 @@ def run(name: str, options: TryOptions, progress: Progress | None = None, comman
     # What is not recognised is reported before anything is timed; the copy shares the weights, and is thrown away.
     report = accelerate(_shared_copy(opened.model))
     document = _trial(options, progress, command, model=name, opened=opened, batch=batch)
-    del document.options["opened"], document.options["batch"]
     begins = (f"{len(report.replaced)} modules replaced", "unknown: ")
     notes = [*opened.notes, *batch.notes, *(line for line in str(report).splitlines() if line.startswith(begins))]
     return Trial(document, *advice(document, batch.words, notes))

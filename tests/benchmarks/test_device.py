@@ -17,9 +17,7 @@ from xfm_fast.benchmarks.device import (
     STAGES,
     Plan,
     Stage,
-    append_entry,
     main,
-    plain_row,
     read_entries,
     run,
 )
@@ -100,7 +98,14 @@ def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(
     assert has_ended(child)
     assert "Made-up GPU" in capsys.readouterr().out
     table = (made_up / "table.txt").read_text()
-    for part in ("Made-up GPU, PyTorch 9.9", "2 ms", "5 µs", "no_such_package", "no-such-program", "the GPU fell off"):
+    for part in (
+        "Made-up GPU, PyTorch 9.9",
+        "1.5 ms",
+        "5 µs",
+        "no_such_package",
+        "no-such-program",
+        "the GPU fell off",
+    ):
         assert part in table, table
 
 
@@ -125,15 +130,6 @@ def test_a_budget_is_never_exceeded(made_up: Path) -> None:
     assert set(others) <= {"partial", "absent"}
 
 
-def test_a_torn_line_is_closed(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    append_entry(file, "one", row=plain_row("w", "n", "c", seconds=[2.0]))
-    with file.open("a") as opened:
-        opened.write('{"stage": "one", "row')
-    append_entry(file, "two", row=plain_row("w", "n", "c"))
-    assert [entry["stage"] for entry in read_entries(file)] == ["one", "two"]
-
-
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     out, taken = ["--out", str(tmp_path / "out")], ["--out", str(tmp_path / "file")]
@@ -148,19 +144,6 @@ def test_every_stage_has_its_program() -> None:
     # Stages of kernels need PyTorch and Triton alone.
     models = {"encoder", "step", "coco"}
     assert {one.name for one in STAGES if "pydantic" in one.needs} == models
-
-
-def test_counters_are_read(tmp_path: Path) -> None:
-    file = tmp_path / "ncu.csv"
-    file.write_text(
-        "==PROF== Connected\n"
-        '"ID","Kernel Name","gpu__time_duration.sum","sm__cycles_elapsed.max"\n'
-        '"","","us","cycle"\n"0","forward_kernel","38.5","60,123"\n"1","dkdv_kernel","1,095.25","1"\n'
-    )
-    assert device_stages.read_counters(file) == [
-        ("forward_kernel", pytest.approx(38.5e-6)), ("dkdv_kernel", pytest.approx(1.09525e-3)),
-    ]  # fmt: skip
-    assert device_stages.read_counters(tmp_path / "absent.csv") == []
 
 
 def rehearse(out: Path, *arguments: str, path: Path | None = None) -> list[Result]:

@@ -29,12 +29,6 @@ def test_bundled_photographs() -> None:
     assert (lengths.min() >= 10, lengths.max() <= 16) == (True, True)
 
 
-def test_nothing_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"xfm-fast\[bench\]"):
-        bundled()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "sub").mkdir()
@@ -52,10 +46,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("table", ["", "captions.json"])
-def test_a_folder_of_photographs(folder: Path, table: str) -> None:
+def test_a_folder_of_photographs(folder: Path) -> None:
     """Forms of collections are tested in tests/data; here, what is used of them and what is skipped."""
-    collection = from_files(folder / table)
+    collection = from_files(folder)
     assert collection.names == ["a.jpg", "sub/b.png"]
     assert collection.captions == ["a noisy picture", "second caption of a", "another one", "with two captions"]
     assert collection.photo_of == [0, 0, 1, 1]
@@ -63,15 +56,10 @@ def test_a_folder_of_photographs(folder: Path, table: str) -> None:
     assert {skip.what for skip in collection.skipped} >= {"sub/b.png", "broken.jpg", "absent.png"}
 
 
-def test_no_more_photographs_than_the_limit(folder: Path) -> None:
+def test_limits_of_a_folder(folder: Path) -> None:
     collection = from_files(folder, most=1)
-    assert collection.names == ["a.jpg"]
-    assert collection.left_unread == 2
-
-
-def test_nothing_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="absent"):
-        from_files(tmp_path / "absent")
-    (tmp_path / "a.json").write_text('[{"image": "x.png", "caption": "gone"}]')
-    with pytest.raises(DataError, match=r"x\.png"):
-        from_files(tmp_path / "a.json")
+    assert (collection.names, collection.left_unread) == (["a.jpg"], 2)
+    (folder / "gone.json").write_text('[{"image": "x.png", "caption": "gone"}]')
+    for name, named in (("absent", "absent"), ("gone.json", r"x\.png")):
+        with pytest.raises(DataError, match=named):
+            from_files(folder / name)

@@ -7,7 +7,8 @@ import torch
 from torch.library import opcheck
 
 from tests.contracts.toy_op import case, ran, toy_scale
-from xfm_fast.benchmarks.work.kernels import compare
+from xfm_fast.benchmarks.options import KernelOptions
+from xfm_fast.benchmarks.work import kernels
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.ladder import OPS
@@ -47,8 +48,11 @@ def test_its_gradient_fake_and_compilation() -> None:
 
 
 def test_its_benchmark_compares_before_it_times() -> None:
-    found = compare(case())
-    assert {*found} == {"xfm-fast", "eager"}
-    for backend in found.values():
-        assert not backend.missing
-        assert {*backend.runs} == {"forward", "backward"}
+    document = kernels.run(KernelOptions(device="cpu"), cases={"toy_scale": case})
+    assert {(row.backend, row.mode) for row in document.rows} == {
+        (backend, direction) for backend in ("xfm-fast", "eager") for direction in ("forward", "backward")
+    }
+    for row in document.rows:
+        assert row.measured
+        assert row.parity is not None
+        assert row.parity.passed

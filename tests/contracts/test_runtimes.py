@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.benchmarks.backends.engine import NoStages
 from xfm_fast.benchmarks.backends.ours import export_engine
 from xfm_fast.benchmarks.backends.registry import export_backends
 from xfm_fast.errors import UnavailableError
@@ -54,7 +53,7 @@ def registered() -> Iterator[None]:
 def test_a_runtime_from_outside(tmp_path: Path) -> None:
     model = XFM(XFMConfig.preset("tiny", vision_depth=1, text_layers=1, fusion_layers=1)).eval()
     export_onnx(
-        model, tmp_path, consumer="toy", graphs=("vision", "text"),
+        model, tmp_path, consumer="toy", graphs=("vision",),
         examples=generated_examples(model.config, images=2, texts=3, longest=8), compared=False,
     )  # fmt: skip
     manifest = verify(tmp_path, "toy")
@@ -71,7 +70,7 @@ def test_a_runtime_from_outside(tmp_path: Path) -> None:
     (backend, *_) = export_backends(Toy)
     assert (backend.name, backend.why_absent(torch.device("cpu"))) == ("toy", None)
     engine = export_engine(model, "toy", "fp32", "embed-image", tmp_path, torch.device("cpu"))
-    measured = engine.embed_images(pixels, NoStages())
+    measured = engine.embed_images(pixels)
     torch.testing.assert_close(measured, expected, rtol=0, atol=1e-5)
     with pytest.raises(UnavailableError, match="cuda"):
         open_runtime("toy", manifest, "cuda")

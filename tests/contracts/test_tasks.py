@@ -18,6 +18,10 @@ from tests.finetuning.conftest import recipe as recipe
 from tests.finetuning.conftest import world as world
 from tests.finetuning.test_run import process
 from tests.training.small_runs import in_processes
+from xfm_fast.benchmarks import machine
+from xfm_fast.benchmarks.options import StepOptions
+from xfm_fast.benchmarks.record import OURS
+from xfm_fast.benchmarks.work import training
 from xfm_fast.checkpoint import to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError, InputError
@@ -220,3 +224,15 @@ def test_a_task_from_outside(recipe: Make, world: Path, tmp_path: Path) -> None:
     model: Any = predictor.model
     export_onnx(model, tmp_path / "out", graphs=("vision", "text"), companions=explanation(predictor.task))
     assert xfm_fast.load(tmp_path / "out").predict(*request)[0] == pytest.approx(row, abs=1e-4)
+
+
+def test_a_task_from_outside_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own losses on the reference ops are the judge, for it has no official procedure."""
+    monkeypatch.setitem(machine.PROBE_SHAPE, "cpu", (128, 256, 256))
+    monkeypatch.setitem(machine.COPY_BYTES, "cpu", 1 << 16)
+    step = StepOptions(random="tiny", quick=True, device="cpu", dtype=("fp32",), task="likeness", pairs=2)
+    document = training.run(step)
+    expected = [(OURS, "measured"), (training.REFERENCE_OPS, "measured")]
+    assert [(row.backend, row.status) for row in document.rows] == expected
+    assert all(row.parity is not None and row.parity.passed for row in document.rows)
+    assert document.headline(document.rows[0]) is not None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xfm_fast.benchmarks.work.kernels import EAGER, Case
+from xfm_fast.benchmarks.work.kernels import EAGER, OpCase
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.ladder import Op
 from xfm_fast.kernels.library import Gradients, differentiable
@@ -72,8 +72,8 @@ def toy_scale(x: Tensor, scale: Tensor, *, backend: Backend | None = None) -> Te
     return TOY(ToyScale(x, scale), backend)
 
 
-def case() -> Case:
+def case(*_: object) -> OpCase:
     """The operation as a case of the kernels' benchmark."""
     work = Work("toy_scale", "64 × 32", flops=64 * 32, bytes=3 * 4 * 64 * 32)
     inputs = torch.randn(64, 32), torch.randn(32)
-    return Case("toy_scale", inputs, toy_scale, torch.mul, {"forward": work, "backward": None}, {EAGER: torch.mul})
+    return OpCase("toy_scale", inputs, toy_scale, torch.mul, {"forward": work, "backward": None}, {EAGER: torch.mul})

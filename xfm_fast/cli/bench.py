@@ -21,7 +21,7 @@ from xfm_fast.benchmarks.options import (
     SuiteOptions,
     TryOptions,
 )
-from xfm_fast.cli.console import note, stdout, table
+from xfm_fast.cli.console import stdout, table
 from xfm_fast.cli.options import MEASURE, Flat, Json, command_group
 from xfm_fast.errors import InputError
 
@@ -32,20 +32,6 @@ if TYPE_CHECKING:
 app = command_group("bench", group=MEASURE)
 Out = Annotated[Path, Parameter(help="Folder for a JSON file and a self-contained HTML page; or a JSON file.")]
 _RESULTS = Path("bench-results")
-_MEANINGS = {
-    "embed-image": "photographs to embeddings",
-    "embed-text": "captions to embeddings",
-    "rerank": "match scores of an image with candidate captions",
-    "retrieve": "a caption to the best images of an index: embedded, ranked, the first k re-ranked",
-    "vqa": "questions to an image, 128 of 3,129 answers ranked",
-    "vqa-best": "the best of these 128",
-    "vqa-all": "the best of all answers",
-    "vqa-list": "all answers ranked",
-    "nlvr2": "whether a sentence describes two images",
-    "grounding": "boxes of expressions in an image",
-    "captioning": "images to captions by three beams",
-    "coco": "cost of COCO's 5k retrieval evaluation, official and xfm-fast, projected from the times of its parts",
-}
 
 
 @app.default
@@ -104,21 +90,14 @@ def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Out = _RES
 def bench_train_step(*, options: Flat[StepOptions] = StepOptions(), out: Out = _RESULTS / "train-step") -> int:
     """Time forward and backward pass of ITC, ITM, IMLM and MIM, or of a task, against the official procedure.
 
-    The gradients are compared first. The base model takes several minutes on two cores and 9 GB of memory. Pretraining
-    results on a GPU, in a checkout, are also saved to benchmarks/results, to be committed.
+    The gradients are compared first. The base model takes several minutes on two cores and 9 GB of memory.
     """
-    from xfm_fast.benchmarks import record
     from xfm_fast.benchmarks.work import training
     from xfm_fast.kernels.cpu.workspace import keep_freed_memory
 
     # Both procedures use the heap settings of `pretrain` and `finetune`.
     keep_freed_memory()
-    document = _measure(training.run, options)
-    # The file of a GPU's pretraining step holds no task rows.
-    code, folder = _finish(document, out), record.reference_folder() if options.task is None else None
-    if folder is not None and document.device == "cuda" and code == 0:
-        stdout().print(f"to be committed: {record.save_reference(document, folder)}", soft_wrap=True)
-    return code
+    return _finish(_measure(training.run, options), out)
 
 
 @app.command(name="drop-in")
@@ -139,42 +118,29 @@ def bench_kernels(*, options: Flat[KernelOptions] = KernelOptions(), out: Out = 
 
     A backend that is less accurate than its precision allows is not timed.
     """
-    from xfm_fast.benchmarks import record
     from xfm_fast.benchmarks.work import kernels
 
-    def keep(document: Document) -> None:
-        if out.suffix == ".json":
-            record.save_as(document, out)
-
-    return _finish(_measure(kernels.run, options, keep=keep), out)
+    return _finish(_measure(kernels.run, options), out)
 
 
-def try_model(
-    model: str, /, *, options: Flat[TryOptions] = TryOptions(), png: Path | None = None, as_json: Json = False
-) -> int:
+def try_model(model: str, /, *, options: Flat[TryOptions] = TryOptions(), as_json: Json = False) -> int:
     """Measure the speed-up of accelerate(model) for your model: verified, timed in interleaved rounds, with the code.
 
-    Weights are read from safetensors or as plain values, never executed; only --png writes a file. An X-FM is measured
-    by xfm-fast bench --model.
+    Weights are read from safetensors or as plain values, never executed. An X-FM is measured by xfm-fast bench --model.
 
     Exit code 1: an accelerated form differs from the model, and is not timed.
 
     Args:
         model: A folder written by save_pretrained, a name on the Hugging Face Hub, or timm:NAME.
-        png: File that receives a picture of 1200 by 630 to share.
     """
-    from xfm_fast.benchmarks import report
+    from xfm_fast.benchmarks import record, report
     from xfm_fast.benchmarks.work import trial
 
-    _refuse_folder("--png", png)
     with progress() as display:
         found = trial.run(model, options, display, ["xfm-fast", *sys.argv[1:]])
     document = found.document
-    if png is not None:
-        report.png(document, png)
-        note(f"saved: {png}")
     if as_json:
-        print(json.dumps({"line": found.line, "notes": found.notes, "document": document.model_dump(mode="json")}))
+        print(json.dumps({"line": found.line, "notes": found.notes, "document": record.plain(document)}))
     else:
         report.terminal(document, stdout())
         for sentence in found.notes:
@@ -191,10 +157,12 @@ def bench_list() -> None:
 
     from xfm_fast.benchmarks.backends.registry import BACKENDS
     from xfm_fast.benchmarks.machine import choose_device
+    from xfm_fast.benchmarks.work.model import SCENARIOS
     from xfm_fast.benchmarks.work.scenario import ELSEWHERE
 
+    coco = "cost of COCO's 5k retrieval evaluation, official and xfm-fast, projected from the times of its parts"
     scenarios = table("scenarios", "name", "measures")
-    for name, meaning in (_MEANINGS | ELSEWHERE).items():
+    for name, meaning in (SCENARIOS | {"coco": coco} | ELSEWHERE).items():
         scenarios.add_row(name, meaning)
     baselines = table("baselines", "name", "what", "scenarios", "types", "version", "")
     for shown in (scenarios, baselines):
@@ -211,34 +179,25 @@ def bench_list() -> None:
 
 
 @app.command(name="report")
-def bench_report(
-    results: Path, /, *, markdown: bool = False, html: Path | None = None, png: Path | None = None
-) -> None:  # fmt: skip
-    """Show saved results: a table here, Markdown, a page, or a picture.
+def bench_report(results: Path, /, *, out: Path | None = None) -> None:
+    """Show saved results: tables here, or a file in the form that its name ends with.
 
     Args:
         results: JSON file written by xfm-fast bench.
-        markdown: Print Markdown, for a README or an issue.
-        html: File that receives a self-contained page with charts.
-        png: File that receives a picture of 1200 by 630 to share.
+        out: A self-contained page with charts (.html), or tables for a README or an issue (.md).
     """
     from xfm_fast.benchmarks import record, report
     from xfm_fast.io import write_bytes
 
     document = record.load(results)
-    _refuse_folder("--html", html)
-    _refuse_folder("--png", png)
-    if png is not None:
-        report.png(document, png)
-        print(f"saved: {png}")
-    if html is not None:
-        picture = png.name if png is not None and png.parent.resolve() == html.parent.resolve() else None
-        write_bytes({html: report.html(document, image=picture).encode()})
-        print(f"saved: {html}")
-    if markdown:
-        print(report.markdown(document), end="")
-    elif html is None and png is None:
+    if out is None:
         report.terminal(document, stdout(160))
+        return
+    forms = {".html": report.html, ".md": report.markdown}
+    if out.suffix not in forms or out.is_dir():
+        raise InputError(f"--out {out} is no file of a known form; end its name with .html or .md")
+    write_bytes({out: forms[out.suffix](document).encode()})
+    print(f"saved: {out}")
 
 
 @app.command(name="compare")
@@ -314,8 +273,3 @@ def _finish(document: Document, out: Path) -> int:
 
 def _exit_code(document: Document) -> int:
     return 130 if document.interrupted else int(not document.ok)
-
-
-def _refuse_folder(option: str, path: Path | None) -> None:
-    if path is not None and path.is_dir():
-        raise InputError(f"{option} {path} is a folder; name a file")

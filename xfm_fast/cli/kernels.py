@@ -87,6 +87,7 @@ def info(*, as_json: Json = False) -> None:
 
     from xfm_fast.benchmarks import machine
     from xfm_fast.benchmarks.machine import choose_paths
+    from xfm_fast.benchmarks.report.tables import plain
     from xfm_fast.kernels.backend import hopper_fault
     from xfm_fast.kernels.cpu import int8, llvm
     from xfm_fast.kernels.cpu.races import PATHS, SIZES
@@ -96,26 +97,12 @@ def info(*, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"machine": facts, "packages": packages, "paths": paths}, indent=1))
         return
-    console, there = stdout(120), machine.cpu_features()
-    features = (f"{name} {'[green]yes[/]' if has else '[dim]no[/]'}" for name, has in there.items())
-    hardware = table("machine", "", "")
-    hardware.add_row("processor", f"{escape(facts['cpu'])} ({facts['architecture']})")
-    hardware.add_row("features", ", ".join(features))
-    cores = f"{facts['cores_physical']} physical, {facts['cores_logical']} logical"
-    hardware.add_row("cores", f"{cores}; PyTorch takes {facts['threads']}")
-    hardware.add_row("threads wait", facts["threads_wait"])
-    hardware.add_row("memory", f"{facts['memory_gb']} GB, {facts['memory_available_gb']} GB available")
-    gpus = [f"{g['name']}, {g['memory_gb']} GB, compute capability {g['compute_capability']}" for g in facts["gpus"]]
-    hardware.add_row("GPU", escape("; ".join(gpus)) or "[dim]none that PyTorch can use[/]")
-    hardware.add_row(
-        "PyTorch",
-        f"{facts['torch']}, MKL {'yes' if facts['mkl'] else 'no'}, oneDNN {'yes' if facts['onednn'] else 'no'}, "
-        f"CPU capability {facts['torch_cpu_capability']}, Python {facts['python']}",
-    )
-    if facts["versions"]["ptxas"]:
-        wrong = hopper_fault(facts["versions"]["triton"] or "", facts["versions"]["ptxas"])
-        remark = f"; not for attention on Hopper: {wrong}" if wrong else ""
-        hardware.add_row("Triton", escape(f"{facts['versions']['triton']}, ptxas {facts['versions']['ptxas']}{remark}"))
+    console, hardware, versions = stdout(120), table("machine", "", ""), facts["versions"]
+    for name, value in facts.items():
+        if name != "cpu_flags" and plain(value):
+            hardware.add_row(name.replace("_", " "), escape(plain(value)))
+    if versions["ptxas"] and (fault := hopper_fault(versions["triton"] or "", versions["ptxas"])):
+        hardware.add_row("ptxas", escape(f"not for attention on Hopper: {fault}"))
     console.print(hardware)
     optional = table("optional packages", "package", "version", "")
     for package in packages:

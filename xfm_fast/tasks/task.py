@@ -226,6 +226,10 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
             raise InputError(f"a request is answered by one result and this one needs {len(records)}; give a line each")
         return records[0]
 
+    def example(self, image: Path, caption: str) -> RecordT:
+        """Record of a captioned photograph, for a benchmark of the training step; by default that of a request."""
+        return self.requests([image], [caption])[0]
+
     def pixels(self, image: str | Path) -> Tensor:
         """Whole image `[3, R, R]` as in evaluation."""
         place = self.images / image

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xfm_fast.benchmarks.backends.engine import NoStages, Pairs, SearchIndex
+from xfm_fast.benchmarks.backends.engine import Pairs, SearchIndex
 from xfm_fast.benchmarks.backends.official_code import OfficialCodeEngine
 from xfm_fast.benchmarks.backends.official_finetuning import OfficialEngine
 from xfm_fast.benchmarks.inputs import Subjects
@@ -65,35 +65,35 @@ def engine(model: XFM, tmp_path_factory: pytest.TempPathFactory) -> OfficialCode
 
 
 def test_answers_are_those_of_the_clone(engine: OfficialCodeEngine, model: XFM) -> None:
-    twin, quiet = OfficialEngine(model), NoStages()
+    twin = OfficialEngine(model)
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(2, 3, 32, 32, generator=generator)
     ids = torch.randint(3, 500, (3, 6), generator=generator)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 3 + [0] * 3])
     ids = ids.where(mask.bool(), torch.tensor(1))
     with torch.inference_mode():
-        images = twin.embed_images(pixels, quiet)
-        texts = twin.embed_texts(ids, mask, quiet)
-        assert torch.equal(engine.embed_images(pixels, quiet), images)
-        assert torch.equal(engine.embed_texts(ids, mask, quiet), texts)
+        images = twin.embed_images(pixels)
+        texts = twin.embed_texts(ids, mask)
+        assert torch.equal(engine.embed_images(pixels), images)
+        assert torch.equal(engine.embed_texts(ids, mask), texts)
         pairs = Pairs(images, texts, mask, torch.tensor([0, 0, 1]))
-        torch.testing.assert_close(engine.rerank(pairs, quiet), twin.rerank(pairs, quiet), rtol=0, atol=1e-5)
+        torch.testing.assert_close(engine.rerank(pairs), twin.rerank(pairs), rtol=0, atol=1e-5)
         index = SearchIndex(images, model.project_image(images))
-        ours, theirs = (part.search(ids, mask, index, 2, quiet) for part in (engine, twin))
+        ours, theirs = (part.search(ids, mask, index, 2) for part in (engine, twin))
         assert torch.equal(ours.indices, theirs.indices)
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-5)
 
 
-def test_an_error_inside_reaches_the_caller(engine: OfficialCodeEngine, model: XFM) -> None:
+def test_errors_of_the_clone_reach_the_caller(engine: OfficialCodeEngine, model: XFM) -> None:
     images = torch.zeros(1, model.config.num_image_tokens, model.config.vision_width)
     texts = torch.zeros(51, 4, model.config.text_width)
     pairs = Pairs(images, texts, torch.ones(51, 4, dtype=torch.long), torch.zeros(51, dtype=torch.long))
-    with pytest.raises(UnavailableError, match="too many pairs"):
-        engine.rerank(pairs, NoStages())
-    with pytest.raises(UnavailableError, match="ended"):
-        engine.rerank(pairs, NoStages())
+    for words in ("too many pairs", "ended"):
+        with pytest.raises(UnavailableError, match=words):
+            engine.rerank(pairs)
 
 
+@pytest.mark.slow
 def test_a_clone_that_does_not_import(model: XFM, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "__init__.py").write_text("")

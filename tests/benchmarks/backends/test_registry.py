@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.kernels.accuracy import assert_accurate, draws
-from xfm_fast import flops
-from xfm_fast.benchmarks.backends.engine import Clock, NoStages, Stages
 from xfm_fast.benchmarks.backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup, choose
 from xfm_fast.benchmarks.inputs import Material, Subjects, bundled, make_tokenizer
+from xfm_fast.benchmarks.measure import MODEL_ROUNDING
 from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE, OURS
 from xfm_fast.benchmarks.tasks import BUILDERS
-from xfm_fast.benchmarks.timing import DTYPES, FP32_BAND
-from xfm_fast.benchmarks.work.model import operation_shares
-from xfm_fast.benchmarks.work.requests import EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload, padded
-from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.benchmarks.timing import DTYPES, FP32_BAND, parity_band
+from xfm_fast.benchmarks.work.requests import EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload
+from xfm_fast.errors import UnavailableError
 from xfm_fast.loading import Source
-from xfm_fast.tasks.reranking import UNSCORED
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -63,9 +57,9 @@ def _answer_of(
     engine, _ = backend.load(Setup(material.subjects, workload.work, SIZE, dtype, CPU, scratch))
     answer = workload.prepare(engine, DTYPES[dtype])
 
-    def run(numbers: list[int], clock: Clock | None = None) -> Any:
+    def run(numbers: list[int]) -> Any:
         with torch.inference_mode():
-            return answer(numbers, clock or NoStages())
+            return answer(numbers)
 
     return run
 
@@ -83,33 +77,16 @@ def test_results_are_the_official_ones(
         if name.startswith(("openvino", "aoti")) and dtype == "bf16":
             continue  # only on processors that have it
         answer = _answer_of(backend, workload, material, tmp_path, dtype)
-        for numbers in ([1], [2, 0]):
-            expected, found = expected_of(numbers), answer(numbers)
-            if dtype == "fp32":
-                compared = workload.compare(numbers, found, expected)
-                assert compared.error <= (backend.band or FP32_BAND)
-                assert compared.note == ""
-                continue
-            official = _answer_of(NAMES[OFFICIAL], workload, material, tmp_path, dtype)
-            plain = draws(lambda official=official, numbers=numbers: official(numbers))
-            truth, ours, *others = (_values(workload, numbers, a) for a in (expected, found, *plain))
-            # Near ties may make candidates differ.
-            common = (torch.stack([truth, ours, *others]) != torch.inf).all(0)
-            assert common.any()
-            ours, *others = (values[common].to(DTYPES[dtype]) for values in (ours, *others))
-            assert_accurate(ours, others, truth[common], f"{work} in {dtype}")
-
-
-def _values(workload: Workload, numbers: list[int], answer: Any) -> Tensor:
-    """The numbers of an answer in an order that all answers to these requests share, infinity where it has no score."""
-    if isinstance(workload, EmbedText):
-        return answer[workload._given.mask[torch.tensor(numbers)].bool()].double()
-    if isinstance(workload, Retrieve):
-        scores = torch.full((len(answer.scores), workload._index), torch.inf, dtype=torch.float64)
-        return scores.scatter(1, answer.indices, answer.scores.double())
-    if isinstance(workload, Retrieval):
-        return torch.cat([matrix.double().masked_fill(matrix == UNSCORED, torch.inf).flatten() for matrix in answer])
-    return answer.double()
+        official = _answer_of(NAMES[OFFICIAL], workload, material, tmp_path, dtype)
+        for numbers in ([0],) if work == "retrieval" else ([1], [2, 0]):
+            expected, band = expected_of(numbers), FP32_BAND
+            if dtype == "bf16":
+                own = workload.compare(numbers, official(numbers), expected).error
+                band = parity_band(torch.bfloat16, max(own, MODEL_ROUNDING * torch.finfo(torch.bfloat16).eps))
+            compared = workload.compare(numbers, answer(numbers), expected)
+            assert compared.error <= (backend.band or band)
+            # Near ties may make candidates differ in bf16.
+            assert compared.note == "" or dtype == "bf16"
 
 
 @pytest.mark.parametrize("work", MODEL_WORK)
@@ -124,91 +101,22 @@ def test_a_difference_is_seen(work: str, material: Material, workloads: dict[str
         assert workload.compare([0], one, other).error > 1e-3
 
 
-def test_stages_share_a_run_and_are_not_counted_twice(
-    material: Material, workloads: dict[str, Workload], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Stages(CPU)
-    _answer_of(NAMES[OURS], workloads["retrieve"], material, tmp_path)([0], clock)
-    assert list(clock.seconds) == [
-        "text encoder", "first self-attention", "image memory", "fusion and matching head", "candidates"
-    ]  # fmt: skip
-    nested, readings = Stages(CPU), iter([0.0, 1.0, 11.0, 12.0, 22.0, 23.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(readings))
-    with nested("outer"):
-        for _ in range(2):
-            with nested("inner"):
-                pass
-    monkeypatch.undo()
-    assert nested.seconds == {"outer": 3.0, "inner": 20.0}
-
-
-@pytest.mark.parametrize("name", [OURS, OFFICIAL])
-def test_an_encoder_is_split_into_its_parts(
-    name: str, material: Material, workloads: dict[str, Workload], tmp_path: Path
-) -> None:
-    clock, answer = Stages(CPU), _answer_of(NAMES[name], workloads["embed-image"], material, tmp_path)
-    torch.testing.assert_close(answer([0, 1], clock), answer([0, 1]))
-    stages = {**clock.seconds}
-    assert len(stages) == 4
-    assert {"patch embedding", "final norm and pooling"} <= stages.keys()
-    # Nothing stays wrapped.
-    answer([0, 1])
-    assert clock.seconds == stages
-
-
-def test_operations_of_all_threads_count(material: Material, workloads: dict[str, Workload], tmp_path: Path) -> None:
-    answer = _answer_of(NAMES[OFFICIAL], workloads["embed-text"], material, tmp_path)
-    found = operation_shares(lambda: answer([0]), CPU)
-    assert {"matrix products", "norms", "attention"} <= set(found)
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    square = torch.ones(256, 256)
-    with ThreadPoolExecutor(1) as pool:
-        found = operation_shares(lambda: pool.submit(torch.mm, square, square).result(), CPU)
-    assert next(iter(found)) == "matrix products"
-
-
-def test_flops_are_those_of_the_schedule(material: Material, workloads: dict[str, Workload], tmp_path: Path) -> None:
-    config, text = material.config(SIZE), EmbedText(material, 3, "uniform-16")
-    lengths = text.lengths([0, 1, 2])
-    assert len(set(lengths)) > 1
-    assert text.flops([0, 1, 2], "ours", None) == flops.text_encoder(config, lengths).total
-    assert text.flops([0, 1, 2], "padded", None) == flops.text_encoder(config, [max(lengths)] * 3).total
-    assert text.flops([0, 1, 2], "official", None) == flops.text_encoder(config, [40] * 3).total
-    assert text.flops([0], "own", None) is None
-    assert text.tokens([0, 1, 2], "padded") == (sum(lengths), 3 * max(lengths))
-    assert text.tokens([0, 1, 2], "own") is None
-    assert len(text.distinct()) == len(set(lengths))
-    assert padded([3, 5], "ours", 40) == [3, 5]
-    pairs, search = workloads["rerank"], workloads["retrieve"]
-    assert pairs.flops([0, 1], "official", None) == flops.official_fusion(config, 14, 40).total
-    answer = _answer_of(NAMES[OURS], search, material, tmp_path)([0])
-    whole, kept = (search.flops([0], schedule, answer) for schedule in ("ours", "kept memories"))
-    assert whole is not None
-    assert kept is not None
-    assert whole - kept == flops.image_memory(config, 3).total
-
-
-def test_a_whole_retrieval_scores_a_pair_once(
+def test_a_whole_retrieval_has_the_official_recall(
     material: Material, workloads: dict[str, Workload], tmp_path: Path
 ) -> None:
     work = workloads["retrieval"]
     ours, official = (_answer_of(NAMES[name], work, material, tmp_path)([0]) for name in (OURS, OFFICIAL))
     assert [tuple(matrix.shape) for matrix in ours] == [(4, 8), (8, 4)]
-    needed, spent = (work.flops([0], schedule, ours) for schedule in ("ours", "official"))
-    assert needed == work.flops([0], "ours", official) < (spent or 0)
     assert work.recall(ours) == work.recall(official)
 
 
-def test_synthetic_lengths(material: Material) -> None:
-    assert set(material.texts(9, "fixed-16").lengths) == {16}
-    uniform = material.texts(14, "uniform-16").lengths
-    assert (min(uniform), max(uniform), sum(uniform) / 14) == (4, 28, 16)
-    assert sorted(set(material.texts(4, "bimodal-16").lengths)) == [4, 28]
-    mixed = material.texts(32, "mixed-12").lengths
-    assert (min(mixed), max(mixed), round(sum(mixed) / 32)) == (3, 40, 12)
-    for wrong in ("zipf-3", "fixed", "fixed-65", "mixed-3", "mixed-41"):
-        with pytest.raises(InputError, match=wrong):
-            material.texts(2, wrong)
+def test_tokens_of_both_procedures(material: Material, workloads: dict[str, Workload]) -> None:
+    text = workloads["embed-text"]
+    lengths = text.lengths([0, 1, 2])
+    assert text.tokens([0, 1, 2], "ours") == (sum(lengths), sum(lengths))
+    assert text.tokens([0, 1, 2], "official") == (sum(lengths), 3 * 40)
+    assert text.tokens([0], None) is None
+    assert len(text.distinct()) == len({*text.lengths(range(5))})
 
 
 def test_who_takes_part(tmp_path: Path) -> None:

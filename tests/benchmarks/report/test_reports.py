@@ -14,18 +14,15 @@ from rich.console import Console
 
 from tests.cli.runner import invoke
 from xfm_fast.benchmarks import record, report
-from xfm_fast.benchmarks.record import Comparison, Document, Skip, is_ours
+from xfm_fast.benchmarks.record import Comparison, Document, Skip
 from xfm_fast.benchmarks.report import page
 from xfm_fast.benchmarks.report.tables import Column, build, number, pivot, seconds, si, tables, times
-from xfm_fast.errors import StorageError, UnavailableError
+from xfm_fast.errors import StorageError
 
 VOID = {"meta", "br", "rect", "line"}
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 STORED = sorted(RESULTS.glob("*-2threads.json"))
-KINDS = (
-    "cpu-avx512", "embed-image-cpu-amx", "train-step-cpu-avx512", "drop-in-cpu-amx", "kernels-cpu-avx512",
-    "serve-cpu-avx512",
-)  # fmt: skip
+KINDS = ("cpu-avx512", "embed-image-cpu-amx", "drop-in-cpu-amx", "kernels-cpu-avx512")
 
 
 def _load(name: str) -> Document:
@@ -64,16 +61,15 @@ class _Tags(HTMLParser):
 
 def test_pages_are_well_formed_and_self_contained(document: Document) -> None:
     document.machine = document.machine | {"cpu": "<b>alert</b> & co"}
-    text = report.html(document, image='x" onload="y')
+    text = report.html(document)
     tags = _Tags()
     tags.feed(text)
     assert tags.open == []
-    for word in ("url(", "@import", "<script", "src=", 'onload="y', "<b>alert"):
+    for word in ("url(", "@import", "<script", "src=", "<b>alert"):
         assert word not in text
     assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL))
     for word in ("&amp; co", document.machine["commit"], "<h2>Speed</h2>", "<h2>All rows</h2>"):
         assert word in text
-    assert "og:image" not in report.html(document)
 
 
 def test_bars_are_sorted_and_of_one_dtype() -> None:
@@ -89,8 +85,6 @@ def test_bars_are_sorted_and_of_one_dtype() -> None:
                 assert dtypes <= {chart.about.split(";")[0], "fp32"}
             for bar in chart.bars:
                 assert bar.low is None or bar.high is None or bar.low <= bar.value <= bar.high
-    peaks = page.memory(_load("train-step-cpu-avx512"))
-    assert peaks[0].bars[0].factor == "100%"
 
 
 def test_a_speed_up_names_both_dtypes_and_is_no_lucky_or_contended_one() -> None:
@@ -142,8 +136,8 @@ def test_the_terminal_shows_where_the_time_and_memory_go() -> None:
     assert "grown GB" in " ".join(_shown(_load("train-step-cpu-avx512"), 400).split())
 
 
-@pytest.mark.parametrize("width", [80, 160])
-def test_the_terminals_tables_fit_with_whole_words(document: Document, width: int) -> None:
+def test_the_terminals_tables_fit_with_whole_words(document: Document) -> None:
+    width = 100
     texts = [cell for table in tables(document) for line in table.lines for cell in line]
     texts += [text for table in tables(document) for text in (table.title, *(c.head for c in table.columns))]
     known = {word for text in texts for word in text.split()}
@@ -164,40 +158,18 @@ def test_markdown_is_a_table_without_details(document: Document) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
-def test_markdown_has_the_comparison_of_each_backend() -> None:
-    document = _load("embed-image-cpu-amx")
-    row = next(row for row in document.rows if row.ours and row.dtype == "fp32" and row.mode == "offline")
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.markdown(document).splitlines()]
-    heads, lines = table[0], table[2:]
-    for other in (other for other in row.against if not is_ours(other.backend)):
-        label = next(one.label for one in document.rows if one.backend == other.backend)
-        line = next(line for line in lines if line[:3] == [f"{row.name}, images/s", label, other.dtype])
-        assert line[heads.index("xfm-fast fp32 is")] == times(other.ratio)
-    assert "p99 ms" in heads
-
-
 def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
     document = _load("embed-image-cpu-amx")
     saved = record.save(document, tmp_path / "out", report.html(document))
     assert record.load(saved) == document
-    text, card = tmp_path / "page.html", tmp_path / "card.png"
-    assert invoke(["bench", "report", saved, "--markdown"]).output == report.markdown(document)
-    done = invoke(["bench", "report", saved, "--html", text, "--png", card])
-    assert done.exit_code == 0, done.output
-    assert 'og:image" content="card.png"' in text.read_text(encoding="utf-8")
-    with Image.open(card) as image:
-        assert image.size == (1200, 630)
-        colours = image.convert("RGB").getcolors(1 << 20)
-    assert colours is not None
-    # xfm-fast is dark and others are grey.
-    assert {(11, 93, 82), (138, 146, 155)} <= {colour for _, colour in colours}
-    for option in ("--html", "--png"):
-        assert invoke(["bench", "report", saved, option, tmp_path]).exit_code == 2
-    with pytest.raises(UnavailableError):
-        report.png(document.model_copy(update={"rows": []}), card)
+    page, tables = tmp_path / "page.html", tmp_path / "tables.md"
+    for out in (page, tables):
+        done = invoke(["bench", "report", saved, "--out", out])
+        assert done.exit_code == 0, done.output
+    assert page.read_text(encoding="utf-8") == report.html(document)
+    assert tables.read_text(encoding="utf-8") == report.markdown(document)
+    for out in (tmp_path, tmp_path / "page.pdf"):
+        assert invoke(["bench", "report", saved, "--out", out]).exit_code == 2
 
 
 def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,14 +189,6 @@ def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: p
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(StorageError):
         record.save(document, saved / "out", "page")
-
-
-def test_results_of_a_gpu_are_kept_under_its_name(tmp_path: Path) -> None:
-    document = _load("train-step-cpu-avx512")
-    document.machine = document.machine | {"gpus": [{"name": "NVIDIA H100 80GB HBM3"}]}
-    path = record.save_reference(document, tmp_path)
-    assert path.name == "train-step-nvidia-h100-80gb-hbm3.json"
-    assert record.load(path) == document
 
 
 def test_the_stored_results_can_all_be_shown() -> None:

@@ -73,9 +73,7 @@ def test_every_row_has_its_status() -> None:
     assert against is not None
     assert (untouched.backend, untouched.status, against.dtype) == ("untouched", "measured", "fp32")
     assert against.ratio == pytest.approx((untouched.median_s or 0) / (good.median_s or 1))
-    report = good.extra["replaced"]
-    assert isinstance(report, list)
-    assert "replaced" in report[-1]
+    assert good.extra["replaced"]
     in_int8 = {row.work: row for row in document.rows if row.ours and row.dtype == "int8"}
     # A training step in int8 would be one in floats by another name.
     assert "step" not in in_int8

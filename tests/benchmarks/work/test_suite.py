@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.inputs import preset_config
@@ -14,7 +13,7 @@ from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import SuiteOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document
 from xfm_fast.benchmarks.work import suite
-from xfm_fast.errors import CheckpointError, UnavailableError
+from xfm_fast.errors import UnavailableError
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("skimage")
@@ -42,7 +41,7 @@ def test_every_row_is_measured(document: Document, tmp_path: Path) -> None:
         assert row.parity is not None
         assert row.parity.passed
         assert row.rate == pytest.approx(row.items / (row.median_s or 0))
-        for name in ("mfu", "peak_bytes", "needed_flops", "bytes", "roof"):
+        for name in ("mfu", "peak_bytes", "needed_flops"):
             assert row.number(name), name
         assert bool(row.parts("recall")) == (row.work == "retrieval")
         if row.ours:
@@ -80,6 +79,3 @@ def test_checkpoints(tmp_path: Path) -> None:
     XFM(preset_config("tiny"), heads=("matching",)).save_pretrained(tmp_path / "headless")
     with pytest.raises(UnavailableError, match="contrastive"):
         _run(random=None, model=str(tmp_path / "headless"))
-    torch.save({"a": torch.ones(1)}, tmp_path / "foreign.pth")
-    with pytest.raises(CheckpointError):
-        _run(random=None, config="tiny", model=str(tmp_path / "foreign.pth"))
