@@ -32,7 +32,7 @@ IMAGES, TEXTS, CANDIDATES = 5000, 25010, 256
 
 
 class Sizes(NamedTuple):
-    """The size of a collection: `lengths` are those of a sample of its texts."""
+    """The size of a collection: `lengths` are of a sample of its texts."""
 
     images: int
     texts: int
@@ -157,7 +157,7 @@ def run(run: Run) -> Iterator[Case]:
 
 
 def _parts(material: Material, scale: Scale, passes: Passes, sizes: Sizes, dtype: str | None) -> dict[str, Part]:
-    """The parts of our procedure in a dtype; without one those of the official procedure."""
+    """The parts of our procedure in a dtype; without one, of the official procedure."""
     kind = torch.float32 if dtype is None else DTYPES[dtype]
     model: Any = material.subjects.model(scale.image_size, kind)
     scorer = ModelScorer(model)

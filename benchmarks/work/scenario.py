@@ -1,7 +1,7 @@
 """Scenarios under MLPerf's names: single stream (latency), offline (throughput), server (requests a second in time).
 
-Source of the names and of what each measures: MLPerf Inference (arXiv 1911.02549). In the server scenario nothing is
-simulated. Arrival times are drawn in advance (a Poisson process, seeded); then the backend answers by the wall clock.
+Source of the names and of what each measures: MLPerf Inference (arXiv 1911.02549). The server scenario simulates
+no time. Arrival times are drawn in advance (a Poisson process, seeded); then the backend answers by the wall clock.
 Whenever it is free it takes all requests that have arrived, up to its largest batch. The latency of a request runs from
 its arrival until the batch that it was in is answered. The rate that a backend can bear is searched.
 """

@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_random_weights_are_said_loudly(folder: Path, tmp_path: Path) -> None:
+def test_random_weights_are_noted(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"none")
     done = invoke(["index", folder])
     assert done.exit_code == 0
@@ -39,20 +39,14 @@ def test_a_model_and_an_index_of_ones_own(folder: Path, tmp_path: Path, monkeypa
     assert (done.exit_code, done.stderr) == (0, "")
     assert json.loads(done.stdout)["images"] == 4
     monkeypatch.chdir(folder)
-    named = ["--index", tmp_path / "found", "--model", tmp_path / "weights"]
-    done = invoke(["search", folder, "a red circle", "--json", *named])
-    # Random weights match everything alike.
-    assert done.exit_code == 0
+    named = ["--json", "--index", tmp_path / "found", "--model", tmp_path / "weights"]
+    done = invoke(["search", folder, "a red circle", *named])
+    # An untrained head gives all images about the same score.
     assert "--rank similarity" in done.stderr
     found = json.loads(done.stdout)
     assert not found["random"]
-    assert len(found["hits"]) == 4
-    assert all(0 <= hit["match"] <= 1 for hit in found["hits"])
-    done = invoke(["search", folder, "a red circle", "--json", *named, "--rank", "similarity"])
-    assert (done.exit_code, done.stderr) == (0, "")
-    assert {hit["match"] for hit in json.loads(done.stdout)["hits"]} == {None}
-    done = invoke(["search", folder, "2.png", "--json", *named])
-    best = json.loads(done.stdout)["hits"][0]
+    assert [0 <= hit["match"] <= 1 for hit in found["hits"]] == [True] * 4
+    best = json.loads(invoke(["search", folder, "2.png", *named]).stdout)["hits"][0]
     assert (Path(best["path"]), best["match"]) == (folder / "2.png", None)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.search.conftest import write_model, write_picture
 from xfm_fast.checkpoint.files import TASK_FILE
-from xfm_fast.errors import CheckpointError, DataError, InputError, UnavailableError
+from xfm_fast.errors import DataError, InputError, UnavailableError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.search import (
     SearchIndex,
@@ -61,12 +61,10 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
     np.testing.assert_allclose([hit.similarity for hit in found.hits], similar, atol=1e-5)
     # The nearest four by features come first, by their match; the others follow by features.
     assert {*paths[:4]} == {paths[place] for place in similar.argsort(descending=True)[:4]}
-    assert all(hit.match is not None for hit in found.hits[:4])
-    matches = [hit.score for hit in found.hits[:4]]
-    np.testing.assert_allclose(matches, [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5)
-    assert matches == sorted(matches, reverse=True)
-    assert [hit.match for hit in found.hits[4:]] == [None] * 3
-    assert [hit.similarity for hit in found.hits[4:]] == sorted((h.similarity for h in found.hits[4:]), reverse=True)
+    matches = [hit.match for hit in found.hits]
+    np.testing.assert_allclose(matches[:4], [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5)
+    assert matches[:4] == sorted(matches[:4], reverse=True)
+    assert matches[4:] == [None] * 3
     assert [hit.location for hit in search(indexed, model, TEXT, candidates=4, top=2).hits] == [*map(str, paths[:2])]
 
 
@@ -83,7 +81,6 @@ def test_the_ranking_rule_is_named_or_recorded(indexed: SearchIndex, model: Sear
     by_features = search(indexed, model, TEXT, candidates=0, top=20)
     assert [hit.score for hit in by_features.hits] == sorted((h.similarity for h in by_features.hits), reverse=True)
     assert search(indexed, model, TEXT, rank="similarity", top=20) == by_features
-    assert search(indexed, replace(model, rank="sum"), TEXT, rank="match") == search(indexed, model, TEXT)
 
 
 def test_an_image_finds_itself(indexed: SearchIndex, model: SearchModel) -> None:
@@ -104,33 +101,20 @@ def test_bad_queries(indexed: SearchIndex, model: SearchModel, tmp_path: Path) -
 
 
 def test_models_that_cannot_search(indexed: SearchIndex, weights: Path, tmp_path: Path) -> None:
-    bare = XFM.from_pretrained(weights, heads=["contrastive"])
-    bare.save_pretrained(tmp_path / "bare")
+    XFM.from_pretrained(weights, heads=["contrastive"]).save_pretrained(tmp_path / "bare")
+    bare = open_model(tmp_path / "bare")
     with pytest.raises(UnavailableError, match="matching"):
-        search(indexed, open_model(tmp_path / "bare"), TEXT)
-    assert search(indexed, open_model(tmp_path / "bare"), TEXT, candidates=0).hits
+        search(indexed, bare, TEXT)
+    assert search(indexed, bare, TEXT, candidates=0).hits
+    bare.model.tokenizer = None
+    with pytest.raises(UnavailableError, match="--tokenizer"):
+        search(indexed, bare, TEXT)
     XFM.from_pretrained(weights, heads=["matching"]).save_pretrained(tmp_path / "blind")
     with pytest.raises(UnavailableError, match="contrastive"):
         open_model(tmp_path / "blind")
-    dumb = open_model(weights)
-    dumb.model.tokenizer = None
-    with pytest.raises(UnavailableError, match="--tokenizer"):
-        search(indexed, dumb, TEXT)
     (tmp_path / "bare" / TASK_FILE).write_text('{"format": 1, "task": {"kind": "nlvr2"}}')
     with pytest.raises(UnavailableError, match="nlvr2"):
         open_model(tmp_path / "bare")
-    with pytest.raises(CheckpointError, match="JSON"):
-        open_model(weights / "config.json")
-
-
-def test_random_weights_are_the_same_each_time() -> None:
-    before = torch.get_rng_state()
-    first, second = open_model(Source(random="tiny")), open_model(Source(random="tiny"))
-    assert first.source.random
-    assert first.fingerprint == second.fingerprint
-    assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(DataError, match="nowhere"):
-        open_model(Source(random="tiny", tokenizer=Path("nowhere")))
 
 
 def test_a_page(photos: Path, tmp_path: Path) -> None:

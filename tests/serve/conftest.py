@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 SECONDS = 60.0
 CAPTIONS = ["a red circle", "Two blue squares, left of a triangle!", "green", "a yellow star above a circle"]
-JSON = {"content-type": "application/json"}
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -106,46 +105,30 @@ def scores(answer: Any) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def message(self) -> str:
-        return self.json["error"]["message"]
-
-
-def ask(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-    connection = HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-    try:
-        connection.request(method, path, body, headers or {})
-        answer = connection.getresponse()
-        return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
-    finally:
-        connection.close()
-
-
-@dataclass(frozen=True)
 class Running:
     """A service in a thread of this process."""
 
     service: Service
     port: int
 
-    def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Reply:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        return ask(self.port, "POST", path, body, JSON | (headers or {}))
+    def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> Any:
+        """The response to a body, or to values as JSON."""
+        return post(self.port, path, content if isinstance(content, bytes) else json.dumps(content).encode(), headers)
 
-    def get(self, path: str, headers: dict[str, str] | None = None) -> Reply:
-        return ask(self.port, "GET", path, headers=headers)
+    def get(self, path: str, headers: dict[str, str] | None = None) -> Any:
+        return get(self.port, path, headers)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
+
+
+def post(port: int, path: str, body: bytes, headers: dict[str, str] | None = None) -> Any:
+    headers = {"content-type": "application/json"} | (headers or {})
+    return httpx.post(f"http://127.0.0.1:{port}{path}", content=body, headers=headers, timeout=SECONDS)
+
+
+def get(port: int, path: str, headers: dict[str, str] | None = None) -> Any:
+    return httpx.get(f"http://127.0.0.1:{port}{path}", headers=headers, timeout=SECONDS)
 
 
 @contextmanager
@@ -186,7 +169,7 @@ Start = Callable[..., Any]
 @pytest.fixture(scope="session", autouse=True)
 def extra() -> None:
     """Skip the tests of this folder where the extra is not installed."""
-    for name in ("fastapi", "httpx", "uvicorn", "prometheus_client"):
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
         pytest.importorskip(name, reason="the extra 'serve'")
 
 
@@ -226,5 +209,5 @@ def start(weights: Path) -> Start:
 @pytest.fixture(scope="session")
 def served(start: Start) -> Iterator[Running]:
     """A service that tests share."""
-    with start(max_documents=40) as service:
+    with start() as service:
         yield service

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
-import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 
-from tests.serve.conftest import ask, chunk, inflating_png, png, process, saved, scans
+from tests.serve.conftest import chunk, get, inflating_png, png, post, process, saved, scans
 
 resource = pytest.importorskip("resource", reason="limits of a process")
 if not hasattr(resource, "prlimit"):
@@ -33,25 +33,13 @@ class Limited:
     port: int
 
     def post(self, path: str, body: bytes) -> int:
-        return ask(self.port, "POST", path, body, {"content-type": "application/json"}).status
-
-    def check(self, path: str, body: bytes, statuses: tuple[int, ...]) -> float:
-        """Send a body, compare its status and its cost with the limits, and return the larger share of a limit."""
-        with open(f"/proc/{self.pid}/clear_refs", "w") as file:
-            file.write("5")
-        before, seconds = self.megabytes("VmRSS"), self._seconds()
-        status = self.post(path, body)
-        seconds, megabytes = self._seconds() - seconds, self.megabytes("VmHWM") - before
-        assert (status in statuses, seconds <= MOST_CPU_SECONDS, megabytes <= MOST_MEGABYTES) == (True,) * 3, (
-            f"{status}, {seconds:.2f} s, {megabytes:.1f} MB: {body[:200]!r}"
-        )
-        return max(seconds / MOST_CPU_SECONDS, megabytes / MOST_MEGABYTES)
+        return post(self.port, path, body).status_code
 
     def megabytes(self, name: str) -> float:
         with open(f"/proc/{self.pid}/status") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
-    def _seconds(self) -> float:
+    def cpu_seconds(self) -> float:
         with open(f"/proc/{self.pid}/stat") as line:
             user, system = line.read().rpartition(")")[2].split()[11:13]
         return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
@@ -66,7 +54,7 @@ def limited() -> Iterator[Limited]:
         most = (int(service.megabytes("VmSize")) << 20) + (1 << 30)
         resource.prlimit(begun.pid, resource.RLIMIT_AS, (most, most))
         yield service
-        assert ask(port, "GET", "/health").status == 200
+        assert get(port, "/health").status_code == 200
 
 
 def _items(items: str, name: str = "documents") -> bytes:
@@ -91,15 +79,11 @@ def _texts_of_png(count: int) -> bytes:
 BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
     "zeros": (lambda: _items(_list("0", 1_000_000)), REFUSED),
     "objects": (lambda: _items(_list("{}", 100_000)), REFUSED),
-    "lists of an unknown field": (lambda: _items(_list("[]", 300_000), "other"), REFUSED),
     "nested": (lambda: _items(_list("[" * 60 + "]" * 60, 8000), "other"), REFUSED),
     "deep": (lambda: _items("[" * 200_000), (400, *REFUSED)),
-    "empty texts": (lambda: _items(_list('""', 330_000)), REFUSED),
     "parts": (lambda: _items(f'[{{"content": {_list("{}", 12_000)}}}]'), REFUSED),
     "keys": (lambda: _items("[" + ",".join(f'{{"k{number}":0}}' for number in range(60_000)) + "]"), REFUSED),
-    "long numbers": (lambda: _items(_list("9" * 4300, 200)), (400, *REFUSED)),
     "one text": (lambda: _items('["' + "漢" * 330_000 + '"]'), REFUSED),
-    "escapes": (lambda: _items('["' + "\\u00e9" * 160_000 + '"]'), REFUSED),
     "inflates": (lambda: _pictures(inflating_png(700)), REFUSED),
     "eight WebPs": (lambda: _pictures(saved(4096, "RGBA", "WEBP", lossless=True, method=0), 8), REFUSED),
     "deep PNG": (lambda: _pictures(saved(4000, "I;16", "PNG")), REFUSED),
@@ -109,11 +93,7 @@ BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
         lambda: _pictures((jpeg := saved(8, "RGB", "JPEG"))[:2] + b"\xff\xfe\0\2" * 100_000 + jpeg[2:]), REFUSED
     ),
     "texts": (lambda: _items(json.dumps(["漢字 " * 400] * 200)), (200, 422)),
-    "11 megapixels": (lambda: _pictures(saved(3300, "RGB", "JPEG", quality=1)), (200,)),
     "progressive": (lambda: _pictures(saved(1300, "RGB", "JPEG", quality=1, progressive=True)), (200,)),
-    "CMYK": (lambda: _pictures(saved(1300, "CMYK", "JPEG", quality=1)), (200,)),
-    "transparent": (lambda: _pictures(saved(1600, "RGBA", "PNG")), (200,)),
-    "webp": (lambda: _pictures(saved(1600, "RGB", "WEBP", quality=1, method=0)), (200,)),
     "thumbnails": (lambda: _pictures(saved(224, "RGB", "PNG"), 256), (200,)),
     "texts of PNG": (lambda: _pictures(_texts_of_png(60), 30), (200,)),
 }  # fmt: skip
@@ -122,16 +102,18 @@ BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", BODIES)
 def test_a_body_costs_little(limited: Limited, name: str) -> None:
     make, statuses = BODIES[name]
-    limited.check("/v1/rerank", make(), statuses)
+    body = make()
+    with open(f"/proc/{limited.pid}/clear_refs", "w") as file:
+        file.write("5")
+    before, seconds = limited.megabytes("VmRSS"), limited.cpu_seconds()
+    assert limited.post("/v1/rerank", body) in statuses
+    assert limited.cpu_seconds() - seconds <= MOST_CPU_SECONDS
+    assert limited.megabytes("VmHWM") - before <= MOST_MEGABYTES
 
 
 def test_many_at_once_leave_the_service_alive(limited: Limited) -> None:
     """As many as may wait, each with as much as it may ask for; those beyond the memory get 429."""
-    body, statuses = _pictures(saved(4000, "RGB", "JPEG", quality=1)), list[int]()
-    threads = [threading.Thread(target=lambda: statuses.append(limited.post("/v1/rerank", body))) for _ in range(48)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(statuses) == 48
+    body = _pictures(saved(4000, "RGB", "JPEG", quality=1))
+    with ThreadPoolExecutor(48) as threads:
+        statuses = [*threads.map(lambda number: limited.post("/v1/rerank", body), range(48))]
     assert {*statuses} <= {200, 413, 429, 503, 504}

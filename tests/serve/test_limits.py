@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Running, Start, ask, data_url, image, photo, png, raw, until
+from tests.serve.conftest import Running, Start, data_url, image, photo, png, raw, until
 from xfm_fast.data.images import load_image
 from xfm_fast.serve.model import Work
 from xfm_fast.tasks import ranking
@@ -22,7 +22,7 @@ GOOD = {"query": "a red circle", "documents": ["a blue square"]}
 
 
 def still_good(service: Running) -> None:
-    assert service.post("/v1/rerank", GOOD).status == 200
+    assert service.post("/v1/rerank", GOOD).status_code == 200
 
 
 def with_image(value: str) -> dict[str, Any]:
@@ -41,14 +41,15 @@ def huge_png(side: int) -> dict[str, Any]:
         (b"\xff\xfe{}", 400, ""),
         (b'{"query": ', 400, "JSON"),
         (b"[]", 422, "body"),
-        (b'{"query": ' + b"[" * 100_000, 422, "values"),
+        (b'{"query": ' + b"[" * 100_000, 400, ""),
+        (b'{"a": [' + b"0," * 300_000 + b"0]}", 422, "values"),
         ({"documents": ["a"]}, 422, "query: "),
         ({"query": "a", "documents": []}, 422, "documents: "),
         ({"query": "a", "documents": ["b", 3]}, 422, "documents[1]"),
         ({"query": "a\ud800", "documents": ["b"]}, 422, "query"),
         ({"query": "a", "documents": [{"text": "a", "image": "b"}]}, 422, "documents[0]: "),
         ({"query": "a", "documents": ["b"], "top_n": 0}, 422, "top_n: "),
-        ({"query": "a", "documents": ["b"] * 41}, 422, "documents holds 41"),
+        ({"query": "a", "documents": ["b"] * 257}, 422, "documents: "),
         ({"query": "a" * 2001, "documents": ["b"]}, 422, "query has 2,001"),
         ({"query": "?!", "documents": ["b"]}, 422, "query: "),
         ({"query": "a", "documents": ["b"], "model": "gpt-4"}, 404, "'gpt-4'"),
@@ -75,33 +76,33 @@ def test_bad_requests(served: Running, content: Any, status: int, message: str) 
     paths = {"input": "/v1/embeddings", "text_1": "/v1/score"}
     path = next((paths[name] for name in paths if name in str(content)), "/v1/rerank")
     reply = served.post(path, content)
-    assert message in reply.message
-    assert reply.status == status
-    assert reply.json["message"] == reply.message
+    assert message in reply.json()["message"]
+    assert reply.status_code == status
+    assert reply.json()["message"] == reply.json()["error"]["message"]
 
 
 def test_addresses_methods_and_types(served: Running) -> None:
-    assert (served.get("/v1/nothing").status, served.get("/v1/rerank").status) == (404, 405)
-    assert "GET /v1/nothing" in served.get("/v1/nothing").message
-    reply = ask(served.port, "POST", "/v1/rerank", json.dumps(GOOD).encode(), {"content-type": "text/plain"})
-    assert (reply.status, "text/plain" in reply.message) == (415, True)
+    assert (served.get("/v1/nothing").status_code, served.get("/v1/rerank").status_code) == (404, 405)
+    assert "GET /v1/nothing" in served.get("/v1/nothing").json()["message"]
+    reply = served.post("/v1/rerank", GOOD, {"content-type": "text/plain"})
+    assert (reply.status_code, "text/plain" in reply.json()["message"]) == (415, True)
 
 
 def test_a_page_of_the_web_cannot_speak_for_a_browser(served: Running) -> None:
     for host in ("localhost:1234", "[::1]:1234", "[::1]", "127.0.0.1"):
-        assert served.get("/health", {"host": host}).status == 200
+        assert served.get("/health", {"host": host}).status_code == 200
     for host in ("evil.example:80", "[::1].evil.com", "localhost.evil.com", "127.0.0.1@evil.com", "[::1", "[]", ":"):
-        assert served.get("/health", {"host": host}).status == 403, host
+        assert served.get("/health", {"host": host}).status_code == 403, host
 
 
 def test_the_api_key_is_required(start: Start) -> None:
     with start(api_key="of-gold") as service:
         for headers in ({}, {"authorization": "Bearer of-silver"}, {"authorization": "Basic of-gold"}):
-            assert service.post("/v1/rerank", GOOD, headers).status == 401
-        assert service.post("/v1/rerank", GOOD, {"authorization": "Bearer of-gold"}).status == 200
-        assert service.get("/metrics").status == 401
-        assert (service.get("/health").status, service.get("/ready").status) == (200, 200)
-        described = service.get("/openapi.json", {"authorization": "Bearer of-gold"}).json
+            assert service.post("/v1/rerank", GOOD, headers).status_code == 401
+        assert service.post("/v1/rerank", GOOD, {"authorization": "Bearer of-gold"}).status_code == 200
+        assert service.get("/metrics").status_code == 401
+        assert (service.get("/health").status_code, service.get("/ready").status_code) == (200, 200)
+        described = service.get("/openapi.json", {"authorization": "Bearer of-gold"}).json()
         assert all(call["security"] for methods in described["paths"].values() for call in methods.values())
 
 
@@ -109,7 +110,7 @@ def test_bodies_are_bounded(start: Start) -> None:
     """One body, with or without a declared length; and eight bodies have room at once, not nine."""
     with start(max_body_mb=1, memory_mb=24) as service:
         reply = service.post("/v1/rerank", bytes(20 << 20))
-        assert (reply.status, "1,048,576 bytes" in reply.message) == (413, True)
+        assert (reply.status_code, "1,048,576 bytes" in reply.json()["message"]) == (413, True)
         with service.connect() as sock:
             head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             sock.sendall(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
@@ -156,12 +157,12 @@ def test_a_full_queue_is_429_and_drains(start: Start) -> None:
         paused = Paused(service)
         replies = [threads.submit(service.post, "/v1/rerank", GOOD) for _ in range(2)]
         assert paused.begun.wait(60)
-        assert until(lambda: b"xfm_active_requests 2.0" in service.get("/metrics").body)
+        assert until(lambda: b"xfm_active_requests 2.0" in service.get("/metrics").content)
         reply = service.post("/v1/rerank", GOOD)
-        assert (reply.status, reply.headers["retry-after"]) == (429, "1")
-        assert service.get("/health").status == 200
+        assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+        assert service.get("/health").status_code == 200
         paused.go.set()
-        assert [each.result().status for each in replies] == [200, 200]
+        assert [each.result().status_code for each in replies] == [200, 200]
         still_good(service)
 
 
@@ -170,7 +171,7 @@ def test_late_requests_are_504_and_slow_bodies_408(start: Start) -> None:
         paused = Paused(service)
         # The second one is not begun, since nobody waits for it any more.
         for _ in range(2):
-            assert service.post("/v1/rerank", GOOD).status == 504
+            assert service.post("/v1/rerank", GOOD).status_code == 504
         with service.connect() as sock:
             sock.sendall(raw("/v1/rerank", b"{" * 100)[:-99])
             assert b"408" in sock.recv(4096)
@@ -195,10 +196,10 @@ def test_decoding_ends_with_the_request(start: Start, monkeypatch: pytest.Monkey
                 sock.sendall(raw("/v1/rerank", body))
                 assert until(lambda: bool(seen))
         else:
-            assert service.post("/v1/rerank", body).status == 504
+            assert service.post("/v1/rerank", body).status_code == 504
         assert until(lambda: not service.service.memory.used)
         assert until(lambda: len(service.service.batcher) == 0)
-        assert service.get("/health").status == 200
+        assert service.get("/health").status_code == 200
     assert 0 < len(seen) < 60
 
 
@@ -210,9 +211,9 @@ def test_work_of_a_client_that_left_is_not_begun(start: Start) -> None:
         with service.connect() as sock:
             sock.sendall(raw("/v1/rerank", json.dumps(GOOD).encode()))
             assert until(lambda: len(service.service.batcher) == 1)
-        assert until(lambda: b"xfm_active_requests 1.0" in service.get("/metrics").body)
+        assert until(lambda: b"xfm_active_requests 1.0" in service.get("/metrics").content)
         paused.go.set()
-        assert first.result().status == 200
+        assert first.result().status_code == 200
         assert until(lambda: not len(service.service.batcher))
         assert len(paused.works) == 1
         still_good(service)
@@ -225,7 +226,7 @@ def test_an_internal_error_is_500(start: Start) -> None:
     with start() as service:
         answer, service.service.batcher.run = service.service.batcher.run, broken
         reply = service.post("/v1/rerank", GOOD)
-        assert reply.status == 500
-        assert "RuntimeError: a cable fell out" in reply.message
+        assert reply.status_code == 500
+        assert "RuntimeError: a cable fell out" in reply.json()["message"]
         service.service.batcher.run = answer
         still_good(service)

@@ -6,20 +6,15 @@ import json
 import shutil
 import signal
 import socket
-import string
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from tests.cli.runner import invoke
-from tests.conftest import config, golden, load_tensors
-from tests.serve.conftest import CAPTIONS, ask, image, photo, process, raw, running, until
+from tests.serve.conftest import CAPTIONS, get, image, post, process, raw, until
 from xfm_fast.errors import InputError, UnavailableError, XFMError
-from xfm_fast.models.xfm import XFM
-from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
+from xfm_fast.serve import SourceOptions, load
 
 
 def listening(port: int) -> bool:
@@ -37,8 +32,8 @@ def test_random_weights_warn_and_sigterm_waits_for_requests_in_flight() -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
             sock.sendall(raw("/v1/rerank", body)[:-1])
             asked = json.dumps({"query": "a red circle", "documents": [image(1), image(2)]}).encode()
-            reply = ask(port, "POST", "/v1/rerank", asked, {"content-type": "application/json"})
-            assert "RANDOM" in reply.json["warning"]
+            reply = post(port, "/v1/rerank", asked)
+            assert "RANDOM" in reply.json()["warning"]
             begun.send_signal(signal.SIGTERM)
             assert until(lambda: not listening(port)), "it still takes connections"
             assert begun.poll() is None
@@ -70,7 +65,7 @@ def test_requests_in_flight_at_the_end_get_a_response(name: str, timeout: int, s
         request = raw("/v1/embeddings", json.dumps({"input": CAPTIONS}).encode(), "connection: close")
         with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
             sock.sendall(request)
-            assert until(lambda: b"xfm_active_requests 1.0" in ask(port, "GET", "/metrics").body)
+            assert until(lambda: b"xfm_active_requests 1.0" in get(port, "/metrics").content)
             begun.send_signal(getattr(signal, name))
             assert f"HTTP/1.1 {status} ".encode() in sock.recv(4096)
         assert begun.wait(30) == 0
@@ -109,22 +104,6 @@ def test_models_without_a_tokenizer_or_of_other_tasks(tmp_path: Path, weights: P
     (other / "task.json").write_text(json.dumps({"format": 1, "task": options}))
     with pytest.raises(XFMError, match="other"):
         load(other, SourceOptions(device="cpu"), 0)
-
-
-def test_an_official_checkpoint_is_served(tmp_path: Path) -> None:
-    torch.save({"model": load_tensors("tiny_b/weights")}, tmp_path / "official.th")
-    # The vocabulary of the golden model has no room for all bytes.
-    words = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *string.ascii_lowercase]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    source = SourceOptions(tokenizer=tmp_path, config=str(golden("tiny_b/config.json")), device="cpu", name="golden")
-    served = load(tmp_path / "official.th", source, 0)
-    offline = XFM.from_official(load_tensors("tiny_b/weights"), config("tiny_b"), tokenizer=tmp_path)
-    (tmp_path / "1.png").write_bytes(photo(1))
-    with running(Service(served, ServiceOptions(port=0))) as service:
-        answer = service.post("/v1/score", {"text_1": image(1), "text_2": CAPTIONS, "model": "golden"}).json
-    found = [each["score"] for each in answer["data"]]
-    np.testing.assert_allclose(found, offline.match(tmp_path / "1.png", CAPTIONS), rtol=0, atol=1e-5)
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

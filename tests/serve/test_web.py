@@ -138,4 +138,4 @@ def test_a_service_that_allows_urls_refuses_private_ones(start: Any) -> None:
     with start(allow_urls=True) as service:
         for url, status in (("http://169.254.169.254/latest", 422), ("data:image/png;base64,aGk=", 422)):
             asked = {"query": "a", "documents": [{"image": url}]}
-            assert service.post("/v1/rerank", asked).status == status
+            assert service.post("/v1/rerank", asked).status_code == status

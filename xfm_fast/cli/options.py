@@ -110,6 +110,7 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("index", "--batch-size", None, "build_index(batch_size=) in Python"),
     Renamed("index", "--workers", None, "the fixed 8 threads"),
     Renamed("serve", "--max-pixels", None, "the fixed limit of 16,777,216 pixels"),
+    Renamed("serve", "--max-documents", None, "the fixed limit of 256 documents"),
     Renamed("serve", "--max-characters", None, "the fixed limit of 2,000 characters"),
     Renamed("serve", "--max-connections", None, "the limits of a proxy in front"),
     Renamed("serve", "--batch-wait-ms", None, "the fixed wait of 5 ms"),

@@ -283,7 +283,7 @@ def build_index(
         stop: once it is set, the call returns, and another call resumes.
 
     Raises:
-        DataError: there are no images, none can be read, or the index is of another model or version.
+        DataError: there are no images, no image can be read, or the index is of another model or version.
         StorageError: the index cannot be written, or another process is writing it.
     """
     target = index_folder(path) if folder is None else Path(folder).expanduser()
@@ -423,7 +423,7 @@ def _write_rows(entries_file: Path, features_file: Path, rows: Sequence[Row]) ->
 def _read_rows(
     entries_file: Path, features_file: Path, width: int, sums: Mapping[str, int] | None = None
 ) -> tuple[list[Entry], np.ndarray]:
-    """Entries and their features; the checksums are those of what is returned."""
+    """Entries and their features; the checksums are of the returned content."""
     content = read_bytes(entries_file, entries_file.stat().st_size)
     lines = [_Line.model_validate(json.loads(text)) for text in content.decode().splitlines()]
     entries = [Entry(line.name, line.size, line.modified, line.row, tuple(line.captions)) for line in lines]

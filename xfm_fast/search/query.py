@@ -68,7 +68,7 @@ def search(
         top: most hits to return.
         candidates: images to score together with the text; 0 ranks by features.
         batch_size: candidates that are computed together.
-        rank: `match`: the probability of a match; `similarity`: features alone, no image is read; `sum`: match logit +
+        rank: `match`: the probability of a match; `similarity`: features only, no image is read; `sum`: match logit +
             cosine, see `xfm_fast.tasks.reranking.rank_score`. By default that of the model's run.
 
     Raises:

@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ServedModel", "Server", "Service", "ServiceOptions", "SourceOptions", "address", "listen", "load", "run"]
 
-_MODULES = {"ServedModel": "model", "Service": "app", "load": "model"}
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'server')}"), name)
+    # The last of the modules, which has all names.
+    return getattr(import_module(f"{__name__}.server"), name)

@@ -8,7 +8,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -128,7 +128,7 @@ class Service:
         compared by their features: cosine similarity, mapped from [-1, 1] to [0, 1]. All documents are of one kind,
         because the two scores are not comparable.
         """
-        items = [("query", body.query), *self._named("documents", body.documents)]
+        items = [("query", body.query), *_named("documents", body.documents)]
         scores, facts = await self._compute(request, body, items, [(0, number) for number in range(1, len(items))])
         values = scores.tolist()
         results = [
@@ -141,11 +141,11 @@ class Service:
         return _json(schema.RerankAnswer(**facts, results=results))
 
     async def embeddings(self, request: Request, body: EmbeddingsRequest) -> Response:
-        """Embed texts and images: L2-normalised features, whose dot products are cosine similarities."""
+        """Embed texts and images: L2-normalised features; their dot products are cosine similarities."""
         size = self.model.config.embed_dim
         if body.dimensions not in (None, size):
             raise Problem(422, f"dimensions={body.dimensions}, but features of this model have {size}; leave it out")
-        features, facts = await self._compute(request, body, self._named("input", body.input), ())
+        features, facts = await self._compute(request, body, _named("input", body.input), ())
         rows, encoded = features.numpy().astype("<f4"), body.encoding_format == "base64"
         values = [base64.b64encode(row.tobytes()).decode() if encoded else row.tolist() for row in rows]
         data = [schema.Embedding(index=index, embedding=value) for index, value in enumerate(values)]
@@ -156,17 +156,11 @@ class Service:
         first, second = len(body.text_1), len(body.text_2)
         if first not in (1, second):
             raise Problem(422, f"text_1 has {first} items and text_2 {second}; give one in text_1, or as many in both")
-        items = [*self._named("text_1", body.text_1), *self._named("text_2", body.text_2)]
+        items = [*_named("text_1", body.text_1), *_named("text_2", body.text_2)]
         pairs = [(number if first > 1 else 0, first + number) for number in range(second)]
         scores, facts = await self._compute(request, body, items, pairs)
         data = [schema.Score(index=index, score=score) for index, score in enumerate(scores.tolist())]
         return _json(schema.ScoreAnswer(**facts, created=int(time.time()), data=data))
-
-    def _named(self, name: str, items: Sequence[Item]) -> list[tuple[str, Item]]:
-        most = self.options.max_documents
-        if len(items) > most:
-            raise Problem(422, f"{name} holds {len(items):,} items; give at most {most:,}")
-        return [(f"{name}[{number}]", item) for number, item in enumerate(items)]
 
     async def _compute(
         self, request: Request, body: schema.Body, items: Items, pairs: Sequence[tuple[int, int]]
@@ -190,7 +184,7 @@ class Service:
         tokens = sum(images if isinstance(each, Picture) else len(each) for each in reads)
         return values, {
             "id": uuid.uuid4().hex, "model": model.name, "scoring": scoring,
-            "usage": schema.Usage(prompt_tokens=tokens, total_tokens=tokens),
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             "warning": "THE WEIGHTS ARE RANDOM: these results mean nothing" if model.random else None,
         }  # fmt: skip
 
@@ -225,6 +219,10 @@ class Service:
             else:
                 reads.append(self.model.read_text(item.text, name))
         return reads
+
+
+def _named(name: str, items: Sequence[Item]) -> list[tuple[str, Item]]:
+    return [(f"{name}[{number}]", item) for number, item in enumerate(items)]
 
 
 def _json(answer: schema.Answer) -> Response:
@@ -280,7 +278,7 @@ class _Gate:
 
         try:
             self._check_head(headers, scope["path"])
-            if scope["method"] == "POST" and scope["path"] in self._paths:
+            if scope["method"] == "POST":
                 await self._bounded(scope, headers, receive, count)
             else:
                 await self._app(scope, receive, count)
@@ -327,7 +325,7 @@ class _Gate:
                     budget.receive(len(piece), COPIES)
                     body += piece
                 late = Problem(504, f"no answer within {seconds:g} s; ask for less, or later", {"retry-after": "5"})
-                await asyncio.to_thread(budget.check_values, body)
+                budget.check_values(body)
                 messages = iter([{"type": "http.request", "body": bytes(body)}])
                 del body
 
@@ -365,17 +363,16 @@ class Metrics(CollectorRegistry):
         counts, tokens = [1 << n for n in range(8)], [64 * 4**n for n in range(7)]
         self.requests = Counter("xfm_requests", "Requests answered.", ("path", "status"), registry=self)
         self.seconds = Histogram(
-            "xfm_request_seconds", "From the request's head to its answer.", ("path",), registry=self, buckets=seconds
+            "xfm_request_seconds", "From head to answer.", ("path",), registry=self, buckets=seconds
         )
         self.pieces = Histogram("xfm_batch_requests", "Requests computed together.", registry=self, buckets=counts)
         self.tokens = Histogram("xfm_batch_tokens", "Tokens computed together.", registry=self, buckets=tokens)
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "xfm_queue_requests": ("Requests that wait for the model.", lambda: len(service.batcher)),
-            "xfm_active_requests": ("Requests in flight, waiting ones included.", lambda: len(service.active)),
-            "xfm_cache_bytes": ("Bytes of cached image memories.", lambda: service.model.ranker.cache.nbytes),
-            "xfm_process_resident_bytes": ("Memory of the process.", resident_bytes),
-        }
-        for name, (meaning, read) in gauges.items():
+        for name, meaning, read in (
+            ("xfm_queue_requests", "Requests that wait for the model.", lambda: len(service.batcher)),
+            ("xfm_active_requests", "Requests in flight, waiting ones included.", lambda: len(service.active)),
+            ("xfm_cache_bytes", "Bytes of cached image memories.", lambda: service.model.ranker.cache.nbytes),
+            ("xfm_process_resident_bytes", "Memory of the process.", resident_bytes),
+        ):
             Gauge(name, meaning, registry=self).set_function(read)
 
     def observe_batch(self, requests: int, tokens: int) -> None:

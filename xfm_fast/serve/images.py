@@ -64,7 +64,7 @@ def decode_base64(value: str, name: str) -> bytes:
 
 
 def _without_compressed_text(content: bytes) -> bytes:
-    """A PNG without colour profile and compressed texts, which Pillow inflates to up to 64 MB and nothing reads."""
+    """A PNG without colour profile and compressed texts, which Pillow would inflate to up to 64 MB."""
     chunks, at, removed = [content[:8]], 8, False
     for kind, body in png_chunks(content):
         end = at + 12 + len(body)

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Work:
 
     @property
     def embedded(self) -> tuple[Read, ...]:
-        """Items whose features are needed."""
+        """Items that are embedded."""
         return () if self.scoring == "match" else self.items
 
     def result(self, rankings: Sequence[Ranking], features: Sequence[Tensor]) -> Tensor:
@@ -119,15 +120,12 @@ class ServedModel:
 
     def cost(self, work: Work) -> int:
         """Tokens of texts, once per pair, and of images that are not cached."""
-        texts = [ids for query in work.queries for ids in query.captions for _ in query.pictures]
-        memories, features = self.ranker.cache, self.ranker.features
-        images = {each.key for query in work.queries for each in query.pictures if each.key not in memories}
-        for item in work.embedded:
-            if not isinstance(item, Picture):
-                texts.append(item)
-            elif item.key not in features:
-                images.add(item.key)
-        return sum(map(len, texts)) + len(images) * self.config.num_image_tokens
+        numbers = range(len(work.items)) if work.scoring == "similarity" else chain.from_iterable(work.pairs)
+        items = [work.items[number] for number in numbers]
+        cache = self.ranker.features if work.scoring == "similarity" else self.ranker.cache
+        images = {each.key for each in items if isinstance(each, Picture) and each.key not in cache}
+        texts = sum(len(each) for each in items if not isinstance(each, Picture))
+        return texts + len(images) * self.config.num_image_tokens
 
     def warm_up(self) -> None:
         """Run everything once, so that no request waits for autotuning."""

@@ -1,4 +1,4 @@
-"""Options of `xfm-fast serve`: the model and the limits. Imports nothing heavy."""
+"""Options of `xfm-fast serve`: the model and the limits. Imports no heavy module."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class ServiceOptions:
             unlike the environment variable XFM_API_KEY. [no key]
         allow_urls: Download images that requests name by URL, from public addresses only.
         max_body_mb: Megabytes of a request, downloaded images included.
-        max_documents: Documents or inputs of a request.
         memory_mb: Megabytes of all requests together, bodies in three copies during parsing; 429 beyond it.
         max_queue: Requests in flight, waiting ones included; 429 beyond it.
         batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single request may have more.
@@ -55,7 +54,6 @@ class ServiceOptions:
     api_key: str | None = None
     allow_urls: bool = False
     max_body_mb: Annotated[int, Ge(1), Le(4096)] = 32
-    max_documents: Annotated[int, Ge(1)] = 256
     memory_mb: Annotated[int, Ge(1)] = 512
     max_queue: Annotated[int, Ge(1)] = 128
     batch_tokens: Annotated[int | None, Ge(1)] = None

@@ -47,7 +47,8 @@ def _as_list(value: Any) -> Any:
 
 
 TextOrImage = Annotated[Item, BeforeValidator(_as_item, json_schema_input_type=str | Item)]
-Items = Annotated[list[TextOrImage], Field(min_length=1)]
+# Pydantic stops at the first item beyond the limit.
+Items = Annotated[list[TextOrImage], Field(min_length=1, max_length=256)]
 OneOrMore = Annotated[Items, BeforeValidator(_as_list, json_schema_input_type=TextOrImage | Items)]
 
 
@@ -85,20 +86,13 @@ class ScoreRequest(Body):
     )
 
 
-class Usage(BaseModel):
-    """Text tokens and image patches of a request."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
 class Answer(BaseModel):
     """The common fields of responses."""
 
     id: str
     model: str
     object: Literal["list"] = "list"
-    usage: Usage
+    usage: dict[str, int] = Field(description="text tokens and image patches of the request")
     warning: str | None = Field(None, description="present where the weights are random and results mean nothing")
 
 
@@ -147,19 +141,10 @@ class ScoreAnswer(Answer):
     scoring: Rank
 
 
-class ErrorContent(BaseModel):
-    """Message and type of an error."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: int
-
-
 class ErrorAnswer(BaseModel):
-    """An error in the format of OpenAI's API; `message` is repeated for clients of Cohere's."""
+    """An error in the format of OpenAI's API: message, type, param and code; `message` is repeated for Cohere's."""
 
-    error: ErrorContent
+    error: dict[str, str | int | None]
     message: str
 
 

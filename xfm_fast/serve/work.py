@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from xfm_fast.serve.options import ServiceOptions
@@ -27,11 +25,8 @@ _PEAK_PER_BYTE = 56
 _PIXELS_PER_BYTE = 16
 # Copies of a body: its bytes, its text and values, the files of its images; a character beyond ASCII makes text wider.
 COPIES, _WIDE_COPIES = 3, 3
-# JSON values per document, and in the rest of the body.
-_VALUES_PER_DOCUMENT = 32
-_OTHER_VALUES = 4096
-# A string of JSON, or what begins or separates values.
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([,\[{])', re.DOTALL)
+# Values of a body of JSON, each of which may take 200 bytes.
+_MOST_VALUES = 1 << 18
 
 
 class Memory:
@@ -77,18 +72,15 @@ class Budget:
             self._held += count
 
     def check_values(self, body: bytearray) -> None:
-        """Raise `Problem` for a body of JSON whose values take much more memory than its bytes."""
+        """Raise `Problem` for a body of JSON with too many values, which take much more memory than its bytes."""
         if not body.isascii():
             self._hold(_WIDE_COPIES * len(body))
-        most = _VALUES_PER_DOCUMENT * self.options.max_documents + _OTHER_VALUES
-        if sum(map(body.count, (b",", b"[", b"{"))) > most:
-            # Separators inside strings do not count.
-            beyond = islice((token for token in _TOKEN.finditer(body) if token[1]), most, None)
-            if next(beyond, None) is not None:
-                raise Problem(422, f"the body holds more than {most:,} values; send fewer documents")
+        # Separators inside strings count, too.
+        if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+            raise Problem(422, f"the body holds more than {_MOST_VALUES:,} values; send fewer")
 
     def take_image(self, name: str, pixels: int, peak: int) -> None:
-        """Count an image whose decoding takes `peak` bytes; raises `Problem` 413 where it is too large."""
+        """Count an image that takes `peak` bytes to decode; raises `Problem` 413 where it is too large."""
         if pixels > MAX_PIXELS:
             raise Problem(413, f"{name} has {pixels:,} pixels, over the limit of {MAX_PIXELS:,}; shrink it")
         self._pixels += pixels
@@ -135,9 +127,9 @@ class _Piece(NamedTuple):
 class Batcher:
     """Runs work in batches of at most `budget` cost, in order and in one thread; a single piece may cost more.
 
-    `run` returns results in order; an exception among them is raised for its piece, and after one that `run` raises
-    each piece runs by itself. The first piece of a batch waits `wait` seconds for others while `coming()` counts some;
-    `observe` gets the pieces and the cost of a batch.
+    `run` returns results in order; an exception among them is raised for its piece, and one that `run` raises for all.
+    The first piece of a batch waits `wait` seconds for others while `coming()` counts some; `observe` gets the pieces
+    and the cost of a batch.
     """
 
     def __init__(
@@ -190,25 +182,18 @@ class Batcher:
                 if not piece.answer.done():
                     batch.append(piece)
                     cost += piece.cost
-            if batch:
-                self._observe(len(batch), cost)
-                await self._answer(batch)
-
-    async def _answer(self, batch: Sequence[_Piece]) -> None:
-        works, loop = [piece.work for piece in batch], asyncio.get_running_loop()
-        try:
-            answers = await loop.run_in_executor(self._thread, self.run, works)
-        except Exception as error:  # the service survives any request
-            if len(batch) > 1:
-                # Only the piece that fails by itself gets the error.
-                for piece in batch:
-                    await self._answer([piece])
-                return
-            answers = [error]
-        for piece, answer in zip(batch, answers, strict=True):
-            if piece.answer.done():
+            if not batch:
                 continue
-            if isinstance(answer, Exception):
-                piece.answer.set_exception(answer)
-            else:
-                piece.answer.set_result(answer)
+            self._observe(len(batch), cost)
+            try:
+                works = [piece.work for piece in batch]
+                answers = await asyncio.get_running_loop().run_in_executor(self._thread, self.run, works)
+            except Exception as error:  # the service survives any request
+                answers = [error] * len(batch)
+            for piece, answer in zip(batch, answers, strict=True):
+                if piece.answer.done():
+                    continue
+                if isinstance(answer, Exception):
+                    piece.answer.set_exception(answer)
+                else:
+                    piece.answer.set_result(answer)

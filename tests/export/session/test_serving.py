@@ -43,8 +43,8 @@ def test_an_export_is_served(exported_fp32: Path, small_model: XFM, words: Path,
     (tmp_path / "1.png").write_bytes(photo(1))
     with running(Service(served, ServiceOptions(port=0))) as service:
         asked = {"query": image(1), "documents": CAPTIONS, "model": "small"}
-        answers = [service.post("/v1/rerank", asked).json for _ in range(2)]
-        embedded = service.post("/v1/embeddings", {"input": [*CAPTIONS, image(1)]}).json
+        answers = [service.post("/v1/rerank", asked).json() for _ in range(2)]
+        embedded = service.post("/v1/embeddings", {"input": [*CAPTIONS, image(1)]}).json()
     model = XFM(small_model.config, heads=small_model.heads).eval()
     model.load_state_dict(small_model.state_dict())
     model.load_tokenizer(str(words), tmp_path)
