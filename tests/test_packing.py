@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from xfm_fast import packing as packing_module
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.xfm import XFM, record_hidden_states
-from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences, offsets, ragged_rows
+from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences, offsets
 
 
 @st.composite
@@ -81,16 +80,6 @@ def test_groups_of_any_index(index: list[int]) -> None:
     assert (groups.order is None) == (index == sorted(index))
 
 
-@given(st.lists(st.integers(0, 4), max_size=6), st.lists(st.integers(0, 3), max_size=6))
-def test_offsets_and_ragged_rows(lengths: list[int], index: list[int]) -> None:
-    assert offsets(torch.tensor(lengths, dtype=torch.long)).tolist() == [
-        sum(lengths[:i]) for i in range(len(lengths) + 1)
-    ]
-    starts = torch.arange(len(lengths)) * 10
-    rows = ragged_rows(starts, torch.tensor(lengths, dtype=torch.long))
-    assert rows.tolist() == [10 * i + j for i, length in enumerate(lengths) for j in range(length)]
-
-
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 3))
 def test_copies_and_first_tokens(lengths: list[int], times: int) -> None:
     sequences = Sequences.from_lengths(torch.tensor(lengths))
@@ -101,12 +90,6 @@ def test_copies_and_first_tokens(lengths: list[int], times: int) -> None:
     assert first.rows.tolist() == copies.cu_seqlens.tolist()[:-1]
     assert first.cu_seqlens.tolist() == list(range(len(lengths) * times + 1))
     assert first.longest == 1
-
-
-def test_the_host_is_believed_about_lengths() -> None:
-    """An accelerator is not asked for a length that is given."""
-    assert Sequences(cu_seqlens=torch.tensor([0, 3], device="meta"), max_seqlen=7).longest == 7
-    assert ragged_rows(torch.tensor([4, 9]), torch.tensor([2, 1]), 3).tolist() == [4, 5, 9]
 
 
 @given(masks(empty=False))
@@ -140,6 +123,7 @@ def test_nothing_waits_for_a_device_where_the_host_knows_the_lengths() -> None:
         Packing.from_mask(mask, lengths=[2, 6, 0])
 
 
+@settings(max_examples=20)
 @given(masks(empty=False), st.integers(0, 10**6))
 def test_a_last_layer_that_computes_reads_alone(mask: Tensor, seed: int) -> None:
     """Any tokens of any text, some twice, some texts without one."""
@@ -160,11 +144,6 @@ def test_a_last_layer_that_computes_reads_alone(mask: Tensor, seed: int) -> None
         assert torch.allclose(read, fused[rows], rtol=0, atol=1e-12)
 
 
-def test_sequences_without_texts() -> None:
-    assert Sequences.from_lengths(torch.zeros(0, dtype=torch.long)).longest == 0
-    assert Sequences.from_lengths(torch.tensor([0, 3, 0])).longest == 3
-
-
 torch.manual_seed(0)
 MODEL = XFM(XFMConfig.preset("tiny")).double().eval()
 
@@ -176,6 +155,7 @@ def batch(model: XFM, mask: Tensor, images: int) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(~mask, model.config.pad_token_id), embeds
 
 
+@settings(max_examples=20)
 @given(masks(empty=False))
 def test_holes_are_left_out_and_zero(mask: Tensor) -> None:
     """A text with holes is the text without them; padded positions are zero."""
@@ -193,6 +173,7 @@ def test_holes_are_left_out_and_zero(mask: Tensor) -> None:
     assert not fused[~mask].any()
 
 
+@settings(max_examples=20)
 @given(masks(empty=False), st.data())
 def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObject) -> None:
     model, images = MODEL, 3
@@ -217,21 +198,15 @@ def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObj
     assert torch.equal(states.fusion[-1], fused)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.inference_mode()
-def test_the_smallest_batches(dtype: torch.dtype) -> None:
+def test_the_smallest_batches() -> None:
     """No texts at all, and texts of one token."""
-    model = copy.deepcopy(MODEL).to(dtype)
-    width = model.config.text_width
+    model, width = MODEL, MODEL.config.text_width
     for texts, length in ((0, 4), (1, 1), (3, 1)):
         mask = torch.ones(texts, length, dtype=torch.bool)
         ids, embeds = batch(model, mask, 2)
-        embeds = embeds.to(dtype)
-        text = model.encode_text(ids, mask)
-        assert text.shape == (texts, length, width)
-        index = torch.arange(texts) % 2
-        memory = model.image_memory(embeds)
-        assert model.fuse(text, mask, memory, index).shape == (texts, length, width)
+        text, memory, index = model.encode_text(ids, mask), model.image_memory(embeds), torch.arange(texts) % 2
+        assert text.shape == model.fuse(text, mask, memory, index).shape == (texts, length, width)
         first = model.fuse(text, mask, memory, index, first_token_only=True)
         assert first.shape == (texts, 1, width)
         assert model.match_logits(first).shape == (texts, 2)

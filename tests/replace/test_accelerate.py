@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from xfm_fast import XFM, XFMConfig, accelerate
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.replace import Fused, Rule, acceleration
+from xfm_fast.replace import Fused, acceleration
 from xfm_fast.replace.swap import Settings, observed
 
 
@@ -35,6 +35,8 @@ class Odd(Affine):
 
 
 class FusedAffine(Fused):
+    benefit = "a call"
+    replaces = (Affine, Odd)
     bypassed: ClassVar[Any] = {"linear": nn.Linear}
     calls: ClassVar[list[Settings]] = []
     error = 0.0
@@ -48,12 +50,18 @@ class FusedAffine(Fused):
         return out * (2 if kwargs.get("doubled") else 1) + self.error
 
 
+class Refusing(FusedAffine):
+    replaces = (Odd,)
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
+        return "it is odd"
+
+
 @pytest.fixture(autouse=True)
-def only_our_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the rules of a toy family."""
-    odd = Rule("Odd", lambda m: isinstance(m, Odd), FusedAffine, "", lambda *_: "it is odd")
-    rule = Rule("FusedAffine", lambda m: isinstance(m, Affine), FusedAffine, "a call")
-    monkeypatch.setattr(acceleration, "rules", lambda: (odd, rule))
+def only_our_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the forms of a toy family."""
+    monkeypatch.setattr(acceleration, "FORMS", (Refusing, FusedAffine))
     monkeypatch.setattr(FusedAffine, "error", 0.0)
     FusedAffine.calls.clear()
 

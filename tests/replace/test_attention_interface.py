@@ -13,7 +13,6 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.masking_utils", reason="this version has no attention interface")
 
 import xfm_fast  # noqa: E402
-from tests.agreement import relative_error  # noqa: E402
 from tests.replace.families import FAMILIES, TRANSFORMERS, assert_close, batch, gradients, make, without_chance  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
 from xfm_fast.replace import attention_interface  # noqa: E402
@@ -52,11 +51,6 @@ def agree(model: Any, fast: Any, given: dict[str, Tensor], keep: Any = ...) -> N
     assert_close(sides[0], sides[1], 1e-5)
 
 
-def of_five(case: str, why: str) -> Any:
-    """A case that transformers has since version 5."""
-    return pytest.param(case, marks=pytest.mark.skipif(TRANSFORMERS < 5, reason=why))
-
-
 # Swin has no attention interface before transformers 5.
 @pytest.mark.parametrize("case", [case for case in FAMILIES_WITH_BIAS if case in FAMILIES])
 def test_models_with_a_position_bias(case: str, calls: list[tuple[int, ...]]) -> None:
@@ -66,14 +60,7 @@ def test_models_with_a_position_bias(case: str, calls: list[tuple[int, ...]]) ->
     assert all(len(shape) == 4 for shape in calls)
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "padding",
-        of_five("numbers", "BERT takes masks of two dimensions before transformers 5"),
-        of_five("one for all heads", "BERT takes masks of two dimensions before transformers 5"),
-    ],
-)
+@pytest.mark.parametrize("form", ["padding", *(["numbers", "one for all heads"] if TRANSFORMERS >= 5 else [])])
 def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]]) -> None:
     name = xfm_fast.register_attention()
     model = make("BertModel", attention="eager")
@@ -112,16 +99,9 @@ def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
 
 
 def test_dropout() -> None:
-    model, fast = pair("BEiT", attention_probs_dropout_prob=0.3)
-    pixels = FAMILIES["BEiT"].inputs(torch.float64)["pixel_values"]
-    with torch.no_grad():
-        torch.manual_seed(0)
-        first, second = fast.train()(pixels).last_hidden_state, fast(pixels).last_hidden_state
-        torch.manual_seed(0)
-        assert torch.equal(fast(pixels).last_hidden_state, first)
-        assert not torch.equal(first, second)
-        assert relative_error(fast.eval()(pixels).last_hidden_state, model.eval()(pixels).last_hidden_state) < 1e-5
     q, k, v = torch.randn(3, 1, 2, 6, 8).unbind(0)
     given: Any = (nn.Module(), q, k, v, torch.randn(1, 2, 6, 6))
-    mean = torch.stack([attention_interface.attention(*given, dropout=0.3)[0] for _ in range(300)]).mean(0)
-    assert (mean - attention_interface.attention(*given)[0]).abs().mean() < 0.1
+    torch.manual_seed(0)
+    drawn = [attention_interface.attention(*given, dropout=0.3)[0] for _ in range(300)]
+    assert not torch.allclose(drawn[0], drawn[1])
+    assert (torch.stack(drawn).mean(0) - attention_interface.attention(*given)[0]).abs().mean() < 0.1

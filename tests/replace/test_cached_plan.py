@@ -83,11 +83,7 @@ def compiled_int8(int8_chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
 _WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
 _IN_INT8: dict[str, dict[str, Any]] = {"BertModel": _WIDE, "XLMRobertaModel": _WIDE | {"hidden_act": "gelu_new"}}
 if TRANSFORMERS >= 5:
-    _IN_INT8 |= {
-        "MPNetModel": _WIDE,
-        "DistilBertModel": _WIDE | {"hidden_dim": 192},
-        "ModernBertModel": _WIDE | {"bos_token_id": 0},
-    }
+    _IN_INT8["ModernBertModel"] = _WIDE | {"bos_token_id": 0}
 
 
 def _near(found: Tensor, wanted: Tensor) -> None:
@@ -118,15 +114,11 @@ def test_int8_plans(
 
 
 @pytest.mark.usefixtures("compiled_int8")
-def test_marks_and_speed_decide_at_every_call(ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_decide_at_every_call(ran: list[CachedPlan]) -> None:
     made = make("BertModel", torch.float32, **_WIDE).eval()
     accelerate(made, dtype="int8")
     before = states(made)
     assert len(ran) == 2
-    with monkeypatch.context() as patched:
-        patched.setattr(int8, "_pays", lambda operation, rows, dtype, weight: rows > len(before) * 2)
-        states(made)
-        assert len(ran) == 2
     first = made.encoder.layer[0]
     first.output.dense.weight.data.mul_(2)
     after = states(made)
@@ -164,12 +156,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("unpad", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_invalidates_the_plan(change: str, unpad: bool, ran: list[CachedPlan]) -> None:
+def test_a_change_invalidates_the_plan(change: str, ran: list[CachedPlan]) -> None:
     original = model()
     fast = copy.deepcopy(original)
-    accelerate(fast, unpad=unpad)
+    accelerate(fast, unpad=True)
     before = states(fast)
     assert len(ran) == 2
     for each in (original, fast):

@@ -65,8 +65,7 @@ def trained(model: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return out, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("end", [END, 2])
+@pytest.mark.parametrize(("end", "masked"), [(END, True), (2, False)])
 def test_packed_texts(end: int, masked: bool, packed: list[int]) -> None:
     original, fast = towers(eos_token_id=end)
     accelerate(fast, unpad=True)

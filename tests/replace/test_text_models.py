@@ -25,7 +25,6 @@ from tests.replace.families import (
     with_fused_copy,
 )
 from xfm_fast import accelerate
-from xfm_fast.kernels import ops
 from xfm_fast.replace import transformers_rows
 from xfm_fast.training.distributed import end_groups
 
@@ -33,16 +32,16 @@ only_5 = pytest.mark.skipif(TRANSFORMERS < 5, reason="the rows name the parts as
 
 
 def test_types_positions_and_given_embeddings() -> None:
-    model, fast = with_fused_copy(make("BertModel"), unpad=True)
+    embedded = torch.randn(len(LENGTHS), max(LENGTHS), SIZES["hidden_size"], dtype=torch.float64)
+    types = (torch.arange(max(LENGTHS)) > 4).long().expand(len(LENGTHS), -1)
     given = batch()
-    given["token_type_ids"] = (torch.arange(max(LENGTHS)) > 4).long().expand(len(LENGTHS), -1)
-    assert_equal(model, fast, given, only_real=True)
-    given["position_ids"] = torch.arange(max(LENGTHS)).flip(0)[None]
-    assert_equal(model, fast, given, only_real=True)
-    embedded = torch.randn(*given["input_ids"].shape, SIZES["hidden_size"], dtype=torch.float64)
-    assert_equal(model, fast, {"inputs_embeds": embedded, "attention_mask": given["attention_mask"]}, only_real=True)
-    roberta, quick = with_fused_copy(make("RobertaModel"), unpad=True)
-    assert_equal(roberta, quick, {"inputs_embeds": embedded, "attention_mask": given["attention_mask"]}, only_real=True)
+    only_states = {"inputs_embeds": embedded, "attention_mask": given["attention_mask"]}
+    for name in ("BertModel", "RobertaModel"):
+        model, fast = with_fused_copy(make(name), unpad=True)
+        assert_equal(model, fast, only_states, only_real=True)
+        if name == "BertModel":
+            positions = {"token_type_ids": types, "position_ids": torch.arange(max(LENGTHS)).flip(0)[None]}
+            assert_equal(model, fast, given | positions, only_real=True)
 
 
 def test_a_text_without_tokens() -> None:
@@ -80,27 +79,23 @@ def test_recorded_outputs(unpad: bool) -> None:
     assert_equal(model, fast, batch(), only_real=True)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM"])
+@pytest.mark.parametrize(("name", "attention"), [("BertLMHeadModel", "eager"), ("RobertaForCausalLM", "sdpa")])
 def test_decoders_with_cross_attention(name: str, attention: str) -> None:
     model = make(name, CAUSAL_DTYPE, attention, is_decoder=True, add_cross_attention=True)
     model, fast = with_fused_copy(model, unpad=True)
     states = torch.randn(len(LENGTHS), 7, SIZES["hidden_size"], dtype=CAUSAL_DTYPE)
     kept = torch.rand(len(LENGTHS), 7) < 0.6
     kept[:, 0] = True
-    for memory in ({}, {"encoder_hidden_states": states}):
-        assert_equal(model, fast, batch() | memory | {"use_cache": False}, CAUSAL_BOUND)
-        assert_equal(model, fast, {"input_ids": batch()["input_ids"]} | memory | {"use_cache": False}, CAUSAL_BOUND)
-    masked = {"encoder_hidden_states": states, "encoder_attention_mask": kept.long(), "use_cache": False}
-    assert_equal(model, fast, batch() | masked, CAUSAL_BOUND)
-    shared = {"encoder_hidden_states": states[:1].expand_as(states), "use_cache": False}
-    assert_equal(model, fast, batch() | shared, CAUSAL_BOUND)
+    ids = {"input_ids": batch()["input_ids"]}
+    masked = {"encoder_hidden_states": states, "encoder_attention_mask": kept.long()}
+    shared = {"encoder_hidden_states": states[:1].expand_as(states)}
+    for given in (ids, ids | {"encoder_hidden_states": states}, batch() | masked, batch() | shared):
+        assert_equal(model, fast, given | {"use_cache": False}, CAUSAL_BOUND)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("unpad", [False, True])
-def test_cross_attention_in_both_directions(unpad: bool, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make("BertModel", attention=attention, is_decoder=True, add_cross_attention=True)
+def test_cross_attention_in_both_directions(unpad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("BertModel", is_decoder=True, add_cross_attention=True)
     model.config.is_decoder = False
     model, fast = with_fused_copy(model, unpad=unpad)
     states = torch.randn(len(LENGTHS), 7, SIZES["hidden_size"], dtype=torch.float64)
@@ -120,8 +115,7 @@ def test_generation_with_a_cache() -> None:
     assert torch.equal(wanted, found)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize(("unpad", "shared"), [(False, False), (True, True)])
 def test_text_encoder_of_blip(unpad: bool, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fast = with_fused_copy(
         make("BlipTextModel", attention="eager", is_decoder=True, encoder_hidden_size=27), unpad=unpad
@@ -137,17 +131,6 @@ def test_text_encoder_of_blip(unpad: bool, shared: bool, monkeypatch: pytest.Mon
     assert_equal(model, fast, given | {"is_decoder": True})
     only_fused(monkeypatch, fast, "BlipTextLayer", *(["BlipTextModel"] if unpad else []))
     fast(**given)
-
-
-@pytest.mark.parametrize("unpad", [False, True])
-def test_wrong_calls_raise_the_original_error(unpad: bool) -> None:
-    states = torch.randn(len(LENGTHS), 7, SIZES["hidden_size"], dtype=torch.float64)
-    model = make("BertModel", CAUSAL_DTYPE, is_decoder=True)
-    text = make("BlipTextModel", attention="eager", is_decoder=False)
-    for each, error in ((model, ValueError), (text, AttributeError)):
-        accelerate(each, unpad=unpad)
-        with pytest.raises(error, match="cross"):
-            each(**batch(), encoder_hidden_states=states)
 
 
 @pytest.mark.parametrize("layer_name", transformers_rows._BERT_LAYERS)
@@ -194,9 +177,7 @@ def test_a_long_text_is_attended_to_in_bands() -> None:
 
 
 @pytest.mark.parametrize("unpad", [False, True])
-@pytest.mark.parametrize(
-    "name", [f"{name}ForMaskedLM" for name in ["Bert", "Roberta", "XLMRoberta", "Camembert", "Data2VecText"]]
-)
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM"])
 def test_loss_and_logits(name: str, unpad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fast = with_fused_copy(make(name), unpad=unpad)
     assert_equal(model, fast, batch(labels=True), only_real=True)
@@ -206,26 +187,18 @@ def test_loss_and_logits(name: str, unpad: bool, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("unpad", [False, True])
-def test_without_logits(unpad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_logits(unpad: bool) -> None:
     model, fast = with_fused_copy(make("RobertaForMaskedLM"), unpad=unpad, skip_logits=True)
-    given, rows, original = batch(labels=True), [], ops.linear_cross_entropy
-
-    def counted(h: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        rows.append(h.shape[0])
-        return original(h, *rest, **options)
-
-    monkeypatch.setattr(ops, "linear_cross_entropy", counted)
+    given = batch(labels=True)
     assert fast(**given).logits is None
-    assert rows == [int((given["labels"] != -100).sum())]
     wanted, found = (gradients(each, lambda each=each: each(**given).loss) for each in (model, fast))
     assert_close(wanted, found, 1e-12)
     assert fast(**batch()).logits is not None
     assert fast.eval()(**given).logits is not None
 
 
-@pytest.mark.parametrize("unpad", [False, True])
-def test_unusual_labels(unpad: bool) -> None:
-    model, fast = with_fused_copy(make("BertForMaskedLM"), unpad=unpad)
+def test_unusual_labels() -> None:
+    model, fast = with_fused_copy(make("BertForMaskedLM"), unpad=True)
     given = batch(labels=True)
     # Without a label the mean is undefined; labels at padding count.
     assert torch.isnan(fast(**given | {"labels": torch.full_like(given["labels"], -100)}).loss)
@@ -236,8 +209,7 @@ def test_unusual_labels(unpad: bool) -> None:
         fast(**given)
 
 
-@pytest.mark.parametrize("part", ["cls", "cls.predictions", "cls.predictions.transform", "cls.predictions.decoder"])
-@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize(("part", "labels"), [("cls", True), ("cls.predictions.transform", False)])
 def test_hooks_on_the_head_fire(part: str, labels: bool) -> None:
     model, fast = with_fused_copy(make("BertForMaskedLM"), unpad=True)
     seen: list[int] = []

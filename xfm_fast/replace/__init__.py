@@ -8,7 +8,7 @@ from xfm_fast.replace.attention_interface import register_attention
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
 from xfm_fast.replace.report import Entry, Report
 from xfm_fast.replace.rerank import Reranker
-from xfm_fast.replace.swap import Fused, Rule
+from xfm_fast.replace.swap import Fused
 
 __all__ = [
     "Entry",
@@ -17,7 +17,6 @@ __all__ = [
     "Mlp",
     "Report",
     "Reranker",
-    "Rule",
     "accelerate",
     "accelerated",
     "register",

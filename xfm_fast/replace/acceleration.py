@@ -19,23 +19,21 @@ from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits, keep_within
-from xfm_fast.replace import (
-    adapters,
-    heads,
-    layer,
-    official,
-    timm_vision,
-    torch_modules,
-    transformers_rows,
-    unpadded,
-    verification,
+from xfm_fast.replace import adapters, timm_vision, transformers_rows, verification
+from xfm_fast.replace.heads import FusedEmbeddings, FusedMaskedLM, VocabularyHead
+from xfm_fast.replace.layer import FusedLayer
+from xfm_fast.replace.official import (
+    OfficialEmbeddings,
+    OfficialTextEncoder,
+    OfficialTextLayer,
+    OfficialVisionBlock,
+    OfficialVocabularyHead,
 )
 from xfm_fast.replace.report import ROW, Entry, Report, Unknown, in_graphs, linear_weights, size_of, unknown_layers
 from xfm_fast.replace.stored import FrozenLinear, quantise
 from xfm_fast.replace.stored import freeze as freeze_weights
 from xfm_fast.replace.swap import (
     Fused,
-    Rule,
     Settings,
     find,
     forward_replaced,
@@ -45,9 +43,16 @@ from xfm_fast.replace.swap import (
     restore,
     swap,
 )
+from xfm_fast.replace.torch_modules import FusedLayerNorm, FusedMultiheadAttention, UnpaddedTransformerEncoder
+from xfm_fast.replace.unpadded import CutOpenClip, CutOpenClipText, CutTextModel, UnpaddedEncoder
 
-# In order of precedence; the modules of rows register theirs at import.
-_RULES = (heads, unpadded, layer, official, torch_modules)
+# In order of precedence.
+FORMS: tuple[type[Fused], ...] = (
+    *(FusedEmbeddings, FusedMaskedLM, VocabularyHead, UnpaddedEncoder, CutTextModel, CutOpenClip, CutOpenClipText),
+    *(FusedLayer, OfficialTextEncoder, OfficialTextLayer, OfficialVisionBlock, OfficialEmbeddings),
+    *(OfficialVocabularyHead, UnpaddedTransformerEncoder, FusedMultiheadAttention, FusedLayerNorm),
+)
+# These register their rows at import.
 _ROWS = (transformers_rows, timm_vision)
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
 # Below this it is noise.
@@ -177,11 +182,6 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
         report.revert()
 
 
-def rules() -> tuple[Rule, ...]:
-    """The rules of all libraries."""
-    return tuple(rule for module in _RULES for rule in module.RULES)
-
-
 Forms = list[tuple[nn.Module, type[Fused]]]
 
 
@@ -231,22 +231,22 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
     """Decide on every module: the report, and the modules with their fused forms."""
     entries: list[Entry] = []
     forms: Forms = []
-    known, total = rules(), size_of(linear_weights(model)) or 1
+    total = size_of(linear_weights(model)) or 1
     reported: set[nn.Module] = set()
     inside: set[nn.Module] = set()
     for path, module in chosen.items():
-        entry, rule = (None, None) if module in inside else _decide(path, module, known, settings)
+        entry, form = (None, None) if module in inside else _decide(path, module, settings)
         if entry is None:
             continue
         weights = linear_weights(module)
         entries.append(replace(entry, share=size_of(weights) / total))
-        if rule is None:
+        if form is None:
             # Norms inside unrecognised layers are recognised too.
             reported.update(module.modules() if weights else ())
         else:
-            forms.append((module, rule.fused))
+            forms.append((module, form))
             # PyTorch's norms and attentions inside a fused module are read, never called.
-            parts = _bypassed(module, rule.fused).values()
+            parts = _bypassed(module, form).values()
             inside |= {part for part in parts if original_class(part).__module__.startswith("torch.nn.")}
     modules = [module for module, _ in forms]
     computing = {module for module in modules if linear_weights(module)}
@@ -270,21 +270,19 @@ def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
     return {name: part for name in names if (part := find(module, name)) is not None}
 
 
-def _decide(
-    path: str, module: nn.Module, known: Sequence[Rule], settings: Settings
-) -> tuple[Entry | None, Rule | None]:
-    """The first rule that accepts a module; otherwise the entry with the first refusal."""
+def _decide(path: str, module: nn.Module, settings: Settings) -> tuple[Entry | None, type[Fused] | None]:
+    """The first form that accepts a module; otherwise the entry with the first refusal."""
     left = None
-    for rule in known:
-        if not rule.recognises(module):
+    for form in FORMS:
+        if not form.recognises(module):
             continue
-        reason = rule.reason_against(module, settings)
+        reason = form.refusal(module, settings)
         if reason is None and forward_replaced(module):
             reason = "its forward was replaced on the instance"
-        reason = reason or _why_not_values(module, rule.fused, settings)
-        entry = Entry(path, original_class(module).__name__, rule.name, rule.gain, reason)
+        reason = reason or _why_not_values(module, form, settings)
+        entry = Entry(path, original_class(module).__name__, form.__name__, form.benefit, reason)
         if reason is None:
-            return entry, rule
+            return entry, form
         left = left or entry
     return left, None
 

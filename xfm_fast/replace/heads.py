@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,38 +14,28 @@ from xfm_fast.kernels.cpu.norms import embedding_norm_forward
 from xfm_fast.packing import on_host
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.cached_plan import infers
-from xfm_fast.replace.layer import short_name
 from xfm_fast.replace.swap import (
     CalledByName,
-    Rule,
     Settings,
     is_fused,
     observed,
-    original_class,
     returns_dict,
     why_not_bypassed,
 )
 
-_EMBEDDINGS = (
-    *("albert.AlbertEmbeddings", "bert.BertEmbeddings", "blip.BlipTextEmbeddings", "camembert.CamembertEmbeddings"),
-    *("data2vec.Data2VecTextEmbeddings", "data2vec.Data2VecTextForTextEmbeddings", "distilbert.Embeddings"),
-    *("electra.ElectraEmbeddings", "mpnet.MPNetEmbeddings", "roberta.RobertaEmbeddings"),
-    "xlm_roberta.XLMRobertaEmbeddings",
-)
-_MASKED_LM = (
-    *("bert.BertForMaskedLM", "camembert.CamembertForMaskedLM", "data2vec.Data2VecTextForMaskedLM"),
-    *("roberta.RobertaForMaskedLM", "xlm_roberta.XLMRobertaForMaskedLM"),
-)
-_HEADS = (
-    *("bert.BertLMPredictionHead", "blip.BlipTextLMPredictionHead", "camembert.CamembertLMHead"),
-    *("data2vec.Data2VecTextLMHead", "mpnet.MPNetLMHead", "roberta.RobertaLMHead", "xlm_roberta.XLMRobertaLMHead"),
-)
 _IGNORED = -100
 
 
 class FusedEmbeddings(CalledByName):
     """Word, position and type embeddings with LayerNorm in one pass."""
 
+    benefit: ClassVar[str] = "three tables and LayerNorm in one pass"
+    replaces: ClassVar[Any] = (
+        *("albert.AlbertEmbeddings", "bert.BertEmbeddings", "blip.BlipTextEmbeddings", "camembert.CamembertEmbeddings"),
+        *("data2vec.Data2VecTextEmbeddings", "data2vec.Data2VecTextForTextEmbeddings", "distilbert.Embeddings"),
+        *("electra.ElectraEmbeddings", "mpnet.MPNetEmbeddings", "roberta.RobertaEmbeddings"),
+        "xlm_roberta.XLMRobertaEmbeddings",
+    )
     bypassed: ClassVar[Any] = {
         "word_embeddings": nn.Embedding,
         "position_embeddings": nn.Embedding,
@@ -115,6 +104,11 @@ def default_positions(embeddings: Any, tokens: Tensor) -> Tensor:
 class VocabularyHead(CalledByName):
     """Masked-language head: dense, GELU, LayerNorm and vocabulary projection."""
 
+    benefit: ClassVar[str] = "GELU fused; faster product with the vocabulary"
+    replaces: ClassVar[Any] = (
+        *("bert.BertLMPredictionHead", "blip.BlipTextLMPredictionHead", "camembert.CamembertLMHead"),
+        *("data2vec.Data2VecTextLMHead", "mpnet.MPNetLMHead", "roberta.RobertaLMHead", "xlm_roberta.XLMRobertaLMHead"),
+    )
     multiplies_in_eight_bits: ClassVar[bool] = False
     bypassed: ClassVar[Any] = {
         "dense": (nn.Linear, Adaptable),
@@ -164,6 +158,12 @@ class VocabularyHead(CalledByName):
 
 class FusedMaskedLM(CalledByName):
     """Encoder and masked-language head: only labelled positions reach the loss, and no padding the vocabulary."""
+
+    benefit: ClassVar[str] = "loss over labelled positions only, without their logits in full"
+    replaces: ClassVar[Any] = (
+        *("bert.BertForMaskedLM", "camembert.CamembertForMaskedLM", "data2vec.Data2VecTextForMaskedLM"),
+        *("roberta.RobertaForMaskedLM", "xlm_roberta.XLMRobertaForMaskedLM"),
+    )
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -250,19 +250,3 @@ def _head_of(model: Any) -> Any:
 
 def _any(mask: Tensor) -> bool:
     return host.any_true(mask) if on_host(mask) else bool(mask.any())
-
-
-def _is_one(names: tuple[str, ...]) -> Callable[[nn.Module], bool]:
-    return lambda module: short_name(original_class(module)) in names
-
-
-RULES: tuple[Rule, ...] = (
-    Rule("FusedEmbeddings", _is_one(_EMBEDDINGS), FusedEmbeddings, "three tables and LayerNorm in one pass"),
-    Rule(
-        "FusedMaskedLM",
-        _is_one(_MASKED_LM),
-        FusedMaskedLM,
-        "loss over labelled positions only, without their logits in full",
-    ),
-    Rule("VocabularyHead", _is_one(_HEADS), VocabularyHead, "GELU fused; faster product with the vocabulary"),
-)

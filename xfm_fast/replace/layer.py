@@ -25,13 +25,13 @@ from xfm_fast.replace.cached_plan import cached_plan, forget
 from xfm_fast.replace.structure import Cross, Parts, branch_types, norm_behind, post_norm, pre_norm, rotate
 from xfm_fast.replace.swap import (
     CalledByName,
-    Rule,
     Settings,
     find,
     has_other_arguments,
     is_erf_gelu,
     observed,
     original_class,
+    short_name,
     why_not_bypassed,
 )
 
@@ -47,7 +47,6 @@ WITHOUT_EFFECT = (
 )
 # Attention implementations of transformers that compute the plain function, and those that do without a mask.
 PLAIN_ATTENTION = ("eager", "sdpa", "xfm_fast", None)
-GAIN = "linear layers fused with activation, residual and norm"
 KERNELS = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -262,16 +261,10 @@ def _full_name(kind: type[nn.Module]) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def short_name(kind: type[nn.Module]) -> str:
-    """`package.Class` of a class of transformers; empty for others."""
-    package = kind.__module__.split(".")
-    known = package[:2] == ["transformers", "models"] and len(package) > 2
-    return f"{package[2]}.{kind.__name__}" if known else ""
-
-
 class FusedLayer(CalledByName):
     """The fused form of every layer with a spec: linear layers, activation, residual and norm fused."""
 
+    benefit: ClassVar[str] = "linear layers fused with activation, residual and norm"
     layer_spec: ClassVar[LayerSpec]
     layer_arguments: ClassVar[frozenset[str]] = frozenset()
     returns_tuple: ClassVar[bool] = False  # the output is a tuple, with room for attention weights
@@ -292,6 +285,10 @@ class FusedLayer(CalledByName):
             "layer_arguments": frozenset(understood),
             "returns_tuple": "output_attentions" in names,
         }
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return spec_of(original_class(module)) is not None
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -457,8 +454,3 @@ def _row_scale(drop_path: nn.Module | None, x: Tensor) -> Tensor | None:
         return torch.floor(draws + (1 - dropped)) / (1 - dropped)
     factors = x.new_empty(x.shape[0]).bernoulli_(1 - dropped)
     return factors.div_(1 - dropped) if dropped < 1 and getattr(drop_path, "scale_by_keep", True) else factors
-
-
-RULES: tuple[Rule, ...] = (
-    Rule("FusedLayer", lambda module: spec_of(original_class(module)) is not None, FusedLayer, GAIN),
-)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,12 @@ from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Bias, Dense, Packed, Padded, PositionTable
 from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
-from xfm_fast.replace.layer import GAIN, FusedLayer, LayerSpec, Mlp, can_run_packed
+from xfm_fast.replace.layer import FusedLayer, LayerSpec, Mlp, can_run_packed
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     BANDS,
     CalledByName,
     Fused,
-    Rule,
     Settings,
     find,
     has_other_arguments,
@@ -136,8 +135,8 @@ class OfficialTextLayer(FusedLayer):
 
     layer_spec = TEXT_LAYER
 
-    @staticmethod
-    def recognises(module: nn.Module) -> bool:
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
         # Layers of transformers have `is_decoder` and return keys and values only as decoders.
         if not _foreign(module) or hasattr(module, "is_decoder") or not is_layer(module):
             return False
@@ -178,8 +177,10 @@ class OfficialTextLayer(FusedLayer):
 class OfficialTextEncoder(CalledByName):
     """The layers of a text or fusion encoder on packed tokens."""
 
-    @staticmethod
-    def recognises(module: nn.Module) -> bool:
+    benefit: ClassVar[str] = "padding left out of all layers"
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
         layers = find(module, "layer")
         if (
             not isinstance(layers, nn.ModuleList)
@@ -305,8 +306,8 @@ class OfficialVisionBlock(FusedLayer):
 
     layer_spec = VISION_BLOCK
 
-    @staticmethod
-    def recognises(module: nn.Module) -> bool:
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
         spec, attention, drop_path = VISION_BLOCK, find(module, "attn"), find(module, "drop_path")
         if not _foreign(module) or spec.missing(module) is not None or not hasattr(module, "gamma_1"):
             return False
@@ -320,8 +321,8 @@ class OfficialVisionBlock(FusedLayer):
 class OfficialEmbeddings(FusedEmbeddings):
     """Embeddings matched by names and tested on an example."""
 
-    @staticmethod
-    def recognises(module: nn.Module) -> bool:
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
         parts = set(module._modules) - {"token_type_embeddings"}
         counts = hasattr(module, "padding_idx") or "position_ids" in module._buffers
         return _foreign(module) and parts == _EMBEDDINGS and counts
@@ -343,8 +344,8 @@ class OfficialEmbeddings(FusedEmbeddings):
 class OfficialVocabularyHead(VocabularyHead):
     """Vocabulary head matched by names and tested on an example."""
 
-    @staticmethod
-    def recognises(module: nn.Module) -> bool:
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
         parts = set(module._modules)
         transform = find(module, "transform")
         named = parts == _ROBERTA_HEAD or (
@@ -388,22 +389,3 @@ def _why_not_equal(
     error = relative_error(before, after)
     band = BANDS.get(before.dtype, BANDS[torch.float32])
     return None if error <= band else f"its output does not match its parts (by {error:.0e})"
-
-
-RULES: tuple[Rule, ...] = (
-    Rule("OfficialTextEncoder", OfficialTextEncoder.recognises, OfficialTextEncoder, "padding left out of all layers"),
-    Rule("OfficialTextLayer", OfficialTextLayer.recognises, OfficialTextLayer, GAIN),
-    Rule("OfficialVisionBlock", OfficialVisionBlock.recognises, OfficialVisionBlock, GAIN),
-    Rule(
-        "OfficialEmbeddings",
-        OfficialEmbeddings.recognises,
-        OfficialEmbeddings,
-        "three tables and LayerNorm in one pass",
-    ),
-    Rule(
-        "OfficialVocabularyHead",
-        OfficialVocabularyHead.recognises,
-        OfficialVocabularyHead,
-        "GELU fused; faster product with the vocabulary",
-    ),
-)

@@ -24,7 +24,7 @@ _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
 
 @dataclass(frozen=True)
 class Entry:
-    """A module that a rule recognised."""
+    """A recognised module."""
 
     path: str  # qualified name; empty for the model itself
     class_name: str

@@ -188,6 +188,8 @@ def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | Non
 class Fused(nn.Module):
     """Base of fused forms. Subclasses define `forward` and call `super().forward` to decline a call."""
 
+    benefit: ClassVar[str] = ""  # what the form saves, in a few words
+    replaces: ClassVar[tuple[str | type[nn.Module], ...]] = ()  # classes, or their `short_name`
     # submodules that are read without being called: dotted name → expected class
     bypassed: ClassVar[Mapping[str, Kinds]] = {}
     joint: ClassVar[tuple[tuple[str, ...], ...]] = ()  # names of linear layers on one input, computed by one GEMM
@@ -197,6 +199,12 @@ class Fused(nn.Module):
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
         """Class attributes that depend on the original class, computed once per class."""
         return {}
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        """True if the form is for a module."""
+        kind = original_class(module)
+        return kind in cls.replaces or short_name(kind) in cls.replaces
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -438,22 +446,15 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return type(module).__bases__[1] if is_fused(module) else type(module)
 
 
+def short_name(kind: type[nn.Module]) -> str:
+    """`package.Class` of a class of `transformers.models.package` or open_clip; empty for others."""
+    package = kind.__module__.split(".")
+    if package[:2] == ["transformers", "models"] and len(package) > 2:
+        return f"{package[2]}.{kind.__name__}"
+    return f"open_clip.{kind.__name__}" if package[0] == "open_clip" else ""
+
+
 def fused_form(module: nn.Module) -> type[Fused]:
     """The fused class of a fused module."""
     assert isinstance(module, Fused)
     return type(module).__bases__[0]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A kind of third-party module and its fused form."""
-
-    name: str  # name in the report
-    recognises: Callable[[nn.Module], bool]  # matches a module by class or structure
-    fused: type[Fused]
-    gain: str  # what is saved, in a few words
-    refusal: Callable[[nn.Module, Settings], str | None] | None = None  # overrides `fused.refusal`
-
-    def reason_against(self, module: nn.Module, settings: Settings) -> str | None:
-        """Why a recognised module must not be replaced; None if it may."""
-        return (self.refusal or self.fused.refusal)(module, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,7 +14,7 @@ from xfm_fast.kernels.backend import resolve
 from xfm_fast.replace.attention import Attend, Packed, sdpa
 from xfm_fast.replace.layer import LayerSpec, Mlp, can_run_packed, register, run_packed
 from xfm_fast.replace.structure import apply_norm
-from xfm_fast.replace.swap import Fused, Kinds, Rule, Settings, observed, original_class, why_not_bypassed
+from xfm_fast.replace.swap import Fused, Kinds, Settings, observed, why_not_bypassed
 from xfm_fast.replace.unpadded import plan
 
 _ATTENTION_PARTS: dict[str, Kinds] = {"out_proj": NonDynamicallyQuantizableLinear}
@@ -26,6 +26,8 @@ class FusedMultiheadAttention(Fused):
     (The original would run in autocast there, which copies the weights for every position of a sequence-first batch.)
     """
 
+    benefit: ClassVar[str] = "one product for inputs that are the same (calls with need_weights=False)"
+    replaces: ClassVar[Any] = (nn.MultiheadAttention,)
     bypassed: ClassVar[Mapping[str, Kinds]] = _ATTENTION_PARTS
 
     @classmethod
@@ -124,6 +126,9 @@ register(
 class UnpaddedTransformerEncoder(Fused):
     """`torch.nn.TransformerEncoder` on packed tokens; outputs at padding are zero."""
 
+    benefit: ClassVar[str] = "padding left out of all layers"
+    replaces: ClassVar[Any] = (nn.TransformerEncoder,)
+
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         return None if settings.unpad else "PyTorch handles its padding; unpad=True skips it in training too"
@@ -153,6 +158,9 @@ class UnpaddedTransformerEncoder(Fused):
 
 class FusedLayerNorm(Fused):
     """`torch.nn.LayerNorm` over one dimension, by a kernel."""
+
+    benefit: ClassVar[str] = "one pass over memory"
+    replaces: ClassVar[Any] = (nn.LayerNorm,)
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -203,24 +211,3 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
-
-
-def _is(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
-    return lambda module: original_class(module) is kind
-
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        "UnpaddedTransformerEncoder",
-        _is(nn.TransformerEncoder),
-        UnpaddedTransformerEncoder,
-        "padding left out of all layers",
-    ),
-    Rule(
-        "FusedMultiheadAttention",
-        _is(nn.MultiheadAttention),
-        FusedMultiheadAttention,
-        "one product for inputs that are the same (calls with need_weights=False)",
-    ),
-    Rule("FusedLayerNorm", _is(nn.LayerNorm), FusedLayerNorm, "one pass over memory"),
-)

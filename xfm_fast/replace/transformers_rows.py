@@ -82,15 +82,11 @@ def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
     if unmasked and isinstance(seen, Tensor) and seen.is_floating_point() and not torch.compiler.is_compiling():
         # transformers 4 passes a mask of zeros to BLIP by default. All layers get the same one, and reading it syncs
         # an accelerator.
-        seen = None if derived("hides nothing", (seen,), partial(_is_zero, seen)) else seen
+        seen = None if derived("hides nothing", (seen,), lambda zeros=seen: not zeros.any()) else seen
     covered = hasattr(layer, "crossattention") and _covers_mask(implementation, seen)
     if not covered or (unmasked and seen is not None):
         return None
     return Padded(mask, causal, padded_memory(states, seen))
-
-
-def _is_zero(mask: Tensor) -> bool:
-    return not mask.any()
 
 
 def _covers_mask(implementation: str | None, mask: Any) -> bool:

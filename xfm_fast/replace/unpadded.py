@@ -17,17 +17,17 @@ from xfm_fast.kernels import host
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.attention import Attend, Causal, Memory, Packed, Padded, Spread, to_own_tokens
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
-from xfm_fast.replace.layer import PLAIN_ATTENTION, can_run_packed, run_packed, short_name
+from xfm_fast.replace.layer import PLAIN_ATTENTION, can_run_packed, run_packed
 from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
-    Rule,
     Settings,
     find,
     has_other_arguments,
     observed,
     original_class,
     returns_dict,
+    short_name,
 )
 
 _WITHOUT_EFFECT = ("use_cache", "return_dict", "cache_position", "num_items_in_batch")
@@ -35,7 +35,6 @@ _RECORDED = ("output_attentions", "output_hidden_states")
 _MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 # transformers drops BLIP's image mask; calls with one run the original.
 IGNORE_MEMORY_MASK = ("BlipTextLayer", "BlipTextModel")
-_CUT = "stops at the end-of-text"
 _FULL_LENGTH = "it computes texts at full length; unpad=True cuts them after the longest end-of-text"
 # Share of tokens left after the cut above which packing does not pay off.
 _FULL = 0.95
@@ -82,7 +81,12 @@ def encoder_of(kind: type[nn.Module]) -> Encoder | None:
 class UnpaddedEncoder(CalledByName):
     """A whole encoder on packed tokens; states at padding are zero."""
 
+    benefit: ClassVar[str] = "padding left out of all layers"
     encoder_row: ClassVar[Encoder]
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return encoder_of(original_class(module)) is not None
 
     @classmethod
     def adapted(cls, original: type[nn.Module]) -> dict[str, Any]:
@@ -354,7 +358,14 @@ class CutTextModel(CalledByName):
     after its longest text; if the texts differ in length and all layers are fused, they are packed.
     """
 
+    benefit: ClassVar[str] = "stops at the end-of-text"
+    # In transformers 4 the model contains the tower, in 5 it is the tower.
+    replaces: ClassVar[Any] = ("clip.CLIPTextModel", "clip.CLIPTextTransformer")
     _understood: ClassVar[set[str]] = {"input_ids", "attention_mask", "position_ids", "return_dict"}
+
+    @classmethod
+    def recognises(cls, module: nn.Module) -> bool:
+        return super().recognises(module) and find(module, "encoder") is not None and hasattr(module, "eos_token_id")
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
@@ -416,6 +427,8 @@ class CutTextModel(CalledByName):
 class _CutOpenClip(Fused):
     """A text tower of open_clip, cut at the end-of-text."""
 
+    benefit: ClassVar[str] = CutTextModel.benefit
+
     @classmethod
     def refusal(cls, module: nn.Module, settings: Settings) -> str | None:
         pool = getattr(module, "pool_type", getattr(module, "text_pool_type", "argmax"))
@@ -462,6 +475,8 @@ class _CutOpenClip(Fused):
 class CutOpenClip(_CutOpenClip):
     """`open_clip.CLIP`, which contains its text tower."""
 
+    replaces: ClassVar[Any] = ("open_clip.CLIP",)
+
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """`[B, L]` ids → `[B, E]`."""
         x = self.feature(text, cast(Any, self).text_pool_type, getattr(self, "text_eos_id", None))
@@ -473,33 +488,8 @@ class CutOpenClip(_CutOpenClip):
 class CutOpenClipText(_CutOpenClip):
     """`open_clip.TextTransformer`, a separate text tower."""
 
+    replaces: ClassVar[Any] = ("open_clip.TextTransformer",)
+
     def forward(self, text: Tensor) -> Any:
         x = self.feature(text, cast(Any, self).pool_type, getattr(self, "eos_id", None))
         return super().forward(text) if x is None else x
-
-
-def _is(library: str, *names: str) -> Callable[[nn.Module], bool]:
-    def recognises(module: nn.Module) -> bool:
-        kind = original_class(module)
-        return kind.__module__.startswith(library) and kind.__name__ in names
-
-    return recognises
-
-
-def _is_clip_tower(module: nn.Module) -> bool:
-    # In transformers 4 the model contains the tower, in 5 it is the tower.
-    named = _is("transformers.models.clip.", "CLIPTextModel", "CLIPTextTransformer")(module)
-    return named and find(module, "encoder") is not None and hasattr(module, "eos_token_id")
-
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        "UnpaddedEncoder",
-        lambda module: encoder_of(original_class(module)) is not None,
-        UnpaddedEncoder,
-        "padding left out of all layers",
-    ),
-    Rule("CutTextModel", _is_clip_tower, CutTextModel, _CUT),
-    Rule("CutOpenClip", _is("open_clip.", "CLIP"), CutOpenClip, _CUT),
-    Rule("CutOpenClipText", _is("open_clip.", "TextTransformer"), CutOpenClipText, _CUT),
-)
