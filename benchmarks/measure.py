@@ -267,12 +267,9 @@ class Comparator:
 
 @dataclass
 class Samples:
-    """Results of the rounds by the key of a backend, its name and dtype.
+    """Seconds of every run, round by round, and one line of each error, by the key of a backend: its name and dtype.
 
-    Attributes:
-        rounds: seconds of every run, round by round.
-        failures: one line for each backend that raised an error, and takes no further part.
-        interrupted: stopped by Ctrl-C; whole blocks were kept.
+    A backend that raised an error takes no further part; Ctrl-C stops all, and whole blocks are kept.
     """
 
     rounds: dict[str, list[list[float]]]
@@ -301,14 +298,8 @@ def interleave(
 ) -> Samples:  # fmt: skip
     """Run the block of every backend once a round, in rotating order, with the probes before, between and after.
 
-    Args:
-        blocks: by key, a backend's name and dtype.
-        rounds: least number, as far as the deadline allows, and one in any case.
-        budget_s: more than `rounds` are run while all of them take no longer than this, up to `most_rounds`.
-        warmups: untimed blocks of each before the first round.
-        deadline: `time.perf_counter()` by which the last round has to end, unless it is the first.
-        on_step: called with what runs next, for a progress display.
-        grad: leave automatic differentiation on.
+    After `warmups` untimed blocks of each, `rounds` are run, and up to `most_rounds` while all of them take less than
+    `budget_s`. A round after the first ends before the `deadline`, a time of `time.perf_counter()`.
     """
     out = Samples({name: [] for name in blocks})
 
@@ -570,12 +561,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 def bootstrap(
     statistic: Callable[..., Any], *series: Sequence[float], paired: bool = False
 ) -> tuple[float, float] | None:
-    """Interval of 95% of a statistic by resampling; None for fewer than three samples.
+    """Interval of 95% of a statistic of one or two series along their last axis; None for fewer than three samples.
 
-    Args:
-        statistic: of the arrays of all series along their last axis.
-        series: samples of one thing, or of two.
-        paired: two series are resampled together: they are of the same rounds.
+    `paired` series are of the same rounds, and are resampled together.
     """
     sizes = [len(each) for each in series]
     if min(sizes) < _ENOUGH:
@@ -591,11 +579,7 @@ def bootstrap(
 def ratio_interval(
     slow: Sequence[float], fast: Sequence[float], *, paired: bool = True
 ) -> tuple[float, float] | tuple[None, None]:
-    """Interval of median(slow) / median(fast).
-
-    Args:
-        paired: both are of the same rounds, which are resampled together, so that drift common to both cancels.
-    """
+    """Interval of median(slow) / median(fast); `paired` rounds are resampled together, so that common drift cancels."""
     rounds = min(len(slow), len(fast)) if paired else None
     interval = bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), slow[:rounds], fast[:rounds], paired=paired)
     return interval or (None, None)

@@ -39,22 +39,15 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def parity_band(dtype: torch.dtype, own: float = 0.0, fp32: float = FP32_BAND) -> float:
-    """The relative error that rounding explains.
+    """The relative error that rounding explains, from that of the reference itself, `own`, against a wider dtype.
 
-    Args:
-        own: error of the reference itself: of its result in this type against fp32, in fp32 against fp64.
-        fp32: what is allowed in fp32 in any case. Weights that round worse may use three times the reference's own
-            error; other types twice that error, and the spacing of their numbers.
+    In fp32 it is three times that, and `fp32` in any case; in other dtypes twice that and the spacing of their numbers.
     """
     return max(fp32, 3 * own) if dtype == torch.float32 else 2 * own + torch.finfo(dtype).eps
 
 
 def timed(run: Callable[[], Any], device: torch.device, *, waits: bool = False) -> tuple[Any, float]:
-    """Output and seconds. On a GPU the time is that between two events of the stream, around all kernels of the run.
-
-    Args:
-        waits: the run returns when its results are there, by whatever stream: then the clock tells the time.
-    """
+    """Output and seconds, on a GPU between two events of the stream, unless the run `waits` for its results itself."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
     for event in events[:1]:
         event.record()

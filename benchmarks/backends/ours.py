@@ -1,4 +1,4 @@
-"""xfm-fast: the model in memory, with an index that keeps the memories of its images, and exported."""
+"""xfm-fast: the model in memory, and exported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from xfm_fast.export.request import DType, GraphName
 from xfm_fast.export.runtimes import find_runtime
 from xfm_fast.export.session import Session
 from xfm_fast.kernels.backend import Backend, use_backend
-from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.retrieval import ImageIndex, Retriever
 from xfm_fast.tasks.vqa import AnswerRanking
@@ -85,24 +84,6 @@ class OurEngine(Engine):
             k = answers.trie.answers if answers.whole else answers.k
             # As the official score does it.
             return self.model.rank_answers(memory, answers.trie, k=k, best=answers.best, count_first_token_twice=True)
-
-
-class MemoryEngine(OurEngine):
-    """The same, with keys and values of every image of the index kept: 42 MB an image of 384 pixels, base, fp32."""
-
-    def __init__(self, model: XFM) -> None:
-        super().__init__(model)
-        self._kept: tuple[Tensor, ImageMemory] | None = None
-
-    def search(self, input_ids: Tensor, attention_mask: Tensor, index: SearchIndex, k: int) -> Found:
-        return Engine.search(self, input_ids, attention_mask, index, k)
-
-    def scores(self, embeds: Tensor, mask: Tensor, index: SearchIndex, best: Tensor) -> Tensor:
-        if self._kept is None or self._kept[0] is not index.embeds:
-            self._kept = index.embeds, self.model.image_memory(index.embeds)
-        rows = torch.arange(len(best), device=best.device).repeat_interleave(best.shape[1])
-        fused = self.model.fuse(embeds[rows], mask[rows], self._kept[1], best.flatten(), first_token_only=True)
-        return self.model.match_logits(fused)[:, 1].view(best.shape)
 
 
 class SessionEngine(Engine):

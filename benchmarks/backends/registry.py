@@ -26,7 +26,7 @@ from ..timing import DTYPES, why_not_compiled
 from .engine import Engine, Schedule
 from .official_code import CLONE_MARK, OfficialCodeEngine
 from .official_finetuning import OfficialEngine
-from .ours import GRAPHS, MemoryEngine, OurEngine, export_engine, served
+from .ours import GRAPHS, OurEngine, export_engine, served
 from .public_modules import TimmEngine, TransformersEngine
 
 # Of the largest value: a few times what rounding to int8 costs the base model.
@@ -170,10 +170,6 @@ def export_backends(runtime: type[Runtime]) -> Iterator[ModelBackend]:
 BACKENDS: tuple[ModelBackend, ...] = (
     ModelBackend(
         OURS, "xfm-fast", lambda s: OurEngine(served(s.model)), None, package="xfm_fast", schedule="ours"
-    ),
-    ModelBackend(
-        "xfm-fast-memories", "xfm-fast, image memories kept", lambda s: MemoryEngine(served(s.model)), ("retrieve",),
-        package="xfm_fast", schedule=None,
     ),
     ModelBackend(OFFICIAL, "official algorithm, eager", lambda s: OfficialEngine(s.model), None),
     ModelBackend(

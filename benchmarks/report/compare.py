@@ -31,15 +31,9 @@ Verdict = Literal["faster", "slower", "no difference", "too few samples", "not t
 
 @dataclass
 class Change:
-    """One row of A and B.
+    """One row of A and B: `ratio` is how many times as fast B is, with its interval of 95% and adjusted p-value.
 
-    Attributes:
-        ratio: how many times as fast B is: median time of A over that of B, or requests per second of B over A's.
-        low, high: bootstrap interval of 95% of the ratio; None without samples.
-        p: adjusted p-value; None without a test.
-        control: ratio of the reference at the same work, if both documents have it.
-        verdict: `lost` if only A has numbers, `new` if only B has.
-        reason: why there are no numbers.
+    `control` is the ratio of the reference at the same work. A row is `lost` if only A has numbers, `new` if only B.
     """
 
     name: str

@@ -396,9 +396,7 @@ class Questions(TaskWorkload):
 def compared(ours: AnswerRanking, truth: AnswerRanking, *, whole_list: bool = False) -> Difference:
     """Scores of the answers that are in both rankings of the same questions, and those of the best.
 
-    Args:
-        whole_list: ours looked at all answers: its best may be better, but none of the others' may be missing that is
-            better than its last.
+    In a `whole_list` our best may be better, but none of the others' may be missing that is better than our last.
     """
     mine: list[float] = []
     theirs: list[float] = []

@@ -42,9 +42,9 @@ def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Out = _RESULTS) 
     fine-tuned tasks VQA, NLVR2, grounding and captioning. It takes about five minutes on two cores; with --quick, which
     leaves out the tasks, about one (a minute and a half of processor time). OMP_NUM_THREADS sets the threads.
     """
-    from xfm_fast.benchmarks.work import suite
+    from xfm_fast.benchmarks.work.model import suite
 
-    return _finish(_measure(suite.run, options), out)
+    return _finish(_measure(suite, options), out)
 
 
 @app.command(name="scenario")

@@ -22,7 +22,7 @@ from xfm_fast.errors import StorageError
 VOID = {"meta", "br", "rect", "line"}
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 STORED = sorted(RESULTS.glob("*-2threads.json"))
-KINDS = ("cpu-avx512", "embed-image-cpu-amx", "drop-in-cpu-amx", "kernels-cpu-avx512")
+KINDS = ("cpu-avx512", "retrieve-cpu-amx", "drop-in-cpu-amx", "kernels-cpu-avx512")
 
 
 def _load(name: str) -> Document:
@@ -127,13 +127,6 @@ def test_what_has_no_numbers_is_shown_with_its_reason() -> None:
     for words in ("out of &lt;memory&gt;", "no image &amp; text", "19.jpg"):
         assert words in text
     assert "*" in report.markdown(document)
-
-
-def test_the_terminal_shows_where_the_time_and_memory_go() -> None:
-    shown = " ".join(_shown(_load("retrieve-cpu-amx")).split())
-    assert "Where the time goes, by stage" in shown
-    assert "R@1/5/10" in _shown(_load("cpu-avx512"))
-    assert "grown GB" in " ".join(_shown(_load("train-step-cpu-avx512"), 400).split())
 
 
 def test_the_terminals_tables_fit_with_whole_words(document: Document) -> None:

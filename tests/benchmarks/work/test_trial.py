@@ -18,7 +18,6 @@ from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
 from xfm_fast.benchmarks.record import UNTOUCHED, Parity, Result, load  # noqa: E402
 from xfm_fast.benchmarks.work import trial  # noqa: E402
-from xfm_fast.benchmarks.work import trial_models as models  # noqa: E402
 from xfm_fast.errors import CheckpointError, DataError, InputError  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
@@ -119,8 +118,8 @@ def test_images_and_both(tmp_path: Path) -> None:
         vision_config={"image_size": 32, "patch_size": 16, **tower}, projection_dim=12,
     )  # fmt: skip
     transformers.CLIPModel(config).save_pretrained(clip)
-    opened = models.open_model(str(clip))
-    batch = models.text_batch(opened, ["a b", "a b c d"])
+    opened = trial.open_model(str(clip))
+    batch = trial.text_batch(opened, ["a b", "a b c d"])
     assert batch.arguments["attention_mask"].sum(1).tolist() == [4, 7]
     assert any("no tokenizer" in note for note in batch.notes)
     assert opened.takes_images
@@ -134,7 +133,7 @@ def test_a_model_of_timm_is_tried(tmp_path: Path) -> None:
     for words in ("modules replaced", "random"):
         assert any(words in note for note in found.notes)
     with pytest.raises(InputError, match=r"'vit_tiny_patch17_224'; near .*vit_tiny_patch16_224"):
-        models.open_model("timm:vit_tiny_patch17_224")
+        trial.open_model("timm:vit_tiny_patch17_224")
 
 
 def test_a_name_on_the_hub(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +144,7 @@ def test_a_name_on_the_hub(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(bert)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    opened = models.open_model("someone/bert")
+    opened = trial.open_model("someone/bert")
     assert (opened.name, opened.folder) == ("someone/bert", bert)
     ((name, patterns),) = asked
     assert name == "someone/bert"
@@ -159,7 +158,7 @@ def test_an_x_fm_is_answered_with_its_command(tmp_path: Path) -> None:
     (tmp_path / "official.th").touch()
     for name in ("run", "run/best", "export", "official.th"):
         with pytest.raises((InputError, CheckpointError), match="xfm-fast bench --model"):
-            models.open_model(str(tmp_path / name))
+            trial.open_model(str(tmp_path / name))
 
 
 def test_nothing_of_a_folder_is_run(bert: Path, tmp_path: Path) -> None:
@@ -170,24 +169,24 @@ def test_nothing_of_a_folder_is_run(bert: Path, tmp_path: Path) -> None:
     (bert / "model.safetensors").unlink()
     (bert / "pytorch_model.bin").write_bytes(pickle.dumps(Bad()))
     with pytest.raises(CheckpointError):
-        models.open_model(str(bert))
+        trial.open_model(str(bert))
     config = json.loads((bert / "config.json").read_text())
     config |= {"architectures": ["Mine"], "auto_map": {"AutoModel": "mine.Mine"}}
     (bert / "config.json").write_text(json.dumps(config))
     (bert / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(InputError, match="Mine"):
-        models.open_model(str(bert))
+        trial.open_model(str(bert))
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_cannot_be_opened(bert: Path, tmp_path: Path) -> None:
     for name in (tmp_path / "none", bert / "config.json", tmp_path, "no-such-org/no-such-model"):
         with pytest.raises(CheckpointError, match=str(name)):
-            models.open_model(str(name))
+            trial.open_model(str(name))
     for content, named in (("{", "config"), ('{"model_type": "bert", "architectures": ["BertModel"]}', "safetensors")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=named):
-            models.open_model(str(tmp_path))
+            trial.open_model(str(tmp_path))
     assert invoke(["try", tmp_path / "none"]).exit_code == 2
 
 
@@ -195,11 +194,11 @@ def test_texts_and_tokenizers_that_do_not_fit(bert: Path, tmp_path: Path) -> Non
     (tmp_path / "latin").write_bytes(b"\xff\xfe")
     for name in ("none", "latin"):
         with pytest.raises(DataError, match=name):
-            models.read_texts(tmp_path / name)
-    opened = models.open_model(str(bert))
+            trial.read_texts(tmp_path / name)
+    opened = trial.open_model(str(bert))
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS[:5] + [f"x{n}" for n in range(30)] + ["dog"]) + "\n")
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(bert)
     with pytest.raises(DataError, match="35"):
-        models.text_batch(opened, ["a dog"])
+        trial.text_batch(opened, ["a dog"])
     with pytest.raises(DataError, match=str(bert)):
-        models.image_batch(opened, bert)
+        trial.image_batch(opened, bert)
