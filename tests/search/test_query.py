@@ -7,6 +7,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_candidates_are_ordered_by_their_match(indexed: SearchIndex, model: Sear
     np.testing.assert_allclose([hit.similarity for hit in found.hits], similar, atol=1e-5)
     # The nearest four by features come first, by their match; the others follow by features.
     assert {*paths[:4]} == {paths[place] for place in similar.argsort(descending=True)[:4]}
-    matches = [hit.match for hit in found.hits]
+    matches: list[Any] = [hit.match for hit in found.hits]
     np.testing.assert_allclose(matches[:4], [model.model.match(path, TEXT) for path in paths[:4]], atol=1e-5)
     assert matches[:4] == sorted(matches[:4], reverse=True)
     assert matches[4:] == [None] * 3

@@ -25,6 +25,7 @@ def listening(port: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_random_weights_warn_and_sigterm_waits_for_requests_in_flight() -> None:
     with process("--random", "tiny") as (begun, port):
         # A body of which the last byte comes after the signal.

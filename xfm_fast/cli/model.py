@@ -68,7 +68,7 @@ def serve(
         memory = f"{options.memory_mb:,} MB for requests, {options.cache_mb:,} MB for image memories"
         print(f"serving {model.name} on {address(sock)} (see /docs), with {memory}; stop with Ctrl-C", flush=True)
 
-    run(None, source, options, loaded=loaded)
+    run(source, options, loaded)
     # Worker threads may still run, and libraries take seconds to unload.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -320,7 +320,6 @@ class _Gate:
         try:
             async with asyncio.timeout(seconds):
                 body = bytearray()
-                budget.check_size(int(declared) if (declared := headers.get("content-length", "")).isdigit() else 0)
                 async for piece in Request(scope, receive).stream():
                     budget.receive(len(piece), COPIES)
                     body += piece

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import uvicorn
 
@@ -20,15 +19,10 @@ _MOST_CONNECTIONS = 512
 
 
 def run(
-    path: str | Path | None,
-    source: SourceOptions | None = None,
-    options: ServiceOptions | None = None,
-    *,
-    loaded: Callable[[ServedModel, socket.socket], None] = lambda model, sock: None,
-) -> None:
+    source: SourceOptions, options: ServiceOptions, loaded: Callable[[ServedModel, socket.socket], None]
+) -> None:  # fmt: skip
     """Load a model and serve it until SIGTERM; `loaded` is called before the first request."""
-    source, options = source or SourceOptions(), options or ServiceOptions()
-    model = load(path, source, options.cache_mb << 20)
+    model = load(None, source, options.cache_mb << 20)
     model.warm_up()
     service = Service(model, options)
     with listen(options) as sock:

@@ -49,16 +49,12 @@ class Budget:
         self._held = self._received = self._pixels = 0
         self._job: Future[Any] | None = None
 
-    def check_size(self, count: int) -> None:
-        """Raise `Problem` 413 for a request of more bytes than one may have."""
-        most = self.options.max_body_mb << 20
-        if count > most:
-            raise Problem(413, f"the request has more than {most:,} bytes; shrink the images, or send fewer")
-
     def receive(self, count: int, copies: int = 1) -> None:
-        """Hold bytes of the body or of a download, in this many copies."""
+        """Hold bytes of the body or of a download, in this many copies; raises `Problem` 413 and 429."""
         self._received += count
-        self.check_size(self._received)
+        most = self.options.max_body_mb << 20
+        if self._received > most:
+            raise Problem(413, f"the request has more than {most:,} bytes; shrink the images, or send fewer")
         self._hold(copies * count)
 
     def _hold(self, count: int) -> None:

@@ -13,14 +13,11 @@ import torch
 
 from xfm_fast import flops
 from xfm_fast.benchmarks import record, report
-from xfm_fast.benchmarks.backends import registry
-from xfm_fast.benchmarks.backends.ours import OurEngine
-from xfm_fast.benchmarks.backends.registry import ModelBackend
 from xfm_fast.benchmarks.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import ModelOptions, ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Result, load
-from xfm_fast.benchmarks.work import coco, model, scenario
+from xfm_fast.benchmarks.work import coco, scenario
 from xfm_fast.benchmarks.work.coco import Passes, Sizes, receipt
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.benchmarks.work.scenario import RateSearch, Trial, poisson_arrivals, serve
@@ -61,9 +58,7 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert row.number("first_call_s")
     single, offline, server = (_by_backend(document, mode) for mode in ("single-stream", "offline", "server"))
     ours, official = single[OURS], single[OFFICIAL]
-    assert len(ours.seconds) % 2 == 0
     assert {c.backend for c in ours.against} == {OFFICIAL, "torch-eager"}
-    assert official.against == []
     tokens = [row.number(name) or 0 for row in (official, ours) for name in ("padded_tokens", "tokens")]
     assert 4 * 40 == tokens[0] > tokens[1] == tokens[2] == tokens[3]
     counts = [row.number(name) or 0 for row in (official, ours) for name in ("flops", "needed_flops")]
@@ -75,31 +70,6 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert row.number("max_qps") == pytest.approx(max(held, default=0), rel=1e-4)
         assert OFFICIAL in row.text("bound_origin")
     assert load(record.save(document, tmp_path, report.html(document))) == document
-
-
-def _with(monkeypatch: pytest.MonkeyPatch, *backends: ModelBackend) -> None:
-    for module in (registry, model):
-        monkeypatch.setattr(module, "BACKENDS", (*registry.BACKENDS, *backends))
-
-
-def test_a_baseline_that_breaks_or_differs_is_a_row_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(OurEngine):
-        def rerank(self, pairs: Any) -> Any:
-            return super().rerank(pairs) * 1.001
-
-    def never(setup: Any) -> OurEngine:
-        raise MemoryError("no room")
-
-    wrong = ModelBackend("wrong", "wrong", lambda setup: Wrong(setup.model), schedule="ours")
-    _with(monkeypatch, ModelBackend("never", "never", never), wrong)
-    document = scenario.run(replace(TINY, baselines=("never", "wrong"), mode=("offline",)), scenario="rerank")
-    rows = _by_backend(document, "offline")
-    assert document.ok
-    assert {name: row.status for name, row in rows.items()} == {
-        OURS: "measured", OFFICIAL: "measured", "never": "failed", "wrong": "parity failed"
-    }  # fmt: skip
-    assert rows["never"].reason == "MemoryError: no room"
-    assert rows["wrong"].seconds == []
 
 
 def test_an_interrupted_server_keeps_its_trials() -> None:
