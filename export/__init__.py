@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .quantise import quantize_int8
     from .request import ExportRequest, OnnxRequest, RepositoryOptions
     from .runtimes.aoti import PackageRequest, export_packages
-    from .runtimes.tensorrt import EngineRequest, TensorRTRequest
+    from .runtimes.tensorrt import EngineRequest
     from .session import Session
     from .verification import verify, verify_export
 
@@ -36,7 +36,6 @@ _HOMES = {
     "PackageRequest": "runtimes.aoti",
     "RepositoryOptions": "request",
     "Session": "session",
-    "TensorRTRequest": "runtimes.tensorrt",
     "export_engines": "engines",
     "export_onnx": "onnx",
     "export_packages": "runtimes.aoti",
@@ -50,7 +49,7 @@ _HOMES = {
 
 __all__ = [
     "EngineRequest", "Examples", "ExportRequest", "Manifest", "OnnxRequest", "PackageRequest", "RepositoryOptions",
-    "Session", "TensorRTRequest", "export_engines", "export_onnx", "export_packages", "generated_examples",
+    "Session", "export_engines", "export_onnx", "export_packages", "generated_examples",
     "make_examples", "quantize_int8", "verify", "verify_export", "write_model_repository",
 ]  # fmt: skip
 

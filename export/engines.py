@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, get_args
+from typing import Any, BinaryIO, ClassVar
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.io import write_bytes, write_files
+from xfm_fast.io import write_files
 from xfm_fast.models.xfm import XFM
 
 from .expected import LONGEST, Examples, Reference, generated_examples
@@ -36,22 +35,20 @@ from .pipeline import (
     sidecar_files,
     silent,
 )
-from .quantise import Calibration, check_quantisation, quantise_graphs
+from .quantise import Scheme, check_quantisation, quantise_graphs
 from .request import OnnxRequest, joined
 from .runtimes import Spelling, data_type, find_runtime
 from .runtimes.tensorrt import (
     EngineRequest,
-    HardwareCompatibility,
     TensorRT,
     TensorRTForRTX,
-    TensorRTRequest,
     first_error,
     local_capability,
     message_logger,
     start,
 )
 from .slots import graph_profiles, parse_profiles
-from .verification import compare_with_reference, keep_reference
+from .verification import Comparison, compare_with_reference, keep_reference
 
 ONNX_FOLDER = "onnx"
 """In the folder of the engines: the graphs that they were built from, if the request keeps them."""
@@ -69,7 +66,7 @@ _log = logging.getLogger(__name__)
 
 
 class Builder:
-    """The builder of TensorRT: the imported module, the options that it takes, and how it is configured."""
+    """The builder of TensorRT: the imported module, the GPUs that it builds for, and how it is configured."""
 
     runtime: ClassVar[type[TensorRT]] = TensorRT
     newest: ClassVar[int] = 11
@@ -77,21 +74,21 @@ class Builder:
     least: ClassVar[Mapping[str, int]] = LEAST_CAPABILITY
 
     def __init__(self) -> None:
-        self.name, self.title = self.runtime.name, self.runtime.title
+        self.name = self.runtime.name
         self.trt: Any = self.runtime.import_library()
         self.version: str = self.trt.__version__
+        self.title = f"{self.runtime.title} {self.version}"
 
-    def check(self, request: TensorRTRequest, dtype: str) -> tuple[int, ...]:
+    def check(self, request: EngineRequest, dtype: str) -> tuple[int, ...]:
         """Validate a request and return its compute capabilities; `UnavailableError` for what the library lacks."""
         if int(self.version.split(".", 1)[0]) > self.newest:
             # Python prints it once, however often a request is checked.
             warnings.warn(
-                f"{self.title} {self.version} is newer than version {self.newest}, the last that was tried; its "
-                f"engines are compared with the model as ever; should it fail, pip install "
-                f"'{self.name}<{self.newest + 1}'",
+                f"{self.title} is newer than version {self.newest}, the last that was tried; its engines are compared "
+                f"with the model as ever; should it fail, pip install '{self.name}<{self.newest + 1}'",
                 stacklevel=1,
             )
-        targets = self.targets(request, parse_targets(joined(request.sm)), local_capability())
+        targets = self.targets(parse_targets(joined(request.sm)), local_capability())
         if lacking := [target for target in targets if target < self.least[dtype]]:
             raise UnavailableError(
                 f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype} in {self.title}; leave out "
@@ -100,13 +97,11 @@ class Builder:
             )
         return targets
 
-    def targets(self, request: TensorRTRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
-        """The compute capabilities to build for, of those in a request and this machine's."""
+    def targets(self, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+        """The compute capabilities to build for: named ones, or this machine's."""
         if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
             oldest = ".".join(map(str, _OLDEST_TENSORRT))
-            raise UnavailableError(
-                f"TensorRT {self.version} is too old to read attention; pip install 'tensorrt>={oldest}'"
-            )
+            raise UnavailableError(f"{self.title} is too old to read attention; pip install 'tensorrt>={oldest}'")
         if present is None:
             raise UnavailableError(
                 "TensorRT times kernels on the GPU that it builds for, and PyTorch finds no NVIDIA GPU here; build on "
@@ -115,14 +110,7 @@ class Builder:
         if named and set(named) != {present}:
             raise UnavailableError(
                 f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(named)}; "
-                "leave out --sm and build with hardware_compatible, or use xfm-fast export --to tensorrt-rtx"
-            )
-        level, known = request.hardware_compatible, get_args(HardwareCompatibility)
-        if level and level not in known:
-            raise UnavailableError(f"hardware_compatible={level!r} is unknown; choose from {', '.join(known)}")
-        if level == "ampere_plus" and present < 80:
-            raise UnavailableError(
-                f"hardware_compatible='ampere_plus' needs SM80 or newer, and this GPU is SM{present}"
+                "leave out --sm, or use xfm-fast export --to tensorrt-rtx"
             )
         return (present,)
 
@@ -131,22 +119,12 @@ class Builder:
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))
 
-    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
+    def configure(self, config: Any, request: EngineRequest, targets: Sequence[int]) -> None:
         """Set the options on an `IBuilderConfig`."""
         # On by default, it rounds the operands of fp32 GEMMs to 10 bits: an error a hundred times that of fp32.
         config.clear_flag(self.trt.BuilderFlag.TF32)
         if request.level is not None:
             config.builder_optimization_level = request.level
-        if request.version_compatible:
-            config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
-        if request.hardware_compatible:
-            level = request.hardware_compatible.upper()
-            config.hardware_compatibility_level = getattr(self.trt.HardwareCompatibilityLevel, level)
-        if request.timing_cache is not None:
-            stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
-            # TensorRT rejects timings of another GPU or version; the build then starts with an empty cache.
-            if not config.set_timing_cache(config.create_timing_cache(stored), False):
-                config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 class BuilderForRTX(Builder):
@@ -157,7 +135,7 @@ class BuilderForRTX(Builder):
     # It has no fp32 GEMMs for Turing.
     least = LEAST_CAPABILITY | {"fp32": 80}
 
-    def targets(self, request: TensorRTRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+    def targets(self, named: Sequence[int], present: int | None) -> tuple[int, ...]:
         """See `Builder.targets`."""
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
         known = sorted(int(name[1]) for name in names if name)
@@ -167,24 +145,14 @@ class BuilderForRTX(Builder):
                 "there is no NVIDIA GPU here to build for; name the targets with --sm, such as --sm 80,89,120"
             )
         if unknown := [target for target in targets if target not in known]:
-            raise UnavailableError(
-                f"TensorRT for RTX {self.version} does not build for {_names(unknown)}; it builds for {_names(known)}"
-            )
-        lacks = {
-            "version_compatible": "it has no lean runtime; build again after an upgrade",
-            "hardware_compatible": f"name all targets instead: --sm {','.join(map(str, known))}",
-            "timing_cache": "it times no kernels while it builds; the runtime caches what it compiles",
-        }
-        for option, reason in lacks.items():
-            if getattr(request, option):
-                raise UnavailableError(f"TensorRT for RTX does not take {option}: {reason}; leave it out")
+            raise UnavailableError(f"{self.title} builds for {_names(known)}, not for {_names(unknown)}; change --sm")
         return targets
 
     def network(self, builder: Any) -> Any:
         """See `Builder.network`."""
         return builder.create_network(0)
 
-    def configure(self, config: Any, request: TensorRTRequest, targets: Sequence[int]) -> None:
+    def configure(self, config: Any, request: EngineRequest, targets: Sequence[int]) -> None:
         """See `Builder.configure`."""
         super().configure(config, request, targets)
         # An engine that allocates for itself while it runs cannot be captured as a CUDA graph.
@@ -203,7 +171,7 @@ def find_builder(name: str) -> Builder:
 
 
 def parse_targets(text: str) -> tuple[int, ...]:
-    """Compute capabilities from a list such as `80,89,120` or `8.9,12.0`."""
+    """Compute capabilities from a list: `80,89,120` or `8.9,12.0`."""
     targets = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(?:sm_?)?(?:(\d{2,3})|(\d{1,2})\.(\d))", part, re.IGNORECASE)
@@ -242,7 +210,6 @@ def engine_graphs(
     request: EngineRequest | None = None,
     *,
     examples: Examples | None = None,
-    calibration: Examples | None = None,
     source: str = "a model in memory",
     tokenizer_sha256: str | None = None,
     companions: Mapping[str, bytes] = {},
@@ -250,16 +217,18 @@ def engine_graphs(
 ) -> Iterator[Callable[[Progress], Manifest]]:
     """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
-    request = replace(request or TensorRTRequest(), **changes).complete
+    request = replace(request or EngineRequest(), **changes)
     library, targets, spelling = check_request(consumer, request)
-    profiles = parse_profiles(request.profile, packed=request.packed)
-    dtype = data_type(request.dtype)
+    profiles, dtype = parse_profiles(request.profile, packed=request.packed), data_type(request.dtype)
     built = build_graphs(model, spelling, request)
     for record in graph_records(built, dtype, model, request.sizes):
         graph_profiles(record, profiles)
     weights = sum(graph_bytes(graph, model, dtype) for graph in built.values())
     prepare_folder(folder, int(weights * (1 + _ENGINE_PER_ONNX)) + _ROOM_PER_ENGINE * len(built))
-    kind = request.quantize and check_quantisation(request.quantize, dtype, request.budget, [*built])
+    scheme = None
+    if request.quantize:
+        scheme = Scheme(check_quantisation(request.quantize, dtype, request.budget, [*built]))
+        examples = examples or generated_examples(model.config, longest=request.sizes.get("length", LONGEST))
     # A graph joins weights into new ones.
     del built
     graphs = OnnxRequest(
@@ -271,14 +240,6 @@ def engine_graphs(
             model, onnx, graphs, source=source, tokenizer_sha256=tokenizer_sha256, companions=companions,
             examples=examples, compared=False,
         )  # fmt: skip
-        if kind is not None:
-            # The memories of fusion come from `image_memory` as served, in 8 bits.
-            longest = request.sizes.get("length", LONGEST)
-            chosen = calibration or examples or generated_examples(model.config, longest=longest)
-            inputs = Calibration.of_model(model, chosen, onnx, exported)
-            quantise_graphs(exported, onnx, inputs, kind, budget=request.budget)
-            exported.files = record_files(onnx, [record.name for record in exported.files])
-            del inputs
         reference = None if examples is None else Reference.load(onnx)
 
         def compare(content: Manifest) -> None:
@@ -288,11 +249,13 @@ def engine_graphs(
 
         def build(progress: Progress) -> Manifest:
             if reference is not None:
+                if scheme is not None:
+                    comparison = Comparison(exported, onnx, reference)
+                    quantise_graphs(exported, comparison, onnx, scheme, request.budget, progress)
+                    exported.files = record_files(onnx, [record.name for record in exported.files])
                 compare_with_reference(exported, onnx, reference)
             exported.save(onnx)
-            return build_engines(
-                exported, onnx, folder, library, targets, request=request, progress=progress, compare=compare
-            )
+            return build_engines(exported, onnx, folder, library, targets, request, progress, compare)
 
         del model
         yield build
@@ -300,7 +263,6 @@ def engine_graphs(
 
 def check_request(consumer: str, request: EngineRequest) -> tuple[Builder, tuple[int, ...], Spelling]:
     """Check a request before a checkpoint is read; returns builder, compute capabilities and attention form."""
-    request = request.complete
     parse_profiles(request.profile, packed=request.packed)
     spelling = find_runtime(consumer).spelling(request.dtype, request.opset)
     require_onnx()
@@ -317,13 +279,11 @@ def build_engines(
     folder: Path,
     library: Builder,
     targets: Sequence[int],
-    *,
-    request: EngineRequest | None = None,
+    request: EngineRequest,
     progress: Progress = silent,
     compare: Callable[[Manifest], None] = lambda content: None,
 ) -> Manifest:
     """Build an engine of every graph of the ONNX export in `onnx` into an existing folder."""
-    request = (request or EngineRequest()).complete
     profiles = parse_profiles(request.profile, packed=request.packed)
     records = [
         record.model_copy(update={"file": f"{record.name}.engine", "profiles": graph_profiles(record, profiles)})
@@ -336,18 +296,8 @@ def build_engines(
         build_engine(library, source, folder / record.file, request, targets, record.profiles)
         return [record.file]
 
-    target = EngineTarget(
-        library=library.name,
-        version=library.version,
-        compute_capabilities=list(targets),
-        version_compatible=request.version_compatible,
-        hardware_compatibility=request.hardware_compatible,
-    )
-    options = {
-        "profiles": [str(profile) for profile in profiles],
-        "optimization_level": request.level,
-        "arithmetic": exported.options.get("arithmetic"),
-    }
+    target = EngineTarget(library=library.name, version=library.version, compute_capabilities=list(targets))
+    options = {"profiles": [str(profile) for profile in profiles], "optimization_level": request.level}
     content = exported.unverified(
         kind=library.name,
         consumer=library.name,
@@ -373,265 +323,140 @@ def build_engine(
 
     `progress` is called with the names of the builder's phases; an exception in it stops the builder.
     """
-    _Build(library, onnx, request.complete, targets, profiles, progress).run(engine)
-
-
-@dataclass
-class _Build:
-    """One build, with the messages that the library logs for it."""
-
-    library: Builder
-    onnx: Path
-    request: TensorRTRequest
-    targets: Sequence[int]
-    profiles: Sequence[ProfileRecord]
-    progress: Progress
-
-    def __post_init__(self) -> None:
-        library = self.library
-        self.errors: list[str] = []
-        self.logger = message_logger(library.trt, self.errors)
-        self.builder: Any = start(f"{library.title} {library.version}", library.trt.Builder, self.logger, self.errors)
-        # What stopped the builder: Ctrl-C, a full disk.
-        self.raised: BaseException | None = None
-
-    def run(self, engine: Path) -> None:
-        library = self.library
-        network = library.network(self.builder)
-        if network is None:
-            raise ExportError(
-                f"{library.title} {library.version} makes no network ({first_error(self.errors)}); see that the driver "
-                "fits the library, or upgrade both"
-            )
-        parser = library.trt.OnnxParser(network, self.logger)
-        if not parser.parse_from_file(str(self.onnx)):
-            errors = [parser.get_error(number) for number in range(parser.num_errors)]
-            named = [f"node {each.node_name()} ({each.node_operator()}): {each.desc()}" for each in errors]
-            raise self._failure(named + self.errors, "read")
-        self.errors.clear()
-        config: Any = None
-
-        def write(file: BinaryIO) -> None:
-            nonlocal config
-            built, config = self._build(network, file)
-            if not built:
-                raise self._failure(list(self.errors), "build", network)
-            if not file.tell():
-                raise ExportError(
-                    f"{library.title} {library.version} built graph {self.onnx.stem!r} and wrote nothing of it; its "
-                    "Python module and its libraries may be of different versions: install it again"
-                )
-
-        write_files({engine: write})
-        timings = None if self.request.timing_cache is None else config.get_timing_cache()
-        if self.request.timing_cache is not None and timings is not None:
-            write_bytes({self.request.timing_cache: bytes(memoryview(timings.serialize()))})
-
-    def _build(self, network: Any, file: BinaryIO) -> tuple[bool, Any]:
-        """Build a network into a file chunk by chunk: a whole engine in memory is a second copy of all weights."""
-        config = self.builder.create_builder_config()
-        self.library.configure(config, self.request, self.targets)
-        for record in self.profiles:
-            shapes = self.builder.create_optimization_profile()
-            for number in range(network.num_inputs):
-                name = network.get_input(number).name
-                shapes.set_shape(name, tuple(record.least[name]), tuple(record.best[name]), tuple(record.most[name]))
-            if config.add_optimization_profile(shapes) < 0:
-                raise self._failure(list(self.errors), "build")
-        # The configuration does not keep the monitor alive.
-        monitor, writer = self._callbacks(file)
-        config.progress_monitor = monitor
-        built = self.builder.build_serialized_network_to_stream(network, config, writer)
-        if self.raised is not None:
-            raise self.raised
-        return built, config
-
-    def _callbacks(self, file: BinaryIO) -> tuple[Any, Any]:
-        """An `IProgressMonitor` and an `IStreamWriter`; an exception in them is stored and stops the builder."""
-        build, trt = self, self.library.trt
-
-        def attempt(function: Callable[..., Any], argument: Any) -> Any:
-            try:
-                return function(argument)
-            except BaseException as error:  # Ctrl-C too
-                build.raised = build.raised or error
-                return 0
-
-        class Monitor(trt.IProgressMonitor):
-            def __init__(self) -> None:
-                trt.IProgressMonitor.__init__(self)
-
-            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-                attempt(build.progress, phase_name)
-
-            def phase_finish(self, phase_name: str) -> None:
-                pass
-
-            def step_complete(self, phase_name: str, step: int) -> bool:
-                return build.raised is None
-
-        class Writer(trt.IStreamWriter):
-            def __init__(self) -> None:
-                trt.IStreamWriter.__init__(self)
-
-            def write(self, data: bytes) -> int:
-                return attempt(file.write, data)
-
-        return Monitor(), Writer()
-
-    def _failure(self, messages: Sequence[str], verb: str, network: Any = None) -> ExportError:
-        import onnx
-
-        def builds(part: Any) -> bool:
-            with Path(os.devnull).open("wb") as nowhere:
-                return self._build(part, nowhere)[0]
-
-        nodes = onnx.load(str(self.onnx), load_external_data=False).graph.node
-        layers, rule, message = explain(messages, [(n.name, n.op_type, [*n.input, *n.output]) for n in nodes])
-        if not layers and not rule.everywhere and network is not None:
-            layers = tuple(filter(None, [first_failing_layer(network, builds)]))
-        more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-        where = f" at {', '.join(layers[:3])}{more}" if layers else ""
-        return ExportError(
-            f"{self.library.title} {self.library.version} cannot {verb} graph {self.onnx.stem!r}{where}: "
-            f"{rule.meaning}; {rule.remedy} ({self.library.title}: {message or 'no message'})"
+    trt, errors = library.trt, list[str]()
+    logger = message_logger(trt, errors)
+    builder: Any = start(library.title, trt.Builder, logger, errors)
+    network = library.network(builder)
+    if network is None:
+        raise ExportError(
+            f"{library.title} makes no network ({first_error(errors)}); see that the driver fits the library, or "
+            "upgrade both"
         )
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        found = [parser.get_error(number) for number in range(parser.num_errors)]
+        named = [f"node {each.node_name()} ({each.node_operator()}): {each.desc()}" for each in found]
+        raise _failure(library, "read", onnx, named + errors)
+    errors.clear()
+    config = builder.create_builder_config()
+    library.configure(config, request, targets)
+    for record in profiles:
+        shapes = builder.create_optimization_profile()
+        for number in range(network.num_inputs):
+            name = network.get_input(number).name
+            shapes.set_shape(name, tuple(record.least[name]), tuple(record.best[name]), tuple(record.most[name]))
+        if config.add_optimization_profile(shapes) < 0:
+            raise _failure(library, "build", onnx, errors)
+    # What stopped the builder, in a callback: Ctrl-C, a full disk.
+    raised: list[BaseException] = []
 
+    def attempt(function: Callable[..., Any], argument: Any) -> Any:
+        try:
+            return function(argument)
+        except BaseException as error:  # Ctrl-C too
+            raised.append(error)
+            return 0
 
-class Rule(NamedTuple):
-    """A known message: its pattern, its meaning as a clause, the remedy as an imperative, and operators to blame."""
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
 
-    pattern: str
-    meaning: str
-    remedy: str
-    operators: tuple[str, ...] = ()
-    everywhere: bool = False
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            attempt(progress, phase_name)
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return not raised
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self, file: BinaryIO) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            return attempt(self.file.write, data)
+
+    def write(file: BinaryIO) -> None:
+        # Part by part: a whole engine in memory is a second copy of all weights. The configuration does not keep the
+        # monitor alive.
+        monitor, writer = Monitor(), Writer(file)
+        config.progress_monitor = monitor
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+        if raised:
+            raise raised[0]
+        if not built:
+            raise _failure(library, "build", onnx, errors)
+        if not file.tell():
+            raise ExportError(
+                f"{library.title} built graph {onnx.stem!r} and wrote nothing of it; its Python module and its "
+                "libraries may be of different versions: install it again"
+            )
+
+    write_files({engine: write})
 
 
 RULES = (
-    Rule(
+    (
         r"Attention operation was not supported by a dedicated kernel|is_decomposable",
-        "there is no kernel for attention of this type and shape",
-        "use --dtype bf16 or fp16, or spell attention as primitives with --opset 22",
-        ("Attention",),
+        "there is no kernel for attention of this type and shape; use --dtype bf16 or fp16, or --opset 22",
     ),
-    Rule(
+    (
         r"HW-specific datatypes: b16",
-        "a target has no bf16",
-        "use --dtype fp16, or leave out targets below SM80",
-        everywhere=True,
+        "a target has no bf16; use --dtype fp16, or leave out targets below SM80",
     ),
-    Rule(
+    (
         r"HW-specific datatypes: (fp?8|f8|e4m3)",
-        "a target has no fp8",
-        "use --quantize int8, or leave out targets below SM89",
-        everywhere=True,
+        "a target has no fp8; use --quantize int8, or leave out targets below SM89",
     ),
-    Rule(
+    (
         r"element type \(\w+\) differs from input 1's element type|must have (the )?same input types",
-        "its operands have different types, and a strongly typed engine converts nothing by itself",
-        "export the whole graph in one type: --dtype bf16 or --dtype fp16",
+        "its operands have different types; export the whole graph in one type: --dtype bf16 or --dtype fp16",
     ),
-    Rule(
-        r"libnvinfer_lean",
-        "version compatibility needs the lean runtime, libnvinfer_lean, which is not installed",
-        "leave out version_compatible, or install tensorrt_lean",
-        everywhere=True,
-    ),
-    Rule(
+    (
         r"no optimization profile has been defined|Invalid optimization profiles|profile->isValid",
-        "the optimisation profile does not describe every dynamic input",
-        "give --profile name:axis=least..best..most for every axis",
-        everywhere=True,
+        "the profile lacks a dynamic input; give --profile name:axis=least..best..most for every axis",
     ),
-    Rule(
+    (
         r"out of memory|MEM_ALLOC|OutOfMemory|cudaErrorMemoryAllocation|bad_alloc",
-        "the builder ran out of memory",
-        "narrow the profiles, or build on a machine with more memory",
-        everywhere=True,
+        "the builder ran out of memory; narrow the profiles, or build on a machine with more memory",
     ),
-    Rule(
+    (
         r"insufficient for CUDA runtime version|CUDA initialization failure|no CUDA-capable device",
-        "there is no usable GPU on this machine",
-        "name the targets with --sm (TensorRT for RTX), or build on a machine with a GPU and a current driver",
-        everywhere=True,
+        "there is no usable GPU here; name the targets with --sm (TensorRT for RTX), or build on a machine with one",
     ),
-    Rule(
+    (
         r"Could not find any implementation for node",
-        "no kernel of this version of TensorRT fits it",
-        "try the other of --dtype bf16 and fp16, or a newer TensorRT",
+        "no kernel of this version fits; try the other of --dtype bf16 and fp16, or a newer TensorRT",
     ),
-    Rule(
+    (
         r"No importer registered|[Uu]nsupported operator|UNSUPPORTED_NODE|Plugin not found",
-        "this version of TensorRT does not know the operator in this form",
-        "export with a lower --opset, or use a newer TensorRT",
+        "this version does not know the operator; export with a lower --opset, or use a newer TensorRT",
     ),
 )
-_UNKNOWN = Rule(
-    "",
-    "it gives a reason that this project does not know",
-    "build with --verbose for the builder's own messages, or try the other of --dtype bf16 and fp16",
-)
+"""Known messages of builders: a pattern, and what to do."""
 
 # Follows every message on a machine without a driver and is unrelated to the network.
 _NOISE = re.compile(r"^\[?checkMacros\.cpp::catchCudaError.*cudaError 35", re.DOTALL)
 
-_Node = tuple[str, str, Sequence[str]]
 
+def _failure(library: Builder, verb: str, path: Path, messages: Sequence[str]) -> ExportError:
+    """The error of a build, naming the ONNX nodes of its message, or the nodes that read a tensor of it."""
+    import onnx
 
-def explain(messages: Sequence[str], nodes: Sequence[_Node]) -> tuple[tuple[str, ...], Rule, str]:
-    """ONNX nodes behind a failure (most likely first), the rule that explains it, and the message on one line.
-
-    `nodes` are (name, operator, tensor names). Some messages name layers, some tensors, and some neither: then the
-    operators of the rule lead to the nodes.
-    """
-    relevant = [message for message in messages if not _NOISE.match(message)] or [*messages, ""][:1]
-    matches = ((rule, message) for rule in RULES for message in relevant if re.search(rule.pattern, message))
-    rule, message = next(matches, (_UNKNOWN, relevant[0]))
-    line = " ".join(message.split())
-    line = line if len(line) <= 300 else f"{line[:299]}…"
-    if rule.everywhere:
-        return (), rule, line
+    relevant = [message for message in messages if not _NOISE.match(message)] or [*messages, "no message"][:1]
+    known = ((text, message) for pattern, text in RULES for message in relevant if re.search(pattern, message))
+    unknown = "see the builder's own messages with --verbose, or try the other of --dtype bf16 and fp16"
+    text, message = next(known, (unknown, relevant[0]))
     words = set(re.findall(r"[\w./:-]+", message))
     # The compiler numbers copies of a tensor: bias.1 is bias.
     words |= {word.rstrip(".:") for word in words} | {re.sub(r"\.\d+$", "", word) for word in words}
-    named = [name for name, _, _ in nodes if name in words]
-    readers = [name for name, _, tensors in nodes if words & {*tensors}]
-    return tuple(named or readers or (n for n, operator, _ in nodes if operator in rule.operators)), rule, line
-
-
-def first_failing_layer(network: Any, builds: Callable[[Any], bool]) -> str:
-    """The first layer that does not build with all layers before it, by bisection; empty where all parts build."""
-    low, high = 0, network.num_layers - 1
-    _cut(network, high)
-    if builds(network):
-        return ""
-    while low < high:
-        middle = (low + high) // 2
-        _cut(network, middle)
-        if builds(network):
-            low = middle + 1
-        else:
-            high = middle
-    layer = network.get_layer(low)
-    # The ONNX node of a layer, or the layer's own name where the parser added it.
-    node = re.search(r"\[ONNX Layer: ([^\]|]+?)\s*[\]|]", layer.metadata or "")
-    return node[1] if node else layer.name
-
-
-def _cut(network: Any, last: int) -> None:
-    """Mark the results of the layers up to `last` as the outputs."""
-    for output in [network.get_output(number) for number in range(network.num_outputs)]:
-        network.unmark_output(output)
-    results: dict[str, Any] = {}
-    for number in range(last + 1):
-        layer = network.get_layer(number)
-        for place in range(layer.num_inputs):
-            tensor = layer.get_input(place)
-            if tensor is not None:
-                results.pop(tensor.name, None)
-        for place in range(layer.num_outputs):
-            tensor = layer.get_output(place)
-            results[tensor.name] = tensor
-    for tensor in results.values():
-        network.mark_output(tensor)
+    nodes = onnx.load(str(path), load_external_data=False).graph.node
+    layers = [node.name for node in nodes if node.name in words]
+    layers = layers or [node.name for node in nodes if words & {*node.input, *node.output}]
+    where = f" at {', '.join(layers[:3])}" if layers else ""
+    return ExportError(
+        f"{library.title} cannot {verb} graph {path.stem!r}{where}: {text} "
+        f"({library.runtime.title}: {' '.join(message.split())[:300]})"
+    )

@@ -33,20 +33,19 @@ LONGEST_ROW = 512
 
 
 class Axis(NamedTuple):
-    """Sizes of a dimension that varies: to trace with, the largest, and two to warm up with."""
+    """Sizes of a dimension that varies: to trace with, the largest, and one to warm up with."""
 
     traced: int
     most: int
     small: int
-    large: int
 
 
 AXES = {
-    "batch": Axis(2, 4096, 1, 4),
-    "texts": Axis(3, 4096, 4, 16),
-    "length": Axis(7, LONGEST_ROW, 16, 40),
-    "past": Axis(5, 512, 4, 16),
-    "rows": Axis(4, 4096, 2, 4),
+    "batch": Axis(2, 4096, 1),
+    "texts": Axis(3, 4096, 4),
+    "length": Axis(7, LONGEST_ROW, 16),
+    "past": Axis(5, 512, 4),
+    "rows": Axis(4, 4096, 2),
 }
 
 # Dimensions of inputs and outputs: axes, sizes of the model, and in brackets what only some graphs have.
@@ -176,8 +175,9 @@ class QuantisationRecord(_Record):
     products: int  # candidates
     kept: list[str]  # layers that stay in the dtype of the graph
     smoothed: int  # tensors with equalised channels
-    wide_milliseconds: float  # fp32, one calibration input, ONNX Runtime on the CPU
-    milliseconds: float
+    # In older exports.
+    wide_milliseconds: float = Field(default=0.0, exclude=True)
+    milliseconds: float = Field(default=0.0, exclude=True)
 
 
 class GraphRecord(_Record):
@@ -202,8 +202,9 @@ class EngineTarget(_Record):
     library: str
     version: str
     compute_capabilities: list[int]  # such as 89
-    version_compatible: bool = False
-    hardware_compatibility: str | None = None  # such as `ampere_plus`; None: one architecture
+    # In older exports.
+    version_compatible: bool = Field(default=False, exclude=True)
+    hardware_compatibility: str | None = Field(default=None, exclude=True)
 
 
 class PackageTarget(_Record):
@@ -298,7 +299,7 @@ class Manifest(_Record):
         return self
 
     def unverified(self, **changes: Any) -> Self:
-        """A copy with changes, whose files were not compared with the model."""
+        """A copy with changes, not compared with the model."""
         fresh = {"status": "unverified", "reason": "it was not compared with the model", "verification": None}
         return self.model_copy(update={**fresh, **changes})
 
@@ -386,18 +387,12 @@ class Manifest(_Record):
         if target is None:
             return
         again = f"xfm-fast export --to {target.library}"
-        here, there = (
-            tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
-            for version in (library_version, target.version)
-        )
-        if library_version != target.version and (here < there or not target.version_compatible):
+        if library_version != target.version:
             raise ExportError(
                 f"these engines were built by {target.library} {target.version} and this machine has "
                 f"{library_version}; install {target.library}=={target.version} or build again with {again}"
             )
-        if compute_capability is None or compute_capability in target.compute_capabilities:
-            return
-        if target.hardware_compatibility != "ampere_plus" or compute_capability < 80:
+        if compute_capability is not None and compute_capability not in target.compute_capabilities:
             built = ", ".join(f"SM{number}" for number in target.compute_capabilities)
             raise ExportError(
                 f"these engines were built for {built} and this GPU is SM{compute_capability}; build for it with "

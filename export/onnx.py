@@ -54,7 +54,7 @@ def export_onnx(
         model: The model, left unchanged; weights are converted graph by graph.
         folder: Created if missing. Graphs of the same name in it are replaced.
         request: The graphs and their form.
-        examples: Compare the export with the model on these; without them the manifest says `unverified`.
+        examples: Compare the export with the model on these; without them the status is `unverified`.
         compared: False defers the comparison to `verify`, which needs no model in memory.
         largest_file: Bytes beyond which weights go into a separate file.
         given: Fields of the request, as in `export_onnx(model, folder, dtype="fp16", graphs=("vision",))`; and for the

@@ -1,93 +1,63 @@
 """8-bit exports: the largest set of 8-bit GEMMs that keeps every output row within a cosine budget of the model.
 
-A GEMM here is a `MatMul` by a constant matrix; those of attention have two activations and keep their dtype. All GEMMs
-of one tensor form a `Site`, quantised as a whole by `QuantizeLinear` and `DequantizeLinear` pairs, which ONNX Runtime
-and all the readers of the exports take.
-
-Scales are fitted by trial on samples of the tensor. Large channels are first scaled down, and the weights that multiply
-them up (SmoothQuant, arXiv 2211.10438): free where a LayerNorm feeds only these GEMMs. The error of `fusion` is then a
-fifth of that of `onnxruntime.quantization`. All GEMMs of a graph are tried in 8 bits first; while the outputs exceed
-the budget, those with the largest errors go back to the dtype of the graph. Trials run in ONNX Runtime on the CPU.
+A GEMM here is a `MatMul` by a constant matrix; attention multiplies two activations and keeps its dtype. All GEMMs
+of one tensor form a `Site`, quantised as a whole by `QuantizeLinear` and `DequantizeLinear` pairs, which all runtimes
+read. Scales are fitted by trial on samples of the tensor; a LayerNorm that feeds only these GEMMs first scales large
+channels down, and the weights multiply them up (SmoothQuant, arXiv 2211.10438). The error of `fusion` is then a fifth
+of that of `onnxruntime.quantization`, which has no bf16 graphs either. All GEMMs of a graph are tried in 8 bits first;
+while the outputs exceed the budget, the largest errors go back to the dtype of the graph. Trials run in ONNX Runtime on
+the CPU, on the images and captions that the export is compared on.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError
-from xfm_fast.models.xfm import XFM
+from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError, XFMError
 
-from .expected import Examples, Reference, make_reference
+from .expected import Reference
 from .graphs import is_memory
 from .manifest import GraphRecord, Manifest, QuantisationRecord, package_versions
 from .pipeline import Progress, fill_folder, prepare_folder, sidecar_files, silent
 from .request import BUDGET, GRAPHS, DType, GraphName, Quantisation
-from .runtimes import LARGEST_FILE
-from .runtimes.onnx_runtime import session_options, widen
-from .session import Session
+from .runtimes import LARGEST_FILE, first_line
+from .runtimes.onnx_runtime import OnnxRuntime, session_options, widen
 from .slots import graph_slots
-from .verification import (
-    DIRECTIONS,
-    THRESHOLDS,
-    Case,
-    Comparison,
-    chunks,
-    compare_with_reference,
-    keep_reference,
-)
+from .verification import DIRECTIONS, THRESHOLDS, Case, Comparison, compare_with_reference, keep_reference
 
 Feed = Mapping[str, np.ndarray]
 
-# Captions of a calibration input: without images, and with each image.
-_TEXTS_AT_ONCE, _TEXTS_WITH_AN_IMAGE = 16, 8
-# Inputs that a choice is tried on, and runs that are timed.
-_TRIED, _TIMED = 6, 3
-# Fewer scores have no meaningful cosine.
-_FEWEST_RANKED = 4
-# Verification uses other images, so calibration spends only part of the budget.
+# Verification runs more shapes than calibration, which spends only part of the budget.
 _SPENT = 0.8
 # Sample rows of every tensor.
 _CALIBRATION_ROWS = 512
 # Clipping thresholds as shares of the largest entry, and SmoothQuant exponents, tried in turn.
 _CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _SMOOTHINGS = (0.25, 0.5, 0.75)
-# Without a LayerNorm to fold into, smoothing costs a pass over the tensor, so it must reduce the error this much.
-_WORTH_A_PASS = 0.5
 _EXTREMES: dict[Quantisation, float] = {"int8": 127.0, "fp8": 448.0}
 
 
-def check_quantisation(
-    kind: str, dtype: DType, budget: float = BUDGET, graphs: Sequence[GraphName] = ()
-) -> Quantisation:
+def check_quantisation(kind: str, dtype: DType, budget: float, graphs: Sequence[GraphName] = ()) -> Quantisation:
     """Check kind, dtype, budget and graphs before one is exported."""
     if kind not in get_args(Quantisation):
         raise UnavailableError(f"quantisation {kind!r} is unknown; choose from {', '.join(get_args(Quantisation))}")
     if others := [name for name in graphs if name not in GRAPHS]:
-        raise UnavailableError(
-            f"graph {others[0]!r} has no form in 8 bits; export {', '.join(GRAPHS)}, or export without 8 bits"
-        )
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise UnavailableError(f"{kind} needs onnxruntime, which is not installed; pip install 'xfm-fast[export]'")
+        raise UnavailableError(f"graph {others[0]!r} has no 8-bit form; export {', '.join(GRAPHS)}, or without 8 bits")
     most = THRESHOLDS[dtype].cosine
     if not 0 < budget <= most:
-        raise InputError(
-            f"--budget {budget} is no cosine that can be kept: {dtype} itself is held to {most}; give a number between "
-            f"0 and that, such as {BUDGET}"
-        )
+        raise InputError(f"--budget {budget} cannot be kept, {dtype} itself is held to {most}; give {BUDGET}")
+    OnnxRuntime.import_library()
     return kind  # pyright: ignore[reportReturnType]
 
 
@@ -97,9 +67,30 @@ class Scheme(NamedTuple):
     kind: Quantisation
     unsigned: bool = False
 
+    def scale(self, low: float, high: float) -> tuple[float, int]:
+        """Scale and zero point of activations between two values."""
+        if self.unsigned:
+            low, high = min(low, 0.0), max(high, 0.0)
+            scale = (high - low) / 255 or 1.0
+            return scale, min(max(round(-low / scale), 0), 255)
+        return max(-low, high) / _EXTREMES[self.kind] or 1.0, 0
 
-@dataclass(frozen=True)
-class Site:
+    def round(self, x: Tensor, scale: float, zero: int) -> Tensor:
+        """Activations rounded to 8 bits."""
+        if self.kind == "fp8":
+            return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        least, most = (0, 255) if self.unsigned else (-128, 127)
+        return ((x / scale).round() + zero).clamp(least, most).sub(zero) * scale
+
+    def store(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight `[K, N]` in 8 bits, and its scales `[N]`, or `[]` in fp8."""
+        extreme, columns = _EXTREMES[self.kind], self.kind == "int8"
+        scale = ((weight.abs().amax(0) if columns else weight.abs().max()) / extreme).clamp(min=1e-12)
+        levels = (weight / scale).clamp(-extreme, extreme)
+        return levels.round().to(torch.int8) if columns else levels.to(torch.float8_e4m3fn), scale
+
+
+class Site(NamedTuple):
     """A tensor and the GEMMs that read it; `norm` is the LayerNormalization that feeds only these, or ""."""
 
     tensor: str
@@ -109,22 +100,19 @@ class Site:
     norm: str = ""
 
 
-@dataclass
-class Seen:
-    """Statistics of a site's tensor over the calibration."""
+class Seen(NamedTuple):
+    """Extremes `[K]` of every channel of a site's tensor over the calibration, and a sample of its rows `[R, K]`."""
 
-    largest: Tensor  # [K] maximum magnitude of every channel
-    low: float = 0.0
-    high: float = 0.0
-    samples: list[Tensor] = field(default_factory=list)
+    low: Tensor
+    high: Tensor
+    rows: Tensor
 
 
-@dataclass(frozen=True)
-class Fitted:
+class Fitted(NamedTuple):
     """A site with its scales."""
 
     site: Site
-    smoothing: Tensor | None  # [K] divides the tensor and multiplies the weights
+    smoothing: Tensor  # [K] divides the tensor and multiplies the weights
     scale: float
     zero: int
     error: float  # of the GEMMs on the samples, relative to their norm
@@ -132,38 +120,32 @@ class Fitted:
 
 def sites(model: Any) -> list[Site]:
     """The sites of a graph, without heads (cheap, decisive for scores) and concatenated tensors (not always read)."""
-    graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    returned = {value.name for value in graph.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    returned = {value.name for value in model.graph.output}
+    made_by = {name: node for node in model.graph.node for name in node.output}
     readers: dict[str, list[Any]] = {}
-    gemms: dict[str, list[Any]] = {}
-    for node in graph.node:
+    for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-        if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 2:
-            gemms.setdefault(node.input[0], []).append(node)
-    made_by = {name: node for node in graph.node for name in node.output}
 
-    def label(gemm: Any) -> str:
+    def layer(gemm: Any) -> str:
         """The layer by the name of its bias; transposed weights lost their names."""
         added = [name for node in readers.get(gemm.output[0], ()) if node.op_type == "Add" for name in node.input]
         biases = [name for name in added if name in constants and name.endswith(".bias")]
         return biases[0].removesuffix(".bias") if biases else gemm.name
 
-    def norm(tensor: str) -> str:
-        made = made_by.get(tensor)
-        if made is None or made.op_type != "LayerNormalization" or tensor in returned:
-            return ""
-        folds = len(readers[tensor]) == len(gemms[tensor]) and all(name in constants for name in made.input[1:])
-        return made.name if folds else ""
-
     found = []
-    for tensor, nodes in gemms.items():
-        layers = tuple(map(label, nodes))
-        concatenated = tensor in made_by and made_by[tensor].op_type == "Concat"
-        if not concatenated and not any("heads." in layer for layer in layers):
-            weights = tuple(_array(constants[node.input[1]]) for node in nodes)
-            found.append(Site(tensor, tuple(node.name for node in nodes), layers, weights, norm(tensor)))
+    for tensor, nodes in readers.items():
+        products = [node for node in nodes if node.op_type == "MatMul" and node.input[0] == tensor]
+        gemms = [node for node in products if len(getattr(constants.get(node.input[1]), "dims", ())) == 2]
+        layers, made = tuple(map(layer, gemms)), made_by.get(tensor)
+        operator = "" if made is None else made.op_type
+        if not gemms or operator == "Concat" or any("heads." in name for name in layers):
+            continue
+        folds = operator == "LayerNormalization" and len(gemms) == len(nodes) and tensor not in returned
+        norm = made.name if folds and made and all(name in constants for name in made.input[1:]) else ""
+        weights = tuple(_array(constants[node.input[1]]) for node in gemms)
+        found.append(Site(tensor, tuple(node.name for node in gemms), layers, weights, norm))
     return found
 
 
@@ -174,123 +156,77 @@ def _array(tensor: Any) -> Tensor:
     return torch.from_numpy(np.array(numpy_helper.to_array(tensor), np.float32))
 
 
-def _real_tokens(feed: Feed, rows: int) -> Tensor:
-    """Mask of the real tokens of a tensor with as many rows as the feed has tokens; all rows of others."""
-    hidden = next((feed[name] for name in ("attention_mask", "segments") if name in feed), None)
-    if hidden is None or hidden.size != rows:
-        return torch.ones(rows, dtype=torch.bool)
-    return torch.from_numpy(hidden).bool().flatten()
+def _token_rows(values: np.ndarray, feed: Feed) -> Tensor:
+    """The rows `[R, K]` of a tensor; of its real tokens only, if it has a row for every token of the feed."""
+    rows = torch.from_numpy(values).float().flatten(0, -2)
+    mask = next((feed[name] for name in ("attention_mask", "segments") if name in feed), None)
+    return rows if mask is None or mask.size != len(rows) else rows[torch.from_numpy(mask).bool().flatten()]
 
 
-def observe(
-    model: Any, found: Sequence[Site], feeds: Sequence[Feed]
-) -> tuple[dict[str, Seen], list[dict[str, np.ndarray]]]:
-    """Run an fp32 graph on feeds; returns statistics of the sites' tensors (padding excluded) and all outputs."""
-    import onnx
-
-    model = copy.deepcopy(model)
-    outputs = [value.name for value in model.graph.output]
-    tensors = [site.tensor for site in found]
-    given = {value.name for value in model.graph.input}
-    watched = [name for name in tensors if name not in given and name not in outputs]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in watched)
-    generator = torch.Generator().manual_seed(0)
-    seen: dict[str, Seen] = {}
-    results = []
-    each = math.ceil(_CALIBRATION_ROWS / max(len(feeds), 1))
-    run = runner(model)
-    for feed in feeds:
-        values = run(feed, [*outputs, *watched])
-        results.append({name: values[name] for name in outputs})
-        for name in tensors:
-            value = torch.from_numpy(np.asarray(feed[name] if name in given else values[name])).float().flatten(0, -2)
-            value = value[_real_tokens(feed, len(value))]
-            known = seen.setdefault(name, Seen(torch.zeros(value.shape[1])))
-            known.largest = known.largest.maximum(value.abs().amax(0))
-            known.low, known.high = min(known.low, float(value.min())), max(known.high, float(value.max()))
-            known.samples.append(value[torch.randperm(len(value), generator=generator)[:each]].clone())
-    return seen, results
-
-
-def runner(model: Any) -> Callable[..., dict[str, np.ndarray]]:
-    """A function from inputs (and output names) to outputs: ONNX Runtime on the CPU."""
+def run_graph(model: Any, feeds: Sequence[Feed]) -> Iterator[dict[str, Any]]:
+    """The outputs of a graph for each feed, by ONNX Runtime on the CPU."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as scratch:
         # Models beyond two gigabytes must be files.
-        path = Path(scratch, "graph.onnx")
-        save(model, path)
-        session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
+        save(model, Path(scratch, "graph.onnx"))
+        session = onnxruntime.InferenceSession(
+            str(Path(scratch, "graph.onnx")), session_options(), providers=["CPUExecutionProvider"]
+        )
+    names = [output.name for output in session.get_outputs()]
+    for feed in feeds:
+        yield dict(zip(names, session.run(names, dict(feed)), strict=True))
 
-    def run(feed: Feed, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        names = [output.name for output in session.get_outputs()] if names is None else names
-        results: Any = session.run([*names], dict(feed))
-        return dict(zip(names, results, strict=True))
 
-    return run
+def observe(model: Any, found: Sequence[Site], feeds: Sequence[Feed]) -> tuple[list[Seen], list[dict[str, Any]]]:
+    """Run an fp32 graph on feeds; returns statistics of the sites' tensors and all outputs."""
+    import onnx
+
+    model = copy.deepcopy(model)
+    outputs = [value.name for value in model.graph.output]
+    known = {*outputs, *(value.name for value in model.graph.input)}
+    model.graph.output.extend(onnx.ValueInfoProto(name=site.tensor) for site in found if site.tensor not in known)
+    parts: list[list[Seen]] = [[] for _ in found]
+    results = []
+    for feed, made in zip(feeds, run_graph(model, feeds), strict=True):
+        results.append({name: made[name] for name in outputs})
+        for site, part in zip(found, parts, strict=True):
+            rows = _token_rows(feed[site.tensor] if site.tensor in feed else made[site.tensor], feed)
+            step = math.ceil(len(rows) * len(feeds) / _CALIBRATION_ROWS)
+            part.append(Seen(rows.amin(0), rows.amax(0), rows[::step].clone()))
+    seen = []
+    for part in parts:
+        lows, highs, samples = zip(*part, strict=True)
+        seen.append(Seen(torch.stack(lows).amin(0), torch.stack(highs).amax(0), torch.cat(samples)))
+    return seen, results
 
 
 def fit(site: Site, seen: Seen, scheme: Scheme) -> Fitted:
     """The scales of a site with the smallest error of its GEMMs on the samples."""
-    rows, weights = torch.cat(seen.samples), torch.cat(site.weights, 1)
-    exact = rows @ weights
-    length = float(exact.norm()) or 1.0
+    weights = torch.cat(site.weights, 1)
+    exact = seen.rows @ weights
+    largest = torch.maximum(-seen.low, seen.high)
 
-    def attempt(smoothing: Tensor | None, clip: float) -> Fitted:
-        given, changed, low, high = rows, weights, seen.low, seen.high
-        if smoothing is not None:
-            given, changed = rows / smoothing, weights * smoothing[:, None]
-            high = float((seen.largest / smoothing).max())
-            low = max(-high, float(given.min()) * 1.1)
-        scale, zero = fit_scale(low * clip, high * clip, scheme)
-        parts = changed.split([weight.shape[1] for weight in site.weights], 1)
-        rounded = torch.cat([_quantise_weight(part, scheme)[0] for part in parts], 1)
-        result = _round_activations(given, scale, zero, scheme) @ rounded
-        return Fitted(site, smoothing, scale, zero, float((result - exact).norm()) / length)
+    def attempt(smoothing: Tensor, clip: float = 1.0) -> Fitted:
+        low, high = float((seen.low / smoothing).min()), float((seen.high / smoothing).max())
+        scale, zero = scheme.scale(low * clip, high * clip)
+        stored = [scheme.store(weight * smoothing[:, None]) for weight in site.weights]
+        rounded = torch.cat([values.float() * scales for values, scales in stored], 1)
+        result = scheme.round(seen.rows / smoothing, scale, zero) @ rounded
+        return Fitted(site, smoothing, scale, zero, float((result - exact).norm() / exact.norm().clamp(min=1e-12)))
 
-    best = plain = attempt(None, 1.0)
+    tried = [attempt(torch.ones_like(largest))]
     heaviest = weights.abs().amax(1).clamp(min=1e-8)
-    largest = seen.largest.clamp(min=1e-8)
-    for power in _SMOOTHINGS:
-        smoothing = largest**power / heaviest ** (1 - power)
+    for power in _SMOOTHINGS if site.norm else ():
+        smoothing = largest.clamp(min=1e-8) ** power / heaviest ** (1 - power)
         # An unused channel keeps its scale.
-        smoothing = torch.where(seen.largest > 0, smoothing / smoothing.log().mean().exp(), 1.0).clamp(1e-3, 1e3)
-        best = min(best, attempt(smoothing, 1.0), key=lambda each: each.error)
-    if not site.norm and best.error > _WORTH_A_PASS * plain.error:
-        best = plain
-    return min((attempt(best.smoothing, clip) for clip in _CLIPS), key=lambda each: each.error)
+        smoothing = torch.where(largest > 0, smoothing / smoothing.log().mean().exp(), 1.0)
+        tried.append(attempt(smoothing.clamp(1e-3, 1e3)))
+    smoothing = min(tried, key=lambda fitted: fitted.error).smoothing
+    return min((attempt(smoothing, clip) for clip in _CLIPS), key=lambda fitted: fitted.error)
 
 
-def fit_scale(low: float, high: float, scheme: Scheme) -> tuple[float, int]:
-    """The scale and the zero point of values between two."""
-    if scheme.unsigned:
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = (high - low) / 255 or 1.0
-        return scale, min(max(round(-low / scale), 0), 255)
-    return max(-low, high) / _EXTREMES[scheme.kind] or 1.0, 0
-
-
-def _round_activations(x: Tensor, scale: float, zero: int, scheme: Scheme) -> Tensor:
-    """Activations rounded to the scheme's grid."""
-    if scheme.kind == "fp8":
-        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    least, most = (0, 255) if scheme.unsigned else (-128, 127)
-    return ((x / scale).round() + zero).clamp(least, most).sub(zero) * scale
-
-
-def _quantise_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight `[K, N]` in 8 bits: its rounded values, the stored tensor, and scales `[N]` or `[]`."""
-    extreme = _EXTREMES[scheme.kind]
-    if scheme.kind == "fp8":
-        scale = (weight.abs().max() / extreme).clamp(min=1e-12)
-        stored = (weight / scale).clamp(-extreme, extreme).to(torch.float8_e4m3fn)
-        return stored.float() * scale, stored.view(torch.uint8), scale
-    scale = (weight.abs().amax(0) / extreme).clamp(min=1e-12)
-    stored = (weight / scale).round().clamp(-127, 127)
-    return stored * scale, stored.to(torch.int8), scale
-
-
-def quantise_graph(model: Any, chosen: Iterable[Fitted], scheme: Scheme) -> Any:
+def quantise_graph(model: Any, chosen: Sequence[Fitted], scheme: Scheme) -> Any:
     """A copy of an ONNX graph with some of its sites in 8 bits."""
     from onnx import TensorProto, helper
 
@@ -298,269 +234,173 @@ def quantise_graph(model: Any, chosen: Iterable[Fitted], scheme: Scheme) -> Any:
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {node.name: node for node in graph.node}
-    stored = TensorProto.FLOAT8E4M3FN if scheme.kind == "fp8" else TensorProto.INT8
-    types: dict[int, torch.dtype] = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
-    types[TensorProto.BFLOAT16] = torch.bfloat16
+    eight_bits = TensorProto.FLOAT8E4M3FN if scheme.kind == "fp8" else TensorProto.INT8
+    wide_types: dict[int, torch.dtype] = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16}
 
     def add(name: str, value: Tensor, kind: int) -> str:
-        content = value.to(types.get(kind, value.dtype)).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         graph.initializer.append(helper.make_tensor(name, kind, [*value.shape], content, raw=True))
         return name
 
-    def site_nodes(fitted: Fitted) -> Iterator[Any]:
-        site, name, given = fitted.site, f"{fitted.site.tensor}.{scheme.kind}", fitted.site.tensor
+    inserted: dict[str, list[Any]] = {}
+    for site, smoothing, scale, zero, _ in chosen:
+        name, before = f"{site.tensor}.{scheme.kind}", inserted.setdefault(site.gemms[0], [])
         # Scales have the dtype of the graph.
-        wide = constants[nodes[site.gemms[0]].input[1]].data_type
-        if fitted.smoothing is not None and site.norm:
-            norm = nodes[site.norm]
-            for place in range(1, len(norm.input)):
-                value = _array(constants[norm.input[place]])
-                norm.input[place] = add(f"{name}.norm_{place}", value / fitted.smoothing, wide)
-        elif fitted.smoothing is not None:
-            factor, given = add(f"{name}.smoothing", 1 / fitted.smoothing, wide), f"{name}.smooth"
-            yield helper.make_node("Mul", [site.tensor, factor], [given], f"{name}.smoothing")
-        scale = add(f"{name}.scale", torch.tensor(fitted.scale), wide)
-        zero_type = TensorProto.UINT8 if scheme.unsigned else stored
-        zero = add(f"{name}.zero", torch.tensor(fitted.zero, dtype=torch.uint8), zero_type)
-        yield helper.make_node("QuantizeLinear", [given, scale, zero], [f"{name}.q"], f"{name}.quantize")
-        yield helper.make_node("DequantizeLinear", [f"{name}.q", scale, zero], [f"{name}.dq"], f"{name}.dequantize")
+        wide: int = constants[nodes[site.gemms[0]].input[1]].data_type
+        dtype = wide_types.get(wide, torch.bfloat16)
+        for place in range(1, len(nodes[site.norm].input)) if site.norm else ():
+            value = _array(constants[nodes[site.norm].input[place]]) / smoothing
+            nodes[site.norm].input[place] = add(f"{name}.norm_{place}", value.to(dtype), wide)
+        scales = [
+            add(f"{name}.scale", torch.tensor(scale, dtype=dtype), wide),
+            add(
+                f"{name}.zero",
+                torch.tensor(zero, dtype=torch.uint8),
+                TensorProto.UINT8 if scheme.unsigned else eight_bits,
+            ),
+        ]
+        before.append(helper.make_node("QuantizeLinear", [site.tensor, *scales], [f"{name}.q"], f"{name}.quantize"))
+        before.append(
+            helper.make_node("DequantizeLinear", [f"{name}.q", *scales], [f"{name}.dq"], f"{name}.dequantize")
+        )
         for gemm, weight in zip(site.gemms, site.weights, strict=True):
-            changed = weight if fitted.smoothing is None else weight * fitted.smoothing[:, None]
-            _, values, scales = _quantise_weight(changed, scheme)
-            parts = [
-                add(f"{gemm}.weight", values, stored),
-                add(f"{gemm}.weight_scale", scales, wide),
-                add(f"{gemm}.weight_zero", torch.zeros(scales.shape, dtype=torch.uint8), stored),
+            values, steps = scheme.store(weight * smoothing[:, None])
+            stored = [
+                add(f"{gemm}.weight", values, eight_bits),
+                add(f"{gemm}.weight_scale", steps.to(dtype), wide),
+                add(f"{gemm}.weight_zero", torch.zeros(steps.shape, dtype=torch.uint8), eight_bits),
             ]
-            axis: dict[str, Any] = {"axis": 1} if scales.dim() else {}
-            yield helper.make_node("DequantizeLinear", parts, [f"{gemm}.weight_dq"], f"{gemm}.dequantize", **axis)
+            axis: dict[str, Any] = {"axis": 1} if steps.dim() else {}
+            read = helper.make_node("DequantizeLinear", stored, [f"{gemm}.weight_dq"], f"{gemm}.dequantize", **axis)
+            before.append(read)
             nodes[gemm].input[0], nodes[gemm].input[1] = f"{name}.dq", f"{gemm}.weight_dq"
-
-    before: dict[str, list[Any]] = {}
-    for fitted in chosen:
-        before.setdefault(fitted.site.gemms[0], []).extend(site_nodes(fitted))
-    order = [each for node in graph.node for each in (*before.get(node.name, ()), node)]
-    read = {name for node in order for name in node.input} | {value.name for value in graph.output}
-    for part, kept in ((graph.node, order), (graph.initializer, [t for t in graph.initializer if t.name in read])):
+    order = [each for node in graph.node for each in (*inserted.get(node.name, ()), node)]
+    names = {name for node in order for name in node.input} | {value.name for value in graph.output}
+    for part, kept in ((graph.node, order), (graph.initializer, [t for t in graph.initializer if t.name in names])):
         del part[:]
         part.extend(kept)
     return model
 
 
-def save(model: Any, path: Path, *, largest_file: int = LARGEST_FILE) -> None:
-    """Write a graph, weights beyond `largest_file` bytes to a separate file."""
+def save(model: Any, path: Path) -> None:
+    """Write a graph, with the weights of a large one in a separate file."""
     import onnx
 
-    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > largest_file
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST_FILE
     beside = path.with_name(f"{path.name}.data")
     beside.unlink(missing_ok=True)
     onnx.save(model, str(path), save_as_external_data=external, location=beside.name, size_threshold=1024)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Inputs of the graphs of an export, as a session gives them to the graphs."""
-
-    comparison: Comparison
-    origin: str
-
-    @classmethod
-    def of_model(cls, model: XFM, examples: Examples, folder: Path, manifest: Manifest) -> Self:
-        """Calibration with embeddings computed by the model, for its ONNX export in `folder`."""
-        images, texts = _needed(manifest)
-        graphs: list[GraphName] = [*(["image_memory"] if images else []), *(["text"] if texts else [])]
-        return cls(Comparison(manifest, folder, make_reference(model, examples, graphs, "fp32")), examples.origin)
-
-    @classmethod
-    def of_export(cls, folder: Path, manifest: Manifest, examples: Examples) -> Self:
-        """Calibration with embeddings computed by an fp32 export; raises `ExportError` where it lacks a graph."""
-        images, texts = _needed(manifest)
-        graphs = {*(("vision",) if images else ()), *(("text", "image_memory") if texts else ())}
-        if lacking := sorted(graphs - {*manifest.graph_names}):
-            raise ExportError(
-                f"{folder} lacks {' and '.join(lacking)}, which compute the inputs of its other graphs; export them "
-                "too, or leave out --data"
-            )
-        session = Session.load(folder, "onnxruntime", "cpu", verify_files=False)
-        tensors = {name: getattr(examples, name) for name in ("pixels", "input_ids", "attention_mask")}
-        if images:
-            tensors["image_embeds"] = session.encode_image(examples.pixels)
-        if texts:
-            tensors["text_embeds"] = session.encode_text(examples.input_ids, examples.attention_mask)
-        return cls(Comparison(manifest, folder, Reference(tensors, {})), examples.origin)
-
-    def inputs(self, record: GraphRecord) -> list[Feed]:
-        """Inputs of a graph by name, an image with 8 captions (or 16 captions) each, in fp32 and int64."""
-        reference = self.comparison.reference
-        ranges = graph_slots(record)[0].ranges
-        fixed = {axis: sizes.least for axis, sizes in ranges.items() if sizes.single}
-        batch, count = fixed.get("batch", 1), fixed.get("texts", _TEXTS_WITH_AN_IMAGE)
-        if record.name == "text":
-            size = min(fixed.get("batch", _TEXTS_AT_ONCE), reference.texts)
-            cases = [Case(torch.zeros_like(rows), rows[:, None]) for rows in chunks(reference.texts, size)]
-        else:
-            cases = [
-                Case(
-                    (torch.arange(batch) + n) % reference.images,
-                    ((torch.arange(count) + n * count) % reference.texts).expand(batch, -1),
-                )
-                for n in range(reference.images)
-            ]
-        return [
-            {
-                name: (value.float() if value.is_floating_point() else value).contiguous().numpy()
-                for name, value in given.items()
-            }
-            for given in self.comparison.inputs(record.name, cases)
-        ]
-
-
-def _needed(manifest: Manifest) -> tuple[bool, bool]:
-    """Whether graphs of an export take image embeddings or memories, and text embeddings."""
-    return not {"image_memory", "fusion"}.isdisjoint(manifest.graph_names), "fusion" in manifest.graph_names
+def calibration_inputs(comparison: Comparison, record: GraphRecord) -> list[Feed]:
+    """Inputs of a graph as a session gives them, each image with its share of the captions, in fp32 and int64."""
+    reference, ranges = comparison.reference, graph_slots(record)[0].ranges
+    fixed = {axis: sizes.least for axis, sizes in ranges.items() if sizes.single}
+    batch = fixed.get("batch", 1)
+    count = fixed.get("texts", math.ceil(reference.texts / reference.images))
+    cases = [
+        Case(
+            (torch.arange(batch) + n) % reference.images,
+            ((torch.arange(count) + n * count) % reference.texts).expand(batch, -1),
+        )
+        for n in range(reference.images)
+    ]
+    return [
+        {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in inputs.items()}
+        for inputs in comparison.inputs(record.name, cases)
+    ]
 
 
 def quantise_graphs(
-    exported: Manifest,
-    folder: Path,
-    calibration: Calibration,
-    kind: Quantisation,
-    *,
-    budget: float = BUDGET,
-    unsigned: bool = False,
-    progress: Progress = silent,
+    exported: Manifest, comparison: Comparison, out: Path, scheme: Scheme, budget: float, progress: Progress = silent
 ) -> None:
-    """Rewrite the ONNX files of an export in `folder` to 8-bit GEMMs within a budget, and record the choices.
+    """Write the ONNX files of an export to `out` with 8-bit GEMMs within a budget, and record the choices.
 
     Raises:
         ExportError: ONNX Runtime does not run a graph, or the budget leaves no GEMM in 8 bits.
     """
-    scheme = Scheme(kind, unsigned=unsigned and kind == "int8")
+    made = []
     for record in exported.graphs:
         started = time.perf_counter()
         progress(f"choosing GEMMs of {record.name}")
+        path = out / record.file
         try:
-            record.quantisation = _Search(folder / record.file, calibration.inputs(record), scheme, budget).run()
-        except (ExportError, OSError):
+            feeds = calibration_inputs(comparison, record)
+            record.quantisation = quantise_file(comparison.folder / record.file, path, feeds, scheme, budget)
+        except (XFMError, OSError):
             raise
         except Exception as error:  # of ONNX Runtime, which has no errors of its own
             raise ExportError(
-                f"graph {record.name!r} could not be quantised to {kind} ({' '.join(str(error).split())[:300]}); "
-                "export it without 8 bits"
+                f"graph {record.name!r} could not be quantised to {scheme.kind} ({first_line(error)}); export it "
+                "without 8 bits"
             ) from error
-        record.files = [name for name in record.files if (folder / name).exists()]
+        made.append(record.quantisation)
+        record.files = [name for name in (path.name, f"{path.name}.data") if (out / name).exists()]
         record.build_seconds += time.perf_counter() - started
-    made = [record.quantisation for record in exported.graphs if record.quantisation is not None]
-    if made and all(len(each.kept) == each.products for each in made):
+    if all(len(each.kept) == each.products for each in made):
         raise ExportError(
-            f"--budget {budget} cannot be met: no GEMM of {', '.join(exported.graph_names)} can be in {kind}; give a "
-            "smaller one, or serve the export without 8 bits"
+            f"--budget {budget} cannot be met: no GEMM of {', '.join(exported.graph_names)} can be in {scheme.kind}; "
+            "give a smaller one, or serve the export without 8 bits"
         )
-    exported.options |= {"arithmetic": kind, "budget": budget, "calibration": calibration.origin}
+    exported.options |= {"arithmetic": scheme.kind, "budget": budget, "calibration": exported.examples}
 
 
-class _Search:
-    """The choice of the GEMMs of one graph."""
+def quantise_file(path: Path, out: Path, feeds: Sequence[Feed], scheme: Scheme, budget: float) -> QuantisationRecord:
+    """Choose the GEMMs of one graph and write it to `out`."""
+    import onnx
 
-    def __init__(self, path: Path, feeds: Sequence[Feed], scheme: Scheme, budget: float) -> None:
-        import onnx
-
-        self.path, self.scheme, self.budget, self.feeds = path, scheme, budget, feeds
-        # Evenly spaced over the feeds.
-        self.tried = [*range(0, len(feeds), max(len(feeds) // _TRIED, 1))][:_TRIED]
-        with tempfile.TemporaryDirectory() as scratch:
-            wide = Path(scratch, path.name)
-            widen(path, wide)
-            self.wide: Any = onnx.load(str(wide))
-        found = sites(self.wide)
-        seen, self.truths = observe(self.wide, found, feeds)
-        # Smallest error first.
-        self.order = sorted((fit(site, seen[site.tensor], scheme) for site in found), key=lambda each: each.error)
-
-    def run(self) -> QuantisationRecord:
-        """Choose, and write the graph."""
-        import onnx
-
-        count, cosine = self._most()
-        chosen = self.order[:count]
-        milliseconds = [self._milliseconds(each) for each in ([], chosen)]
-        del self.wide
-        if chosen:
-            model = onnx.load(str(self.path))
-            save(quantise_graph(model, chosen, self.scheme), self.path)
-        return QuantisationRecord(
-            kind=self.scheme.kind,
-            budget=self.budget,
-            cosine=cosine,
-            products=sum(len(fitted.site.gemms) for fitted in self.order),
-            smoothed=sum(fitted.smoothing is not None for fitted in chosen),
-            kept=[name for fitted in self.order[count:] for name in fitted.site.layers],
-            wide_milliseconds=milliseconds[0],
-            milliseconds=milliseconds[1],
-        )
-
-    def _most(self) -> tuple[int, float]:
-        """The number of sites within the budget, in order of their error, and the resulting cosine."""
-        allowed = 1 - _SPENT * (1 - self.budget)
-        low, best, high = 0, 1.0, len(self.order) + 1
-        # All, then one: a budget that fails needs two trials.
-        count = len(self.order)
-        while high - low > 1:
-            if (cosine := self._cosine(self.order[:count])) >= allowed:
-                low, best = count, cosine
-            else:
-                high = count
-            count = 1 if not low and high == len(self.order) else (low + high) // 2
-        return low, best
-
-    def _cosine(self, chosen: Sequence[Fitted]) -> float:
-        """The least cosine of any output row with some of the sites in 8 bits."""
-        run = runner(quantise_graph(self.wide, chosen, self.scheme))
-        cosines = [least_cosine(run(self.feeds[n]), self.truths[n], self.feeds[n]) for n in self.tried]
-        # min() may lose NaN.
-        return float(torch.tensor(cosines).min())
-
-    def _milliseconds(self, chosen: Sequence[Fitted]) -> float:
-        run, feed = runner(quantise_graph(self.wide, chosen, self.scheme)), self.feeds[0]
-        run(feed)
-        times = []
-        for _ in range(_TIMED):
-            started = time.perf_counter()
-            run(feed)
-            times.append(time.perf_counter() - started)
-        return round(min(times) * 1e3, 3)
+    with tempfile.TemporaryDirectory() as scratch:
+        widen(path, Path(scratch, path.name))
+        wide: Any = onnx.load(str(Path(scratch, path.name)))
+    found = sites(wide)
+    seen, truths = observe(wide, found, feeds)
+    # Smallest error first.
+    order = sorted((fit(*each, scheme) for each in zip(found, seen, strict=True)), key=lambda fitted: fitted.error)
+    count, cosine, excess, attempt = 0, 1.0, len(order) + 1, len(order)
+    while excess - count > 1:
+        results = run_graph(quantise_graph(wide, order[:attempt], scheme), feeds)
+        least = min(map(least_cosine, results, truths, feeds))
+        if least >= 1 - _SPENT * (1 - budget):
+            count, cosine = attempt, least
+        else:
+            excess = attempt
+        attempt = (count + excess) // 2
+    del wide
+    save(quantise_graph(onnx.load(str(path)), order[:count], scheme), out)
+    return QuantisationRecord(
+        kind=scheme.kind,
+        budget=budget,
+        cosine=cosine,
+        products=sum(len(fitted.site.gemms) for fitted in order),
+        smoothed=sum(bool((fitted.smoothing != 1).any()) for fitted in order[:count]),
+        kept=[name for fitted in order[count:] for name in fitted.site.layers],
+    )
 
 
 def least_cosine(found: Feed, truth: Feed, feed: Feed) -> float:
-    """The least cosine of a row of any output: of real tokens, or of the scores of an image's captions."""
-    cosines = [1.0]
+    """The least cosine of a row of any output: of real tokens, or of the scores of an image; -1 for NaN."""
+    cosines = [torch.ones(1)]
     for name in truth:
-        both = [torch.from_numpy(values[name]).double() for values in (found, truth)]
         if name in DIRECTIONS or is_memory(name):
-            rows = [values.flatten(0, -2) for values in both]
-            rows = [values[_real_tokens(feed, len(values))] for values in rows]
-        elif name in ("scores", "match_logits") and both[0].shape[1] > _FEWEST_RANKED:
-            scores = [values[..., 1] if name == "match_logits" else values for values in both]
-            rows = [values - values.mean(-1, keepdim=True) for values in scores]
+            rows = [_token_rows(values[name], feed).double() for values in (found, truth)]
+        # Fewer scores have no meaningful cosine.
+        elif name in ("scores", "match_logits") and truth[name].shape[1] > 4:
+            scores = [torch.from_numpy(values[name]).double() for values in (found, truth)]
+            scores = [each[..., 1] if name == "match_logits" else each for each in scores]
+            rows = [each - each.mean(-1, keepdim=True) for each in scores]
         else:
             continue
-        cosines.append(float(F.cosine_similarity(*rows, dim=-1).min()))
-    return float(torch.tensor(cosines).min())
+        cosines.append(F.cosine_similarity(*rows, dim=-1).flatten())
+    return float(torch.cat(cosines).nan_to_num(-1).min())
 
 
 def quantize_int8(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    budget: float = BUDGET,
-    examples: Examples | None = None,
-    progress: Progress = silent,
+    folder: str | Path, out: str | Path, *, budget: float = BUDGET, progress: Progress = silent
 ) -> Manifest:
     """Write an int8 copy of an fp32 ONNX export to another folder, verified against the fp32 reference."""
     folder, out = Path(folder), Path(out)
     if folder.resolve() == out.resolve():
         raise InputError(f"{out} holds the fp32 export; name another folder for the int8 one")
-    check_quantisation("int8", "fp32", budget)
     source = Manifest.load(folder)
     check_quantisation("int8", "fp32", budget, source.graph_names)
     source.require_files(folder)
@@ -571,18 +411,14 @@ def quantize_int8(
             "export --dtype fp32"
         )
     reference = Reference.load(folder)
-    if examples is None:
-        origin = f"{source.examples}, which it is compared on too"
-        calibration = Calibration(Comparison(source, folder, reference), origin)
-    else:
-        calibration = Calibration.of_export(folder, source, examples)
-    # Room for a copy of the old graphs and for the new ones.
-    prepare_folder(out, 2 * sum(record.bytes for record in source.files))
+    prepare_folder(out, sum(record.bytes for record in source.files))
     changed = source.unverified(
         versions=source.versions | package_versions("onnxruntime"),
         options=dict(source.options),
         graphs=[record.model_copy(update={"build_seconds": 0.0}) for record in source.graphs],
     )
+    # CPUs multiply uint8 by int8, GPUs int8 by int8.
+    scheme = Scheme("int8", unsigned=not source.consumer.startswith("tensorrt"))
 
     def compare(content: Manifest) -> None:
         progress("comparing with the model")
@@ -591,13 +427,7 @@ def quantize_int8(
 
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch:
-            for name in (name for record in source.graphs for name in record.files):
-                shutil.copyfile(folder / name, Path(scratch, name))
-            # CPUs multiply uint8 by int8, GPUs int8 by int8.
-            unsigned = not source.consumer.startswith("tensorrt")
-            quantise_graphs(
-                changed, Path(scratch), calibration, "int8", budget=budget, unsigned=unsigned, progress=progress
-            )
+            quantise_graphs(changed, Comparison(source, folder, reference), Path(scratch), scheme, budget, progress)
 
             def write(record: GraphRecord) -> list[str]:
                 for name in record.files:

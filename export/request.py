@@ -48,7 +48,7 @@ class ExportRequest:
 
     Attributes:
         dtype: Dtype of weights and arithmetic.
-        graphs: Names such as vision,text,image_memory,fusion,match. [all but match, or those of the task]
+        graphs: Names of vision,text,image_memory,fusion,match. [all but match, or the task's]
         fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token instead of token 0.
         packed: text and fusion take captions packed into rows, so that their cost follows the real tokens; by default
@@ -117,34 +117,22 @@ class RepositoryOptions:
         prefix: Prefix of the models' names.
         device: Device of the models; engines always run on a GPU.
         most_batch: Rows of a batch, for graphs that take any number.
-        queue_delay: Microseconds that a request may wait for others.
-        instances: Instances of each graph's model.
-        most_images: Images of a rank request.
-        most_captions: Captions of a rank request.
-        cache_mb: Megabytes of image memories that the rank model caches between requests.
     """
 
     pipeline: Pipeline = "rank"
     prefix: str = "xfm"
     device: ServedDevice = "auto"
     most_batch: Annotated[int, Ge(1)] = 32
-    queue_delay: Annotated[int, Ge(0)] = 500
-    instances: Annotated[int, Ge(1)] = 1
-    most_images: Annotated[int, Ge(1)] = 16
-    most_captions: Annotated[int, Ge(1)] = 1024
-    cache_mb: Annotated[int, Ge(0)] = 1024
 
     def check(self) -> None:
-        """Raise `UnavailableError` for unknown choices, and `InputError` for numbers and prefixes out of range."""
+        """Raise `UnavailableError` for unknown choices, and `InputError` for values that models cannot have."""
         for name, choices in (("pipeline", get_args(Pipeline)), ("device", get_args(ServedDevice))):
             if (value := getattr(self, name)) not in choices:
                 raise UnavailableError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
         if not re.fullmatch(r"[A-Za-z][\w-]*", self.prefix, re.ASCII):
             raise InputError(f"prefix {self.prefix!r} cannot name models; use letters, digits, - and _")
-        for name in ("most_batch", "queue_delay", "instances", "most_images", "most_captions", "cache_mb"):
-            value, least = getattr(self, name), int(name not in ("queue_delay", "cache_mb"))
-            if value < least:
-                raise InputError(f"{name} is {value}; it must be at least {least}")
+        if self.most_batch < 1:
+            raise InputError(f"most_batch is {self.most_batch}; it must be at least 1")
 
 
 Request = TypeVar("Request", bound=ExportRequest)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from math import ceil, inf, prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,11 +80,11 @@ class Slot:
             out[axis] = max(size, allowed.least)
         return out
 
-    def example(self, kind: Literal["small", "large"] = "small") -> dict[str, int]:
-        """Sizes to warm up with: the tuned ones, else the nearest to those of `AXES`."""
+    def example(self) -> dict[str, int]:
+        """Sizes to warm up with: the tuned ones, else the nearest to `AXES`."""
         out = {}
         for axis, allowed in self.ranges.items():
-            size = max(getattr(AXES[axis], kind), allowed.least) if allowed.best is None else allowed.best
+            size = max(AXES[axis].small, allowed.least) if allowed.best is None else allowed.best
             out[axis] = size if allowed.most is None else min(size, allowed.most)
         return out
 

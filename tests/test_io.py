@@ -23,7 +23,6 @@ from xfm_fast.data.files import read_json as read_annotations
 from xfm_fast.data.records import LineFile
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, ExportError, StorageError, XFMError
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.model_repository import Receipt
 from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, write_bytes
 from xfm_fast.kernels.files import write_whole
 from xfm_fast.tasks.heatmap import read_detections
@@ -101,7 +100,6 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], type[XFMError]]] = {
     "annotations": ("a.json", lambda path: read_annotations(path, "a list"), DataError),
     "detections": ("p.json", read_detections, DataError),
     "manifest": ("manifest.json", lambda path: Manifest.load(path.parent), ExportError),
-    "receipt": ("repository.json", lambda path: Receipt.load(path.parent), StorageError),
     "tokenizer": ("tokenizer.json", CaptionTokenizer.from_files, DataError),
     "record": ("r.jsonl", lambda path: LineFile(path).read(0), DataError),
 }

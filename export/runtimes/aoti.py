@@ -5,8 +5,6 @@ A package needs PyTorch only, without this project. Loading one runs native code
 
 from __future__ import annotations
 
-import errno
-import os
 import platform
 import tempfile
 import warnings
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from xfm_fast.errors import ExportError, StorageError, UnavailableError
+from xfm_fast.errors import ExportError, UnavailableError
 
 from ..request import DType as DType
 from ..request import ExportRequest
@@ -46,25 +44,12 @@ class PackageRequest(ExportRequest):
     device: Literal["cpu", "cuda"] = "cpu"
 
     def check(self) -> None:
-        """Check the compiler, device and dtype before a checkpoint is read."""
+        """Check device and dtype before a checkpoint is read."""
         import torch
-        from torch._inductor.cpp_builder import get_cpp_compiler
 
-        dtype = data_type(self.dtype)
-        if self.device not in ("cpu", "cuda"):
-            raise UnavailableError(f"device {self.device!r} is unknown; choose from cpu, cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UnavailableError("device cuda needs an NVIDIA GPU and PyTorch finds none; use --device cpu")
-        if self.device == "cuda":
-            native = dtype != "bf16" or torch.cuda.get_device_capability() >= (8, 0)
-        else:
-            native = dtype == "fp32" or bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", bool)())
-        if not native:
-            raise UnavailableError(f"{self.device} has no {dtype} arithmetic here; use --dtype fp32")
-        try:
-            get_cpp_compiler()
-        except Exception as error:  # of a private module, whose classes move
-            raise ExportError("a package needs a C++ compiler; install g++ or clang++, or set CXX") from error
+        data_type(self.dtype)
+        if self.device != "cpu" and not (self.device == "cuda" and torch.cuda.is_available()):
+            raise UnavailableError(f"device {self.device!r} is not available to PyTorch here; use --device cpu")
 
 
 @register
@@ -86,15 +71,20 @@ class AOTInductor(Runtime):
             raise ExportError("the manifest of these packages does not say what they were compiled for; export again")
         if device is not None and device.type != target.device:
             raise UnavailableError(f"these packages were compiled for {target.device}, not for {device.type}")
-        self.device, where = torch.device("cpu"), "CPU"
-        if target.device == "cuda":
-            if not torch.cuda.is_available():
-                raise UnavailableError("these packages were compiled for an NVIDIA GPU and PyTorch finds none here")
-            index = None if device is None else device.index
-            self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-            where = torch.cuda.get_device_name(self.device)
-        check_target(target, local_target(target.device))
-        self.description = f"AOTInductor of torch {torch.__version__}, {where}"
+        PackageRequest(device=target.device).check()
+        here = local_target(target.device)
+        lacking = sorted({*target.instructions} - {*here.instructions}) if here.instructions else []
+        for name in ("torch", "architecture", "compute_capability"):
+            if getattr(target, name) != getattr(here, name):
+                lacking.append(f"{name} {getattr(target, name)} (here {getattr(here, name)})")
+        if lacking:
+            raise ExportError(
+                f"these packages were compiled for a machine with {', '.join(lacking)}; build them again here with "
+                f"xfm-fast export --to aoti --device {target.device}"
+            )
+        index = 0 if device is None or device.index is None else device.index
+        self.device = torch.device("cuda", index) if target.device == "cuda" else torch.device("cpu")
+        self.description = f"AOTInductor of torch {torch.__version__}, {target.device.upper()}"
 
     def load(self, record: GraphRecord, path: Path) -> LoadedGraph:
         """See `Runtime.load`."""
@@ -117,22 +107,15 @@ class AOTInductor(Runtime):
 
         return RunFunction(run)
 
-    @classmethod
-    def why_absent(cls, device: torch.device) -> str | None:
-        """See `Runtime.why_absent`."""
-        if device.type != "cpu":
-            return "is measured on the CPU"
-        try:
-            PackageRequest().check()
-        except (ExportError, UnavailableError) as error:
-            return str(error)
-        return None
-
 
 def export_packages(
     model: Any, folder: str | Path, request: PackageRequest | None = None, *, consumer: str = "aoti", **given: Any
 ) -> Manifest:
     """Compile graphs of a model to `<graph>.pt2` for this machine, and write `manifest.json`."""
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.utils import fresh_cache
+
+    from ..graphs import trace
     from ..manifest import package_versions
     from ..pipeline import export_graphs, split_request
 
@@ -140,7 +123,22 @@ def export_packages(
     request.check()
 
     def write(graph: Graph, record: GraphRecord, content: Manifest) -> list[str]:
-        _compile(graph, Path(folder, record.file), request, content.fixed)
+        try:
+            # The compiler's files go to the folder with enough space and are removed afterwards.
+            with (
+                tempfile.TemporaryDirectory(dir=folder, prefix=f".{record.file}.") as scratch,
+                warnings.catch_warnings(action="ignore"),  # about the compiler's own code
+                fresh_cache(dir=scratch),
+            ):
+                program = trace(graph, request.dtype, content.fixed, request.device)
+                made = Path(scratch, record.file)
+                aoti_compile_and_package(program, package_path=str(made), inductor_configs=_COMPILER)
+                made.replace(Path(folder, record.file))
+        except Exception as error:  # the compiler's own classes, which share no public base
+            raise ExportError(
+                f"PyTorch does not compile {record.name} for {request.device} in {request.dtype} "
+                f"({first_line(error)}); see that {folder} has space, export to ONNX, or upgrade PyTorch"
+            ) from error
         return [record.file]
 
     # During compilation the weights lie in a library, in an object file and in the package. PyTorch decomposes
@@ -150,35 +148,6 @@ def export_packages(
         room=lambda sizes: sum(sizes) + 3 * max(sizes), consumer=consumer, opset=None,
         versions=package_versions("torch", "triton"), package=local_target(request.device), **facts,
     )  # fmt: skip
-
-
-def _compile(graph: Graph, path: Path, request: PackageRequest, fixed: Mapping[str, int]) -> None:
-    """Compile a graph to `path`; a failure leaves no partial file."""
-    from torch._inductor import aoti_compile_and_package
-    from torch._inductor.utils import fresh_cache
-
-    from ..graphs import trace
-
-    try:
-        # The compiler's files go to the folder with enough space and are removed afterwards.
-        with (
-            tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch,
-            warnings.catch_warnings(action="ignore"),  # about the compiler's own code
-            fresh_cache(dir=scratch),
-        ):
-            program, made = trace(graph, request.dtype, fixed, request.device), Path(scratch, path.name)
-            aoti_compile_and_package(program, package_path=str(made), inductor_configs=_COMPILER)
-            made.replace(path)
-    except Exception as error:  # the compiler's own classes, which share no public base
-        full = os.strerror(errno.ENOSPC)
-        if isinstance(error, OSError) or full in str(error):
-            # The C++ compiler's last words, somewhere in its output.
-            reason = getattr(error, "strerror", None) or full
-            raise StorageError(f"{path} could not be written ({reason}); free space or use another folder") from error
-        raise ExportError(
-            f"PyTorch does not compile {path.stem} for {request.device} in {request.dtype} ({first_line(error)}); "
-            "export it to ONNX, or upgrade PyTorch"
-        ) from error
 
 
 def local_target(device: Literal["cpu", "cuda"]) -> PackageTarget:
@@ -198,16 +167,3 @@ def local_target(device: Literal["cpu", "cuda"]) -> PackageTarget:
         instructions=sorted({flag for flag in flags if flag.startswith(_EXTENSIONS)}),
         compute_capability=10 * major + minor or None,
     )
-
-
-def check_target(target: PackageTarget, here: PackageTarget) -> None:
-    """Raise `ExportError` unless this machine runs packages compiled for `target`."""
-    lacking = sorted({*target.instructions} - {*here.instructions}) if here.instructions else []
-    for name in ("torch", "architecture", "compute_capability"):
-        if getattr(target, name) != getattr(here, name):
-            lacking.append(f"{name} {getattr(target, name)} (here {getattr(here, name)})")
-    if lacking:
-        raise ExportError(
-            f"these packages were compiled for a machine with {', '.join(lacking)}; build them again here with "
-            f"xfm-fast export --to aoti --device {target.device}"
-        )

@@ -5,9 +5,7 @@ Their Python modules are the same but for the name and these differences:
 | | `tensorrt` | `tensorrt-rtx` |
 |---|---|---|
 | builds | on the GPU that it builds for, timing kernels on it | anywhere, for a list of compute capabilities |
-| kernels chosen | while building; there is a timing cache | while loading; there is a runtime cache |
-| hardware compatibility | Ampere and later, or all GPUs of one capability | every target that is listed |
-| version compatibility | with the lean runtime, `tensorrt_lean` | none: it has no lean runtime |
+| kernels chosen | while building | while loading; there is a runtime cache |
 | strongly typed | since version 11 always, before by a flag | always |
 
 Every profile has its own execution context, because switching profiles is slow. Contexts of all engines run on one
@@ -27,7 +25,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Le
 
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
 
     from ..manifest import GraphRecord, Manifest
     from ..slots import SizeRange, Slot
-
-HardwareCompatibility = Literal["ampere_plus", "same_compute_capability"]
 
 _RTX_MAGIC = b"vtrt"
 _RTX_HEADER = 24
@@ -82,26 +78,6 @@ class EngineRequest(ExportRequest):
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
 
-    @property
-    def complete(self) -> TensorRTRequest:
-        """The request with the options of TensorRT, at their defaults for TensorRT for RTX."""
-        return self if isinstance(self, TensorRTRequest) else TensorRTRequest(**vars(self))
-
-
-@dataclass(frozen=True)
-class TensorRTRequest(EngineRequest):
-    """Graphs as TensorRT engines, with the options that TensorRT for RTX lacks.
-
-    Attributes:
-        timing_cache: File of kernel timings, read before and written after a build: later builds are faster.
-        version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
-        hardware_compatible: Other GPUs run the engine too.
-    """
-
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: HardwareCompatibility | None = None
-
 
 def message_logger(trt: Any, errors: list[str]) -> Any:
     """An `ILogger` that forwards to the Python log and appends errors to a list."""
@@ -139,7 +115,7 @@ def first_error(errors: Sequence[str]) -> str:
 
 
 def local_capability() -> int | None:
-    """The compute capability of this machine's NVIDIA GPU, such as 89; None without a GPU."""
+    """The compute capability of this machine's NVIDIA GPU, 89 for 8.9; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
@@ -174,7 +150,7 @@ class TensorRT(Runtime):
 
     name = kind = package = extra = "tensorrt"
     title = "TensorRT"
-    request = TensorRTRequest
+    request = EngineRequest
     exporter = "xfm_fast.export.engines:export_engines"
     devices = ("cuda",)
 
@@ -193,9 +169,6 @@ class TensorRT(Runtime):
         # The runtime keeps no reference to it.
         self._logger = message_logger(self.library, self.errors)
         self._runtime: Any = start(f"{self.title} {self.version}", self.library.Runtime, self._logger, self.errors)
-        if manifest.target is not None and manifest.target.version_compatible:
-            # Such an engine carries the runtime of the version that built it.
-            self._runtime.engine_host_code_allowed = True
         # The legacy default stream would make every launch wait. One stream for all keeps launches in order, whichever
         # stream their callers are on.
         self.stream: Any = self.cuda.Stream(device)
@@ -249,12 +222,11 @@ class TensorRT(Runtime):
 
 @register
 class TensorRTForRTX(TensorRT):
-    """See `TensorRT`; its requests lack the options of that library."""
+    """See `TensorRT`."""
 
     name = kind = extra = "tensorrt-rtx"
     package = "tensorrt_rtx"
     title = "TensorRT for RTX"
-    request = EngineRequest
 
 
 class _Activations:
@@ -394,7 +366,7 @@ class _Engine:
         cuda, device, record = self._cuda, self._device, self._record
 
         def replay(given: Mapping[str, Tensor], to: Mapping[str, int]) -> dict[str, Tensor]:
-            """Copy in, replay and copy out on the caller's stream; the sizes may be smaller than those captured."""
+            """Copy in, replay and copy out on the caller's stream; the sizes may be smaller than the captured ones."""
             current = cuda.current_stream(device)
             if memory.free is not None:
                 current.wait_event(memory.free)

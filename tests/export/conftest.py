@@ -202,7 +202,7 @@ def exported_fp16(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) ->
     return _exported(tmp_path_factory, small_model, "fp16", "fp16", ("vision", "text"))
 
 
-TARGETS = (80, 89, 120)
+TARGETS = (80, 120)
 """The GPUs of `bf16_engines`."""
 
 

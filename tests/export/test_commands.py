@@ -112,7 +112,6 @@ def test_a_model_is_released_before_its_export_is_compared(
         (["--random", "huge"], '"huge"'),
         (["--random", "tiny", "--sm", "80"], "--sm"),
         (["--random", "tiny", "--config", "sizes.json"], "--config"),
-        (["--random", "tiny", "--timing-cache", "x"], "--timing-cache"),
         (["absent.th"], "absent.th"),
         (["--to", "tensorrt-rtx", "--random", "tiny", "--sm", "75"], "SM75"),
     ],

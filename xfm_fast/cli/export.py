@@ -25,7 +25,7 @@ from xfm_fast.export.request import (
     ServedDevice,
 )
 from xfm_fast.export.runtimes.aoti import PackageRequest
-from xfm_fast.export.runtimes.tensorrt import EngineRequest, TensorRTRequest
+from xfm_fast.export.runtimes.tensorrt import EngineRequest
 from xfm_fast.loading import Source, open_model
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 app = command_group("export")
 
 _PHOTOS, _CAPTIONS = 4, 48
-# Photographs to calibrate 8 bits on, and how few are too few without those of the comparison.
-_CALIBRATED, _LEAST_CALIBRATED = 16, 4
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
 Tokenizer = Annotated[
@@ -51,7 +49,7 @@ Form = Literal["onnx", "aoti", "tensorrt", "tensorrt-rtx"]
 _REQUESTS: dict[Form, type[ExportRequest]] = {
     "onnx": OnnxRequest,
     "aoti": PackageRequest,
-    "tensorrt": TensorRTRequest,
+    "tensorrt": EngineRequest,
     "tensorrt-rtx": EngineRequest,
 }
 
@@ -64,7 +62,7 @@ class ExportOptions:
         to: ONNX graphs; AOTInductor packages, native code that runs when it is loaded; or engines of TensorRT for the
             GPU here, or of TensorRT for RTX for the GPUs given, built on any machine.
         consumer: Library that reads the ONNX files. [onnxruntime]
-        graphs: Names such as vision,text,image_memory,fusion,match. [all but match, or those of the task]
+        graphs: Names of vision,text,image_memory,fusion,match. [all but match, or the task's]
         fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
         all_tokens: fusion returns every token instead of token 0.
         packed: text and fusion take captions packed into rows, so that their cost follows the real tokens; by default
@@ -73,7 +71,7 @@ class ExportOptions:
         profile: Sizes that an engine accepts, name:axis=least..best..most, for example
             latency:batch=1,length=1..16..40; may be repeated. [latency for batches of one, bulk for up to 32]
         sm: Compute capabilities to build engines for, for example 80,89,120. [this machine's GPU]
-        quantize: 8-bit GEMMs of engines, with scales from --data or the photographs.
+        quantize: 8-bit GEMMs of engines, with scales from the images and captions that are compared.
         budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
         verbose: Show the builder's own messages.
         data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
@@ -157,10 +155,6 @@ def export(
         return finish(verification.verify(out, check_files=False), out)
     if options.to == "aoti":
         return finish(export_packages(opened.model, out, request, **facts, progress=say), out)
-    if request.quantize is not None:
-        facts["calibration"] = load_examples(
-            opened.model.config, opened.model.tokenizer, options.data, request.sizes, calibrates=True
-        )
     with engines.engine_graphs(opened.model, out, options.to, request, **facts) as build_engines:
         del opened
         return finish(build_engines(say), out)
@@ -181,32 +175,17 @@ def verify(folder: Path, /, *, runtime: RuntimeChoice = "auto") -> int:
 
 
 @app.command
-def int8(
-    folder: Path, /, *, out: Path, budget: float = BUDGET, data: Path | None = None, tokenizer: Tokenizer = None
-) -> int:
+def int8(folder: Path, /, *, out: Path, budget: float = BUDGET) -> int:
     """Quantise an fp32 export to int8 for the CPU, and measure the cost in accuracy.
 
     Args:
-        folder: Folder of an fp32 export to ONNX.
+        folder: Folder of an fp32 export to ONNX. Its images and captions (--data of xfm-fast export) decide.
         out: Folder that receives the int8 export.
         budget: Minimum cosine between any output row and the model's. GEMMs that cost more stay in fp32.
-        data: Images with captions for calibration. [the examples of the export]
     """
-    from xfm_fast.export.manifest import Manifest
-    from xfm_fast.export.quantise import check_quantisation, quantize_int8
-    from xfm_fast.models.processor import find_tokenizer
-    from xfm_fast.tokenizer import CaptionTokenizer
+    from xfm_fast.export.quantise import quantize_int8
 
-    check_quantisation("int8", "fp32", budget)
-    examples = None
-    if data is not None:
-        manifest = Manifest.load(folder, check_files=False)
-        own = find_tokenizer(folder, manifest.xfm_config)
-        vocabulary = own if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
-        if manifest.tokenizer_sha256 not in (None, None if vocabulary is None else vocabulary.sha256()):
-            raise InputError(f"{folder} was exported with another vocabulary; name it with --tokenizer")
-        examples = load_examples(manifest.xfm_config, vocabulary, data, manifest.fixed, calibrates=True)
-    return finish(quantize_int8(folder, out, budget=budget, examples=examples, progress=say), out)
+    return finish(quantize_int8(folder, out, budget=budget, progress=say), out)
 
 
 @app.command
@@ -220,85 +199,58 @@ def model_repository(
     device: ServedDevice = "auto",
     most_batch: int = 32,
     tokenizer: Tokenizer = None,
-    overwrite: bool = False,
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server from an export.
 
     Args:
         folder: Folder of an export.
-        out: The repository; must not exist without --overwrite.
+        out: The repository; must not exist.
         pipeline: rank adds a model from image files and captions to scores; graphs adds none.
         prefix: Prefix of the models' names.
         device: Device of the models; engines always run on a GPU.
         most_batch: Rows of a batch, for graphs that take any number.
-        overwrite: Replace an existing repository.
     """
-    from rich.markup import escape
-
-    from xfm_fast.export.model_repository import check_free, write_model_repository
+    from xfm_fast.export.model_repository import write_model_repository
     from xfm_fast.tokenizer import CaptionTokenizer
 
     options = RepositoryOptions(pipeline, prefix, device, most_batch)
     options.check()
-    check_free(out, overwrite)
     vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
-    receipt = write_model_repository(folder, out, options, tokenizer=vocabulary, overwrite=overwrite, progress=say)
-    console = stdout()
-    title = escape(f"{receipt.kind} {receipt.dtype}, {receipt.source} ({receipt.status})")
-    # A table wraps its title to its width, and this one is narrow.
-    console.print(f"[bold]{title}[/]", soft_wrap=True, highlight=False)
-    shown = table("", "model", "platform", "most rows", "MB", right=("most rows", "MB"))
-    for model in receipt.models:
-        size = sum(file.bytes for file in receipt.files if file.name.startswith(f"{model.name}/"))
-        shown.add_row(model.name, model.platform, str(model.max_batch_size or "as sent"), f"{size / 1e6:.1f}")
-    console.print(shown)
+    models = write_model_repository(folder, out, options, tokenizer=vocabulary, progress=say)
+    shown = table("", "model", "platform", "most rows", right=("most rows",))
+    for model in models:
+        rows = model.config["max_batch_size"]
+        shown.add_row(model.name, model.config.get("platform", "python"), str(rows or "as sent"))
+    stdout().print(shown)
     print(f"serve it with: tritonserver --model-repository={out}")
 
 
 def load_examples(
-    config: XFMConfig,
-    tokenizer: CaptionTokenizer | None,
-    data: Path | None,
-    sizes: Mapping[str, int] = {},
-    *,
-    calibrates: bool = False,
+    config: XFMConfig, tokenizer: CaptionTokenizer | None, data: Path | None, sizes: Mapping[str, int] = {}
 ) -> Examples:
     """Load photographs and captions to compare on: the given ones, the bundled ones, or generated images with a note.
 
-    `sizes` are the fixed axes. With `calibrates`, different ones for the calibration of 8 bits; with too few to divide,
-    the same ones serve for both, and the origin notes it.
+    `sizes` are the fixed axes.
     """
     from xfm_fast.benchmarks import inputs
-    from xfm_fast.export.expected import LONGEST, Examples, generated_examples, make_examples, padded_texts
+    from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
     from xfm_fast.tokenizer import CaptionTokenizer
 
     longest = min(sizes.get("length", LONGEST), config.max_text_length)
-    most = _PHOTOS + _CALIBRATED if calibrates else _PHOTOS
     try:
-        found = inputs.bundled() if data is None else inputs.from_files(data, most=most)
+        found = inputs.bundled() if data is None else inputs.from_files(data, most=_PHOTOS)
     except DataError as error:
         if data is not None:
             raise
-        if calibrates:
-            return generated_examples(config, images=_CALIBRATED, longest=longest, seed=1)
         note(f"compared on generated images, not photographs: {error}")
         return generated_examples(config, longest=longest)
-    captions = found.texts(len(found.captions))
-    first = _PHOTOS if calibrates and len(found.names) >= _PHOTOS + _LEAST_CALIBRATED else 0
-    if calibrates and len(captions) >= _CAPTIONS + _LEAST_CALIBRATED:
-        captions = captions[_CAPTIONS:]
     if tokenizer is None:
         # Any ids can compare an export with its model.
         tokenizer = CaptionTokenizer.train_on_texts(found.captions, config.vocab_size)
-        if calibrates:
-            note("calibration uses random ids for captions; name the model's vocabulary with --tokenizer")
-    rows = tokenizer.encode_ids(captions[:_CAPTIONS], max(longest, 3))
-    photos = range(first, min(len(found.names), most))
-    pixels, origin = found.pixels(photos, config.image_size), f"{len(photos)} photographs and {len(rows)} captions"
-    if not calibrates:
-        return make_examples(pixels, rows, config, origin=origin, longest=longest)
-    origin += "" if first else ", with the same photographs as the comparison"
-    return Examples(pixels, *padded_texts(rows, config.pad_token_id), origin)
+    rows = tokenizer.encode_ids(found.texts(len(found.captions))[:_CAPTIONS], max(longest, 3))
+    photos = range(min(len(found.names), _PHOTOS))
+    origin = f"{len(photos)} photographs and {len(rows)} captions"
+    return make_examples(found.pixels(photos, config.image_size), rows, config, origin=origin, longest=longest)
 
 
 def finish(manifest: Manifest, folder: Path) -> int:
@@ -330,15 +282,14 @@ def finish(manifest: Manifest, folder: Path) -> int:
 
 def _print_quantisation(manifest: Manifest, console: Console) -> None:
     shown = table(
-        f"products in 8 bits, chosen on {manifest.options['calibration']}",
-        "graph", "in 8 bits", "smoothed", "least cosine", "budget", "ms in fp32", "ms", "not in 8 bits",
+        f"GEMMs in 8 bits, chosen on {manifest.options['calibration']}",
+        "graph", "in 8 bits", "smoothed", "least cosine", "budget", "not in 8 bits",
     )  # fmt: skip
     for graph in manifest.graphs:
         if (record := graph.quantisation) is not None:
             shown.add_row(
                 graph.name, f"{record.products - len(record.kept)}/{record.products}", str(record.smoothed),
-                f"{record.cosine:.5f}", str(record.budget), f"{record.wide_milliseconds:.1f}",
-                f"{record.milliseconds:.1f}", ", ".join(record.kept),
+                f"{record.cosine:.5f}", str(record.budget), ", ".join(record.kept),
             )  # fmt: skip
     console.print(shown)
 

@@ -117,13 +117,16 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("reproduce", "--jobs", None, "taskset, since a study takes the cores that the process may use"),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
     *(
-        Renamed("export", f"--{name.replace('_', '-')}", None, f"TensorRTRequest({name}=) in Python")
-        for name in ("timing_cache", "version_compatible", "hardware_compatible")
+        Renamed("export", option, None, "trtexec, with the commands in README.md of an ONNX export")
+        for option in ("--timing-cache", "--version-compatible", "--hardware-compatible")
     ),
     *(
-        Renamed("export model-repository", f"--{name.replace('_', '-')}", None, f"RepositoryOptions({name}=) in Python")
-        for name in ("queue_delay", "instances", "most_images", "most_captions", "cache_mb")
+        Renamed("export model-repository", option, None, "config.pbtxt of the model, which is text to edit")
+        for option in ("--queue-delay", "--instances", "--most-images", "--most-captions", "--cache-mb")
     ),
+    Renamed("export model-repository", "--overwrite", None, "another --out, or delete the folder"),
+    Renamed("export int8", "--data", None, "--data of xfm-fast export, whose images and captions are used"),
+    Renamed("export int8", "--tokenizer", None, "the tokenizer of the export"),
 )
 """Names of the version before; they work for this one, with a warning."""
 

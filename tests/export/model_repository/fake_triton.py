@@ -6,8 +6,10 @@
 
 import importlib.util
 import json
+import re
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,29 @@ import pytest
 import torch
 from torch.utils.dlpack import to_dlpack
 
-from tests.export.model_repository import pbtxt
-
+# Fields of Triton's model_config.proto that are repeated, and the others that a configuration may have.
+_REPEATED = {"input", "output", "dims", "instance_group", "profile", "model_warmup", "inputs", "parameters"}
+_SINGLE = {
+    *("name", "platform", "backend", "default_model_filename", "max_batch_size", "data_type", "allow_ragged_batch"),
+    *("dynamic_batching", "max_queue_delay_microseconds", "count", "kind", "batch_size", "key", "value", "zero_data"),
+    "string_value",
+}
 _NUMPY = {"TYPE_FP32": np.float32, "TYPE_FP16": np.float16, "TYPE_INT64": np.int64, "TYPE_BOOL": np.bool_}
+
+
+def read_config(lines: Iterator[str]) -> dict[str, Any]:
+    """The message of a `config.pbtxt`; an unknown field, or a singular one that is given twice, is an error."""
+    made: dict[str, Any] = {}
+    for line in lines:
+        if line.strip() == "}":
+            break
+        field = re.fullmatch(r"\s*(\w+)(?: \{|: (.*))", line)
+        assert field is not None, line
+        name, text = field.groups()
+        value = read_config(lines) if text is None else text if re.fullmatch(r"[A-Z]\w+", text) else json.loads(text)
+        assert name in _REPEATED or (name in _SINGLE and name not in made), line
+        made[name] = [*made.get(name, []), value] if name in _REPEATED else value
+    return made
 
 
 class Tensor:
@@ -104,7 +126,8 @@ class FakeServer:
             self._load(folder)
 
     def _load(self, folder: Path) -> None:
-        config = self.configs[folder.name] = pbtxt.read((folder / "config.pbtxt").read_text(encoding="ascii"))
+        text = (folder / "config.pbtxt").read_text(encoding="ascii")
+        config = self.configs[folder.name] = read_config(iter(text.splitlines()))
         if not (script := folder / "1" / "model.py").exists():
             self.models[folder.name] = OnnxModel(folder / "1" / config["default_model_filename"])
             return
@@ -114,7 +137,7 @@ class FakeServer:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         model = self.models[folder.name] = module.TritonPythonModel()
-        sent = config | {"parameters": {key: {"string_value": text} for key, text in pbtxt.parameters(config).items()}}
+        sent = config | {"parameters": {entry["key"]: entry["value"] for entry in config["parameters"]}}
         model.initialize(
             {
                 "model_config": json.dumps(sent), "model_repository": str(folder), "model_version": "1",
