@@ -458,12 +458,8 @@ def benchmark(name: str, *, title: str, reference: str) -> Callable[[Callable[..
     """Register a benchmark: a generator of cases from a `Run`, each measured before the next is made.
 
     It becomes a function of options, a progress display, the command line and `keep`, which is called with the document
-    when it has new results; Ctrl-C ends it and keeps what was measured, marked as interrupted.
-
-    Args:
-        name: in documents.
-        title: of its report.
-        reference: the backend that speed-ups refer to.
+    when it has new results; Ctrl-C ends it and keeps what was measured, marked as interrupted. Speed-ups refer to the
+    backend `reference`.
     """
 
     def register(cases: Callable[..., Any]) -> Benchmark:

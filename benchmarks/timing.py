@@ -85,15 +85,8 @@ def record_graph(run: Callable[[], object], runs: int, stream: Any) -> Callable[
 class Clocked:
     """A call that is timed over and over: on a GPU by replaying a graph of it, so that the host has no part in it.
 
-    Attributes:
-        by: how the seconds were taken: events, around calls as the host issues them, are for what no graph can hold.
-        host_s: seconds in which the host issues a call, on a GPU.
-        reason: why no graph holds it.
-
-    Args:
-        prepare: makes the call; on a GPU it runs on the stream that is recorded, because the backward pass of a result
-            runs on the stream that computed it.
-        recorder: makes a graph of some runs, for tests; by default CUDA's.
+    `prepare` makes the call on the stream that is recorded, because a backward pass runs on the stream of its forward
+    pass. What no graph can hold, for the `reason`, is timed by events around calls as the host issues them.
     """
 
     def __init__(

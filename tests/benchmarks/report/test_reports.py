@@ -16,7 +16,7 @@ from tests.cli.runner import invoke
 from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.record import Comparison, Document, Skip
 from xfm_fast.benchmarks.report import page
-from xfm_fast.benchmarks.report.tables import Column, build, number, pivot, seconds, si, tables, times
+from xfm_fast.benchmarks.report.tables import Column, build, number, pivot, seconds, si, times
 from xfm_fast.errors import StorageError
 
 VOID = {"meta", "br", "rect", "line"}
@@ -127,18 +127,6 @@ def test_what_has_no_numbers_is_shown_with_its_reason() -> None:
     for words in ("out of &lt;memory&gt;", "no image &amp; text", "19.jpg"):
         assert words in text
     assert "*" in report.markdown(document)
-
-
-def test_the_terminals_tables_fit_with_whole_words(document: Document) -> None:
-    width = 100
-    texts = [cell for table in tables(document) for line in table.lines for cell in line]
-    texts += [text for table in tables(document) for text in (table.title, *(c.head for c in table.columns))]
-    known = {word for text in texts for word in text.split()}
-    for line in _shown(document, width).splitlines():
-        # Sentences wrap where the terminal does; tables are as wide as it is.
-        if line.endswith(" ") or "─" in line:
-            assert len(line) <= width
-            assert set(line.replace("─", " ").split()) <= known, line
 
 
 def test_markdown_is_a_table_without_details(document: Document) -> None:
