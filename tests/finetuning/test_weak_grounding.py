@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from xfm_fast import XFM
 from xfm_fast.errors import CheckpointError, DataError, InputError
@@ -57,6 +59,23 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, detections: dict[str, An
     assert rows[0]["bbox"] == list(record.detected[chosen])
     with pytest.raises(InputError, match="--heatmap OUT"):
         predictor.predict(["a.png"], ["a circle"])
+
+
+def test_the_command_draws_where_it_looks(weak: FinetuneRecipe, world: Path, tmp_path: Path) -> None:
+    finetune(weak)
+    boxes, drawn = [[0, 0, 9, 9], [8, 8, 16, 16]], tmp_path / "heat.png"
+    (tmp_path / "own.json").write_text(json.dumps({"000001.png": boxes}))
+    given = [
+        world / "images/test/000001.png",
+        "a red circle",
+        "--heatmap",
+        drawn,
+        "--detections",
+        tmp_path / "own.json",
+    ]
+    done = invoke(["predict", weak.checkpoint.folder, *given])
+    assert json.loads(done.stdout)["bbox"] in boxes
+    assert Image.open(drawn).size == (32, 32)
 
 
 def test_weights_of_other_tasks(weak: FinetuneRecipe, recipe: Make, tmp_path: Path) -> None:

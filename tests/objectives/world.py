@@ -59,11 +59,16 @@ def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, An
     return type(batch)(**fields), None if negatives is None else tuple(index[texts] for index in negatives)
 
 
+def scalars(case: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is backpropagated: each loss of pairs, and the sums of the others."""
+    return losses if case == "pairs" else {"sum": total(losses)}
+
+
 def alone(case: str) -> Result:
-    """Losses of the global batch in one process, and the gradients of each."""
+    """Losses of the global batch in one process, and their gradients."""
     model, (batch, negatives) = model_for(case), whole(case)
     losses = pretraining_losses(model, batch, hard_negatives=negatives)
-    found = {name: gradients(model, loss) for name, loss in losses.items()}
+    found = {name: gradients(model, loss) for name, loss in scalars(case, losses).items()}
     return losses, {name: {k: g for k, g in of.items() if g is not None} for name, of in found.items()}
 
 
@@ -72,16 +77,14 @@ def together(case: str, rank: int, world: int, **options: Any) -> Result:
     model = model_for(case)
     batch, negatives = part(*whole(case), rank, world)
     losses = pretraining_losses(model, batch, hard_negatives=negatives, **options)
-    means, averaged = {}, {}
-    for name in losses:
-        means[name] = losses[name].detach().clone()
-        dist.all_reduce(means[name])
-        means[name] /= world
-        averaged[name] = {}
-        for parameter, gradient in gradients(model, losses[name]).items():
-            if gradient is not None:
-                dist.all_reduce(gradient)
-                averaged[name][parameter] = gradient / world
+    means = {name: loss.detach().clone() for name, loss in losses.items()}
+    averaged: dict[str, dict[str, Tensor]] = {}
+    for name, loss in scalars(case, losses).items():
+        found = gradients(model, loss)
+        averaged[name] = {parameter: gradient for parameter, gradient in found.items() if gradient is not None}
+    for tensor in (*means.values(), *(gradient for of in averaged.values() for gradient in of.values())):
+        dist.all_reduce(tensor)
+        tensor /= world
     return means, averaged
 
 

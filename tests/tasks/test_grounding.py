@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.agreement import inputs_of, with_weights
-from tests.conftest import config, load_json
-from xfm_fast.tasks.grounding import GroundingModel, box_accuracy, pixel_boxes, pixel_iou
+from tests.conftest import load_json
+from xfm_fast.tasks.grounding import box_accuracy, pixel_boxes, pixel_iou
 
 
 def test_official_metric() -> None:
@@ -35,14 +34,3 @@ def test_accuracy_without_splits() -> None:
     """Half of the pixels is enough."""
     boxes, reference = torch.tensor([[0.0, 0, 4, 4], [9, 9, 2, 2]]), torch.tensor([[0.0, 0, 4, 2], [0, 0, 2, 2]])
     assert box_accuracy(boxes, reference) == {"all": 0.5}
-
-
-@torch.inference_mode()
-def test_expressions_that_share_an_image() -> None:
-    model = with_weights(GroundingModel(config("tiny_b")), "tiny_b", torch.float64, "grounding")
-    x = inputs_of("tiny_b/ft_inputs", torch.float64)
-    text = x["grounding/text_ids"], x["grounding/text_atts"]
-    index = torch.tensor([2, 0, 2])
-    shared = model.boxes(x["grounding/image"], *text, index)
-    apart = model.boxes(x["grounding/image"][index], *text)
-    assert torch.allclose(shared, apart, rtol=0, atol=1e-12)

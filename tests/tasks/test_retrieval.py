@@ -58,16 +58,6 @@ def test_equals_the_official_evaluation(
         assert (ours.double() - official).abs().max() <= max(tolerance, torch.finfo(torch.float32).eps) * 4
 
 
-def test_scores_are_those_of_single_pairs(small: tuple[XFM, Tensor, Tensor, Tensor]) -> None:
-    model, images, texts, mask = small
-    result = rerank(images, texts, mask, model=model, k=4)
-    with torch.inference_mode():
-        memory = model.image_memory(images)
-        for image, text, score in zip(result.candidates.images, result.candidates.texts, result.scores, strict=True):
-            fused = model.fuse(texts[text][None], mask[text][None], memory.select(image[None]))
-            torch.testing.assert_close(model.match_logits(fused)[0, 1], score, rtol=1e-5, atol=1e-5)
-
-
 def test_embeddings_in_files_give_the_same_scores_and_order(
     small: tuple[XFM, Tensor, Tensor, Tensor], tmp_path
 ) -> None:

@@ -36,7 +36,8 @@ from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.checkpoints import newest, read_state
 from xfm_fast.training.distributed import ParallelModel, join_processes, run_layers
 from xfm_fast.training.loop import train
-from xfm_fast.training.metrics import ModelNorms, local
+from xfm_fast.training.metrics import ModelNorms
+from xfm_fast.training.optimizer import local
 
 
 def drawless(folder: Path, **changes: Any) -> Any:
@@ -142,7 +143,7 @@ def gradients_travel_once_per_update(rank: int, folder: Path) -> None:
             reductions.clear()
             for number, stream in enumerate(update, start=1):
                 with parallel.synchronised(last=number == len(update)):
-                    loss, _ = parallel(sources[stream].batch(number), recipe.losses_of(stream))
+                    loss, _ = parallel.module(sources[stream].batch(number), recipe.losses_of(stream))
                     loss.backward()
                 same = processes.gather(float(ModelNorms(parallel.model).gradients()[1].norm()))
                 assert (same[0] == same[1]) == (number == len(update))

@@ -262,9 +262,9 @@ def test_losses_fall(tmp_path: Path) -> None:
 
     class Few(Noise):
         def batch(self, number: int) -> Any:
-            return super().batch(number % 2)
+            return super().batch(0)
 
-    recipe = small_recipe(tmp_path, steps=40, optimizer={"lr": 3e-3}, model=without_dropout(), log={"every": 10})
+    recipe = small_recipe(tmp_path, steps=20, optimizer={"lr": 5e-3}, model=without_dropout(), log={"every": 10})
     run(recipe, sources={name: Few(s.kind, recipe.model, s.batch_size) for name, s in recipe.streams.items()})
     lines = numbers(tmp_path)
     for name in ("loss/text/mlm", "loss/pairs/imlm", "loss/pairs/itc", "loss/images/mim", "loss/regions/bbox_l1"):

@@ -8,19 +8,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from xfm_fast.cli.console import first_process, named_progress, note, progress, stdout, table
-from xfm_fast.cli.options import UNFINISHED, Flat, Json, named
-from xfm_fast.errors import CheckpointError, ConfigError, InputError
+from xfm_fast.cli.options import UNFINISHED, Flat, Json
+from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.export.request import RuntimeChoice
-from xfm_fast.loading import Source, open_model
 
 if TYPE_CHECKING:
-    import torch
-
     from xfm_fast.finetuning.prediction import Predictor
 
 # Requests that are answered together.
@@ -51,6 +48,8 @@ class PredictOptions:
             answers, one per line, and an interrupted command resumes. [answers go to standard output]
         heatmap: PNG of where a FILE shows what a TEXT describes: gradient times attention of the fusion encoder.
         detections: JSON of boxes by image; with --heatmap, the box with most heat is the answer.
+        device: Device to run on. [a GPU if there is one; for an export that of its runtime]
+        dtype: Dtype of the weights; or int8 (CPU) or fp8 (GPU) for the linear layers. [fp32, or that of the export]
         runtime: Library that runs the graphs of an export. AOTInductor packages are code that runs when it is loaded:
             they need aoti, for packages that you trust.
     """
@@ -58,6 +57,8 @@ class PredictOptions:
     lines: Path | None = None
     heatmap: Path | None = None
     detections: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     runtime: RuntimeChoice = "auto"
 
 
@@ -133,7 +134,6 @@ def predict(
     model: Annotated[str, Parameter(name="MODEL")],
     /,
     *items: Annotated[str, Parameter(name="FILE|TEXT")],
-    source: Flat[Source] = Source(),
     options: Flat[PredictOptions] = PredictOptions(),
 ) -> int:
     """Predict for image files and texts: a caption, an answer, a box, a class or a score, as JSON lines.
@@ -144,7 +144,9 @@ def predict(
         model: A run, a folder of its weights or its name on the Hugging Face Hub, or an export of either.
         items: Image files, folders of images, and texts: an argument that is neither a file nor a folder is a text.
     """
-    from xfm_fast.finetuning.prediction import answer_lines, requests_in
+    from xfm_fast.export.manifest import MANIFEST_FILE
+    from xfm_fast.finetuning.prediction import answer_lines, load, requests_in
+    from xfm_fast.models.xfm import PRECISIONS
     from xfm_fast.tasks.evaluation import Evaluation
     from xfm_fast.training.distributed import join_processes
 
@@ -152,9 +154,10 @@ def predict(
         raise InputError("--detections needs a heatmap; add --heatmap FILE")
     if len(items) > 1 if options.lines else not items:
         raise InputError("give image files and texts, or --lines with files of requests and answers")
-    source = named(model, source)
-    with join_processes(source.device) as processes:
-        predictor = _predictor(source, options.runtime, processes.device)
+    with join_processes(options.device) as processes:
+        by_runtime = options.device == "auto" and Path(model, MANIFEST_FILE).is_file()
+        place, dtype = None if by_runtime else processes.device, PRECISIONS[options.dtype]
+        predictor = load(model, device=place, dtype=dtype, runtime=options.runtime)
         if options.lines is None:
             # Too few requests to share.
             return _predict(predictor, items, options) if processes.first else 0
@@ -168,20 +171,6 @@ def predict(
             answer_lines(predictor, options.lines, out, work)
     _say(f"saved: {out}")
     return 0
-
-
-def _predictor(source: Source, runtime: RuntimeChoice, device: torch.device) -> Predictor:
-    from xfm_fast.finetuning.prediction import Predictor, load
-
-    if source.is_export:
-        # By default on the device of the runtime.
-        return load(source.model or "", device=None if source.device == "auto" else device, runtime=runtime)
-    if runtime != "auto":
-        raise InputError(f"{source.model} is a model of PyTorch and no export; leave out --runtime {runtime}")
-    opened = open_model(source, device=device)
-    if opened.task is None:
-        raise CheckpointError(f"{source} is a pretrained model, which has no task yet; fine-tune it")
-    return Predictor(opened.model, opened.task)
 
 
 def _predict(predictor: Predictor, items: Sequence[str], options: PredictOptions) -> int:

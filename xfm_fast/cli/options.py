@@ -89,6 +89,11 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("bench kernels", "--json", "--out"),
     Renamed("bench report", "--gains", None, "xfm_fast.benchmarks.report.tables.gains in Python"),
     Renamed("predict", "--batch-size", None, "the fixed 32 requests per batch"),
+    Renamed("predict", "--model", None, "the positional MODEL"),
+    *(
+        Renamed("predict", name, None, "what the run recorded")
+        for name in ("--random", "--config", "--image-size", "--tokenizer")
+    ),
     *(Renamed("data check", name, None, "bench train-step for costs") for name in ("--image-size", "--batch-size")),
     Renamed("bench report", "--html", "--out"),
     *(Renamed(name, "--png", None, "bench report FILE --out page.html") for name in ("bench report", "try")),

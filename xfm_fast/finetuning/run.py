@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -202,8 +202,7 @@ class _EpochEnd:
     def evaluate(self, split: str, model: XFM) -> Metrics:
         """Metrics of a split."""
         folder = Path(self.recipe.checkpoint.folder, "evaluation", split)
-        precision, size = partial(autocast, self.recipe, self.processes), self.recipe.eval_batch_size
-        work = Evaluation(folder, self.processes, size, autocast=precision, progress=partial(self.show, split))
+        work = _evaluation(self.recipe, folder, self.processes, partial(self.show, split))
         return work.run(self.task, model, self.records[split])
 
     def __call__(self, step: int, model: XFM, average: WeightAverage | None) -> Metrics | None:
@@ -262,9 +261,14 @@ def evaluate(
                 f"{weights} lacks {', '.join(model.own_parts)}*, which the task {task.options.kind} trains; fine-tune "
                 "it first: xfm-fast finetune"
             )
-        precision, size = partial(autocast, recipe, processes), recipe.eval_batch_size
-        work = Evaluation(Path(folder), processes, size, autocast=precision, progress=partial(show, split))
-        return work.run(task, model, records)
+        return _evaluation(recipe, Path(folder), processes, partial(show, split)).run(task, model, records)
+
+
+def _evaluation(
+    recipe: FinetuneRecipe, folder: Path, processes: Processes, progress: Callable[[int, int], None]
+) -> Evaluation:
+    precision = partial(autocast, recipe, processes)
+    return Evaluation(folder, processes, recipe.eval_batch_size, autocast=precision, progress=progress)
 
 
 def recipe_of(run: Path, overrides: Iterable[str] = ()) -> FinetuneRecipe:

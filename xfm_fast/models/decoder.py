@@ -254,17 +254,16 @@ class TextDecoder(nn.Module):
         ]
         return torch.cat(pieces)
 
-    def initialise_from(self, state: Mapping[str, Tensor], encoder: str) -> list[str]:
-        """Initialise from a pretrained encoder; returns the names of the parameters that stay as they are.
+    def initialise_from(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Initialise from the pretrained fusion encoder; returns the names of the parameters that stay as they are.
 
         `state` is a pretraining state dict; official files include fusion embeddings that our pretraining models lack.
-        `encoder` is `fusion_encoder`, or `text_encoder` (the official choice for captions). Parameters stay where the
-        encoder lacks them or has another shape, such as projections of a memory of another width, where the official
-        loader fails.
+        Parameters stay where the encoder lacks them or has another shape, such as projections of a memory of another
+        width, where the official loader fails.
         """
         fresh = []
         for name, parameter in self.state_dict().items():
-            source = state.get(f"{encoder}.{name}")
+            source = state.get(f"fusion_encoder.{name}")
             if source is None or source.shape != parameter.shape:
                 fresh.append(name)
             else:

@@ -202,7 +202,10 @@ def masked_image_loss(
 
 def masked_image_terms(masked_embeds: Tensor, target_embeds: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The two terms of `masked_image_loss`: of the hidden patches, and of the image tokens."""
-    _check_patches(masked_embeds, patch_mask)
+    if masked_embeds.ndim != 3 or patch_mask.shape != (masked_embeds.shape[0], masked_embeds.shape[1] - 1):
+        raise InputError(
+            f"embeddings are {[*masked_embeds.shape]}, patch_mask {[*patch_mask.shape]}; give [B, 1 + N, D] and [B, N]"
+        )
     if masked_embeds.shape != target_embeds.shape:
         raise InputError(f"embeddings are {[*masked_embeds.shape]} and {[*target_embeds.shape]}; both must be the same")
     target = target_embeds.detach()
@@ -211,13 +214,6 @@ def masked_image_terms(masked_embeds: Tensor, target_embeds: Tensor, patch_mask:
     squared = (masked_embeds[:, 1:] - target[:, 1:]).square()
     count = hidden.sum().clamp_min(1) * masked_embeds.shape[-1]
     return squared.masked_fill(~hidden, 0).sum() / count, F.mse_loss(masked_embeds[:, 0], target[:, 0])
-
-
-def _check_patches(masked_embeds: Tensor, patch_mask: Tensor) -> None:
-    if masked_embeds.ndim != 3 or patch_mask.shape != (masked_embeds.shape[0], masked_embeds.shape[1] - 1):
-        raise InputError(
-            f"embeddings are {[*masked_embeds.shape]}, patch_mask {[*patch_mask.shape]}; give [B, 1 + N, D] and [B, N]"
-        )
 
 
 def _check_boxes(predicted: Tensor, target: Tensor, is_image: Tensor | None) -> None:

@@ -70,25 +70,15 @@ class CaptionsByDecoder:
 class CaptioningModel(CaptionsByDecoder, DecoderModel):
     """Vision encoder with a text decoder; the language and fusion encoders are not built.
 
-    The decoder is initialised from `decoder_from`: the fusion encoder, or the text encoder (official), which leaves
-    cross-attention random. `decoder_layers` defaults to the depth of that encoder.
+    The decoder starts from the fusion encoder (officially from the text encoder, which leaves cross-attention random);
+    `decoder_layers` defaults to its depth.
     """
 
     decoder_reads = "image"
 
-    def __init__(
-        self,
-        config: XFMConfig,
-        *,
-        decoder_layers: int | None = None,
-        decoder_from: Literal["fusion", "text"] = "fusion",
-    ) -> None:
-        depths = {"fusion": config.fusion_layers, "text": config.text_layers}
-        if decoder_from not in depths:
-            raise InputError(f"decoder_from={decoder_from!r} is no encoder to start from; choose from fusion, text")
+    def __init__(self, config: XFMConfig, *, decoder_layers: int | None = None) -> None:
         super().__init__(config, heads=(), encoders=("vision",))
-        self.decoder_from = f"{decoder_from}_encoder"
-        layers = depths[decoder_from] if decoder_layers is None else decoder_layers
+        layers = config.fusion_layers if decoder_layers is None else decoder_layers
         self.text_decoder = TextDecoder(config, layers, config.vision_width)
 
     def token_losses(

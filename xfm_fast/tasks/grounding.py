@@ -155,18 +155,18 @@ class GroundingRecord(Annotation):
         return self
 
 
-def _without_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
-    """`object_hook` that drops segmentations, which are most of the file."""
-    fields.pop("segmentation", None)
-    return fields
-
-
 def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
     """Referring expressions with boxes.
 
     Formats: JSON arrays with `image`, `text`, `ref_id` and optionally `bbox`; refer's `refs(*).p` with
     `instances.json`, which add boxes to arrays or are read as data.
     """
+
+    def drop_segmentation(fields: dict[str, Any]) -> dict[str, Any]:
+        """`object_hook` for what is most of the file."""
+        fields.pop("segmentation", None)
+        return fields
+
     arrays: list[Elements] = []
     refs: list[Path] = []
     instances: list[tuple[Path, Any]] = []
@@ -174,7 +174,7 @@ def grounding_rows(paths: Paths) -> list[AnnotationRows[GroundingRecord]]:
         if path.suffix.lower() in (".p", ".pkl", ".pickle"):
             refs.append(path)
             continue
-        content = read_json(path, f"{ARRAY}, or COCO instances", _without_segmentation)
+        content = read_json(path, f"{ARRAY}, or COCO instances", drop_segmentation)
         if isinstance(content, dict):
             instances.append((path, content))
         else:

@@ -11,13 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from xfm_fast.data.files import unreadable
@@ -140,22 +138,13 @@ def _chosen(mask: Tensor, tokens: Tensor | None, layer: int, layers: int) -> Ten
     return chosen
 
 
-def overlay(picture: Image.Image, heatmap: Tensor | NDArray[Any]) -> Image.Image:
+def overlay(picture: Image.Image, heatmap: Tensor) -> Image.Image:
     """Blend a heat map `[h, w]` over its picture at full size; black is cold, white is hot."""
-    heat = torch.as_tensor(heatmap).detach().float().cpu()
-    if heat.ndim != 2 or not heat.numel() or not bool(torch.isfinite(heat).all()):
-        raise InputError(f"heatmap is {[*heat.shape]}; it must be [h, w] of finite values, the map of one text")
     width, height = picture.size
-    smooth = F.interpolate(heat[None, None], size=(height, width), mode="bilinear")[0, 0].clamp_min(0)
+    smooth = F.interpolate(heatmap.float()[None, None], size=(height, width), mode="bilinear")[0, 0].clamp_min(0)
     levels = (255 * smooth / smooth.max().clamp_min(torch.finfo(smooth.dtype).tiny)).round().to(torch.uint8)
-    # Cubehelix colours, linear in brightness (Green 2011, BASI 39, 289).
-    level = np.linspace(0, 1, 256)
-    angle = 2 * np.pi * (0.5 / 3 - 1.5 * level)
-    turn = np.array([[-0.14861, 1.78277], [-0.29227, -0.90649], [1.97294, 0.0]])
-    radius = level * (1 - level) / 2
-    rgb = level[..., None] + radius[..., None] * (np.stack([np.cos(angle), np.sin(angle)], axis=-1) @ turn.T)
-    colours = np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8)
-    return Image.blend(picture.convert("RGB"), Image.fromarray(colours[levels.numpy()]), 0.5)
+    colours = ImageOps.colorize(Image.fromarray(levels.numpy()), black="black", mid="darkorange", white="white")
+    return Image.blend(picture.convert("RGB"), colours, 0.5)
 
 
 def best_box(heatmap: Tensor, boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]) -> int:

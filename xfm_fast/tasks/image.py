@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from xfm_fast.tasks.classification import (
     class_rows,
 )
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import Item, register, require_inputs
+from xfm_fast.tasks.task import Item, json_file, register, require_inputs
 
 with needs("vision"):
     from torchvision import datasets
@@ -194,7 +193,7 @@ class ImageTask(LabelTask[ImageTaskOptions, LabelledImages]):
 
     def files(self, rows: Sequence[Row], records: Sequence[ImageLabelRecord]) -> dict[str, bytes]:
         entries = [{"image": record.image, **row} for row, record in zip(rows, records, strict=True)]
-        return {"predictions.json": (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode()}
+        return json_file("predictions.json", entries)
 
     def requests(self, images: Sequence[Path], texts: Sequence[str]) -> list[ImageLabelRecord]:
         require_inputs(images, texts, "images, and no text", ok=bool(images) and not texts)

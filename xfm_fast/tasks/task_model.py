@@ -111,7 +111,6 @@ class DecoderModel(TaskModel):
 
     own_parts = ("text_decoder.",)
     text_decoder: TextDecoder
-    decoder_from = "fusion_encoder"
 
     @property
     def writer(self) -> TextDecoder:
@@ -122,4 +121,4 @@ class DecoderModel(TaskModel):
         return self.text_decoder.memory(states, mask)
 
     def _start_own_parts(self, pretrained: Mapping[str, Tensor], fresh: list[str]) -> list[str]:
-        return [f"text_decoder.{name}" for name in self.text_decoder.initialise_from(pretrained, self.decoder_from)]
+        return [f"text_decoder.{name}" for name in self.text_decoder.initialise_from(pretrained)]

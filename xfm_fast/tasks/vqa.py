@@ -504,7 +504,12 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
     def predict(self, model: VQAModel, records: Sequence[VQARecord]) -> list[Row]:
         """Answers with the probability of generating them, independent of the answer list."""
         images, places = unique_images(records)
-        questions = self.padded([self._question_ids(record) for record in records], model.device)
+        # An empty question is `<s> </s>`.
+        texts = [pre_question(record.question, self.options.test_max_words) for record in records]
+        empty = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        longest = self.config.max_text_length
+        ids = [self.tokenizer.encode_ids([text], longest)[0] if text.strip() else empty for text in texts]
+        questions = self.padded(ids, model.device)
         official, index = self.options.official_ranking, torch.tensor(places, device=model.device)
         memory = model.encode_questions(self.pixels_of(images, model), *questions, index, attend_to_padding=official)
         if self.options.generate:
@@ -524,13 +529,6 @@ class VQATask(Task[VQAOptions, VQARecord, Item, VQABatch]):
             for best in zip(ranking.indices[:, :most].tolist(), shares[:, :most].tolist(), strict=True)
         ]
         return [best[0] | ({"runners_up": best[1:]} if self._runners_up else {}) for best in found]
-
-    def _question_ids(self, record: VQARecord) -> list[int]:
-        """Question ids; an empty question is `<s> </s>`."""
-        question = pre_question(record.question, self.options.test_max_words)
-        if not question.strip():
-            return [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        return self.tokenizer.encode_ids([question], self.config.max_text_length)[0]
 
     def _trie(self, model: VQAModel) -> AnswerTrie:
         """Answer trie for `VQAModel.rank_answers`, cached per device."""

@@ -118,13 +118,11 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
         "recipe": recipe,
     }
 
-    def begin() -> None:
+    def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f".{_PREFIX}*"):
             shutil.rmtree(stale)
         temporary.mkdir()
-
-    def finish() -> None:
         write_files(
             {
                 temporary / TENSORS: lambda file: write_safetensors(file, tensors),
@@ -139,8 +137,7 @@ def save(progress: Progress, recipe: Mapping[str, Any], folder: Path, processes:
         sync_folder(folder)
 
     try:
-        processes.from_first(begin)
-        processes.from_first(finish)
+        processes.from_first(write)
     except OSError as error:
         if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -250,7 +247,7 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def load(checkpoint: Checkpoint, progress: Progress, processes: Processes) -> None:
+def load(checkpoint: Checkpoint, progress: Progress) -> None:
     """Restore `progress`, sharded or not, for any number of processes; random states are restored separately."""
     model, path = progress.model, checkpoint.path
     own = dict(model.state_dict())

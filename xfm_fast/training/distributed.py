@@ -209,7 +209,7 @@ class _LossSum(nn.Module):
 
 
 class ParallelModel:
-    """A model under DDP, FSDP2 or a single process, with one call.
+    """A model under DDP, FSDP2 or a single process; `module(batch, names)` is the sum of losses, and each detached.
 
     Gradients are averaged only in the last backward pass of an update. FSDP2 gathers vision blocks when they run; other
     encoders' layers stay gathered until the backward pass.
@@ -228,10 +228,6 @@ class ParallelModel:
             # A batch of text leaves two encoders out, so what is unused has to be found out in every update.
             module = DistributedDataParallel(module, find_unused_parameters=True)
         self.module: nn.Module = module
-
-    def __call__(self, batch: Batch, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the named losses, and each loss detached."""
-        return self.module(batch, names)
 
     @contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:

@@ -185,7 +185,7 @@ def train(
                     weight = recipe.weight_of(stream) / recipe.accumulate
                     with parallel.synchronised(last=number == len(losses)):
                         with precision:
-                            loss, values = parallel(batch, recipe.losses_of(stream))
+                            loss, values = parallel.module(batch, recipe.losses_of(stream))
                         scaler.scale(loss * weight).backward()
                     meter.add(step, {f"loss/{stream}/{name}": value for name, value in values.items()})
                     finite = finite and (not look or math.isfinite(loss.item()))
@@ -251,7 +251,7 @@ def _resume(recipe: Run, progress: Progress, processes: Processes) -> tuple[list
     before, world = found.state["recipe"], found.state["world_size"]
     with checkpoints.reading(found.path):
         notes += changes(before, recipe, world, processes.world_size)
-        checkpoints.load(found, progress, processes)
+        checkpoints.load(found, progress)
         for stream in {name for update in recipe.active_updates for name in update} & set(progress.batches):
             progress.batches[stream] = position_after(
                 progress.batches[stream], stream, before, recipe, world, processes.world_size

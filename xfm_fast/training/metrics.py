@@ -26,6 +26,7 @@ from xfm_fast.batches import Batch, TensorBatch
 from xfm_fast.errors import NonFiniteError, UnavailableError
 from xfm_fast.io import parse_json, storing, write_bytes
 from xfm_fast.training.distributed import Processes
+from xfm_fast.training.optimizer import local
 from xfm_fast.training.recipe_fields import LogRecipe
 
 Show = Callable[[str, int, int], None]
@@ -197,7 +198,7 @@ class ModelNorms:
     def gradients(self) -> tuple[list[int], Tensor]:
         """Indices of the parameters with gradients, and the norm of each."""
         having = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        return having, self._each([local(self.parameters[i].grad) for i in having], having)
+        return having, self._each([local(p.grad) for p in self.parameters if p.grad is not None], having)
 
     def clip_(self, norm: Tensor, limit: float) -> None:
         """Scale all gradients by `limit / norm` if it is below one."""
@@ -238,12 +239,6 @@ class ModelNorms:
             dist.all_reduce(parts)
             norms = parts.sqrt_()
         return norms
-
-
-def local(tensor: Tensor | None) -> Tensor:
-    """Local shard of a tensor."""
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Work:

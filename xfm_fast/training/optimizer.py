@@ -117,11 +117,11 @@ class AdamW(Optimizer):
                 zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] = {"step": torch.tensor(0.0), **zeros}
         states = [self.state[parameter] for parameter in parameters]
-        values = [_local(parameter) for parameter in parameters]
+        values = [local(parameter) for parameter in parameters]
         moments = Moments(
-            gradients=[_local(parameter.grad) for parameter in parameters if parameter.grad is not None],
-            first=[_local(state["exp_avg"]) for state in states],
-            second=[_local(state["exp_avg_sq"]) for state in states],
+            gradients=[local(parameter.grad) for parameter in parameters if parameter.grad is not None],
+            first=[local(state["exp_avg"]) for state in states],
+            second=[local(state["exp_avg_sq"]) for state in states],
             steps=[state["step"] for state in states],
         )
         move = adam_in_one_pass if values[0].device.type == "cpu" else adam_in_passes
@@ -130,8 +130,8 @@ class AdamW(Optimizer):
             torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Local shard: Adam is elementwise, so ranks need no communication."""
+def local(tensor: Tensor) -> Tensor:
+    """Local shard of a tensor, which is all that elementwise work needs."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

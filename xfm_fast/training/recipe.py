@@ -399,27 +399,23 @@ def read_recipe(name_or_path: str | Path, package: str) -> dict[str, Any]:
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Apply `key=value` overrides to recipe values in place."""
     for each in overrides:
-        _override(values, each)
+        key, equals, text = each.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {each!r} is no key=value; write, for example, steps=100")
+        try:
+            value = parse_yaml(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"override {each!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
+        *sections, last = key.split(".")
+        inner = values
+        for section in sections:
+            if inner.get(section) is None:
+                inner[section] = {}
+            inner = inner[section]
+            if not isinstance(inner, dict):
+                raise ConfigError(f"override {each!r}: {section} is a {type(inner).__name__} and has no keys inside")
+        inner[last] = value
     return values
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is no key=value; write, for example, steps=100")
-    try:
-        value = parse_yaml(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if inner is None:
-            inner = values[section] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is a {type(inner).__name__} and has no keys inside")
-        values = inner
-    values[last] = value
 
 
 def _yaml_problem(error: Exception) -> str:
