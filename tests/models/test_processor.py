@@ -46,6 +46,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+def test_a_model_in_training_stays_so_and_encodes_without_dropout(model: XFM) -> None:
+    expected = model.encode(TEXTS)
+    model.train()
+    found, training = model.encode(TEXTS), model.training
+    model.eval()
+    torch.testing.assert_close(found, expected)
+    assert training
+    assert found.grad_fn is None
+
+
 def test_texts_are_cleaned_and_encoded_in_any_batches(model: XFM, tokenizer: CaptionTokenizer) -> None:
     input_ids, mask = tokenizer.encode([pre_caption(text) for text in TEXTS])
     with torch.no_grad():
@@ -95,17 +105,6 @@ def test_boxes_are_pixels_of_the_image(tmp_path: Path, model: XFM, files: list[P
 def _tokens(model: XFM) -> tuple[torch.Tensor, torch.Tensor]:
     assert model.tokenizer is not None
     return model.tokenizer.encode([pre_caption(text) for text in TEXTS])
-
-
-def test_a_model_in_training_stays_so_and_encodes_without_dropout(model: XFM) -> None:
-    expected = model.encode(TEXTS)
-    model.train()
-    try:
-        torch.testing.assert_close(model.encode(TEXTS), expected)
-        assert model.training
-        assert model.encode(TEXTS).grad_fn is None
-    finally:
-        model.eval()
 
 
 def test_a_folder_keeps_its_tokenizer(tmp_path: Path, model: XFM, tokenizer: CaptionTokenizer) -> None:
@@ -174,13 +173,6 @@ def test_forward_says_what_it_was_given(model: XFM, files: list[Path], given: tu
         torch.testing.assert_close(model(pixels, input_ids, mask).fused, output.fused)
     with pytest.raises(InputError, match="neither pixels nor input_ids"):
         model()
-
-
-@pytest.mark.slow
-def test_compiled(model: XFM, files: list[Path]) -> None:
-    pixels = torch.stack([load_image(path, model.config.image_size) for path in files])
-    compiled = torch.compile(model, backend="eager")(pixels, *_tokens(model))
-    torch.testing.assert_close(compiled.match_logits, model(pixels, *_tokens(model)).match_logits)
 
 
 def test_data_parallel(model: XFM, files: list[Path], tmp_path: Path) -> None:

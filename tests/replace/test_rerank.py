@@ -175,9 +175,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     reranker = Reranker(model, head)
     memory = reranker.image_memory(given["image_embeds"])
     ids, mask, index = given["input_ids"], given["attention_mask"], given["image_index"]
-    wrong: list[Any] = [(), (ids, mask), (ids, mask, index + 1), (ids, mask * 0, index)]
     for scoring, arguments in (
-        *((reranker, each) for each in wrong),
+        *((reranker, each) for each in ((), (ids, mask), (ids, mask, index + 1), (ids, mask * 0, index))),
         (Reranker(model), (ids, mask, index)),
         (Reranker(model, nn.Linear(WIDTH, 7)), (ids, mask, index)),
     ):

@@ -131,10 +131,12 @@ def _cross_attention(cross: Cross, x: Tensor, memory: Memory, settings: Settings
 def norm_behind(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
     """`x += s₁·N₁(Attn(x)); x += s₂·N₂(MLP(x))`: each branch is normalised before the sum (Swin V2)."""
     x = settings.operand(x)
-    out = apply_linear(parts.proj, self_attention(parts, x, attend, settings), settings)
-    x = _add_branch(x, apply_norm(parts.norms[0], _dropout(out, parts.branch_p[0]), settings), parts, 0)
-    out = apply_linear(parts.fc2, hidden_layer(parts, x, settings), settings)
-    return _add_branch(x, apply_norm(parts.norms[1], _dropout(out, parts.branch_p[1]), settings), parts, 1)
+    for number, end in enumerate((parts.proj, parts.fc2)):
+        out = hidden_layer(parts, x, settings) if number else self_attention(parts, x, attend, settings)
+        out = _dropout(apply_linear(end, out, settings), parts.branch_p[number])
+        rows = parts.row_scales[number](x) if parts.row_scales else None
+        x = _add_branch(x, apply_norm(parts.norms[number], out, settings), parts.gammas[number], rows)
+    return x
 
 
 def self_attention(parts: Parts, x: Tensor, attend: Attend, settings: Settings) -> Tensor:
@@ -246,15 +248,11 @@ def linear_residual(x: Tensor, layer: Any, residual: Tensor, settings: Settings,
     affine = settings.affine_of(layer, x, residual)
     if affine is not None:
         return ops.linear_residual(x, *affine, residual, **rest)
-    rows, gamma = rest.get("row_scale"), rest.get("gamma")
     out = _dropout(apply_linear(layer, x, settings), rest.get("dropout_p", 0.0))
-    out = out if gamma is None else out * gamma
-    return residual + (out if rows is None else out * rows.view(-1, *[1] * (out.ndim - 1)))
+    return _add_branch(residual, out, rest.get("gamma"), rest.get("row_scale"))
 
 
-def _add_branch(x: Tensor, branch: Tensor, parts: Parts, number: int) -> Tensor:
-    rows = parts.row_scales[number](x) if parts.row_scales else None
-    gamma = parts.gammas[number]
+def _add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, rows: Tensor | None) -> Tensor:
     branch = branch if gamma is None else branch * gamma
     return x + (branch if rows is None else branch * rows.view(-1, *[1] * (x.ndim - 1)))
 
