@@ -51,8 +51,6 @@ def run(run: Run, scenario: str) -> Iterator[Case]:
         raise UnavailableError(f"scenario {scenario!r} is a command of its own: xfm-fast bench {scenario}")
     require(SCENARIOS, scenario, "scenario")
     options: ScenarioOptions = run.options
-    for mode in options.mode:
-        require(MODES, mode, "mode")
     scale = Scale.of(scenario, options, run.device)
     chosen: list[Mode] = [mode for mode in MODES if not options.mode or mode in options.mode]
     run.progress.begin(2 + len(chosen))

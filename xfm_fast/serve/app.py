@@ -128,8 +128,9 @@ class Service:
         compared by their features: cosine similarity, mapped from [-1, 1] to [0, 1]. All documents are of one kind,
         because the two scores are not comparable.
         """
-        items = [("query", body.query), *_named("documents", body.documents)]
-        scores, facts = await self._compute(request, body, items, [(0, number) for number in range(1, len(items))])
+        items = {"query": [body.query], "documents": body.documents}
+        pairs = [(0, number) for number in range(1, 1 + len(body.documents))]
+        scores, facts = await self._compute(request, body, items, pairs)
         values = scores.tolist()
         results = [
             schema.Ranked(
@@ -145,7 +146,7 @@ class Service:
         size = self.model.config.embed_dim
         if body.dimensions not in (None, size):
             raise Problem(422, f"dimensions={body.dimensions}, but features of this model have {size}; leave it out")
-        features, facts = await self._compute(request, body, _named("input", body.input), ())
+        features, facts = await self._compute(request, body, {"input": body.input}, ())
         rows, encoded = features.numpy().astype("<f4"), body.encoding_format == "base64"
         values = [base64.b64encode(row.tobytes()).decode() if encoded else row.tolist() for row in rows]
         data = [schema.Embedding(index=index, embedding=value) for index, value in enumerate(values)]
@@ -156,19 +157,20 @@ class Service:
         first, second = len(body.text_1), len(body.text_2)
         if first not in (1, second):
             raise Problem(422, f"text_1 has {first} items and text_2 {second}; give one in text_1, or as many in both")
-        items = [*_named("text_1", body.text_1), *_named("text_2", body.text_2)]
+        items = {"text_1": body.text_1, "text_2": body.text_2}
         pairs = [(number if first > 1 else 0, first + number) for number in range(second)]
         scores, facts = await self._compute(request, body, items, pairs)
         data = [schema.Score(index=index, score=score) for index, score in enumerate(scores.tolist())]
         return _json(schema.ScoreAnswer(**facts, created=int(time.time()), data=data))
 
     async def _compute(
-        self, request: Request, body: schema.Body, items: Items, pairs: Sequence[tuple[int, int]]
+        self, request: Request, body: schema.Body, lists: dict[str, list[Item]], pairs: Sequence[tuple[int, int]]
     ) -> tuple[Tensor, dict[str, Any]]:
         """Scores `[pairs]`, or features `[items, embed_dim]` without pairs; and the common fields of responses."""
         model, budget, files = self.model, request.state.budget, dict[str, bytes]()
         if body.model not in (None, model.name):
             raise Problem(404, f"model {body.model!r} is not served here; use {model.name!r}, or leave it out")
+        items = [(f"{name}[{place}]", item) for name, given in lists.items() for place, item in enumerate(given)]
         scoring = self._scoring(items, pairs)
         if self._web is not None:
             urls = {name: item.image for name, item in items if item.image is not None and is_url(item.image)}
@@ -197,10 +199,9 @@ class Service:
                 422, "pairs of a text with an image, and pairs of one kind, have different scores; send two requests"
             )
         scoring: Rank = self.model.rank if mixed == {True} else "similarity"
-        if scoring != "similarity":
-            self.model.require("matching")
-        if scoring != "match":
-            self.model.require("contrastive")
+        for head, unneeded in (("matching", "similarity"), ("contrastive", "match")):
+            if scoring != unneeded and head not in self.model.heads:
+                raise UnavailableError(f"model {self.model.name!r} has no {head} head; serve one that has it")
         return scoring
 
     def _read(self, items: Items, files: Mapping[str, bytes], budget: Budget) -> list[Read]:
@@ -219,10 +220,6 @@ class Service:
             else:
                 reads.append(self.model.read_text(item.text, name))
         return reads
-
-
-def _named(name: str, items: Sequence[Item]) -> list[tuple[str, Item]]:
-    return [(f"{name}[{number}]", item) for number, item in enumerate(items)]
 
 
 def _json(answer: schema.Answer) -> Response:

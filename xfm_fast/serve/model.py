@@ -99,12 +99,6 @@ class ServedModel:
         """Sizes of the model."""
         return self.ranker.model.config
 
-    def require(self, head: str) -> None:
-        """Raise `UnavailableError` if the model lacks a head."""
-        if head not in self.heads:
-            what = {"matching": "scores of texts with images", "contrastive": "features"}[head]
-            raise UnavailableError(f"model {self.name!r} has no {head} head, which {what} need; serve one that has it")
-
     def read_text(self, text: str, name: str) -> tuple[int, ...]:
         """Token ids of a text, cleaned and truncated like captions; raises `DataError` where it is empty then."""
         try:
