@@ -21,7 +21,7 @@ from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.distributed import end_groups
 
 PAIRS, IMAGES = 8, 4
-CASES = ("pairs", "pairs with ids", "regions", "local regions", "texts", "images")
+CASES = ("pairs", "pairs with ids", "pairs without stop-gradient", "regions", "local regions", "texts", "images")
 DRAWN = ("pairs", "pairs with ids", "regions")
 Result = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]
 
@@ -59,6 +59,11 @@ def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, An
     return type(batch)(**fields), None if negatives is None else tuple(index[texts] for index in negatives)
 
 
+def method(case: str) -> dict[str, bool]:
+    """Without the stop-gradient, gradients travel back to the texts of other processes."""
+    return {"stop_gradient": False} if case.endswith("without stop-gradient") else {}
+
+
 def scalars(case: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is backpropagated: each loss of pairs, and the sums of the others."""
     return losses if case == "pairs" else {"sum": total(losses)}
@@ -67,7 +72,7 @@ def scalars(case: str, losses: dict[str, Tensor]) -> dict[str, Tensor]:
 def alone(case: str) -> Result:
     """Losses of the global batch in one process, and their gradients."""
     model, (batch, negatives) = model_for(case), whole(case)
-    losses = pretraining_losses(model, batch, hard_negatives=negatives)
+    losses = pretraining_losses(model, batch, hard_negatives=negatives, **method(case))
     found = {name: gradients(model, loss) for name, loss in scalars(case, losses).items()}
     return losses, {name: {k: g for k, g in of.items() if g is not None} for name, of in found.items()}
 
@@ -76,7 +81,7 @@ def together(case: str, rank: int, world: int, **options: Any) -> Result:
     """Means over processes of the same, as DDP takes them."""
     model = model_for(case)
     batch, negatives = part(*whole(case), rank, world)
-    losses = pretraining_losses(model, batch, hard_negatives=negatives, **options)
+    losses = pretraining_losses(model, batch, hard_negatives=negatives, **method(case), **options)
     means = {name: loss.detach().clone() for name, loss in losses.items()}
     averaged: dict[str, dict[str, Tensor]] = {}
     for name, loss in scalars(case, losses).items():

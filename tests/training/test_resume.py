@@ -18,6 +18,7 @@ from tests.training.small_runs import in_processes, noise, numbers, process_of_a
 from xfm_fast.checkpoint import load_pretrained_files
 from xfm_fast.errors import CheckpointError, ConfigError, StorageError
 from xfm_fast.kernels.cpu import selection
+from xfm_fast.models.xfm import XFM
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.metrics import read_log
@@ -83,6 +84,16 @@ def test_average_and_accumulation_resume_too(tmp_path: Path) -> None:
     for name, average in resumed.average.state_dict().items():
         assert torch.equal(state[name], average)
     assert not torch.equal(state["temp"], resumed.model.temp)
+
+
+def test_average_can_begin_later(tmp_path: Path) -> None:
+    run(small_recipe(tmp_path, steps=2, checkpoint={"folder": str(tmp_path), "every": 2}))
+    before = XFM.from_pretrained(tmp_path / "model")
+    result = run(small_recipe(tmp_path, steps=3, ema=0.75))
+    assert result.average is not None
+    average, now = result.average.state_dict(), dict(result.model.named_parameters())
+    for name, parameter in before.named_parameters():
+        torch.testing.assert_close(average[name], parameter + 0.25 * (now[name] - parameter))
 
 
 def test_interruption_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
