@@ -155,19 +155,16 @@ def test_angles_and_orders_are_judged_where_the_error_passes(
     assert judged(folder, small_model, spoil=spoil).reason.endswith("ranks by match")
 
 
-@pytest.mark.parametrize(
-    ("scores", "tie", "agreeing", "identical"),
-    [
+def test_ranks() -> None:
+    for scores, tie, agreeing, identical in (
         ([6.0, 4.0, 2.0, 0.0], 0, 1, 1),
         ([3.0, 1.0, 2.0, 0.0], 1, 1, 0.5),  # a tie may swap
-        ([-1.0, 2.0, 1.0, 0.0], 0, 0, 0),  # one that falls to the end, and all that it should be above
+        ([-1.0, 2.0, 1.0, 0.0], 0, 0, 0),  # the first falls to the end
         ([3.0, float("nan"), 2.0, 0.0], 0, 1, 1),  # pairs without a score have no rank
-    ],
-)
-def test_ranks(scores: list[float], tie: float, agreeing: float, identical: float) -> None:
-    found = rank_agreement(torch.tensor([scores]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]), tie)
-    assert found is not None
-    assert (found.agreeing, found.identical) == (agreeing, identical)
+    ):
+        found = rank_agreement(torch.tensor([scores]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]), tie)
+        assert found is not None
+        assert (found.agreeing, found.identical) == (agreeing, identical)
 
 
 def test_examples_have_every_length(small_model: XFM) -> None:

@@ -228,10 +228,7 @@ def model_repository(
 def load_examples(
     config: XFMConfig, tokenizer: CaptionTokenizer | None, data: Path | None, sizes: Mapping[str, int] = {}
 ) -> Examples:
-    """Load photographs and captions to compare on: the given ones, the bundled ones, or generated images with a note.
-
-    `sizes` are the fixed axes.
-    """
+    """Photographs and captions to compare on, within fixed axes: given, bundled, or generated with a note."""
     from xfm_fast.benchmarks import inputs
     from xfm_fast.export.expected import LONGEST, generated_examples, make_examples
     from xfm_fast.tokenizer import CaptionTokenizer
@@ -269,8 +266,11 @@ def finish(manifest: Manifest, folder: Path) -> int:
         megabytes = sum(sizes[name] for name in graph.files) / 1e6
         files.add_row(graph.name, graph.file, f"{megabytes:.1f}", f"{graph.build_seconds:.1f}", *map(escape, called))
     console.print(files)
-    if any(graph.quantisation is not None for graph in manifest.graphs):
-        _print_quantisation(manifest, console)
+    for graph in manifest.graphs:
+        if (chosen := graph.quantisation) is not None:
+            count = f"{chosen.products - len(chosen.kept)} of {chosen.products} GEMMs"
+            wide = f"; not {', '.join(chosen.kept)}" if chosen.kept else ""
+            print(f"{graph.name}: {count} in {chosen.kind}, cosine {chosen.cosine:.5f}, budget {chosen.budget}{wide}")
     if (record := manifest.verification or manifest.graphs_verification) is not None:
         _print_verification(record, console)
     styles = {"verified": "green", "failed": "bold red", "graphs verified": "yellow", "unverified": "yellow"}
@@ -278,20 +278,6 @@ def finish(manifest: Manifest, folder: Path) -> int:
     verdict = f"[{styles[manifest.status]}]{manifest.status}[/]{reason} ({escape(str(folder))})"
     console.print(verdict, soft_wrap=True, highlight=False)
     return {"verified": 0, "failed": 1, "graphs verified": 3, "unverified": 4}[manifest.status]
-
-
-def _print_quantisation(manifest: Manifest, console: Console) -> None:
-    shown = table(
-        f"GEMMs in 8 bits, chosen on {manifest.options['calibration']}",
-        "graph", "in 8 bits", "smoothed", "least cosine", "budget", "not in 8 bits",
-    )  # fmt: skip
-    for graph in manifest.graphs:
-        if (record := graph.quantisation) is not None:
-            shown.add_row(
-                graph.name, f"{record.products - len(record.kept)}/{record.products}", str(record.smoothed),
-                f"{record.cosine:.5f}", str(record.budget), ", ".join(record.kept),
-            )  # fmt: skip
-    console.print(shown)
 
 
 def _print_verification(record: VerificationRecord, console: Console) -> None:
@@ -311,9 +297,9 @@ def _print_verification(record: VerificationRecord, console: Console) -> None:
     console.print(shown)
     for ranks in record.ranks:
         graph = "all graphs together" if ranks.graph == "all" else ranks.graph
+        verdict = "" if ranks.passed else " [bold red]differs[/]"
         console.print(
-            f"ranks by {graph}: {ranks.agreement:.1%} of {ranks.candidates} candidates agree "
-            f"(at least {ranks.least:.0%}; scores within {ranks.tie:.1e} are ties; {ranks.identical:.1%} identical)"
-            + ("" if ranks.passed else " [bold red]differs[/]"),
+            f"ranks by {graph}: {ranks.agreement:.1%} of {ranks.candidates} candidates agree, at least "
+            f"{ranks.least:.0%}; scores within {ranks.tie:.1e} are ties{verdict}",
             highlight=False,
         )

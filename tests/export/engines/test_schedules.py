@@ -37,16 +37,13 @@ _BF16: Most = {
     "image_memory": ((2, 1, 0, 1), (2, 1, 0, 1)),
     "fusion": ((41, 23, 8, 8), (43, 25, 9, 8)),
 }
-# Of tasks, of the newest GPU where it differs, and of other forms.
+# Of tasks, and of 8 bits.
 _OTHERS: list[tuple[Kind, str, int, Most]] = [
     ("vqa", "bf16", 80, {
         "decoder_memory": ((2, 1, 0, 1), (2, 1, 0, 1)),
         "decoder_step": ((38, 24, 5, 7), (38, 24, 5, 7)),
     }),
     ("nlvr2", "bf16", 80, {"nlvr2": ((42, 25, 9, 8), (41, 22, 10, 8))}),
-    ("plain", "bf16", 80, {"match": ((80, 45, 14, 12), (80, 45, 14, 12))}),
-    ("plain", "bf16", 120, {"fusion": ((39, 21, 8, 6), (41, 23, 9, 6))}),
-    ("packed", "bf16", 80, {"text": ((22, 14, 6, 0), (23, 14, 7, 0)), "fusion": ((42, 24, 8, 9), (44, 26, 8, 9))}),
     ("plain", "int8", 120, {
         "vision": ((28, 18, 8, 2), (28, 18, 8, 2)),
         "text": ((27, 19, 8, 2), (28, 19, 8, 2)),

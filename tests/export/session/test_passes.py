@@ -56,57 +56,25 @@ def test_divides_as_the_search_over_all_divisions_does(lengths: list[int], budge
     assert sum(len(batch.rows) * batch.length + price for batch in batches) <= cheapest
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=40), st.integers(40, 400))
-def test_fusion_passes_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) -> None:
-    image_of, lengths = [image for image, _ in pairs], [length for _, length in pairs]
-    latency = _slot(SizeRange(1, 1, 1), SizeRange(1, 16, 8), SizeRange(1, 40, 16), "latency", 0)
-    bulk = _slot(SizeRange(1, 4, 2), SizeRange(1, 3, 2), SizeRange(1, 40, 16), "bulk", 1)
-    for slots in (DYNAMIC, [latency, bulk]):
-        limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
-        passes = plan_passes("fusion", image_of, lengths, slots, limits)
-        seen = [(i, t) for work in passes for i, rows in zip(work.images, work.rows, strict=True) for (t,) in rows]
-        assert sorted(seen) == sorted(zip(image_of, range(len(pairs)), strict=True))
-        for work in passes:
-            assert len({len(rows) for rows in work.rows}) == 1
-            assert work.length >= max(lengths[text] for rows in work.rows for (text,) in rows)
-            assert work.length % limits.step == 0
-            sizes = {"batch": len(work.images), "texts": len(work.rows[0]), "length": work.length}
-            assert any(slot.padded(sizes) is not None for slot in slots)
-            if len(work.images) * len(work.rows[0]) > 1:
-                assert work.tokens <= budget
-
-
 ROWS_OF_ANY = [Slot("dynamic", 0, {"batch": ANY, "rows": ANY, "texts": ANY, "length": SizeRange(1, 512)})]
-BOUNDED_ROWS = [
-    Slot(
-        "latency",
-        0,
-        {
-            "batch": SizeRange(1, 1),
-            "rows": SizeRange(1, 4, 2),
-            "texts": SizeRange(1, 8, 4),
-            "length": SizeRange(1, 48, 16),
-        },
-    ),
-    Slot(
-        "bulk",
-        1,
-        {
-            "batch": SizeRange(1, 4, 2),
-            "rows": SizeRange(1, 3, 2),
-            "texts": SizeRange(1, 6, 4),
-            "length": SizeRange(1, 48, 16),
-        },
-    ),
-]
+LATENCY = {"batch": SizeRange(1, 1), "rows": SizeRange(1, 4), "texts": SizeRange(1, 16), "length": SizeRange(1, 48)}
+BULK = {"batch": SizeRange(1, 4), "rows": SizeRange(1, 3), "texts": SizeRange(1, 6), "length": SizeRange(1, 48)}
 
 
+@pytest.mark.parametrize("packed_width", [None, 64], ids=["padded", "packed"])
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=40), st.integers(40, 400))
-def test_rows_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) -> None:
+def test_passes_of_fusion_hold_every_pair_once(
+    packed_width: int | None, pairs: list[tuple[int, int]], budget: int
+) -> None:
     image_of, lengths = [image for image, _ in pairs], [length for _, length in pairs]
-    for slots in (ROWS_OF_ANY, BOUNDED_ROWS):
+    axes = ("batch", "texts", "length") if packed_width is None else ("batch", "rows", "texts", "length")
+    bounded = [
+        Slot(str(number), number, {axis: ranges[axis] for axis in axes})
+        for number, ranges in enumerate([LATENCY, BULK])
+    ]
+    for slots in (DYNAMIC if packed_width is None else ROWS_OF_ANY, bounded):
         limits = PassLimits(budget, pass_tokens=20, step=8 if len(slots) > 1 else 1)
-        passes = plan_passes("fusion", image_of, lengths, slots, limits, packed_width=64)
+        passes = plan_passes("fusion", image_of, lengths, slots, limits, packed_width=packed_width)
         seen = [
             (i, t) for work in passes for i, rows in zip(work.images, work.rows, strict=True) for r in rows for t in r
         ]
@@ -114,9 +82,11 @@ def test_rows_hold_every_pair_once(pairs: list[tuple[int, int]], budget: int) ->
         for work in passes:
             assert len({len(rows) for rows in work.rows}) == 1
             assert all(sum(lengths[text] for text in row) <= work.length for rows in work.rows for row in rows)
-            texts = max(sum(map(len, rows)) for rows in work.rows)
-            sizes = {"batch": len(work.images), "rows": len(work.rows[0]), "texts": texts, "length": work.length}
-            assert any(slot.padded(sizes) is not None for slot in slots)
+            sizes = {"batch": len(work.images), "rows": len(work.rows[0]), "length": work.length}
+            sizes["texts"] = max(sum(map(len, rows)) for rows in work.rows)
+            assert any(slot.padded({axis: sizes[axis] for axis in axes}) is not None for slot in slots)
+            if packed_width is None and len(work.images) * len(work.rows[0]) > 1:
+                assert work.tokens <= budget
             for rows in work.rows:
                 assert sum(map(len, rows)) == 1 or sum(lengths[text] for row in rows for text in row) <= budget + 40
 
