@@ -234,9 +234,9 @@ def test_completion_is_written(shell: str, tmp_path: Path, monkeypatch: pytest.M
     done = invoke(["--install-completion", "--shell", shell, "--output", script])
     assert done.exit_code == 0, done.output
     assert not (tmp_path / "home").exists()
-    assert all(word in script.read_text() for word in ("tolerate-bad", "webdataset"))
+    assert all(word in script.read_text() for word in ("tolerate-bad", "image-key"))
     if shell == "bash":
-        typed = "COMP_WORDS=(xfm-fast data convert --to ''); COMP_CWORD=4"
+        typed = "COMP_WORDS=(xfm-fast index --device ''); COMP_CWORD=3"
         ask = f"source {script}; {typed}; _xfm_fast; echo ${{COMPREPLY[*]}}"
         completed = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
-        assert completed.stdout.split() == ["webdataset", "lines"]
+        assert completed.stdout.split() == ["auto", "cpu", "cuda"]

@@ -164,18 +164,6 @@ def test_pixels_are_those_of_pillow(form: str) -> None:
             assert torch.equal(pixels, torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize(("mode", "depths"), [(0, (1, 2, 4, 8, 16)), (2, (8, 16)), (3, (1, 2, 4, 8))])
-def test_pixels_of_every_kind_of_png(mode: int, depths: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(0)
-    for bits in depths:
-        row_bytes = 16 * (3 if mode == 2 else 1) * bits // 8
-        body = b"".join(b"\0" + rng.integers(0, 256, row_bytes, dtype=np.uint8).tobytes() for _ in range(4))
-        palette = ((b"PLTE", rng.integers(0, 256, 3 * 2**bits, dtype=np.uint8).tobytes()),) if mode == 3 else ()
-        for transparent in ((), ((b"tRNS", {0: b"\0\1", 2: b"\0\1\0\2\0\3", 3: b"\x80\0"}[mode]),)):
-            data = _png(16, 4, body, mode=mode, bits=bits, chunks=(*palette, *transparent))
-            assert torch.equal(decode_pixels(data), torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1))
-
-
 @pytest.mark.parametrize(
     ("data", "words"),
     [(inflating_png(20_000), "200 bytes"), (scans(256, 100), "scans")],

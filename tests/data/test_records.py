@@ -208,22 +208,6 @@ def test_any_shard_reads_as_from_front_to_back(
     assert _samples(again) == _webdataset(path)
 
 
-def test_a_cut_shard_keeps_what_is_whole(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", _members(4))
-    with tarfile.open(path) as archive:
-        places = {member.name: member.offset_data for member in archive}
-    whole = path.read_bytes()
-    path.write_bytes(whole[: places["0002.jpg"] + 100])
-    file = ShardFile(path)
-    assert len(file) == 3
-    assert file.read(1)["id"] == 1
-    with pytest.raises(DataError, match=r"\.jpg.*100 of"):
-        file.read(2)
-    # Cut within a header: the sample before it is whole.
-    path.write_bytes(whole[: places["0002.jpg"] - 300])
-    assert [key for key, _ in _samples(ShardFile(path))] == ["0000", "0001"]
-
-
 @pytest.mark.parametrize(
     ("members", "message"),
     [

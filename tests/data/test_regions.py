@@ -204,29 +204,6 @@ def test_broken_elements_are_skipped_and_named(element: Any, message: str) -> No
         _sample({"elems": [element]}, image, 0)
 
 
-def test_captions_without_words_are_skipped_and_named() -> None:
-    record = {
-        "caption": "?!",
-        "elems": [{"bb": [0, 0, 9, 9], "caption": "..."}, {"bb": [0, 0, 9, 9], "caption": ["", 3]}],
-    }
-    sample = _sample(record, np.zeros((10, 10, 3), np.uint8), 0)
-    assert sample.texts == ()
-    assert sample.boxes.shape == (0, 4)
-    assert sample.region_mask.shape == (0, 1 + GRID**2)
-    assert sample.is_image.shape == (0,)
-    assert len(sample.skipped) == 3
-    assert "'?!'" in sample.skipped[0]
-
-
-def test_boxes_partly_outside_are_kept_but_never_cropped_around() -> None:
-    image = np.zeros((20, 40, 3), np.uint8)
-    record = {"elems": [{"bb": [0, 0, 40, 20], "caption": "whole"}, {"bb": [-5, 2, 20, 10], "caption": "cut"}]}
-    sample = _sample(record, image, 1)
-    assert set(sample.texts) == {"whole", "cut"}
-    cut = sample.boxes[sample.texts.index("cut")]
-    torch.testing.assert_close(cut[2:], torch.tensor([15 / 40, 10 / 20]))
-
-
 def test_grounding_views() -> None:
     image = _painted(120, 90, (30, 20, 50, 40))
     mirrored = 0

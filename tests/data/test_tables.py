@@ -190,13 +190,3 @@ def test_class_folders(tmp_path: Path) -> None:
         image_rows(tmp_path)
     with pytest.raises(DataError, match="class"):
         image_rows(tmp_path / "9")
-
-
-def test_tables_of_images(tmp_path: Path) -> None:
-    path = _text(tmp_path / "a.csv", "image,label\na.jpg,cat\nb.jpg,dog\n")
-    (rows,) = image_rows(path)
-    assert [(each.image, each.label) for each in rows.records()] == [("a.jpg", "cat"), ("b.jpg", "dog")]
-    (bare,) = image_rows(_text(tmp_path / "b.csv", "image\na.jpg\n"))
-    assert bare.read(0).label is None
-    with pytest.raises(DataError, match="label"):
-        label_names([bare])

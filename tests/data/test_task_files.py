@@ -38,12 +38,6 @@ def _karpathy(path: Path) -> Path:
     return _write(path / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
 
-def _table(path: Path) -> Path:
-    return _write(
-        path / "a.csv", 'image,caption\nval2014/1.jpg,a cat\nval2014/2.jpg,"a dog, or two"\nval2014/1.jpg,b\n'
-    )
-
-
 def _folder(path: Path) -> Path:
     folder = path / "images"
     folder.mkdir()
@@ -68,25 +62,6 @@ def test_karpathy_splits(tmp_path: Path) -> None:
         retrieval_rows(path, split="val")
     with pytest.raises(DataError, match="split"):
         retrieval_rows(path)
-
-
-def test_tables_of_captions(tmp_path: Path) -> None:
-    (train,) = retrieval_rows(_table(tmp_path))
-    first, second, third = train.records()
-    assert (first.image_id, second.caption) == (third.image_id, "a dog, or two")
-    assert train.label(1) == 3
-    (test,) = retrieval_test_rows(_table(tmp_path))
-    assert [(each.image, each.caption) for each in test.records()] == [
-        ("val2014/1.jpg", ("a cat", "b")),
-        ("val2014/2.jpg", ("a dog, or two",)),
-    ]
-    (rows,) = captioning_rows(_table(tmp_path))
-    assert [each.identity for each in rows.records()] == [1, 2, 1]
-    other = _write(tmp_path / "b.tsv", "name\ttext\n1.jpg\ta cat\n")
-    (named,) = captioning_rows(other, columns={"image": "name", "caption": "text"})
-    assert named.read(0).caption == "a cat"
-    with pytest.raises(DataError, match=r"'image'.*'name'"):
-        retrieval_rows(other)
 
 
 def test_captions_beside_images(tmp_path: Path) -> None:
@@ -242,15 +217,6 @@ def test_boxes_lie_in_their_image(tmp_path: Path, bbox: list[float], message: st
 
 
 Reader = Callable[[Path], list[AnnotationRows[Any]]]
-
-
-@pytest.mark.parametrize("reader", [retrieval_rows, captioning_rows, vqa_rows, nlvr2_rows, grounding_rows])
-def test_other_content_is_named(tmp_path: Path, reader: Reader) -> None:
-    for content in ("", "[]", '"a"', "5", '{"a": 1, "b": }', "no JSON"):
-        with pytest.raises(DataError, match=r"a\.json"):
-            reader(_write(tmp_path / "a.json", content))
-    with pytest.raises(DataError):
-        reader(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize(

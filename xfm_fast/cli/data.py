@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le
 
@@ -45,30 +45,24 @@ class CheckOptions:
     Attributes:
         task: pairs, regions, images, text; or a task of fine-tuning, such as retrieval or vqa.
         tokenizer: For token counts: RoBERTa's vocab.json and merges.txt, or a tokenizer.json.
-        list_first: Number of broken rows to list.
         tokenized: Texts contain WordPiece's ' ##', which is removed.
     """
 
     task: str
     tokenizer: Path | None = None
-    list_first: Annotated[int, Ge(0)] = 20
     tokenized: bool = False
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """The format to convert rows to.
+    """The shards to write, and where skipped rows are listed.
 
     Attributes:
-        to: Format of the destination.
         samples: Maximum samples per shard.
-        megabytes: Maximum size of a shard.
         quarantine: File that lists skipped samples.
     """
 
-    to: Literal["webdataset", "lines"]
     samples: Annotated[int, Ge(1)] = 10_000
-    megabytes: Annotated[int, Ge(1)] = 1024
     quarantine: Path | None = None
 
 
@@ -117,7 +111,6 @@ def check(
         image_root=rows.image_root,
         tokenized=options.tokenized,
         tolerate_bad=rows.tolerate_bad,
-        most_problems=options.list_first,
     )
     with progress("checking") as advance:
         report = checking.check(paths, options.task, settings, progress=advance)
@@ -130,26 +123,29 @@ def check(
 
 @data.command(name="convert")
 def convert_rows(
-    source: list[str], destination: Path, /, *, options: Flat[ShardOptions], rows: Flat[RowOptions] = RowOptions()
+    source: list[str],
+    destination: Path,
+    /,
+    *,
+    options: Flat[ShardOptions] = ShardOptions(),
+    rows: Flat[RowOptions] = RowOptions(),
 ) -> None:
     """Convert JSON lines to WebDataset shards, or shards to JSON lines, without loss.
 
     Args:
         source: JSON-lines files or WebDataset shards; folders, patterns.
-        destination: Folder of the shards, or JSON-lines file; must not exist.
+        destination: Folder of the shards, or a .jsonl file; must not exist.
     """
     from xfm_fast.data.converting import to_lines, to_shards
     from xfm_fast.data.quarantine import Quarantine
+    from xfm_fast.data.tables import LINE_SUFFIXES
 
     bad = Quarantine(options.quarantine, tolerate_bad=rows.tolerate_bad, setting="--tolerate-bad")
     keys: Any = {"image_key": rows.image_key, "caption_key": rows.caption_key, "image_root": rows.image_root}
-    if options.to == "webdataset":
-        done = to_shards(
-            source, destination, **keys, quarantine=bad, samples_per_shard=options.samples,
-            bytes_per_shard=options.megabytes << 20,
-        )  # fmt: skip
-    else:
+    if destination.suffix in LINE_SUFFIXES:
         done = to_lines(source, destination, **keys, quarantine=bad)
+    else:
+        done = to_shards(source, destination, **keys, quarantine=bad, samples_per_shard=options.samples)
     print(f"{done.rows} rows in {len(done.files)} file{'s' * (len(done.files) > 1)}: {destination}")
     if done.skipped:
         listed = f", listed in {options.quarantine}" if options.quarantine else "; --quarantine FILE lists them"

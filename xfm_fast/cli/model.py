@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -20,19 +20,6 @@ if TYPE_CHECKING:
     import socket
 
     from xfm_fast.serve import ServedModel
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """The format to convert a checkpoint to.
-
-    Attributes:
-        to: official or xfm; by default the one that the source is not.
-        keep_unused: Keep weights that no output depends on.
-    """
-
-    to: Literal["official", "xfm"] | None = None
-    keep_unused: Annotated[bool, Parameter(negative="--drop-unused")] = True
 
 
 def serve(
@@ -81,22 +68,24 @@ def convert(
     /,
     *,
     source: Flat[Weights] = Weights(),
-    options: Flat[ConvertOptions] = ConvertOptions(),
+    keep_unused: Annotated[
+        bool, Parameter(negative="--drop-unused", help="Keep weights that no output depends on.")
+    ] = True,
 ) -> None:
     """Convert a checkpoint between the official format and ours, without loss.
 
     Args:
         model: Official checkpoint file, one of X²-VLM, a folder written by xfm-fast, or a name on the Hub.
-        destination: Folder (to xfm) or .safetensors/.th/.pth file (to official).
+        destination: Folder for our format, or .safetensors/.th/.pth file for the official one.
     """
     from xfm_fast.loading import official_sizes
-    from xfm_fast.models.convert import to_official_file, to_xfm_folder
+    from xfm_fast.models.convert import SUFFIXES, to_official_file, to_xfm_folder
     from xfm_fast.models.hub import resolve
 
     named(model, source)
     place, sizes = resolve(model), official_sizes(source.config)
-    settings: Any = {"image_size": source.image_size, "keep_unused": options.keep_unused}
-    if (options.to or ("official" if place.is_dir() else "xfm")) == "official":
+    settings: Any = {"image_size": source.image_size, "keep_unused": keep_unused}
+    if destination.suffix in SUFFIXES and not destination.is_dir():
         report = to_official_file(place, destination, **settings)
     else:
         report = to_xfm_folder(place, destination, sizes, tokenizer=source.tokenizer, **settings)

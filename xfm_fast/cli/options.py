@@ -119,6 +119,10 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("serve", "--max-characters", None, "the fixed limit of 2,000 characters"),
     Renamed("serve", "--max-connections", None, "the limits of a proxy in front"),
     Renamed("serve", "--batch-wait-ms", None, "the fixed wait of 5 ms"),
+    Renamed("data check", "--list-first", None, "--json for all that a check finds"),
+    Renamed("data convert", "--to", None, "a destination that ends in .jsonl for lines, or a folder for shards"),
+    Renamed("data convert", "--megabytes", None, "--samples, the most samples of a shard"),
+    Renamed("convert", "--to", None, "a destination that ends in .th, .pth or .safetensors, or a folder"),
     Renamed("reproduce", "--jobs", None, "taskset, since a study takes the cores that the process may use"),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
     *(

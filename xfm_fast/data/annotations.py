@@ -59,30 +59,26 @@ class RetrievalTestRecord(Annotation):
     caption: Texts
 
 
-class CaptioningRecord(Annotation):
+class _Captioned(Annotation):
+    image: Text
+    image_id: Identity | None = None
+
+    @property
+    def identity(self) -> int | str:
+        """`image_id`, else the digits after the last `_` of the file name, else the file name."""
+        return self.image_id if self.image_id is not None else identity_of(self.image)
+
+
+class CaptioningRecord(_Captioned):
     """An image, with a caption for training."""
 
-    image: Text
     caption: Text | None = None
-    image_id: Identity | None = None
-
-    @property
-    def identity(self) -> int | str:
-        """`image_id`, else the digits after the last `_` of the file name, else the file name."""
-        return self.image_id if self.image_id is not None else identity_of(self.image)
 
 
-class CaptioningTestRecord(Annotation):
+class CaptioningTestRecord(_Captioned):
     """An image with all known captions."""
 
-    image: Text
     caption: Texts | None = None
-    image_id: Identity | None = None
-
-    @property
-    def identity(self) -> int | str:
-        """`image_id`, else the digits after the last `_` of the file name, else the file name."""
-        return self.image_id if self.image_id is not None else identity_of(self.image)
 
 
 class TextRecord(Annotation):
@@ -190,7 +186,8 @@ class AnnotationRows(Generic[Record]):
 
     def of_images(self, images: Collection[str], *, others: bool = False) -> AnnotationRows[Record]:
         """Rows about the given images, or with `others` all other rows."""
-        return self.select([row for row in range(len(self)) if (_image_of(self.elements[row]) in images) != others])
+        names = [each.get("image") if isinstance(each, dict) else None for each in self.elements]
+        return self.select([row for row, name in enumerate(names) if (name in images) != others])
 
     def select(self, rows: Sequence[int]) -> AnnotationRows[Record]:
         """Some of the rows, with their labels."""
@@ -209,14 +206,11 @@ class AnnotationRows(Generic[Record]):
             try:
                 yield self.read(row)
             except DataError as error:
+                label = self.label(row)
+                place = f"line {label}" if isinstance(label, int) else label
                 raise DataError(
-                    f"{self.name}, {_place(self.label(row))}: {error} (a metric needs every element of its split: mend "
-                    "it, or take it out)"
+                    f"{self.name}, {place}: {error} (a metric needs every element of its split: mend or remove it)"
                 ) from None
-
-
-def _place(label: int | str) -> str:
-    return f"line {label}" if isinstance(label, int) else label
 
 
 def as_rows(elements: Iterable[Elements], kind: type[Kind]) -> list[AnnotationRows[Kind]]:
@@ -247,10 +241,6 @@ class Named(NamedTuple):
     first: tuple[str, ...]
 
 
-def _image_of(element: Any) -> Any:
-    return element.get("image") if isinstance(element, dict) else None
-
-
 def image_names(items: Iterable[Any]) -> Iterator[str]:
     """Image names of rows, records or paths, with repetitions."""
     for item in items:
@@ -271,8 +261,9 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
     absent = [name for name in names if not os.path.isfile(file_of(os.path.join(root, name)))]
     if absent:
         raise DataError(
-            f"{len(absent)} of {len(names)} images do not exist below {os.fspath(root)}: {_first(absent)}; check the "
-            "image folder (data.images)"
+            f"{len(absent)} of {len(names)} images do not exist below {os.fspath(root)}: "
+            f"{', '.join(map(repr, absent[:_SHOWN]))}{', ...' * (len(absent) > _SHOWN)}; check the image folder "
+            "(data.images)"
         )
 
 
@@ -325,7 +316,3 @@ def identity_of(image: str) -> int | str:
     stem = Path(image).stem
     digits = re.fullmatch(r"(?:.*_)?(\d+)", stem, re.ASCII)
     return int(digits[1]) if digits else Path(image).name
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")

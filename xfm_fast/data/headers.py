@@ -120,16 +120,12 @@ def _jpeg(data: bytes) -> Header:
         if kind in _FRAMES and len(data) >= at + 8:
             height, width, parts = struct.unpack(">HHB", data[at + 3 : at + 8])
             depth = (9 if turned or parts > 3 else 5) + (2 * parts if kind in _PROGRESSIVE else 0)
-            largest = max(largest, Header(width, height, depth), key=_work)
+            largest = max(largest, Header(width, height, depth), key=lambda each: each.width * each.height * each.depth)
         scans += kind == 0xDA
         if scans > _MOST_SCANS:
             raise ValueError(f"it has more than {_MOST_SCANS} scans")
         at += int.from_bytes(data[at : at + 2], "big")
     raise ValueError(f"it has more than {_MOST_PARTS:,} segments")
-
-
-def _work(header: Header) -> int:
-    return header.width * header.height * header.depth
 
 
 def _number(data: bytes, at: int, size: int) -> int:

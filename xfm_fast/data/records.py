@@ -434,7 +434,11 @@ def image_at(path: Path) -> Path | bytes:
     if found is None or path.exists():
         return path
     file, row = found
-    records = _opened(file, _modified(file))
+    try:
+        modified = os.stat(file).st_mtime_ns
+    except OSError:
+        modified = 0
+    records = _opened(file, modified)
     if row >= len(records):
         raise DataError(f"{path}: the file has {len(records):,} rows; write the list of images again")
     options = ImageOptions()
@@ -444,13 +448,6 @@ def image_at(path: Path) -> Path | bytes:
 @lru_cache(maxsize=64)
 def _opened(path: str, modified: int) -> RecordSet:
     return open_records(path)
-
-
-def _modified(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def has_shards(folder: Path) -> bool:

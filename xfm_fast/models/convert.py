@@ -20,7 +20,7 @@ from xfm_fast.io import write_files
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer, read_tokenizer
 from xfm_fast.models.xfm import ALL_ENCODERS, ALL_HEADS, XFM, Encoder, Head
 
-_SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
 _ENCODERS: dict[Encoder, str] = {name: f"{name}_encoder." for name in ALL_ENCODERS}
 _LISTED = 6
 
@@ -51,7 +51,7 @@ def to_xfm_folder(
     source cannot be read or does not fit, `StorageError` if the destination cannot be written; both leave the
     destination unchanged.
     """
-    if destination.is_file() or destination.suffix in _SUFFIXES:
+    if destination.is_file() or destination.suffix in SUFFIXES:
         raise InputError(f"destination {destination} is a file name; name a folder")
     found = _read(source, config, image_size)
     unused = found.unused if keep_unused else None
@@ -75,10 +75,10 @@ def to_official_file(
     Position tables are interpolated to `image_size`; `keep_unused` includes the dead weights, if the folder has them.
     Raises as `to_xfm_folder`.
     """
-    if destination.suffix not in _SUFFIXES or destination.is_dir():
-        raise InputError(f"destination {destination} must be a file that ends in one of {', '.join(_SUFFIXES)}")
+    if destination.suffix not in SUFFIXES or destination.is_dir():
+        raise InputError(f"destination {destination} must be a file that ends in one of {', '.join(SUFFIXES)}")
     if not source.is_dir():
-        raise InputError(f"source {source} is not an xfm-fast folder; convert an official file with --to xfm")
+        raise InputError(f"source {source} is not an xfm-fast folder; name a folder as the destination")
     found = _read(source, None, image_size)
     # Only the pretraining class wraps its language encoder into one with a masked-language head.
     naming = "pretraining" if "mlm" in checkpoint.heads_in(found.state) else "fine-tuning"
