@@ -81,7 +81,7 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         return AnswerRanking(candidates.gather(1, best.indices), best.values)
 
     def statements(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
-        """NLVR2: cross-entropy; arguments as for `NLVR2Model`."""
+        """Cross-entropy of statements about two images; arguments as for the model of `xfm_fast.tasks`."""
         return F.cross_entropy(self.statement_logits(pixels, input_ids, attention_mask), targets)
 
     def statement_logits(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -29,20 +29,6 @@ from ..tasks import BUILDERS, OFFICIAL_TASKS
 from ..timing import DTYPES
 from .requests import TASK_WORK, EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload, task_workload
 
-SCENARIOS = {
-    "embed-image": "photographs to embeddings",
-    "embed-text": "captions to embeddings",
-    "rerank": "match scores of an image with candidate captions",
-    "retrieve": "a caption to the best images of an index: embedded, ranked, the first k re-ranked",
-    "vqa": "questions to an image, 128 of 3,129 answers ranked",
-    "vqa-best": "the best of these 128",
-    "vqa-all": "the best of all answers",
-    "vqa-list": "all answers ranked",
-    "nlvr2": "whether a sentence describes two images",
-    "grounding": "boxes of expressions in an image",
-    "captioning": "images to captions by three beams",
-}
-"""What each kind of work measures."""
 # Seconds after which the rows that are left get one sample; of tasks so much later.
 _DEADLINE_S, _QUICK_S, _TASKS_S = 185, 42, 100
 # Questions to an image, and expressions in it; statements and captions together.

@@ -428,6 +428,20 @@ def counted(number: int, noun: str) -> str:
 
 
 TASK_WORK = (*ANSWERING, Statements.work, Expressions.work, Captions.work)
+SCENARIOS = {
+    EmbedImage.work: "photographs to embeddings",
+    EmbedText.work: "captions to embeddings",
+    Rerank.work: "match scores of an image with candidate captions",
+    Retrieve.work: "a caption to the best images of an index: embedded, ranked, the first k re-ranked",
+    "vqa": "questions to an image, 128 of 3,129 answers ranked",
+    "vqa-best": "the best of these 128",
+    "vqa-all": "the best of all answers",
+    "vqa-list": "all answers ranked",
+    Statements.work: "whether a sentence describes two images",
+    Expressions.work: "boxes of expressions in an image",
+    Captions.work: "images to captions by three beams",
+}
+"""What each kind of work measures."""
 
 
 def task_workload(

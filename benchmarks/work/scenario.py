@@ -24,8 +24,8 @@ from ..measure import Call, Case, Run, benchmark, percentile
 from ..options import ScenarioOptions
 from ..record import MODES, OFFICIAL, OURS, Comparison, Mode, Result
 from ..timing import one_line, rotated
-from .model import SCENARIOS, Scale, case, engines, note_paths, prepare, require
-from .requests import Workload
+from .model import Scale, case, engines, note_paths, prepare, require
+from .requests import SCENARIOS, Workload
 
 LATE_SHARE = 0.01
 """Of the requests that may exceed the bound: it is one on the 99th percentile."""

@@ -39,8 +39,8 @@ def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Out = _RESULTS) 
     """Benchmark this machine: xfm-fast against the official algorithm, in one process, on real photographs.
 
     Without a sub-command the whole suite runs: image and text embedding, re-ranking, end-to-end retrieval, and the
-    fine-tuned tasks VQA, NLVR2, grounding and captioning. It takes about five minutes on two cores; with --quick, which
-    leaves out the tasks, about one (a minute and a half of processor time). OMP_NUM_THREADS sets the threads.
+    fine-tuned tasks. It takes about five minutes on two cores; with --quick, which leaves out the tasks, about one (a
+    minute and a half of processor time). OMP_NUM_THREADS sets the threads.
     """
     from xfm_fast.benchmarks.work.model import suite
 
@@ -157,7 +157,7 @@ def bench_list() -> None:
 
     from xfm_fast.benchmarks.backends.registry import BACKENDS
     from xfm_fast.benchmarks.machine import choose_device
-    from xfm_fast.benchmarks.work.model import SCENARIOS
+    from xfm_fast.benchmarks.work.requests import SCENARIOS
     from xfm_fast.benchmarks.work.scenario import ELSEWHERE
 
     coco = "cost of COCO's 5k retrieval evaluation, official and xfm-fast, projected from the times of its parts"
