@@ -187,7 +187,7 @@ def test_models_that_cannot_be_captured_are_refused() -> None:
         with pytest.raises(InputError, match=named):
             capture(wrong, shapes, recorder=StandIn())
     foreign[1].train()
-    assert "dropout of 1" in str(graphs.why_not_captured(foreign))
+    assert "1 is in training mode" in str(graphs.why_not_captured(foreign))
     with torch.inference_mode():
         loaded = nn.Linear(2, 2).eval()
     assert "inference" in str(graphs.why_not_captured(loaded))

@@ -52,10 +52,9 @@ Recorder = Callable[[Callable[[], Any]], Recording]
 
 
 def record(run: Callable[[], Any], pool: Any = None) -> Recording:
-    """Record work as a CUDA graph, after warm-up runs that compile kernels and prepare weights.
+    """Record work as a CUDA graph after warm-up runs; graphs of one `pool` share their temporary memory.
 
-    `pool` (`torch.cuda.graph_pool_handle()`) is for graphs that share their temporary memory. Raises `InputError` with
-    the reason if CUDA cannot record the work.
+    Raises `InputError` with the reason if CUDA cannot record the work.
     """
     # Work on the default stream cannot be recorded, and the warm-up has to be over before recording begins.
     side = torch.cuda.Stream()
@@ -108,15 +107,10 @@ def why_not_captured(module: nn.Module) -> str | None:
     """Why a module cannot be captured on any device, with the remedy; None if it can."""
     for path, part in module.named_modules():
         if part.training:
-            dropout = isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
-            what = f"dropout of {path} is active" if dropout else f"{path or 'the model'} is in training mode"
-            return f"{what}, and a graph would repeat its random numbers; call model.eval() first"
+            return f"{path or 'the model'} is in training mode, which a graph cannot draw for; call model.eval() first"
     for name, parameter in module.named_parameters():
         if parameter.is_inference():
-            return (
-                f"{name} is an inference tensor, whose changes are not tracked; load the model outside "
-                "torch.inference_mode()"
-            )
+            return f"{name} is an inference tensor, whose changes are not tracked; load it outside inference mode"
     return None
 
 
@@ -275,18 +269,14 @@ class _Calls(Program[list[Any]]):
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes to capture an X-FM at. Each kind may be empty.
+    """The sizes to capture an X-FM at: up to `texts` texts of up to `length` tokens, and `tokens` without padding.
 
-    Attributes:
-        images: batch sizes, for `encode_image` and `image_memory`.
-        texts: (texts, length, tokens), for `encode_text`: up to `texts` texts of up to `length` tokens, and up to
-            `tokens` in total without padding. 32 captions padded to 40 have about 512 tokens.
-        matches: (images, texts, length, tokens), for `fuse`.
+    32 captions padded to 40 have about 512 tokens.
     """
 
-    images: tuple[int, ...] = ()
-    texts: tuple[tuple[int, int, int], ...] = ()
-    matches: tuple[tuple[int, int, int, int], ...] = ()
+    images: tuple[int, ...] = ()  # batch sizes of `encode_image` and `image_memory`
+    texts: tuple[tuple[int, int, int], ...] = ()  # (texts, length, tokens) of `encode_text`
+    matches: tuple[tuple[int, int, int, int], ...] = ()  # (images, texts, length, tokens) of `fuse`
 
     def __post_init__(self) -> None:
         for name, count in (("images", 1), ("texts", 3), ("matches", 4)):
@@ -506,18 +496,10 @@ class XFMGraphs:
 
 
 def capture(model: XFM, shapes: Shapes, *, recorder: Recorder | None = None) -> XFMGraphs:
-    """Capture the encoders of an X-FM at some sizes, for inference.
+    """Capture the encoders of an X-FM on a GPU at some sizes, for inference; each takes memory for its buffers.
 
-    Weights may be changed in place later: the next call captures again.
-
-    Args:
-        model: on a GPU, in evaluation mode.
-        shapes: the sizes; each takes memory for its inputs and outputs.
-        recorder: records the work; by default as a CUDA graph.
-
-    Raises:
-        InputError: the model cannot be captured, with the reason and the remedy.
-        UnavailableError: the model is not on a GPU.
+    Weights may be changed in place later: the next call captures again. Raises `InputError` if the model cannot be
+    captured, with the reason, and `UnavailableError` if it is not on a GPU (unless a `recorder` records the work).
     """
     if not isinstance(model, XFM):
         raise InputError(f"capture() takes an XFM, not {type(model).__name__}; use accelerate(model, cuda_graphs=True)")
