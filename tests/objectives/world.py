@@ -59,7 +59,7 @@ def part(batch: Batch, negatives: Any, rank: int, world: int) -> tuple[Batch, An
     return type(batch)(**fields), None if negatives is None else tuple(index[texts] for index in negatives)
 
 
-def method(case: str) -> dict[str, bool]:
+def method(case: str) -> dict[str, Any]:
     """Without the stop-gradient, gradients travel back to the texts of other processes."""
     return {"stop_gradient": False} if case.endswith("without stop-gradient") else {}
 

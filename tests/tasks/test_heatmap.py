@@ -199,7 +199,6 @@ def test_both_forms_of_detections(tmp_path: Path) -> None:
     ("content", "place"),
     [
         ("{", "dets"),
-        ("[]", "dets"),
         ("[[1, 2, 3, 4]]", "element 0"),
         ('[{"image_id": 1, "box": [1, 2, 3, 4]}, {"image_id": 1, "box": [1, 2, 0, 4]}]', "element 1"),
         ('{"1": [[1, 2, 3, NaN]]}', "image 1, box 0"),
