@@ -489,16 +489,11 @@ def _rank_check(
     ]  # fmt: skip
 
 
-class RankAgreement(NamedTuple):
-    """Two orders of the same candidates compared; `agreeing` counts ties as equal, `identical` does not."""
+def rank_agreement(found: Tensor, truth: Tensor, tie: float) -> tuple[int, float, float] | None:
+    """Compare the order of scores `[I, T]` (NaN: not scored) with the model's; None without two candidates.
 
-    candidates: int
-    agreeing: float
-    identical: float
-
-
-def rank_agreement(found: Tensor, truth: Tensor, tie: float) -> RankAgreement | None:
-    """Compare the order of scores `[I, T]` (NaN: not scored) with the model's; None without two candidates."""
+    Returns the number of candidates, and the shares that keep their rank, with ties counted as equal and without.
+    """
     candidates = agreeing = identical = 0
     for mine, theirs in zip(found.double(), truth.double(), strict=True):
         scored = ~mine.isnan()
@@ -510,6 +505,4 @@ def rank_agreement(found: Tensor, truth: Tensor, tie: float) -> RankAgreement | 
         agreeing += int((~(swapped.any(0) | swapped.any(1))).sum())
         identical += int((mine.argsort(descending=True) == theirs.argsort(descending=True)).sum())
         candidates += len(mine)
-    if not candidates:
-        return None
-    return RankAgreement(candidates, agreeing / candidates, identical / candidates)
+    return (candidates, agreeing / candidates, identical / candidates) if candidates else None

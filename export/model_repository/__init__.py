@@ -63,10 +63,7 @@ def write_model_repository(
     tokenizer: CaptionTokenizer | None = None,
     progress: Progress = silent,
 ) -> list[PlannedModel]:
-    """Write a repository with a model for every graph of an export and, by default, `rank` over them.
-
-    `out` must be free.
-    """
+    """Write a repository with a model for every graph of an export and, by default, `rank` over them; `out` is free."""
     folder, out, options = Path(folder), Path(out), options or RepositoryOptions()
     export, repository = folder.resolve(), out.resolve()
     if export == repository or export in repository.parents or repository in export.parents:
@@ -76,12 +73,11 @@ def write_model_repository(
     if tokenizer is None and options.pipeline == "rank":
         tokenizer = find_tokenizer(folder, manifest.xfm_config)
     models = plan_models(manifest, options, tokenizer)
-    served = {name for model in models if model.graph for name in model.graph.files}
     temporary = repository.with_name(f".{repository.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise StorageError(f"{out} exists already; delete it, or choose another folder")
-        prepare_folder(repository.parent, sum(file.bytes for file in manifest.files if file.name in served) + _ROOM)
+        prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
         temporary.mkdir()
         for model in models:
             progress(f"writing {model.name}")
@@ -159,8 +155,6 @@ def _plan_rank(manifest: Manifest, options: RepositoryOptions, tokenizer: Captio
         records.append(record)
     longest = [largest(graph_slots(record), "length") for record in records if record.name in ("text", "fusion")]
     tokens = min(_OFFICIAL_TOKENS, manifest.xfm_config.max_text_length, *filter(None, longest))
-    if tokens < 3:
-        raise ExportError(f"the graphs take captions of {tokens} tokens, too few for a word; export with more")
     name = f"{options.prefix}_rank"
     config = rank_config(name, tokens, options)
     return PlannedModel(name, config, manifest=manifest.model_copy(update={"graphs": records, "files": []}))

@@ -130,9 +130,8 @@ def _failed(error: Exception) -> Any:
 
 
 def _response(answers: Sequence[Ranking | XFMError]) -> Any:
-    for answer in answers:
-        if isinstance(answer, XFMError):
-            return _failed(answer)
+    if errors := [answer for answer in answers if isinstance(answer, XFMError)]:
+        return _failed(errors[0])
     names = ("scores", "caption_order", "image_order", "reused")
     return pb_utils.InferenceResponse(
         [pb_utils.Tensor(name, torch.stack([getattr(each, name) for each in answers]).numpy()) for name in names]

@@ -149,14 +149,11 @@ class SteppedTree(DecodedTree):
                 logits, present = self._session.next_tokens(tokens, known[behind[..., :depth]], memory)
                 of = chosen[grid[real]]
                 known[behind[real][:, -1]] = present[real]
-                self._read_edges(logits[real].float().log_softmax(-1), questions[of], nodes[of])
+                shares, (edges, counts) = logits[real].float().log_softmax(-1), self.edges_of(nodes[of])
+                row = torch.arange(len(of), device=nodes.device).repeat_interleave(counts)
+                self.log_likelihoods[questions[of][row], edges] = shares[row, self.trie.edge_tokens[edges]]
         if keep:
             self._known = known
-
-    def _read_edges(self, shares: Tensor, questions: Tensor, nodes: Tensor) -> None:
-        edges, counts = self.edges_of(nodes)
-        rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
-        self.log_likelihoods[questions[rows], edges] = shares[rows, self.trie.edge_tokens[edges]]
 
 
 def _grids(questions: Tensor) -> Iterator[list[Tensor]]:

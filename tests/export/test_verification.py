@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -162,9 +163,9 @@ def test_ranks() -> None:
         ([-1.0, 2.0, 1.0, 0.0], 0, 0, 0),  # the first falls to the end
         ([3.0, float("nan"), 2.0, 0.0], 0, 1, 1),  # pairs without a score have no rank
     ):
-        found = rank_agreement(torch.tensor([scores]), torch.tensor([[3.0, 2.0, 1.0, 0.0]]), tie)
-        assert found is not None
-        assert (found.agreeing, found.identical) == (agreeing, identical)
+        truth = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+        count = len(scores) - sum(math.isnan(score) for score in scores)
+        assert rank_agreement(torch.tensor([scores]), truth, tie) == (count, agreeing, identical)
 
 
 def test_examples_have_every_length(small_model: XFM) -> None:
