@@ -244,11 +244,7 @@ def make_folder(folder: Path) -> None:
 
 def write_bytes(contents: Mapping[Path, bytes | memoryview]) -> None:
     """`write_files` for in-memory contents."""
-    write_files({path: lambda file, content=content: _write(file, content) for path, content in contents.items()})
-
-
-def _write(file: BinaryIO, data: bytes | memoryview) -> None:
-    file.write(data)
+    write_files({path: lambda file, content=content: file.write(content) for path, content in contents.items()})
 
 
 _held: set[Path] = set()

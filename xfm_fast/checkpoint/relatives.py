@@ -115,7 +115,10 @@ def read_x2vlm(
         )
     if _difference(set(state), name) is not None:
         refuse_relative(state, what)
-    first_cross_layer = _first_cross_layer(state, name)
+    # The first layer of a single stack that attends to the image; beyond the last one if fusion has its own stack.
+    found = [each for each in map(_LAYER.fullmatch, state) if each and each[1] == "text"]
+    looking = [int(each[2]) for each in found if each[3].startswith("crossattention.")]
+    first_cross_layer = min(looking) if looking and name == "X²-VLM" else 1 << 30
     report = LoadReport()
     ours: dict[str, Tensor] = {}
     foreign = []
@@ -163,13 +166,6 @@ def _our_name(name: str, first_cross_layer: int) -> str | None:
     if found := _VOCABULARY.fullmatch(name):
         return f"fusion_encoder.{_VOCABULARY_PARTS[found[1]]}" if found[1] in _VOCABULARY_PARTS else None
     return name if name == "temp" or name.startswith(_ALIKE) else None
-
-
-def _first_cross_layer(state: Iterable[str], name: str) -> int:
-    """First layer of the single stack that attends to the image; beyond the last one if fusion has its own stack."""
-    found = [each for each in map(_LAYER.fullmatch, state) if each and each[1] == "text"]
-    looking = [int(each[2]) for each in found if each[3].startswith("crossattention.")]
-    return min(looking) if looking and name == "X²-VLM" else 1 << 30
 
 
 def _config(

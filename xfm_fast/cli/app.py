@@ -139,7 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[:1] not in (["bench"], ["try"]):
             # Benchmarks measure PyTorch with its own waiting.
             wait_briefly(os.environ)
-    _make_writable()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it stays for the rest of the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal cannot encode is escaped.
+            stream.reconfigure(errors="backslashreplace")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(run(arguments))
     # Threads of one of several processes may deadlock at interpreter shutdown, so exit at once after the exit handlers
@@ -192,15 +197,6 @@ def run(arguments: Sequence[str]) -> int:
         # A group without a command printed its help.
         return USAGE_ERROR
     return code or 0
-
-
-def _make_writable() -> None:
-    """Escape characters that the terminal cannot encode, and discard messages if standard error is closed."""
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, it stays for the rest of the process
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:

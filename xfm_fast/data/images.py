@@ -76,13 +76,18 @@ def decode_pixels(source: Source, name: str | None = None, *, official: bool = F
     name, data = _content(source, name)
 
     def pixels(opened: Image.Image) -> Tensor:
-        if opened.format in _FAST and opened.mode in ("RGB", "L") and (official or _is_plain(opened, data)):
+        decodable = opened.format in _FAST and opened.mode in ("RGB", "L")
+        if decodable and not official:
+            # Pillow would decode a PNG to find its EXIF.
+            may_turn = opened.format != "PNG" or re.search(rb"eXIf|exif|adobe\.xmp", data) is not None
+            decodable = not (opened.has_transparency_data or (may_turn and orientation(opened) != 1))
+        if decodable:
             # What torchvision refuses, Pillow explains; a build without the image libraries raises too.
             with contextlib.suppress(RuntimeError, ModuleNotFoundError):
                 from torchvision import io as fast
 
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                found = getattr(fast, _FAST[opened.format])(encoded, mode=fast.ImageReadMode.RGB)
+                found = getattr(fast, _FAST[str(opened.format)])(encoded, mode=fast.ImageReadMode.RGB)
                 if found.dtype == torch.uint8:
                     return found
         return torch.from_numpy(np.array(to_rgb(opened, name, official=official))).permute(2, 0, 1)
@@ -198,12 +203,6 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def is_transparent(image: Image.Image) -> bool:
     """True if any pixel is not opaque."""
     return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
-
-
-def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """True for an upright, opaque image; scans PNG chunks for EXIF because Pillow would decode the image."""
-    may_turn = image.format != "PNG" or re.search(rb"eXIf|exif|adobe\.xmp", data) is not None
-    return not image.has_transparency_data and not (may_turn and orientation(image) != 1)
 
 
 def to_rgb(image: Image.Image, name: str, *, official: bool = False) -> Image.Image:

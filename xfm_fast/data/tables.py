@@ -253,7 +253,10 @@ def read_glue(path: Path, name: str, split: str | None = None) -> Elements:
             if name == "mnli" and value.get("label") in ("-", "-1"):
                 dropped.append(line)
                 continue
-            value = _glue_value(value, form, row if number is None else cells[number])
+            label, index = value.get("label"), row if number is None else cells[number]
+            known = not form.classes or label is None or label in form.classes
+            message = f"label {label!r} is none of {', '.join(form.classes or ())}; correct the line"
+            value = {**value, "index": index} if known else DataError(message)
         values.append(value)
         labels.append(line)
     notes = ()
@@ -268,13 +271,6 @@ def glue_set(name: str) -> GlueSet:
     if name not in GLUE:
         raise DataError(f"{name!r} is no set of GLUE that is known; choose one of {', '.join(GLUE)}")
     return GLUE[name]
-
-
-def _glue_value(value: dict[str, Any], form: GlueSet, index: int | str) -> dict[str, Any] | DataError:
-    label = value.get("label")
-    if form.classes and label is not None and label not in form.classes:
-        return DataError(f"label {label!r} is none of {', '.join(form.classes)}; correct the line")
-    return {**value, "index": index}
 
 
 def on_disk(path: Path) -> bool:
