@@ -6,11 +6,14 @@ import json
 import pickle
 import shutil
 import struct
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torchvision
 from PIL import Image
 
 from xfm_fast.data.tables import GLUE
@@ -95,10 +98,53 @@ def class_folders(root: Path, names: Sequence[str], file: str = "{}.jpg", each: 
     return paths
 
 
+def mat(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pytest.importorskip("scipy.io").savemat(path, values)
+
+
+def cifar(root: Path, folder: str, files: Sequence[str], label: str, meta: str, names: str) -> None:
+    place = root / folder
+    place.mkdir(parents=True)
+    for file in files:
+        pixels = np.arange(3 * 3072).reshape(3, 3072).astype(np.uint8)
+        (place / file).write_bytes(pickle.dumps({"data": pixels, label: [0, 1, 1]}))
+    (place / meta).write_bytes(pickle.dumps({names: ["ant", "bee"]}))
+
+
+def cars(root: Path) -> None:
+    mat(root / "stanford_cars/devkit/cars_meta.mat", {"class_names": np.array(["ant", "bee"], dtype=object)})
+    kinds = [("fname", object), ("class", int)]
+    for split, place in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        paths = class_folders(root / "stanford_cars", [f"cars_{split}"])
+        rows = np.array([(path.name, 1 + number % 2) for number, path in enumerate(paths)], dtype=kinds)
+        mat(root / "stanford_cars" / place, {"annotations": rows})
+
+
 def fer(root: Path) -> None:
     usages = ["Training"] * 4 + ["PublicTest"] * 3 + ["PrivateTest"] * 2
     lines = [f"{number % 7},{' '.join(['90'] * 2304)},{usage}" for number, usage in enumerate(usages)]
     write(root / "fer2013/fer2013.csv", "\n".join(["emotion,pixels,Usage", *lines, ""]))
+
+
+def flowers(root: Path) -> None:
+    class_folders(root, ["flowers-102/jpg"], "image_{:05d}.jpg", each=6)
+    mat(root / "flowers-102/imagelabels.mat", {"labels": [1, 2, 1, 2, 1, 2]})
+    mat(root / "flowers-102/setid.mat", {"trnid": [1, 2, 3], "valid": [4], "tstid": [5, 6]})
+
+
+def food(root: Path) -> None:
+    paths = class_folders(root / "food-101/images", ["ant", "bee"])
+    names = {name: [f"{name}/{path.stem}" for path in paths[:3]] for name in ("ant", "bee")}
+    for split in ("train", "test"):
+        write(root / f"food-101/meta/{split}.json", names)
+
+
+def gtsrb(root: Path) -> None:
+    class_folders(root / "gtsrb/GTSRB/Training", ["00000", "00001"], "{}.ppm")
+    paths = class_folders(root / "gtsrb/GTSRB", ["Final_Test/Images"], "{}.ppm")
+    lines = [f"{path.name};{number % 2}" for number, path in enumerate(paths)]
+    write(root / "gtsrb/GT-final_test.csv", "\n".join(["Filename;ClassId", *lines, ""]))
 
 
 def mnist(root: Path) -> None:
@@ -120,13 +166,97 @@ def pets(root: Path) -> None:
         write(root / f"oxford-iiit-pet/annotations/{split}.txt", "".join(lines))
 
 
+def pcam(root: Path) -> None:
+    """HDF5's place is taken by NumPy's archives; see `arrays_for_h5py`."""
+    for split in ("train", "test"):
+        parts: dict[str, Any] = {"x": np.zeros((3, 96, 96, 3), np.uint8), "y": np.array([0, 1, 1]).reshape(3, 1, 1, 1)}
+        for part, values in parts.items():
+            path = root / f"pcam/camelyonpatch_level_2_split_{split}_{part}.h5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                np.savez(file, **{part: values})
+
+
+def stl(root: Path) -> None:
+    place = root / "stl10_binary"
+    place.mkdir(parents=True)
+    for split in ("train", "test"):
+        (place / f"{split}_X.bin").write_bytes(bytes(3 * 3 * 96 * 96))
+        (place / f"{split}_y.bin").write_bytes(bytes([1, 2, 2]))
+    (place / "unlabeled_X.bin").touch()
+    write(place / "class_names.txt", "ant\nbee\n")
+
+
+def aircraft(root: Path) -> None:
+    data = root / "fgvc-aircraft-2013b/data"
+    paths = class_folders(data, ["images"], "{:07d}.jpg")
+    write(data / "variants.txt", "ant\nbee\n")
+    for split in ("train", "test"):
+        lines = [f"{path.stem} {('ant', 'bee')[number % 2]}\n" for number, path in enumerate(paths)]
+        write(data / f"images_variant_{split}.txt", "".join(lines))
+
+
+def textures(root: Path) -> None:
+    paths = class_folders(root / "dtd/dtd/images", ["ant", "bee"])
+    for split in ("train", "test"):
+        lines = [f"{path.parent.name}/{path.name}\n" for path in paths]
+        write(root / f"dtd/dtd/labels/{split}1.txt", "".join(lines))
+
+
+def scenes(root: Path) -> None:
+    class_folders(root / "SUN397", ["a/ant", "b/bee"], "sun_{}.jpg")
+    write(root / "SUN397/ClassName.txt", "/a/ant\n/b/bee\n")
+
+
+# With what writes each set, as torchvision reads it, into a folder.
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "caltech101": lambda root: class_folders(
+        root / "caltech101/101_ObjectCategories", ["BACKGROUND_Google", "ant", "bee"], "image_{:04d}.jpg"
+    ),
+    "cifar10": lambda root: cifar(
+        root, "cifar-10-batches-py", [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"], "labels",
+        "batches.meta", "label_names",
+    ),
+    "cifar100": lambda root: cifar(
+        root, "cifar-100-python", ["train", "test"], "fine_labels", "meta", "fine_label_names"
+    ),
+    "country211": lambda root: [class_folders(root / "country211" / split, ["AA", "BB"]) for split in SPLITS],
+    "dtd": textures, "fer2013": fer, "fgvcaircraft": aircraft, "flowers102": flowers,
+    "food101": food, "gtsrb": gtsrb, "mnist": mnist, "oxfordiiitpet": pets, "pcam": pcam,
+    "renderedsst2": lambda root: [
+        class_folders(root / "rendered-sst2" / split, ["negative", "positive"], "{}.png") for split in SPLITS
+    ],
+    "stanfordcars": cars, "stl10": stl, "sun397": scenes,
+}  # fmt: skip
+
+
 def write_image_set(values: dict[str, Any], cwd: Path) -> None:
-    """ImageNet's classes, or the pets of torchvision, in the folders that the official code gives torchvision."""
-    for split in ("train", "val"):
-        if values["task_name"] == "imagenet":
-            class_folders(cwd / values["dataset"] / split, ["n01", "n02"])
-        else:
-            pets(cwd / values["dataset"] / split)
+    """The set of images that a published file names, in the folders that the official code gives torchvision."""
+    root, name = cwd / values["dataset"], values["task_name"]
+    if name == "imagenet":
+        for split in ("train", "val"):
+            class_folders(root / split, ["n01", "n02"])
+    elif name in ("caltech101", "sun397", "fer2013"):
+        WRITERS[name](root)
+    else:
+        for split in ("train", "val"):
+            WRITERS[name](root / split)
+
+
+class ArraysForH5py:
+    """`h5py` as torchvision's PCAM uses it."""
+
+    @staticmethod
+    def File(path: Path) -> Any:
+        return np.load(path)
+
+
+def accept_made_up_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torchvision read files whose checksums are not those of the published sets, and PCAM without h5py."""
+    monkeypatch.setitem(sys.modules, "h5py", ArraysForH5py)
+    for module in ("cifar", "fer2013", "flowers102", "stl10"):
+        place = getattr(torchvision.datasets, module)
+        monkeypatch.setattr(place, "check_integrity", lambda path, md5=None: Path(path).exists())
 
 
 def write_official_world(folder: Path, world: Path, tokenizer: CaptionTokenizer) -> Path:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from tests.finetuning.conftest import SMALL
-from tests.finetuning.official_data import write_image_set, write_official_world
+from tests.finetuning.official_data import accept_made_up_files, write_image_set, write_official_world
 from tests.finetuning.official_files import (
     CAPTIONING,
     DOMAIN,
@@ -96,7 +96,7 @@ def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> 
 
 
 # One for every script of the official code; the others differ from these in numbers and files.
-TRAINED = {
+QUICK = {
     "Captioning", "Captioning_pretrain_O1", "Grounding_bbox", "Grounding_bbox_pretrain_O1", "NLVR", "Retrieval_coco",
     "VQA", "glue_rte", "imagenet1k", "oxfordiiitpet_lp",
 }  # fmt: skip
@@ -126,14 +126,17 @@ def official_world(world: Path, pretrained: Path, tmp_path_factory: pytest.TempP
     return folder
 
 
-@pytest.mark.parametrize("name", sorted(TRAINED))
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FILES]
+)
 def test_a_published_file_trains_and_is_evaluated(
     name: str, official_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step and an evaluation of a file as it is, but for the sizes of the model and of batches."""
+    """A step and an evaluation of every file as it is, but for the sizes of the model and of batches."""
     values = FILES[name]
     monkeypatch.chdir(official_world)
     if "dataset" in values:
+        accept_made_up_files(monkeypatch)
         write_image_set(values, official_world)
     layers = {f"{part}_layers": min(2, values[f"{part}_num_hidden_layers"]) for part in ("text", "fusion")}
     vocabulary = XFMConfig.load("pretrained/config.json").vocab_size
