@@ -9,8 +9,6 @@ BIN     := $(VENV)/bin
 OLDER   := .venv-transformers4
 # The oldest packages that pyproject.toml allows, which pip cannot be asked for and uv can.
 OLDEST  := .venv-oldest
-# Older compilers of the kernels: that of a torch before the oldest allowed one, and one in between.
-TRITONS ?= 3.4.0 3.6.0
 
 # The first interpreter that is new enough and can make environments. python3 leads: it is the one the user chose.
 PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
@@ -23,7 +21,7 @@ PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv install bench readme claims downstream soak fuzz mutants sizes docs test test-older test-oldest test-tritons test-all check lint types audit packages format dist clean distclean
+.PHONY: help venv install bench readme claims downstream soak fuzz mutants sizes docs test test-older test-oldest test-all check lint types audit packages format dist clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -79,11 +77,6 @@ test-oldest: ## run the tests of models, kernels and training with the oldest pa
 	OMP_WAIT_POLICY=PASSIVE $(OLDEST)/bin/pytest -n $(WORKERS) --dist worksteal -m "not slow" tests/test_config.py \
 		tests/test_io.py tests/test_nn.py tests/checkpoint tests/kernels tests/models tests/objectives tests/tasks \
 		tests/training tests/replace $(ARGS)
-
-test-tritons: $(VENV)/$(EXTRAS).stamp ## compile what a GPU is given with other Tritons than the one installed
-	for version in $(TRITONS); do test -d .venv-tritons/$$version || \
-		$(BIN)/python -m pip install --quiet --no-deps --target .venv-tritons/$$version triton==$$version || exit 1; done
-	XFM_TRITONS=$$(printf '%s:' $(TRITONS:%=.venv-tritons/%)) $(BIN)/pytest tests/kernels/test_launches.py -k other $(ARGS)
 
 test-all: $(VENV)/$(EXTRAS).stamp test-older ## run every test
 	$(PYTEST) $(ARGS)

@@ -431,10 +431,7 @@ def tune_kernels(context: Context) -> None:
             context.add_out_of_time("tune", name, "searched", dtype="bf16")
             continue
         try:
-            choice: Any = tune.search(
-                specs[name], 64, "bf16", arch, timer=tune.gpu_timer, workload=tune.model_workload,
-                rival=tune.flash_workload,
-            )  # fmt: skip
+            choice: Any = tune.search(specs[name], 64, "bf16", arch)
         except Exception as error:  # the next kernel goes on
             context.add("tune", name, "searched", dtype="bf16", status="failed", reason=one_line(error))
             continue

@@ -28,11 +28,11 @@ from torch import Tensor
 
 import xfm_fast
 from xfm_fast.errors import UnavailableError
-from xfm_fast.kernels import roofline
+from xfm_fast.kernels import ops, roofline  # noqa: F401, where all operations of `races` register
 from xfm_fast.kernels.backend import compiler_versions
 from xfm_fast.kernels.cpu import llvm, waiting
 from xfm_fast.kernels.cpu.gemm import compiled
-from xfm_fast.kernels.cpu.races import compare_all
+from xfm_fast.kernels.cpu.selection import compare, races
 from xfm_fast.kernels.cpu.workspace import keeps_freed_memory
 
 from .timing import DTYPES, timed
@@ -238,6 +238,7 @@ def choose_paths() -> list[dict[str, Any]]:
     Returns:
         Operation, dtype, the chosen implementation and why, FLOP/s of each that passed, and why others were left out.
     """
+    dtypes = [torch.float32, *([torch.bfloat16] if has_native_bf16() else [])]
     return [
         {
             "operation": found.operation,
@@ -247,7 +248,9 @@ def choose_paths() -> list[dict[str, Any]]:
             "flops_per_s": {name: race.flops / s for name, s in found.seconds.items() if 0 < s < float("inf")},
             "rejected": found.rejected,
         }
-        for found, race in compare_all([torch.float32, *([torch.bfloat16] if has_native_bf16() else [])])
+        for dtype in dtypes
+        for operation, race in races().items()
+        for found in [compare(operation, dtype)]
     ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -37,6 +37,8 @@ BIAS_TILE = 128
 FRAGMENT_TILE = 128, 64
 """Queries and keys of the tiles that a position bias is cut in where threads read it in fragments."""
 _INTEGERS = (torch.int32, torch.int64)
+Needs = Sequence[bool]
+"""Which gradients are computed."""
 
 
 class _Switch(threading.local):
@@ -229,6 +231,13 @@ class Vocabulary(NamedTuple):
         _one_type(h=h, w=w, b=b)
         if not 0 <= label_smoothing <= 1:
             refuse("in [0, 1]", label_smoothing=label_smoothing)
+
+
+class RowStatistics(NamedTuple):
+    """The normaliser of a row's softmax in two parts `[rows]`, which keeps its digits where logits are large."""
+
+    maximum: Tensor
+    log_sum: Tensor  # log Σ exp(logit - maximum)
 
 
 class RelPos(NamedTuple):

@@ -1,11 +1,9 @@
 """Cache of tensors computed from parameters, invalidated when a parameter changes.
 
-Inference repeats the same small computations on weights for every batch (concatenating query, key and value
-projections, expanding a position table, packing a weight for oneDNN). `derived` does each once. An entry belongs to
-its first source and dies with it; it is recomputed when any source was written to, moved or converted.
-
-On a GPU, a caller on another stream waits for the value; a CUDA graph computes it inside the capture, or else the graph
-would read freed memory after a source changes. `held` skips that work for a caller that keeps the cached tensors.
+An entry belongs to its first source and dies with it; it is recomputed when any source was written to, moved or
+converted. On a GPU, a caller on another stream waits for the value; a CUDA graph computes it inside the capture, or
+else the graph would read freed memory after a source changes. `held` skips that for a caller that keeps the cached
+tensors.
 
 Writes through `.data` escape PyTorch's version counter. On CPU, the values of the first source are therefore compared
 as well: all of a small one, some of a large one, which every optimizer step or moving average changes.

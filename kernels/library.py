@@ -31,13 +31,10 @@ def operator(
 ) -> Callable[..., Any]:
     """Register an operator and return it.
 
-    Args:
-        schema: `"name(Tensor x, int n) -> Tensor"`.
-        implementation: runs on CPU and CUDA tensors, there on the device of its first tensor.
-        fake: gives shapes, strides and dtypes of the results.
-        setup_context, backward: as in `torch.library.register_autograd`; second derivatives raise an error.
-        autocast: convert floating-point tensor arguments to autocast's dtype: all, or the arguments at these places. An
-            empty tuple leaves it to the operator, which then saves no converted copy of a model's weights.
+    The implementation runs on CPU and CUDA tensors, there on the device of its first tensor. `setup_context` and
+    `backward` are as in `torch.library.register_autograd`; second derivatives raise an error. `autocast` converts
+    floating-point tensor arguments to autocast's dtype: all, or the arguments at these places. An empty tuple leaves it
+    to the operator, which then saves no converted copy of a model's weights.
     """
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -83,19 +80,11 @@ def differentiable(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Register an operation and its gradient as operators; returns `call(arguments, backend)`, the outputs.
 
-    Args:
-        arguments: a named tuple, whose annotations are the schema. Tensors in a list are parts of one: `backward`
-            returns the gradient of their concatenation.
-        forward, fake: (arguments, backend) → all outputs, or their shapes.
-        backward: (upstream gradients, None for zeros; arguments; outputs; needs; backend) → the gradients `wrt`.
-        wrt: arguments with a gradient.
-        outputs: how many tensors `forward` returns, of which the first `results` have a gradient: at most two arrive
-            in `backward`.
-        keep: what is saved of arguments and outputs; by default all.
-        around: (operator of the gradient, upstream, arguments, outputs, needs, backend) → gradients, for what happens
-            outside of that operator.
-        backward_fake: (arguments, outputs, needs) → the gradients' shapes; by default those of the arguments.
-        autocast: as in `operator`.
+    `arguments` is a named tuple, whose annotations are the schema; tensors in a list are parts of one, and `backward`
+    returns the gradient of their concatenation. `wrt`: the arguments with a gradient. `forward` returns `outputs`
+    tensors, of which the first `results`, at most two, have a gradient; the others arrive in `backward` too, as does
+    None for an upstream gradient of zeros. `keep` is what is saved of arguments and outputs, by default all. `around`
+    wraps the operator of the gradient. `backward_fake` gives the gradients' shapes, by default those of the arguments.
     """
     fields: tuple[str, ...] = arguments._fields
     kinds = [_TYPES[arguments.__annotations__[field].__forward_arg__] for field in fields]

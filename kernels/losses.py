@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from . import checks, reference
+from . import checks, host, reference
 from .backend import Backend
-from .checks import Vocabulary
+from .checks import RowStatistics, Vocabulary
 from .cpu import losses as cpu
 from .ladder import Call, Op
 from .library import Gradients, differentiable, operator
@@ -99,7 +99,7 @@ def _forward(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
     """The loss; on a CPU its gradients, the logits' in place of that of w where they are smaller; else statistics."""
     if backend == "cpu":
         dlogits = cpu.logits_gradient(a.h, a.w) if a.needs[1] else None
-        loss, (dh, dw, db) = cpu.linear_cross_entropy_forward(*a, dlogits)
+        loss, (dh, dw, db) = cpu.linear_cross_entropy_forward(a, dlogits)
         kept = (dh, dw if dlogits is None else dlogits, db)
         return loss, *(a.h.new_empty(0) if t is None else t for t in kept)
     if checks.should_check_values(a.target):
@@ -139,19 +139,15 @@ def _gradient(
     if a.h is not None:
         dw = _vocabulary_grad(a.h.detach(), a.target, dw, a.ignore_index)
     gradients = tuple(g if need else None for g, need in zip((dh, dw, db), a.needs, strict=True))
-    if is_fake(dloss):
-        return tuple(None if g is None else g * dloss.to(g.dtype) for g in gradients)
-    return cpu.linear_cross_entropy_backward(dloss, gradients)  # type: ignore[arg-type]
+    if not is_fake(dloss) and host.number(dloss) == 1:
+        return gradients
+    return tuple(None if g is None else g * dloss.to(g.dtype) for g in gradients)
 
 
 def _backward(
     name: str, upstream: Gradients, a: Vocabulary, outputs: Sequence[Tensor], needs: Sequence[bool], backend: str
 ) -> Gradients:
-    module = _module(backend)
-    statistics = module.RowStatistics(*outputs[1:3])
-    if backend == "triton":
-        return getattr(module, name)(upstream[0], a, statistics, tuple(needs))
-    return getattr(module, name)(upstream[0], *a[:4], statistics, a.ignore_index, tuple(needs))
+    return getattr(_module(backend), name)(upstream[0], a, RowStatistics(*outputs[1:3]), tuple(needs))
 
 
 _vocabulary_grad = operator(
@@ -186,8 +182,7 @@ _linear_cross_entropy = Op(
 def _rows_forward(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
     if backend == "triton" and checks.should_check_values(a.target):
         checks.check_targets(a.target, a.w.shape[0], a.ignore_index)
-    given = (a,) if backend == "triton" else a[:5]
-    out, statistics = _module(backend).token_log_likelihood_forward(*given)
+    out, statistics = _module(backend).token_log_likelihood_forward(a)
     return out, *statistics
 
 

@@ -93,7 +93,7 @@ def embed_layer_norm(
 
 def _rounded_norm(a: AddNorm) -> tuple[Tensor, Tensor]:
     """(normed, summed) by the Triton kernel, with normed in fp8 for the next GEMM."""
-    from .triton.layer_norm import add_layer_norm_forward
+    from .triton.layers import add_layer_norm_forward
     from .triton.rows import room_for
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,9 +112,9 @@ def _one_tile(rows: Tensor) -> bool:
 def _module(backend: str) -> Any:
     if backend == "cpu":
         return cpu
-    from .triton import layer_norm as triton_norm
+    from .triton import layers
 
-    return triton_norm
+    return layers
 
 
 def _statistics(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from . import flash
 from .audit.compiling import Form, Row, compile_rows
 from .backend import _why_not
-from .checks import FRAGMENT_TILE, AddNorm, Biased, Packed, RelPos
+from .checks import FRAGMENT_TILE, Biased, Packed, RelPos
 from .files import write_whole
 from .triton import launch
 from .triton.launch import TRITON_TYPE, KernelSpec, LaunchConfig
@@ -37,29 +37,16 @@ Timer = Callable[[Callable[[], Any]], float]
 """Seconds that a call takes."""
 
 Workload = Callable[[str, int, str], Callable[[], Any]]
-"""(kernel, head dimension or width, dtype) → a call that runs the kernel at one of the model's shapes."""
-
-Rival = Callable[[str, int, str], Callable[[], Any] | None]
-"""As `Workload`, or None where the other library has nothing to compare."""
-
-# Kernels that pass over rows, and how wide X-FM base makes these.
-WIDTHS = {
-    "add_layer_norm_forward": 768,
-    "add_layer_norm_backward": 768,
-    "bias_gelu_forward": 3072,
-    "bias_gelu_backward": 3072,
-}
-# Rows of 8 images of 384 pixels.
-_ROWS = 8 * 577
+"""(kernel, head dimension, dtype) → a call that runs the kernel at one of the model's shapes."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The configuration for one kernel, dtype and size."""
+    """The configuration for one kernel, dtype and head dimension."""
 
     kernel: str
     dtype: str
-    size: int  # head dimension of an attention kernel, row width of any other
+    size: int
     config: LaunchConfig
     seconds: float  # of the timed call
     before: float  # the same with the current configuration
@@ -69,9 +56,7 @@ class Choice:
 
 
 def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[int]:
-    """The sizes to tune a kernel for: head dimensions that launch it on the architecture, or the model's width."""
-    if spec.name in WIDTHS:
-        return [WIDTHS[spec.name]]
+    """The head dimensions that launch a kernel on the architecture; empty for a kernel without tiles to choose."""
     if spec.arches and arch not in spec.arches:
         return []
     if spec.name == "relpos_forward" and 90 <= arch < 100:
@@ -82,17 +67,8 @@ def sizes(spec: KernelSpec, head_dims: Iterable[int], arch: int = 80) -> list[in
     return [d for d in head_dims if any(v["head_dim"] == d for v in spec.variants)] if tiled else []
 
 
-def candidates(kernel: str, size: int) -> list[LaunchConfig]:
-    """The grid of a kernel: attention over tiles, warps and stages; row kernels over rows per step and warps."""
-    if kernel in WIDTHS:
-        whole = 1 << (size - 1).bit_length()
-        blocks = [whole] if "norm" in kernel else [b for b in (256, 512, 1024, 2048) if b <= whole]
-        return [
-            LaunchConfig({"BLOCK": block, "ROWS": rows}, num_warps, 1)
-            for block, rows, num_warps in itertools.product(blocks, (1, 2, 4, 8), (1, 2, 4, 8, 16))
-            # A thread holds 4 elements at least, of which a load takes as many as it can, and 64 at most.
-            if 4 <= block * rows // (32 * num_warps) <= 64
-        ]
+def candidates(kernel: str) -> list[LaunchConfig]:
+    """The grid of a kernel: tiles, warps and stages."""
     if "_heads" in kernel:
         return [
             LaunchConfig({"HEADS": heads, "BLOCK_M": m, "BLOCK_N": n}, num_warps, num_stages)
@@ -124,31 +100,26 @@ def search(
     dtype: str,
     arch: int,
     *,
-    timer: Timer,
-    workload: Workload,
+    timer: Timer | None = None,
+    workload: Workload | None = None,
     grid: Iterable[LaunchConfig] | None = None,
-    rival: Rival | None = None,
-    jobs: int | None = None,
-    cache_dir: Path | None = None,
 ) -> Choice:
-    """The best configuration of one kernel for a size (head dimension or row width) and dtype.
+    """The best configuration of one kernel for a head dimension and dtype, and the time of flash-attn where it applies.
 
-    `grid` defaults to `candidates`; the current configuration is always included. `rival` makes the call of another
-    library to compare with. ValueError for a size without a form, or if no configuration is acceptable.
+    By default the GPU times `candidates` at the model's shapes; the current configuration is always included.
+    ValueError for a head dimension without a form, or if no configuration is acceptable.
     """
-    axis = "width" if spec.name in WIDTHS else "head_dim"
-    forms = [variant for variant in spec.variants if variant[axis] == size]
+    timer, workload = timer or gpu_timer, workload or model_workload
+    forms = [variant for variant in spec.variants if variant["head_dim"] == size]
     if not forms:
-        raise ValueError(f"kernel {spec.name} has no form for {axis} {size}")
+        raise ValueError(f"kernel {spec.name} has no form for head_dim {size}")
 
     def examine(variants: list[Mapping[str, Any]], configs: list[LaunchConfig]) -> list[Row]:
-        made = [Form(spec, variant, arch, dtype, config) for config in configs for variant in variants]
-        return compile_rows(made, jobs=jobs, cache_dir=cache_dir)
+        return compile_rows([Form(spec, variant, arch, dtype, config) for config in configs for variant in variants])
 
     in_use = spec.config(forms[0], dtype, arch)
     grid = [
-        replace(c, apart=in_use.apart, fenced=in_use.fenced)
-        for c in (candidates(spec.name, size) if grid is None else grid)
+        replace(c, apart=in_use.apart, fenced=in_use.fenced) for c in (candidates(spec.name) if grid is None else grid)
     ]
     configs = [in_use, *(c for c in grid if c != in_use)]
     good = [c for c, row in zip(configs, examine(forms[:1], configs), strict=True) if acceptable(row)]
@@ -162,13 +133,11 @@ def search(
     for _, number in ranked:
         if all(map(acceptable, examine(forms, [good[number]]))):
             seconds = next(s for s, n in times if n == number)
-            theirs = rival(spec.name, size, dtype) if rival is not None else None
-            return Choice(
-                spec.name, dtype, size, good[number], seconds, before,
-                rejected=len(configs) - len(good), timed=len(good),
-                flash=None if theirs is None else timer(theirs),
-            )  # fmt: skip
-    raise ValueError(f"kernel {spec.name} at {axis} {size}: every configuration spills or does not fit")
+            rejected = len(configs) - len(good)
+            theirs = flash_workload(spec.name, size, dtype)
+            flash_seconds = None if theirs is None else timer(theirs)
+            return Choice(spec.name, dtype, size, good[number], seconds, before, rejected, len(good), flash_seconds)
+    raise ValueError(f"kernel {spec.name} at head_dim {size}: every configuration spills or does not fit")
 
 
 @contextmanager
@@ -226,11 +195,37 @@ def model_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
 
     Backward kernels are timed within their whole backward pass. ValueError for a kernel without known shapes.
     """
-    forward, backward = _calls(kernel, size, _noise(dtype, device))
+    from .triton import bias_attention, relpos_attention, varlen_attention
+
+    noise = _noise(dtype, device)
+    family, _, part = kernel.partition("_")
+    heads, scale, window = 12, size**-0.5, (24, 24)
+    if family == "varlen":
+        q, k, v, dout, packed = _packed(noise, size, part)
+        forward = partial(varlen_attention.varlen_attention_forward, q, k, v, packed)
+        backward = partial(varlen_attention.varlen_attention_backward, dout, q, k, v)
+        last: tuple[Any, ...] = (packed,)
+    elif family in ("relpos", "bias"):
+        tokens, rows = 1 + window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1) + 3
+        q, k, v, dout = (noise(8, tokens, heads, size) for _ in range(4))
+        last = ()
+        if family == "bias":
+            biased = Biased(q, k, v, noise(1, heads, tokens, tokens), scale=scale)
+            forward = partial(bias_attention.bias_attention_forward, biased)
+            backward = partial(bias_attention.bias_attention_backward, dout, None, biased)
+        else:
+            table, fragments = noise(rows, heads).float(), takes_fragments(size, q.dtype, q.device)
+            bias = relpos_attention.materialise_bias(table, window, q.dtype, scale, fragments=fragments)
+            turned = relpos_attention.materialise_bias(table, window, q.dtype, scale, turned=True)
+            forward = partial(relpos_attention.relpos_attention_forward, q, k, v, bias, scale)
+            a = RelPos(q, k, v, table, window, scale, turned=turned)
+            backward = partial(relpos_attention.relpos_attention_backward, dout, a)
+    else:
+        raise ValueError(f"no shape is known at which to time kernel {kernel}")
     if "forward" in kernel:
         return forward
-    kept = forward()
-    return lambda: backward(kept)
+    results = forward()
+    return lambda: backward(*results, *last)
 
 
 def flash_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> Callable[[], Any] | None:
@@ -250,50 +245,9 @@ def flash_workload(kernel: str, size: int, dtype: str, device: str = "cuda") -> 
 
 
 def _noise(dtype: str, device: str) -> Callable[..., torch.Tensor]:
-    kind = next(name for name, short in TRITON_TYPE.items() if short == dtype)
-    make = torch.Generator(device).manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=make, device=device, dtype=torch.float32).to(getattr(torch, kind))
-
-    return noise
-
-
-def _calls(
-    kernel: str, size: int, noise: Callable[..., torch.Tensor]
-) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """The forward pass that a kernel belongs to, and the backward pass for its results."""
-    from .triton import bias_attention, gelu, layer_norm, relpos_attention, varlen_attention
-
-    family, _, part = kernel.partition("_")
-    heads, scale = 12, size**-0.5
-    if family == "varlen":
-        q, k, v, dout, packed = _packed(noise, size, part)
-        run, back = varlen_attention.varlen_attention_forward, varlen_attention.varlen_attention_backward
-        return partial(run, q, k, v, packed), lambda kept: back(dout, q, k, v, *kept, packed)
-    if kernel in WIDTHS:
-        x, other, weight, bias = noise(_ROWS, size), noise(_ROWS, size), noise(size), noise(size)
-        if "gelu" in kernel:
-            return partial(gelu.bias_gelu_forward, x, bias), lambda _: gelu.bias_gelu_backward(other, x, bias)
-        a = AddNorm(x, other, weight, bias, 1e-5)
-        norm_back = layer_norm.add_layer_norm_backward
-        return partial(layer_norm.add_layer_norm_forward, a), lambda kept: norm_back(other, x, *kept[1:], a)
-    if family not in ("relpos", "bias") or kernel.startswith("bias_gelu"):
-        raise ValueError(f"no shape is known at which to time kernel {kernel}")
-    window = (24, 24)
-    tokens, rows = 1 + window[0] * window[1], (2 * window[0] - 1) * (2 * window[1] - 1) + 3
-    q, k, v, dout = (noise(8, tokens, heads, size) for _ in range(4))
-    if family == "bias":
-        bias, bias_back = noise(1, heads, tokens, tokens), bias_attention.bias_attention_backward
-        biased = Biased(q, k, v, bias, scale=scale)
-        return partial(bias_attention.bias_attention_forward, biased), lambda kept: bias_back(dout, None, biased, *kept)
-    table, fragments = noise(rows, heads).float(), takes_fragments(size, q.dtype, q.device)
-    bias = relpos_attention.materialise_bias(table, window, q.dtype, scale, fragments=fragments)
-    turned = relpos_attention.materialise_bias(table, window, q.dtype, scale, turned=True)
-    relpos_back = relpos_attention.relpos_attention_backward
-    forward = partial(relpos_attention.relpos_attention_forward, q, k, v, bias, scale)
-    a = RelPos(q, k, v, table, window, scale, turned=turned)
-    return forward, lambda kept: relpos_back(dout, a, *kept)
+    kind = getattr(torch, next(name for name, short in TRITON_TYPE.items() if short == dtype))
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device).to(kind)
 
 
 def _packed(

@@ -1,12 +1,8 @@
-"""Attention on CPU: PyTorch's fused kernel, tiled GEMMs by PyTorch or oneDNN, or our kernel compiled by LLVM.
+"""Attention on CPU: PyTorch's fused kernel, tiled GEMMs, or our kernel compiled by LLVM.
 
-PyTorch's kernel is the better choice for fp32 where MKL is fast; tiled GEMMs win in bf16 and with a position bias,
-because they reach the machine's matrix units; our kernel is fast in all cases but runs on x86-64 only. The candidates
-are timed once per process: long sequences, sequences of a passage and many short ones separately.
-
-With tiled GEMMs the softmax takes longest. Inference therefore computes powers of two without subtracting the maximum
-and divides the result, which has fewer numbers than the weights, by their sum. The function is the same unless a power
-leaves the range of fp32: the sums show it, and the ordinary softmax runs again.
+The candidates are timed once per process: long sequences, sequences of a passage and many short ones separately. With
+tiled GEMMs the softmax takes longest. Inference therefore computes powers of two without subtracting the maximum and
+divides the result by their sum; where a power leaves the range of fp32, the ordinary softmax runs again.
 
 The backward pass runs the tiles or our kernel: the fused kernel's gradients use a fast approximation of the exponential
 and miss the accuracy of the tests.
@@ -43,8 +39,6 @@ _LOG2E = math.log2(math.e)
 _LEAST_SUM, _MOST_SUM = 2.0**-64, 2.0**64
 # Types with that range.
 _WIDE_RANGE = (torch.float32, torch.bfloat16, torch.float64)
-# Channels of a group of a oneDNN convolution, where it is quick, are whole vectors of so many.
-_LANES = 16
 
 
 class Hiding(NamedTuple):
@@ -151,14 +145,16 @@ def exp2_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor |
     """`tiled_attention` with powers of two in place of the softmax."""
     if q.dtype not in _WIDE_RANGE or not q.numel() or not k.shape[1]:
         return tiled_attention(q, k, v, scale, bias)
-    out, sums = torch.empty(q.shape, dtype=q.dtype), _sums_for(q)
+    out, sums = torch.empty(q.shape, dtype=q.dtype), torch.empty((*q.shape[:-1], 1), dtype=q.dtype)
     for tile, where, keys, values in _tiles_with_keys(q, k, v, bias):
         weights = tile_scores(head_major("queries", q[where]), keys, scale * _LOG2E, tile, bias, factor=_LOG2E)
         torch.exp2(weights, out=weights)
         of_rows = token_major(weights.sum(-1, keepdim=True), sums[where])
         sums[where] = of_rows
         torch.div(token_major(product("attended", weights, values), out[where]), of_rows, out=out[where])
-    return out if _in_range(sums) else tiled_attention(q, k, v, scale, bias)
+    least, most = map(host.number, torch.aminmax(sums))
+    # A comparison with NaN is false.
+    return out if least > _LEAST_SUM and most < _MOST_SUM else tiled_attention(q, k, v, scale, bias)
 
 
 def _tiles_with_keys(
@@ -172,17 +168,6 @@ def _tiles_with_keys(
             keys = head_major("keys", k[tile.batch, :, tile.heads])
             values = head_major("values", v[tile.batch, :, tile.heads])
         yield tile, (tile.batch, tile.rows, tile.heads), keys, values
-
-
-def _sums_for(q: Tensor) -> Tensor:
-    """Room for the sum of every row of weights, `[B, Nq, H, 1]`."""
-    return torch.empty((*q.shape[:-1], 1), dtype=q.dtype)
-
-
-def _in_range(sums: Tensor) -> bool:
-    """False too if some sum is NaN."""
-    least, most = torch.aminmax(sums)
-    return host.number(least) > _LEAST_SUM and host.number(most) < _MOST_SUM
 
 
 def attention_backward(
@@ -395,57 +380,6 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -
     return out.transpose(1, 2).contiguous()
 
 
-def _onednn(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """The GEMMs of all heads in one oneDNN call: a 1x1 convolution with heads as groups and tokens as pixels."""
-    batch, queries, heads, width = q.shape
-    keys = k.shape[1]
-    if width % _LANES or not q.numel() or not keys or q.dtype not in _WIDE_RANGE:
-        return exp2_attention(q, k, v, scale, bias)
-    convolve, reorder = torch.ops.mkldnn._convolution_pointwise_.binary, torch.ops.mkldnn._reorder_convolution_weight
-    geometry = ([0, 0], [1, 1], [1, 1], heads)
-    lanes = -(-keys // _LANES) * _LANES
-    tiles_of_rows = -(-queries * heads * lanes * q.element_size() // _TILE_BYTES)
-    step = -(-queries // tiles_of_rows)
-    out, sums = torch.empty(q.shape, dtype=q.dtype), _sums_for(q)
-    padded_keys = scratch("keys", (heads, lanes, width), q.dtype)
-    padded_values = scratch("values", (heads, width, lanes), q.dtype)
-    padded_keys[:, keys:] = 0
-    padded_values[..., keys:] = 0
-    for b in range(batch):
-        padded_keys[:, :keys] = k[b].transpose(0, 1)
-        padded_values[..., :keys] = v[b].permute(1, 2, 0)
-        key_weight = padded_keys.view(heads * lanes, width, 1, 1)
-        value_weight = padded_values.view(heads * width, lanes, 1, 1)
-        if step < queries:
-            # The convolution lays a weight out for itself at every call.
-            key_weight = reorder(key_weight, *geometry, [1, heads * width, 1, step])
-            value_weight = reorder(value_weight, *geometry, [1, heads * lanes, 1, step])
-        for start in range(0, queries, step):
-            rows = slice(start, min(start + step, queries))
-            given = q[b, rows]
-            scaled = torch.mul(given, scale * _LOG2E, out=scratch("queries", tuple(given.shape), q.dtype))
-            scores = scratch("scores", (len(given), heads, lanes), q.dtype)
-            if bias is None:
-                scores.zero_()
-            else:
-                part = bias[b % bias.shape[0]].transpose(0, 1)
-                part = (part if len(part) == 1 else part[rows]).expand(len(given), heads, keys)
-                torch.mul(part, _LOG2E, out=scores[..., :keys])
-            scores[..., keys:] = -torch.inf
-            convolve(_pixels(scores), _pixels(scaled), key_weight, None, *geometry, "add", 1.0, None, [], None)
-            torch.exp2(scores, out=scores)
-            sums[b, rows] = of_rows = scores.sum(-1, keepdim=True)
-            attended = scratch("attended", tuple(given.shape), q.dtype).zero_()
-            convolve(_pixels(attended), _pixels(scores), value_weight, None, *geometry, "add", 1.0, None, [], None)
-            torch.div(attended, of_rows, out=out[b, rows])
-    return out if _in_range(sums) else tiled_attention(q, k, v, scale, bias)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """`[n, H, M]` as a channels-last image `[1, H·M, 1, n]`."""
-    return x.view(1, 1, x.shape[0], -1).permute(0, 3, 1, 2)
-
-
 def _compiled(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     if (reason := llvm.why_not(q.dtype)) is not None:
         raise NotImplementedError(reason)
@@ -476,8 +410,7 @@ def _gradients(backward: Callable[..., _Gradients], q: Tensor, *given: Any) -> T
 
 _Candidates = dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]]
 _LLVM: _Candidates = {"llvm": _compiled} if llvm.why_not() is None else {}
-_SHORT: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, **_LLVM}
-_ALL: _Candidates = {**_SHORT, "onednn": _onednn}
+_ALL: _Candidates = {"aten": _fused, "tiled": tiled_attention, "exp2": exp2_attention, **_LLVM}
 _BACKWARD: _Candidates = {"tiled": partial(_gradients, tiled_attention_backward)}
 if _LLVM:
     _BACKWARD["llvm"] = partial(_gradients, compiled_backward)
@@ -502,6 +435,6 @@ _EXAMPLES: dict[str, tuple[tuple[int, int, int, int], int, tuple[int, ...] | Non
 }
 for _name, (_q, _keys, _bias) in _EXAMPLES.items():
     _flops, _make = 4 * math.prod(_q) * _keys, partial(_example, q=_q, keys=_keys, bias=_bias)
-    register(_name, Race(_SHORT if _name.startswith("short") else _ALL, _make, _flops))
+    register(_name, Race(_ALL, _make, _flops))
     if "medium" not in _name:
         register(f"{_name} backward", Race(_BACKWARD, _make, 10 * _flops // 4))

@@ -47,14 +47,14 @@ _slices_win: dict[tuple[Product, torch.Size, torch.dtype, int, int], bool] = {}
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, weight `[M, K]`, as it is or `laid_out`."""
-    rows = _rows(x)
+    rows = x.reshape(-1, x.shape[-1])
     name = _choose("linear", weight, rows.shape[0])
     return multiply(_LINEAR[name], rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
-    rows = _rows(x)
+    rows = x.reshape(-1, x.shape[-1])
     product = _GELU[_choose("linear_gelu", weight, rows.shape[0])]
     return multiply(product, rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
@@ -97,7 +97,7 @@ def chosen(weight: Tensor, rows: int) -> Chosen:
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is folded into the weight where the addition is fused."""
-    rows, sums = _rows(x), _rows(residual)
+    rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
     name = _choose("linear_residual", weight, rows.shape[0])
     if gamma is None:
         out = multiply(_RESIDUAL[name], rows, weight, bias, sums)
@@ -128,7 +128,7 @@ def mlp_residual(
     The whole hidden layer would be a buffer that the allocator returns to the system and faults in again in every
     layer. oneDNN's GEMMs cannot write to a given buffer, so they run on all rows.
     """
-    rows, sums = _rows(x), _rows(residual)
+    rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
     weights = {"linear_gelu": weight_in, "linear_residual": weight_out}
     first, second = (_choose(operation, weight, rows.shape[0]) for operation, weight in weights.items())
     if first == second == "llvm":
@@ -221,22 +221,13 @@ def _select(operation: str, weight: Tensor, dtype: torch.dtype | None = None, *,
     return select(operation, dtype, whole=llvm.fits(outputs, inputs, dtype))
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
     """`product(x, weight, bias, *others)` on all rows or in slices, whichever is faster by measurement.
 
     With AMX, oneDNN divides a GEMM among the threads by a model of the caches, which at some sizes picks a single
-    thread: on two threads, 832 rows through the second layer of a base-size MLP take 1.7 times as long as in slices.
-    This depends on all sizes and on the threads, so each combination is measured once. Few rows are always divided
-    well.
-
-    Only a wall clock sees idle threads. It sees interruptions too, so the best of several rounds counts, and slices
-    have to win by a margin that only an idle thread explains.
-
-    Under `torch.use_deterministic_algorithms(True)` the product runs on all rows without timing.
+    thread. This depends on all sizes and on the threads, so each combination is timed once by the wall clock, in
+    several rounds of which the best counts; slices have to win clearly. Under deterministic algorithms all rows run at
+    once.
     """
     rows = x.shape[0]
     if x.element_size() != 2 or rows <= _SLICE_ROWS or product in _UNDIVIDED:
@@ -245,26 +236,21 @@ def multiply(product: Product, x: Tensor, weight: Tensor, bias: Tensor | None, *
     most = _SLICE_ROWS * threads
     if threads == 1 or rows <= most or torch.are_deterministic_algorithms_enabled():
         return product(x, weight, bias, *others)
-    sliced = partial(_sliced, product, _even_step(rows, most))
+    # Slices of one size, whole tiles each.
+    step = -(-rows // (-(-rows // most) * _AMX_TILE)) * _AMX_TILE
+
+    def sliced(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        for start in range(0, x.shape[0], step):
+            part = slice(start, start + step)
+            out[part] = product(x[part], weight, bias, *(other[part] for other in others))
+        return out
+
     key = (product, weight.shape, x.dtype, rows // _BUCKET, threads)
     if key not in _slices_win:
         whole_seconds, sliced_seconds = _best_seconds((product, sliced), (x, weight, bias, *others))
         _slices_win[key] = sliced_seconds < _SLICES_MARGIN * whole_seconds
     return (sliced if _slices_win[key] else product)(x, weight, bias, *others)
-
-
-def _even_step(rows: int, most: int) -> int:
-    """Rows of a slice, so that slices are of one size and no longer than `most`, which is a number of whole tiles."""
-    slices = -(-rows // most)
-    return -(-rows // (slices * _AMX_TILE)) * _AMX_TILE
-
-
-def _sliced(product: Product, step: int, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor) -> Tensor:
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    for start in range(0, x.shape[0], step):
-        part = slice(start, start + step)
-        out[part] = product(x[part], weight, bias, *(other[part] for other in others))
-    return out
 
 
 def _best_seconds(products: Sequence[Product], arguments: tuple[Any, ...]) -> list[float]:
@@ -287,25 +273,17 @@ def _packed(weight: Tensor, rows: int) -> Tensor:
     return derived("onednn-packed", (weight,), lambda: reorder(weight.detach(), rows))
 
 
-def _dense(bias: Tensor | None) -> Tensor | None:
-    # oneDNN and the compiled kernels ignore the stride of a bias.
-    return None if bias is None else bias.contiguous()
-
-
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     """`x W^T + b` by oneDNN, or its GELU: x `[n, K]`, weight `[M, K]`, any strides."""
     after = ("gelu", [], "none") if gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), *after)
+    # oneDNN ignores the stride of a bias.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None if bias is None else bias.contiguous(), *after)
 
 
 def onednn_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """`residual + x W^T + b` by oneDNN: x `[n, K]`, weight `[M, K]`, residual `[n, M]`."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, _dense(bias), "add")
-
-
-def _aten_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    # The product accumulates into the sum: one pass less than a linear layer followed by an addition.
-    return (residual.clone() if bias is None else residual + bias).addmm_(x, weight.t())
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
 
 
 def compiled(
@@ -368,7 +346,8 @@ _GELU: dict[str, Product] = {
     **({"llvm": _compiled_gelu} if _HERE else {}),
 }
 _RESIDUAL: dict[str, Product] = {
-    "aten": _aten_residual,
+    # The GEMM accumulates into the sum: one pass less than a linear layer followed by an addition.
+    "aten": lambda x, w, b, residual: (residual.clone() if b is None else residual + b).addmm_(x, w.t()),
     "onednn": onednn_residual,
     "onednn-packed": lambda x, w, b, residual: onednn_residual(x, _packed(w, x.shape[0]), b, residual),
     **({"llvm": compiled} if _HERE else {}),

@@ -10,7 +10,6 @@ stay in the activations' dtype.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +23,7 @@ from .. import host, reference
 from ..derived import derived
 from . import gemm, llvm
 from .llvm import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
-from .selection import Race, operands, register, select
+from .selection import Race, operands, register, select, thread_seconds
 from .workspace import scratch
 
 if TYPE_CHECKING:
@@ -32,11 +31,8 @@ if TYPE_CHECKING:
 
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
 _SLICE_ROWS, _MOST_ROWS = 400, 4096
-# Values, in fp32, that stay in a core's own cache while bytes are made of them.
-_BLOCK = 1 << 18
 # A product of the model's own width: of a small one, most of the time is that of making bytes.
 _PROBE = (208, 768, 768)
-_ROUNDS = 5
 # Rows of the timed GEMMs, and the limit below which the timing of few rows decides.
 _MANY_ROWS, _FEW_ROWS, _FEW = 400, 16, 64
 
@@ -64,26 +60,9 @@ def why_not() -> str | None:
         wanted = reference.linear(reference.as_int8(x), reference.as_int8(weight), None)
         if not host.number((found - wanted).abs().max()) <= 1e-4 * host.number(wanted.abs().max()):
             return "sums of bytes are cut off by this processor, which lacks VNNI instructions"
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            bytes_s, fp32_s = (
-                _seconds(product)
-                for product in (lambda: _onednn_linear(x, weight, None), lambda: torch.nn.functional.linear(x, weight))
-            )
-        finally:
-            torch.set_num_threads(threads)
-    return None if bytes_s < fp32_s else "products of bytes are slower than those of float32 on this processor"
-
-
-def _seconds(product: Callable[[], Tensor]) -> float:
-    """The best processor time of several calls."""
-    best = float("inf")
-    for _ in range(_ROUNDS):
-        start = time.thread_time()
-        product()
-        best = min(best, time.thread_time() - start)
-    return best
+        seconds, _ = thread_seconds({"int8": _onednn_linear, "fp32": torch.nn.functional.linear}, (x, weight, None))
+    faster = seconds["int8"] < seconds["fp32"]
+    return None if faster else "products of bytes are slower than those of float32 on this processor"
 
 
 def pays(operation: str, x: Tensor, weight: Tensor) -> bool:
@@ -100,14 +79,14 @@ def _pays(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) -> bool
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, norm: Norm | None = None) -> Tensor:
     """`x W^T + b` for x `[..., K]`, or of its LayerNorm, weight `[M, K]`; the result in the dtype of x."""
-    if _library(x, weight) == "llvm":
+    if _library(x.dtype, weight) == "llvm":
         return _compiled_linear(x, weight, bias, norm=norm)
     return _onednn_linear(x if norm is None else reference.layer_norm(x, *norm), weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`gelu(x W^T + b)`, erf form."""
-    if _library(x, weight) == "llvm":
+    if _library(x.dtype, weight) == "llvm":
         return _compiled_linear(x, weight, bias, gelu=True)
     return torch.ops.aten.gelu_(_onednn_linear(x, weight, bias))
 
@@ -115,13 +94,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor | None) -> Tensor:
     """`residual + gamma · (x W^T + b)`. LayerScale is a factor of the weight's scales."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight.shape[0])
-    if _library(x, weight) == "llvm":
+    if _library(x.dtype, weight) == "llvm":
         return Prepared.of(weight, bias, gamma)(rows, sums).view(residual.shape)
-    out = torch.empty_like(sums)
     packed, wide = _factors(weight, bias, gamma)
     levels, steps = _quantised(rows, x.dtype)
-    _add_branch(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide, sums, out)
-    return out.view(residual.shape)
+    out = _rescaled(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide).add_(sums)
+    return out.to(residual.dtype).view(residual.shape)
 
 
 def mlp_residual(
@@ -137,7 +115,7 @@ def mlp_residual(
 ) -> Tensor:
     """`residual + gamma · (gelu(norm(x) W1^T + b1) W2^T + b2)`, a slice of rows at a time; the hidden layer is fp32."""
     rows, sums = x.reshape(-1, x.shape[-1]), residual.reshape(-1, weight_out.shape[0])
-    if _library(x, weight_in) == _library(x, weight_out) == "llvm":
+    if _library(x.dtype, weight_in) == _library(x.dtype, weight_out) == "llvm":
         first, second = Prepared.of(weight_in, bias_in), Prepared.of(weight_out, bias_out, gamma)
         return prepared_mlp(first, second, rows, sums, norm=norm).view(residual.shape)
     out = torch.empty_like(sums)
@@ -148,14 +126,10 @@ def mlp_residual(
     for start in range(0, len(rows), max(1, length)):
         part = slice(start, start + length)
         levels, steps = _quantised(rows[part], x.dtype)
-        hidden = _product(levels, packed, ZERO_BYTE, torch.float32)
-
-        def activated(block: slice, hidden: Tensor = hidden, steps: Tensor = steps) -> Tensor:
-            return torch.ops.aten.gelu_(_rescaled(hidden[block], steps[block], wide))
-
-        levels, steps = _quantised(hidden, torch.float32, activated)
+        hidden = _rescaled(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide)
+        levels, steps = _quantised(torch.ops.aten.gelu_(hidden), torch.float32, gelu=True)
         product = _product(levels, second[0], GELU_ZERO_BYTE, torch.float32)
-        _add_branch(product, steps, second[1], sums[part], out[part])
+        out[part] = _rescaled(product, steps, second[1]).add_(sums[part])
     return out.view(residual.shape)
 
 
@@ -168,7 +142,9 @@ class Prepared(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> Prepared:
         """`gamma · (x W^T + b)`."""
-        panels = _panels(weight)
+        from .llvm.linear import in_panels
+
+        panels = derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
         steps, wide = _times_gamma(panels.steps, weight, bias, gamma)
         return cls(panels._replace(steps=steps), wide)
 
@@ -218,17 +194,13 @@ def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Ca
 
 def compiled(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
     """True where the compiled kernel is the fastest for a number of rows, a dtype and all these weights."""
-    return all(_library_of(dtype, weight) == "llvm" for weight in weights) and all(
+    return all(_library(dtype, weight) == "llvm" for weight in weights) and all(
         _pays(each, rows, dtype, weights[0]) for each in _LAYERS
     )
 
 
-def _library(x: Tensor, weight: Tensor) -> str:
-    """The int8 implementation for weights of this shape."""
-    return _library_of(x.dtype, weight)
-
-
-def _library_of(dtype: torch.dtype, weight: Tensor) -> str:
+def _library(dtype: torch.dtype, weight: Tensor) -> str:
+    """The int8 implementation for activations of this dtype and weights of this shape."""
     outputs, inputs = weight.shape
     if dtype not in (torch.float32, torch.bfloat16) or not llvm.fits(outputs, inputs, torch.int8):
         return "onednn"
@@ -250,13 +222,6 @@ def _compiled_linear(
     return made.view(*x.shape[:-1], weight.shape[0])
 
 
-def _panels(weight: Tensor) -> Panels:
-    """An int8 weight in panels."""
-    from .llvm.linear import in_panels
-
-    return derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
-
-
 class _Packed(NamedTuple):
     """An int8 weight `[K, M]` in oneDNN's layout, with fp32 scales `[M]`, and zero points `[M]`."""
 
@@ -267,26 +232,20 @@ class _Packed(NamedTuple):
 
 def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """An int8 weight `[M, K]`, and the step of each row."""
-    rows, width = weight.shape
-    levels, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
-    # In blocks of rows: their doubles stay in cache.
-    for start in range(0, rows, _block_length(width)):
-        block = slice(start, start + _block_length(width))
-        dense = weight.detach()[block].float()
-        scales[block] = reference.int8_steps(dense.abs().amax(1), torch.float32)
-        levels[block] = (dense.double() * scales[block].reciprocal()[:, None]).round_()
-    return levels, scales
-
-
-def _pack(weight: Tensor) -> _Packed:
-    levels, scales = _levels(weight)
-    tensor = torch.ops.onednn.qlinear_prepack(levels, None)
-    return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
+    dense = weight.detach().float()
+    scales = reference.int8_steps(dense.abs().amax(1), torch.float32)
+    return (dense.double() * scales.reciprocal()[:, None]).round_().to(torch.int8), scales
 
 
 def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:
     """An int8 weight and its fp32 bias, both times gamma."""
-    packed = derived("int8", (weight,), lambda: _pack(weight))
+
+    def pack() -> _Packed:
+        levels, scales = _levels(weight)
+        tensor = torch.ops.onednn.qlinear_prepack(levels, None)
+        return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
+
+    packed = derived("int8", (weight,), pack)
     scales, wide = _times_gamma(packed.scales, weight, bias, gamma)
     return packed._replace(scales=scales), wide
 
@@ -314,48 +273,15 @@ def _rescaled(product: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
     return product.mul_(steps) if bias is None else torch.addcmul(bias.to(product.dtype), product, steps, out=product)
 
 
-def _add_branch(product: Tensor, steps: Tensor, bias: Tensor | None, sums: Tensor, out: Tensor) -> None:
-    """`sums + product · steps + bias`, rounded once; the product is overwritten."""
-    length = _block_length(product.shape[1])
-    for start in range(0, len(sums), length):
-        block = slice(start, start + length)
-        residual = sums[block]
-        if residual.dtype != product.dtype:
-            residual = scratch("int8 block", tuple(residual.shape), product.dtype).copy_(residual)
-        out[block] = _rescaled(product[block], steps[block], bias).add_(residual)
-
-
-def _block_length(width: int) -> int:
-    return max(1, _BLOCK * torch.get_num_threads() // width)
-
-
-def _quantised(
-    rows: Tensor, dtype: torch.dtype, of_gelu: Callable[[slice], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]` as uint8, and their steps `[n, 1]` in `dtype`; `of_gelu` computes a block of GELU rows in fp32.
-
-    A block of rows at a time, which stays in a core's cache from the first pass over it to the last.
-    """
-    n, width = rows.shape
-    shift = torch.full((width,), NO_FRACTIONS + (GELU_ZERO_BYTE if of_gelu else ZERO_BYTE))
-    levels, steps = scratch("int8", (n, width), torch.uint8), torch.empty(n, 1, dtype=dtype)
-    length = _block_length(width)
-    for start in range(0, n, length):
-        block = slice(start, start + length)
-        if of_gelu:
-            values = place = of_gelu(block)
-            largest = values.amax(1, keepdim=True)
-        else:
-            values = rows[block]
-            place = scratch("int8 block", (values.shape[0], width), torch.float32)
-            if values.dtype != torch.float32:
-                # Operands of two types would be converted one by one.
-                values = place.copy_(values)
-            largest = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
-        step = reference.int8_steps(largest, dtype, gelu=of_gelu is not None)
-        torch.addcmul(shift, values, step.float().reciprocal(), out=place)
-        levels[block], steps[block] = place.view(torch.int32), step
-    return levels, steps
+def _quantised(rows: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows `[n, K]`, of a GELU or any, as uint8, and their steps `[n, 1]` in `dtype`."""
+    values = rows.float()
+    largest = values.amax(1, keepdim=True)
+    if not gelu:
+        largest = torch.maximum(largest, values.amin(1, keepdim=True).neg_())
+    step = reference.int8_steps(largest, dtype, gelu=gelu)
+    shift = torch.full((), NO_FRACTIONS + (GELU_ZERO_BYTE if gelu else ZERO_BYTE))
+    return torch.addcmul(shift, values, step.float().reciprocal()).view(torch.int32).to(torch.uint8), step
 
 
 def _example(

@@ -1,26 +1,22 @@
 """Cross-entropy over a vocabulary on CPU, without the logits of all rows: forward and backward.
 
-The GEMM of rows and vocabulary is the whole cost, so there are two arrangements:
-
-- `linear_cross_entropy_forward` knows the weight of every row in the loss, so it turns each block of logits into its
-  gradient while the block is in cache: three GEMMs, as in eager mode. It saves the gradients themselves; for few rows,
-  with logits smaller than the vocabulary's gradient, it saves the gradient of the logits, and the backward runs
-  the last GEMM. A block is some rows and the whole vocabulary, in slices.
-- `token_log_likelihood_forward` does not know the gradient of its rows. It saves two numbers per row, and the backward
-  recomputes the logits: four GEMMs, and blocks of one slice of the vocabulary.
+`linear_cross_entropy_forward` turns each block of logits into its gradient while the block is in cache: three GEMMs, as
+in eager mode. It saves the gradients themselves; for few rows, the gradient of the logits, and the backward runs the
+last GEMM. `token_log_likelihood_forward` does not know the gradient of its rows: it saves two numbers per row, and the
+backward recomputes the logits, one slice of the vocabulary at a time: four GEMMs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks, host
+from ..checks import Needs, RowStatistics, Vocabulary
 from .selection import Race, operands, register, select
 from .workspace import scratch
 
@@ -35,36 +31,17 @@ _TILE = 1 << 18
 _ROUNDED_BLOCKS = 4
 _ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
-Needs = Sequence[bool]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class RowStatistics(NamedTuple):
-    """The normaliser of a row's softmax in two parts, which keeps its digits where logits are large."""
-
-    maximum: Tensor
-    """`[M]` largest logit."""
-    log_sum: Tensor
-    """`[M]` `log Σ exp(logit - maximum)`."""
-
-
-def linear_cross_entropy_forward(
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    needs: Needs = (True, True, True),
-    dlogits: Tensor | None = None,
-) -> tuple[Tensor, Gradients]:
+def linear_cross_entropy_forward(a: Vocabulary, dlogits: Tensor | None = None) -> tuple[Tensor, Gradients]:
     """Mean loss (at least fp32) and its gradients (dh, dw, db) as selected by `needs`, None for the others.
 
-    h `[..., K]`, w `[V, K]`, b `[V]`, target `[...]`. With `dlogits` `[rows, V]` from `logits_gradient`, the gradient
-    of the logits is written there for `vocabulary_gradient`, and dw is None. Working memory: about 60 MB of logits, and
-    an fp32 `[V, K]` if dw in half precision sums more than four blocks of rows. IndexError for a target outside the
-    vocabulary.
+    With `dlogits` `[rows, V]` from `logits_gradient`, the gradient of the logits is written there for
+    `vocabulary_gradient`, and dw is None. Working memory: about 60 MB of logits, and an fp32 `[V, K]` if dw in half
+    precision sums more than four blocks of rows. IndexError for a target outside the vocabulary.
     """
+    h, w, b, target, ignore_index, label_smoothing, needs = a
     rows, targets, kept = _counted_rows(h, target, w.shape[0], ignore_index)
     weight = 1 / max(rows.shape[0], 1)
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
@@ -126,22 +103,12 @@ def _slice_of(dlogits: Tensor, rows: int, part: slice) -> Tensor:
     return dlogits.view(-1)[rows * part.start : rows * part.stop].view(rows, part.stop - part.start)
 
 
-def linear_cross_entropy_backward(dloss: Tensor, gradients: Gradients) -> Gradients:
-    """The saved gradients times `dloss`, a scalar; unchanged for 1."""
-    if host.number(dloss) == 1:
-        return gradients
-    dh, dw, db = (None if g is None else g * dloss.to(g.dtype) for g in gradients)
-    return dh, dw, db
-
-
-def token_log_likelihood_forward(
-    h: Tensor, w: Tensor, b: Tensor | None, target: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, RowStatistics]:
+def token_log_likelihood_forward(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
     """`log softmax(h w^T + b)[target]` `[...]` per row, at least fp32, and the statistics for the backward pass.
 
-    h `[..., K]`, w `[V, K]`, b `[V]`, target `[...]`; one GEMM, in the memory of a slice of logits. IndexError for a
-    target outside the vocabulary.
+    One GEMM, in the memory of a slice of logits. IndexError for a target outside the vocabulary.
     """
+    h, w, b, target, ignore_index, *_ = a
     checks.check_targets(target, w.shape[0], ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
     dtype = torch.promote_types(h.dtype, torch.float32)
@@ -159,19 +126,11 @@ def token_log_likelihood_forward(
     return out.view(target.shape), RowStatistics(maximum, log_sum)
 
 
-def token_log_likelihood_backward(
-    dout: Tensor,
-    h: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    statistics: RowStatistics,
-    ignore_index: int = -100,
-    needs: Needs = (True, True, True),
-) -> Gradients:
+def token_log_likelihood_backward(dout: Tensor, a: Vocabulary, statistics: RowStatistics, needs: Needs) -> Gradients:
     """(dh, dw, db), None where not needed; `dout` `[...]` is the gradient of every row's log-likelihood."""
+    h, w, b, target, *_ = a
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
-    coefficients = -dout.reshape(-1).to(statistics.maximum.dtype).masked_fill(targets == ignore_index, 0)
+    coefficients = -dout.reshape(-1).to(statistics.maximum.dtype).masked_fill(targets == a.ignore_index, 0)
     blocks = _row_blocks(rows, _SLICE)
     gradients = _Accumulators(rows, w, b, needs, len(blocks), 1.0)
     slices = _vocabulary_slices(w.shape[0]) if any(needs) else []

@@ -1,17 +1,11 @@
 """Autotuning on CPU: the fastest of several equivalent implementations, verified and timed once per process.
 
-PyTorch sends fp32 GEMMs to MKL, which is best on some processors and half as fast as oneDNN on others; no flag
-distinguishes them. So the candidates are timed in interleaved rounds on a GEMM of the model's width, with the weight in
-memory as in a model: a parameter argument is another copy at each call. A candidate that fails, is missing from this
-PyTorch, or is less accurate than the first is dropped.
+The candidates are timed in interleaved rounds on a GEMM of the model's width, with the weight in memory as in a model:
+a parameter argument is another copy at each call. A candidate that fails, is missing from this PyTorch, or is less
+accurate than the first is dropped. The clock is the processor time of one thread, which interruptions do not move.
 
-Candidates round differently, and the fastest of close ones may change from process to process. A file from `xfm-fast
-tune --cpu`, named by XFM_CPU_CHOICES, fixes them for every process on the same processor. Under
-`torch.use_deterministic_algorithms(True)` there is no timing: the file decides, or else the first candidate runs, so
-that results repeat to the bit from process to process.
-
-The clock is the processor time of one thread: on a busy machine wall time measures interruptions, and two threads wait
-for each other's.
+Candidates round differently. A file from `xfm-fast tune --cpu`, named by XFM_CPU_CHOICES, fixes them for every process
+on the same processor; under `torch.use_deterministic_algorithms(True)` without it, the first candidate runs.
 """
 
 from __future__ import annotations
@@ -116,6 +110,11 @@ def register(operation: str, race: Race, *, any_size: bool = False) -> None:
         RACES[operation + _ODD] = race._replace(candidates=others)
 
 
+def races() -> dict[str, Race]:
+    """The operations of this machine by name, of the modules that are imported: `kernels.ops` imports all."""
+    return {name: race for name, race in RACES.items() if len(race.candidates) > 1 and race.why_not() is None}
+
+
 def operands(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Normal random numbers for an example, always the same."""
     generator = torch.Generator().manual_seed(0)
@@ -178,14 +177,12 @@ def _among(operation: str, race: Race, dtype: torch.dtype) -> Selection | None:
 
 def processor() -> str:
     """The processor by the system's name for it, on Linux with family and model, since names are ambiguous."""
-    facts: dict[str, str] = {}
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    for line in reversed(lines):
-        key, _, value = line.partition(":")
-        facts[key.strip()] = value.strip()
+    pairs = (line.partition(":") for line in reversed(lines))
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
     parts = [facts.get("model name", platform.machine())]
     parts += [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
     return ", ".join(parts)
@@ -278,7 +275,7 @@ def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:
                 rejected[name] = f"relative error {error:.1e} exceeds {allowed:.1e}"
         seconds, noise = {trusted_name: float("nan")}, 0.0
         if len(usable) > 1:
-            seconds, noise = _thread_seconds(usable, arguments)
+            seconds, noise = thread_seconds(usable, arguments)
     return Selection(operation, dtype, _fastest(seconds, noise), seconds, rejected, noise=noise)
 
 
@@ -291,7 +288,7 @@ def _fastest(seconds: dict[str, float], noise: float = 0.0) -> str:
     return first if (1 + noise) * worth[first] < seconds[trusted] else trusted
 
 
-def _thread_seconds(
+def thread_seconds(
     candidates: dict[str, Callable[..., Tensor]], arguments: tuple[Any, ...]
 ) -> tuple[dict[str, float], float]:
     """The best processor time of each candidate on one thread, and the spread of the two best rounds."""

@@ -199,7 +199,11 @@ def plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...]) -> Plan:
         # In packed order, so that neighbours of one length are one slice.
         members = sorted(order[start:stop])
         queries, keys = _side(members, bounds_q), _side(members, bounds_k)
-        groups.append(Group(queries, keys, _mask(keys)))
+        mask = None
+        if keys.slots is not None:
+            mask = torch.full((keys.sequences, 1, 1, keys.longest), -torch.inf)
+            mask.view(-1)[keys.slots] = 0
+        groups.append(Group(queries, keys, mask))
         start = stop
     return Plan(groups, any(n and not m for n, m in lengths), any(m and not n for n, m in lengths))
 
@@ -218,11 +222,3 @@ def _side(members: list[int], bounds: tuple[int, ...]) -> Side:
         rows += [*range(start, end), *[start] * (longest - end + start)]
     # One tensor at the end: a plan is made for every batch of new lengths, and a tensor for each sequence shows there.
     return Side(len(members), longest, torch.tensor(rows), None if uniform else torch.tensor(slots))
-
-
-def _mask(keys: Side) -> Tensor | None:
-    if keys.slots is None:
-        return None
-    mask = torch.full((keys.sequences, 1, 1, keys.longest), -torch.inf)
-    mask.view(-1)[keys.slots] = 0
-    return mask

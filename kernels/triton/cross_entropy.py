@@ -4,9 +4,8 @@ The library multiplies a block of rows with a slice of the vocabulary into one b
 second-level cache, and one kernel passes over it: the forward folds the slice into the running softmax of every row,
 the backward computes the slice again and replaces it by its gradient, which two more products consume.
 
-So a row keeps two numbers, and forward and backward take four products instead of three. Keeping the gradients instead,
-as the CPU path does, would save the fourth; but here products are cheap and memory traffic is not: several blocks of
-rows would each add an fp32 `[V, K]` to the last one's. A slice of dw is written once, from all rows.
+So a row keeps two numbers, and forward and backward take four products instead of three, the CPU path's: here products
+are cheap, and fp32 gradients of the vocabulary from several blocks of rows are not. A slice of dw is written once.
 """
 
 # Triton's stubs know neither launch options nor that a constant is passed as a plain number.
@@ -14,30 +13,20 @@ rows would each add an fp32 `[V, K]` to the last one's. A slice of dw is written
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import Vocabulary
+from ..checks import Needs, RowStatistics, Vocabulary
 from .launch import LaunchConfig, launch_options, multiprocessors
 from .rows import row_spec
 
-Needs = tuple[bool, ...]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # Columns of a slice, and bytes of a block of it: half of an H100's or A100's second-level cache.
 _SLICE = 8192
 _BUFFER_BYTES = 24 << 20
-
-
-class RowStatistics(NamedTuple):
-    """The normaliser of a row's softmax in two parts, which keeps its digits where logits are large; `[M]` fp32."""
-
-    maximum: Tensor
-    log_sum: Tensor
 
 
 @triton.jit

@@ -4,7 +4,7 @@ A table is `kernels/tuning/sm_<arch>.json`:
 
     {"relpos_forward": {"bf16/64": {"tiles": {"BLOCK_M": 128, "BLOCK_N": 64}, "num_warps": 8, "num_stages": 3}}}
 
-The number is the head dimension of an attention kernel, or the row width of any other. There is no run-time tuning.
+The number is the head dimension. There is no run-time tuning.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _tuned(arch: int) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def tuned_config(kernel: str, size: int, dtype: str, arch: int) -> LaunchConfig | None:
-    """The entry of the architecture's table for a kernel and its head dimension or width of rows, if there is one."""
+    """The entry of the architecture's table for a kernel and its head dimension, if there is one."""
     row = _tuned(arch).get(kernel, {}).get(f"{dtype}/{size}")
     if row is None:
         return None

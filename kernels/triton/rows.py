@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import LARGEST_FP8
-from .launch import KernelSpec, LaunchConfig, Variant, launch_options, multiprocessors, tuned_config
+from .launch import KernelSpec, LaunchConfig, Variant, launch_options, multiprocessors
 
 # Programs of a first stage: enough to fill a device, few enough for their partial sums to be little of the traffic.
 _PROGRAMS_PER_PROCESSOR = 4
@@ -35,15 +35,13 @@ def row_spec(
     constants: Callable[[Variant], dict[str, Any]] = lambda variant: {},
     **options: Any,
 ) -> KernelSpec:
-    """A kernel over rows of WIDTH elements, whose tiles are tuned for the width or follow from it."""
+    """A kernel over rows of WIDTH elements, whose tiles follow from the width."""
     fields = {*kernel.arg_names}
     return KernelSpec(
         name=name,
         kernel=kernel,
         variants=variants,
-        config=lambda variant, dtype, arch: (
-            tuned_config(name, variant["width"], dtype, arch) or heuristic(variant["width"])
-        ),
+        config=lambda variant, dtype, arch: heuristic(variant["width"]),
         constants=lambda variant, dtype, config: {
             name: value for name, value in {"WIDTH": variant["width"], **constants(variant)}.items() if name in fields
         },

@@ -18,7 +18,7 @@ from xfm_fast.cli.app import app
 from xfm_fast.cli.options import RENAMED, modernised
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import selection
-from xfm_fast.kernels.cpu.races import races
+from xfm_fast.kernels.cpu.selection import races
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,12 +142,12 @@ def test_former_names_are_today_s_with_a_warning() -> None:
     ("arguments", "part"),
     [
         (["inof"], '"info"'),
-        (["tune", "--dtype", "fp61"], '"fp16"'),
+        (["convert", "absent.th", "out", "--to", "onnx"], '"official"'),
         (["convert", "absent.th", "out"], "absent.th"),
         (["convert", "a", "b", "c"], '"c"'),
         (["convert", "a", "b", "--image-size"], "--image-size"),
         (["convert", "a", "b", "--image-size", 10**18], "16384"),
-        (["audit", "--jobs", "2.5"], '"2.5"'),
+        (["data", "shapes", "out", "--train", "2.5"], '"2.5"'),
         (["audit", "--arch", "90,ninety"], '"ninety"'),
         (["data", "check", "a", "--task", "text", "--tolerate-bad", "2"], "--tolerate-bad"),
         (["data", "shapes"], "OUT"),

@@ -1,18 +1,10 @@
 """When a fast operation is accurate enough: judged by fp64 and by what plain PyTorch reaches in the same precision.
 
-How much rounding costs is chance: another library, another processor or another number of threads sums in another
-order and errs elsewhere. So nothing here compares one draw with one draw. Plain PyTorch is asked several times, with
-products summed by its library and then one term after the other in several random orders, which is what any library may
-do; and the errors of all those draws say how far a result may be from the truth.
-
-`found` passes when both hold:
-
-- its root-mean-square error is at most twice that of the worst draw. A mean over few entries is itself chance, so the
-  factor grows with the quantile of a mean of n squares, from 2 for many entries to 12 for a single one.
-- its worst entry errs at most twice as much as the worst entry of the draws, or as the largest of n normal errors of
-  that root mean square may: entries of very unlike size are covered by the former, few entries by the latter.
-
-Both allow a few roundings of the result itself, for those that plain PyTorch happens to hit exactly.
+How much rounding costs is chance: any library may sum in another order. So plain PyTorch runs several times, with GEMMs
+summed by its library and then term by term in random orders. `found` passes when its root-mean-square error is at most
+twice that of the worst draw, times the quantile of a mean of n squares (2 for many entries, 12 for a single one), and
+its worst entry errs at most twice as much as the worst of the draws, or as the largest of n normal errors may. Both
+allow a few roundings of the result itself, for results that plain PyTorch hits exactly.
 """
 
 from __future__ import annotations
@@ -101,13 +93,9 @@ def assert_as_accurate(found: Tensor, definition: Callable[..., Tensor], *argume
 
 
 def assert_accurate(found: Tensor, plain: Sequence[Tensor], truth: Tensor, name: str) -> None:
-    """The same of results that are at hand.
+    """`found` is as accurate as `plain`, the `draws` of plain PyTorch in its precision, by `truth`, the same in fp64.
 
-    Args:
-        found: what is judged.
-        plain: the `draws` of plain PyTorch in the same precision.
-        truth: plain PyTorch in fp64. Where it is not finite, `found` has to be the same infinity or NaN.
-        name: what is compared, for the message.
+    Where the truth is not finite, `found` has to be the same infinity or NaN; `name` is for the message.
     """
     assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}"
     assert found.shape == truth.shape, f"{name}: shape {[*found.shape]} instead of {[*truth.shape]}"

@@ -13,7 +13,7 @@ from tests.kernels.accuracy import assert_accurate, draws, widened
 from xfm_fast.kernels import ops
 
 Arguments = dict[str, Any]
-ATTENTION = ("aten", "tiled", "exp2", "onednn", "llvm")
+ATTENTION = ("aten", "tiled", "exp2", "llvm")
 LINEAR = ("aten", "onednn", "onednn-packed", "transposed", "llvm")
 LOSS = ("aten", "onednn")
 
@@ -260,3 +260,79 @@ CASES: dict[str, Case] = {
     ),
     "token_log_likelihood": Case(ops.token_log_likelihood, _vocabulary, LOSS, autocast=torch.float32),
 }
+
+
+# Cases of given sizes: what Triton kernels are compiled and tested for.
+
+
+def window(height: int, width: int, batch: int, heads: int, head_dim: int) -> Case:
+    """Self-attention of a window with a class token."""
+    rows = (2 * height - 1) * (2 * width - 1) + 3
+    shapes = dict.fromkeys("qkv", (batch, 1 + height * width, heads, head_dim)) | {"table": (rows, heads)}
+    return Case(partial(ops.relpos_attention, window=(height, width)), lambda _: shapes)
+
+
+def biased(
+    batch: int, entries: int, queries: int, keys: int, heads: int, head_dim: int, *, masked: bool = False
+) -> Case:
+    """Attention with a bias that `entries` of the batch do not share, and its logsumexp."""
+    shapes: Arguments = dict.fromkeys("kv", (batch, keys, heads, head_dim))
+    shapes |= {"q": (batch, queries, heads, head_dim), "bias": (entries, heads, queries, keys)}
+    if masked:
+        shapes["key_mask"] = torch.arange(batch * keys).view(batch, keys) % 5 < 3
+    return Case(partial(ops.bias_attention, return_lse=True), lambda _: shapes)
+
+
+def packed(
+    queries: Sequence[int], keys: Sequence[int], heads: int, head_dim: int, key_mask: Tensor | None = None
+) -> Case:
+    """Attention of sequences of these lengths."""
+    shapes: Arguments = dict.fromkeys("kv", (sum(keys), heads, head_dim)) | {"q": (sum(queries), heads, head_dim)}
+    shapes |= {"cu_seqlens_q": offsets(*queries), "cu_seqlens_k": offsets(*keys), "key_mask": key_mask}
+    return Case(ops.varlen_attention, lambda _: shapes | {"max_q": max(queries), "max_k": max(keys)})
+
+
+def norm(*shape: int, scaled: bool = False) -> Case:
+    """A residual sum with its norm."""
+    width = shape[-1]
+    shapes: Arguments = {"x": shape, "residual": shape, "weight": (width,), "bias": (width,)}
+    if scaled:
+        shapes |= {"gamma": (width,), "row_scale": (torch.arange(shape[0]) % 3) / 2}
+
+    def call(row_scale: Tensor | None = None, **given: Any) -> Any:
+        scale = None if row_scale is None else row_scale.to(given["x"].dtype)
+        return ops.add_layer_norm(**given, eps=1e-5, row_scale=scale)
+
+    return Case(call, lambda _: shapes)
+
+
+def embedding(count: int, width: int, padding: int | None) -> Case:
+    """More tokens than entries, long runs, and entries that no token has."""
+    tokens = torch.arange(count) * 7 % 9
+    tokens[: count // 2] = 3
+    shapes = {"tokens": tokens, "positions": torch.arange(count) % 5, "word": (12, width), "position": (6, width)}
+    return Case(
+        partial(ops.embed_layer_norm, eps=1e-5, padding_idx=padding),
+        lambda _: shapes | dict.fromkeys(("type_row", "weight", "bias"), (width,)),
+    )
+
+
+def vocabulary(operation: Any, rows: int, width: int, size: int, ignored: int = -100, **options: Any) -> Case:
+    """A loss over a vocabulary, some of whose rows do not count."""
+    target = torch.arange(rows) * 7 % size
+    target[2::5] = ignored
+    shapes = {"h": (rows, width), "w": (size, width), "b": (size,), "target": target}
+    return Case(partial(operation, ignore_index=ignored, **options), lambda _: shapes)
+
+
+def activation(rows: int, width: int, *, bias: bool = True) -> Case:
+    """A linear layer with its GELU."""
+    shapes = {"x": (rows, 24), "weight": (width, 24), "bias": (width,) if bias else None}
+    return Case(ops.linear_gelu, lambda _: shapes)
+
+
+def last_key_masked(*lengths: int) -> Tensor:
+    """Of keys every third, and all of the second sequence's."""
+    mask = torch.arange(sum(lengths)) % 3 != 1
+    mask[lengths[0] : lengths[0] + lengths[1]] = False
+    return mask

@@ -1,7 +1,7 @@
 """Every library in its turn, whichever this machine runs faster; and Triton kernels interpreted or compiled.
 
 Every test of a module `test_triton_*` exists twice: interpreted, on a machine without a GPU, and compiled, marked
-`gpu`. There the types that it is parametrised by include bf16, whose sums and products the interpreter gets wrong.
+`gpu`. Only there kernels are tested in bf16, whose sums and products the interpreter gets wrong.
 """
 
 from __future__ import annotations
@@ -49,38 +49,11 @@ def each_library(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("library", names or LIBRARIES, indirect=True)
 
 
-def _on_triton(metafunc: pytest.Metafunc) -> bool:
-    return metafunc.module.__name__.rpartition(".")[2].startswith("test_triton_")
-
-
-def _with_bf16(mark: pytest.Mark) -> pytest.Mark:
-    """A parametrisation over `dtype` with bf16 on a GPU; any other as it is."""
-    if mark.name != "parametrize" or mark.args[0] != "dtype" or torch.bfloat16 in mark.args[1]:
-        return mark
-    added, options = pytest.param(torch.bfloat16, marks=pytest.mark.gpu), dict(mark.kwargs)
-    if options.get("ids") is not None and not callable(options["ids"]):
-        options["ids"] = [*options["ids"], "bf16"]
-    return pytest.mark.parametrize("dtype", [*mark.args[1], added], **options).mark
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs before pytest reads the marks, so that a test names its types once and need not know of GPUs."""
-    if _on_triton(metafunc):
-        metafunc.definition.own_markers[:] = map(_with_bf16, metafunc.definition.own_markers)
+    """Triton tests run interpreted, and compiled."""
+    if metafunc.module.__name__.rpartition(".")[2].startswith("test_triton_"):
         ways = ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)]
         metafunc.parametrize("execution", ways, indirect=True)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what would be bf16 in the interpreter: it is there for GPUs only."""
-
-    def meant(item: pytest.Item) -> bool:
-        way = item.callspec.params.get("execution") if hasattr(item, "callspec") else None  # pyright: ignore[reportAttributeAccessIssue]
-        return way != "interpreted" or item.get_closest_marker("gpu") is None
-
-    items[:] = filter(meant, items)
 
 
 @pytest.fixture(autouse=True)

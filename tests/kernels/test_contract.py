@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -15,29 +15,34 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
-from torch.autograd import forward_ad
-from torch.export import Dim, export
+from torch.export import export
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-from tests.kernels.accuracy import assert_accurate, assert_as_accurate, draws
-from tests.kernels.cases import CASES, Arguments, converted, leaves, offsets, results, run
+from tests.kernels.accuracy import assert_accurate, draws
+from tests.kernels.cases import CASES, Arguments, converted, leaves, results, run
 from tests.kernels.triton_testing import HAS_TRITON
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import backend as backends
 from xfm_fast.kernels import checks, ops, reference
 from xfm_fast.kernels.backend import resolve
-from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.varlen import plan_of
 
 NAN = math.nan
 BACKENDS: tuple[ops.Backend, ...] = ("auto", "reference", *(("triton",) if HAS_TRITON else ()))
 each_case = pytest.mark.parametrize("name", CASES)
-# Compilers and transforms see one case of every operation in the quick suite.
-each_operation = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "," in name else name for name in CASES]
-)
+
+
+def quick(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Every case, of which these are in the quick suite."""
+    return pytest.mark.parametrize(
+        "name", [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    )
+
+
+each_operation = quick([name for name in CASES if "," not in name])
+# Operators of each kind: with lists, options, several results, and symbolic sizes.
+each_compiled = quick(["relpos", "varlen", "add_layer_norm", "joined_linear", "layer_norm_mlp", "linear_cross_entropy"])
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -73,7 +78,7 @@ def test_results_and_gradients_are_as_accurate_as_plain_pytorch(
         assert_accurate(ours, [each[i] for each in plain], true, f"result {i}")
 
 
-@each_case
+@each_operation
 @each_backend
 def test_no_rows(name: str, backend: ops.Backend) -> None:
     runnable(name, backend)
@@ -81,7 +86,7 @@ def test_no_rows(name: str, backend: ops.Backend) -> None:
     assert all(t.isfinite().all() for t in found)
 
 
-@each_case
+@each_operation
 def test_gradients_of_one_argument_are_those_of_all(name: str) -> None:
     arguments = CASES[name].arguments(grad=True)
     every = run(CASES[name], arguments)
@@ -100,7 +105,7 @@ def _strided(value: Any) -> Any:
     return wide[..., 0].requires_grad_(value.requires_grad)
 
 
-@each_case
+@each_operation
 @each_backend
 def test_no_argument_need_be_contiguous(name: str, backend: ops.Backend) -> None:
     runnable(name, backend)
@@ -112,18 +117,11 @@ def test_no_argument_need_be_contiguous(name: str, backend: ops.Backend) -> None
     assert all(map(torch.equal, leaves(views), before)), "an operation wrote to its arguments"
 
 
-@each_case
-def test_the_same_bits_twice(name: str) -> None:
-    first, second = (run(CASES[name], CASES[name].arguments(grad=True)) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
-@each_case
+@each_operation
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_waits_for_a_device(name: str, backend: ops.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stops an accelerator is not called on CPU either, so a training step can be watched for it."""
     arguments = CASES[name].arguments(grad=True)
-    selection._selections.clear()
     plan_of.cache_clear()
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -135,7 +133,7 @@ def test_nothing_waits_for_a_device(name: str, backend: ops.Backend, monkeypatch
     torch.autograd.grad(found, leaves(arguments), [torch.ones_like(t) for t in found])
 
 
-@each_operation
+@each_compiled
 def test_one_compilation_serves_every_number_of_rows(name: str) -> None:
     made: list[Any] = []
 
@@ -190,19 +188,6 @@ def test_autocast(name: str) -> None:
 
 
 @each_operation
-def test_activation_checkpointing(name: str) -> None:
-    gradients = []
-    for call in (
-        CASES[name].operation,
-        lambda **given: checkpoint(CASES[name].operation, use_reentrant=False, **given),
-    ):
-        arguments = CASES[name].arguments(grad=True)
-        sum(t.square().sum() for t in results(call(**arguments))).backward()  # type: ignore[union-attr]
-        gradients.append([t.grad for t in leaves(arguments)])
-    assert all(map(torch.equal, *gradients))
-
-
-@each_case
 @each_backend
 def test_second_derivatives_are_refused(name: str, backend: ops.Backend) -> None:
     """And first ones that are asked for with a graph stay what they are."""
@@ -235,7 +220,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@each_operation
+@each_compiled
 def test_operators_keep_the_rules_of_pytorch(name: str) -> None:
     """Schemas, fakes, gradients and compilation of all operators that an operation calls, by `opcheck`."""
     arguments = CASES[name].arguments(grad=True)
@@ -247,13 +232,11 @@ def test_operators_keep_the_rules_of_pytorch(name: str) -> None:
         def fresh(value: Any, grad: bool = differentiable) -> Any:
             if isinstance(value, (list, tuple)):
                 return [fresh(each) for each in value]
-            return value.detach().clone().requires_grad_(grad and value.requires_grad) if _is_float(value) else value
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return value.detach().clone().requires_grad_(grad and value.requires_grad)
 
         opcheck(operator, tuple(map(fresh, given)))
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def test_every_operator_is_called_by_a_case() -> None:
@@ -270,7 +253,7 @@ def test_every_operator_is_called_by_a_case() -> None:
 
 
 @each_operation
-def test_transforms_and_forward_mode_see_the_reference(name: str) -> None:
+def test_transforms_see_the_reference(name: str) -> None:
     case = CASES[name]
     given, directions = (case.arguments(torch.float64, grad=True) for _ in range(2))
     names = [key for key, value in given.items() if isinstance(value, Tensor) and value.requires_grad]
@@ -286,66 +269,39 @@ def test_transforms_and_forward_mode_see_the_reference(name: str) -> None:
         torch.testing.assert_close(ours, right)
     slope = sum((g * d).sum() for g, d in zip(expected, ways, strict=True))
     torch.testing.assert_close(torch.func.jvp(loss, plain, ways)[1], slope)
-    with forward_ad.dual_level():
-        dual = loss(*map(forward_ad.make_dual, plain, ways))
-        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, slope)
-    with ops.use_backend("reference"):
-        first = torch.autograd.grad(loss(*wanted), wanted, create_graph=True)
-    second = torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, ways, strict=True)), wanted)
-    twice = torch.func.jvp(torch.func.grad(loss, tuple(range(len(names)))), plain, ways)[1]
-    for ours, right in zip(twice, second, strict=True):
-        torch.testing.assert_close(ours, right)
 
 
-# Arguments that do not fit: operations, changed arguments, and what the error has to name.
-_F16, _F64 = torch.float16, torch.float64
+# Arguments that do not fit: operations, changed arguments, and what the error names.
 
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
 
 
-def _qkv(value: Tensor) -> Arguments:
-    return dict.fromkeys("qkv", value)
-
-
 REFUSED: list[tuple[str, Arguments, str]] = [
     ("relpos", {"q": _random(16, 2, 32)}, r"q.*\[16, 2, 32\]"),
-    ("relpos", _qkv(_random(3, 16, 2, 0)), "heads"),
-    ("relpos", _qkv(torch.ones(3, 16, 2, 32, dtype=torch.long)), "int64"),
-    ("relpos|bias", {"k": _random(3, 16, 2, 32).to(_F16)}, r"float16|\[3, 16, 2, 32\]"),
-    *(("relpos", {"window": window}, "window") for window in ((3, 2), (-3, -5), 2)),
+    ("relpos", dict.fromkeys("qkv", _random(3, 16, 2, 0)), "heads"),
+    ("relpos|bias", {"k": _random(3, 16, 2, 32).half()}, r"float16|\[3, 16, 2, 32\]"),
+    *(("relpos", {"window": window}, "window") for window in ((-3, -5), 2)),
     ("relpos", {"table": _random(47, 2)}, r"table.*\[47, 2\].*\[48, 2\]"),
-    *(("relpos|bias|varlen", {"scale": scale}, f"scale={scale}") for scale in (NAN, math.inf, 0.0, -0.5)),
+    *(("relpos|bias|varlen", {"scale": scale}, f"scale={scale}") for scale in (NAN, 0.0)),
     ("relpos|bias", {"key_mask": torch.ones(3, 9)}, "key_mask.*float32"),
     ("bias", {"k": _random(3, 9, 3, 32)}, r"k.*\[3, 9, 3, 32\]"),
-    ("bias", {"bias": _random(1, 2, 9, 5)}, r"bias.*\[1, 2, 9, 5\]"),
     ("bias", {"bias": _random(2, 2, 5, 9)}, r"bias \[2, .*divisor of 3"),
     ("bias", {"bias": torch.ones(1, 2, 5, 9, dtype=torch.bool)}, "bias.*bool"),
-    ("bias", {"bias": _random(1, 2, 5, 9).to(_F64)}, "bias.*float64.*float32"),
     ("bias|varlen", {"seed": 3, "dropout_p": 0.1}, "seed=3"),
-    ("varlen", {"seed": torch.tensor([1.5]), "dropout_p": 0.1}, "seed.*float32"),
-    ("varlen", {"q": _random(1, 17, 2, 32)}, r"q.*\[1, 17, 2, 32\]"),
     ("varlen", {"k": _random(20, 2, 64), "v": _random(20, 2, 64)}, r"k.*\[20, 2, 64\]"),
     ("varlen", {"cu_seqlens_q": torch.tensor([0, 18, 4, 5, 17])}, "cu_seqlens_q"),
     ("varlen", {"cu_seqlens_k": torch.tensor([0, 6, 9, 9, 99]), "max_k": 95}, "cu_seqlens_k.* 99"),
     ("varlen", {"cu_seqlens_q": torch.tensor([1, 4, 4, 5, 17])}, "cu_seqlens_q.* 1 .*17"),
-    ("varlen", {"cu_seqlens_q": torch.tensor([0, 4, 4, 5, 17], dtype=torch.int16)}, "cu_seqlens_q.*int16"),
     ("varlen", {"cu_seqlens_k": torch.tensor([0, 20])}, r"cu_seqlens_k \[2\]"),
     ("varlen", {"max_q": 3}, "max_q=3.* 12"),
-    ("varlen", {"key_mask": torch.ones(7, dtype=torch.bool)}, r"key_mask.*\[7\].*\[20\]"),
-    *(
-        ("varlen|bias|add_layer_norm|linear_residual|mlp_residual", {"dropout_p": p}, f"dropout_p={p}")
-        for p in (1.0, NAN)
-    ),
+    ("varlen|bias|add_layer_norm|linear_residual|mlp_residual", {"dropout_p": NAN}, "dropout_p=nan"),
     ("add_layer_norm", {"residual": _random(5, 32)}, r"residual \[5, 32\]"),
-    ("linear_residual|mlp_residual", {"residual": _random(1, 64)}, r"residual \[1, 64\]"),
     ("add_layer_norm|linear_residual|mlp_residual", {"gamma": _random(1)}, r"gamma.*\[1\]"),
     ("add_layer_norm|linear_residual|mlp_residual", {"row_scale": _random(2)}, r"row_scale.*\[2\].*\[3\]"),
     ("layer_norm|add_layer_norm", {"weight": _random(15)}, r"weight \[15\]"),
     ("layer_norm|add_layer_norm|embed_layer_norm", {"eps": -1.0}, "eps=-1.0"),
-    ("layer_norm", {"x": torch.ones(3, 32, dtype=torch.long)}, "x.*int64"),
-    ("embed_layer_norm", {"tokens": torch.zeros(2, 3, dtype=torch.long)}, r"tokens \[2, 3\]"),
     ("embed_layer_norm", {"tokens": torch.zeros(3, 3)}, "tokens.*float32"),
     ("embed_layer_norm", {"type_row": _random(1, 32)}, r"type_row.*\[1, 32\]"),
     ("embed_layer_norm", {"padding_idx": 7}, "padding_idx=7"),
@@ -353,10 +309,8 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("linear|linear_gelu|linear_residual", {"bias": _random(1)}, r"bias.*\[1\].*\[64\]"),
     ("linear|linear_gelu|linear_residual", {"x": _random(3, 5, 32).bfloat16()}, "x.*bfloat16.*float32"),
     ("mlp_residual", {"weight_out": _random(32, 11)}, r"weight_out \[32, 11\]"),
-    ("mlp_residual", {"bias_out": _random(12)}, r"bias_out.*\[12\].*\[32\]"),
     ("linear_cross_entropy|token_log_likelihood", {"w": _random(50, 7)}, r"w \[50, 7\]"),
-    ("linear_cross_entropy|token_log_likelihood", {"b": _random(4)}, r"b \[4\]"),
-    ("linear_cross_entropy|token_log_likelihood", {"b": _random(50).to(_F64)}, "b.*float64"),
+    ("linear_cross_entropy|token_log_likelihood", {"b": _random(50).double()}, "b.*float64"),
     ("linear_cross_entropy|token_log_likelihood", {"target": torch.zeros(4, dtype=torch.long)}, r"target \[4\]"),
     ("linear_cross_entropy|token_log_likelihood", {"target": torch.zeros(9)}, "target.*float32"),
     ("linear_cross_entropy", {"label_smoothing": NAN}, "label_smoothing=nan"),
@@ -364,41 +318,32 @@ REFUSED: list[tuple[str, Arguments, str]] = [
 OUTSIDE: list[tuple[str, Arguments, str]] = [
     ("embed_layer_norm", {"tokens": torch.full((3, 3), 11)}, "11"),
     ("embed_layer_norm", {"positions": torch.full((3, 3), -1)}, "-1"),
-    ("linear_cross_entropy|token_log_likelihood", {"target": torch.full((9,), 50)}, "50"),
-    ("linear_cross_entropy|token_log_likelihood", {"target": torch.full((9,), -1)}, "-1"),
+    ("linear_cross_entropy", {"target": torch.full((9,), 50)}, "50"),
+    ("token_log_likelihood", {"target": torch.full((9,), -1)}, "-1"),
 ]
 
 
-@pytest.mark.parametrize(("names", "changes", "message"), REFUSED, ids=lambda value: str(value)[:30])
-def test_arguments_that_do_not_fit_are_named(names: str, changes: Arguments, message: str) -> None:
-    for name in names.split("|"):
-        for backend in BACKENDS:
-            with pytest.raises(ValueError, match=message) as raised:
-                CASES[name].operation(**CASES[name].arguments() | changes, backend=backend)
-            assert isinstance(raised.value, InputError)
-
-
-@pytest.mark.parametrize(("names", "changes", "value"), OUTSIDE, ids=lambda value: str(value)[:30])
-def test_ids_outside_a_table(names: str, changes: Arguments, value: str) -> None:
-    for name in names.split("|"):
-        for backend in BACKENDS:
-            with pytest.raises(IndexError, match=value if backend != "reference" else None):
-                CASES[name].operation(**CASES[name].arguments() | changes, backend=backend)
+def test_arguments_that_do_not_fit_are_named() -> None:
+    for names, changes, message in REFUSED:
+        for name in names.split("|"):
+            # `varlen` checks its offsets where they are read.
+            for backend in BACKENDS if "varlen" in name else ("auto",):
+                with pytest.raises(InputError, match=message):
+                    CASES[name].operation(**CASES[name].arguments() | changes, backend=backend)
 
 
 @each_backend
-@pytest.mark.parametrize("tensor", ["cu_seqlens_k", "key_mask", "seed"])
-def test_tensors_on_several_devices(tensor: str, backend: ops.Backend) -> None:
-    given = CASES["varlen, masked"].arguments() | {"dropout_p": 0.1, "seed": torch.tensor([1])}
-    given[tensor] = given[tensor].to("meta")
-    with pytest.raises(InputError, match=r"cpu.*meta"):
-        ops.varlen_attention(**given, backend=backend)
+def test_ids_outside_a_table(backend: ops.Backend) -> None:
+    for name, changes, value in OUTSIDE:
+        with pytest.raises(IndexError, match=value if backend != "reference" else None):
+            CASES[name].operation(**CASES[name].arguments() | changes, backend=backend)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"table": torch.empty(48, 2, device="meta")}, "cpu.*meta"),
+        ({"key_mask": torch.ones(3, 16, dtype=torch.bool, device="meta")}, "cpu.*meta"),
         ({"backend": "flash_attn"}, "flash_attn|bias"),
         ({"backend": "triton"}, "triton"),
         ({"backend": "fast"}, "fast"),
@@ -444,19 +389,12 @@ def test_dropped_gradients_by_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(dropped, tensors, atol=1e-6, fast_mode=True)
 
 
-@each_backend
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-def test_a_dropped_path_adds_nothing(dropout_p: float, backend: ops.Backend) -> None:
-    given = CASES["linear_residual, scaled"].arguments()
-    out = ops.linear_residual(**given, dropout_p=dropout_p, backend=backend)
-    assert torch.equal(out[0], given["residual"][0])
-    assert not torch.equal(out[1], given["residual"][1])
-    branch = (
-        ops.linear_residual(given["x"], given["weight"], None, given["residual"], dropout_p=0.5) - given["residual"]
-    )
+def test_dropout_of_a_branch() -> None:
+    given = CASES["linear_residual"].arguments() | {"gamma": None}
+    branch = CASES["linear_residual"].operation(**given, dropout_p=0.5) - given["residual"]
     kept = branch.abs() > 1e-6
     assert 0.3 < kept.float().mean() < 0.7
-    whole = reference.linear(given["x"], given["weight"], None)
+    whole = reference.linear(given["x"], given["weight"], given["bias"])
     torch.testing.assert_close(branch[kept], 2 * whole[kept], rtol=1e-4, atol=1e-4)
 
 
@@ -518,66 +456,25 @@ def test_nothing_to_predict_and_huge_logits(backend: ops.Backend) -> None:
 
 
 @each_backend
-def test_labels_of_every_integer_type(backend: ops.Backend) -> None:
+def test_labels_of_another_integer_type(backend: ops.Backend) -> None:
     given = CASES["token_log_likelihood"].arguments() | {"target": torch.arange(9)}
-    expected = ops.token_log_likelihood(**given, backend=backend)
-    for kind in (torch.uint8, torch.int16, torch.int32):
-        found = ops.token_log_likelihood(**given | {"target": torch.arange(9).to(kind)}, backend=backend)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_texts_of_one_length_are_exported(masked: bool) -> None:
-    class Module(nn.Module):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            (texts, length), keys = q.shape[:2], k.shape[1]
-            bounds = [torch.arange(0, texts * n + 1, n, dtype=torch.int32) for n in (length, keys)]
-            mask = torch.arange(keys).repeat(texts) != 1 if masked else None
-            packed = (each.flatten(0, 1) for each in (q, k, v))
-            return ops.varlen_attention(*packed, *bounds, length, keys, key_mask=mask)
-
-    given = torch.randn(2, 5, 3, 16), torch.randn(2, 7, 3, 16), torch.randn(2, 7, 3, 16)
-    program = export(Module(), given).run_decompositions()
-    assert not [node for node in program.graph.nodes if "xfm_fast" in str(node.target)]
-    torch.testing.assert_close(program.module()(*given), Module()(*given), rtol=1e-5, atol=1e-5)
-
-
-def test_an_export_takes_batches_of_every_shape() -> None:
-    layers, norm = CASES["mlp_residual"].arguments(), CASES["layer_norm"].arguments()
-    words = CASES["token_log_likelihood"].arguments()
-
-    class Layer(nn.Module):
-        def forward(self, x: Tensor, target: Tensor) -> Tensor:
-            out = ops.mlp_residual(**layers | {"x": x, "residual": x})
-            normed, _ = ops.add_layer_norm(out, x, norm["weight"], norm["bias"], 1e-5)
-            return ops.token_log_likelihood(normed, words["w"], words["b"], target)
-
-    axes = {0: Dim("entries", min=1, max=64), 1: Dim("tokens", min=1, max=64)}
-    given = torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.long)
-    exported = export(Layer(), given, dynamic_shapes=(axes, axes))
-    for shape in ((3, 7), (1, 1)):
-        x, target = torch.randn(*shape, 32), torch.arange(math.prod(shape)).view(shape)
-        torch.testing.assert_close(exported.module()(x, target), Layer()(x, target), rtol=1e-5, atol=1e-5)
+    narrow = given | {"target": torch.arange(9).to(torch.uint8)}
+    found = [ops.token_log_likelihood(**each, backend=backend) for each in (given, narrow)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("library", CASES["relpos"].libraries, indirect=True)
-@pytest.mark.usefixtures("library")
 def test_what_a_row_of_the_bias_has_in_common_costs_no_digits(dtype: torch.dtype) -> None:
     """Entries of quarters, which no constant rounds."""
-    window = (9, 16)
     q, k, v = (t.to(dtype).requires_grad_() for t in torch.randn(2, 145, 3, 3, 32).unbind(2))
     quarters = ((torch.randn(530, 3) * 4).round() / 4).requires_grad_()
-    for mask in (None, (torch.arange(145) % 3 != 1).expand(2, -1)):
 
-        def attend(table: Tensor, mask: Tensor | None = mask) -> list[Tensor]:
-            out = ops.relpos_attention(q, k, v, table, window, key_mask=mask)
-            return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, quarters))]
+    def attend(table: Tensor) -> list[Tensor]:
+        out = ops.relpos_attention(q, k, v, table, (9, 16))
+        return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v, quarters))]
 
-        found = attend(quarters)
-        assert all(map(torch.equal, attend(quarters - 1e5), found))
-        with torch.no_grad():
-            assert_as_accurate(found[0], reference.relpos_attention, q, k, v, quarters, window, 32**-0.5, mask)
+    for ours, right in zip(attend(quarters - 1e5), attend(quarters), strict=True):
+        torch.testing.assert_close(ours, right, rtol=0, atol=0)
 
 
 # What training keeps, and where.
@@ -621,20 +518,6 @@ def test_cross_entropy_of_few_rows_keeps_no_gradient_of_the_vocabulary() -> None
     assert 0 < sum(t.nbytes for t in kept) < w.nbytes / 4
 
 
-def test_linear_takes_its_operator_in_training_alone() -> None:
-    """Exports, fp64 and other types of autocast see PyTorch's own."""
-
-    def operator(dtype: torch.dtype = torch.float32) -> str:
-        return str(CASES["linear"].operation(**CASES["linear"].arguments(dtype, grad=True)).grad_fn)
-
-    assert "xfm_fast" in operator()
-    assert "xfm_fast" not in operator(torch.float64)
-    with torch.autocast("cpu", dtype=torch.float16):
-        assert "xfm_fast" not in operator()
-    with torch.no_grad():
-        assert operator() == "None"
-
-
 # Devices and blocks.
 
 
@@ -652,8 +535,6 @@ def test_a_position_bias_of_another_table_is_refused() -> None:
 
 def test_a_block_has_its_backend() -> None:
     x = torch.randn(2, 4)
-    with pytest.raises(InputError, match="fast"), ops.use_backend("fast"):
-        pass
     with ops.use_backend("reference"):
         assert resolve(None, x) == "reference"
         with ops.use_backend("cpu"):
@@ -668,14 +549,10 @@ def test_a_block_has_its_backend() -> None:
         ops.linear(**linear, backend="flash_attn")
 
 
-def test_contents_on_a_gpu_are_looked_at_within_a_block_only() -> None:
+def test_contents_on_a_gpu_are_checked_within_a_block_only() -> None:
     """A tensor without contents stands for one on a GPU."""
     elsewhere = torch.zeros(3, device="meta")
-    assert not checks.should_check_values(elsewhere)
     with ops.check_contents():
-        assert checks.should_check_values(elsewhere)
-        with ops.check_contents():
-            pass
         assert checks.should_check_values(elsewhere)
     assert not checks.should_check_values(elsewhere)
 
@@ -695,35 +572,21 @@ def test_what_triton_kernels_cannot_run_stays_with_pytorch(monkeypatch: pytest.M
         ops.varlen_attention(**given, backend="flash_attn")
 
 
-def test_two_types_are_refused_on_a_device_that_has_no_autocast() -> None:
-    x, weight = torch.empty(2, 8, device="meta"), torch.empty(6, 8, device="meta", dtype=torch.bfloat16)
-    with pytest.raises(InputError, match=r"weight.*bfloat16"):
-        ops.linear(x, weight, None, backend="reference")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.linear_gelu(torch.randn(3, 8).bfloat16(), torch.randn(6, 8), None).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("triton", "ptxas", "fault"),
-    [("3.7.1", "13.3", None), ("3.6.0", "13.4", "Triton 3.6.0"), ("3.9.0+git1", "12.8", "ptxas 12.8")],
-)
-def test_attention_on_hopper_needs_a_compiler_without_faults(
-    triton: str, ptxas: str, fault: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_on_hopper_needs_a_compiler_without_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other operations and other GPUs keep their kernels."""
+    assert backends.hopper_fault("3.7.1", "13.3") is None
+    assert "Triton 3.6.0" in str(backends.hopper_fault("3.6.0", "13.4"))
+    assert "ptxas 12.8" in str(backends.hopper_fault("3.9.0+git1", "12.8"))
     monkeypatch.setattr(backends, "_why_not", lambda name, device, index: None)
-    monkeypatch.setattr(backends, "compiler_versions", lambda arch=90: (triton, ptxas))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
-    backends._warn.cache_clear()
+    monkeypatch.setattr(backends, "compiler_versions", lambda arch=90: ("3.6.0", "13.4"))
     with FakeTensorMode():
         x = torch.empty(2, device="cuda")
-    if fault is None:
-        assert resolve("auto", x, has_flash=True) == "triton"
-    else:
-        with pytest.warns(RuntimeWarning, match=fault):
-            assert resolve("auto", x, has_flash=True) == "reference"
-        with pytest.raises(InputError, match=fault):
-            resolve("triton", x, has_flash=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    backends._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"Triton 3\.6\.0"):
+        assert resolve("auto", x, has_flash=True) == "reference"
+    with pytest.raises(InputError, match=r"Triton 3\.6\.0"):
+        resolve("triton", x, has_flash=True)
     assert resolve("auto", x) == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
     assert resolve("auto", x, has_flash=True) == "triton"
@@ -744,25 +607,3 @@ def test_position_index_by_its_definition() -> None:
         for k in range(height * width):
             dy, dx = q // width - k // width, q % width - k % width
             assert index[1 + q, 1 + k] == (dy + height - 1) * (2 * width - 1) + dx + width - 1
-
-
-def test_packed_attention_is_attention_of_each_sequence() -> None:
-    given = converted(CASES["varlen"].arguments(), torch.float64)
-    q, k, v = (given[name] for name in "qkv")
-    bounds_q, bounds_k = offsets(4, 0, 1, 12), offsets(6, 3, 0, 11)
-    out = reference.varlen_attention(q, k, v, bounds_q, bounds_k, 0.5)
-    for i in range(4):
-        qs, ks = slice(*bounds_q[i : i + 2].tolist()), slice(*bounds_k[i : i + 2].tolist())
-        part = torch.einsum("qhd,khd->hqk", q[qs] * 0.5, k[ks])
-        torch.testing.assert_close(out[qs], torch.einsum("hqk,khd->qhd", part.softmax(-1), v[ks]))
-
-
-def test_dropout_of_the_references_follows_from_its_seed() -> None:
-    ones = torch.ones(100_000)
-    drop = [reference._dropout(0.3, torch.tensor([seed]), ones.device)(ones) for seed in (5, 5, 6)]
-    assert torch.equal(drop[0], drop[1])
-    assert not torch.equal(drop[0], drop[2])
-    kept = drop[0] != 0
-    torch.testing.assert_close(drop[0][kept], torch.full_like(drop[0][kept], 1 / 0.7))
-    # Five standard deviations.
-    assert abs(kept.float().mean() - 0.7) < 5 * (0.3 * 0.7 / len(ones)) ** 0.5

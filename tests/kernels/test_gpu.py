@@ -119,31 +119,3 @@ def test_tensors_of_another_gpu_than_the_current_one(name: str) -> None:
         assert torch.cuda.current_device() == 0
     assert all(t.device == torch.device("cuda:1") for t in found)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))
-
-
-@on_gpu
-@pytest.mark.slow
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_golden_outputs_of_the_base_model(dtype: torch.dtype) -> None:
-    """The base model on the kernels against the outputs of the official code that are kept."""
-    from tests.agreement import tensors
-    from tests.conftest import base_inputs, base_state
-    from tests.models.test_base_golden import build
-
-    golden, inputs = tensors("base/outputs"), base_inputs()
-    state = base_state()
-    plain_model, model = (build(state, dtype).to("cuda") for _ in range(2))
-
-    def computed(model: XFM, backend: ops.Backend) -> Tensor:
-        with ops.use_backend(backend):
-            return model.encode_image(inputs["image_224"].to("cuda", dtype)).float().cpu()
-
-    kept = [name for name in golden if name.startswith("image_embeds_224")]
-    assert kept, sorted(golden)[:20]
-    truth = golden[kept[0]]
-    part = tuple(slice(0, size) for size in truth.shape)
-    plain, found = computed(plain_model, "reference")[part], computed(model, "auto")[part]
-    scale = float(truth.abs().max())
-    error, own = (float((x.double() - truth).abs().max()) / scale for x in (found, plain))
-    assert error <= 2 * own + torch.finfo(dtype).eps

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,120 +14,55 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from tests.kernels.cases import CASES, Arguments, Case, converted, leaves, offsets
-from tests.kernels.triton_testing import assert_triton_is_accurate, poison
-from xfm_fast.kernels import attention, ops, tune
+from tests.kernels.cases import (
+    CASES,
+    Arguments,
+    Case,
+    activation,
+    biased,
+    converted,
+    embedding,
+    last_key_masked,
+    leaves,
+    norm,
+    packed,
+    vocabulary,
+    window,
+)
+from tests.kernels.triton_testing import assert_triton_is_accurate
+from xfm_fast.kernels import attention, ops
 from xfm_fast.kernels.checks import BIAS_HEAD_DIMS
 from xfm_fast.kernels.derived import forget
-from xfm_fast.kernels.triton import cross_entropy, gelu, launch, layer_norm, relpos_table
-from xfm_fast.kernels.triton.launch import LaunchConfig
-
-
-def window(height: int, width: int, batch: int, heads: int, head_dim: int) -> Case:
-    """Self-attention of a window with a class token."""
-    rows = (2 * height - 1) * (2 * width - 1) + 3
-    shapes = dict.fromkeys("qkv", (batch, 1 + height * width, heads, head_dim)) | {"table": (rows, heads)}
-    return Case(partial(ops.relpos_attention, window=(height, width)), lambda _: shapes)
-
-
-def biased(
-    batch: int, entries: int, queries: int, keys: int, heads: int, head_dim: int, *, masked: bool = False
-) -> Case:
-    """Attention with a bias that `entries` of the batch do not share, and its logsumexp."""
-    shapes: Arguments = dict.fromkeys("kv", (batch, keys, heads, head_dim))
-    shapes |= {"q": (batch, queries, heads, head_dim), "bias": (entries, heads, queries, keys)}
-    if masked:
-        shapes["key_mask"] = torch.arange(batch * keys).view(batch, keys) % 5 < 3
-    return Case(partial(ops.bias_attention, return_lse=True), lambda _: shapes)
-
-
-def packed(
-    queries: Sequence[int], keys: Sequence[int], heads: int, head_dim: int, key_mask: Tensor | None = None
-) -> Case:
-    """Attention of sequences of these lengths."""
-    shapes: Arguments = dict.fromkeys("kv", (sum(keys), heads, head_dim)) | {"q": (sum(queries), heads, head_dim)}
-    shapes |= {"cu_seqlens_q": offsets(*queries), "cu_seqlens_k": offsets(*keys), "key_mask": key_mask}
-    return Case(ops.varlen_attention, lambda _: shapes | {"max_q": max(queries), "max_k": max(keys)})
-
-
-def norm(*shape: int, scaled: bool = False) -> Case:
-    """A residual sum with its norm."""
-    width = shape[-1]
-    shapes: Arguments = {"x": shape, "residual": shape, "weight": (width,), "bias": (width,)}
-    if scaled:
-        shapes |= {"gamma": (width,), "row_scale": (torch.arange(shape[0]) % 3) / 2}
-
-    def call(row_scale: Tensor | None = None, **given: Any) -> Any:
-        scale = None if row_scale is None else row_scale.to(given["x"].dtype)
-        return ops.add_layer_norm(**given, eps=1e-5, row_scale=scale)
-
-    return Case(call, lambda _: shapes)
-
-
-def embedding(count: int, width: int, padding: int | None) -> Case:
-    """More tokens than entries, long runs, and entries that no token has."""
-    tokens = torch.arange(count) * 7 % 9
-    tokens[: count // 2] = 3
-    shapes = {"tokens": tokens, "positions": torch.arange(count) % 5, "word": (12, width), "position": (6, width)}
-    return Case(
-        partial(ops.embed_layer_norm, eps=1e-5, padding_idx=padding),
-        lambda _: shapes | dict.fromkeys(("type_row", "weight", "bias"), (width,)),
-    )
-
-
-def vocabulary(operation: Any, rows: int, width: int, size: int, ignored: int = -100, **options: Any) -> Case:
-    """A loss over a vocabulary, some of whose rows do not count."""
-    target = torch.arange(rows) * 7 % size
-    target[2::5] = ignored
-    shapes = {"h": (rows, width), "w": (size, width), "b": (size,), "target": target}
-    return Case(partial(operation, ignore_index=ignored, **options), lambda _: shapes)
-
-
-def activation(rows: int, width: int, *, bias: bool = True) -> Case:
-    """A linear layer with its GELU."""
-    shapes = {"x": (rows, 24), "weight": (width, 24), "bias": (width,) if bias else None}
-    return Case(ops.linear_gelu, lambda _: shapes)
-
-
-def last_key_masked(*lengths: int) -> Tensor:
-    """Of keys every third, and all of the second sequence's."""
-    mask = torch.arange(sum(lengths)) % 3 != 1
-    mask[lengths[0] : lengths[0] + lengths[1]] = False
-    return mask
-
+from xfm_fast.kernels.triton import cross_entropy, relpos_table
 
 KERNELS: dict[str, Case] = {
     "relpos, 2 tokens": window(1, 1, 3, 4, 64),
     "relpos, 17 tokens": window(4, 4, 1, 3, 80),
     "relpos, a tail": window(2, 31, 1, 2, 64),
-    "relpos, whole tiles": window(3, 21, 1, 1, 64),
-    "relpos, 128": window(10, 11, 1, 1, 128),
+    "relpos, whole tiles": window(3, 21, 1, 1, 128),
     "bias, shared": biased(2, 1, 5, 9, 2, 16),
     "bias, masked": biased(2, 1, 5, 9, 2, 16, masked=True),
     "bias, windows": biased(4, 2, 17, 33, 1, 32, masked=True),
-    "bias, an entry each": biased(2, 2, 33, 64, 1, 64),
-    "bias, more keys than a tile": biased(1, 1, 70, 130, 1, 64),
+    "bias, more keys than a tile": biased(2, 2, 70, 130, 1, 64),
     "bias, in parts of the batch": biased(9, 1, 2, 3, 1, 16),
-    **{f"bias, {head_dim}": biased(1, 1, 5, 9, 1, head_dim) for head_dim in (48, 72, 256)},
+    **{f"bias, {head_dim}": biased(1, 1, 5, 9, 1, head_dim) for head_dim in (72, 256)},
     "varlen, short": packed([13, 0, 1, 32, 7], [13, 0, 1, 32, 7], 2, 64),
     "varlen, zeros on both sides": packed([5, 0, 1, 17, 0, 3], [5, 7, 0, 17, 0, 1], 2, 64),
     "varlen, texts over images": packed([66, 0, 33], [50, 50, 65], 2, 64),
     "varlen, images of one size": packed([70, 3], [65, 65], 1, 64),
     "varlen, odd heads": packed([13, 0, 33, 1, 16, 2], [13, 4, 20, 0, 16, 40], 3, 32),
     "varlen, masked": packed([20, 3, 2, 70], [5, 40, 7, 100], 2, 64, last_key_masked(5, 40, 7, 100)),
-    **{f"varlen, short, {d}": packed([13, 3, 5], [17, 3, 6], 2, d, last_key_masked(17, 3, 6)) for d in (80, 128)},
+    "varlen, short, 80": packed([13, 3, 5], [17, 3, 6], 2, 80, last_key_masked(17, 3, 6)),
     "norm, a row": norm(1, 32),
     "norm, odd": norm(37, 63),
-    "norm, the model's": norm(5, 768),
     "norm, scaled": norm(5, 3, 63, scaled=True),
-    **{f"norm, {width}": norm(3, width, scaled=True) for width in (1, 2047)},
+    "norm, wide": norm(3, 2047, scaled=True),
     "layer norm": Case(partial(ops.layer_norm, eps=1e-5), lambda _: {"x": (7, 45), "weight": (45,), "bias": (45,)}),
     "embedding": embedding(29, 63, 1),
     "embedding, no padding": embedding(70, 130, None),
     "gelu": activation(37, 1100),
     "gelu, no bias": activation(5, 45, bias=False),
     "loss": vocabulary(ops.linear_cross_entropy, 37, 111, 300, label_smoothing=0.1),
-    "loss, a row": vocabulary(ops.linear_cross_entropy, 1, 32, 211),
     "loss, one slice": vocabulary(ops.linear_cross_entropy, 5, 63, 40),
     "log-likelihood": vocabulary(ops.token_log_likelihood, 21, 40, 211, 7),
 }
@@ -140,7 +75,21 @@ LARGE = {
     "bias, 577": biased(2, 2, 130, 577, 1, 128, masked=True),
     **{f"varlen, {d}": packed([197, 63, 0, 320], [577, 111, 197, 0], 2, d) for d in (64, 80)},
 }
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Kernels of each family in half precision in the quick suite; bf16 needs a GPU.
+HALF = ("relpos, a tail", "bias, windows", "varlen, zeros on both sides", "norm, scaled", "embedding", "gelu", "loss")
+
+
+def each_dtype(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Cases by name in every dtype."""
+
+    def marks(name: str, dtype: str) -> tuple[pytest.MarkDecorator, ...]:
+        if dtype == "bf16":
+            return (pytest.mark.gpu,)
+        return () if dtype == "fp32" or name in HALF else (pytest.mark.slow,)
+
+    pairs = [pytest.param(n, DTYPES[d], marks=marks(n, d), id=f"{n}-{d}") for n in names for d in DTYPES]
+    return pytest.mark.parametrize(("name", "dtype"), pairs)
 
 
 @pytest.fixture
@@ -150,16 +99,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "_BUFFER_BYTES", 64 * 4 * 8)
 
 
-@each_dtype
-@pytest.mark.parametrize("name", KERNELS)
+@each_dtype(KERNELS)
 @pytest.mark.usefixtures("small_blocks")
 def test_results_and_gradients(name: str, dtype: torch.dtype) -> None:
     assert_triton_is_accurate(KERNELS[name], KERNELS[name].arguments(dtype, grad=True))
 
 
 @pytest.mark.slow
-@each_dtype
-@pytest.mark.parametrize("name", LARGE)
+@each_dtype(LARGE)
 def test_large_shapes(name: str, dtype: torch.dtype) -> None:
     assert_triton_is_accurate(LARGE[name], LARGE[name].arguments(dtype, grad=True))
 
@@ -251,37 +198,3 @@ def test_a_whole_model_on_triton_kernels() -> None:
     found, expected = (results(model, backend) for backend in ("triton", "reference"))
     for name, value in found.items():
         assert (value - expected[name]).abs().max() <= 1e-4 * max(1e-3, float(expected[name].abs().max())), name
-
-
-def test_heads_of_another_width_are_refused_by_name() -> None:
-    case = biased(2, 1, 6, 9, 2, 24)
-    with pytest.raises(ValueError, match="24"):
-        case.operation(**case.arguments(), backend="triton")
-
-
-# The interpreter takes the configurations of the oldest architecture.
-WIDTH, ARCH = 63, 80
-
-
-@pytest.mark.parametrize("kernel", tune.WIDTHS)
-def test_row_kernels_are_launched_as_tuned(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_ROWS", 11)
-    seen: list[LaunchConfig] = []
-
-    def launch_options(*given: Any, **variant: Any) -> tuple[dict[str, Any], LaunchConfig]:
-        options, config = launch.launch_options(*given, **variant)
-        seen.append(config)
-        return options, config
-
-    for module in (gelu, layer_norm):
-        monkeypatch.setattr(module, "launch_options", launch_options)
-    call = tune.model_workload(kernel, WIDTH, "fp32", device="cpu")
-    expected = call()
-    in_use = seen[-1]
-    block = in_use.tiles["BLOCK"] if "norm" in kernel else 32
-    tuned = LaunchConfig({"BLOCK": block, "ROWS": 2 * in_use.tiles["ROWS"]}, 2, 1)
-    with tune.using(kernel, WIDTH, "fp32", ARCH, tuned), poison():
-        torch.testing.assert_close(call(), expected, rtol=1e-5, atol=1e-5)
-    assert seen[-1] == tuned != in_use
-    call()
-    assert seen[-1] == in_use

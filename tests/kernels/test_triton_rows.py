@@ -16,56 +16,36 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.accuracy import assert_accurate, assert_as_accurate
-from tests.kernels.cases import Case, converted, leaves
-from tests.kernels.test_triton_contract import embedding, norm, small_blocks, vocabulary
+from tests.kernels.cases import Case, converted, embedding, leaves, norm, vocabulary
+from tests.kernels.test_triton_contract import small_blocks
 from tests.kernels.triton_testing import assert_triton_is_accurate, philox
 from xfm_fast.kernels import ops
 from xfm_fast.kernels.checks import AddNorm, Embedding, Vocabulary
-from xfm_fast.kernels.triton import cross_entropy, gelu, layer_norm, rows
+from xfm_fast.kernels.triton import cross_entropy, layers, rows
 
 __all__ = ["small_blocks"]
 EPS = 1e-5
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
-def test_a_residual_stream_in_fp32() -> None:
-    """The sum keeps the precision of the residual; the norm, which the next product reads, that of the branch."""
-    case = norm(5, 111)
-    arguments = case.arguments(torch.float16, grad=True)
-    arguments["residual"] = torch.randn(5, 111, requires_grad=True)
-    arguments["gamma"] = torch.randn(111).half().requires_grad_()
-    normed, summed = case.operation(**arguments, backend="triton")
-    assert (normed.dtype, summed.dtype) == (torch.float16, torch.float32)
-    dx, dresidual = torch.autograd.grad((normed.sum() + summed.sum(),), (arguments["x"], arguments["residual"]))
-    truth = converted(arguments, torch.float64)
-    expected = case.operation(**truth, backend="reference")
-    torch.testing.assert_close(summed.double(), expected[1], rtol=1e-6, atol=1e-6)
-    gradients = torch.autograd.grad((expected[0].sum() + expected[1].sum(),), (truth["x"], truth["residual"]))
-    assert (dx.dtype, dresidual.dtype) == (torch.float16, torch.float32)
-    for found, true in zip((dx, dresidual), gradients, strict=True):
-        torch.testing.assert_close(found.double(), true, rtol=2e-3, atol=2e-3)
-
-
-def test_constant_rows_far_from_zero() -> None:
+def test_rows_far_from_zero() -> None:
     """The variance is computed from differences to the mean: rows near 1e4 keep their digits."""
     case = Case(partial(ops.layer_norm, eps=EPS), lambda _: {"x": (5, 768), "weight": (768,), "bias": (768,)})
     arguments = case.arguments()
     arguments["x"] += 1e4
     assert_triton_is_accurate(case, {k: t.requires_grad_() for k, t in arguments.items()})
-    arguments["x"] = torch.full((5, 768), 3.0)
-    assert torch.equal(case.operation(**arguments, backend="triton"), arguments["bias"].expand(5, 768))
 
 
 def test_rows_too_wide() -> None:
     with pytest.raises(ValueError, match=r"\[2, 8193\].*8192"):
-        layer_norm.layer_norm_forward(torch.ones(2, 8193), torch.ones(8193), None, EPS)
+        layers.layer_norm_forward(torch.ones(2, 8193), torch.ones(8193), None, EPS)
 
 
 def factors(count: int, width: int, dropout_p: float, seed: int) -> Tensor:
     """What dropout multiplies with, seen through a branch of ones without a residual."""
     x, weight = torch.ones(count, width), torch.ones(width)
     a = AddNorm(x, None, weight, None, EPS, dropout_p=dropout_p, seed=torch.tensor([seed]))
-    return layer_norm.add_layer_norm_forward(a).summed
+    return layers.add_layer_norm_forward(a).summed
 
 
 @pytest.mark.parametrize(("count", "width"), [(3, 32), (2, 111)])
@@ -91,11 +71,8 @@ def test_dropout_of_forward_and_backward_agree() -> None:
         found = case.operation(**{**values, **options}, backend=backend)
         return [*found, *torch.autograd.grad([t.square().sum() for t in found], leaves(values))]
 
-    found, plain, truth = (
-        step(torch.float32, "triton"),
-        step(torch.float32, "reference"),
-        step(torch.float64, "reference"),
-    )
+    found = step(torch.float32, "triton")
+    plain, truth = (step(dtype, "reference") for dtype in (torch.float32, torch.float64))
     for i, (value, true) in enumerate(zip(found, truth, strict=True)):
         assert_accurate(value.detach(), [plain[i].detach()], true.detach(), f"result {i}")
 
@@ -109,13 +86,13 @@ def test_more_partial_sums_than_a_tile_holds() -> None:
 def test_an_id_outside_its_table_is_never_garbage() -> None:
     a = embedding(29, 63, None).arguments()
     a["tokens"][3], a["tokens"][5], a["positions"][7] = 12, -1, 6
-    normed, *_ = layer_norm.embedding_norm_forward(Embedding(**a, eps=EPS))
+    normed, *_ = layers.embedding_norm_forward(Embedding(**a, eps=EPS))
     bad = normed.isnan().all(1)
     assert bad.nonzero().flatten().tolist() == [3, 5, 7]
     assert not normed[~bad].isnan().any()
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(1, 9), st.integers(1, 140), st.booleans(), st.booleans(), st.booleans())
 def test_norms_of_any_shape(count: int, width: int, half: bool, scaled: bool, transposed: bool) -> None:
     case = norm(count, width, scaled=scaled)
@@ -134,42 +111,26 @@ def test_extreme_pre_activations() -> None:
     assert_triton_is_accurate(
         case, {"x": y.requires_grad_(), "weight": weight, "bias": torch.zeros(8).requires_grad_()}
     )
-    assert torch.equal(gelu.bias_gelu_forward(y.detach(), None)[0, [0, 7]], torch.tensor([-0.0, 1e4]))
+    assert torch.equal(layers.bias_gelu_forward(y.detach(), None)[0, [0, 7]], torch.tensor([-0.0, 1e4]))
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_sums_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of four parts, the last slice of one, since it cannot be cut at aligned addresses."""
     monkeypatch.setattr(cross_entropy, "multiprocessors", lambda device: 4)
-    products: list[int] = []
-    own = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda x, y, **given: (products.append(x.shape[0]), own(x, y, **given))[1])
     case = vocabulary(ops.linear_cross_entropy, 37, 111, 600, label_smoothing=0.1)
-    case.operation(**case.arguments(grad=True), backend="triton").backward()
-    assert products
-    assert set(products) == {4}
-    monkeypatch.setattr(torch, "bmm", own)
     assert_triton_is_accurate(case, case.arguments(grad=True))
 
 
-@each_dtype
-@pytest.mark.parametrize(("operation", "size"), [(ops.linear_cross_entropy, 9000), (ops.token_log_likelihood, 31)])
-def test_shipped_blocks(operation: Any, size: int, dtype: torch.dtype) -> None:
-    """Two slices of the shipped width; and a vocabulary that fills a fraction of one."""
-    case = vocabulary(operation, 5, 48, size)
-    assert_triton_is_accurate(case, case.arguments(dtype, grad=True))
-
-
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("sign", [1, -1])
-def test_large_logits(sign: int) -> None:
+@pytest.mark.parametrize(("sign", "smoothing"), [(1, 0.0), (-1, 0.1)])
+def test_large_logits(sign: int, smoothing: float) -> None:
     """±1e4: nothing overflows, and rows that are certain have a loss of exactly 0."""
-    for smoothing in (0.0, 0.1):
-        case = vocabulary(ops.linear_cross_entropy, 9, 16, 150, label_smoothing=smoothing)
-        arguments = case.arguments(grad=True)
-        with torch.no_grad():
-            arguments["b"] += sign * 1e4 * (torch.arange(150) % 3 == 0)
-        assert_triton_is_accurate(case, arguments)
+    case = vocabulary(ops.linear_cross_entropy, 9, 16, 150, label_smoothing=smoothing)
+    arguments = case.arguments(grad=True)
+    with torch.no_grad():
+        arguments["b"] += sign * 1e4 * (torch.arange(150) % 3 == 0)
+    assert_triton_is_accurate(case, arguments)
     b = torch.where(torch.arange(150) == 100, 1e4, -1e4)
     certain = (torch.zeros(3, 16), torch.randn(150, 16), b, torch.tensor([100, 100, 99]))
     assert ops.token_log_likelihood(*certain, backend="triton").tolist() == [0.0, 0.0, -2e4]

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.accuracy import assert_accurate, draws, widened
 from tests.kernels.cases import offsets
 from tests.kernels.conftest import each_library
 from xfm_fast.kernels import ops, reference
@@ -23,10 +23,9 @@ MIXES = {
     "captions": [(n, n) for n in (12, 10, 13, 7, 1, 11, 13, 13, 9, 10)],
     "captions of one length": [(13, 13)] * 8,
     "first tokens": [(1, n) for n in (12, 10, 13, 7, 1, 11, 13, 13, 9)],
-    "images": [(n, 50) for n in (39, 44, 20, 31)],
     "gaps": [(5, 5), (0, 7), (4, 0), (9, 9), (3, 40)],
 }
-each_attention = each_library("aten", "tiled", "exp2", "onednn", "llvm")
+each_attention = each_library("aten", "tiled", "exp2", "llvm")
 
 
 def packed(lengths: list[tuple[int, int]], dtype: torch.dtype = torch.float32, width: int = 32) -> tuple[Tensor, ...]:
@@ -59,12 +58,13 @@ def test_attention_and_gradients(name: str, masked: bool) -> None:
     def definition(*given: Tensor) -> Tensor:
         return reference.varlen_attention(*given, 0.4, 0.0, mask)
 
-    found = gradients_of(lambda *given: attend(*given, key_mask=mask), *arguments)
-    for i, value in enumerate(found):
-        assert_as_accurate(value, lambda *given, i=i: gradients_of(definition, *given)[i], *arguments)
+    plain = draws(lambda: gradients_of(definition, *arguments))
+    truth = gradients_of(definition, *widened(arguments))
+    for i, value in enumerate(gradients_of(lambda *given: attend(*given, key_mask=mask), *arguments)):
+        assert_accurate(value, [each[i] for each in plain], truth[i], f"result {i}")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=9))
 @example([(40, 40)] * 10 + [(400, 400)] * 4)
 def test_any_lengths(lengths: list[tuple[int, int]]) -> None:
@@ -76,12 +76,11 @@ def test_any_lengths(lengths: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize(("bad", "dropped"), [(torch.inf, False), (torch.nan, True)])
-@pytest.mark.parametrize("name", MIXES)
 @each_attention
 @pytest.mark.usefixtures("library")
-def test_no_sequence_reads_another(name: str, bad: float, dropped: bool) -> None:
+def test_no_sequence_reads_another(bad: float, dropped: bool) -> None:
     """A NaN of one request stays out of the answers, and the gradients, of all others."""
-    q, k, v, cu_q, cu_k = packed(MIXES[name])
+    q, k, v, cu_q, cu_k = packed(MIXES["captions"])
     options = {"dropout_p": 0.4, "seed": torch.tensor([7])} if dropped else {}
 
     def results(bad: float) -> tuple[Tensor, ...]:

@@ -1,12 +1,9 @@
-"""How Triton kernels are tested: interpreted without a GPU, compiled with one; poisoned memory, seeded bugs.
+"""How Triton kernels are tested: interpreted without a GPU, compiled with one; poisoned memory.
 
-Import this module before anything that imports Triton. `triton.jit` decides when it decorates whether a function is
-compiled or interpreted, and Triton's own library is decorated when Triton is imported, so one process can do only one
-of the two. Tests that compile start a process of their own with `compiling_environment()`.
-
-The tests make their tensors on the CPU, where the definitions are computed too. `compiled_kernels` carries the
-arguments of every launcher to the GPU, with their strides and the memory that they share, and its results back: so the
-same tests run on both, and nothing in them has to know where.
+Import this module before anything that imports Triton: `triton.jit` decides when it decorates whether a function is
+compiled or interpreted, so one process can do only one of the two. Tests that compile start a process of their own with
+`compiling_environment()`. Tests make their tensors on the CPU; `compiled_kernels` carries the arguments of every
+launcher to the GPU, with their strides and shared memory, and its results back, so the same tests run on both.
 """
 
 from __future__ import annotations
@@ -41,13 +38,7 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
 
 def interpreted_kernels() -> None:
-    """Skips the test module that imports this one where kernels can neither be interpreted nor compiled and run.
-
-    Runs when this module is imported.
-
-    Raises:
-        RuntimeError: Triton was imported as a compiler, so that kernels cannot be interpreted any more.
-    """
+    """Skip the test module that imports this one where kernels can neither be interpreted nor compiled and run."""
     if not HAS_TRITON:
         pytest.skip("Triton is not installed", allow_module_level=True)
     if not INTERPRETED:
@@ -82,12 +73,10 @@ interpreted_kernels()
 
 
 class Carried:
-    """A launcher whose tensors are carried to a device and back, so that tests need not know of the device.
+    """A launcher whose tensors are carried to a device and back, each with the whole memory that it is a view of.
 
-    A tensor is carried with the whole memory that it is a view of: views of one projection stay views of one. What the
-    launcher writes into its arguments is written into those of the caller, and a result that lies in the memory of an
-    argument lies in that of the caller's. Calls that launchers make among themselves, with tensors that are there
-    already, go straight through.
+    Writes into arguments, and results in the memory of arguments, reach those of the caller. Calls among launchers,
+    with tensors that are there already, go straight through.
     """
 
     def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
@@ -222,39 +211,21 @@ def compiling_environment() -> dict[str, str]:
 
 @contextmanager
 def poison() -> Iterator[None]:
-    """Within the block, memory that PyTorch leaves uninitialised holds NaN (floats) or garbage (integers).
-
-    Covers `torch.empty`, `empty_like`, `empty_strided`, `new_empty` and `new_empty_strided`, so a kernel that leaves an
-    element unwritten, or reads one that nobody wrote, shows it.
-    """
-    places: list[tuple[Any, str]] = [
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_empty_strided"),
-    ]
-    originals = [(place, name, getattr(place, name)) for place, name in places]
+    """Within the block, memory that PyTorch leaves uninitialised holds NaN (floats) or garbage (integers)."""
+    places: list[tuple[Any, str]] = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    places += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
 
     def poisoned(original: Any) -> Any:
+        @torch.no_grad()
         def allocate(*args: Any, **kwargs: Any) -> Tensor:
-            return _fill_with_garbage(original(*args, **kwargs))
+            tensor: Tensor = original(*args, **kwargs)
+            if tensor.dtype == torch.bool:
+                return tensor.fill_(True)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 3)
 
         return allocate
 
-    for place, name, original in originals:
-        setattr(place, name, poisoned(original))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in places:
+            patch.setattr(place, name, poisoned(getattr(place, name)))
         yield
-    finally:
-        for place, name, original in originals:
-            setattr(place, name, original)
-
-
-def _fill_with_garbage(tensor: Tensor) -> Tensor:
-    with torch.no_grad():
-        if tensor.is_floating_point() or tensor.is_complex():
-            return tensor.fill_(torch.nan)
-        if tensor.dtype == torch.bool:
-            return tensor.fill_(True)
-        return tensor.fill_(torch.iinfo(tensor.dtype).max // 3)

@@ -65,8 +65,7 @@ COVERED_BY: dict[str, tuple[str, ...]] = {
         "tests/kernels/test_triton_attention.py",
     ),
     "kernels/triton/cross_entropy.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
-    "kernels/triton/gelu.py": ("tests/kernels/test_triton_contract.py",),
-    "kernels/triton/layer_norm.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
+    "kernels/triton/layers.py": ("tests/kernels/test_triton_contract.py", "tests/kernels/test_triton_rows.py"),
     "kernels/triton/relpos_attention.py": ("tests/kernels/test_triton_contract.py",),
     "kernels/triton/relpos_table.py": (
         "tests/kernels/test_triton_contract.py",
@@ -112,13 +111,11 @@ BY_HAND: dict[str, tuple[tuple[str, str], ...]] = {
         ("wide += _wide_product", "wide = _wide_product"),
         ("total += _wide_product(x, y)", "total = _wide_product(x, y)"),
     ),
-    "kernels/triton/gelu.py": (
+    "kernels/triton/layers.py": (
         ("0.3989422804014327", "0.3979422804014327"),
         ("tl.exp(-0.5 * z * z)", "tl.exp(-z * z)"),
         ("dbias += tl.sum(dy, 0)", "dbias = tl.sum(dy, 0)"),
         ("        z += bias\n", ""),
-    ),
-    "kernels/triton/layer_norm.py": (
         ("tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + eps)", "tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH)"),
         ("centred = tl.where(inside, values - mean[:, None], 0.0)", "centred = values - mean[:, None]"),
         ("scaled - normalised * along[:, None] - mean", "scaled - mean"),

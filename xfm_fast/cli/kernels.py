@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from annotated_types import Ge
+from typing import TYPE_CHECKING
 
 from xfm_fast.cli.console import stdout, table
 from xfm_fast.cli.options import Flat, Json
@@ -34,11 +32,9 @@ class KernelOptions:
 
     Attributes:
         kernel: Kernel, by name; may be repeated. [all]
-        jobs: Compiling processes; by default one for each core.
     """
 
     kernel: tuple[str, ...] = ()
-    jobs: Annotated[int | None, Ge(1)] = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,6 @@ class AuditOptions(KernelOptions):
         all: Every form of every kernel, not a quarter of them.
         changed: Only forms whose source, compiler or audit changed since the baseline.
         accept: Update the baseline with these figures.
-        cache: Folder of cached figures. [~/.cache/xfm-fast/audit]
-        ratchet: Baseline file. [kernels/audit_baseline.json]
     """
 
     arch: tuple[int, ...] = ()
@@ -60,8 +54,6 @@ class AuditOptions(KernelOptions):
     all: bool = False
     changed: bool = False
     accept: bool = False
-    cache: Path | None = None
-    ratchet: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,13 +61,11 @@ class TuneOptions(KernelOptions):
     """The kernels whose launch configurations are tuned.
 
     Attributes:
-        dtype: May be repeated.
         head_dim: Of the attention kernels; may be repeated.
         out: Folder of the table, with --cpu the file. [the kernels' folder; cpu-choices.json]
         cpu: Time the implementations for this CPU instead, and write a file for XFM_CPU_CHOICES.
     """
 
-    dtype: tuple[Literal["bf16", "fp16"], ...] = ("bf16",)
     head_dim: tuple[int, ...] = (64,)
     out: Path | None = None
     cpu: bool = False
@@ -90,7 +80,6 @@ def info(*, as_json: Json = False) -> None:
     from xfm_fast.benchmarks.report.tables import plain
     from xfm_fast.kernels.backend import hopper_fault
     from xfm_fast.kernels.cpu import int8, llvm
-    from xfm_fast.kernels.cpu.races import PATHS, SIZES
     from xfm_fast.kernels.cpu.selection import RULE
 
     facts, packages, paths = machine.describe(), machine.optional_packages(), choose_paths()
@@ -118,10 +107,6 @@ def info(*, as_json: Json = False) -> None:
         chosen.add_row(path["operation"], path["dtype"], escape(path["chosen"]), escape("; ".join(remarks)))
     console.print(chosen)
     console.print(f"{RULE} Settled for all processes: xfm-fast tune --cpu", soft_wrap=True)
-    words = table("words of these paths", "", "")
-    for word, meaning in (PATHS | SIZES).items():
-        words.add_row(word, escape(meaning))
-    console.print(words)
     for word, why in (("llvm", llvm.why_not()), ("int8", int8.why_not())):
         if why is not None:
             console.print(f"{word} is left out here: {escape(why)}", soft_wrap=True)
@@ -148,7 +133,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
     begun = time.perf_counter()
     forms = library.shipped_forms(specs, arches)
     chosen = forms if options.all else library.representative(forms)
-    path, shipped = options.ratchet or baseline.BASELINE, {form.key for form in forms}
+    path, shipped = baseline.BASELINE, {form.key for form in forms}
     try:
         accepted = baseline.read(path, kernels=options.kernel, arches=arches)
     except ValueError as error:
@@ -163,7 +148,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
         if done % 20 == 0 or done == of:
             print(f"compiled {done} of {of}", file=sys.stderr)
 
-    rows = library.compile_rows(chosen, jobs=options.jobs, cache_dir=options.cache, progress=progress)
+    rows = library.compile_rows(chosen, progress=progress)
     seconds = time.perf_counter() - begun
     if options.json is not None:
         write_bytes({options.json: (json.dumps([row.as_dict() for row in rows], indent=1) + "\n").encode()})
@@ -200,7 +185,7 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
 
 
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
-    """Tune the kernels' launch configurations on this machine's GPU and write them to kernels/tuning.
+    """Tune the attention kernels' launch configurations for bf16 on this machine's GPU, in kernels/tuning.
 
     Configurations that spill are rejected by the audit before any is timed. Every result is saved immediately.
 
@@ -225,26 +210,20 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
         raise UnavailableError(f"{name} has compute capability {number / 10}; the kernels need 8.0 or newer")
     path, folder = None, options.out or library.TUNING
     for spec in specs:
-        for kind in options.dtype:
-            for size in library.sizes(spec, options.head_dim, number):
-                try:
-                    choice = library.search(
-                        spec, size, kind, number,
-                        timer=library.gpu_timer, workload=library.model_workload, rival=library.flash_workload,
-                        jobs=options.jobs,
-                    )  # fmt: skip
-                except ValueError as error:
-                    print(f"not tuned: {error}", file=sys.stderr)
-                    continue
-                try:
-                    path = library.write([choice], number, name, folder)
-                except OSError as error:
-                    remedy = "name another folder with --out"
-                    raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
-                times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
-                times += "" if choice.flash is None else f" (flash-attn {choice.flash * 1e6:.1f} µs)"
-                tried = f"{choice.timed} timed, {choice.rejected} rejected"
-                print(f"{spec.name} {kind} {size}: {times}; {tried}")
+        for size in library.sizes(spec, options.head_dim, number):
+            try:
+                choice = library.search(spec, size, "bf16", number)
+            except ValueError as error:
+                print(f"not tuned: {error}", file=sys.stderr)
+                continue
+            try:
+                path = library.write([choice], number, name, folder)
+            except OSError as error:
+                remedy = "name another folder with --out"
+                raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
+            times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
+            times += "" if choice.flash is None else f" (flash-attn {choice.flash * 1e6:.1f} µs)"
+            print(f"{spec.name} {size}: {times}; {choice.timed} timed, {choice.rejected} rejected")
     if path is None:
         raise InputError("none of these kernels has a tunable configuration at these head dimensions")
     print(f"saved: {path}")
@@ -264,7 +243,7 @@ def _tune_cpu(options: TuneOptions) -> None:
     for found in choose_paths():
         print(f"{found['operation']} {found['dtype']}: {found['reason']}")
     write_bytes({path: (json.dumps(choices(), indent=1) + "\n").encode()})
-    print(f"{RULE}\nxfm-fast info explains the words")
+    print(RULE)
     print(f"saved: {path}; export {CHOICES}={path.resolve()}")
 
 

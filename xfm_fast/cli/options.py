@@ -124,6 +124,10 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("data convert", "--megabytes", None, "--samples, the most samples of a shard"),
     Renamed("convert", "--to", None, "a destination that ends in .th, .pth or .safetensors, or a folder"),
     Renamed("reproduce", "--jobs", None, "taskset, since a study takes the cores that the process may use"),
+    Renamed("audit", "--ratchet", None, "a copy of kernels/audit_baseline.json"),
+    Renamed("audit", "--cache", None, "XDG_CACHE_HOME in the environment"),
+    *(Renamed(name, "--jobs", None, "taskset, which limits the cores") for name in ("audit", "tune")),
+    Renamed("tune", "--dtype", None, "bf16, the dtype that is tuned"),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
     *(
         Renamed("export", option, None, "trtexec, with the commands in README.md of an ONNX export")

@@ -63,16 +63,10 @@ class Sequence(NamedTuple):
 
 
 class Heads:
-    """Code shared by the attention kernels, forward and backward.
+    """Code shared by the attention kernels: in bf16 if `half`, of at most `room` keys, with an fp32 bias if `biased`.
 
-    Args:
-        half: bf16 instead of fp32.
-        width: D, a multiple of the lanes; in bf16 of twice as many.
-        room: the most keys.
-        biased: whether an fp32 bias is added to the scores.
-        level: of the processor.
-        layout: offsets of a thread's scratch memory, and its bytes.
-        pointers, numbers: arguments of the function, with the scale last.
+    The width D is a multiple of the lanes, in bf16 of twice as many; `layout` has offsets of a thread's scratch memory,
+    and its bytes; the scale is the last of the numbers.
     """
 
     name: str

@@ -49,14 +49,7 @@ Values = list[Any]
 
 
 class Builder(ir.IRBuilder):
-    """llvmlite's builder of one function `void name(int64 *arguments)`, with loops and vectors.
-
-    Args:
-        name: of the function and its module.
-        pointers: names of its address arguments.
-        numbers: names of the integer arguments that follow them.
-        level: the instruction set of the vectors.
-    """
+    """llvmlite's builder of one function `void name(int64 *arguments)`, with loops and vectors."""
 
     def __init__(self, name: str, pointers: Sequence[str], numbers: Sequence[str], level: Level) -> None:
         module = ir.Module(name)
@@ -296,17 +289,11 @@ class Builder(ir.IRBuilder):
         ahead: int = 0,
         apart: int = 1,
     ) -> Values:
-        """Sums of products of rows and columns, `[rows · vectors]` vectors in registers.
+        """Sums of products over `terms` units of rows (addresses) and columns, `[rows · vectors]` vectors in registers.
 
-        Args:
-            rows: addresses of the first units.
-            vectors: of columns.
-            columns: address of the columns of the first unit; the next ones are `stride` units further.
-            terms: units.
-            add: (a unit of a row in every element, a vector of columns, a sum) → the next sum.
-            zero: initial value of every sum, or a list with one per vector of columns.
-            ahead: prefetch distance in bytes.
-            apart: units of a row from one term to the next.
+        The columns of the next unit are `stride` units further, the next unit of a row `apart`. `add`: (a unit of a row
+        in every element, a vector of columns, a sum) → the next sum; `zero`: the first sum, or one per vector of
+        columns; `ahead`: prefetch distance in bytes.
         """
         starts = zero if isinstance(zero, list) else [zero] * vectors
 
@@ -398,11 +385,10 @@ for _name in ("add", "sub", "mul", "sdiv", "srem", "and_", "shl", "ashr"):
 
 
 class Kernel:
-    """A compiled function of `Builder`, which runs on PyTorch's threads.
+    """A compiled function, which runs on PyTorch's threads.
 
-    Args:
-        writer: class with the `name` of the function, whose objects write it with their builder `b`.
-        made_of: arguments of the class, with the target instruction set last.
+    `writer` is a class with its `name`, whose objects write it with their builder `b`; `made_of` are the arguments of
+    the class, the level last.
     """
 
     def __init__(self, writer: Any, *made_of: Any) -> None:

@@ -1,13 +1,8 @@
 """Linear layers: each tile of the GEMM stays in registers until GELU, LayerScale and residual are applied.
 
-There are two kernels in fp32 and bf16 (in pairs), both without a copy of the weights. For many rows, a task is some
-columns of the result: it packs their weights once, in panels of two vectors, and every tile of rows goes through all of
-them. For few rows packing would take longer than the GEMM, so the weights are read in place, once, and the dot products
-of a few columns are reduced at their end.
-
-int8 weights are a copy, packed in panels from the start, and one kernel multiplies any number of rows, four int8 values
-at a time. Another kernel quantises rows; for few rows every thread quantises all rows before its first task, which
-takes less than a call.
+Two kernels in fp32 and bf16 read the weights in place: of many rows, a task packs the weights of some columns in panels
+of two vectors for all tiles of rows; of few rows, dot products of a few columns are reduced at their end. int8 weights
+are a copy in panels, and one kernel multiplies any number of rows, quantised by another or by every thread.
 """
 
 from __future__ import annotations
@@ -70,15 +65,10 @@ _NUMBERS += ("chunks", "room", "gelu", "zero")
 
 
 class _Linear:
-    """Writes a kernel.
+    """Writes a kernel of factors of a `kind`, fp32, bf16 or int8; result and addends are bf16 if `half`, else fp32.
 
-    Args:
-        kind: of the factors: fp32, bf16 or int8.
-        half: whether the result and its addends are bf16 instead of fp32.
-        turned: the weight is `[K, M]`; for many rows, not for int8.
-        rounded: how float rows are quantised; None for int8 rows.
-        wide: whether the weight is fp32 and the other factor bf16; for many rows.
-        level: of the processor.
+    Of many rows, the weight may be `[K, M]` (`turned`, not in int8) or fp32 beside bf16 (`wide`); `rounded` is how
+    float rows are quantised, None for int8 rows.
     """
 
     name, few = "linear", False
@@ -520,13 +510,8 @@ def linear(
 ) -> Tensor:
     """`residual + gamma · (x W^T + b)` for x `[n, K]`, weight `[M, K]`, or its GELU, written to `out` `[n, M]`.
 
-    Args:
-        turned: the weight is `[K, M]` and the product `x W`; for many rows.
-        factors: of the rows of a turned weight, `[K]` in fp32.
-        few: selects the kernel; by default the faster one for the number of rows.
-        level: of the kernel; the best of this processor by default.
-
-    All operands have one dtype, as in `takes`; a weight may be fp32 with bf16 operands: many rows round it on the way.
+    A `turned` weight is `[K, M]`, its rows times `factors` `[K]` in fp32. All operands have one dtype, as in `takes`; a
+    weight may be fp32 with bf16 operands. `few` and `level` select a kernel instead of the fastest.
     """
     out = torch.empty(x.shape[0], weight.shape[turned], dtype=x.dtype) if out is None else out
     kind: Kind = "bf16" if x.dtype == torch.bfloat16 else "fp32"
@@ -538,12 +523,9 @@ def linear(
 
 
 class Panels(NamedTuple):
-    """An int8 weight `[M, K]`.
+    """An int8 weight `[M, K]`: `levels` `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, four per int32, in the order of the GEMM.
 
-    Attributes:
-        levels: four values per int32, `[⌈M / 2 lanes⌉, K / 4, 2 lanes]`, in the order of the GEMM.
-        steps: `[M]`, fp32, per channel.
-        sums: `[⌈M / 2 lanes⌉ · 2 lanes]`, int32, the sum of a channel's values.
+    Per channel, `steps` `[M]` in fp32 and `sums` of its levels `[⌈M / 2 lanes⌉ · 2 lanes]` in int32.
     """
 
     levels: Tensor
