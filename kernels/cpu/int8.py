@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Rows of a slice for each thread: what a wide hidden layer makes of them stays in cache.
 _SLICE_ROWS, _MOST_ROWS = 400, 4096
+# Values, in fp32, that stay in a core's own cache while bytes are made of them.
+_BLOCK = 1 << 18
 # A product of the model's own width: of a small one, most of the time is that of making bytes.
 _PROBE = (208, 768, 768)
 # Rows of the timed GEMMs, and the limit below which the timing of few rows decides.
@@ -98,8 +100,9 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         return Prepared.of(weight, bias, gamma)(rows, sums).view(residual.shape)
     packed, wide = _factors(weight, bias, gamma)
     levels, steps = _quantised(rows, x.dtype)
-    out = _rescaled(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide).add_(sums)
-    return out.to(residual.dtype).view(residual.shape)
+    out = torch.empty_like(sums)
+    _add_branch(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide, sums, out)
+    return out.view(residual.shape)
 
 
 def mlp_residual(
@@ -126,10 +129,14 @@ def mlp_residual(
     for start in range(0, len(rows), max(1, length)):
         part = slice(start, start + length)
         levels, steps = _quantised(rows[part], x.dtype)
-        hidden = _rescaled(_product(levels, packed, ZERO_BYTE, torch.float32), steps, wide)
-        levels, steps = _quantised(torch.ops.aten.gelu_(hidden), torch.float32, gelu=True)
+        hidden = _product(levels, packed, ZERO_BYTE, torch.float32)
+
+        def activated(block: slice, hidden: Tensor = hidden, steps: Tensor = steps) -> Tensor:
+            return torch.ops.aten.gelu_(_rescaled(hidden[block], steps[block], wide))
+
+        levels, steps = _quantised(hidden, torch.float32, activated)
         product = _product(levels, second[0], GELU_ZERO_BYTE, torch.float32)
-        out[part] = _rescaled(product, steps, second[1]).add_(sums[part])
+        _add_branch(product, steps, second[1], sums[part], out[part])
     return out.view(residual.shape)
 
 
@@ -232,9 +239,15 @@ class _Packed(NamedTuple):
 
 def _levels(weight: Tensor) -> tuple[Tensor, Tensor]:
     """An int8 weight `[M, K]`, and the step of each row."""
-    dense = weight.detach().float()
-    scales = reference.int8_steps(dense.abs().amax(1), torch.float32)
-    return (dense.double() * scales.reciprocal()[:, None]).round_().to(torch.int8), scales
+    rows, width = weight.shape
+    levels, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+    # In blocks of rows: their doubles stay in cache.
+    for start in range(0, rows, _block_length(width)):
+        block = slice(start, start + _block_length(width))
+        dense = weight.detach()[block].float()
+        scales[block] = reference.int8_steps(dense.abs().amax(1), torch.float32)
+        levels[block] = (dense.double() * scales[block].reciprocal()[:, None]).round_()
+    return levels, scales
 
 
 def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -> tuple[_Packed, Tensor | None]:
@@ -273,15 +286,48 @@ def _rescaled(product: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
     return product.mul_(steps) if bias is None else torch.addcmul(bias.to(product.dtype), product, steps, out=product)
 
 
-def _quantised(rows: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows `[n, K]`, of a GELU or any, as uint8, and their steps `[n, 1]` in `dtype`."""
-    values = rows.float()
-    largest = values.amax(1, keepdim=True)
-    if not gelu:
-        largest = torch.maximum(largest, values.amin(1, keepdim=True).neg_())
-    step = reference.int8_steps(largest, dtype, gelu=gelu)
-    shift = torch.full((), NO_FRACTIONS + (GELU_ZERO_BYTE if gelu else ZERO_BYTE))
-    return torch.addcmul(shift, values, step.float().reciprocal()).view(torch.int32).to(torch.uint8), step
+def _add_branch(product: Tensor, steps: Tensor, bias: Tensor | None, sums: Tensor, out: Tensor) -> None:
+    """`sums + product · steps + bias`, rounded once; the product is overwritten."""
+    length = _block_length(product.shape[1])
+    for start in range(0, len(sums), length):
+        block = slice(start, start + length)
+        residual = sums[block]
+        if residual.dtype != product.dtype:
+            residual = scratch("int8 block", tuple(residual.shape), product.dtype).copy_(residual)
+        out[block] = _rescaled(product[block], steps[block], bias).add_(residual)
+
+
+def _block_length(width: int) -> int:
+    return max(1, _BLOCK * torch.get_num_threads() // width)
+
+
+def _quantised(
+    rows: Tensor, dtype: torch.dtype, of_gelu: Callable[[slice], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows `[n, K]` as uint8, and their steps `[n, 1]` in `dtype`; `of_gelu` computes a block of GELU rows in fp32.
+
+    A block of rows at a time, which stays in a core's cache from the first pass over it to the last.
+    """
+    n, width = rows.shape
+    shift = torch.full((width,), NO_FRACTIONS + (GELU_ZERO_BYTE if of_gelu else ZERO_BYTE))
+    levels, steps = scratch("int8", (n, width), torch.uint8), torch.empty(n, 1, dtype=dtype)
+    length = _block_length(width)
+    for start in range(0, n, length):
+        block = slice(start, start + length)
+        if of_gelu:
+            values = place = of_gelu(block)
+            largest = values.amax(1, keepdim=True)
+        else:
+            values = rows[block]
+            place = scratch("int8 block", (values.shape[0], width), torch.float32)
+            if values.dtype != torch.float32:
+                # Operands of two types would be converted one by one.
+                values = place.copy_(values)
+            largest = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
+        step = reference.int8_steps(largest, dtype, gelu=of_gelu is not None)
+        torch.addcmul(shift, values, step.float().reciprocal(), out=place)
+        levels[block], steps[block] = place.view(torch.int32), step
+    return levels, steps
 
 
 def _example(
