@@ -392,7 +392,10 @@ def main() -> int:
             path = copy.folder / fault.file
             whole = path.read_text(encoding="utf-8")
             path.write_text(fault.text, encoding="utf-8")
-            caught = copy.first_failure(tests, options.deselect)
+            # What caught it before is quickest.
+            recorded = tried["caught_by"] if tried else None
+            caught = copy.first_failure((recorded,), options.deselect) if recorded else None
+            caught = caught or copy.first_failure(tests, options.deselect)
             path.write_text(whole, encoding="utf-8")
             print(f"{caught or 'SURVIVED'}: {fault.file}: {fault.after}", flush=True)
             row = {"file": fault.file, "function": fault.function, "before": fault.before, "after": fault.after}
