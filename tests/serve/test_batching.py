@@ -33,7 +33,7 @@ class Doubling:
     ("budget", "works", "given_up", "expected", "batches"),
     [
         (10, [(1, 4), (2, 6), (3, 1), (4, 30)], (), [2, 4, 6, 8], [[1, 2], [3], [4]]),
-        (2, [(7, 1), (5, 1), (13, 1), (6, 1)], (), [InputError, 10, RuntimeError, RuntimeError], [[7, 5], [13, 6]]),
+        (2, [(7, 1), (5, 1), (13, 1), (6, 1)], (), [InputError, 10, RuntimeError, 12], [[7, 5], [13, 6], [13], [6]]),
         (100, [(1, 1), (2, 1)], (0,), [asyncio.CancelledError, 4], [[2]]),
     ],
     ids=["budget", "failures", "given up"],

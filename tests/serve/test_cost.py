@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.serve.conftest import chunk, get, inflating_png, png, post, process, saved, scans
+from tests.serve.conftest import Running, chunk, get, inflating_png, png, post, process, saved, scans, until
 
 resource = pytest.importorskip("resource", reason="limits of a process")
 if not hasattr(resource, "prlimit"):
     pytest.skip("the costs of another process are read from /proc", allow_module_level=True)
-pytestmark = pytest.mark.slow
 
 MOST_MEGABYTES = 64
 # Five times a second, for machines that are slow or busy.
@@ -84,6 +84,7 @@ BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
     "parts": (lambda: _items(f'[{{"content": {_list("{}", 12_000)}}}]'), REFUSED),
     "keys": (lambda: _items("[" + ",".join(f'{{"k{number}":0}}' for number in range(60_000)) + "]"), REFUSED),
     "one text": (lambda: _items('["' + "漢" * 330_000 + '"]'), REFUSED),
+    "inflates a little": (lambda: _pictures(inflating_png(40)), REFUSED),
     "inflates": (lambda: _pictures(inflating_png(700)), REFUSED),
     "eight WebPs": (lambda: _pictures(saved(4096, "RGBA", "WEBP", lossless=True, method=0), 8), REFUSED),
     "deep PNG": (lambda: _pictures(saved(4000, "I;16", "PNG")), REFUSED),
@@ -99,6 +100,19 @@ BODIES: dict[str, tuple[Callable[[], bytes], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["zeros", "objects", "nested", "deep", "keys", "one text", "inflates a little"])
+def test_a_small_attack_is_refused_while_health_answers(served: Running, name: str) -> None:
+    make, statuses = BODIES[name]
+    body, seconds = make(), time.process_time()
+    with ThreadPoolExecutor(1) as threads:
+        reply = threads.submit(served.post, "/v1/rerank", body)
+        assert served.get("/health").status_code == 200
+        assert reply.result().status_code in statuses
+    assert time.process_time() - seconds <= MOST_CPU_SECONDS
+    assert until(lambda: not served.service.memory.used)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
 def test_a_body_costs_little(limited: Limited, name: str) -> None:
     make, statuses = BODIES[name]
@@ -111,6 +125,7 @@ def test_a_body_costs_little(limited: Limited, name: str) -> None:
     assert limited.megabytes("VmHWM") - before <= MOST_MEGABYTES
 
 
+@pytest.mark.slow
 def test_many_at_once_leave_the_service_alive(limited: Limited) -> None:
     """As many as may wait, each with as much as it may ask for; those beyond the memory get 429."""
     body = _pictures(saved(4000, "RGB", "JPEG", quality=1))

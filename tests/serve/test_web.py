@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("httpx", reason="the extra 'serve'")
 import httpx
 
+from tests.serve.conftest import until
+from xfm_fast.serve import app
 from xfm_fast.serve.images import fetch, is_public, web_client
 from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.schema import Problem
@@ -139,3 +141,23 @@ def test_a_service_that_allows_urls_refuses_private_ones(start: Any) -> None:
         for url, status in (("http://169.254.169.254/latest", 422), ("data:image/png;base64,aGk=", 422)):
             asked = {"query": "a", "documents": [{"image": url}]}
             assert service.post("/v1/rerank", asked).status_code == status
+
+
+def test_an_error_of_one_image_ends_the_other_downloads(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    async def wait(client: Any, url: str, budget: Budget) -> bytes:
+        if url.endswith("bad"):
+            await asyncio.sleep(0.05)
+            raise Problem(422, url)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(url)
+        return b""
+
+    monkeypatch.setattr(app, "fetch", wait)
+    with start(allow_urls=True) as service:
+        documents = [{"image": f"http://photos.example/{name}"} for name in ("slow", "bad", "late")]
+        assert service.post("/v1/rerank", {"query": "a", "documents": documents}).status_code == 422
+        assert until(lambda: len(ended) == 2)

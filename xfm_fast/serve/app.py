@@ -174,8 +174,13 @@ class Service:
         scoring = self._scoring(items, pairs)
         if self._web is not None:
             urls = {name: item.image for name, item in items if item.image is not None and is_url(item.image)}
-            contents = await asyncio.gather(*(fetch(self._web, url, budget) for url in urls.values()))
-            files = dict(zip(urls, contents, strict=True))
+            downloads = [asyncio.ensure_future(fetch(self._web, url, budget)) for url in urls.values()]
+            try:
+                files = dict(zip(urls, await asyncio.gather(*downloads), strict=True))
+            finally:
+                # After an error, the others would go on.
+                for download in downloads:
+                    download.cancel()
         reads = await budget.run(self._threads, self._read, items, files, budget)
         work = Work(tuple(reads), tuple(pairs), scoring)
         budget.submitted = True
@@ -210,7 +215,7 @@ class Service:
         for name, item in items:
             budget.check()
             if item.text is None:
-                content = files.get(name) or decode_base64(item.image or "", name)
+                content = files[name] if name in files else decode_base64(item.image or "", name)
                 content, peak = check_image(content, name, budget)
                 reads.append(self.model.read_image(content, name, peak, lambda: not budget.ended))
             elif len(item.text) > MAX_CHARACTERS:
@@ -279,9 +284,10 @@ class _Gate:
                 await self._bounded(scope, headers, receive, count)
             else:
                 await self._app(scope, receive, count)
-        except Problem as problem:
+        except (Problem, MemoryError) as error:
             if status == 499:
-                await problem.response()(scope, receive, count)
+                response = await _respond_to_error(Request(scope), error)
+                await response(scope, receive, count)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()

@@ -123,9 +123,9 @@ class _Piece(NamedTuple):
 class Batcher:
     """Runs work in batches of at most `budget` cost, in order and in one thread; a single piece may cost more.
 
-    `run` returns results in order; an exception among them is raised for its piece, and one that `run` raises for all.
-    The first piece of a batch waits `wait` seconds for others while `coming()` counts some; `observe` gets the pieces
-    and the cost of a batch.
+    `run` returns results in order; an exception among them is raised for its piece, and after one that `run` raises
+    each piece runs by itself. The first piece of a batch waits `wait` seconds for others while `coming()` counts some;
+    `observe` gets the pieces and the cost of a batch.
     """
 
     def __init__(
@@ -181,15 +181,19 @@ class Batcher:
             if not batch:
                 continue
             self._observe(len(batch), cost)
-            try:
-                works = [piece.work for piece in batch]
-                answers = await asyncio.get_running_loop().run_in_executor(self._thread, self.run, works)
-            except Exception as error:  # the service survives any request
-                answers = [error] * len(batch)
-            for piece, answer in zip(batch, answers, strict=True):
+            for piece, answer in zip(batch, await self._answers([piece.work for piece in batch]), strict=True):
                 if piece.answer.done():
                     continue
                 if isinstance(answer, Exception):
                     piece.answer.set_exception(answer)
                 else:
                     piece.answer.set_result(answer)
+
+    async def _answers(self, works: Sequence[Any]) -> Sequence[Any]:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self.run, works)
+        except Exception as error:  # the service survives any request
+            if len(works) == 1:
+                return [error]
+            # Only the piece that fails by itself gets the error.
+            return [answer for work in works for answer in await self._answers([work])]
