@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from .quantise import quantize_int8
     from .request import ExportRequest, OnnxRequest, RepositoryOptions
     from .runtimes.aoti import PackageRequest, export_packages
-    from .runtimes.tensorrt import EngineRequest
+    from .runtimes.tensorrt import EngineRequest, TensorRTRequest
     from .session import Session
     from .verification import verify, verify_export
 
 _HOMES = {
     "EngineRequest": "runtimes.tensorrt",
+    "TensorRTRequest": "runtimes.tensorrt",
     "Examples": "expected",
     "ExportRequest": "request",
     "Manifest": "manifest",
@@ -49,7 +50,7 @@ _HOMES = {
 
 __all__ = [
     "EngineRequest", "Examples", "ExportRequest", "Manifest", "OnnxRequest", "PackageRequest", "RepositoryOptions",
-    "Session", "export_engines", "export_onnx", "export_packages", "generated_examples",
+    "Session", "TensorRTRequest", "export_engines", "export_onnx", "export_packages", "generated_examples",
     "make_examples", "quantize_int8", "verify", "verify_export", "write_model_repository",
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from xfm_fast.errors import ExportError, UnavailableError
-from xfm_fast.io import write_files
+from xfm_fast.io import write_bytes, write_files
 from xfm_fast.models.xfm import XFM
 
 from .expected import LONGEST, Examples, Reference, generated_examples
@@ -42,6 +42,7 @@ from .runtimes.tensorrt import (
     EngineRequest,
     TensorRT,
     TensorRTForRTX,
+    TensorRTRequest,
     first_error,
     local_capability,
     message_logger,
@@ -88,7 +89,7 @@ class Builder:
                 f"with the model as ever; should it fail, pip install '{self.name}<{self.newest + 1}'",
                 stacklevel=1,
             )
-        targets = self.targets(parse_targets(joined(request.sm)), local_capability())
+        targets = self.targets(request, parse_targets(joined(request.sm)), local_capability())
         if lacking := [target for target in targets if target < self.least[dtype]]:
             raise UnavailableError(
                 f"{_names(lacking)} {'has' if len(lacking) == 1 else 'have'} no {dtype} in {self.title}; leave out "
@@ -97,7 +98,7 @@ class Builder:
             )
         return targets
 
-    def targets(self, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+    def targets(self, request: EngineRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
         """The compute capabilities to build for: named ones, or this machine's."""
         if tuple(map(int, re.findall(r"\d+", self.version)[:3])) < _OLDEST_TENSORRT:
             oldest = ".".join(map(str, _OLDEST_TENSORRT))
@@ -112,6 +113,9 @@ class Builder:
                 f"TensorRT builds for the GPU of this machine, SM{present}, and not for {_names(named)}; "
                 "leave out --sm, or use xfm-fast export --to tensorrt-rtx"
             )
+        level = getattr(request, "hardware_compatible", None)
+        if level == "ampere_plus" and present < 80:
+            raise UnavailableError(f"hardware_compatible={level!r} needs SM80 or newer, and this GPU is SM{present}")
         return (present,)
 
     def network(self, builder: Any) -> Any:
@@ -125,6 +129,18 @@ class Builder:
         config.clear_flag(self.trt.BuilderFlag.TF32)
         if request.level is not None:
             config.builder_optimization_level = request.level
+        if not isinstance(request, TensorRTRequest):
+            return
+        if request.version_compatible:
+            config.set_flag(self.trt.BuilderFlag.VERSION_COMPATIBLE)
+        if request.hardware_compatible:
+            level = request.hardware_compatible.upper()
+            config.hardware_compatibility_level = getattr(self.trt.HardwareCompatibilityLevel, level)
+        if request.timing_cache is not None:
+            stored = request.timing_cache.read_bytes() if request.timing_cache.is_file() else b""
+            # TensorRT rejects timings of another GPU or version; the build then starts with an empty cache.
+            if not config.set_timing_cache(config.create_timing_cache(stored), False):
+                config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 class BuilderForRTX(Builder):
@@ -135,8 +151,10 @@ class BuilderForRTX(Builder):
     # It has no fp32 GEMMs for Turing.
     least = LEAST_CAPABILITY | {"fp32": 80}
 
-    def targets(self, named: Sequence[int], present: int | None) -> tuple[int, ...]:
+    def targets(self, request: EngineRequest, named: Sequence[int], present: int | None) -> tuple[int, ...]:
         """See `Builder.targets`."""
+        if isinstance(request, TensorRTRequest):
+            raise UnavailableError(f"{self.title} has no options of TensorRTRequest; use EngineRequest, with sm=")
         names = (re.fullmatch(r"SM(\d+)", name) for name in dir(self.trt.ComputeCapability))
         known = sorted(int(name[1]) for name in names if name)
         targets = tuple(sorted(set(named))) or (() if present is None else (present,))
@@ -217,7 +235,7 @@ def engine_graphs(
 ) -> Iterator[Callable[[Progress], Manifest]]:
     """Export the graphs of engines and yield the function that builds them, which no longer needs the model."""
     folder = Path(folder)
-    request = replace(request or EngineRequest(), **changes)
+    request = replace(request or (TensorRTRequest if consumer == "tensorrt" else EngineRequest)(), **changes)
     library, targets, spelling = check_request(consumer, request)
     profiles, dtype = parse_profiles(request.profile, packed=request.packed), data_type(request.dtype)
     built = build_graphs(model, spelling, request)
@@ -296,7 +314,13 @@ def build_engines(
         build_engine(library, source, folder / record.file, request, targets, record.profiles)
         return [record.file]
 
-    target = EngineTarget(library=library.name, version=library.version, compute_capabilities=list(targets))
+    target = EngineTarget(
+        library=library.name,
+        version=library.version,
+        compute_capabilities=list(targets),
+        version_compatible=getattr(request, "version_compatible", False),
+        hardware_compatibility=getattr(request, "hardware_compatible", None),
+    )
     options = {"profiles": [str(profile) for profile in profiles], "optimization_level": request.level}
     content = exported.unverified(
         kind=library.name,
@@ -395,6 +419,8 @@ def build_engine(
             )
 
     write_files({engine: write})
+    if isinstance(request, TensorRTRequest) and request.timing_cache is not None:
+        write_bytes({request.timing_cache: bytes(memoryview(config.get_timing_cache().serialize()))})
 
 
 RULES = (

@@ -202,9 +202,8 @@ class EngineTarget(_Record):
     library: str
     version: str
     compute_capabilities: list[int]  # such as 89
-    # In older exports.
-    version_compatible: bool = Field(default=False, exclude=True)
-    hardware_compatibility: str | None = Field(default=None, exclude=True)
+    version_compatible: bool = False
+    hardware_compatibility: str | None = None  # such as `ampere_plus`; None: one architecture
 
 
 class PackageTarget(_Record):
@@ -387,12 +386,18 @@ class Manifest(_Record):
         if target is None:
             return
         again = f"xfm-fast export --to {target.library}"
-        if library_version != target.version:
+        here, there = (
+            tuple(int(part) if part.isdigit() else 0 for part in version.split("."))
+            for version in (library_version, target.version)
+        )
+        if library_version != target.version and (here < there or not target.version_compatible):
             raise ExportError(
                 f"these engines were built by {target.library} {target.version} and this machine has "
                 f"{library_version}; install {target.library}=={target.version} or build again with {again}"
             )
-        if compute_capability is not None and compute_capability not in target.compute_capabilities:
+        if compute_capability is None or compute_capability in target.compute_capabilities:
+            return
+        if target.hardware_compatibility != "ampere_plus" or compute_capability < 80:
             built = ", ".join(f"SM{number}" for number in target.compute_capabilities)
             raise ExportError(
                 f"these engines were built for {built} and this GPU is SM{compute_capability}; build for it with "

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Le
 
@@ -77,6 +77,21 @@ class EngineRequest(ExportRequest):
     budget: float = BUDGET
     level: Annotated[int | None, Ge(0), Le(5)] = None
     keep_onnx: bool = False
+
+
+@dataclass(frozen=True)
+class TensorRTRequest(EngineRequest):
+    """Graphs as engines of TensorRT, with options that TensorRT for RTX lacks.
+
+    Attributes:
+        timing_cache: File of kernel timings, read before and written after a build: later builds are faster.
+        version_compatible: Later versions of TensorRT run the engine (tensorrt_lean).
+        hardware_compatible: Other GPUs run the engine too.
+    """
+
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: Literal["ampere_plus", "same_compute_capability"] | None = None
 
 
 def message_logger(trt: Any, errors: list[str]) -> Any:
@@ -169,6 +184,9 @@ class TensorRT(Runtime):
         # The runtime keeps no reference to it.
         self._logger = message_logger(self.library, self.errors)
         self._runtime: Any = start(f"{self.title} {self.version}", self.library.Runtime, self._logger, self.errors)
+        if manifest.target is not None and manifest.target.version_compatible:
+            # The engine carries the runtime of the version that built it.
+            self._runtime.engine_host_code_allowed = True
         # The legacy default stream would make every launch wait. One stream for all keeps launches in order, whichever
         # stream their callers are on.
         self.stream: Any = self.cuda.Stream(device)

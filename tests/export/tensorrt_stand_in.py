@@ -23,7 +23,10 @@ from xfm_fast.export.manifest import GraphRecord
 
 TYPES = {"float32": ctypes.c_float, "int64": ctypes.c_int64}
 # What is used of TensorRT's `IBuilderConfig`, which has no compute capabilities to set, unlike TensorRT for RTX.
-_CONFIG = ("add_optimization_profile", "builder_optimization_level", "clear_flag", "progress_monitor")
+_CONFIG = (
+    "add_optimization_profile", "builder_optimization_level", "clear_flag", "create_timing_cache", "get_timing_cache",
+    "hardware_compatibility_level", "progress_monitor", "set_flag", "set_timing_cache",
+)  # fmt: skip
 
 
 class FakeCuda:
@@ -162,6 +165,7 @@ def tensorrt_module(version: str = "10.14.1", graphs: Mapping[str, GraphRecord] 
     network.num_inputs, network.get_input.return_value.name = 1, "x"
     config = builder.create_builder_config.return_value = MagicMock(spec_set=_CONFIG)
     config.add_optimization_profile.return_value = 0
+    config.get_timing_cache.return_value.serialize.return_value = b"timed"
 
     def runtime(logger: Any) -> Any:
         def deserialize(content: bytes) -> FakeEngine | None:

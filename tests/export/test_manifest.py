@@ -102,6 +102,12 @@ def test_engines_belong_to_their_gpus_and_library() -> None:
     for version, capability, named in (("10.14.1", 75, "SM75"), ("10.15.0", 80, r"10\.15\.0")):
         with pytest.raises(ExportError, match=named):
             made.require_target(library_version=version, compute_capability=capability)
+    wide = target.model_copy(update={"version_compatible": True, "hardware_compatibility": "ampere_plus"})
+    made = _manifest(kind="tensorrt", target=wide)
+    made.require_target(library_version="10.15.0", compute_capability=90)
+    for version, capability, named in (("10.14.1", 75, "SM75"), ("10.9.0", 80, r"10\.9")):
+        with pytest.raises(ExportError, match=named):
+            made.require_target(library_version=version, compute_capability=capability)
 
 
 def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:

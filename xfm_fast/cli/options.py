@@ -130,8 +130,8 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("tune", "--dtype", None, "bf16, the dtype that is tuned"),
     Renamed("export", "--keep-onnx", None, "EngineRequest(keep_onnx=) in Python"),
     *(
-        Renamed("export", option, None, "trtexec, with the commands in README.md of an ONNX export")
-        for option in ("--timing-cache", "--version-compatible", "--hardware-compatible")
+        Renamed("export", f"--{name.replace('_', '-')}", None, f"TensorRTRequest({name}=) in Python")
+        for name in ("timing_cache", "version_compatible", "hardware_compatible")
     ),
     *(
         Renamed("export model-repository", option, None, "config.pbtxt of the model, which is text to edit")

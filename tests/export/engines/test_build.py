@@ -25,6 +25,7 @@ from xfm_fast.export.runtimes.tensorrt import (
     EngineRequest,
     TensorRT,
     TensorRTForRTX,
+    TensorRTRequest,
     check_engine_file,
     message_logger,
 )
@@ -183,7 +184,10 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
     profiles = [
         ProfileRecord(name=str(most), least={"x": [1, 3]}, best={"x": [1, 3]}, most={"x": [most, 3]}) for most in (1, 8)
     ]
-    request = EngineRequest(level=2)
+    request = TensorRTRequest(
+        level=2, timing_cache=tmp_path / "timings", version_compatible=True, hardware_compatible="ampere_plus"
+    )
+    (tmp_path / "timings").write_bytes(b"earlier")
     targets = library.check(request, "bf16")
     build_engine(library, tmp_path / "g.onnx", tmp_path / "g.engine", request, targets, profiles)
     assert (tmp_path / "g.engine").read_bytes() == b"plan of TensorRT"
@@ -191,6 +195,10 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
     builder.create_network.assert_called_with(1 << 1)  # strongly typed
     assert config.clear_flag.mock_calls == [call(trt.BuilderFlag.TF32)]
     assert config.builder_optimization_level == 2
+    assert config.set_flag.mock_calls == [call(trt.BuilderFlag.VERSION_COMPATIBLE)]
+    assert config.hardware_compatibility_level is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    config.create_timing_cache.assert_called_once_with(b"earlier")
+    assert (tmp_path / "timings").read_bytes() == b"timed"
     assert shapes.set_shape.mock_calls == [call("x", (1, 3), (1, 3), (most, 3)) for most in (1, 8)]
     assert config.add_optimization_profile.mock_calls == [call(shapes)] * 2
     # A module over libraries of another version may succeed and write nothing.
