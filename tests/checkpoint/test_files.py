@@ -202,9 +202,10 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(XFMConfig.preset("tiny").to_json())
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_pretrained_files(tmp_path)
-    save_file(STATE, tmp_path / "model.safetensors", metadata={"xfm_fast_format": "2"})
-    with pytest.raises(CheckpointError, match="upgrade xfm-fast"):
-        load_pretrained_files(tmp_path)
+    for version_of_format in ("2", "²"):
+        save_file(STATE, tmp_path / "model.safetensors", metadata={"xfm_fast_format": version_of_format})
+        with pytest.raises(CheckpointError, match="upgrade xfm-fast"):
+            load_pretrained_files(tmp_path)
     save_file(STATE, tmp_path / "model.safetensors")
     assert_same(load_pretrained_files(tmp_path).state, STATE)
 

@@ -339,3 +339,10 @@ def test_bad_checkpoints() -> None:
     del lacking["text_encoder.bert.encoder.layer.0.output.dense.weight"]
     with pytest.raises(CheckpointError, match=r"missing \(1\)"):
         XFM.from_x2vlm(lacking, text_heads=2)
+
+
+def test_another_resolution() -> None:
+    model = XFM.from_x2vlm(x2vlm(), image_size=48, text_heads=2)
+    assert model.load_report is not None
+    assert model.load_report.interpolated
+    assert model.encode_image(torch.randn(1, 3, 48, 48)).shape[1] == 37

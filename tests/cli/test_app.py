@@ -142,7 +142,7 @@ def test_former_names_are_today_s_with_a_warning() -> None:
     ("arguments", "part"),
     [
         (["inof"], '"info"'),
-        (["convert", "absent.th", "out", "--to", "onnx"], '"official"'),
+        (["convert", "absent.th", "out", "--to", "official"], "--to is retired"),
         (["convert", "absent.th", "out"], "absent.th"),
         (["convert", "a", "b", "c"], '"c"'),
         (["convert", "a", "b", "--image-size"], "--image-size"),

@@ -30,10 +30,11 @@ def test_a_bad_file_is_listed_and_exits_with_1(tmp_path: Path) -> None:
 
 
 def test_json(tmp_path: Path) -> None:
-    result = _run("check", write_lines(tmp_path / "a.jsonl", ["{", "{"]), "--task", "text", "--json")
+    result = _run("check", write_lines(tmp_path / "a.jsonl", ["{"] * 30), "--task", "text", "--json")
     assert result.exit_code == 1
     content = json.loads(result.stdout)
-    assert (content["rows"], content["broken"], content["ok"]) == (2, 2, False)
+    assert (content["rows"], content["broken"], content["ok"]) == (30, 30, False)
+    assert [problem["row"] for problem in content["problems"]] == [*range(1, 31)]
 
 
 def test_there_and_back(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.data.record_files import (
     base64_picture,
@@ -41,6 +42,19 @@ def test_counts_of_good_pairs(tmp_path: Path) -> None:
     assert report.tokens.total() == 6
     assert report.sizes == {(40, 30): 4, (60, 20): 1}
     assert report.formats == {"JPEG": 4, "PNG": 1}
+
+
+def test_turned_and_transparent_images_are_counted(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGBA", (40, 30)).save(tmp_path / "b.png")
+    Image.new("RGBA", (40, 30), "red").save(tmp_path / "c.png")
+    rows = [{"image": name, "caption": "a dog", "image_id": name} for name in ("a.jpg", "b.png", "c.png")]
+    report = _check(_array(tmp_path / "a.json", rows), "retrieval")
+    assert (report.turned, report.transparent, report.broken) == (1, 1, 0)
+    assert report.sizes == {(30, 40): 1, (40, 30): 2}
+    assert report.as_dict()["images"]["turned"] == 1
 
 
 BROKEN = {

@@ -177,3 +177,9 @@ def test_a_file_that_costs_a_decoder_minutes_is_refused_at_once(
     with pytest.raises(DataError, match=words):
         decode(data)
     assert time.process_time() - began < 0.5
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    decoded = decode_image(_bytes(Image.fromarray(values)))
+    assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 128, 255]

@@ -208,6 +208,17 @@ def test_any_shard_reads_as_from_front_to_back(
     assert _samples(again) == _webdataset(path)
 
 
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", _members(4))
+    with tarfile.open(path) as archive:
+        place = archive.getmember("0002.jpg").offset
+    whole = bytearray(path.read_bytes())
+    whole[place : place + 200] = b"\xaa" * 200
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match=f"{place:,}"):
+        len(ShardFile(path))
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.data.record_files import (
     write_lines,
 )
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
+from xfm_fast.data import streams
 from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.data.streams import Stream, load_batches
@@ -208,3 +210,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     for nothing in ([], tmp_path, ""):
         with pytest.raises(DataError):
             _pairs(nothing)
+
+
+def test_a_system_without_hangups_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    assert "Stream" in runpy.run_path(streams.__file__)

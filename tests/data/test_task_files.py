@@ -159,6 +159,17 @@ def test_references_alone(tmp_path: Path, protocol: int) -> None:
     assert rows.label(2) == "ref_id 1, sentence 0"
 
 
+def test_official_elements_get_their_boxes(tmp_path: Path) -> None:
+    elements = [{"image": "a.jpg", "text": "dog", "ref_id": ref} for ref in (0, 1, 5)]
+    official = _write(tmp_path / "a.json", elements)
+    (rows,) = grounding_rows([official, *_refer(tmp_path)])
+    assert (rows.read(0).bbox, rows.read(0).image, rows.name) == ((1, 2, 3.5, 4), "a.jpg", str(official))
+    with pytest.raises(DataError, match="ref_id 5"):
+        rows.read(2)
+    with pytest.raises(DataError, match=r"1 .* 0 "):
+        grounding_rows([official, _refer(tmp_path)[0]])
+
+
 class _Harmful:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, ("harmed",)

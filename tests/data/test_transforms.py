@@ -153,6 +153,25 @@ def test_normalisation_is_exact() -> None:
     torch.testing.assert_close(ours, _normalised(picture, IMAGENET_MEAN, IMAGENET_STD), rtol=0, atol=1e-6)
 
 
+def test_the_order_of_the_steps() -> None:
+    """Crop, resize, flip, augmentation, normalisation, by PIL and with the same draws."""
+    picture, transform = _picture(), pretraining_transform(48)
+    flips = 0
+    for seed in range(20):
+        rng, plain = np.random.default_rng(seed), np.random.default_rng(seed)
+        box = random_crop_box(90, 70, (0.2, 1.0), plain)
+        flip = plain.random() < 0.5
+        flips += flip
+        image = picture.crop(box).resize((48, 48), Image.Resampling.BICUBIC)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        expected = _normalised(RandAugment()(image, plain))
+        ours = transform(picture, rng).double()
+        # Two levels of the resize, which equalisation may spread: nearly all pixels agree.
+        assert ((ours - expected).abs() > 3 / 255 / min(STD)).double().mean() < 0.01
+    assert 3 < flips < 17
+
+
 @pytest.mark.parametrize(("size", "side"), [(224, 256), (192, 219), (384, 384)])
 def test_imagenet_evaluation(size: int, side: int) -> None:
     picture = _picture(500, 375)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,7 @@ def check(
         image_root=rows.image_root,
         tokenized=options.tokenized,
         tolerate_bad=rows.tolerate_bad,
+        most_problems=sys.maxsize if as_json else 20,
     )
     with progress("checking") as advance:
         report = checking.check(paths, options.task, settings, progress=advance)
@@ -142,7 +144,7 @@ def convert_rows(
 
     bad = Quarantine(options.quarantine, tolerate_bad=rows.tolerate_bad, setting="--tolerate-bad")
     keys: Any = {"image_key": rows.image_key, "caption_key": rows.caption_key, "image_root": rows.image_root}
-    if destination.suffix in LINE_SUFFIXES:
+    if destination.suffix.lower() in LINE_SUFFIXES:
         done = to_lines(source, destination, **keys, quarantine=bad)
     else:
         done = to_shards(source, destination, **keys, quarantine=bad, samples_per_shard=options.samples)
