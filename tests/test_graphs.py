@@ -172,6 +172,7 @@ def test_calls_that_were_not_captured_are_refused() -> None:
         lambda: captured.encode_text(torch.zeros(1, 3)),
         lambda: captured.image_memory(torch.zeros(1, 3, 64)),
         lambda: captured.fuse(torch.zeros(1, 3, 64), torch.ones(2, 3), memory),
+        lambda: captured.fuse(torch.zeros(1, 3, 64), torch.ones(1, 3), memory, first_token_only=False),
     ):
         with pytest.raises(InputError):
             call()
@@ -183,17 +184,17 @@ def test_models_that_cannot_be_captured_are_refused() -> None:
         capture(model, shapes)
     foreign: Any = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).eval()
     text_only = XFM(model.config, heads=(), encoders=("text",)).eval()
-    for wrong, named in ((model.train(), "training"), (foreign, "Sequential"), (text_only, "images")):
+    for refused, named in ((model.train(), "training"), (foreign, "Sequential"), (text_only, "images")):
         with pytest.raises(InputError, match=named):
-            capture(wrong, shapes, recorder=StandIn())
+            capture(refused, shapes, recorder=StandIn())
     foreign[1].train()
     assert "1 is in training mode" in str(graphs.why_not_captured(foreign))
     with torch.inference_mode():
         loaded = nn.Linear(2, 2).eval()
     assert "inference" in str(graphs.why_not_captured(loaded))
-    wrong_sizes: list[Any] = [{"texts": ((1, 2),)}, {"texts": ((1, 2, 3),)}, {"matches": ((1, 2, 3, 0),)}]
-    for sizes in wrong_sizes:
-        with pytest.raises(InputError, match=r"texts|matches"):
+    wrong: list[Any] = [{"texts": ((1, 2),)}, {"texts": ((1, 2, 3),)}, {"matches": ((1, 2, 3, 0),)}, {"pairs": ((1,),)}]
+    for sizes in wrong:
+        with pytest.raises(InputError, match=r"texts|matches|pairs"):
             Shapes(**sizes)
 
 

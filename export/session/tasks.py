@@ -38,7 +38,7 @@ class SessionPast:
     tokens: Tensor
 
     def select(self, rows: Tensor) -> SessionPast:
-        """See `xfm_fast.models.decoder.Past`."""
+        """The cache of the texts `rows` `[A']`, with repeats, in any order."""
         return SessionPast(self.tokens.index_select(0, rows))
 
 

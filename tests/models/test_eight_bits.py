@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from tests.export.conftest import trained_model as trained_model
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import fp8, ops
-from xfm_fast.kernels.cpu import int8
+from xfm_fast.kernels import fp8, ops, reference
+from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.marked import EightBits, kind_of
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
@@ -89,6 +90,41 @@ def test_the_blocks_with_the_largest_error_stay_in_floats(kind: EightBits, model
     assert model.quantised == kind
     # A copy has the flags too.
     assert torch.equal(results(copy.deepcopy(model), *given)["fused"], results(model, *given)["fused"])
+
+
+@needs_int8
+def test_it_is_the_model_of_rounded_floats(model: XFM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the model in floats whose GEMMs have operands rounded to int8; the text by itself runs `ShortParts`."""
+    if llvm.why_not(torch.int8) is None:
+        compiled = selection.Selection("products of bytes", torch.float32, "llvm", {}, {}, "settled")
+        monkeypatch.setitem(selection._selections, ("products of bytes", torch.float32), compiled)
+    pixels, ids = inputs(model.config)
+
+    def computed() -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return results(model, pixels, ids) | {"alone": model.encode_text(ids[:1])}
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False, norm: Any = None) -> Tensor:
+        x = x if norm is None else reference.layer_norm(x, *norm)
+        return reference.linear(reference.as_int8(x, gelu=gelu), reference.as_int8(weight), bias)
+
+    def linear_residual(x: Tensor, w: Tensor, b: Tensor | None, residual: Tensor, gamma: Any, **rest: Any) -> Tensor:
+        y = linear(x, w, b, **rest)
+        return residual + (y if gamma is None else gamma * y)
+
+    def mlp_residual(x: Tensor, w: Any, b: Any, v: Any, c: Any, residual: Any, gamma: Any, norm: Any = None) -> Tensor:
+        return linear_residual(F.gelu(linear(x, w, b, norm=norm)), v, c, residual, gamma, gelu=True)
+
+    floats = computed()
+    model.quantise()
+    found = computed()
+    for name, twin in (("linear", linear), ("linear_residual", linear_residual), ("mlp_residual", mlp_residual)):
+        monkeypatch.setattr(int8, name, twin)
+    monkeypatch.setattr(int8, "linear_gelu", lambda *given: F.gelu(linear(*given)))
+    monkeypatch.setattr(int8, "compiled", lambda *_: False)
+    # A value on the edge between two levels may fall on either side, and later layers see it.
+    for name, twin in computed().items():
+        assert float((twin - found[name]).norm()) < 0.5 * float((floats[name] - found[name]).norm())
 
 
 @either

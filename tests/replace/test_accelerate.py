@@ -173,6 +173,8 @@ def test_verified(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.share == 1.0
     assert found.speedup is not None
     assert f"{found.speedup:.2f}×" in str(found)
+    with pytest.raises(AttributeError, match="speedup"):
+        _ = found.expected_gains
     assert made.training
     found.revert()
     monkeypatch.setattr(FusedAffine, "error", 0.5)

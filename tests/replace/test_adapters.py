@@ -66,6 +66,18 @@ def test_every_change_of_an_adapter_is_seen() -> None:
     assert_near(plain, original)
 
 
+def test_dropout_is_on_the_input_of_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a dropout mask that follows from the shape of the input."""
+
+    def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return x * (torch.arange(x.shape[-1]) % 3 != 0) / (1 - p) if training and p else x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropped)
+    original, fast = (adapted(make("BertModel"), EVERYWHERE, lora_dropout=0.25).train() for _ in range(2))
+    accelerate(fast)
+    assert_equal(original, fast, batch(), BOUND)
+
+
 def test_bias_and_mixed_types() -> None:
     original, fast = (adapted(make("BertModel"), EVERYWHERE, lora_bias=True).eval() for _ in range(2))
     accelerate(fast)

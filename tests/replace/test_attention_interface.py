@@ -60,6 +60,12 @@ def test_models_with_a_position_bias(case: str, calls: list[tuple[int, ...]]) ->
     assert all(len(shape) == 4 for shape in calls)
 
 
+def test_attention_classes_stay_those_of_pytorch(calls: list[tuple[int, ...]]) -> None:
+    model, fast = pair("Data2Vec")
+    agree(model, fast, FAMILIES["Data2Vec"].inputs(torch.float64))
+    assert not calls
+
+
 @pytest.mark.parametrize("form", ["padding", *(["numbers", "one for all heads"] if TRANSFORMERS >= 5 else [])])
 def test_texts_with_masks_of_every_form(form: str, calls: list[tuple[int, ...]]) -> None:
     name = xfm_fast.register_attention()

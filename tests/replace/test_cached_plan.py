@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 
 from tests.replace.families import FAMILIES, TRANSFORMERS, batch, make
 from xfm_fast import accelerate
-from xfm_fast.kernels import ops
+from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, llvm, selection
 from xfm_fast.kernels.marked import unmark
 from xfm_fast.replace import cached_plan
@@ -111,6 +112,27 @@ def test_int8_plans(
     assert all(len(layer.rounded) == (4 if name == "ModernBertModel" else 6) for layer in ran)
     _near(found, wanted)
     _near(alone, wanted_alone)
+
+
+def _rounded(gelu: bool, layer: nn.Module, given: tuple[Tensor]) -> Tensor:
+    return reference.as_int8(given[0], gelu=gelu)
+
+
+@pytest.mark.usefixtures("compiled_int8")
+def test_int8_plans_are_the_model_of_rounded_floats(ran: list[CachedPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the code of transformers whose linear layers have operands rounded to int8."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    original = make("BertModel", torch.float32, **_WIDE).eval()
+    floats, fast = states(original), copy.deepcopy(original)
+    accelerate(fast, dtype="int8")
+    found = states(fast)
+    assert len(ran) == 2
+    for name, layer in original.encoder.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = reference.as_int8(layer.weight.data)
+            of_gelu = name.endswith(("0.output.dense", "1.output.dense"))
+            layer.register_forward_pre_hook(partial(_rounded, of_gelu))
+    assert float((states(original) - found).norm()) < 0.5 * float((floats - found).norm())
 
 
 @pytest.mark.usefixtures("compiled_int8")

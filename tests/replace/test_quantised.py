@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tests.replace.families import batch, inferred, make
+from tests.replace.families import assert_equal, batch, inferred, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
@@ -64,6 +64,15 @@ def test_near_and_every_bit_back(kind: EightBits, dtype: torch.dtype, unpad: boo
     assert all(p is parameters[name] and type(p) is nn.Parameter for name, p in made.named_parameters())
     assert torch.equal(inferred(made, given), wanted)
     assert not any(is_fused(module) for module in made.modules())
+
+
+@needs_int8
+def test_gradients_are_those_of_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    original = model()
+    fast = copy.deepcopy(original)
+    accelerate(fast, dtype="int8")
+    assert_equal(original, fast, batch(), 2e-5)
 
 
 def test_gradients_are_refused_in_fp8() -> None:

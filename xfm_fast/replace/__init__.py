@@ -23,9 +23,13 @@ __all__ = [
     "register_attention",
 ]
 
+_RETIRED = {"Expectation": "share and speedup of a report", "Rule": "register(LayerSpec(...))"}
+
 
 def __getattr__(name: str) -> Any:
     if name == "Family":
         warnings.warn("xfm_fast.replace.Family is now LayerSpec", DeprecationWarning, stacklevel=2)
         return LayerSpec
+    if name in _RETIRED:
+        raise AttributeError(f"{__name__}.{name} is retired; use {_RETIRED[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

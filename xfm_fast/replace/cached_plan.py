@@ -82,6 +82,8 @@ class CachedPlan:
         self._qkv = [self._linear(group) for group in groups]
         self._proj, self._fc2 = self._linears[id(parts.proj)], self._linears[id(parts.fc2)]
         self._fc1 = None if parts.hidden is not None else self._linears[id(parts.inner[0])]
+        mlp = [layer is not None and layer.rounded is not None for layer in (self._fc1, self._fc2)]
+        self._int8_mlp, self._float_mlp = all(mlp), self._fc1 is not None and not any(mlp)
         self._first, self._second = (self._norm(norm) for norm in parts.norms)
         self._shape = (cast(Any, parts.proj).out_features,)
         self._scales = tuple(None if gamma is None else gamma.detach().to(dtype) for gamma in parts.gammas)
@@ -104,22 +106,21 @@ class CachedPlan:
         `adapt` maps q or k `[..., H, D]` with False, or both stacked `[..., 2, H, D]` with True.
         """
         fc1, fc2 = self._fc1, self._fc2
-        rounded = fc1 is not None and fc1.rounded is not None and fc2.rounded is not None
         if self.wide:
             own = x if self._qkv[0].rounded is not None else x.to(self.dtype)
             x = self._normed(self._sum(self._attended(own, attend, settings, adapt), self._proj, x), self._first)
-            if rounded:
+            if self._int8_mlp:
                 return self._normed(_int8_mlp(fc1, fc2, x, x), self._second)
             return self._normed(self._sum(self._hidden(x.to(self.dtype)), fc2, x), self._second)
         x = x.to(self.dtype)
         context = self._attended(self._normed(x, self._first), attend, settings, adapt)
         x = self._proj.add_to(x, context, self._scales[0])
         normed = self._normed(x, self._second)
-        if rounded:
+        if self._int8_mlp:
             return _int8_mlp(fc1, fc2, normed, x)
-        if fc1 is None or fc1.rounded is not None or fc2.rounded is not None:
-            return fc2.add_to(x, self._hidden(normed), self._scales[1])
-        return cpu.mlp_residual(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, self._scales[1])
+        if fc1 is not None and self._float_mlp:
+            return cpu.mlp_residual(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, self._scales[1])
+        return fc2.add_to(x, self._hidden(normed), self._scales[1])
 
     def _attended(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any) -> Tensor:
         heads = self.parts.heads

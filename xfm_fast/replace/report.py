@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from torch import nn
 
@@ -68,6 +68,13 @@ class Report:
     _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)  # flagged weights of every module
     _exempt: int = 0  # modules that stay in floating point for accuracy
     _model: nn.Module | None = field(default=None, repr=False)  # the model, if its calls are replayed as graphs
+
+    @property
+    def expected(self) -> NoReturn:
+        """Retired, like `expected_gains`."""
+        raise AttributeError("expected and expected_gains of a report are retired; use share and speedup")
+
+    expected_gains = expected
 
     @property
     def replaced(self) -> list[Entry]:
@@ -170,7 +177,7 @@ def unknown_layers(model: nn.Module, chosen: dict[str, nn.Module], known: Collec
     }
     total = size_of(set().union(*matrices.values())) or 1
     left = {p for module in chosen.values() if module not in known for p in matrices.get(module, ())}
-    siblings = Counter((path.rpartition(".")[0], type(module)) for path, module in chosen.items())
+    siblings = Counter((path.rpartition(".")[0], type(module)) for path, module in chosen.items() if path)
     around = [f"{path}." for path, module in chosen.items() if module in known]
     found: dict[str, Unknown] = {}
     # The innermost elements of lists come first: stages contain lists of layers. A bare linear layer does not count.
