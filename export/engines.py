@@ -114,6 +114,10 @@ class Builder:
                 "leave out --sm, or use xfm-fast export --to tensorrt-rtx"
             )
         level = getattr(request, "hardware_compatible", None)
+        if level not in (None, "ampere_plus", "same_compute_capability"):
+            raise UnavailableError(
+                f"hardware_compatible={level!r} is unknown; use ampere_plus or same_compute_capability"
+            )
         if level == "ampere_plus" and present < 80:
             raise UnavailableError(f"hardware_compatible={level!r} needs SM80 or newer, and this GPU is SM{present}")
         return (present,)
@@ -270,7 +274,9 @@ def engine_graphs(
                 if scheme is not None:
                     comparison = Comparison(exported, onnx, reference)
                     quantise_graphs(exported, comparison, onnx, scheme, request.budget, progress)
-                    exported.files = record_files(onnx, [record.name for record in exported.files])
+                    # Smaller weights may no longer need a file of their own.
+                    names = [record.name for record in exported.files if (onnx / record.name).exists()]
+                    exported.files = record_files(onnx, names)
                 compare_with_reference(exported, onnx, reference)
             exported.save(onnx)
             return build_engines(exported, onnx, folder, library, targets, request, progress, compare)

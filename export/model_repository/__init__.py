@@ -84,6 +84,8 @@ def write_model_repository(
             _write_model(model, folder, temporary / model.name, tokenizer)
         temporary.rename(repository)
         sync_folder(repository.parent)
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(
             f"{out} cannot be written ({error.strerror or error}); free space or choose another --out"

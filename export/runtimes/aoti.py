@@ -71,7 +71,8 @@ class AOTInductor(Runtime):
             raise ExportError("the manifest of these packages does not say what they were compiled for; export again")
         if device is not None and device.type != target.device:
             raise UnavailableError(f"these packages were compiled for {target.device}, not for {device.type}")
-        PackageRequest(device=target.device).check()
+        if target.device == "cuda" and not torch.cuda.is_available():
+            raise UnavailableError("these packages were compiled for an NVIDIA GPU and PyTorch finds none here")
         here = local_target(target.device)
         lacking = sorted({*target.instructions} - {*here.instructions}) if here.instructions else []
         for name in ("torch", "architecture", "compute_capability"):
@@ -82,8 +83,10 @@ class AOTInductor(Runtime):
                 f"these packages were compiled for a machine with {', '.join(lacking)}; build them again here with "
                 f"xfm-fast export --to aoti --device {target.device}"
             )
-        index = 0 if device is None or device.index is None else device.index
-        self.device = torch.device("cuda", index) if target.device == "cuda" else torch.device("cpu")
+        self.device = torch.device("cpu")
+        if target.device == "cuda":
+            index = None if device is None else device.index
+            self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self.description = f"AOTInductor of torch {torch.__version__}, {target.device.upper()}"
 
     def load(self, record: GraphRecord, path: Path) -> LoadedGraph:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY
 from xfm_fast.errors import CheckpointError, ExportError, InputError
 from xfm_fast.export.expected import generated_examples, graph_memory
-from xfm_fast.export.graphs import GraphName, build, default_graphs, needs_all_tokens, random_inputs
+from xfm_fast.export.graphs import GraphName, build, default_graphs, needs_all_tokens
 from xfm_fast.export.manifest import AxisRecord, Manifest, new_manifest
 from xfm_fast.export.pipeline import build_graphs, graph_records
 from xfm_fast.export.request import ExportRequest
 from xfm_fast.export.runtimes import Spelling
 from xfm_fast.export.session import Session
 from xfm_fast.export.session import tasks as sessions
-from xfm_fast.export.verification import verify
 from xfm_fast.finetuning.prediction import Predictor
 from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.packing import ImageGroups, Packing
@@ -163,30 +161,11 @@ def _close(found: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_nlvr2_is_one_graph_over_two_memories(tuned: Tuned) -> None:
-    model, graph = _graph(tuned, "nlvr2", "nlvr2")
-    ids, mask = random_inputs(build("text", model, "opset23"), {"batch": 3, "length": 7}, torch.float64)
-    pixels = torch.randn(6, 3, 32, 32, dtype=torch.float64)
-    memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
-    pairs = [torch.stack([layer[:3], layer[3:]], 1) for layer in memory]
-    (found,) = graph(model.encode_text(ids, mask), mask, *pairs)
-    _close(found, model.logits(pixels, ids, mask))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("head", ["mlp", "official_image"])
-def test_classes_are_an_output_of_the_encoder(tuned: Tuned, head: Any) -> None:
+def test_classes_of_pairs_are_an_output_of_fusion(tuned: Tuned) -> None:
     config = xfm_fast.load(tuned("image")).model.config
-    pixels = torch.randn(2, 3, 32, 32)
-    model = ClassificationModel(config, 3, modality="image", head=head).eval()
-    _close(build("vision", model, "opset23")(pixels)[-1], model.logits(pixels))
-    if head == "official_image":
-        return
     ids, mask = torch.randint(4, 100, (2, 6)), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
-    ids = ids.masked_fill(mask == 0, 1)
-    model = ClassificationModel(config, 3, modality="text", head=head).eval()
-    _close(build("text", model, "opset23")(ids, mask)[-1], model.logits(None, ids, mask))
-    model = ClassificationModel(config, 3, modality="pair", head=head).eval()
+    ids, pixels = ids.masked_fill(mask == 0, 1), torch.randn(2, 3, 32, 32)
+    model = ClassificationModel(config, 3, modality="pair", head="mlp").eval()
     assert default_graphs(model) == ("vision", "text", "image_memory", "fusion")
     memory = graph_memory(model.image_memory(model.encode_image(pixels))).values()
     found = build("fusion", model, "opset23")(model.encode_text(ids, mask)[:, None], mask[:, None], *memory)[-1]
@@ -306,24 +285,6 @@ def test_every_form_of_an_export_is_verified(tuned: Tuned, task: str, changes: d
         assert {("decoder_step", "logits"), ("decoder_step", "present"), ("decoder_memory", "memory")} <= checked
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["captioning", "vqa"])
-def test_a_damaged_step_is_found(exported: Exported, task: str, tmp_path: Path) -> None:
-    """The comparison of a decoder's graphs sees weights that are not the model's."""
-    import onnx
-
-    folder = Path(shutil.copytree(exported(task), tmp_path / "copied"))
-    graph = onnx.load(str(folder / "decoder_step.onnx"))
-    weights = max(graph.graph.initializer, key=lambda each: len(each.raw_data))
-    values = np.frombuffer(weights.raw_data, np.float32).copy()
-    values[: len(values) // 2] *= 1.01
-    weights.raw_data = values.tobytes()
-    onnx.save(graph, str(folder / "decoder_step.onnx"))
-    manifest = verify(folder, check_files=False)
-    assert manifest.status == "failed"
-    assert "decoder_step logits" in manifest.reason
-
-
 def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path, exported_fp32: Path) -> None:
     """A run is exported, and the export predicts as the run."""
     pytest.importorskip("onnxruntime", reason="exports are run by it")
@@ -343,18 +304,14 @@ def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path, exported_
     assert len(answers.read_text().splitlines()) == len(images)
     for arguments, named in (
         (["predict", out, images[0], "x", "--heatmap", tmp_path / "h.png"], "heat map"),
-        (["export", tuned("image"), "--random", "tiny", "--out", out], "--random"),
         (["export", tuned("text"), "--tokenizer", "t", "--out", out], "vocabulary"),
     ):
         done = invoke(arguments)
         assert done.exit_code == 2, done.output
         assert named in " ".join(done.stderr.split())
     session = Session.load(out)
-    assert type(session) is sessions.task_session(OPTIONS["image"].kind)
     _alike(session.predict(images), expected)
     assert xfm_fast.load(session).task is session.task, "the vocabulary is read once"
-    with pytest.raises(InputError, match="device"):
-        xfm_fast.load(session, device="cpu")
     with pytest.raises(InputError, match="texts"):
         session.predict(texts=["a dog"])
     with pytest.raises(InputError, match="image"):

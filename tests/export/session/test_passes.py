@@ -104,16 +104,3 @@ def test_rows_follow_the_tokens() -> None:
     assert max(sizes) - min(sizes) <= 40
     with pytest.raises(InputError, match="length 513"):
         plan_passes("text", None, [513], ROWS_OF_ANY, PassLimits(2048, 32), packed_width=768)
-
-
-def test_fixed_shapes_are_filled_before_another_pass_begins() -> None:
-    slots = [_slot(SizeRange(1, 1), SizeRange(16, 16), SizeRange(16, 16), "fixed")]
-    passes = plan_passes("fusion", [0] * 20, [3] * 9 + [15] * 11, slots, PassLimits(2048, 48))
-    assert len(passes) == 2
-    assert {work.length for work in passes} == {16}
-
-
-def test_a_text_longer_than_every_slot_is_an_error() -> None:
-    slots = [_slot(ANY, ANY, SizeRange(1, 40, 16), "bulk")]
-    with pytest.raises(InputError, match="length 41"):
-        plan_passes("fusion", [0], [41], slots, PassLimits(2048, 48))
