@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from tests.cli.runner import invoke
 from tests.training.small_runs import ROOT
+from xfm_fast.cli.options import UNFINISHED
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.metrics import read_log
 
@@ -66,6 +68,20 @@ def test_mistakes_are_one_line(recipe: Path) -> None:
     assert result.exit_code == 2
     assert "did you mean optimizer" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_signal_ends_a_run_with_a_code_of_its_own(recipe: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run/log.jsonl"
+
+    def interrupt() -> None:
+        while not (log.exists() and read_log(log)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=interrupt, daemon=True).start()
+    done = invoke(["pretrain", recipe, "steps=100000"])
+    assert done.exit_code == UNFINISHED == 75
+    assert "stopped after step" in done.stderr
 
 
 def torchrun(*arguments: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.training.small_runs import Noise, batch_of, noise, numbers, run, small_recipe
+from xfm_fast.cli.console import named_progress
 from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
@@ -145,6 +147,38 @@ def test_boards_receive_every_line_under_a_name_that_stays(tmp_path: Path, monke
     with RunLog(tmp_path / "second", recipe, Processes(rank=1, world_size=2), steps=1, start=0) as log:
         log.write(1, {"lr": 0.1})
     assert not (tmp_path / "second").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_has_a_bar_and_a_file_has_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process has them; a run without a bar prints lines on a terminal too."""
+    monkeypatch.setenv("TERM", "xterm")
+    printed = []
+    for rank, stream, bar in (
+        ("0", Terminal(), True),
+        ("0", io.StringIO(), True),
+        ("0", Terminal(), False),
+        ("1", Terminal(), True),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "stderr", stream)
+        processes = Processes(rank=int(rank), world_size=2)
+        with (
+            named_progress() as show,
+            RunLog(tmp_path, LogRecipe(), processes, steps=9, start=0, show=show if bar else None) as log,
+        ):
+            log.write(5, {"loss/pairs/itc": 0.5})
+            log.advance(6)
+        printed.append(stream.getvalue())
+    assert "pairs/itc 0.5" in printed[0]
+    assert "67%" in printed[0]
+    assert printed[1] == "step 5  pairs/itc 0.5\n"
+    assert printed[1] in printed[2]
+    assert not printed[3]
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

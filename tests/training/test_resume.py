@@ -35,7 +35,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def same_after_kill(folder: Path, whole: Path, options: dict[str, Any], from_step: int, **changes: Any) -> None:
+def same_after_kill(folder: Path, whole: Path, options: dict[str, Any], **changes: Any) -> None:
     recipe = small_recipe(folder, steps=STEPS, **changes)
     assert in_processes(process_of_a_run, 1, folder / "meet", recipe, options) == [-9]
     assert in_processes(process_of_a_run, 1, folder / "meet", recipe, {}) == [0]
@@ -45,13 +45,13 @@ def same_after_kill(folder: Path, whole: Path, options: dict[str, Any], from_ste
 
 def test_killed_between_checkpoints(tmp_path: Path, whole_run: Path) -> None:
     """Step 5 is made again from the checkpoint of step 4, with dropout, and everything after it is the same."""
-    same_after_kill(tmp_path, whole_run, {"kill_at": 5}, 4, workers=1)
+    same_after_kill(tmp_path, whole_run, {"kill_at": 5}, workers=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"kill_at": 1}, {"kill_in_checkpoint": 4}, {"kill_in_checkpoint": 8}])
 def test_killed_anywhere(tmp_path: Path, whole_run: Path, options: dict[str, Any]) -> None:
-    same_after_kill(tmp_path, whole_run, options, 0)
+    same_after_kill(tmp_path, whole_run, options)
 
 
 @pytest.mark.slow
@@ -72,18 +72,18 @@ def test_killed_with_two_processes(tmp_path: Path) -> None:
 
 
 def test_average_and_accumulation_resume_too(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"ema": 0.9, "accumulate": 2, "model": without_dropout()}
-    result = run(small_recipe(tmp_path / "whole", steps=6, **options))
-    run(small_recipe(tmp_path / "parts", steps=4, **options))
-    resumed = run(small_recipe(tmp_path / "parts", steps=6, **options))
-    assert result.average is not None
-    assert resumed.average is not None
-    # The first part had a shorter schedule; what must agree is that the average is that of its own run.
+    options: dict[str, Any] = {"steps": 6, "ema": 0.9, "accumulate": 2, "model": without_dropout()}
+    whole = run(small_recipe(tmp_path / "whole", **options))
+    with pytest.raises(RuntimeError, match="stop"):
+        run(small_recipe(tmp_path / "parts", **options), on_step=_raise_at(5))
+    run(small_recipe(tmp_path / "parts", **options))
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     assert newest(tmp_path / "parts/checkpoints").state["batches"]["pairs"] == 12
     state = load_pretrained_files(tmp_path / "parts/average").state
-    for name, average in resumed.average.state_dict().items():
+    assert whole.average is not None
+    for name, average in whole.average.state_dict().items():
         assert torch.equal(state[name], average)
-    assert not torch.equal(state["temp"], resumed.model.temp)
+    assert not torch.equal(state["temp"], whole.model.temp)
 
 
 def test_average_can_begin_later(tmp_path: Path) -> None:

@@ -85,9 +85,7 @@ def load_weights(model: TaskModel, task: Task[Any, Any, Any, Any], place: str | 
     return not model.own_parts or any(name.startswith(model.own_parts) for name in state)
 
 
-def finetune(
-    recipe: FinetuneRecipe, *, resume: bool = True, show: Show = lambda text, done, of: None
-) -> FinetuneResult:
+def finetune(recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None = None) -> FinetuneResult:
     """Run a recipe on one process or on every process that `torchrun` started.
 
     `recipe.checkpoint.folder` receives `recipe.json`, the files of `xfm_fast.training.loop.train` (`model/`: last
@@ -140,7 +138,7 @@ def finetune(
         written = json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
         per_epoch = epoch_batches(len(rows), recipe.batch_size * processes.world_size, drop_last=task.drop_last)
-        hook = _EpochEnd(recipe, task, records, processes, per_epoch, explained, show)
+        hook = _EpochEnd(recipe, task, records, processes, per_epoch, explained, show or (lambda text, done, of: None))
         result = train(
             recipe, resume=resume, sources={STREAM: source}, model=model,
             objective=lambda model, batch, losses: task.losses_of(model, batch),

@@ -117,7 +117,9 @@ class Processes:
 def join_processes(device: Literal["auto", "cpu", "cuda"]) -> Iterator[Processes]:
     """The processes of this run; a group initialised by the caller is reused and left open."""
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if not (place := os.environ.get("LOCAL_RANK", "0")).isdecimal():
+        raise UnavailableError(f"LOCAL_RANK={place!r} is no number; start processes with torchrun, or unset LOCAL_RANK")
+    local = int(place)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise UnavailableError(
