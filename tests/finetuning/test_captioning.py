@@ -17,10 +17,8 @@ from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import load_image
-from xfm_fast.data.shapes import captions, scene
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import finetune
-from xfm_fast.tasks.caption_metrics import caption_metrics
 from xfm_fast.tasks.captioning import CaptioningOptions, CaptioningTask
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -45,22 +43,6 @@ def task(world: Path, pretrained: Path) -> Open:
 
 def generator() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def test_score_and_file(task: Open, world: Path) -> None:
-    made = task()
-    records = made.records([world / "captioning_test.json"], "test")
-    texts = [captions(scene(0, number, "test"))[0] for number in range(len(records))]
-    rows = [{"caption": text} for text in texts]
-    known = caption_metrics(dict(enumerate(texts)), {n: each.caption or () for n, each in enumerate(records)})
-    assert made.score(rows, records) == {name: 100 * value for name, value in known.items()}
-    assert set(made.metrics) == set(known)
-    (file,) = made.files(rows, records).values()
-    assert json.loads(file) == [{"image_id": n, "caption": text} for n, text in enumerate(texts)]
-    bare = [each.model_copy(update={"caption": None}) for each in records]
-    assert not made.metrics_of(bare)
-    with pytest.raises(DataError, match=f"1 of {len(rows)}"):
-        made.metrics_of([bare[0], *records[1:]])
 
 
 def test_truth_in_a_file_of_its_own(task: Open, world: Path, tmp_path: Path) -> None:

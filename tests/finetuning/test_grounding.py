@@ -79,21 +79,6 @@ def test_boxes_are_in_pixels_and_expressions_grouped_by_image(task: Open, world:
     assert [len({records[number].image for number in group}) for group in groups] == [1] * len(groups)
 
 
-def test_score_and_file(task: Open) -> None:
-    """Accuracy of all and by split; the golden numbers are those of tests/tasks/test_grounding.py."""
-    made = task()
-    records = [record(ref_id=n, bbox=(4, 4, 8, 8), split=split) for n, split in enumerate(("val", "testA", "testA"))]
-    rows = [{"bbox": box, "relative": [0.5] * 4} for box in ([4, 4, 8, 8], [4, 4, 8, 7], [20, 20, 4, 4])]
-    expected = {"accuracy": 200 / 3, "accuracy_val": 100, "accuracy_testA": 50}
-    assert made.score(rows, records) == pytest.approx(expected)
-    assert set(made.metrics_of(records)) == set(expected)
-    (file,) = made.files(rows, records).values()
-    assert json.loads(file)[1] == {"ref_id": 1, "pred": [0.5] * 4, "bbox": [4, 4, 8, 7]}
-    assert not made.metrics_of([record()] * 2)
-    with pytest.raises(DataError, match="1 of 2"):
-        made.metrics_of([record(), records[0]])
-
-
 @pytest.mark.parametrize(
     ("box", "message"),
     [

@@ -13,7 +13,6 @@ from tests.finetuning.conftest import SMALL
 from tests.finetuning.official_data import accept_made_up_files, write_image_set, write_official_world
 from tests.finetuning.official_files import (
     CAPTIONING,
-    DOMAIN,
     FILES,
     GROUNDING,
     MODEL,
@@ -176,23 +175,6 @@ def test_domain_pretraining_is_our_recipe(values: dict[str, Any], ours: str, tmp
         assert getattr(official.task, section, None) == getattr(shipped.task, section, None)
     with pytest.raises(ConfigError, match=r"data\.train"):
         load(values, tmp_path)
-
-
-def test_values_in_sections_arrive(tmp_path: Path) -> None:
-    changed = {"max_images": 7, "max_regions": 3, "batch_size": 16, "min_perc_in_image": 0.25, "careful_hflip": False}
-    changed |= {"tokenized": False, "image_key": "img", "num_workers": 2}
-    values = REGIONS | {"regions": REGIONS["regions"] | changed, "train_dataset_size": 1000, "max_words": 9}
-    regions = load(values | trained("1e-5", 3), tmp_path, "data.train=mine")
-    assert (regions.batch_size, regions.steps, regions.workers, regions.optimizer.lr) == (7, 3 * 8, 2, 1e-5)
-    found: Any = getattr(regions.task, "regions")  # noqa: B009, not of every task
-    assert (found.max_images, found.max_regions, found.texts, found.max_words) == (7, 3, 16, 9)
-    assert (found.least_visible, found.careful_flip, found.tokenized, found.image_key) == (0.25, False, False, "img")
-    images = PAIRS["images"] | {"caption_key": "text", "batch_size": 5, "language_chosen": "en"}
-    accelerator = DOMAIN["accelerator"] | {"CLIP_GRAD_NORM": 2.0}
-    pairs = load(PAIRS | {"images": images, "accelerator": accelerator}, tmp_path, "data.train=mine")
-    assert (pairs.batch_size, pairs.optimizer.clip_norm) == (5, 2.0)
-    found = getattr(pairs.task, "pairs")  # noqa: B009
-    assert (found.caption_key, found.language) == ("text", "en")
 
 
 def test_untranslatable_keys_are_named(tmp_path: Path) -> None:

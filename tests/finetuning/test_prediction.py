@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.runner import invoke
-from tests.finetuning.conftest import Make
+from tests.finetuning.conftest import make_recipe
 from tests.training.small_runs import in_processes, join_group
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.finetuning.prediction import answer_lines, load
@@ -22,9 +22,9 @@ from xfm_fast.training.distributed import join_processes
 SENTENCES = ("there is a red circle in the left image", "both images show a star")
 
 
-@pytest.fixture
-def run(recipe: Make) -> Path:
-    made = recipe("nlvr2", "nlvr_{}.json", steps=1)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, world: Path, pretrained: Path) -> Path:
+    made = make_recipe(world, pretrained, tmp_path_factory.mktemp("nlvr2"))("nlvr2", "nlvr_{}.json", steps=1)
     finetune(made)
     return Path(made.checkpoint.folder)
 

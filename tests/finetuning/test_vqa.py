@@ -11,9 +11,7 @@ import pytest
 import torch
 
 import xfm_fast
-from tests.conftest import load_json
 from tests.finetuning.conftest import Make
-from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import evaluate, finetune, initial_model, open_task
 from xfm_fast.tasks.vqa import RESULT_FILE, VQAModel, VQARecord, VQATask
 
@@ -95,42 +93,6 @@ def test_the_official_ranking(task: VQATask, model: VQAModel, world: Path) -> No
         found = [row, *row["runners_up"]]
         assert [each["answer"] for each in found] == [(options.answers or ())[place] for place in places]
         assert [each["probability"] for each in found] == pytest.approx(shares.tolist(), rel=1e-4)
-
-
-@torch.no_grad()
-def test_an_image_is_encoded_once(task: VQATask, model: VQAModel, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = task.records([world / "vqa_val.json"], "val")
-    group = max(task.groups(records), key=len)
-    assert {records[number].image for number in group} == {records[group[0]].image}
-    assert len(group) > 3
-    encoded: list[int] = []
-    encode = model.encode_image
-    monkeypatch.setattr(model, "encode_image", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
-    task.predict(model, [records[number] for number in group])
-    assert encoded == [1]
-
-
-def test_accuracy_is_the_official_one(task: VQATask) -> None:
-    """With ten people's answers as VQA v2 has them, and as the official files do, without types."""
-    golden, given = load_json("metrics/metrics")["vqa"]["accuracy"], load_json("metrics/vqa_inputs")
-    predicted = {each["question_id"]: each["answer"] for each in given["predictions"]}
-    rows = [{"answer": predicted[each["question_id"]]} for each in given["annotations"]]
-    typed, plain = [], []
-    for each in given["annotations"]:
-        answers = [answer["answer"] for answer in each["answers"]]
-        plain.append(record(question_id=each["question_id"], answer=answers))
-        typed.append(plain[-1].model_copy(update={"answers": tuple(answers), "answer_type": each["answer_type"]}))
-    assert task.score(rows, plain)["accuracy"] == golden["overall"]
-    found = task.score(rows, typed)
-    for kind, value in golden["perAnswerType"].items():
-        assert found[f"accuracy_{kind.replace('/', '_')}"] == value
-
-
-@pytest.mark.parametrize(("answers", "message"), [(["a", "b", "a"], "'a'"), (["a", 2], r"answer 1.* 2")])
-def test_bad_answer_lists(recipe: Make, tmp_path: Path, answers: Any, message: str) -> None:
-    path = written(tmp_path / "answers.json", answers)
-    with pytest.raises(DataError, match=message):
-        open_task(recipe(*FILES, task=TINY | {"answers": str(path)}))
 
 
 def test_from_files_to_results(recipe: Make, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def weak(recipe: Make, world: Path, tmp_path: Path, detections: Any) -> Finetune
     return recipe("weak_grounding", "", task={"augment": False, "max_tokens": 32}, data=data, steps=2)
 
 
-def test_heat_chooses_a_detection(weak: FinetuneRecipe, detections: dict[str, Any], tmp_path: Path) -> None:
+def test_heat_chooses_a_detection(weak: FinetuneRecipe, world: Path, tmp_path: Path) -> None:
     result = finetune(weak)
     assert 0 <= result.metrics["test"]["accuracy"] <= 100
     task = open_task(weak)
@@ -60,21 +60,11 @@ def test_heat_chooses_a_detection(weak: FinetuneRecipe, detections: dict[str, An
     with pytest.raises(InputError, match="--heatmap OUT"):
         predictor.predict(["a.png"], ["a circle"])
 
-
-def test_the_command_draws_where_it_looks(weak: FinetuneRecipe, world: Path, tmp_path: Path) -> None:
-    finetune(weak)
-    boxes, drawn = [[0, 0, 9, 9], [8, 8, 16, 16]], tmp_path / "heat.png"
-    (tmp_path / "own.json").write_text(json.dumps({"000001.png": boxes}))
-    given = [
-        world / "images/test/000001.png",
-        "a red circle",
-        "--heatmap",
-        drawn,
-        "--detections",
-        tmp_path / "own.json",
-    ]
-    done = invoke(["predict", weak.checkpoint.folder, *given])
-    assert json.loads(done.stdout)["bbox"] in boxes
+    boxes, drawn = tmp_path / "own.json", tmp_path / "heat.png"
+    boxes.write_text(json.dumps({Path(record.image).name: record.detected}))
+    given = ["--heatmap", drawn, "--detections", boxes]
+    done = invoke(["predict", weak.checkpoint.folder, world / record.image, record.text, *given])
+    assert json.loads(done.stdout)["bbox"] in [list(box) for box in record.detected]
     assert Image.open(drawn).size == (32, 32)
 
 

@@ -7,11 +7,10 @@ import torch
 
 from tests.objectives import steps
 from tests.objectives.steps import image_batch, model_of, negatives_of, pair_batch, region_batch, text_batch
-from xfm_fast.batches import IGNORED, Batch, ImageBatch, RegionBatch, TextBatch
+from xfm_fast.batches import IGNORED, ImageBatch, TextBatch
 from xfm_fast.objectives import pretraining_losses
 
 BATCHES = [pair_batch("tiny_a", ids=True), region_batch("tiny_b"), text_batch("tiny_a"), image_batch("tiny_a")]
-each_batch = pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: type(batch).__name__)
 
 
 @pytest.mark.parametrize("batch", BATCHES[:3], ids=lambda batch: type(batch).__name__)
@@ -34,32 +33,6 @@ def test_layout_is_where_things_are(batch: TextBatch) -> None:
         assert torch.equal(layout.labels[ends[number] : ends[number + 1]], batch.masked_labels[number][wanted])
         assert len(text) == layout.lengths[number]
     assert layout.most_targets == int((batch.masked_labels != IGNORED).sum(1).max())
-
-
-def test_layout_of_regions() -> None:
-    batch = region_batch("tiny_a").prepare()
-    assert batch.layout is not None
-    assert batch.regions is not None
-    assert batch.regions.boxed.tolist() == batch.is_image.eq(0).nonzero().flatten().tolist()
-    assert batch.regions.boxed_tokens == int(batch.attention_mask[batch.regions.boxed].sum())
-    assert torch.equal(batch.regions.visible.positions, batch.region_mask.flatten().nonzero().flatten())
-
-
-@each_batch
-def test_a_batch_that_leaves_the_host_takes_its_layout_along(batch: Batch) -> None:
-    moved = batch.to("meta")
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert all(tensor.device.type == "meta" for tensor in tensors)
-    if isinstance(moved, TextBatch):
-        assert moved.layout is not None
-        assert moved.layout.labels.device.type == "meta"
-        assert moved.layout.packing.positions.device.type == "meta"
-        # Numbers stay numbers: nothing has to be asked for.
-        assert isinstance(moved.layout.packing.longest, int)
-    if isinstance(moved, RegionBatch):
-        assert moved.regions is not None
-        assert moved.regions.visible.cu_seqlens.device.type == "meta"
-        assert isinstance(moved.regions.visible.longest, int)
 
 
 @pytest.mark.parametrize("case", ["tiny_a", "tiny_b"])

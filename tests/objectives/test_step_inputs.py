@@ -130,11 +130,6 @@ def test_nothing_to_predict_anywhere() -> None:
     model.zero_grad(set_to_none=True)
 
 
-def test_no_loss_asked_for_is_none_given() -> None:
-    for batch in (PAIR, REGION, TEXT, IMAGE):
-        assert pretraining_losses(model_of(CASE), batch, losses=()) == {}
-
-
 def test_a_mask_is_drawn_where_none_is_given() -> None:
     for batch in (replace(PAIR, patch_mask=None), ImageBatch(image=IMAGE.image)):
         drawn = []

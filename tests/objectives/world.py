@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from tests.objectives.steps import gradients, rows, total
 from tests.objectives.test_step_twin import drawn, model_with, pair_batch, pixels, region_batch, texts
@@ -93,26 +92,6 @@ def together(case: str, rank: int, world: int, **options: Any) -> Result:
     return means, averaged
 
 
-class Total(nn.Module):
-    def __init__(self, model: XFM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, negatives: Any) -> Tensor:
-        return total(pretraining_losses(self.model, batch, hard_negatives=negatives))
-
-
-def wrapped(rank: int, world: int) -> dict[str, Tensor]:
-    """Gradients that DDP itself takes, whose messages travel between those of the losses."""
-    model, (batch, negatives) = model_for("pairs"), whole("pairs")
-    model.zero_grad(set_to_none=True)
-    step = DistributedDataParallel(Total(model), find_unused_parameters=True)
-    step(*part(batch, negatives, rank, world)).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
 def refused(rank: int) -> dict[str, str]:
     """Batches that do not fit those of the other processes: every process raises the same error."""
     model = model_for("pairs")
@@ -154,7 +133,6 @@ def _work(rank: int, world: int, folder: str) -> None:
     try:
         found: dict[str, Any] = {case: together(case, rank, world) for case in CASES}
         found["official"] = together("pairs", rank, world, official_itc_gradient=True)
-        found["wrapped"] = wrapped(rank, world)
         found["refused"] = refused(rank)
         local, _ = part(whole("pairs")[0], None, rank, world)
         losses = pretraining_losses(model_for("pairs"), local, generator=torch.Generator().manual_seed(rank))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.agreement import relative_error
 from xfm_fast import XFM, XFMConfig
-from xfm_fast.errors import DataError, InputError, UnavailableError
+from xfm_fast.errors import DataError
 from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
 
@@ -148,21 +148,6 @@ def test_the_model_is_left_as_it_was(batch: tuple[Tensor, Tensor, Tensor]) -> No
     assert [module.training for module in made.modules()] == before
     assert set(vars(block)) == attributes
     assert all(parameter.grad is None for parameter in made.parameters())
-
-
-def test_impossible_maps_are_refused(model: XFM, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    pixels, ids, mask = batch
-    wrong: list[tuple[str, dict[str, Any]]] = [
-        ("layer=4", {"layer": 4, "tokens": mask}),
-        ("layer=3", {"layer": 3}),
-        ("text 2", {"tokens": mask * torch.tensor([1, 1, 0, 1, 1])[:, None]}),
-        (r"\[5, 2\]", {"tokens": mask[:, :2]}),
-    ]
-    for message, options in wrong:
-        with pytest.raises(InputError, match=message):
-            cross_attention_heatmap(model, pixels, ids, mask, **options)
-    with pytest.raises(UnavailableError, match="'matching'"):
-        cross_attention_heatmap(XFM(CONFIG, heads=()), pixels, ids, mask)
 
 
 def test_best_box_is_the_published_rule() -> None:

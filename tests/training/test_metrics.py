@@ -14,7 +14,7 @@ import torch
 
 from tests.training.small_runs import Noise, batch_of, noise, numbers, run, small_recipe
 from xfm_fast.cli.console import named_progress
-from xfm_fast.errors import NonFiniteError, StorageError, UnavailableError
+from xfm_fast.errors import NonFiniteError, StorageError
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training import metrics
@@ -93,13 +93,6 @@ def test_norms_are_those_of_all_parameters() -> None:
         model.temp.add_(0.25)
     assert norms.updates(before)["all"] == pytest.approx(0.25)
     assert norms.updates(before)["fusion_encoder"] == 0
-
-
-def test_boards_that_are_missing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    for recipe, package in ((LogRecipe(tensorboard=True), "tensorboard"), (LogRecipe(wandb="project"), "wandb")):
-        with pytest.raises(UnavailableError, match=f"pip install {package}"):
-            RunLog(tmp_path, recipe, Processes(), steps=1, start=0)
 
 
 class Board(ModuleType):

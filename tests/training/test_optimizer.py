@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import load_json
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import ConfigError, InputError
+from xfm_fast.errors import ConfigError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.optimizer import (
     AdamW,
@@ -188,12 +188,6 @@ def test_step_reads_no_tensor_on_the_host() -> None:
         parameters[0].sum().item()
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"eps": 0.0}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}])
-def test_numbers_out_of_range(wrong: dict) -> None:
-    with pytest.raises(InputError, match=next(iter(wrong))):
-        AdamW([nn.Parameter(torch.ones(1))], **wrong)
-
-
 def test_average_follows_the_weights() -> None:
     model = nn.Linear(2, 1, bias=False)
     history = [torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, -2.0]]), torch.tensor([[0.0, 5.0]])]
@@ -218,12 +212,6 @@ def test_low_precision_weights_are_averaged_in_fp32() -> None:
         for _ in range(10):
             average.update()
     assert average.state_dict()["weight"].item() == pytest.approx(2 - 0.999**10, abs=1e-5)
-
-
-@pytest.mark.parametrize("decay", [0, 1, -0.5, 1.5])
-def test_decay_out_of_range(decay: float) -> None:
-    with pytest.raises(InputError, match=f"decay={decay}"):
-        WeightAverage(nn.Linear(1, 1), decay)
 
 
 def factors(steps: int, lr: float = 1.0, **fields: object) -> list[float]:

@@ -29,13 +29,6 @@ def test_shipped_recipe_says_what_to_expect(name: str, tmp_path: Path) -> None:
     assert Recipe(**recipe.model_dump(mode="json")) == recipe
 
 
-def test_web_recipe_is_the_base_recipe_with_web_data() -> None:
-    base, web = load_recipe("pretrain_base_4m"), load_recipe("pretrain_base_web")
-    assert web.updates == (("text",), ("regions", "web", "imagenet", "pairs"))
-    assert web.streams == base.streams | {"web": base.streams["pairs"].model_copy(update={"paths": ("web",)})}
-    assert web.optimizer == base.optimizer
-
-
 def test_base_recipe_has_the_official_numbers() -> None:
     recipe = load_recipe("pretrain_base_4m")
     assert recipe.model == XFMConfig.preset("base")
@@ -100,37 +93,21 @@ def test_overrides_reach_every_level() -> None:
     assert (recipe.model.fusion_layers, recipe.init.roberta, recipe.log.wandb) == (1, "somewhere", "project")
 
 
-def test_a_stream_is_taken_out_by_null() -> None:
-    recipe = load_recipe(TINY, ["streams.text=null", "streams.images=null"])
-    assert recipe.updates == (("regions",), ("pairs",))
-    assert set(recipe.streams) == {"regions", "pairs"}
-
-
 # An override, and what the message names: the key or value, and the nearest or known ones.
 REFUSED = {
-    "step=3": "step is no key of a recipe (did you mean steps?)",
     "streams.pairs.masking.mosts=3": "streams.pairs.masking.mosts is no key of a recipe (did you mean most?)",
-    "streams.images.max_tokens=3": "streams.images.max_tokens is no key of a recipe",
     "model.image_sise=64": "image_size",
     "model.preset=huge": "'huge'",
     "updates=[[tekst], [regions, images], [pairs]]": "tekst is no stream of a recipe (did you mean text?)",
     "accumulate=7": "accumulate=7",
     "schedule.warmup=5000": "schedule.warmup=5000",
-    "schedule.warmup=1.5": "schedule.warmup=1.5",
     "schedule.min_lr=1": "schedule.min_lr=1.0",
     "streams.images.losses=[itc]": "streams.images",
-    "streams.text.losses=[mlm, mlm]": "mlm, mlm",
     "streams.text.max_tokens=4000": "streams.text.max_tokens=4000",
-    "streams.images.kind=image": "streams.images",
-    "streams.images.paths=[]": "streams.images.paths",
     "updates=[[text], [regions], [pairs]]": "stream images",
-    "updates=[[text], [], [regions, images], [pairs]]": "update",
-    "updates=[[text, text], [regions, images], [pairs]]": "text 2 times",
     "precision=fp8": "precision='fp8'",
     "optimizer.betas=[0.9, 1]": "optimizer.betas",
-    "optimizer.betas=[0.9]": "optimizer.betas",
     "init={checkpoint: a, beit2: b}": "beit2",
-    "checkpoint.folder=null": "checkpoint.folder",
     "ema=1": "ema=1",
     "steps": "'steps'",
     "steps=[1": "'steps=[1'",
@@ -144,11 +121,6 @@ def test_refused(override: str) -> None:
         load_recipe(TINY, [override])
     assert REFUSED[override] in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_every_mistake_is_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"steps=-1.*stebs"):
-        load_recipe(TINY, ["stebs=3", "steps=-1"])
 
 
 def test_fp16_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,15 +156,6 @@ def test_the_shapes_world_is_made_once(tmp_path: Path) -> None:
     assert (tmp_path / "world/pairs_train.jsonl").stat().st_mtime_ns == written
     load_recipe(TINY, [f"data={tmp_path}/other", "shapes=null"]).make_world()
     assert not (tmp_path / "other").exists()
-
-
-def test_paths(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt"):
-        (tmp_path / name).touch()
-    recipe = load_recipe(TINY, [f"data={tmp_path}", "streams.pairs.paths=[c.txt, '*.jsonl']"])
-    assert recipe.paths_of("pairs") == [tmp_path / "c.txt", tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    absolute = load_recipe(TINY, [f"streams.pairs.paths={tmp_path}"])
-    assert absolute.paths_of("pairs") == [tmp_path]
 
 
 def test_ablations() -> None:
