@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.export.conftest import trained_model as trained_model
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import fp8, ops, reference

@@ -317,20 +317,3 @@ def test_gradient_norms_of_local_attention(case: str, depth: int) -> None:
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_gradient_norms(found, golden["grad_norm"], "total_region", zero_is_none=True)
     model.zero_grad(set_to_none=True)
-
-
-def test_masking_every_block_hides_what_is_outside() -> None:
-    """With all blocks masked, pixels outside a region change neither its token nor the patches inside."""
-    x, model = inputs_of("tiny_b/inputs", torch.float64), model_of("tiny_b", torch.float64, local_attn_depth=2)
-    index, mask = torch.tensor([0]), x["r_image_atts"][1:2]
-    inside = mask[0].bool()
-    assert not inside.all()
-    grid, patch = model.config.grid, model.config.patch_size
-    outside = (~inside[1:]).view(grid, grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    pixels = x["r_image"][:1]
-    changed = torch.where(outside, torch.randn_like(pixels), pixels)
-    with torch.inference_mode():
-        before, _ = model.encode_regions(pixels, index, mask)
-        after, _ = model.encode_regions(changed, index, mask)
-    assert torch.equal(before[:, inside], after[:, inside])
-    assert not torch.equal(before[:, ~inside], after[:, ~inside])

@@ -127,35 +127,6 @@ def test_auto_processor(model: XFM, tmp_path: Path) -> None:
     assert (pixels - made["pixels"][1:]).abs().max() < 1.5 / 255 / min(STD)
 
 
-@pytest.mark.slow
-def test_a_trainer_of_transformers(model: XFM, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate", reason="its Trainer needs it")
-
-    class Contrastive(transformers.Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-            out = model(**inputs)
-            logits = out.image_features @ out.text_features.T / 0.07
-            loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
-            return (loss, out) if return_outputs else loss
-
-    images = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue", "white")]
-    batch = XFMProcessor(model.config, model.tokenizer)(images, ["a dog", "a", "dog", "dog a"])
-    rows = [{name: values[place] for name, values in batch.items()} for place in range(4)]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-3, report_to="none", use_cpu=True,
-        save_steps=2, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    trainer = Contrastive(model=model, args=settings, train_dataset=rows)
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert len(losses) == 2
-    assert all(0 < loss < 5 for loss in losses)
-    assert not torch.equal(model.vision_proj.weight, before["vision_proj.weight"])
-    assert (tmp_path / "checkpoint-2/model.safetensors").is_file()
-
-
 def test_processor(model: XFM, tmp_path: Path) -> None:
     model.tokenizer, kept = None, model.tokenizer
     model.save_pretrained(tmp_path)

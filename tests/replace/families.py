@@ -232,12 +232,7 @@ FAMILIES: dict[str, Case] = {
     "CLIP's images, GELU": _vision("CLIPVisionModel", "CLIPEncoderLayer", hidden_act="gelu"),
     "ViT-MSN": _vision("ViTMSNModel"),
     "I-JEPA": _vision("IJepaModel"),
-    "AST": _vision(
-        "ASTModel",
-        inputs=_spectra,
-        max_length=48,
-        num_mel_bins=32,
-    ),
+    "AST": _vision("ASTModel", inputs=_spectra, max_length=48, num_mel_bins=32),
     "ViViT": _vision("VivitModel", tubelet_size=[2, 8, 8], **_FRAMES),
     "VideoMAE": _vision("VideoMAEModel", qkv_bias=False, qv_bias=False, **_FRAMES),
     "YOLOS": _vision("YolosModel", image_size=[IMAGE, IMAGE], num_detection_tokens=5),
@@ -289,9 +284,7 @@ FAMILIES: dict[str, Case] = {
         single=True,
     ),
     "official images": Case(
-        "VisionBlock",
-        lambda _: replicas.VisionTransformer(),
-        lambda dtype: {"x": _random(2, 13, 32, dtype=dtype)},
+        "VisionBlock", lambda _: replicas.VisionTransformer(), lambda dtype: {"x": _random(2, 13, 32, dtype=dtype)}
     ),
 }
 if TRANSFORMERS >= 5:
@@ -333,11 +326,7 @@ if TRANSFORMERS >= 5:
         "DINOv2 with registers": _vision("Dinov2WithRegistersModel", mlp_ratio=2),
         "DINOv3": _vision("DINOv3ViTModel", num_register_tokens=2),
         "DINOv3, gated": _vision("DINOv3ViTModel", num_register_tokens=2, use_gated_mlp=True),
-        "ViT-MAE": _vision(
-            "ViTMAEModel",
-            inputs=_noisy,
-            mask_ratio=0.5,
-        ),
+        "ViT-MAE": _vision("ViTMAEModel", inputs=_noisy, mask_ratio=0.5),
         "Swin": _vision("SwinModel", **_SWIN),
         "Swin, whole windows": _vision("SwinModel", **_WHOLE),
         "Swin V2": _vision("Swinv2Model", **_SWIN),

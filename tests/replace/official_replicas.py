@@ -173,9 +173,8 @@ class TextStack(nn.Module):
     ):
         split = self.config.fusion_layer
         first, last = {"text": (0, split), "fusion": (split, None), "multi_modal": (0, None)}[mode]
-        x, presents, states = hidden_states, (), ()
+        x, presents = hidden_states, ()
         for number, layer in list(enumerate(self.layer))[first:last]:
-            states += (x,)
             named = {"mode": mode} if self.takes_mode else {"split_lengths": None, "history_states": None}
             past = None if past_key_values is None else past_key_values[number]
             mask = None if head_mask is None else head_mask[number]
@@ -183,11 +182,7 @@ class TextStack(nn.Module):
             made = layer(x, attention_mask, mask, *memory, past, output_attentions, **named)
             x = made[0]
             presents += (made[-1],)
-        states = (*states, x) if output_hidden_states else None
-        if not return_dict:
-            return tuple(part for part in (x, presents if use_cache else None, states) if part is not None)
-        past = presents if use_cache else None
-        return SimpleNamespace(last_hidden_state=x, past_key_values=past, hidden_states=states)
+        return SimpleNamespace(last_hidden_state=x, past_key_values=presents if use_cache else None)
 
 
 class Embeddings(nn.Module):
@@ -332,8 +327,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x, rel_pos_bias=None, return_attention=False, return_qkv=False, image_atts=None):
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         scores = q * self.scale @ k.mT
         if self.relative_position_bias_table is not None:
             scores = scores + self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
@@ -342,8 +336,7 @@ class WindowAttention(nn.Module):
         weights = self.attn_drop(scores.softmax(-1))
         if return_attention:
             return weights
-        out = self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
-        return (out, qkv) if return_qkv else out
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
 
 
 class VisionBlock(nn.Module):
@@ -362,14 +355,12 @@ class VisionBlock(nn.Module):
         self.gamma_2 = nn.Parameter(torch.rand(width)) if scaled else None
 
     def forward(self, x, rel_pos_bias=None, return_attention=False, return_qkv=False, image_atts=None):
-        attended = self.attn(self.norm1(x), rel_pos_bias, return_attention, return_qkv, image_atts)
+        branch = self.attn(self.norm1(x), rel_pos_bias, return_attention, return_qkv, image_atts)
         if return_attention:
-            return attended
-        branch, qkv = attended if return_qkv else (attended, None)
+            return branch
         x = x + self.drop_path(branch if self.gamma_1 is None else self.gamma_1 * branch)
         branch = self.mlp(self.norm2(x))
-        x = x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
-        return (x, qkv) if return_qkv else x
+        return x + self.drop_path(branch if self.gamma_2 is None else self.gamma_2 * branch)
 
 
 class VisionTransformer(nn.Module):

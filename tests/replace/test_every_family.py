@@ -104,14 +104,6 @@ def test_padding_is_left_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert not fast.eval()(**given).last_hidden_state[given["attention_mask"] == 0].any()
 
 
-@of("BERT", "CLIP's texts", "LayoutLMv3", "BEiT", "SigLIP 2", "timm's EVA-02 large")
-def test_single_precision_with_eager_attention(kind: str) -> None:
-    case = FAMILIES[kind]
-    model, given = case.model(torch.float32, "eager"), case.inputs(torch.float32)
-    fast = fused(model, case, unpad=case.unpads, verify=given)
-    assert_close(outcome(model, given), outcome(fast, given), 2e-5)
-
-
 @of()
 def test_half_precision_and_autocast(kind: str) -> None:
     case = FAMILIES[kind]
