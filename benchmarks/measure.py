@@ -537,7 +537,8 @@ def _fill(row: Result, backend: Backend, samples: Samples, block: Block, run: Ru
             if flops is not None and (shares := shares_of_rate(flops, medians, rates)):
                 row.extra[name] = statistics.median(shares)
         if sheet is not None and row.dtype != "fp32":
-            row.extra["mfu_data_sheet"] = needed / median / sheet.flops_per_s
+            # The data sheet is of 16-bit products; those of fp8 are twice as fast.
+            row.extra["mfu_data_sheet"] = needed / median / sheet.flops_per_s / (2 if row.dtype == "fp8" else 1)
         if sheet is not None and (traffic := row.number("bytes")) is not None:
             row.extra["share_of_floor"] = roofline.Work("", "", needed, traffic).floor(sheet) / median
     if not samples.interrupted:
