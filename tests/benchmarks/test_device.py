@@ -17,7 +17,6 @@ from xfm_fast.benchmarks.device import (
     STAGES,
     Plan,
     Stage,
-    main,
     read_entries,
     run,
 )
@@ -119,23 +118,6 @@ def test_the_document_is_of_the_common_schema(made_up: Path) -> None:
     assert (measured.number("host_s"), measured.text("timed_by"), measured.median_s) == (5e-6, "graph replay", 1.5e-3)
     assert ended.name == "stage fine"
     assert document.ok
-
-
-def test_a_budget_is_never_exceeded(made_up: Path) -> None:
-    """Each stage would end by itself after a minute."""
-    assert run(plan(made_up, *(stage("hanging", 4) for _ in range(3)), budget=6.0)) == 1
-    first, *others = (row["status"] for row in rows_of(made_up) if row["work"] == "stage")
-    assert first == "partial"
-    assert len(others) == 2
-    assert set(others) <= {"partial", "absent"}
-
-
-def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    out, taken = ["--out", str(tmp_path / "out")], ["--out", str(tmp_path / "file")]
-    for arguments in ([*out, "--stages", "nonsense"], [*out, "--budget", "0"], taken):
-        assert main(arguments) == 2
-        assert arguments[-1] in capsys.readouterr().err
 
 
 def test_every_stage_has_its_program() -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from xfm_fast.benchmarks.machine import PROBE_SHAPE, GemmProbe, moved
 from xfm_fast.benchmarks.measure import (
     Backend,
     Case,
@@ -24,7 +23,6 @@ from xfm_fast.benchmarks.measure import (
     interleave,
     percentile,
     ratio_interval,
-    shares_of_rate,
 )
 from xfm_fast.benchmarks.record import Document, groups
 from xfm_fast.benchmarks.timing import FP32_BAND, parity_band, relative_error
@@ -147,16 +145,6 @@ def test_intervals_hold_their_value_and_drift_cancels() -> None:
     assert bounds[1] - bounds[0] == pytest.approx(2 * 1.96 * 1.25 / 200**0.5, rel=0.35)
     assert bootstrap(partial(np.median, axis=-1), values[:2]) is None
     assert [percentile([float(v) for v in range(1, 101)], share) for share in (0.5, 0.99)] == [50, 99]
-
-
-def test_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROBE_SHAPE, "cpu", (128, 256, 256))
-    probe = GemmProbe(torch.float32)
-    assert probe.flops == 2 * 128 * 256 * 256
-    assert probe(1) > 1e6
-    assert shares_of_rate(100, [1.0, 2.0], [100.0, 300.0, 100.0]) == [0.5, 0.25]
-    assert not moved([100.0, 105.0, 96.0])
-    assert moved([100.0, 120.0, 100.0])
 
 
 def test_errors_and_what_rounding_allows() -> None:

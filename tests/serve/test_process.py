@@ -81,12 +81,9 @@ def test_bad_options_exit_with_2(tmp_path: Path, weights: Path) -> None:
             ([tmp_path / "nothing"], "nothing"),
             ([weights, "--api-key", ""], "API key"),
             ([weights, "--host", "no such host"], "--host no such host"),
-            ([weights, "--config", "x.yaml"], "--config x.yaml"),
-            ([weights, "--max-queue", "0"], "max-queue"),
             ([weights, "--timeout", "inf"], "timeout"),
             ([weights, "--name", ""], "--name"),
             ([weights, "--memory-mb", "5"], "--memory-mb 5"),
-            ([weights, "--drain", "5"], "--timeout"),
         ):
             done = invoke(["serve", "--port", 0, *arguments] if arguments else ["serve"])
             assert done.exit_code == 2

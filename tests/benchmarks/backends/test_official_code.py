@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from xfm_fast.loading import Source
 from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 CLONE = """
 import json, sys
 from pathlib import Path
@@ -91,12 +90,3 @@ def test_errors_of_the_clone_reach_the_caller(engine: OfficialCodeEngine, model:
     for words in ("too many pairs", "ended"):
         with pytest.raises(UnavailableError, match=words):
             engine.rerank(pairs)
-
-
-@pytest.mark.slow
-def test_a_clone_that_does_not_import(model: XFM, tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "__init__.py").write_text("")
-    (tmp_path / "models" / "beit2.py").write_text("print('noise')\nimport a_module_that_does_not_exist\n")
-    with pytest.raises(UnavailableError, match="a_module_that_does_not_exist"):
-        OfficialCodeEngine(model, tmp_path)

@@ -76,17 +76,6 @@ def test_rows_that_lost_their_numbers_are_worse() -> None:
     assert [change.verdict for change in compare(after, before).changes if change.verdict == "new"] == ["new", "new"]
 
 
-def test_other_circumstances_are_named() -> None:
-    before, after = _measured(), _measured()
-    after.interrupted = True
-    versions = before.machine["versions"] | {"numpy": "9.9"}
-    after.machine = before.machine | {"cpu": "Other CPU", "versions": versions, "dirty": True}
-    flags = compare(before, after).flags
-    assert len(flags) == 4
-    for words, flag in zip(("Other CPU", "and 9.9", "changed checkout", "interrupted"), flags, strict=True):
-        assert words in flag
-
-
 def test_other_benchmarks_and_other_work_are_refused() -> None:
     with pytest.raises(DataError, match="serve"):
         compare(_measured(), load(RESULTS / "serve-cpu-avx512-2threads.json"))

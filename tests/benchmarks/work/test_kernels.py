@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 INT8 = "linear in int8"
 compiles = pytest.mark.skipif(timing.why_not_compiled(CPU) is not None, reason="no C++ compiler")
-needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 here: {int8.why_not()}")
 
 
 def small(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> OpCase:
@@ -72,45 +67,6 @@ def test_every_op_has_a_case() -> None:
     assert {name.split()[0] for name in CASES} - {"linear"} == set(ops.__all__) - others - {"linear"}
     assert ("linear in int8" in case_names(CPU, torch.float32)) == (int8.why_not() is None)
     assert "linear in int8" not in case_names(CPU, torch.float16)
-
-
-@pytest.mark.slow
-def test_pytest_benchmark_times_the_cases() -> None:
-    pytest.importorskip("pytest_benchmark")
-    # pytest-benchmark times nothing in a worker of pytest-xdist, which this process may be.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider", "-k", "tiny and layer_norm"]
-    command += ["--benchmark-min-rounds=2", "--benchmark-max-time=0.01"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "add_layer_norm 64 × 768, backward" in done.stdout
-
-
-@needs_int8
-@pytest.mark.parametrize("wrong", [False, True])
-def test_int8_of_torchao_is_compared_as_all_are(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def quantize_(module: torch.nn.Sequential, config: object) -> None:
-        layer = module[0]
-        assert isinstance(layer, torch.nn.Linear)
-        layer.weight.copy_(reference.as_int8(layer.weight.float()))
-        if wrong:
-            layer.bias.add_(1)
-
-    made = ModuleType("torchao.quantization")
-    vars(made).update(quantize_=quantize_, Int8DynamicActivationInt8WeightConfig=object)
-    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
-    monkeypatch.setitem(sys.modules, "torchao.quantization", made)
-    monkeypatch.setattr(kernels, "available", lambda package: package == "torchao")
-    rows = rows_of(small(INT8, torch.bfloat16), "bf16")
-    assert {direction for _, direction in rows} == {"forward"}
-    ours, theirs = rows["xfm-fast", "forward"], rows["torchao", "forward"]
-    # Rounding to int8 shows, and at most twice its cost by definition is allowed.
-    assert ours.parity is not None
-    assert 1e-3 < (ours.parity.error or 0) < (ours.parity.band or 0) < 0.05
-    assert ours.seconds
-    assert theirs.status == ("parity failed" if wrong else "measured")
-    assert bool(theirs.seconds) != wrong
-    assert rows["the product in floats", "forward"].extra["bounds"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ from xfm_fast.benchmarks.work import coco, scenario
 from xfm_fast.benchmarks.work.coco import Passes, Sizes, receipt
 from xfm_fast.benchmarks.work.model import Scale
 from xfm_fast.benchmarks.work.scenario import RateSearch, Trial, poisson_arrivals, serve
-from xfm_fast.errors import UnavailableError
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -85,12 +84,6 @@ def test_an_interrupted_server_keeps_its_trials() -> None:
     assert document.interrupted
     assert sum(len(row.parts("trials")) for row in document.rows) == 2
     assert {row.status for row in document.rows} == {"partial"}
-
-
-def test_options_that_cannot_be() -> None:
-    for options, work in ((replace(TINY, baselines=("keras",)), "rerank"), (TINY, "kernels"), (TINY, "caption")):
-        with pytest.raises(UnavailableError):
-            scenario.run(options, scenario=work)
 
 
 class _Machine:

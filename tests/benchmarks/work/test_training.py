@@ -212,13 +212,6 @@ def test_no_speed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row.dtype: row.status for row in document.rows if row.ours} == {"fp32": "measured", "bf16": "parity failed"}
 
 
-def test_options() -> None:
-    with pytest.raises(UnavailableError, match="--pairs 2"):
-        _run(pairs=1)
-    with pytest.raises(UnavailableError, match="'vqa2'"):
-        _run(task="vqa2")
-
-
 @pytest.mark.slow
 def test_memory_of_a_process_of_its_own(inputs: Inputs) -> None:
     batch = PRETRAINING.batch(inputs, 3)["batch"]

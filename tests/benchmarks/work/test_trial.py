@@ -14,11 +14,10 @@ from PIL import Image
 transformers = pytest.importorskip("transformers")
 
 from tests.cli.runner import invoke  # noqa: E402
-from xfm_fast import XFM, XFMConfig  # noqa: E402
 from xfm_fast.benchmarks.options import TryOptions  # noqa: E402
 from xfm_fast.benchmarks.record import UNTOUCHED, Parity, Result, load  # noqa: E402
 from xfm_fast.benchmarks.work import trial  # noqa: E402
-from xfm_fast.errors import CheckpointError, DataError, InputError  # noqa: E402
+from xfm_fast.errors import CheckpointError, InputError  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 QUICK = ["--quick", "--dtype", "fp32"]
@@ -151,16 +150,6 @@ def test_a_name_on_the_hub(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not {"*.py", "*.bin", "*"} & set(patterns)
 
 
-def test_an_x_fm_is_answered_with_its_command(tmp_path: Path) -> None:
-    XFM(XFMConfig.preset("tiny")).save_pretrained(tmp_path / "run/best")
-    (tmp_path / "export").mkdir()
-    (tmp_path / "export/manifest.json").write_text("{}")
-    (tmp_path / "official.th").touch()
-    for name in ("run", "run/best", "export", "official.th"):
-        with pytest.raises((InputError, CheckpointError), match="xfm-fast bench --model"):
-            trial.open_model(str(tmp_path / name))
-
-
 def test_nothing_of_a_folder_is_run(bert: Path, tmp_path: Path) -> None:
     class Bad:
         def __reduce__(self) -> Any:
@@ -188,17 +177,3 @@ def test_what_cannot_be_opened(bert: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=named):
             trial.open_model(str(tmp_path))
     assert invoke(["try", tmp_path / "none"]).exit_code == 2
-
-
-def test_texts_and_tokenizers_that_do_not_fit(bert: Path, tmp_path: Path) -> None:
-    (tmp_path / "latin").write_bytes(b"\xff\xfe")
-    for name in ("none", "latin"):
-        with pytest.raises(DataError, match=name):
-            trial.read_texts(tmp_path / name)
-    opened = trial.open_model(str(bert))
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS[:5] + [f"x{n}" for n in range(30)] + ["dog"]) + "\n")
-    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(bert)
-    with pytest.raises(DataError, match="35"):
-        trial.text_batch(opened, ["a dog"])
-    with pytest.raises(DataError, match=str(bert)):
-        trial.image_batch(opened, bert)
