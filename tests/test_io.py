@@ -29,7 +29,7 @@ from xfm_fast.tasks.heatmap import read_detections
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import override, read_recipe
 
-DEEP = "[" * 100_000
+DEEP = "[" * 20_000
 HOSTILE = {
     "deep": (DEEP, "nested"),
     "half a pair": (r'{"a": "\ud800"}', r"half of a surrogate pair, \\ud800"),

@@ -10,9 +10,7 @@ import pytest
 from xfm_fast.data.annotations import (
     Annotation,
     AnnotationRows,
-    CaptioningRecord,
     RetrievalRecord,
-    RetrievalTestRecord,
     TextRecord,
     check_images,
     overlap,
@@ -21,14 +19,9 @@ from xfm_fast.data.annotations import (
     read_array,
 )
 from xfm_fast.errors import DataError
-from xfm_fast.tasks.grounding import GroundingRecord
-from xfm_fast.tasks.nlvr2 import NLVR2Record
 from xfm_fast.tasks.vqa import VQARecord, read_answer_list
 
 PAIR = {"image": "a.jpg", "caption": "a cat", "image_id": "coco_1"}
-QUESTION = {"image": "a.jpg", "question": "what?", "question_id": 1}
-PHRASE = {"image": "a.jpg", "text": "left dog", "ref_id": 3}
-STATEMENT = {"images": ["a.png", "b.png"], "sentence": "both are red", "label": "True"}
 
 
 def _write(path: Path, content: Any) -> Path:
@@ -37,26 +30,11 @@ def _write(path: Path, content: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "element", "field", "value"),
-    [
-        (RetrievalRecord, PAIR | {"extra": 1}, "image_id", "coco_1"),
-        (RetrievalTestRecord, {"image": "a", "caption": ["a cat", "one cat"]}, "caption", ("a cat", "one cat")),
-        (VQARecord, QUESTION | {"answer": ["yes", "no"]}, "weighted_answers", [("yes", 0.5), ("no", 0.5)]),
-        (GroundingRecord, PHRASE | {"bbox": [1, 2, 3.5, 4]}, "bbox", (1, 2, 3.5, 4)),
-        (CaptioningRecord, {"image": "val_00012.jpg"}, "identity", 12),
-    ],
-)
-def test_valid_elements(kind: type[Annotation], element: dict[str, Any], field: str, value: Any) -> None:
-    assert getattr(parse_annotation(element, kind), field) == value
-
-
-@pytest.mark.parametrize(
     ("kind", "element", "name"),
     [
         (RetrievalRecord, {"image": "a", "image_id": 1}, "'caption'"),
         (RetrievalRecord, PAIR | {"caption": 5}, "'caption' is 5"),
-        (RetrievalRecord, 5, "int"),
-        (VQARecord, QUESTION | {"answer": ["", " "]}, "'answer'"),
+        (VQARecord, {"image": "a.jpg", "question": "what?", "question_id": 1, "answer": ["", " "]}, "'answer'"),
     ],
 )
 def test_wrong_elements_are_named(kind: type[Annotation], element: Any, name: str) -> None:
@@ -70,7 +48,6 @@ def test_wrong_elements_are_named(kind: type[Annotation], element: Any, name: st
         ('[{"image": "a",}]', ":1:16: "),
         ('{"image": "a"}\n{"image": "b"}\n', ":2:1: "),
         ("[" * 100_000, "nested"),
-        ({"image": "a"}, "dict"),
         ("é".encode("latin-1"), "UTF-8"),
         (gzip.compress(b"[]", mtime=0), "compressed"),
     ],
@@ -95,8 +72,6 @@ def test_images_that_do_not_exist_are_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"4 of 5 .*'b.jpg', 'c.jpg', 'd.jpg', \.\.\."):
         check_images([rows], tmp_path)
     check_images([rows.read(0), "a.jpg", tmp_path / "a.jpg"], tmp_path)
-    with pytest.raises(DataError, match="1 of 2"):
-        check_images([NLVR2Record(images=("a.jpg", "z.jpg"), sentence="s", label=True)], tmp_path)
 
 
 def test_what_two_splits_share(tmp_path: Path) -> None:
@@ -111,6 +86,5 @@ def test_what_two_splits_share(tmp_path: Path) -> None:
 
 def test_answer_lists(tmp_path: Path) -> None:
     assert read_answer_list(_write(tmp_path / "b.json", ["yes", "no"])) == ["yes", "no"]
-    for content, name in ((["yes", "no", "yes"], "'yes'"), (["yes", " "], "answer 1"), ({"yes": 0}, "dict")):
-        with pytest.raises(DataError, match=name):
-            read_answer_list(_write(tmp_path / "a.json", content))
+    with pytest.raises(DataError, match="'yes'"):
+        read_answer_list(_write(tmp_path / "a.json", ["yes", "no", "yes"]))

@@ -134,5 +134,3 @@ def test_unknown_tasks_and_absent_files(tmp_path: Path) -> None:
     for task in checkable_tasks():
         with pytest.raises(DataError):
             _check(tmp_path / "absent", task)
-        with pytest.raises(DataError):
-            _check(tmp_path, task)

@@ -120,15 +120,9 @@ def test_bad_requests_are_named(tokenizer: CaptionTokenizer, tmp_path: Path) -> 
     assert tokenizer.mask_token_id == tokenizer.vocab_size - 1
     with pytest.raises(DataError, match=r"'a \\ud800'.*surrogate"):
         tokenizer.encode(["a \ud800"])
-    with pytest.raises(DataError, match="empty"):
-        pre_caption(". - /")
     with pytest.raises(DataError, match="max_tokens=5"):
         tokenizer.encode_pair("a", "b", 5)
-    with pytest.raises(DataError, match="tokens"):
-        tokenizer.encode_ids(["a", ""], 10)
     with pytest.raises(DataError, match="entries"):
         tokenizer.check(XFMConfig.preset("tiny", vocab_size=100))
-    with pytest.raises(DataError, match="261"):
-        CaptionTokenizer.train_on_texts(TEXTS, 100)
     with pytest.raises(DataError, match="tokenizer"):
         CaptionTokenizer.from_files(tmp_path)
