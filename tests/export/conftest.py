@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,13 @@ from torch import Tensor
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.shapes import VOCABULARY, Scene, captions, render, scene
 from xfm_fast.export.expected import Examples, padded_texts
-from xfm_fast.export.graphs import Graph
-from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS
-from xfm_fast.export.runtimes import Runtime
+from xfm_fast.export.graphs import DTYPES, Graph, in_dtype
+from xfm_fast.export.manifest import Manifest, new_manifest, record_files
+from xfm_fast.export.pipeline import build_graphs, graph_records
+from xfm_fast.export.request import DEFAULT_GRAPHS, GRAPHS, DType, ExportRequest, GraphName
+from xfm_fast.export.runtimes import Runtime, Spelling
 from xfm_fast.export.slots import Slot
+from xfm_fast.export.verification import verify_export
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.nlvr2 import NLVR2Model
 from xfm_fast.tasks.vqa import VQAModel
@@ -92,6 +96,45 @@ class Eager(Runtime):
             return outputs
 
         return SimpleNamespace(run=run)
+
+
+_SPELLING = Spelling("opset23", 23)
+
+
+def write_export(
+    folder: Path,
+    model: XFM,
+    dtype: DType = "fp32",
+    graphs: tuple[GraphName, ...] = GRAPHS,
+    *,
+    fixed: dict[str, int] | None = None,
+    all_tokens: bool = False,
+    packed: bool = False,
+) -> Path:
+    """A folder with a manifest but without graphs, for `eager`."""
+    fixed = fixed or {}
+    request = ExportRequest(dtype, graphs, fixed, all_tokens, packed)  # pyright: ignore[reportArgumentType]
+    records = graph_records(build_graphs(model, _SPELLING, request), dtype, model, fixed, ".onnx")
+    new_manifest(
+        source="a small model", weights_sha256="", tokenizer_sha256=None, config=model.config.model_dump(), dtype=dtype,
+        consumer="onnxruntime", opset=23, attention="opset23", all_tokens=all_tokens, packed=packed, fixed=fixed,
+        versions={}, graphs=records, files=[],
+    ).save(folder)  # fmt: skip
+    return folder
+
+
+def eager(
+    model: XFM,
+    dtype: DType = "fp32",
+    graphs: tuple[GraphName, ...] = GRAPHS,
+    *,
+    all_tokens: bool = False,
+    packed: bool = False,
+    **spoil: Any,
+) -> Eager:
+    """The graphs of a model, run by PyTorch."""
+    built = build_graphs(model, _SPELLING, ExportRequest(graphs=graphs, all_tokens=all_tokens, packed=packed))
+    return Eager({name: in_dtype(graph, DTYPES[dtype]) for name, graph in built.items()}, **spoil)
 
 
 @pytest.fixture(scope="session")
@@ -170,12 +213,11 @@ def _trained() -> XFM:
 
 
 def _exported(
-    factory: pytest.TempPathFactory, model: XFM, name: str, dtype: str, graphs: Sequence[str] = GRAPHS, **form: Any
+    factory: pytest.TempPathFactory, model: XFM, name: str, dtype: str, graphs: Sequence[str], **form: Any
 ) -> Path:
     pytest.importorskip("onnx", reason="exports to ONNX need onnx")
     pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
     from xfm_fast.export.onnx import export_onnx
-    from xfm_fast.export.verification import verify_export
 
     def make(folder: Path) -> None:
         export_onnx(model, folder, dtype=dtype, graphs=graphs, source="a small model", **form)
@@ -186,20 +228,31 @@ def _exported(
 
 @pytest.fixture(scope="session")
 def exported_fp32(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All five graphs in fp32 for ONNX Runtime, with manifest and reference; copy it before changing it."""
-    return _exported(tmp_path_factory, small_model, "fp32", "fp32")
+    """The four graphs that a server composes, in fp32 for ONNX Runtime, and a reference; copy it before changing it."""
+    return _exported(tmp_path_factory, small_model, "fp32", "fp32", DEFAULT_GRAPHS)
 
 
 @pytest.fixture(scope="session")
-def exported_packed(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four graphs of `exported_fp32` that a server composes, with texts in rows."""
-    return _exported(tmp_path_factory, small_model, "packed", "fp32", DEFAULT_GRAPHS, packed=True)
+def exported_packed(exported_fp32: Path, small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graphs of `exported_fp32` with texts in rows; those of images are the same."""
+    part = _exported(tmp_path_factory, small_model, "packed_texts", "fp32", ("text", "fusion"), packed=True)
+
+    def make(folder: Path) -> None:
+        shutil.copytree(exported_fp32, folder)
+        shutil.copytree(part, folder, dirs_exist_ok=True)
+        manifest, images = Manifest.load(part), Manifest.load(exported_fp32)
+        manifest.graphs = [*(images.graph(name) for name in ("vision", "image_memory")), *manifest.graphs]
+        manifest.files = record_files(folder, [record.name for record in images.files])
+        manifest.save(folder)
+        verify_export(folder, small_model)
+
+    return once(tmp_path_factory, "packed", make)
 
 
 @pytest.fixture(scope="session")
 def exported_fp16(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two of the graphs in fp16."""
-    return _exported(tmp_path_factory, small_model, "fp16", "fp16", ("vision", "text"))
+    """The graph `vision` in fp16."""
+    return _exported(tmp_path_factory, small_model, "fp16", "fp16", ("vision",))
 
 
 TARGETS = (80, 120)

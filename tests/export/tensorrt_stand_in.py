@@ -126,7 +126,7 @@ class FakeContext:
 
 class FakeEngine:
     # Larger for graphs that are loaded later, so that the shared memory has to grow.
-    NEEDS: ClassVar = {"vision": 1 << 20, "text": 1 << 19, "image_memory": 1 << 21, "fusion": 1 << 22, "match": 1 << 21}
+    NEEDS: ClassVar = {"vision": 1 << 20, "text": 1 << 19, "image_memory": 1 << 21, "fusion": 1 << 22}
 
     def __init__(self, cuda: FakeCuda, logger: Any, record: GraphRecord, onnx: str) -> None:
         self.cuda, self.logger, self.record = cuda, logger, record

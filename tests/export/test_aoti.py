@@ -12,19 +12,18 @@ import pytest
 import torch
 
 from tests.cli.runner import invoke
+from tests.export.conftest import write_export
 from xfm_fast import XFM
 from xfm_fast.errors import ExportError, UnavailableError
 from xfm_fast.export import export_packages
+from xfm_fast.export.expected import generated_examples, make_reference
 from xfm_fast.export.graphs import build, trace
-from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.manifest import Manifest, record_files
 from xfm_fast.export.request import GRAPHS, GraphName
 from xfm_fast.export.runtimes import open_runtime
 from xfm_fast.export.runtimes.aoti import local_target
 from xfm_fast.export.session import Session
-from xfm_fast.export.verification import verify, verify_export
-
-if not {shutil.which(name) for name in ("g++", "clang++")} - {None}:
-    pytest.skip("a package needs a C++ compiler", allow_module_level=True)
+from xfm_fast.export.verification import keep_reference, verify, verify_export
 
 BARE = """
 import sys, torch
@@ -37,6 +36,8 @@ assert "xfm_fast" not in sys.modules
 @pytest.fixture(scope="module")
 def memory_package(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of the graph that compiles fastest, made by the command."""
+    if not {shutil.which(name) for name in ("g++", "clang++")} - {None}:
+        pytest.skip("a package needs a C++ compiler")
     folder = tmp_path_factory.mktemp("packages")
     small_model.save_pretrained(folder / "model")
     given = [str(folder / "model"), "--out", str(folder / "memory"), "--graphs", "image_memory"]
@@ -45,6 +46,24 @@ def memory_package(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "memory"
 
 
+@pytest.fixture(scope="module")
+def foreign(small_model: XFM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export like `memory_package` with a file that must not be loaded."""
+    folder = write_export(tmp_path_factory.mktemp("foreign"), small_model, graphs=("image_memory",))
+    (folder / "image_memory.pt2").write_bytes(b"native code")
+    manifest = Manifest.load(folder)
+    record = manifest.graph("image_memory").model_copy(
+        update={"file": "image_memory.pt2", "files": ["image_memory.pt2"]}
+    )
+    changes = {"kind": "aoti", "consumer": "aoti", "package": local_target("cpu"), "graphs": [record]}
+    made = manifest.model_copy(update=changes | {"files": record_files(folder, record.files)})
+    examples = generated_examples(small_model.config, images=1, texts=1)
+    keep_reference(made, folder, make_reference(small_model, examples, ("image_memory",), "fp32"))
+    made.save(folder)
+    return folder
+
+
+@pytest.mark.slow
 def test_a_package_is_verified(memory_package: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(memory_package)
     assert (manifest.kind, manifest.status, manifest.reason) == ("aoti", "verified", "")
@@ -55,6 +74,7 @@ def test_a_package_is_verified(memory_package: Path, tmp_path: Path) -> None:
     assert verify(copied, "aoti").status == "verified"
 
 
+@pytest.mark.slow
 def test_a_package_is_loaded_by_pytorch_without_this_project(
     memory_package: Path, small_model: XFM, tmp_path: Path
 ) -> None:
@@ -71,7 +91,7 @@ def test_a_package_is_loaded_by_pytorch_without_this_project(
     torch.testing.assert_close(tuple(found.values()), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vision", "fusion"])
+@pytest.mark.parametrize("name", ["vision", pytest.param("fusion", marks=pytest.mark.slow)])
 def test_a_program_has_no_operator_of_this_project(small_model: XFM, name: GraphName) -> None:
     program = trace(build(name, small_model, "primitives"), "fp32", {})
     assert not [node.target for node in program.graph.nodes if "xfm_fast" in str(node.target)]
@@ -81,32 +101,31 @@ def test_a_program_has_no_operator_of_this_project(small_model: XFM, name: Graph
     ("field", "value", "named"),
     [
         ("torch", "1.0.0", r"torch 1\.0\.0"),
-        ("architecture", "z80", "z80"),
         ("instructions", ["avx9"], "avx9"),
         ("compute_capability", 90, "90"),
     ],
 )
-def test_packages_are_bound_to_their_machine(memory_package: Path, field: str, value: Any, named: str) -> None:
-    manifest = Manifest.load(memory_package)
+def test_packages_are_bound_to_their_machine(foreign: Path, field: str, value: Any, named: str) -> None:
+    manifest = Manifest.load(foreign)
     assert manifest.package is not None
     setattr(manifest.package, field, value)
     with pytest.raises(ExportError, match=named):
         open_runtime("aoti", manifest)
 
 
-def test_devices_and_runtimes_that_do_not_fit(memory_package: Path) -> None:
+def test_devices_and_runtimes_that_do_not_fit(foreign: Path) -> None:
     with pytest.raises(UnavailableError, match="cuda"):
-        Session.load(memory_package, "aoti", device="cuda")
+        Session.load(foreign, "aoti", device="cuda")
     with pytest.raises(ExportError, match="'onnxruntime'"):
-        Session.load(memory_package, "onnxruntime")
+        Session.load(foreign, "onnxruntime")
 
 
 def test_a_package_runs_only_by_name(
-    memory_package: Path, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    foreign: Path, small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is native code: a folder that came from elsewhere must not run by being looked at."""
     monkeypatch.setattr("torch._inductor.aoti_load_package", lambda *_, **__: pytest.fail("a package was loaded"))
-    folder = Path(shutil.copytree(memory_package, tmp_path / "copied"))
+    folder = Path(shutil.copytree(foreign, tmp_path / "copied"))
     before = (folder / "manifest.json").read_bytes()
     for load in (Session, Session.load, verify):
         with pytest.raises(ExportError, match="runtime='aoti'"):

@@ -17,7 +17,7 @@ from xfm_fast.export import manifest, onnx, pipeline
 from xfm_fast.export.manifest import EngineTarget, Manifest, QuantisationRecord, new_manifest, record_files
 from xfm_fast.export.onnx import export_onnx
 from xfm_fast.export.pipeline import build_graphs, weights_sha256
-from xfm_fast.export.request import GRAPHS, ExportRequest
+from xfm_fast.export.request import DEFAULT_GRAPHS, ExportRequest
 from xfm_fast.export.runtimes import Spelling
 from xfm_fast.models.xfm import XFM
 
@@ -119,9 +119,9 @@ def test_engines_belong_to_their_gpus_and_library() -> None:
 def test_export_describes_itself(exported_fp32: Path, small_model: XFM) -> None:
     library = pytest.importorskip("onnx")
     loaded = Manifest.load(exported_fp32)
-    assert loaded.graph_names == GRAPHS
+    assert loaded.graph_names == DEFAULT_GRAPHS
     assert loaded.xfm_config == small_model.config
-    graphs = build_graphs(small_model, Spelling("primitives", 20), ExportRequest(graphs=GRAPHS))
+    graphs = build_graphs(small_model, Spelling("primitives", 20), ExportRequest(graphs=DEFAULT_GRAPHS))
     assert loaded.weights_sha256 == weights_sha256(small_model, graphs.values())
     assert {record.name for record in loaded.files} | {"manifest.json"} == {p.name for p in exported_fp32.iterdir()}
     fusion = loaded.graph("fusion")

@@ -69,7 +69,7 @@ def encoded(*captions: str) -> list[bytes]:
 def test_models_of_a_repository(repository: Path, exported_fp32: Path) -> None:
     paths = repository.glob("*/config.pbtxt")
     found = {path.parent.name: read_config(iter(path.read_text().splitlines())) for path in paths}
-    assert set(found) == {f"xfm_{name}" for name in ("vision", "text", "image_memory", "fusion", "match", "rank")}
+    assert set(found) == {f"xfm_{name}" for name in ("vision", "text", "image_memory", "fusion", "rank")}
     size = Manifest.load(exported_fp32).xfm_config.image_size
     vision = found["xfm_vision"]
     assert vision["input"] == [{"name": "pixels", "data_type": "TYPE_FP32", "dims": [3, size, size]}]
