@@ -201,8 +201,6 @@ def test_files_that_are_no_images_and_a_model_without_weights(model: XFM, files:
         model.encode(Image.open(cut))
     with pytest.raises(InputError, match=r"Path\("):
         model.encode(str(files[0]))
-    with pytest.raises(InputError, match="ndarray"):
-        model.match(np.zeros((4, 4, 3)), "a dog")  # type: ignore[arg-type]
     with torch.device("meta"):
         empty = XFM(model.config)
     empty.tokenizer = model.tokenizer

@@ -206,6 +206,15 @@ def test_observed_parts_are_called() -> None:
     assert not FusedAffine.calls
 
 
+def test_mixed_and_quantised_weights_stay() -> None:
+    mixed = Affine()
+    mixed.linear.bias.data = mixed.linear.bias.data.bfloat16()
+    (left,) = accelerate(nn.Sequential(mixed, Affine())).left
+    assert "linear torch.bfloat16" in str(left.reason)
+    report = accelerate(torch.ao.quantization.quantize_dynamic(Affine(), {nn.Linear}))
+    assert "quantized.dynamic" in str(report.declining)
+
+
 def test_a_dtype_applies_to_the_whole_model() -> None:
     made = nn.Sequential(Affine(), nn.Linear(5, 5))
     found = accelerate(made, dtype=torch.bfloat16)
