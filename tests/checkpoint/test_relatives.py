@@ -111,6 +111,15 @@ def x2vlm(seed: int = 0) -> State:
     return state
 
 
+def x2vlm_retrieval() -> State:
+    """Of fine-tuning: the same BERT without its masked language model, and fewer heads."""
+    return {
+        name.replace("text_encoder.bert.", "text_encoder."): value
+        for name, value in x2vlm().items()
+        if not name.startswith(("text_encoder.cls.", "bbox_head.", "absolute_frame"))
+    }
+
+
 def cclm() -> State:
     """XLM-R for language, and BERT's layers, apart from it, for fusion."""
     torch.manual_seed(1)
@@ -212,6 +221,11 @@ KINDS: dict[str, tuple[Callable[[], State], dict[str, object], str | None]] = {
         x2vlm,
         {"text": "text_encoder.bert.", "fusion": "text_encoder.bert.", "first": LANGUAGE, "eps": 1e-12, "shift": 0},
         "text_encoder.cls.predictions",
+    ),
+    "retrieval": (
+        x2vlm_retrieval,
+        {"text": "text_encoder.", "fusion": "text_encoder.", "first": LANGUAGE, "eps": 1e-12, "shift": 0},
+        None,
     ),
     "cclm": (
         cclm,
