@@ -205,6 +205,22 @@ def test_work_of_a_client_that_left_is_not_begun(start: Start) -> None:
         still_good(service)
 
 
+def test_a_damaged_image_fails_only_its_own_request(start: Start) -> None:
+    damaged = bytearray(photo(1))
+    damaged[len(damaged) // 2] ^= 255
+    asked = [with_image(data_url(content)) for content in (photo(2), bytes(damaged), photo(3))]
+    with start(timeout=60) as service, ThreadPoolExecutor(4) as threads:
+        paused = Paused(service)
+        first = threads.submit(service.post, "/v1/rerank", GOOD)
+        assert paused.begun.wait(60)
+        replies = [threads.submit(service.post, "/v1/rerank", content) for content in asked]
+        assert until(lambda: len(service.service.batcher) == 3)
+        paused.go.set()
+        assert [each.result().status_code for each in (first, *replies)] == [200, 200, 422, 200]
+        # The three were computed together.
+        assert len(paused.works) == 4
+
+
 def test_an_internal_error_is_500(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         # `None` is no function.

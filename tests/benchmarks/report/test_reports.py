@@ -109,16 +109,6 @@ def test_what_has_no_numbers_is_shown_with_its_reason() -> None:
         assert words in text
 
 
-def test_markdown_is_a_table_without_details(document: Document) -> None:
-    document.rows[0].name += "a | b"
-    written = report.markdown(document)
-    assert "95% interval" not in written
-    for block in written.strip().split("\n\n"):
-        lines = block.splitlines()
-        assert len(lines) > 2
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
-
-
 def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
     document = _load("embed-image-cpu-amx")
     saved = record.save(document, tmp_path / "out", report.html(document))
