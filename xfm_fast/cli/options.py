@@ -99,6 +99,8 @@ RENAMED: tuple[Renamed, ...] = (
     *(Renamed(name, "--png", None, "bench report FILE --out page.html") for name in ("bench report", "try")),
     Renamed("bench report", "--markdown", None, "--out FILE.md"),
     Renamed("bench coco", None, "bench scenario coco"),
+    # As a command, since scenarios have the option.
+    Renamed("bench --official", None, None, "bench scenario --official"),
     Renamed("bench serve", "--documents", None, "the fixed 16 documents"),
     Renamed("bench serve", "--soak", None, "--requests 10000, and watch xfm_process_resident_bytes of /metrics"),
     Renamed("bench scenario", "--index", None, "the fixed number of images"),
@@ -152,6 +154,8 @@ def modernised(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if line[: len(words)] != words:
             continue
         if each.option is None:
+            if each.new is None:
+                raise InputError(f"{each.command} is retired; use {each.instead}")
             line[: len(words)] = (each.new or "").split()
             warnings.append(f"{each.command} is now {each.new}")
             continue
