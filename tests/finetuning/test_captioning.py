@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,30 +15,21 @@ import torch
 import xfm_fast
 from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make
-from xfm_fast.config import XFMConfig
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune
-from xfm_fast.tasks.captioning import CaptioningOptions, CaptioningTask
-from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.tasks.captioning import CaptioningTask
 
 FILES = "captioning", "captioning_{}.json"
-# Most of the model's positions are for captions of three objects.
-LONG = {"max_length": 24, "num_beams": 2}
+# Captions need not be whole.
+SHORT = {"max_length": 12, "num_beams": 2}
 Open = Callable[..., CaptioningTask]
 
 
 @pytest.fixture
-def task(world: Path, pretrained: Path) -> Open:
+def task(recipe: Make) -> Open:
     """Makes the task on the small world."""
-
-    def make(images: Path = world, **options: Any) -> CaptioningTask:
-        tokenizer = CaptionTokenizer.from_files(pretrained)
-        return CaptioningTask(
-            CaptioningOptions(**options), XFMConfig.load(pretrained / "config.json"), tokenizer, images=images
-        )
-
-    return make
+    return lambda **options: cast(CaptioningTask, open_task(recipe(*FILES, task=options)))
 
 
 def generator() -> np.random.Generator:
@@ -88,7 +79,7 @@ def test_pairs_of_pretraining(task: Open, world: Path, tmp_path: Path) -> None:
 
 def test_captions_of_a_folder(recipe: Make, world: Path, tmp_path: Path) -> None:
     """And of one image."""
-    made = recipe(*FILES, task={"augment": False, **LONG}, steps=2)
+    made = recipe(*FILES, task={"augment": False, **SHORT}, steps=2)
     result = finetune(made)
     assert {"BLEU-4", "CIDEr-D", "ROUGE-L"} <= set(result.metrics["test"])
     written = json.loads((tmp_path / "run/evaluation/test/captions.json").read_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,27 +13,18 @@ import torch
 from PIL import Image
 
 from tests.finetuning.conftest import Make
-from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune
-from xfm_fast.tasks.grounding import GroundingOptions, GroundingRecord, GroundingTask
-from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.tasks.grounding import GroundingRecord, GroundingTask
 
 FILES = "grounding", "grounding_{}.json"
 Open = Callable[..., GroundingTask]
 
 
 @pytest.fixture
-def task(world: Path, pretrained: Path) -> Open:
+def task(recipe: Make) -> Open:
     """Makes the task on the small world."""
-
-    def make(**options: Any) -> GroundingTask:
-        tokenizer = CaptionTokenizer.from_files(pretrained)
-        return GroundingTask(
-            GroundingOptions(**options), XFMConfig.load(pretrained / "config.json"), tokenizer, images=world
-        )
-
-    return make
+    return lambda **options: cast(GroundingTask, open_task(recipe(*FILES, task=options)))
 
 
 def record(**fields: Any) -> GroundingRecord:

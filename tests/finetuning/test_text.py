@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.finetuning.conftest import Make
 from xfm_fast.data.tables import GLUE
 from xfm_fast.errors import DataError
-from xfm_fast.finetuning.run import finetune, open_task
+from xfm_fast.finetuning.run import finetune, initial_model, open_task
 
 RNG = np.random.default_rng(0)
 WORLD = "text", "text_{}.tsv"
@@ -120,3 +121,20 @@ def test_a_test_file_without_labels_gets_predictions(recipe: Make, tmp_path: Pat
     assert result.metrics["val"] == {}
     lines = (tmp_path / "run/evaluation/val/predictions.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["index", "0", "1"]
+
+
+def test_roberta_alone_is_a_start(recipe: Make, pretrained: Path, tmp_path: Path) -> None:
+    made = recipe(*WORLD, task=COLUMNS)
+    task = open_task(made)
+    theirs = {
+        name.replace("text_encoder.roberta.", "roberta."): torch.full_like(value, 0.25)
+        for name, value in task.build().state_dict().items()
+        if name.startswith("text_encoder.roberta.")
+    }
+    save_file(theirs, tmp_path / "roberta.safetensors")
+    init = {"roberta": str(tmp_path / "roberta.safetensors")}
+    tokenizer = str(pretrained / "tokenizer.json")
+    again = recipe(*WORLD, task=COLUMNS, init=init, model=made.model.model_dump(), tokenizer=tokenizer)
+    model = initial_model(again, open_task(again))
+    for name, value in model.state_dict().items():
+        assert name.startswith("text_encoder.roberta.") == bool((value == 0.25).all()), name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +24,6 @@ from xfm_fast.objectives import (
     hard_negative_weights,
     masked_image_loss,
     masked_lm_loss,
-    masked_token_loss,
     matching_loss,
     sample_hard_negatives,
 )
@@ -191,23 +188,6 @@ def test_rows_of_all_processes_average_to_the_whole(shared: bool) -> None:
             for side, index in enumerate(drawn):
                 assert (weights[side][own].gather(1, index[:, None]) > 0).all()
     assert torch.stack(rows).mean().item() == pytest.approx(whole.item(), rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: contrastive_loss(torch.ones(2, 3), torch.ones(3, 3), 1.0), r"\[3, 3\]"),
-        (lambda: contrastive_rows(*features(2), 0.1, AllPairs(*features(4), 0), torch.ones(3)), "image_ids"),
-        (lambda: matching_loss(torch.ones(2, 3), torch.ones(2)), r"\[2, 3\]"),
-        (lambda: masked_lm_loss(torch.ones(2, 3, 5), torch.ones(2)), r"targets \[2\]"),
-        (lambda: masked_image_loss(torch.ones(2, 4, 3), torch.ones(2, 4, 3), torch.ones(2, 4)), "patch_mask"),
-        (lambda: masked_token_loss(torch.ones(2, 3), torch.ones(5, 3), None, torch.ones(3)), r"targets \[3\]"),
-        (lambda: box_giou_loss(torch.ones(2, 4), torch.ones(2, 4), torch.ones(3)), "is_image"),
-    ],
-)
-def test_shapes_that_do_not_belong_together(call: Callable[[], Tensor], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        call()
 
 
 def test_a_mean_over_one_is_that_one() -> None:

@@ -15,7 +15,7 @@ from tests.conftest import CASES, config, golden, load_json, load_tensors
 from xfm_fast import XFM, Retriever, XFMConfig
 from xfm_fast.errors import DataError
 from xfm_fast.memory import open_mapped
-from xfm_fast.tasks.reranking import UNSCORED, candidate_recall, passes, recall, top_candidates
+from xfm_fast.tasks.reranking import UNSCORED, candidate_recall, recall, top_candidates
 from xfm_fast.tasks.retrieval import rerank
 
 
@@ -161,21 +161,3 @@ def test_a_journal_of_other_work_is_refused(small: tuple[XFM, Tensor, Tensor, Te
     images[-1, -1, 0] += 1e-3
     with pytest.raises(DataError):
         rerank(images, texts, mask, model=model, k=2, resume=tmp_path)
-
-
-@given(
-    counts=st.lists(st.integers(0, 6), min_size=1, max_size=6), budget=st.integers(1, 40), most=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)  # fmt: skip
-def test_passes_hold_every_pair_within_their_limits(counts: list[int], budget: int, most: int, seed: int) -> None:
-    starts = np.cumsum([0, *counts]).tolist()
-    lengths = torch.from_numpy(np.random.default_rng(seed).integers(1, 12, starts[-1]))
-    found = [*passes(starts, lengths, budget, most, skip={2})]
-    for pieces in found:
-        sizes = [int(lengths[start:end].sum()) for _, start, end in pieces]
-        # A text longer than the budget has a pass of its own.
-        assert sum(sizes) <= budget or (len(pieces) == 1 and pieces[0][2] - pieces[0][1] == 1)
-        assert len(pieces) <= most
-    pairs = [(image, pair) for pieces in found for image, start, end in pieces for pair in range(start, end)]
-    wanted = enumerate(zip(starts, starts[1:], strict=False))
-    assert pairs == [(image, pair) for image, (start, end) in wanted if image != 2 for pair in range(start, end)]
