@@ -165,7 +165,7 @@ class TensorRT(Runtime):
 
     name = kind = package = extra = "tensorrt"
     title = "TensorRT"
-    request = EngineRequest
+    request = TensorRTRequest
     exporter = "xfm_fast.export.engines:export_engines"
     devices = ("cuda",)
 
@@ -245,6 +245,7 @@ class TensorRTForRTX(TensorRT):
     name = kind = extra = "tensorrt-rtx"
     package = "tensorrt_rtx"
     title = "TensorRT for RTX"
+    request = EngineRequest
 
 
 class _Activations:
