@@ -275,6 +275,7 @@ def test_the_commands(tuned: Tuned, images: list[str], tmp_path: Path, exported_
     assert len(answers.read_text().splitlines()) == len(images)
     for arguments, named in (
         (["predict", out, images[0], "x", "--heatmap", tmp_path / "h.png"], "heat map"),
+        (["predict", out, images[0], "--dtype", "fp32"], "--dtype fp32"),
         (["export", tuned("text"), "--tokenizer", "t", "--out", out], "vocabulary"),
     ):
         done = invoke(arguments)

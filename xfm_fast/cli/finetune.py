@@ -58,7 +58,7 @@ class PredictOptions:
     heatmap: Path | None = None
     detections: Path | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] | None = None
     runtime: RuntimeChoice = "auto"
 
 
@@ -154,9 +154,12 @@ def predict(
         raise InputError("--detections needs a heatmap; add --heatmap FILE")
     if len(items) > 1 if options.lines else not items:
         raise InputError("give image files and texts, or --lines with files of requests and answers")
+    is_export = Path(model, MANIFEST_FILE).is_file()
+    if is_export and options.dtype is not None:
+        raise InputError(f"{model} is an export, of one dtype; leave out --dtype {options.dtype}")
     with join_processes(options.device) as processes:
-        by_runtime = options.device == "auto" and Path(model, MANIFEST_FILE).is_file()
-        place, dtype = None if by_runtime else processes.device, PRECISIONS[options.dtype]
+        place = None if is_export and options.device == "auto" else processes.device
+        dtype = PRECISIONS[options.dtype or "fp32"]
         predictor = load(model, device=place, dtype=dtype, runtime=options.runtime)
         if options.lines is None:
             # Too few requests to share.
