@@ -300,5 +300,8 @@ def _word_pieces(vocabulary: Path) -> Tokenizer:
 def _parse(path: Path, read: Any) -> Any:
     try:
         return read()
-    except Exception as error:  # the library raises bare exceptions
+    except BaseException as error:
+        # The library raises bare exceptions, and panics of its Rust code, which are none of `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(f"{path} is not a readable tokenizer ({error}); download or copy it again") from None

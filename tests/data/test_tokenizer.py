@@ -115,6 +115,14 @@ def test_false_vocabularies_are_refused(tmp_path: Path, tokenizer: CaptionTokeni
         CaptionTokenizer.from_files(tmp_path)
 
 
+def test_a_panic_of_the_library_is_an_error(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+    content = json.loads(tokenizer.to_json())
+    content["model"]["continuing_subword_prefix"] = "²"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        CaptionTokenizer.from_files(tmp_path)
+
+
 def test_bad_requests_are_named(tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
     assert pre_question(" What's this, <person>?") == " what s this  <person>"
     assert tokenizer.mask_token_id == tokenizer.vocab_size - 1
