@@ -201,9 +201,11 @@ COMMAND = """
 import sys
 from pathlib import Path
 from xfm_fast.cli.app import main
-from xfm_fast.kernels.audit import baseline
 
 if sys.argv[1]:
+    # It imports Triton, which then interprets its own functions.
+    from xfm_fast.kernels.audit import baseline
+
     baseline.BASELINE = Path(sys.argv[1])
 raise SystemExit(main(sys.argv[2:]))
 """
