@@ -32,7 +32,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from xfm_fast.errors import DataError, StorageError
+from xfm_fast.errors import DataError
 
 SCHEMA_VERSION = 4
 OURS: Final = "xfm-fast"
@@ -379,13 +379,11 @@ def save(document: Document, folder: str | Path, page: str) -> Path:
     All four appear complete or not at all; results of earlier runs are never overwritten. `page` is the HTML of the
     document. Returns the path of the JSON file; raises `StorageError`.
     """
-    from xfm_fast.io import write_bytes
+    from xfm_fast.io import storing, write_bytes
 
     folder = Path(folder)
-    try:
+    with storing(folder, "choose another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made ({error.strerror}); choose another folder with --out") from error
     stem = datetime.fromisoformat(document.date).strftime("%Y%m%dT%H%M%SZ")
     candidates = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     stem = next((name for name in candidates if not (folder / f"{name}.json").exists()), stem)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from xfm_fast.errors import InputError, StorageError
-from xfm_fast.io import write_bytes
+from xfm_fast.io import storing, write_bytes
 from xfm_fast.memory import release_freed_memory
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
@@ -235,17 +235,13 @@ def graph_bytes(graph: nn.Module, model: XFM, dtype: DType) -> int:
 
 def prepare_folder(folder: Path, needed: int) -> None:
     """Create the folder and check that `needed` bytes are free."""
-    try:
+    with storing(folder, "choose another folder with --out"):
+        if folder.exists() and not folder.is_dir():
+            raise StorageError(f"{folder} is a file and no folder; choose another name with --out")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         free = shutil.disk_usage(folder).free
-    except FileExistsError as error:
-        raise StorageError(f"{folder} is a file and no folder; choose another name with --out") from error
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be written ({error.strerror or error}); choose another folder with --out"
-        ) from error
     if free < needed:
         raise StorageError(
             f"{folder} has {free / 1e9:.2f} GB free and the export needs about {needed / 1e9:.2f} GB; free space or "

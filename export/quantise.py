@@ -3,10 +3,9 @@
 A GEMM here is a `MatMul` by a constant matrix; attention multiplies two activations and keeps its dtype. All GEMMs
 of one tensor form a `Site`, quantised as a whole by `QuantizeLinear` and `DequantizeLinear` pairs, which all runtimes
 read. Scales are fitted by trial on samples of the tensor; a LayerNorm that feeds only these GEMMs first scales large
-channels down, and the weights multiply them up (SmoothQuant, arXiv 2211.10438). The error of `fusion` is then a fifth
-of that of `onnxruntime.quantization`, which has no bf16 graphs either. All GEMMs of a graph are tried in 8 bits first;
-while the outputs exceed the budget, the largest errors go back to the dtype of the graph. Trials run in ONNX Runtime on
-the CPU, on the images and captions that the export is compared on.
+channels down, and the weights multiply them up (SmoothQuant, arXiv 2211.10438). All GEMMs of a graph are tried in 8
+bits first; while the outputs exceed the budget, the largest errors go back to the dtype of the graph. Trials run in
+ONNX Runtime on the CPU, on the images and captions that the export is compared on.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xfm_fast.errors import ExportError, InputError, StorageError, UnavailableError, XFMError
+from xfm_fast.errors import ExportError, InputError, UnavailableError, XFMError
+from xfm_fast.io import storing
 
 from .expected import Reference
 from .graphs import is_memory
@@ -425,15 +425,15 @@ def quantize_int8(
         keep_reference(content, out, reference)
         compare_with_reference(content, out, reference)
 
-    try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch:
-            quantise_graphs(changed, Comparison(source, folder, reference), Path(scratch), scheme, budget, progress)
+    with (
+        storing(out, "choose another folder"),
+        tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch,
+    ):
+        quantise_graphs(changed, Comparison(source, folder, reference), Path(scratch), scheme, budget, progress)
 
-            def write(record: GraphRecord) -> list[str]:
-                for name in record.files:
-                    Path(scratch, name).replace(out / name)
-                return record.files
+        def write(record: GraphRecord) -> list[str]:
+            for name in record.files:
+                Path(scratch, name).replace(out / name)
+            return record.files
 
-            return fill_folder(changed, out, changed.graphs, write, compare, sidecar_files(folder, source))
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written ({error.strerror or error}); choose another folder") from error
+        return fill_folder(changed, out, changed.graphs, write, compare, sidecar_files(folder, source))

@@ -23,7 +23,7 @@ from xfm_fast.data.files import read_json as read_annotations
 from xfm_fast.data.records import LineFile
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, ExportError, StorageError, XFMError
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, write_bytes
+from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, storing, write_bytes
 from xfm_fast.kernels.files import write_whole
 from xfm_fast.tasks.heatmap import read_detections
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -148,6 +148,16 @@ def test_a_failing_system_call(saved: Path, monkeypatch: pytest.MonkeyPatch, cal
     monkeypatch.undo()
     assert str(saved) in str(error.value)
     assert_untouched(saved)
+
+
+def test_a_failed_write_names_path_and_remedy_once(tmp_path: Path) -> None:
+    refused = pytest.raises(StorageError, match=r"a\.bin.*deleted.*No space.*ask")
+    with refused, storing(tmp_path / "a.bin", "ask", action="deleted"):
+        raise OSError(28, "No space left on device")
+    inner = StorageError("b.bin")
+    with pytest.raises(StorageError) as caught, storing(tmp_path):
+        raise inner
+    assert caught.value is inner
 
 
 def test_file_size_limit(saved: Path) -> None:

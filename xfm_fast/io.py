@@ -228,12 +228,16 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
 
 
 @contextmanager
-def storing(path: Path, remedy: str = "free space or choose another folder") -> Iterator[None]:
-    """Convert an `OSError` in the block, which writes `path`, to `StorageError`."""
+def storing(
+    path: Path, remedy: str = "free space or choose another folder", *, action: str = "written"
+) -> Iterator[None]:
+    """Convert an `OSError` in the block, which writes `path`, to `StorageError`; a `StorageError` passes as it is."""
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
-        raise StorageError(f"{path} cannot be written ({_reason(error)}); {remedy}") from error
+        raise StorageError(f"{path} cannot be {action} ({_reason(error)}); {remedy}") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -266,7 +270,7 @@ def hold(lock: Path, what: str) -> Iterator[None]:
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     made = not lock.parent.exists()
-    try:
+    with storing(lock, "choose another folder"):
         lock.parent.mkdir(parents=True, exist_ok=True)
         key = lock.parent.resolve() / lock.name
         # The system's locks belong to the process, and are lost when it closes the file anywhere.
@@ -275,10 +279,6 @@ def hold(lock: Path, what: str) -> Iterator[None]:
                 raise _lock_error(what, me)
             file = _acquire_lock(lock, what)
             _held.add(key)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{lock} cannot be written ({_reason(error)}); choose another folder") from error
     try:
         with suppress(OSError):
             os.truncate(file.fileno(), 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from xfm_fast.errors import ExportError, InputError, StorageError
-from xfm_fast.io import sync_folder, write_bytes
+from xfm_fast.io import storing, sync_folder, write_bytes
 from xfm_fast.models.processor import find_tokenizer
 from xfm_fast.tokenizer import CaptionTokenizer
 
@@ -75,21 +75,16 @@ def write_model_repository(
     models = plan_models(manifest, options, tokenizer)
     temporary = repository.with_name(f".{repository.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise StorageError(f"{out} exists already; delete it, or choose another folder")
-        prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
-        temporary.mkdir()
-        for model in models:
-            progress(f"writing {model.name}")
-            _write_model(model, folder, temporary / model.name, tokenizer)
-        temporary.rename(repository)
-        sync_folder(repository.parent)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"{out} cannot be written ({error.strerror or error}); free space or choose another --out"
-        ) from error
+        with storing(out, "free space or choose another --out"):
+            if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+                raise StorageError(f"{out} exists already; delete it, or choose another folder")
+            prepare_folder(repository.parent, sum(file.bytes for file in manifest.files) + _ROOM)
+            temporary.mkdir()
+            for model in models:
+                progress(f"writing {model.name}")
+                _write_model(model, folder, temporary / model.name, tokenizer)
+            temporary.rename(repository)
+            sync_folder(repository.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return models

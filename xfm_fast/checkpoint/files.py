@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, StorageError
-from xfm_fast.io import require_file, write_files
+from xfm_fast.io import make_folder, require_file, write_files
 
 FORMAT_VERSION = 1
 CONFIG_FILE, MODEL_FILE, UNUSED_FILE = "config.json", "model.safetensors", "unused.safetensors"
@@ -243,12 +243,7 @@ def save_pretrained(
     dtype that safetensors cannot hold.
     """
     folder = Path(dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"folder {folder} cannot be created ({error.strerror or error}); choose another folder"
-        ) from error
+    make_folder(folder)
     writers: dict[Path, Callable[[BinaryIO], object]] = {
         folder / MODEL_FILE: lambda file: write_safetensors(file, module_state),
         folder / CONFIG_FILE: lambda file: file.write(config.to_json().encode()),

@@ -200,6 +200,7 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise UnavailableError("PyTorch finds no NVIDIA GPU to tune on; without one, run xfm-fast audit")
     specs = _kernels(options.kernel)
+    from xfm_fast.io import storing
     from xfm_fast.kernels import tune as library
     from xfm_fast.kernels.audit.compiling import describe
     from xfm_fast.kernels.triton.launch import architecture
@@ -216,11 +217,8 @@ def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
             except ValueError as error:
                 print(f"not tuned: {error}", file=sys.stderr)
                 continue
-            try:
+            with storing(folder, "name another folder with --out"):
                 path = library.write([choice], number, name, folder)
-            except OSError as error:
-                remedy = "name another folder with --out"
-                raise StorageError(f"cannot write to {folder}: {error.strerror}; {remedy}") from error
             times = f"{choice.before * 1e6:.1f} → {choice.seconds * 1e6:.1f} µs with {describe(choice.config)}"
             times += "" if choice.flash is None else f" (flash-attn {choice.flash * 1e6:.1f} µs)"
             print(f"{spec.name} {size}: {times}; {choice.timed} timed, {choice.rejected} rejected")

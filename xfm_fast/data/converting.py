@@ -20,8 +20,8 @@ from xfm_fast.data.images import image_source
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile, open_records
-from xfm_fast.errors import DataError, StorageError
-from xfm_fast.io import write_files
+from xfm_fast.errors import DataError
+from xfm_fast.io import make_folder, write_files
 
 SAMPLES_PER_SHARD = 10_000
 BYTES_PER_SHARD = 1 << 30
@@ -119,10 +119,7 @@ def to_lines(
         if not done.rows:
             raise DataError("no row can be used, so there is nothing to convert")
 
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"folder {file.parent} cannot be made ({error.strerror}); choose another") from error
+    make_folder(file.parent)
     write_files({file: write})
     return done
 

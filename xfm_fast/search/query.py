@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from xfm_fast.data.collection import Entry
-from xfm_fast.errors import DataError, InputError, StorageError, UnavailableError, explain_types, needs
-from xfm_fast.io import write_bytes
+from xfm_fast.errors import DataError, InputError, UnavailableError, explain_types, needs
+from xfm_fast.io import make_folder, write_bytes
 from xfm_fast.models.processor import batches, image_pixels, text_tokens
 from xfm_fast.search.index import SearchIndex, SearchModel
 from xfm_fast.tasks.reranking import Rank, rank_score
@@ -177,10 +177,7 @@ def write_sheet(path: str | Path, query: str | Path, found: Found, index: Search
         warning=f"The weights are random ({index.model}), so this order means nothing." if index.model.random else None,
         searched=len(index.entries), where=str(index.path), model=str(index.model), lost=found.lost,
     )  # fmt: skip
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"folder {path.parent} cannot be made ({error.strerror or error}); choose another") from None
+    make_folder(path.parent)
     write_bytes({path: page.encode("utf-8", "replace")})
     return path
 

@@ -123,7 +123,7 @@ class Evaluation:
 
 def delete(path: Path) -> None:
     """Delete a file, if it exists; failure raises `StorageError`."""
-    with storing(path, "check its permissions"):
+    with storing(path, "check its permissions", action="deleted"):
         path.unlink(missing_ok=True)
 
 
