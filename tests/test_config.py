@@ -64,18 +64,6 @@ def test_the_flat_form() -> None:
     assert config.head_layer_norm_eps == 1e-5
 
 
-def test_large_vision_encoder() -> None:
-    config = XFMConfig.from_official(TRAINING | {"vision_config": "config_beit2_large.json"})
-    assert (config.vision_width, config.vision_depth, config.vision_heads) == (1024, 24, 16)
-
-
-def test_there_and_back(tmp_path: Path) -> None:
-    config = XFMConfig.preset("tiny", local_attn_depth=2, hidden_dropout=0.0)
-    (tmp_path / "config.json").write_text(config.to_json())
-    assert XFMConfig.load(tmp_path / "config.json") == config
-    assert config.replace(image_size=48).grid == 6
-
-
 @pytest.mark.parametrize(
     "changes",
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,18 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def test_links_out_of_the_pages_become_text() -> None:
-    spec = importlib.util.spec_from_file_location("outside", ROOT / "docs/outside.py")
-    assert spec is not None
-    assert spec.loader is not None
-    outside = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(outside)
-    page = (
-        "<!-- bench:begin x.json -->\n[loop](../xfm_fast/training/loop.py), [README](../README.md), [data](data.md)\n"
-    )
-    assert outside.on_page_markdown(page) == "loop, README, [data](data.md)\n"
 
 
 @pytest.mark.slow

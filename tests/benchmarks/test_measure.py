@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -41,14 +40,6 @@ def test_every_backend_runs_once_a_round_in_changing_order() -> None:
     assert len({tuple(order) for order in rounds}) > 1
     assert all(len(measured.seconds(name)) == 4 for name in works)
     assert all(block.extra["peak_bytes"] for block in works.values())
-
-
-def test_short_work_gets_more_rounds_and_a_deadline_ends_them() -> None:
-    def rounds(budget_s: float, deadline: float = float("inf")) -> int:
-        measured = interleave({"a": lambda: [0.0]}, rounds=3, most_rounds=6, budget_s=budget_s, deadline=deadline)
-        return len(measured.seconds("a"))
-
-    assert (rounds(5), rounds(0), rounds(5, time.perf_counter())) == (6, 3, 1)
 
 
 def _case(*backends: Backend, **more: Any) -> Case:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tests.checkpoint.conftest import STATE, assert_same, written
 from tests.conftest import CASES, config, load_tensors
 from xfm_fast.checkpoint import load_pretrained_files, read_state_dict, save_pretrained, to_official, to_ours
-from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.xfm import XFM
@@ -221,7 +220,3 @@ def test_a_false_config_is_refused_before_memory_is_taken(
     monkeypatch.setattr(nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
     with pytest.raises(CheckpointError, match=part):
         XFM.from_pretrained(tmp_path)
-
-
-def test_a_name_that_no_file_can_have_is_no_folder() -> None:
-    assert model_folder(Path("x" * 5000)) is None

@@ -83,13 +83,6 @@ def test_heads_that_one_side_lacks(tiny: tuple[XFMConfig, dict[str, Tensor]], he
     assert load_into(XFM(cfg, heads=others), select_heads(state, others), what="partial").fresh == []
 
 
-def test_a_module_without_memory() -> None:
-    with torch.device("meta"):
-        layer = nn.Linear(2, 2)
-    with pytest.raises(CheckpointError, match="to_empty"):
-        load_into(layer, nn.Linear(2, 2).state_dict(), what="x")
-
-
 def test_modules_without_values() -> None:
     """Built on the meta device with all names, shapes and marks, and without running an initialiser."""
 

@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 
 from xfm_fast.data.annotations import (
-    Annotation,
     AnnotationRows,
     RetrievalRecord,
     TextRecord,
     check_images,
     overlap,
     overlap_of_texts,
-    parse_annotation,
     read_array,
 )
 from xfm_fast.errors import DataError
-from xfm_fast.tasks.vqa import VQARecord, read_answer_list
+from xfm_fast.tasks.vqa import read_answer_list
 
 PAIR = {"image": "a.jpg", "caption": "a cat", "image_id": "coco_1"}
 
@@ -27,19 +25,6 @@ PAIR = {"image": "a.jpg", "caption": "a cat", "image_id": "coco_1"}
 def _write(path: Path, content: Any) -> Path:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "element", "name"),
-    [
-        (RetrievalRecord, {"image": "a", "image_id": 1}, "'caption'"),
-        (RetrievalRecord, PAIR | {"caption": 5}, "'caption' is 5"),
-        (VQARecord, {"image": "a.jpg", "question": "what?", "question_id": 1, "answer": ["", " "]}, "'answer'"),
-    ],
-)
-def test_wrong_elements_are_named(kind: type[Annotation], element: Any, name: str) -> None:
-    with pytest.raises(DataError, match=name):
-        parse_annotation(element, kind)
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.data.record_files import (
-    base64_picture,
-    pairs,
-    picture,
-    region,
-    tiny_config,
-    tiny_tokenizer,
-    write_lines,
-)
+from tests.data.record_files import base64_picture, pairs, picture, region, tiny_config, tiny_tokenizer, write_lines
 from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.streams import Stream
-from xfm_fast.errors import DataError
-from xfm_fast.tasks.checking import Options, Report, check, checkable_tasks
+from xfm_fast.tasks.checking import Options, Report, check
 
 
 def _check(data: object, task: str, **options: Any) -> Report:
@@ -126,11 +117,3 @@ def test_fine_tuning_files(tmp_path: Path, task: str) -> None:
     assert [problem.row for problem in report.problems] == [f"element {len(good) + broken}" for broken in range(3)]
     assert "absent.jpg" in report.problems[0].reason
     assert "is missing" in report.problems[1].reason
-
-
-def test_unknown_tasks_and_absent_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="walking"):
-        _check(tmp_path, "walking")
-    for task in checkable_tasks():
-        with pytest.raises(DataError):
-            _check(tmp_path / "absent", task)

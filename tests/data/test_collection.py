@@ -81,24 +81,6 @@ def test_a_list_of_paths(photos: Path, form: str) -> None:
     assert open_collection(moved, photos).load(entries[1])[0].size == (80, 60)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("nowhere", None, "nowhere"),
-        ("a.csv", b"picture\na.png\n", "'image'"),
-        ("empty", "folder", "empty"),
-    ],
-)
-def test_what_is_no_collection(tmp_path: Path, name: str, content: bytes | str | None, message: str) -> None:
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content:
-        path.mkdir()
-    with pytest.raises(DataError, match=message):
-        open_collection(path).listing()
-
-
 def written(folder: Path, form: str) -> Path:
     """Two images, of which the second has two captions, in one of the four forms that are read everywhere."""
     names = ("a", "b")

@@ -1,10 +1,8 @@
 """Batches: what is real is in its place, what is padding does not matter, and regions fill a batch exactly."""
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +12,6 @@ from xfm_fast.data.items import collate_images, collate_pairs, collate_regions, 
 from xfm_fast.data.masking import block_mask
 from xfm_fast.data.regions import RegionSample
 from xfm_fast.data.texts import EncodedText
-from xfm_fast.errors import DataError, InputError
 
 PAD = 1
 
@@ -128,14 +125,3 @@ def test_regions_fill_the_batch_exactly(counts: list[int], batch_size: int, seed
     if batch_size >= sum(counts):
         assert len(repeats) == sum(counts)
         assert max(repeats.values()) - min(repeats.values()) <= 1
-
-
-def test_what_does_not_belong_together_is_refused() -> None:
-    samples, texts = _samples([2, 1])
-    rng: Any = np.random.default_rng(0)
-    with pytest.raises(InputError, match=r"2 .* 1 "):
-        collate_pairs([torch.zeros(3, 4, 4)] * 2, [EncodedText([0, 5, 2], [0, 9, 2], [1], [5])], pad_token_id=PAD)
-    with pytest.raises(InputError, match=r"\[2, 1\].*\[2\]"):
-        collate_regions(samples, texts[:1], 4, rng, pad_token_id=PAD)
-    with pytest.raises(DataError, match="2 images"):
-        collate_regions(*_samples([0, 0]), 4, rng, pad_token_id=PAD)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from xfm_fast.data.masking import ATTEMPTS, MaskedText, MaskingOptions, block_mask, mask_tokens
-from xfm_fast.errors import InputError
 
 VOCABULARY, MASK = 50_265, 50_264
 OFFICIAL_DRAWS = 2000
@@ -188,13 +187,3 @@ def test_block_statistics_are_the_official_ones(
     assert abs(mean) < 4
     smaller = np.stack([block_mask(grid, count, max(least // 2, 1), rng) for _ in range(4000)]).reshape(-1, grid, grid)
     assert abs(_deviations(smaller, official)[1]) > 4, "the band does not tell blocks of another size"
-
-
-def test_impossible_requests_are_refused() -> None:
-    rng = np.random.default_rng(0)
-    with pytest.raises(InputError, match=" 4 "):
-        _mask(4, MaskingOptions(0.5, 15, whole_word=True), rng, [True] * 3)
-    with pytest.raises(InputError, match="1 token"):
-        _mask(1, MaskingOptions(0.5, 15), rng)
-    with pytest.raises(InputError):
-        block_mask(4, 17, 2, rng)

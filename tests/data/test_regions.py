@@ -195,10 +195,3 @@ def test_grounding_views() -> None:
         rng = np.random.default_rng(seed)
         view, _ = sample_grounding(ramp, [5, 5, 10, 10], "the left one", rng, size=16)
         assert view[0, 0, 0] < view[0, 0, -1]
-
-
-def test_records_without_regions_are_refused() -> None:
-    outside = {"elems": [{"bb": [-2, 0, 10, 10], "caption": "a"}]}
-    for record, name in (({"caption": "a"}, "elems"), ({"elems": []}, "elems"), (outside, "20x20")):
-        with pytest.raises(DataError, match=name):
-            _sample(record, np.zeros((20, 20, 3), np.uint8), 0)

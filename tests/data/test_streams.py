@@ -14,20 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.data.record_files import (
-    base64_picture,
-    pairs,
-    region,
-    tiny_config,
-    tiny_tokenizer,
-    write_lines,
-)
+from tests.data.record_files import base64_picture, pairs, region, tiny_config, tiny_tokenizer, write_lines
 from xfm_fast.batches import Batch, PairBatch, TextBatch
 from xfm_fast.data import streams
 from xfm_fast.data.masking import MaskingOptions
 from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.data.streams import Stream, load_batches
-from xfm_fast.errors import ConfigError, DataError
+from xfm_fast.errors import DataError
 
 CONFIG, TOKENIZER = tiny_config(), tiny_tokenizer()
 
@@ -172,16 +165,6 @@ def test_ids_that_were_made_before_are_not_made_again() -> None:
     for wrong in ([5, 10**6], [-1], "5", [1.5], [True], [], [0, 2]):
         with pytest.raises(DataError):
             _texts([{"input_ids": wrong}] * 3).batch(0)
-
-
-def test_wrong_arguments_are_named(tmp_path: Path) -> None:
-    for wrong in ({"rank": 2, "world_size": 2}, {"batch_size": 0}, {"max_tokens": 128}, {"tokenizer": None}):
-        with pytest.raises(ConfigError):
-            _texts(_numbered(4), **wrong)
-    with pytest.raises(DataError, match="entries"):
-        _pairs(pairs(1), config=tiny_config(vocab_size=200))
-    with pytest.raises(DataError):
-        _pairs(tmp_path)
 
 
 def test_a_system_without_hangups_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:

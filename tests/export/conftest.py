@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +26,6 @@ from xfm_fast.export.runtimes import Runtime, Spelling
 from xfm_fast.export.slots import Slot
 from xfm_fast.export.verification import verify_export
 from xfm_fast.models.xfm import XFM
-from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.vqa import VQAModel
 from xfm_fast.tokenizer import CaptionTokenizer
 
 # Two layers of everything, so that what is special about the last one shows.
@@ -42,13 +40,6 @@ def build_model(**changes: Any) -> XFM:
     torch.manual_seed(0)
     config = XFMConfig.preset("tiny", **{**_SIZES, **changes})
     return _stirred(XFM(config, heads=("contrastive", "matching", "boxes")))
-
-
-def build_task_model(name: Literal["nlvr2", "vqa"]) -> XFM:
-    """The same of a task."""
-    torch.manual_seed(0)
-    config = XFMConfig.preset("tiny", **_SIZES)
-    return _stirred(NLVR2Model(config) if name == "nlvr2" else VQAModel(config, decoder_layers=2))
 
 
 def _stirred(model: XFM) -> XFM:

@@ -138,20 +138,6 @@ def test_a_package_runs_only_by_name(
         verify_export(folder, small_model)
 
 
-def test_errors_of_an_export(small_model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UnavailableError, match="cuda"):
-        export_packages(small_model, tmp_path, device="cuda")
-
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("cannot lower\nthis")
-
-    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", broken)
-    with pytest.raises(ExportError, match=r"image_memory .*cannot lower"):
-        export_packages(small_model, tmp_path, graphs=("image_memory",))
-    assert not [path for path in tmp_path.iterdir() if path.is_file()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "packed"), [("fp32", False), ("fp32", True), ("bf16", False)])
 def test_packages_of_all_graphs(small_model: XFM, tmp_path: Path, dtype: str, packed: bool) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import subprocess
 import sys
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,13 +13,11 @@ import torch
 from tests.cli.runner import invoke
 from xfm_fast.cli import export as commands
 from xfm_fast.config import XFMConfig
-from xfm_fast.export import onnx, verification
+from xfm_fast.export import onnx
 from xfm_fast.export.expected import Reference
 from xfm_fast.export.graphs import DTYPES, is_memory
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.verification import keep_reference
-from xfm_fast.loading import Opened, Source, open_model
-from xfm_fast.models.xfm import XFM
 
 pytest.importorskip("onnx", reason="exports to ONNX need onnx")
 pytest.importorskip("onnxscript", reason="exports to ONNX need onnxscript")
@@ -59,44 +54,6 @@ def test_exit_codes_say_how_much_is_known(tmp_path: Path, monkeypatch: pytest.Mo
     keep_reference(manifest, out, Reference(others, reference.rounding))
     manifest.save(out)
     assert "failed: " in _run("verify", str(out), expect=1)
-
-
-@pytest.mark.parametrize("form", ["onnx", "tensorrt-rtx"])
-def test_a_model_is_released_before_its_export_is_compared(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A runtime or builder holds all weights once more: both at a time are more than a large model leaves room for."""
-    from xfm_fast.export import engines
-
-    opened: list[weakref.ref[XFM]] = []
-    compared = []
-    compare = verification.compare_with_reference
-
-    def opening(source: Source, **options: Any) -> Opened:
-        made = open_model(source, **options)
-        opened.append(weakref.ref(made.model))
-        return made
-
-    def comparing(*given: Any) -> None:
-        gc.collect()
-        compared.extend(ref() is None for ref in opened)
-        compare(*given)
-
-    monkeypatch.setattr(commands, "open_model", opening)
-    for module in (verification, engines):
-        monkeypatch.setattr(module, "compare_with_reference", comparing)
-    options = ["--graphs", "image_memory", "--out", str(tmp_path / "out")]
-    if form == "tensorrt-rtx":
-        pytest.importorskip("tensorrt_rtx")
-        options += ["--sm", "80,89", "--dtype", "fp16", "--quantize", "int8", "--profile", "latency:batch=1..1..2"]
-    done = invoke(["export", "--to", form, "--random", "tiny", *options])
-    manifest = Manifest.load(tmp_path / "out")
-    runs = form == "onnx" or torch.cuda.is_available()
-    assert (done.exit_code, manifest.status) == ((0, "verified") if runs else (3, "graphs verified")), done.output
-    assert {*compared} == {True}
-    if form == "tensorrt-rtx":
-        assert manifest.graph("image_memory").profiles[0].most == {"image_embeds": [2, 17, 64]}
-        assert not (tmp_path / "out" / "onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.export.expected import graph_memory
-from xfm_fast.export.graphs import build, in_dtype
+from xfm_fast.export.graphs import build
 from xfm_fast.export.request import GraphName
 from xfm_fast.export.slots import Layout
 from xfm_fast.models.xfm import XFM
@@ -161,15 +161,6 @@ def test_fusion_in_rows(make_model: MakeModel, all_tokens: bool, layers: int, im
         _close(tokens.flatten(0, 2)[layout.place], expected[real][layout.source])
 
 
-@torch.no_grad()
-def test_match_is_the_whole_model(model: XFM) -> None:
-    pixels, (ids, mask) = _pixels(model, 2), _texts(model)
-    (scores,) = _run("match", model, pixels, ids.view(2, 3, -1), mask.view(2, 3, -1))
-    memory = model.image_memory(model.encode_image(pixels))
-    fused = model.fuse(model.encode_text(ids, mask), mask, memory, torch.arange(2).repeat_interleave(3))
-    _close(scores.flatten(), model.match_logits(fused)[:, 1])
-
-
 def test_missing_parts_of_a_model_are_named(small_model: XFM) -> None:
     config = small_model.config
     cases: list[tuple[GraphName, XFM, str]] = [
@@ -193,15 +184,3 @@ def test_a_feature_of_zeros_is_zeros(make_model: MakeModel, dtype: torch.dtype) 
     model.vision_proj.bias.zero_()
     _, feature = build("vision", model, "opset23")(_pixels(model, 1))
     assert not feature.any()
-
-
-def test_a_graph_in_another_dtype_leaves_the_model_as_it_is(make_model: MakeModel) -> None:
-    model = make_model()
-    graph = build("match", model, "opset23")
-    assert in_dtype(graph, torch.float32) is graph
-    made = in_dtype(graph, torch.bfloat16)
-    mine, theirs = dict(made.named_parameters()), dict(graph.named_parameters())
-    assert [*mine] == [*theirs], "shared weights are shared still"
-    assert all(torch.equal(mine[name], value.bfloat16()) for name, value in theirs.items())
-    assert model.dtype == torch.float32
-    assert not {each.data_ptr() for each in mine.values()} & {each.data_ptr() for each in theirs.values()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from tests.export.conftest import build_model
 from xfm_fast import __version__
-from xfm_fast.errors import StorageError, UnavailableError
 from xfm_fast.export import onnx as onnx_files
 from xfm_fast.export.graphs import DTYPES, build, in_dtype, memory_names, random_inputs
 from xfm_fast.export.onnx import write_onnx
 from xfm_fast.export.request import AttentionForm, DType, GraphName
-from xfm_fast.export.runtimes import Spelling, find_runtime
+from xfm_fast.export.runtimes import Spelling
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -146,32 +144,6 @@ def test_weights_beyond_the_limit_lie_beside_the_file(model: XFM, tmp_path: Path
     assert all(parameter.requires_grad for parameter in graph.parameters()), "the model is left as it was"
     assert write_onnx(graph, path, spelling, "fp32") == [path]
     assert [*tmp_path.iterdir()] == [path]
-
-
-def test_failed_write_leaves_what_was_there(model: XFM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "image_memory.onnx"
-    path.write_bytes(b"earlier")
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(onnx_files, "_write_whole", full)
-    with pytest.raises(StorageError, match=r"image_memory\.onnx"):
-        write_onnx(build("image_memory", model, "opset23"), path, Spelling("opset23", 23), "fp32")
-    assert path.read_bytes() == b"earlier"
-    assert [*tmp_path.iterdir()] == [path]
-
-
-def test_spellings_of_the_runtimes() -> None:
-    runtime = find_runtime("tensorrt")
-    assert runtime.spelling("fp32") == Spelling("primitives", 20)
-    assert runtime.spelling("bf16") == Spelling("opset23", 23)
-    assert runtime.spelling("fp16", 22) == Spelling("primitives", 22)
-    for dtype, opset, wrong in (("int4", None, "int4"), ("fp16", 19, "19"), ("bf16", 21, "21")):
-        with pytest.raises(UnavailableError, match=wrong):
-            runtime.spelling(dtype, opset)
-    with pytest.raises(UnavailableError, match="bf16"):
-        find_runtime("openvino").spelling("bf16")
 
 
 def test_one_file_for_every_reader(exported_fp32: Path) -> None:

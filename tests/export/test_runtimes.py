@@ -33,7 +33,7 @@ pytest.importorskip("onnxruntime", reason="the stand-in for engines computes wit
 import onnxruntime
 
 from tests.export.conftest import pixels_of, texts_of
-from tests.export.tensorrt_stand_in import FakeEngine, tensorrt_module
+from tests.export.tensorrt_stand_in import tensorrt_module
 
 PROFILES = ("latency:batch=1,texts=1..8..16,length=1..8..24", "bulk:batch=1..4..6,texts=1..4..6,length=1..8..24")
 
@@ -152,20 +152,6 @@ def test_a_context_for_each_profile_and_each_captured_shape(engines: Path, small
     assert vision.runs[-1] == (1, {"pixels": (3, 3, *[small_model.config.image_size] * 2)})
 
 
-def test_all_engines_share_one_memory(engines: Path, small_model: XFM, stand_in: Any) -> None:
-    """One context runs at a time, so all share the memory of activations, which the largest engine decides."""
-    session = Session.load(engines)
-    images = session.encode_image(pixels_of(small_model, 4))
-    texts = session.encode_text(*texts_of(4, 20))
-    session.fuse(texts, texts_of(4, 20)[1], session.image_memory(images), first_token_only=True)
-    ran = [stand_in.engines[name].contexts[1] for name in ("vision", "text", "image_memory", "fusion")]
-    assert len({context.memories[-1] for context in ran}) == 1
-    assert ran[0].memories[-1][1] == max(FakeEngine.NEEDS.values())
-    # Set while an engine is loaded, and again after a larger one; setting it would discard captured graphs.
-    session.encode_image(pixels_of(small_model, 4))
-    assert [len(context.memories) for context in ran] == [2, 2, 2, 1]
-
-
 def test_requests_between_captured_shapes_are_padded(engines: Path, small_model: XFM, stand_in: Any) -> None:
     """Shapes around the tuned one are captured; what lies between two is padded to the larger, and hidden."""
     session = Session.load(engines)
@@ -220,37 +206,6 @@ def test_engines_of_another_version_or_machine_are_refused(
         monkeypatch.setattr(engine_runtime, "local_capability", lambda gpu=gpu: gpu)
         with pytest.raises((ExportError, UnavailableError), match=named):
             open_runtime("tensorrt", manifest, device)
-
-
-def test_kernels_that_rtx_compiled_are_kept(tmp_path: Path) -> None:
-    """The file of a GPU and version grows by what a load compiled; an unwritable folder is no failure."""
-    rtx = pytest.importorskip("tensorrt_rtx", reason="the names of its strategies")
-    stored = b""
-
-    def serialize() -> bytes:
-        return stored + b"+kernel"
-
-    def deserialize(content: bytes) -> None:
-        nonlocal stored
-        stored = content
-
-    config: Any = SimpleNamespace(
-        create_runtime_cache=lambda: SimpleNamespace(serialize=serialize, deserialize=deserialize),
-        set_runtime_cache=lambda cache: None,
-        set_execution_context_allocation_strategy=lambda strategy: setattr(config, "allocation", strategy),
-    )
-    engine: Any = SimpleNamespace(create_runtime_config=lambda: config, create_execution_context=lambda given: given)
-    cuda = SimpleNamespace(get_device_capability=lambda device: (12, 0))
-    runtime: Any = SimpleNamespace(name="tensorrt-rtx", version="1.7.1", library=rtx, cuda=cuda, device=None)
-    for expected in (b"+kernel", b"+kernel+kernel"):
-        kernels = engine_runtime.KernelCache(runtime, engine, tmp_path / "text.engine")
-        assert kernels.context() is config
-        # Its own capture knows when a kernel is still being compiled, and activations are shared between profiles.
-        assert config.cuda_graph_strategy == rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        assert config.allocation == rtx.ExecutionContextAllocationStrategy.USER_MANAGED
-        kernels.save()
-        assert (tmp_path / "text.sm120.1.7.1.kernels").read_bytes() == expected
-    engine_runtime.KernelCache(runtime, engine, tmp_path / "absent" / "text.engine").save()
 
 
 def test_attention_that_openvino_does_not_read(

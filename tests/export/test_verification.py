@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.export.conftest import Spoil, eager, write_export
-from xfm_fast.errors import ExportError, InputError, UnavailableError
-from xfm_fast.export.expected import generated_examples, make_examples, make_reference
+from xfm_fast.errors import ExportError, UnavailableError
+from xfm_fast.export.expected import generated_examples, make_reference
 from xfm_fast.export.graphs import is_memory
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.request import DType
@@ -46,20 +46,6 @@ def test_graphs_in_pytorch_are_verified(small_model: XFM, tmp_path: Path, dtype:
         assert all(check.max_error is not None and check.max_error < 1e-5 for check in record.checks)
         assert all(ranks.identical == 1 for ranks in record.ranks)
     assert Manifest.load(tmp_path) == manifest
-
-
-def test_shapes_cover_the_range(small_model: XFM, tmp_path: Path) -> None:
-    runtime = eager(small_model)
-    manifest = verify_export(write_export(tmp_path, small_model), small_model, runtime=runtime)
-    examples = generated_examples(small_model.config)
-    images, (texts, longest) = len(examples.pixels), examples.input_ids.shape
-    assert longest == 40
-    assert manifest.verification is not None
-    shapes = {check.graph: [shape[:2] for shape in check.shapes] for check in manifest.verification.checks}
-    assert {batch for batch, _ in shapes["vision"]} == {1, 2, images}
-    assert {1, 2, 3, 5, 8, 13, 21, 34, 40} <= {length for _, length in shapes["text"]}
-    assert {batch for batch, _ in shapes["text"]} == {1, 2, texts}
-    assert shapes["fusion"][-3:] == [[images, 1], [1, texts], [images, texts]]
 
 
 def test_fixed_axes_keep_their_size(small_model: XFM, tmp_path: Path) -> None:
@@ -137,21 +123,6 @@ def test_ranks() -> None:
         truth = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
         count = len(scores) - sum(math.isnan(score) for score in scores)
         assert rank_agreement(torch.tensor([scores]), truth, tie) == (count, agreeing, identical)
-
-
-def test_examples_have_every_length(small_model: XFM) -> None:
-    config = small_model.config
-    rows = [[0, 10 + number, 50 + number, 2] for number in range(20)]
-    pixels = torch.zeros(1, 3, config.image_size, config.image_size)
-    examples = make_examples(pixels, rows, config, origin="test")
-    lengths = examples.attention_mask.sum(1).tolist()
-    assert lengths == [1, 2, 3, 5, 8, 13, 21, 34, 40, *[4] * 11]
-    for ids, length in zip(examples.input_ids.tolist(), lengths, strict=True):
-        assert ids[length:] == [config.pad_token_id] * (40 - length)
-        assert length < 2 or (ids[0], ids[length - 1]) == (config.bos_token_id, config.eos_token_id)
-    assert make_examples(pixels, rows, config, origin="test", longest=6).input_ids.shape == (20, 6)
-    with pytest.raises(InputError, match="0 texts"):
-        make_examples(pixels, [], config, origin="test")
 
 
 def _lose_a_weight(path: Path, ending: str) -> None:

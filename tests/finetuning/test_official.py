@@ -11,18 +11,7 @@ from pydantic import TypeAdapter
 
 from tests.finetuning.conftest import SMALL
 from tests.finetuning.official_data import accept_made_up_files, write_image_set, write_official_world
-from tests.finetuning.official_files import (
-    CAPTIONING,
-    FILES,
-    GROUNDING,
-    MODEL,
-    NLVR,
-    PAIRS,
-    REGIONS,
-    SETS,
-    VQA,
-    trained,
-)
+from tests.finetuning.official_files import CAPTIONING, FILES, GROUNDING, NLVR, PAIRS, REGIONS, SETS, VQA
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ConfigError
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
@@ -175,14 +164,3 @@ def test_domain_pretraining_is_our_recipe(values: dict[str, Any], ours: str, tmp
         assert getattr(official.task, section, None) == getattr(shipped.task, section, None)
     with pytest.raises(ConfigError, match=r"data\.train"):
         load(values, tmp_path)
-
-
-def test_untranslatable_keys_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"regions\.max_regoins.*regions\.max_regions"):
-        load(REGIONS | {"regions": {"max_regoins": 3}}, tmp_path)
-    with pytest.raises(ConfigError, match=r"images\.is_image_rpath=True"):
-        load(PAIRS | {"images": PAIRS["images"] | {"is_image_rpath": True}}, tmp_path)
-    with pytest.raises(ConfigError, match="epochs=0"):
-        finetune(load(FILES["Retrieval_coco"] | trained("3e-5", 0), tmp_path))
-    with pytest.raises(ConfigError, match="task"):
-        load(MODEL | {"train_file": ["x"]}, tmp_path)

@@ -24,13 +24,12 @@ from tests.kernels.cases import CASES, Arguments, converted, leaves, results, ru
 from tests.kernels.triton_testing import HAS_TRITON
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import backend as backends
-from xfm_fast.kernels import checks, ops, reference
+from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.backend import resolve
 from xfm_fast.kernels.cpu.varlen import plan_of
 
 NAN = math.nan
 BACKENDS: tuple[ops.Backend, ...] = ("auto", "reference", *(("triton",) if HAS_TRITON else ()))
-each_case = pytest.mark.parametrize("name", CASES)
 
 
 def quick(names: Iterable[str]) -> pytest.MarkDecorator:
@@ -547,14 +546,6 @@ def test_a_block_has_its_backend() -> None:
         assert ops.linear(**linear).shape == (3, 5, 64)
     with pytest.raises(InputError, match="flash_attn"):
         ops.linear(**linear, backend="flash_attn")
-
-
-def test_contents_on_a_gpu_are_checked_within_a_block_only() -> None:
-    """A tensor without contents stands for one on a GPU."""
-    elsewhere = torch.zeros(3, device="meta")
-    with ops.check_contents():
-        assert checks.should_check_values(elsewhere)
-    assert not checks.should_check_values(elsewhere)
 
 
 def test_what_triton_kernels_cannot_run_stays_with_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

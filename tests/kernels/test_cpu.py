@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,20 +180,6 @@ def test_slices_are_even_and_cover_every_row(slices: Callable[..., list[int]]) -
     assert slices(1000) == [64] * 15 + [40]
 
 
-def test_what_is_never_sliced(slices: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wider types, few rows, deterministic algorithms, a single thread: these are not even timed."""
-    assert slices(200, torch.float32) == [200]
-    assert slices(64) == [64]
-    with deterministic_algorithms():
-        assert slices(200) == [200]
-    torch.set_num_threads(1)
-    assert slices(200) == [200]
-    assert not gemm._slices_win
-    torch.set_num_threads(2)
-    monkeypatch.setattr(gemm, "_best_seconds", lambda candidates, arguments: [1.0, 0.9])
-    assert slices(200) == [200], "slices have to win clearly"
-
-
 def example(dtype: torch.dtype) -> tuple[Tensor]:
     return (torch.linspace(1, 2, 100_000, dtype=dtype),)
 
@@ -244,17 +228,6 @@ def test_our_own_kernel_is_taken_unless_another_is_clearly_faster() -> None:
         assert selection._fastest(seconds, noise) == chosen
         found = selection.Selection("product", torch.float32, chosen, seconds, {}, noise=noise)
         assert found.reason.startswith(f"{name if chosen == 'llvm' else chosen} measured")
-
-
-def test_few_rows_may_decide_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they gain more of a GEMM than many rows lose, and these lose little."""
-    for many, few, preferred in ((1.05, 0.5, True), (1.05, 0.99, False), (1.2, 0.5, False), (1.0, 2.0, True)):
-        for operation, share in (*((name, many) for name in gemm.CANDIDATES), ("layout for few rows", few)):
-            seconds = {"aten": 1.0, "onednn-packed": share}
-            found = selection.Selection(operation, torch.float32, "aten", seconds, {})
-            monkeypatch.setitem(selection._selections, (operation, torch.float32), found)
-        assert gemm.prefers_onednn(torch.float32, few_rows=True) == preferred
-        assert gemm.prefers_onednn(torch.float32) == (many == 1)
 
 
 @pytest.fixture
@@ -350,31 +323,3 @@ def test_masks_do_not_follow_from_each_other() -> None:
     pairs += [(first[:, :-1], first[:, 1:]), (first, second), (first, _mask(0.5, 4))]
     for a, b in pairs:
         assert abs(float(((a - 0.5) * (b - 0.5)).mean()) * 4) <= 5 / a.numel() ** 0.5
-
-
-_SCRIPT = """
-import resource
-import torch
-from xfm_fast.kernels.cpu.workspace import keep_freed_memory
-
-def faults(rounds):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(rounds):
-        tensors = [torch.ones(1 << 20) for _ in range(4)]
-        del tensors
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-kept = keep_freed_memory()
-faults(3)
-print(faults(5) if kept else 0)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
-def test_kept_memory_is_not_faulted_in_again() -> None:
-    """80 MB in pieces of 4 MB are 20,480 pages of 4 KB where they are returned and taken again.
-
-    What other allocations leave between them can cost some pieces anew: four of the twenty were seen.
-    """
-    done = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True, timeout=120)
-    assert int(done.stdout) < 20_480 // 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from functools import partial
@@ -351,16 +350,3 @@ print(llvm.why_not())
         pytest.skip("this Linux cannot forbid a process to run what it writes (6.3 can)")
     assert done.returncode == 0, done.stderr
     assert "may not run code that it writes" in done.stdout
-
-
-def test_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    try:
-        llvm.why_not.cache_clear()
-        llvm.levels.cache_clear()
-        assert llvm.levels() == ()
-        assert "llvmlite" in str(llvm.why_not())
-    finally:
-        monkeypatch.undo()
-        llvm.why_not.cache_clear()
-        llvm.levels.cache_clear()

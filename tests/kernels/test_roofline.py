@@ -1,11 +1,7 @@
 """FLOPs, bytes and floors against numbers worked out by hand."""
 
-from pathlib import Path
-
 import pytest
 
-from xfm_fast import XFMConfig
-from xfm_fast.flops import image_encoder
 from xfm_fast.kernels import roofline
 from xfm_fast.kernels.roofline import A100, H100
 
@@ -28,18 +24,3 @@ def test_floor_is_the_slower_of_the_two() -> None:
     # Four tensors of 8 × 577 × 768 in bf16, and mean and deviation of each row.
     assert norm.bytes == 4 * 8 * 577 * 768 * 2 + 8 * 577 * 8
     assert norm.floor(A100) == norm.bytes / 2.04e12
-
-
-def test_floor_of_an_image_encoder_as_the_docs_have_it() -> None:
-    said = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
-    images, rows = 64, 64 * 197
-    flops = image_encoder(XFMConfig.preset("base", image_size=224), images).linear
-    products = 1.5 * flops / H100.flops_per_s
-    norms = 24 * roofline.add_layer_norm(rows).floor(H100)
-    gelus = 12 * 2 * rows * roofline.HIDDEN * 2 / H100.bytes_per_s
-    attention = 12 * roofline.relpos_attention(images, 197).floor(H100)
-    whole = products + norms + gelus + attention
-    for seconds in (products / 1.5, products, norms, gelus, attention, whole):
-        assert f"{1e3 * seconds:.2f} ms" in said
-    assert f"{flops / 1e12:.2f} TFLOP" in said
-    assert f"{round(images / whole, -2):,.0f} images a second" in said

@@ -17,25 +17,14 @@ from torch import Tensor
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.cases import biased, converted, leaves, offsets, packed, run, window
 from tests.kernels.test_triton_contract import KERNELS
-from tests.kernels.triton_testing import (
-    assert_triton_is_accurate,
-    configured,
-    philox,
-    poison,
-)
+from tests.kernels.triton_testing import assert_triton_is_accurate, configured, philox, poison
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.reference import HIDDEN
-from xfm_fast.kernels.triton import (
-    launch,
-    relpos_attention,
-    relpos_table,
-    varlen_attention,
-)
+from xfm_fast.kernels.triton import launch, relpos_attention, relpos_table, varlen_attention
 from xfm_fast.kernels.triton.launch import LaunchConfig
 
 CPU = torch.device("cpu")
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
 @pytest.mark.parametrize(

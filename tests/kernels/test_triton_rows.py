@@ -25,7 +25,6 @@ from xfm_fast.kernels.triton import cross_entropy, layers, rows
 
 __all__ = ["small_blocks"]
 EPS = 1e-5
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
 def test_rows_far_from_zero() -> None:

@@ -126,33 +126,6 @@ def test_heads_that_were_not_built() -> None:
                 call(states)
 
 
-def test_what_is_no_tensor_is_named(model: XFM) -> None:
-    calls: dict[str, Callable[[Any], object]] = {
-        "pixels": model.encode_image,
-        "patch_mask": lambda x: model.encode_image(pixels(), x),
-        "input_ids": model.encode_text,
-        "attention_mask": lambda x: model.encode_text(ids(), x),
-        "image embeddings": model.image_memory,
-        "token_mask": lambda x: model.image_memory(torch.zeros(2, 17, 64), x),
-        "image_index": lambda x: regions(model, x, torch.ones(2, 17)),
-    }
-    for name, call in calls.items():
-        with pytest.raises(InputError, match=rf"{name} is a list"):
-            call([[1.0]])
-
-
-@pytest.mark.parametrize("bad", [float("nan"), -10000.0])
-def test_masks_that_are_added_and_nan_are_refused(model: XFM, bad: float) -> None:
-    for call in (
-        lambda: model.encode_text(ids(), torch.tensor([[0, 0, bad], [0, 0, 0]])),
-        lambda: model.image_memory(torch.zeros(1, 17, 64), torch.full((1, 17), bad)),
-        lambda: model.encode_image(pixels(1, 3, 32, 32), torch.full((1, 16), bad)),
-        lambda: regions(model, torch.tensor([0]), torch.full((1, 17), bad)),
-    ):
-        with pytest.raises(InputError, match=r"mask .*NaN"):
-            call()
-
-
 def test_missing_encoders_are_named() -> None:
     without = XFM(CONFIG.replace(fusion_layers=0), heads=())
     with pytest.raises(UnavailableError, match="fusion_layers=0"):

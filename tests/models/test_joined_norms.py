@@ -60,16 +60,6 @@ def test_joined_norms_keep_the_type_of_the_result(
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
-def test_a_block_that_is_watched_runs_as_one_module(
-    encoder: vision.VisionEncoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vision, "_JOINING", ("cpu",))
-    seen: list[Any] = []
-    encoder.eval().blocks[1].register_forward_hook(lambda module, given, result: seen.append(result))
-    run(encoder)
-    assert len(seen) == 1
-
-
 def test_the_end_of_a_text_layer_is_the_same_in_one_pass() -> None:
     """And a device that is no CPU takes it."""
     layer = XFM(XFMConfig.preset("tiny")).double().eval().text_encoder.roberta.encoder[0]

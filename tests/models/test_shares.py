@@ -57,16 +57,6 @@ def test_the_faster_way_stays(faster: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [WHOLE, SHARED, WHOLE, SHARED, *[SHARED if faster == "shared" else WHOLE] * 2]
 
 
-@torch.inference_mode()
-def test_batches_that_are_not_chunked() -> None:
-    for size, threads in ((3, 2), (4, 1)):
-        torch.set_num_threads(threads)
-        for _ in range(3):
-            run = Watched()
-            shares.run_chunked(run, torch.ones(size, 1), "kind")
-            assert run.parts == [(size, threads)]
-
-
 def test_texts_are_cut_between_two_texts() -> None:
     lengths = [3, 1, 6, 0, 2, 4]
     texts = Texts(

@@ -14,15 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import CASES
-from tests.objectives.steps import (
-    BATCHES,
-    model_of,
-    negatives_of,
-    pair_batch,
-    region_batch,
-    text_batch,
-    total,
-)
+from tests.objectives.steps import BATCHES, model_of, negatives_of, pair_batch, region_batch, text_batch, total
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, TextBatch
 from xfm_fast.kernels import attention, derived, ladder, linear, ops

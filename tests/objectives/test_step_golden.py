@@ -11,13 +11,7 @@ from torch import Tensor
 
 from tests.agreement import assert_gradient_norms, tensors
 from tests.conftest import CASES, load_json
-from tests.objectives.steps import (
-    BATCHES,
-    gradients,
-    model_of,
-    negatives_of,
-    total,
-)
+from tests.objectives.steps import BATCHES, gradients, model_of, negatives_of, total
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 

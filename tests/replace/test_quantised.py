@@ -84,19 +84,6 @@ def test_gradients_are_refused_in_fp8() -> None:
     made(**given).last_hidden_state.sum().backward()
 
 
-@either
-def test_a_failed_change_leaves_it_in_force(kind: EightBits) -> None:
-    made, given = model(), batch()
-    accelerate(made, dtype=kind)
-    before, names = inferred(made, given), marked(made)
-    with pytest.raises(InputError, match="BertModel"):
-        accelerate(made, include="pooler")
-    assert marked(made) == names
-    assert torch.equal(inferred(made, given), before)
-    accelerate(made)
-    assert not marked(made)
-
-
 def test_a_moved_model_stays_in_fp8() -> None:
     """On the way to another device parameters are made anew, as it is done here for one of the same device."""
     made, given = model(), batch()

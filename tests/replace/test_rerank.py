@@ -18,9 +18,6 @@ from xfm_fast.replace import Reranker
 
 CLOSE = 1e-5
 WIDTH, IMAGE_WIDTH = 32, 24
-Pairs = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": WIDTH,

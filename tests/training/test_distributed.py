@@ -30,7 +30,7 @@ from tests.training.small_runs import (
     small_recipe,
     without_dropout,
 )
-from xfm_fast.errors import CheckpointError, DataError, UnavailableError, XFMError
+from xfm_fast.errors import CheckpointError, DataError, XFMError
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.checkpoints import newest, read_state
@@ -239,16 +239,6 @@ def test_groups_end_and_begin_again() -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     assert in_processes(begin_and_end, 2, port, timeout=60) == [0, 0]
-
-
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("LOCAL_RANK", "first")])
-def test_a_process_that_torchrun_did_not_start_is_refused(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UnavailableError, match=name), join_processes("cpu"):
-        pass
 
 
 def gradients(model: XFM, recipe: Any, stream: str) -> tuple[Tensor, list[Tensor]]:

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from tests.training.small_runs import Noise, batch_of, noise, numbers, run, small_recipe
-from xfm_fast.cli.console import named_progress
-from xfm_fast.errors import NonFiniteError, StorageError
+from xfm_fast.errors import NonFiniteError
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
-from xfm_fast.training import metrics
 from xfm_fast.training.checkpoints import newest
 from xfm_fast.training.distributed import Processes
-from xfm_fast.training.metrics import (
-    Guard,
-    Meter,
-    ModelNorms,
-    RunLog,
-    Value,
-    Work,
-    mean_by_name,
-    read_log,
-)
-from xfm_fast.training.recipe_fields import LogRecipe
+from xfm_fast.training.metrics import Guard, Meter, ModelNorms, Value, Work, mean_by_name
 
 
 def test_meter_reads_in_order_and_forgets() -> None:
@@ -93,67 +78,6 @@ def test_norms_are_those_of_all_parameters() -> None:
         model.temp.add_(0.25)
     assert norms.updates(before)["all"] == pytest.approx(0.25)
     assert norms.updates(before)["fusion_encoder"] == 0
-
-
-def test_boards_receive_every_line_under_a_name_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that goes on extends its own curves, and never those of another run in a folder of the same name."""
-    tensorboard, wandb = MagicMock(), MagicMock()
-    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    recipe, values = LogRecipe(tensorboard=True, wandb="mine"), {"loss/pairs/itc": 0.5, "lr": 0.1}
-    for folder in ("a/run", "a/run", "b/run"):
-        with RunLog(tmp_path / folder, recipe, Processes(), steps=9, start=4) as log:
-            log.write(5, values)
-        assert read_log(tmp_path / folder / "log.jsonl") == [{"step": 5, **values}]
-    assert tensorboard.SummaryWriter.call_args.kwargs == {"purge_step": 5}
-    assert [each.args for each in tensorboard.SummaryWriter().add_scalar.call_args_list[:2]] == [
-        ("loss/pairs/itc", 0.5, 5), ("lr", 0.1, 5)
-    ]  # fmt: skip
-    wandb.init().log.assert_called_with(values, step=5)
-    first, again, other = (call.kwargs["id"] for call in wandb.init.call_args_list[:3])
-    assert first == again != other
-    with RunLog(tmp_path / "second", recipe, Processes(rank=1, world_size=2), steps=1, start=0) as log:
-        log.write(1, {"lr": 0.1})
-    assert not (tmp_path / "second").exists()
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_has_a_bar_and_a_file_has_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first process has them; a run without a bar prints lines on a terminal too."""
-    monkeypatch.setenv("TERM", "xterm")
-    printed = []
-    for rank, stream, bar in (
-        ("0", Terminal(), True),
-        ("0", io.StringIO(), True),
-        ("0", Terminal(), False),
-        ("1", Terminal(), True),
-    ):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setattr(sys, "stderr", stream)
-        processes = Processes(rank=int(rank), world_size=2)
-        with (
-            named_progress() as show,
-            RunLog(tmp_path, LogRecipe(), processes, steps=9, start=0, show=show if bar else None) as log,
-        ):
-            log.write(5, {"loss/pairs/itc": 0.5})
-            log.advance(6)
-        printed.append(stream.getvalue())
-    assert "pairs/itc 0.5" in printed[0]
-    assert "67%" in printed[0]
-    assert printed[1] == "step 5  pairs/itc 0.5\n"
-    assert printed[1] in printed[2]
-    assert not printed[3]
-
-
-def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"checkpoint\.folder"):
-        RunLog(tmp_path / "file", LogRecipe(), Processes(), steps=1, start=0)
 
 
 def test_rates_count_all_processes() -> None:

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
-import yaml
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.errors import ConfigError, DataError, UnavailableError
+from xfm_fast.errors import ConfigError, UnavailableError
 from xfm_fast.training.recipe import Recipe, load_recipe, recipe_names
 from xfm_fast.training.recipe_fields import ImageStream, PairStream, RegionStream, TextStream
 
@@ -64,54 +63,18 @@ def test_base_recipe_has_the_official_numbers() -> None:
     assert not recipe.method.official_itm_negatives
 
 
-def test_overrides_reach_every_level() -> None:
-    recipe = load_recipe(
-        TINY,
-        [
-            "steps=7",
-            "schedule.warmup=2",
-            "optimizer.lr=1e-4",  # which YAML takes for a string
-            "optimizer.betas=[0.8, 0.9]",
-            "streams.pairs.batch_size=32",
-            "streams.pairs.batch_size=16",
-            "streams.pairs.masking.most=5",
-            "streams.regions.paths=[a.jsonl, b.jsonl]",
-            "streams.extra={kind: images, paths: more, batch_size: 4}",
-            "updates=[[text], [regions, images, extra], [pairs]]",
-            "model.fusion_layers=1",
-            "init.roberta=somewhere",
-            "log.wandb=project",
-        ],
-    )
-    pairs = recipe.streams["pairs"]
-    assert isinstance(pairs, PairStream)
-    assert (recipe.steps, recipe.schedule.warmup, recipe.optimizer.lr) == (7, 2, 1e-4)
-    assert recipe.optimizer.betas == (0.8, 0.9)
-    assert (pairs.batch_size, pairs.masking.most) == (16, 5)
-    assert recipe.streams["regions"].paths == ("a.jsonl", "b.jsonl")
-    assert recipe.streams["extra"].batch_size == 4
-    assert (recipe.model.fusion_layers, recipe.init.roberta, recipe.log.wandb) == (1, "somewhere", "project")
-
-
 # An override, and what the message names: the key or value, and the nearest or known ones.
 REFUSED = {
     "streams.pairs.masking.mosts=3": "streams.pairs.masking.mosts is no key of a recipe (did you mean most?)",
     "model.image_sise=64": "image_size",
     "model.preset=huge": "'huge'",
     "updates=[[tekst], [regions, images], [pairs]]": "tekst is no stream of a recipe (did you mean text?)",
-    "accumulate=7": "accumulate=7",
     "schedule.warmup=5000": "schedule.warmup=5000",
-    "schedule.min_lr=1": "schedule.min_lr=1.0",
     "streams.images.losses=[itc]": "streams.images",
-    "streams.text.max_tokens=4000": "streams.text.max_tokens=4000",
     "updates=[[text], [regions], [pairs]]": "stream images",
     "precision=fp8": "precision='fp8'",
-    "optimizer.betas=[0.9, 1]": "optimizer.betas",
     "init={checkpoint: a, beit2: b}": "beit2",
-    "ema=1": "ema=1",
     "steps": "'steps'",
-    "steps=[1": "'steps=[1'",
-    "steps.more=1": "'steps.more=1'",
 }
 
 
@@ -131,19 +94,6 @@ def test_fp16_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
         load_recipe(TINY, ["precision=fp16"]).check_machine()
     with pytest.raises(UnavailableError, match="device=cuda"):
         load_recipe(TINY, ["device=cuda"]).check_machine()
-
-
-def test_missing_data_is_named_with_its_stream(tmp_path: Path) -> None:
-    recipe = load_recipe(TINY, [f"data={tmp_path}"])
-    with pytest.raises(DataError, match=r"streams\.text\.paths.*texts_train\.jsonl"):
-        recipe.check_machine()
-    for name in ("texts", "regions", "images", "pairs"):
-        (tmp_path / f"{name}_train.jsonl").touch()
-    recipe.check_machine()
-    with pytest.raises(DataError, match=r"tokenizer.*nowhere"):
-        load_recipe(TINY, [f"data={tmp_path}", "tokenizer=nowhere"]).check_machine()
-    with pytest.raises(DataError, match=r"init\.beit2.*nowhere"):
-        load_recipe(TINY, [f"data={tmp_path}", "init.beit2=nowhere"]).check_machine()
 
 
 def test_the_shapes_world_is_made_once(tmp_path: Path) -> None:
@@ -169,21 +119,6 @@ def test_ablations() -> None:
     assert unguided.updates == full.updates
     with pytest.raises(ConfigError, match="loss"):
         load_recipe(TINY, ["method.mim_guidance=false", *(f"streams.{n}=null" for n in ("text", "regions", "pairs"))])
-
-
-def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
-    values = yaml.safe_load((Path(__file__).parents[2] / f"xfm_fast/training/recipes/{TINY}.yaml").read_text())
-    own = tmp_path / "own.yaml"
-    own.write_text(yaml.safe_dump(values | {"steps": 123}))
-    assert load_recipe(own).steps == load_recipe(str(own)).steps == 123
-    with pytest.raises(ConfigError, match=r"'pretrain_tiny'.*pretrain_tiny_shapes"):
-        load_recipe("pretrain_tiny")
-    own.write_text("- 1")
-    with pytest.raises(ConfigError, match="list"):
-        load_recipe(own)
-    own.write_text("steps: [")
-    with pytest.raises(ConfigError, match="YAML"):
-        load_recipe(own)
 
 
 def test_one_pair_of_a_micro_batch_holds_no_negative(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.small_runs import in_processes, noise, numbers, process_of_a_run, run, small_recipe, without_dropout
+from tests.training.small_runs import in_processes, numbers, process_of_a_run, run, small_recipe, without_dropout
 from xfm_fast.checkpoint import load_pretrained_files
 from xfm_fast.errors import CheckpointError, ConfigError, StorageError
 from xfm_fast.kernels.cpu import selection
@@ -271,15 +271,6 @@ def test_another_model_is_refused_by_field(tmp_path: Path, two_checkpoints: Path
     other = {"preset": "tiny", "vision_depth": 1, "text_layers": 1, "fusion_layers": 2}
     with pytest.raises(ConfigError, match=r"model\.fusion_layers.*1.*2"):
         run(small_recipe(folder, steps=9, model=other))
-
-
-def test_other_changes_are_named(tmp_path: Path, two_checkpoints: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = copy_of(two_checkpoints, tmp_path)
-    recipe = small_recipe(folder, steps=9, optimizer={"lr": 5e-4}, seed=3)
-    run(recipe, sources=noise(recipe))
-    told = capfd.readouterr().err
-    assert "steps: 8 → 9; optimizer.lr: 0.001 → 0.0005; seed: 0 → 3" in told
-    assert numbers(folder)[-1]["lr"] == pytest.approx(5e-4 * 1 / 9)
 
 
 def test_starting_over_does_not_mix_runs(tmp_path: Path, two_checkpoints: Path) -> None:

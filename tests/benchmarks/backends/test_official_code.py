@@ -9,7 +9,6 @@ from xfm_fast.benchmarks.backends.engine import Pairs, SearchIndex
 from xfm_fast.benchmarks.backends.official_code import OfficialCodeEngine
 from xfm_fast.benchmarks.backends.official_finetuning import OfficialEngine
 from xfm_fast.benchmarks.inputs import Subjects
-from xfm_fast.errors import UnavailableError
 from xfm_fast.loading import Source
 from xfm_fast.models.xfm import XFM
 
@@ -81,12 +80,3 @@ def test_answers_are_those_of_the_clone(engine: OfficialCodeEngine, model: XFM) 
         ours, theirs = (part.search(ids, mask, index, 2) for part in (engine, twin))
         assert torch.equal(ours.indices, theirs.indices)
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-5)
-
-
-def test_errors_of_the_clone_reach_the_caller(engine: OfficialCodeEngine, model: XFM) -> None:
-    images = torch.zeros(1, model.config.num_image_tokens, model.config.vision_width)
-    texts = torch.zeros(51, 4, model.config.text_width)
-    pairs = Pairs(images, texts, torch.ones(51, 4, dtype=torch.long), torch.zeros(51, dtype=torch.long))
-    for words in ("too many pairs", "ended"):
-        with pytest.raises(UnavailableError, match=words):
-            engine.rerank(pairs)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,10 +12,9 @@ from rich.console import Console
 
 from tests.cli.runner import invoke
 from xfm_fast.benchmarks import record, report
-from xfm_fast.benchmarks.record import Comparison, Document, Skip
+from xfm_fast.benchmarks.record import Comparison, Document
 from xfm_fast.benchmarks.report import page
 from xfm_fast.benchmarks.report.tables import times
-from xfm_fast.errors import StorageError
 
 VOID = {"meta", "br", "rect", "line"}
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
@@ -94,21 +91,6 @@ def test_a_speed_up_names_both_dtypes_and_is_no_lucky_or_contended_one() -> None
     assert page.headlines(document)[0].factor == "99.0×"
 
 
-def test_what_has_no_numbers_is_shown_with_its_reason() -> None:
-    document = _load("cpu-avx512")
-    document.interrupted = True
-    ours = [row for row in document.rows if row.ours]
-    ours[0].status, ours[0].reason = "partial", "interrupted after 3 samples"
-    ours[1].status, ours[1].reason, ours[1].seconds = "failed", "RuntimeError: out of <memory>", []
-    assert document.data is not None
-    document.data.skipped = [Skip(what=f"{place}.jpg", reason="no image & text") for place in range(20)]
-    shown, text = _shown(document), report.html(document)
-    for words in ("The run was interrupted", "interrupted after 3 samples", "out of <memory>", "11.jpg", "8 more"):
-        assert words in shown
-    for words in ("out of &lt;memory&gt;", "no image &amp; text", "19.jpg"):
-        assert words in text
-
-
 def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
     document = _load("embed-image-cpu-amx")
     saved = record.save(document, tmp_path / "out", report.html(document))
@@ -121,25 +103,6 @@ def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
     assert tables.read_text(encoding="utf-8") == report.markdown(document)
     for out in (tmp_path, tmp_path / "page.pdf"):
         assert invoke(["bench", "report", saved, "--out", out]).exit_code == 2
-
-
-def test_saving_never_leaves_a_half_or_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document, folder = _load("cpu-avx2"), tmp_path / "deep" / "out"
-    saved = record.save(document, folder, "page")
-    assert (folder / "latest.json").read_bytes() == saved.read_bytes()
-    assert record.save(document, folder, "page") != saved
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert len(before) == 6
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError):
-        record.save(document, folder, "page")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(StorageError):
-        record.save(document, saved / "out", "page")
 
 
 def test_the_stored_results_can_all_be_shown() -> None:

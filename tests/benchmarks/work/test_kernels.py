@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,11 @@ import torch
 from xfm_fast.benchmarks import timing
 from xfm_fast.benchmarks.options import KernelOptions
 from xfm_fast.benchmarks.record import Document, Result
-from xfm_fast.benchmarks.timing import Clocked
 from xfm_fast.benchmarks.work import kernels
 from xfm_fast.benchmarks.work.kernels import CASES, OpCase, case_names
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8
 
-ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 INT8 = "linear in int8"
 compiles = pytest.mark.skipif(timing.why_not_compiled(CPU) is not None, reason="no C++ compiler")
@@ -120,61 +117,3 @@ def test_a_backend_that_is_wrong_fails_or_is_missing_costs_its_own_rows() -> Non
         ours = rows["xfm-fast", direction]
         assert ours.text("timed_by") == "clock"
         assert "wrong" not in {other.backend for other in ours.against}
-
-
-def test_rows_are_kept_as_they_are_measured() -> None:
-    """A reference that fails loses its case; Ctrl-C ends the run and keeps what is complete."""
-
-    def broken(*inputs: torch.Tensor) -> torch.Tensor:
-        raise MadeUpTritonError("no such instruction")
-
-    def interrupted(*_: Any) -> OpCase:
-        raise KeyboardInterrupt
-
-    seen: list[int] = []
-    document = measured(
-        keep=lambda d: seen.append(len(d.rows)), broken=small("add_layer_norm", reference=broken),
-        good=small("add_layer_norm"), late=interrupted,
-    )  # fmt: skip
-    assert seen == [1, 4, 7]
-    assert document.interrupted
-    assert [row.status for row in document.rows[:2]] == ["failed", "measured"]
-    assert "no such instruction" in str(document.rows[0].reason)
-    ours = next(row for row in document.rows if row.ours and row.measured)
-    ratio = ours.against[0]
-    assert ratio.low is not None
-    assert ratio.low <= ratio.ratio
-
-
-def test_a_gpu_is_timed_by_replaying_a_graph_or_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stream:
-        """A stream or an event, with all methods that are called."""
-
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        def __enter__(self) -> None: ...
-        def __exit__(self, *_: object) -> None: ...
-        def elapsed_time(self, other: Any) -> float:
-            return 0.25
-
-        wait_stream = synchronize = record = __init__
-
-    for name in ("Stream", "Event", "current_stream", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    recorded = []
-
-    def recorder(run: Any, runs: int, stream: Any) -> Any:
-        recorded.append(runs)
-        return lambda: [run() for _ in range(runs)]
-
-    def refuse(run: Any, runs: int, stream: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    clocked = Clocked(lambda: lambda: None, torch.device("cuda"), recorder)
-    # A run of 0.25 ms: four of them fill a graph.
-    assert clocked() == clocked() == [pytest.approx(0.25e-3 / 4)]
-    assert (recorded, clocked.by, clocked.reason) == ([4], "graph replay", None)
-    clocked = Clocked(lambda: lambda: None, torch.device("cuda"), refuse)
-    assert clocked() == [pytest.approx(0.25e-3)]
-    assert clocked.by == "events"
-    assert "not permitted" in str(clocked.reason)

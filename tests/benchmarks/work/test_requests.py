@@ -10,15 +10,7 @@ import torch
 
 from xfm_fast.benchmarks.backends.official_finetuning import OfficialEngine
 from xfm_fast.benchmarks.backends.ours import OurEngine
-from xfm_fast.benchmarks.inputs import (
-    Inputs,
-    Material,
-    Subjects,
-    Texts,
-    bundled,
-    make_tokenizer,
-    preset_config,
-)
+from xfm_fast.benchmarks.inputs import Inputs, Material, Subjects, Texts, bundled, make_tokenizer
 from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS
 from xfm_fast.benchmarks.tasks import BUILDERS
@@ -29,7 +21,6 @@ from xfm_fast.tasks.vqa import AnswerRanking
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
-CONFIG = preset_config("tiny")
 ALL_ANSWERS = Inputs.answers
 
 

@@ -14,7 +14,6 @@ import torch
 from xfm_fast import flops
 from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.inputs import preset_config
-from xfm_fast.benchmarks.measure import Progress
 from xfm_fast.benchmarks.options import ModelOptions, ScenarioOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document, Result, load
 from xfm_fast.benchmarks.work import coco, scenario
@@ -69,21 +68,6 @@ def test_every_mode_fills_its_rows(tmp_path: Path) -> None:
         assert row.number("max_qps") == pytest.approx(max(held, default=0), rel=1e-4)
         assert OFFICIAL in row.text("bound_origin")
     assert load(record.save(document, tmp_path, report.html(document))) == document
-
-
-def test_an_interrupted_server_keeps_its_trials() -> None:
-    trials = 0
-
-    def stop(what: str) -> None:
-        nonlocal trials
-        trials += "requests/s" in what
-        if trials == 3:
-            raise KeyboardInterrupt
-
-    document = scenario.run(replace(TINY, mode=("server",)), Progress(step=stop), scenario="rerank")
-    assert document.interrupted
-    assert sum(len(row.parts("trials")) for row in document.rows) == 2
-    assert {row.status for row in document.rows} == {"partial"}
 
 
 class _Machine:

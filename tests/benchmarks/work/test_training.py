@@ -129,17 +129,6 @@ def test_difference_of_outcomes() -> None:
     assert difference(_outcome(1.0, big=torch.tensor([1.0]), tiny=torch.tensor([-1e-9])), truth).error < 2e-5
 
 
-@pytest.mark.parametrize(("name", "error"), [("self.key", 0.5 / 5), ("self.query", 0.5)])
-def test_biases_of_keys_are_compared_on_the_scale_of_their_weights(name: str, error: float) -> None:
-    ours, truth = (
-        _outcome(1.0, big=torch.tensor([1e4]), **{
-            f"{name}.weight": torch.tensor([3.0, 4.0]), f"{name}.bias": torch.tensor([bias])
-        })
-        for bias in (0.6, 0.1)
-    )  # fmt: skip
-    assert difference(ours, truth).error == pytest.approx(error)
-
-
 def test_missing_surplus_and_undefined_gradients_are_infinitely_wrong() -> None:
     one, nan = torch.ones(1), float("nan")
     truth = _outcome(1.0, big=one, none=None)

@@ -166,14 +166,3 @@ def test_nothing_of_a_folder_is_run(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Mine"):
         trial.open_model(str(bert))
     assert not (tmp_path / "ran").exists()
-
-
-def test_what_cannot_be_opened(bert: Path, tmp_path: Path) -> None:
-    for name in (tmp_path / "none", bert / "config.json", tmp_path, "no-such-org/no-such-model"):
-        with pytest.raises(CheckpointError, match=str(name)):
-            trial.open_model(str(name))
-    for content, named in (("{", "config"), ('{"model_type": "bert", "architectures": ["BertModel"]}', "safetensors")):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(CheckpointError, match=named):
-            trial.open_model(str(tmp_path))
-    assert invoke(["try", tmp_path / "none"]).exit_code == 2

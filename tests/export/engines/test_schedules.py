@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
-from tests.export.conftest import build_model, build_task_model
 from xfm_fast.config import XFMConfig
 from xfm_fast.export.engines import build_engines, export_engines, find_builder
 from xfm_fast.export.manifest import Manifest
@@ -37,20 +36,12 @@ _BF16: Most = {
     "image_memory": ((2, 1, 0, 1), (2, 1, 0, 1)),
     "fusion": ((41, 23, 8, 8), (43, 25, 9, 8)),
 }
-# Of tasks, and of 8 bits.
-_OTHERS: list[tuple[Kind, str, int, Most]] = [
-    ("vqa", "bf16", 80, {
-        "decoder_memory": ((2, 1, 0, 1), (2, 1, 0, 1)),
-        "decoder_step": ((38, 24, 5, 7), (38, 24, 5, 7)),
-    }),
-    ("nlvr2", "bf16", 80, {"nlvr2": ((42, 25, 9, 8), (41, 22, 10, 8))}),
-    ("plain", "int8", 120, {
-        "vision": ((28, 18, 8, 2), (28, 18, 8, 2)),
-        "text": ((27, 19, 8, 2), (28, 19, 8, 2)),
-        "image_memory": ((3, 2, 1, 0), (3, 2, 1, 0)),
-        "fusion": ((44, 26, 14, 3), (46, 28, 15, 3)),
-    }),
-]  # fmt: skip
+_INT8: Most = {
+    "vision": ((28, 18, 8, 2), (28, 18, 8, 2)),
+    "text": ((27, 19, 8, 2), (28, 19, 8, 2)),
+    "image_memory": ((3, 2, 1, 0), (3, 2, 1, 0)),
+    "fusion": ((44, 26, 14, 3), (46, 28, 15, 3)),
+}
 # Of the base model. The copies of a layer of fusion are around its cross-attention: queries, keys, result.
 _BASE: list[tuple[Kind, Most]] = [
     ("plain", {
@@ -121,25 +112,17 @@ def test_the_default_export_becomes_engines(exported_fp32: Path, tmp_path: Path)
     assert [record.file for record in made.graphs] == ["fusion.engine"]
 
 
-def _named(cases: list[Any]) -> list[Any]:
-    return [pytest.param(*case, id="-".join(map(str, [*case[:-1], *case[-1]]))) for case in cases]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "dtype", "sm", "most"), _named(_OTHERS))
-def test_engines_of_other_kinds_launch_no_more(kind: Kind, dtype: str, sm: int, most: Most, tmp_path: Path) -> None:
-    model = build_model() if kind in ("plain", "packed") else build_task_model(kind)
-    # All GEMMs in 8 bits, whatever it costs.
-    eight_bits: dict[str, Any] = {"quantize": "int8", "budget": 0.5} if dtype == "int8" else {}
+def test_engines_in_8_bits_launch_no_more(small_model: XFM, tmp_path: Path) -> None:
+    """All GEMMs in 8 bits, whatever it costs."""
     export_engines(
-        model, tmp_path, "tensorrt-rtx", dtype="fp16" if eight_bits else dtype, sm=str(sm), graphs=tuple(most),
-        packed=kind == "packed", **eight_bits,
-    )  # fmt: skip
-    assert_no_more(tmp_path, most)
+        small_model, tmp_path, "tensorrt-rtx", dtype="fp16", sm="120", graphs=tuple(_INT8), quantize="int8", budget=0.5
+    )
+    assert_no_more(tmp_path, _INT8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most"), _named(_BASE))
+@pytest.mark.parametrize(("kind", "most"), [pytest.param(*case, id=case[0]) for case in _BASE])
 def test_engines_of_base_size_launch_no_more(kind: Kind, most: Most, tmp_path: Path) -> None:
     """The words that a model knows are no matter of kernels, and few make it smaller."""
     config = XFMConfig.preset("base").replace(vocab_size=300)
