@@ -110,7 +110,7 @@ class Heads:
         """Rows of a batch entry, from its bounds unless all sequences have one length."""
         b, given = self.b, self.given
         bounds, rows = ("bounds_q", "queries") if queries else ("bounds_k", "keys")
-        packed = b.there(given[bounds])
+        packed = b.is_not_null(given[bounds])
         before = b.block
         even = b.mul(entry, given[f"{name}_batch"])
         with b.if_then(packed):
@@ -132,7 +132,7 @@ class Heads:
 
         def some_rows(j: Any) -> None:
             place = b.at(self._panel(name, j), b.and_(j, lanes), self.unit)
-            some = [b.at(rows.start, b.mul(b.least(b.add(j, i), last), stride), self.unit) for i in range(lanes)]
+            some = [b.at(rows.start, b.mul(b.minimum_int(b.add(j, i), last), stride), self.unit) for i in range(lanes)]
             b.lay_out(some, self.units, self.unit, place)
 
         b.loop(0, rows.rows, lanes, some_rows)
@@ -149,15 +149,15 @@ class Heads:
         last = b.sub(rows.rows, 1)
 
         def pair(j: Any) -> None:
-            both = [b.least(b.add(j, i), last) for i in (0, 1)]
+            both = [b.minimum_int(b.add(j, i), last) for i in (0, 1)]
             places = [b.at(rows.start, b.mul(row, rows.stride), INT16) for row in both]
             into = b.at(self.at[name], b.mul(b.ashr(j, 1), self.width), INT32)
             for channel in range(0, self.width, lanes):
                 one, other = (b.read(b.at(place, channel, INT16), INT16) for place in places)
-                b.write(b.alternated(one, other), b.at(into, channel, INT32))
+                b.write(b.interleave(one, other), b.at(into, channel, INT32))
 
         b.loop(0, rows.rows, 2, pair)
-        pairs = b.ashr(b.rounded_up(rows.rows, 2), 1)
+        pairs = b.ashr(b.round_up(rows.rows, 2), 1)
         return Sequence(self.at[name], pairs, self.width)
 
     def copy_rows(self, name: str, rows: Sequence, places: Values) -> None:
@@ -198,52 +198,52 @@ class Heads:
         """
         b = self.b
         rows = [b.at(left[0], i * left[1], self.unit) for i in range(height)]
-        return b.tile(rows, vectors, *right, terms, self.unit, self.add, b.filled(0.0))
+        return b.tile(rows, vectors, *right, terms, self.unit, self.add, b.splat(0.0))
 
     @property
     def add(self) -> Callable[..., Any]:
         """A product of units, added to a sum."""
-        return self.b.dot_add if self.half else self.b.multiply_add
+        return self.b.dot_bf16 if self.half else self.b.multiply_add
 
     def scaled(self, scores: Any, of_query: Any, keys: Any) -> Any:
         """Scale a row of scores to units where e has log2(e), with -inf past the last key, and return its maximum."""
         b, lanes = self.b, self.level.lanes
-        factor = b.spread(b.fmul(self.given["scale"], ir.Constant(FP32, _LOG2E)))
-        whole, hidden, there = b.and_(keys, -lanes), b.filled(-math.inf), self.there(keys)
+        factor = b.broadcast(b.fmul(self.given["scale"], ir.Constant(FP32, _LOG2E)))
+        whole, hidden, mask = b.and_(keys, -lanes), b.splat(-math.inf), self.tail_mask(keys)
 
         def some(j: Any, partly: bool) -> Any:
             place = b.at(scores, j, FP32)
             score = b.fmul(b.read(place, FP32), factor)
             if of_query is not None:
                 address = b.at(of_query, j, FP32)
-                part = b.read_some(address, there) if partly else b.read(address, FP32)
-                score = b.multiply_add(part, b.filled(_LOG2E), score)
-            score = b.select(there, score, hidden) if partly else score
+                part = b.load_masked(address, mask) if partly else b.read(address, FP32)
+                score = b.multiply_add(part, b.splat(_LOG2E), score)
+            score = b.select(mask, score, hidden) if partly else score
             b.write(score, place)
             return score
 
-        (largest,) = b.loop(0, whole, lanes, lambda j, most: [b.larger(most, some(j, False))], hidden)
+        (largest,) = b.loop(0, whole, lanes, lambda j, most: [b.maximum(most, some(j, False))], hidden)
         rest = b.icmp_signed("<", whole, keys)
-        return b.largest(b.where(rest, lambda: b.larger(largest, some(whole, True)), largest))
+        return b.reduce_max(b.where(rest, lambda: b.maximum(largest, some(whole, True)), largest))
 
-    def there(self, keys: Any) -> Any:
-        """Which elements of the last vector of a row of keys are there, if not all are."""
+    def tail_mask(self, keys: Any) -> Any:
+        """Mask of the elements of a row's last, partial vector of keys."""
         b, lanes = self.b, self.level.lanes
         rest = b.sub(keys, b.and_(keys, -lanes))
-        return b.icmp_signed("<", ir.Constant(b.vector(INT64), [*range(lanes)]), b.spread(rest))
+        return b.icmp_signed("<", ir.Constant(b.vector(INT64), [*range(lanes)]), b.broadcast(rest))
 
     def power(self, x: Any) -> Any:
         """`2^x` for x up to 0, by a polynomial in the distance to the nearest integer; NaN stays NaN."""
         b, kind = self.b, self.b.vector(INT32)
-        bounded = b.larger(x, b.filled(_NO_EXPONENT))
+        bounded = b.maximum(x, b.splat(_NO_EXPONENT))
         whole = b.intrinsic(f"llvm.roundeven.v{self.level.lanes}f32", x.type, bounded)
         found = b.polynomial(b.fsub(bounded, whole), coefficients(np.exp2, _DEGREE, (-0.5, 0.5)))
         if self.level.lanes == 16:
             # AVX-512 has an instruction for it, and for what is too small.
-            return b.scaled_by_powers(found, whole)
+            return b.scale_by_powers(found, whole)
         exponent = b.shl(b.fptosi(whole, kind), ir.Constant(kind, [23] * self.level.lanes))
         shifted = b.bitcast(b.add(b.bitcast(found, kind), exponent), x.type)
-        known = b.select(b.fcmp_ordered("<", x, b.filled(_LEAST_EXPONENT)), b.filled(0.0), shifted)
+        known = b.select(b.fcmp_ordered("<", x, b.splat(_LEAST_EXPONENT)), b.splat(0.0), shifted)
         return b.select(b.fcmp_unordered("uno", x, x), x, known)
 
 
@@ -264,13 +264,13 @@ class _Attention(Heads):
         queries, out = (self.sequence(name, entry, head, queries=True) for name in ("q", "out"))
         keys, values = (self.sequence(name, entry, head, queries=False) for name in ("k", "v"))
         # What this thread is likely to take next is fetched meanwhile, row by row.
-        _, head_ahead, entry_ahead = self._place(b.least(b.add(task, given["threads"]), b.sub(given["tasks"], 1)))
+        _, head_ahead, entry_ahead = self._place(b.minimum_int(b.add(task, given["threads"]), b.sub(given["tasks"], 1)))
         self.ahead = [self.sequence(name, entry_ahead, head_ahead, queries=name == "q") for name in ("q", "k", "v")]
         bias = self.bias_of(entry, head)
         first = b.mul(chunk, given["chunk"])
-        stop = b.least(b.add(first, given["chunk"]), queries.rows)
-        there = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, 0))
-        with b.if_then(there):
+        stop = b.minimum_int(b.add(first, given["chunk"]), queries.rows)
+        non_empty = b.and_(b.icmp_signed("<", first, stop), b.icmp_signed(">", keys.rows, 0))
+        with b.if_then(non_empty):
             self.lay_out_panels("keys", keys)
             if self.half:
                 values = self.lay_out_pairs("values", values)
@@ -288,7 +288,7 @@ class _Attention(Heads):
         for rows in (*self.ahead, out):
             place = b.at(rows.start, b.mul(row, rows.stride), self.element)
             for channel in range(0, self.width, line):
-                b.fetch(b.at(place, channel, self.element), write=rows is out)
+                b.prefetch(b.at(place, channel, self.element), write=rows is out)
 
     def _rows(
         self, first: Any, stop: Any, queries: Sequence, keys: Any, values: Sequence, out: Sequence, bias: Any
@@ -314,18 +314,18 @@ class _Attention(Heads):
     ) -> None:
         b, lanes = self.b, self.level.lanes
         last = b.sub(stop, 1)
-        # Rows that are not there repeat the last one, and are not written.
-        places = [b.least(b.add(row, i), last) for i in range(height)]
+        # Rows past the end repeat the last one, and are not written.
+        places = [b.minimum_int(b.add(row, i), last) for i in range(height)]
         self.copy_rows("queries", queries, places)
         self.products(height, "queries", "keys", keys, self.at["scores"])
 
         def softmax(i: Any) -> None:
-            place = b.least(b.add(row, i), last)
+            place = b.minimum_int(b.add(row, i), last)
             self._fetch(place, out)
             if bias is not None:
                 # Behind the last row the next head's begin.
                 below = b.at(bias, b.mul(b.add(place, height), self.given["bias_row"]), FP32)
-                b.loop(0, keys, 64 // 4, lambda j: b.fetch(b.at(below, j, FP32)))
+                b.loop(0, keys, 64 // 4, lambda j: b.prefetch(b.at(below, j, FP32)))
             self._softmax(i, place, keys, bias)
 
         b.loop(0, height, 1, softmax)
@@ -336,31 +336,31 @@ class _Attention(Heads):
             sums = self.product(height, vectors, (weights, step), (first, values.stride), values.rows)
             for i in range(height):
                 with b.if_then(b.icmp_signed("<=", b.add(row, i), last)):
-                    inverse = b.spread(b.load(b.at(self.at["sums"], i, FP32), typ=FP32))
+                    inverse = b.broadcast(b.load(b.at(self.at["sums"], i, FP32), typ=FP32))
                     into = b.at(out.start, b.mul(places[i], out.stride), self.element)
                     for n in range(vectors):
                         attended = b.fmul(sums[i * vectors + n], inverse)
                         place = b.at(into, channel + n * lanes, self.element)
-                        b.write(b.narrowed(attended) if self.half else attended, place)
+                        b.write(b.fp32_to_bf16(attended) if self.half else attended, place)
 
     def _softmax(self, i: Any, query: Any, keys: Any, bias: Any) -> None:
         """Unnormalised powers of two of a row, with zeros past the last key, and the reciprocal of their sum."""
         b, lanes = self.b, self.level.lanes
         scores = b.at(self.at["scores"], b.mul(i, self.row), FP32)
         of_query = None if bias is None else b.at(bias, b.mul(query, self.given["bias_row"]), FP32)
-        top = b.spread(self.scaled(scores, of_query, keys))
+        top = b.broadcast(self.scaled(scores, of_query, keys))
         weights = b.at(self.at["weights"], b.mul(i, self.row), BF16)
 
         def power(j: Any, total: Any) -> Values:
             found = self.power(b.fsub(b.read(b.at(scores, j, FP32), FP32), top))
             if self.half:
-                b.write(b.narrowed(found), b.at(weights, j, BF16))
+                b.write(b.fp32_to_bf16(found), b.at(weights, j, BF16))
             else:
                 b.write(found, b.at(scores, j, FP32))
             return [b.fadd(total, found)]
 
-        (total,) = b.loop(0, b.rounded_up(keys, lanes), lanes, power, b.filled(0.0))
-        b.store(b.fdiv(ir.Constant(FP32, 1.0), b.summed(total)), b.at(self.at["sums"], i, FP32))
+        (total,) = b.loop(0, b.round_up(keys, lanes), lanes, power, b.splat(0.0))
+        b.store(b.fdiv(ir.Constant(FP32, 1.0), b.reduce_add(total)), b.at(self.at["sums"], i, FP32))
 
 
 @cache

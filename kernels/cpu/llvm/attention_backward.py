@@ -72,7 +72,7 @@ class _Gradients(Heads):
             offset = b.add(b.mul(group, given["dbias_group"]), b.mul(first, given["dbias_batch"]))
             dbias = b.at(given["dbias"], b.add(offset, b.mul(head, given["dbias_head"])), FP32)
         start = b.mul(group, given["together"])
-        stop = b.least(b.add(start, given["together"]), b.sdiv(given["entries"], given["apart"]))
+        stop = b.minimum_int(b.add(start, given["together"]), b.sdiv(given["entries"], given["apart"]))
 
         def entry(i: Any) -> None:
             self._entry(b.add(first, b.mul(i, given["apart"])), head, dbias)
@@ -90,16 +90,16 @@ class _Gradients(Heads):
             right = self.lay_out_pairs("right_keys", found["k"]) if self.half else found["k"]
             given = found["dout"], found["q"], found["k"], found["dq"]
             entry = _Entry(*given, right, self.bias_of(number, head), dbias)
-            zero, size = b.filled(0.0), b.mul(keys, self.width)
+            zero, size = b.splat(0.0), b.mul(keys, self.width)
             for place in (self.at["dk"], self.at["dv"]):
                 b.loop(0, size, self.level.lanes, lambda i, place=place: b.write(zero, b.at(place, i, FP32)))
             block = _BLOCK_TILES * self.level.rows
 
             def rows(first: Any) -> None:
-                self._block(first, b.least(b.add(first, block), queries), entry)
+                self._block(first, b.minimum_int(b.add(first, block), queries), entry)
 
             b.loop(0, queries, block, rows)
-            scale = b.spread(self.given["scale"])
+            scale = b.broadcast(self.given["scale"])
             for name, factor in (("dk", scale), ("dv", None)):
                 self._give(name, found[name], keys, factor)
 
@@ -113,7 +113,7 @@ class _Gradients(Heads):
             for channel in range(0, self.width, self.level.lanes):
                 found = b.read(b.at(source, channel, FP32), FP32)
                 found = found if factor is None else b.fmul(found, factor)
-                b.write(b.narrowed(found) if self.half else found, b.at(place, channel, self.element))
+                b.write(b.fp32_to_bf16(found) if self.half else found, b.at(place, channel, self.element))
 
         b.loop(0, keys, 1, row)
 
@@ -144,7 +144,7 @@ class _Gradients(Heads):
             def some(key: Any, channel: int = channel, vectors: int = vectors, height: int = height) -> None:
                 rows = [b.at(self.at[left], b.add(key, i), self.unit) for i in range(height)]
                 columns = (b.at(right.start, channel, self.unit), right.stride)
-                sums = b.tile(rows, vectors, *columns, terms, self.unit, self.add, b.filled(0.0), apart=self.row)
+                sums = b.tile(rows, vectors, *columns, terms, self.unit, self.add, b.splat(0.0), apart=self.row)
                 for i in range(height):
                     place = b.add(b.mul(b.add(key, i), self.width), channel)
                     for n in range(vectors):
@@ -156,7 +156,7 @@ class _Gradients(Heads):
     def _tile(self, height: int, first: Any, row: Any, stop: Any, entry: _Entry) -> None:
         b, lanes, keys = self.b, self.level.lanes, entry.k.rows
         last = b.sub(stop, 1)
-        places = [b.least(b.add(row, i), last) for i in range(height)]
+        places = [b.minimum_int(b.add(row, i), last) for i in range(height)]
         self.copy_rows("queries", entry.q, places)
         self.copy_rows("dout", entry.dout, places)
         # In fp32 scores become weights, and the other products score gradients, where they are.
@@ -164,10 +164,10 @@ class _Gradients(Heads):
         scores, dscores = (b.at(self.at[name], number, FP32) for name in ("scores", "products"))
         self.products(height, "queries", "keys", keys, scores)
         self.products(height, "dout", "values", keys, dscores)
-        there, together = b.least(b.sub(stop, row), height), 2 if self.half else 1
-        b.loop(0, there, together, lambda i: self._softmax(i, first, row, last, keys, entry, scores, dscores))
+        count, together = b.minimum_int(b.sub(stop, row), height), 2 if self.half else 1
+        b.loop(0, count, together, lambda i: self._softmax(i, first, row, last, keys, entry, scores, dscores))
         left, step = (self.at["rounded"], self.row // 2) if self.half else (dscores, self.row)
-        scale = b.spread(self.given["scale"])
+        scale = b.broadcast(self.given["scale"])
         for channel in range(0, self.width, 2 * lanes):
             vectors = min(2, (self.width - channel) // lanes)
             right = b.at(entry.right_keys.start, channel, self.unit), entry.right_keys.stride
@@ -178,24 +178,24 @@ class _Gradients(Heads):
                     for n in range(vectors):
                         found = b.fmul(sums[i * vectors + n], scale)
                         place = b.at(into, channel + n * lanes, self.element)
-                        b.write(b.narrowed(found) if self.half else found, place)
+                        b.write(b.fp32_to_bf16(found) if self.half else found, place)
 
     def _softmax(
         self, i: Any, first: Any, row: Any, last: Any, keys: Any, entry: _Entry, scores: Any, dscores: Any
     ) -> None:
         """Weights and score gradients of a row of a tile, in bf16 of two rows, of which the second may not be there."""
         b, lanes = self.b, self.level.lanes
-        every = b.rounded_up(keys, lanes)
+        every = b.round_up(keys, lanes)
         rows = []
         for n in range(2 if self.half else 1):
             number = b.add(i, n)
-            query = b.least(b.add(row, number), last)
+            query = b.minimum_int(b.add(row, number), last)
             p, dp = (b.at(x, b.mul(number, self.row), FP32) for x in (scores, dscores))
             bias = None if entry.bias is None else b.at(entry.bias, b.mul(query, self.given["bias_row"]), FP32)
             top = self.scaled(p, bias, keys)
             blind = b.fcmp_ordered("<=", top, ir.Constant(FP32, _BLIND))
             # Less infinity, all scores have the weight 0.
-            less = b.spread(b.select(blind, ir.Constant(FP32, math.inf), top))
+            less = b.broadcast(b.select(blind, ir.Constant(FP32, math.inf), top))
 
             def power(j: Any, total: Any, delta: Any, p: Any = p, dp: Any = dp, less: Any = less) -> list[Any]:
                 place = b.at(p, j, FP32)
@@ -203,19 +203,19 @@ class _Gradients(Heads):
                 b.write(found, place)
                 return [b.fadd(total, found), b.multiply_add(found, b.read(b.at(dp, j, FP32), FP32), delta)]
 
-            total, delta = b.loop(0, every, lanes, power, b.filled(0.0), b.filled(0.0))
+            total, delta = b.loop(0, every, lanes, power, b.splat(0.0), b.splat(0.0))
             nothing = ir.Constant(FP32, 0.0)
-            inverse = b.select(blind, nothing, b.fdiv(ir.Constant(FP32, 1.0), b.summed(total)))
-            mean = b.spread(b.fmul(b.summed(delta), inverse))
+            inverse = b.select(blind, nothing, b.fdiv(ir.Constant(FP32, 1.0), b.reduce_add(total)))
+            mean = b.broadcast(b.fmul(b.reduce_add(delta), inverse))
             if n:
                 inverse = b.select(b.icmp_signed("<=", b.add(row, number), last), inverse, nothing)
             dbias = None
             if entry.dbias is not None:
                 dbias = b.at(entry.dbias, b.mul(query, self.given["dbias_row"]), FP32)
-            rows.append((p, dp, b.spread(inverse), mean, dbias))
+            rows.append((p, dp, b.broadcast(inverse), mean, dbias))
         # The unit of a block's row, or pair of rows, of weights and of score gradients.
         unit = b.mul(b.add(b.sub(row, first), i), self.row // 2 if self.half else self.row)
-        there = self.there(keys)
+        mask = self.tail_mask(keys)
 
         def some(j: Any, partly: bool) -> None:
             weights, gradients = [], []
@@ -225,15 +225,15 @@ class _Gradients(Heads):
                 if dbias is not None:
                     place = b.at(dbias, j, FP32)
                     if partly:
-                        b.write_some(b.fadd(b.read_some(place, there), gradient), place, there)
+                        b.store_masked(b.fadd(b.load_masked(place, mask), gradient), place, mask)
                     else:
                         b.write(b.fadd(b.read(place, FP32), gradient), place)
                 weights.append(weight)
                 gradients.append(gradient)
             for name, values in (("weights", weights), ("dscores", gradients)):
                 if self.half:
-                    rounded = [b.bitcast(b.narrowed(x), b.vector(INT16)) for x in values]
-                    b.write(b.alternated(*rounded), b.at(self.at[name], b.add(unit, j), INT32))
+                    rounded = [b.bitcast(b.fp32_to_bf16(x), b.vector(INT16)) for x in values]
+                    b.write(b.interleave(*rounded), b.at(self.at[name], b.add(unit, j), INT32))
                     if name == "dscores":
                         for n, x in enumerate(rounded):
                             place = b.add(b.mul(b.add(i, n), self.row), j)

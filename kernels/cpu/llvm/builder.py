@@ -74,22 +74,22 @@ class Builder(ir.IRBuilder):
         """The type of `lanes` elements, or of the level's vectors."""
         return ir.VectorType(element, count or self.lanes)
 
-    def filled(self, value: float, element: Any = FP32) -> Any:
+    def splat(self, value: float, element: Any = FP32) -> Any:
         """A vector of one constant."""
         if element != FP32 or value == 0:
             return ir.Constant(self.vector(element), [value] * self.lanes)
         # LLVM would write all 64 bits of its address wherever it is read: a table has its address in a register.
         place = self._constants.setdefault(value, len(self._constants))
-        return self.spread(self.load(self.at(self.given["constants"], place, FP32), typ=FP32))
+        return self.broadcast(self.load(self.at(self.given["constants"], place, FP32), typ=FP32))
 
-    def spread(self, scalar: Any) -> Any:
-        """A vector of one value that is known when the kernel runs."""
+    def broadcast(self, scalar: Any) -> Any:
+        """A vector of one runtime value."""
         kind = self.vector(scalar.type)
         one = self.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(INT32, 0))
-        return self.picked(one, one, [0] * self.lanes)
+        return self.shuffle(one, one, [0] * self.lanes)
 
-    def picked(self, x: Any, y: Any, places: Sequence[int]) -> Any:
-        """Elements of two vectors, of which the second's places follow the first's."""
+    def shuffle(self, x: Any, y: Any, places: Sequence[int]) -> Any:
+        """Elements of two concatenated vectors by position."""
         return self.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT32, len(places)), list(places)))
 
     def at(self, base: Any, index: Any, element: Any) -> Any:
@@ -104,16 +104,16 @@ class Builder(ir.IRBuilder):
         """A vector to an address of any alignment."""
         self.store(value, place, align=_BYTES[str(value.type.element)])
 
-    def read_some(self, place: Any, there: Any, element: Any = FP32) -> Any:
-        """A vector of which some elements are there, and the others are zeros and not touched."""
+    def load_masked(self, place: Any, mask: Any, element: Any = FP32) -> Any:
+        """A masked load: the other elements are zeros, and their memory is not touched."""
         kind = self.vector(element)
-        given = (place, *self._aligned(element), there, ir.Constant(kind, [0] * self.lanes))
+        given = (place, *self._aligned(element), mask, ir.Constant(kind, [0] * self.lanes))
         return self.intrinsic(f"llvm.masked.load.{self._named(element)}.p0", kind, *given)
 
-    def write_some(self, value: Any, place: Any, there: Any) -> None:
-        """The elements of a vector that are there; the others' places are not touched."""
+    def store_masked(self, value: Any, place: Any, mask: Any) -> None:
+        """A masked store: the memory of the other elements is not touched."""
         element = value.type.element
-        given = (value, place, *self._aligned(element), there)
+        given = (value, place, *self._aligned(element), mask)
         self.intrinsic(f"llvm.masked.store.{self._named(element)}.p0", ir.VoidType(), *given)
 
     def _named(self, element: Any) -> str:
@@ -124,7 +124,7 @@ class Builder(ir.IRBuilder):
         # Until LLVM 22 masked loads and stores take the alignment as an argument.
         return () if llvm.llvm_version_info >= (22,) else (ir.Constant(INT32, _BYTES[str(element)]),)
 
-    def fetch(self, place: Any, write: bool = False) -> None:
+    def prefetch(self, place: Any, write: bool = False) -> None:
         """Prefetch an address, which may lie past the end of its memory."""
         how = (ir.Constant(INT32, number) for number in (int(write), 3, 1))
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), place, *how)
@@ -140,34 +140,34 @@ class Builder(ir.IRBuilder):
         """`x y + z` of fp32 vectors, rounded once."""
         return self.intrinsic(f"llvm.fma.v{self.lanes}f32", z.type, x, y, z)
 
-    def widened(self, place: Any, element: Any) -> Any:
+    def load_fp32(self, place: Any, element: Any) -> Any:
         """An fp32 vector, read in fp32 or bf16."""
         if element != BF16:
             return self.read(place, FP32)
-        return self.raised(self.read(place, INT16))
+        return self.bf16_to_fp32(self.read(place, INT16))
 
-    def raised(self, halves: Any) -> Any:
-        """A bf16 vector, passed as 16-bit integers, in fp32."""
-        upper = self.shl(self.zext(halves, self.vector(INT32)), self.filled(16, INT32))
+    def bf16_to_fp32(self, halves: Any) -> Any:
+        """An fp32 vector of bf16, passed as 16-bit integers."""
+        upper = self.shl(self.zext(halves, self.vector(INT32)), self.splat(16, INT32))
         return self.bitcast(upper, self.vector(FP32))
 
-    def alternated(self, x: Any, y: Any) -> Any:
-        """The elements of two vectors in turn."""
-        return self.picked(x, y, [c // 2 + (self.lanes if c % 2 else 0) for c in range(2 * self.lanes)])
+    def interleave(self, x: Any, y: Any) -> Any:
+        """The elements of two vectors, alternating."""
+        return self.shuffle(x, y, [c // 2 + (self.lanes if c % 2 else 0) for c in range(2 * self.lanes)])
 
     def polynomial(self, x: Any, coefficients: Sequence[float]) -> Any:
         """Its value at an fp32 vector; the coefficients begin with the constant."""
-        *others, found = [self.filled(value) for value in coefficients]
+        *others, found = [self.splat(value) for value in coefficients]
         for value in reversed(others):
             found = self.multiply_add(found, x, value)
         return found
 
-    def dot_add(self, x: Any, y: Any, z: Any) -> Any:
+    def dot_bf16(self, x: Any, y: Any, z: Any) -> Any:
         """`z + x0 y0 + x1 y1` of fp32 vectors `z` and vectors of bf16 pairs, passed as 32-bit integers."""
         pairs = [self.bitcast(value, self.vector(BF16, 2 * self.lanes)) for value in (x, y)]
         return self.intrinsic(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", z.type, z, *pairs)
 
-    def bytes_add(self, x: Any, y: Any, z: Any) -> Any:
+    def dot_int8(self, x: Any, y: Any, z: Any) -> Any:
         """`z + x0 y0 + … + x3 y3` of 32-bit integers `z` and groups of four int8, unsigned in `x` and signed in `y`."""
         width = 32 * self.lanes
         if llvm.llvm_version_info >= (22,):
@@ -175,17 +175,17 @@ class Builder(ir.IRBuilder):
             x, y = (self.bitcast(value, self.vector(BYTE, 4 * self.lanes)) for value in (x, y))
         return self.intrinsic(f"llvm.x86.avx512.vpdpbusd.{width}", z.type, z, x, y)
 
-    def scaled_by_powers(self, x: Any, exponents: Any) -> Any:
+    def scale_by_powers(self, x: Any, exponents: Any) -> Any:
         """`x 2^n` of fp32 vectors of 16, of which the exponents are whole."""
         every, current = ir.Constant(ir.IntType(16), -1), ir.Constant(INT32, 4)
         return self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", x.type, x, exponents, x, every, current)
 
-    def narrowed(self, x: Any) -> Any:
+    def fp32_to_bf16(self, x: Any) -> Any:
         """An fp32 vector in bf16, rounded to nearest."""
         kind = self.vector(BF16)
         return self.intrinsic(f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * self.lanes}", kind, x)
 
-    def narrowed_pairs(self, x: Any, y: Any) -> Any:
+    def fp32_to_bf16_pairs(self, x: Any, y: Any) -> Any:
         """The elements of two fp32 vectors, one after the other, as pairs in bf16, which are 32-bit integers."""
         width = 32 * self.lanes
         kind = self.vector(BF16, 2 * self.lanes)
@@ -193,36 +193,36 @@ class Builder(ir.IRBuilder):
             self.intrinsic(f"llvm.x86.avx512bf16.cvtne2ps2bf16.{width}", kind, y, x), self.vector(INT32)
         )
 
-    def summed(self, x: Any) -> Any:
+    def reduce_add(self, x: Any) -> Any:
         """The sum of the elements of an fp32 vector, by halves."""
         width = self.lanes
         while width > 1:
             width //= 2
-            x = self.fadd(self.picked(x, x, range(width)), self.picked(x, x, range(width, 2 * width)))
+            x = self.fadd(self.shuffle(x, x, range(width)), self.shuffle(x, x, range(width, 2 * width)))
         return self.extract_element(x, ir.Constant(INT32, 0))
 
-    def largest(self, x: Any) -> Any:
+    def reduce_max(self, x: Any) -> Any:
         """The largest element of an fp32 vector."""
         return self.intrinsic(f"llvm.vector.reduce.fmax.v{self.lanes}f32", FP32, x)
 
-    def larger(self, x: Any, y: Any) -> Any:
+    def maximum(self, x: Any, y: Any) -> Any:
         """The larger of two, element by element; of x where it is no number."""
         return self.select(self.fcmp_ordered("<", x, y), y, x)
 
-    def smaller(self, x: Any, y: Any) -> Any:
+    def minimum(self, x: Any, y: Any) -> Any:
         """The smaller of two, element by element; of x where it is no number."""
         return self.select(self.fcmp_ordered(">", x, y), y, x)
 
-    def least(self, x: Any, y: Any) -> Any:
+    def minimum_int(self, x: Any, y: Any) -> Any:
         """The smaller of two integers."""
         x, y = self.number(x), self.number(y)
         return self.select(self.icmp_signed("<", x, y), x, y)
 
-    def rounded_up(self, x: Any, multiple: int) -> Any:
+    def round_up(self, x: Any, multiple: int) -> Any:
         """The next multiple of a power of two."""
         return self.and_(self.add(x, multiple - 1), -multiple)
 
-    def there(self, pointer: Any) -> Any:
+    def is_not_null(self, pointer: Any) -> Any:
         """Whether an address is not null."""
         return self.icmp_unsigned("!=", self.ptrtoint(pointer, INT64), self.number(0))
 
@@ -246,7 +246,7 @@ class Builder(ir.IRBuilder):
                 upper = [self.lanes + c - step if c & step else c for c in range(self.lanes)]
                 lower = [self.lanes + c if c & step else c + step for c in range(self.lanes)]
                 pair = rows[i], rows[i + step]
-                turned[i], turned[i + step] = self.picked(*pair, upper), self.picked(*pair, lower)
+                turned[i], turned[i + step] = self.shuffle(*pair, upper), self.shuffle(*pair, lower)
             rows, step = turned, step // 2
         return rows
 
@@ -263,13 +263,13 @@ class Builder(ir.IRBuilder):
             first = self.at(row, self.mul(u, parts), unit)
             if not narrowing:
                 return self.read(first, unit)
-            return self.narrowed_pairs(self.read(first, FP32), self.read(self.at(first, self.lanes, FP32), FP32))
+            return self.fp32_to_bf16_pairs(self.read(first, FP32), self.read(self.at(first, self.lanes, FP32), FP32))
 
         def square(u: Any) -> None:
             for row in rows if ahead is not None else ():
                 for n in range(parts):
                     element = self.add(self.mul(u, parts), n * self.lanes)
-                    self.fetch(self.at(row, self.add(element, ahead), unit))
+                    self.prefetch(self.at(row, self.add(element, ahead), unit))
             for i, column in enumerate(self.transposed([some(row, u) for row in rows])):
                 self.write(column, self.at(place, self.mul(self.add(u, i), 2 * self.lanes), unit))
 
@@ -300,11 +300,11 @@ class Builder(ir.IRBuilder):
         def term(u: Any, *sums: Any) -> Values:
             place, found = self.at(columns, self.mul(u, stride), unit), []
             for n in range(vectors if ahead else 0):
-                self.fetch(self.at(self.at(place, n * self.lanes, unit), ahead, BYTE))
+                self.prefetch(self.at(self.at(place, n * self.lanes, unit), ahead, BYTE))
             factors = [self.read(self.at(place, n * self.lanes, unit), unit) for n in range(vectors)]
             number = u if apart == 1 else self.mul(u, apart)
             for i, row in enumerate(rows):
-                x = self.spread(self.load(self.at(row, number, unit), align=4, typ=unit))
+                x = self.broadcast(self.load(self.at(row, number, unit), align=4, typ=unit))
                 found += [add(x, factors[n], sums[i * vectors + n]) for n in range(vectors)]
             return found
 
@@ -317,7 +317,7 @@ class Builder(ir.IRBuilder):
             first = [self.lanes + c - step if c & step else c for c in range(self.lanes)]
             second = [self.lanes + c if c & step else c + step for c in range(self.lanes)]
             pairs = zip(vectors[:step], vectors[step:], strict=True)
-            vectors = [self.fadd(self.picked(x, y, first), self.picked(x, y, second)) for x, y in pairs]
+            vectors = [self.fadd(self.shuffle(x, y, first), self.shuffle(x, y, second)) for x, y in pairs]
             step //= 2
         return vectors[0]
 

@@ -99,8 +99,8 @@ class _Linear:
         self.base = b.at(given["scratch"], b.mul(thread, given["room"]), BYTE)
         chunk, block = b.srem(task, given["chunks"]), b.sdiv(task, given["chunks"])
         column, row = b.mul(block, given["columns"]), b.mul(chunk, given["chunk"])
-        stop = b.least(b.add(column, given["columns"]), given["outputs"])
-        return column, stop, row, b.least(b.add(row, given["chunk"]), given["rows"])
+        stop = b.minimum_int(b.add(column, given["columns"]), given["outputs"])
+        return column, stop, row, b.minimum_int(b.add(row, given["chunk"]), given["rows"])
 
     def _many(self, task: Any, thread: Any) -> None:
         b, given, lanes = self.b, self.given, self.level.lanes
@@ -126,10 +126,10 @@ class _Linear:
             rows = self._rows("x", first, end)
 
             def some_columns(at: Any) -> None:
-                with b.if_then(b.there(given["residual"])):
+                with b.if_then(b.is_not_null(given["residual"])):
                     self._fetch_residual(first, end, at)
                 self._panel(rows, panel(at), [self._nothing()] * 2)
-                self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes))
+                self._finish(first, end, at, b.minimum_int(b.sub(stop, at), 2 * lanes))
 
             b.loop(column, stop, 2 * lanes, some_columns)
 
@@ -166,9 +166,9 @@ class _Linear:
                     panel = b.at(given["weight"], b.mul(at, given["inputs"]), self.unit)
                     # Sums begin with what the byte that stands for 0 adds to them.
                     starts = [b.read(b.at(shifts, b.add(at, n * lanes), INT32), INT32) for n in range(2)]
-                    zero = b.spread(b.trunc(given["zero"], INT32))
+                    zero = b.broadcast(b.trunc(given["zero"], INT32))
                     self._panel(rows, panel, [b.neg(b.mul(start, zero)) for start in starts], _AHEAD)
-                    self._finish(first, end, at, b.least(b.sub(stop, at), 2 * lanes), height)
+                    self._finish(first, end, at, b.minimum_int(b.sub(stop, at), 2 * lanes), height)
 
                 b.loop(column, stop, 2 * lanes, some_columns)
 
@@ -187,10 +187,10 @@ class _Linear:
         """Prefetch the residual of a tile during its GEMM."""
         b, last = self.b, self.b.sub(end, 1)
         for i in range(self.height):
-            row = b.mul(b.least(b.add(first, i), last), self.given["residual_row"])
+            row = b.mul(b.minimum_int(b.add(first, i), last), self.given["residual_row"])
             place = b.at(self.given["residual"], b.add(row, column), self.element)
             for channel in range(0, 2 * self.level.lanes, 64 // (2 if self.half else 4)):
-                b.fetch(b.at(place, channel, self.element))
+                b.prefetch(b.at(place, channel, self.element))
 
     def _lay_out_turned(self, column: Any, unit: Any, place: Any) -> None:
         """A vector of columns, of one row of the weight in fp32, of two in turn in bf16; rows times their factors."""
@@ -201,18 +201,18 @@ class _Linear:
         def scaled(row: Any) -> Any:
             at = b.at(given["weight"], b.add(b.mul(row, given["weight_row"]), column), element)
             factor = b.where(
-                b.there(given["scales"]),
+                b.is_not_null(given["scales"]),
                 lambda: b.load(b.at(given["scales"], row, FP32), typ=FP32),
                 ir.Constant(FP32, 1.0),
             )
-            return b.fmul(b.widened(at, element), b.spread(factor))
+            return b.fmul(b.load_fp32(at, element), b.broadcast(factor))
 
         if self.kind == "fp32":
             b.write(scaled(unit), into)
             return
         first = b.shl(unit, 1)
-        rows = [b.bitcast(b.narrowed(scaled(b.add(first, n))), b.vector(INT16)) for n in range(2)]
-        b.write(b.alternated(*rows), into)
+        rows = [b.bitcast(b.fp32_to_bf16(scaled(b.add(first, n))), b.vector(INT16)) for n in range(2)]
+        b.write(b.interleave(*rows), into)
 
     def _few(self, task: Any, thread: Any) -> None:
         b, lanes = self.b, self.level.lanes
@@ -223,7 +223,7 @@ class _Linear:
                 rows = self._rows("x", first, end, height)
 
                 def some_terms(start: Any) -> None:
-                    terms = start, b.least(b.add(start, _TERMS), self.given["inputs"])
+                    terms = start, b.minimum_int(b.add(start, _TERMS), self.given["inputs"])
                     b.loop(column, stop, width, lambda at: self._dots(rows, at, b.sub(at, column), terms, width))
 
                 b.loop(0, self.given["inputs"], _TERMS, some_terms)
@@ -248,7 +248,7 @@ class _Linear:
         def term(u: Any, *sums: Any) -> Values:
             places = [b.at(weight, u, self.unit) for weight in weights]
             for at in places:
-                b.fetch(b.at(at, ahead, self.unit))
+                b.prefetch(b.at(at, ahead, self.unit))
             columns, found = [b.read(at, self.unit) for at in places], []
             for i, row in enumerate(rows):
                 x = b.read(b.at(row, u, self.unit), self.unit)
@@ -262,16 +262,16 @@ class _Linear:
             whole = b.sums(sums[start : start + lanes])
             for i in range(start // width, min((start + lanes) // width, len(rows))):
                 first = i * width - start
-                some = b.picked(whole, whole, range(first, first + width))
+                some = b.shuffle(whole, whole, range(first, first + width))
                 into = b.at(self.base, b.add(place, i * self.columns), self.summed)
                 b.write(b.where(later, lambda x=some, at=into: b.fadd(x, b.read(at, self.summed, width)), some), into)
 
     def _add(self, x: Any, y: Any, z: Any) -> Any:
         b = self.b
-        return {"fp32": b.multiply_add, "bf16": b.dot_add, "int8": b.bytes_add}[self.kind](x, y, z)
+        return {"fp32": b.multiply_add, "bf16": b.dot_bf16, "int8": b.dot_int8}[self.kind](x, y, z)
 
     def _nothing(self) -> Any:
-        return self.b.filled(0, self.summed)
+        return self.b.splat(0, self.summed)
 
     def _row(self, name: str, number: Any) -> Any:
         """The address of a row."""
@@ -281,12 +281,12 @@ class _Linear:
     def _rows(self, name: str, first: Any, end: Any, height: int = 0) -> Values:
         """Addresses of the rows of a tile, of which the last is repeated where there are no more."""
         b, last = self.b, self.b.sub(end, 1)
-        return [self._row(name, b.least(b.add(first, i), last)) for i in range(height or self.height)]
+        return [self._row(name, b.minimum_int(b.add(first, i), last)) for i in range(height or self.height)]
 
     def _finish(self, first: Any, end: Any, column: Any, columns: Any, height: int = 0) -> None:
         """Bias, GELU, LayerScale and residual for the sums of a tile, and the result to its place."""
         b, given, lanes = self.b, self.given, self.level.lanes
-        rows = b.least(b.sub(end, first), height or self.height)
+        rows = b.minimum_int(b.sub(end, first), height or self.height)
 
         def row(i: Any) -> None:
             number = b.add(first, i)
@@ -299,20 +299,20 @@ class _Linear:
 
             def vector(n: Any) -> None:
                 def read(base: Any, element: Any = self.element) -> Any:
-                    return b.widened(b.at(base, n, element), element)
+                    return b.load_fp32(b.at(base, n, element), element)
 
                 found = b.read(b.at(sums, n, self.summed), self.summed)
                 if self.kind == "int8":
-                    nothing = b.filled(0.0)
-                    added = b.where(b.there(given["bias"]), lambda: b.read(b.at(bias, n, FP32), FP32), nothing)
+                    nothing = b.splat(0.0)
+                    added = b.where(b.is_not_null(given["bias"]), lambda: b.read(b.at(bias, n, FP32), FP32), nothing)
                     found = self._rescaled(found, number, b.add(column, n), added)
                 else:
-                    found = b.where(b.there(given["bias"]), lambda x=found: b.fadd(x, read(bias)), found)
+                    found = b.where(b.is_not_null(given["bias"]), lambda x=found: b.fadd(x, read(bias)), found)
                 active = b.icmp_signed("!=", given["gelu"], 0)
                 found = b.where(active, lambda x=found: self._gelu(x), found)
-                found = b.where(b.there(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found)
-                found = b.where(b.there(given["residual"]), lambda x=found: b.fadd(x, read(residual)), found)
-                b.write(b.narrowed(found) if self.half else found, b.at(out, n, self.element))
+                found = b.where(b.is_not_null(given["gamma"]), lambda x=found: b.fmul(x, read(gamma)), found)
+                found = b.where(b.is_not_null(given["residual"]), lambda x=found: b.fadd(x, read(residual)), found)
+                b.write(b.fp32_to_bf16(found) if self.half else found, b.at(out, n, self.element))
 
             b.loop(0, columns, lanes, vector)
 
@@ -321,7 +321,7 @@ class _Linear:
     def _rescaled(self, sums: Any, row: Any, column: Any, bias: Any) -> Any:
         """Sums of int8 products in fp32, with the bias."""
         b, given = self.b, self.given
-        step = b.spread(b.load(b.at(given["steps"], row, FP32), typ=FP32))
+        step = b.broadcast(b.load(b.at(given["steps"], row, FP32), typ=FP32))
         scaled = b.fmul(b.sitofp(sums, b.vector(FP32)), b.read(b.at(given["scales"], column, FP32), FP32))
         return b.multiply_add(scaled, step, bias)
 
@@ -329,11 +329,11 @@ class _Linear:
         """`x Φ(x)`, of which `Φ(x) - 1/2` is `x` times a polynomial of `x²`."""
         b = self.b
         edge, degree = _ROUNDED if self.half or self.kind == "int8" else _EXACT
-        above = b.larger(x, b.filled(-edge))
-        inside = b.smaller(above, b.filled(edge))
-        u = b.multiply_add(b.fmul(inside, inside), b.filled(2 / edge**2), b.filled(-1.0))
+        above = b.maximum(x, b.splat(-edge))
+        inside = b.minimum(above, b.splat(edge))
+        u = b.multiply_add(b.fmul(inside, inside), b.splat(2 / edge**2), b.splat(-1.0))
         quotient = b.polynomial(u, coefficients(_quotient(edge), degree))
-        return b.fmul(above, b.multiply_add(inside, quotient, b.filled(0.5)))
+        return b.fmul(above, b.multiply_add(inside, quotient, b.splat(0.5)))
 
 
 class _LinearOfFewRows(_Linear):
@@ -363,23 +363,23 @@ def _round_row(b: Builder, how: Rounded, x: Any, inputs: Any, out: Any, half_ste
     half_step = how.half if half_step is None else half_step
     lanes, element = b.lanes, BF16 if how.half else FP32
     # Magnitudes compare like their bits, and NaN is the largest: then the step is NaN too.
-    magnitude = b.filled(0x7FFFFFFF, INT32)
+    magnitude = b.splat(0x7FFFFFFF, INT32)
 
     def largest_of(most: Any, found: Any) -> Any:
         return b.select(b.icmp_signed("<", most, found), found, most)
 
     def larger(i: Any, most: Any) -> Any:
-        found = b.bitcast(b.widened(b.at(x, i, element), element), b.vector(INT32))
+        found = b.bitcast(b.load_fp32(b.at(x, i, element), element), b.vector(INT32))
         return largest_of(most, b.and_(found, magnitude))
 
-    most = _by_fours(b, inputs, larger, largest_of, b.filled(0, INT32))
+    most = _by_fours(b, inputs, larger, largest_of, b.splat(0, INT32))
     largest = b.intrinsic(f"llvm.vector.reduce.smax.v{lanes}i32", INT32, most)
-    step = _step(b, how.gelu, half_step, b.bitcast(b.spread(largest), b.vector(FP32)))
-    inverse = b.fdiv(b.filled(1.0), step)
-    shift = b.filled(NO_FRACTIONS + (GELU_ZERO_BYTE if how.gelu else ZERO_BYTE))
+    step = _step(b, how.gelu, half_step, b.bitcast(b.broadcast(largest), b.vector(FP32)))
+    inverse = b.fdiv(b.splat(1.0), step)
+    shift = b.splat(NO_FRACTIONS + (GELU_ZERO_BYTE if how.gelu else ZERO_BYTE))
 
     def levels(i: Any) -> None:
-        value = b.widened(b.at(x, i, element), element)
+        value = b.load_fp32(b.at(x, i, element), element)
         rounded = b.bitcast(b.multiply_add(value, inverse, shift), b.vector(INT32))
         b.write(b.trunc(rounded, b.vector(BYTE)), b.at(out, i, BYTE))
 
@@ -402,14 +402,14 @@ def _by_fours(
 def _step(b: Builder, gelu: bool, half: bool, largest: Any) -> Any:
     if gelu:
         # A magnitude that is of a negative value is too small to count.
-        step = b.larger(b.fdiv(largest, b.filled(223.0)), b.filled(float(np.float32(0.17 / 32))))
+        step = b.maximum(b.fdiv(largest, b.splat(223.0)), b.splat(float(np.float32(0.17 / 32))))
     else:
-        step = b.fdiv(b.larger(largest, b.filled(float(np.float32(1e-30)))), b.filled(127.0))
+        step = b.fdiv(b.maximum(largest, b.splat(float(np.float32(1e-30)))), b.splat(127.0))
     if not half:
         return step
     # Rounded down, it would leave the largest value without a level.
-    wide = b.fmul(step, b.filled(1 + torch.finfo(torch.bfloat16).eps / 2))
-    return b.raised(b.bitcast(b.narrowed(wide), b.vector(INT16)))
+    wide = b.fmul(step, b.splat(1 + torch.finfo(torch.bfloat16).eps / 2))
+    return b.bf16_to_fp32(b.bitcast(b.fp32_to_bf16(wide), b.vector(INT16)))
 
 
 Norm = tuple[Tensor, Tensor, float]
@@ -441,7 +441,7 @@ class _Bytes:
             step = _round_row(b, how, x, given["inputs"], out, half_step=self.how.half)
             b.store(step, b.at(given["steps"], i, FP32))
 
-        b.loop(first, b.least(b.add(first, given["chunk"]), given["rows"]), 1, row)
+        b.loop(first, b.minimum_int(b.add(first, given["chunk"]), given["rows"]), 1, row)
 
     def _norm(self, x: Any, place: Any) -> None:
         """LayerNorm of a row, in fp32."""
@@ -449,12 +449,12 @@ class _Bytes:
         count = b.uitofp(given["inputs"], FP32)
 
         def read(base: Any, i: Any) -> Any:
-            return b.widened(b.at(base, i, self.element), self.element)
+            return b.load_fp32(b.at(base, i, self.element), self.element)
 
         def summed(of_vector: Callable[[Any, Any], Any]) -> Any:
-            return b.summed(_by_fours(b, given["inputs"], of_vector, b.fadd, b.filled(0.0)))
+            return b.reduce_add(_by_fours(b, given["inputs"], of_vector, b.fadd, b.splat(0.0)))
 
-        mean = b.spread(b.fdiv(summed(lambda i, sums: b.fadd(sums, read(x, i))), count))
+        mean = b.broadcast(b.fdiv(summed(lambda i, sums: b.fadd(sums, read(x, i))), count))
 
         def squares(i: Any, sums: Any) -> Any:
             off = b.fsub(read(x, i), mean)
@@ -462,7 +462,7 @@ class _Bytes:
 
         eps = b.bitcast(b.trunc(given["eps"], INT32), FP32)
         deviation = b.intrinsic("llvm.sqrt.f32", FP32, b.fadd(b.fdiv(summed(squares), count), eps))
-        inverse = b.spread(b.fdiv(ir.Constant(FP32, 1.0), deviation))
+        inverse = b.broadcast(b.fdiv(ir.Constant(FP32, 1.0), deviation))
 
         def normalised(i: Any) -> None:
             scaled = b.fmul(b.fsub(read(x, i), mean), inverse)

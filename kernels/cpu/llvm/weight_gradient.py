@@ -43,8 +43,8 @@ class _WeightGradient:
         b, given = self.b, self.given
         self.row = row = b.mul(b.sdiv(task, given["across"]), given["height"])
         self.column = column = b.mul(b.srem(task, given["across"]), given["width"])
-        self.end = end = b.least(b.add(row, given["height"]), given["outputs"])
-        stop = b.least(b.add(column, given["width"]), given["inputs"])
+        self.end = end = b.minimum_int(b.add(row, given["height"]), given["outputs"])
+        stop = b.minimum_int(b.add(column, given["width"]), given["inputs"])
         terms, columns = given["terms"], self.columns
         # Some more than a tile has, so that tiles begin in different sets of the cache.
         self.tile_units = b.add(b.mul(terms, self.high), self.lanes)
@@ -58,16 +58,16 @@ class _WeightGradient:
         self.tiles = b.at(self.row_sums, summed, FP32)
         self.before = b.at(self.tiles, b.mul(tiles, self.tile_units), self.unit)
         # Of blocks that are divided, the first part sums for all.
-        self.sums_wanted = b.and_(b.there(given["sums"]), b.icmp_signed("==", column, 0))
+        self.sums_wanted = b.and_(b.is_not_null(given["sums"]), b.icmp_signed("==", column, 0))
 
         def nothing_yet(n: Any) -> None:
-            b.write(b.filled(0.0), b.at(self.piece_sums, n, FP32))
+            b.write(b.splat(0.0), b.at(self.piece_sums, n, FP32))
 
         # Those of all pieces too.
         b.loop(0, b.shl(summed, 1), self.lanes, nothing_yet)
 
         def piece(first: Any) -> None:
-            count = b.least(b.sub(given["units"], first), terms)
+            count = b.minimum_int(b.sub(given["units"], first), terms)
             b.loop(0, count, 1, lambda u: self._lay_out_rows(b.add(first, u), u))
             with b.if_then(self.sums_wanted):
                 b.loop(row, end, self.high, self._add_piece_sums)
@@ -77,7 +77,7 @@ class _WeightGradient:
 
                 def tile(i: Any) -> None:
                     rows = [b.at(self._tile(i), n, self.unit) for n in range(self.high)]
-                    add, zero = b.dot_add if self.half else b.multiply_add, b.filled(0.0)
+                    add, zero = b.dot_bf16 if self.half else b.multiply_add, b.splat(0.0)
                     sums = b.tile(rows, 2, self.panel, self.columns, count, self.unit, add, zero, apart=self.high)
                     for n, value in enumerate(sums):
                         b.write(value, b.at(self.sums, n * self.lanes, FP32))
@@ -95,13 +95,13 @@ class _WeightGradient:
         b, place = self.b, self._sums_place(row)
         of_piece, of_all = (b.at(base, place, FP32) for base in (self.piece_sums, self.row_sums))
         b.write(b.fadd(b.read(of_all, FP32), b.read(of_piece, FP32)), of_all)
-        b.write(b.filled(0.0), of_piece)
+        b.write(b.splat(0.0), of_piece)
 
     def _finish_sums(self, row: Any) -> None:
         b = self.b
-        there = self._there(b.least(b.sub(self.end, row), self.high))
-        b.write_some(
-            b.read(b.at(self.row_sums, self._sums_place(row), FP32), FP32), b.at(self.given["sums"], row, FP32), there
+        mask = self._mask(b.minimum_int(b.sub(self.end, row), self.high))
+        b.store_masked(
+            b.read(b.at(self.row_sums, self._sums_place(row), FP32), FP32), b.at(self.given["sums"], row, FP32), mask
         )
 
     def _sums_place(self, row: Any) -> Any:
@@ -126,7 +126,7 @@ class _WeightGradient:
             b.write(self._units(parts), into)
             with b.if_then(self.sums_wanted):
                 sums = b.at(self.piece_sums, self._sums_place(i), FP32)
-                added = b.fadd(*(b.raised(part) for part in parts)) if self.half else parts[0]
+                added = b.fadd(*(b.bf16_to_fp32(part) for part in parts)) if self.half else parts[0]
                 b.write(b.fadd(b.read(sums, FP32), added), sums)
 
         b.loop(self.row, self.end, self.high, some)
@@ -140,7 +140,7 @@ class _WeightGradient:
 
     def _units(self, parts: Values) -> Any:
         """A vector of them."""
-        return self.b.alternated(*parts) if self.half else parts[0]
+        return self.b.interleave(*parts) if self.half else parts[0]
 
     def _parts(self, name: str, unit: Any, column: Any, columns: Any, ahead: Any) -> Values:
         """Vectors of the rows of a unit, zeros past the last column and row; prefetches `ahead`."""
@@ -148,8 +148,8 @@ class _WeightGradient:
 
         def some(row: Any, limit: Any, element: Any) -> Any:
             place = b.at(self.given[name], b.add(b.mul(row, self.given[f"{name}_row"]), column), element)
-            b.fetch(b.at(place, ahead, element))
-            return b.read_some(place, self._there(b.sub(limit, column)), element)
+            b.prefetch(b.at(place, ahead, element))
+            return b.load_masked(place, self._mask(b.sub(limit, column)), element)
 
         if not self.half:
             return [some(unit, columns, FP32)]
@@ -158,11 +158,11 @@ class _WeightGradient:
         limit = b.select(b.icmp_signed("<", second, self.given["rows"]), columns, b.number(0))
         return [some(first, columns, INT16), some(second, limit, INT16)]
 
-    def _there(self, count: Any) -> Any:
+    def _mask(self, count: Any) -> Any:
         """Which elements of a vector are among so many."""
         b = self.b
         places = ir.Constant(b.vector(INT32), list(range(self.lanes)))
-        return b.icmp_signed("<", places, b.spread(b.trunc(b.least(count, self.lanes), INT32)))
+        return b.icmp_signed("<", places, b.broadcast(b.trunc(b.minimum_int(count, self.lanes), INT32)))
 
     def _finish(self, first: Any, row: Any, column: Any) -> None:
         """Write the sums of a tile, plus earlier pieces; for bf16 they accumulate in fp32 until the last piece."""
@@ -182,19 +182,19 @@ class _WeightGradient:
                 count = b.sub(given["inputs"], b.add(column, n))
                 found, into, wide = b.read(b.at(sums, n, FP32), FP32), b.at(out, n, element), b.at(before, n, FP32)
                 if not self.narrow:
-                    added = b.where(later, lambda: b.fadd(found, b.read_some(into, self._there(count))), found)
+                    added = b.where(later, lambda: b.fadd(found, b.load_masked(into, self._mask(count))), found)
                     self._write(added, into, count)
                     return
                 added = b.where(later, lambda: b.fadd(found, b.read(wide, FP32)), found)
                 with b.if_else(last) as (whole, partly):
                     with whole:
-                        self._write(b.bitcast(b.narrowed(added), b.vector(INT16)), into, count)
+                        self._write(b.bitcast(b.fp32_to_bf16(added), b.vector(INT16)), into, count)
                     with partly:
                         b.write(added, wide)
 
-            b.loop(0, b.least(b.sub(given["inputs"], column), self.columns), self.lanes, vector)
+            b.loop(0, b.minimum_int(b.sub(given["inputs"], column), self.columns), self.lanes, vector)
 
-        b.loop(0, b.least(b.sub(self.end, row), self.high), 1, of_row)
+        b.loop(0, b.minimum_int(b.sub(self.end, row), self.high), 1, of_row)
 
     def _write(self, value: Any, place: Any, count: Any) -> None:
         b = self.b
@@ -203,7 +203,7 @@ class _WeightGradient:
                 b.write(value, place)
             with some:
                 # Only here, because AVX2 takes long for it.
-                b.write_some(value, place, self._there(count))
+                b.store_masked(value, place, self._mask(count))
 
 
 def weight_gradient(
