@@ -238,7 +238,7 @@ def measure_cases(context: Context, measure: Callable[..., object], **given: Any
             context.append(row=plain(row))
         written = len(document.rows)
 
-    options = SimpleNamespace(device=context.device_name, dtype=context.dtype, small=context.small)
+    options = SimpleNamespace(device=context.device_name, dtype=context.dtype, quick=context.small)
     measure(options, keep=keep, **given)
 
 

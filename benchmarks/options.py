@@ -5,13 +5,14 @@ Nothing heavy is imported here, so that help and errors of the command line are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Predicate
 
+from xfm_fast.errors import InputError
 from xfm_fast.loading import Source, Weights
 
 Preset = Literal["tiny", "base"]
@@ -26,7 +27,7 @@ class RunOptions:
 
     Attributes:
         quick: Less work and fewer samples.
-        dtype: fp32, bf16, or both with a comma; auto leaves out what the processor lacks.
+        dtype: fp32, bf16, or both with a comma (serve takes the first); auto leaves out what the processor lacks.
     """
 
     # Of random weights and inputs.
@@ -42,10 +43,10 @@ class ModelOptions(RunOptions, Weights):
 
     Attributes:
         random: Random weights of this size instead of a model. [base]
-        image_size: Pixels along a side. [384; vqa 480; tiny 48]
+        image_size: Pixels along a side, in the suite of the larger images. [384; vqa 480; tiny 48; serve the model's]
         tokenizer: RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [one of the captions]
         data: Images with captions, instead of the photographs: a folder, CSV, JSON lines or shard.
-        device: Device to measure. [a GPU if there is one]
+        device: Device to measure. [a GPU if there is one; the suite: the CPU]
     """
 
     data: Path | None = None
@@ -64,20 +65,8 @@ class ModelOptions(RunOptions, Weights):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteOptions(ModelOptions):
-    """Options of the whole suite.
-
-    Attributes:
-        image_size: Pixels along a side of the larger images. [384; tiny 48]
-        device: Device to measure.
-    """
-
-    device: Device = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScenarioOptions(ModelOptions):
-    """Options of a scenario.
+    """Options of the suite and of every scenario; `check_scenario` knows which scenario has which.
 
     Attributes:
         official: Clone of the official repository, measured as one more baseline.
@@ -85,6 +74,8 @@ class ScenarioOptions(ModelOptions):
         batch: Requests of an offline run, and the most that a server answers together.
         mode: single-stream, offline or server; may be repeated. [all three]
         p99_ms: Bound of the server on the 99th percentile. [4 times one request of the official algorithm]
+        clients: serve: clients at a time, with commas.
+        requests: serve: requests of a window, at least as many as clients.
     """
 
     official: Path | None = None
@@ -92,6 +83,19 @@ class ScenarioOptions(ModelOptions):
     batch: Count | None = None
     mode: tuple[Literal["single-stream", "offline", "server"], ...] = ()
     p99_ms: Annotated[float | None, Gt(0), Predicate(isfinite)] = None
+    clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
+    requests: Annotated[int, Ge(1)] = 32
+
+    def check_scenario(self, scenario: str | None) -> None:
+        """Raise `InputError` for an option that a scenario does not have; the suite is None."""
+        own = _OWN.get(scenario, ("official", "baselines", "batch", "mode", "p99_ms"))
+        for field in fields(ScenarioOptions):
+            shared = field.name in ModelOptions.__dataclass_fields__
+            if not shared and field.name not in own and getattr(self, field.name) != field.default:
+                raise InputError(f"{scenario or 'the suite'} has no --{field.name.replace('_', '-')}; leave it out")
+
+
+_OWN: dict[str | None, tuple[str, ...]] = {None: (), "coco": (), "serve": ("clients", "requests")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,30 +140,12 @@ class KernelOptions:
     Attributes:
         dtype: The type of the tensors. [bf16 on a GPU, fp32 on a CPU]
         device: Device to measure. [a GPU if there is one]
-        small: Shapes of milliseconds, to see that everything runs.
+        quick: Shapes of milliseconds, to see that everything runs.
     """
 
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     device: Device = "auto"
-    small: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions(ModelOptions):
-    """Options of the service under load.
-
-    Attributes:
-        image_size: Interpolate position tables to this size. [the model's]
-        dtype: Dtype of the weights.
-        clients: Clients at a time, with commas.
-        requests: Requests of a window, at least as many as clients.
-        rounds: Windows of each backend.
-    """
-
-    dtype: Literal["fp32", "bf16"] = "fp32"  # pyright: ignore[reportIncompatibleVariableOverride]
-    clients: tuple[Annotated[int, Ge(1), Le(1024)], ...] = (1, 8, 32)
-    requests: Annotated[int, Ge(1)] = 32
-    rounds: Annotated[int, Ge(1)] = 5
+    quick: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

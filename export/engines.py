@@ -479,7 +479,7 @@ def _failure(library: Builder, verb: str, path: Path, messages: Sequence[str]) -
 
     relevant = [message for message in messages if not _NOISE.match(message)] or [*messages, "no message"][:1]
     known = ((text, message) for pattern, text in RULES for message in relevant if re.search(pattern, message))
-    unknown = "see the builder's own messages with --verbose, or try the other of --dtype bf16 and fp16"
+    unknown = "see the builder's own messages with XFM_DEBUG=1, or try the other of --dtype bf16 and fp16"
     text, message = next(known, (unknown, relevant[0]))
     words = set(re.findall(r"[\w./:-]+", message))
     # The compiler numbers copies of a tensor: bias.1 is bias.

@@ -169,7 +169,7 @@ def run(run: Run, cases: Cases | None = None, deadline: float = math.inf) -> Ite
             late: Any = "absent", "no time was left for it in this stage"
             run.add([Case(name.split()[0], name, []).result(Backend(OURS, dtype, dict, lacking=late))])
         else:
-            yield from directions(make(device, DTYPES[dtype], options.small), dtype, run, deadline)
+            yield from directions(make(device, DTYPES[dtype], options.quick), dtype, run, deadline)
 
 
 def _both(work: Callable[..., roofline.Work], inputs: tuple[Tensor, ...]) -> dict[Direction, roofline.Work | None]:

@@ -56,20 +56,20 @@ Request = dict[str, Any]
 @benchmark("serve", title="The HTTP service under load, against one request at a time", reference=ONE_AT_A_TIME)
 def run(run: Run) -> Iterator[Case]:
     """Two kinds of requests by several numbers of clients."""
-    options, chance = run.options, random.Random(run.options.seed)
+    options, chance, dtype = run.options, random.Random(run.options.seed), run.dtypes[0]
     run.progress.begin(3 + 2 * len(options.clients))
     loaded = prepare(run, preset_config(options.preset).image_size)
     size = options.image_size or loaded.subjects.config.image_size
-    models = {dtype: loaded.subjects.model(size, DTYPES[dtype]) for dtype in {"fp32", options.dtype}}
-    models["fp32"].tokenizer = models[options.dtype].tokenizer = loaded.tokenizer
+    models = {name: loaded.subjects.model(size, DTYPES[name]) for name in {"fp32", dtype}}
+    models["fp32"].tokenizer = models[dtype].tokenizer = loaded.tokenizer
     folder = run.scratch / "served"
     models["fp32"].save_pretrained(folder)
     captions, photos = loaded.collection.captions, loaded.collection.images
     catalogue = [crop_url(photos[number % len(photos)], chance) for number in range(_CATALOGUE)]
     checked = [known(chance, captions, catalogue, 4), new(chance, captions, photos, 4)]
     expected = {
-        dtype: torch.tensor([score for request in checked for score in offline(model, request)])
-        for dtype, model in models.items()
+        name: torch.tensor([score for request in checked for score in offline(model, request)])
+        for name, model in models.items()
     }
     # The generator of the load keeps no model while it measures.
     del loaded, models
@@ -77,7 +77,7 @@ def run(run: Run) -> Iterator[Case]:
         run.progress.stage("starting the services")
         # A slow backend is measured, not given up.
         patient = ("--max-queue", str(2 * max(options.clients)), "--timeout", str(_ANSWER_SECONDS))
-        shared = ("--dtype", options.dtype, "--device", run.device.type, *patient)
+        shared = ("--dtype", dtype, "--device", run.device.type, *patient)
         services = {
             name: stack.enter_context(service(folder, *shared, *arguments))
             for name, (_, arguments) in _SERVICES.items()
@@ -99,12 +99,11 @@ def run(run: Run) -> Iterator[Case]:
                 run.progress.stage(f"{words}, {clients} clients")
                 count = max(options.requests, clients)
                 backends = [
-                    _backend(name, options.dtype, *each, clients, count, make, checked)
-                    for name, each in services.items()
+                    _backend(name, dtype, *each, clients, count, make, checked) for name, each in services.items()
                 ]
                 yield Case(
                     work, f"re-rank over HTTP: {words}, {clients} clients", backends, "requests", count,
-                    judge="XFM.match", reference=expected.__getitem__, rounds=options.rounds, warmups=0,
+                    judge="XFM.match", reference=expected.__getitem__, rounds=3 if options.quick else 5, warmups=0,
                     block=lambda call: lambda: [call()],
                 )  # fmt: skip
 

@@ -118,7 +118,7 @@ def plan_models(
         raise ExportError(f"Triton runs {' and '.join(PLATFORMS)}, not {manifest.kind}; export to one of them")
     if manifest.kind == "tensorrt":
         if options.device == "cpu":
-            raise ExportError("device cpu does not run engines of tensorrt; leave out --device, or export to onnx")
+            raise ExportError("device cpu does not run engines of tensorrt; leave it out, or export to onnx")
         options = replace(options, device="gpu")
     models = [
         PlannedModel(name, graph_config(name, record, PLATFORMS[manifest.kind], options), graph=record)
@@ -137,7 +137,7 @@ def _plan_rank(manifest: Manifest, options: RepositoryOptions, tokenizer: Captio
     if all(output.name != "match_logits" for output in manifest.graph("fusion").outputs):
         raise ExportError(f"rank needs match logits; export a model with the 'matching' head, or {graphs}")
     if tokenizer is None:
-        raise InputError(f"rank reads captions and there is no tokenizer; give one with --tokenizer, or {graphs}")
+        raise InputError(f"rank needs a tokenizer for captions; export the model with --tokenizer, or {graphs}")
     tokenizer.check(manifest.xfm_config)
     if manifest.tokenizer_sha256 not in (None, tokenizer.sha256()):
         raise InputError(f"{tokenizer.origin} is not the export's tokenizer; give the tokenizer of the export")

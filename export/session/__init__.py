@@ -519,7 +519,7 @@ class Session:
         if not first_token_only and not self.manifest.all_tokens:
             raise UnavailableError(
                 "this export returns token 0 of fused texts alone; call fuse(..., first_token_only=True), or export "
-                "with --all-tokens"
+                "with OnnxRequest(all_tokens=True)"
             )
         checks.check_embeddings(text_embeds, self.config.text_width, "text embeddings")
         mask = checks.check_attention_mask(attention_mask, [*text_embeds.shape[:2]]).to(self.device)

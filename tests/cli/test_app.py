@@ -111,8 +111,8 @@ def test_commands_and_options_are_few() -> None:
         for argument in command.assemble_argument_collection(parse_docstring=True)
         if argument.name.startswith("--") and not argument.children
     }
-    assert len(commands) <= 36
-    assert len(options) <= 190
+    assert len(commands) <= 28
+    assert len(options) <= 110
 
 
 def test_former_names_are_today_s_with_a_warning() -> None:

@@ -1,4 +1,4 @@
-"""`xfm-fast bench scenario`, `coco`, `train-step` and `list` as a user meets them, in this process."""
+"""`xfm-fast bench` and `bench list` as a user meets them, in this process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _threads() -> Iterator[None]:
 
 
 def test_a_scenario_is_printed_and_saved(tmp_path: Path) -> None:
-    command = ["bench", "scenario", "embed-text", "--mode", "offline", *TINY, "--out", str(tmp_path)]
+    command = ["bench", "embed-text", "--mode", "offline", *TINY, "--out", str(tmp_path)]
     done = invoke(command)
     assert done.exit_code == 0, done.output
     assert "saved: " in done.output
@@ -54,12 +54,14 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["scenario", "caption"], "choose from embed-image"),
-        (["scenario", "train-step"], "xfm-fast bench train-step"),
-        (["scenario", "rerank", "--random", "huge"], 'Choose from: "tiny", "base"'),
-        (["scenario", "rerank", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
-        (["scenario", "rerank", "--model", "m", "--random", "tiny", "--quick"], "--model m and --random tiny"),
-        (["scenario", "coco", "--random", "tiny", "--p99-ms", "3"], "--p99-ms"),
+        (["caption"], "choose from embed-image"),
+        (["rerank", "--random", "huge"], 'Choose from: "tiny", "base"'),
+        (["rerank", "--dtype", "fp8"], 'Choose from: "auto", "fp32", "bf16"'),
+        (["rerank", "--model", "m", "--random", "tiny", "--quick"], "--model m and --random tiny"),
+        (["--official", "folder"], "--official"),
+        (["coco", "--random", "tiny", "--p99-ms", "3"], "--p99-ms"),
+        (["serve", "--baselines", "timm"], "--baselines"),
+        (["rerank", "--clients", "3"], "--clients"),
         (["--threads", "2"], "OMP_NUM_THREADS"),
     ],
 )

@@ -72,7 +72,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
 
 def download(url: str, site: Site | None = None, budget: Budget | None = None) -> bytes:
     async def scenario() -> bytes:
-        budgeted = budget or Budget(Memory(1 << 30), ServiceOptions(max_body_mb=1))
+        budgeted = budget or Budget(Memory(1 << 30), ServiceOptions(memory_mb=16))
         async with web_client(httpx.MockTransport(site or Site())) as client:
             return await fetch(client, url, budgeted, seconds=0.3)
 

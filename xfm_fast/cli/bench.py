@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,8 @@ from cyclopts import Parameter
 from xfm_fast.benchmarks.options import (
     DropInOptions,
     KernelOptions,
-    ModelOptions,
     ScenarioOptions,
-    ServeOptions,
     StepOptions,
-    SuiteOptions,
     TryOptions,
 )
 from xfm_fast.cli.console import stdout, table
@@ -35,55 +33,40 @@ _RESULTS = Path("bench-results")
 
 
 @app.default
-def bench(*, options: Flat[SuiteOptions] = SuiteOptions(), out: Out = _RESULTS) -> int:
-    """Benchmark this machine: xfm-fast against the official algorithm, in one process, on real photographs.
-
-    Without a sub-command the whole suite runs: image and text embedding, re-ranking, end-to-end retrieval, and the
-    fine-tuned tasks. It takes about five minutes on two cores; with --quick, which leaves out the tasks, about one (a
-    minute and a half of processor time). OMP_NUM_THREADS sets the threads.
-    """
-    from xfm_fast.benchmarks.work.model import suite
-
-    return _finish(_measure(suite, options), out)
-
-
-@app.command(name="scenario")
-def bench_scenario(
-    scenario: str, /, *, options: Flat[ScenarioOptions] = ScenarioOptions(), out: Path | None = None
+def bench(
+    scenario: str | None = None, /, *, options: Flat[ScenarioOptions] = ScenarioOptions(), out: Path | None = None
 ) -> int:
-    """Measure latency, throughput, and maximum QPS under a latency SLO (Poisson arrivals).
+    """Benchmark this machine against the official algorithm and other libraries, on real photographs.
 
-    Every backend answers the same requests with the same weights; results are compared first, then timed in interleaved
-    rounds. A backend that fails becomes a failed row and the others continue. Ctrl-C saves what was measured, marked as
-    interrupted.
+    Without a SCENARIO the whole suite runs on the CPU: image and text embedding, re-ranking, end-to-end retrieval, and
+    the fine-tuned tasks. It takes about five minutes on two cores; with --quick, which leaves out the tasks, about one
+    (a minute and a half of processor time). OMP_NUM_THREADS sets the threads.
+
+    A scenario measures latency, throughput, and maximum QPS under a latency SLO (Poisson arrivals). Every backend
+    answers the same requests with the same weights; results are compared first, then timed in interleaved rounds. A
+    backend that fails becomes a failed row and the others continue. Ctrl-C saves what was measured, marked as
+    interrupted. Exit code 1: a result differed, or a backend failed.
 
     Args:
-        scenario: embed-image, embed-text, rerank, retrieve, a task, or coco; see xfm-fast bench list.
-        out: Folder or JSON file for the results. [bench-results/SCENARIO]
+        scenario: embed-image, embed-text, rerank, retrieve, a task, coco, or serve, the HTTP service under load; see
+            xfm-fast bench list. [the suite]
+        out: Folder for a JSON file and a self-contained HTML page; or a JSON file. [bench-results/SCENARIO]
     """
-    from xfm_fast.benchmarks.work import coco
-    from xfm_fast.benchmarks.work import scenario as scenarios
+    options.check_scenario(scenario)
+    given: dict[str, Any] = {}
+    if scenario is None:
+        from xfm_fast.benchmarks.work.model import suite as run
 
-    if scenario == "coco":
-        own, default = vars(ModelOptions()), vars(ScenarioOptions())
-        if unused := [name for name, value in vars(options).items() if name not in own and value != default[name]]:
-            raise InputError(f"scenario coco has no --{unused[0].replace('_', '-')}; leave it out")
-        document = _measure(coco.run, options)
+        options = options if options.device != "auto" else replace(options, device="cpu")
+    elif scenario == "coco":
+        from xfm_fast.benchmarks.work.coco import run
+    elif scenario == "serve":
+        from xfm_fast.benchmarks.work.serving import run
     else:
-        document = _measure(scenarios.run, options, scenario=scenario)
-    return _finish(document, out or _RESULTS / scenario)
+        from xfm_fast.benchmarks.work.scenario import run
 
-
-@app.command(name="serve")
-def bench_serve(*, options: Flat[ServeOptions] = ServeOptions(), out: Out = _RESULTS / "serve") -> int:
-    """Load the HTTP service with re-ranking clients, against the same service with one request at a time.
-
-    Every backend is a process of its own, and its answers are compared with the model's first. Exit code 1: an answer
-    differed, or a request failed.
-    """
-    from xfm_fast.benchmarks.work import serving
-
-    return _finish(_measure(serving.run, options), out)
+        given = {"scenario": scenario}
+    return _finish(_measure(run, options, **given), out or _RESULTS / (scenario or ""))
 
 
 @app.command(name="train-step")
@@ -160,9 +143,8 @@ def bench_list() -> None:
     from xfm_fast.benchmarks.work.requests import SCENARIOS
     from xfm_fast.benchmarks.work.scenario import ELSEWHERE
 
-    coco = "cost of COCO's 5k retrieval evaluation, official and xfm-fast, projected from the times of its parts"
     scenarios = table("scenarios", "name", "measures")
-    for name, meaning in (SCENARIOS | {"coco": coco} | ELSEWHERE).items():
+    for name, meaning in (SCENARIOS | ELSEWHERE).items():
         scenarios.add_row(name, meaning)
     baselines = table("baselines", "name", "what", "scenarios", "types", "version", "")
     for shown in (scenarios, baselines):

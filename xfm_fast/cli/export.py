@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,7 +23,6 @@ from xfm_fast.export.request import (
     Quantisation,
     RepositoryOptions,
     RuntimeChoice,
-    ServedDevice,
 )
 from xfm_fast.export.runtimes.aoti import PackageRequest
 from xfm_fast.export.runtimes.tensorrt import EngineRequest
@@ -41,10 +41,6 @@ app = command_group("export")
 _PHOTOS, _CAPTIONS = 4, 48
 
 Out = Annotated[Path, Parameter(help="Folder that receives the files and manifest.json.")]
-Tokenizer = Annotated[
-    Path | None,
-    Parameter(help="RoBERTa's vocab.json and merges.txt (their folder), or a tokenizer.json. [the export's]"),
-]
 Form = Literal["onnx", "aoti", "tensorrt", "tensorrt-rtx"]
 _REQUESTS: dict[Form, type[ExportRequest]] = {
     "onnx": OnnxRequest,
@@ -64,7 +60,6 @@ class ExportOptions:
         consumer: Library that reads the ONNX files. [onnxruntime]
         graphs: Names of vision,text,image_memory,fusion,match. [all but match, or the task's]
         fixed: Axes of one size, for example batch=1,length=40. [all dynamic]
-        all_tokens: fusion returns every token instead of token 0.
         packed: text and fusion take captions packed into rows, so that their cost follows the real tokens; by default
             captions are padded to the longest.
         opset: ONNX opset, 20 to 24. [20 for fp32, 23, which has attention, for 16 bits; the best for the builder]
@@ -73,7 +68,6 @@ class ExportOptions:
         sm: Compute capabilities to build engines for, for example 80,89,120. [this machine's GPU]
         quantize: 8-bit GEMMs of engines, with scales from the images and captions that are compared.
         budget: Least cosine of any output row with the model's. GEMMs that cost more stay in --dtype. [0.99]
-        verbose: Show the builder's own messages.
         data: Images with captions to verify on, instead of the photographs: a folder, CSV, JSON lines or shard.
     """
 
@@ -81,14 +75,12 @@ class ExportOptions:
     consumer: Annotated[str | None, Parameter(name="--for")] = None
     graphs: Sequence[str] | None = None
     fixed: Sequence[str] = ()
-    all_tokens: bool = False
     packed: bool = False
     opset: int | None = None
     profile: Sequence[str] = ()
     sm: Sequence[str] = ()
     quantize: Quantisation | None = None
     budget: float | None = None
-    verbose: bool = False
     data: Path | None = None
 
     def request(self, source: Source) -> Any:
@@ -102,7 +94,7 @@ class ExportOptions:
             given["device"] = source.device
         elif self.to == "onnx" and source.device == "cuda":
             raise InputError("--device cuda does not apply to --to onnx, which traces on the CPU; leave it out")
-        for name in ("to", "verbose", "data"):
+        for name in ("to", "data"):
             given.pop(name, None)
         if unknown := sorted(given.keys() - known):
             option = "for" if unknown[0] == "consumer" else dashes(unknown[0])
@@ -133,7 +125,8 @@ def export(
         request.check()
     else:
         engines.check_request(options.to, request)
-    if options.verbose:
+    if os.environ.get("XFM_DEBUG", "0") not in ("", "0"):
+        # The builder's own messages.
         logging.basicConfig(format="%(message)s")
         logging.getLogger("xfm_fast.export").setLevel(logging.DEBUG)
     if options.data is not None:
@@ -195,10 +188,6 @@ def model_repository(
     *,
     out: Path,
     pipeline: Pipeline = "rank",
-    prefix: str = "xfm",
-    device: ServedDevice = "auto",
-    most_batch: int = 32,
-    tokenizer: Tokenizer = None,
 ) -> None:
     """Write a model repository for NVIDIA's Triton Inference Server from an export.
 
@@ -206,17 +195,10 @@ def model_repository(
         folder: Folder of an export.
         out: The repository; must not exist.
         pipeline: rank adds a model from image files and captions to scores; graphs adds none.
-        prefix: Prefix of the models' names.
-        device: Device of the models; engines always run on a GPU.
-        most_batch: Rows of a batch, for graphs that take any number.
     """
     from xfm_fast.export.model_repository import write_model_repository
-    from xfm_fast.tokenizer import CaptionTokenizer
 
-    options = RepositoryOptions(pipeline, prefix, device, most_batch)
-    options.check()
-    vocabulary = None if tokenizer is None else CaptionTokenizer.from_files(tokenizer)
-    models = write_model_repository(folder, out, options, tokenizer=vocabulary, progress=say)
+    models = write_model_repository(folder, out, RepositoryOptions(pipeline), progress=say)
     shown = table("", "model", "platform", "most rows", right=("most rows",))
     for model in models:
         rows = model.config["max_batch_size"]

@@ -98,15 +98,15 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("bench report", "--html", "--out"),
     *(Renamed(name, "--png", None, "bench report FILE --out page.html") for name in ("bench report", "try")),
     Renamed("bench report", "--markdown", None, "--out FILE.md"),
-    Renamed("bench coco", None, "bench scenario coco"),
-    # As a command, since scenarios have the option.
-    Renamed("bench --official", None, None, "bench scenario --official"),
+    Renamed("bench scenario", None, "bench"),
+    Renamed("bench kernels", "--small", "--quick"),
+    Renamed("bench serve", "--rounds", None, "the fixed 5 rounds, 3 with --quick"),
     Renamed("bench serve", "--documents", None, "the fixed 16 documents"),
     Renamed("bench serve", "--soak", None, "--requests 10000, and watch xfm_process_resident_bytes of /metrics"),
-    Renamed("bench scenario", "--index", None, "the fixed number of images"),
-    Renamed("bench scenario", "--texts", None, "the fixed number of texts"),
-    Renamed("bench scenario", "--k", None, "the fixed number of candidates"),
-    Renamed("bench scenario", "--lengths", None, "captions, whose lengths are real"),
+    Renamed("bench", "--index", None, "the fixed number of images"),
+    Renamed("bench", "--texts", None, "the fixed number of texts"),
+    Renamed("bench", "--k", None, "the fixed number of candidates"),
+    Renamed("bench", "--lengths", None, "captions, whose lengths are real"),
     *(Renamed(name, "--threads", None, "OMP_NUM_THREADS=N in the environment") for name in ("bench", "try")),
     *(Renamed(name, "--seed", None, "the fixed seed 0") for name in ("bench", "try")),
     *(Renamed("try", name, "--inputs") for name in ("--texts", "--images")),
@@ -116,6 +116,7 @@ RENAMED: tuple[Renamed, ...] = (
     ),
     Renamed("index", "--batch-size", None, "build_index(batch_size=) in Python"),
     Renamed("index", "--workers", None, "the fixed 8 threads"),
+    Renamed("serve", "--max-body-mb", None, "--memory-mb, of which a request may take a sixteenth"),
     Renamed("serve", "--max-pixels", None, "the fixed limit of 16,777,216 pixels"),
     Renamed("serve", "--max-documents", None, "the fixed limit of 256 documents"),
     Renamed("serve", "--max-characters", None, "the fixed limit of 2,000 characters"),
@@ -124,6 +125,8 @@ RENAMED: tuple[Renamed, ...] = (
     Renamed("data check", "--list-first", None, "--json for all that a check finds"),
     Renamed("data convert", "--to", None, "a destination that ends in .jsonl for lines, or a folder for shards"),
     Renamed("data convert", "--megabytes", None, "--samples, the most samples of a shard"),
+    Renamed("data convert", "--quarantine", None, "data check --json, which lists broken rows"),
+    *(Renamed("data shapes", name, None, "--train, of which each has a twentieth") for name in ("--val", "--test")),
     Renamed("convert", "--to", None, "a destination that ends in .th, .pth or .safetensors, or a folder"),
     Renamed("reproduce", "--jobs", None, "taskset, since a study takes the cores that the process may use"),
     Renamed("audit", "--ratchet", None, "a copy of kernels/audit_baseline.json"),
@@ -137,8 +140,15 @@ RENAMED: tuple[Renamed, ...] = (
     ),
     *(
         Renamed("export model-repository", option, None, "config.pbtxt of the model, which is text to edit")
-        for option in ("--queue-delay", "--instances", "--most-images", "--most-captions", "--cache-mb")
+        for option in ("--queue-delay", "--instances", "--most-images", "--most-captions", "--cache-mb", "--device")
     ),
+    *(
+        Renamed("export model-repository", f"--{name.replace('_', '-')}", None, f"RepositoryOptions({name}=) in Python")
+        for name in ("prefix", "most_batch")
+    ),
+    Renamed("export model-repository", "--tokenizer", None, "--tokenizer of xfm-fast export"),
+    Renamed("export", "--all-tokens", None, "OnnxRequest(all_tokens=True) in Python"),
+    Renamed("export", "--verbose", None, "XFM_DEBUG=1 in the environment"),
     Renamed("export model-repository", "--overwrite", None, "another --out, or delete the folder"),
     Renamed("export int8", "--data", None, "--data of xfm-fast export, whose images and captions are used"),
     Renamed("export int8", "--tokenizer", None, "the tokenizer of the export"),

@@ -59,11 +59,6 @@ class Service:
     """
 
     def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
-        if options.memory_mb < COPIES * options.max_body_mb:
-            raise InputError(
-                f"--memory-mb {options.memory_mb} holds no body of --max-body-mb {options.max_body_mb}; give at least "
-                f"{COPIES * options.max_body_mb}"
-            )
         self.model, self.options = model, options
         self.memory = Memory(options.memory_mb << 20)
         self.active: set[Budget] = set()

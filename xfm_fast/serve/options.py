@@ -40,8 +40,8 @@ class ServiceOptions:
         api_key: Key that clients send as a bearer token. Other users of this machine can see it on the command line,
             unlike the environment variable XFM_API_KEY. [no key]
         allow_urls: Download images that requests name by URL, from public addresses only.
-        max_body_mb: Megabytes of a request, downloaded images included.
-        memory_mb: Megabytes of all requests together, bodies in three copies during parsing; 429 beyond it.
+        memory_mb: Megabytes of all requests together, bodies in three copies during parsing; 429 beyond it. A request,
+            downloaded images included, may have a sixteenth.
         max_queue: Requests in flight, waiting ones included; 429 beyond it.
         batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single request may have more.
             [4096 on a CPU, 65536 on a GPU]
@@ -53,12 +53,16 @@ class ServiceOptions:
     port: Annotated[int, Ge(0), Le(65535)] = 8000
     api_key: str | None = None
     allow_urls: bool = False
-    max_body_mb: Annotated[int, Ge(1), Le(4096)] = 32
     memory_mb: Annotated[int, Ge(1)] = 512
     max_queue: Annotated[int, Ge(1)] = 128
     batch_tokens: Annotated[int | None, Ge(1)] = None
     cache_mb: Annotated[int, Ge(0)] = 1024
     timeout: Annotated[float, Gt(0), Le(86400)] = 60.0
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Bytes of a request, downloaded images included."""
+        return (self.memory_mb << 20) // 16
 
     @property
     def loopback(self) -> bool:

@@ -52,7 +52,7 @@ class Budget:
     def receive(self, count: int, copies: int = 1) -> None:
         """Hold bytes of the body or of a download, in this many copies; raises `Problem` 413 and 429."""
         self._received += count
-        most = self.options.max_body_mb << 20
+        most = self.options.max_body_bytes
         if self._received > most:
             raise Problem(413, f"the request has more than {most:,} bytes; shrink the images, or send fewer")
         self._hold(copies * count)

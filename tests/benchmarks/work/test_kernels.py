@@ -27,7 +27,7 @@ def small(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> OpCa
 
 def measured(dtype: Any = "fp32", keep: Any = lambda document: None, **cases: Any) -> Document:
     makers = {name: (lambda *_, case=case: case) if isinstance(case, OpCase) else case for name, case in cases.items()}
-    return kernels.run(KernelOptions(device="cpu", dtype=dtype, small=True), cases=makers, keep=keep)
+    return kernels.run(KernelOptions(device="cpu", dtype=dtype, quick=True), cases=makers, keep=keep)
 
 
 def rows_of(case: OpCase, dtype: str = "fp32") -> dict[tuple[str, str], Result]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xfm_fast.benchmarks.options import ServeOptions
+from xfm_fast.benchmarks.options import ScenarioOptions
 from xfm_fast.benchmarks.record import OURS
 from xfm_fast.benchmarks.work import serving
 
@@ -13,7 +13,8 @@ from xfm_fast.benchmarks.work import serving
 def test_the_whole_measurement_of_a_tiny_model() -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    document = serving.run(ServeOptions(random="tiny", device="cpu", clients=(1, 4), requests=8, rounds=3))
+    options = ScenarioOptions(random="tiny", quick=True, dtype=("fp32",), device="cpu", clients=(1, 4), requests=8)
+    document = serving.run(options)
     assert document.ok
     assert {row.work for row in document.rows} == {"serve-known", "serve-new"}
     for row in document.rows:

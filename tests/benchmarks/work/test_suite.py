@@ -10,7 +10,7 @@ import pytest
 from xfm_fast.benchmarks import record, report
 from xfm_fast.benchmarks.inputs import preset_config
 from xfm_fast.benchmarks.measure import Progress
-from xfm_fast.benchmarks.options import SuiteOptions
+from xfm_fast.benchmarks.options import ModelOptions
 from xfm_fast.benchmarks.record import OFFICIAL, OURS, Document
 from xfm_fast.benchmarks.work.model import suite
 from xfm_fast.errors import UnavailableError
@@ -23,7 +23,7 @@ WORKS = ["embed-image", "embed-image", "embed-text", "rerank", "retrieval"]
 
 def _run(progress: Progress | None = None, **changes: Any) -> Document:
     settings: dict[str, Any] = {"random": "tiny", "quick": True, "dtype": ("fp32",), **changes}
-    return suite(SuiteOptions(**settings), progress, ["xfm-fast", "bench"])
+    return suite(ModelOptions(device="cpu", **settings), progress, ["xfm-fast", "bench"])
 
 
 @pytest.fixture(scope="module")

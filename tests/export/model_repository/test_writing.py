@@ -222,12 +222,13 @@ def test_a_repository_has_a_folder_of_its_own(
 
 
 def test_command(exported_fp32: Path, tokenizer: CaptionTokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path / "tokenizer.json")
-    arguments = ["export", "model-repository", str(exported_fp32), "--out", str(tmp_path / "models")]
-    done = invoke([*arguments, "--tokenizer", str(tmp_path), "--prefix", "a"])
+    folder = shutil.copytree(exported_fp32, tmp_path / "exported")
+    tokenizer.save(folder / "tokenizer.json")
+    arguments = ["export", "model-repository", str(folder), "--out", str(tmp_path / "models")]
+    done = invoke(arguments)
     assert done.exit_code == 0, done.output
-    assert "a_rank" in done.output
+    assert "xfm_rank" in done.output
     assert "tritonserver --model-repository=" in done.output
-    done = invoke([*arguments, "--tokenizer", str(tmp_path)])
+    done = invoke(arguments)
     assert done.exit_code == 2
     assert done.stderr.startswith("xfm-fast: ")
