@@ -30,8 +30,7 @@ from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.task import TASKS
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import TASKS, TaskModel
 from xfm_fast.tasks.vqa import VQAModel
 
 if TYPE_CHECKING:

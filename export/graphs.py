@@ -31,10 +31,9 @@ from xfm_fast.kernels import ops
 from xfm_fast.kernels.reference import position_bias
 from xfm_fast.models.frozen import is_frozen
 from xfm_fast.models.text import LayerStack, TransformerLayer
-from xfm_fast.models.vision import Block
+from xfm_fast.models.vision import Block, RelPosAttention
 from xfm_fast.models.xfm import XFM
-from xfm_fast.nn import RelPosAttention
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import TaskModel
 
 from .manifest import AXES, TensorRecord
 from .request import ALL_GRAPHS, DEFAULT_GRAPHS, GRAPHS, PAIR_GRAPH, AttentionForm, DType, GraphName

@@ -25,7 +25,7 @@ from xfm_fast.errors import CheckpointError, ConfigError, DataError, ExportError
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, storing, write_bytes
 from xfm_fast.kernels.files import write_whole
-from xfm_fast.tasks.heatmap import read_detections
+from xfm_fast.tasks.weak_grounding import read_detections
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import override, read_recipe
 

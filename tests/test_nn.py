@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.agreement import assert_same_gradients, assert_survives_copies, relative_error
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import reference
-from xfm_fast.nn import RelPosAttention
+from xfm_fast.models.vision import RelPosAttention
 
 KEY_MASKS = {"all keys": None, "masked": torch.arange(7) < torch.tensor([7, 4])[:, None]}
 

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from xfm_fast.batches import Batch, ImageBatch, PairBatch, RegionBatch, TextBatch
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.reference import relative_position_index
-from xfm_fast.models.heads import DeepMLPHead, LMHead, MLPHead
-from xfm_fast.models.text import Attention, Embeddings, ResidualNorm, TransformerLayer
-from xfm_fast.models.vision import Block
+from xfm_fast.models.text import Attention, DeepMLPHead, Embeddings, LMHead, MLPHead, ResidualNorm, TransformerLayer
+from xfm_fast.models.vision import Block, RelPosAttention
 from xfm_fast.models.xfm import XFM
-from xfm_fast.nn import RelPosAttention
 
 _MASKED = -10000.0
 _NOT_SCORED = -100.0

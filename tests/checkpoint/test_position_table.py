@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import load_json, load_tensors
 from xfm_fast.checkpoint import interpolate_table, relative_position_index
-from xfm_fast.checkpoint.position_table import source_positions, table_rows
+from xfm_fast.checkpoint.names import source_positions, table_rows
 from xfm_fast.errors import InputError
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from tests.data.record_files import base64_picture, picture, tiny_config, tiny_tokenizer, write_lines, write_tar
 from xfm_fast.data import records
-from xfm_fast.data.caption_files import retrieval_rows
-from xfm_fast.data.collection import open_collection
+from xfm_fast.data.collection import open_collection, retrieval_rows
 from xfm_fast.data.converting import to_lines
 from xfm_fast.data.files import open_file
 from xfm_fast.data.options import PairStreamOptions
@@ -102,4 +101,4 @@ def test_one_function_opens_data_files() -> None:
                 if name in ("open", "os.open") or name.endswith((".read_bytes", ".read_text")):
                     found.add(f"{path.stem}.{function.name}")
     # The last two write a log and their own files.
-    assert found <= {"files.open_file", "files.read_range", "images._content", "quarantine.add", "quarantine.count"}
+    assert found <= {"files.open_file", "files.read_range", "images._content", "streams.add", "streams.count"}

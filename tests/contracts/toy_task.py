@@ -11,8 +11,7 @@ from torch import Tensor
 from xfm_fast.data.annotations import Annotation, AnnotationRows, Elements, Text, as_rows, read_array
 from xfm_fast.data.files import Paths, find_files
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import PairInput, Task, TaskOptions, register, require_inputs
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import PairInput, Task, TaskModel, TaskOptions, register, require_inputs
 
 
 class LikenessRecord(Annotation):

@@ -10,8 +10,7 @@ from PIL import Image
 
 from tests.data.record_files import base64_picture, pairs, picture, region, tiny_config, tiny_tokenizer, write_lines
 from xfm_fast.data.options import STREAM_KINDS
-from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.streams import Stream
+from xfm_fast.data.streams import Quarantine, Stream
 from xfm_fast.tasks.checking import Options, Report, check
 
 

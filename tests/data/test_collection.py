@@ -16,8 +16,7 @@ from tests.search.conftest import photos as photos
 from tests.search.conftest import write_picture
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import check_images
-from xfm_fast.data.caption_files import captioning_test_rows, retrieval_rows, retrieval_test_rows
-from xfm_fast.data.collection import open_collection
+from xfm_fast.data.collection import captioning_test_rows, open_collection, retrieval_rows, retrieval_test_rows
 from xfm_fast.data.images import decode_pixels, record_pixels
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import image_at, open_records

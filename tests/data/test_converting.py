@@ -9,8 +9,8 @@ import pytest
 
 from tests.data.record_files import base64_picture, pairs, picture, region, write_lines, write_tar
 from xfm_fast.data.converting import to_lines, to_shards
-from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import open_records
+from xfm_fast.data.streams import Quarantine
 from xfm_fast.errors import DataError, StorageError
 
 WRAPPED = "\n".join(base64_picture(0)[start : start + 60] for start in range(0, len(base64_picture(0)), 60))

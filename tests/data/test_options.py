@@ -6,9 +6,9 @@ from typing import Any, get_args
 from tests.data.record_files import pair, pairs, picture, write_lines
 from xfm_fast.data.options import STREAM_KINDS
 from xfm_fast.training.distributed import join_processes
+from xfm_fast.training.loop import open_sources
 from xfm_fast.training.recipe import load_recipe
 from xfm_fast.training.recipe_fields import AnyStream
-from xfm_fast.training.setup import open_sources
 
 
 def _recipe(folder: Path, *overrides: str) -> Any:

@@ -6,7 +6,7 @@ from math import factorial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xfm_fast.data.order import permuted, replacement, shuffled
+from xfm_fast.data.streams import permuted, replacement, shuffled
 
 
 @given(st.integers(1, 700), st.integers(0, 2**63), st.integers(0, 5), st.one_of(st.none(), st.integers(1, 800)))

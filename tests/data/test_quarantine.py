@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.record_files import write_lines
-from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import LineFile, ListRows
+from xfm_fast.data.streams import Quarantine
 from xfm_fast.errors import DataError, StorageError
 
 ERROR = DataError("broken for a test")

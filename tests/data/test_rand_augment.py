@@ -9,8 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from xfm_fast.data.rand_augment import GREY, IMAGENET_FILL, OPERATIONS, Operation
-from xfm_fast.data.transforms import IMAGENET_MEAN
+from xfm_fast.data.transforms import GREY, IMAGENET_FILL, IMAGENET_MEAN, OPERATIONS, Operation
 
 Pixels = NDArray[np.uint8]
 FACTOR = 7 / 10 * 1.8 + 0.1

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.record_files import picture, write_lines
 from xfm_fast.data.annotations import AnnotationRows
-from xfm_fast.data.caption_files import captioning_rows, captioning_test_rows, retrieval_rows, retrieval_test_rows
+from xfm_fast.data.collection import captioning_rows, captioning_test_rows, retrieval_rows, retrieval_test_rows
 from xfm_fast.data.files import read_plain_pickle
 from xfm_fast.errors import DataError
 from xfm_fast.tasks.grounding import grounding_rows

@@ -14,11 +14,12 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from xfm_fast.data.images import MEAN, STD
-from xfm_fast.data.rand_augment import OPERATIONS, RandAugment
 from xfm_fast.data.transforms import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    OPERATIONS,
+    RandAugment,
     RandomErasing,
     RegionTransform,
     TrainingTransform,

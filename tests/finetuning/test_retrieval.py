@@ -34,10 +34,9 @@ from xfm_fast.serve.model import Work
 from xfm_fast.serve.model import load as load_served
 from xfm_fast.serve.options import SourceOptions
 from xfm_fast.tasks import reranking, retrieval
-from xfm_fast.tasks.evaluation import Evaluation, fingerprint
-from xfm_fast.tasks.journal import Journal
+from xfm_fast.tasks.evaluation import Evaluation, Journal, fingerprint
 from xfm_fast.tasks.retrieval import RetrievalOptions, RetrievalTask, Retriever
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import TaskModel
 
 RESULTS = ("metrics.json", "receipt.json", "scores.safetensors")
 

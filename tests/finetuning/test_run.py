@@ -17,9 +17,8 @@ from tests.cli.runner import invoke
 from tests.finetuning.conftest import Make, make_recipe
 from tests.training.small_runs import in_processes, join_group, numbers
 from xfm_fast.data.annotations import AnnotationRows, TextRecord
-from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
-from xfm_fast.data.streams import ShuffledBatches
+from xfm_fast.data.streams import Quarantine, ShuffledBatches
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, StorageError
 from xfm_fast.finetuning import run as runs
 from xfm_fast.finetuning.recipe import FinetuneRecipe, resumed_steps

@@ -17,8 +17,7 @@ from xfm_fast.errors import CheckpointError, DataError, InputError
 from xfm_fast.finetuning.prediction import load
 from xfm_fast.finetuning.recipe import FinetuneRecipe
 from xfm_fast.finetuning.run import evaluate, finetune, open_task
-from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap
-from xfm_fast.tasks.weak_grounding import boxes_of
+from xfm_fast.tasks.weak_grounding import best_box, boxes_of, cross_attention_heatmap
 
 
 @pytest.fixture

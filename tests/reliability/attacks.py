@@ -31,8 +31,7 @@ from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.cli.app import app
 from xfm_fast.cli.options import mentions
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.caption_files import retrieval_rows
-from xfm_fast.data.collection import open_collection
+from xfm_fast.data.collection import open_collection, retrieval_rows
 from xfm_fast.data.images import decode_image
 from xfm_fast.data.records import open_records
 from xfm_fast.errors import XFMError, wrong_argument

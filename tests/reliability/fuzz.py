@@ -44,7 +44,7 @@ from safetensors.torch import save
 from tests.data.record_files import pair, picture, tiny_tokenizer, write_tar
 from xfm_fast.checkpoint import read_state_dict
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.caption_files import retrieval_rows
+from xfm_fast.data.collection import retrieval_rows
 from xfm_fast.data.files import read_plain_pickle
 from xfm_fast.data.images import decode_image, decode_pixels
 from xfm_fast.data.records import LineFile, ShardFile
@@ -57,11 +57,11 @@ from xfm_fast.finetuning.run import recipe_of
 from xfm_fast.io import parse_json, parse_yaml
 from xfm_fast.memory import PeakMemory
 from xfm_fast.search.index import INDEX_FILE, open_index
-from xfm_fast.tasks.heatmap import read_detections
-from xfm_fast.tasks.journal import Journal, read_journal
+from xfm_fast.tasks.evaluation import Journal, read_journal
 from xfm_fast.tasks.retrieval import RetrievalOptions
 from xfm_fast.tasks.task import explanation, make_task, task_of
 from xfm_fast.tasks.vqa import vqa_rows
+from xfm_fast.tasks.weak_grounding import read_detections
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
 from xfm_fast.training.metrics import read_log

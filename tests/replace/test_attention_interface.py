@@ -15,7 +15,7 @@ pytest.importorskip("transformers.masking_utils", reason="this version has no at
 import xfm_fast  # noqa: E402
 from tests.replace.families import FAMILIES, TRANSFORMERS, assert_close, batch, gradients, make, without_chance  # noqa: E402
 from xfm_fast.kernels import ops  # noqa: E402
-from xfm_fast.replace import attention_interface  # noqa: E402
+from xfm_fast.replace.attention import attention_forward  # noqa: E402
 
 # Before transformers 5 none of them calls the attention interface.
 WITH_BIAS = ("BEiT", "BEiT, shared bias", "BEiT, both biases", "Swin, whole windows") if TRANSFORMERS >= 5 else ()
@@ -95,11 +95,11 @@ def test_a_bias_beside_a_mask(calls: list[tuple[int, ...]]) -> None:
     scores = q @ k.mT * 8**-0.5 + bias
     for mask in (None, keep, numbers):
         hidden = scores if mask is None else scores + numbers
-        out, _ = attention_interface.attention(module, q, k, v, mask, position_bias=bias)
+        out, _ = attention_forward(module, q, k, v, mask, position_bias=bias)
         torch.testing.assert_close(out.transpose(1, 2), hidden.softmax(-1) @ v)
     assert len(calls) == 3
     module.is_causal = True
-    out, _ = attention_interface.attention(module, q, k, v, None, position_bias=bias)
+    out, _ = attention_forward(module, q, k, v, None, position_bias=bias)
     causal = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(out.transpose(1, 2), causal.softmax(-1) @ v)
     assert len(calls) == 3
@@ -109,6 +109,6 @@ def test_dropout() -> None:
     q, k, v = torch.randn(3, 1, 2, 6, 8).unbind(0)
     given: Any = (nn.Module(), q, k, v, torch.randn(1, 2, 6, 6))
     torch.manual_seed(0)
-    drawn = [attention_interface.attention(*given, dropout=0.3)[0] for _ in range(300)]
+    drawn = [attention_forward(*given, dropout=0.3)[0] for _ in range(300)]
     assert not torch.allclose(drawn[0], drawn[1])
-    assert (torch.stack(drawn).mean(0) - attention_interface.attention(*given)[0]).abs().mean() < 0.1
+    assert (torch.stack(drawn).mean(0) - attention_forward(*given)[0]).abs().mean() < 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xfm_fast.tasks.caption_metrics import caption_metrics, words
+from xfm_fast.tasks.captioning import caption_metrics, words
 
 REFERENCES = {
     1: ["A dog isn't on the red bench.", "the dog sits beside a bench (red)"],

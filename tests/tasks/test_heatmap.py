@@ -17,7 +17,7 @@ from tests.agreement import relative_error
 from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import DataError
 from xfm_fast.tasks.grounding import GroundingModel
-from xfm_fast.tasks.heatmap import best_box, cross_attention_heatmap, read_detections
+from xfm_fast.tasks.weak_grounding import best_box, cross_attention_heatmap, read_detections
 
 CONFIG = XFMConfig.preset("tiny", fusion_layers=4)
 LENGTHS = (9, 3, 6, 4, 7)

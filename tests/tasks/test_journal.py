@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from xfm_fast.errors import StorageError
-from xfm_fast.tasks.journal import Journal, read_journal
+from xfm_fast.tasks.evaluation import Journal, read_journal
 
 ENTRIES = [[0, [1.5, -2.0]], [1, ["\u2028"]], [2, [0.1]]]
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

@@ -17,7 +17,7 @@ from xfm_fast.tasks.captioning import CaptioningModel
 from xfm_fast.tasks.classification import ClassificationModel
 from xfm_fast.tasks.grounding import GroundingModel
 from xfm_fast.tasks.nlvr2 import NLVR2Model
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import TaskModel
 from xfm_fast.tasks.vqa import VQAModel
 
 MODELS: dict[str, tuple[type[TaskModel], dict[str, Any], str]] = {

@@ -12,8 +12,7 @@ import torch
 from tests.training.small_runs import small_recipe
 from xfm_fast.errors import XFMError
 from xfm_fast.models.xfm import XFM
-from xfm_fast.training.loop import train
-from xfm_fast.training.setup import build_model
+from xfm_fast.training.loop import build_model, train
 
 SIZES: dict[str, Any] = {"preset": "tiny", "vision_depth": 1, "text_layers": 1, "fusion_layers": 1}
 

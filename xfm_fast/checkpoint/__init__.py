@@ -8,12 +8,16 @@ from xfm_fast.checkpoint.files import (
     write_safetensors,
 )
 from xfm_fast.checkpoint.loading import (
+    InitialisationReport,
     LoadResult,
     assign_into,
+    beit2_state,
     compare,
+    initialise,
     load_into,
     random_tensors,
     require_depth,
+    roberta_state,
     without_values,
 )
 from xfm_fast.checkpoint.names import (
@@ -22,14 +26,14 @@ from xfm_fast.checkpoint.names import (
     LoadReport,
     config_of,
     heads_in,
+    interpolate_table,
+    relative_position_index,
     select_heads,
     to_official,
     to_ours,
     underivable,
 )
-from xfm_fast.checkpoint.position_table import interpolate_table, relative_position_index
 from xfm_fast.checkpoint.relatives import Relative, read_x2vlm, refuse_relative, relative_of
-from xfm_fast.checkpoint.sources import InitialisationReport, beit2_state, initialise, roberta_state
 
 __all__ = [
     "HEAD_PREFIXES",

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xfm_fast.checkpoint.names import TABLE, LoadReport, fit_table
-from xfm_fast.checkpoint.position_table import window_of
+from xfm_fast.checkpoint.names import TABLE, LoadReport, fit_table, window_of
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
 

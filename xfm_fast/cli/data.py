@@ -124,7 +124,7 @@ def convert_rows(
         samples: Maximum samples per shard.
     """
     from xfm_fast.data.converting import to_lines, to_shards
-    from xfm_fast.data.quarantine import Quarantine
+    from xfm_fast.data.streams import Quarantine
     from xfm_fast.data.tables import LINE_SUFFIXES
 
     bad = Quarantine(None, tolerate_bad=rows.tolerate_bad, setting="--tolerate-bad")

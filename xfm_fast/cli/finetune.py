@@ -200,8 +200,7 @@ def _heatmap(
     """Draw the heatmap of one text on one image, and print the detection that it selects."""
     from xfm_fast.data.images import decode_image
     from xfm_fast.io import write_bytes
-    from xfm_fast.tasks.heatmap import best_box, overlay, read_detections
-    from xfm_fast.tasks.weak_grounding import boxes_of
+    from xfm_fast.tasks.weak_grounding import best_box, boxes_of, overlay, read_detections
 
     if len(images) != 1 or len(texts) != 1:
         raise InputError(

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 from xfm_fast.data.files import Paths, new_folder, open_file
 from xfm_fast.data.images import image_source
 from xfm_fast.data.options import ImageOptions
-from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile, open_records
+from xfm_fast.data.streams import Quarantine
 from xfm_fast.errors import DataError
 from xfm_fast.io import make_folder, write_files
 

@@ -2,16 +2,24 @@
 
 A run resumes exactly from one number and reads the same batches with any number of workers. A global batch has the same
 rows for any rank count that divides it. The order of the official reader is not reproduced: it depends on the number of
-workers and on global random state.
+workers and on global random state. Broken rows are replaced, logged and limited by a `Quarantine`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import sys
+import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 from itertools import count
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -22,10 +30,9 @@ from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.items import ITEMS, BatchT, Items
 from xfm_fast.data.options import AnyStreamOptions, TextOptions
-from xfm_fast.data.order import item_generator, replacement, shuffled
-from xfm_fast.data.quarantine import Quarantine
-from xfm_fast.data.records import Data, RecordSet, open_records
-from xfm_fast.errors import ConfigError, DataError, XFMError
+from xfm_fast.data.records import Data, RecordSet, Rows, open_records
+from xfm_fast.errors import ConfigError, DataError, StorageError, XFMError
+from xfm_fast.io import parse_json
 from xfm_fast.tokenizer import CaptionTokenizer
 
 B = TypeVar("B", bound=TensorBatch)
@@ -233,3 +240,202 @@ def _begin_worker(_: int) -> None:
             signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if _mask is not None:
         _mask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+# Fewer leave some orders of five elements twice as likely as others.
+_ROUNDS = 6
+# Runs of rows that lie together on the disk, in each window.
+_RUNS = 32
+_WORD = 0xFFFFFFFFFFFFFFFF
+
+
+def permuted(position: int, count: int, *key: int) -> int:
+    """Position after a keyed random permutation of `count` elements.
+
+    The generalised Feistel cipher of Black and Rogaway (2002), with cycle walking for results beyond `count`. It uses
+    no memory and gives random access, so resuming is exact.
+    """
+    width = math.isqrt(count - 1) + 1
+    height = -(-count // width)
+    words = _round_keys(key)
+    while True:
+        left, right = divmod(position, width)
+        for even, odd in words:
+            left = (left + _splitmix64(even, right)) % height
+            right = (right + _splitmix64(odd, left)) % width
+        position = left * width + right
+        if position < count:
+            return position
+
+
+def shuffled(position: int, count: int, seed: int, epoch: int, window: int | None = None) -> int:
+    """Row at a position of an epoch that visits each of `count` rows once.
+
+    `window=None` shuffles all rows. A number of rows limits seeks on slow disks: runs of `window` / 32 consecutive rows
+    come in random order, and rows are shuffled within windows.
+    """
+    if window is None or window >= count:
+        return permuted(position, count, seed, epoch)
+    block, inside = divmod(position, window)
+    start = block * window
+    position = start + permuted(inside, min(window, count - start), seed, epoch, block)
+    run = max(1, window // _RUNS)
+    whole = count // run
+    # The rows of the last, incomplete run stay last, where every window has its full length.
+    if position >= whole * run:
+        return position
+    number, inside = divmod(position, run)
+    return permuted(number, whole, seed, epoch, -1) * run + inside
+
+
+def replacement(position: int, attempt: int, count: int, stride: int) -> int:
+    """Position of the row that replaces a broken one (`attempt` 0 is the row itself).
+
+    Replacements come from the same place of the following batches (`stride` positions apart), so that no batch repeats
+    a row, and `count` attempts try every position once.
+    """
+    cycle = count // math.gcd(count, stride)
+    return (position + attempt * stride + attempt // cycle) % count
+
+
+def item_generator(seed: int, stream: int, epoch: int, position: int) -> np.random.Generator:
+    """Random generator of one item, independent of workers and restarts."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream, epoch, position])))
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(key: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(_splitmix64(*key, 2 * number), _splitmix64(*key, 2 * number + 1)) for number in range(_ROUNDS)]
+
+
+def _splitmix64(*words: int) -> int:
+    """SplitMix64's finaliser (Steele et al., 2014) over a sequence of integers."""
+    value = 0x9E3779B97F4A7C15
+    for word in words:
+        value = (value ^ word & _WORD) * 0xBF58476D1CE4E5B9 & _WORD
+        value = (value ^ value >> 27) * 0x94D049BB133111EB & _WORD
+        value ^= value >> 31
+    return value
+
+
+_EXCERPT = 120
+_REASON = 400
+
+
+class Quarantine:
+    """Logs broken rows, and stops a run if a file has too many.
+
+    Each row is logged once across workers, ranks, epochs and restarts: writers lock the file and first read new
+    entries. A changed file starts at zero. `path=None` uses a temporary file shared by the workers of one loader.
+    `tolerate_bad` is the maximum share of broken rows per file, but one broken row never stops a run. `setting` names
+    the option in errors.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        tolerate_bad: float = 0.01,
+        setting: str = "tolerate_bad",
+    ) -> None:
+        if not 0 <= tolerate_bad <= 1:
+            raise DataError(f"tolerate_bad={tolerate_bad} is no share of rows; use one from 0 to 1")
+        self.tolerate_bad, self._setting = tolerate_bad, setting
+        self._temporary = path is None
+        if path is None:
+            handle, path = tempfile.mkstemp(prefix="xfm-fast-quarantine-", suffix=".jsonl")
+            os.close(handle)
+            weakref.finalize(self, _remove, path, os.getpid())
+        self.path = Path(path)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("tolerate_bad", "path", "_setting", "_temporary")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def add(self, rows: Rows, row: int, error: Exception) -> None:
+        """Log a broken row unless it is listed; too many of them raise `DataError`."""
+        key = (rows.name, rows.label(row), rows.modified)
+        if key in self._known:
+            return
+        raw = b""
+        with suppress(DataError):
+            raw = rows.raw(row)
+        entry = {
+            "file": rows.name,
+            "row": rows.label(row),
+            "reason": str(error)[:_REASON],
+            "excerpt": raw[:_EXCERPT].decode("utf-8", "replace") + ("..." if len(raw) > _EXCERPT else ""),
+            "modified": rows.modified,
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                with suppress(ImportError, OSError):
+                    import fcntl
+
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                self._catch_up(handle)
+                if key not in self._known:
+                    # A writer that was killed may have left half a line.
+                    line = (b"\n" if self._tail else b"") + json.dumps(entry).encode() + b"\n"
+                    if os.write(handle, line) != len(line):
+                        raise OSError(28, "No space left on device")
+                    self._catch_up(handle)
+            finally:
+                os.close(handle)
+        except OSError as problem:
+            raise StorageError(
+                f"broken rows cannot be listed in {self.path} ({problem.strerror or problem}); choose another "
+                "quarantine file"
+            ) from problem
+        bad, of = self.count(rows), len(rows)
+        if bad > max(1, self.tolerate_bad * of):
+            raise DataError(
+                f"{rows.name}: {bad} of {of} rows are broken, more than the {self.tolerate_bad:.2%} that are "
+                f"tolerated; the last: {error}. "
+                + ("" if self._temporary else f"They are listed in {self.path}. ")
+                + f"Mend the file (xfm-fast data check lists what is wrong) or raise {self._setting}"
+            )
+
+    def count(self, rows: Rows) -> int:
+        """Known broken rows of a file, over all processes."""
+        with suppress(OSError):
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                self._catch_up(handle)
+            finally:
+                os.close(handle)
+        return self._counts[rows.name, rows.modified]
+
+    def _forget(self) -> None:
+        self._known: set[tuple[str, int | str, int]] = set()
+        self._counts: Counter[tuple[str, int]] = Counter()
+        self._read = 0
+        self._tail = b""
+
+    def _catch_up(self, handle: int) -> None:
+        """Read entries appended since the last read."""
+        if os.fstat(handle).st_size < self._read:
+            self._forget()
+        while part := os.pread(handle, 1 << 20, self._read):
+            self._read += len(part)
+            *lines, self._tail = (self._tail + part).split(b"\n")
+            for line in lines:
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = parse_json(line)
+                    key = (entry["file"], entry["row"], entry["modified"])
+                    if key not in self._known:
+                        self._known.add(key)
+                        self._counts[key[0], key[2]] += 1
+
+
+def _remove(path: str, process: int) -> None:
+    # A forked worker inherits the finaliser, and the file is not its own.
+    if os.getpid() == process:
+        with suppress(OSError):
+            os.unlink(path)

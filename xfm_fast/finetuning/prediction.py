@@ -25,8 +25,8 @@ from xfm_fast.kernels.files import is_stream
 from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM, Precision
 from xfm_fast.tasks.evaluation import Evaluation, Row
-from xfm_fast.tasks.heatmap import cross_attention_heatmap
 from xfm_fast.tasks.task import Task, make_task, task_of
+from xfm_fast.tasks.weak_grounding import cross_attention_heatmap
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 
 
@@ -42,7 +42,7 @@ class Predictor:
         return self.answer(self.task.requests([Path(image) for image in images], list(texts)))
 
     def heatmap(self, image: str | Path, text: str) -> Tensor:
-        """Relevance `[grid, grid]` of an image's patches to a text; see `xfm_fast.tasks.heatmap`."""
+        """Relevance `[grid, grid]` of an image's patches to a text; see `xfm_fast.tasks.weak_grounding`."""
         if isinstance(self.model, Session):
             raise InputError("a heat map needs gradients, which no export computes; name the run that was exported")
         device = self.model.device

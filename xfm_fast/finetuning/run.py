@@ -13,26 +13,23 @@ from typing import Any
 from xfm_fast.checkpoint import initialise, read_state_dict
 from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord, overlap, overlap_of_texts
-from xfm_fast.data.quarantine import Quarantine
 from xfm_fast.data.records import RecordSet
-from xfm_fast.data.streams import ShuffledBatches, epoch_batches
+from xfm_fast.data.streams import Quarantine, ShuffledBatches, epoch_batches
 from xfm_fast.errors import CheckpointError, ConfigError, DataError
 from xfm_fast.finetuning.recipe import STREAM, Choice, FinetuneRecipe, resumed_steps
 from xfm_fast.io import read_json, write_bytes
 from xfm_fast.models.hub import resolve
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tasks.evaluation import Evaluation, Metrics
-from xfm_fast.tasks.task import Task, TaskOptions, explanation, make_task, task_of
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import Task, TaskModel, TaskOptions, explanation, make_task, task_of
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import save_whole, seed_everything, whole_state
 from xfm_fast.training.distributed import Processes, join_processes
-from xfm_fast.training.loop import train
+from xfm_fast.training.loop import autocast, train
 from xfm_fast.training.metrics import LOG_FILE, Show, read_log
 from xfm_fast.training.optimizer import WeightAverage
 from xfm_fast.training.recipe import override, position_after
-from xfm_fast.training.setup import autocast
 
 RECIPE_FILE = "recipe.json"
 

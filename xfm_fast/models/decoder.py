@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
-from xfm_fast.models.heads import LMHead
-from xfm_fast.models.text import TextTransformer, initialise_text
+from xfm_fast.models.text import LMHead, TextTransformer, initialise_text
 from xfm_fast.packing import ImageGroups, Packing
 
 # Rows of vocabulary logits per chunk in inference: 200 MB in fp32 at base size.

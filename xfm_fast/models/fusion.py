@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.models.heads import LMHead
 from xfm_fast.models.shares import Texts
-from xfm_fast.models.text import LayerStack, TransformerLayer, initialise_text
+from xfm_fast.models.text import LayerStack, LMHead, TransformerLayer, initialise_text
 from xfm_fast.packing import ImageGroups, Reads, Sequences
 
 

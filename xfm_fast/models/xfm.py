@@ -25,7 +25,6 @@ from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits
 from xfm_fast.models import frozen, hub, inputs
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
-from xfm_fast.models.heads import MLPHead
 from xfm_fast.models.processor import (
     Picture,
     XFMProcessor,
@@ -41,7 +40,7 @@ from xfm_fast.models.processor import (
     read_tokenizer,
     text_tokens,
 )
-from xfm_fast.models.text import TextEncoder, TransformerLayer
+from xfm_fast.models.text import MLPHead, TextEncoder, TransformerLayer
 from xfm_fast.models.vision import Block, VisionEncoder
 from xfm_fast.packing import ImageGroups, Packing, Sequences
 from xfm_fast.tokenizer import CaptionTokenizer

@@ -16,8 +16,7 @@ from torch import Tensor
 from xfm_fast.batches import TextLayout
 from xfm_fast.kernels import host
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
-from xfm_fast.objectives.losses import HardNegatives
-from xfm_fast.objectives.world import HostCopy, World
+from xfm_fast.objectives.losses import HardNegatives, HostCopy, World
 from xfm_fast.packing import ImageGroups, Reads, Sequences, offsets, ragged_rows
 
 

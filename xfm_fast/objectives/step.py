@@ -23,8 +23,11 @@ from xfm_fast.objectives.fusion_pass import Pairs, TextTable, fuse_pairs, matchi
 from xfm_fast.objectives.losses import (
     AllPairs,
     HardNegatives,
+    ScaleGradient,
+    World,
     box_giou_loss,
     box_l1_loss,
+    check_equal,
     contrastive_loss,
     contrastive_rows,
     masked_image_terms,
@@ -32,7 +35,6 @@ from xfm_fast.objectives.losses import (
     matching_loss,
     sample_hard_negatives,
 )
-from xfm_fast.objectives.world import ScaleGradient, World, check_equal
 from xfm_fast.packing import Reads
 
 BOXES = ("bbox_l1", "bbox_giou")

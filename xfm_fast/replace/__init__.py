@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from xfm_fast.replace.acceleration import accelerate, accelerated
-from xfm_fast.replace.attention_interface import register_attention
+from xfm_fast.replace.attention import register_attention
 from xfm_fast.replace.layer import LayerSpec, Mlp, register
 from xfm_fast.replace.report import Entry, Report
 from xfm_fast.replace.rerank import Reranker

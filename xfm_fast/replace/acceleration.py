@@ -19,7 +19,7 @@ from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.linear import type_beside
 from xfm_fast.kernels.marked import EightBits, keep_within
-from xfm_fast.replace import adapters, timm_vision, transformers_rows, verification
+from xfm_fast.replace import adapters, timm_vision, transformers_rows
 from xfm_fast.replace.heads import FusedEmbeddings, FusedMaskedLM, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer
 from xfm_fast.replace.official import (
@@ -29,7 +29,22 @@ from xfm_fast.replace.official import (
     OfficialVisionBlock,
     OfficialVocabularyHead,
 )
-from xfm_fast.replace.report import ROW, Entry, Report, Unknown, in_graphs, linear_weights, size_of, unknown_layers
+from xfm_fast.replace.report import (
+    LEAST_COSINE,
+    ROW,
+    Entry,
+    Report,
+    Unknown,
+    best_seconds,
+    compare_outputs,
+    in_graphs,
+    least_cosine,
+    linear_weights,
+    mask_of,
+    model_outputs,
+    size_of,
+    unknown_layers,
+)
 from xfm_fast.replace.stored import FrozenLinear, quantise
 from xfm_fast.replace.stored import freeze as freeze_weights
 from xfm_fast.replace.swap import (
@@ -140,9 +155,9 @@ def accelerate(
         chosen = _under(chosen, include, "include")
     chosen = {path: module for path, module in chosen.items() if path not in excluded}
     with _without_former(model):
-        before, seconds, mask = {}, None, verification.mask_of(verify)
+        before, seconds, mask = {}, None, mask_of(verify)
         if verify is not None:
-            before, seconds = verification.outputs(model, verify), verification.seconds(model, verify)
+            before, seconds = model_outputs(model, verify), best_seconds(model, verify)
         report, forms = _plan(model, chosen, settings)
         report._frozen, report._rounded = _install(model, forms, settings)
         if freeze and not report._frozen:
@@ -160,12 +175,12 @@ def accelerate(
             if kind is not None:
 
                 def cosine() -> float:
-                    return verification.least_cosine(before, verification.outputs(model, verify), mask)
+                    return least_cosine(before, model_outputs(model, verify), mask)
 
-                report._exempt = keep_within(cosine, report._rounded, kind, verification.LEAST_COSINE)
-            after = verification.outputs(model, verify)
-            report.differences, report.rounding = verification.compare(before, after, mask, compute, kind)
-            report.speedup = None if seconds is None else seconds / (verification.seconds(model, verify) or seconds)
+                report._exempt = keep_within(cosine, report._rounded, kind, LEAST_COSINE)
+            after = model_outputs(model, verify)
+            report.differences, report.rounding = compare_outputs(before, after, mask, compute, kind)
+            report.speedup = None if seconds is None else seconds / (best_seconds(model, verify) or seconds)
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host, reference
-from xfm_fast.nn import qkv_bias
+from xfm_fast.models.vision import qkv_bias
 from xfm_fast.packing import Packing, on_host
 from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Bias, Dense, Packed, Padded, PositionTable
 from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer, LayerSpec, Mlp, can_run_packed
+from xfm_fast.replace.report import model_outputs, relative_error
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     BANDS,
@@ -38,7 +39,6 @@ from xfm_fast.replace.swap import (
 )
 from xfm_fast.replace.transformers_rows import BERT, row
 from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
-from xfm_fast.replace.verification import outputs, relative_error
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -376,10 +376,10 @@ def _why_not_equal(
     if weight.device.type == "meta":
         return "its parameters have no values yet, so it cannot be tested"
     try:
-        before = outputs(module, example, hooks=False).get("")
+        before = model_outputs(module, example, hooks=False).get("")
         swap(module, fused, Settings(settings.kernels))
         try:
-            after = outputs(module, example, hooks=False).get("")
+            after = model_outputs(module, example, hooks=False).get("")
         finally:
             restore(module)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:

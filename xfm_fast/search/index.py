@@ -40,7 +40,7 @@ from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, read_bytes
 from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import PRECISIONS, XFM, Precision
-from xfm_fast.tasks.journal import checksum
+from xfm_fast.tasks.evaluation import checksum
 from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer
 

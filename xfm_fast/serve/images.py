@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 
 import httpx
 
-from xfm_fast.data.headers import png_chunks, read_header
+from xfm_fast.data.images import png_chunks, read_header
 from xfm_fast.errors import DataError
 from xfm_fast.serve.schema import Problem
 from xfm_fast.serve.work import Budget

@@ -27,9 +27,9 @@ from xfm_fast.data.images import (
 )
 from xfm_fast.data.items import ITEMS
 from xfm_fast.data.options import STREAM_KINDS, AnyStreamOptions, ImageOptions, RegionOptions, TextOptions
-from xfm_fast.data.order import item_generator
 from xfm_fast.data.records import RecordSet, Rows, image_at, open_records
 from xfm_fast.data.regions import every_region_text
+from xfm_fast.data.streams import item_generator
 from xfm_fast.data.texts import IDS_KEY, clean_text, every_text, text_of
 from xfm_fast.errors import DataError
 from xfm_fast.tasks.task import TASKS

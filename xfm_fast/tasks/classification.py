@@ -24,12 +24,11 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, label_names
 from xfm_fast.errors import DataError, InputError, needs
 from xfm_fast.models import inputs
-from xfm_fast.models.heads import DeepMLPHead, MLPHead
+from xfm_fast.models.text import DeepMLPHead, MLPHead
 from xfm_fast.models.xfm import Encoder
 from xfm_fast.packing import Packing
 from xfm_fast.tasks.evaluation import Row
-from xfm_fast.tasks.task import Item, Task, TaskOptions
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import Item, Task, TaskModel, TaskOptions
 
 Modality = Literal["image", "text", "pair"]
 HeadKind = Literal["linear", "mlp", "official_image"]

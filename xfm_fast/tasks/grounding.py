@@ -35,6 +35,7 @@ from xfm_fast.tasks.task import (
     Item,
     PairInput,
     Task,
+    TaskModel,
     TaskOptions,
     group_by_image,
     json_file,
@@ -42,7 +43,6 @@ from xfm_fast.tasks.task import (
     require_inputs,
     unique_images,
 )
-from xfm_fast.tasks.task_model import TaskModel
 
 if TYPE_CHECKING:
     from xfm_fast.data.regions import Rectangle

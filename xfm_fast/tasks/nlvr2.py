@@ -22,11 +22,10 @@ from xfm_fast.data.files import Paths, find_files, open_file
 from xfm_fast.data.tables import read_lines
 from xfm_fast.errors import DataError, InputError
 from xfm_fast.models import inputs
-from xfm_fast.models.heads import MLPHead
+from xfm_fast.models.text import MLPHead
 from xfm_fast.packing import ImageGroups, Packing
 from xfm_fast.tasks.evaluation import Metrics, Row
-from xfm_fast.tasks.task import Item, PairInput, Task, TaskOptions, register, require_inputs
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import Item, PairInput, Task, TaskModel, TaskOptions, register, require_inputs
 
 RESULT_FILE = "nlvr2_result.csv"
 

@@ -25,7 +25,7 @@ from xfm_fast.io import hold
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
 from xfm_fast.packing import ImageGroups, Sequences, offsets, ragged_rows
-from xfm_fast.tasks.journal import Journal, checksum, read_journal
+from xfm_fast.tasks.evaluation import Journal, checksum, read_journal
 
 # Score of a pair that was no candidate, as in the official evaluation.
 UNSCORED = -100.0

@@ -26,7 +26,7 @@ from xfm_fast.batches import PairBatch
 from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import Annotation, AnnotationRows, RetrievalRecord, RetrievalTestRecord, held_out
-from xfm_fast.data.caption_files import retrieval_rows, retrieval_test_rows
+from xfm_fast.data.collection import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import DataError, InputError, explain_types
 from xfm_fast.io import make_folder
@@ -35,8 +35,7 @@ from xfm_fast.models import inputs
 from xfm_fast.models.xfm import XFM
 from xfm_fast.objectives import pretraining_losses
 from xfm_fast.packing import Packing, Sequences
-from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, delete, fingerprint
-from xfm_fast.tasks.journal import checksum
+from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row, checksum, delete, fingerprint
 from xfm_fast.tasks.reranking import (
     RANKS,
     Candidates,
@@ -55,8 +54,7 @@ from xfm_fast.tasks.reranking import (
     score_candidates,
     top_candidates,
 )
-from xfm_fast.tasks.task import Item, Task, TaskOptions, register, require_inputs, task_of
-from xfm_fast.tasks.task_model import TaskModel
+from xfm_fast.tasks.task import Item, Task, TaskModel, TaskOptions, register, require_inputs, task_of
 
 
 class RetrievalModel(Protocol):

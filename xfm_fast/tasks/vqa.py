@@ -31,6 +31,7 @@ from xfm_fast.packing import ImageGroups, offsets
 from xfm_fast.tasks.answer_trie import AnswerRanking, AnswerTrie, PackedTree, check_answers, rank
 from xfm_fast.tasks.evaluation import Evaluation, Metrics, Row
 from xfm_fast.tasks.task import (
+    DecoderModel,
     Item,
     PairInput,
     Task,
@@ -41,7 +42,6 @@ from xfm_fast.tasks.task import (
     require_inputs,
     unique_images,
 )
-from xfm_fast.tasks.task_model import DecoderModel
 from xfm_fast.tokenizer import pre_question
 
 RESULT_FILE = "vqa_result.json"
