@@ -2,7 +2,7 @@
 
     python3 -m xfm_fast.benchmarks.device --budget 540 --out DIR
 
-This module needs the standard library alone. Every stage is a process with a limit of its own, so that one that hangs,
+This module needs only the standard library. Every stage is a process with a limit of its own, so that one that hangs,
 dies or lacks a package is a row with the reason, and the next one begins.
 """
 

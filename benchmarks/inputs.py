@@ -230,7 +230,7 @@ class Inputs:
 
 
 def _first_word(config: XFMConfig) -> int:
-    """The first id behind the special ones."""
+    """The first id after the special ones."""
     return max(config.pad_token_id, config.bos_token_id, config.eos_token_id) + 1
 
 

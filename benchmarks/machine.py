@@ -1,6 +1,6 @@
 """This machine: hardware, versions, optional packages, and probes of its rates during a measurement.
 
-It needs no schema of results, so that it runs where PyTorch alone is installed.
+It needs no schema of results, so that it runs where only PyTorch is installed.
 """
 
 from __future__ import annotations

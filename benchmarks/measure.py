@@ -85,7 +85,7 @@ class Backend:
 
     Attributes:
         name: stable; `label` is for readers.
-        build: makes the call to time. It may raise whatever its library raises.
+        build: makes the call to time. It may raise any error of its library.
         check: gives the result to compare with the reference; by default the call does.
         lacking: status and reason if it does not run.
         band: allowed error, if rounding in the dtype does not explain it.
@@ -93,7 +93,7 @@ class Backend:
         bound: it computes a part of the work or similar work, and is not compared.
         parity: if it was compared before.
         extra: known before it runs.
-        detail: further `extra`, asked for after the timing with the median in seconds.
+        detail: further `extra`, computed after the timing with the median in seconds.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Case:
     """An amount of work, the backends that do it, and the reference that they have to agree with.
 
     Attributes:
-        work: kind of work; `name` says the amount, for readers.
+        work: kind of work; `name` has the amount, for readers.
         items: of one run, counted in `unit`.
         judge: name of the reference; if it is a backend too, its first result is the reference.
         reference: the reference's result in a dtype, in fp32 the truth; None where backends were compared before.

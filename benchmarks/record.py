@@ -174,7 +174,7 @@ class Result:
 
 @dataclass(kw_only=True)
 class Baseline:
-    """A backend that was considered; `reason` says why it is absent."""
+    """A backend that was considered; `reason` is why it is absent."""
 
     backend: str
     label: str

@@ -1,4 +1,4 @@
-"""Times and errors of single calls, without the schema of results: all that a machine needs that has PyTorch alone."""
+"""Times and errors of single calls, without the schema of results: all that a machine needs that has only PyTorch."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The clone needs its own process: its top-level modules are called `models` and `utils`, it prints during construction,
 and it was written for the libraries of 2021, so that it gets stand-ins for imports that evaluation does not use and for
-functions that newer libraries lack. Nothing is written into the clone. Tensors pass a pipe as safetensors; that takes
+functions that newer libraries lack. The clone stays unchanged. Tensors pass a pipe as safetensors; that takes
 some milliseconds, where the official model takes seconds.
 """
 

@@ -26,7 +26,7 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
     states of a question are copied for each of its answers, every layer of the decoder projects every copy, and logits
     over the vocabulary exist for every position of every answer, also for padded ones and the last.
 
-    Arguments are those of the losses of the models. A method needs the model of its task.
+    Arguments are as for the losses of the models. A method needs the model of its task.
     """
 
     def retrieval(self, batch: PairBatch, hard_negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
     def captions(
         self, pixels: Tensor, caption_ids: Tensor, caption_mask: Tensor, prompt_length: int, label_smoothing: float
     ) -> Tensor:
-        """Captioning: mean over the tokens behind the prompt; arguments as for `CaptioningModel`."""
+        """Captioning: mean over the tokens after the prompt; arguments as for `CaptioningModel`."""
         decoder = self.model.text_decoder
         image = self.encode_image(pixels)
         everywhere = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
@@ -151,7 +151,7 @@ class OfficialFineTuningTwin(OfficialTrainingTwin):
         return F.cross_entropy(logits, targets)
 
     def images(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """Classes of images from the image token beside the mean of the patches: cross-entropy."""
+        """Classes of images from the image token next to the mean of the patches: cross-entropy."""
         head = self.model.cls_head
         embeds = self.encode_image(pixels)
         logits = mlp_head(head, torch.cat((embeds[:, 0, :], embeds[:, 1:].mean(1)), dim=-1))

@@ -107,7 +107,7 @@ def plain(value: Any) -> str:
 
 
 def times(ratio: float) -> str:
-    """A factor, with two digits behind the point near 1."""
+    """A factor, with two decimals near 1."""
     return f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×"
 
 

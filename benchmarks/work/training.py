@@ -62,7 +62,7 @@ _MEMORY_STEPS = 2
 
 
 class Outcome(NamedTuple):
-    """Losses and gradients that a step leaves behind."""
+    """Losses and gradients after a step."""
 
     losses: Losses
     gradients: dict[str, Tensor | None]

@@ -295,7 +295,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def check_png(data: bytes) -> None:
-    """Reject a PNG file whose pixel data is shorter or longer than its header states."""
+    """Reject a PNG file with pixel data shorter or longer than its header states."""
     inflate, found, expected = zlib.decompressobj(), 0, 0
     for kind, body in png_chunks(data):
         if kind == b"IHDR":

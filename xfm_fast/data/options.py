@@ -17,7 +17,7 @@ class Options(BaseModel):
 
 
 class TextOptions(Options):
-    """Text encoding; defaults are those of captions and regions in pretraining."""
+    """Text encoding; defaults are for captions and regions in pretraining."""
 
     max_tokens: int = Field(default=30, ge=3, description="including `<s>` and `</s>`")
     max_words: int | None = Field(

@@ -41,7 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def local_folder(name: str | Path, **download: Unpack[Download]) -> Path:
-    """Return a folder as it is; for a Hub name such as `"org/name"`, its copy in the cache, downloaded if missing.
+    """Return a folder as it is; for a Hub name (`"org/name"`), its copy in the cache, downloaded if missing.
 
     Raises `CheckpointError` if there is no folder or model of that name, or the Hub cannot be reached, and `TypeError`
     for an unknown option.
@@ -85,7 +85,7 @@ def push(
     branch: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload what an `XFM` saves as the model `name`, such as `"org/name"`; returns the commit's address.
+    """Upload what an `XFM` saves as the model `name` (`"org/name"`); returns the commit's address.
 
     A model card is added if there is none. Arguments as `PyTorchModelHubMixin.push_to_hub`. Raises `UnavailableError`
     without `huggingface_hub`, `StorageError` if the Hub cannot be reached or refuses.

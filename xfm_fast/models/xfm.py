@@ -194,7 +194,7 @@ class XFM(nn.Module):
     ) -> Self:
         """Load a checkpoint of X²-VLM or CCLM-X²-VLM, which are the same model with other parameter names.
 
-        Sizes and heads are those of the weights. The mask token of masked image modelling, which X²-VLM lacks, is zero,
+        Sizes and heads follow from the weights. The mask token of masked image modelling, which X²-VLM lacks, is zero,
         and there is no vocabulary head on the language layers.
 
         Args:
@@ -370,7 +370,7 @@ class XFM(nn.Module):
         return model if isinstance(precision, torch.dtype) else model.quantise(precision)
 
     def dequantise(self) -> Self:
-        """Undo `quantise`, in place; does nothing to a model in floating point."""
+        """Undo `quantise`, in place; a model in floating point stays unchanged."""
         marked.unmark([*self._block_weights(), *self._block_weights(nn.LayerNorm)])
         return self
 

@@ -49,7 +49,7 @@ class Pairs:
         longest: int,
         real: Tensor | None = None,
     ) -> Pairs:
-        """Pairs whose heads read the first token."""
+        """Pairs with heads that read the first token."""
         return cls(
             starts=starts,
             lengths=lengths,

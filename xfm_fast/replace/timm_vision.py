@@ -64,7 +64,7 @@ def _refusal(block: Any) -> str | None:
 
 
 def _adjust(block: Any, parts: Parts) -> Parts:
-    """Biases beside the weights of `attn.qkv`, and halved hidden layers."""
+    """Biases next to the weights of `attn.qkv`, and halved hidden layers."""
     attn, mlp = block.attn, block.mlp
     if hasattr(mlp, "gate_last"):
 

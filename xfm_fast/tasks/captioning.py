@@ -4,7 +4,7 @@ Official recipe: 384 pixels, 32 images per GPU, lr 1e-5, 5 epochs, label smoothi
 beams. The official model class cannot be constructed (its decoder lacks label smoothing); this is its intended
 behaviour, verified by parts.
 
-Metrics are those of the COCO evaluation: BLEU (ACL 2002), ROUGE-L (WAS 2004) and CIDEr-D (arXiv 1411.5726). METEOR and
+Metrics of the COCO evaluation: BLEU (ACL 2002), ROUGE-L (WAS 2004) and CIDEr-D (arXiv 1411.5726). METEOR and
 SPICE are missing: they need WordNet and a scene-graph parser. Tokenisation follows the Java tokeniser of the COCO
 evaluation for typical captions; it knows more abbreviations and dialect.
 """
