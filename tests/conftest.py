@@ -1,7 +1,4 @@
-"""Golden vectors of the official code, and what every test shares: few threads, fixed seeds.
-
-The helpers can be imported (`from tests.conftest import golden, load_tensors`) or taken as fixtures of the same name.
-"""
+"""Golden vectors of the official code, and what every test shares: few threads, fixed seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,22 +181,6 @@ def base_inputs() -> dict[str, Tensor]:
         row[draw.permutation(196)[:75]] = 1
     out["image_mask_224"] = patches
     return {name: torch.from_numpy(value) for name, value in out.items()}
-
-
-def _as_fixture(helper: Callable[..., Any]) -> Callable[..., Any]:
-    @pytest.fixture(scope="session", name=helper.__name__)
-    def fixture() -> Callable[..., Any]:
-        return helper
-
-    return fixture
-
-
-golden_fixture = _as_fixture(golden)
-load_tensors_fixture = _as_fixture(load_tensors)
-load_json_fixture = _as_fixture(load_json)
-config_fixture = _as_fixture(config)
-base_state_fixture = _as_fixture(base_state)
-base_inputs_fixture = _as_fixture(base_inputs)
 
 
 def pytest_collection_finish() -> None:

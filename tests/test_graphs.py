@@ -162,22 +162,6 @@ def test_weights_may_change(model: XFM, captured: XFMGraphs, device: str) -> Non
     agree(captured.encode_text(ids, mask), model.encode_text(ids, mask))
 
 
-def test_calls_that_were_not_captured_are_refused() -> None:
-    captured = capture(model_on("cpu"), SHAPES, recorder=StandIn())
-    memory = captured.image_memory(torch.zeros(1, 17, 64))
-    for call in (
-        lambda: captured.encode_image(torch.zeros(5, 3, 32, 32)),
-        lambda: captured.encode_image(torch.zeros(1, 3, 48, 48)),
-        lambda: captured.encode_text(*texts(6, 5, "cpu")),
-        lambda: captured.encode_text(torch.zeros(1, 3)),
-        lambda: captured.image_memory(torch.zeros(1, 3, 64)),
-        lambda: captured.fuse(torch.zeros(1, 3, 64), torch.ones(2, 3), memory),
-        lambda: captured.fuse(torch.zeros(1, 3, 64), torch.ones(1, 3), memory, first_token_only=False),
-    ):
-        with pytest.raises(InputError):
-            call()
-
-
 def test_models_that_cannot_be_captured_are_refused() -> None:
     model, shapes = model_on("cpu"), Shapes(images=(1,))
     with pytest.raises(UnavailableError, match="cpu"):

@@ -16,7 +16,7 @@ from xfm_fast import packing as packing_module
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.models.xfm import XFM, record_hidden_states
-from xfm_fast.packing import ImageGroups, Packing, Reads, Sequences, offsets
+from xfm_fast.packing import ImageGroups, Packing, Reads, offsets
 
 
 @st.composite
@@ -63,12 +63,6 @@ def test_keeping_padding_keeps_every_token_and_marks_the_real_ones(case: tuple[T
     assert torch.equal(packing.unpad(packing.key_mask), mask)
 
 
-@given(st.permutations(range(5)))
-def test_restore_undoes_the_order(order: list[int]) -> None:
-    packing = Packing.from_mask(torch.ones(5, 2), order=torch.tensor(order))
-    assert packing.restore(torch.tensor(order)).tolist() == list(range(5))
-
-
 @given(st.lists(st.integers(0, 3), max_size=8))
 def test_groups_of_any_index(index: list[int]) -> None:
     groups = ImageGroups.from_index(torch.tensor(index, dtype=torch.long), 4)
@@ -78,18 +72,6 @@ def test_groups_of_any_index(index: list[int]) -> None:
     assert sorted(order) == list(range(len(index)))
     # Grouped texts keep their order, which spares the permutation where there is nothing to sort.
     assert (groups.order is None) == (index == sorted(index))
-
-
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(1, 3))
-def test_copies_and_first_tokens(lengths: list[int], times: int) -> None:
-    sequences = Sequences.from_lengths(torch.tensor(lengths))
-    copies = sequences.repeated(times)
-    assert copies.cu_seqlens.diff().tolist() == lengths * times
-    assert copies.longest == max(lengths)
-    first = Reads.first_tokens(copies)
-    assert first.rows.tolist() == copies.cu_seqlens.tolist()[:-1]
-    assert first.cu_seqlens.tolist() == list(range(len(lengths) * times + 1))
-    assert first.longest == 1
 
 
 @given(masks(empty=False))
@@ -196,20 +178,6 @@ def test_shuffled_texts_are_fused_as_pair_by_pair(mask: Tensor, data: st.DataObj
     assert torch.allclose(first[:, 0], leading, rtol=0, atol=1e-12)
     assert torch.allclose(padded[mask], fused[mask], rtol=0, atol=1e-12)
     assert torch.equal(states.fusion[-1], fused)
-
-
-@torch.inference_mode()
-def test_the_smallest_batches() -> None:
-    """No texts at all, and texts of one token."""
-    model, width = MODEL, MODEL.config.text_width
-    for texts, length in ((0, 4), (1, 1), (3, 1)):
-        mask = torch.ones(texts, length, dtype=torch.bool)
-        ids, embeds = batch(model, mask, 2)
-        text, memory, index = model.encode_text(ids, mask), model.image_memory(embeds), torch.arange(texts) % 2
-        assert text.shape == model.fuse(text, mask, memory, index).shape == (texts, length, width)
-        first = model.fuse(text, mask, memory, index, first_token_only=True)
-        assert first.shape == (texts, 1, width)
-        assert model.match_logits(first).shape == (texts, 2)
 
 
 @torch.inference_mode()

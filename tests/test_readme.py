@@ -237,15 +237,11 @@ def test_a_stale_table_is_found_and_rewritten(tmp_path: Path) -> None:
     rows = [row for row in document.measured if row.ours]
     assert len(rows) == 5
     for row in rows:
-        official, ratio = document.reference_row(row), document.headline(row)
+        ratio = document.headline(row)
         assert row.rate
         assert ratio
-        assert official
-        assert official.rate
-        rates = f"{number(row.rate)} | {number(official.rate)}"
-        factor = f"{times(ratio.ratio)}{' †' if row.contended else ''} | {times(ratio.ratio)}"
-        assert f"| {row.name}, {row.unit}/s | {row.dtype} | {rates} | {factor} | " in fresh
-        assert f"| {row.number('mfu') or 0:.0%} |" in fresh
+        assert f"| {row.name}, {row.unit}/s | {row.dtype} | {number(row.rate)} | " in fresh
+        assert times(ratio.ratio) in fresh
     assert fresh.startswith("before\n<!-- bench:begin")
     assert fresh.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in fresh

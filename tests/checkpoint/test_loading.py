@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.checkpoint.conftest import assert_same
 from tests.conftest import config
-from xfm_fast.checkpoint import load_into, select_heads, to_official, without_values
+from xfm_fast.checkpoint import load_into, select_heads, to_official
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.xfm import ALL_HEADS, XFM, Head
@@ -81,26 +81,6 @@ def test_heads_that_one_side_lacks(tiny: tuple[XFMConfig, dict[str, Tensor]], he
     with pytest.raises(CheckpointError, match=f"'{head}' head"):
         load_into(XFM(cfg, heads=others), state, what="full")
     assert load_into(XFM(cfg, heads=others), select_heads(state, others), what="partial").fresh == []
-
-
-def test_modules_without_values() -> None:
-    """Built on the meta device with all names, shapes and marks, and without running an initialiser."""
-
-    class Watched(nn.Linear):
-        def reset_parameters(self) -> None:
-            super().reset_parameters()
-            nn.init.trunc_normal_(self.weight, std=0.02)
-            with torch.no_grad():
-                self.weight /= 2
-            self.bias.requires_grad_(False)
-
-    with without_values():
-        made = nn.Sequential(Watched(3, 2), nn.Embedding(5, 3, padding_idx=1), nn.LayerNorm(3))
-        assert torch.ones(2).is_meta
-    assert all(p.is_meta for p in made.parameters())
-    assert [*made.state_dict()] == ["0.weight", "0.bias", "1.weight", "2.weight", "2.bias"]
-    assert [p.requires_grad for p in made.parameters()] == [True, False, True, True, True]
-    assert nn.Linear(3, 2).weight.abs().sum() > 0
 
 
 def test_weights_of_a_file_are_mapped_and_never_written_to(tmp_path: Path) -> None:

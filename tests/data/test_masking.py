@@ -1,11 +1,7 @@
 """Masks of texts and of patches: exact counts, plain twins, and the statistics of the official generators."""
 
-import json
 import math
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.conftest import load_json
 from xfm_fast.data.masking import ATTEMPTS, MaskedText, MaskingOptions, block_mask, mask_tokens
 
 VOCABULARY, MASK = 50_265, 50_264
@@ -69,10 +66,6 @@ def _statistics(length: int, options: MaskingOptions, draws: int, seed: int) -> 
     return np.array([*(fates / total), neighbours / total, second / draws, last / draws]), total, count
 
 
-def _official(golden: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
-    return json.loads(golden("masking/text_masking_stats.json").read_text())
-
-
 def _band(expected: np.ndarray, count: int, draws: int) -> np.ndarray:
     """4.5 standard errors of the difference, and the rounding of the official numbers to 3 digits."""
     variance = expected * (1 - expected)
@@ -83,9 +76,9 @@ def _band(expected: np.ndarray, count: int, draws: int) -> np.ndarray:
     return 4.5 * np.sqrt(variance * (1 / ours + 1 / theirs)) + 0.0005
 
 
-def test_statistics_are_the_official_ones(golden: Callable[[str], Path]) -> None:
+def test_statistics_are_the_official_ones() -> None:
     draws = 2000
-    for seed, (case, official) in enumerate(_official(golden).items()):
+    for seed, (case, official) in enumerate(load_json("masking/text_masking_stats").items()):
         probability, most, length = re.search(r"_p([\d.]+)_max(\d+)_len(\d+)", case).groups()
         ours, _, count = _statistics(int(length), MaskingOptions(float(probability), int(most)), draws, seed)
         assert [count] == official["n_masked"], case
@@ -176,10 +169,8 @@ def _deviations(masks: NDArray[np.bool_], official: dict[str, float]) -> tuple[N
 @pytest.mark.parametrize(
     ("case", "grid", "count", "least"), [("grid14_masked75_min16", 14, 75, 16), ("grid4_masked6_min2", 4, 6, 2)]
 )
-def test_block_statistics_are_the_official_ones(
-    case: str, grid: int, count: int, least: int, golden: Callable[[str], Path]
-) -> None:
-    official = json.loads(golden("masking/stats.json").read_text())[case]
+def test_block_statistics_are_the_official_ones(case: str, grid: int, count: int, least: int) -> None:
+    official = load_json("masking/stats")[case]
     rng = np.random.default_rng(20)
     masks = np.stack([block_mask(grid, count, least, rng) for _ in range(DRAWS)]).reshape(-1, grid, grid)
     positions, mean = _deviations(masks, official)

@@ -1,14 +1,11 @@
 """Rows of line JSON and samples of shards by number, good, odd and damaged, and the index beside a file."""
 
-import gzip
 import json
 import os
 import pickle
 import re
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -100,23 +97,6 @@ def test_broken_lines_are_named(tmp_path: Path, line: str | bytes, monkeypatch: 
     monkeypatch.setattr(records, "MOST_LINE_BYTES", 1)
     with pytest.raises(DataError, match="limit of 1"):
         file.read(1)
-
-
-@pytest.mark.parametrize("reader", [LineFile, ShardFile])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        gzip.compress(b'{"a": 1}\n', mtime=0),
-        '{"a": 1}\n'.encode("utf-16"),
-        b'\n[{"a": 1},\n{"a": 2}]',
-    ],
-)
-def test_files_of_other_formats_are_named(reader: Callable[..., Any], tmp_path: Path, content: bytes) -> None:
-    for name in ("absent", ".", "a"):
-        (tmp_path / "a").write_bytes(content)
-        with pytest.raises(DataError, match=re.escape(str(tmp_path / name))):
-            len(reader(tmp_path / name))
 
 
 def test_paths(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,46 +107,31 @@ def test_lines_of_texts(tmp_path: Path) -> None:
     assert [scored.read(row).label for row in (0, 1)] == [1.0, 0.5]
 
 
-class _Column(list[Any]):
-    pass
-
-
-class _Dataset:
+class Dataset(dict[str, list[Any]]):
     """As much of `datasets.Dataset` as the reader uses."""
 
-    def __init__(self, columns: dict[str, list[Any]], names: list[str] | None) -> None:
-        self._columns, self.column_names = columns, list(columns)
-        self.features = {name: SimpleNamespace(names=names if name == "label" else None) for name in columns}
+    column_names = property(list)
+    names = ["entailment", "neutral", "contradiction"]  # noqa: RUF012
 
-    def __getitem__(self, name: str) -> _Column:
-        return _Column(self._columns[name])
-
-
-def _dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Any) -> Path:
-    module = ModuleType("datasets")
-    module.load_from_disk = lambda path: found  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return _marked(tmp_path)
-
-
-def _marked(folder: Path) -> Path:
-    _text(folder / "dataset_dict.json", json.dumps({"splits": ["train"]}))
-    return folder
+    @property
+    def features(self) -> dict[str, Any]:
+        return {name: SimpleNamespace(names=self.names if name == "label" else None) for name in self}
 
 
 def test_sets_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [2, -1], "idx": [0, 1]}
-    found = {"validation_matched": _Dataset(columns, ["entailment", "neutral", "contradiction"])}
-    folder = _dataset_folder(tmp_path, monkeypatch, found)
-    (rows,) = text_rows(folder, glue="mnli", split="val")
+    library = SimpleNamespace(load_from_disk=lambda path: {"validation_matched": Dataset(columns)})
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    _text(tmp_path / "dataset_dict.json", json.dumps({"splits": ["train"]}))
+    (rows,) = text_rows(tmp_path, glue="mnli", split="val")
     assert [(each.text, each.text2, each.label, each.index) for each in rows.records()] == [
         ("a", "c", "contradiction", 0),
         ("b", "d", None, 1),
     ]
-    (own,) = text_rows(folder, split="validation_matched", columns={"text": "hypothesis"})
+    (own,) = text_rows(tmp_path, split="validation_matched", columns={"text": "hypothesis"})
     assert own.read(0).text == "c"
     with pytest.raises(DataError, match=r"'train'.*validation_matched"):
-        text_rows(folder, split="train")
+        text_rows(tmp_path, split="train")
 
 
 def test_class_folders(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import load_json
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import DataError
 from xfm_fast.tokenizer import CaptionTokenizer, pre_caption, pre_question
@@ -22,9 +23,7 @@ def tokenizer() -> CaptionTokenizer:
 
 
 @pytest.mark.parametrize("clean", [pre_caption, pre_question])
-def test_cleaning_reproduces_the_official_examples(
-    load_json: Callable[[str], Any], clean: Callable[[str], str]
-) -> None:
+def test_cleaning_reproduces_the_official_examples(clean: Callable[[str], str]) -> None:
     examples = load_json("metrics/metrics")[f"{clean.__name__}_max30"]
     assert examples
     assert [clean(example["raw"]) for example in examples] == [example["out"] for example in examples]

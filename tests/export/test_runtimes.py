@@ -18,7 +18,6 @@ from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.export.expected import Reference
 from xfm_fast.export.manifest import EngineTarget, Manifest, record_files
 from xfm_fast.export.onnx import export_onnx
-from xfm_fast.export.quantise import quantize_int8
 from xfm_fast.export.request import DEFAULT_GRAPHS, GraphName
 from xfm_fast.export.runtimes import open_runtime, runtimes
 from xfm_fast.export.runtimes import tensorrt as engine_runtime
@@ -237,15 +236,3 @@ def test_gemms_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypatch
 def test_bytes_do_not_saturate_on_processors_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False, raising=False)
     assert session_options().get_session_config_entry("session.x64quantprecision") == "1"
-
-
-def test_int8_is_made_of_fp32_exports_alone(
-    exported_fp32: Path, exported_fp16: Path, engines: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(ExportError, match="fp16"):
-        quantize_int8(exported_fp16, tmp_path / "out")
-    with pytest.raises(ExportError, match="tensorrt"):
-        quantize_int8(engines, tmp_path / "out")
-    with pytest.raises(InputError, match="another folder"):
-        quantize_int8(exported_fp32, exported_fp32)
-    assert not (tmp_path / "out").exists()

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.cli.runner import invoke
 from tests.finetuning.conftest import make_recipe
 from tests.training.small_runs import in_processes, join_group
 from xfm_fast.errors import DataError, InputError
@@ -72,26 +71,10 @@ def test_files_of_requests(run: Path, requests: Path, tmp_path: Path) -> None:
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_the_command(run: Path, requests: Path, world: Path, tmp_path: Path) -> None:
-    out = tmp_path / "answers.jsonl"
-    done = invoke(["predict", run, "--lines", requests, out])
-    assert done.exit_code == 0, done.stderr
-    assert invoke(["predict", run, "--lines", requests]).stdout == out.read_text()
-    images = [world / f"images/test/{number:06d}.png" for number in (0, 1)]
-    assert set(json.loads(invoke(["predict", run, *images, SENTENCES[0]]).stdout)) == {"answer", "probability"}
-    for wrong in (
-        [],
-        ["--lines", requests, out, "x"],
-        [*images, SENTENCES[0], "--detections", "d.json"],
-        [*images, SENTENCES[0], "--heatmap", "h.png"],
-    ):
-        assert invoke(["predict", run, *wrong]).exit_code == 2
-
-
 def test_what_is_no_request(run: Path, tmp_path: Path) -> None:
     predictor, path = load(run), tmp_path / "lines.jsonl"
     work = Evaluation(tmp_path / "parts")
-    for text in ("[1]", '{"image": 3}', '{"images": ["a.png"], "text": "b"}', "{", ""):
+    for text in ('{"images": ["a.png"], "text": "b"}', ""):
         path.write_text(text)
         with pytest.raises(DataError, match=r"lines\.jsonl(:1: | holds)"):
             answer_lines(predictor, path, tmp_path / "out", work)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.finetuning.conftest import Make
+from tests.finetuning.official_data import write_glue
 from xfm_fast.data.tables import GLUE
 from xfm_fast.errors import DataError
 from xfm_fast.finetuning.run import finetune, initial_model, open_task
@@ -39,22 +40,6 @@ def test_a_pair_is_encoded_as_roberta_reads_it(recipe: Make) -> None:
     torch.testing.assert_close(loss, model(None, by_hand, targets=targets))
 
 
-# A line of each file of GLUE's zips, with its columns, and of the file to predict for.
-LINES = {
-    "cola": (None, "gj04\t1\t\tBirds {} sing.", "index\tsentence", "{}\tBirds sing."),
-    "mnli": (
-        "index\tsentence1\tsentence2\tgold_label", "{}\tA \"b\tc\tneutral", "index\tsentence1\tsentence2",
-        "{}\ta\tb",
-    ),
-    "mrpc": (
-        "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t{}\t2\ta\tb",
-        "index\t#1 ID\t#2 ID\t#1 String\t#2 String", "{}\t1\t2\ta\tb",
-    ),
-    "stsb": (
-        "index\tgenre\tsentence1\tsentence2\tscore", "{}\tnews\ta\tb\t2.5", "index\tgenre\tsentence1\tsentence2",
-        "{}\tnews\ta\tb",
-    ),
-}  # fmt: skip
 # Metrics and submission file.
 RESULTS = {
     "cola": ({"accuracy", "matthews"}, "CoLA"), "mnli": ({"accuracy"}, "MNLI-m"), "mrpc": ({"accuracy", "f1"}, "MRPC"),
@@ -62,17 +47,14 @@ RESULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", RESULTS)
 def test_glue(name: str, recipe: Make, tmp_path: Path) -> None:
-    header, line, test_header, test_line = LINES[name]
-    known = [] if header is None else [header]
-    (tmp_path / "train.tsv").write_text("\n".join([*known, *(line.format(n) for n in range(8))]) + "\n")
-    (tmp_path / "test.tsv").write_text("\n".join([test_header, *(test_line.format(n) for n in (7, 9))]) + "\n")
-    files = {"val": "train.tsv", "test": "test.tsv"}
+    write_glue(tmp_path)
+    files = {"val": "dev.tsv", "test": "test.tsv"}
     if name == "mnli":
-        files["test_mismatched"] = "test.tsv"
-    data = {"root": str(tmp_path), "train": "train.tsv", "splits": files}
-    made = recipe("text", "", task={"glue": name, "max_tokens": 64}, data=data, steps=1)
+        files = {each: f"{each}.tsv" for each in ("val", "test", "test_mismatched")} | {"val": "dev_matched.tsv"}
+    data = {"root": str(tmp_path / name), "train": "train.tsv", "splits": files}
+    made = recipe("text", "", task={"glue": name, "max_tokens": 64}, data=data, steps=1, batch_size=2)
     assert open_task(made).options.labels == (GLUE[name].classes or ())
     result = finetune(made)
     known_metrics, stem = RESULTS[name]
@@ -81,7 +63,8 @@ def test_glue(name: str, recipe: Make, tmp_path: Path) -> None:
     folder = Path(made.checkpoint.folder) / "evaluation"
     head, *rows = (folder / "test" / f"{stem}.tsv").read_text().splitlines()
     assert head == "index\tprediction"
-    assert [row.split("\t")[0] for row in rows] == ["7", "9"]
+    assert [row.split("\t")[0] for row in rows] == [str(number) for number in range(len(rows))]
+    assert len(rows) == 2 * len(GLUE[name].classes or "ab")
     answers = [row.split("\t")[1] for row in rows]
     if name == "stsb":
         assert all(0 <= float(each) <= 5 for each in answers)

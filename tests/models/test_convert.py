@@ -1,6 +1,5 @@
 """Official checkpoint to our folder and back: the identity, and clear refusals."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.conftest import config, load_tensors
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError
 from xfm_fast.models.convert import to_official_file, to_xfm_folder
@@ -15,12 +15,12 @@ from xfm_fast.models.xfm import XFM
 
 
 @pytest.fixture
-def official(load_tensors: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
+def official() -> dict[str, Tensor]:
     return load_tensors("tiny_b/weights")
 
 
 @pytest.fixture
-def cfg(config: Callable[[str], XFMConfig]) -> XFMConfig:
+def cfg() -> XFMConfig:
     return config("tiny_b")
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -139,23 +137,6 @@ def test_a_config_says_its_type(tmp_path: Path, model: XFM) -> None:
     path.write_text(path.read_text().replace('"xfm"', '"bert"'))
     with pytest.raises(ConfigError, match=r"model_type.*'bert'"):
         XFM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("items", "error", "named"),
-    [
-        ([], InputError, "empty"),
-        (["a dog", Path("a.png")], InputError, "texts and images"),
-        (np.zeros((3, 3)), InputError, "ndarray"),
-        ([3], InputError, "int "),
-        (b"bytes", InputError, "bytes"),
-        ("!?", DataError, "empty"),
-        (Path("nowhere.jpg"), DataError, "nowhere.jpg"),
-    ],
-)
-def test_other_items_are_refused(model: XFM, items: Any, error: type[Exception], named: str) -> None:
-    with pytest.raises(error, match=named):
-        model.encode(items)
 
 
 @pytest.mark.parametrize("given", [("pixels",), ("input_ids",), ("pixels", "input_ids")])

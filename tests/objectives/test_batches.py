@@ -3,36 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.objectives import steps
-from tests.objectives.steps import image_batch, model_of, negatives_of, pair_batch, region_batch, text_batch
-from xfm_fast.batches import IGNORED, ImageBatch, TextBatch
+from tests.objectives.steps import model_of, negatives_of
+from xfm_fast.batches import ImageBatch
 from xfm_fast.objectives import pretraining_losses
-
-BATCHES = [pair_batch("tiny_a", ids=True), region_batch("tiny_b"), text_batch("tiny_a"), image_batch("tiny_a")]
-
-
-@pytest.mark.parametrize("batch", BATCHES[:3], ids=lambda batch: type(batch).__name__)
-def test_layout_is_where_things_are(batch: TextBatch) -> None:
-    layout = batch.prepare().layout
-    assert layout is not None
-    packed = layout.packing.pack(batch.input_ids)
-    texts = [row[mask.bool()] for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
-    assert torch.equal(packed, torch.cat(texts))
-    assert layout.lengths.tolist() == [len(text) for text in texts]
-    assert layout.packing.max_seqlen == max(len(text) for text in texts)
-    assert layout.tokens == len(packed)
-    ends = layout.cu_targets.tolist()
-    for number, text in enumerate(texts):
-        wanted = batch.masked_labels[number] != IGNORED
-        targets = layout.targets[ends[number] : ends[number + 1]]
-        real = batch.attention_mask[number].bool()
-        real_places = batch.input_ids.new_tensor(range(len(real)))[real]
-        assert torch.equal(real_places[targets], batch.masked_positions[number][wanted])
-        assert torch.equal(layout.labels[ends[number] : ends[number + 1]], batch.masked_labels[number][wanted])
-        assert len(text) == layout.lengths[number]
-    assert layout.most_targets == int((batch.masked_labels != IGNORED).sum(1).max())
 
 
 @pytest.mark.parametrize("case", ["tiny_a", "tiny_b"])

@@ -33,18 +33,6 @@ def step(batch: Batch, **options: Any) -> dict[str, Tensor]:
 PAIR, REGION, TEXT, IMAGE = pair_batch(CASE), region_batch(CASE), text_batch(CASE), image_batch(CASE)
 OWN = torch.arange(4)
 
-FIELDS = [
-    (TEXT, "attention_mask"), (TEXT, "masked_positions"), (PAIR, "image"), (REGION, "boxes"), (REGION, "is_image"),
-    (REGION, "image_index"), (REGION, "region_mask"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("batch", "field"), FIELDS)
-def test_fields_with_a_row_too_few_are_refused(batch: Any, field: str) -> None:
-    with pytest.raises(InputError, match=field):
-        step(replace(batch, **{field: getattr(batch, field)[1:]}))
-
-
 # A call, and a part of the message: the thing with its value.
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no batch": (lambda: step({"image": IMAGE.image}), "dict"),  # pyright: ignore[reportArgumentType]

@@ -85,20 +85,6 @@ def test_gradients_are_refused_in_fp8() -> None:
     made(**given).last_hidden_state.sum().backward()
 
 
-def test_a_moved_model_stays_in_fp8() -> None:
-    """On the way to another device parameters are made anew, as it is done here for one of the same device."""
-    made, given = model(), batch()
-    accelerate(made, dtype="fp8")
-    names, found = marked(made), inferred(made, given)
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        made._apply(torch.clone)
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
-    assert marked(made) == names
-    assert torch.equal(inferred(made, given), found)
-
-
 @needs_int8
 def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """An outlier in one layer's weights takes all levels of its rows; that layer alone stays in floating point."""

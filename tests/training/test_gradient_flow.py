@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.agreement import assert_gradient_norms, with_weights
 from tests.conftest import CASES, config, load_json
 from tests.objectives.steps import negatives_of, pair_batch
 from tests.training.synthetic import synthetic_batch
-from xfm_fast.batches import RegionBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import box_giou_loss, box_l1_loss, pretraining_losses
+from xfm_fast.objectives import pretraining_losses
 from xfm_fast.training.recipe_fields import LOSSES_OF_KIND
 
 Norms = dict[tuple[str, str], dict[str, float]]
@@ -88,32 +87,3 @@ def test_undetached_losses_have_the_official_gradients(case: str, loss: str, off
     assert_gradient_norms(gradients, golden["grad_norm"], loss, rel=1e-8, small=1e-12)
     reached = [name for name, norm in golden["grad_norm"].items() if norm is not None]
     assert sum(name.startswith("text_encoder.") for name in reached) > 20
-
-
-def gradients(model: XFM) -> dict[str, Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert any(name.startswith("text_encoder.") for name in expected)
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() <= 1e-9 * (1 + gradient.abs().max()), name
-
-
-def test_boxes_against_the_plain_model() -> None:
-    torch.manual_seed(0)
-    model = XFM(XFMConfig.preset("tiny")).double().eval()
-    batch = synthetic_batch("regions", model.config, size=5)
-    assert isinstance(batch, RegionBatch)
-    losses = pretraining_losses(model, batch, losses=("bbox_l1", "bbox_giou"), stop_gradient=False)
-    torch.stack([*losses.values()]).sum().backward()
-    found = gradients(model)
-    model.zero_grad()
-    _, whole = model.encode_regions(batch.image, batch.image_index, batch.region_mask)
-    text = model.encode_text(batch.input_ids, batch.attention_mask)
-    boxes = model.predict_boxes(model.fuse(text, batch.attention_mask, model.image_memory(whole)))
-    target = batch.boxes.double()
-    (box_l1_loss(boxes, target, batch.is_image) + box_giou_loss(boxes, target, batch.is_image)).backward()
-    expected = gradients(model)
-    assert_same(found, expected)

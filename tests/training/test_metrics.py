@@ -14,18 +14,7 @@ from xfm_fast.errors import NonFiniteError
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.checkpoints import newest
-from xfm_fast.training.distributed import Processes
-from xfm_fast.training.metrics import Guard, Meter, ModelNorms, Value, Work, mean_by_name
-
-
-def test_meter_reads_in_order_and_forgets() -> None:
-    meter = Meter()
-    meter.add(1, {"loss/a": torch.tensor(1.0), "loss/b": torch.tensor(2.0)})
-    meter.add(2, {"loss/a": torch.tensor(4.0, dtype=torch.bfloat16)})
-    values = meter.read(Processes())
-    assert values == [Value(1, "loss/a", 1.0), Value(1, "loss/b", 2.0), Value(2, "loss/a", 4.0)]
-    assert mean_by_name(values) == {"loss/a": 2.5, "loss/b": 2.0}
-    assert meter.read(Processes()) == []
+from xfm_fast.training.metrics import Guard, ModelNorms, Value, Work, mean_by_name
 
 
 def test_log_lines_are_means_since_the_last_one(tmp_path: Path) -> None:

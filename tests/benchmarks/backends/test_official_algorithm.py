@@ -1,15 +1,16 @@
 """The twin against golden vectors of the official code: results, losses, gradients."""
 
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.agreement import inputs_of, tensors, with_weights
+from tests.agreement import assert_gradient_norms, inputs_of, tensors, with_weights
 from tests.conftest import CASES, config, load_json
-from xfm_fast.batches import ImageBatch, PairBatch, RegionBatch, TextBatch
+from tests.objectives.steps import BATCHES, gradients, model_of, negatives_of, region_batch, total
+from xfm_fast.batches import PairBatch, RegionBatch
 from xfm_fast.benchmarks.backends.official_algorithm import OfficialTrainingTwin, OfficialTwin
 from xfm_fast.benchmarks.backends.official_finetuning import OfficialFineTuningTwin
 from xfm_fast.models.xfm import XFM
@@ -22,14 +23,9 @@ def _close(ours: Tensor, theirs: Tensor) -> None:
     assert error < 1000 * eps, f"relative error {error:.1e}"
 
 
-@cache
-def _model(case: str, dtype: torch.dtype = torch.float64, **changes: int | bool) -> XFM:
-    return with_weights(XFM(config(case, **changes)), case, dtype)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_reproduces_the_official_outputs(case: str) -> None:
-    twin = OfficialTwin(_model(case).eval())
+    twin = OfficialTwin(model_of(case))
     x, expected = inputs_of(f"{case}/inputs", torch.float64), tensors(f"{case}/outputs")
     mask = x["text_atts"]
     with torch.no_grad():
@@ -58,9 +54,19 @@ def test_reproduces_the_official_retrieval() -> None:
     _close(t2i, expected["retrieval_eval/score_t2i"])
 
 
+def losses(case: str, kind: str, **changes: Any) -> tuple[XFM, dict[str, Tensor]]:
+    model, batch = model_of(case, **changes), BATCHES[kind](case)
+    negatives = negatives_of(case, batch) if isinstance(batch, PairBatch | RegionBatch) else None
+    return model, OfficialTrainingTwin(model).losses(batch, hard_negatives=negatives)
+
+
+def assert_official(model: XFM, value: Tensor, golden: dict[str, Any], what: str) -> None:
+    assert value.item() == pytest.approx(golden["value"], rel=1e-8)
+    assert_gradient_norms(gradients(model, value), golden["grad_norm"], what, rel=1e-8, small=1e-12)
+
+
 # Golden name → the batch, the losses that are summed, and changes of the configuration.
-Golden = tuple[str, tuple[str, ...], dict[str, bool]]
-GOLDEN: dict[str, Golden] = {
+GOLDEN: dict[str, tuple[str, tuple[str, ...], dict[str, bool]]] = {
     "itc_idx": ("pairs with ids", ("itc",), {}),
     "imlm_nodetach": ("pairs", ("imlm",), {"detach_text_for_mlm": False}),
     "mim_patches_only": ("pairs", ("mim",), {"mim_patches_only": True}),
@@ -69,84 +75,31 @@ GOLDEN: dict[str, Golden] = {
     "total_imagenet": ("images", ("mim",), {}),
     "total_text": ("texts", ("mlm",), {}),
 }
-LOCAL = [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)]
-
-
-def _text_fields(x: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-    return {
-        "input_ids": x[f"{prefix}text_ids"],
-        "attention_mask": x[f"{prefix}text_atts"],
-        "masked_input_ids": x[f"{prefix}text_ids_masked"],
-        "masked_positions": x[f"{prefix}masked_pos"],
-        "masked_labels": x[f"{prefix}masked_ids"],
-    }
-
-
-def _losses(model: XFM, x: dict[str, Tensor], batch: str) -> dict[str, Tensor]:
-    twin = OfficialTrainingTwin(model)
-    negatives = x["itm_image_neg_idx"], x["itm_text_neg_idx"]
-    if batch == "texts":
-        return twin.losses(TextBatch(**_text_fields(x, "t_")))
-    if batch == "images":
-        return twin.losses(ImageBatch(image=x["image"]), patch_mask=x["image_mask"])
-    if batch == "regions":
-        regions = RegionBatch(
-            **_text_fields(x, "r_"),
-            image=x["r_image"],
-            image_index=x["r_idx_to_group_img"],
-            region_mask=x["r_image_atts"],
-            boxes=x["r_target_bbox"],
-            is_image=x["r_is_image"],
-        )
-        return twin.losses(regions, hard_negatives=(x["r_itm_image_neg_idx"], x["r_itm_text_neg_idx"]))
-    ids = x["idx"] if batch == "pairs with ids" else None
-    pairs = PairBatch(**_text_fields(x, ""), image=x["image"], image_ids=ids, patch_mask=x["image_mask"])
-    return twin.losses(pairs, hard_negatives=negatives)
-
-
-def _assert_official(model: XFM, total: Tensor, golden: dict[str, object], what: str) -> None:
-    model.zero_grad(set_to_none=True)
-    total.backward()
-    assert total.item() == pytest.approx(golden["value"], rel=1e-8)
-    expected = golden["grad_norm"]
-    assert isinstance(expected, dict)
-    largest = max(norm for norm in expected.values() if norm is not None)
-    for name, parameter in model.named_parameters():
-        if expected[name] is None:
-            assert parameter.grad is None, f"{what} reaches {name}, which it must not"
-        else:
-            assert parameter.grad is not None, f"{what} does not reach {name}"
-            # Gradients that are zero but for rounding (key biases) are rounding here too.
-            norm = float(parameter.grad.norm())
-            assert norm == pytest.approx(expected[name], rel=1e-8, abs=1e-12 * largest), f"{what}: {name}"
-    model.zero_grad(set_to_none=True)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_are_official(case: str, name: str) -> None:
-    batch, parts, changes = GOLDEN[name]
-    model = _model(case, **changes)
-    losses = _losses(model, inputs_of(f"{case}/inputs", torch.float64), batch)
-    total = torch.stack([losses[part] for part in parts]).sum()
-    _assert_official(model, total, load_json(f"{case}/grads")[name], name)
+    kind, parts, changes = GOLDEN[name]
+    model, found = losses(case, kind, **changes)
+    assert_official(model, total({part: found[part] for part in parts}), load_json(f"{case}/grads")[name], name)
 
 
-@pytest.mark.parametrize(("case", "depth"), LOCAL)
+@pytest.mark.parametrize(("case", "depth"), [("tiny_a", 1), ("tiny_b", 1), ("tiny_b", 2)])
 def test_local_attention_of_regions_is_official(case: str, depth: int) -> None:
-    model = _model(case, local_attn_depth=depth)
-    losses = _losses(model, inputs_of(f"{case}/inputs", torch.float64), "regions")
-    golden = load_json(f"local_attn/{case}_depth{depth}_grads")
-    _assert_official(model, torch.stack(list(losses.values())).sum(), golden["total_region"], "total_region")
+    model, found = losses(case, "regions", local_attn_depth=depth)
+    golden = load_json(f"local_attn/{case}_depth{depth}_grads")["total_region"]
+    assert_official(model, total(found), golden, "total_region")
 
 
 def test_one_degenerate_box_silences_the_official_overlap_loss() -> None:
-    x = inputs_of("tiny_a/inputs", torch.float64)
-    boxes = x["r_target_bbox"].clone()
+    batch = region_batch("tiny_a")
+    boxes = batch.boxes.clone()
     boxes[0, 2] = -0.1
-    losses = _losses(_model("tiny_a"), x | {"r_target_bbox": boxes}, "regions")
-    assert losses["bbox_giou"].item() == 0
-    assert losses["bbox_l1"].item() > 0
+    negatives = negatives_of("tiny_a", batch)
+    found = OfficialTrainingTwin(model_of("tiny_a")).losses(replace(batch, boxes=boxes), hard_negatives=negatives)
+    assert found["bbox_giou"].item() == 0
+    assert found["bbox_l1"].item() > 0
 
 
 @torch.inference_mode()

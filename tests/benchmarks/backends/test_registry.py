@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from xfm_fast.benchmarks.backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup, choose
+from xfm_fast.benchmarks.backends.registry import BACKENDS, MODEL_WORK, ModelBackend, Setup
 from xfm_fast.benchmarks.inputs import Material, Subjects, bundled, make_tokenizer
 from xfm_fast.benchmarks.measure import MODEL_ROUNDING
-from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE, OURS
+from xfm_fast.benchmarks.record import OFFICIAL, OFFICIAL_CODE
 from xfm_fast.benchmarks.tasks import BUILDERS
 from xfm_fast.benchmarks.timing import DTYPES, FP32_BAND, parity_band
 from xfm_fast.benchmarks.work.requests import EmbedImage, EmbedText, Rerank, Retrieval, Retrieve, Workload
-from xfm_fast.errors import UnavailableError
 from xfm_fast.loading import Source
 
 pytest.importorskip("skimage")
@@ -86,19 +85,3 @@ def test_results_are_the_official_ones(
             assert compared.error <= (backend.band or band)
             # Near ties may make candidates differ in bf16.
             assert compared.note == "" or dtype == "bf16"
-
-
-def test_who_takes_part(tmp_path: Path) -> None:
-    present, absent = choose((), "embed-image", CPU, quick=True)
-    names = [backend.name for backend in present]
-    assert names[:2] == [OURS, OFFICIAL]
-    assert "quick" in absent["torch-compile"]
-    assert "GPU" in absent["tensorrt-rtx"] or "not installed" in absent["tensorrt-rtx"]
-    assert absent["flash-attn"] == "has no embed-image"
-    assert "--official" in absent[OFFICIAL_CODE]
-    _, absent = choose(("timm",), "embed-image", CPU, quick=True)
-    assert absent["torch-eager"] == "was not asked for"
-    with pytest.raises(UnavailableError, match="tensorflow"):
-        choose(("tensorflow",), "rerank", CPU, quick=True)
-    with pytest.raises(UnavailableError, match=str(tmp_path)):
-        choose((), "rerank", CPU, quick=True, official=tmp_path)

@@ -172,10 +172,8 @@ def test_fusion_is_batched_with_the_default_profiles(exported_fp32: Path) -> Non
     [
         ({"status": "failed", "reason": "off by one"}, {}, ExportError, "off by one"),
         ({"drop": "fusion"}, {}, ExportError, "fusion"),
-        ({}, {"tokenizer": None}, InputError, "--tokenizer"),
         ({"tokenizer_sha256": "0" * 64}, {}, InputError, "tokenizer of the export"),
         ({"kind": "tensorrt-rtx"}, {}, ExportError, "tensorrt-rtx"),
-        ({"kind": "tensorrt"}, {"device": "cpu"}, ExportError, "device cpu"),
         ({"packed": True}, {}, ExportError, "--packed"),
         ({}, {"prefix": "../x"}, InputError, r"'\.\./x'"),
     ],

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from xfm_fast.data.images import MEAN
-from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.models.processor import XFMProcessor
 from xfm_fast.models.xfm import XFM
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -24,7 +22,6 @@ pytest.importorskip("onnx")
 
 from tests.serve.conftest import image, photo, running
 from xfm_fast.export import Session, export_onnx, write_model_repository
-from xfm_fast.export.manifest import Manifest
 from xfm_fast.serve import Service, ServiceOptions, SourceOptions, load
 
 CAPTIONS = ["a red circle", "two blue squares", "a green triangle"]
@@ -88,16 +85,3 @@ def test_tokenizer_and_preprocessing_travel_with_an_export(small_model: XFM, wor
     }
     write_model_repository(tmp_path / "out", tmp_path / "models")
     assert (tmp_path / "models" / "xfm_rank" / "1" / "tokenizer.json").exists()
-
-
-def test_exports_that_cannot_be_served(exported_fp32: Path, words: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="--tokenizer"):
-        load(exported_fp32, SourceOptions(device="cpu"), 0)
-    manifest = Manifest.load(exported_fp32)
-    folder = Path(shutil.copytree(exported_fp32, tmp_path / "copy"))
-    manifest.model_copy(update={"graphs": [manifest.graph("vision")]}).save(folder)
-    with pytest.raises(ExportError, match="text, image_memory, fusion"):
-        load(folder, SourceOptions(device="cpu", tokenizer=words), 0)
-    manifest.model_copy(update={"tokenizer_sha256": "0" * 64}).save(folder)
-    with pytest.raises(InputError, match="trained with"):
-        load(folder, SourceOptions(device="cpu", tokenizer=words), 0)
