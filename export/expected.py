@@ -21,7 +21,7 @@ from xfm_fast.checkpoint.files import write_safetensors
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError
 from xfm_fast.io import write_files
-from xfm_fast.kernels.derived import unkept
+from xfm_fast.kernels.caching import uncached
 from xfm_fast.models.decoder import DecoderCache
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
@@ -168,7 +168,7 @@ def make_reference(
 
 
 @torch.no_grad()
-@unkept()
+@uncached()
 def _model_results(
     model: XFM, dtype: torch.dtype, examples: Examples, wanted: frozenset[str], all_tokens: bool
 ) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from xfm_fast.errors import InputError
 
 from . import checks, flash, host, reference
 from .backend import Backend, _why_not, named, resolve, transformed
+from .caching import cached
 from .checks import BIAS_HEAD_DIMS, HEAD_DIMS, Biased, RelPos, Varlen
 from .cpu import attention, varlen
 from .cpu.attention import Hiding, attention_backward, biased_attention, tiled_attention
 from .cpu.workspace import Dropout
-from .derived import derived
 from .ladder import Call, Op
 from .library import Gradients, autocast_dtype, differentiable, operator
 
@@ -134,7 +134,7 @@ def _make_bias(
     if backend != "triton":
         return _bias(table, window)
     name = f"padded bias {window} {dtype} {scale} {head_dim}"
-    return derived(name, (table,), lambda: _relpos_bias(table.detach(), *window, dtype, scale, False, head_dim))
+    return cached(name, (table,), lambda: _relpos_bias(table.detach(), *window, dtype, scale, False, head_dim))
 
 
 def _composed(a: RelPos) -> Tensor:
@@ -155,7 +155,7 @@ def _laid_out(out: Tensor) -> Tensor:
 
 
 def _bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    return derived(f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window))
+    return cached(f"position bias {window}", (table,), lambda: attention.position_bias(table.detach(), window))
 
 
 def _make_relpos_bias(

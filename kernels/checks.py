@@ -21,7 +21,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import host
-from .marked import kind_of
+from .flags import kind_of
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 """Head dimensions that the Triton kernels of attention are compiled for."""

@@ -19,9 +19,9 @@ from xfm_fast.errors import InputError, UnavailableError
 
 from . import reference
 from .backend import Backend, constant_when_compiled, named, resolve, transformed
-from .derived import derived
+from .caching import cached
+from .flags import kind_of
 from .library import autocast_dtype, on_device_of_arguments
-from .marked import kind_of
 
 _OLDEST_GPU = (8, 9)
 # The library multiplies fp8 in groups of so many rows and columns.
@@ -67,7 +67,7 @@ def on() -> bool:
     return _switch.on
 
 
-def concerns(weight: Tensor) -> bool:
+def is_active(weight: Tensor) -> bool:
     """True within a block of `use_fp8`, and for a weight that is marked for fp8."""
     return _switch.on or kind_of(weight) == "fp8"
 
@@ -84,7 +84,7 @@ def require(device: torch.device) -> None:
         raise UnavailableError(f"fp8 is unavailable: {why_not}; use bfloat16")
 
 
-def applies(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+def should_use(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """True if fp8 is enabled for the GEMM of these rows and this weight; raises as `use_fp8`."""
     kind = kind_of(weight)
     if kind == "int8" or not (_switch.on or kind == "fp8") or not fits(weight):
@@ -107,7 +107,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | No
     """`x W^T + b` of rows and weight rounded to fp8, summed in fp32, in the dtype of x or of autocast."""
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
     if not x.is_cuda or (named(backend) and resolve(backend, x) == "reference"):
-        wide = derived("fp8 rows in fp32", (weight,), lambda: reference.rounded_rows(weight.detach()))
+        wide = cached("fp8 rows in fp32", (weight,), lambda: reference.rounded_rows(weight.detach()))
         if resolve(backend, x, weight, bias) != "triton":
             return reference.product_of_rounded(reference.rounded_rows(x), wide, bias).to(dtype)
         # Interpreted kernels round the rows; there is no library that multiplies them.
@@ -117,7 +117,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend | No
     if not x.numel():  # which the library refuses
         return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
     rows, scales = rounded(x, backend)
-    columns, column_scales = derived("fp8 rows", (weight,), lambda: reference.quantise_rows(weight.detach()))
+    columns, column_scales = cached("fp8 rows", (weight,), lambda: reference.quantise_rows(weight.detach()))
     made = torch._scaled_mm(
         rows,
         columns.t(),
@@ -145,7 +145,7 @@ def rounded(x: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
 
 def makes_fp8_rows(chosen: Backend, weight: Tensor, *tensors: Tensor | None) -> bool:
     """True if a Triton kernel should round its rows to fp8 for the next GEMM; `weight` is of the norm or GELU layer."""
-    if not concerns(weight) or chosen != "triton" or torch.compiler.is_compiling():
+    if not is_active(weight) or chosen != "triton" or torch.compiler.is_compiling():
         return False
     if torch.is_inference_mode_enabled():
         # Tensors made in it carry no version: a change between the kernel and the product could not be seen.

@@ -19,7 +19,7 @@ from . import fp8
 from .backend import Backend, named, resolve
 from .cpu import int8
 from .cpu.gemm import is_frozen
-from .marked import kind_of
+from .flags import kind_of
 
 Rung = Literal["frozen", "fp8", "int8", "inference", "training", "kernel", "reference"]
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -37,9 +37,9 @@ class Call(NamedTuple):
 class Op:
     """An operation: a named tuple of arguments with a method `check`, and its rungs, called with (arguments, call).
 
-    `weights` are fields of GEMM weights, which may be frozen or flagged for 8 bits; `pays` is the comparison that
-    decides between int8 and floating point (`cpu.int8.pays`). `kernels` are backends of the rung `kernel`, and `fits`
-    is true for arguments that Triton takes by default. `attention`: see `has_flash` of `backend.resolve`.
+    `weights` are fields of GEMM weights, which may be frozen or flagged for 8 bits; `int8_race` is the comparison that
+    decides between int8 and floating point (`cpu.int8.is_faster`). `kernels` are backends of the rung `kernel`, and
+    `fits` is true for arguments that Triton takes by default. `attention`: see `has_flash` of `backend.resolve`.
     """
 
     def __init__(
@@ -49,12 +49,13 @@ class Op:
         rungs: Mapping[Rung, Callable[[Any, Call], Any]],
         *,
         weights: tuple[str, ...] = (),
-        pays: str = "",
+        int8_race: str = "",
         kernels: tuple[Backend, ...] = ("cpu", "triton"),
         fits: Callable[[Any], bool] | None = None,
         attention: bool = False,
     ) -> None:
-        self.name, self.arguments, self.rungs, self.weights, self.pays = name, arguments, dict(rungs), weights, pays
+        self.name, self.arguments, self.rungs = name, arguments, dict(rungs)
+        self.weights, self.int8_race = weights, int8_race
         self.kernels, self.fits, self.attention = kernels, fits, attention
         # Places of fields: a call of few rows takes a few microseconds.
         places = {field: place for place, field in enumerate(arguments._fields)}
@@ -112,8 +113,8 @@ class Op:
     def _in_fp8(self, arguments: Any, tensors: Sequence[Tensor]) -> bool:
         weights = [arguments[place] for place in self._weights]
         if len(weights) > 1:
-            return any(map(fp8.concerns, weights))
-        return fp8.applies(arguments.x, weights[0], *tensors)
+            return any(map(fp8.is_active, weights))
+        return fp8.should_use(arguments.x, weights[0], *tensors)
 
     def _in_int8(self, arguments: Any, call: Call) -> bool:
         """True for weights without gradient, in any stored dtype, where int8 is faster."""
@@ -123,7 +124,7 @@ class Op:
             if records or weight.is_inference() or weight.device != x.device:
                 return False
         others = _floats(arguments[place] for place in self._beside)
-        return self._is_certain(arguments) and infers(call, others) and int8.pays(self.pays, x, weights[0])
+        return self._is_certain(arguments) and infers(call, others) and int8.is_faster(self.int8_race, x, weights[0])
 
     def _infers(self, arguments: Any, call: Call, tensors: Sequence[Tensor]) -> bool:
         if not self._is_certain(arguments):

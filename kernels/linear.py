@@ -22,13 +22,13 @@ from .cpu import gemm as cpu
 from .cpu import int8
 from .cpu import norms as cpu_norms
 from .cpu.workspace import Dropout, scratch
+from .flags import EightBits, kind_of
 from .ladder import CPU_DTYPES, Call, Op, Rung, trains
 from .library import Gradients, autocast_dtype, differentiable, on_device_of_arguments
-from .marked import EightBits, kind_of
 from .norms import add_layer_norm, layer_norm
 
 
-def type_beside(kind: str, device: torch.device) -> torch.dtype | None:
+def floating_dtype(kind: str, device: torch.device) -> torch.dtype | None:
     """The floating-point dtype for a model with 8-bit GEMMs: bfloat16 where it is fast, else as stored.
 
     InputError for an unknown 8-bit format, UnavailableError where the device lacks it.
@@ -112,11 +112,11 @@ _SINGLE: dict[Rung, Any] = {
 _SEVERAL: dict[Rung, Any] = {**_SINGLE, "fp8": _layer_by_layer, "reference": _layer_by_layer}
 _NORMED = {rung: run for rung, run in _SEVERAL.items() if rung not in ("frozen", "inference")}
 _LAYERS = ("weight", "weight_out")
-_linear = Op("linear", Branch, _SINGLE, weights=("weight",), pays="linear")
-_linear_residual = Op("linear_residual", Branch, _SINGLE, weights=("weight",), pays="linear_residual")
-_mlp_residual = Op("mlp_residual", Branch, _SEVERAL, weights=_LAYERS, pays="mlp_residual")
-_layer_norm_linear = Op("layer_norm_linear", Branch, _NORMED, weights=("weight",), pays="linear")
-_layer_norm_mlp = Op("layer_norm_mlp", Branch, _NORMED, weights=_LAYERS, pays="mlp_residual")
+_linear = Op("linear", Branch, _SINGLE, weights=("weight",), int8_race="linear")
+_linear_residual = Op("linear_residual", Branch, _SINGLE, weights=("weight",), int8_race="linear_residual")
+_mlp_residual = Op("mlp_residual", Branch, _SEVERAL, weights=_LAYERS, int8_race="mlp_residual")
+_layer_norm_linear = Op("layer_norm_linear", Branch, _NORMED, weights=("weight",), int8_race="linear")
+_layer_norm_mlp = Op("layer_norm_mlp", Branch, _NORMED, weights=_LAYERS, int8_race="mlp_residual")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend | None = None) -> Tensor:
@@ -132,7 +132,7 @@ def joined_linear(
     Training on a CPU does not save the concatenated weights, which for query, key and value would be a copy.
     """
     call = Call(backend, resolve(backend, x, *weights, *biases))
-    if trains(call, [x, *weights, *biases]) and not any(kind_of(w) or fp8.concerns(w) for w in weights):
+    if trains(call, [x, *weights, *biases]) and not any(kind_of(w) or fp8.is_active(w) for w in weights):
         for number, weight in enumerate(weights):
             Branch(x, weight, biases[number] if biases else None).check()
         dtype = autocast_dtype(x.device) or x.dtype
@@ -214,7 +214,7 @@ _linear_gelu = Op(
         "reference": lambda a, _: reference.linear_gelu(*a[:3]),
     },
     weights=("weight",),
-    pays="linear",
+    int8_race="linear",
 )
 
 
@@ -388,7 +388,7 @@ _linear_add_layer_norm = Op(
         "reference": _linear_then_norm,
     },
     weights=("weight",),
-    pays="linear_residual",
+    int8_race="linear_residual",
 )
 
 

@@ -226,4 +226,4 @@ def int8_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights marked for int8 are multiplied in it, whether or not that is faster here."""
     from xfm_fast.kernels.cpu import int8
 
-    monkeypatch.setattr(int8, "_pays", lambda *_: True)
+    monkeypatch.setattr(int8, "_is_faster", lambda *_: True)

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops, reference, roofline
 from xfm_fast.kernels.cpu import int8
-from xfm_fast.kernels.marked import mark
+from xfm_fast.kernels.flags import mark
 from xfm_fast.kernels.roofline import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, WIDTH
 
 from ..measure import Backend, Case, Run, benchmark

@@ -112,7 +112,7 @@ def choice(queries: int, keys: int, q: Tensor) -> str:
 
 
 def _select(operation: str, q: Tensor) -> str:
-    return select(operation, q.dtype, whole=llvm.whole(q.shape[-1], q.dtype))
+    return select(operation, q.dtype, whole=llvm.fills_vectors(q.shape[-1], q.dtype))
 
 
 def tiled_attention(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..derived import derived
+from ..caching import cached
 from . import llvm
 from .selection import Race, Selection, compare, operands, register, select
 from .workspace import scratch
@@ -108,8 +108,8 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         product = multiply(F.linear if name == "aten" else onednn_linear, rows, weight, bias)
         out = torch.addcmul(sums, product, gamma, out=product)
     else:
-        scaled_weight = derived("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
-        scaled_bias = None if bias is None else derived("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
+        scaled_weight = cached("layer-scaled weight", (weight, gamma), lambda: weight * gamma[:, None])
+        scaled_bias = None if bias is None else cached("layer-scaled bias", (bias, gamma), lambda: bias * gamma)
         out = multiply(_RESIDUAL[name], rows, scaled_weight, scaled_bias, sums)
     return out.view(residual.shape)
 
@@ -270,7 +270,7 @@ def _packed(weight: Tensor, rows: int) -> Tensor:
         # Without a version it would be packed again and again.
         return weight
     reorder = torch.ops.mkldnn._reorder_linear_weight
-    return derived("onednn-packed", (weight,), lambda: reorder(weight.detach(), rows))
+    return cached("onednn-packed", (weight,), lambda: reorder(weight.detach(), rows))
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 By oneDNN, or by a kernel compiled by LLVM that applies scales, bias, residual and GELU before it writes: the faster one
 by measurement.
 
-A flag on the weight (see `marked`) allows int8, and a measurement decides: quantising takes several passes over the
+A flag on the weight (see `flags`) allows int8, and a measurement decides: quantising takes several passes over the
 activations, which costs more than int8 gains where 16-bit GEMMs are fast, as with AMX. Attention, norms and all else
 stay in the activations' dtype.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from xfm_fast.errors import UnavailableError
 
 from .. import host, reference
-from ..derived import derived
+from ..caching import cached
 from . import gemm, llvm
 from .llvm import GELU_ZERO_BYTE, NO_FRACTIONS, ZERO_BYTE
 from .selection import Race, operands, register, select, thread_seconds
@@ -67,12 +67,12 @@ def why_not() -> str | None:
     return None if faster else "products of bytes are slower than those of float32 on this processor"
 
 
-def pays(operation: str, x: Tensor, weight: Tensor) -> bool:
+def is_faster(operation: str, x: Tensor, weight: Tensor) -> bool:
     """True where int8 is faster for linear, linear_residual or mlp_residual: measured for few rows and for many."""
-    return _pays(operation, x.shape[:-1].numel(), x.dtype, weight)
+    return _is_faster(operation, x.shape[:-1].numel(), x.dtype, weight)
 
 
-def _pays(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) -> bool:
+def _is_faster(operation: str, rows: int, dtype: torch.dtype, weight: Tensor) -> bool:
     if dtype != weight.dtype:
         # The floats would have to be converted at every call.
         return True
@@ -151,7 +151,7 @@ class Prepared(NamedTuple):
         """`gamma · (x W^T + b)`."""
         from .llvm.linear import in_panels
 
-        panels = derived("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
+        panels = cached("int8 panels", (weight,), lambda: in_panels(*_levels(weight)))
         steps, wide = _times_gamma(panels.steps, weight, bias, gamma)
         return cls(panels._replace(steps=steps), wide)
 
@@ -196,13 +196,13 @@ def prepared(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], joined: Ca
     def made() -> Prepared:
         return Prepared.of(joined(), torch.cat([each.float() for each in biases]) if biases else None)
 
-    return derived("int8 layer", (*weights, *biases), made)
+    return cached("int8 layer", (*weights, *biases), made)
 
 
 def compiled(rows: int, dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
     """True where the compiled kernel is the fastest for a number of rows, a dtype and all these weights."""
     return all(_library(dtype, weight) == "llvm" for weight in weights) and all(
-        _pays(each, rows, dtype, weights[0]) for each in _LAYERS
+        _is_faster(each, rows, dtype, weights[0]) for each in _LAYERS
     )
 
 
@@ -258,7 +258,7 @@ def _factors(weight: Tensor, bias: Tensor | None, gamma: Tensor | None = None) -
         tensor = torch.ops.onednn.qlinear_prepack(levels, None)
         return _Packed(tensor, scales, torch.zeros(weight.shape[0], dtype=torch.int32))
 
-    packed = derived("int8", (weight,), pack)
+    packed = cached("int8", (weight,), pack)
     scales, wide = _times_gamma(packed.scales, weight, bias, gamma)
     return packed._replace(scales=scales), wide
 
@@ -270,7 +270,7 @@ def _times_gamma(
     wide = None if bias is None else bias.float()
     if gamma is None:
         return scales, wide
-    scaled = derived("int8 layer-scaled", (weight, gamma), lambda: scales * gamma.float())
+    scaled = cached("int8 layer-scaled", (weight, gamma), lambda: scales * gamma.float())
     return scaled, None if wide is None else wide * gamma.float()
 
 

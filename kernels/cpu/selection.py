@@ -243,7 +243,7 @@ def selections() -> list[Selection]:
     return list(_selections.values())
 
 
-def settle(operation: str, dtype: torch.dtype, chosen: str) -> None:
+def set_choice(operation: str, dtype: torch.dtype, chosen: str) -> None:
     """Select a candidate for the whole process without timing: a resumed training run has to use its first choices."""
     with _lock:
         _selections[operation, dtype] = Selection(operation, dtype, chosen, {}, {}, "settled")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.kernels.triton_testing import INTERPRETED, poison
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import fp8, marked, ops, reference
+from xfm_fast.kernels import flags, fp8, ops, reference
 from xfm_fast.kernels.checks import AddNorm
 from xfm_fast.kernels.triton import layers as triton_layers
 from xfm_fast.kernels.triton import rows as triton_rows
@@ -181,26 +181,26 @@ def test_a_marked_weight_is_multiplied_as_within_the_block(layers: Layers) -> No
         expected = run()[:2]
     weights = w1, w2 = nn.Parameter(w1), nn.Parameter(w2)
     exact = run()
-    marked.mark(weights, "fp8")
+    flags.mark(weights, "fp8")
     found = run()
     assert all(map(torch.equal, found, expected))
     assert not torch.equal(found[1], exact[1])
     with torch.enable_grad(), pytest.raises(InputError, match="fp8"):
         ops.linear(x, w1, b1)
-    marked.unmark(weights)
+    flags.unmark(weights)
     assert all(map(torch.equal, run(), exact))
 
 
 def test_marks_go_with_what_is_made_of_the_weights() -> None:
     first, second = nn.Linear(32, 16), nn.Linear(32, 16)
-    marked.mark([first.weight], "fp8")
-    assert marked.kind_of(marked.side_by_side((first.weight, second.weight))) is None
-    marked.mark([second.weight], "int8")
-    assert marked.kind_of(marked.side_by_side((first.weight, second.weight))) is None
-    marked.mark([second.weight], "fp8")
-    assert marked.kind_of(marked.side_by_side((first.weight, second.weight))) == "fp8"
-    assert marked.kind_of(copy.deepcopy(first).weight) == "fp8"
-    assert marked.kind_of(pickle.loads(pickle.dumps(first)).weight) == "fp8"
+    flags.mark([first.weight], "fp8")
+    assert flags.kind_of(flags.concatenate((first.weight, second.weight))) is None
+    flags.mark([second.weight], "int8")
+    assert flags.kind_of(flags.concatenate((first.weight, second.weight))) is None
+    flags.mark([second.weight], "fp8")
+    assert flags.kind_of(flags.concatenate((first.weight, second.weight))) == "fp8"
+    assert flags.kind_of(copy.deepcopy(first).weight) == "fp8"
+    assert flags.kind_of(pickle.loads(pickle.dumps(first)).weight) == "fp8"
     assert type(first.state_dict()["weight"]) is Tensor
 
 
@@ -211,7 +211,7 @@ def test_compilers_take_marked_weights_and_exports_their_floats() -> None:
 
     x, layer = torch.randn(3, 32), Layer(32, 16)
     exact = layer(x)
-    marked.mark([layer.weight], "fp8")
+    flags.mark([layer.weight], "fp8")
     rounded = layer(x)
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), rounded)

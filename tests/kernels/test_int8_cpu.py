@@ -16,7 +16,7 @@ from tests.agreement import deterministic_algorithms
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, selection
-from xfm_fast.kernels.marked import kind_of, mark, unmark
+from xfm_fast.kernels.flags import kind_of, mark, unmark
 
 pytestmark = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")
 as_bytes = pytest.mark.usefixtures("int8_chosen")
@@ -220,10 +220,12 @@ def test_what_is_faster_is_taken(chosen: str, few: bool, monkeypatch: pytest.Mon
     mark([first.weight, second.weight], "int8")
     with deterministic_algorithms():
         in_bytes = results()
-    selection.settle("products of bytes", torch.float32, next(iter(selection.RACES["products of bytes"].candidates)))
+    selection.set_choice(
+        "products of bytes", torch.float32, next(iter(selection.RACES["products of bytes"].candidates))
+    )
     for name in (name for name in selection.RACES if "in 8 bits" in name):
         other = "floats" if chosen == "int8" else "int8"
-        selection.settle(name, torch.float32, chosen if name.endswith("few rows") is few else other)
+        selection.set_choice(name, torch.float32, chosen if name.endswith("few rows") is few else other)
     expected = in_bytes if chosen == "int8" else floats
     assert all(map(torch.equal, results(), expected))
     assert not any(map(torch.equal, in_bytes, floats))

@@ -31,8 +31,8 @@ from tests.kernels.cases import (
 )
 from tests.kernels.triton_testing import assert_triton_is_accurate
 from xfm_fast.kernels import attention, ops
+from xfm_fast.kernels.caching import forget
 from xfm_fast.kernels.checks import BIAS_HEAD_DIMS
-from xfm_fast.kernels.derived import forget
 from xfm_fast.kernels.triton import cross_entropy, relpos_table
 
 KERNELS: dict[str, Case] = {

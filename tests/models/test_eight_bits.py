@@ -15,7 +15,7 @@ from xfm_fast import XFM, XFMConfig
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import fp8, ops, reference
 from xfm_fast.kernels.cpu import int8, llvm, selection
-from xfm_fast.kernels.marked import EightBits, kind_of
+from xfm_fast.kernels.flags import EightBits, kind_of
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
 needs_int8 = pytest.mark.skipif(int8.why_not() is not None, reason=f"no int8 products here: {int8.why_not()}")

@@ -17,7 +17,7 @@ from tests.conftest import CASES
 from tests.objectives.steps import BATCHES, model_of, negatives_of, pair_batch, region_batch, text_batch, total
 from xfm_fast import flops
 from xfm_fast.batches import IGNORED, Batch, TextBatch
-from xfm_fast.kernels import attention, derived, ladder, linear, ops
+from xfm_fast.kernels import attention, caching, ladder, linear, ops
 from xfm_fast.models.fusion import FusionEncoder
 from xfm_fast.models.text import TextEncoder, TransformerLayer
 from xfm_fast.models.vision import VisionEncoder
@@ -91,7 +91,7 @@ def test_the_backward_pass_ends_with_texts(batch: Callable[[str], Batch]) -> Non
     """
     model, ended = model_of("tiny_a"), list[str]()
     model.zero_grad(set_to_none=True)
-    derived.clear()
+    caching.clear()
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: ended.append(name))
         for name, parameter in model.named_parameters()
@@ -108,7 +108,7 @@ def test_the_backward_pass_ends_with_texts(batch: Callable[[str], Batch]) -> Non
         fusion = next(name for name in ended if name.startswith("fusion_encoder.roberta.encoder."))
         assert ended.index("vision_encoder.mask_token") < ended.index(fusion)
     weights = [layer.attention.self.query.weight for layer in model.modules() if isinstance(layer, TransformerLayer)]
-    assert not derived.remembered(weights)
+    assert not caching.cached_tensors(weights)
 
 
 @pytest.fixture

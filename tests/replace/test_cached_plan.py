@@ -17,7 +17,7 @@ from tests.replace.families import FAMILIES, TRANSFORMERS, batch, make
 from xfm_fast import accelerate
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.cpu import int8, llvm, selection
-from xfm_fast.kernels.marked import unmark
+from xfm_fast.kernels.flags import unmark
 from xfm_fast.replace import cached_plan
 from xfm_fast.replace.cached_plan import CachedPlan
 

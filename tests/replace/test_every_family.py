@@ -28,7 +28,7 @@ from tests.replace.families import (
 )
 from xfm_fast import accelerate, accelerated
 from xfm_fast.kernels.cpu import gemm, int8
-from xfm_fast.kernels.marked import kind_of
+from xfm_fast.kernels.flags import kind_of
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.swap import Fused, is_fused, original_class
 

@@ -16,7 +16,7 @@ from tests.replace.families import assert_equal, batch, inferred, make
 from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
-from xfm_fast.kernels.marked import EightBits, kind_of
+from xfm_fast.kernels.flags import EightBits, kind_of
 from xfm_fast.replace import acceleration
 from xfm_fast.replace import report as reports
 from xfm_fast.replace.swap import is_fused

@@ -113,7 +113,7 @@ def test_packed_weights_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.Monk
     """Where oneDNN is the faster library, weights without gradients are kept in a layout that nothing can look into."""
     monkeypatch.setattr(selection, "_selections", {})
     for operation in ("linear", "linear_gelu", "linear_residual"):
-        selection.settle(operation, torch.float32, "onednn-packed")
+        selection.set_choice(operation, torch.float32, "onednn-packed")
     model, guard, batches = exploding(tmp_path)
 
     def rerun(_: str, batch: Any) -> torch.Tensor:

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels.derived import held, remembered
+from xfm_fast.kernels.caching import cached_tensors, graphs_read_cache
 from xfm_fast.models import inputs
 from xfm_fast.models.fusion import ImageMemory
 from xfm_fast.models.xfm import XFM
@@ -152,7 +152,7 @@ class _Graph(NamedTuple):
     buffers: dict[str, Tensor]
     recording: Recording
     stamp: tuple[int, int]
-    held: list[Any]
+    graphs_read_cache: list[Any]
 
 
 class Sizes(Generic[Call]):
@@ -180,9 +180,9 @@ class Sizes(Generic[Call]):
         self.program.run(size, buffers)
         with NoHostReads():
             self.program.run(size, buffers)
-        with held():
+        with graphs_read_cache():
             recording = self.recorder(lambda: self.program.run(size, buffers))
-        return _Graph(buffers, recording, self._stamp(), remembered(self._parameters))
+        return _Graph(buffers, recording, self._stamp(), cached_tensors(self._parameters))
 
     @torch.no_grad()
     def __call__(self, call: Call) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
-from xfm_fast.kernels import derived
+from xfm_fast.kernels import caching
 from xfm_fast.kernels.backend import Backend
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.ladder import runs_cpu_inference
@@ -42,7 +42,7 @@ def pack(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], *, blocke
     packed = gemm.Frozen(gemm.laid_out(joined) if blocked else joined, requires_grad=False)
     sizes = tuple(weight.shape[0] for weight in weights)
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-        derived.forget(weight)
+        caching.forget(weight)
         layer.__dict__[_SLOT] = Slot(packed, sizes, number, weight)
         weight.data = weight.data.new_empty(0)
     return packed

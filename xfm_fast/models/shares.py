@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from xfm_fast.kernels import host
 from xfm_fast.kernels.backend import named
 from xfm_fast.kernels.cpu.gemm import is_frozen
-from xfm_fast.kernels.marked import kind_of
+from xfm_fast.kernels.flags import kind_of
 from xfm_fast.packing import ImageGroups, Sequences
 
 # Timed calls of each way before one is chosen; the best of them counts.

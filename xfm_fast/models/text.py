@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.kernels import ops
+from xfm_fast.kernels.caching import cached
 from xfm_fast.kernels.cpu import gemm, int8
 from xfm_fast.kernels.cpu.attention import plain_attention
-from xfm_fast.kernels.derived import derived
-from xfm_fast.kernels.marked import kind_of, side_by_side
+from xfm_fast.kernels.flags import concatenate, kind_of
 from xfm_fast.models.shares import LEAST_TOKENS, Texts, can_chunk, run_chunked, without_hooks
 from xfm_fast.packing import Packing, Reads
 
@@ -68,7 +68,7 @@ def concatenated(name: str, *parts: Tensor) -> Tensor:
     """Concatenate parameters along the first dimension, so one GEMM computes several layers."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
         return torch.cat(parts)
-    return derived(name, parts, lambda: side_by_side(parts))
+    return cached(name, parts, lambda: concatenate(parts))
 
 
 def _joined_linear(name: str, x: Tensor, *layers: nn.Linear) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.derived import derived
-from xfm_fast.kernels.marked import kind_of
+from xfm_fast.kernels.caching import cached
+from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.shares import can_chunk, run_chunked, without_hooks
 
 
@@ -88,7 +88,7 @@ def qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
 
     if torch.is_grad_enabled() and q_bias.requires_grad:
         return compute()
-    return derived("qkv bias", (q_bias, v_bias), compute)
+    return cached("qkv bias", (q_bias, v_bias), compute)
 
 
 # Devices that fuse the residual sum with the next norm, across blocks too. A CPU fuses the sum with the GEMM.

@@ -20,9 +20,9 @@ from xfm_fast import checkpoint
 from xfm_fast.checkpoint import Head
 from xfm_fast.config import XFMConfig
 from xfm_fast.errors import InputError, UnavailableError, explain_types
-from xfm_fast.kernels import fp8, marked, ops
-from xfm_fast.kernels.linear import type_beside
-from xfm_fast.kernels.marked import EightBits
+from xfm_fast.kernels import flags, fp8, ops
+from xfm_fast.kernels.flags import EightBits
+from xfm_fast.kernels.linear import floating_dtype
 from xfm_fast.models import frozen, hub, inputs
 from xfm_fast.models.fusion import FusionEncoder, ImageMemory, PackedMemory
 from xfm_fast.models.processor import (
@@ -63,7 +63,7 @@ def float_type(precision: Precision, device: torch.device) -> torch.dtype:
     """
     if isinstance(precision, torch.dtype):
         return precision
-    return type_beside(precision, device) or torch.float32
+    return floating_dtype(precision, device) or torch.float32
 
 
 # Inference tensors have no version counter, so tensors computed from such parameters could not be cached.
@@ -348,16 +348,16 @@ class XFM(nn.Module):
             raise InputError(f"the model is in {self.quantised} already; call dequantise() to return to floating point")
         if frozen.is_frozen(self):
             raise InputError(f"the model is frozen and {kind} needs other weights; call unfreeze() first")
-        type_beside(kind, self.device)
+        floating_dtype(kind, self.device)
         known = (torch.float32, torch.bfloat16) if kind == "int8" else (torch.float32, torch.bfloat16, torch.float16)
         if self.dtype not in known:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
             raise InputError(f"{kind} needs activations of {names}, not {self.dtype}; convert the model first")
         blocks = [[*filter(fp8.fits, block)] if kind == "fp8" else block for block in self._weights_by_block()]
-        marked.mark((weight for block in blocks for weight in block), kind)
+        flags.mark((weight for block in blocks for weight in block), kind)
         if kind == "fp8":
-            marked.mark(self._block_weights(nn.LayerNorm), kind)
-        if agreement is not None and marked.keep_within(agreement, blocks, kind, least) == len(blocks):
+            flags.mark(self._block_weights(nn.LayerNorm), kind)
+        if agreement is not None and flags.keep_within(agreement, blocks, kind, least) == len(blocks):
             self.dequantise()
             raise InputError(
                 f"no block reaches agreement() {least} in {kind}; lower least, or compare with floating point"
@@ -371,14 +371,14 @@ class XFM(nn.Module):
 
     def dequantise(self) -> Self:
         """Undo `quantise`, in place; a model in floating point stays unchanged."""
-        marked.unmark([*self._block_weights(), *self._block_weights(nn.LayerNorm)])
+        flags.unmark([*self._block_weights(), *self._block_weights(nn.LayerNorm)])
         return self
 
     @property
     def quantised(self) -> EightBits | None:
         """The 8-bit kind of the blocks, or None for a model in floating point."""
         for weight in self._block_weights():
-            if (kind := marked.kind_of(weight)) is not None:
+            if (kind := flags.kind_of(weight)) is not None:
                 return kind
         return None
 
@@ -451,7 +451,7 @@ class XFM(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moving or converting needs the original weights.
         frozen.unfreeze(self)
-        with marked.following(self):
+        with flags.keep_fp8_flags(self):
             return super()._apply(fn, recurse)
 
     def require_head(self, head: Head) -> None:

@@ -15,7 +15,7 @@ from xfm_fast.batches import IGNORED, Batch, ImageBatch, PairBatch, RegionBatch,
 from xfm_fast.data.masking import block_mask
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import host
-from xfm_fast.kernels.derived import unkept
+from xfm_fast.kernels.caching import uncached
 from xfm_fast.models import inputs as model_inputs
 from xfm_fast.models.fusion import ImageMemory, PackedMemory
 from xfm_fast.models.xfm import XFM, Head
@@ -310,7 +310,7 @@ class Step:
         packing = self.layout.packing
         model_inputs.check_tokens(ids, self.batch.attention_mask, self.model.config)
         # Concatenated weights of a pass without a graph would occupy memory until the next update.
-        with torch.set_grad_enabled(graph and torch.is_grad_enabled()), unkept():
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()), uncached():
             return self.model.text_encoder(ids, packing, reads=Reads.first_tokens(packing) if first_only else None)
 
     def fuse(self, texts: Texts | None, memory: ImageMemory | PackedMemory) -> dict[str, Tensor]:

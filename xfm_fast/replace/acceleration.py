@@ -17,8 +17,8 @@ from xfm_fast.errors import InputError, UnavailableError, explain_types
 from xfm_fast.graphs import CallGraphs, require_gpu
 from xfm_fast.kernels.backend import Backend, resolve
 from xfm_fast.kernels.cpu import gemm
-from xfm_fast.kernels.linear import type_beside
-from xfm_fast.kernels.marked import EightBits, keep_within
+from xfm_fast.kernels.flags import EightBits, keep_within
+from xfm_fast.kernels.linear import floating_dtype
 from xfm_fast.replace import adapters, timm_vision, transformers_rows
 from xfm_fast.replace.heads import FusedEmbeddings, FusedMaskedLM, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer
@@ -137,7 +137,7 @@ def accelerate(
     kind, compute = (dtype, None) if isinstance(dtype, str) else (None, dtype)
     if kind is not None:
         devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
-        types = {type_beside(kind, device) for device in devices}
+        types = {floating_dtype(kind, device) for device in devices}
         compute = types.pop() if len(types) == 1 else None
         if freeze:
             raise InputError(f"freeze=True cannot be combined with dtype={kind!r}; leave one of them out")

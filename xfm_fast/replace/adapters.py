@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xfm_fast.kernels.derived import derived
+from xfm_fast.kernels.caching import cached
 
 
 class Adaptable(nn.Module):
@@ -114,7 +114,7 @@ def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[T
     if shifts:
         base = torch.zeros_like(shifts[0]) if bias is None else bias
         bias = torch.stack([base.detach().to(shifts[0].dtype), *shifts]).sum(0).to(weight.dtype)
-    return derived(name, (weight, *factors), summed), bias
+    return cached(name, (weight, *factors), summed), bias
 
 
 def summary(modules: Iterable[nn.Module]) -> str | None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.caching import cached
 from xfm_fast.kernels.cpu.attention import biased_attention
-from xfm_fast.kernels.derived import derived
 from xfm_fast.packing import Packing
 from xfm_fast.replace.swap import Settings, observed
 
@@ -200,7 +200,7 @@ def attend_to_real_keys(
     if torch.compiler.is_exporting():
         return sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale).unflatten(-1, v.shape[-2:])
     # All layers of a model get the same mask.
-    keys = derived("packed keys", (mask,), lambda: Packing.from_mask(mask))
+    keys = cached("packed keys", (mask,), lambda: Packing.from_mask(mask))
     texts, length = q.shape[:2]
     out = ops.varlen_attention(
         q.flatten(0, 1),
@@ -263,7 +263,7 @@ class Dense:
                 bias = add_mask(bias, mask, dtype)
             else:
                 # All layers of a model get the same two.
-                bias = derived(f"with mask {dtype}", (bias, mask), partial(add_mask, bias, mask, dtype))
+                bias = cached(f"with mask {dtype}", (bias, mask), partial(add_mask, bias, mask, dtype))
         scale = self.scale or q.shape[-1] ** -0.5
         return attention(q, k, v, scale, bias, settings, dropout_p=dropout_p, causal=self.causal)
 
@@ -414,7 +414,7 @@ def cached_bias(
     wanted = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
     if wanted or not sources or any(observed(part) for part in module.modules()):
         return made()
-    return derived(f"window bias {name}", sources, made)
+    return cached(f"window bias {name}", sources, made)
 
 
 def continuous_bias(name: str, attn: Any, mlp: nn.Module, mask: Callable[[], Tensor | None]) -> Callable[[], Tensor]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
+from xfm_fast.kernels.caching import samples
 from xfm_fast.kernels.cpu import gemm as cpu
 from xfm_fast.kernels.cpu import int8
-from xfm_fast.kernels.derived import samples
-from xfm_fast.kernels.marked import kind_of
+from xfm_fast.kernels.flags import kind_of
 from xfm_fast.models.frozen import pack_of
 from xfm_fast.replace.attention import Attend
 from xfm_fast.replace.structure import Parts

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError
 from xfm_fast.graphs import CallGraphs
-from xfm_fast.kernels.marked import EightBits, kind_of
+from xfm_fast.kernels.flags import EightBits, kind_of
 from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace import adapters
 from xfm_fast.replace.stored import FrozenLinear

@@ -1,7 +1,7 @@
 """Weights of fused blocks in another form: packed for a CPU (`freeze=True`), or computed in 8 bits (`dtype="int8"`).
 
 Packed weights are no parameters, and `revert` restores them bit for bit. Unlike the layers of `XFM.freeze`, these may
-be called or read by code that does not know of packing. 8-bit weights are flagged (see `kernels.marked`) and stay
+be called or read by code that does not know of packing. 8-bit weights are flagged (see `kernels.flags`) and stay
 parameters. Vocabulary heads (in 8 bits), embeddings and unfused modules keep theirs.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from xfm_fast.errors import InputError
-from xfm_fast.kernels import fp8, marked
+from xfm_fast.kernels import flags, fp8
 from xfm_fast.kernels.cpu import gemm
-from xfm_fast.kernels.marked import EightBits
+from xfm_fast.kernels.flags import EightBits
 from xfm_fast.models.frozen import dense_weight, own_weights, owner_counts, pack, slot_of, stop_gradients, unpack
 from xfm_fast.replace.adapters import Adaptable
 from xfm_fast.replace.swap import Fused, Settings, find, restore, swap
@@ -116,8 +116,8 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
         if not weights:
             continue
         done.append(weights)
-        marked.mark(weights, kind)
+        flags.mark(weights, kind)
         if kind == "fp8":
             norms = (layer._parameters.get("weight") for layer in layers if type(layer) is nn.LayerNorm)
-            marked.mark((scale for scale in norms if type(scale) is nn.Parameter), kind)
+            flags.mark((scale for scale in norms if type(scale) is nn.Parameter), kind)
     return done

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import ops
-from xfm_fast.kernels.derived import derived
+from xfm_fast.kernels.caching import cached
 from xfm_fast.replace.attention import Attend, Memory
 from xfm_fast.replace.swap import Settings
 
@@ -272,4 +272,4 @@ def _scale_and_shift(norm: Any, settings: Settings) -> tuple[Any, Any, float]:
 def _shift(norm: Any) -> Tensor:
     """The bias of a LayerNorm, or zeros."""
     weight, bias = norm.weight, norm.bias
-    return derived("zeros", (weight,), lambda: torch.zeros_like(weight)) if bias is None else bias
+    return cached("zeros", (weight,), lambda: torch.zeros_like(weight)) if bias is None else bias

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
-from xfm_fast.kernels import marked, ops
+from xfm_fast.kernels import flags, ops
 from xfm_fast.kernels.backend import Backend
-from xfm_fast.kernels.derived import derived
+from xfm_fast.kernels.caching import cached
 from xfm_fast.models.frozen import packed_weight
 from xfm_fast.replace import adapters
 
@@ -50,7 +50,7 @@ class Settings:
     dtype: torch.dtype | None = None  # compute dtype; None follows the inputs
     unpad: bool = False  # run whole encoders without padding; outputs are zero there
     skip_logits: bool = False  # masked-language heads return no logits in training with labels
-    eight_bits: marked.EightBits | None = None
+    eight_bits: flags.EightBits | None = None
     freeze: bool = False  # store weights packed
 
     @property
@@ -70,12 +70,12 @@ class Settings:
         """A parameter in the compute dtype; the conversion is cached without gradients."""
         if value is None or self.dtype is None or value.dtype == self.dtype:
             return value
-        if value.ndim > 1 and marked.kind_of(value) is not None:
+        if value.ndim > 1 and flags.kind_of(value) is not None:
             return value  # rounded as it is stored
         if torch.is_grad_enabled() and value.requires_grad:
             return value.to(self.dtype)
         dtype = self.dtype
-        return derived(f"as {dtype}", (value,), lambda: marked.alike(value.detach().to(dtype), value))
+        return cached(f"as {dtype}", (value,), lambda: flags.copy_flag(value.detach().to(dtype), value))
 
     def affine(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
         """Weight and bias in the compute dtype."""
@@ -144,7 +144,7 @@ class Settings:
             return None
         # The property `weight` of a frozen layer would unpack it.
         weights, biases = [layer._parameters.get("weight") for layer in layers], [layer.bias for layer in layers]
-        if any(marked.kind_of(weight) != "int8" for weight in weights):
+        if any(flags.kind_of(weight) != "int8" for weight in weights):
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return None
@@ -169,12 +169,12 @@ def _side_by_side(name: str, weights: list[Tensor], biases: list[Tensor | None])
     """Concatenated weights and biases of several layers; cached under the name without gradients."""
 
     def joined() -> tuple[Tensor, Tensor | None]:
-        return marked.side_by_side(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
+        return flags.concatenate(weights), side_by_side(biases, [weight.shape[0] for weight in weights])
 
     sources = (*weights, *(bias for bias in biases if bias is not None))
     if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
         return joined()
-    return derived(name, sources, joined)
+    return cached(name, sources, joined)
 
 
 def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | None:
@@ -227,7 +227,7 @@ class Fused(nn.Module):
         return why_not_bypassed(self, type(self).bypassed)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        with marked.following(self):
+        with flags.keep_fp8_flags(self):
             return super()._apply(fn, recurse)
 
     def release(self) -> None:
@@ -235,7 +235,7 @@ class Fused(nn.Module):
         for name in type(self).bypassed:
             part = find(self, name)
             if part is not None:
-                marked.unmark(part._parameters.values())
+                flags.unmark(part._parameters.values())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is created at runtime and cannot be pickled by name.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xfm_fast.kernels.derived import derived
+from xfm_fast.kernels.caching import cached
 from xfm_fast.replace.attention import (
     Attend,
     Dense,
@@ -82,7 +82,7 @@ def _bert_attention(layer: Any, call: Mapping[str, Any]) -> Padded | None:
     if unmasked and isinstance(seen, Tensor) and seen.is_floating_point() and not torch.compiler.is_compiling():
         # transformers 4 passes a mask of zeros to BLIP by default. All layers get the same one, and reading it syncs
         # an accelerator.
-        seen = None if derived("hides nothing", (seen,), lambda zeros=seen: not zeros.any()) else seen
+        seen = None if cached("hides nothing", (seen,), lambda zeros=seen: not zeros.any()) else seen
     covered = hasattr(layer, "crossattention") and _covers_mask(implementation, seen)
     if not covered or (unmasked and seen is not None):
         return None

@@ -35,7 +35,7 @@ from xfm_fast.checkpoint import read_state_dict, save_pretrained, write_safetens
 from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.errors import CheckpointError, StorageError, XFMError
 from xfm_fast.io import advice, is_plain_name, read_json, sync_folder, write_bytes, write_files
-from xfm_fast.kernels.cpu.selection import selections, settle
+from xfm_fast.kernels.cpu.selection import selections, set_choice
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
 
@@ -182,7 +182,7 @@ def _chosen_kernels() -> list[list[str]]:
 
 def _settle(kernels: Iterable[Sequence[str]]) -> None:
     for operation, dtype, chosen in kernels:
-        settle(operation, getattr(torch, dtype), chosen)
+        set_choice(operation, getattr(torch, dtype), chosen)
 
 
 def newest(folder: Path) -> Checkpoint | None:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xfm_fast.batches import Batch
 from xfm_fast.errors import UnavailableError, XFMError
-from xfm_fast.kernels import derived
+from xfm_fast.kernels import caching
 from xfm_fast.models.text import AttentionProjections, TransformerLayer
 from xfm_fast.models.vision import Block
 from xfm_fast.models.xfm import XFM
@@ -248,7 +248,7 @@ class ParallelModel:
         """Call after each optimizer step."""
         if self.sharded:
             # FSDP writes gathered parameters without moving their version, by which cached tensors notice a change.
-            derived.clear()
+            caching.clear()
 
 
 def _shard(module: _LossSum, processes: Processes, replicated: set[nn.Parameter]) -> None:

@@ -83,11 +83,11 @@ TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 """Neighbours of a row that a product takes at once, 32 bits of them."""
 
 
-def whole(width: int, dtype: torch.dtype) -> bool:
+def fills_vectors(width: int, dtype: torch.dtype) -> bool:
     """Whether rows of so many factors are whole vectors, as kernels need them."""
     return why_not(dtype) is None and width % (levels()[0].lanes * TOGETHER[dtype]) == 0
 
 
 def fits(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     """Whether there is a kernel for a linear layer of these sizes."""
-    return whole(inputs, dtype) and outputs % levels()[0].lanes == 0
+    return fills_vectors(inputs, dtype) and outputs % levels()[0].lanes == 0

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Level, levels, whole
+from . import Level, fills_vectors, levels
 from .builder import (
     BF16,
     BYTE,
@@ -387,7 +387,7 @@ def laid_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
 
 def takes(q: Tensor, keys: int) -> bool:
     """Whether there is a kernel for queries `[..., D]`, and for so many keys."""
-    return keys <= _ROOMS[-1] and whole(q.shape[-1], q.dtype)
+    return keys <= _ROOMS[-1] and fills_vectors(q.shape[-1], q.dtype)
 
 
 def attention(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...reference import HIDDEN
-from . import Level, levels, whole
+from . import Level, fills_vectors, levels
 from .attention import Heads, Sequence, bias_place, laid_out, lengths_of, readable, scale_bits
 from .builder import BF16, FP32, INT16, INT32, divided, kernel, scratch_address
 
@@ -283,7 +283,7 @@ def _layout(half: bool, width: int, room: int, level: Level) -> tuple[dict[str, 
 
 def takes(q: Tensor, keys: int) -> bool:
     """Whether there is a kernel for queries `[..., D]`, and for so many keys."""
-    return keys <= _ROOMS[-1] and whole(q.shape[-1], q.dtype)
+    return keys <= _ROOMS[-1] and fills_vectors(q.shape[-1], q.dtype)
 
 
 def attention_backward(

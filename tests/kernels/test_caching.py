@@ -12,23 +12,22 @@ from torch import Tensor, nn
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.cases import CASES, run
 from tests.kernels.conftest import each_library
-from xfm_fast.kernels import derived as derived_module
-from xfm_fast.kernels import ops, reference
-from xfm_fast.kernels.derived import derived
+from xfm_fast.kernels import caching, ops, reference
+from xfm_fast.kernels.caching import cached
 
 
 def test_inference_first_does_not_hinder_training() -> None:
     """What inference mode leaves in the caches (plans, indices, concatenated weights) must serve a backward pass."""
-    derived_module.clear()
+    caching.clear()
     for name in ("relpos", "varlen", "linear_residual"):
         with torch.inference_mode():
             run(CASES[name], CASES[name].arguments())
         assert all(t.isfinite().all() for t in run(CASES[name], CASES[name].arguments(grad=True)))
     frozen = nn.Parameter(torch.randn(4, 3), requires_grad=False)
     with torch.inference_mode():
-        derived("doubled", (frozen,), lambda: frozen * 2)
+        cached("doubled", (frozen,), lambda: frozen * 2)
     x = torch.randn(2, 3, requires_grad=True)
-    (x @ derived("doubled", (frozen,), lambda: frozen * 2).t()).sum().backward()
+    (x @ cached("doubled", (frozen,), lambda: frozen * 2).t()).sum().backward()
     assert x.grad is not None
 
 
@@ -49,11 +48,11 @@ CHANGES = [changed_by_optimizer, changed_by_load_state_dict, changed_by_assignme
 
 
 @pytest.mark.parametrize("change", [*CHANGES, nn.Linear.double])
-def test_derived_tensors_follow_their_parameters(change: Callable[[nn.Linear], None]) -> None:
+def test_caching_tensors_follow_their_parameters(change: Callable[[nn.Linear], None]) -> None:
     layer = nn.Linear(3, 4)
 
     def doubled() -> Tensor:
-        return derived("doubled", (layer.weight, layer.bias), lambda: layer.weight.detach() * 2)
+        return cached("doubled", (layer.weight, layer.bias), lambda: layer.weight.detach() * 2)
 
     kept = doubled()
     assert doubled() is kept
@@ -65,14 +64,14 @@ def test_derived_tensors_follow_their_parameters(change: Callable[[nn.Linear], N
 def test_nothing_derived_within_a_graph_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph fills its own memory, and goes on reading what it was captured with."""
     weight = nn.Parameter(torch.ones(2))
-    kept = derived("twice", (weight,), lambda: weight.detach() * 2)
-    monkeypatch.setattr(derived_module, "_capturing", lambda source: source is weight)
-    captured = derived("twice", (weight,), lambda: weight.detach() * 2)
+    kept = cached("twice", (weight,), lambda: weight.detach() * 2)
+    monkeypatch.setattr(caching, "_capturing", lambda source: source is weight)
+    captured = cached("twice", (weight,), lambda: weight.detach() * 2)
     assert captured is not kept
-    with derived_module.held():
-        assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
+    with caching.graphs_read_cache():
+        assert cached("twice", (weight,), lambda: weight.detach() * 2) is kept
     monkeypatch.undo()
-    assert derived("twice", (weight,), lambda: weight.detach() * 2) is kept
+    assert cached("twice", (weight,), lambda: weight.detach() * 2) is kept
 
 
 def test_another_stream_waits_for_a_cached_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +87,7 @@ def test_another_stream_waits_for_a_cached_tensor(monkeypatch: pytest.MonkeyPatc
     streams = [Stream(), Stream()]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: calls.append(stream))
-    filled = derived_module._Filled(torch.device("cuda:1"))
+    filled = caching._Filled(torch.device("cuda:1"))
     filled.wait(torch.zeros(1))
     assert calls == []
     streams.reverse()
@@ -96,13 +95,13 @@ def test_another_stream_waits_for_a_cached_tensor(monkeypatch: pytest.MonkeyPatc
     assert calls == ["filled", streams[0]]
 
 
-def test_derived_tensors_die_with_their_parameter() -> None:
-    derived_module.clear()
+def test_caching_tensors_die_with_their_parameter() -> None:
+    caching.clear()
     layer = nn.Linear(2, 2)
-    derived("ones", (layer.weight,), lambda: torch.ones(2))
-    assert len(derived_module._entries) == 1
+    cached("ones", (layer.weight,), lambda: torch.ones(2))
+    assert len(caching._entries) == 1
     del layer
-    assert len(derived_module._entries) == 0
+    assert len(caching._entries) == 0
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -1,6 +1,6 @@
 """8-bit flags on parameters, which otherwise stay ordinary parameters.
 
-Values, gradients and state dicts do not change; quantised values and scales are cached (see `derived`). `cpu.int8`
+Values, gradients and state dicts do not change; quantised values and scales are cached (see `caching`). `cpu.int8`
 multiplies in int8 where no gradient is required, `fp8` in fp8 without gradients. With a flag for fp8 on the weight of a
 norm, its kernel rounds the output for the fp8 GEMMs that read it.
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .derived import forget
+from .caching import forget
 
 EightBits = Literal["int8", "fp8"]
 
@@ -92,21 +92,21 @@ def kind_of(weight: Tensor | None) -> EightBits | None:
     return "int8" if kind is Int8Parameter else "fp8" if kind is Fp8Parameter else None
 
 
-def alike(weight: Tensor, *marked: Tensor) -> Tensor:
+def copy_flag(weight: Tensor, *sources: Tensor) -> Tensor:
     """A weight computed from others, without gradient, with their common flag if they have one."""
-    kinds: set[EightBits | None] = {kind_of(each) for each in marked}
+    kinds: set[EightBits | None] = {kind_of(each) for each in sources}
     kind = kinds.pop() if len(kinds) == 1 else None
     return weight if kind is None or weight.requires_grad else _CLASSES[kind](weight, requires_grad=False)
 
 
-def side_by_side(weights: Iterable[Tensor]) -> Tensor:
+def concatenate(weights: Iterable[Tensor]) -> Tensor:
     """Weights concatenated along the first dimension; flagged if all are and no gradient flows."""
     weights = tuple(weights)
-    return alike(torch.cat(weights), *weights)
+    return copy_flag(torch.cat(weights), *weights)
 
 
 @contextmanager
-def following(module: nn.Module) -> Iterator[None]:
+def keep_fp8_flags(module: nn.Module) -> Iterator[None]:
     """Within the block, parameters that move, as to a GPU, keep their fp8 flags; int8 flags are for the CPU."""
     places = [
         (part._parameters, name)

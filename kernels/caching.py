@@ -2,8 +2,8 @@
 
 An entry belongs to its first source and dies with it; it is recomputed when any source was written to, moved or
 converted. On a GPU, a caller on another stream waits for the value; a CUDA graph computes it inside the capture, or
-else the graph would read freed memory after a source changes. `held` skips that for a caller that keeps the cached
-tensors.
+else the graph would read freed memory after a source changes. `graphs_read_cache` skips that for a caller that keeps
+the cached tensors.
 
 Writes through `.data` escape PyTorch's version counter. On CPU, the values of the first source are therefore compared
 as well: all of a small one, some of a large one, which every optimizer step or moving average changes.
@@ -34,11 +34,11 @@ _Entries = dict[int, tuple[weakref.ref[Tensor], dict[str, _Entry]]]
 _entries: _Entries = {}
 
 
-def derived(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
-    """`compute()`, remembered under `name` as long as `sources` keep their storage, version and values."""
+def cached(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
+    """`compute()`, cached_tensors under `name` as long as `sources` keep their storage, version and values."""
     if (
         torch.compiler.is_compiling()
-        or _mode.unkept
+        or _mode.uncached
         or transformed()
         or any(s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources)
     ):
@@ -77,39 +77,39 @@ class _Filled:
 
 
 class _Mode(threading.local):
-    held: bool = False
-    unkept: bool = False
+    graphs_read_cache: bool = False
+    uncached: bool = False
 
 
 _mode = _Mode()
 
 
 @contextmanager
-def unkept() -> Iterator[None]:
+def uncached() -> Iterator[None]:
     """Disable the cache within the block, for models that run once: packed weights double the memory of the model's."""
-    outside, _mode.unkept = _mode.unkept, True
+    outside, _mode.uncached = _mode.uncached, True
     try:
         yield
     finally:
-        _mode.unkept = outside
+        _mode.uncached = outside
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def graphs_read_cache() -> Iterator[None]:
     """Within the block, captured graphs read cached tensors instead of recomputing them at every replay.
 
-    The caller keeps the `remembered` tensors as long as the graph, and captures it again after a source has changed.
+    The caller keeps `cached_tensors` as long as the graph, and captures it again after a source has changed.
     """
-    outside, _mode.held = _mode.held, True
+    outside, _mode.graphs_read_cache = _mode.graphs_read_cache, True
     try:
         yield
     finally:
-        _mode.held = outside
+        _mode.graphs_read_cache = outside
 
 
 def _captured(source: Tensor) -> bool:
     """True if a value is to be a part of the graph that is being captured."""
-    return not _mode.held and _capturing(source)
+    return not _mode.graphs_read_cache and _capturing(source)
 
 
 def _capturing(source: Tensor) -> bool:
@@ -149,7 +149,7 @@ def clear() -> None:
     _entries.clear()
 
 
-def remembered(sources: Iterable[Tensor]) -> list[Any]:
+def cached_tensors(sources: Iterable[Tensor]) -> list[Any]:
     """All cached tensors of these sources; a CUDA graph that reads them stores this list, in case of `clear`."""
     found = [_entries[id(source)] for source in sources if id(source) in _entries]
     return [entry[2] for _, kept in found for entry in kept.values()]
