@@ -12,6 +12,7 @@ import torch
 
 from tests.cli.runner import invoke
 from xfm_fast.errors import ConfigError, XFMError
+from xfm_fast.io import write_bytes
 from xfm_fast.models.xfm import XFM
 from xfm_fast.reproduce import claims, tasks
 from xfm_fast.reproduce.claims import PARTS, fit_probe, run_claims
@@ -34,7 +35,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         for split, value in {"known": 80.0, "test": 60.0}.items():
             (folder / "evaluation" / split).mkdir(parents=True)
             metrics = dict.fromkeys(names, value + int(arguments["seed"]))
-            (folder / "evaluation" / split / "metrics.json").write_text(json.dumps({"metrics": metrics}))
+            # Whole, as the command writes it, because another thread reads the results so far.
+            write_bytes({folder / "evaluation" / split / "metrics.json": json.dumps({"metrics": metrics}).encode()})
 
     monkeypatch.setattr(tasks, "_run", pretend)
     return made

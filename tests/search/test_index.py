@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.data.record_files import pairs, write_lines
 from tests.search.conftest import write_model, write_picture
@@ -120,7 +120,7 @@ def test_another_model_or_collection_is_refused(photos: Path, model: SearchModel
         with pytest.raises(DataError, match="other"):
             call()
     # The number format is none of its identity.
-    open_index(photos).check(open_model(model.source, dtype=torch.bfloat16))
+    open_index(photos).check(open_model(replace(model.source, dtype="bf16")))
     build_index(photos, model, tmp_path / "index")
     with pytest.raises(DataError, match=r"photos.*trip"):
         build_index(photos / "trip", model, tmp_path / "index")

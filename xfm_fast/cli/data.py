@@ -54,20 +54,6 @@ class CheckOptions:
     tokenized: bool = False
 
 
-@dataclass(frozen=True)
-class WorldOptions:
-    """The size of a shapes world.
-
-    Attributes:
-        seed: Random seed of the world.
-        train: Training scenes; validation and test have a twentieth as many, with combinations of colour and shape
-            that training lacks.
-    """
-
-    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
-    train: Annotated[int, Ge(1)] = 10_000
-
-
 @data.command
 def check(
     paths: list[str],
@@ -141,16 +127,25 @@ def convert_rows(
 
 
 @data.command
-def shapes(out: Path, /, *, options: Flat[WorldOptions] = WorldOptions()) -> None:
+def shapes(
+    out: Path,
+    /,
+    *,
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0,
+    train: Annotated[int, Ge(1)] = 10_000,
+) -> None:
     """Write the shapes world: scenes, captions, regions, questions and statements in the official formats.
 
     Args:
         out: Folder of the world; must not contain anything else.
+        seed: Random seed of the world.
+        train: Training scenes; validation and test have a twentieth as many, with combinations of colour and shape
+            that training lacks.
     """
     from xfm_fast.data.shapes import write_world
 
-    held_out = max(1, options.train // 20)
-    world = write_world(out, seed=options.seed, images={"train": options.train, "val": held_out, "test": held_out})
+    held_out = max(1, train // 20)
+    world = write_world(out, seed=seed, images={"train": train, "val": held_out, "test": held_out})
     print(f"{out}: {sum(world['rows'].values()):,} rows in {len(world['rows'])} files")
 
 

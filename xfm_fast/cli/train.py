@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from xfm_fast.cli.console import named_progress, note
-from xfm_fast.cli.options import UNFINISHED, Flat
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """The size of a study.
-
-    Attributes:
-        seeds: Runs of each part. [downstream 1, claims 10]
-        out: Folder of the study; finished runs in it are reused. [runs/STUDY]
-    """
-
-    seeds: Annotated[int | None, Ge(1)] = None
-    out: Path | None = None
+from xfm_fast.cli.options import UNFINISHED
 
 
 def pretrain(recipe: str, /, *overrides: str) -> int:
@@ -52,7 +38,11 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
 
 
 def reproduce(
-    study: Literal["downstream", "claims"], /, *overrides: str, options: Flat[StudyOptions] = StudyOptions()
+    study: Literal["downstream", "claims"],
+    /,
+    *overrides: str,
+    seeds: Annotated[int | None, Ge(1)] = None,
+    out: Path | None = None,
 ) -> int:
     """Reproduce the paper's experiments in miniature, on generated scenes; writes a page and a JSON.
 
@@ -62,11 +52,13 @@ def reproduce(
         study: downstream fine-tunes a tiny model for every task; claims trains with and without stop-gradient and
             MIM guidance, and measures what the language encoder forgets and what image features contain.
         overrides: key=value for the pretraining recipe.
+        seeds: Runs of each part. [downstream 1, claims 10]
+        out: Folder of the study; finished runs in it are reused. [runs/STUDY]
     """
     from xfm_fast.io import write_bytes
     from xfm_fast.reproduce import claims, tasks
 
-    out = options.out or Path("runs", study)
+    out = out or Path("runs", study)
     module: Any = claims if study == "claims" else tasks
 
     page, document = out / f"{module.STEM}.md", out / f"{module.STEM}.json"
@@ -77,10 +69,10 @@ def reproduce(
         write_bytes({page: module.markdown(results).encode(), document: content.encode()})
 
     if study == "claims":
-        results = claims.run_claims(out, seeds=options.seeds or 10, overrides=overrides, on_change=keep)
+        results = claims.run_claims(out, seeds=seeds or 10, overrides=overrides, on_change=keep)
     else:
         overrides = overrides or tasks.OVERRIDES
-        results = tasks.run_tasks(out, seeds=options.seeds or 1, overrides=overrides, on_change=keep)
+        results = tasks.run_tasks(out, seeds=seeds or 1, overrides=overrides, on_change=keep)
     print(module.markdown(results))
     keep(results)
     print(f"saved: {page}, {document}")

@@ -39,7 +39,7 @@ from xfm_fast.export.session import Session
 from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, read_bytes, require_file, write_bytes, write_files
 from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
-from xfm_fast.models.xfm import PRECISIONS, XFM, Precision
+from xfm_fast.models.xfm import PRECISIONS, XFM
 from xfm_fast.tasks.evaluation import checksum
 from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -77,15 +77,12 @@ class SearchModel:
         return self.model.processor.tokenizer if isinstance(self.model, Session) else self.model.tokenizer
 
 
-def open_model(
-    source: str | Path | Source, *, device: str | torch.device | None = None, dtype: Precision | None = None
-) -> SearchModel:
+def open_model(source: str | Path | Source) -> SearchModel:
     """Load a model with a contrastive head; features of another dtype are close enough to search the same index.
 
     Args:
-        source: a run, a folder, a Hub name, an official checkpoint file or an export; or the options of the model.
-        device: of the model; by default that of `source`, "cpu" for a name.
-        dtype: of the model; by default that of `source`.
+        source: a run, a folder, a Hub name, an official checkpoint file or an export, for the CPU; or the options of
+            the model.
     """
     if not isinstance(source, Source):
         source = Source(str(source), device="cpu")
@@ -100,7 +97,7 @@ def open_model(
     for name, tensor in opened.model.state_dict().items():
         if name.startswith(_FEATURE_WEIGHTS):
             digest.update(f"{name} {[*tensor.shape]} {checksum(tensor):08x}".encode())
-    model = opened.model.to(device or source.choose_device()).cast(dtype or PRECISIONS[source.dtype or "fp32"])
+    model = opened.model.to(source.choose_device()).cast(PRECISIONS[source.dtype or "fp32"])
     return SearchModel(model.eval(), source, digest.hexdigest()[:32], opened.rank)
 
 
