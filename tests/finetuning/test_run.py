@@ -177,14 +177,8 @@ def test_a_second_run_in_the_folder_changes_nothing_of_the_first(recipe: Make) -
 
 
 def test_what_is_refused_before_the_first_step(recipe: Make, pretrained: Path, world: Path, tmp_path: Path) -> None:
-    for wrong, name in (
-        ({"choose": {"by": "accuracy", "split": "dev"}}, r"choose\.split=dev"),
-        ({"choose": {"by": "bleu", "split": "val"}}, r"choose\.by=bleu"),
-        ({"task": {"max_word": 3}}, r"task\.max_word "),
-        ({"task": {"kind": "nlvr3"}}, "nlvr3"),
-    ):
-        with pytest.raises(ConfigError, match=name):
-            recipe(*NLVR2, **wrong)
+    with pytest.raises(ConfigError, match=r"choose\.split=dev"):
+        recipe(*NLVR2, choose={"by": "accuracy", "split": "dev"})
     with pytest.raises(DataError, match=r"data\.train.*absent\.json"):
         finetune(recipe("nlvr2", "absent.json"))
     other = tmp_path / "other"
