@@ -134,10 +134,6 @@ def _torch_tensorrt(name: str, label: str, library: str) -> ModelBackend:
     )  # fmt: skip
 
 
-def _int8_absent(device: torch.device) -> str | None:
-    return int8.why_not() if device.type == "cpu" else "int8 is for CPUs"
-
-
 def export_backends(runtime: type[Runtime]) -> Iterator[ModelBackend]:
     """A runtime of exports; on a CPU with packed texts and int8 GEMMs too, which a run names with --baselines."""
 
@@ -175,7 +171,8 @@ BACKENDS: tuple[ModelBackend, ...] = (
     ModelBackend(
         # The weights are shared by all backends, and its marks are on them.
         "xfm-fast-int8", "xfm-fast, GEMMs in int8", lambda s: OurEngine(copy.deepcopy(s.model).quantise()),
-        dtypes=("bf16",), why_absent=_int8_absent, package="xfm_fast", schedule="ours", band=INT8_BAND,
+        dtypes=("bf16",), package="xfm_fast", schedule="ours", band=INT8_BAND,
+        why_absent=lambda device: int8.why_not() if device.type == "cpu" else "int8 is for CPUs",
     ),
     ModelBackend(
         OFFICIAL_CODE, "official code, a process of its own", _official_code, dtypes=("fp32",),

@@ -643,10 +643,11 @@ class SessionScorer:
 
     def scores(self, tokens: Tensor, sequences: Sequences, memory: SessionMemory, groups: ImageGroups) -> Tensor:
         """Match score of every caption with its image: `[P]`."""
-        lengths = sequences.cu_seqlens.diff()
+        lengths, texts = sequences.cu_seqlens.diff(), groups.cu_texts.diff().long()
+        image_of = torch.repeat_interleave(torch.arange(len(texts), device=texts.device), texts).tolist()
         with torch.inference_mode():
             outputs = self.session.fuse_packed(
-                tokens.to(self.session.device, self.session.dtype), lengths, memory, _image_of(groups)
+                tokens.to(self.session.device, self.session.dtype), lengths, memory, image_of
             )
         return outputs["match_logits"][:, 1]
 
@@ -657,12 +658,6 @@ class SessionScorer:
         sums = sorted(record.sha256 for record in manifest.files if record.name in files)
         facts = [self.session.description, manifest.weights_sha256, *sums]
         return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
-
-
-def _image_of(groups: ImageGroups) -> list[int]:
-    """Image of every caption, in grouped order."""
-    counts = groups.cu_texts.diff().long()
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts).tolist()
 
 
 class SessionRanks:
