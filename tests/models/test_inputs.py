@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[Callable[[XFM], object], list[str]]] = {
         lambda m: m.encode_text(ids(), torch.tensor([[1, 1, 0], [0, 1, 1]])),
         ["attention_mask of text 1"],
     ),
+    "texts without tokens": (lambda m: m.encode_text(ids()[:, :0]), ["text 0"]),
     "ids padded on the left": (lambda m: m.encode_text(ids([1, 0, 2])), ["text 0"]),
     "fused mask": (lambda m: fuse(m, None, torch.ones(3, 5)), ["attention_mask", "[3, 5]", "[3, 4]"]),
     "no memory": (lambda m: m.fuse(torch.zeros(1, 4, 64), torch.ones(1, 4), cast("Any", None)), ["memory", "NoneType"]),

@@ -105,7 +105,7 @@ def check_ids(ids: Tensor, config: XFMConfig, name: str = "input_ids") -> None:
 def check_padding(attention_mask: Tensor) -> None:
     """No left padding in a mask `[..., L]`: embeddings are read from the first token."""
     _tensor(attention_mask, "attention_mask")
-    mask = _mask(attention_mask, "attention_mask").reshape(-1, attention_mask.shape[-1])
+    mask = torch.atleast_2d(_mask(attention_mask, "attention_mask")).flatten(0, -2)
     if on_host(mask) and mask.numel() and not host.all_true(mask[:, 0]):
         fine = mask[:, 0] | ~mask.any(1)
         if not host.all_true(fine):
