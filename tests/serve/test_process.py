@@ -83,7 +83,7 @@ def test_bad_options_exit_with_2(tmp_path: Path, weights: Path) -> None:
             ([weights, "--host", "no such host"], "--host no such host"),
             ([weights, "--timeout", "inf"], "timeout"),
             ([weights, "--name", ""], "--name"),
-            ([weights, "--memory-mb", "5"], "--memory-mb 5"),
+            ([weights, "--memory-mb", "0"], "--memory-mb"),
         ):
             done = invoke(["serve", "--port", 0, *arguments] if arguments else ["serve"])
             assert done.exit_code == 2
