@@ -15,7 +15,7 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import checks, flash, host, reference
-from .backend import Backend, _why_not, named, resolve, transformed
+from .backend import Backend, _why_not, emulated_architecture, named, resolve, transformed
 from .caching import cached
 from .checks import BIAS_HEAD_DIMS, HEAD_DIMS, Biased, RelPos, Varlen
 from .cpu import attention, varlen
@@ -169,7 +169,8 @@ def _make_relpos_bias(
 
 def _in_fragments(head_dim: int, dtype: torch.dtype, device: torch.device, *, turned: bool) -> bool:
     """Whether a bias is stored in fragments; fakes ask too, possibly without Triton or a GPU."""
-    if not head_dim or turned or device.type != "cuda" or not torch.cuda.is_available():
+    on_gpu = (device.type == "cuda" and torch.cuda.is_available()) or emulated_architecture() is not None
+    if not head_dim or turned or not on_gpu:
         return False
     from .triton.relpos_table import takes_fragments
 

@@ -44,6 +44,24 @@ def use_backend(name: Backend) -> Iterator[None]:
         _chosen.name = outside
 
 
+_emulated: list[int] = []
+
+
+@contextmanager
+def emulating(architecture: int) -> Iterator[None]:
+    """Let the backend `triton` take CPU tensors within the block, configured for an architecture such as 90."""
+    _emulated.append(architecture)
+    try:
+        yield
+    finally:
+        _emulated.pop()
+
+
+def emulated_architecture() -> int | None:
+    """The architecture of `emulating`."""
+    return _emulated[-1] if _emulated else None
+
+
 def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = False) -> Backend:
     """The backend that runs an operation on these tensors: one of `reference`, `cpu`, `triton`, `flash_attn`.
 
@@ -128,8 +146,8 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
         return "the package triton is not installed"
     if name == "flash_attn" and not (_installed("flash_attn") or _installed("flash_attn_interface")):
         return "the package flash_attn is not installed"
-    # The interpreter runs Triton kernels on CPU tensors: slow, for tests.
-    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    # The interpreter and the emulation run Triton kernels on CPU tensors: slow, for tests.
+    if name == "triton" and device == "cpu" and (_emulated or os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     if device != "cuda":
         return f"it needs a CUDA GPU and the tensors live on {device}"
@@ -142,9 +160,12 @@ def _why_not(name: Backend, device: str, index: int | None) -> str | None:
 @constant_when_compiled
 def _compiler_fault(device: str, index: int | None) -> str | None:
     """The reason why compiled attention would be wrong on a device, or None."""
-    if device != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(index)[0] != 9:
+    if device != "cuda" or torch.version.hip is not None:
         return None
-    return hopper_fault(*compiler_versions())
+    major = torch.cuda.get_device_capability(index)[0]
+    if major == 9:
+        return hopper_fault(*compiler_versions())
+    return blackwell_fault(compiler_versions()[0]) if major == 10 else None
 
 
 def hopper_fault(triton: str, ptxas: str) -> str | None:
@@ -158,6 +179,17 @@ def hopper_fault(triton: str, ptxas: str) -> str | None:
         return f"Triton {triton} lacks fences before the tensor cores of Hopper; {remedy}"
     if version_numbers(ptxas) < (13, 3):
         return f"ptxas {ptxas} overwrites operands of the tensor cores of Hopper; {remedy}"
+    return None
+
+
+def blackwell_fault(triton: str) -> str | None:
+    """A fault of Triton that makes attention wrong on GPUs with tensor memory (sm_100), or None.
+
+    3.5.1 and 3.7.0 lack proxy fences before the tensor cores, and a barrier between loads of tensor memory and stores
+    over it; 3.9.0 has both, and versions between were not tried.
+    """
+    if version_numbers(triton) < (3, 9):
+        return f"Triton {triton} lacks fences and barriers for the tensor cores of Blackwell; install triton >= 3.9"
     return None
 
 

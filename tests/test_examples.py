@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def photos(tmp_path: Path) -> Path:
 def test_they_are_short_and_all_are_tested() -> None:
     tested = {
         "accelerate_my_model", "search_my_photos", "finetune_on_my_csv", "build_an_engine", "what_fp8_costs",
-        "gradient_flow",
+        "gradient_flow", "emulate_a_kernel",
     }  # fmt: skip
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
     for path in EXAMPLES.glob("*.py"):
@@ -69,6 +70,14 @@ def test_gradient_flow(run: Run, tmp_path: Path) -> None:
         assert head == ["loss", "language", "vision", "fusion"]
         trained = {loss: "".join("0" if norm == "0" else "1" for norm in norms) for loss, *norms in lines}
         assert trained == {"mlm": "100", "itc": "110", "itm": "011", "imlm": "011", "mim": "010"}
+
+
+def test_emulate_a_kernel() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, str(EXAMPLES / "emulate_a_kernel.py")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.count("0 hazards, right: True") == 4
+    assert "load of 2 bytes" in out.splitlines()[-1]
 
 
 def test_search_my_photos(run: Run, photos: Path, tmp_path: Path) -> None:

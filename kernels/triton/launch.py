@@ -24,6 +24,8 @@ from torch import Tensor
 
 from xfm_fast.errors import InputError
 
+from ..backend import emulated_architecture
+
 _TUNING = Path(__file__).resolve().parent.parent / "tuning"
 TRITON_TYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -130,10 +132,10 @@ def cached_options(spec: KernelSpec, dtype: str, arch: int, **variant: Any) -> t
 def architecture(device: torch.device) -> int:
     """90 for NVIDIA's compute capability 9.0; 0 for AMD, where the same numbers mean other hardware.
 
-    The interpreter, on a CPU, uses the configurations of the oldest architecture.
+    On a CPU it is that of the emulation; the interpreter uses the configurations of the oldest architecture.
     """
     if device.type != "cuda":
-        return 80
+        return emulated_architecture() or 80
     if torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,7 +1,8 @@
 """Every library in its turn, whichever this machine runs faster; and Triton kernels interpreted or compiled.
 
-Every test of a module `test_triton_*` exists twice: interpreted, on a machine without a GPU, and compiled, marked
-`gpu`. Only there kernels are tested in bf16, whose sums and products the interpreter gets wrong.
+Every test of a module `test_triton_*` exists three times: interpreted, on a machine without a GPU; compiled, marked
+`gpu`; and compiled and emulated, in a process with XFM_EMULATE (`test_emulated.py`). bf16, whose sums and products the
+interpreter gets wrong, is tested in the last two.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ def each_library(*names: str) -> pytest.MarkDecorator:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Triton tests run interpreted, and compiled."""
+    """Triton tests run interpreted and compiled, or emulated for the architectures in XFM_EMULATE."""
     if metafunc.module.__name__.rpartition(".")[2].startswith("test_triton_"):
-        ways = ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)]
+        emulated = os.environ.get("XFM_EMULATE", "").split()
+        ways = [*emulated] if emulated else ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)]
         metafunc.parametrize("execution", ways, indirect=True)
 
 
@@ -62,6 +64,12 @@ def execution(request: pytest.FixtureRequest) -> Iterator[None]:
     way = getattr(request, "param", None)
     if way == "interpreted" and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("Triton compiles in this process; without a GPU or with TRITON_INTERPRET=1 it interprets")
+    if way is not None and way.startswith("sm_"):
+        from tests.kernels.triton_testing import emulated_kernels
+
+        with emulated_kernels(way):
+            yield
+        return
     if way != "compiled":
         yield
         return

@@ -563,7 +563,7 @@ def test_what_triton_kernels_cannot_run_stays_with_pytorch(monkeypatch: pytest.M
         ops.varlen_attention(**given, backend="flash_attn")
 
 
-def test_attention_on_hopper_needs_a_compiler_without_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_on_hopper_and_blackwell_needs_a_compiler_without_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other operations and other GPUs keep their kernels."""
     assert backends.hopper_fault("3.7.1", "13.3") is None
     assert "Triton 3.6.0" in str(backends.hopper_fault("3.6.0", "13.4"))
@@ -579,8 +579,10 @@ def test_attention_on_hopper_needs_a_compiler_without_faults(monkeypatch: pytest
     with pytest.raises(InputError, match=r"Triton 3\.6\.0"):
         resolve("triton", x, has_flash=True)
     assert resolve("auto", x) == "triton"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
-    assert resolve("auto", x, has_flash=True) == "triton"
+    for capability, backend in (((8, 0), "triton"), ((10, 0), "reference"), ((12, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None, found=capability: found)
+        assert resolve("auto", x, has_flash=True) == backend
+    assert backends.blackwell_fault("3.9.0+git1") is None
 
 
 # References by their definitions.

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.kernels.accuracy import assert_accurate, draws
 from tests.kernels.cases import biased, converted, leaves, offsets, packed, run, window
 from tests.kernels.test_triton_contract import KERNELS
-from tests.kernels.triton_testing import assert_triton_is_accurate, configured, philox, poison
+from tests.kernels.triton_testing import assert_triton_is_accurate, configured, interpreted_only, philox, poison
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.checks import Packed
 from xfm_fast.kernels.reference import HIDDEN
@@ -152,6 +152,7 @@ def test_kernels_by_the_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert varlen_attention._form(kernel, owned, longest, given) == f"{kernel}_{form}".rstrip("_")
 
 
+@interpreted_only
 @pytest.mark.parametrize(("name", "worth"), [("varlen, odd heads", 0.0), ("varlen, texts over images", 100.0)])
 def test_tiles_are_found(name: str, worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a search, or in equal shares; also with more sequences than one read of the offsets covers."""
@@ -296,6 +297,7 @@ def test_keys_that_no_descriptor_can_have_are_copied(layout: str, monkeypatch: p
     assert_triton_is_accurate(case, given | {"k": k, "v": k}, bias=bias)
 
 
+@interpreted_only
 def test_fragments_are_for_hopper_whatever_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not relpos_table.takes_fragments(64, torch.bfloat16, CPU)
     # PyTorch's compute capability of gfx942 is 9.4.

@@ -29,7 +29,7 @@ from tests.kernels.cases import (
     vocabulary,
     window,
 )
-from tests.kernels.triton_testing import assert_triton_is_accurate
+from tests.kernels.triton_testing import EMULATED, assert_triton_is_accurate
 from xfm_fast.kernels import attention, ops
 from xfm_fast.kernels.caching import forget
 from xfm_fast.kernels.checks import BIAS_HEAD_DIMS
@@ -84,7 +84,7 @@ def each_dtype(names: Iterable[str]) -> pytest.MarkDecorator:
     """Cases by name in every dtype."""
 
     def marks(name: str, dtype: str) -> tuple[pytest.MarkDecorator, ...]:
-        if dtype == "bf16":
+        if dtype == "bf16" and not EMULATED:
             return (pytest.mark.gpu,)
         return () if dtype == "fp32" or name in HALF else (pytest.mark.slow,)
 
