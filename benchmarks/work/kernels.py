@@ -12,11 +12,11 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from xfm_fast.kernels.roofline import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, WIDTH
 from ..measure import Backend, Case, Run, benchmark
 from ..record import OURS, Direction, Extra
 from ..timing import Clocked, one_line, parity_band, relative_error, why_not_compiled
+
+if TYPE_CHECKING:
+    from xfm_fast.kernels.emulation import Launch
 
 Call = Callable[..., Tensor]
 EAGER = "eager"
@@ -149,6 +152,62 @@ def _work(work: roofline.Work | None, backend: Backend, result: object) -> Extra
 
 
 Cases = Mapping[str, Callable[[torch.device, torch.dtype, bool], OpCase]]
+
+
+class Executed(NamedTuple):
+    """A case on the emulated backend `triton`, forward and backward."""
+
+    name: str
+    dtype: str
+    checks: int  # results and gradients compared with fp64
+    wrong: tuple[str, ...]  # errors beyond what rounding explains
+    launches: tuple[Launch, ...]
+
+
+def execute(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Executed]:
+    """Run the Triton kernels of every op at small shapes, compiled for an NVIDIA GPU and emulated: see `emulated`."""
+    from xfm_fast.kernels import backend
+    from xfm_fast.kernels.emulation import EmulationError, emulated
+
+    for name in _EXECUTED:
+        for dtype in dtypes:
+            with emulated(target, strict=False) as launches, backend.emulating(int(target.removeprefix("sm_"))):
+                try:
+                    with ops.use_backend("triton"):
+                        op = CASES[name](torch.device("cpu"), DTYPES[dtype], True)
+                        found = [step(op.ours, op.inputs, direction)() for direction in _BOTH]
+                except EmulationError as error:
+                    yield Executed(name, dtype, 0, (str(error),), tuple(launches))
+                    continue
+                plain, exact = (
+                    [step(op.reference, tuple(t.to(kind) for t in op.inputs), direction)() for direction in _BOTH]
+                    for kind in (DTYPES[dtype], torch.float64)
+                )
+            runs: Any = found, plain, exact
+            results = [(forward, *gradients) for forward, gradients in runs]
+            wrong, checks = [], 0
+            for number, (ours, theirs, true) in enumerate(zip(*results, strict=True)):
+                if true is None:
+                    continue
+                checks += 1
+                error, band = relative_error(ours, true), parity_band(DTYPES[dtype], relative_error(theirs, true))
+                if error > band:
+                    wrong.append(f"{'result' if not number else f'gradient {number}'}: error {error:.1e} > {band:.1e}")
+            yield Executed(name, dtype, checks, tuple(wrong), tuple(launches))
+
+
+_BOTH: tuple[Direction, ...] = ("forward", "forward and backward")
+_EXECUTED = (
+    *("relpos_attention at 224 px", "varlen_attention of captions", "varlen_attention to an image", "bias_attention"),
+    *(
+        "add_layer_norm",
+        "layer_norm",
+        "embed_layer_norm",
+        "linear_gelu",
+        "linear_cross_entropy",
+        "token_log_likelihood",
+    ),
+)
 
 
 @benchmark("kernels", title="Operations, against their alternatives", reference=EAGER)

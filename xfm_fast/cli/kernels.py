@@ -6,11 +6,13 @@ import json
 import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xfm_fast.cli.console import stdout, table
 from xfm_fast.cli.options import Flat, Json
@@ -47,6 +49,7 @@ class AuditOptions(KernelOptions):
         all: Every form of every kernel, not a quarter of them.
         changed: Only forms whose source, compiler or audit changed since the baseline.
         accept: Update the baseline with these figures.
+        execute: Run the compiled kernels in emulation instead, and check results, gradients and every access.
     """
 
     arch: tuple[int, ...] = ()
@@ -54,6 +57,7 @@ class AuditOptions(KernelOptions):
     all: bool = False
     changed: bool = False
     accept: bool = False
+    execute: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,12 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
         known = ", ".join(map(str, LIMITS))
         raise InputError(f"unknown architecture: {', '.join(map(str, sorted(unknown)))}; known: {known}")
     arches = options.arch or ARCHITECTURES
+    if options.execute:
+        if options != AuditOptions(arch=options.arch, execute=True):
+            raise InputError(
+                "--execute runs the kernels of every operation and writes no figures; give only --arch with it"
+            )
+        return _execute(arches)
     begun = time.perf_counter()
     forms = library.shipped_forms(specs, arches)
     chosen = forms if options.all else library.representative(forms)
@@ -182,6 +192,32 @@ def audit(*, options: Flat[AuditOptions] = AuditOptions()) -> int:
         shown.print(f"{len(comparison.worse)} figures are worse, new or missing. If that is meant: {command}")
         return 1
     return 0
+
+
+def _execute(arches: Sequence[int]) -> int:
+    """Print a line a kernel and architecture; 1 if a result is wrong or a hazard was found."""
+    from xfm_fast.benchmarks.work.kernels import execute
+
+    failed = False
+    for arch in arches:
+        kernels: dict[str, list[Any]] = {}
+        checks: Counter[str] = Counter()
+        for case in execute(f"sm_{arch}"):
+            for message in case.wrong:
+                print(f"sm_{arch} {case.name} {case.dtype}: {message}")
+            failed = failed or bool(case.wrong)
+            checks.update(dict.fromkeys({launch.kernel for launch in case.launches}, case.checks))
+            for launch in case.launches:
+                kernels.setdefault(launch.kernel, []).append(launch)
+        for name, launches in sorted(kernels.items()):
+            places = {(each.kind, each.place) for launch in launches for each in launch.hazards}
+            seconds = sum(launch.seconds for launch in launches)
+            counts = f"{checks[name]} checks, {len(launches)} launches, {len(places)} hazards"
+            print(f"sm_{arch} {name}: {counts}, {seconds:.1f} s", flush=True)
+            for kind in sorted({kind for kind, _ in places}):
+                print(f"  {kind}: {', '.join(sorted(place for other, place in places if other == kind))}")
+                failed = failed or "tcgen05.ld" not in kind
+    return int(failed)
 
 
 def tune(*, options: Flat[TuneOptions] = TuneOptions()) -> None:
