@@ -9,13 +9,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from xfm_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from .emulation import Launch
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -47,14 +50,21 @@ def use_backend(name: Backend) -> Iterator[None]:
 _emulated: list[int] = []
 
 
+# LLVM moves arithmetic before the wait that Triton writes after a load of tensor memory: a hazard of compilers alone.
+ACCEPTED_HAZARD = "tcgen05.ld"
+
+
 @contextmanager
-def emulating(architecture: int) -> Iterator[None]:
-    """Let the backend `triton` take CPU tensors within the block, configured for an architecture such as 90."""
-    _emulated.append(architecture)
-    try:
-        yield
-    finally:
-        _emulated.pop()
+def emulating(target: str, **options: Any) -> Iterator[list[Launch]]:
+    """Let the backend `triton` take CPU tensors within the block, and run them as `emulation.emulated` does."""
+    from .emulation import emulated
+
+    with emulated(target, **options) as launches:
+        _emulated.append(int(target.removeprefix("sm_")))
+        try:
+            yield launches
+        finally:
+            _emulated.pop()
 
 
 def emulated_architecture() -> int | None:

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels import ops, reference, roofline
+from xfm_fast.kernels.backend import emulating
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.flags import mark
 from xfm_fast.kernels.roofline import HEAD_DIM, HEADS, HIDDEN, VOCABULARY, WIDTH
@@ -165,13 +166,12 @@ class Executed(NamedTuple):
 
 
 def execute(target: str, dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Executed]:
-    """Run the Triton kernels of every op at small shapes, compiled for an NVIDIA GPU and emulated: see `emulated`."""
-    from xfm_fast.kernels import backend
-    from xfm_fast.kernels.emulation import EmulationError, emulated
+    """Run the Triton kernels of every op at small shapes, compiled for an NVIDIA GPU and emulated."""
+    from xfm_fast.kernels.emulation import EmulationError
 
     for name in _EXECUTED:
         for dtype in dtypes:
-            with emulated(target, strict=False) as launches, backend.emulating(int(target.removeprefix("sm_"))):
+            with emulating(target, strict=False) as launches:
                 try:
                     with ops.use_backend("triton"):
                         op = CASES[name](torch.device("cpu"), DTYPES[dtype], True)

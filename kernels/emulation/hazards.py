@@ -45,10 +45,14 @@ class Clocks:
     """What each warp of each CTA knows of each agent `[CTAs, warps, kinds · warps]`."""
 
     def __init__(self, ctas: int, warps: int) -> None:
-        self.warps = warps
-        self.known = np.zeros((ctas, warps, KINDS * warps), np.int32)
+        self.warps, self.agents = warps, KINDS * warps
+        self.known = np.zeros((ctas, warps, self.agents), np.int32)
         self.known[:, range(warps), range(warps)] = 1
         self.fenced = np.zeros_like(self.known)
+
+    def learn(self, cta: Array, warp: Array, agent: Array, time: Array) -> None:
+        """Let warps know that an agent's operations up to a time are over."""
+        self.known[cta, warp, agent] = np.maximum(self.known[cta, warp, agent], time)
 
     def step(self, cta: Any, warp: Any) -> None:
         """Begin a new interval of a warp's accesses."""
@@ -71,17 +75,17 @@ class Clocks:
         self.step(cta, warp)
         return passed
 
-    def acquire(self, cta: int, warps: Array, passed: Array) -> None:
-        """What warps learn from a barrier."""
-        self.known[cta, warps] = np.maximum(self.known[cta, warps], passed[0])
-        self.fenced[cta, warps] = np.maximum(self.fenced[cta, warps], passed[1])
+    def acquire(self, cta: int, warp: int, passed: Array) -> None:
+        """What a warp learns from a barrier."""
+        for clock, other in zip((self.known, self.fenced), passed, strict=True):
+            clock[cta, warp] = np.maximum(clock[cta, warp], other)
 
 
 class Shadow:
     """The last accesses of memory granules, of `size` a CTA."""
 
     def __init__(self, clocks: Clocks, ctas: int, size: int) -> None:
-        self.clocks, self.size = clocks, size
+        self.clocks = clocks
         self.writer = np.full(ctas * size, -1, np.int16)
         self.written = np.zeros(ctas * size, np.int32)
         # By threads and tensor cores: bulk copies to global memory are not emulated.

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from .hazards import Array
 from .machine import FORMS, UNSIGNED, Machine, expand, form
 from .ptx import Instruction
 
 Function = Callable[..., Any]
-Array = Any
 DTYPES = {
     **{
         f"{kind}{8 * size}": np.dtype(f"{letter}{size}")
@@ -26,7 +26,7 @@ DTYPES = {
     "f32": np.dtype("f4"),
     "pred": np.dtype(bool),
 }
-_BITS32, _LEAST_NORMAL = np.dtype("u4"), np.float32(2.0**-126)
+_LEAST_NORMAL = np.float32(2.0**-126)
 
 
 def bf16_to_fp32(bits: Array) -> Array:
@@ -200,6 +200,10 @@ def _extract(x: Array, place: Array, length: Array, *, signed: bool) -> Array:
     return np.where((sign == 1) & (length > 0), found | (-1 << length), found).astype(np.int32)
 
 
+def _count_ones(x: Array) -> Array:
+    return np.unpackbits(np.asarray(x)[..., None].view(np.uint8), axis=-1).sum(-1)
+
+
 def _permute(x: Array, y: Array, selector: Array) -> Array:
     """Four bytes of eight (`prmt`), or their signs."""
     value, found = x.astype(np.uint64) | (y.astype(np.uint64) << np.uint64(32)), np.uint64(0)
@@ -208,7 +212,7 @@ def _permute(x: Array, y: Array, selector: Array) -> Array:
         byte = (value >> ((choice & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
         sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
         found = found | (np.where(choice & np.uint64(8), sign, byte) << np.uint64(8 * number))
-    return found.astype(np.uint32)
+    return np.asarray(found).astype(np.uint32)
 
 
 _HALVES = {
@@ -257,7 +261,7 @@ pure("div.{s32,u32,s64}", _divide)
 pure("rem.{s32,u32,s64}", _remainder)
 pure("div.{rn,full}.f32", np.divide)
 pure("div.approx.f32", _divide_approximately)
-pure("popc.b32", np.bitwise_count, "u32")
+pure("popc.b32", _count_ones, "u32")
 pure("rcp.{rn,approx}.f32", lambda x: np.float32(1) / x)
 for _suffix, _flushes in _FLUSHES:
     pure(f"ex2.approx{_suffix}.f32", np.exp2, flushes=_flushes)
@@ -353,10 +357,8 @@ def _move(m: Machine, each: Instruction) -> None:
     if isinstance(to, tuple):
         parts = m.array(source, m.types[source])
         size = parts.itemsize // len(to)
-        for target, part in zip(
-            to, np.ascontiguousarray(parts).view(UNSIGNED[size]).reshape(-1, len(to)).T, strict=True
-        ):
-            m.write(target, part)
+        m.write_all(to, np.ascontiguousarray(parts).view(UNSIGNED[size]).reshape(-1, len(to)).T)
+        for target in to:
             m.inherit(target, [source])
         return
     dtype = DTYPES[each.form.rpartition(".")[2]]

@@ -141,16 +141,17 @@ def _run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: An
     dimensions: Any = grid(bound) if callable(grid) else grid
     sizes = [*dimensions, 1, 1][:3]
     parameters, ranges, descriptors = _bind(kernel, compiled, program, bound)
-    ctas = np.stack(np.meshgrid(*(np.arange(size) for size in sizes), indexing="ij"), -1).reshape(-1, 3)
-    ctas = ctas[np.lexsort((ctas[:, 0], ctas[:, 1], ctas[:, 2]))]
+    ctas = np.indices(sizes[::-1]).reshape(3, -1)[::-1].T  # x first
     shared = compiled.metadata.shared
     batch = max(1, min(_THREADS // program.threads, _SHARED_BYTES // max(shared, 1)))
+    memory = Allocations(ranges)
     start, instructions, hazards = time.perf_counter(), 0, {}
     for first in range(0, len(ctas), batch):
-        options = {"schedule": emulation.schedule, "seed": emulation.seed + first, "descriptors": descriptors}
+        some, seed = ctas[first : first + batch], emulation.seed + first
         machine = Machine(
-            program, parameters, sizes, ctas[first : first + batch], shared, Allocations(ranges), **options
-        )
+            program, parameters, sizes, some, shared, memory,
+            schedule=emulation.schedule, seed=seed, descriptors=descriptors,
+        )  # fmt: skip
         machine.run()
         instructions += machine.instructions
         hazards |= machine.hazards

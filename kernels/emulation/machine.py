@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .hazards import KINDS, Array, Clocks, EmulationError, Hazard, Shadow
+from .hazards import Array, Clocks, EmulationError, Hazard, Shadow
 from .ptx import Instruction, Operand, Program
 
 Handler = Callable[["Machine", Instruction], None]
@@ -24,7 +24,6 @@ FORMS: dict[str, Handler] = {}
 
 UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 _BOOL = np.dtype(bool)
-_SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 # What a register holds that nothing was written to, and shared memory: NaN in every floating-point type.
 _POISON = 0xFF
 RUNNING, WAITING, DONE = range(3)
@@ -51,7 +50,7 @@ def form(*patterns: str) -> Callable[[Handler], Handler]:
 
 def register_dtype(kind: str) -> np.dtype[Any]:
     """How a register of a PTX type is stored: as unsigned bits."""
-    return _BOOL if kind == "pred" else UNSIGNED[_SIZES[kind[1:]]]
+    return _BOOL if kind == "pred" else UNSIGNED[int(kind[1:]) // 8]
 
 
 @lru_cache(4096)
@@ -107,9 +106,10 @@ class Machine:
         descriptors: Mapping[int, Any] | None = None,
     ) -> None:
         self.program, self.parameters, self.memory = program, parameters, memory
-        self.cta_count, self.cta_threads = len(ctas), program.threads
+        self.cta_count = len(ctas)
         self.warps = program.threads // 32
         self.size = self.cta_count * program.threads
+        self.all_threads = np.arange(self.size)
         self.cta = np.repeat(np.arange(self.cta_count), program.threads)
         self.tid = np.tile(np.arange(program.threads, dtype=np.uint32), self.cta_count)
         self.warp = (self.tid >> 5).astype(np.int64)
@@ -144,14 +144,18 @@ class Machine:
         self.tensor_shadow: Any = None
         self.tensor_columns: Any = None
         self.flights: list[Flight] = []
-        self.flight_numbers = np.zeros((self.cta_count, KINDS * self.warps), np.int32)
+        self.flight_numbers = np.zeros((self.cta_count, self.clocks.agents), np.int32)
         self.descriptors = descriptors or {}
         self.pc = np.zeros(self.size, np.int64)
         self.state = np.zeros(self.size, np.int8)
         self.waits_for = np.zeros(self.size, np.int64)
         self.polling = np.zeros(self.size, bool)
         self.active: Array | None = None
-        self.schedule, self.random, self.group = schedule, np.random.default_rng(seed), -1
+        # In the random schedule one group of warps runs: instructions of a warpgroup need all of its warps.
+        self.groups_of = (
+            None if schedule == "lockstep" else (self.all_threads >> 5) // (4 if self.warps % 4 == 0 else 1)
+        )
+        self.random, self.group = np.random.default_rng(seed), -1
         self.instructions = 0
         self.instruction = program.code[0]
         self.hazards: dict[tuple[str, str], Hazard] = {}
@@ -204,6 +208,11 @@ class Machine:
             self.partial[operand][self.active] = True
         self.registers[operand] = new
 
+    def write_all(self, targets: Sequence[Operand], columns: Array) -> None:
+        """`write` an array to each register."""
+        for target, values in zip(targets, columns, strict=True):
+            self.write(target, values)
+
     def use(self, operand: Operand, dtype: np.dtype[Any]) -> Array:
         """What is stored, an address or a condition: `read` with an element a thread, which must have been written."""
         if operand in self.partial and not self.partial[operand][self.threads()].all():
@@ -246,7 +255,7 @@ class Machine:
 
     def threads(self) -> Array:
         """The executing threads."""
-        return np.arange(self.size) if self.active is None else self.active
+        return self.all_threads if self.active is None else self.active
 
     @property
     def count(self) -> int:
@@ -383,20 +392,17 @@ class Machine:
                 return False
             if not (self._release() or self._land_flight()):
                 self.fault("deadlock: no thread can go on")
-        if self.schedule != "lockstep":
-            # Instructions of a warpgroup need all of its warps.
-            group = (np.arange(self.size) >> 5) // (4 if self.warps % 4 == 0 else 1)
-            if not ready[group == self.group].any():
-                self.group = int(self.random.choice(np.unique(group[ready])))
-            ready &= group == self.group
+        if self.groups_of is not None:
+            if not ready[self.groups_of == self.group].any():
+                self.group = int(self.random.choice(np.unique(self.groups_of[ready])))
+            ready &= self.groups_of == self.group
         ready &= self.pc == self.pc[ready].min()
         self.active = None if ready.all() else np.flatnonzero(ready)
         return True
 
     def _block(self) -> None:
+        """Run the active threads up to the next place where threads may part or meet."""
         threads, active = self.threads(), self.active
-        if not len(threads):
-            return
         number, code, leaders = int(self.pc[threads[0]]), self.program.code, self.program.leaders
         while True:
             each = self.instruction = code[number]
@@ -404,24 +410,19 @@ class Machine:
             self.instructions += 1
             if self.instructions > _INSTRUCTIONS_LIMIT:
                 self.fault(f"more than {_INSTRUCTIONS_LIMIT} instructions")
-            chosen = None
             if each.guard is not None:
                 chosen = self.use(each.guard, _BOOL) != each.negated
                 if not chosen.all():
                     self.active = threads[chosen]
-            if chosen is None or chosen.any():
+            if self.count:
                 each.execute(self, each)
-            if each.target >= 0 or each.form in ("ret", "bar.sync", "barrier.sync"):
-                executing = self.threads() if chosen is None or chosen.any() else threads[:0]
+            if number in leaders:
                 self.pc[threads] = number
                 if each.target >= 0:
-                    self.pc[executing] = each.target
+                    self.pc[self.threads()] = each.target
                 self.active = active
                 return
             self.active = active
-            if number in leaders:
-                self.pc[threads] = number
-                return
 
     def _release(self) -> bool:
         """Let threads pass barriers that all others have reached too."""
@@ -444,14 +445,21 @@ class Machine:
             return False
         flight = self.flights.pop(0)
         flight.land()
-        self.arrive(flight.barrier, transferred=flight.transferred, clock=flight.clock, pending=flight.arrivals)
+        self.arrive(flight.barrier, flight.clock, transferred=flight.transferred, arrivals=flight.arrivals)
         return True
 
-    def new_flight(self, cta: int, kind: int, warp: int) -> int:
-        """The number of the next asynchronous operation of an agent."""
-        agent = kind * self.warps + warp
+    def agent(self, kind: int, warp: Any) -> Any:
+        """The number of a warp's agent of a kind, in clocks."""
+        return kind * self.warps + warp
+
+    def fly(self, cta: int, agent: int, barrier: MemoryBarrier, **options: Any) -> int:
+        """Begin an asynchronous operation that will arrive at a barrier; returns its number."""
         self.flight_numbers[cta, agent] += 1
-        return int(self.flight_numbers[cta, agent])
+        number = int(self.flight_numbers[cta, agent])
+        clock = np.zeros_like(barrier.clock)
+        clock[:, agent] = number
+        self.flights.append(Flight(barrier, clock, **options))
+        return number
 
     def barrier(self, cta: int, address: int, warp: int) -> MemoryBarrier:
         """A barrier in shared memory that a warp uses; a fault if it was not initialised."""
@@ -463,13 +471,10 @@ class Machine:
             self.hazard("use of a memory barrier whose initialisation is not ordered before it", 1)
         return found
 
-    def arrive(
-        self, barrier: MemoryBarrier, *, transferred: int = 0, clock: Array | None = None, pending: int = 1
-    ) -> None:
+    def arrive(self, barrier: MemoryBarrier, clock: Array, *, transferred: int = 0, arrivals: int = 1) -> None:
         """Count arrivals and bytes; a phase that is complete lets polling threads look again."""
-        if clock is not None:
-            barrier.clock = np.maximum(barrier.clock, clock)
-        barrier.pending -= pending
+        barrier.clock = np.maximum(barrier.clock, clock)
+        barrier.pending -= arrivals
         barrier.bytes -= transferred
         if not barrier.pending and not barrier.bytes:
             barrier.phase ^= 1
@@ -495,6 +500,6 @@ class Flight:
 
     barrier: MemoryBarrier
     clock: Array
-    land: Callable[[], None]
+    land: Callable[[], None] = lambda: None
     transferred: int = 0  # bytes
     arrivals: int = 0

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .hazards import COPY, KINDS, Array
+from .hazards import COPY, Array
 from .instructions import DTYPES
-from .machine import UNSIGNED, WAITING, Machine, MemoryBarrier, form, immediate
+from .machine import DONE, UNSIGNED, WAITING, Machine, MemoryBarrier, form, immediate
 from .ptx import Address, Instruction, Operand
 
 _U32, _BOOL = np.dtype("u4"), np.dtype(bool)
@@ -37,8 +37,7 @@ def _load_parameter(m: Machine, each: Instruction) -> None:
 def _load_global(m: Machine, each: Instruction) -> None:
     targets = registers(each.operands[0])
     values = m.load(m.address(each.operands[1]), _size(each), len(targets))
-    for target, column in zip(targets, values.T, strict=True):
-        m.write(target, column)
+    m.write_all(targets, values.T)
 
 
 @form("st.global{,.v2,.v4}.{b8,b16,b32,b64}", "st.global.v8.b32")
@@ -50,8 +49,7 @@ def _store_global(m: Machine, each: Instruction) -> None:
 def _load_shared(m: Machine, each: Instruction) -> None:
     targets = registers(each.operands[0])
     values = m.load_shared(m.address(each.operands[1]), _size(each), len(targets), m.threads())
-    for target, column in zip(targets, values.T, strict=True):
-        m.write(target, column)
+    m.write_all(targets, values.T)
 
 
 @form("st.shared{,.v2,.v4}.{b8,b16,b32}", "st.shared{,.v2}.b64")
@@ -86,7 +84,7 @@ def _shuffle(m: Machine, each: Instruction) -> None:
     m.write(target, np.take_along_axis(values, chosen, 1).reshape(-1))
     if source in m.partial:
         written = m.partial[source][warps]
-        m.partial.setdefault(target, np.ones(m.size, bool))[warps] = np.take_along_axis(written, chosen, 1)
+        m.mark(target, np.take_along_axis(written, chosen, 1).reshape(-1))
     if predicate:
         m.write(predicate[0], np.broadcast_to(inside, warps.shape).reshape(-1))
 
@@ -142,7 +140,7 @@ def _branch(m: Machine, each: Instruction) -> None:
 
 @form("ret")
 def _return(m: Machine, each: Instruction) -> None:
-    m.state[m.threads()] = 2
+    m.state[m.threads()] = DONE
 
 
 @form("bar.sync", "barrier.sync")
@@ -186,7 +184,7 @@ def _copy(m: Machine, each: Instruction) -> None:
     granules = m.granules(physical, size)
     cta, warp = (np.repeat(part[threads], granules.shape[1]) for part in (m.cta, m.warp))
     at = np.repeat(m.groups[threads] + 1, granules.shape[1])
-    agent = COPY * m.warps + warp
+    agent = m.agent(COPY, warp)
     m.note(m.shadow.write(granules.reshape(-1), cta, agent, at, warps=warp), len(threads))
     m.copies.append([threads, m.groups[threads], physical, data])
 
@@ -215,15 +213,14 @@ def _wait_for_copies(m: Machine, each: Instruction) -> None:
     m.copies = left
     cta, warp = _warps(m)
     of_warp = landed.reshape(-1, 32).min(1).reshape(m.cta_count, m.warps)[cta, warp]
-    agent = COPY * m.warps + warp
-    m.clocks.known[cta, warp, agent] = np.maximum(m.clocks.known[cta, warp, agent], of_warp)
+    m.clocks.learn(cta, warp, m.agent(COPY, warp), of_warp)
 
 
 @form("mbarrier.init.shared{,::cta}.b64")
 def _init_barrier(m: Machine, each: Instruction) -> None:
     count = each.operands[1]
     for cta, address, warp in barrier_places(m, each.operands[0]):
-        clock, time = np.zeros((2, KINDS * m.warps), np.int32), int(m.clocks.known[cta, warp, warp])
+        clock, time = np.zeros((2, m.clocks.agents), np.int32), int(m.clocks.known[cta, warp, warp])
         m.barriers[cta, address] = MemoryBarrier(count, count, clock, (warp, time))
 
 
@@ -242,7 +239,7 @@ def _arrive(m: Machine, each: Instruction) -> None:
     for number, (cta, address, warp) in enumerate(barrier_places(m, each.operands[place])):
         barrier = m.barrier(cta, address, warp)
         barrier.bytes += int(bytes_expected[number])
-        m.arrive(barrier, clock=m.clocks.release(cta, warp))
+        m.arrive(barrier, m.clocks.release(cta, warp))
 
 
 @form("mbarrier.{try_wait,test_wait}.parity.shared{,::cta}.b64")
@@ -255,7 +252,7 @@ def _wait_for_barrier(m: Machine, each: Instruction) -> None:
         barrier = m.barrier(cta, address, warp)
         over[number] = barrier.phase != phase[number]
         if over[number]:
-            m.clocks.acquire(cta, np.array([warp]), barrier.clock)
+            m.clocks.acquire(cta, warp, barrier.clock)
     m.polling[threads[~over]] = True
     m.write(registers(to)[0], over)
 

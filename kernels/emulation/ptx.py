@@ -11,7 +11,7 @@ from .hazards import EmulationError
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{(.*)", re.S)
 _THREADS = re.compile(r"\.(?:reqntid|maxntid)\s+(\d+)")
-_PARAMETER = re.compile(r"\.param\s.*?([\w$]+)(?:\[(\d+)\])?$", re.S)
+_PARAMETER = re.compile(r"\.param\s.*?([\w$]+)(?:\[\d+\])?$", re.S)
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"')
 _TOKEN = re.compile(
     r"\s*(?:\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<label>[\w$]+)\s*:(?!:)|(?P<scope>[{}])|(?P<statement>[^;]+);)"

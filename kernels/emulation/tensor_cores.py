@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .hazards import BULK, KINDS, STORE, TENSOR, Array, Shadow
+from .hazards import BULK, STORE, TENSOR, Array, Shadow
 from .instructions import bf16_to_fp32, half
-from .machine import LOADING, UNSIGNED, Flight, Machine, form
+from .machine import LOADING, UNSIGNED, Machine, form
 from .memory import barrier_places, registers
 from .ptx import Instruction, Operand
 
@@ -81,10 +81,25 @@ def _field(descriptor: int, first: int, bits: int) -> int:
     return (descriptor >> first) & ((1 << bits) - 1)
 
 
+class _Product(NamedTuple):
+    """Tensor cores that work for warps of a CTA: what reads, as `Shadow.read` takes it."""
+
+    cta: int
+    agent: int
+    at: int  # the number of the product
+    warps: Any
+
+    @classmethod
+    def of(cls, m: Machine, cta: int, warps: Any, first: int) -> _Product:
+        """Those of a warp, or of the warpgroup that begins with it, for their next product."""
+        agent = m.agent(TENSOR, first)
+        return cls(cta, agent, int(m.flight_numbers[cta, agent]) + 1, warps)
+
+
 def _tile(
-    m: Machine, descriptor: int, cta: int, rows: int, kind: str, *, transposed: bool, wide: bool
-) -> tuple[Array, Array]:
-    """A matrix `[rows, 16]` in shared memory, at a descriptor, and the granules that hold it.
+    m: Machine, descriptor: int, product: _Product, rows: int, kind: str, *, transposed: bool, wide: bool
+) -> Array:
+    """A matrix `[rows, 16]` in shared memory, at a descriptor, and its read recorded.
 
     `wide`: a descriptor of tcgen05, with three bits for the swizzle.
     """
@@ -102,9 +117,10 @@ def _tile(
         place = row // 8 * stride + row % 8 * mode + column * 2
     address = start + place
     address ^= ((address >> 7) & (mode // 16 - 1)) << 4
-    physical = m.physical(address.reshape(-1), 2, cta)
+    physical = m.physical(address.reshape(-1), 2, product.cta)
     granules = np.unique(physical // m.granule)
-    return _floats(m.shared.view(np.uint16)[physical // 2].reshape(rows, 16), kind), granules
+    m.note(m.shadow.read(granules, *product[:3], warps=product.warps, proxy=True), len(granules))
+    return _floats(m.shared.view(np.uint16)[physical // 2].reshape(rows, 16), kind)
 
 
 def _fragments(count: int) -> tuple[Array, Array]:
@@ -139,9 +155,8 @@ def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
         m.fault("factors of -1 are not emulated")
     found = np.empty_like(previous)
     for number, members in enumerate(groups):
-        cta, warps = int(m.cta[members[0]]), m.warp[members[::32], None]
-        agent = TENSOR * m.warps + int(warps[0, 0])
-        at = m.flight_numbers[cta, agent] + 1
+        warps = m.warp[members[::32], None]
+        product = _Product.of(m, int(m.cta[members[0]]), warps, int(warps[0, 0]))
         if left is None:
             x = np.empty((64, 16), np.float32)
             for place, part in enumerate(parts):
@@ -149,16 +164,13 @@ def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
                     rows = 16 * np.arange(4)[:, None] + _ROW + 8 * (place & 1)
                     x[rows, _COLUMN + 8 * (place >> 1) + i] = _floats(half(part[number], i), kind)
         else:
-            x, granules = _tile(m, int(left[128 * number]), cta, 64, kind, transposed=transposed[0], wide=False)
-            m.note(m.shadow.read(granules, cta, agent, at, warps=warps, proxy=True), len(granules))
-        y, granules = _tile(m, int(right[number]), cta, width, kind, transposed=transposed[-1], wide=False)
-        m.note(m.shadow.read(granules, cta, agent, at, warps=warps, proxy=True), len(granules))
+            x = _tile(m, int(left[128 * number]), product, 64, kind, transposed=transposed[0], wide=False)
+        y = _tile(m, int(right[number]), product, width, kind, transposed=transposed[-1], wide=False)
         total = (x @ y.T)[row, column].reshape(len(targets), 128)
         chosen = slice(128 * number, 128 * number + 128)
         found[:, chosen] = total + (previous[:, chosen] if add[number] else 0)
     m.busy = {}
-    for target, values in zip(targets, found, strict=True):
-        m.write(target, values)
+    m.write_all(targets, found)
     m.busy = busy
     if m.unfenced is not None:
         m.unfenced.difference_update(targets)
@@ -167,9 +179,14 @@ def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
             uses.setdefault(name, np.zeros(m.size, np.int64))[threads] = _flights(m, threads) + 1
 
 
+def _warpgroup(m: Machine, threads: Array) -> tuple[Array, Array]:
+    """CTA and tensor cores of each thread's warpgroup."""
+    return m.cta[threads], m.agent(TENSOR, m.warp[threads] & ~3)
+
+
 def _flights(m: Machine, threads: Array) -> Array:
     """How many groups of products the warpgroup of each thread has committed."""
-    return m.flight_numbers[m.cta[threads], TENSOR * m.warps + (m.warp[threads] & ~3)]
+    return m.flight_numbers[_warpgroup(m, threads)]
 
 
 @form("wgmma.fence.sync.aligned")
@@ -180,8 +197,7 @@ def _fence_registers(m: Machine, each: Instruction) -> None:
 
 @form("wgmma.commit_group.sync.aligned")
 def _commit_products(m: Machine, each: Instruction) -> None:
-    leaders = m.threads()[::128]
-    m.flight_numbers[m.cta[leaders], TENSOR * m.warps + (m.warp[leaders] & ~3)] += 1
+    m.flight_numbers[_warpgroup(m, m.threads()[::128])] += 1
 
 
 @form("wgmma.wait_group.sync.aligned")
@@ -189,12 +205,11 @@ def _wait_for_products(m: Machine, each: Instruction) -> None:
     pending, threads = each.operands[0], m.threads()
     done = _flights(m, threads) - pending
     m.release(lambda groups: groups <= done)
-    cta, warp, agent = m.cta[threads], m.warp[threads], TENSOR * m.warps + (m.warp[threads] & ~3)
-    m.clocks.known[cta, warp, agent] = np.maximum(m.clocks.known[cta, warp, agent], done)
+    cta, agent = _warpgroup(m, threads)
+    m.clocks.learn(cta, m.warp[threads], agent, done)
 
 
-@form("cp.async.bulk.tensor.{2d,3d,4d,5d}.shared::cta.global.mbarrier::complete_tx::bytes")
-@form("cp.async.bulk.tensor.{2d,3d,4d,5d}.shared::cluster.global.mbarrier::complete_tx::bytes")
+@form("cp.async.bulk.tensor.{2d,3d,4d,5d}.shared::{cta,cluster}.global.mbarrier::complete_tx::bytes")
 def _copy_tile(m: Machine, each: Instruction) -> None:
     """A tile of a tensor by its descriptor; elements beyond the tensor are zeros."""
     to, (source, coordinates), barrier = each.operands[:3]
@@ -218,16 +233,13 @@ def _copy_tile(m: Machine, each: Instruction) -> None:
         place = first + size * element
         place ^= ((place >> 7) & (max(tile.swizzle, 16) // 16 - 1)) << 4
         physical = m.physical(place, size, cta)
-        granules, agent = np.unique(physical // m.granule), BULK * m.warps + warp
-        at = m.new_flight(cta, BULK, warp)
-        m.note(m.shadow.write(granules, cta, agent, at, warps=warp), len(granules))
-        clock = np.zeros((2, KINDS * m.warps), np.int32)
-        clock[:, agent] = at
+        granules, agent = np.unique(physical // m.granule), m.agent(BULK, warp)
 
         def land(physical: Array = physical, data: Array = data, size: int = size) -> None:
             m.shared.view(UNSIGNED[size])[physical // size] = data
 
-        m.flights.append(Flight(m.barrier(cta, address, warp), clock, land, transferred=len(data) * size))
+        at = m.fly(cta, agent, m.barrier(cta, address, warp), land=land, transferred=len(data) * size)
+        m.note(m.shadow.write(granules, cta, agent, at, warps=warp), len(granules))
 
 
 # tcgen05: tensor memory has 128 lanes of 512 columns of 32 bits; each warp of four sees a quarter of the lanes.
@@ -307,7 +319,7 @@ def _store_tensor(m: Machine, each: Instruction) -> None:
     split = (*places, 0)[1]
     cta, lane, columns = _tensor_places(m, each, places[0], values.shape[1], split)
     warp = np.repeat(m.warp[m.threads()], values.shape[1])
-    agent, cta_of = STORE * m.warps + warp, np.repeat(cta, values.shape[1])
+    agent, cta_of = m.agent(STORE, warp), np.repeat(cta, values.shape[1])
     at = m.flight_numbers[cta_of, agent] + 1
     granules = _tensor_granules(cta, lane, columns)
     _forget_own(m.tensor_shadow, granules, agent)
@@ -320,7 +332,7 @@ def _wait_for_tensor(m: Machine, each: Instruction) -> None:
     threads = m.threads()
     cta, warp = m.cta[threads[::32]], m.warp[threads[::32]]
     if "::st" in each.form:
-        agent = STORE * m.warps + warp
+        agent = m.agent(STORE, warp)
         m.flight_numbers[cta, agent] += 1
         m.clocks.known[cta, warp, agent] = m.flight_numbers[cta, agent]
         return
@@ -337,12 +349,12 @@ def _multiply_tensor(m: Machine, each: Instruction) -> None:
     left = m.address(a) if hasattr(a, "base") else m.array(a, _U64)
     for number, thread in enumerate(threads):
         cta, warp, bits = int(m.cta[thread]), int(m.warp[thread]), int(what[number])
+        product = _Product.of(m, cta, warp, warp)
         # fp32 sums, two operands of one type, and none of them negated, sparse or saturated.
         if bits & 0x607F != 0x10 or _field(bits, 7, 3) != _field(bits, 10, 3) or _field(bits, 7, 3) > 1:
             m.fault(f"products described by {bits:#x} are not emulated")
         rows, width = _field(bits, 24, 5) << 4, _field(bits, 17, 6) << 3
-        kind, agent = ("f16", "bf16")[_field(bits, 7, 3)], TENSOR * m.warps + warp
-        at = m.flight_numbers[cta, agent] + 1
+        kind = ("f16", "bf16")[_field(bits, 7, 3)]
         lane, column = int(target[number]) >> 16, int(target[number]) & 0xFFFF
         # 64 rows lie in 16 lanes of each quarter.
         lanes = lane + (np.arange(rows) if rows == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16)
@@ -350,17 +362,15 @@ def _multiply_tensor(m: Machine, each: Instruction) -> None:
             first = int(left[number]) & 0xFFFF
             words = m.tensor_memory[cta, (int(left[number]) >> 16) + lanes - lane, first : first + 8]
             x = _floats(np.ascontiguousarray(words).view(np.uint16), kind)
-            _use_tensor(m, cta, warp, agent, at, lanes, first, 8, write=False)
+            _use_tensor(m, product, lanes, first, 8, write=False)
         else:
-            x, granules = _tile(m, int(left[number]), cta, rows, kind, transposed=bool(bits >> 15 & 1), wide=True)
-            m.note(m.shadow.read(granules, cta, agent, at, warps=warp, proxy=True), len(granules))
-        y, granules = _tile(m, int(right[number]), cta, width, kind, transposed=bool(bits >> 16 & 1), wide=True)
-        m.note(m.shadow.read(granules, cta, agent, at, warps=warp, proxy=True), len(granules))
+            x = _tile(m, int(left[number]), product, rows, kind, transposed=bool(bits >> 15 & 1), wide=True)
+        y = _tile(m, int(right[number]), product, width, kind, transposed=bool(bits >> 16 & 1), wide=True)
         view = m.tensor_memory.view(np.float32)[cta]
         found = x @ y.T
         if adds[number]:
             found = found + view[lanes, column : column + width]
-        _use_tensor(m, cta, warp, agent, at, lanes, column, width, write=True)
+        _use_tensor(m, product, lanes, column, width, write=True)
         view[lanes, column : column + width] = found
 
 
@@ -369,22 +379,17 @@ def _forget_own(shadow: Shadow, granules: Array, agent: Any) -> None:
     shadow.written[granules[shadow.writer[granules] == agent]] = 0
 
 
-def _use_tensor(
-    m: Machine, cta: int, warp: int, agent: int, at: int, lanes: Array, column: int, width: int, *, write: bool
-) -> None:
+def _use_tensor(m: Machine, product: _Product, lanes: Array, column: int, width: int, *, write: bool) -> None:
+    """Record a product's access to tensor memory."""
     halves = np.unique(lanes // 16) * 16
-    places = _tensor_granules(np.full(len(halves), cta), halves, column + np.arange(width)[None])
-    _forget_own(m.tensor_shadow, places, agent)
+    places = _tensor_granules(np.full(len(halves), product.cta), halves, column + np.arange(width)[None])
+    _forget_own(m.tensor_shadow, places, product.agent)
     use = m.tensor_shadow.write if write else m.tensor_shadow.read
-    m.note(use(places, cta, agent, at, warps=warp), len(places))
+    m.note(use(places, *product[:3], warps=product.warps), len(places))
 
 
 @form("tcgen05.commit.cta_group::1.mbarrier::arrive::one{,.shared::cluster}.b64")
 def _commit_tensor(m: Machine, each: Instruction) -> None:
     """All products of the thread so far arrive at a barrier when they are done."""
     for cta, address, warp in barrier_places(m, each.operands[0]):
-        agent = TENSOR * m.warps + warp
-        at = m.new_flight(cta, TENSOR, warp)
-        clock = np.zeros((2, KINDS * m.warps), np.int32)
-        clock[:, agent] = at
-        m.flights.append(Flight(m.barrier(cta, address, warp), clock, lambda: None, arrivals=1))
+        m.fly(cta, m.agent(TENSOR, warp), m.barrier(cta, address, warp), arrivals=1)

@@ -119,7 +119,7 @@ def recorded(target: str) -> list[Recorded]:
     """The launches of `workloads`, one of each PTX."""
     from triton.runtime.jit import JITFunction
 
-    from xfm_fast.kernels import backend, emulation
+    from xfm_fast.kernels import backend
     from xfm_fast.kernels.emulation.machine import FORMS
 
     found: dict[str, Recorded] = {}
@@ -135,8 +135,7 @@ def recorded(target: str) -> list[Recorded]:
         handler(m, each)
 
     with (
-        emulation.emulated(target, strict=False, edit=edit) as launches,
-        backend.emulating(int(target[3:])),
+        backend.emulating(target, strict=False, edit=edit) as launches,
         pytest.MonkeyPatch.context() as patch,
     ):
         launch = JITFunction.run

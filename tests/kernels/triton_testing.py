@@ -172,17 +172,6 @@ def compiled_kernels(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def emulated_kernels(target: str) -> Iterator[None]:
-    """Within the block, the backend `triton` takes CPU tensors, and its kernels are compiled for a GPU and emulated."""
-    from xfm_fast.kernels import backend
-    from xfm_fast.kernels.emulation import emulated
-
-    # LLVM moves arithmetic before the wait that Triton writes behind a load of tensor memory.
-    with emulated(target, allow=("tcgen05.ld",)), backend.emulating(int(target.removeprefix("sm_"))):
-        yield
-
-
 def assert_triton_is_accurate(case: Case, arguments: Arguments, **options: Any) -> None:
     """Results and gradients of an operation by Triton are as accurate as plain PyTorch's, and of its dtypes.
 
