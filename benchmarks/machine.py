@@ -180,7 +180,21 @@ def _allowed_cores() -> int:
 
 def describe() -> dict[str, Any]:
     """Everything a reader needs to place a measurement: hardware, system, versions, commit."""
-    names = ("numpy", "triton", "tokenizers", "safetensors", "pillow", "torchvision", "scikit-image", "scikit-learn")
+    names = (
+        "numpy",
+        "triton",
+        "tokenizers",
+        "safetensors",
+        "pillow",
+        "torchvision",
+        "scikit-image",
+        "scikit-learn",
+        "transformers",
+        "sentence-transformers",
+        "timm",
+        "onnxruntime",
+        "openvino",
+    )
     cpu, gpus, ptxas, commit = _cpuinfo().get("model name") or _cpuinfo().get("Model"), [], None, None
     if not cpu and sys.platform == "darwin":
         cpu = _output("sysctl", "-n", "machdep.cpu.brand_string")

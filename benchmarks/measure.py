@@ -125,7 +125,7 @@ class Case:
     """An amount of work, the backends that do it, and the reference that they have to agree with.
 
     Attributes:
-        work: kind of work; `name` has the amount, for readers.
+        work: kind of work; `name` has the call or the amount, `conditions` the inputs, for readers.
         items: of one run, counted in `unit`.
         judge: name of the reference; if it is a backend too, its first result is the reference.
         reference: the reference's result in a dtype, in fp32 the truth; None where backends were compared before.
@@ -144,6 +144,7 @@ class Case:
     backends: Sequence[Backend]
     unit: str = "calls"
     items: int = 1
+    conditions: str = ""
     mode: Mode | Direction = "offline"
     judge: str = ""
     reference: Callable[[str], Any] | None = None
@@ -182,10 +183,20 @@ class Case:
         """A result without numbers."""
         status, reason = backend.lacking or ("measured", None)
         return Result(
-            work=self.work, name=self.name, mode=self.mode, backend=backend.name, label=backend.label,
-            dtype=backend.dtype, status=status, reason=reason, unit=self.unit, items=self.items, parity=backend.parity,
+            work=self.work,
+            name=self.name,
+            conditions=self.conditions,
+            mode=self.mode,
+            backend=backend.name,
+            label=backend.label,
+            dtype=backend.dtype,
+            status=status,
+            reason=reason,
+            unit=self.unit,
+            items=self.items,
+            parity=backend.parity,
             extra=dict(backend.extra),
-        )  # fmt: skip
+        )
 
 
 class Watched:

@@ -126,8 +126,9 @@ class DropInOptions(RunOptions):
     """Options of public models; quick takes two layers and two samples, to see that everything runs.
 
     Attributes:
-        only: roberta, bert-rerank, blip-rerank, memory-rerank, beit, minilm, minilm-one, mpnet, mpnet-one, bge-small,
-            xlm-r, distilbert, cross-encoder, modernbert, clip, siglip, dinov2, swin, or several with commas. [all]
+        only: encode, encode-one, predict, minilm, bge-small, mpnet, roberta, xlm-r, distilbert, modernbert,
+            bert-rerank, blip-rerank, vit-one, beit, siglip, dinov2, swin, clip, minilm-step, minilm-lora-step,
+            memory-rerank, or several with commas. [all]
     """
 
     only: tuple[str, ...] = ()

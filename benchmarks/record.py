@@ -15,7 +15,8 @@ FLOP/s). What only some cases measure is in `Result.extra`:
   `memory_method`; of a training step `before_bytes`, `parameter_bytes`, `gradient_bytes`, `checkpointed_bytes`;
 - cold start: `build_s`, `load_s`, `first_call_s`, `artifact_bytes`;
 - `stages` and `operations`: seconds of one run by part; `host_s` and `timed_by` of a GPU kernel; `recall`; `replaced`,
-  the report of `accelerate`; `bounds` where a backend computes less than the work; `note` about the machine.
+  the report of `accelerate`; `bounds` where a backend computes less than the work; `note` about the machine;
+- embeddings of trained weights against fp32: `cosine_least`, `cosine_mean`, `nearest_kept` of `texts_compared`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ SCHEMA_VERSION = 4
 OURS: Final = "xfm-fast"
 OFFICIAL: Final = "official-algorithm"
 OFFICIAL_CODE = "official-code"
+# Labels of our rows of other people's models: `accelerate`, and another function that computes the same.
+ACCELERATED: Final = "accelerated"
+RERANKER: Final = "Reranker"
 UNTOUCHED, ONE_AT_A_TIME = "untouched", "one-at-a-time"
 
 Mode = Literal["single-stream", "offline", "server"]
@@ -90,7 +94,7 @@ class Result:
     """One backend at one case in one dtype.
 
     Attributes:
-        work: kind of work; `name` is the amount of work, for readers.
+        work: kind of work; `name` is the call or the amount of work, `conditions` its inputs, for readers.
         mode: how requests come, or the direction of an operation; everything that runs back to back is `offline`.
         backend: stable name; `label` is for readers.
         unit: what `items` of a run counts.
@@ -102,6 +106,7 @@ class Result:
 
     work: str
     name: str
+    conditions: str = ""
     mode: Mode | Direction = "offline"
     backend: str
     label: str

@@ -1,4 +1,4 @@
-"""X-FM, the general foundation model for language, vision and vision-language, several times faster.
+"""X-FM, a foundation model of text and images, exact and fast, and its engine for the encoders that you run.
 
 Public names are imported on first use, so the command line answers before PyTorch is loaded.
 """

@@ -4,8 +4,7 @@
     python -m xfm_fast.benchmarks.report.readme --check   # exit code 1 where one is stale
 
 A table stands between `<!-- bench:begin FILE -->` and `<!-- bench:end -->`; FILE is a results document, relative to the
-page. The form `gains` has a line per model of `bench drop-in` and, of several files, a column each; `int8` has the
-same in int8, and `columns` has a column per backend: `<!-- bench:begin FILE columns -->`.
+page, and a word behind it a form of `FORMS`: `<!-- bench:begin FILE gains -->`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -22,25 +22,27 @@ from PIL import Image
 from xfm_fast.errors import DataError
 from xfm_fast.io import write_bytes
 
-from ..record import OURS, load
-from .tables import by_backend, drop_in_rows, gains, int8_gains, markdown, processor
+from ..record import OURS, RERANKER, load
+from .tables import by_backend, fp32_gains, gains, int8_gains, machine_line, markdown, times
 
 REGION = re.compile(
-    r"(?P<begin><!-- bench:begin (?P<files>\S+\.json(?: \S+\.json)*)(?: (?P<form>gains|columns|int8))? -->\n)"
+    r"(?P<begin><!-- bench:begin (?P<file>\S+\.json)(?: (?P<form>\w+))? -->\n)"
     r"(?P<table>.*?)(?P<end><!-- bench:end -->)",
     re.DOTALL,
 )
 FORMS: dict[str | None, Callable[..., str]] = {
-    None: markdown, "gains": gains, "columns": by_backend, "int8": int8_gains
-}  # fmt: skip
+    None: markdown,
+    "columns": by_backend,
+    "gains": gains,
+    "int8": int8_gains,
+    "reranker": partial(gains, label=RERANKER),
+}
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = ROOT / "docs/accelerate.png"
 INK, SOFT, DARK, GREY = "#1a1e22", "#5c6570", "#0b5d52", "#8a929b"
 # The results in the README's picture.
-PICTURED = tuple(
-    ROOT / f"benchmarks/results/drop-in-cpu-{name}-2threads.json" for name in ("avx512", "avx512-zen4", "amx")
-)
+PICTURED = ROOT / "benchmarks/results/drop-in-cpu-avx512-zen4-2threads.json"
 
 
 def pages() -> list[Path]:
@@ -58,8 +60,7 @@ def picture_is_stale() -> bool:
 
 
 def _digest() -> str:
-    content = b"".join(path.read_bytes() for path in PICTURED)
-    return f"sha256 {hashlib.sha256(content).hexdigest()}"
+    return f"sha256 {hashlib.sha256(PICTURED.read_bytes()).hexdigest()}"
 
 
 def regenerated(page: Path) -> str:
@@ -73,43 +74,35 @@ def regenerated(page: Path) -> str:
         )
 
     def table(region: re.Match[str]) -> str:
-        documents = (load(page.parent / file) for file in region["files"].split())
-        return region["begin"] + FORMS[region["form"]](*documents) + region["end"]
+        return region["begin"] + FORMS[region["form"]](load(page.parent / region["file"])) + region["end"]
 
     return REGION.sub(table, text)
 
 
 def draw_picture() -> None:
-    """Draw the gains of `accelerate` in fp32 over the untouched model: the models in all of the results."""
+    """Draw the speed-ups over eager PyTorch in fp32, a group of bars per call."""
     # It belongs to an extra.
     from matplotlib.figure import Figure
 
-    documents = [load(path) for path in PICTURED]
-    gained: list[dict[str, float]] = []
-    for document in documents:
-        pairs = [
-            (row.name.split(", ")[0], document.like_for_like(row))
-            for row in drop_in_rows(document)
-            if row.measured and row.dtype == "fp32"
-        ]
-        gained.append({name: like.ratio for name, like in pairs if like is not None})
-    models = [name for name in gained[0] if all(name in each for each in gained)]
-    figure = Figure(figsize=(12, 6.3), dpi=100, facecolor="#fbfbfa")
-    figure.text(0.053, 0.9, OURS, fontsize=15, weight="bold", color=DARK)
-    title = "accelerate(model) over the untouched model, fp32"
-    figure.text(0.053, 0.82, title, fontsize=24, weight="bold", color=INK)
-    axes = figure.add_axes((0.3, 0.08, 0.64, 0.66), facecolor="none")
-    height = 0.8 / len(documents)
-    for place, (document, each) in enumerate(zip(documents, gained, strict=True)):
-        positions = [row + place * height for row in range(len(models))]
-        values, label = [each[name] for name in models], f"{processor(document)}, {document.date[:10]}"
-        axes.barh(positions, values, height * 0.9, color=(DARK, SOFT, GREY)[place % 3], label=label)
+    document = load(PICTURED)
+    calls = fp32_gains(document)
+    colors = {OURS: DARK, "ONNX Runtime": SOFT, "OpenVINO": GREY}
+    figure = Figure(figsize=(12, 1.6 + 0.52 * len(calls)), dpi=100, facecolor="#fbfbfa")
+    title = "Speed of the same call over eager PyTorch, fp32, same outputs"
+    axes = figure.add_axes((0.4, 0.03, 0.55, 0.88), facecolor="none")
+    figure.text(0.03, 0.955, title, fontsize=20, weight="bold", color=INK)
+    figure.text(0.03, 0.93, machine_line(document).strip("*"), fontsize=10, color=SOFT)
+    height = 0.8 / len(colors)
+    for index, (runtime, color) in enumerate(colors.items()):
+        rows = [row for row, call in enumerate(calls) if runtime in call.ratios]
+        positions, values = [row + index * height for row in rows], [calls[row].ratios[runtime] for row in rows]
+        axes.barh(positions, values, height * 0.9, color=color, label=runtime)
         for position, value in zip(positions, values, strict=True):
-            axes.text(value, position, f" {value:.2f}×", va="center", fontsize=11, color=INK)
+            axes.text(value, position, f" {times(value)}", va="center", fontsize=9, color=INK)
     axes.axvline(1, color=INK, linewidth=1)
-    axes.set_xlim(0, 1.1 * max(max(each.values()) for each in gained))
-    axes.set_yticks([row + height * (len(documents) - 1) / 2 for row in range(len(models))], models, fontsize=12)
-    axes.invert_yaxis()
+    labels = [f"{call.call}\n{call.inputs}" for call in calls]
+    axes.set_yticks([row + height for row in range(len(calls))], labels, fontsize=9)
+    axes.set_ylim(len(calls), -0.5)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right", fontsize=11)
     content = io.BytesIO()

@@ -19,7 +19,7 @@ from rich.table import Table as Grid
 from xfm_fast.errors import DataError
 
 from ..measure import percentile
-from ..record import OURS, UNTOUCHED, Comparison, Direction, Document, Result
+from ..record import ACCELERATED, OURS, UNTOUCHED, Comparison, Direction, Document, Result
 
 STYLES = {
     **dict.fromkeys(("bad", "failed", "parity failed", "slower", "lost"), "red"),
@@ -30,6 +30,12 @@ _GAP = 2
 # Characters that the work, which is first, gets before columns of details are shown.
 _WORK = 24
 _MOST_SKIPPED = 12
+_BESIDE = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_QUALITY = (
+    ("least cosine", "cosine_least", ".4f"),
+    ("mean cosine", "cosine_mean", ".4f"),
+    ("nearest text kept", "nearest_kept", ".1%"),
+)
 
 
 @dataclass(frozen=True)
@@ -268,6 +274,7 @@ def tables(document: Document) -> list[Table]:
     size = f" ({document.model.preset} size)" if document.model else ""
     columns = [
         Column(f"work{size}", work, number=False),
+        Column("inputs", lambda row: row.conditions, number=False),
         *(_with_reference if pairs else _with_backends)(document),
         Column("error", _error),
         *(_quantity(*each) for each in _QUANTITIES),
@@ -323,36 +330,71 @@ def markdown(document: Document) -> str:
     return "\n".join(markdown_table(table) for table in tables(document) if not table.detail)
 
 
-def gains(*documents: Document) -> str:
-    """Markdown of `drop-in`: speed-up of each model in the same dtype; of several documents in fp32, a column each.
+@dataclass(frozen=True)
+class Gain:
+    """A call of `drop-in`: seconds of the eager model in fp32, and the speed-up over it by runtime."""
 
-    Raises `DataError` for a document of another benchmark.
-    """
+    call: str
+    inputs: str
+    eager_s: float
+    ratios: dict[str, float]
+
+
+def fp32_gains(document: Document, label: str = ACCELERATED) -> list[Gain]:
+    """Return the calls of `drop-in` whose rows have a label; raises `DataError` for another benchmark."""
+    gained = []
+    for row in drop_in_rows(document):
+        eager = document.at_same_case(row, UNTOUCHED, "fp32")
+        if row.dtype != "fp32" or row.label != label or eager is None or not eager.median_s:
+            continue
+        ratios = {}
+        for backend, title in {OURS: OURS, **_BESIDE}.items():
+            other = document.at_same_case(row, backend, "fp32")
+            if other is not None and other.measured and other.median_s:
+                ratios[title] = eager.median_s / other.median_s
+        gained.append(Gain(row.name, row.conditions, eager.median_s, ratios))
+    return gained
+
+
+def gains(document: Document, label: str = ACCELERATED) -> str:
+    """Return Markdown of `drop-in` in fp32: time of each call in eager PyTorch, and speed-ups over it."""
     cells = []
-    for document in documents:
-        for row in drop_in_rows(document):
-            # No model runs in int8 untouched.
-            if row.dtype == "int8" or (len(documents) > 1 and row.dtype != "fp32"):
-                continue
-            like = document.like_for_like(row) if row.measured else None
-            head = row.dtype if len(documents) == 1 else f"{processor(document)}, {document.date[:10]}"
-            cells.append(((row.name.split(", ")[0],), head, "" if like is None else times(like.ratio)))
-    return markdown_table(pivot(("model",), cells))
+    for gain in fp32_gains(document, label):
+        line = gain.call, gain.inputs
+        cells.append((line, "eager", seconds(gain.eager_s)))
+        cells += [(line, title, times(ratio)) for title, ratio in gain.ratios.items()]
+    return markdown_table(pivot(("call", "inputs"), cells)) + f"\n{machine_line(document)}\n"
 
 
 def int8_gains(document: Document) -> str:
-    """Markdown of `drop-in`: int8 against the untouched model in fp32, with the cosine of the outputs.
+    """Return Markdown of `drop-in` in int8: speed-up over eager fp32, and the agreement of trained weights with fp32.
 
     Raises `DataError` for a document of another benchmark.
     """
     cells = []
     for row in drop_in_rows(document):
-        over = next((c for c in row.against if (c.backend, c.dtype) == (UNTOUCHED, "fp32")), None)
-        if row.dtype == "int8" and over is not None and row.parity is not None:
-            model = (row.name.split(", ")[0],)
-            cells.append((model, "int8 against untouched fp32", times(over.ratio)))
-            cells.append((model, "cosine", "" if row.parity.cosine is None else f"{row.parity.cosine:.4f}"))
-    return markdown_table(pivot(("model",), cells))
+        eager = document.at_same_case(row, UNTOUCHED, "fp32")
+        if row.dtype != "int8" or not row.measured or eager is None or eager.median_s is None:
+            continue
+        for backend, title in {OURS: OURS, "onnxruntime": "ONNX Runtime, dynamic"}.items():
+            rounded = document.at_same_case(row, backend, "int8")
+            if rounded is None or not rounded.median_s:
+                continue
+            line = row.name, row.conditions, title
+            cells.append((line, "over eager fp32", times(eager.median_s / rounded.median_s)))
+            for head, quantity, form in _QUALITY:
+                value = rounded.number(quantity)
+                cells.append((line, head, "" if value is None else format(value, form)))
+    return markdown_table(pivot(("call", "inputs", "int8 of"), cells)) + f"\n{machine_line(document)}\n"
+
+
+def machine_line(document: Document) -> str:
+    """Return the processor, threads, versions and date of a document as a line of Markdown."""
+    machine = document.machine
+    versions = machine.get("versions", {})
+    facts = [processor(document), f"{machine['threads']} threads", f"PyTorch {machine['torch'].split('+')[0]}"]
+    facts += [f"{title} {versions[name]}" for name, title in _BESIDE.items() if versions.get(name)]
+    return f"*{', '.join([*facts, document.date[:10]])}*"
 
 
 def by_backend(document: Document) -> str:

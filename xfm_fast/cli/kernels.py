@@ -96,21 +96,24 @@ def info(*, as_json: Json = False) -> None:
             hardware.add_row(name.replace("_", " "), escape(plain(value)))
     if versions["ptxas"] and (fault := hopper_fault(versions["triton"] or "", versions["ptxas"])):
         hardware.add_row("ptxas", escape(f"not for attention on Hopper: {fault}"))
-    console.print(hardware)
     optional = table("optional packages", "package", "version", "")
     for package in packages:
         version, remark = package["version"], package["detail" if package["version"] else "remedy"] or ""
         optional.add_row(package["name"], escape(version or "absent"), escape(remark), style=None if version else "dim")
-    console.print(optional)
-    chosen = table("paths on this CPU", "operation", "dtype", "path", "measured")
+    operations: dict[tuple[str, str], list[str]] = {}
     for path in paths:
-        fastest_first = sorted(path["flops_per_s"].items(), key=lambda item: -item[1])
-        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in fastest_first)
-        remarks = [f"{path['reason']}; GFLOP/s: {rates}" if rates else path["reason"]]
-        remarks += [f"{name} left out: {why}" for name, why in path["rejected"].items()]
-        chosen.add_row(path["operation"], path["dtype"], escape(path["chosen"]), escape("; ".join(remarks)))
-    console.print(chosen)
-    console.print(f"{RULE} Settled for all processes: xfm-fast tune --cpu", soft_wrap=True)
+        operations.setdefault((path["chosen"], path["dtype"]), []).append(path["operation"])
+    fastest = table("fastest on this CPU", "path", "dtype", "operations")
+    for (path, dtype), names in sorted(operations.items()):
+        fastest.add_row(escape(path), dtype, ", ".join(names))
+    for each in (hardware, optional, fastest):
+        # A name that is cut or in two lines is none; remarks wrap between words.
+        for column in each.columns[:-1]:
+            column.no_wrap = True
+        console.print(each)
+    console.print(
+        f"{RULE} Settled for all processes: xfm-fast tune --cpu; every time: xfm-fast info --json", soft_wrap=True
+    )
     for word, why in (("llvm", llvm.why_not()), ("int8", int8.why_not())):
         if why is not None:
             console.print(f"{word} is left out here: {escape(why)}", soft_wrap=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 
 from tests.cli.runner import invoke
+from xfm_fast.benchmarks.backends import graph
 from xfm_fast.benchmarks.options import DropInOptions
-from xfm_fast.benchmarks.record import load
+from xfm_fast.benchmarks.record import ACCELERATED, RERANKER, load
 from xfm_fast.benchmarks.report.tables import gains, int8_gains
 from xfm_fast.benchmarks.work import drop_in
 from xfm_fast.errors import InputError
@@ -44,7 +47,7 @@ def growing(layers: int) -> drop_in.Subject:
 
 
 def case(key: str, make: Any, package: str = "torch") -> drop_in.PublicModel:
-    return drop_in.PublicModel(key, f"the model {key}", "texts", make, unpad=False, package=package)
+    return drop_in.PublicModel(key, f"the model {key}", "3 texts", "texts", make, unpad=False, package=package)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,8 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> None:
         case("unknown", lambda layers: drop_in.Subject(nn.ReLU(), lambda m: m(torch.ones(2)), 1)),
     )
     monkeypatch.setattr(drop_in, "MODELS", made)
+    # Exporting takes longer than all else here.
+    monkeypatch.setattr(drop_in, "_other_runtimes", lambda *_: [])
 
 
 def test_every_row_has_its_status() -> None:
@@ -95,10 +100,60 @@ def test_the_command_measures_what_it_names(tmp_path: Path) -> None:
     assert invoke([*command, "--only", "good,bad"]).exit_code == 1
     document = load(file)
     assert list(dict.fromkeys(row.work for row in document.rows)) == ["good", "bad"]
-    assert len(gains(document, document).splitlines()) == 4
-    assert len(int8_gains(document).splitlines()) == 2 + (int8.why_not() is None)
+    header, _, line, _, machine = gains(document).splitlines()
+    assert header.startswith("| call | inputs | eager | xfm-fast |")
+    assert line.startswith("| the model good | 3 texts | ")
+    assert "2 threads" in machine or "1 threads" in machine
+    assert len(int8_gains(document).splitlines()) == 4 + (int8.why_not() is None)
     with pytest.raises(InputError, match="'robert'"):
         drop_in.run(DropInOptions(only=("robert",)))
+
+
+def test_a_reranker_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reranked(layers: int) -> drop_in.Subject:
+        subject = layer_norms(layers)
+        return replace(subject, adapted=lambda dtype: subject.call(subject.model))
+
+    monkeypatch.setattr(drop_in, "MODELS", [case("good", layer_norms), case("rerank", reranked)])
+    document = drop_in.run(QUICK)
+    names = {form: re.findall("the model (\\w+)", gains(document, form)) for form in (ACCELERATED, RERANKER)}
+    assert names == {ACCELERATED: ["good"], RERANKER: ["rerank"]}
+
+
+def test_other_runtimes_compute_the_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    factors: list[float] = []
+
+    def scaled(path: Path, factor: float) -> graph.Infer:
+        infer = graph.onnx_runtime(path)
+
+        def run(inputs: dict[str, Any]) -> list[Any]:
+            factors.append(factor)
+            return [factor * output for output in infer(inputs)]
+
+        return run
+
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4))
+    model, x = nn.Sequential(inner, nn.Tanh()), torch.randn(1, 6)
+    exported = graph.ExportedCall(inner, lambda: model(x), tmp_path / "model.onnx")
+    other = torch.randn(5, 6)
+    for factor, equal in ((1.0, True), (1.1, False)):
+        bound = exported.bind(model, lambda model: model[0], partial(scaled, factor=factor))
+        assert torch.allclose(bound(other), model(other), atol=1e-6) == equal
+    assert factors == [1.0, 1.1]
+
+
+def test_quality_counts_texts_whose_nearest_text_stays() -> None:
+    exact = torch.eye(4) + 0.1 * torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+    rounded = exact.clone()
+    rounded[3] = torch.tensor([0, 0.2, 0, 1.0])
+    found = drop_in.quality(exact, rounded)
+    assert found["nearest_kept"] == 0.75
+    least = torch.cosine_similarity(exact[3], rounded[3], dim=0)
+    assert found["cosine_least"] == pytest.approx(float(least))
+    assert found["cosine_mean"] == pytest.approx((3 + float(least)) / 4)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_advice_ranks_by_time(rates: dict[str, tuple[float | None, float]], dtyp
         for backend, rate in zip((UNTOUCHED, "accelerate(model)"), pair, strict=True)
         if rate is not None
     ]
-    document = replace(load(RESULTS / "drop-in-cpu-amx-2threads.json"), rows=rows)
+    document = replace(load(RESULTS / "drop-in-cpu-avx512-zen4-2threads.json"), rows=rows)
     line, sentences = trial.advice(document, "a batch", [])
     assert (line is not None and "bfloat16" in line) == (dtype == "bf16")
     assert (line is None) == (dtype is None)

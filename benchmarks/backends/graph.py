@@ -1,0 +1,136 @@
+"""A module of any library in ONNX Runtime or OpenVINO, behind the same call.
+
+One call of the untouched module is exported; a copy of the model then takes that module's forward from the runtime.
+What surrounds it (tokenising, pooling, conversions) stays the same Python for every backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xfm_fast.errors import UnavailableError, needs
+from xfm_fast.export.onnx import require_onnx
+
+Infer = Callable[[dict[str, Any]], list[Any]]
+Load = Callable[[Path], Infer]
+
+
+class ExportedCall:
+    """The graph of a module's first call by `call`, and what its outputs are wrapped in.
+
+    Raises `UnavailableError` without the packages, and whatever PyTorch's exporter raises.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[[], Any], path: Path) -> None:
+        require_onnx()
+        inputs = _tensors_of_call(module, call)
+        self.path, self.names = path, [*inputs]
+        with torch.no_grad():
+            output = module(**inputs)
+        self.output = None if isinstance(output, Tensor) else type(output)
+        self.fields = [] if self.output is None else [*output]
+        # Batch and, of ids and masks, length are dynamic.
+        shapes = {
+            name: dict.fromkeys(range(min(x.ndim, 2 if x.ndim < 4 else 1)), torch.export.Dim.AUTO)
+            for name, x in inputs.items()
+        }
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"), quiet[0], quiet[1]:
+            torch.onnx.export(
+                module,
+                (),
+                str(path),
+                kwargs=inputs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=self.names,
+                verbose=False,
+            )
+
+    def bind(self, model: Any, module_of: Callable[[Any], nn.Module], load: Load) -> Any:
+        """Return a copy of the model in which a runtime computes the module."""
+        bound = copy.deepcopy(model)
+        module, infer = module_of(bound), load(self.path)
+        names = _parameter_names(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            inputs = dict(zip(names, args, strict=False)) | kwargs
+            outputs = [torch.from_numpy(x) for x in infer({name: inputs[name].numpy() for name in self.names})]
+            return outputs[0] if self.output is None else self.output(**dict(zip(self.fields, outputs, strict=True)))
+
+        module.__dict__["forward"] = forward
+        return bound
+
+
+def onnx_runtime(path: Path) -> Infer:
+    """Load a graph in ONNX Runtime with its default options and as many threads as PyTorch."""
+    with needs("export"):
+        import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs)
+
+
+def onnx_runtime_int8(path: Path) -> Infer:
+    """Load a graph whose linear layers ONNX Runtime rounds to int8, activations as they come."""
+    with needs("export"):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    rounded = path.with_suffix(".int8.onnx")
+    with warnings.catch_warnings(action="ignore"):
+        quantize_dynamic(str(path), str(rounded), weight_type=QuantType.QInt8)
+    return onnx_runtime(rounded)
+
+
+def openvino(path: Path, precision: str = "f32") -> Infer:
+    """Load a graph in OpenVINO, for latency, with as many threads as PyTorch; `precision` is `f32` or `bf16`."""
+    with needs("openvino"):
+        import openvino as library
+
+    core = library.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise UnavailableError("OpenVINO has no bf16 arithmetic on this processor")
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = core.compile_model(str(path), "CPU", options)
+    request = compiled.create_infer_request()
+    return lambda inputs: list(request.infer(inputs, share_inputs=True).values())
+
+
+def _tensors_of_call(module: nn.Module, call: Callable[[], Any]) -> dict[str, Tensor]:
+    """Return the tensors with which `call` first calls a module, by name."""
+    names, original, calls = _parameter_names(module), module.forward, list[dict[str, Tensor]]()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        # A batch of one would be a constant of the graph.
+        calls.append({name: torch.cat([x, x]) for name, x in arguments.items() if isinstance(x, Tensor)})
+        return original(*args, **kwargs)
+
+    # Hooks would miss callers of `forward` itself, as sentence-transformers is.
+    module.__dict__["forward"] = forward
+    try:
+        call()
+    finally:
+        del module.__dict__["forward"]
+    return calls[0]
+
+
+def _parameter_names(module: nn.Module) -> list[str]:
+    return [*inspect.signature(module.forward).parameters]
