@@ -21,7 +21,7 @@ from .checks import LARGEST_WIDTH, Branch, LinearGELU
 from .cpu import gemm as cpu
 from .cpu import int8
 from .cpu import norms as cpu_norms
-from .cpu.workspace import Dropout, scratch
+from .cpu.workspace import Dropout, in_dtype, scratch
 from .flags import EightBits, kind_of
 from .ladder import CPU_DTYPES, Call, Op, Rung, trains
 from .library import Gradients, autocast_dtype, differentiable, on_device_of_arguments
@@ -413,11 +413,6 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return place
 
 
-def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a dtype; converted ones are in scratch memory."""
-    return x if x.dtype == dtype else scratch(name, tuple(x.shape), dtype).copy_(x)
-
-
 def _wide(weights: Sequence[Tensor], dtype: torch.dtype, gamma: Tensor | None) -> torch.dtype:
     """The dtype of the gradients of weights and biases: the storage dtype, if it is wider than the GEMM's."""
     for t in (*weights, *([] if gamma is None else [gamma])):
@@ -481,9 +476,9 @@ def _linear_gradients(
 def _normed(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Normed rows in the dtype of a GEMM, possibly in scratch memory, and their statistics; empty without a norm."""
     if a.norm_weight is None:
-        return _rounded("normed", a.x, a.dtype), a.x.new_empty(0), a.x.new_empty(0)
-    normed, mean, rstd = cpu_norms.normalise(a.x, a.norm_weight, a.norm_bias, a.eps)
-    return _rounded("normed", normed, a.dtype), mean, rstd
+        return in_dtype("normed", a.x, a.dtype), a.x.new_empty(0), a.x.new_empty(0)
+    normed, mean, rstd = cpu_norms.layer_norm_forward(a.x, a.norm_weight, a.norm_bias, a.eps)
+    return in_dtype("normed", normed, a.dtype), mean, rstd
 
 
 def _activated(kept: Tensor) -> Tensor:
@@ -523,7 +518,7 @@ def _branch_backward(
     assert dout is not None
     need = dict.fromkeys(_WRT, False) | dict(zip(_WRT, needs, strict=False))
     need_x = need["x"] or need["norm_weight"] or need["norm_bias"]
-    upstream = _rounded("upstream", dout, a.dtype)
+    upstream = in_dtype("upstream", dout, a.dtype)
     if a.row_scale is not None:
         # The gradient of a branch without its LayerScale, in the dtype of its GEMMs.
         upstream = scratch("upstream", tuple(dout.shape), a.dtype)
@@ -545,7 +540,7 @@ def _branch_backward(
     dx, dweight, dbias, dgamma = _linear_gradients(upstream, rows, weight, inner, bias, gamma, wide=wide)
     of_norm = (None, None)
     if need_x and a.norm_weight is not None:
-        dx, *of_norm = cpu_norms.normalise_backward(dx, a.x, a.norm_weight, mean, rstd)
+        dx, *of_norm = cpu_norms.layer_norm_backward(dx, a.x, a.norm_weight, mean, rstd)
     if need_x and a.residual_is_x:
         dx = dx.add_(dout)
     dgamma = dgamma if a.weight_out is None else of_outer[2]
