@@ -125,16 +125,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
 
 
 def joined_linear(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: Backend | None = None
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, backend: Backend | None = None
 ) -> Tensor:
     """`linear` of several layers in one GEMM: x `[..., K]`, weights `[M_i, K]`, biases `[M_i]` → `[..., Σ M_i]`.
 
-    Training on a CPU does not save the concatenated weights, which for query, key and value would be a copy.
+    Any bias may be None, or there is none. Training on a CPU does not save the concatenated weights, which for query,
+    key and value would be a copy.
     """
+    if not weights or len(biases) not in (0, len(weights)):
+        raise InputError(
+            f"{len(weights)} weights and {len(biases)} biases: give a bias, or None, for each of the weights"
+        )
+    for weight, bias in zip(weights, biases or [None] * len(weights), strict=True):
+        Branch(x, weight, bias).check()
+    given = any(bias is not None for bias in biases)
+    biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)] if given else []
     call = Call(backend, resolve(backend, x, *weights, *biases))
     if trains(call, [x, *weights, *biases]) and not any(kind_of(w) or fp8.is_active(w) for w in weights):
-        for number, weight in enumerate(weights):
-            Branch(x, weight, biases[number] if biases else None).check()
         dtype = autocast_dtype(x.device) or x.dtype
         return _side_by_side(_Joined(x.to(dtype), [*weights], [*biases], dtype), "cpu")[0]
     return linear(x, torch.cat([*weights]), torch.cat([*biases]) if biases else None, backend=backend)

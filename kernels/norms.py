@@ -167,6 +167,9 @@ def _add_norm_kernel(a: AddNorm, call: Call) -> tuple[Tensor, Tensor]:
     tensors = (a.x, a.residual, a.bias, a.gamma, a.row_scale)
     if not a.dropout_p and fp8.makes_fp8_rows(call.chosen, a.weight, *tensors):
         return _rounded_norm(a)
+    if torch.is_grad_enabled() and a.row_scale is not None and a.row_scale.requires_grad:
+        # Factors commute, and the kernels have no gradient of this one.
+        a = a._replace(x=(a.x * cpu.of_rows(a.row_scale, a.x)).to(a.x.dtype), row_scale=None)
     seed = checks.drawn_seed(a.dropout_p, a.seed, a.x.device)
     normed, summed, *_ = _add_norm(a._replace(seed=seed), call.chosen)
     return normed, summed

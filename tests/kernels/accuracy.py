@@ -97,26 +97,37 @@ def draws(compute: Callable[[], T], *, fused: bool = False) -> list[T]:
     return found
 
 
-def assert_as_accurate(found: Tensor, definition: Callable[..., Tensor], *arguments: Any) -> None:
+def assert_as_accurate(
+    found: Tensor, definition: Callable[..., Tensor], *arguments: Any, ceiling: float | None = None
+) -> None:
     """`found` is as accurate as `definition(*arguments)`, and of its type."""
     plain = draws(lambda: definition(*arguments))
     assert found.dtype == plain[0].dtype
-    assert_accurate(found, plain, definition(*widened(arguments)), "result")
+    assert_accurate(found, plain, definition(*widened(arguments)), "result", ceiling=ceiling)
 
 
-def assert_below_ceiling(found: Tensor, truth: Tensor, name: str) -> None:
-    """The error of `found` is a small share of the truth, by root mean squares."""
+def assert_below_ceiling(found: Tensor, truth: Tensor, name: str, ceiling: float | None = None) -> None:
+    """The error of `found` is a small share of the truth, by root mean squares; by default that of its dtype."""
     error, size = (float(t.double().square().mean().sqrt()) for t in (found.double() - truth, truth))
-    allowed = _CEILINGS[found.dtype] * size
+    format = torch.finfo(found.dtype)
+    allowed = (_CEILINGS[found.dtype] if ceiling is None else ceiling) * size + format.tiny * format.eps
     # Comparisons with NaN are false: NaN fails.
     fits = size < _NOTHING or error <= allowed
     assert fits, f"{name}: rms error {error:.2e} exceeds {allowed:.2e}, whoever shares it"
 
 
-def assert_accurate(found: Tensor, plain: Sequence[Tensor], truth: Tensor, name: str, *, factor: float = 2.0) -> None:
+def assert_accurate(
+    found: Tensor,
+    plain: Sequence[Tensor],
+    truth: Tensor,
+    name: str,
+    *,
+    factor: float = 2.0,
+    ceiling: float | None = None,
+) -> None:
     """`found` is as accurate as `plain`, the `draws` of plain PyTorch in its precision, by `truth`, the same in fp64.
 
-    It may err `factor` times as much.
+    It may err `factor` times as much, and by the share `ceiling` of the truth, which is for what magnifies rounding.
 
     Where the truth is not finite, `found` has to be the same infinity or NaN; `name` is for the message.
     """
@@ -145,4 +156,4 @@ def assert_accurate(found: Tensor, plain: Sequence[Tensor], truth: Tensor, name:
     worst, other = float(error.abs().max()), float(others.abs().max())
     allowed = factor * max(other, of_the_worst * spread) + one * unit * largest
     assert worst <= allowed, f"{name}: largest error {worst:.2e} exceeds {allowed:.2e} (plain PyTorch {other:.2e})"
-    assert_below_ceiling(found[finite], exact, name)
+    assert_below_ceiling(found[finite], exact, name, ceiling)

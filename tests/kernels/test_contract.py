@@ -102,6 +102,50 @@ def test_no_rows(name: str, backend: ops.Backend) -> None:
     assert all(t.isfinite().all() for t in found)
 
 
+@each_backend
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "row_scale" in case.shapes(1)])
+def test_factors_of_branches_have_a_gradient(name: str, backend: ops.Backend) -> None:
+    arguments = CASES[name].arguments(grad=True)
+    arguments["row_scale"] = torch.tensor([0.0, 1.25, 2.0], requires_grad=True)
+    found = run(CASES[name], arguments, backend)
+    truth = run(CASES[name], converted(arguments, torch.float64), "reference")
+    for ours, right in zip(found, truth, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@each_backend
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("present", [(), (False, False), (True, False), (False, True)])
+def test_joined_layers_need_no_biases(present: tuple[bool, ...], grad: bool, backend: ops.Backend) -> None:
+    x, first, second, *biases = (torch.randn(shape, requires_grad=grad) for shape in ((5, 8), (6, 8), (3, 8), 6, 3))
+    weights, given = [first, second], [b if there else None for b, there in zip(biases, present, strict=False)]
+    apart = [reference.linear(x, w, b) for w, b in zip(weights, given or [None, None], strict=True)]
+    found, expected = ops.joined_linear(x, weights, given, backend=backend), torch.cat(apart, 1)
+    torch.testing.assert_close(found, expected)
+    if grad:
+        wanted = [x, first, second, *(b for b in given if b is not None)]
+        pairs = zip(*(torch.autograd.grad(t.square().sum(), wanted) for t in (found, expected)), strict=True)
+        for ours, right in pairs:
+            torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_joined_layers_that_do_not_fit_are_named(autocast: bool, grad: bool) -> None:
+    """Before a concatenation could hide that one of them is of integers."""
+    x, weight, whole = torch.randn(5, 8, requires_grad=grad), torch.randn(6, 8), torch.ones(6, 8, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for weights, biases, message in (
+            ([weight, whole], [], r"weight \[6, 8\] int64"),
+            ([weight, weight], [weight[:, 0], whole[:, 0]], r"bias \[6\] int64"),
+            ([weight, weight[:, 1:]], [], r"weight \[6, 7\]"),
+            ([weight, weight], [None], "2 weights and 1 biases"),
+            ([], [], "0 weights"),
+        ):
+            with pytest.raises(InputError, match=message):
+                ops.joined_linear(x, weights, biases)
+
+
 @each_operation
 def test_gradients_of_one_argument_are_those_of_all(name: str) -> None:
     arguments = CASES[name].arguments(grad=True)
