@@ -89,9 +89,6 @@ def _relpos_kernel(a: RelPos, call: Call) -> Tensor:
         return _composed(a)
     if call.chosen != "triton":
         return _relpos(a, call.chosen)[0]
-    if a.q.shape[-1] > HEAD_DIMS[-1]:
-        bias = reference.position_bias(a.table, a.window)[None]
-        return bias_attention(*a[:3], bias, scale=a.scale, backend=call.backend)
     width, a = a.q.shape[-1], _with_heads_of(HEAD_DIMS, a)
     # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
     dtype = a.q.dtype if a.q.dtype == torch.float64 else autocast_dtype(a.q.device) or a.q.dtype

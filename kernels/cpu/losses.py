@@ -42,7 +42,7 @@ def linear_cross_entropy_forward(a: Vocabulary, dlogits: Tensor | None = None) -
     precision sums more than four blocks of rows. IndexError for a target outside the vocabulary.
     """
     h, w, b, target, ignore_index, label_smoothing, needs = a
-    rows, targets, kept = _counted_rows(h, target, w.shape[0], ignore_index)
+    rows, targets, kept = counted_rows(h, target, w.shape[0], ignore_index)
     weight = 1 / max(rows.shape[0], 1)
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
     early = needs if dlogits is None else (needs[0], False, needs[2])
@@ -89,7 +89,7 @@ def keeps_logits(h: Tensor, w: Tensor) -> bool:
 def vocabulary_gradient(h: Tensor, target: Tensor, dlogits: Tensor, ignore_index: int = -100) -> Tensor:
     """`[V, K]`: dw for a loss with gradient 1, bit for bit as from the forward; arguments as there."""
     vocabulary = dlogits.shape[1]
-    rows, _, _ = _counted_rows(h, target, vocabulary, ignore_index)
+    rows, _, _ = counted_rows(h, target, vocabulary, ignore_index)
     number = rows.shape[0]
     dw = (h.new_empty if number else h.new_zeros)(vocabulary, h.shape[-1])
     for part in _vocabulary_slices(vocabulary) if number else []:
@@ -311,9 +311,7 @@ def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: fl
         accumulator.add_(_PRODUCTS[name](x, y), alpha=scale)
 
 
-def _counted_rows(
-    h: Tensor, target: Tensor, vocabulary: int, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def counted_rows(h: Tensor, target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows `[M', K]` and targets that count, and their numbers if some do not."""
     checks.check_targets(target, vocabulary, ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
@@ -324,11 +322,15 @@ def _counted_rows(
     return rows[kept], targets[kept], kept
 
 
+def logits_at_once(dtype: torch.dtype) -> int:
+    """Return how many logits a block may have."""
+    return _BLOCK_BYTES // dtype.itemsize
+
+
 def _row_blocks(h: Tensor, width: int) -> list[slice]:
     """Even blocks of rows with `width` logits each that fit the budget."""
     # Half precision logits are widened slice by slice, so what counts is how they are stored.
-    most = max(1, _BLOCK_BYTES // (width * h.element_size()))
-    return even_slices(h.shape[0], most)
+    return even_slices(h.shape[0], max(1, logits_at_once(h.dtype) // width))
 
 
 def _vocabulary_slices(vocabulary: int) -> list[slice]:

@@ -32,8 +32,8 @@ _EACH, _ONE = 0.3, 2.0
 # In fp64 the truth is the definition itself, which errs as much as what it judges; where it sums no product, the draws
 # are all alike and only these roundings are left to judge by.
 _EACH_FP64, _ONE_FP64 = 16.0, 64.0
-# The largest share of the truth that may be wrong. An fp32 result may come from operands in half precision.
-_CEILINGS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 8 * 2.0**-10, torch.bfloat16: 8 * 2.0**-7}
+# The largest share of the truth that may be wrong. An fp32 result may come of operands in bf16.
+_CEILINGS = {torch.float64: 1e-9, torch.float32: 8 * 2.0**-7, torch.float16: 8 * 2.0**-10, torch.bfloat16: 8 * 2.0**-7}
 # Truths that are nothing but rounding, as the gradient of a bias of keys is, have no share.
 _NOTHING = 1e-12
 

@@ -22,11 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.accuracy import assert_accurate, assert_below_ceiling, draws
 from tests.kernels.cases import CASES, Arguments, converted, leaves, results, run
+from tests.kernels.conftest import each_library
 from tests.kernels.triton_testing import HAS_TRITON
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import backend as backends
 from xfm_fast.kernels import ops, reference
 from xfm_fast.kernels.backend import resolve
+from xfm_fast.kernels.cpu import losses
 from xfm_fast.kernels.cpu.varlen import plan_of
 
 NAN = math.nan
@@ -59,7 +61,7 @@ WAYS = [
     for name, case in CASES.items()
     for library in case.libraries
     for grad, dtype in ((True, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16))
-    if not (grad and dtype == torch.bfloat16) or library in ("aten", "llvm")
+    if not (grad and dtype == torch.bfloat16) or library in ("aten", "llvm", "eager")
 ]
 
 
@@ -513,6 +515,35 @@ def test_nothing_to_predict_and_huge_logits(backend: ops.Backend) -> None:
     assert truth[0] > 1e3
     torch.testing.assert_close(found[0].double(), truth[0], rtol=1e-5, atol=0)
     assert all(t.isfinite().all() for t in found)
+
+
+@each_library("eager", "aten")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "token_log_likelihood"])
+def test_losses_in_bf16_run_what_measured_faster(
+    name: str, autocast: bool, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits at once where they are no more than a block, or slices; labels and skipped rows are treated alike."""
+    case, arguments = CASES[name], CASES[name].arguments(torch.float32 if autocast else torch.bfloat16, grad=True)
+
+    def operators() -> set[str]:
+        # The race that a first call runs has calls of its own.
+        case.operation(**arguments)
+        with Calls() as seen:
+            case.operation(**arguments)
+        return {*seen.calls}
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert bool(operators()) == (library != "eager")
+        with torch.no_grad():
+            assert bool(operators()) == (library != "eager")
+        with pytest.raises(IndexError, match="50 is outside the vocabulary"):
+            case.operation(**arguments | {"target": torch.full((9,), 50)})
+        if name == "linear_cross_entropy":
+            arguments["h"].data[2::4] = NAN
+            assert all(t.isfinite().all() for t in run(case, arguments))
+        monkeypatch.setattr(losses, "_BLOCK_BYTES", 9 * 50 * 2 - 1)
+        assert operators()
 
 
 @each_backend
