@@ -24,6 +24,10 @@ from .cpu.workspace import Dropout
 from .ladder import Call, Op
 from .library import Gradients, autocast_dtype, differentiable, operator
 
+# In half precision a bias is a quotient by the scale, of at most 60000: 1/256 leaves differences of 234, which are as
+# good as infinite in a softmax.
+_LEAST_SCALE = 2.0**-8
+
 
 def relpos_attention(
     q: Tensor,
@@ -83,12 +87,41 @@ def _relpos_kernel(a: RelPos, call: Call) -> Tensor:
         if call.chosen == "triton" and named(call.backend):
             raise InputError("backend 'triton' has no key_mask for relpos_attention; use 'auto' or 'reference'")
         return _composed(a)
-    if a.bias is None and call.chosen == "triton":
-        # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
-        dtype = a.q.dtype if a.q.dtype == torch.float64 else autocast_dtype(a.q.device) or a.q.dtype
+    if call.chosen != "triton":
+        return _relpos(a, call.chosen)[0]
+    width, a = a.q.shape[-1], _with_heads_of(HEAD_DIMS, a)
+    # Autocast converts q, k and v on their way into the operator. The table stays what the bias was made of.
+    dtype = a.q.dtype if a.q.dtype == torch.float64 else autocast_dtype(a.q.device) or a.q.dtype
+    if a.bias is None:
         # Outside the operator, so that a graph contains what fills it.
         a = a._replace(bias=_make_bias(a.table, a.window, a.scale, dtype, call.chosen, a.q.shape[-1]))
-    return _relpos(a, call.chosen)[0]
+    scale = _scale_of_bias(a.scale, dtype)
+    if scale != a.scale:
+        # By a power of two, which rounds nothing that counts beside the bias.
+        a = a._replace(q=a.q * (a.scale / scale), scale=scale)
+    return _first_columns(_relpos(a, call.chosen)[0], width)
+
+
+def _scale_of_bias(scale: float, dtype: torch.dtype) -> float:
+    """The scale of a bias, a quotient of which half precision must be able to hold: that of the scores, or larger."""
+    while dtype.itemsize == 2 and scale < _LEAST_SCALE:
+        scale *= 2
+    return scale
+
+
+def _with_heads_of(head_dims: Sequence[int], a: Any) -> Any:
+    """Arguments of attention with heads of the next of these dimensions: zeros change neither products nor sums."""
+    width = a.q.shape[-1]
+    if width in head_dims:
+        return a
+    if width > head_dims[-1]:
+        raise InputError(f"heads of {width} are wider than {head_dims[-1]}, the widest of backend 'triton'; use 'auto'")
+    wider = next(d for d in head_dims if d > width)
+    return a._replace(**{name: F.pad(getattr(a, name), (0, wider - width)) for name in "qkv"})
+
+
+def _first_columns(out: Tensor, width: int) -> Tensor:
+    return out if out.shape[-1] == width else out[..., :width].contiguous()
 
 
 def _check_bias(a: RelPos, call: Call) -> None:
@@ -133,6 +166,7 @@ def _make_bias(
 ) -> Tensor:
     if backend != "triton":
         return _bias(table, window)
+    scale = _scale_of_bias(scale, dtype)
     name = f"padded bias {window} {dtype} {scale} {head_dim}"
     return cached(name, (table,), lambda: _relpos_bias(table.detach(), *window, dtype, scale, False, head_dim))
 
@@ -256,7 +290,7 @@ _relpos_attention = Op(
     "relpos_attention",
     RelPos,
     {"inference": _relpos_inference, "kernel": _relpos_kernel, "reference": _relpos_reference},
-    fits=lambda a: a.q.shape[-1] in HEAD_DIMS,
+    fits=lambda a: a.q.shape[-1] <= HEAD_DIMS[-1],
     attention=True,
 )
 
@@ -323,7 +357,37 @@ def _varlen_inference(a: Varlen, call: Call) -> Tensor:
 def _varlen_kernel(a: Varlen, call: Call) -> Tensor:
     if call.chosen == "triton" and not named(call.backend) and _flash_is_faster(a):
         return _flash_attention(a)
-    return _varlen(a._replace(seed=checks.drawn_seed(a.dropout_p, a.seed, a.q.device)), call.chosen)[0]
+    a = a._replace(seed=checks.drawn_seed(a.dropout_p, a.seed, a.q.device))
+    if call.chosen != "triton":
+        return _varlen(a, call.chosen)[0]
+    if a.q.shape[-1] > HEAD_DIMS[-1]:
+        return _in_batches(a, call)
+    return _first_columns(_varlen(_with_heads_of(HEAD_DIMS, a), call.chosen)[0], a.q.shape[-1])
+
+
+def _in_batches(a: Varlen, call: Call) -> Tensor:
+    """Attention of sequences that are padded to the longest: the kernels for packed ones have no heads so wide."""
+    if checks.should_check_values(a.q):
+        a.packed.bounds(a.q, a.k)
+    queries, _ = _padded_places(a.cu_seqlens_q, a.max_q, a.q)
+    keys, there = _padded_places(a.cu_seqlens_k, a.max_k, a.k)
+    # Places without a token read a row of zeros: a weight of 0 would let a NaN of another sequence through.
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, 1))[places] for t, places in zip(a[:3], (queries, keys, keys), strict=True))
+    if a.key_mask is not None:
+        there = there & F.pad(a.key_mask, (0, 1))[keys]
+    bias = torch.zeros(1, 1, 1, 1, device=q.device)
+    out = bias_attention(q, k, v, bias, there, a.dropout_p, scale=a.scale, seed=a.seed, backend=call.backend)
+    bounds = a.cu_seqlens_q.contiguous()
+    tokens = torch.arange(a.q.shape[0], dtype=bounds.dtype, device=q.device)
+    sequences = torch.searchsorted(bounds[1:], tokens, right=True)
+    return out[sequences, tokens - bounds[sequences]]
+
+
+def _padded_places(bounds: Tensor, longest: int, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[S, longest]` of all places of sequences, one behind the last where there is no token; and where one is."""
+    places = torch.arange(longest, device=packed.device)
+    there = places < bounds.diff()[:, None]
+    return torch.where(there, bounds[:-1, None] + places, packed.shape[0]), there
 
 
 def _padded(a: Varlen) -> Tensor:
@@ -403,7 +467,7 @@ _varlen_attention = Op(
     "varlen_attention",
     Varlen,
     {"inference": _varlen_inference, "kernel": _varlen_kernel, "reference": _varlen_reference},
-    fits=lambda a: a.q.shape[-1] in HEAD_DIMS,
+    fits=lambda a: a.q.shape[-1] <= BIAS_HEAD_DIMS[-1],
     attention=True,
 )
 
@@ -495,12 +559,8 @@ def _bias_reference(a: Biased, call: Call) -> tuple[Tensor, Tensor]:
 
 def _bias_kernel(a: Biased, call: Call) -> tuple[Tensor, Tensor]:
     a, width = _expanded(a._replace(seed=checks.drawn_seed(a.dropout_p, a.seed, a.q.device))), a.q.shape[-1]
-    if call.chosen == "triton" and width not in BIAS_HEAD_DIMS and not named(call.backend):
-        wider = next(d for d in BIAS_HEAD_DIMS if d > width)
-        # Zeros beyond the head dimension change neither products nor sums.
-        a = a._replace(**{name: F.pad(getattr(a, name), (0, wider - width)) for name in "qkv"})
-    out, lse = _biased(a, call.chosen)
-    return out[..., :width] if out.shape[-1] != width else out, lse
+    out, lse = _biased(_with_heads_of(BIAS_HEAD_DIMS, a) if call.chosen == "triton" else a, call.chosen)
+    return _first_columns(out, width), lse
 
 
 def _lse_room(a: Biased) -> tuple[int, ...]:

@@ -484,5 +484,7 @@ def _one_type(**tensors: Tensor | None) -> None:
     # Here, so that checks can be had without the operators, which register themselves once a process.
     from .library import autocast_dtype
 
+    if not all(t.is_floating_point() for t in present.values()):
+        refuse("floating point, or of one type", **present)
     if autocast_dtype(first.device) is None:
         refuse("of one type, or run under torch.autocast", **present)

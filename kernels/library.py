@@ -7,7 +7,8 @@ decomposes a `triton_op` even for CPU tensors and so bypasses the CPU implementa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from inspect import formatannotation
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -53,11 +54,18 @@ def operator(
 
 
 # Annotations of arguments, and their types in a schema.
-_TYPES = {
-    "Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "SymInt", "int | None": "int?",
-    "bool": "bool", "tuple[int, int]": "int[]", "tuple[bool, ...]": "bool[]", "list[Tensor]": "Tensor[]",
-    "torch.dtype": "ScalarType",
-}  # fmt: skip
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "SymInt",
+    int | None: "int?",
+    bool: "bool",
+    tuple[int, int]: "int[]",
+    tuple[bool, ...]: "bool[]",
+    list[Tensor]: "Tensor[]",
+    torch.dtype: "ScalarType",
+}
 Tensors = Sequence[Any]
 """Outputs; None for one that was not saved."""
 Gradients = Sequence[Tensor | None]
@@ -87,8 +95,8 @@ def differentiable(
     wraps the operator of the gradient. `backward_fake` gives the gradients' shapes, by default those of the arguments.
     """
     fields: tuple[str, ...] = arguments._fields
-    kinds = [_TYPES[arguments.__annotations__[field].__forward_arg__] for field in fields]
-    most = 2 if callable(results) else results
+    kinds = _schema_types(name, arguments)
+    most = min(2, outputs) if callable(results) else results
     lists = [place for place, kind in enumerate(kinds) if kind == "Tensor[]"]
     places = [fields.index(field) for field in wrt]
 
@@ -98,21 +106,21 @@ def differentiable(
     def returned(count: int) -> str:
         return f"({', '.join(['Tensor'] * count)})"
 
-    def run_backward(*given: Any) -> tuple[Tensor, ...]:
+    def run_backward(*given: Any) -> Any:
         upstream, rest = given[:most], given[most:]
         values, kept, (needs, backend) = rest[: len(fields)], rest[len(fields) : -2], rest[-2:]
         found = backward(upstream, arguments(*values), kept, needs, backend)
-        return _present(found, needs, upstream)
+        return _results(_present(found, needs, upstream))
 
-    def fake_backward(*given: Any) -> tuple[Tensor, ...]:
+    def fake_backward(*given: Any) -> Any:
         upstream, rest = given[:most], given[most:]
         saved, kept, needs = arguments(*rest[: len(fields)]), rest[len(fields) : -2], rest[-2]
         if backward_fake is not None:
-            return _present(backward_fake(saved, kept, needs), needs, upstream)
+            return _results(_present(backward_fake(saved, kept, needs), needs, upstream))
         wholes = [getattr(saved, field) for field in wrt]
         wholes = [torch.cat(t) if isinstance(t, list) and t else t for t in wholes]
         made = [t.new_empty(t.shape) if isinstance(t, Tensor) else None for t in wholes]
-        return _present(made, needs, upstream)
+        return _results(_present(made, needs, upstream))
 
     upstream_schema = ", ".join(f"Tensor? d{i}" for i in range(most))
     kept_schema = ", ".join(f"Tensor? kept{i}" for i in range(outputs))
@@ -128,11 +136,11 @@ def differentiable(
     def call_gradient(
         upstream: Gradients, saved: Any, kept: Tensors, needs: Sequence[bool], backend: str
     ) -> list[Tensor | None]:
-        found = gradient(*upstream, *saved, *kept, needs, backend)
+        found = _tuple_of(gradient(*upstream, *saved, *kept, needs, backend))
         return [g if need else None for g, need in zip(found, needs, strict=True)]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        saved, ctx.backend = arguments(*inputs[:-1]), inputs[-1]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        saved, ctx.backend, output = arguments(*inputs[:-1]), inputs[-1], _tuple_of(output)
         count = results(saved, ctx.backend) if callable(results) else results
         ctx.mark_non_differentiable(*output[count:])
         # Or else zeros are written for results that have no gradient.
@@ -168,13 +176,32 @@ def differentiable(
 
     registered = operator(
         f"{name}({schema(kinds)}, str backend) -> {returned(outputs)}",
-        lambda *given: tuple(forward(arguments(*given[:-1]), given[-1])),
-        lambda *given: tuple(fake(arguments(*given[:-1]), given[-1])),
+        lambda *given: _results(forward(arguments(*given[:-1]), given[-1])),
+        lambda *given: _results(fake(arguments(*given[:-1]), given[-1])),
         setup_context=setup_context,
         backward=run_gradient,
         autocast=autocast,
     )
-    return lambda given, backend: registered(*given, backend)
+    return lambda given, backend: _tuple_of(registered(*given, backend))
+
+
+def _schema_types(name: str, arguments: type[Any]) -> list[str]:
+    """Return the type in a schema of every field of a named tuple."""
+    hints = get_type_hints(arguments)
+    for field in arguments._fields:
+        if hints[field] not in _TYPES:
+            hint, known = formatannotation(hints[field]), ", ".join(map(formatannotation, _TYPES))
+            raise InputError(f"{name}: the field {field} of {arguments.__name__} is {hint}; use one of {known}")
+    return [_TYPES[hints[field]] for field in arguments._fields]
+
+
+def _results(tensors: Sequence[Tensor]) -> Any:
+    """Return what an operator with these results returns: a single one stands alone."""
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _tuple_of(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
 
 
 def _divided(gradient: Tensor | None, parts: Tensors, needs: Sequence[bool]) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from .checks import LARGEST_WIDTH, Branch, LinearGELU
 from .cpu import gemm as cpu
 from .cpu import int8
 from .cpu import norms as cpu_norms
-from .cpu.workspace import Dropout, scratch
+from .cpu.workspace import Dropout, in_dtype, scratch
 from .flags import EightBits, kind_of
 from .ladder import CPU_DTYPES, Call, Op, Rung, trains
 from .library import Gradients, autocast_dtype, differentiable, on_device_of_arguments
@@ -125,16 +125,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: Backend |
 
 
 def joined_linear(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, backend: Backend | None = None
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, backend: Backend | None = None
 ) -> Tensor:
     """`linear` of several layers in one GEMM: x `[..., K]`, weights `[M_i, K]`, biases `[M_i]` → `[..., Σ M_i]`.
 
-    Training on a CPU does not save the concatenated weights, which for query, key and value would be a copy.
+    Any bias may be None, or there is none. Training on a CPU does not save the concatenated weights, which for query,
+    key and value would be a copy.
     """
+    if not weights or len(biases) not in (0, len(weights)):
+        raise InputError(
+            f"{len(weights)} weights and {len(biases)} biases: give a bias, or None, for each of the weights"
+        )
+    for weight, bias in zip(weights, biases or [None] * len(weights), strict=True):
+        Branch(x, weight, bias).check()
+    given = any(bias is not None for bias in biases)
+    biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)] if given else []
     call = Call(backend, resolve(backend, x, *weights, *biases))
     if trains(call, [x, *weights, *biases]) and not any(kind_of(w) or fp8.is_active(w) for w in weights):
-        for number, weight in enumerate(weights):
-            Branch(x, weight, biases[number] if biases else None).check()
         dtype = autocast_dtype(x.device) or x.dtype
         return _side_by_side(_Joined(x.to(dtype), [*weights], [*biases], dtype), "cpu")[0]
     return linear(x, torch.cat([*weights]), torch.cat([*biases]) if biases else None, backend=backend)
@@ -413,11 +420,6 @@ def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return place
 
 
-def _rounded(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in a dtype; converted ones are in scratch memory."""
-    return x if x.dtype == dtype else scratch(name, tuple(x.shape), dtype).copy_(x)
-
-
 def _wide(weights: Sequence[Tensor], dtype: torch.dtype, gamma: Tensor | None) -> torch.dtype:
     """The dtype of the gradients of weights and biases: the storage dtype, if it is wider than the GEMM's."""
     for t in (*weights, *([] if gamma is None else [gamma])):
@@ -481,9 +483,9 @@ def _linear_gradients(
 def _normed(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Normed rows in the dtype of a GEMM, possibly in scratch memory, and their statistics; empty without a norm."""
     if a.norm_weight is None:
-        return _rounded("normed", a.x, a.dtype), a.x.new_empty(0), a.x.new_empty(0)
-    normed, mean, rstd = cpu_norms.normalise(a.x, a.norm_weight, a.norm_bias, a.eps)
-    return _rounded("normed", normed, a.dtype), mean, rstd
+        return in_dtype("normed", a.x, a.dtype), a.x.new_empty(0), a.x.new_empty(0)
+    normed, mean, rstd = cpu_norms.layer_norm_forward(a.x, a.norm_weight, a.norm_bias, a.eps)
+    return in_dtype("normed", normed, a.dtype), mean, rstd
 
 
 def _activated(kept: Tensor) -> Tensor:
@@ -523,7 +525,7 @@ def _branch_backward(
     assert dout is not None
     need = dict.fromkeys(_WRT, False) | dict(zip(_WRT, needs, strict=False))
     need_x = need["x"] or need["norm_weight"] or need["norm_bias"]
-    upstream = _rounded("upstream", dout, a.dtype)
+    upstream = in_dtype("upstream", dout, a.dtype)
     if a.row_scale is not None:
         # The gradient of a branch without its LayerScale, in the dtype of its GEMMs.
         upstream = scratch("upstream", tuple(dout.shape), a.dtype)
@@ -545,7 +547,7 @@ def _branch_backward(
     dx, dweight, dbias, dgamma = _linear_gradients(upstream, rows, weight, inner, bias, gamma, wide=wide)
     of_norm = (None, None)
     if need_x and a.norm_weight is not None:
-        dx, *of_norm = cpu_norms.normalise_backward(dx, a.x, a.norm_weight, mean, rstd)
+        dx, *of_norm = cpu_norms.layer_norm_backward(dx, a.x, a.norm_weight, mean, rstd)
     if need_x and a.residual_is_x:
         dx = dx.add_(dout)
     dgamma = dgamma if a.weight_out is None else of_outer[2]

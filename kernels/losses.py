@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from . import checks, host, reference
 from .backend import Backend
 from .checks import RowStatistics, Vocabulary
 from .cpu import losses as cpu
+from .cpu.selection import Race, operands, register, select
 from .ladder import Call, Op
-from .library import Gradients, differentiable, operator
+from .library import Gradients, autocast_dtype, differentiable, operator
 
 
 def linear_cross_entropy(
@@ -89,10 +91,34 @@ def _module(backend: str) -> Any:
     return cross_entropy
 
 
-def _kernel(run: Any, a: Vocabulary, call: Call) -> Tensor:
+def _kernel(name: str, a: Vocabulary, call: Call) -> Tensor:
     grad = torch.is_grad_enabled()
     needs = tuple(grad and t is not None and t.requires_grad for t in a[:3])
-    return run(a._replace(target=a.target.long(), needs=needs), call.chosen)[0]
+    a = a._replace(target=a.target.long(), needs=needs)
+    if call.chosen == "cpu" and not torch.compiler.is_compiling() and _is_eager(name, a):
+        return _EAGER[name](a)
+    return _OPERATORS[name](a, call.chosen)[0]
+
+
+def _is_eager(name: str, a: Vocabulary) -> bool:
+    """Whether PyTorch's operations on all logits at once measured faster, where these are no more than a block."""
+    dtype = a.h.dtype if a.h.dtype == torch.float64 else autocast_dtype(a.h.device) or a.h.dtype
+    logits = a.target.numel() * a.w.shape[0]
+    # Of other types, slices are as fast and take less memory.
+    if dtype != torch.bfloat16 or not 0 < logits <= cpu.logits_at_once(dtype):
+        return False
+    return select(f"{name} of {'few' if logits <= _FEW_LOGITS else 'many'} logits", dtype) == "eager"
+
+
+def _eager_cross_entropy(a: Vocabulary) -> Tensor:
+    # Rows that do not count may hold anything.
+    rows, targets, _ = cpu.counted_rows(a.h, a.target, a.w.shape[0], a.ignore_index)
+    return reference.linear_cross_entropy(rows, a.w, a.b, targets, a.ignore_index, a.label_smoothing)
+
+
+def _eager_log_likelihood(a: Vocabulary) -> Tensor:
+    checks.check_targets(a.target, a.w.shape[0], a.ignore_index)
+    return reference.token_log_likelihood(*a[:5])
 
 
 def _forward(a: Vocabulary, backend: str) -> tuple[Tensor, ...]:
@@ -173,7 +199,7 @@ _linear_cross_entropy = Op(
     "linear_cross_entropy",
     Vocabulary,
     {
-        "kernel": lambda a, call: _kernel(_cross_entropy, a, call),
+        "kernel": lambda a, call: _kernel("linear_cross_entropy", a, call),
         "reference": lambda a, _: reference.linear_cross_entropy(*a._replace(target=a.target.long())[:6]),
     },
 )
@@ -206,7 +232,44 @@ _token_log_likelihood = Op(
     "token_log_likelihood",
     Vocabulary,
     {
-        "kernel": lambda a, call: _kernel(_log_likelihood, a, call),
+        "kernel": lambda a, call: _kernel("token_log_likelihood", a, call),
         "reference": lambda a, _: reference.token_log_likelihood(*a._replace(target=a.target.long())[:5]),
     },
 )
+
+_OPERATORS = {"linear_cross_entropy": _cross_entropy, "token_log_likelihood": _log_likelihood}
+_EAGER = {"linear_cross_entropy": _eager_cross_entropy, "token_log_likelihood": _eager_log_likelihood}
+# What the last cache holds in fp32, roughly; beyond it, passes over all logits wait for memory.
+_FEW_LOGITS = 1 << 21
+# Rows, entries of the vocabulary, and width.
+_EXAMPLES = {"few": (64, 4096, 512), "many": (80, 32768, 256)}
+
+
+def _example(size: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    rows, vocabulary, width = _EXAMPLES[size]
+    h, w, b = operands(dtype, (rows, width), (vocabulary, width), (vocabulary,))
+    return h, w * width**-0.5, b, torch.arange(rows)
+
+
+@torch.enable_grad()
+def _trained(run: Callable[[Vocabulary], Tensor], *tensors: Tensor) -> Tensor:
+    """The gradient of the vocabulary, which takes all that a step of training does."""
+    h, w, b = (t.detach().requires_grad_() for t in tensors[:3])
+    return torch.autograd.grad(run(Vocabulary(h, w, b, tensors[3])).sum(), (h, w, b))[1]
+
+
+def _trained_in_bf16(run: Callable[[Vocabulary], Tensor], *tensors: Tensor) -> Tensor:
+    if tensors[0].dtype != torch.bfloat16:
+        raise NotImplementedError("all logits at once are for bf16")
+    return _trained(run, *tensors)
+
+
+for _name, _size in product(_OPERATORS, _EXAMPLES):
+    _candidates = {
+        "sliced": partial(_trained, lambda a, run=_OPERATORS[_name]: run(a, "cpu")[0]),
+        "eager": partial(_trained_in_bf16, _EAGER[_name]),
+    }
+    register(
+        f"{_name} of {_size} logits",
+        Race(_candidates, partial(_example, _size), 6 * math.prod(_EXAMPLES[_size])),
+    )

@@ -125,9 +125,18 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 def _norm_kernel(a: Norm, call: Call) -> Tensor:
+    if call.chosen == "cpu" and not _sums_half_precision(a):
+        return reference.layer_norm(*a)
     if fp8.makes_fp8_rows(call.chosen, a.weight, a.x, a.bias):
         return _rounded_norm(AddNorm(a.x, None, *a[1:]))[0]
     return _norm(a, call.chosen)[0]
+
+
+def _sums_half_precision(a: Norm) -> bool:
+    """Whether PyTorch would add the gradients of weight and bias in half precision; its compiler adds in fp32."""
+    if a.x.dtype.itemsize > 2 or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() and any(t.requires_grad for t in a[:3])
 
 
 def _norm_backward(
@@ -149,9 +158,7 @@ _norm = differentiable(
 _layer_norm = Op(
     "layer_norm",
     Norm,
-    # On a CPU PyTorch's own.
     {"kernel": _norm_kernel, "reference": lambda a, _: reference.layer_norm(*a)},
-    kernels=("triton",),
     fits=lambda a: _one_tile(a.x),
 )
 
@@ -160,6 +167,9 @@ def _add_norm_kernel(a: AddNorm, call: Call) -> tuple[Tensor, Tensor]:
     tensors = (a.x, a.residual, a.bias, a.gamma, a.row_scale)
     if not a.dropout_p and fp8.makes_fp8_rows(call.chosen, a.weight, *tensors):
         return _rounded_norm(a)
+    if torch.is_grad_enabled() and a.row_scale is not None and a.row_scale.requires_grad:
+        # Factors commute, and the kernels have no gradient of this one.
+        a = a._replace(x=(a.x * cpu.of_rows(a.row_scale, a.x)).to(a.x.dtype), row_scale=None)
     seed = checks.drawn_seed(a.dropout_p, a.seed, a.x.device)
     normed, summed, *_ = _add_norm(a._replace(seed=seed), call.chosen)
     return normed, summed

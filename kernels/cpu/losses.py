@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import checks, host
 from ..checks import Needs, RowStatistics, Vocabulary
 from .selection import Race, operands, register, select
-from .workspace import scratch
+from .workspace import even_slices, in_dtype, scratch
 
 # The logits of a block. Fewer rows would make the GEMMs slower, more rows gain no time.
 _BLOCK_BYTES = 56 << 20
@@ -42,7 +42,7 @@ def linear_cross_entropy_forward(a: Vocabulary, dlogits: Tensor | None = None) -
     precision sums more than four blocks of rows. IndexError for a target outside the vocabulary.
     """
     h, w, b, target, ignore_index, label_smoothing, needs = a
-    rows, targets, kept = _counted_rows(h, target, w.shape[0], ignore_index)
+    rows, targets, kept = counted_rows(h, target, w.shape[0], ignore_index)
     weight = 1 / max(rows.shape[0], 1)
     blocks = _row_blocks(rows, w.shape[0] if any(needs) else _SLICE)
     early = needs if dlogits is None else (needs[0], False, needs[2])
@@ -89,7 +89,7 @@ def keeps_logits(h: Tensor, w: Tensor) -> bool:
 def vocabulary_gradient(h: Tensor, target: Tensor, dlogits: Tensor, ignore_index: int = -100) -> Tensor:
     """`[V, K]`: dw for a loss with gradient 1, bit for bit as from the forward; arguments as there."""
     vocabulary = dlogits.shape[1]
-    rows, _, _ = _counted_rows(h, target, vocabulary, ignore_index)
+    rows, _, _ = counted_rows(h, target, vocabulary, ignore_index)
     number = rows.shape[0]
     dw = (h.new_empty if number else h.new_zeros)(vocabulary, h.shape[-1])
     for part in _vocabulary_slices(vocabulary) if number else []:
@@ -164,7 +164,7 @@ class _Running:
     def add(self, logits: Tensor, target: Tensor, part: slice, label_smoothing: float) -> None:
         maxima, sums = (torch.empty(logits.shape[0], dtype=self.dtype) for _ in range(2))
         for tile in _tiles(logits):
-            wide = _widened(logits[tile], self.dtype)
+            wide = in_dtype("vocabulary logits", logits[tile], self.dtype)
             # In a slice of -inf only, differences to the maximum would be NaN.
             maximum = wide.amax(1).clamp_min_(torch.finfo(self.dtype).min)
             maxima[tile] = maximum
@@ -212,7 +212,7 @@ class _Accumulators:
             _add_product(self.dw[part], gradient.t(), self.h[block].t(), "vocabulary dw", self.scale, first=first)
         if self.db is not None:
             for tile in _tiles(gradient):
-                self.db[part] += _widened(gradient[tile], self.dtype).sum(0)
+                self.db[part] += in_dtype("vocabulary logits", gradient[tile], self.dtype).sum(0)
 
     def finish(self, h: Tensor, kept: Tensor | None) -> Gradients:
         dh, dw, db = self.dh, self.dw, self.db
@@ -251,7 +251,7 @@ def _to_gradient(
     if coefficients is not None:
         picked *= coefficients[inside]
     for tile in _tiles(logits):
-        wide = gradient(_widened(logits[tile], dtype), tile)
+        wide = gradient(in_dtype("vocabulary logits", logits[tile], dtype), tile)
         if coefficients is not None:
             wide.mul_(coefficients[tile, None])
         if wide.dtype != logits.dtype:
@@ -262,14 +262,7 @@ def _to_gradient(
 
 def _tiles(logits: Tensor) -> list[slice]:
     """Rows of a slice that are passed over together."""
-    return _even(logits.shape[0], max(1, torch.get_num_threads() * _TILE // logits.shape[1]))
-
-
-def _widened(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits themselves, or a copy in scratch memory if they are narrower."""
-    if logits.dtype == dtype:
-        return logits
-    return scratch("vocabulary logits", tuple(logits.shape), dtype).copy_(logits)
+    return even_slices(logits.shape[0], max(1, torch.get_num_threads() * _TILE // logits.shape[1]))
 
 
 def _rows_inside(target: Tensor, part: slice) -> Tensor:
@@ -318,9 +311,7 @@ def _add_product(accumulator: Tensor, x: Tensor, y: Tensor, role: str, scale: fl
         accumulator.add_(_PRODUCTS[name](x, y), alpha=scale)
 
 
-def _counted_rows(
-    h: Tensor, target: Tensor, vocabulary: int, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def counted_rows(h: Tensor, target: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows `[M', K]` and targets that count, and their numbers if some do not."""
     checks.check_targets(target, vocabulary, ignore_index)
     rows, targets = h.reshape(-1, h.shape[-1]), target.reshape(-1)
@@ -331,17 +322,16 @@ def _counted_rows(
     return rows[kept], targets[kept], kept
 
 
+def logits_at_once(dtype: torch.dtype) -> int:
+    """Return how many logits a block may have."""
+    return _BLOCK_BYTES // dtype.itemsize
+
+
 def _row_blocks(h: Tensor, width: int) -> list[slice]:
     """Even blocks of rows with `width` logits each that fit the budget."""
     # Half precision logits are widened slice by slice, so what counts is how they are stored.
-    most = max(1, _BLOCK_BYTES // (width * h.element_size()))
-    return _even(h.shape[0], most)
+    return even_slices(h.shape[0], max(1, logits_at_once(h.dtype) // width))
 
 
 def _vocabulary_slices(vocabulary: int) -> list[slice]:
-    return _even(vocabulary, _SLICE)
-
-
-def _even(length: int, most: int) -> list[slice]:
-    count = -(-length // most)
-    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
+    return even_slices(vocabulary, _SLICE)

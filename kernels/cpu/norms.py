@@ -14,7 +14,10 @@ from torch import Tensor
 
 from .. import checks
 from ..checks import AddNorm, Embedding
-from .workspace import Dropout, scratch
+from .workspace import Dropout, even_slices, in_dtype
+
+# Elements of half precision that a thread widens at once.
+_TILE = 1 << 18
 
 
 class AddLayerNorm(NamedTuple):
@@ -41,7 +44,7 @@ def add_layer_norm_forward(a: AddNorm) -> AddLayerNorm:
     assert a.residual is not None
     kept = _dropout_factor(a.x, a.x.dtype, a.dropout_p, a.seed)
     summed = add_branch(a.x if kept is None else a.x * kept, a.residual, a.gamma, a.row_scale)
-    normed, mean, rstd = normalise(summed, a.weight, a.bias, a.eps)
+    normed, mean, rstd = layer_norm_forward(summed, a.weight, a.bias, a.eps)
     return AddLayerNorm(normed if a.wide else normed.to(a.x.dtype), summed, mean, rstd)
 
 
@@ -50,7 +53,7 @@ def add_layer_norm_backward(
 ) -> AddLayerNormGradients:
     """Gradients of every floating-point input; `dsummed` None means zero. Without gamma, x gives its dtype alone."""
     x, gamma, row_scale = a.x, a.gamma, a.row_scale
-    ds, dweight, dbias = normalise_backward(dnormed, summed, a.weight, mean, rstd)
+    ds, dweight, dbias = layer_norm_backward(dnormed, summed, a.weight, mean, rstd)
     if dsummed is not None:
         ds = ds + dsummed
     kept, dgamma = _dropout_factor(summed, x.dtype, a.dropout_p, a.seed), None
@@ -74,13 +77,13 @@ def embedding_norm_forward(a: Embedding) -> tuple[Tensor, Tensor, Tensor]:
 
     IndexError for a token or position outside its table.
     """
-    return normalise(_embed(*a[:5]), a.weight, a.bias, a.eps)
+    return layer_norm_forward(_embed(*a[:5]), a.weight, a.bias, a.eps)
 
 
 def embedding_norm_backward(dnormed: Tensor, mean: Tensor, rstd: Tensor, a: Embedding) -> tuple[Tensor, ...]:
     """Gradients of the tables, the type row and the norm, from recomputed sums; row `padding_idx` receives none."""
     embedded = _embed(*a[:5])
-    ds, dweight, dbias = normalise_backward(dnormed, embedded, a.weight, mean, rstd)
+    ds, dweight, dbias = layer_norm_backward(dnormed, embedded, a.weight, mean, rstd)
     skipped = -1 if a.padding_idx is None else a.padding_idx
     rows = ds.reshape(-1, ds.shape[-1]).to(_wide(ds))
     dword, dposition = (
@@ -130,7 +133,9 @@ def add_branch(
     return torch.addcmul(residual, branch, factor, out=place).to(dtype)
 
 
-def normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_forward(
+    summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm of `[..., M]` in its dtype, and mean and rstd `[rows]`, at least fp32."""
     # PyTorch keeps the statistics in the type of the parameters, so these are what has to be wide.
     wide = _wide(summed)
@@ -139,25 +144,30 @@ def normalise(summed: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
     return normed, mean.flatten(), rstd.flatten()
 
 
-def normalise_backward(
+def layer_norm_backward(
     dnormed: Tensor, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum, in its dtype, and of weight and bias."""
-    rows = summed.reshape(-1, summed.shape[-1])
-    wide = weight.to(_wide(summed))
-    upstream = dnormed.reshape(rows.shape)
-    if upstream.dtype != rows.dtype:
-        upstream = scratch("normed gradient", tuple(rows.shape), rows.dtype).copy_(upstream)
-    ds, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        upstream,
-        rows,
-        (rows.shape[1],),
-        mean[:, None],
-        rstd[:, None],
-        wide,
-        torch.empty_like(wide),
-        [True, True, True],
-    )
+    rows, upstream = (t.reshape(-1, summed.shape[-1]) for t in (summed, dnormed))
+    width, wide = rows.shape[1], _wide(summed)
+    factors = weight.to(wide)
+
+    def gradients(rows: Tensor, upstream: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = (mean[:, None], rstd[:, None])
+        return torch.ops.aten.native_layer_norm_backward(
+            upstream, rows, (width,), *statistics, factors, factors, [True, True, True]
+        )
+
+    if rows.dtype == upstream.dtype == wide:
+        ds, dweight, dbias = gradients(rows, upstream, mean, rstd)
+    else:
+        # PyTorch adds rows in the dtype of the upstream gradient: half precision loses what they have in common.
+        ds, dweight, dbias = (torch.empty(rows.shape, dtype=rows.dtype), *torch.zeros(2, width, dtype=wide))
+        for tile in even_slices(len(rows), max(1, torch.get_num_threads() * _TILE // width)):
+            operands = in_dtype("summed", rows[tile], wide), in_dtype("normed gradient", upstream[tile], wide)
+            ds[tile], of_weight, of_bias = gradients(*operands, mean[tile], rstd[tile])
+            dweight += of_weight
+            dbias += of_bias
     return ds.view(summed.shape), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 

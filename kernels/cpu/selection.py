@@ -52,6 +52,8 @@ _ROUNDS = 7
 _SCHEMA = 1
 # What another order of summation may add to the error of a product, relative to its largest value.
 _SUMMATION = 4e-6
+# The most units in the last place of the largest value that a candidate may err, however the trusted one errs.
+_CEILING = 8
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ def _compare(operation: str, race: Race, dtype: torch.dtype) -> Selection:
         if race.alike:
             wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
             truth = trusted(*wide)
-            allowed = 2 * _error(trusted(*arguments), truth) + 2 * torch.finfo(dtype).eps + _SUMMATION
+            unit = torch.finfo(dtype).eps
+            allowed = min(2 * _error(trusted(*arguments), truth) + 2 * unit, _CEILING * unit) + _SUMMATION
         usable = {trusted_name: trusted}
         for name, candidate in list(race.candidates.items())[1:]:
             try:

@@ -29,6 +29,17 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return buffers[key][:numel].view(shape)
 
 
+def in_dtype(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype; a converted one is in scratch memory."""
+    return x if x.dtype == dtype else scratch(name, tuple(x.shape), dtype).copy_(x)
+
+
+def even_slices(length: int, most: int) -> list[slice]:
+    """Return slices of nearly one size, none longer than `most`, that cover a length."""
+    count = -(-length // most)
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
 _STEPS = 1 << 16
 
 

@@ -1,6 +1,7 @@
-"""A toy operation from outside the package: `x · scale`, by a reference, a CPU path and an operator with a gradient."""
+"""Toy operations from outside the package: `x · scale`, by a reference, a CPU path and an operator; and `x²`.
 
-from __future__ import annotations
+Annotations are values here and strings within the package: an operation may come with either.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ def _on_cpu(a: ToyScale, _: Any) -> Tensor:
 
 def _forward(a: ToyScale, _: str) -> tuple[Tensor, ...]:
     ran.append("operator")
-    return torch.mul(a.x, a.scale), a.x.new_empty(0)
+    return (torch.mul(a.x, a.scale),)
 
 
 def _backward(
@@ -55,10 +56,10 @@ _operator = differentiable(
     "toy_scale",
     ToyScale,
     _forward,
-    lambda a, _: (torch.empty_like(a.x), a.x.new_empty(0)),
+    lambda a, _: (torch.empty_like(a.x),),
     _backward,
     wrt=("x", "scale"),
-    outputs=2,
+    outputs=1,
 )
 TOY = Op(
     "toy_scale",
@@ -70,6 +71,37 @@ TOY = Op(
 
 def toy_scale(x: Tensor, scale: Tensor, *, backend: Backend | None = None) -> Tensor:
     return TOY(ToyScale(x, scale), backend)
+
+
+class ToySquare(NamedTuple):
+    """`x²`: one argument, one result and one gradient."""
+
+    x: Tensor
+
+    def check(self) -> None:
+        if not self.x.is_floating_point():
+            raise InputError(f"x is {self.x.dtype}; it must be floating point")
+
+
+_square = differentiable(
+    "toy_square",
+    ToySquare,
+    lambda a, _: (a.x * a.x,),
+    lambda a, _: (torch.empty_like(a.x),),
+    lambda upstream, a, outputs, needs, backend: (2 * a.x * upstream[0],),
+    wrt=("x",),
+    outputs=1,
+)
+_SQUARE = Op(
+    "toy_square",
+    ToySquare,
+    {"kernel": lambda a, call: _square(a, call.chosen)[0], "reference": lambda a, _: a.x.square()},
+    kernels=("cpu",),
+)
+
+
+def toy_square(x: Tensor, *, backend: Backend | None = None) -> Tensor:
+    return _SQUARE(ToySquare(x), backend)
 
 
 def case(*_: object) -> OpCase:

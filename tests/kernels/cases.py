@@ -15,7 +15,7 @@ from xfm_fast.kernels import ops
 Arguments = dict[str, Any]
 ATTENTION = ("aten", "tiled", "exp2", "llvm")
 LINEAR = ("aten", "onednn", "onednn-packed", "transposed", "llvm")
-LOSS = ("aten", "onednn")
+LOSS = ("aten", "onednn", "eager")
 
 
 class Case(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 
 from xfm_fast.kernels.cpu import selection
 
-LIBRARIES = ("aten", "onednn", "onednn-packed", "onednn+gelu", "tiled", "exp2", "llvm", "transposed")
+LIBRARIES = ("aten", "onednn", "onednn-packed", "onednn+gelu", "tiled", "exp2", "llvm", "transposed", "eager")
 _compare = selection._compare
 _compared: dict[tuple[str, torch.dtype], selection.Selection] = {}
 

@@ -69,6 +69,18 @@ def test_small_but_systematic_errors_are_rejected() -> None:
     rejected(found.float(), x.float(), y.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_an_error_that_plain_pytorch_shares_is_rejected(dtype: torch.dtype) -> None:
+    truth = torch.randn(50, dtype=torch.float64)
+    for factor, passes in ((1.0, True), (0.72, False)):
+        shared = (factor * truth).to(dtype)
+        if passes:
+            assert_accurate(shared, [shared], truth, "right")
+            continue
+        with pytest.raises(AssertionError, match="whoever shares it"):
+            assert_accurate(shared, [shared], truth, "wrong")
+
+
 def test_infinities_have_to_agree() -> None:
     truth = torch.tensor([1.0, torch.inf, torch.nan], dtype=torch.float64)
     same = truth.float()

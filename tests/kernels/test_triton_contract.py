@@ -30,9 +30,10 @@ from tests.kernels.cases import (
     window,
 )
 from tests.kernels.triton_testing import EMULATED, assert_triton_is_accurate
+from xfm_fast.errors import InputError
 from xfm_fast.kernels import attention, ops
 from xfm_fast.kernels.caching import forget
-from xfm_fast.kernels.checks import BIAS_HEAD_DIMS
+from xfm_fast.kernels.checks import BIAS_HEAD_DIMS, Varlen
 from xfm_fast.kernels.triton import cross_entropy, relpos_table
 
 KERNELS: dict[str, Case] = {
@@ -40,6 +41,7 @@ KERNELS: dict[str, Case] = {
     "relpos, 17 tokens": window(4, 4, 1, 3, 80),
     "relpos, a tail": window(2, 31, 1, 2, 64),
     "relpos, whole tiles": window(3, 21, 1, 1, 128),
+    "relpos, 48": window(2, 3, 2, 2, 48),
     "bias, shared": biased(2, 1, 5, 9, 2, 16),
     "bias, masked": biased(2, 1, 5, 9, 2, 16, masked=True),
     "bias, windows": biased(4, 2, 17, 33, 1, 32, masked=True),
@@ -53,6 +55,9 @@ KERNELS: dict[str, Case] = {
     "varlen, odd heads": packed([13, 0, 33, 1, 16, 2], [13, 4, 20, 0, 16, 40], 3, 32),
     "varlen, masked": packed([20, 3, 2, 70], [5, 40, 7, 100], 2, 64, last_key_masked(5, 40, 7, 100)),
     "varlen, short, 80": packed([13, 3, 5], [17, 3, 6], 2, 80, last_key_masked(17, 3, 6)),
+    "varlen, 48": packed([13, 0, 33], [13, 4, 20], 2, 48),
+    "varlen, 160": packed([13, 0, 5, 2], [13, 4, 0, 20], 2, 160),
+    "varlen, 192, masked": packed([7, 3, 2], [5, 4, 7], 1, 192, last_key_masked(5, 4, 7)),
     "norm, a row": norm(1, 32),
     "norm, odd": norm(37, 63),
     "norm, scaled": norm(5, 3, 63, scaled=True),
@@ -172,6 +177,32 @@ def test_a_position_bias_in_fragments_changes_nothing_but_its_order(monkeypatch:
     for found in (attend(), attend(bias=bias)):
         for ours, right in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, right, rtol=5e-3, atol=5e-3 * float(right.detach().abs().max()))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
+def test_any_scale_leaves_the_bias_its_digits(scale: float) -> None:
+    """In half precision it is stored as a quotient by the scale; made beforehand or by the call."""
+    given = converted(CASES["relpos"].arguments(grad=True), torch.float16)
+    arguments = given | {"q": given["q"].detach().div(max(scale, 1.0)).requires_grad_(), "scale": scale}
+    assert_triton_is_accurate(CASES["relpos"], arguments)
+    bias = ops.relpos_bias(given["table"], (3, 5), dtype=torch.float16, scale=scale, backend="triton")
+    assert torch.equal(relpos(arguments, bias=bias), relpos(arguments))
+
+
+@pytest.mark.parametrize("name", ["varlen", "relpos", "bias"])
+def test_heads_wider_than_any_kernel_are_refused(name: str) -> None:
+    given = CASES[name].arguments()
+    wide = {key: t.repeat(*[1] * (t.ndim - 1), 9) if key in ("q", "k", "v") else t for key, t in given.items()}
+    with pytest.raises(InputError, match="heads of 288"):
+        CASES[name].operation(**wide, backend="triton")
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 48, 72, 112, 160, 192, 256])
+def test_packed_heads_of_any_width_run_on_kernels_by_default(head_dim: int) -> None:
+    """And not on the definition, a loop over the sequences."""
+    assert attention._varlen_attention.fits is not None
+    given = packed([2], [2], 1, head_dim).arguments()
+    assert attention._varlen_attention.fits(Varlen(*[*given.values()][:3], *[None] * 5))
 
 
 def test_a_graph_holds_what_fills_the_bias() -> None:

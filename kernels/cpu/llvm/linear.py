@@ -333,7 +333,10 @@ class _Linear:
         inside = b.minimum(above, b.splat(edge))
         u = b.multiply_add(b.fmul(inside, inside), b.splat(2 / edge**2), b.splat(-1.0))
         quotient = b.polynomial(u, coefficients(_quotient(edge), degree))
-        return b.fmul(above, b.multiply_add(inside, quotient, b.splat(0.5)))
+        product = b.fmul(above, b.multiply_add(inside, quotient, b.splat(0.5)))
+        # -inf · 0 is no number, here as in PyTorch; all else stays what it is.
+        nothing = b.splat(0.0)
+        return b.multiply_add(b.minimum(x, nothing), nothing, product)
 
 
 class _LinearOfFewRows(_Linear):
