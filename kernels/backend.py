@@ -50,10 +50,6 @@ def use_backend(name: Backend) -> Iterator[None]:
 _emulated: list[int] = []
 
 
-# LLVM moves arithmetic before the wait that Triton writes after a load of tensor memory: a hazard of compilers alone.
-ACCEPTED_HAZARD = "tcgen05.ld"
-
-
 @contextmanager
 def emulating(target: str, **options: Any) -> Iterator[list[Launch]]:
     """Let the backend `triton` take CPU tensors within the block, and run them as `emulation.emulated` does."""

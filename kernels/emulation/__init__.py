@@ -8,7 +8,7 @@ It depends on NumPy, PyTorch and Triton only: the folder can be copied. It prove
 accesses are ordered, in bounds and aligned; not the assembler, nor time.
 """
 
-from .hazards import EmulationError, Hazard, HazardError
+from .hazards import LATE_WAIT, EmulationError, Hazard, HazardError
 from .launch import Launch, emulated
 
-__all__ = ["EmulationError", "Hazard", "HazardError", "Launch", "emulated"]
+__all__ = ["LATE_WAIT", "EmulationError", "Hazard", "HazardError", "Launch", "emulated"]

@@ -1,9 +1,9 @@
 """Ordering of accesses to shared and tensor memory: vector clocks, and hazards, which they do not order.
 
 An agent is a kind and a warp of a CTA: its threads, the tensor cores that work for it, its asynchronous copies
-(cp.async), its bulk copies (TMA), its stores to tensor memory. A warp's clock holds the accesses of every agent that it
-knows to be over: barriers join clocks, and a wait for a copy or a GEMM adds it. The async proxy (tensor cores, bulk
-copies) sees a write of threads only after a proxy fence; `fenced` is the part of a clock that is visible to it.
+(cp.async), its bulk copies (TMA), its loads and stores of tensor memory. A warp's clock holds the accesses of every
+agent that it knows to be over: barriers join clocks, and a wait for a copy or a GEMM adds it. The async proxy (tensor
+cores, bulk copies) sees a write of threads only after a proxy fence; `fenced` is the part of a clock that it sees.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-KINDS = 5
-THREADS, TENSOR, COPY, BULK, STORE = range(KINDS)
+KINDS = 6
+THREADS, TENSOR, LOAD, COPY, BULK, STORE = range(KINDS)
+_READERS = 3  # the first kinds: bulk copies to global memory are not emulated
 _AGENTS = (
     "another warp",
     "a GEMM in flight",
+    "a load in flight",
     "an asynchronous copy in flight",
     "a bulk copy in flight",
     "a store in flight",
 )
+NO_WAIT = "use of a value that tcgen05.ld loads, for which nothing waits"
+LATE_WAIT = "use of a value that tcgen05.ld loads, ahead of the wait"
+"""A hazard of compilers: LLVM moves the wait that Triton writes, and leaves the registers to the assembler."""
 
 
 class EmulationError(Exception):
@@ -88,8 +93,7 @@ class Shadow:
         self.clocks = clocks
         self.writer = np.full(ctas * size, -1, np.int16)
         self.written = np.zeros(ctas * size, np.int32)
-        # By threads and tensor cores: bulk copies to global memory are not emulated.
-        self.reads = np.zeros((ctas * size, 2 * clocks.warps), np.int32)
+        self.reads = np.zeros((ctas * size, _READERS * clocks.warps), np.int32)
 
     def read(self, place: Array, cta: Any, agent: Any, at: Any, *, warps: Any, proxy: bool = False) -> list[str]:
         """Record reads of granules at time `at`, by warps that must know of the writes; returns hazards.

@@ -92,7 +92,7 @@ def pure(patterns: str, function: Function, result: str = "", *arguments: str, f
 
 def _apply(m: Machine, each: Instruction, *, function: Function, to: Any, types: list[Any], flushes: bool) -> None:
     sources = each.operands[1:]
-    values = [m.read(operand, types[min(i, len(types) - 1)]) for i, operand in enumerate(sources)]
+    values = [m.read(operand, types[min(i, len(types) - 1)], computes=True) for i, operand in enumerate(sources)]
     if flushes:
         values = [flush(value) for value in values]
     found = np.asarray(function(*values))
@@ -308,7 +308,7 @@ for _name, _function in _ROUND.items():
 
 def _compare(m: Machine, each: Instruction, *, compare: Function, dtype: Any) -> None:
     destination, *sources = each.operands
-    found = np.asarray(compare(*(m.read(operand, dtype) for operand in sources)))
+    found = np.asarray(compare(*(m.read(operand, dtype, computes=True) for operand in sources)))
     targets = destination if isinstance(destination, tuple) else (destination,)
     for target, value in zip(targets, (found, ~found), strict=False):
         m.write(target, value)
@@ -319,11 +319,12 @@ def _compare(m: Machine, each: Instruction, *, compare: Function, dtype: Any) ->
 def _select(m: Machine, each: Instruction) -> None:
     """What is not chosen may be incomplete."""
     to, *sources, condition = each.operands
-    chosen = m.read(condition, DTYPES["pred"])
-    x, y = (m.read(source, DTYPES[each.form.rpartition(".")[2]]) for source in sources)
+    chosen = m.read(condition, DTYPES["pred"], computes=True)
+    x, y = (m.read(source, DTYPES[each.form.rpartition(".")[2]], computes=True) for source in sources)
     m.write(to, np.where(chosen, x, y))
     known = [m.partial[each][m.threads()] if each in m.partial else np.True_ for each in (*sources, condition)]
     m.mark(to, np.where(chosen, known[0], known[1]) & known[2])
+    m.delay(to, [*sources, condition])
 
 
 def _unordered(compare: Function) -> Function:
@@ -355,7 +356,7 @@ def _move(m: Machine, each: Instruction) -> None:
     """Also from several registers to a wider one, and back."""
     to, source = each.operands
     if isinstance(to, tuple):
-        parts = m.array(source, m.types[source])
+        parts = m.array(source, m.types[source], computes=True)
         size = parts.itemsize // len(to)
         m.write_all(to, np.ascontiguousarray(parts).view(UNSIGNED[size]).reshape(-1, len(to)).T)
         for target in to:
@@ -363,15 +364,16 @@ def _move(m: Machine, each: Instruction) -> None:
         return
     dtype = DTYPES[each.form.rpartition(".")[2]]
     if isinstance(source, tuple):
-        parts = [m.array(part, UNSIGNED[dtype.itemsize // len(source)]) for part in source]
+        parts = [m.array(part, UNSIGNED[dtype.itemsize // len(source)], computes=True) for part in source]
         m.write(to, np.stack(parts, -1).view(UNSIGNED[dtype.itemsize])[:, 0])
         # LLVM packs one number beside an undefined one.
         known = [m.partial[part][m.threads()] if part in m.partial else np.ones(1, bool) for part in source]
         m.mark(to, np.logical_or.reduce(np.broadcast_arrays(*known)))
+        m.delay(to, source)
         return
     # A copy of a register in use is in use as well: assemblers remove such copies.
     groups = m.busy.pop(source, None) if isinstance(source, str) else None
-    m.write(to, m.read(source, dtype))
+    m.write(to, m.read(source, dtype, computes=True))
     m.inherit(to, [source])
     if groups is not None:
         m.busy[source] = groups

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .hazards import Array, Clocks, EmulationError, Hazard, Shadow
+from .hazards import LATE_WAIT, NO_WAIT, Array, Clocks, EmulationError, Hazard, Shadow
 from .ptx import Instruction, Operand, Program
 
 Handler = Callable[["Machine", Instruction], None]
@@ -24,10 +24,10 @@ FORMS: dict[str, Handler] = {}
 
 UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 _BOOL = np.dtype(bool)
-# What a register holds that nothing was written to, and shared memory: NaN in every floating-point type.
-_POISON = 0xFF
+# What registers and shared memory hold that nothing was written to, in every 16 bits: NaN, and not the -1 of masks.
+POISON = 0xFFBB
 RUNNING, WAITING, DONE = range(3)
-_INSTRUCTIONS_LIMIT = 50_000_000
+INSTRUCTIONS_LIMIT = 5_000_000
 LOADING = 1 << 40  # in place of a group of products: a register that tensor memory is loaded to
 
 
@@ -62,17 +62,30 @@ def immediate(bits: int, dtype: np.dtype[Any]) -> Any:
     return np.array(bits % (1 << 8 * size), UNSIGNED[size]).view(dtype)[()]
 
 
+class Window(NamedTuple):
+    """The memory of one argument: `size` bytes at an address of the kernel, and where they really are.
+
+    `elements` marks the bytes that belong to the argument, if not all do: it is a view with gaps.
+    """
+
+    address: int
+    real: int
+    size: int
+    elements: Array | None = None
+
+
 class Allocations:
     """The memory that a kernel may access, by address."""
 
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        self.ranges = sorted({(start, end) for start, end in ranges if start < end})
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self.windows = sorted((window for window in windows if window.size), key=lambda window: window.address)
         self.bytes = []
-        for start, end in self.ranges:
-            start -= start % 16
-            self.bytes.append(np.ctypeslib.as_array((ctypes.c_ubyte * (end - start)).from_address(start)))
-        self.starts = np.array([start for start, _ in self.ranges], np.int64)
-        self.ends = np.array([end for _, end in self.ranges], np.int64)
+        for window in self.windows:
+            start = window.real - window.real % 16
+            size = window.real + window.size - start
+            self.bytes.append(np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(start)))
+        self.starts = np.array([window.address for window in self.windows], np.int64)
+        self.ends = np.array([window.address + window.size for window in self.windows], np.int64)
 
     def find(self, address: Array, size: int) -> Array:
         """The allocation of each access of `size` bytes, -1 out of bounds."""
@@ -80,12 +93,16 @@ class Allocations:
         inside = (
             (number >= 0) & (address + size <= self.ends[number]) if len(self.ends) else np.zeros(len(address), bool)
         )
+        for index, window in enumerate(self.windows):
+            if window.elements is not None and (among := inside & (number == index)).any():
+                first = address[among] - window.address
+                inside[among] = window.elements[first[:, None] + np.arange(size)].all(1)
         return np.where(inside, number, -1)
 
     def view(self, number: int, size: int) -> tuple[Array, int]:
         """An allocation as elements of `size` bytes, and the address of the first."""
         memory = self.bytes[number]
-        start = int(self.starts[number])
+        start = self.windows[number].address
         return memory[: len(memory) // size * size].view(UNSIGNED[size]), start - start % 16
 
 
@@ -104,6 +121,7 @@ class Machine:
         schedule: str = "lockstep",
         seed: int = 0,
         descriptors: Mapping[int, Any] | None = None,
+        limit: int = INSTRUCTIONS_LIMIT,
     ) -> None:
         self.program, self.parameters, self.memory = program, parameters, memory
         self.cta_count = len(ctas)
@@ -116,7 +134,7 @@ class Machine:
         self.lane = self.tid & 31
         # Swizzled tiles begin at multiples of 1,024 bytes.
         self.shared_bytes = -(-max(shared_bytes, 16) // 1024) * 1024
-        self.shared = np.full(self.cta_count * self.shared_bytes, _POISON, np.uint8)
+        self.shared = np.full(self.cta_count * self.shared_bytes // 2, POISON, np.uint16).view(np.uint8)
         scalar = [each.form for each in program.code if each.form.startswith(("ld.shared", "st.shared"))]
         self.granule = min([4, *(int(name.rpartition(".b")[2]) // 8 for name in scalar)])
         self.clocks = Clocks(self.cta_count, self.warps)
@@ -135,7 +153,11 @@ class Machine:
         # The group of products that writes a register, and that reads it, by thread; 0 for none.
         self.busy: dict[str, Array] = {}
         self.read_in_flight: dict[str, Array] = {}
-        # Registers written since `wgmma.fence`; when all threads take the same turn.
+        # Threads whose register was computed from one that tensor memory is still loaded to.
+        self.pending: dict[str, Array] = {}
+        # Uses of such values, with their threads, until it is known whether a wait follows.
+        self.early: dict[str, tuple[Hazard, Array]] = {}
+        # Registers accessed since `wgmma.fence`; when all threads take the same turn.
         self.unfenced: set[str] | None = set() if schedule == "lockstep" else None
         self.barriers: dict[tuple[int, int], MemoryBarrier] = {}
         self.copies: list[list[Array]] = []
@@ -156,12 +178,15 @@ class Machine:
             None if schedule == "lockstep" else (self.all_threads >> 5) // (4 if self.warps % 4 == 0 else 1)
         )
         self.random, self.group = np.random.default_rng(seed), -1
-        self.instructions = 0
+        self.instructions, self.limit = 0, limit
         self.instruction = program.code[0]
         self.hazards: dict[tuple[str, str], Hazard] = {}
 
-    def read(self, operand: Operand, dtype: np.dtype[Any]) -> Any:
-        """The bits of a register of the executing threads, or of an immediate, as `dtype`."""
+    def read(self, operand: Operand, dtype: np.dtype[Any], *, computes: bool = False) -> Any:
+        """Return the bits of a register of the executing threads, or of an immediate, as `dtype`.
+
+        `computes`: by arithmetic between registers, which hardware delays until a load of tensor memory has arrived.
+        """
         if isinstance(operand, int):
             return immediate(operand, dtype)
         values = self.registers.get(operand)
@@ -170,8 +195,12 @@ class Machine:
                 return immediate(self.parameters[operand], dtype)
             values = self.registers[operand] = self._unwritten(operand)
             self.partial[operand] = np.zeros(self.size, bool)
+        if self.unfenced is not None:
+            self.unfenced.add(operand)
         if operand in self.busy:
-            self._check_busy(self.busy, operand, "read")
+            self._check_busy(self.busy, operand, "read", computes=computes)
+        if not computes and operand in self.pending:
+            self._use_early(self.pending[operand][self.threads()])
         if self.active is not None:
             values = values[self.active]
         if values.dtype == dtype:
@@ -189,6 +218,8 @@ class Machine:
         for uses in (self.busy, self.read_in_flight):
             if operand in uses:
                 self._check_busy(uses, operand, "write")
+        if operand in self.pending:
+            self.pending[operand][self.threads()] = False
         if self.unfenced is not None:
             self.unfenced.add(operand)
         dtype, values = self.types[operand], np.asarray(values)
@@ -215,18 +246,30 @@ class Machine:
 
     def use(self, operand: Operand, dtype: np.dtype[Any]) -> Array:
         """What is stored, an address or a condition: `read` with an element a thread, which must have been written."""
+        values = self.read(operand, dtype)
         if operand in self.partial and not self.partial[operand][self.threads()].all():
             self.hazard(f"use of register {operand}, to which some threads wrote nothing", self.count)
-        return np.broadcast_to(self.read(operand, dtype), self.count)
+        return np.broadcast_to(values, self.count)
 
     def inherit(self, operand: Operand, sources: Sequence[Operand]) -> None:
         """A result is as incomplete as what it was computed from, until it is used."""
         missing = [self.partial[source][self.threads()] for source in sources if source in self.partial]
         if missing:
             self.mark(operand, np.logical_and.reduce(missing))
+        self.delay(operand, sources)
+
+    def delay(self, operand: Operand, sources: Sequence[Operand]) -> None:
+        """Let a result be as late as the loads of tensor memory that it was computed from."""
+        if not self.busy and not self.pending:
+            return
+        threads = self.threads()
+        late = [self.busy[source][threads] == LOADING for source in sources if source in self.busy]
+        late += [self.pending[source][threads] for source in sources if source in self.pending]
+        if operand != "_" and late and (some := np.logical_or.reduce(late)).any():
+            self.pending.setdefault(operand, np.zeros(self.size, bool))[threads] = some
 
     def mark(self, operand: Operand, written: Array) -> None:
-        """Say of which executing threads a register that was just written holds a value."""
+        """Mark which executing threads have written a register."""
         if isinstance(operand, str) and operand != "_" and not written.all():
             known = self.partial.get(operand, np.ones(self.size, bool)).copy()
             known[self.threads()] = written
@@ -236,13 +279,35 @@ class Machine:
         dtype = self.types[name]
         if dtype == _BOOL:
             return np.zeros(self.size, bool)
-        return np.full(self.size * dtype.itemsize, _POISON, np.uint8).view(dtype)
+        return np.full(self.size * max(dtype.itemsize, 2) // 2, POISON, np.uint16).view(dtype)[: self.size]
 
-    def _check_busy(self, uses: dict[str, Array], name: str, what: str) -> None:
+    def _check_busy(self, uses: dict[str, Array], name: str, what: str, *, computes: bool = False) -> None:
         groups = uses[name][self.threads()]
+        if what == "read" and (loading := groups == LOADING).any():
+            if not computes:
+                self._use_early(loading)
+            groups = np.where(loading, 0, groups)
         if (groups > 0).any():
             use = "tcgen05.ld loads" if (groups == LOADING).any() else "wgmma uses"
             self.hazard(f"{what} of a register that {use}, before its wait", int((groups > 0).sum()))
+
+    def _use_early(self, among: Array) -> None:
+        """Remember a use of what is still loaded, by some of the executing threads, until a wait follows or none."""
+        if among.any():
+            each = self.instruction
+            hazard = Hazard("", each.text, each.place, int(among.sum()))
+            _, users = self.early.setdefault(each.text, (hazard, np.zeros(self.size, bool)))
+            users[self.threads()] |= among
+
+    def resolve_early(self, kind: str) -> None:
+        """Record the early uses by the executing threads as hazards of this kind."""
+        threads = self.threads()
+        for text, (hazard, users) in [*self.early.items()]:
+            if users[threads].any():
+                self.hazards.setdefault((kind, text), hazard._replace(kind=kind))
+                users[threads] = False
+            if not users.any():
+                del self.early[text]
 
     def release(self, over: Callable[[Array], Array]) -> None:
         """Free the registers of asynchronous instructions that are over, for the executing threads."""
@@ -253,6 +318,16 @@ class Machine:
                 if not groups.any():
                     del uses[name]
 
+    def settle(self) -> None:
+        """Let all loads of tensor memory by the executing threads arrive."""
+        threads = self.threads()
+        self.resolve_early(LATE_WAIT)
+        self.release(lambda groups: groups == LOADING)
+        for name, late in [*self.pending.items()]:
+            late[threads] = False
+            if not late.any():
+                del self.pending[name]
+
     def threads(self) -> Array:
         """The executing threads."""
         return self.all_threads if self.active is None else self.active
@@ -262,9 +337,9 @@ class Machine:
         """The number of executing threads."""
         return self.size if self.active is None else len(self.active)
 
-    def array(self, operand: Operand, dtype: np.dtype[Any]) -> Array:
+    def array(self, operand: Operand, dtype: np.dtype[Any], *, computes: bool = False) -> Array:
         """`read` with an element for every executing thread."""
-        return np.broadcast_to(self.read(operand, dtype), self.count)
+        return np.broadcast_to(self.read(operand, dtype, computes=computes), self.count)
 
     def whole_warps(self) -> Array:
         """`[warps, 32]`: the executing threads, which are all threads of their warps."""
@@ -280,7 +355,9 @@ class Machine:
             cta = [int(self.registers[f"%ctaid.{axis}"][thread]) for axis in "xyz"]
             where = f" by thread {int(self.tid[thread])} of CTA {cta}"
         each = self.instruction
-        raise EmulationError(f"kernel {self.program.name}, {each.place}: {message}{where}, in `{each.text}`")
+        # A hazard may be what led here, and would be lost.
+        after = next((f", after a {hazard.kind} at {hazard.place}" for hazard in reversed(self.hazards.values())), "")
+        raise EmulationError(f"kernel {self.program.name}, {each.place}: {message}{where}, in `{each.text}`{after}")
 
     def hazard(self, kind: str, count: int) -> None:
         """Record a hazard of the current instruction, once."""
@@ -384,6 +461,10 @@ class Machine:
                 self._block()
         if self.copies:
             self.hazard("asynchronous copies that nothing waits for", len(self.copies))
+        if self.tensor_columns is not None and self.tensor_columns.any():
+            self.hazard("tensor memory that is still allocated at exit", int((self.tensor_columns > 0).sum()))
+        self.active = None
+        self.resolve_early(NO_WAIT)
 
     def _choose(self) -> bool:
         """Activate the threads that run next: of the least program counter, of all or of a random warp group."""
@@ -408,8 +489,8 @@ class Machine:
             each = self.instruction = code[number]
             number += 1
             self.instructions += 1
-            if self.instructions > _INSTRUCTIONS_LIMIT:
-                self.fault(f"more than {_INSTRUCTIONS_LIMIT} instructions")
+            if self.instructions > self.limit:
+                self.fault(f"more than {self.limit} instructions, as in a loop without an end; raise limit=")
             if each.guard is not None:
                 chosen = self.use(each.guard, _BOOL) != each.negated
                 if not chosen.all():

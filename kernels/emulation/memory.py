@@ -80,11 +80,12 @@ def _shuffle(m: Machine, each: Instruction) -> None:
     chosen = {"bfly": lane ^ by, "idx": by, "up": lane - by, "down": lane + by}[mode]
     inside = chosen >= (bound & 31) if mode == "up" else chosen <= (bound & 31)
     chosen = np.where(inside, chosen, lane)
-    values = m.array(source, _U32).reshape(-1, 32)
+    values = m.array(source, _U32, computes=True).reshape(-1, 32)
     m.write(target, np.take_along_axis(values, chosen, 1).reshape(-1))
     if source in m.partial:
         written = m.partial[source][warps]
         m.mark(target, np.take_along_axis(written, chosen, 1).reshape(-1))
+    m.delay(target, [source])
     if predicate:
         m.write(predicate[0], np.broadcast_to(inside, warps.shape).reshape(-1))
 

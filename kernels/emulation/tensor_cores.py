@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .hazards import BULK, STORE, TENSOR, Array, Shadow
+from .hazards import BULK, LOAD, STORE, TENSOR, Array, Shadow
 from .instructions import bf16_to_fp32, half
-from .machine import LOADING, UNSIGNED, Machine, form
+from .machine import LOADING, POISON, UNSIGNED, Machine, form
 from .memory import barrier_places, registers
 from .ptx import Instruction, Operand
 
@@ -139,17 +139,18 @@ def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
         m.fault("some warps of a warpgroup do not execute an instruction that all must")
     groups = threads.reshape(-1, 128)
     row, column = _fragments(len(targets))
-    add = np.broadcast_to(m.read(scale, _BOOL), len(threads)).reshape(-1, 128)[:, 0]
+    add = m.use(scale, _BOOL).reshape(-1, 128)[:, 0]
     if m.unfenced and not m.unfenced.isdisjoint((*targets, *(a if isinstance(a, tuple) else ()))):
-        m.hazard("wgmma uses registers that were written after wgmma.fence", len(threads))
-    busy, m.busy = m.busy, {}  # products may follow each other in the same accumulators
+        m.hazard("wgmma uses registers that were accessed after wgmma.fence", len(threads))
+    # Products may follow each other in the same registers.
+    busy, m.busy, unfenced, m.unfenced = m.busy, {}, m.unfenced, None
     previous = np.stack(
         [m.array(target, _F32) if add.any() else np.zeros(len(threads), np.float32) for target in targets]
     )
     m.busy = busy
     parts = [m.array(part, _U32).reshape(-1, 4, 32) for part in a] if isinstance(a, tuple) else []
-    left = m.array(a, _U64) if not parts else None
-    right = m.array(b, _U64).reshape(-1, 128)[:, 0]
+    left = m.use(a, _U64) if not parts else None
+    right = m.use(b, _U64).reshape(-1, 128)[:, 0]
     transposed = [bool(flag) for flag in flags[2:]]
     if flags[:2] != [1, 1]:
         m.fault("factors of -1 are not emulated")
@@ -171,9 +172,7 @@ def _multiply_warpgroup(m: Machine, each: Instruction) -> None:
         found[:, chosen] = total + (previous[:, chosen] if add[number] else 0)
     m.busy = {}
     m.write_all(targets, found)
-    m.busy = busy
-    if m.unfenced is not None:
-        m.unfenced.difference_update(targets)
+    m.busy, m.unfenced = busy, unfenced
     for uses, names in ((m.busy, targets), (m.read_in_flight, a if parts else ())):
         for name in names:
             uses.setdefault(name, np.zeros(m.size, np.int64))[threads] = _flights(m, threads) + 1
@@ -248,9 +247,9 @@ def _copy_tile(m: Machine, each: Instruction) -> None:
 @form("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32")
 def _allocate(m: Machine, each: Instruction) -> None:
     threads = m.whole_warps()[:, 0]
-    columns = int(m.array(each.operands[1], _U32)[0])
+    columns = int(m.use(each.operands[1], _U32)[0])
     if m.tensor_memory is None:
-        m.tensor_memory = np.full((m.cta_count, 128, _TMEM_COLUMNS), 0xFFFFFFFF, np.uint32)
+        m.tensor_memory = np.full((m.cta_count, 128, 2 * _TMEM_COLUMNS), POISON, np.uint16).view(np.uint32)
         m.tensor_shadow = Shadow(m.clocks, m.cta_count, 8 * _TMEM_COLUMNS)
         m.tensor_columns = np.zeros(m.cta_count, np.int64)
     first = m.tensor_columns[m.cta[threads]].astype(np.uint32)
@@ -263,7 +262,9 @@ def _allocate(m: Machine, each: Instruction) -> None:
 @form("tcgen05.dealloc.cta_group::1.sync.aligned.b32", "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned")
 def _deallocate(m: Machine, each: Instruction) -> None:
     if "dealloc." in each.form:
-        m.tensor_columns[m.cta[m.threads()[::32]]] -= int(m.array(each.operands[1], _U32)[0])
+        m.tensor_columns[m.cta[m.threads()[::32]]] -= int(m.use(each.operands[1], _U32)[0])
+        if (m.tensor_columns < 0).any():
+            m.fault("more columns of tensor memory are deallocated than were allocated")
 
 
 def _tensor_places(
@@ -301,8 +302,9 @@ def _load_tensor(m: Machine, each: Instruction) -> None:
     # Loads of what was never written are common where a loop may have no iteration: the registers are incomplete.
     written = m.tensor_shadow.writer[granules] >= 0
     warp, of_cta = warp[written], np.repeat(cta, len(targets))[written]
-    at = m.clocks.known[of_cta, warp, warp]
-    m.note(m.tensor_shadow.read(granules[written], of_cta, warp, at, warps=warp), len(threads))
+    agent = m.agent(LOAD, warp)
+    at = m.flight_numbers[of_cta, agent] + 1
+    m.note(m.tensor_shadow.read(granules[written], of_cta, agent, at, warps=warp), len(threads))
     loaded = m.tensor_memory[cta[:, None], lane[:, None], columns]
     for target, values, known in zip(targets, loaded.T, written.reshape(loaded.shape).T, strict=True):
         m.write(target, values)
@@ -331,12 +333,12 @@ def _store_tensor(m: Machine, each: Instruction) -> None:
 def _wait_for_tensor(m: Machine, each: Instruction) -> None:
     threads = m.threads()
     cta, warp = m.cta[threads[::32]], m.warp[threads[::32]]
-    if "::st" in each.form:
-        agent = m.agent(STORE, warp)
-        m.flight_numbers[cta, agent] += 1
-        m.clocks.known[cta, warp, agent] = m.flight_numbers[cta, agent]
-        return
-    m.release(lambda groups: groups == LOADING)
+    stores = "::st" in each.form
+    agent = m.agent(STORE if stores else LOAD, warp)
+    m.flight_numbers[cta, agent] += 1
+    m.clocks.known[cta, warp, agent] = m.flight_numbers[cta, agent]
+    if not stores:
+        m.settle()
 
 
 @form("tcgen05.mma.cta_group::1.kind::f16")
@@ -344,9 +346,9 @@ def _multiply_tensor(m: Machine, each: Instruction) -> None:
     """By one thread: the product is in flight until a commit arrives at its barrier."""
     to, a, b, description, add = each.operands[:5]
     threads, target = m.threads(), m.address(to)
-    right, what = m.array(b, _U64), m.array(description, _U32)
-    adds = np.broadcast_to(m.read(add, _BOOL), len(threads))
-    left = m.address(a) if hasattr(a, "base") else m.array(a, _U64)
+    right, what = m.use(b, _U64), m.use(description, _U32)
+    adds = m.use(add, _BOOL)
+    left = m.address(a) if hasattr(a, "base") else m.use(a, _U64)
     for number, thread in enumerate(threads):
         cta, warp, bits = int(m.cta[thread]), int(m.warp[thread]), int(what[number])
         product = _Product.of(m, cta, warp, warp)

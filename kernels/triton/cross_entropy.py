@@ -189,8 +189,9 @@ def _row_losses(a: Vocabulary) -> tuple[Tensor, RowStatistics]:
             logits = blocks.logits(rows, part)
             flags = {"first": part.start == 0, "last": part.stop == vocabulary, "smooth": a.label_smoothing > 0}
             options, _ = launch_options(RUNNING_SOFTMAX, a.h, width=blocks.width, **flags)
+            # The kernel reads a row of the buffer beyond the logits.
             running_softmax_kernel[(logits.shape[0],)](
-                logits, blocks.target[rows], maximum[rows], sums[rows], picked[rows], total[rows], losses[rows],
+                blocks.buffer, blocks.target[rows], maximum[rows], sums[rows], picked[rows], total[rows], losses[rows],
                 blocks.width, part.start, logits.shape[1], vocabulary, a.ignore_index, a.label_smoothing, **options,
             )  # fmt: skip
     return losses, RowStatistics(maximum, sums)
@@ -207,9 +208,18 @@ def _gradients(coefficients: Tensor, a: Vocabulary, statistics: RowStatistics, n
         for rows in blocks.rows:
             gradient = blocks.logits(rows, part)
             softmax_gradient_kernel[(gradient.shape[0],)](
-                gradient, blocks.target[rows], statistics.maximum[rows], statistics.log_sum[rows], coefficients[rows],
-                blocks.width, part.start, gradient.shape[1], w.shape[0], a.label_smoothing, **options,
-            )  # fmt: skip
+                blocks.buffer,
+                blocks.target[rows],
+                statistics.maximum[rows],
+                statistics.log_sum[rows],
+                coefficients[rows],
+                blocks.width,
+                part.start,
+                gradient.shape[1],
+                w.shape[0],
+                a.label_smoothing,
+                **options,
+            )
             if dh is not None:
                 _add_product(dh[rows], gradient, w[part])
             if db is not None:

@@ -65,9 +65,9 @@ def execution(request: pytest.FixtureRequest) -> Iterator[None]:
     if way == "interpreted" and os.environ["TRITON_INTERPRET"] != "1":
         pytest.skip("Triton compiles in this process; without a GPU or with TRITON_INTERPRET=1 it interprets")
     if way is not None and way.startswith("sm_"):
-        from xfm_fast.kernels.backend import ACCEPTED_HAZARD, emulating
+        from xfm_fast.kernels.backend import emulating
 
-        with emulating(way, allow=(ACCEPTED_HAZARD,)):
+        with emulating(way):
             yield
         return
     if way != "compiled":

@@ -37,6 +37,10 @@ def test_a_kernel_of_each_family_in_bf16(target: str) -> None:
     emulate(target, *(f"{CONTRACT}::test_results_and_gradients[{target}-{name}-bf16]" for name in names))
 
 
+def test_launches_of_any_kernel() -> None:
+    emulate("sm_80", "tests/kernels/test_emulated_launches.py")
+
+
 @pytest.mark.slow
 @each_target
 def test_the_audit_executes_every_operation(target: str) -> None:

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from xfm_fast.kernels.emulation import EmulationError
 from xfm_fast.kernels.emulation.launch import _Tile
-from xfm_fast.kernels.emulation.machine import FORMS, Allocations, Machine, expand
+from xfm_fast.kernels.emulation.machine import FORMS, Allocations, Machine, Window, expand
 from xfm_fast.kernels.emulation.ptx import Program
 
 _PTX = """.version 8.8
@@ -63,7 +63,7 @@ def execute(body: str, *arguments: Any, threads: int = 32, ctas: int = 1, shared
     assert program.parameters == [*values]
     _executed.update(each.form for each in program.code)
     places = np.stack([np.arange(ctas), np.zeros(ctas, int), np.zeros(ctas, int)], 1)
-    memory = Allocations([(copy.ctypes.data, copy.ctypes.data + copy.nbytes) for _, copy in copies])
+    memory = Allocations([Window(copy.ctypes.data, copy.ctypes.data, copy.nbytes) for _, copy in copies])
     if tile := options.pop("tile", None):
         options["descriptors"] = {4096: tile._replace(address=values["k_param_0"])}
     machine = Machine(program, values, (ctas, 1, 1), places, shared, memory, **options)
@@ -908,6 +908,8 @@ def test_check(name: str, schedule: str) -> None:
     check(message, lambda: execute(body, np.zeros((64, 4), "u4"), **options).hazards)
 
 
+_STORE = f"tcgen05.st.sync.aligned.32x32b.x1.b32 [%r4 + 0], {vector(390, 1)}; tcgen05.wait::st.sync.aligned;"
+_WAIT_LD = "tcgen05.wait::ld.sync.aligned;"
 _FENCE, _PRODUCT = "fence.proxy.async.shared::cta;", "@%p2 tcgen05.mma"
 
 
@@ -930,7 +932,37 @@ _FENCE, _PRODUCT = "fence.proxy.async.shared::cta;", "@%p2 tcgen05.mma"
         (wgmma, "registers", "1, 1, 0;", "-1, 1, 0;", "not emulated"),
         (wgmma, "shared", "wgmma.mma", "setp.lt.u32 %p6, %r0, 96; @%p6 wgmma.mma", "some warps of a warpgroup"),
         (tcgen05, "shared", _FENCE, "", "without a proxy fence"),
-        (tcgen05, "shared", "tcgen05.wait::ld.sync.aligned;", "", "read of .*register .*before its wait"),
+        (tcgen05, "shared", "tcgen05.wait::ld.sync.aligned;", "", "for which nothing waits"),
+        (tcgen05, "shared", _WAIT_LD, f"add.f32 %r101, %r101, %r101; mov.b32 %r102, 0; {_WAIT_LD}", "write of"),
+        (tcgen05, "shared", _WAIT_LD, f"neg.f32 %r390, %r101; neg.f32 %r391, %r390; {_WAIT_LD}", ""),
+        (tcgen05, "shared", _WAIT_LD, f"shfl.sync.bfly.b32 %r390, %r101, 1, 31, -1; {_WAIT_LD}", ""),
+        (
+            tcgen05,
+            "shared",
+            _WAIT_LD,
+            f"neg.f32 %r390, %r101; st.shared.b32 [16384], %r390; {_WAIT_LD}",
+            "ahead of the wait",
+        ),
+        (
+            tcgen05,
+            "shared",
+            _WAIT_LD,
+            f"setp.lt.u32 %p9, %r101, 5; @%p9 mov.b32 %r390, 1; {_WAIT_LD}",
+            "ahead of the wait",
+        ),
+        (tcgen05, "shared", _FREE, "", "still allocated at exit"),
+        (tcgen05, "shared", _WAIT_LD, f"{_STORE} {_WAIT_LD}", "over what is read by a load in flight"),
+        (tcgen05, "shared", _WAIT_LD, f"{_WAIT_LD} {_STORE}", ""),
+        (tcgen05, "shared", "%r3, 512;", "%r3, 1024;", "more columns"),
+        (tcgen05, "shared", "mov.b64 %rd30,", "mov.b64 %rd40,", "register %rd30, to which some threads wrote nothing"),
+        (wgmma, "shared", "mov.b64 %rd31,", "mov.b64 %rd41,", "register %rd31, to which some threads wrote nothing"),
+        (
+            wgmma,
+            "shared",
+            "aligned; mov.b64 %rd30",
+            "aligned; mov.b32 %r390, %r101; mov.b64 %rd30",
+            "after wgmma.fence",
+        ),
         (tcgen05, "tensor", "tcgen05.wait::st.sync.aligned;", "", "read of what is written by .* in flight"),
         (tcgen05, "shared", _WAIT.format(0, "%r5", 0), "", "read of what is written by a GEMM in flight"),
         (tcgen05, "shared", "wait0:", "st.shared.b32 [%r390], %r0; wait0:", "over what is read by a GEMM in flight"),
@@ -956,3 +988,16 @@ def test_fence_after_copies(fence: str, message: str) -> None:
         return body.replace(_FENCE, f"cp.async.commit_group; cp.async.wait_group 0; {fence}")
 
     check(message, lambda: wgmma("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16", 64, "shared", False, edit)[0])
+
+
+def test_each_argument_has_memory_of_its_own() -> None:
+    """A view has gaps, and a neighbour in memory is another argument."""
+    memory = np.arange(64, dtype="u4")
+    marks = np.zeros(64, bool)
+    marks[::2] = True
+    address = memory.ctypes.data
+    windows = [Window(1 << 40, address, 128), Window(2 << 40, address, 256, marks.repeat(4))]
+    allowed = Allocations(windows)
+    accesses = np.array([1 << 40, (1 << 40) + 124, (1 << 40) + 128, 2 << 40, (2 << 40) + 4, (2 << 40) + 8])
+    assert allowed.find(accesses, 4).tolist() == [0, 0, -1, 1, -1, 1]
+    assert allowed.find(accesses, 8).tolist() == [0, -1, -1, -1, -1, -1]

@@ -135,7 +135,7 @@ def recorded(target: str) -> list[Recorded]:
         handler(m, each)
 
     with (
-        backend.emulating(target, strict=False, edit=edit) as launches,
+        backend.emulating(target, strict=False, edit=edit, schedule="lockstep") as launches,
         pytest.MonkeyPatch.context() as patch,
     ):
         launch = JITFunction.run
@@ -179,15 +179,14 @@ def sites(launches: list[Recorded]) -> Iterator[tuple[str, Recorded, int]]:
 def outcome(target: str, fault: str, this: Recorded, where: int) -> str:
     """How a fault is found: `error`, `hazard`, `numbers`; or `missed`."""
     from xfm_fast.kernels import emulation
-    from xfm_fast.kernels.emulation import machine
 
     lines = [*this.ptx]
     for n in range(len(lines)) if fault in EVERYWHERE else [where]:
         lines[n] = re.sub(*FAULTS[fault], lines[n], count=1)
     memories(this.args, this.before)
-    machine._INSTRUCTIONS_LIMIT = PATIENCE * this.result.instructions
+    options: dict[str, Any] = {"schedule": "lockstep", "limit": PATIENCE * this.result.instructions}
     try:
-        with emulation.emulated(target, strict=False, edit=lambda *_: numbered(lines)) as launches:
+        with emulation.emulated(target, strict=False, edit=lambda *_: numbered(lines), **options) as launches:
             this.kernel.run(*this.args, **this.options)
     except emulation.EmulationError:
         return "error"
