@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,27 +29,13 @@ from xfm_fast.replace.official import (
     OfficialVisionBlock,
     OfficialVocabularyHead,
 )
-from xfm_fast.replace.report import (
-    LEAST_COSINE,
-    ROW,
-    Entry,
-    Report,
-    Unknown,
-    best_seconds,
-    compare_outputs,
-    in_graphs,
-    least_cosine,
-    linear_weights,
-    mask_of,
-    model_outputs,
-    size_of,
-    unknown_layers,
-)
+from xfm_fast.replace.report import ROW, Entry, Report, Unknown, in_graphs, linear_weights, size_of, unknown_layers
 from xfm_fast.replace.stored import FrozenLinear, quantise
 from xfm_fast.replace.stored import freeze as freeze_weights
 from xfm_fast.replace.swap import (
     Fused,
     Settings,
+    counted,
     find,
     forward_replaced,
     fused_form,
@@ -60,6 +46,15 @@ from xfm_fast.replace.swap import (
 )
 from xfm_fast.replace.torch_modules import FusedLayerNorm, FusedMultiheadAttention, UnpaddedTransformerEncoder
 from xfm_fast.replace.unpadded import CutOpenClip, CutOpenClipText, CutTextModel, UnpaddedEncoder
+from xfm_fast.replace.verification import (
+    LEAST_COSINE,
+    arguments_of,
+    compare_outputs,
+    least_cosine,
+    mask_of,
+    model_outputs,
+    speedups,
+)
 
 # In order of precedence.
 FORMS: tuple[type[Fused], ...] = (
@@ -118,15 +113,16 @@ def accelerate(
             restores the weights bit for bit.
         cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs; each shape is captured at its
             first call. For models whose sizes do not depend on values; other models raise at their first call.
-        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor). The model runs on
-            it before and after, in evaluation mode; on a CPU a few times, to measure the speedup.
+        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor; for a model of
+            sentence-transformers a list of texts, or of pairs). The model runs on it before and after, in evaluation
+            mode; on a CPU several times in turn, to measure the speedup. The report says which fused modules ran.
 
     Returns:
         A report that prints as a table and can `revert()`.
 
     Raises:
-        InputError: nothing to replace, a selection that matches nothing, parameters without values, or outputs that
-            `verify` finds different. The model is unchanged then.
+        InputError: nothing to replace, a selection that matches nothing, parameters without values, or a `verify`
+            batch whose outputs differ or that no fused form computes. The model is unchanged then.
         UnavailableError: the dtype or backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
@@ -155,9 +151,8 @@ def accelerate(
         chosen = _under(chosen, include, "include")
     chosen = {path: module for path, module in chosen.items() if path not in excluded}
     with _without_former(model):
-        before, seconds, mask = {}, None, mask_of(verify)
-        if verify is not None:
-            before, seconds = model_outputs(model, verify), best_seconds(model, verify)
+        batch = None if verify is None else arguments_of(model, verify)
+        before, mask = {} if batch is None else model_outputs(model, batch), mask_of(batch)
         report, forms = _plan(model, chosen, settings)
         report._frozen, report._rounded = _install(model, forms, settings)
         if freeze and not report._frozen:
@@ -171,16 +166,22 @@ def accelerate(
                 f"dtype={kind!r} finds no linear layer to round: it supports blocks{of_size} in float32 or bfloat16, "
                 "without hooks or adapters; choose another dtype"
             )
-        if verify is not None:
+        if batch is not None:
             if kind is not None:
 
                 def cosine() -> float:
-                    return least_cosine(before, model_outputs(model, verify), mask)
+                    return least_cosine(before, model_outputs(model, batch), mask)
 
                 report._exempt = keep_within(cosine, report._rounded, kind, LEAST_COSINE)
-            after = model_outputs(model, verify)
+            with counted() as runs:
+                after = model_outputs(model, batch)
+            report.runs = {
+                entry.path: runs[module] for entry, module in zip(report.replaced, report._modules, strict=False)
+            }
+            _check_coverage(report, runs)
             report.differences, report.rounding = compare_outputs(before, after, mask, compute, kind)
-            report.speedup = None if seconds is None else seconds / (best_seconds(model, verify) or seconds)
+            if all(p.is_cpu for p in model.parameters()):
+                report.speedups, report.untimed = speedups(model, batch, partial(_original_forward, report))
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -231,6 +232,35 @@ def _install(model: nn.Module, forms: Forms, settings: Settings) -> tuple[list[F
     fused = [module for module, _ in forms if isinstance(module, Fused)]
     frozen = freeze_weights(model, fused, settings) if settings.freeze else []
     return frozen, [] if settings.eight_bits is None else quantise(model, fused, settings.eight_bits)
+
+
+def _check_coverage(report: Report, runs: Mapping[nn.Module, int]) -> None:
+    """Check that the verify batch reached fused products, as its outputs prove nothing about forms that did not run."""
+    computing = [module for module in report._modules if linear_weights(module)] or report._modules
+    if not any(runs[module] for module in computing):
+        raise InputError(
+            f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
+            "fused forms compute (without attention weights or caches as outputs), or leave verify out"
+        )
+
+
+@contextmanager
+def _original_forward(report: Report) -> Iterator[None]:
+    """Run the original forward inside, without giving up what fused forms have prepared."""
+    fused: list[nn.Module] = [*report._modules, *report._frozen]
+    classes = [type(module) for module in fused]
+    weights = {layer: nn.Parameter(layer.weight, requires_grad=False) for layer in report._frozen}
+    for module in fused:
+        object.__setattr__(module, "__class__", original_class(module))
+    for layer, weight in weights.items():
+        layer._parameters["weight"] = weight
+    try:
+        yield
+    finally:
+        for layer in weights:
+            del layer._parameters["weight"]
+        for module, kind in zip(fused, classes, strict=True):
+            object.__setattr__(module, "__class__", kind)
 
 
 class _InOneType(Fused):

@@ -345,6 +345,7 @@ class FusedLayer(CalledByName):
         self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None, memory: Memory | None = None
     ) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
+        self.count()
         spec, order = self.layer_spec, self.layer_order
         if memory is None and order != "behind branches" and not hasattr(attend, "windows"):
             plan = cached_plan(self, partial(spec.parts, self), x, settings, wide=order == "behind sums")

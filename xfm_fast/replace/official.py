@@ -21,7 +21,6 @@ from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Bias, Dense, Packed, Padded, PositionTable
 from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer, LayerSpec, Mlp, can_run_packed
-from xfm_fast.replace.report import model_outputs, relative_error
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     BANDS,
@@ -39,6 +38,7 @@ from xfm_fast.replace.swap import (
 )
 from xfm_fast.replace.transformers_rows import BERT, row
 from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
+from xfm_fast.replace.verification import model_outputs, relative_error
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -199,6 +199,7 @@ class OfficialTextEncoder(CalledByName):
         packed = self._packed(call)
         if packed is None:
             return super().forward(*args, **kwargs)
+        self.count()
         (packing, attend), x = packed, call["hidden_states"]
         with self.settings.own_types(x.device):
             out = super().forward(**(call | {"hidden_states": packing.pack(x)[None], "attention_mask": attend}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,8 +186,22 @@ def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | Non
     return torch.cat([given[0].new_zeros(m) if b is None else b for b, m in zip(biases, widths, strict=True)])
 
 
+_counters: list[Counter[nn.Module]] = []
+
+
+@contextmanager
+def counted() -> Iterator[Counter[nn.Module]]:
+    """Context manager: the calls inside that each fused module computes itself, by module."""
+    counter: Counter[nn.Module] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters[:] = [other for other in _counters if other is not counter]
+
+
 class Fused(nn.Module):
-    """Base of fused forms. Subclasses define `forward` and call `super().forward` to decline a call."""
+    """Base of fused forms. Subclasses define `forward`; they `count` a call, or decline it by `super().forward`."""
 
     benefit: ClassVar[str] = ""  # what the form saves, in a few words
     replaces: ClassVar[tuple[str | type[nn.Module], ...]] = ()  # classes, or their `short_name`
@@ -221,6 +236,11 @@ class Fused(nn.Module):
             # A compiler cannot trace weak references, and consumers of exported graphs recognise the original.
             return not torch.compiler.is_exporting() and why_not_bypassed(self, type(self).bypassed) is None
         return _unchanged(self) or why_not_bypassed(self, type(self).bypassed) is None
+
+    def count(self) -> None:
+        """Count a call that the fused form computes, for `verify`."""
+        for counter in _counters:
+            counter[self] += 1
 
     def declines(self) -> str | None:
         """Why calls run the original now, regardless of arguments; None if they do not."""
