@@ -37,6 +37,7 @@ from xfm_fast.replace.swap import (
     Settings,
     counted,
     find,
+    forward_patched,
     forward_replaced,
     fused_form,
     is_fused,
@@ -62,6 +63,8 @@ FORMS: tuple[type[Fused], ...] = (
     *(FusedLayer, OfficialTextEncoder, OfficialTextLayer, OfficialVisionBlock, OfficialEmbeddings),
     *(OfficialVocabularyHead, UnpaddedTransformerEncoder, FusedMultiheadAttention, FusedLayerNorm),
 )
+# Forms of parts: what is around them in a layer is not replaced with them.
+_PARTS = (FusedMultiheadAttention.__name__, FusedLayerNorm.__name__)
 # These register their rows at import.
 _ROWS = (transformers_rows, timm_vision)
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
@@ -278,6 +281,7 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
     forms: Forms = []
     total = size_of(linear_weights(model)) or 1
     reported: set[nn.Module] = set()
+    layers: list[str] = []
     inside: set[nn.Module] = set()
     for path, module in chosen.items():
         entry, form = (None, None) if module in inside else _decide(path, module, settings)
@@ -285,6 +289,8 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
             continue
         weights = linear_weights(module)
         entries.append(replace(entry, share=size_of(weights) / total))
+        if entry.fused not in _PARTS:
+            layers.append(path)
         if form is None:
             # Norms inside unrecognised layers are recognised too.
             reported.update(module.modules() if weights else ())
@@ -299,14 +305,14 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
         within = [*module.modules()][1:]
         # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
         reported.update(within if computing.isdisjoint(within) else _bypassed(module, fused).values(), [module])
-    unknown = unknown_layers(model, chosen, reported)
+    unknown, others = unknown_layers(model, chosen, reported, layers)
     if not forms:
         raise InputError(_nothing(model, entries, unknown))
     if settings.dtype is not None and model not in modules:
         forms.append((model, _InOneType))
     share = size_of(linear_weights(*modules)) / total
     modules = [module for module, _ in forms]
-    return Report(entries, unknown, share, _modules=modules, _eight_bits=settings.eight_bits), forms
+    return Report(entries, unknown, others, share, _modules=modules, _eight_bits=settings.eight_bits), forms
 
 
 def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:
@@ -324,12 +330,21 @@ def _decide(path: str, module: nn.Module, settings: Settings) -> tuple[Entry | N
         reason = form.refusal(module, settings)
         if reason is None and forward_replaced(module):
             reason = "its forward was replaced on the instance"
-        reason = reason or _why_not_values(module, form, settings)
+        reason = reason or _why_patched(module, form) or _why_not_values(module, form, settings)
         entry = Entry(path, original_class(module).__name__, form.__name__, form.benefit, reason)
         if reason is None:
             return entry, form
         left = left or entry
     return left, None
+
+
+def _why_patched(module: nn.Module, fused: type[Fused]) -> str | None:
+    """Return which class, whose forward the fused form passes over, has one from elsewhere; None if there is none."""
+    for name, part in {"": module, **_bypassed(module, fused)}.items():
+        kind = original_class(part)
+        if forward_patched(kind):
+            return f"{kind.__name__}.forward{f' of {name}' if name else ''} was replaced or wrapped by other code"
+    return None
 
 
 def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:

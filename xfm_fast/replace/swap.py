@@ -406,6 +406,24 @@ def forward_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not _own_forward_left_behind(module)
 
 
+def forward_patched(kind: type[nn.Module]) -> bool:
+    """Return whether the forward of a class comes from elsewhere: assigned to the class, or wrapped around its own."""
+    function: Any = kind.forward
+    if function is nn.Module.forward:
+        return False
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    libraries = {base.__module__.partition(".")[0] for base in bases}
+    while True:
+        # `functools.wraps` copies names, but not the globals; a library may decorate with functions of its own.
+        module = getattr(function, "__globals__", {}).get("__name__", "builtins")
+        if module.partition(".")[0] not in libraries:
+            return True
+        if not hasattr(function, "__wrapped__"):
+            owner = (module, function.__qualname__.rpartition(".")[0])
+            return owner not in [(base.__module__, base.__qualname__) for base in bases]
+        function = function.__wrapped__
+
+
 def _own_forward_left_behind(module: nn.Module) -> bool:
     """True if the instance stores its class's own forward, a leftover of output recording in transformers 4."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward

@@ -66,11 +66,14 @@ def model_outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[s
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Context manager: evaluation mode without gradients; every module returns to its mode."""
+    """Context manager: evaluation mode without gradients, with a fixed seed; every module returns to its mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        # Some models draw in evaluation too.
+        devices = {p.device for p in model.parameters() if p.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
             yield
     finally:
         for module, training in modes.items():
