@@ -305,14 +305,14 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
         within = [*module.modules()][1:]
         # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
         reported.update(within if computing.isdisjoint(within) else _bypassed(module, fused).values(), [module])
-    unknown, others = unknown_layers(model, chosen, reported, layers)
+    unknown = unknown_layers(model, chosen, reported, layers)
     if not forms:
         raise InputError(_nothing(model, entries, unknown))
     if settings.dtype is not None and model not in modules:
         forms.append((model, _InOneType))
     share = size_of(linear_weights(*modules)) / total
     modules = [module for module, _ in forms]
-    return Report(entries, unknown, others, share, _modules=modules, _eight_bits=settings.eight_bits), forms
+    return Report(entries, unknown, share, _modules=modules, _eight_bits=settings.eight_bits), forms
 
 
 def _bypassed(module: nn.Module, fused: type[Fused]) -> dict[str, nn.Module]:

@@ -9,7 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
@@ -182,7 +182,7 @@ class LayerSpec:
                 mlp.activation,
                 mlp.dropout,
             )
-            return next((name for name in read if name and not _resolves(layer, name)), None)
+            return next((name for name in read if name and reduce(_part, name.split("."), layer) is None), None)
         return found
 
     def unread(self, layer: nn.Module) -> str | None:
@@ -408,12 +408,8 @@ class FusedLayer(CalledByName):
         return Dense.of(mask, call.get(spec.bias) if spec.bias else None, implementation)
 
 
-def _resolves(layer: nn.Module, name: str) -> bool:
-    try:
-        attrgetter(name)(layer)
-    except AttributeError:
-        return False
-    return True
+def _part(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
 
 
 def implementation_of(layer: Any) -> str | None:

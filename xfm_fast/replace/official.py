@@ -87,13 +87,10 @@ TEXT_LAYER = row(
 def is_layer(module: nn.Module) -> bool:
     """True if a module has the submodules of a BERT layer, with or without cross-attention."""
     spec = TEXT_LAYER
-    if spec.missing(module) is not None or not hasattr(find(module, "intermediate"), "intermediate_act_fn"):
+    crossed = map(spec.crossed, (*spec.qkv, spec.proj, spec.norms[0], spec.weights_p, spec.branch_p[0]))
+    if spec.missing(module) is not None:
         return False
-    named = [spec.weights_p, spec.branch_p[0]]
-    if has_cross_attention(module):
-        named += [spec.crossed(name) for name in (*spec.qkv, spec.proj, spec.norms[0], *named)]
-    whole = all(find(module, name) is not None for name in (*named, spec.branch_p[1]))
-    return whole and hasattr(find(module, "attention.self"), "num_attention_heads")
+    return not has_cross_attention(module) or all(find(module, name) is not None for name in crossed)
 
 
 def has_cross_attention(layer: nn.Module) -> bool:
@@ -312,9 +309,7 @@ class OfficialVisionBlock(FusedLayer):
         spec, attention, drop_path = VISION_BLOCK, find(module, "attn"), find(module, "drop_path")
         if not _foreign(module) or spec.missing(module) is not None or not hasattr(module, "gamma_1"):
             return False
-        drops = (spec.weights_p, spec.branch_p[0], spec.mlps[0].dropout)
-        named = all(find(module, name) is not None for name in drops)
-        named = named and all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
+        named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
         known = isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob")
         return named and known and _argument_names(module) == _BLOCK_ARGUMENTS
 

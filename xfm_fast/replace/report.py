@@ -58,8 +58,6 @@ class Report:
     entries: list[Entry]
     # unrecognised layers with a relevant share of the model's linear weights
     unknown: list[Unknown] = field(default_factory=list)
-    # other modules with such a share, as projections and heads
-    others: list[Unknown] = field(default_factory=list)
     share: float = 0.0  # share of the model's linear weights in replaced modules
     # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
@@ -156,7 +154,6 @@ class Report:
         if declining:
             lines[-1] += f"; {len(declining)} of them currently run their original"
         lines += [f"unknown: {layers}; {ROW}" for layers in self.unknown]
-        lines += [f"left as it is: {modules}" for modules in self.others]
         if frozen := self.frozen_bytes:
             lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place")
         if rounded := self.rounded_weights:
@@ -203,10 +200,10 @@ def size_of(weights: Collection[nn.Parameter]) -> int:
 
 def unknown_layers(
     model: nn.Module, chosen: dict[str, nn.Module], known: Collection[nn.Module], layers: Sequence[str]
-) -> tuple[list[Unknown], list[Unknown]]:
-    """Return unrecognised repeated layers, and other modules, with a relevant share of the weights, largest first.
+) -> list[Unknown]:
+    """Return unrecognised repeated layers with a relevant share of the weights, largest first; no embeddings or heads.
 
-    `layers` are the paths of recognised layers and encoders: what holds them is none. Embeddings do not count.
+    `layers` are the paths of recognised layers and encoders: a module that holds one is no layer.
     """
     tables = (nn.Embedding, nn.EmbeddingBag)
     matrices = {
@@ -217,26 +214,17 @@ def unknown_layers(
     total = size_of(set().union(*matrices.values())) or 1
     left = {p for module in chosen.values() if module not in known for p in matrices.get(module, ())}
     siblings = Counter((path.rpartition(".")[0], type(module)) for path, module in chosen.items() if path)
-    repeated: dict[str, Unknown] = {}
-    others: dict[str, Unknown] = {}
-
-    def attribute(to: dict[str, Unknown], path: str, module: nn.Module, weights: set[nn.Parameter]) -> None:
-        left.difference_update(weights)
-        if weights:
-            name = type(module).__name__
-            _, paths, share = to.get(name, Unknown(name, [], 0.0))
-            to[name] = Unknown(name, [path, *paths], share + size_of(weights) / total)
-
+    found: dict[str, Unknown] = {}
     # The innermost elements of lists come first: stages contain lists of layers. A bare linear layer does not count.
     for path, module in reversed(chosen.items()):
         holder = path.rpartition(".")[0]
         listed = path and siblings[holder, type(module)] > 1 and isinstance(model.get_submodule(holder), _LISTS)
-        if listed and not matrices.get(module) and not any(inner.startswith(f"{path}.") for inner in layers):
-            attribute(repeated, path, module, left.intersection(module.parameters()))
-    for path, module in reversed(chosen.items()):
-        attribute(others, path, module, left & matrices.get(module, set()))
-
-    def largest(of: dict[str, Unknown]) -> list[Unknown]:
-        return sorted((each for each in of.values() if each.share >= _LEAST_SHARE), key=lambda each: -each.share)
-
-    return largest(repeated), largest(others)
+        if not listed or matrices.get(module) or any(inner.startswith(f"{path}.") for inner in layers):
+            continue
+        own = left.intersection(module.parameters())
+        left -= own
+        if own:
+            name = type(module).__name__
+            _, paths, share = found.get(name, Unknown(name, [], 0.0))
+            found[name] = Unknown(name, [path, *paths], share + size_of(own) / total)
+    return sorted((each for each in found.values() if each.share >= _LEAST_SHARE), key=lambda each: -each.share)

@@ -27,27 +27,23 @@ _SHORTEST = 5e-3
 
 def arguments_of(model: nn.Module, batch: Any) -> Any:
     """Return a batch as the model's arguments: texts, or pairs of texts, as its own tokenizer prepares them."""
-    if isinstance(batch, str):
-        raise InputError(f"verify takes a list of texts, not one text ({batch[:20]!r}); put it into a list")
-    texts = isinstance(batch, (tuple, list)) and len(batch) > 0 and all(map(_is_text, batch))
-    reads = hasattr(model, "encode") or hasattr(model, "predict")
-    # The name of it in sentence-transformers depends on the version, and old ones have it for bi-encoders only.
-    prepare = next((getattr(model, name) for name in ("preprocess", "tokenize") if hasattr(model, name)), None)
-    tokenizer = getattr(model, "tokenizer", None)
-    if not texts or (not reads and not isinstance(batch[0], str)):
+    texts: Any = [batch] if isinstance(batch, str) else batch
+    if not isinstance(texts, (tuple, list)) or not texts or not all(map(_is_text, texts)):
         return batch
-    if not reads or (prepare is None and tokenizer is None):
+    # The first name is of sentence-transformers 5.4 and newer; its cross-encoders had the last alone.
+    tools = [getattr(model, name) for name in ("preprocess", "tokenize", "tokenizer") if hasattr(model, name)]
+    if not tools and isinstance(texts[0], str):
         raise InputError(
             f"{type(model).__name__} holds no tokenizer, so verify cannot be texts; give what its tokenizer returns: "
             'verify=tokenizer(texts, padding=True, return_tensors="pt")'
         )
-    if prepare is None:
-        inputs = dict(tokenizer([*batch], padding=True, truncation=True, return_tensors="pt"))
-    else:
-        inputs = dict(prepare([*batch]))
+    if not tools:
+        return batch
+    alone = tools[0] is getattr(model, "tokenizer", None)
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"} if alone else {}
     device = next((p.device for p in model.parameters()), None)
-    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
-    return inputs if prepare is None else (inputs,)
+    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), dict(tools[0]([*texts], **options)))
+    return inputs if alone else (inputs,)
 
 
 def _is_text(value: Any) -> bool:
