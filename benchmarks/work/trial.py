@@ -303,7 +303,7 @@ def image_batch(opened: Opened, folder: Path | None) -> Batch:
 
 @dataclass(frozen=True)
 class Line:
-    """Python to paste, with its speed beside the untouched model in its own dtype.
+    """Python to paste, with its speed over the untouched model in that model's dtype.
 
     `outputs` are the same but for rounding in that dtype, or within a percentage of the largest value.
     """
@@ -317,8 +317,8 @@ class Line:
 class Trial:
     """The result of trying a model, with notes for the reader.
 
-    `lines` are the fastest call with the same outputs, and those of other dtypes that are faster still; none where the
-    untouched model is as fast.
+    `lines` are the fastest call with the same outputs, and calls in other dtypes that are faster still. The list is
+    empty if the untouched model is as fast.
     """
 
     document: Document

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.bert import modeling_bert  # noqa: E402
 
+from tests.replace import official_replicas as replicas  # noqa: E402
 from xfm_fast import accelerate  # noqa: E402
 from xfm_fast.errors import InputError  # noqa: E402
 from xfm_fast.replace import LayerSpec, Mlp, layer, register  # noqa: E402
@@ -227,3 +228,13 @@ def test_what_is_around_a_replaced_part_is_named() -> None:
     products = sum(p.numel() for block in model.encoder.layers for p in block.mlp.parameters() if p.ndim > 1)
     assert blocks.share == pytest.approx(products / sum(p.numel() for p in model.parameters() if p.ndim > 1))
     assert "EncoderBlock (encoder.layers.encoder_layer_0 and 2 more)" in str(report)
+
+
+def test_a_form_that_does_not_compute_its_example_is_not_used() -> None:
+    """With `max_norm` a table rewrites itself when it is read, which the fused form leaves to the original."""
+    model = replicas.TextModel(replicas.TextConfig()).eval()
+    model.embeddings.word_embeddings.max_norm = 1.0
+    (left,) = (entry for entry in accelerate(model).left if entry.path == "embeddings")
+    assert left.reason == "its fused form does not cover its parts"
+    model.embeddings.word_embeddings.max_norm = None
+    assert "embeddings" in [entry.path for entry in accelerate(model).replaced]

@@ -125,7 +125,7 @@ def accelerate(
 
     Raises:
         InputError: nothing to replace, a selection that matches nothing, parameters without values, or a `verify`
-            batch whose outputs differ or that no fused form computes. The model is unchanged then.
+            batch with different outputs or without a fused product. The model is unchanged then.
         UnavailableError: the dtype or backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
@@ -238,7 +238,7 @@ def _install(model: nn.Module, forms: Forms, settings: Settings) -> tuple[list[F
 
 
 def _check_coverage(report: Report, runs: Mapping[nn.Module, int]) -> None:
-    """Check that the verify batch reached fused products, as its outputs prove nothing about forms that did not run."""
+    """Check that fused products ran on the verify batch: its outputs prove only the forms that computed them."""
     computing = [module for module in report._modules if linear_weights(module)] or report._modules
     if not any(runs[module] for module in computing):
         raise InputError(
@@ -339,7 +339,7 @@ def _decide(path: str, module: nn.Module, settings: Settings) -> tuple[Entry | N
 
 
 def _why_patched(module: nn.Module, fused: type[Fused]) -> str | None:
-    """Return which class, whose forward the fused form passes over, has one from elsewhere; None if there is none."""
+    """Return which class that the fused form skips got its forward from other code, or None."""
     for name, part in {"": module, **_bypassed(module, fused)}.items():
         kind = original_class(part)
         if forward_patched(kind):

@@ -27,6 +27,7 @@ from xfm_fast.replace.swap import (
     CalledByName,
     Fused,
     Settings,
+    counted,
     find,
     has_other_arguments,
     observed,
@@ -375,11 +376,14 @@ def _why_not_equal(
         before = model_outputs(module, example, hooks=False).get("")
         swap(module, fused, Settings(settings.kernels))
         try:
-            after = model_outputs(module, example, hooks=False).get("")
+            with counted() as runs:
+                after = model_outputs(module, example, hooks=False).get("")
         finally:
             restore(module)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         return f"it failed on an example ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    if not runs[module]:
+        return "its fused form does not cover its parts"
     if before is None or after is None or before.shape != after.shape:
         return "its output shape does not match its parts"
     error = relative_error(before, after)

@@ -107,7 +107,7 @@ def _leaves(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 def speedups(
     model: nn.Module, batch: Any, original: Callable[[], AbstractContextManager[None]]
 ) -> tuple[list[float], str]:
-    """Return the speedup of each round, sorted, or none and why; a round runs the original, then the fused forms.
+    """Return the sorted speedups of rounds, or why there are no numbers; a round runs the original, then fused forms.
 
     Inside `original()` the model runs its original forward.
     """
