@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from xfm_fast.errors import InputError, UnavailableError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.replace import Reranker, accelerate
-from xfm_fast.replace.report import LEAST_COSINE
+from xfm_fast.replace.verification import LEAST_COSINE
 
 from ..backends import graph
 from ..measure import Backend, Call, Case, Run, benchmark

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -32,7 +33,7 @@ from xfm_fast.replace import accelerate
 from ..inputs import bundled, captions_table
 from ..measure import Backend, Call, Case, Progress, Run, benchmark
 from ..options import TryOptions
-from ..record import UNTOUCHED, Document, Extra, Result
+from ..record import UNTOUCHED, Document, Extra
 from ..timing import DTYPES, one_line
 from .drop_in import INT8_BAND, TITLE
 
@@ -151,7 +152,8 @@ def open_model(name: str) -> Opened:
     if missing:
         raise CheckpointError(f"{name} lacks weights of {missing[0]} and {len(missing) - 1} more; give complete files")
     size = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
-    return Opened(name, model.eval(), folder, size[0] if isinstance(size, list | tuple) else size)
+    # transformers 5 opens a model in the dtype of its file.
+    return Opened(name, model.float().eval(), folder, size[0] if isinstance(size, list | tuple) else size)
 
 
 def _open_timm(name: str) -> Opened:
@@ -299,15 +301,28 @@ def image_batch(opened: Opened, folder: Path | None) -> Batch:
     return Batch({name: batch}, len(batch), "images", f"{len(batch)} images at {size} px", notes=notes)
 
 
+@dataclass(frozen=True)
+class Line:
+    """Python to paste, with its speed over the untouched model in that model's dtype.
+
+    `outputs` are the same but for rounding in that dtype, or within a percentage of the largest value.
+    """
+
+    outputs: str
+    speedup: float
+    code: str
+
+
 @dataclass
 class Trial:
     """The result of trying a model, with notes for the reader.
 
-    `line` is Python to paste, the fastest call in fp32 or bf16; None where the untouched model is as fast.
+    `lines` are the fastest call with the same outputs, and calls in other dtypes that are faster still. The list is
+    empty if the untouched model is as fast.
     """
 
     document: Document
-    line: str | None
+    lines: list[Line]
     notes: list[str]
 
 
@@ -379,33 +394,27 @@ def _backends(
     return found, reports
 
 
-def advice(document: Document, words: str, notes: list[str]) -> tuple[str | None, list[str]]:
-    """The line to paste and the sentences, by the times of the whole batch in every dtype."""
-
-    def fastest(*, ours: bool, rounded: bool = False) -> Result | None:
-        rows = (row for row in document.rows if row.measured and row.name == words and row.ours == ours)
-        return max((row for row in rows if (row.dtype == "int8") == rounded), key=lambda r: r.rate or 0, default=None)
-
-    untouched, exact, rounded = fastest(ours=False), fastest(ours=True), fastest(ours=True, rounded=True)
+def advice(document: Document, words: str, notes: list[str]) -> tuple[list[Line], list[str]]:
+    """Return the lines to paste and the sentences, by the times of the whole batch."""
+    rows = [row for row in document.rows if row.measured and row.name == words and row.rate]
+    # The model as it is, unless another dtype was asked for.
+    own = "fp32" if any(row.dtype == "fp32" for row in rows) else "bf16"
+    untouched = next((row.rate for row in rows if not row.ours and row.dtype == own), None)
     if untouched is None:
-        return None, [*notes, "the model was not measured; give a smaller batch"]
-    line, best, notes = None, untouched.rate or 0.0, [*notes]
-    if exact is not None and (exact.rate or 0) >= _WORTH * best:
-        convert = "" if exact.dtype == "fp32" else "import torch; model.to(torch.bfloat16); "
-        line = f"{convert}import xfm_fast; xfm_fast.{exact.backend}"
-        notes.append(
-            f"{(exact.rate or 0) / best:.2f}× the speed of the untouched model ({exact.dtype} against "
-            f"{untouched.dtype}, the fastest dtype of each)"
-        )
-        best = exact.rate or 0.0
-    else:
-        notes.append("no gain here; leave the model as it is")
-    if rounded is not None and rounded.parity is not None and (rounded.rate or 0) >= _WORTH * best:
-        notes.append(
-            f"int8 is {(rounded.rate or 0) / best:.2f}× as fast as that; outputs differ by up to "
-            f"{rounded.parity.error:.1%} of the largest: xfm_fast.{rounded.backend}"
-        )
-    return line, notes
+        return [], [*notes, "the model was not measured; give a smaller batch"]
+    lines: list[Line] = []
+    best = untouched
+    for dtype in (own, *(each for each in ("bf16", "int8") if each != own)):
+        ours = [row for row in rows if row.ours and row.dtype == dtype]
+        row = max(ours, key=lambda row: row.rate or 0.0, default=None)
+        if row is None or row.rate is None or row.rate < _WORTH * best:
+            continue
+        best = row.rate
+        error = 1.0 if row.parity is None or row.parity.error is None else row.parity.error
+        convert = "import torch; model.to(torch.bfloat16); " if dtype == "bf16" else ""
+        outputs = "same outputs" if dtype == own else f"within {max(1, math.ceil(100 * error))}%"
+        lines.append(Line(outputs, best / untouched, f"{convert}import xfm_fast; xfm_fast.{row.backend}"))
+    return lines, notes if lines else [*notes, "no gain here; leave the model as it is"]
 
 
 def _batch(opened: Opened, options: TryOptions) -> Batch:

@@ -17,8 +17,7 @@ from xfm_fast import accelerate
 from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.flags import EightBits, kind_of
-from xfm_fast.replace import acceleration
-from xfm_fast.replace import report as reports
+from xfm_fast.replace import acceleration, verification
 from xfm_fast.replace.swap import is_fused
 
 pytestmark = pytest.mark.usefixtures("int8_chosen")
@@ -93,7 +92,7 @@ def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> No
         weight = made.encoder.layer[1].output.dense.weight
         weight[:, 0] *= 300
     wanted = inferred(made, given)
-    for module in (acceleration, reports):
+    for module in (acceleration, verification):
         monkeypatch.setattr(module, "LEAST_COSINE", 0.9999)
     report = accelerate(made, dtype="int8", verify=given)
     assert "1 modules stay in floating point" in str(report)
@@ -107,7 +106,7 @@ def test_the_costliest_modules_are_exempt(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_no_exemption_helps_is_refused(kind: EightBits, monkeypatch: pytest.MonkeyPatch) -> None:
     made, given = model(), batch()
     wanted = inferred(made, given)
-    monkeypatch.setattr(reports, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(verification, "LEAST_COSINE", 1.1)
     with pytest.raises(InputError, match=f"cosine of .*{kind}"):
         accelerate(made, dtype=kind, verify=given)
     assert torch.equal(inferred(made, given), wanted)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,13 +123,15 @@ def try_model(model: str, /, *, options: Flat[TryOptions] = TryOptions(), as_jso
         found = trial.run(model, options, display, ["xfm-fast", *sys.argv[1:]])
     document = found.document
     if as_json:
-        print(json.dumps({"line": found.line, "notes": found.notes, "document": record.plain(document)}))
+        lines = [asdict(line) for line in found.lines]
+        print(json.dumps({"lines": lines, "notes": found.notes, "document": record.plain(document)}))
     else:
         report.terminal(document, stdout())
         for sentence in found.notes:
             stdout().print(sentence, soft_wrap=True, highlight=False, markup=False)
-        if found.line is not None:
-            stdout().print(f"\npaste this:\n\n    {found.line}\n", soft_wrap=True, highlight=False, markup=False)
+        for line in found.lines:
+            text = f"\n{line.outputs}: {line.speedup:.1f}× the untouched model; paste\n\n    {line.code}"
+            stdout().print(text, soft_wrap=True, highlight=False, markup=False)
     return _exit_code(document)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,28 +29,15 @@ from xfm_fast.replace.official import (
     OfficialVisionBlock,
     OfficialVocabularyHead,
 )
-from xfm_fast.replace.report import (
-    LEAST_COSINE,
-    ROW,
-    Entry,
-    Report,
-    Unknown,
-    best_seconds,
-    compare_outputs,
-    in_graphs,
-    least_cosine,
-    linear_weights,
-    mask_of,
-    model_outputs,
-    size_of,
-    unknown_layers,
-)
+from xfm_fast.replace.report import ROW, Entry, Report, Unknown, in_graphs, linear_weights, size_of, unknown_layers
 from xfm_fast.replace.stored import FrozenLinear, quantise
 from xfm_fast.replace.stored import freeze as freeze_weights
 from xfm_fast.replace.swap import (
     Fused,
     Settings,
+    counted,
     find,
+    forward_patched,
     forward_replaced,
     fused_form,
     is_fused,
@@ -60,6 +47,15 @@ from xfm_fast.replace.swap import (
 )
 from xfm_fast.replace.torch_modules import FusedLayerNorm, FusedMultiheadAttention, UnpaddedTransformerEncoder
 from xfm_fast.replace.unpadded import CutOpenClip, CutOpenClipText, CutTextModel, UnpaddedEncoder
+from xfm_fast.replace.verification import (
+    LEAST_COSINE,
+    arguments_of,
+    compare_outputs,
+    least_cosine,
+    mask_of,
+    model_outputs,
+    speedups,
+)
 
 # In order of precedence.
 FORMS: tuple[type[Fused], ...] = (
@@ -67,6 +63,8 @@ FORMS: tuple[type[Fused], ...] = (
     *(FusedLayer, OfficialTextEncoder, OfficialTextLayer, OfficialVisionBlock, OfficialEmbeddings),
     *(OfficialVocabularyHead, UnpaddedTransformerEncoder, FusedMultiheadAttention, FusedLayerNorm),
 )
+# Forms of parts: what is around them in a layer is not replaced with them.
+_PARTS = (FusedMultiheadAttention.__name__, FusedLayerNorm.__name__)
 # These register their rows at import.
 _ROWS = (transformers_rows, timm_vision)
 Selection = str | type[nn.Module] | Sequence[str | type[nn.Module]]
@@ -118,15 +116,16 @@ def accelerate(
             restores the weights bit for bit.
         cuda_graphs: replay calls without gradients, in evaluation mode, as CUDA graphs; each shape is captured at its
             first call. For models whose sizes do not depend on values; other models raise at their first call.
-        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor). The model runs on
-            it before and after, in evaluation mode; on a CPU a few times, to measure the speedup.
+        verify: a batch (keyword arguments as a mapping, positional ones as a tuple, or one tensor; for a model of
+            sentence-transformers a list of texts, or of pairs). The model runs on it before and after, in evaluation
+            mode; on a CPU several times in turn, to measure the speedup. The report says which fused modules ran.
 
     Returns:
         A report that prints as a table and can `revert()`.
 
     Raises:
-        InputError: nothing to replace, a selection that matches nothing, parameters without values, or outputs that
-            `verify` finds different. The model is unchanged then.
+        InputError: nothing to replace, a selection that matches nothing, parameters without values, or a `verify`
+            batch with different outputs or without a fused product. The model is unchanged then.
         UnavailableError: the dtype or backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
@@ -155,9 +154,8 @@ def accelerate(
         chosen = _under(chosen, include, "include")
     chosen = {path: module for path, module in chosen.items() if path not in excluded}
     with _without_former(model):
-        before, seconds, mask = {}, None, mask_of(verify)
-        if verify is not None:
-            before, seconds = model_outputs(model, verify), best_seconds(model, verify)
+        batch = None if verify is None else arguments_of(model, verify)
+        before, mask = {} if batch is None else model_outputs(model, batch), mask_of(batch)
         report, forms = _plan(model, chosen, settings)
         report._frozen, report._rounded = _install(model, forms, settings)
         if freeze and not report._frozen:
@@ -171,16 +169,22 @@ def accelerate(
                 f"dtype={kind!r} finds no linear layer to round: it supports blocks{of_size} in float32 or bfloat16, "
                 "without hooks or adapters; choose another dtype"
             )
-        if verify is not None:
+        if batch is not None:
             if kind is not None:
 
                 def cosine() -> float:
-                    return least_cosine(before, model_outputs(model, verify), mask)
+                    return least_cosine(before, model_outputs(model, batch), mask)
 
                 report._exempt = keep_within(cosine, report._rounded, kind, LEAST_COSINE)
-            after = model_outputs(model, verify)
+            with counted() as runs:
+                after = model_outputs(model, batch)
+            report.runs = {
+                entry.path: runs[module] for entry, module in zip(report.replaced, report._modules, strict=False)
+            }
+            _check_coverage(report, runs)
             report.differences, report.rounding = compare_outputs(before, after, mask, compute, kind)
-            report.speedup = None if seconds is None else seconds / (best_seconds(model, verify) or seconds)
+            if all(p.is_cpu for p in model.parameters()):
+                report.speedups, report.untimed = speedups(model, batch, partial(_original_forward, report))
         if cuda_graphs:
             model.__dict__["forward"] = CallGraphs(model.forward, model)
             report._model = model
@@ -233,6 +237,35 @@ def _install(model: nn.Module, forms: Forms, settings: Settings) -> tuple[list[F
     return frozen, [] if settings.eight_bits is None else quantise(model, fused, settings.eight_bits)
 
 
+def _check_coverage(report: Report, runs: Mapping[nn.Module, int]) -> None:
+    """Check that fused products ran on the verify batch: its outputs prove only the forms that computed them."""
+    computing = [module for module in report._modules if linear_weights(module)] or report._modules
+    if not any(runs[module] for module in computing):
+        raise InputError(
+            f"verify compared the original with itself: {report.coverage()}. The model was reverted; give a batch that "
+            "fused forms compute (without attention weights or caches as outputs), or leave verify out"
+        )
+
+
+@contextmanager
+def _original_forward(report: Report) -> Iterator[None]:
+    """Run the original forward inside, without giving up what fused forms have prepared."""
+    fused: list[nn.Module] = [*report._modules, *report._frozen]
+    classes = [type(module) for module in fused]
+    weights = {layer: nn.Parameter(layer.weight, requires_grad=False) for layer in report._frozen}
+    for module in fused:
+        object.__setattr__(module, "__class__", original_class(module))
+    for layer, weight in weights.items():
+        layer._parameters["weight"] = weight
+    try:
+        yield
+    finally:
+        for layer in weights:
+            del layer._parameters["weight"]
+        for module, kind in zip(fused, classes, strict=True):
+            object.__setattr__(module, "__class__", kind)
+
+
 class _InOneType(Fused):
     """Fused form of the root model under an explicit dtype: unfused parts run in autocast."""
 
@@ -248,6 +281,7 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
     forms: Forms = []
     total = size_of(linear_weights(model)) or 1
     reported: set[nn.Module] = set()
+    layers: list[str] = []
     inside: set[nn.Module] = set()
     for path, module in chosen.items():
         entry, form = (None, None) if module in inside else _decide(path, module, settings)
@@ -255,6 +289,8 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
             continue
         weights = linear_weights(module)
         entries.append(replace(entry, share=size_of(weights) / total))
+        if entry.fused not in _PARTS:
+            layers.append(path)
         if form is None:
             # Norms inside unrecognised layers are recognised too.
             reported.update(module.modules() if weights else ())
@@ -269,7 +305,7 @@ def _plan(model: nn.Module, chosen: dict[str, nn.Module], settings: Settings) ->
         within = [*module.modules()][1:]
         # The linear layers of an unpadded encoder are in its layers, some of which may be unknown.
         reported.update(within if computing.isdisjoint(within) else _bypassed(module, fused).values(), [module])
-    unknown = unknown_layers(model, chosen, reported)
+    unknown = unknown_layers(model, chosen, reported, layers)
     if not forms:
         raise InputError(_nothing(model, entries, unknown))
     if settings.dtype is not None and model not in modules:
@@ -294,12 +330,21 @@ def _decide(path: str, module: nn.Module, settings: Settings) -> tuple[Entry | N
         reason = form.refusal(module, settings)
         if reason is None and forward_replaced(module):
             reason = "its forward was replaced on the instance"
-        reason = reason or _why_not_values(module, form, settings)
+        reason = reason or _why_patched(module, form) or _why_not_values(module, form, settings)
         entry = Entry(path, original_class(module).__name__, form.__name__, form.benefit, reason)
         if reason is None:
             return entry, form
         left = left or entry
     return left, None
+
+
+def _why_patched(module: nn.Module, fused: type[Fused]) -> str | None:
+    """Return which class that the fused form skips got its forward from other code, or None."""
+    for name, part in {"": module, **_bypassed(module, fused)}.items():
+        kind = original_class(part)
+        if forward_patched(kind):
+            return f"{kind.__name__}.forward{f' of {name}' if name else ''} was replaced or wrapped by other code"
+    return None
 
 
 def _why_not_values(module: nn.Module, fused: type[Fused], settings: Settings) -> str | None:

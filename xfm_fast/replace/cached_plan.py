@@ -61,12 +61,20 @@ class CachedPlan:
         self.dtype, self.wide, self.parts = dtype, wide, parts
         self._links = links(layer)
         self._activation = None if parts.activation is None else parts.activation(layer)
+        self._approximate = getattr(self._activation, "approximate", None)
         needed = {id(value) for value in _weights(parts)}
         self._sources = [
             (part._parameters, name, value, value._version, value.data_ptr(), kind_of(value))
             for part in layer.modules()
             for name, value in part._parameters.items()
             if value is not None and id(value) in needed
+        ]
+        # A bias may be added later.
+        self._absent = [
+            (part._parameters, name)
+            for part in layer.modules()
+            for name, value in part._parameters.items()
+            if value is None
         ]
         self._others = [part.__dict__ for part in layer.modules() if part is not layer]
         groups = _groups(parts)
@@ -91,7 +99,11 @@ class CachedPlan:
     def is_valid(self, layer: nn.Module) -> bool:
         if self._links is not links(layer):
             return False
-        if self.parts.activation is not None and self.parts.activation(layer) is not self._activation:
+        if self.parts.activation is not None:
+            activation = self.parts.activation(layer)
+            if activation is not self._activation or getattr(activation, "approximate", None) != self._approximate:
+                return False
+        if any(owner[name] is not None for owner, name in self._absent):
             return False
         for owner, name, value, version, place, kind in self._sources:
             if owner.get(name) is not value or value._version != version or value.data_ptr() != place:
@@ -146,8 +158,9 @@ class CachedPlan:
         hidden: Any = self.parts.hidden
         return hidden(x, lambda layer, value: self._linears[id(layer)](value))
 
-    def _normed(self, x: Tensor, norm: tuple[Tensor, Tensor | None, float] | None) -> Tensor:
-        return x if norm is None else torch.layer_norm(x, self._shape, *norm)
+    def _normed(self, x: Tensor, norm: tuple[Tensor, Tensor | None, Any] | None) -> Tensor:
+        # A number may be set at any time, and leaves no trace.
+        return x if norm is None else torch.layer_norm(x, self._shape, *norm[:2], norm[2].eps)
 
     def _linear(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Linear:
         """The operands of one layer, or of several on the same input."""
@@ -162,11 +175,11 @@ class CachedPlan:
         weight = weights[0] if len(layers) == 1 else torch.cat(weights)
         return _Linear(weight, bias, int8.Prepared.of(weight, bias, gamma) if rounded else None, self.dtype)
 
-    def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
+    def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, Any] | None:
         if isinstance(norm, nn.Identity):
             return None
         dtype, bias = norm.weight.dtype if self.wide else self.dtype, norm.bias
-        return norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm.eps
+        return norm.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), norm
 
 
 def _int8_mlp(first: Any, second: Any, x: Tensor, residual: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class FusedEmbeddings(CalledByName):
         self, tokens: Tensor | None, positions: Tensor, types: Tensor | None = None, embeds: Tensor | None = None
     ) -> Tensor:
         """Token ids or word embeddings → embeddings after LayerNorm and dropout."""
+        self.count()
         module: Any = self
         table, norm = getattr(module, "token_type_embeddings", None), module.LayerNorm
         word, position = module.word_embeddings, module.position_embeddings
@@ -135,6 +136,7 @@ class VocabularyHead(CalledByName):
 
     def transformed(self, features: Tensor) -> Tensor:
         """`[..., width]` → input of the vocabulary projection."""
+        self.count()
         module, settings = cast(Any, self), self.settings
         if "transform" in self._modules:
             dense, norm, activation = (getattr(module.transform, n) for n in ("dense", "LayerNorm", "transform_act_fn"))
@@ -231,6 +233,7 @@ class FusedMaskedLM(CalledByName):
         self, head: Any, states: Tensor, labelled: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Loss and logits of states `[T, width]`; `labelled` holds rows and labels."""
+        self.count()
         skip = self.settings.skip_logits and self.training and labelled is not None
         transformed = None if skip else head.transformed(states)
         logits = None if transformed is None else head.logits(transformed)

@@ -5,13 +5,14 @@ A new family is a row (`transformers_rows`, `timm_vision`) or a call of `registe
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,10 @@ class LayerSpec:
         found = []
         for name in self.own.split():
             holder, _, last = name.rpartition(".")
-            library = import_module(holder) if holder else sys.modules[kind.__module__]
+            try:
+                library = import_module(holder) if holder else sys.modules[kind.__module__]
+            except ImportError:
+                continue
             found.append(getattr(library, last, None))
         return tuple(each for each in found if each is not None)
 
@@ -163,20 +167,40 @@ class LayerSpec:
         absent = [name for name in self.qkv if find(layer, name) is None]
         if len(self.qkv) > 3 and len(self.qkv) - len(absent) in (1, 3):
             absent = []
-        needed = (*absent, self.proj, *self.norms)
+        needed = (*absent, self.proj, *self.norms, self.attention)
         found = next((name for name in needed if find(layer, name) is None), None)
-        if found is None and self.mlp(layer) is None:
+        mlp = self.mlp(layer)
+        if found is None and mlp is None:
             return " or ".join(mlp.inner[0] for mlp in self.mlps)
+        if found is None and mlp is not None:
+            read = (
+                self.head_size,
+                self.heads,
+                self.weights_p,
+                *self.branch_p,
+                self.chunks,
+                mlp.activation,
+                mlp.dropout,
+            )
+            return next((name for name in read if name and reduce(_part, name.split("."), layer) is None), None)
         return found
 
     def unread(self, layer: nn.Module) -> str | None:
-        """The first parameter that no part covers: the row would not be the layer's whole forward."""
+        """The first parameter or module that no part covers: the row would not be the layer's whole forward."""
         if self.scores is not None or self.adjust is not None:
             return None
-        parts = (*self.linears, *self.norms, *(name for name in (*self.scales, *self.inner_norms) if name))
+        named = (*self.scales, *self.inner_norms, *self.drop_paths, *(mlp.activation for mlp in self.mlps))
+        parts = (*self.linears, *self.norms, *filter(None, named))
         read = (*parts, *(f"{part}." for part in parts), "crossattention.")
-        names = (name for name, _ in layer.named_parameters())
-        return next((name for name in names if name not in parts and not name.startswith(read)), None)
+        # Layers hold dropouts that they do not call.
+        leaves = [
+            name
+            for name, part in layer.named_modules()
+            if not part._modules and not isinstance(part, (nn.Identity, nn.Dropout))
+        ]
+        names = (*(name for name, _ in layer.named_parameters()), *leaves)
+        holders = (name for name in names if not name.startswith(read))
+        return next((name for name in holders if not any(part.startswith(f"{name}.") for part in parts)), None)
 
     def mlp(self, layer: nn.Module) -> Mlp | None:
         """The MLP form of a layer."""
@@ -232,7 +256,7 @@ def register(*specs: LayerSpec) -> None:
     """Register families of layers with `accelerate`.
 
     Raises:
-        InputError: a family without a layer name or without an MLP.
+        InputError: a family without a layer name or without an MLP, or of an unknown order.
     """
     for spec in specs:
         if "." not in spec.name or not spec.mlps:
@@ -240,6 +264,8 @@ def register(*specs: LayerSpec) -> None:
                 f"a LayerSpec needs a layer's class or 'package.Class' and at least one Mlp, not {spec.layer!r} with "
                 f"{spec.mlps!r}"
             )
+        if not callable(spec.order) and spec.order not in get_args(Order):
+            raise InputError(f"the order of {spec.name} is {spec.order!r}; choose one of {', '.join(get_args(Order))}")
         others = (other for other in _specs.get(spec.name, ()) if other.own != spec.own)
         _specs[spec.name] = (spec, *others)
     spec_of.cache_clear()
@@ -267,6 +293,7 @@ class FusedLayer(CalledByName):
     benefit: ClassVar[str] = "linear layers fused with activation, residual and norm"
     layer_spec: ClassVar[LayerSpec]
     layer_arguments: ClassVar[frozenset[str]] = frozenset()
+    required: ClassVar[frozenset[str]] = frozenset()  # arguments without a default
     returns_tuple: ClassVar[bool] = False  # the output is a tuple, with room for attention weights
 
     @classmethod
@@ -275,6 +302,10 @@ class FusedLayer(CalledByName):
         names = named["names"]
         spec = cls.__dict__.get("layer_spec") or spec_of(original)
         assert spec is not None
+        parameters = [*inspect.signature(original.forward).parameters.values()][1:]
+        required = {
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
         understood = {*names[:1], "attention_mask", spec.bias, spec.rotary, *spec.also_takes, *WITHOUT_EFFECT}
         return {
             **named,
@@ -283,6 +314,7 @@ class FusedLayer(CalledByName):
             "bypassed": spec.bypassed(original),
             "joint": spec.joint,
             "layer_arguments": frozenset(understood),
+            "required": frozenset(required),
             "returns_tuple": "output_attentions" in names,
         }
 
@@ -296,9 +328,15 @@ class FusedLayer(CalledByName):
         spec: LayerSpec = adapted["layer_spec"]
         missing = spec.missing(module)
         if missing is not None:
-            return f"this version of the library keeps {missing} elsewhere; register a LayerSpec with its names"
-        if spec.rotary and spec.rotary not in adapted["names"]:
-            return f"this version of the library makes {spec.rotary} inside of the layer"
+            return (
+                f"it has no {missing}, which its row names (its library's version may name it otherwise); register a "
+                "LayerSpec with its names"
+            )
+        absent = next((name for name in (spec.rotary, spec.bias) if name and name not in adapted["names"]), None)
+        if absent is not None:
+            return f"its forward takes no {absent}, as this version of the library makes it inside of the layer"
+        if needed := adapted["required"] - adapted["layer_arguments"]:
+            return f"its forward requires {', '.join(sorted(needed))}, which its row does not take"
         if (unread := spec.unread(module)) is not None:
             return f"the row does not cover its {unread}"
         if spec.chunks and attrgetter(spec.chunks)(module):
@@ -345,6 +383,7 @@ class FusedLayer(CalledByName):
         self, x: Tensor, attend: Attend, settings: Settings, rotary: Any = None, memory: Memory | None = None
     ) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend` and the rotary positions."""
+        self.count()
         spec, order = self.layer_spec, self.layer_order
         if memory is None and order != "behind branches" and not hasattr(attend, "windows"):
             plan = cached_plan(self, partial(spec.parts, self), x, settings, wide=order == "behind sums")
@@ -367,6 +406,10 @@ class FusedLayer(CalledByName):
         if mask is None and getattr(attention, "is_causal", getattr(attention, "is_decoder", False)):
             return None
         return Dense.of(mask, call.get(spec.bias) if spec.bias else None, implementation)
+
+
+def _part(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
 
 
 def implementation_of(layer: Any) -> str | None:

@@ -21,13 +21,13 @@ from xfm_fast.replace.adapters import is_adapted
 from xfm_fast.replace.attention import Bias, Dense, Packed, Padded, PositionTable
 from xfm_fast.replace.heads import FusedEmbeddings, VocabularyHead
 from xfm_fast.replace.layer import FusedLayer, LayerSpec, Mlp, can_run_packed
-from xfm_fast.replace.report import model_outputs, relative_error
 from xfm_fast.replace.structure import Parts
 from xfm_fast.replace.swap import (
     BANDS,
     CalledByName,
     Fused,
     Settings,
+    counted,
     find,
     has_other_arguments,
     observed,
@@ -39,6 +39,7 @@ from xfm_fast.replace.swap import (
 )
 from xfm_fast.replace.transformers_rows import BERT, row
 from xfm_fast.replace.unpadded import packed_memory, padded_memory, plan
+from xfm_fast.replace.verification import model_outputs, relative_error
 
 _LAYER_ARGUMENTS = {
     "hidden_states",
@@ -87,13 +88,10 @@ TEXT_LAYER = row(
 def is_layer(module: nn.Module) -> bool:
     """True if a module has the submodules of a BERT layer, with or without cross-attention."""
     spec = TEXT_LAYER
-    if spec.missing(module) is not None or not hasattr(find(module, "intermediate"), "intermediate_act_fn"):
+    crossed = map(spec.crossed, (*spec.qkv, spec.proj, spec.norms[0], spec.weights_p, spec.branch_p[0]))
+    if spec.missing(module) is not None:
         return False
-    named = [spec.weights_p, spec.branch_p[0]]
-    if has_cross_attention(module):
-        named += [spec.crossed(name) for name in (*spec.qkv, spec.proj, spec.norms[0], *named)]
-    whole = all(find(module, name) is not None for name in (*named, spec.branch_p[1]))
-    return whole and hasattr(find(module, "attention.self"), "num_attention_heads")
+    return not has_cross_attention(module) or all(find(module, name) is not None for name in crossed)
 
 
 def has_cross_attention(layer: nn.Module) -> bool:
@@ -199,6 +197,7 @@ class OfficialTextEncoder(CalledByName):
         packed = self._packed(call)
         if packed is None:
             return super().forward(*args, **kwargs)
+        self.count()
         (packing, attend), x = packed, call["hidden_states"]
         with self.settings.own_types(x.device):
             out = super().forward(**(call | {"hidden_states": packing.pack(x)[None], "attention_mask": attend}))
@@ -311,9 +310,7 @@ class OfficialVisionBlock(FusedLayer):
         spec, attention, drop_path = VISION_BLOCK, find(module, "attn"), find(module, "drop_path")
         if not _foreign(module) or spec.missing(module) is not None or not hasattr(module, "gamma_1"):
             return False
-        drops = (spec.weights_p, spec.branch_p[0], spec.mlps[0].dropout)
-        named = all(find(module, name) is not None for name in drops)
-        named = named and all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
+        named = all(hasattr(attention, name) for name in _BLOCK_ATTENTION)
         known = isinstance(drop_path, nn.Identity) or hasattr(drop_path, "drop_prob")
         return named and known and _argument_names(module) == _BLOCK_ARGUMENTS
 
@@ -379,11 +376,14 @@ def _why_not_equal(
         before = model_outputs(module, example, hooks=False).get("")
         swap(module, fused, Settings(settings.kernels))
         try:
-            after = model_outputs(module, example, hooks=False).get("")
+            with counted() as runs:
+                after = model_outputs(module, example, hooks=False).get("")
         finally:
             restore(module)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         return f"it failed on an example ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    if not runs[module]:
+        return "its fused form does not cover its parts"
     if before is None or after is None or before.shape != after.shape:
         return "its output shape does not match its parts"
     error = relative_error(before, after)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from statistics import median
+from typing import NamedTuple, NoReturn
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from xfm_fast.errors import InputError
 from xfm_fast.graphs import CallGraphs
 from xfm_fast.kernels.flags import EightBits, kind_of
 from xfm_fast.models.frozen import slot_of
 from xfm_fast.replace import adapters
 from xfm_fast.replace.stored import FrozenLinear
-from xfm_fast.replace.swap import BANDS, Fused, is_fused, restore
+from xfm_fast.replace.swap import Fused, is_fused, restore
 
 ROW = "register a LayerSpec to support it (xfm_fast.replace.register)"
 # Least share of the linear weights that is reported.
 _LEAST_SHARE = 0.05
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
 
 
@@ -48,8 +44,7 @@ class Unknown(NamedTuple):
     share: float
 
     def __str__(self) -> str:
-        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
-        return f"{self.class_name} ({self.paths[0]}{more}), {self.share:.0%} of the linear weights"
+        return f"{self.class_name} ({_and_more(self.paths)}), {self.share:.0%} of the linear weights"
 
 
 @dataclass
@@ -67,7 +62,9 @@ class Report:
     # largest difference of each verified output, relative to its largest value
     differences: dict[str, float] = field(default_factory=dict)
     rounding: dict[str, float] = field(default_factory=dict)  # smallest cosine of each verified output in 8 bits
-    speedup: float | None = None  # measured on the `verify` batch; None without one, and on GPUs
+    runs: dict[str, int] = field(default_factory=dict)  # calls on the `verify` batch that each fused form computed
+    speedups: list[float] = field(default_factory=list)  # of every timed round of the `verify` batch, in order of size
+    untimed: str = ""  # why the `verify` batch was not timed
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
     _frozen: list[FrozenLinear] = field(default_factory=list, repr=False)
     _eight_bits: EightBits | None = None
@@ -81,6 +78,11 @@ class Report:
         raise AttributeError("expected and expected_gains of a report are retired; use share and speedup")
 
     expected_gains = expected
+
+    @property
+    def speedup(self) -> float | None:
+        """The median of `speedups`; None without any, as on GPUs."""
+        return median(self.speedups) if self.speedups else None
 
     @property
     def replaced(self) -> list[Entry]:
@@ -120,6 +122,17 @@ class Report:
         packs = {id(packed): packed for packed, *_ in map(slot_of, filter(is_fused, self._frozen))}
         return sum(packed.numel() * packed.element_size() for packed in packs.values())
 
+    def coverage(self) -> str:
+        """Say how many fused forms computed on the `verify` batch, and name those that ran their original."""
+        idle: dict[str, list[str]] = {}
+        for entry in self.replaced:
+            if not self.runs.get(entry.path):
+                idle.setdefault(entry.class_name, []).append(entry.path)
+        count = len(self.replaced) - sum(map(len, idle.values()))
+        names = ", ".join(f"{_and_more(paths)} ({class_name})" for class_name, paths in idle.items())
+        rest = f"; the original ran in {names}" if names else ""
+        return f"{count} of {len(self.replaced)} fused modules ran{rest}"
+
     def __str__(self) -> str:
         rows = [("module", "class", "replaced by", "products", "why, or what it saves")]
         groups: dict[tuple[str, str, str], list[Entry]] = {}
@@ -132,9 +145,8 @@ class Report:
                 fate, why = "runs its original", declining[entry.path]
             groups.setdefault((entry.class_name, fate, why), []).append(entry)
         for (class_name, fate, why), entries in groups.items():
-            place, share = entries[0].path or "(the model)", sum(entry.share for entry in entries)
-            more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
-            rows.append((place + more, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", why))
+            place, share = _and_more([entry.path for entry in entries]), sum(entry.share for entry in entries)
+            rows.append((place, class_name, fate, f"{share:.0%}" if share >= 0.005 else "", why))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("─" * width for width in widths))
@@ -148,13 +160,26 @@ class Report:
             exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
             lines.append(f"{rounded} weights run in {self._eight_bits}{exempt}")
         lines.append(f"{self.share:.0%} of the linear weights are in replaced modules")
-        if self.speedup is not None:
-            lines[-1] += f"; the verify batch ran {self.speedup:.2f}× as fast"
         lines += [line for line in [adapters.summary(self._modules)] if line is not None]
+        if self.runs:
+            lines.append(f"verified: {self.coverage()}")
         costs = {name: f"has a cosine of at least {value:.4f}" for name, value in self.rounding.items()}
         costs = costs or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
         lines += [f"verified: {name or 'output'} {cost}" for name, cost in costs.items()]
+        if self.speedups:
+            # Without the extremes, which any other program on the machine makes.
+            inner = self.speedups[1:-1] if len(self.speedups) > 4 else self.speedups
+            low, high = f"{inner[0]:.1f}", f"{inner[-1]:.1f}"
+            speed = low if low == high else f"{low}–{high}"
+            rounds = f"{len(self.speedups)} rounds, before and after in turn"
+            lines.append(f"the verify batch ran {speed}× as fast ({rounds})")
+        lines += [self.untimed] if self.untimed else []
         return "\n".join(lines)
+
+
+def _and_more(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return (paths[0] or "(the model)") + more
 
 
 def in_graphs(model: nn.Module) -> bool:
@@ -173,8 +198,13 @@ def size_of(weights: Collection[nn.Parameter]) -> int:
     return sum(p.numel() for p in weights)
 
 
-def unknown_layers(model: nn.Module, chosen: dict[str, nn.Module], known: Collection[nn.Module]) -> list[Unknown]:
-    """Unrecognised repeated layers with a relevant share of the weights, largest first; no embeddings or heads."""
+def unknown_layers(
+    model: nn.Module, chosen: dict[str, nn.Module], known: Collection[nn.Module], layers: Sequence[str]
+) -> list[Unknown]:
+    """Return unrecognised repeated layers with a relevant share of the weights, largest first; no embeddings or heads.
+
+    `layers` are the paths of recognised layers and encoders: a module that holds one is no layer.
+    """
     tables = (nn.Embedding, nn.EmbeddingBag)
     matrices = {
         module: {p for p in module.parameters(recurse=False) if p.ndim > 1}
@@ -184,13 +214,12 @@ def unknown_layers(model: nn.Module, chosen: dict[str, nn.Module], known: Collec
     total = size_of(set().union(*matrices.values())) or 1
     left = {p for module in chosen.values() if module not in known for p in matrices.get(module, ())}
     siblings = Counter((path.rpartition(".")[0], type(module)) for path, module in chosen.items() if path)
-    around = [f"{path}." for path, module in chosen.items() if module in known]
     found: dict[str, Unknown] = {}
     # The innermost elements of lists come first: stages contain lists of layers. A bare linear layer does not count.
     for path, module in reversed(chosen.items()):
-        holder, _, number = path.rpartition(".")
-        repeated = number.isdigit() and siblings[holder, type(module)] > 1 and not matrices.get(module)
-        if not repeated or any(inner.startswith(f"{path}.") for inner in around):
+        holder = path.rpartition(".")[0]
+        listed = path and siblings[holder, type(module)] > 1 and isinstance(model.get_submodule(holder), _LISTS)
+        if not listed or matrices.get(module) or any(inner.startswith(f"{path}.") for inner in layers):
             continue
         own = left.intersection(module.parameters())
         left -= own
@@ -199,120 +228,3 @@ def unknown_layers(model: nn.Module, chosen: dict[str, nn.Module], known: Collec
             _, paths, share = found.get(name, Unknown(name, [], 0.0))
             found[name] = Unknown(name, [path, *paths], share + size_of(own) / total)
     return sorted((each for each in found.values() if each.share >= _LEAST_SHARE), key=lambda each: -each.share)
-
-
-LEAST_COSINE = 0.99
-"""Least cosine between every output before and after, entry by entry of a batch, for 8 bits."""
-_TIMED_RUNS, _TIMED_SECONDS = 5, 0.5
-
-
-def model_outputs(model: nn.Module, batch: Any, *, hooks: bool = True) -> dict[str, Tensor]:
-    """Floating-point outputs of a model by name, in evaluation mode, without gradients."""
-    call = model if hooks else model.forward
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            if isinstance(batch, Mapping):
-                result = call(**batch)
-            elif isinstance(batch, (tuple, list)):
-                result = call(*batch)
-            else:
-                result = call(batch)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return {name: leaf for name, leaf in _leaves(result, "") if leaf.is_floating_point()}
-
-
-def _leaves(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings, sequences and pytrees, by dotted name."""
-    if isinstance(result, Tensor):
-        yield name, result
-        return
-    if isinstance(result, Mapping):
-        parts = result.items()
-    else:
-        parts = enumerate(result if isinstance(result, (tuple, list)) else pytree.tree_leaves(result))
-    for key, value in parts:
-        if value is not result:
-            yield from _leaves(value, f"{name}.{key}" if name else str(key))
-
-
-def best_seconds(model: nn.Module, batch: Any) -> float | None:
-    """Best time of a few runs on a CPU; None on other devices."""
-    if not all(p.is_cpu for p in model.parameters()):
-        return None
-    best, until = math.inf, time.perf_counter() + _TIMED_SECONDS
-    for _ in range(_TIMED_RUNS):
-        start = time.perf_counter()
-        model_outputs(model, batch)
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > until:
-            break
-    return best
-
-
-def mask_of(batch: Any) -> Any:
-    """The attention mask of a batch, or None."""
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
-
-
-def relative_error(before: Tensor, after: Tensor) -> float:
-    """Largest difference, relative to the largest value before."""
-    if not before.numel():
-        return 0.0
-    scale, error = float(before.abs().max()), float((after.double() - before.double()).abs().max())
-    return error / scale if scale else error
-
-
-def compare_outputs(
-    before: dict[str, Tensor], after: dict[str, Tensor], mask: Any, dtype: torch.dtype | None, kind: EightBits | None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The difference of every output, and its smallest cosine in 8 bits; InputError if one exceeds rounding."""
-    differences, cosines = {}, {}
-    for name, old in before.items():
-        new, label = after.get(name), f"output {name!r}" if name else "the output"
-        if new is None or new.shape != old.shape:
-            raise InputError(
-                f"{label} was {tuple(old.shape)} and is {None if new is None else tuple(new.shape)} after "
-                "acceleration; the model was reverted"
-            )
-        old, new = without_padding(old, new, mask)
-        differences[name] = relative_error(old, new)
-        if kind is not None:
-            cosines[name] = _cosine(old, new)
-            if not cosines[name] >= LEAST_COSINE:
-                raise InputError(
-                    f"{label} has a cosine of {cosines[name]:.3f} to the original, below {LEAST_COSINE} for "
-                    f"{kind}; the model was reverted. Use exclude=… or dtype=torch.bfloat16"
-                )
-            continue
-        band = BANDS.get(dtype or old.dtype, BANDS[torch.float32])
-        if not differences[name] <= band:
-            raise InputError(
-                f"{label} differs by {differences[name]:.1e} of its largest value, more than rounding in "
-                f"{dtype or old.dtype} ({band:.0e}); the model was reverted. Use exclude=…"
-            )
-    return differences, cosines
-
-
-def least_cosine(before: dict[str, Tensor], after: dict[str, Tensor], mask: Any) -> float:
-    """Smallest cosine over all outputs; missing or misshapen outputs are skipped."""
-    pairs = [(old, after[name]) for name, old in before.items() if name in after and after[name].shape == old.shape]
-    return min((_cosine(*without_padding(old, new, mask)) for old, new in pairs), default=1.0)
-
-
-def without_padding(before: Tensor, after: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-    """Both outputs, at the real tokens of mask `[B, L]` only if they have an entry per token."""
-    by_token = isinstance(mask, Tensor) and mask.ndim == 2 and before.shape[:2] == mask.shape
-    return (before[mask.bool()], after[mask.bool()]) if by_token else (before, after)
-
-
-def _cosine(before: Tensor, after: Tensor) -> float:
-    """Smallest cosine over batch entries (or tokens); 1 if empty."""
-    if not before.numel():
-        return 1.0
-    # One vector of scalar scores.
-    rows, others = (t.double().flatten(1) if t.ndim > 1 else t.double().view(1, -1) for t in (before, after))
-    return float(F.cosine_similarity(rows, others, dim=1).min())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,8 +186,22 @@ def side_by_side(biases: list[Tensor | None], widths: list[int]) -> Tensor | Non
     return torch.cat([given[0].new_zeros(m) if b is None else b for b, m in zip(biases, widths, strict=True)])
 
 
+_counters: list[Counter[nn.Module]] = []
+
+
+@contextmanager
+def counted() -> Iterator[Counter[nn.Module]]:
+    """Context manager: the calls inside that each fused module computes itself, by module."""
+    counter: Counter[nn.Module] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters[:] = [other for other in _counters if other is not counter]
+
+
 class Fused(nn.Module):
-    """Base of fused forms. Subclasses define `forward` and call `super().forward` to decline a call."""
+    """Base of fused forms. Subclasses define `forward`; they `count` a call, or decline it by `super().forward`."""
 
     benefit: ClassVar[str] = ""  # what the form saves, in a few words
     replaces: ClassVar[tuple[str | type[nn.Module], ...]] = ()  # classes, or their `short_name`
@@ -221,6 +236,11 @@ class Fused(nn.Module):
             # A compiler cannot trace weak references, and consumers of exported graphs recognise the original.
             return not torch.compiler.is_exporting() and why_not_bypassed(self, type(self).bypassed) is None
         return _unchanged(self) or why_not_bypassed(self, type(self).bypassed) is None
+
+    def count(self) -> None:
+        """Count a call that the fused form computes, for `verify`."""
+        for counter in _counters:
+            counter[self] += 1
 
     def declines(self) -> str | None:
         """Why calls run the original now, regardless of arguments; None if they do not."""
@@ -384,6 +404,24 @@ def observed(module: nn.Module) -> bool:
 def forward_replaced(module: nn.Module) -> bool:
     """True if a `forward` on the instance hides that of its class."""
     return "forward" in module.__dict__ and not _own_forward_left_behind(module)
+
+
+def forward_patched(kind: type[nn.Module]) -> bool:
+    """Return whether the forward of a class comes from elsewhere: assigned to the class, or wrapped around its own."""
+    function: Any = kind.forward
+    if function is nn.Module.forward:
+        return False
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    libraries = {base.__module__.partition(".")[0] for base in bases}
+    while True:
+        # `functools.wraps` copies names, but not the globals; a library may decorate with functions of its own.
+        module = getattr(function, "__globals__", {}).get("__name__", "builtins")
+        if module.partition(".")[0] not in libraries:
+            return True
+        if not hasattr(function, "__wrapped__"):
+            owner = (module, function.__qualname__.rpartition(".")[0])
+            return owner not in [(base.__module__, base.__qualname__) for base in bases]
+        function = function.__wrapped__
 
 
 def _own_forward_left_behind(module: nn.Module) -> bool:

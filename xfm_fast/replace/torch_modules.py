@@ -56,6 +56,7 @@ class FusedMultiheadAttention(Fused):
         original = need_weights and (settings.dtype is None or torch.is_grad_enabled())
         if original or len(given) < 3 or (is_causal and attn_mask is None) or not self.intact():
             return super().forward(query, key, value, *rest)
+        self.count()
         with settings.own_types(query.device):
             # Self-attention is detected by identity, which the transpose below would destroy.
             same = (key is query, value is key)
@@ -149,6 +150,7 @@ class UnpaddedTransformerEncoder(Fused):
             planned = plan(~hidden, keep_first=False) if hidden.shape == padded.shape[:2] else None
         if planned is None:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
+        self.count()
         packing, _ = planned
         x = run_packed(layers, packing.pack(padded), Packed.within(packing))
         # Unpack after the norm, which would map padding to its bias.
@@ -173,6 +175,7 @@ class FusedLayerNorm(Fused):
         return None if chosen == "triton" else "PyTorch's is as fast here; a kernel replaces it on NVIDIA GPUs"
 
     def forward(self, input: Tensor) -> Tensor:
+        self.count()
         norm, settings = cast(Any, self), self.settings
         with settings.own_types(input.device):
             return apply_norm(norm, settings.operand(input), settings)

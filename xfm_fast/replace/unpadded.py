@@ -151,6 +151,7 @@ class UnpaddedEncoder(CalledByName):
         states, memory = call.get("encoder_hidden_states"), None
         if states is not None and hasattr(layers[0], "crossattention"):
             memory = packed_memory(states, None if whole_memory else memory_mask, packing)
+        self.count()
         with self.settings.own_types(mask.device):
             return self._run(call, layers, packing, mask.bool(), memory), packing
 
@@ -377,6 +378,7 @@ class CutTextModel(CalledByName):
         lengths = self._lengths(call, end)
         if lengths is None:
             return super().forward(*args, **kwargs)
+        self.count()
         ids, longest = call["input_ids"], max(lengths)
         names = [name for name in ("input_ids", "attention_mask", "position_ids") if call.get(name) is not None]
         cut = call | {name: call[name][:, :longest] for name in names}
@@ -450,6 +452,7 @@ class _CutOpenClip(Fused):
         lengths = _lengths(text, end, None)
         if lengths is None:
             return None
+        self.count()
         tower, longest = cast(Any, self), max(lengths)
         transformer, text = tower.transformer, text[:, :longest]
         read = _ends(text, end)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 transformers = pytest.importorskip("transformers")
@@ -47,6 +48,7 @@ def test_texts_of_a_folder(bert: Path, tmp_path: Path) -> None:
     done = invoke(["try", bert, *QUICK, "--inputs", texts, "--json"])
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
+    assert all(line["code"].endswith(")") for line in found["lines"])
     rows = found["document"]["rows"]
     ours = [row for row in rows if row["backend"].startswith("accelerate(")]
     assert {row["backend"] for row in ours} >= {"accelerate(model)", "accelerate(model, unpad=True, freeze=True)"}
@@ -64,36 +66,66 @@ def test_a_form_that_differs_is_not_timed(bert: Path, monkeypatch: pytest.Monkey
     done = invoke(["try", bert, *QUICK])
     assert done.exit_code == 1
     assert "no speed is reported" in done.stdout
-    assert "paste this" not in done.stdout
+    assert "; paste" not in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("rates", "dtype", "int8"),
+    ("rates", "lines"),
     [
         # On a processor without fast bf16 a larger ratio in bf16 is not a faster model.
-        ({"fp32": (10.0, 15.4), "bf16": (5.0, 11.7), "int8": (None, 40.0)}, "fp32", True),
-        ({"fp32": (10.0, 15.4), "bf16": (20.0, 30.0), "int8": (None, 30.5)}, "bf16", False),
-        ({"fp32": (10.0, 10.2), "bf16": (5.0, 9.0)}, None, False),
+        ({"fp32": (10, 15.4), "bf16": (5, 11.7), "int8": (None, 40)}, [("same outputs", 1.54), ("within 3%", 4.0)]),
+        # bf16 is another function than the model, however fast.
+        ({"fp32": (10, 15), "bf16": (20, 30), "int8": (None, 20)}, [("same outputs", 1.5), ("within 1%", 3.0)]),
+        (
+            {"fp32": (10, 15), "bf16": (20, 30), "int8": (None, 50)},
+            [("same outputs", 1.5), ("within 1%", 3.0), ("within 3%", 5.0)],
+        ),
+        ({"fp32": (10, 15), "bf16": (20, 15.2)}, [("same outputs", 1.5)]),
+        ({"fp32": (10, 10.2), "bf16": (20, 30)}, [("within 1%", 3.0)]),
+        ({"fp32": (10, 10.2), "bf16": (5, 9)}, []),
+        # The dtype that was asked for is the model's.
+        ({"bf16": (10, 20)}, [("same outputs", 2.0)]),
     ],
 )
-def test_advice_ranks_by_time(rates: dict[str, tuple[float | None, float]], dtype: str | None, int8: bool) -> None:
-    parity = Parity(error=0.01, band=0.1, passed=True, against=f"{UNTOUCHED} fp32")
+def test_advice_parts_the_same_outputs_from_rounded_ones(
+    rates: dict[str, tuple[float | None, float]], lines: list[tuple[str, float]]
+) -> None:
     common: Any = {"work": "try", "label": "", "name": "a batch", "status": "measured", "unit": "texts", "items": 1}
+    errors = {"fp32": 1e-7, "bf16": 0.0082, "int8": 0.021}
     rows = [
-        Result(backend=backend, dtype=each, seconds=[1 / rate], parity=parity, **common)
+        Result(
+            backend=backend,
+            dtype=each,
+            seconds=[1 / rate],
+            parity=Parity(error=errors[each], band=0.1, passed=True, against=f"{UNTOUCHED} fp32"),
+            **common,
+        )
         for each, pair in rates.items()
         for backend, rate in zip((UNTOUCHED, "accelerate(model)"), pair, strict=True)
         if rate is not None
     ]
     document = replace(load(RESULTS / "drop-in-cpu-avx512-zen4-2threads.json"), rows=rows)
-    line, sentences = trial.advice(document, "a batch", [])
-    assert (line is not None and "bfloat16" in line) == (dtype == "bf16")
-    assert (line is None) == (dtype is None)
-    assert any("int8" in sentence for sentence in sentences) == int8
-    if line is not None:
+    found, notes = trial.advice(document, "a batch", [])
+    assert [(line.outputs, pytest.approx(line.speedup)) for line in found] == lines
+    assert bool(found) != any("leave the model as it is" in note for note in notes)
+    for line in found:
+        assert ("bfloat16" in line.code) == (line.outputs == "within 1%" or "fp32" not in rates)
         # Pasted into a program that has imported no package.
         model = transformers.BertModel(transformers.BertConfig(vocab_size=len(WORDS), **SMALL))
-        exec(line, {"model": model})
+        exec(line.code, {"model": model})
+
+
+def test_both_lines_are_printed(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [trial.Line("same outputs", 3.94, "exact()"), trial.Line("within 1%", 5.2, "rounded()")]
+    monkeypatch.setattr(trial, "advice", lambda document, words, notes: (lines, notes))
+    printed = invoke(["try", bert, *QUICK]).stdout
+    assert "same outputs: 3.9× the untouched model; paste\n\n    exact()\n" in printed
+    assert "within 1%: 5.2× the untouched model; paste\n\n    rounded()\n" in printed
+
+
+def test_a_file_in_half_precision_is_tried_in_full(bert: Path) -> None:
+    transformers.BertModel.from_pretrained(bert).bfloat16().save_pretrained(bert)
+    assert {p.dtype for p in trial.open_model(str(bert)).model.parameters()} == {torch.float32}
 
 
 def test_images_and_both(tmp_path: Path) -> None:
