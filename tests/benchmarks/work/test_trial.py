@@ -104,7 +104,7 @@ def test_advice_parts_the_same_outputs_from_rounded_ones(
         for backend, rate in zip((UNTOUCHED, "accelerate(model)"), pair, strict=True)
         if rate is not None
     ]
-    document = replace(load(RESULTS / "drop-in-cpu-avx512-zen4-2threads.json"), rows=rows)
+    document = replace(load(RESULTS / "cpu-avx512-2threads.json"), rows=rows)
     found, notes = trial.advice(document, "a batch", [])
     assert [(line.outputs, pytest.approx(line.speedup)) for line in found] == lines
     assert bool(found) != any("leave the model as it is" in note for note in notes)
