@@ -144,6 +144,11 @@ class Run(Section):
         """Folder that relative data paths refer to."""
         raise NotImplementedError
 
+    @property
+    def initial_folder(self) -> Path | None:
+        """Folder of the initial weights, if they are in one of ours."""
+        return None if self.init.checkpoint is None else model_folder(Path(self.init.checkpoint))
+
     def make_world(self) -> None:
         """Write the shapes dataset into `data` if the recipe defines one and it is missing; run on one process."""
         if self.shapes is None:
@@ -337,7 +342,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
 def _pair_rows(recipe: Recipe) -> int:
     if "pairs" not in recipe.streams:
         raise ConfigError("auto fits the rows of the stream pairs, and there is none; give numbers")
-    return len(open_records(recipe.paths_of("pairs")))
+    return int(len(open_records(recipe.paths_of("pairs"))) * (1 - recipe.streams["pairs"].hold_out))
 
 
 def vocabulary_of(checkpoint: object) -> Path | None:
