@@ -122,7 +122,9 @@ def train(
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)
         options = recipe.optimizer
         groups = optimizer_groups(model, options, large_lr=recipe.large_lr)
-        optimizer = AdamW(groups, options.lr, options.betas, options.eps, zero_grad=options.zero_grad)
+        optimizer = AdamW(
+            groups, options.lr, options.betas, options.eps, kind=options.kind, zero_grad=options.zero_grad
+        )
         peak_lr = [group["lr"] for group in optimizer.param_groups]
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema)
         scaler = torch.amp.GradScaler(

@@ -97,6 +97,10 @@ class Init(Section):
 class OptimizerRecipe(Section):
     """AdamW and its parameter groups, as in the official code."""
 
+    kind: Literal["transformers", "torch"] = Field(
+        default="transformers",
+        description="AdamW of transformers 4.12, or that of PyTorch (official for image classification only)",
+    )
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     decay_all: bool = Field(
