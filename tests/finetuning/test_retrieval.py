@@ -223,7 +223,10 @@ def test_own_pictures_are_one_command_each(
     assert done.exit_code == 0, done.output
     given = ["data.train=own/train.csv", "init.checkpoint=runs/pretrain_csv"]
     recipe = load_finetune_recipe("retrieval_csv", given)
+    assert done.stdout.splitlines()[-1].endswith(f"xfm-fast finetune retrieval_csv {' '.join(given)}")
     assert (recipe.batch_size, recipe.epochs) == (2, 20)
+    assert recipe.choose is not None
+    assert recipe.choose.every == 50
     assert recipe.optimizer.lr == pytest.approx(2e-5 * 24**1.5 * (2 / 64) ** 0.5, rel=0.01)
     done = invoke(["finetune", "retrieval_csv", *given, "epochs=2"])
     assert done.exit_code == 0, done.output

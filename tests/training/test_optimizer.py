@@ -206,7 +206,7 @@ def test_step_reads_no_tensor_on_the_host() -> None:
     optimizer = AdamW(parameters, weight_decay=DECAY)
     for parameter in parameters:
         parameter.grad = torch.ones(3)
-    moments = Moments(*([torch.ones(3)] for _ in range(3)), [torch.tensor(1.0)])
+    moments = Moments([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.tensor(1.0)])
     with _NoWaiting():
         optimizer.step()
         adam_in_passes([torch.ones(3)], moments, LR, BETAS, EPS, corrected=True)

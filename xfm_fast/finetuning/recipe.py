@@ -172,7 +172,7 @@ def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()
             f"recipe {name_or_path} has no task, so it is none of fine-tuning; add task.kind=..., one of "
             f"{', '.join(TASKS)}, or run xfm-fast pretrain {name_or_path}"
         )
-    keys = {"batch_size": "batch_size", "epochs": "epochs", "lr": "optimizer.lr"}
+    keys = {"batch_size": "batch_size", "epochs": "epochs", "every": "choose.every", "lr": "optimizer.lr"}
     return fit_auto(FinetuneRecipe, values, keys, _training_rows)
 
 

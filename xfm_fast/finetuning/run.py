@@ -206,7 +206,9 @@ def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, 
 
 def _warn_of_trained(weights: Path | None, task: Task[Any, Any, Any, Any], splits: Mapping[str, Sequence[Any]]) -> None:
     """Warn of splits with images that the weights in a folder have been trained on."""
-    for split, records in splits.items() if weights is not None and task.image_files else ():
+    if weights is None or not task.image_files:
+        return
+    for split, records in splits.items():
         names = [*dict.fromkeys(image_names(records))]
         if shared := trained_on(weights, names, task.images):
             print(

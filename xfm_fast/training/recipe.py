@@ -37,6 +37,8 @@ from xfm_fast.training.recipe_fields import (
 R = TypeVar("R", bound="Run")
 
 _LARGEST_BATCH = 64
+# An evaluation of a tenth of the images, 1,000 at most, costs less than so many steps.
+_STEPS_OF_EVALUATION = 100
 # Stands for a number that is not known before rows are counted, and passes every check.
 _UNKNOWN = 1 << 20
 
@@ -321,15 +323,24 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         raise ConfigError(
             f"recipe {name_or_path} has a task, so it is one of fine-tuning: xfm-fast finetune {name_or_path}"
         )
-    streams, updates = values.get("streams"), values.get("updates")
+    if "streams" not in values:
+        raise ConfigError(
+            f"recipe {name_or_path} has no streams, so it is none of pretraining; add streams.NAME.kind=... and "
+            "updates=[[NAME]]. What an official file of pretraining says is in pretrain_base_4m and pretrain_base_web: "
+            "xfm-fast pretrain pretrain_base_4m data=<folder>; those of fine-tuning are read by xfm-fast finetune"
+        )
+    streams, updates, init = values.get("streams"), values.get("updates"), values.get("init")
     if isinstance(streams, dict):
+        for stream in streams.values():
+            if isinstance(stream, dict) and stream.get("losses") == "auto":
+                # Other losses pay once features tell images apart.
+                stream["losses"] = [] if isinstance(init, dict) and any(init.values()) else ["itc"]
         gone = {name for name, stream in streams.items() if stream is None}
         values["streams"] = {name: stream for name, stream in streams.items() if name not in gone}
         if gone and isinstance(updates, list):
             kept = [[name for name in update if name not in gone] for update in updates if isinstance(update, list)]
             values["updates"] = [update for update in kept if update]
     if "tokenizer" in values and values["tokenizer"] is None:
-        init = values.get("init")
         place = init.get("checkpoint") if isinstance(init, dict) else None
         found = vocabulary_of(place)
         if found is None and place is not None:
@@ -356,7 +367,8 @@ def fit_auto(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], row
     """Build a recipe, replacing `auto` values in place from the model width and dataset size.
 
     Batch size: largest power of two up to a quarter of the rows, in [2, 64]. Epochs: as many as 2,000 steps take, in
-    [5, 20]. Learning rate: 2e-5 at 768 channels and batch 64, scaled by channels^-1.5 and sqrt(batch).
+    [5, 20], or [5, 50] from random weights. Epochs between evaluations: as many as 100 steps take. Learning rate: 2e-5,
+    or 5e-5 from random weights, at 768 channels and batch 64, scaled by channels^-1.5 and sqrt(batch).
     """
 
     def value_of(key: str) -> Any:
@@ -374,9 +386,12 @@ def fit_auto(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], row
     if "batch_size" in auto:
         batch = min(_LARGEST_BATCH, 1 << max(2, count // 4).bit_length() - 1)
     per_epoch = max(1, count // batch)
-    epochs = min(20, max(5, -(-2000 // per_epoch)))
-    lr = 2e-5 * (768 / recipe.model.text_width) ** 1.5 * (batch / _LARGEST_BATCH) ** 0.5
-    fit = {"batch_size": batch, "epochs": epochs, "steps": epochs * per_epoch, "lr": f"{lr:.2e}"}
+    # From random weights more is to be learnt, and a step of ITC alone takes 0.4 of the time.
+    base, most = (5e-5, 50) if recipe.init == Init() else (2e-5, 20)
+    epochs = min(most, max(5, -(-2000 // per_epoch)))
+    lr = base * (768 / recipe.model.text_width) ** 1.5 * (batch / _LARGEST_BATCH) ** 0.5
+    every = -(-_STEPS_OF_EVALUATION // per_epoch)
+    fit = {"batch_size": batch, "epochs": epochs, "every": every, "steps": epochs * per_epoch, "lr": f"{lr:.2e}"}
     return kind(**override(values, (f"{key}={fit[name]}" for name, key in auto.items())))
 
 
