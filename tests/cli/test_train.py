@@ -48,6 +48,12 @@ def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp
     assert (tmp_path / "world/world.json").is_file()
     assert (tmp_path / "run/tokenizer.json").is_file()
     assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3]
+    # What a terminal still shows when the bar is gone.
+    losses, saved = result.stdout.splitlines()
+    assert losses.startswith("step 3  text/mlm ")
+    assert "pairs/itc" in losses
+    run = tmp_path / "run"
+    assert saved == f"saved: {run}/model; fine-tune it: xfm-fast finetune RECIPE init.checkpoint={run}"
     before = XFM.from_pretrained(tmp_path / "run/model")
     assert before.encode("a red circle").ndim == 1
 
@@ -61,6 +67,16 @@ def test_pretrain_makes_the_world_the_vocabulary_and_the_model(recipe: Path, tmp
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+
+
+def test_an_official_file_is_answered_with_the_recipe_of_the_same_run(tmp_path: Path) -> None:
+    official = tmp_path / "Pretrain.yaml"
+    official.write_text("train_file: [a.json]\nimage_res: 224\nschedular: {sched: linear, epochs: 100}\n")
+    result = invoke(["pretrain", official])
+    assert result.exit_code == 2
+    for named in ("Pretrain.yaml has no streams", "pretrain pretrain_base_4m data=", "xfm-fast finetune"):
+        assert named in result.stderr
+    assert "init.checkpoint" not in result.stderr
 
 
 def test_mistakes_are_one_line(recipe: Path) -> None:

@@ -57,6 +57,8 @@ def test_runs_are_as_the_official_code_makes_them(name: str, tmp_path: Path) -> 
     assert made.data.official_pictures
     # Only domain pretraining runs in mixed precision (Apex).
     assert made.precision == ("bf16" if name.endswith("_O1") else "fp32")
+    # The scripts of image classification alone take PyTorch's optimizer.
+    assert made.optimizer.kind == ("torch" if task.kind == "image" else "transformers")
     # `val_d` over val, testA and testB together; sets of images have no val.
     chosen = {"Grounding_bbox": ("accuracy_val", "test")} | dict.fromkeys(SETS, ("top1", "test"))
     if name in chosen:

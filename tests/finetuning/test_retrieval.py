@@ -23,6 +23,7 @@ from tests.search.conftest import write_picture
 from tests.training.small_runs import in_processes, join_group
 from xfm_fast.checkpoint import to_official
 from xfm_fast.data.annotations import RetrievalRecord, RetrievalTestRecord
+from xfm_fast.data.fingerprints import trained_on
 from xfm_fast.errors import ConfigError, InputError
 from xfm_fast.finetuning.prediction import load
 from xfm_fast.finetuning.recipe import FinetuneRecipe, load_finetune_recipe
@@ -222,7 +223,10 @@ def test_own_pictures_are_one_command_each(
     assert done.exit_code == 0, done.output
     given = ["data.train=own/train.csv", "init.checkpoint=runs/pretrain_csv"]
     recipe = load_finetune_recipe("retrieval_csv", given)
+    assert done.stdout.splitlines()[-1].endswith(f"xfm-fast finetune retrieval_csv {' '.join(given)}")
     assert (recipe.batch_size, recipe.epochs) == (2, 20)
+    assert recipe.choose is not None
+    assert recipe.choose.every == 50
     assert recipe.optimizer.lr == pytest.approx(2e-5 * 24**1.5 * (2 / 64) ** 0.5, rel=0.01)
     done = invoke(["finetune", "retrieval_csv", *given, "epochs=2"])
     assert done.exit_code == 0, done.output
@@ -231,11 +235,45 @@ def test_own_pictures_are_one_command_each(
     assert recipe.steps == 2 * 2
     task = open_task(recipe)
     held = {record.image for record in task.records(recipe.paths_of("val"), "val")}
-    (rows,) = task.rows(recipe.paths_of("train"))
+    (rows,) = task.training_rows(recipe.paths_of("train"))
     trained = {rows.read(row).image for row in range(len(rows))}
     assert (len(held), len(trained), held & trained) == (1, 4, set())
     found = json.loads(invoke(["evaluate", run, "--json"]).stdout)["val"]
     assert found == json.loads((run / "evaluation/val/metrics.json").read_text())["metrics"]
+
+
+def test_pretraining_leaves_out_what_retrieval_holds_out(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented pair of commands, and what both say where pretraining has seen the split."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"{number}.png" for number in range(24)]
+    for number, name in enumerate(names):
+        write_picture(tmp_path / name, number)
+    Path("train.csv").write_text("image,caption\n" + "".join(f"{name},a red circle\n" for name in names))
+    told = "was trained on"
+
+    def run(*command: str) -> str:
+        done = invoke([*command, "workers=0"] if command[0] != "evaluate" else [*command])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    run("pretrain", "pretrain_csv", "data=train.csv", f"init.checkpoint={pretrained}", "steps=8")
+    pairs = ("data.train=train.csv", "init.checkpoint=runs/pretrain_csv", "epochs=1")
+    assert told not in run("finetune", "retrieval_csv", *pairs)
+    assert told not in run("evaluate", "runs/retrieval_csv")
+    recipe = recipe_of(Path("runs/retrieval_csv"))
+    held = {record.image for record in open_task(recipe).records(recipe.paths_of("val"), "val")}
+    assert len(held) >= 2
+    for weights in ("runs/pretrain_csv/model", "runs/retrieval_csv/best", "runs/retrieval_csv/model"):
+        assert {*trained_on(Path(weights), names, tmp_path)} == {*names} - held, weights
+
+    leaking = ("streams.pairs.hold_out=0", "checkpoint.folder=runs/leaking", "steps=8")
+    run("pretrain", "pretrain_csv", "data=train.csv", f"init.checkpoint={pretrained}", *leaking)
+    pairs = ("data.train=train.csv", "init.checkpoint=runs/leaking", "checkpoint.folder=runs/leaked", "epochs=1")
+    message = f"leaking/model was trained on {len(held)} of the {len(held)} images of the split val"
+    assert message in run("finetune", "retrieval_csv", *pairs)
+    assert f"leaked/best was trained on {len(held)} of" in run("evaluate", "runs/leaked")
 
 
 def test_tables_folders_and_requests(small: FinetuneRecipe, task: RetrievalTask, world: Path, tmp_path: Path) -> None:

@@ -120,6 +120,30 @@ def test_rule_and_what_happens_without_a_gradient(zero_grad: str) -> None:
 
 
 @pytest.mark.parametrize("move", [adam_in_passes, adam_in_one_pass])
+def test_torch_rule_is_that_of_torch(move: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients near eps, where it matters when eps is added; parameters of other ages."""
+    monkeypatch.setattr("xfm_fast.training.optimizer.adam_in_one_pass", move)
+    torch.manual_seed(5)
+    start = [torch.randn(4, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
+    ways: list[list[nn.Parameter]] = [[nn.Parameter(value.clone()) for value in start] for _ in range(3)]
+    made = [
+        AdamW(ways[0], LR, BETAS, EPS, 0.1, kind="torch"),
+        torch.optim.AdamW(ways[1], LR, BETAS, EPS, 0.1),
+        AdamW(ways[2], LR, BETAS, EPS, 0.1),
+    ]
+    for step in range(7):
+        gradients = [torch.randn_like(value) * EPS for value in start[: 1 + step % 2]]
+        for parameters, optimizer in zip(ways, made, strict=True):
+            optimizer.zero_grad()
+            for parameter, gradient in zip(parameters, gradients, strict=False):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for ours, theirs, other in zip(*ways, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        assert (other - theirs).abs().max() > 1e-3 * (theirs - start[len(theirs) == 5]).abs().max()
+
+
+@pytest.mark.parametrize("move", [adam_in_passes, adam_in_one_pass])
 def test_error_is_that_of_rounding(move: Callable[..., None]) -> None:
     """In fp32, for parameters of different ages, against the same numbers in fp64."""
     torch.manual_seed(3)
@@ -182,8 +206,10 @@ def test_step_reads_no_tensor_on_the_host() -> None:
     optimizer = AdamW(parameters, weight_decay=DECAY)
     for parameter in parameters:
         parameter.grad = torch.ones(3)
+    moments = Moments([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.tensor(1.0)])
     with _NoWaiting():
         optimizer.step()
+        adam_in_passes([torch.ones(3)], moments, LR, BETAS, EPS, corrected=True)
     with _NoWaiting(), pytest.raises(AssertionError, match="host"):
         parameters[0].sum().item()
 

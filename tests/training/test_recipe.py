@@ -74,6 +74,7 @@ REFUSED = {
     "updates=[[text], [regions], [pairs]]": "stream images",
     "precision=fp8": "precision='fp8'",
     "init={checkpoint: a, beit2: b}": "beit2",
+    "streams.text.every=0": "streams.text.every=0",
     "steps": "'steps'",
 }
 
@@ -108,6 +109,25 @@ def test_the_shapes_world_is_made_once(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_auto_depends_on_whether_there_are_weights(tmp_path: Path) -> None:
+    """From random weights: ITC alone, for longer, at 2.5 times the learning rate."""
+    rows = "".join(f"{number}.png,a cat\n" for number in range(1600))
+    (tmp_path / "train.csv").write_text("image,caption\n" + rows)
+    sizes = ("model.preset=tiny", f"data={tmp_path}/train.csv")
+    random = load_recipe("pretrain_csv", sizes)
+    assert random.losses_of("pairs") == ("itc",)
+    assert random.optimizer.lr == pytest.approx(5e-5 * 12**1.5, rel=0.01)
+    assert random.steps == 50 * (1440 // 64)
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "config.json").write_text(XFMConfig.preset("tiny").model_dump_json())
+    given = load_recipe("pretrain_csv", (*sizes, f"init.checkpoint={tmp_path}"))
+    assert given.losses_of("pairs") == ("itc", "itm", "imlm", "mim")
+    assert given.optimizer.lr == pytest.approx(2e-5 * 12**1.5, rel=0.01)
+    assert given.steps == 20 * (1440 // 64)
+    assert load_recipe("pretrain_csv", (*sizes, "init.checkpoint=null")) == random
+    assert load_recipe("pretrain_csv", (*sizes, "streams.pairs.losses=[itc, itm]")).losses_of("pairs") == ("itc", "itm")
+
+
 def test_ablations() -> None:
     full = load_recipe(TINY)
     unguided = load_recipe(TINY, ["method.mim_guidance=false"])
@@ -117,6 +137,8 @@ def test_ablations() -> None:
     assert unguided.losses_of("images") == ()
     assert unguided.active_updates == (("text",), ("regions",), ("pairs",))
     assert unguided.updates == full.updates
+    with pytest.raises(ConfigError, match=r"streams\.NAME\.every=1"):
+        load_recipe(TINY, [f"streams.{name}.every=2" for name in full.streams])
     with pytest.raises(ConfigError, match="loss"):
         load_recipe(TINY, ["method.mim_guidance=false", *(f"streams.{n}=null" for n in ("text", "regions", "pairs"))])
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from xfm_fast.cli.console import named_progress, note
+from xfm_fast.cli.console import first_process, named_progress, note
 from xfm_fast.cli.options import UNFINISHED
 
 
@@ -34,6 +35,14 @@ def pretrain(recipe: str, /, *overrides: str) -> int:
     if result.interrupted:
         note(f"stopped after step {result.step}; the same command resumes")
         return UNFINISHED
+    if first_process():
+        losses = {name: value for name, value in result.metrics.items() if name.startswith("loss/")}
+        if losses:
+            shown = (f"{name.removeprefix('loss/')} {value:.4g}" for name, value in losses.items())
+            print(f"step {result.step}", *shown, sep="  ")
+        folder = shlex.quote(loaded.checkpoint.folder)
+        own = f"retrieval_csv data.train={shlex.quote(loaded.data)}" if Path(loaded.data).is_file() else "RECIPE"
+        print(f"saved: {folder}/model; fine-tune it: xfm-fast finetune {own} init.checkpoint={folder}")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from xfm_fast.data.files import file_of, read_json, unreadable
 from xfm_fast.errors import DataError
 
 _SHOWN, _LONGEST = 3, 60
-_LEAST_HELD_OUT, _MOST_HELD_OUT = 10, 1000
 ARRAY = "one JSON array of objects, [{...}, {...}]"
 
 
@@ -186,8 +184,9 @@ class AnnotationRows(Generic[Record]):
 
     def of_images(self, images: Collection[str], *, others: bool = False) -> AnnotationRows[Record]:
         """Rows about the given images, or with `others` all other rows."""
-        names = [each.get("image") if isinstance(each, dict) else None for each in self.elements]
-        return self.select([row for row, name in enumerate(names) if (name in images) != others])
+        named = [each if isinstance(each, dict) else {} for each in self.elements]
+        about = [any(name in images for name in each.get("images") or (each.get("image"),)) for each in named]
+        return self.select([row for row, inside in enumerate(about) if inside != others])
 
     def select(self, rows: Sequence[int]) -> AnnotationRows[Record]:
         """Some of the rows, with their labels."""
@@ -265,26 +264,6 @@ def check_images(items: Iterable[Any], root: str | os.PathLike[str]) -> None:
             f"{', '.join(map(repr, absent[:_SHOWN]))}{', ...' * (len(absent) > _SHOWN)}; check the image folder "
             "(data.images)"
         )
-
-
-def held_out(items: Iterable[Any], share: float, root: str | os.PathLike[str]) -> set[str]:
-    """Choose a validation split by image: the smallest BLAKE2 digests of relative names.
-
-    At least 10 images (or a quarter of fewer than 40), at most 1,000. The choice is independent of path and order.
-    """
-    names = {name for name in image_names(items) if os.path.isfile(file_of(os.path.join(root, name)))}
-    if len(names) < 2:
-        raise DataError(
-            f"{len(names)} images exist below {os.fspath(root)}, too few to hold some out; name the split val "
-            "(data.splits.val=<file>), or check the image folder (data.images)"
-        )
-
-    def digest(name: str) -> tuple[bytes, str]:
-        relative = os.path.relpath(os.path.join(root, name), root)
-        return hashlib.blake2b(relative.encode(), digest_size=8).digest(), name
-
-    number = max(1, int(share * len(names)), min(_LEAST_HELD_OUT, len(names) // 4))
-    return {*sorted(names, key=digest)[: min(_MOST_HELD_OUT, number)]}
 
 
 def overlap(a: Iterable[Any], b: Iterable[Any]) -> Named:

@@ -11,6 +11,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -137,6 +138,24 @@ def image_source(value: Any, options: ImageOptions) -> Path | bytes:
         raise DataError(f"{key!r} ({len(value)} characters) is no base64 ({error}); {remedy}") from None
 
 
+_observer: ContextVar[Callable[[bytes], None] | None] = ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def images_observed(observer: Callable[[bytes], None] | None) -> Iterator[None]:
+    """Pass the encoded bytes of every image that is read in the block to `observer`, if there is one."""
+    before = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(before)
+
+
+def encoded_bytes(source: Source) -> bytes:
+    """Content of an image file, undecoded."""
+    return _content(source, None)[1]
+
+
 def _content(source: Source, name: str | None) -> tuple[str, bytes]:
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
     try:
@@ -149,6 +168,8 @@ def _content(source: Source, name: str | None) -> tuple[str, bytes]:
         raise DataError(f"image {name} cannot be read ({reason}); check that it is a readable file") from None
     if not data:
         raise DataError(f"image {name} is empty (0 bytes); download or copy it again")
+    if (observe := _observer.get()) is not None:
+        observe(data)
     return name, data
 
 

@@ -66,6 +66,12 @@ class StreamOptions(Options):
     bad_share: float = Field(
         default=0.01, ge=0, le=1, description="share of broken rows per file at which the run stops"
     )
+    hold_out: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="share of the images to leave out, the same as `data.hold_out` of fine-tuning",
+    )
 
     @property
     def record_keys(self) -> dict[str, str]:

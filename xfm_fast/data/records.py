@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xfm_fast.data.annotations import AnnotationRows, Elements, read_array
 from xfm_fast.data.files import IndexedFile, Paths, check_plain, find_files, open_file, read_range, row_of
@@ -315,19 +316,23 @@ class ListRows:
 
 
 class RecordSet:
-    """Rows of several files as one sequence."""
+    """Rows of several files as one sequence, or those of them that `rows` numbers."""
 
-    def __init__(self, files: Sequence[Rows]) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[Rows], rows: NDArray[np.intp] | None = None) -> None:
+        self.files, self._rows = list(files), rows
         self._ends = np.cumsum([len(each) for each in self.files])
         if not len(self):
             raise DataError("the data hold no rows; give at least one")
 
     def __len__(self) -> int:
+        if self._rows is not None:
+            return len(self._rows)
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def locate(self, number: int) -> tuple[Rows, int]:
         """File of a row and the row number in it."""
+        if self._rows is not None:
+            number = int(self._rows[number])
         file = int(np.searchsorted(self._ends, number, side="right"))
         return self.files[file], number - (int(self._ends[file - 1]) if file else 0)
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from itertools import count
@@ -28,8 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.fingerprints import held_out
+from xfm_fast.data.images import encoded_bytes, image_source, image_values, images_observed
 from xfm_fast.data.items import ITEMS, BatchT, Items
-from xfm_fast.data.options import AnyStreamOptions, TextOptions
+from xfm_fast.data.options import AnyStreamOptions, ImageOptions, TextOptions
 from xfm_fast.data.records import Data, RecordSet, Rows, open_records
 from xfm_fast.errors import ConfigError, DataError, StorageError, XFMError
 from xfm_fast.io import parse_json
@@ -80,7 +82,8 @@ class ShuffledBatches(Generic[B_co]):
     An epoch visits every row once, up to the last full global batch; fewer rows than a global batch are repeated to
     fill one. Without `drop_last` the remainder is filled with the first rows of the epoch, as in torch's
     DistributedSampler. A broken row is replaced by the row at the same place of the next global batch and added to
-    `quarantine`. Sources with equal seeds and different `kind` draw different random numbers.
+    `quarantine`. Sources with equal seeds and different `kind` draw different random numbers. `observer` receives the
+    encoded bytes of every image.
     """
 
     def __init__(
@@ -97,13 +100,14 @@ class ShuffledBatches(Generic[B_co]):
         window: int | None = None,
         drop_last: bool = True,
         quarantine: Quarantine,
+        observer: Callable[[bytes], None] | None = None,
     ) -> None:
         if rows < 1 or not 0 <= rank < world_size or seed < 0:
             raise ConfigError(
                 f"rows={rows}, rank={rank} of world_size={world_size}, seed={seed} describe no batches; rows must be "
                 "at least 1, seed at least 0 and rank below world_size"
             )
-        self.records, self.items, self.quarantine = records, items, quarantine
+        self.records, self.items, self.quarantine, self.observer = records, items, quarantine, observer
         self._rows, self._rank, self._world_size, self._stride = rows, rank, world_size, rows * world_size
         self._seed, self._kind = seed, kind
         self._shuffle, self._window, self._drop_last = shuffle, window, drop_last
@@ -130,7 +134,8 @@ class ShuffledBatches(Generic[B_co]):
                 place = shuffled(place, of, self._seed, epoch, self._window)
             rows, row = self.records.locate(place)
             try:
-                return self.items.item(rows.read(row), item_generator(self._seed, self._kind, epoch, position))
+                with images_observed(self.observer):
+                    return self.items.item(rows.read(row), item_generator(self._seed, self._kind, epoch, position))
             except DataError as error:
                 last = error
                 self.quarantine.add(rows, row, error)
@@ -159,6 +164,7 @@ class Stream(ShuffledBatches[BatchT]):
         world_size: int = 1,
         number: int = 0,
         quarantine: Quarantine | str | os.PathLike[str] | None = None,
+        observer: Callable[[bytes], None] | None = None,
     ) -> None:
         if isinstance(options, TextOptions):
             if tokenizer is None:
@@ -172,11 +178,34 @@ class Stream(ShuffledBatches[BatchT]):
         items: Items[Any, Any, BatchT] = ITEMS[options.kind](options, config, tokenizer, batch_size)
         if not isinstance(quarantine, Quarantine):
             quarantine = Quarantine(quarantine, tolerate_bad=options.bad_share)
+        records = open_records(data, **options.record_keys)
+        if options.hold_out:
+            records = _without_held_out(records, options)
         super().__init__(
-            open_records(data, **options.record_keys), items, rows=items.rows, seed=seed, rank=rank,
-            kind=list(ITEMS).index(options.kind) + len(ITEMS) * number, world_size=world_size,
-            shuffle=options.shuffle, window=options.window, quarantine=quarantine,
-        )  # fmt: skip
+            records,
+            items,
+            rows=items.rows,
+            seed=seed,
+            rank=rank,
+            kind=list(ITEMS).index(options.kind) + len(ITEMS) * number,
+            world_size=world_size,
+            shuffle=options.shuffle,
+            window=options.window,
+            quarantine=quarantine,
+            observer=observer,
+        )
+
+
+def _without_held_out(records: RecordSet, options: AnyStreamOptions) -> RecordSet:
+    """Rows whose images are not among those that `hold_out` leaves out."""
+
+    def contents(number: int) -> Iterator[bytes]:
+        rows, row = records.locate(number)
+        if isinstance(options, ImageOptions):
+            for value in image_values(rows.read(row), options):
+                yield encoded_bytes(image_source(value, options))
+
+    return RecordSet(records.files, np.flatnonzero(~held_out(len(records), contents, options.hold_out)))
 
 
 def load_batches(source: BatchSource[B], *, start: int = 0, workers: int = 0, pin_memory: bool = False) -> Iterator[B]:

@@ -19,7 +19,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.streams import epoch_batches
 from xfm_fast.errors import ConfigError
 from xfm_fast.io import is_plain_name
-from xfm_fast.tasks.task import TASKS, AnyTask, make_task
+from xfm_fast.tasks.task import HELD_OUT, TASKS, AnyTask, make_task
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of
 from xfm_fast.training.recipe_fields import Paths, Section
@@ -45,6 +45,26 @@ class DataSection(Section):
     bad_share: float = Field(
         default=0.01, ge=0, le=1, description="share of broken elements per file at which training stops"
     )
+    hold_out: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="share of the images of `train` held out as the split val if there is none, by the smallest "
+        "digests of their bytes; at most 1,000, at least 10 of 40 or more",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_held_out(cls, values: Any) -> Any:
+        """Add the split `val` created by `hold_out`, or set it to 0 if another `val` is given."""
+        if not (isinstance(values, Mapping) and values.get("hold_out") and "train" in values):
+            return values
+        splits = values.get("splits") or {}
+        if not isinstance(splits, Mapping):
+            return values
+        if HELD_OUT not in splits:
+            return {**values, "splits": {HELD_OUT: values["train"], **splits}}
+        return values if _listed(splits[HELD_OUT]) == _listed(values["train"]) else {**values, "hold_out": 0}
 
     @field_validator("splits")
     @classmethod
@@ -73,22 +93,6 @@ class FinetuneRecipe(Run):
     batch_size: int = Field(gt=0, description="per rank and update, before accumulation splits it")
     eval_batch_size: int = Field(64, gt=0, description="records per prediction batch and rank")
     choose: Choice | None = Field(None, description="null: keep the last weights and evaluate only at the end")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_held_out(cls, values: Any) -> Any:
-        """Add the split `val` created by `task.hold_out`, or set it to 0 if another `val` is given."""
-        task, data = values.get("task"), values.get("data")
-        if not (isinstance(task, Mapping) and task.get("hold_out") and isinstance(data, Mapping) and "train" in data):
-            return values
-        splits = data.get("splits") or {}
-        if not isinstance(splits, Mapping):
-            return values
-        if "val" not in splits:
-            splits = {"val": data["train"], **splits}
-        elif _listed(splits["val"]) != _listed(data["train"]):
-            task = {**task, "hold_out": 0}
-        return {**values, "task": task, "data": {**data, "splits": splits}}
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -168,15 +172,15 @@ def load_finetune_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()
             f"recipe {name_or_path} has no task, so it is none of fine-tuning; add task.kind=..., one of "
             f"{', '.join(TASKS)}, or run xfm-fast pretrain {name_or_path}"
         )
-    keys = {"batch_size": "batch_size", "epochs": "epochs", "lr": "optimizer.lr"}
+    keys = {"batch_size": "batch_size", "epochs": "epochs", "every": "choose.every", "lr": "optimizer.lr"}
     return fit_auto(FinetuneRecipe, values, keys, _training_rows)
 
 
 def _training_rows(recipe: FinetuneRecipe) -> int:
     path = recipe.tokenizer_path()
     tokenizer = None if path is None else CaptionTokenizer.from_files(path)
-    task = make_task(recipe.task, recipe.model, tokenizer, recipe.image_folder)
-    return sum(map(len, task.rows(recipe.paths_of(STREAM))))
+    task = make_task(recipe.task, recipe.model, tokenizer, recipe.image_folder, hold_out=recipe.data.hold_out)
+    return sum(map(len, task.training_rows(recipe.paths_of(STREAM))))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -12,7 +12,15 @@ from typing import Any
 
 from xfm_fast.checkpoint import initialise, read_state_dict
 from xfm_fast.checkpoint.files import MODEL_FILE
-from xfm_fast.data.annotations import AnnotationRows, TextRecord, TextScoreRecord, overlap, overlap_of_texts
+from xfm_fast.data.annotations import (
+    AnnotationRows,
+    TextRecord,
+    TextScoreRecord,
+    image_names,
+    overlap,
+    overlap_of_texts,
+)
+from xfm_fast.data.fingerprints import fingerprint_of, trained_on
 from xfm_fast.data.records import RecordSet
 from xfm_fast.data.streams import Quarantine, ShuffledBatches, epoch_batches
 from xfm_fast.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +34,7 @@ from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training import checkpoints
 from xfm_fast.training.checkpoints import save_whole, seed_everything, whole_state
 from xfm_fast.training.distributed import Processes, join_processes
-from xfm_fast.training.loop import autocast, train
+from xfm_fast.training.loop import autocast, seen_images, train
 from xfm_fast.training.metrics import LOG_FILE, Show, read_log
 from xfm_fast.training.optimizer import WeightAverage
 from xfm_fast.training.recipe import override, position_after
@@ -53,8 +61,14 @@ def open_task(recipe: FinetuneRecipe, *, complete: bool = True) -> Task[Any, Any
         # Tasks without options from training files are evaluated without them.
         learns = options.learns and type(options).completed is not TaskOptions.completed
         options = options.completed(recipe.paths_of(STREAM) if learns else [], Path(recipe.data.root))
-    official = recipe.data.official_pictures
-    return make_task(options, recipe.model, tokenizer, recipe.image_folder, official_pictures=official)
+    return make_task(
+        options,
+        recipe.model,
+        tokenizer,
+        recipe.image_folder,
+        official_pictures=recipe.data.official_pictures,
+        hold_out=recipe.data.hold_out,
+    )
 
 
 def initial_model(recipe: FinetuneRecipe, task: Task[Any, Any, Any, Any]) -> TaskModel:
@@ -110,17 +124,25 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = True, show: Show | None =
         quarantine = Quarantine(
             folder / "quarantine" / f"{STREAM}.jsonl", tolerate_bad=recipe.data.bad_share, setting="data.bad_share"
         )
-        files = task.rows(recipe.paths_of(STREAM))
+        files = task.training_rows(recipe.paths_of(STREAM))
         if processes.first:
             annotated = [each for each in files if isinstance(each, AnnotationRows)]
             for note in (note for each in annotated for note in each.notes):
                 print(note, file=sys.stderr)
             _warn_of_overlap(annotated, records)
+            _warn_of_trained(recipe.initial_folder, task, records)
         rows = RecordSet(files)
         source = ShuffledBatches(
-            rows, task, rows=recipe.micro_batch_size(STREAM), seed=recipe.seed, rank=processes.rank,
-            world_size=processes.world_size, drop_last=task.drop_last, quarantine=quarantine,
-        )  # fmt: skip
+            rows,
+            task,
+            rows=recipe.micro_batch_size(STREAM),
+            seed=recipe.seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            drop_last=task.drop_last,
+            quarantine=quarantine,
+            observer=seen_images(folder, STREAM, processes),
+        )
         found = processes.from_first(lambda: checkpoints.newest(folder / "checkpoints")) if resume else None
         done = 0
         if found is not None:
@@ -182,6 +204,21 @@ def _warn_of_overlap(files: Sequence[AnnotationRows[Any]], splits: Mapping[str, 
             )
 
 
+def _warn_of_trained(weights: Path | None, task: Task[Any, Any, Any, Any], splits: Mapping[str, Sequence[Any]]) -> None:
+    """Warn of splits with images that the weights in a folder have been trained on."""
+    if weights is None or not task.image_files:
+        return
+    for split, records in splits.items():
+        names = [*dict.fromkeys(image_names(records))]
+        if shared := trained_on(weights, names, task.images):
+            print(
+                f"{weights} was trained on {len(shared)} of the {len(names)} images of the split {split} "
+                f"({', '.join(shared[:3])}{', ...' * (len(shared) > 3)}), so its metrics do not say how the model does "
+                "on new ones; hold them out there too (streams.NAME.hold_out, data.hold_out), or name another split",
+                file=sys.stderr,
+            )
+
+
 @dataclass
 class _EpochEnd:
     """Evaluation after an epoch and selection of the best weights."""
@@ -223,7 +260,9 @@ class _EpochEnd:
 
         earlier = self.processes.from_first(before)
         if earlier is None or metrics[choose.by] > earlier:
-            save_whole(judged, folder / "best", self.processes, files=self.explained)
+            seen = partial(fingerprint_of, folder, self.recipe.initial_folder)
+            files = self.explained | self.processes.from_first(seen)
+            save_whole(judged, folder / "best", self.processes, files=files)
         return {f"{choose.split}/{name}": value for name, value in metrics.items()}
 
 
@@ -250,6 +289,8 @@ def evaluate(
             recipe = recipe.model_copy(update={"task": _update_free(options, recipe.task)})
         task = open_task(recipe, complete=options is None)
         records = task.records(recipe.paths_of(split), split)
+        if processes.first:
+            _warn_of_trained(resolve(weights), task, {split: records})
         model = task.build().to(processes.device)
         if not load_weights(model, task, weights):
             raise CheckpointError(

@@ -25,7 +25,7 @@ from torch import Tensor
 from xfm_fast.batches import PairBatch
 from xfm_fast.checkpoint.files import model_folder
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import Annotation, AnnotationRows, RetrievalRecord, RetrievalTestRecord, held_out
+from xfm_fast.data.annotations import AnnotationRows, RetrievalRecord, RetrievalTestRecord
 from xfm_fast.data.collection import retrieval_rows, retrieval_test_rows
 from xfm_fast.data.texts import EncodedText
 from xfm_fast.errors import DataError, InputError, explain_types
@@ -221,7 +221,6 @@ def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 T = TypeVar("T")
-R = TypeVar("R", bound=Annotation)
 
 RECEIPT_FILE, SCORES_FILE = "receipt.json", "scores.safetensors"
 _RECALLS = (*(f"{side}_{x}" for side in ("txt", "img") for x in ("r1", "r5", "r10", "r_mean")), "r_mean")
@@ -284,7 +283,7 @@ class RetrievalOptions(PairOptions):
     """Retrieval."""
 
     kind: Literal["retrieval"] = "retrieval"
-    free = ("k", "columns", "rank", "hold_out")
+    free = ("k", "columns", "rank")
     k: int = Field(default=256, gt=0, description="candidate texts per image and images per text for re-ranking")
     rank: Rank | Literal["auto"] = Field(
         default="match",
@@ -292,11 +291,6 @@ class RetrievalOptions(PairOptions):
         "as in BLIP), or auto (the best on the split of `choose`)",
     )
     columns: dict[Literal["image", "caption"], str] = Field(default={}, description="renamed table columns")
-    hold_out: float = Field(
-        default=0, ge=0, lt=1,
-        description="share of `data.train` images held out as the split val if there is none, chosen by the smallest "
-        "BLAKE2 digest of the relative name; at most 1,000, at least 10 of 40 or more",
-    )  # fmt: skip
 
     @property
     def resolved_rank(self) -> Rank:
@@ -318,22 +312,14 @@ class RetrievalTask(PairTask[RetrievalOptions]):
     test_record = RetrievalTestRecord
 
     def rows(self, paths: Sequence[Path]) -> list[AnnotationRows[RetrievalRecord]]:
-        return self._split_rows(retrieval_rows(paths, split="train", columns=self._columns), held=False)
+        return retrieval_rows(paths, split="train", columns=self._columns)
 
     def test_rows(self, paths: Sequence[Path], split: str) -> list[AnnotationRows[RetrievalTestRecord]]:
-        found = retrieval_test_rows(paths, split=split, columns=self._columns)
-        return self._split_rows(found, held=True) if split == "val" else found
+        return retrieval_test_rows(paths, split=split, columns=self._columns)
 
     @property
     def _columns(self) -> dict[str, str]:
         return {str(field): column for field, column in self.options.columns.items()}
-
-    def _split_rows(self, files: list[AnnotationRows[R]], *, held: bool) -> list[AnnotationRows[R]]:
-        """Rows of images in the held-out split, or rows of all others."""
-        if not self.options.hold_out:
-            return files
-        images = held_out(files, self.options.hold_out, self.images)
-        return [each.of_images(images, others=not held) for each in files]
 
     def predict(self, model: XFM, records: Sequence[RetrievalTestRecord]) -> list[Row]:
         """Per image and text: match probability, feature cosine and the score by `rank`."""

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar, cast
 
@@ -24,7 +25,8 @@ from xfm_fast import checkpoint
 from xfm_fast.batches import TensorBatch
 from xfm_fast.checkpoint.files import TASK_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
-from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images
+from xfm_fast.data.annotations import Annotation, AnnotationRows, check_images, image_names
+from xfm_fast.data.fingerprints import contents_of, held_out
 from xfm_fast.data.images import decode_pixels, load_image
 from xfm_fast.data.records import Rows, image_at
 from xfm_fast.errors import CheckpointError, ConfigError, DataError, InputError
@@ -218,14 +220,16 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         *,
         images: Path = Path(),
         official_pictures: bool = False,
+        hold_out: float = 0,
     ) -> None:
         if self.reads_text:
             if tokenizer is None:
                 raise ConfigError(f"the task {options.kind} reads text; name its vocabulary by tokenizer=<folder>")
             tokenizer.check(config)
         self.options, self.config, self.images = options, config, images
-        self.official_pictures = official_pictures
+        self.official_pictures, self.hold_out = official_pictures, hold_out
         self._tokenizer = tokenizer
+        self._held_out: dict[tuple[str, ...], set[str]] = {}
         self.prepare()
 
     def prepare(self) -> None:
@@ -258,9 +262,29 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         """Evaluation rows, if their format differs; `split` is the name in the recipe."""
         return cast("Sequence[AnnotationRows[Any]]", self.rows(paths))
 
+    def training_rows(self, paths: Sequence[Path]) -> Sequence[Rows]:
+        """`rows` without the images that `hold_out` takes for the split `val`."""
+        return self._split(self.rows(paths), held=False) if self.hold_out else self.rows(paths)
+
+    def _split(self, files: Sequence[Any], *, held: bool) -> Sequence[AnnotationRows[Any]]:
+        """Rows of the images that are held out, or those of all others."""
+        if not self.image_files or not all(isinstance(each, AnnotationRows) for each in files):
+            raise ConfigError(
+                f"data.hold_out={self.hold_out} of the task {self.options.kind} needs files that name images; set "
+                "data.hold_out=0 and name data.splits.val"
+            )
+        names = tuple(dict.fromkeys(image_names(files)))
+        if names not in self._held_out:
+            mask = held_out(len(names), contents_of([*names], self.images), self.hold_out)
+            self._held_out[names] = {*compress(names, mask)}
+        return [each.of_images(self._held_out[names], others=not held) for each in files]
+
     def records(self, paths: Sequence[Path], split: str) -> list[RecordT]:
         """Evaluation records; a broken one or a missing image raises `DataError`."""
-        records = [record for rows in self.test_rows(paths, split) for record in rows.records()]
+        files = self.test_rows(paths, split)
+        if self.hold_out and split == HELD_OUT:
+            files = self._split(files, held=True)
+        records = [record for rows in files for record in rows.records()]
         if self.image_files:
             check_images(records, self.images)
         return records
@@ -374,6 +398,10 @@ class Task(ABC, Generic[OptionsT, RecordT, ItemT, BatchT]):
         """Images and padded texts of items, as the fields of `PairInput`."""
         ids, mask = self.padded([item.ids for item in items])
         return {"image": torch.stack([item.image for item in items]), "input_ids": ids, "attention_mask": mask}
+
+
+HELD_OUT = "val"
+"""Split of the images that `hold_out` takes from the training files."""
 
 
 class Item(NamedTuple):
@@ -502,6 +530,8 @@ def make_task(
     images: Path = Path(),
     *,
     official_pictures: bool = False,
+    hold_out: float = 0,
 ) -> Task[Any, Any, Any, Any]:
     """Create the task of completed options."""
-    return TASKS[options.kind](options, config, tokenizer, images=images, official_pictures=official_pictures)
+    kind = TASKS[options.kind]
+    return kind(options, config, tokenizer, images=images, official_pictures=official_pictures, hold_out=hold_out)

@@ -19,6 +19,7 @@ from torch import Tensor
 from xfm_fast.batches import Batch
 from xfm_fast.checkpoint import heads_in, initialise, load_pretrained_files
 from xfm_fast.checkpoint.files import MODEL_FILE, TOKENIZER_FILE, model_folder
+from xfm_fast.data.fingerprints import SeenImages, fingerprint_of
 from xfm_fast.data.records import open_records
 from xfm_fast.data.streams import BatchSource, Quarantine, Stream, load_batches
 from xfm_fast.errors import ConfigError, DataError, InputError, XFMError
@@ -121,7 +122,9 @@ def train(
         parallel = ParallelModel(model, losses_of, processes, recipe.parallel)
         options = recipe.optimizer
         groups = optimizer_groups(model, options, large_lr=recipe.large_lr)
-        optimizer = AdamW(groups, options.lr, options.betas, options.eps, zero_grad=options.zero_grad)
+        optimizer = AdamW(
+            groups, options.lr, options.betas, options.eps, kind=options.kind, zero_grad=options.zero_grad
+        )
         peak_lr = [group["lr"] for group in optimizer.param_groups]
         average = None if recipe.ema is None else WeightAverage(model, recipe.ema)
         scaler = torch.amp.GradScaler(
@@ -179,7 +182,7 @@ def train(
             for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
                 group["lr"] = lr * factor
 
-            for update in recipe.active_updates:
+            for update in recipe.updates_in(step):
                 optimizer.zero_grad()
                 losses = [(stream, part) for part in range(recipe.accumulate) for stream in update]
                 batches: dict[str, Batch] = {}
@@ -242,9 +245,11 @@ def train(
                 checkpoints.save(progress, dump, place, processes, keep=recipe.checkpoint.keep)
 
         if not interrupted:
-            save_whole(model, folder / "model", processes, files=explained_by)
+            seen = processes.from_first(lambda: fingerprint_of(folder, recipe.initial_folder))
+            files = dict(explained_by or {}) | seen
+            save_whole(model, folder / "model", processes, files=files)
             if average is not None:
-                save_whole(model, folder / "average", processes, average=average.state_dict(), files=explained_by)
+                save_whole(model, folder / "average", processes, average=average.state_dict(), files=files)
         return TrainResult(progress.step, model, average, metrics, interrupted)
 
 
@@ -329,11 +334,24 @@ def open_sources(recipe: Recipe, processes: Processes) -> dict[str, BatchSource[
                 setting=f"streams.{name}.bad_share",
             )
             sources[name] = Stream(
-                recipe.paths_of(name), options, config=recipe.model, tokenizer=tokenizer, number=number,
-                batch_size=recipe.micro_batch_size(name), seed=recipe.seed, quarantine=quarantine,
-                rank=processes.rank, world_size=processes.world_size,
-            )  # fmt: skip
+                recipe.paths_of(name),
+                options,
+                config=recipe.model,
+                tokenizer=tokenizer,
+                batch_size=recipe.micro_batch_size(name),
+                seed=recipe.seed,
+                rank=processes.rank,
+                world_size=processes.world_size,
+                number=number,
+                quarantine=quarantine,
+                observer=seen_images(folder, name, processes),
+            )
     return sources
+
+
+def seen_images(folder: Path, stream: str, processes: Processes) -> SeenImages:
+    """Return the record of the images of a stream that this process reads."""
+    return SeenImages(folder / f"seen-{stream}-{processes.rank}.bin")
 
 
 def preprocessor_file(model: XFM) -> dict[str, bytes]:

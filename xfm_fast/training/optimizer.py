@@ -58,9 +58,10 @@ class AdamW(Optimizer):
     p ← p − lr·√(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε)
     p ← p − lr·wd·p
 
-    `torch.optim.AdamW` decays before the step and adds ε after the bias correction of √v. t stays on the host, so a
-    step does not synchronise; each rank updates its own shard. `zero_grad="zeros"` sets gradients to zero, not None:
-    parameters without a gradient then keep moving by momentum and decay, as the official code does under torch < 2.0.
+    `kind="torch"` is the rule of `torch.optim.AdamW`: it decays before the step and adds ε after the bias correction of
+    √v. t stays on the host, so a step does not synchronise; each rank updates its own shard. `zero_grad="zeros"` sets
+    gradients to zero, not None: parameters without a gradient then keep moving by momentum and decay, as the official
+    code does under torch < 2.0.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        kind: Literal["transformers", "torch"] = "transformers",
         zero_grad: Literal["none", "zeros"] = "none",
     ) -> None:
         if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
@@ -78,7 +80,7 @@ class AdamW(Optimizer):
                 f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}: rates must not be negative, eps must "
                 "be positive and betas lie in [0, 1)"
             )
-        self.gradients_rest = zero_grad == "none"
+        self.kind, self.gradients_rest = kind, zero_grad == "none"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -125,9 +127,12 @@ class AdamW(Optimizer):
             steps=[state["step"] for state in states],
         )
         move = adam_in_one_pass if values[0].device.type == "cpu" else adam_in_passes
-        move(values, moments, group["lr"], group["betas"], group["eps"])
-        if group["weight_decay"]:
-            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+        decay, corrected = 1 - group["lr"] * group["weight_decay"], self.kind == "torch"
+        if corrected and decay != 1:
+            torch._foreach_mul_(values, decay)
+        move(values, moments, group["lr"], group["betas"], group["eps"], corrected=corrected)
+        if not corrected and decay != 1:
+            torch._foreach_mul_(values, decay)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -145,22 +150,38 @@ class Moments(NamedTuple):
     """Completed steps: fp32 scalars on the host."""
 
 
-def adam_in_passes(values: list[Tensor], moments: Moments, lr: float, betas: tuple[float, float], eps: float) -> None:
-    """Adam step in place with foreach ops: six passes and one temporary copy."""
+def adam_in_passes(
+    values: list[Tensor],
+    moments: Moments,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    *,
+    corrected: bool = False,
+) -> None:
+    """Adam step in place with foreach ops: six passes, one temporary copy; `corrected` adds ε to the corrected √v."""
     gradients, first, second, steps = moments
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(first, gradients, 1 - betas[0])
     torch._foreach_mul_(second, betas[1])
     torch._foreach_addcmul_(second, gradients, gradients, value=1 - betas[1])
     denominators = torch._foreach_sqrt(second)
-    torch._foreach_add_(denominators, eps)
     # One size for each parameter, since not every update reaches all; in fp64, as Python floats would be.
     taken = torch.stack(steps).double()
-    sizes = -lr * (1 - betas[1] ** taken).sqrt() / (1 - betas[0] ** taken)
-    torch._foreach_addcdiv_(values, first, denominators, sizes)
+    corrections = (1 - betas[1] ** taken).sqrt()
+    torch._foreach_add_(denominators, (eps * corrections).numpy().tolist() if corrected else eps)
+    torch._foreach_addcdiv_(values, first, denominators, -lr * corrections / (1 - betas[0] ** taken))
 
 
-def adam_in_one_pass(values: list[Tensor], moments: Moments, lr: float, betas: tuple[float, float], eps: float) -> None:
+def adam_in_one_pass(
+    values: list[Tensor],
+    moments: Moments,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    *,
+    corrected: bool = False,
+) -> None:
     """Adam step with PyTorch's fused kernel, on parameters with equal step counts (ε depends on the step)."""
     alike: dict[int, list[int]] = defaultdict(list)
     for index, taken in enumerate(host.integers(torch.stack(moments.steps).long())):
@@ -168,10 +189,21 @@ def adam_in_one_pass(values: list[Tensor], moments: Moments, lr: float, betas: t
     for taken, chosen in alike.items():
         gradients, first, second, steps = ([column[index] for index in chosen] for column in moments)
         adam(
-            [values[index] for index in chosen], gradients, first, second, [], steps, fused=True,
-            amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=0.0,
-            eps=eps / math.sqrt(1 - betas[1] ** taken), maximize=False,
-        )  # fmt: skip
+            [values[index] for index in chosen],
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=eps if corrected else eps / math.sqrt(1 - betas[1] ** taken),
+            maximize=False,
+        )
     # Unlike other operations in place, the fused ones leave the versions as they are by which cached tensors see a
     # change.
     torch.autograd.graph.increment_version([*values, *moments.first, *moments.second])

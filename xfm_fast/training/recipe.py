@@ -37,6 +37,8 @@ from xfm_fast.training.recipe_fields import (
 R = TypeVar("R", bound="Run")
 
 _LARGEST_BATCH = 64
+# An evaluation of a tenth of the images, 1,000 at most, costs less than so many steps.
+_STEPS_OF_EVALUATION = 100
 # Stands for a number that is not known before rows are counted, and passes every check.
 _UNKNOWN = 1 << 20
 
@@ -123,6 +125,10 @@ class Run(Section):
         """The streams of each update of a step."""
         raise NotImplementedError
 
+    def updates_in(self, step: int) -> tuple[tuple[str, ...], ...]:
+        """The streams of each update of a step, counted from 1, that draws a batch."""
+        return self.active_updates
+
     def losses_of(self, stream: str) -> tuple[str, ...]:
         """Losses computed on a stream."""
         raise NotImplementedError
@@ -139,6 +145,11 @@ class Run(Section):
     def folder_of_data(self) -> str:
         """Folder that relative data paths refer to."""
         raise NotImplementedError
+
+    @property
+    def initial_folder(self) -> Path | None:
+        """Folder of the initial weights, if they are in one of ours."""
+        return None if self.init.checkpoint is None else model_folder(Path(self.init.checkpoint))
 
     def make_world(self) -> None:
         """Write the shapes dataset into `data` if the recipe defines one and it is missing; run on one process."""
@@ -186,8 +197,8 @@ class Recipe(Run):
     """A pretraining run.
 
     A step runs the `updates` in order: an update sums the gradients of its streams, clips them and steps the optimizer.
-    The schedule advances once per step. The official step is `[[text], [regions, imagenet], [pairs]]`; with web data
-    `[[text], [regions, web, imagenet, pairs]]`.
+    A stream with `every: 4` is drawn in every fourth step. The schedule advances once per step. The official step is
+    `[[text], [regions, imagenet], [pairs]]`; with web data `[[text], [regions, web, imagenet, pairs]]`.
     """
 
     large_lr = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
@@ -231,6 +242,8 @@ class Recipe(Run):
                 )
         if not self.active_updates:
             raise ValueError("method.mim_guidance=false leaves no loss at all; add a stream of pairs, regions or text")
+        if not self.updates_in(1):
+            raise ValueError("no stream is drawn in step 1; set streams.NAME.every=1 for the most frequent one")
         return self
 
     def losses_of(self, stream: str) -> tuple[LossName, ...]:
@@ -245,6 +258,10 @@ class Recipe(Run):
         """`updates` without streams that compute no loss."""
         updates = (tuple(name for name in update if self.losses_of(name)) for update in self.updates)
         return tuple(update for update in updates if update)
+
+    def updates_in(self, step: int) -> tuple[tuple[str, ...], ...]:
+        drawn = (tuple(name for name in u if step % self.streams[name].every == 0) for u in self.active_updates)
+        return tuple(update for update in drawn if update)
 
     def weight_of(self, stream: str) -> float:
         return self.streams[stream].weight
@@ -306,15 +323,24 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         raise ConfigError(
             f"recipe {name_or_path} has a task, so it is one of fine-tuning: xfm-fast finetune {name_or_path}"
         )
-    streams, updates = values.get("streams"), values.get("updates")
+    if "streams" not in values:
+        raise ConfigError(
+            f"recipe {name_or_path} has no streams, so it is none of pretraining; add streams.NAME.kind=... and "
+            "updates=[[NAME]]. What an official file of pretraining says is in pretrain_base_4m and pretrain_base_web: "
+            "xfm-fast pretrain pretrain_base_4m data=<folder>; those of fine-tuning are read by xfm-fast finetune"
+        )
+    streams, updates, init = values.get("streams"), values.get("updates"), values.get("init")
     if isinstance(streams, dict):
+        for stream in streams.values():
+            if isinstance(stream, dict) and stream.get("losses") == "auto":
+                # Other losses pay once features tell images apart.
+                stream["losses"] = [] if isinstance(init, dict) and any(init.values()) else ["itc"]
         gone = {name for name, stream in streams.items() if stream is None}
         values["streams"] = {name: stream for name, stream in streams.items() if name not in gone}
         if gone and isinstance(updates, list):
             kept = [[name for name in update if name not in gone] for update in updates if isinstance(update, list)]
             values["updates"] = [update for update in kept if update]
     if "tokenizer" in values and values["tokenizer"] is None:
-        init = values.get("init")
         place = init.get("checkpoint") if isinstance(init, dict) else None
         found = vocabulary_of(place)
         if found is None and place is not None:
@@ -327,7 +353,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
 def _pair_rows(recipe: Recipe) -> int:
     if "pairs" not in recipe.streams:
         raise ConfigError("auto fits the rows of the stream pairs, and there is none; give numbers")
-    return len(open_records(recipe.paths_of("pairs")))
+    return int(len(open_records(recipe.paths_of("pairs"))) * (1 - recipe.streams["pairs"].hold_out))
 
 
 def vocabulary_of(checkpoint: object) -> Path | None:
@@ -341,7 +367,8 @@ def fit_auto(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], row
     """Build a recipe, replacing `auto` values in place from the model width and dataset size.
 
     Batch size: largest power of two up to a quarter of the rows, in [2, 64]. Epochs: as many as 2,000 steps take, in
-    [5, 20]. Learning rate: 2e-5 at 768 channels and batch 64, scaled by channels^-1.5 and sqrt(batch).
+    [5, 20], or [5, 50] from random weights. Epochs between evaluations: as many as 100 steps take. Learning rate: 2e-5,
+    or 5e-5 from random weights, at 768 channels and batch 64, scaled by channels^-1.5 and sqrt(batch).
     """
 
     def value_of(key: str) -> Any:
@@ -359,9 +386,12 @@ def fit_auto(kind: type[R], values: dict[str, Any], keys: Mapping[str, str], row
     if "batch_size" in auto:
         batch = min(_LARGEST_BATCH, 1 << max(2, count // 4).bit_length() - 1)
     per_epoch = max(1, count // batch)
-    epochs = min(20, max(5, -(-2000 // per_epoch)))
-    lr = 2e-5 * (768 / recipe.model.text_width) ** 1.5 * (batch / _LARGEST_BATCH) ** 0.5
-    fit = {"batch_size": batch, "epochs": epochs, "steps": epochs * per_epoch, "lr": f"{lr:.2e}"}
+    # From random weights more is to be learnt, and a step of ITC alone takes 0.4 of the time.
+    base, most = (5e-5, 50) if recipe.init == Init() else (2e-5, 20)
+    epochs = min(most, max(5, -(-2000 // per_epoch)))
+    lr = base * (768 / recipe.model.text_width) ** 1.5 * (batch / _LARGEST_BATCH) ** 0.5
+    every = -(-_STEPS_OF_EVALUATION // per_epoch)
+    fit = {"batch_size": batch, "epochs": epochs, "every": every, "steps": epochs * per_epoch, "lr": f"{lr:.2e}"}
     return kind(**override(values, (f"{key}={fit[name]}" for name, key in auto.items())))
 
 

@@ -47,6 +47,7 @@ class Stream(StreamOptions):
         description="factor of the stream's summed losses, including box losses (the official code excludes "
         "them; its published weights are 1)",
     )
+    every: int = Field(default=1, gt=0, description="steps from one draw to the next: 4 draws in a quarter of them")
     losses: tuple[LossName, ...] = Field(default=(), description="default: all losses of the kind")
 
     @model_validator(mode="after")
@@ -96,6 +97,10 @@ class Init(Section):
 class OptimizerRecipe(Section):
     """AdamW and its parameter groups, as in the official code."""
 
+    kind: Literal["transformers", "torch"] = Field(
+        default="transformers",
+        description="AdamW of transformers 4.12, or that of PyTorch (official for image classification only)",
+    )
     lr: float = Field(default=1e-4, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     decay_all: bool = Field(

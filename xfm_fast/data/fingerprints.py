@@ -1,0 +1,109 @@
+"""Fingerprints of images: which are held out of training, and which weights have been trained on.
+
+An image is its encoded bytes, so that tables, folders, lines and shards that hold it agree, whatever its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from itertools import compress
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xfm_fast.data.images import encoded_bytes
+from xfm_fast.data.records import image_at
+from xfm_fast.errors import CheckpointError, DataError
+from xfm_fast.io import require_file, storing
+
+FINGERPRINT_FILE = "trained_images.bin"
+"""Sorted digests of the images that the weights in a folder have been trained on."""
+
+_LEAST_HELD_OUT, _MOST_HELD_OUT = 10, 1000
+# Of each loader process and of a whole fingerprint, which then has 128 MB.
+_MOST_OF_PROCESS, _MOST = 1 << 20, 1 << 24
+_DIGEST = np.dtype(">u8")
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST.itemsize).digest()
+
+
+def _digests(rows: int, contents: Callable[[int], Iterable[bytes]]) -> list[list[bytes]]:
+    """Return the digests of the images of each row; none for a row that cannot be read."""
+
+    def of_row(row: int) -> list[bytes]:
+        try:
+            return [_digest(content) for content in contents(row)]
+        except DataError:
+            return []
+
+    with ThreadPool() as pool:
+        return pool.map(of_row, range(rows))
+
+
+def held_out(rows: int, contents: Callable[[int], Iterable[bytes]], share: float) -> NDArray[np.bool_]:
+    """Return the mask of rows to hold out: those with an image whose digest is below `share` of the largest possible.
+
+    At least 10 images (or a quarter of fewer than 40) and at most 1,000, by the smallest digests. Between these limits,
+    whether an image is held out depends on no other one.
+    """
+    digests = _digests(rows, contents)
+    ordered = sorted({digest for row in digests for digest in row})
+    if len(ordered) < 2:
+        raise DataError(f"{len(ordered)} of {rows} images can be read, too few to hold some out; set hold_out=0")
+    least = max(1, min(_LEAST_HELD_OUT, len(ordered) // 4))
+    below = bisect_left(ordered, int(share * 2**64).to_bytes(8, "big"))
+    held = {*ordered[: min(_MOST_HELD_OUT, max(least, below))]}
+    return np.array([not held.isdisjoint(row) for row in digests])
+
+
+def contents_of(names: list[str], root: Path) -> Callable[[int], Iterable[bytes]]:
+    """Return the function that reads the image of a name below `root` (see `image_at`)."""
+    return lambda row: [encoded_bytes(image_at(root / names[row]))]
+
+
+class SeenImages:
+    """Record of the images that the processes of a loader read: a file of digests, which outlives a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digests: set[bytes] = set()
+
+    def __call__(self, content: bytes) -> None:
+        """Record an encoded image."""
+        digest = _digest(content)
+        if digest not in self._digests and len(self._digests) < _MOST_OF_PROCESS:
+            self._digests.add(digest)
+            with storing(self.path, "set checkpoint.folder to another folder"), self.path.open("ab") as file:
+                file.write(digest)
+
+
+def read_fingerprint(path: Path) -> NDArray[np.uint64]:
+    """Return the digests in a file; none where there is no file."""
+    try:
+        content = require_file(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        content = b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); delete it, or copy the folder again") from None
+    return np.frombuffer(content, _DIGEST, len(content) // _DIGEST.itemsize)
+
+
+def fingerprint_of(run: Path, initial: Path | None) -> dict[str, bytes]:
+    """Return the fingerprint of what a run and the folder of its initial weights have seen, by file name."""
+    paths = [*run.glob("seen-*.bin"), *([] if initial is None else [initial / FINGERPRINT_FILE])]
+    digests = np.unique(np.concatenate([np.zeros(0, _DIGEST), *map(read_fingerprint, paths)]))[:_MOST]
+    return {FINGERPRINT_FILE: digests.astype(_DIGEST).tobytes()} if len(digests) else {}
+
+
+def trained_on(folder: Path, names: list[str], root: Path) -> list[str]:
+    """Return the names of images below `root` that the weights in a folder have been trained on."""
+    fingerprint = read_fingerprint(folder / FINGERPRINT_FILE)
+    rows = _digests(len(names), contents_of(names, root)) if len(fingerprint) else []
+    mask = np.isin(np.frombuffer(b"".join(map(b"".join, rows)), _DIGEST), fingerprint)
+    return [*compress([name for name, row in zip(names, rows, strict=False) if row], mask)]
