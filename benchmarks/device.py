@@ -389,9 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="of the source, if git is missing [$XFM_COMMIT]")
     options = parser.parse_args(arguments)
     if options.prepare is not None:
-        from .device_kernels import prepare
-
-        return prepare(options.prepare, options.arch)
+        preparation = importlib.import_module("xfm_fast.benchmarks.device_kernels")
+        return preparation.prepare(options.prepare, options.arch)
     if options.out is None:
         parser.error("name a folder for the results with --out, or for kernels with --prepare")
     if options.kernels is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import threading
@@ -176,9 +177,8 @@ def _compiler_fault(device: str, index: int | None) -> str | None:
     fault = compiler_fault(10 * major + minor)
     if fault is None or not os.environ.get("XFM_PREPARED_KERNELS"):
         return fault
-    from .prepared import why_not
-
-    why = why_not(10 * major + minor)
+    # By name: it imports this module.
+    why = importlib.import_module(f"{__package__}.prepared").why_not(10 * major + minor)
     return None if why is None else f"{fault}; {why}"
 
 

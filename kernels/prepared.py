@@ -75,16 +75,18 @@ class Launch:
         parts = self.module, self.kernel, self.signature, sorted(self.constants, key=lambda each: each[0]), attrs
         return json.dumps(parts, sort_keys=True)
 
-    def sources(self) -> list[Any]:
-        """Return what Triton compiles: with and without the empty attributes that some versions have."""
-        from triton.compiler import ASTSource
-
+    @property
+    def source(self) -> Any:
+        """What Triton compiles."""
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        if not hasattr(kernel, "cache_key"):
-            raise InputError("kernels are interpreted in this process; unset TRITON_INTERPRET")
         constants, attrs = ({tuple(path): value for path, value in each} for each in (self.constants, self.attrs))
-        stripped = {path: value for path, value in attrs.items() if value}
-        return [ASTSource(kernel, self.signature, constants, each) for each in (attrs, stripped)]
+        return _source(kernel, self.signature, constants, attrs)
+
+
+def _source(*parts: Any) -> Any:
+    from triton.compiler import ASTSource
+
+    return ASTSource(*parts)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _compile(launch: Launch, arch: int) -> tuple[bytes, str, int]:
     from triton.backends.compiler import GPUTarget
 
     options = {name: value for name, value in launch.options.items() if value is not None}
-    compiled: Any = triton.compile(launch.sources()[0], target=GPUTarget("cuda", arch, 32), options=options)
+    compiled: Any = triton.compile(launch.source, target=GPUTarget("cuda", arch, 32), options=options)
     return compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared
 
 
@@ -246,43 +248,54 @@ def why_not(arch: int) -> str | None:
 def install(folder: Path, arch: int) -> Manifest:
     """Let Triton take the binaries of a folder in this process, and check every launch of our kernels."""
     from triton import knobs
-    from triton.runtime.cache import get_override_manager
 
+    runtime: Any = knobs.runtime
     manifest = read(folder, arch)
-    if not hasattr(knobs.runtime, "jit_post_compile_hook") or not hasattr(knobs.compilation, "override"):
+    if not hasattr(runtime, "jit_post_compile_hook") or not hasattr(knobs.compilation, "override"):
         raise InputError(f"Triton {compiler_versions(arch)[0]} is too old for prepared kernels; install triton >= 3.6")
-    # Its keys depend on the version of Triton, so that it is made where it is used.
-    scratch = tempfile.TemporaryDirectory(prefix="xfm-kernels-")
-    knobs.compilation.override, knobs.cache.override_dir = True, scratch.name
-    for launch in manifest.launches:
-        for source in launch.sources():
-            manager: Any = get_override_manager(source.hash())
-            place = Path(manager._make_path(f"{source.name[:150]}.cubin"))
-            if not place.is_symlink():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.symlink_to((folder / launch.file).resolve())
-    launches = {launch.key: launch for launch in manifest.launches}
-    knobs.runtime.jit_post_compile_hook = _Check(launches, knobs.runtime.jit_post_compile_hook, scratch)
+    overriding = _Overriding(folder.resolve(), {launch.key: launch for launch in manifest.launches})
+    knobs.compilation.override, knobs.cache.override_dir = True, overriding.scratch.name
+    runtime.jit_cache_hook = _chained(overriding.before, runtime.jit_cache_hook)
+    runtime.jit_post_compile_hook = _chained(overriding.after, runtime.jit_post_compile_hook)
     return manifest
 
 
-@dataclass
-class _Check:
-    """Called by Triton between the compilation of a kernel and its first launch."""
+def _chained(hook: Callable[..., None], other: Any) -> Any:
+    def both(*, key: Any, fn: Any, compile: dict[str, Any], **rest: Any) -> Any:
+        if fn.jit_function.fn.__module__.startswith(f"{__package__}.triton."):
+            hook(key, fn, compile)
+        return None if other is None else other(key=key, fn=fn, compile=compile, **rest)
 
-    launches: dict[str, Launch]
-    before: Any
-    scratch: Any  # it lives as long as this
+    return both
 
-    def __call__(self, *, key: Any, fn: Any, compile: dict[str, Any], **rest: Any) -> Any:
-        kernel = fn.jit_function
-        if kernel.fn.__module__.startswith(f"{__package__}.triton."):
-            compiled = kernel.device_caches[compile["device"]][0]
-            if fault := _why_refused(compiled[key], self.launches.get(Launch.of(fn, compile).key)):
-                # The next launch would find it there.
-                del compiled[key]
-                raise NotPreparedError(f"{kernel.fn.__qualname__} {fault}")
-        return None if self.before is None else self.before(key=key, fn=fn, compile=compile, **rest)
+
+class _Overriding:
+    """What Triton calls before and after it compiles one of our kernels for its first launch."""
+
+    def __init__(self, folder: Path, launches: dict[str, Launch]) -> None:
+        self.folder, self.launches = folder, launches
+        self.scratch = tempfile.TemporaryDirectory(prefix="xfm-kernels-")
+
+    def before(self, key: Any, fn: Any, compile: dict[str, Any]) -> None:
+        """Lay the binary where Triton looks for one: its key depends on its version."""
+        from triton.runtime.cache import get_override_manager
+
+        if launch := self.launches.get(Launch.of(fn, compile).key):
+            parts = compile["signature"], compile["constants"], compile["configs"][0]
+            source = _source(fn.jit_function, *parts)
+            manager: Any = get_override_manager(source.hash())
+            place = Path(manager._make_path(f"{source.name[:150]}.cubin"))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                place.symlink_to(self.folder / launch.file)
+
+    def after(self, key: Any, fn: Any, compile: dict[str, Any]) -> None:
+        """Raise an error if the kernel must not be launched."""
+        compiled = fn.jit_function.device_caches[compile["device"]][0]
+        if fault := _why_refused(compiled[key], self.launches.get(Launch.of(fn, compile).key)):
+            # The next launch would find it there.
+            del compiled[key]
+            raise NotPreparedError(f"{fn.jit_function.fn.__qualname__} {fault}")
 
 
 def _why_refused(compiled: Any, launch: Launch | None) -> str | None:

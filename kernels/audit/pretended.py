@@ -35,8 +35,8 @@ class PretendedGPU:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def pretend(arch: int, ask: Callable[..., bool]) -> Callable[..., Any]:
-    """Specialise every later launch of this process for an architecture, compile it if `ask` returns False, end there.
+def pretend(arch: int, ask: Callable[..., bool] | None = None) -> Callable[..., Any]:
+    """Specialise every later launch of this process for an architecture, compile it unless `ask` returns True, no more.
 
     The operations take tensors in main memory by the backend `triton`. `ask` gets the arguments of Triton's
     `jit_cache_hook`. Returns what launches go through, to be wrapped in its turn.
@@ -58,5 +58,6 @@ def pretend(arch: int, ask: Callable[..., bool]) -> Callable[..., Any]:
         return launch(kernel, *given, **{**named, "warmup": True})
 
     changed.run = run  # type: ignore[method-assign]
-    knobs.runtime.jit_cache_hook = ask
+    if ask is not None:
+        knobs.runtime.jit_cache_hook = ask
     return run
