@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -140,7 +140,10 @@ def _empty_product(left: int) -> Callable[..., torch.Tensor]:
 
 
 def write(
-    folder: Path, purposes: dict[str, Sequence[Launch]], arch: int, progress: Callable[[str], None] = lambda line: None
+    folder: Path,
+    purposes: Mapping[str, Sequence[Launch]],
+    arch: int,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Compile the launches of every purpose, and write those that need it into the folder; the manifest last.
 
