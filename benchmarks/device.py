@@ -2,13 +2,15 @@
 
     python3 -m xfm_fast.benchmarks.device --budget 540 --out DIR
 
-This module needs only the standard library. Every stage is a process with a limit of its own, so that one that hangs,
-dies or lacks a package is a row with the reason, and the next one begins.
+Where the machine's compilers make attention wrong, `--prepare FOLDER`, elsewhere and before, makes its kernels for
+`--kernels FOLDER` here. This module needs only the standard library. Every stage is a process with a limit of its own,
+so that one that hangs, dies or lacks a package is a row with the reason, and the next one begins.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -36,6 +38,8 @@ ROWS, LOG, TABLE, DOCUMENT = "rows.jsonl", "log.txt", "table.txt", "device.json"
 _END_S, _GRACE_S = 2.0, 3.0
 # A stage with less than this, or than a tenth of its share, would only load its packages.
 _LEAST_S = 4.0
+# The exit code of a stage whose kernels may not run.
+_NOT_PREPARED = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Stage:
 
     `seconds` is its share of a budget of 540 (what it leaves goes to later stages), `program` a function of
     `device_stages` or `module:function`, which takes a `Context`. It needs packages, a tool on the PATH
-    or a GPU, and is a row `absent` without them.
+    or a GPU, and is a row `absent` without them, as it is without trustworthy kernels of attention if it is nothing
+    but a measurement of them.
     """
 
     name: str
@@ -53,21 +58,23 @@ class Stage:
     needs: tuple[str, ...] = ("torch",)
     tool: str | None = None
     gpu: bool = False
+    attends: bool = False
 
 
 _KERNELS, _MODEL = ("torch", "triton"), ("torch", "pydantic")
 # What decides whether times are worth anything comes first, the longest last.
 STAGES = (
-    Stage("machine", 30, "describe_machine", ("torch", "psutil")),
+    Stage("check", 20, "check_stages"),
+    Stage("machine", 10, "describe_machine", ("torch", "psutil")),
     Stage("ceilings", 20, "measure_ceilings"),
     Stage("precompile", 50, "compile_launches", _KERNELS, gpu=True),
     Stage("tests", 150, "run_tests", (*_KERNELS, "pytest")),
-    Stage("sanitizer", 25, "run_sanitizer", _KERNELS, "compute-sanitizer", gpu=True),
+    Stage("sanitizer", 25, "run_sanitizer", _KERNELS, "compute-sanitizer", gpu=True, attends=True),
     Stage("operations", 95, "measure_ops"),
-    Stage("encoder", 50, "measure_encoder", _MODEL),
-    Stage("step", 30, "measure_training_step", _MODEL),
-    Stage("coco", 50, "rerank_coco", _MODEL),
-    Stage("tune", 40, "tune_kernels", _KERNELS, gpu=True),
+    Stage("encoder", 50, "measure_encoder", _MODEL, attends=True),
+    Stage("step", 30, "measure_training_step", _MODEL, attends=True),
+    Stage("coco", 50, "rerank_coco", _MODEL, attends=True),
+    Stage("tune", 40, "tune_kernels", _KERNELS, gpu=True, attends=True),
 )
 
 
@@ -80,6 +87,7 @@ class Context:
     small: bool
     out: Path
     deadline: float
+    dtype_name: str = ""
 
     @property
     def left(self) -> float:
@@ -95,8 +103,8 @@ class Context:
 
     @property
     def dtype(self) -> str:
-        """The dtype of the model: bf16 on a GPU."""
-        return "bf16" if self.device_name == "cuda" else "fp32"
+        """The dtype of the model: bf16 on a GPU, unless one is given."""
+        return self.dtype_name or ("bf16" if self.device_name == "cuda" else "fp32")
 
     def add(self, work: str, name: str, backend: str, **fields: Any) -> None:
         """Append a row; see `make_row`."""
@@ -107,7 +115,7 @@ class Context:
         self.add(work, name, backend, status="absent", reason="no time was left for it in this stage", **fields)
 
     def append(self, **content: Any) -> None:
-        """Append a `row` or facts about the `machine`."""
+        """Append a `row`, facts about the `machine`, or reasons why stages are `absent`, by name."""
         append_entry(self.out / ROWS, self.stage, **content)
 
     def command(self, program: str, *, small: bool) -> list[str]:
@@ -129,7 +137,14 @@ def run_stage(settings: str) -> int:
     module, _, function = given["program"].rpartition(":")
     program = getattr(importlib.import_module(module or "xfm_fast.benchmarks.device_stages"), function)
     deadline = time.monotonic() + given["seconds"]
-    program(Context(given["stage"], given["device"], given["small"], Path(given["out"]), deadline))
+    try:
+        program(Context(given["stage"], given["device"], given["small"], Path(given["out"]), deadline))
+    except Exception as error:
+        prepared = sys.modules.get("xfm_fast.kernels.prepared")
+        if prepared is None or not isinstance(error, prepared.NotPreparedError):
+            raise
+        print(error)
+        return _NOT_PREPARED
     return 0
 
 
@@ -189,7 +204,7 @@ def run(plan: Plan) -> int:
     # Rows of an earlier run do not belong to this one.
     rows.unlink(missing_ok=True)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    interrupted, fine = False, True
+    interrupted, fine, absent = False, True, dict[str, str]()
     status: Status
     with (plan.out / LOG).open("wb") as log:
         for number, stage in enumerate(plan.stages):
@@ -198,7 +213,7 @@ def run(plan: Plan) -> int:
             allowed = remaining * stage.seconds / sum(other.seconds for other in plan.stages[number:])
             if interrupted:
                 status, reason = "absent", "the run was interrupted"
-            elif (missing := why_absent(stage, plan.device)) is not None:
+            elif (missing := why_absent(stage, plan.device) or absent.get(stage.name)) is not None:
                 status, reason = "absent", missing
             elif allowed < min(_LEAST_S, stage.seconds / 10):
                 status, reason = "absent", f"{max(0, remaining):.0f} s of the budget are left"
@@ -215,6 +230,8 @@ def run(plan: Plan) -> int:
                 "stage", f"stage {stage.name}", "device", status=status, reason=reason, unit="stages", seconds=seconds
             )
             append_entry(rows, stage.name, row=plain(row))
+            for entry in read_entries(rows):
+                absent |= entry.get("absent", {})
             print(f"{stage.name}: {status} in {spent:.0f} s{f', {reason}' if reason else ''}", flush=True)
     document = _document(plan, date, time.monotonic() - begun, interrupted)
     table = format_table(document)
@@ -246,7 +263,10 @@ def _run_stage(stage: Stage, plan: Plan, log: IO[bytes], allowed: float) -> tupl
     command = stage_command(stage.program, stage.name, plan.device, plan.small, plan.out.resolve(), own)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Later stages find what earlier ones compiled; a folder named by the user may come from another machine.
-    environment.setdefault("TRITON_CACHE_DIR", str((plan.out / "triton").resolve()))
+    prepared = Path(environment.get("XFM_PREPARED_KERNELS", ""), "manifest.json")
+    # A kernel that Triton finds in its cache is not replaced by a prepared one.
+    cache = f"triton-{hashlib.sha256(prepared.read_bytes()).hexdigest()[:8]}" if prepared.is_file() else "triton"
+    environment.setdefault("TRITON_CACHE_DIR", str((plan.out / cache).resolve()))
     # The stage imports this package from where this process did, installed or not.
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment["PYTHONUNBUFFERED"] = "1"
@@ -268,6 +288,8 @@ def _run_stage(stage: Stage, plan: Plan, log: IO[bytes], allowed: float) -> tupl
     if code == 0:
         return "measured", None
     lines = [line for line in Path(log.name).read_text(errors="replace").splitlines() if line.strip()]
+    if code == _NOT_PREPARED:
+        return "absent", lines[-1].strip()[:300]
     return "failed", f"exit code {code}: {lines[-1].strip()[:300]}"
 
 
@@ -352,12 +374,27 @@ def main(arguments: list[str] | None = None) -> int:
         "measured; a table and a document for xfm-fast bench report end the run.",
     )
     parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="for everything [540]")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="receives rows, log, table and document")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="receives rows, log, table and document")
+    parser.add_argument("--kernels", type=Path, metavar="FOLDER", help="that --prepare wrote [$XFM_PREPARED_KERNELS]")
+    parser.add_argument(
+        "--prepare",
+        type=Path,
+        metavar="FOLDER",
+        help="only compile the kernels of all stages into FOLDER, without a GPU, for a machine with an older Triton",
+    )
+    parser.add_argument("--arch", type=int, default=90, help="to prepare for: ten times the compute capability [90]")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses the program [cuda]")
     parser.add_argument("--small", action="store_true", help="shapes of milliseconds, to see that everything runs")
     parser.add_argument("--stages", default=",".join(names), metavar="NAMES", help=f"only these: {', '.join(names)}")
     parser.add_argument("--commit", help="of the source, if git is missing [$XFM_COMMIT]")
     options = parser.parse_args(arguments)
+    if options.prepare is not None:
+        preparation = importlib.import_module("xfm_fast.benchmarks.device_kernels")
+        return preparation.prepare(options.prepare, options.arch)
+    if options.out is None:
+        parser.error("name a folder for the results with --out, or for kernels with --prepare")
+    if options.kernels is not None:
+        os.environ["XFM_PREPARED_KERNELS"] = str(options.kernels.resolve())
     chosen = [name.strip() for name in options.stages.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in names]:
         print(f"--stages {', '.join(unknown)} is unknown; choose from {', '.join(names)}", file=sys.stderr)
@@ -370,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"--out {options.out} cannot be made ({error.strerror}); name another folder", file=sys.stderr)
         return 2
-    stages = tuple(stage for stage in STAGES if stage.name in chosen)
+    stages = tuple(stage for stage in STAGES if stage.name in chosen or stage.name == "check")
     command = ["python3", "-m", "xfm_fast.benchmarks.device", *(sys.argv[1:] if arguments is None else arguments)]
     return run(Plan(stages, options.out, options.budget, options.device, options.small, options.commit, command))
 

@@ -25,8 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xfm_fast.errors import InputError
+from xfm_fast.kernels import prepared
+from xfm_fast.kernels.backend import compiler_fault, compiler_versions
+
 from . import machine
-from .device import Context
+from .device import STAGES, Context, why_absent
 from .measure import Backend, Case, Run, benchmark
 from .record import Document, plain
 from .timing import DTYPES, Clocked, one_line, timed
@@ -47,6 +51,55 @@ def efficiency(
         "mfu_data_sheet": flops / seconds / (speed * sheet.flops_per_s) if sheet and flops else None,
         "share_of_floor": traffic / sheet.bytes_per_s / seconds if sheet and traffic else None,
     }
+
+
+def check_stages(context: Context) -> None:
+    """A row of the versions that decide what can run, and the reasons of the stages that cannot, before any begins."""
+    parts = [f"PyTorch {torch.__version__}", f"Python {sys.version.split()[0]}"]
+    parts += [f"no {name}" for name in ("triton", "pydantic", "pytest") if importlib.util.find_spec(name) is None]
+    without, absent = STAGES[1:], dict[str, str]()
+    try:
+        capability = torch.cuda.get_device_capability() if context.device.type == "cuda" else None
+        without = tuple(stage for stage in without if stage.gpu or "triton" in stage.needs)
+        if capability is not None:
+            parts.append(f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}")
+        if capability is not None and "no triton" not in parts:
+            arch = 10 * capability[0] + capability[1]
+            parts.append("Triton {}, ptxas {}".format(*compiler_versions(arch)))
+            if (fault := compiler_fault(arch)) is not None:
+                absent, note = _unprepared(fault, arch)
+                parts.append(note)
+            _launch_one(context.device)
+    except Exception as error:  # of CUDA, of a broken installation, of a kernel that is wrong
+        absent = {stage.name: one_line(error) for stage in without}
+        parts.append(one_line(error))
+    for stage in STAGES[1:]:
+        print(f"{stage.name}: {why_absent(stage, context.device_name) or absent.get(stage.name) or 'can run'}")
+    context.append(absent=absent)
+    context.add("check", "what can run here", "device", reason="; ".join(parts), unit="stages")
+
+
+def _launch_one(device: torch.device) -> None:
+    """Compile and run a kernel without attention, against its definition."""
+    from xfm_fast.kernels import ops, reference
+
+    x, weight = torch.randn(64, 768, device=device), torch.ones(768, device=device)
+    found = ops.layer_norm(x, weight, weight, 1e-5, backend="triton")
+    torch.testing.assert_close(found, reference.layer_norm(x, weight, weight, 1e-5), atol=1e-5, rtol=1e-5)
+
+
+def _unprepared(fault: str, arch: int) -> tuple[dict[str, str], str]:
+    """The stages of attention without prepared kernels, and a note; `operations` has a reason in every such row."""
+    folder, purposes = os.environ.get(prepared.ENVIRONMENT), set[str]()
+    reason = note = f"{fault}; or name prepared kernels with --kernels"
+    if folder:
+        try:
+            manifest = prepared.install(Path(folder), arch)
+            purposes, note = set(manifest.purposes), f"attention from {folder}: {manifest}"
+            reason = f"{fault}; its launches are not among the prepared kernels"
+        except InputError as error:
+            reason = note = f"{fault}; {error}"
+    return {stage.name: reason for stage in STAGES if stage.attends and stage.name not in purposes}, note
 
 
 def describe_machine(context: Context) -> None:
@@ -125,14 +178,14 @@ def compile_launches(context: Context) -> None:
     )  # fmt: skip
 
 
-def run_case(name: str, dtype: str, device: torch.device, small: bool) -> None:
-    """Run the backends of a case once in every direction, in fp16 ours alone, which raises its error if it fails."""
+def run_case(name: str, dtype: str, device: torch.device, small: bool, alone: bool | None = None) -> None:
+    """Run the backends of a case once in every direction, or (by default in fp16) ours alone, which may raise."""
     from .work.kernels import CASES, DTYPES, OURS
 
-    op = CASES[name](device, DTYPES[dtype], small)
+    op, alone = CASES[name](device, DTYPES[dtype], small), dtype == "fp16" if alone is None else alone
     for direction in op.work:
         for backend in op.backends(dtype, direction, band=0.0):
-            if backend.lacking is None and (backend.name == OURS or dtype != "fp16"):
+            if backend.lacking is None and (backend.name == OURS or not alone):
                 with nullcontext() if backend.name == OURS else suppress(Exception):
                     backend.build()()()
     if device.type == "cuda":
@@ -152,7 +205,7 @@ def run_tests(context: Context) -> None:
         return
     compiled, environment, begun = context.device.type == "cuda", dict(os.environ), time.monotonic()
     tests = sorted(path.relative_to(root).as_posix() for path in (root / "tests/kernels").glob("test_triton_*.py"))
-    command = [sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider", "--color=no", "-v", "-m"]
+    command = [sys.executable, "-m", "pytest", "--tb=line", "-rs", "-p", "no:cacheprovider", "--color=no", "-v", "-m"]
     if compiled:
         # A module that lacks a package is one error, and the others run.
         command += ["gpu and not slow", "--continue-on-collection-errors", *tests, "tests/kernels/test_gpu.py"]
@@ -171,7 +224,8 @@ def run_tests(context: Context) -> None:
             incomplete = "the rest was not reached in time"
     modules: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     # Behind the progress lines, a summary names failures again.
-    for line in log.read_text(errors="replace").partition("short test summary")[0].splitlines():
+    text = log.read_text(errors="replace")
+    for line in text.partition("short test summary")[0].splitlines():
         node, outcome = _NODE.search(line), _OUTCOME.search(line)
         if node and outcome:
             modules[node[1]][outcome[1].lower()].append(node[2] or "")
@@ -181,7 +235,8 @@ def run_tests(context: Context) -> None:
         failed = found["failed"] + found["error"]
         parts = [f"{len(names)} {outcome}" for outcome, names in sorted(found.items()) if names]
         parts += [", ".join(failed[:6])] if failed else []
-        status = "failed" if failed else "partial" if incomplete else "measured"
+        parts += sorted(set(re.findall(r"cannot run: (.*?);", text)))[:1] if found["skipped"] else []
+        status = "failed" if failed else "partial" if incomplete else "measured" if found["passed"] else "absent"
         add(
             module,
             backend,
@@ -264,11 +319,20 @@ def _random_model(context: Context, image_size: int, **parts: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
+# Sizes and batches.
+ENCODER = (224, 384), (1, 8, 64, 256)
+
+
+def encoder(context: Context, image_size: int) -> Any:
+    """The model with its vision encoder alone."""
+    return _random_model(context, image_size, heads=(), encoders=("vision",))
+
+
 def measure_encoder(context: Context) -> None:
     """Rows of the vision encoder at two sizes and four batches: eager, CUDA graph, fp8, and compiled at two points."""
     from xfm_fast import flops
 
-    sizes, batches = ((32,), (1, 2)) if context.small else ((224, 384), (1, 8, 64, 256))
+    sizes, batches = ((32,), (1, 2)) if context.small else ENCODER
     # Compiling takes half a minute each.
     long = set() if context.small else {(224, 64), (224, 1)}
 
@@ -292,7 +356,7 @@ def measure_encoder(context: Context) -> None:
     @benchmark("encoder", title="The vision encoder", reference="eager")
     def run(run: Run) -> Iterator[Case]:
         for size in sizes:
-            model = _random_model(context, size, heads=(), encoders=("vision",))
+            model = encoder(context, size)
             for batch in batches:
                 pixels = torch.randn(batch, 3, size, size, device=context.device, dtype=DTYPES[context.dtype])
                 ways = {"eager": lambda model, pixels: partial(model.encode_image, pixels), "CUDA graph": graph}
@@ -311,20 +375,29 @@ def measure_encoder(context: Context) -> None:
     measure_cases(context, run)
 
 
-def measure_training_step(context: Context) -> None:
-    """A row of pairs per second of ITC, ITM, IMLM and MIM, forward and backward, in bf16 under autocast."""
-    from xfm_fast import flops
-
+def training_step(context: Context, pairs: int) -> tuple[Call, Any]:
+    """A step of ITC, ITM, IMLM and MIM, forward and backward under autocast, and its batch."""
     from .inputs import preset_config
     from .tasks import PRETRAINING
     from .work.training import AUTOCAST, make_step
 
-    config, pairs = preset_config("tiny" if context.small else "base"), 4 if context.small else 96
+    config = preset_config("tiny" if context.small else "base")
     batch = random_pairs(config, pairs)
     step = make_step(PRETRAINING, config, 0, {"batch": batch}, context.device)
+    return lambda: step.run("xfm-fast", AUTOCAST[context.dtype]), batch
+
+
+def measure_training_step(context: Context) -> None:
+    """A row of pairs per second of a training step."""
+    from xfm_fast import flops
+
+    from .inputs import preset_config
+
+    config, pairs = preset_config("tiny" if context.small else "base"), 4 if context.small else 96
+    step, batch = training_step(context, pairs)
     seconds: list[float] = []
     for number in range(12):
-        _, taken = timed(lambda: step.run("xfm-fast", AUTOCAST[context.dtype]), context.device)
+        _, taken = timed(step, context.device)
         # The first two compile and allocate.
         seconds += [taken] if number >= 2 else []
         if seconds and context.left < 2 * taken:

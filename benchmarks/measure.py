@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -24,8 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xfm_fast.errors import UnavailableError, XFMError
+from xfm_fast.errors import InputError, UnavailableError, XFMError
 from xfm_fast.kernels import roofline
+from xfm_fast.kernels.backend import resolve
+from xfm_fast.kernels.ladder import watching
+from xfm_fast.kernels.prepared import NotPreparedError
 from xfm_fast.memory import PeakMemory
 
 from . import machine
@@ -136,6 +139,7 @@ class Case:
         block: makes of a call what is timed; by default one run, whose memory is watched.
         search: measures the calls of the backends that agree in another way than by rounds, and fills in their results.
         grad: leave automatic differentiation on.
+        watched: a result of a fallback to PyTorch is absent; for backends that no compiler traces.
         rounds, budget_s, most_rounds, warmups, deadline: see `interleave`.
     """
 
@@ -156,6 +160,7 @@ class Case:
     block: Callable[[Call], Block] | None = None
     search: Callable[[Run, dict[str, Call], dict[str, Result]], None] | None = None
     grad: bool = False
+    watched: bool = False
     rounds: int = 5
     budget_s: float = 0.0
     most_rounds: int = 15
@@ -404,7 +409,7 @@ class Run:
                 continue
             self.progress.step(f"comparing {backend.key}")
             try:
-                with torch.set_grad_enabled(case.grad):
+                with torch.set_grad_enabled(case.grad), watching() if case.watched else nullcontext({}) as ran:
                     call, result = backend.build(), None
                     if case.reference is not None and not backend.bound:
                         result = (backend.check or call)()
@@ -415,8 +420,15 @@ class Run:
                 row.status, row.reason = "failed", one_line(error)
                 if backend.dtype == "int8" and isinstance(error, XFMError):
                     row.status = "not offered"
-                elif isinstance(error, UnavailableError) and not is_ours(backend.name):
+                elif isinstance(error, NotPreparedError) or (
+                    isinstance(error, UnavailableError) and not is_ours(backend.name)
+                ):
                     row.status, row.reason = "absent", str(error)
+                continue
+            if ran:
+                row.extra["ran"] = ", ".join(f"{name}: {how}" for name, how in sorted(ran.items()))
+            if (reason := why_fallback(ran, self.device)) is not None:
+                row.status, row.reason, row.parity = "absent", reason, None
                 continue
             if row.parity is None or row.parity.passed:
                 calls[backend.key] = call
@@ -457,6 +469,20 @@ class Run:
         if samples.interrupted:
             raise KeyboardInterrupt
         return list(rows.values())
+
+
+def why_fallback(ran: Mapping[str, str], device: torch.device) -> str | None:
+    """Return the reason why PyTorch would be measured in the place of an operation's kernel, or None."""
+    fell = [name for name, how in ran.items() if how == "reference"]
+    if not fell:
+        own = ran and set(ran.values()) == {"torch"}
+        return f"{', '.join(ran)} is PyTorch's own kernel on this device" if own else None
+    why = "it does not take these arguments"
+    try:
+        resolve("cpu" if device.type == "cpu" else "triton", torch.empty(0, device=device), has_flash=True)
+    except InputError as error:
+        why = str(error)
+    return f"{', '.join(fell)} would be PyTorch's under this name: {why}"
 
 
 Benchmark = Callable[..., Document]

@@ -14,6 +14,8 @@ FLOP/s). What only some cases measure is in `Result.extra`:
 - memory: `peak_bytes` of the process (on a GPU: of PyTorch's allocator), `grown_bytes` beyond what was held before,
   `memory_method`; of a training step `before_bytes`, `parameter_bytes`, `gradient_bytes`, `checkpointed_bytes`;
 - cold start: `build_s`, `load_s`, `first_call_s`, `artifact_bytes`;
+- `ran`: what ran each operation of this project, such as `relpos_attention: triton`; where one fell back to PyTorch the
+  result is `absent`;
 - `stages` and `operations`: seconds of one run by part; `host_s` and `timed_by` of a GPU kernel; `recall`; `replaced`,
   the report of `accelerate`; `bounds` where a backend computes less than the work; `note` about the machine;
 - embeddings of trained weights against fp32: `cosine_least`, `cosine_mean`, `nearest_kept` of `texts_compared`.

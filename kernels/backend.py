@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import threading
@@ -168,10 +169,20 @@ def _compiler_fault(device: str, index: int | None) -> str | None:
     """The reason why compiled attention would be wrong on a device, or None."""
     if device != "cuda" or torch.version.hip is not None:
         return None
-    major = torch.cuda.get_device_capability(index)[0]
-    if major == 9:
+    major, minor = torch.cuda.get_device_capability(index)
+    fault = compiler_fault(10 * major + minor)
+    if fault is None or not os.environ.get("XFM_PREPARED_KERNELS"):
+        return fault
+    # By name: it imports this module.
+    why = importlib.import_module(f"{__package__}.prepared").why_not(10 * major + minor)
+    return None if why is None else f"{fault}; {why}"
+
+
+def compiler_fault(arch: int) -> str | None:
+    """Return the fault of this machine's compilers that makes attention wrong on an NVIDIA architecture, or None."""
+    if arch // 10 == 9:
         return hopper_fault(*compiler_versions())
-    return blackwell_fault(compiler_versions()[0]) if major == 10 else None
+    return blackwell_fault(compiler_versions()[0]) if arch // 10 == 10 else None
 
 
 def hopper_fault(triton: str, ptxas: str) -> str | None:

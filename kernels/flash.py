@@ -44,10 +44,15 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
 @cache
 def function(capability: int, *, dropout: bool = False) -> Callable[..., Any]:
     """`flash_attn_varlen_func` of the fastest version on a GPU; only version 2 has dropout. InputError without one."""
+    return fastest(capability, dropout=dropout)[1]
+
+
+def fastest(capability: int, *, dropout: bool = False) -> tuple[int, Callable[..., Any]]:
+    """The version of `function`, and the function."""
     reasons = []
     for version in (2,) if dropout else _ORDER.get(capability, _NEWER):
         try:
-            return importlib.import_module(_MODULES[version]).flash_attn_varlen_func
+            return version, importlib.import_module(_MODULES[version]).flash_attn_varlen_func
         except Exception as error:  # of a build for another PyTorch or GPU, which has errors of its own
             reasons.append(f"{_MODULES[version]}: {type(error).__name__}: {error}")
     package = "flash-attn 2, the only version with dropout," if dropout else "flash-attn"

@@ -7,7 +7,8 @@ implementations for the CPU, for Triton or for both, and `reference` runs anywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -158,6 +159,38 @@ class Op:
 
 OPS: dict[str, Op] = {}
 """Every operation by name. A new one registers itself, from any package."""
+
+
+@contextmanager
+def watching() -> Iterator[dict[str, str]]:
+    """Yield what ran each operation in the block that named no backend: `triton`, `cpu`, `fp8`, `flash_attn`; `torch`
+    where a device has no kernel of this project's; `reference`, once it was, where it has one that did not run.
+    """
+    ran: dict[str, str] = {}
+
+    def watched(op: Op, rung: Rung, run: Callable[[Any, Call], Any]) -> Callable[[Any, Call], Any]:
+        def call(arguments: Any, call: Call) -> Any:
+            if not named(call.backend) and ran.get(op.name) != "reference":
+                ran[op.name] = _runner(op, rung, call)
+            return run(arguments, call)
+
+        return call
+
+    rungs = {op: op.rungs for op in OPS.values()}
+    for op, own in rungs.items():
+        op.rungs = {rung: watched(op, rung, run) for rung, run in own.items()}
+    try:
+        yield ran
+    finally:
+        for op, own in rungs.items():
+            op.rungs = own
+
+
+def _runner(op: Op, rung: Rung, call: Call) -> str:
+    if rung != "reference":
+        return "fp8" if rung == "fp8" else call.chosen
+    has_kernel = "kernel" in op.rungs and (call.chosen == "reference" or call.chosen in op.kernels)
+    return "reference" if has_kernel else "torch"
 
 
 def infers(call: Call, tensors: Sequence[Tensor]) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xfm_fast.errors import InputError, UnavailableError
-from xfm_fast.kernels import ops, reference, roofline
+from xfm_fast.kernels import flash, ops, reference, roofline
 from xfm_fast.kernels.backend import emulating
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.flags import mark
@@ -131,7 +131,7 @@ def directions(op: OpCase, dtype: str, run: Run, deadline: float = math.inf) -> 
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     first, *others = op.work
-    limits: dict[str, Any] = {"rounds": _ROUNDS, "most_rounds": _ROUNDS, "deadline": deadline}
+    limits: dict[str, Any] = {"rounds": _ROUNDS, "most_rounds": _ROUNDS, "deadline": deadline, "watched": True}
     case = Case(op.name.split()[0], op.name, [], mode=first, judge="the definition in fp64", **limits)
     try:
         exact = op.reference(*(t.double() for t in op.inputs))
@@ -388,12 +388,20 @@ def _varlen(captions: bool, device: torch.device, dtype: torch.dtype, small: boo
     others: dict[str, Call | str] = {"eager, a sequence at a time": plain, "SDPA": padded}
     if device.type == "cuda":
         others["torch varlen_attn"] = torch_varlen
-        here = available("flash_attn.flash_attn_interface")
-        others["flash-attn"] = partial(ours, backend="flash_attn") if here else "flash-attn 2 is not installed"
+        others |= _flash_attention(ours, device)
     else:
         others |= _compiled(device, small, {"FlexAttention, document mask": _documents(of_queries, of_keys)})
     work = partial(roofline.varlen_attention, rows * keys, rows, columns, size)
     return OpCase(f"varlen_attention {name}", inputs, ours, plain, _both(work, inputs), others)
+
+
+def _flash_attention(run: Call, device: torch.device) -> dict[str, Call | str]:
+    """Attention by the fastest flash-attn for a GPU that can be imported, under its version; or why there is none."""
+    try:
+        version, _ = flash.fastest(torch.cuda.get_device_capability(device)[0])
+    except InputError as error:
+        return {"flash-attn": str(error)}
+    return {f"flash-attn {version}": partial(run, backend="flash_attn")}
 
 
 def _documents(of_queries: Tensor, of_keys: Tensor) -> Call:

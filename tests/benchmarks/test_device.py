@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from xfm_fast.benchmarks import device_stages, record
-from xfm_fast.benchmarks.device import STAGES, Plan, Stage, read_entries, run
+from xfm_fast.benchmarks.device import STAGES, Context, Plan, Stage, read_entries, run
 from xfm_fast.benchmarks.record import Result
+from xfm_fast.kernels import backend, prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 # Stages without work, so that the schedule is tested in seconds.
@@ -24,6 +27,13 @@ import os, subprocess, sys, time
 def fine(context):
     context.add("made up", "work", "ours", dtype="bf16", seconds=[1e-3, 2e-3], host_s=5e-6, timed_by="graph replay")
     context.append(machine={"gpus": [{"name": "Made-up GPU"}], "torch": "9.9"})
+
+def checking(context):
+    context.append(absent={"fine": "the compilers have a fault"})
+
+def unprepared(context):
+    from xfm_fast.kernels.prepared import NotPreparedError
+    raise NotPreparedError("dq_kernel is not among the prepared kernels")
 
 def failing(context):
     context.add("made up", "before the failure", "ours", seconds=[1e-3])
@@ -102,6 +112,84 @@ def test_a_stage_that_fails_hangs_or_lacks_something_is_a_row(
         assert part in table, table
 
 
+def test_what_cannot_run_is_absent_with_the_reason(made_up: Path) -> None:
+    """Known from the first stage before it begins, or when a kernel is refused."""
+    assert run(plan(made_up, stage("checking"), stage("fine"), stage("unprepared", 60))) == 0
+    found = {row["name"]: (row["status"], row.get("reason")) for row in rows_of(made_up)}
+    assert found == {
+        "stage checking": ("measured", None),
+        "stage fine": ("absent", "the compilers have a fault"),
+        "stage unprepared": ("absent", "dq_kernel is not among the prepared kernels"),
+    }
+
+
+def test_kernels_of_another_folder_have_a_cache_of_their_own(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton finds in its cache it does not replace."""
+    (made_up.parent / "made_up_stages.py").write_text(
+        "import os\n\ndef fine(context):\n    context.append(cache=os.environ['TRITON_CACHE_DIR'])\n"
+    )
+    found = []
+    for manifest in (None, "{}", "{ }"):
+        if manifest is not None:
+            (made_up / "manifest.json").write_text(manifest)
+            monkeypatch.setenv("XFM_PREPARED_KERNELS", str(made_up))
+        assert run(plan(made_up, stage("fine"))) == 0
+        found += [entry["cache"] for entry in read_entries(made_up / "rows.jsonl") if "cache" in entry]
+    assert len(set(found)) == 3
+    assert found[0] == str(made_up / "triton")
+
+
+MACHINE = {"get_device_capability": (9, 0), "get_device_name": "Made-up H100", "is_available": True}
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], tuple[dict[str, str], str]]:
+    """A Hopper GPU with Triton 3.6, and what the check says of it: reasons by stage, and its row's."""
+    for name, value in MACHINE.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(backend, "compiler_versions", lambda arch=90: ("3.6.0", "12.8"))
+    monkeypatch.setattr(device_stages, "compiler_versions", lambda arch=90: ("3.6.0", "12.8"))
+    monkeypatch.setattr(device_stages, "_launch_one", lambda device: None)
+    monkeypatch.delenv("XFM_PREPARED_KERNELS", raising=False)
+
+    def check(out: Path) -> tuple[dict[str, str], str]:
+        device_stages.check_stages(Context("check", "cuda", False, out, time.monotonic() + 60))
+        absent, row = read_entries(out / "rows.jsonl")[-2:]
+        return absent["absent"], row["row"]["reason"]
+
+    return check
+
+
+def test_the_check_says_which_stages_can_run(
+    tmp_path: Path, hopper: Callable[[Path], tuple[dict[str, str], str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = {"sanitizer", "encoder", "step", "coco", "tune"}
+    absent, note = hopper(tmp_path)
+    assert absent.keys() == attention
+    assert all("Triton 3.6.0 lacks fences" in reason and "--kernels" in reason for reason in absent.values())
+    assert "Made-up H100, compute capability 9.0; Triton 3.6.0, ptxas 12.8" in note
+
+    monkeypatch.setenv("XFM_PREPARED_KERNELS", str(tmp_path / "none"))
+    absent, note = hopper(tmp_path)
+    assert absent.keys() == attention
+    assert "cannot be read" in absent["tune"]
+
+    manifest = prepared.Manifest(1, 90, ["3.9.0", "13.4"], "", {"operations": 9, "encoder": 2}, [])
+    monkeypatch.setattr(prepared, "install", lambda folder, arch: manifest)
+    absent, note = hopper(tmp_path)
+    assert absent.keys() == attention - {"encoder"}
+    assert "kernels for sm_90 by Triton 3.9.0 and ptxas 13.4" in note
+
+    # A kernel that is wrong, or that cannot be compiled.
+    monkeypatch.setattr(device_stages, "_launch_one", lambda device: torch.testing.assert_close(1.0, 2.0))
+    absent, note = hopper(tmp_path)
+    assert absent.keys() == {one.name for one in STAGES if one.gpu or "triton" in one.needs}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    absent, note = hopper(tmp_path)
+    assert absent.keys() == {one.name for one in STAGES} - {"check"}
+    assert "finds no device 'cuda'" in note
+
+
 def test_every_stage_has_its_program() -> None:
     assert all(callable(getattr(device_stages, one.program)) for one in STAGES)
     assert sum(one.seconds for one in STAGES) == 540
@@ -135,7 +223,8 @@ def test_kernel_stages_need_no_pydantic(tmp_path: Path) -> None:
     assert {row.mode for row in ours} == {"forward", "backward"}
     assert all(row.measured and row.parity is not None and row.parity.passed for row in ours)
     assert any(other.backend == "eager" for other in ours[0].against)
-    assert [row.status for row in rows if row.work == "stage"] == ["measured", "measured", "absent"]
+    # The check is always there.
+    assert [row.status for row in rows if row.work == "stage"] == ["measured", "measured", "measured", "absent"]
     tested = next(row for row in rows if row.work == "tests" and row.name == "test_triton_contract.py")
     assert tested.items > 0
     assert tested.status == "measured"

@@ -25,6 +25,9 @@ from xfm_fast.benchmarks.measure import (
 )
 from xfm_fast.benchmarks.record import Document, groups
 from xfm_fast.benchmarks.timing import FP32_BAND, parity_band, relative_error
+from xfm_fast.benchmarks.work import kernels
+from xfm_fast.kernels import ladder
+from xfm_fast.kernels.prepared import NotPreparedError
 
 CPU = torch.device("cpu")
 X = torch.linspace(-1, 1, 64)
@@ -145,3 +148,45 @@ def test_errors_and_what_rounding_allows() -> None:
     assert parity_band(torch.float32) == FP32_BAND == 1e-5
     assert parity_band(torch.float32, 1e-5) == pytest.approx(3e-5)
     assert parity_band(torch.bfloat16, 0.01) == pytest.approx(0.02 + 2**-7)
+
+
+def test_a_fallback_to_pytorch_has_no_time_under_our_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose compilers make attention wrong; other operations keep their rows, which say what ran them."""
+    own = ladder.resolve
+
+    def faulty(name: Any, *tensors: Any, has_flash: bool = False) -> Any:
+        return "reference" if has_flash and name is None else own(name, *tensors, has_flash=has_flash)
+
+    names = ("varlen_attention of captions", "bias_attention", "add_layer_norm", "layer_norm")
+    options = SimpleNamespace(device="cpu", dtype="fp32", quick=True)
+
+    def ours() -> dict[tuple[str, str], Any]:
+        document = kernels.run(options, cases={name: kernels.CASES[name] for name in names})
+        assert all(row.measured for row in document.rows if row.backend == "eager" and row.seconds)
+        return {(row.work, row.mode): row for row in document.rows if row.ours}
+
+    before = ours()
+    assert before["varlen_attention", "forward"].text("ran") == "varlen_attention: cpu"
+    assert before["varlen_attention", "backward"].measured
+    monkeypatch.setattr(ladder, "resolve", faulty)
+    after = ours()
+    for work in ("varlen_attention", "bias_attention"):
+        row = after[work, "forward"]
+        assert (row.status, row.seconds, row.against) == ("absent", [], [])
+        assert f"{work} would be PyTorch's under this name" in (row.reason or "")
+        assert (work, "backward") not in after or not after[work, "backward"].seconds
+    assert after["add_layer_norm", "backward"].text("ran") == "add_layer_norm: cpu"
+    assert after["add_layer_norm", "backward"].measured
+    # PyTorch's own is what the operation is on a CPU.
+    assert after["layer_norm", "forward"].status == "absent"
+    assert "PyTorch's own kernel" in (after["layer_norm", "forward"].reason or "")
+
+
+def test_a_kernel_that_is_not_prepared_is_absent_and_no_failure() -> None:
+    def refused() -> Any:
+        raise NotPreparedError("dq_kernel is not among the prepared kernels")
+
+    document = _measure(_case(_plain(), Backend("xfm-fast", "fp32", refused)))
+    (row,) = (row for row in document.rows if row.ours)
+    assert (row.status, row.reason) == ("absent", "dq_kernel is not among the prepared kernels")
+    assert document.ok

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from xfm_fast.errors import InputError
+from xfm_fast.kernels.backend import _compiler_fault
 from xfm_fast.kernels.cpu import selection
+from xfm_fast.kernels.prepared import NotPreparedError
 
 LIBRARIES = ("aten", "onednn", "onednn-packed", "onednn+gelu", "tiled", "exp2", "llvm", "transposed", "eager")
 _compare = selection._compare
@@ -56,6 +59,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         emulated = os.environ.get("XFM_EMULATE", "").split()
         ways = [*emulated] if emulated else ["interpreted", pytest.param("compiled", marks=pytest.mark.gpu)]
         metafunc.parametrize("execution", ways, indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip what this GPU's compilers would get wrong, and what no prepared kernel is there for."""
+    try:
+        return (yield)
+    except (InputError, NotPreparedError) as error:
+        fault = _compiler_fault("cuda", 0) if torch.cuda.is_available() else None
+        if isinstance(error, NotPreparedError) or (fault is not None and fault in str(error)):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
-import pkgutil
 import random
 import re
 from collections.abc import Callable
@@ -24,36 +22,15 @@ from typing import Any
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import xfm_fast.kernels.triton as family
 from tests.kernels.cases import Case, activation, biased, embedding, leaves, norm, packed, results, vocabulary, window
-from xfm_fast.kernels import backend, ops
+from xfm_fast.kernels import ops
 from xfm_fast.kernels.audit import machine_code
 from xfm_fast.kernels.audit.compiling import disassemble
+from xfm_fast.kernels.audit.pretended import pretend
 from xfm_fast.kernels.checks import BIAS_HEAD_DIMS
 from xfm_fast.kernels.triton.relpos_table import materialise_bias
-
-# Those of an H100 with four programs for each multiprocessor.
-_PROGRAMS = 528
-
-
-class PretendedGPU:
-    """The driver as Triton asks it, for a device of one architecture."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
 
 
 class Recorder:
@@ -62,21 +39,9 @@ class Recorder:
     def __init__(self, arch: int, *, compiling: bool) -> None:
         self.compiling = compiling
         self.asked: dict[str, set[str]] = {}
-        self.launch = JITFunction.run
-        driver.set_active(PretendedGPU(arch))  # pyright: ignore[reportArgumentType]
-        facts = {
-            "architecture": lambda device: arch,
-            "multiprocessors": lambda device: _PROGRAMS // 4,
-            "first_stage_programs": lambda steps, device: max(1, min(steps, _PROGRAMS)),
-        }
-        for name in (info.name for info in pkgutil.iter_modules(family.__path__)):
-            module = importlib.import_module(f"{family.__name__}.{name}")
-            for fact in facts.keys() & vars(module).keys():
-                setattr(module, fact, facts[fact])
-        backend._why_not = lambda name, device, index: None
+        self.launch = pretend(arch, self.ask)
         changed, recorder = JITFunction, self
         changed.run = lambda kernel, *given, **named: recorder.record(kernel, given, named)  # type: ignore[method-assign]
-        knobs.runtime.jit_cache_hook = self.ask
 
     def ask(self, *, key: Any, fn: Any, **_: Any) -> bool:
         """Called by Triton before it compiles; True keeps it from that."""
@@ -88,7 +53,7 @@ class Recorder:
         known = len(self.asked.get(name, ()))
         # From Triton 3.6 on the assembler's warnings can be had, on the standard output.
         with contextlib.redirect_stdout(io.StringIO()) as log:
-            compiled = self.launch(kernel, *given, **{**named, "warmup": True})
+            compiled = self.launch(kernel, *given, **named)
         if self.compiling and len(self.asked[name]) > known:
             row = {"kernel": name, **figures(compiled, log.getvalue())}
             print(json.dumps(row), flush=True)

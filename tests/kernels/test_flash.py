@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import tests.kernels.triton_testing  # noqa: F401  (before Triton is imported, for the interpreter)
+from xfm_fast.benchmarks.work import kernels
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import backend, flash, ops, reference, tune
 from xfm_fast.kernels.checks import Packed
@@ -75,7 +76,8 @@ def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
 
 
 def run(*given: Tensor, **options: Any) -> Tensor:
-    return ops.varlen_attention(*given, *PACKED[:4], scale=0.5, backend="flash_attn", **options)
+    options = {"backend": "flash_attn"} | options
+    return ops.varlen_attention(*given, *PACKED[:4], scale=0.5, **options)
 
 
 @pytest.mark.parametrize("installed", [[2], [4], [2, 3, 4]], indirect=True, ids=str)
@@ -85,6 +87,22 @@ def test_every_version_computes_the_reference(installed: list[int]) -> None:
         assert flash.function(capability) is STUBS[first][1]
     given = operands()
     assert torch.equal(run(*given), reference.varlen_attention(*given, *PACKED[:2], 0.5, 0.0, None, None))
+
+
+@pytest.mark.parametrize("installed", [[], [2], [4]], indirect=True, ids=str)
+def test_the_benchmark_sets_us_beside_the_version_that_is_there(
+    installed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    ((name, call),) = kernels._flash_attention(run, torch.device("cuda")).items()
+    if not installed:
+        assert name == "flash-attn"
+        assert "flash_attn.cute: " in str(call)
+        return
+    assert name == f"flash-attn {installed[0]}"
+    assert callable(call)
+    given = operands()
+    assert torch.equal(call(*given), run(*given))
 
 
 @pytest.mark.parametrize("installed", [[], [4]], indirect=True, ids=str)

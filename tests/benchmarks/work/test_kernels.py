@@ -45,6 +45,10 @@ def test_every_backend_is_right_and_timed(names: list[str]) -> None:
     for case in made.values():
         own = [row for row in rows if row.name == case.name]
         assert {row.mode for row in own} == set(case.work)
+        if case.name.startswith("layer_norm "):
+            # On a CPU it is PyTorch's own, which has no time under our name.
+            assert {row.status for row in own} == {"absent"}
+            continue
         for row in own:
             if row.backend in case.bounds:
                 assert row.extra["bounds"]
