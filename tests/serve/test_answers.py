@@ -112,10 +112,11 @@ def test_pairs_are_scored_one_with_many_and_one_by_one(served: Running, model: X
 def test_truncated_texts_are_named(served: Running, model: XFM) -> None:
     """By the words that the model reads, and by its tokens; the answer is that of what it has read."""
     assert model.tokenizer is not None
-    # A word of several tokens, as often as 40 have room for, <s> and </s> included.
-    count = 38 // (len(model.tokenizer.encode_ids(["zq zq"], 40)[0]) // 2 - 1)
-    assert count < 22
-    texts = ["red " * 30, "red " * 31, "zq " * count, "zq " * (count + 8), "green!"]
+    lengths = [len(*model.tokenizer.encode_ids([" ".join(["zq"] * count)], 99)) for count in range(1, 31)]
+    # As many words of several tokens as fit.
+    count = sum(length <= 40 for length in lengths)
+    assert count < 30
+    texts = ["red " * 30, "red " * 31, "zq " * count, "zq " * (count + 1), "green!"]
     reply = served.post("/v1/embeddings", {"input": texts})
     answer = reply.json()
     assert reply.headers["x-truncated-inputs"] == "2"

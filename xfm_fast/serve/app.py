@@ -248,7 +248,7 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             problem = Problem(error.status_code, message, error.headers)
         case RequestValidationError():
             first = error.errors()[0]
-            # FastAPI's frame names the error, whose traceback names the frame, and with it the body: until a collection.
+            # FastAPI's frame names the error, and its traceback that frame, and so the body: until a collection.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
             if first["type"] == "json_invalid":

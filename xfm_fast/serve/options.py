@@ -41,7 +41,7 @@ class ServiceOptions:
             unlike the environment variable XFM_API_KEY. [no key]
         allow_urls: Download images that requests name by URL, from public addresses only.
         memory_mb: Megabytes that all requests hold together, each until its answer is read: a body in four copies, and
-            256 bytes for each of its values; 429 beyond it. A body with its downloads may have a sixteenth.
+            256 bytes for each of its JSON values; 429 beyond it. A body with its downloads may have a sixteenth.
         max_inputs: Texts and images of a list; 422 beyond it.
         max_characters: Characters of a text; 422 beyond it. The model reads the first 30 words and 40 tokens, and the
             answer names longer texts.

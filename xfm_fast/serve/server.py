@@ -19,8 +19,9 @@ from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 
 _MOST_CONNECTIONS = 512
-# Connections that asyncio accepts at once, before it closes those that have ended.
-_BACKLOG = 256
+# Connections that wait to be accepted, and those that asyncio accepts at once, before it closes any that has ended.
+_BACKLOG, _ACCEPTED = 2048, 256
+_SYSTEM_BYTES = 1 << 18
 # Seconds for a head, from the connection or its first byte, and for the rest of a body that was refused.
 _HEAD_SECONDS = 10.0
 
@@ -42,11 +43,15 @@ def listen(options: ServiceOptions) -> socket.socket:
     """A listening socket; raises `UnavailableError` where the address is taken or unknown."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        return socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
+        sock = socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise UnavailableError(
             f"cannot listen on --host {options.host} --port {options.port} ({error.strerror or error}); choose others"
         ) from None
+    for direction in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        # Of each connection: the system would hold megabytes that no ledger counts.
+        sock.setsockopt(socket.SOL_SOCKET, direction, _SYSTEM_BYTES)
+    return sock
 
 
 def address(sock: socket.socket) -> str:
@@ -130,10 +135,16 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 service.app, http=protocol, ws="none", lifespan="off", log_config=None, log_level="warning",
-                access_log=False, proxy_headers=False, server_header=False, backlog=_BACKLOG,
+                access_log=False, proxy_headers=False, server_header=False, backlog=_ACCEPTED,
                 timeout_keep_alive=30, timeout_graceful_shutdown=int(seconds) + 1,
             )
         )  # fmt: skip
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            # asyncio has set both numbers to one.
+            sock.listen(_BACKLOG)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ _VALUE_MARKS, _VALUE_BYTES = (b",", b":", b"[", b"{"), 256
 _MOST_VALUES = 1 << 18
 # UTF-8 and escapes of characters beyond the basic plane, which make all others of their string take 4 bytes.
 _ASTRAL = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4", b"\\ud", b"\\uD")
+_SOON = {"retry-after": "1"}
 # Seconds for which a body may stop on its way before it may have to give way.
 _GRACE = 1.0
 
@@ -61,7 +62,9 @@ class Account:
         # The work of the request is in the queue of the batcher, or done.
         self.submitted = False
         self.ended = False
-        self._ledger, self._refusal = ledger, (503, "the request has ended; ask again")
+        self._ledger = ledger
+        # Arguments of the `Problem` that `check` raises.
+        self._refusal = 503, "the request has ended; ask again", dict[str, str]()
         self.received = self._held = self._pixels = 0
         self._expire: Callable[[], object] = lambda: None
         self._due = math.inf
@@ -117,13 +120,13 @@ class Account:
                 other._give_way()
             if ledger.used + count > ledger.most:
                 message = f"requests hold {ledger.used:,} of {ledger.most:,} bytes; ask again in a second"
-                raise Problem(429, message, {"retry-after": "1"})
+                raise Problem(429, message, _SOON)
             ledger.used += count
             self._held += count
 
     def _give_way(self) -> None:
         message = "the body arrives slowly, and others need the memory that it holds; ask again in a second"
-        self._refusal, self.ended = (429, message, {"retry-after": "1"}), True
+        self._refusal, self.ended = (429, message, _SOON), True
         self.body.clear()
         self._ledger.arriving.pop(self)
         self._release()
@@ -254,14 +257,11 @@ class Batcher:
 
     async def _run_batch(self) -> list[Callable[[], object]]:
         """Run the first pieces of the queue; returns the functions that release them."""
-        batch, given_up, cost = list[_Piece](), list[_Piece](), 0
+        batch, cost = list[_Piece](), 0
         while self._queue and (not batch or cost + self._queue[0].cost <= self.budget):
-            piece = self._queue.popleft()
-            if piece.answer.done():
-                given_up.append(piece)
-            else:
-                batch.append(piece)
-                cost += piece.cost
+            batch.append(self._queue.popleft())
+            cost += batch[-1].cost
+        # All that waited may have been given up.
         if batch:
             self._observe(len(batch), cost)
             for piece, answer in zip(batch, await self._answers([piece.work for piece in batch]), strict=True):
@@ -271,7 +271,7 @@ class Batcher:
                     piece.answer.set_exception(answer)
                 else:
                     piece.answer.set_result(answer)
-        return [piece.release for piece in batch + given_up]
+        return [piece.release for piece in batch]
 
     async def _answers(self, works: Sequence[Any]) -> Sequence[Any]:
         try:

@@ -100,7 +100,8 @@ class OnnxModel:
 
 
 class FakeServer:
-    """The models of a repository, loaded; `calls` are the names of the models that were run, in order, `codes` those of the latest errors."""
+    """The models of a repository, loaded; `calls` are the names of the models that were run,
+    in order, `codes` those of the latest errors."""
 
     def __init__(self, repository: Path, monkeypatch: pytest.MonkeyPatch, only: str = "") -> None:
         self.calls: list[str] = []
