@@ -19,8 +19,9 @@ from xfm_fast.serve.model import ServedModel, load
 from xfm_fast.serve.options import ServiceOptions, SourceOptions
 
 _MOST_CONNECTIONS = 512
-# Connections that wait to be accepted, and those that asyncio accepts at once, before it closes any that has ended.
-_BACKLOG, _ACCEPTED = 2048, 256
+# Connections that wait to be accepted, and those that asyncio accepts before it reads from any of them: few beside
+# `_MOST_CONNECTIONS`, so that none is ended before what it has sent is read.
+_BACKLOG, _ACCEPTED = 2048, 64
 _SYSTEM_BYTES = 1 << 18
 # Seconds for a head, from the connection or its first byte, and for the rest of a body that was refused.
 _HEAD_SECONDS = 10.0
