@@ -215,7 +215,7 @@ class Service:
         return scoring
 
     def _read(self, items: Items, files: Mapping[str, bytes], account: Account) -> tuple[list[Read], list[str]]:
-        """Inputs of the model, and the names of truncated texts; runs in a thread. `files` are downloaded images."""
+        """Return inputs of the model, and names of truncated texts; runs in a thread. `files` are downloaded images."""
         reads, truncated, most = list[Read](), list[str](), self.options.max_characters
         for name, item in items:
             account.check()

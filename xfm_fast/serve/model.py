@@ -100,11 +100,7 @@ class ServedModel:
         return self.ranker.model.config
 
     def read_text(self, text: str, name: str) -> tuple[tuple[int, ...], bool]:
-        """Token ids of a text, cleaned and truncated like captions, and whether that is all of it.
-
-        Raises:
-            DataError: The text is empty once it is cleaned.
-        """
+        """Return the token ids of a text, cleaned and truncated like captions, and whether that is all of it."""
         try:
             # A word and a token more than the model reads show that there are more.
             words = pre_caption(text, _MOST_WORDS + 1).split(" ")

@@ -48,16 +48,11 @@ class Ledger:
 
 
 class Account:
-    """What one request has received, holds and may still take; its bytes count until `close` and all leases are over.
-
-    Attributes:
-        body: What has arrived of a body that still arrives.
-        received: Bytes of the body and of downloads.
-        ended: The request takes no more.
-    """
+    """What one request has received, holds and may still take; its bytes count until `close` and all leases end."""
 
     def __init__(self, ledger: Ledger, options: ServiceOptions) -> None:
         self.options = options
+        # Of a body that still arrives.
         self.body = bytearray()
         # The work of the request is in the queue of the batcher, or done.
         self.submitted = False
@@ -71,7 +66,7 @@ class Account:
         self._leases = 1
 
     async def read(self, pieces: AsyncIterator[bytes], expire: Callable[[], object]) -> bytes:
-        """The body, charged with what it becomes when it is parsed; raises `Problem` 400, 413, 422 and 429.
+        """Return the body, charged with what it becomes when it is parsed; raises `Problem` 400, 413, 422 and 429.
 
         Where others lack memory, a body that arrives too slowly gives way: its bytes are dropped and `expire` is
         called, after which `check` has the reason.
@@ -166,7 +161,7 @@ class Account:
         self._held = 0
 
     async def run(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
-        """Result of a function in another thread; the memory is held until it returns, also where nobody waits."""
+        """Run a function in another thread; the memory is held until it returns, also where nobody waits."""
         job = threads.submit(function, *arguments)
         job.add_done_callback(self.lease())
         result = asyncio.wrap_future(job)
