@@ -126,7 +126,10 @@ class ServerRuntime(Runtime):
 
 
 def _failed(error: Exception) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
+    # Status 400 over HTTP instead of 500; releases before 23.09 have no codes.
+    invalid = getattr(pb_utils.TritonError, "INVALID_ARG", None)
+    code = () if invalid is None or not isinstance(error, DataError | InputError) else (invalid,)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), *code))
 
 
 def _response(answers: Sequence[Ranking | XFMError]) -> Any:

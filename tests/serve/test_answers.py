@@ -109,6 +109,28 @@ def test_pairs_are_scored_one_with_many_and_one_by_one(served: Running, model: X
     close(found("/v1/score", {"text_1": CAPTIONS[0], "text_2": CAPTIONS[1]}), [float((1 + one @ other) / 2)])
 
 
+def test_truncated_texts_are_named(served: Running, model: XFM) -> None:
+    """By the words that the model reads, and by its tokens; the answer is that of what it has read."""
+    assert model.tokenizer is not None
+    lengths = [len(*model.tokenizer.encode_ids([" ".join(["zq"] * count)], 99)) for count in range(1, 31)]
+    # As many words of several tokens as fit.
+    count = sum(length <= 40 for length in lengths)
+    assert count < 30
+    texts = ["red " * 30, "red " * 31, "zq " * count, "zq " * (count + 1), "green!"]
+    reply = served.post("/v1/embeddings", {"input": texts})
+    answer = reply.json()
+    assert reply.headers["x-truncated-inputs"] == "2"
+    assert answer["truncated"] == ["input[1]", "input[3]"]
+    rows = [each["embedding"] for each in answer["data"]]
+    close(rows, model.encode([text.strip() for text in texts]))
+    close(rows[0], rows[1])
+    reply = served.post("/v1/rerank", {"query": "red " * 40, "documents": CAPTIONS})
+    assert reply.json()["truncated"] == ["query[0]"]
+    reply = served.post("/v1/score", {"text_1": "red", "text_2": CAPTIONS})
+    assert "truncated" not in reply.json()
+    assert "x-truncated-inputs" not in reply.headers
+
+
 def test_every_form_of_an_image(served: Running) -> None:
     lines, url = base64.encodebytes(photo(1)).decode(), data_url(photo(1))
     forms = [url, lines, lines.replace("\n", "\r\n"), data_url(photo(1), ""), f"data:image/png;base64,{lines}"]

@@ -109,7 +109,7 @@ def test_a_small_attack_is_refused_while_health_answers(served: Running, name: s
         assert served.get("/health").status_code == 200
         assert reply.result().status_code in statuses
     assert time.process_time() - seconds <= MOST_CPU_SECONDS
-    assert until(lambda: not served.service.memory.used)
+    assert until(lambda: not served.service.ledger.used)
 
 
 @pytest.mark.slow

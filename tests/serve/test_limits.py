@@ -40,14 +40,15 @@ def huge_png(side: int) -> dict[str, Any]:
         (b"", 422, "body"),
         (b"\xff\xfe{}", 400, ""),
         (b'{"query": ', 400, "JSON"),
+        (json.dumps(GOOD).encode("utf-16"), 400, "UTF-8"),
         (b'{"query": ' + b"[" * 100_000, 400, ""),
         (b'{"a": [' + b"0," * 300_000 + b"0]}", 422, "values"),
         ({"documents": ["a"]}, 422, "query: "),
         ({"query": "a", "documents": []}, 422, "documents: "),
         ({"query": "a\ud800", "documents": ["b"]}, 422, "query"),
         ({"query": "a", "documents": [{"text": "a", "image": "b"}]}, 422, "documents[0]: "),
-        ({"query": "a", "documents": ["b"] * 257}, 422, "documents: "),
-        ({"query": "a" * 2001, "documents": ["b"]}, 422, "query[0] has 2,001"),
+        ({"query": "a", "documents": ["b"] * 2049}, 422, "documents: "),
+        ({"query": "a" * 32769, "documents": ["b"]}, 422, "query[0] has 32,769"),
         ({"query": "?!", "documents": ["b"]}, 422, "query[0]: "),
         ({"query": "a", "documents": ["b"], "model": "gpt-4"}, 404, "'gpt-4'"),
         ({"query": "a", "documents": ["b", image(1)]}, 422, "two requests"),
@@ -71,6 +72,18 @@ def test_bad_requests(served: Running, content: Any, status: int, message: str) 
     assert message in reply.json()["message"]
     assert reply.status_code == status
     assert reply.json()["message"] == reply.json()["error"]["message"]
+
+
+def test_limits_are_options(start: Start) -> None:
+    """A passage of 512 tokens and the largest batch of OpenAI's API pass; a service may take less, or more."""
+    with start() as service:
+        asked = {"input": ["a passage of many words " * 150] * 2048}
+        assert len(service.post("/v1/embeddings", asked).json()["data"]) == 2048
+    with start(max_inputs=2, max_characters=5) as service:
+        for texts, message in ((["a"] * 3, "--max-inputs"), (["a red"], ""), (["circle"], "--max-characters")):
+            reply = service.post("/v1/embeddings", {"input": texts})
+            assert reply.status_code == (422 if message else 200)
+            assert message in reply.text
 
 
 def test_addresses_methods_and_types(served: Running) -> None:
@@ -99,7 +112,7 @@ def test_the_api_key_is_required(start: Start) -> None:
 
 
 def test_bodies_are_bounded(start: Start) -> None:
-    """One body, with or without a declared length; and five bodies have room at once, not six."""
+    """One body, with or without a declared length; and eight bodies have room at once, not nine."""
     with start(memory_mb=16) as service:
         reply = service.post("/v1/rerank", bytes(20 << 20))
         assert (reply.status_code, "1,048,576 bytes" in reply.json()["message"]) == (413, True)
@@ -109,7 +122,7 @@ def test_bodies_are_bounded(start: Start) -> None:
             for _ in range(18):
                 sock.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
             assert b"413" in sock.recv(100)
-        socks = [service.connect() for _ in range(6)]
+        socks = [service.connect() for _ in range(9)]
         heard = b""
 
         def refused() -> bool:
@@ -125,7 +138,7 @@ def test_bodies_are_bounded(start: Start) -> None:
         assert until(refused)
         for sock in socks:
             sock.close()
-        assert until(lambda: not service.service.memory.used)
+        assert until(lambda: not service.service.ledger.used)
         still_good(service)
 
 
@@ -183,7 +196,7 @@ def test_decoding_ends_with_the_request(start: Start, monkeypatch: pytest.Monkey
     with start(timeout=0.4) as service:
         monkeypatch.setattr(ranking, "load_image", slow)
         assert service.post("/v1/rerank", body).status_code == 504
-        assert until(lambda: not service.service.memory.used)
+        assert until(lambda: not service.service.ledger.used)
         assert until(lambda: len(service.service.batcher) == 0)
         assert service.get("/health").status_code == 200
     assert 0 < len(seen) < 60

@@ -17,7 +17,7 @@ from xfm_fast.serve import app
 from xfm_fast.serve.images import fetch, is_public, web_client
 from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.schema import Problem
-from xfm_fast.serve.work import Budget, Memory
+from xfm_fast.serve.work import Account, Ledger
 
 PUBLIC = "93.184.215.14 2606:2800:21f:cb07:6820:80da:af6b:8b2c 3fff:1000::1"
 NOT_PUBLIC = """
@@ -70,9 +70,9 @@ def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
     return names
 
 
-def download(url: str, site: Site | None = None, budget: Budget | None = None) -> bytes:
+def download(url: str, site: Site | None = None, budget: Account | None = None) -> bytes:
     async def scenario() -> bytes:
-        budgeted = budget or Budget(Memory(1 << 30), ServiceOptions(memory_mb=16))
+        budgeted = budget or Account(Ledger(1 << 30), ServiceOptions(memory_mb=16))
         async with web_client(httpx.MockTransport(site or Site())) as client:
             return await fetch(client, url, budgeted, seconds=0.3)
 
@@ -127,9 +127,9 @@ def test_a_name_with_a_private_address_among_others_is_refused(monkeypatch: pyte
 
 def test_a_download_after_the_end_of_its_request_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve(monkeypatch, "93.184.215.14")
-    memory = Memory(1 << 20)
-    budget = Budget(memory, ServiceOptions())
-    budget.receive(100)
+    memory = Ledger(1 << 20)
+    budget = Account(memory, ServiceOptions())
+    budget.receive(100, 1)
     budget.close()
     with pytest.raises(Problem):
         download("http://photos.example/a", budget=budget)
@@ -146,7 +146,7 @@ def test_a_service_that_allows_urls_refuses_private_ones(start: Any) -> None:
 def test_an_error_of_one_image_ends_the_other_downloads(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
 
-    async def wait(client: Any, url: str, budget: Budget) -> bytes:
+    async def wait(client: Any, url: str, budget: Account) -> bytes:
         if url.endswith("bad"):
             await asyncio.sleep(0.05)
             raise Problem(422, url)

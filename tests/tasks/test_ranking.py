@@ -98,6 +98,12 @@ def test_a_broken_image_or_an_ended_request_fails_one_query(model: XFM) -> None:
     gone, waits = ranker.rank([Query((ended, picture(2)), CAPTIONS), Query((picture(2),), CAPTIONS)])
     assert (type(gone), type(waits)) == (InputError, Ranking)
     assert all(isinstance(each, torch.Tensor) for each in ranker.embed_images([ended, picture(1)]))
+    # Also where the first of them ends when its image is about to be decoded.
+    answers = iter([True])
+    leaves = picture(5)._replace(needed=lambda: next(answers, False))
+    assert all(
+        isinstance(each, Ranking) for each in ranker.rank([Query((each,), CAPTIONS) for each in (leaves, picture(5))])
+    )
     broken = picture(4)._replace(content=picture(4).content[:60], key=b"broken")
     wrong, right = ranker.rank([Query((picture(1), broken), CAPTIONS), Query((picture(1),), CAPTIONS)])
     assert isinstance(wrong, DataError)
@@ -107,5 +113,9 @@ def test_a_broken_image_or_an_ended_request_fails_one_query(model: XFM) -> None:
     assert isinstance(whole, torch.Tensor)
     assert isinstance(failed, DataError)
     assert "image 1 of the request" in str(failed)
+    # Each request is told of the image by the name that it has there.
+    names = ["documents[3]", "query[0]"]
+    errors = ranker.embed_images([broken._replace(name=name) for name in names])
+    assert [str(each).partition(": ")[0] for each in errors] == names
     with pytest.raises(DataError, match="JPEG"):
         Ranker.picture(b"%!PS-Adobe-3.0", "image 0")

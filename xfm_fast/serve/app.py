@@ -30,13 +30,13 @@ from xfm_fast.serve import schema
 from xfm_fast.serve.images import check_image, decode_base64, fetch, is_url, web_client
 from xfm_fast.serve.model import Read, ServedModel, Work
 from xfm_fast.serve.options import ServiceOptions, is_loopback
-from xfm_fast.serve.schema import EmbeddingsRequest, Item, Problem, RerankRequest, ScoreRequest
-from xfm_fast.serve.work import COPIES, Batcher, Budget, Memory
+from xfm_fast.serve.schema import MAX_INPUTS, EmbeddingsRequest, Item, Problem, RerankRequest, ScoreRequest
+from xfm_fast.serve.work import Account, Batcher, Ledger
 from xfm_fast.tasks.ranking import Picture
 from xfm_fast.tasks.reranking import Rank
 
-MAX_CHARACTERS = 2000
-"""Characters of a text, before the official cut to 30 words and 40 tokens."""
+# What a number of a feature takes in the answer, as a value and as text; and copies of documents that are sent back.
+_NUMBER_BYTES, _ECHO_COPIES = 128, 3
 # Tokens of a batch.
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^\[\]:]*))(?::\d*)?")
@@ -60,8 +60,9 @@ class Service:
 
     def __init__(self, model: ServedModel, options: ServiceOptions) -> None:
         self.model, self.options = model, options
-        self.memory = Memory(options.memory_mb << 20)
-        self.active: set[Budget] = set()
+        self.ledger = Ledger(options.memory_mb << 20)
+        # Requests whose body has arrived and whose answer is not there.
+        self.active: set[Account] = set()
         metrics = Metrics(self)
         tokens = options.batch_tokens or _BATCH_TOKENS["cpu" if model.device.type == "cpu" else "cuda"]
         self.batcher = Batcher(
@@ -125,7 +126,8 @@ class Service:
         """
         items = {"query": [body.query], "documents": body.documents}
         pairs = [(0, number) for number in range(1, 1 + len(body.documents))]
-        scores, facts = await self._compute(request, body, items, pairs)
+        answer_bytes = _ECHO_COPIES * request.state.account.received if body.return_documents else 0
+        scores, facts = await self._compute(request, body, items, pairs, answer_bytes)
         values = scores.tolist()
         results = [
             schema.Ranked(
@@ -141,7 +143,8 @@ class Service:
         size = self.model.config.embed_dim
         if body.dimensions not in (None, size):
             raise Problem(422, f"dimensions={body.dimensions}, but features of this model have {size}; leave it out")
-        features, facts = await self._compute(request, body, {"input": body.input}, ())
+        answer_bytes = _NUMBER_BYTES * size * len(body.input)
+        features, facts = await self._compute(request, body, {"input": body.input}, (), answer_bytes)
         rows, encoded = features.numpy().astype("<f4"), body.encoding_format == "base64"
         values = [base64.b64encode(row.tobytes()).decode() if encoded else row.tolist() for row in rows]
         data = [schema.Embedding(index=index, embedding=value) for index, value in enumerate(values)]
@@ -159,27 +162,33 @@ class Service:
         return _json(schema.ScoreAnswer(**facts, created=int(time.time()), data=data))
 
     async def _compute(
-        self, request: Request, body: schema.Body, lists: dict[str, list[Item]], pairs: Sequence[tuple[int, int]]
+        self,
+        request: Request,
+        body: schema.Body,
+        lists: dict[str, list[Item]],
+        pairs: Sequence[tuple[int, int]],
+        answer_bytes: int = 0,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Scores `[pairs]`, or features `[items, embed_dim]` without pairs; and the common fields of responses."""
-        model, budget, files = self.model, request.state.budget, dict[str, bytes]()
+        model, account, files = self.model, request.state.account, dict[str, bytes]()
         if body.model not in (None, model.name):
             raise Problem(404, f"model {body.model!r} is not served here; use {model.name!r}, or leave it out")
         items = [(f"{name}[{place}]", item) for name, given in lists.items() for place, item in enumerate(given)]
         scoring = self._scoring(items, pairs)
         if self._web is not None:
             urls = {name: item.image for name, item in items if item.image is not None and is_url(item.image)}
-            downloads = [asyncio.ensure_future(fetch(self._web, url, budget)) for url in urls.values()]
+            downloads = [asyncio.ensure_future(fetch(self._web, url, account)) for url in urls.values()]
             try:
                 files = dict(zip(urls, await asyncio.gather(*downloads), strict=True))
             finally:
                 # After an error, the others would go on.
                 for download in downloads:
                     download.cancel()
-        reads = await budget.run(self._threads, self._read, items, files, budget)
+        account.hold(answer_bytes)
+        reads, truncated = await account.run(self._threads, self._read, items, files, account)
         work = Work(tuple(reads), tuple(pairs), scoring)
-        budget.submitted = True
-        values = await self.batcher.submit(work, model.cost(work))
+        account.submitted = True
+        values = await self.batcher.submit(work, model.cost(work), account.lease())
         if not values.isfinite().all():
             raise NonFiniteError("the results are not finite; the weights may need a wider dtype: use fp32")
         images = model.config.num_image_tokens
@@ -187,6 +196,7 @@ class Service:
         return values, {
             "id": uuid.uuid4().hex, "model": model.name, "scoring": scoring,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "truncated": truncated or None,
             "warning": "THE WEIGHTS ARE RANDOM: these results mean nothing" if model.random else None,
         }  # fmt: skip
 
@@ -204,26 +214,29 @@ class Service:
                 raise UnavailableError(f"model {self.model.name!r} has no {head} head; serve one that has it")
         return scoring
 
-    def _read(self, items: Items, files: Mapping[str, bytes], budget: Budget) -> list[Read]:
-        """Inputs of the model; runs in a thread. `files` are the images that were downloaded."""
-        reads: list[Read] = []
+    def _read(self, items: Items, files: Mapping[str, bytes], account: Account) -> tuple[list[Read], list[str]]:
+        """Return inputs of the model, and names of truncated texts; runs in a thread. `files` are downloaded images."""
+        reads, truncated, most = list[Read](), list[str](), self.options.max_characters
         for name, item in items:
-            budget.check()
+            account.check()
             if item.text is None:
                 content = files[name] if name in files else decode_base64(item.image or "", name)
-                content, peak = check_image(content, name, budget)
-                reads.append(self.model.read_image(content, name, peak, lambda: not budget.ended))
-            elif len(item.text) > MAX_CHARACTERS:
-                raise Problem(
-                    422, f"{name} has {len(item.text):,} characters, over the limit of {MAX_CHARACTERS:,}; shorten it"
-                )
+                content, peak = check_image(content, name, account)
+                reads.append(self.model.read_image(content, name, peak, lambda: not account.ended))
+            elif len(item.text) > most:
+                message = f"{name} has {len(item.text):,} characters, over the limit of {most:,} (--max-characters)"
+                raise Problem(422, f"{message}; shorten it")
             else:
-                reads.append(self.model.read_text(item.text, name))
-        return reads
+                ids, whole = self.model.read_text(item.text, name)
+                reads.append(ids)
+                if not whole:
+                    truncated.append(name)
+        return reads, truncated
 
 
 def _json(answer: schema.Answer) -> Response:
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+    headers = {"x-truncated-inputs": str(len(answer.truncated))} if answer.truncated else {}
+    return Response(answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
 
 
 async def _respond_to_error(request: Request, error: Exception) -> Response:
@@ -235,6 +248,8 @@ async def _respond_to_error(request: Request, error: Exception) -> Response:
             problem = Problem(error.status_code, message, error.headers)
         case RequestValidationError():
             first = error.errors()[0]
+            # FastAPI's frame names the error, and its traceback that frame, and so the body: until a collection.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
             if first["type"] == "json_invalid":
                 problem = Problem(400, f"the body is not valid JSON ({first['ctx']['error']} at {place})")
@@ -304,45 +319,64 @@ class _Gate:
 
     async def _bounded(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """Answer a request within its limits of memory and time; drop it once its client has left."""
-        active, most, seconds = self._service.active, self._options.max_queue, self._options.timeout
-        if len(active) >= most:
-            raise Problem(429, f"{most} requests in flight; ask again in a second", {"retry-after": "1"})
+        active, seconds = self._service.active, self._options.timeout
+        self._check_queue()
         content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             # Browsers send JSON to other sites only where CORS permits it, and this service never does.
             raise Problem(415, f"content-type is {content_type[:60] or 'missing'!r}; send application/json")
-        budget = Budget(self._service.memory, self._options)
-        late = Problem(408, f"the body did not arrive within {seconds:g} s; send it faster", {"connection": "close"})
+        account = Account(self._service.ledger, self._options)
+        # Arguments: an exception that its own frame names would keep all that the frame holds until a collection.
+        late = 408, f"the body did not arrive within {seconds:g} s; send it faster", {"connection": "close"}
         tasks: list[asyncio.Future[Any]] = []
-        active.add(budget)
         try:
-            async with asyncio.timeout(seconds):
-                body = bytearray()
-                async for piece in Request(scope, receive).stream():
-                    budget.receive(len(piece), COPIES)
-                    body += piece
-                late = Problem(504, f"no answer within {seconds:g} s; ask for less, or later", {"retry-after": "5"})
-                budget.check_values(body)
-                messages = iter([{"type": "http.request", "body": bytes(body)}])
-                del body
+            async with asyncio.timeout(seconds) as deadline:
+                stream = Request(scope, receive).stream()
+                bodies = [await account.read(stream, lambda: deadline.expired() or deadline.reschedule(0))]
+                self._check_queue()
+                active.add(account)
+                late = 504, f"no answer within {seconds:g} s; ask for less, or later", {"retry-after": "5"}
 
                 async def replay() -> Message:
-                    return next(messages, {"type": "http.disconnect"})
+                    return {"type": "http.request", "body": bodies.pop()} if bodies else {"type": "http.disconnect"}
 
-                scope.setdefault("state", {})["budget"] = budget
-                tasks += map(asyncio.ensure_future, (self._app(scope, replay, send), _disconnect(receive)))
+                async def deliver(message: Message) -> None:
+                    if message["type"] == "http.response.start":
+                        active.discard(account)
+                        if not deadline.expired():
+                            # `Connection` drops a client that does not read; this is for servers that do not.
+                            deadline.reschedule(asyncio.get_running_loop().time() + seconds + 1)
+                    elif not message.get("more_body"):
+                        await send({**message, "more_body": True})
+                        # A server takes this when it has sent the rest: until then, the answer is held.
+                        message = {"type": "http.response.body"}
+                    await send(message)
+
+                scope.setdefault("state", {})["account"] = account
+                MAX_INPUTS.set(self._options.max_inputs)
+                tasks += map(asyncio.ensure_future, (self._app(scope, replay, deliver), _disconnect(receive)))
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if tasks[0].done():
                     await tasks[0]
         except TimeoutError:
-            raise late from None
+            account.check()
+            raise Problem(*late) from None
         except ClientDisconnect:
             pass
         finally:
+            active.discard(account)
             for task in tasks:
                 task.cancel()
-            active.discard(budget)
-            budget.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            # Servers keep the scope of an idle connection, and a task its exception, whose frames name the task.
+            scope.get("state", {}).pop("account", None)
+            tasks.clear()
+            account.close()
+
+    def _check_queue(self) -> None:
+        most = self._options.max_queue
+        if len(self._service.active) >= most:
+            raise Problem(429, f"{most} requests in flight; ask again in a second", {"retry-after": "1"})
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -367,6 +401,7 @@ class Metrics(CollectorRegistry):
         for name, meaning, read in (
             ("xfm_queue_requests", "Requests that wait for the model.", lambda: len(service.batcher)),
             ("xfm_active_requests", "Requests in flight, waiting ones included.", lambda: len(service.active)),
+            ("xfm_request_bytes", "Memory that requests hold.", lambda: service.ledger.used),
             ("xfm_cache_bytes", "Bytes of cached image memories.", lambda: service.model.ranker.cache.nbytes),
             ("xfm_process_resident_bytes", "Memory of the process.", resident_bytes),
         ):

@@ -14,7 +14,7 @@ import httpx
 from xfm_fast.data.images import png_chunks, read_header
 from xfm_fast.errors import DataError
 from xfm_fast.serve.schema import Problem
-from xfm_fast.serve.work import Budget
+from xfm_fast.serve.work import Account
 
 # Special-purpose networks of IANA that not every version of the standard library knows.
 _SPECIAL = tuple(
@@ -25,12 +25,16 @@ _SPECIAL = tuple(
 )
 
 
+# Copies of a download: what arrives, and the file.
+_COPIES = 2
+
+
 def is_url(value: str) -> bool:
     """Whether the value is a URL of HTTP."""
     return value[:8].lower().startswith(("http:", "https:"))
 
 
-def check_image(content: bytes, name: str, budget: Budget) -> tuple[bytes, int]:
+def check_image(content: bytes, name: str, account: Account) -> tuple[bytes, int]:
     """The file of an image as it may be decoded, and the bytes that decoding it takes; only its header is read."""
     try:
         width, height, depth = read_header(content)
@@ -41,7 +45,7 @@ def check_image(content: bytes, name: str, budget: Budget) -> tuple[bytes, int]:
             f"{name} ({len(content):,} bytes, {content[:8]!r}...) is no JPEG, PNG or WebP ({error}); convert it"
         ) from None
     peak = width * height * depth
-    budget.take_image(f"{name} ({width}x{height})", width * height, peak)
+    account.take_image(f"{name} ({width}x{height})", width * height, peak)
     return content, peak
 
 
@@ -65,13 +69,14 @@ def decode_base64(value: str, name: str) -> bytes:
 
 def _without_compressed_text(content: bytes) -> bytes:
     """A PNG without colour profile and compressed texts, which Pillow would inflate to up to 64 MB."""
-    chunks, at, removed = [content[:8]], 8, False
+    view = memoryview(content)
+    chunks, at, removed = [view[:8]], 8, False
     for kind, body in png_chunks(content):
         end = at + 12 + len(body)
         if kind in (b"iCCP", b"zTXt") or (kind == b"iTXt" and bytes(body[:82]).partition(b"\0")[2][:1] != b"\0"):
             removed = True
         else:
-            chunks.append(content[at:end])
+            chunks.append(view[at:end])
         at = end
     return b"".join(chunks) if removed else content
 
@@ -98,8 +103,8 @@ def web_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.Async
     )  # fmt: skip
 
 
-async def fetch(client: httpx.AsyncClient, url: str, budget: Budget, seconds: float = 10.0) -> bytes:
-    """Download an image into the budget; raises `Problem` where the URL is not public, or the site is late.
+async def fetch(client: httpx.AsyncClient, url: str, account: Account, seconds: float = 10.0) -> bytes:
+    """Download an image into the account; raises `Problem` where the URL is not public, or the site is late.
 
     The name is resolved once and the connection goes to the address that was checked, so DNS rebinding leads nowhere
     else; TLS and the header `host` have the name.
@@ -125,7 +130,7 @@ async def fetch(client: httpx.AsyncClient, url: str, budget: Budget, seconds: fl
                 if answer.status_code != 200:
                     raise OSError(f"status {answer.status_code}; redirects are not followed")
                 async for piece in answer.aiter_raw():
-                    budget.receive(len(piece))
+                    account.receive(len(piece), _COPIES)
                     content += piece
     except (OSError, ValueError, httpx.HTTPError) as error:
         # `TimeoutError` is an `OSError` without words.

@@ -27,7 +27,7 @@ from xfm_fast.tokenizer import CaptionTokenizer, pre_caption
 _HEADS = ("contrastive", "matching")
 _RANK_GRAPHS = ("vision", "text", "image_memory", "fusion")
 # The official evaluation truncates captions to this length.
-_MOST_TOKENS = 40
+_MOST_WORDS, _MOST_TOKENS = 30, 40
 
 Read = tuple[int, ...] | Picture
 """An input of the model: the token ids of a text, or an image."""
@@ -99,12 +99,16 @@ class ServedModel:
         """Sizes of the model."""
         return self.ranker.model.config
 
-    def read_text(self, text: str, name: str) -> tuple[int, ...]:
-        """Token ids of a text, cleaned and truncated like captions; raises `DataError` where it is empty then."""
+    def read_text(self, text: str, name: str) -> tuple[tuple[int, ...], bool]:
+        """Return the token ids of a text, cleaned and truncated like captions, and whether that is all of it."""
         try:
-            return tuple(self.tokenizer.encode_ids([pre_caption(text)], self.most_tokens)[0])
+            # A word and a token more than the model reads show that there are more.
+            words = pre_caption(text, _MOST_WORDS + 1).split(" ")
+            ids = self.tokenizer.encode_ids([" ".join(words[:_MOST_WORDS])], self.most_tokens + 1)[0]
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
+        fits = len(ids) <= self.most_tokens
+        return tuple(ids if fits else [*ids[: self.most_tokens - 1], ids[-1]]), fits and len(words) <= _MOST_WORDS
 
     def read_image(
         self, content: bytes, name: str, peak: int = 0, needed: Callable[[], bool] = lambda: True

@@ -40,13 +40,17 @@ class ServiceOptions:
         api_key: Key that clients send as a bearer token. Other users of this machine can see it on the command line,
             unlike the environment variable XFM_API_KEY. [no key]
         allow_urls: Download images that requests name by URL, from public addresses only.
-        memory_mb: Megabytes of all requests together, bodies in three copies during parsing; 429 beyond it. A request,
-            downloaded images included, may have a sixteenth.
-        max_queue: Requests in flight, waiting ones included; 429 beyond it.
+        memory_mb: Megabytes that all requests hold together, each until its answer is read: a body in four copies, and
+            256 bytes for each of its JSON values; 429 beyond it. A body with its downloads may have a sixteenth.
+        max_inputs: Texts and images of a list; 422 beyond it.
+        max_characters: Characters of a text; 422 beyond it. The model reads the first 30 words and 40 tokens, and the
+            answer names longer texts.
+        max_queue: Requests that have arrived and are not answered, waiting ones included; 429 beyond it.
         batch_tokens: Tokens of a batch, of texts and of images that are not cached; a single request may have more.
             [4096 on a CPU, 65536 on a GPU]
         cache_mb: Megabytes of image memories cached between requests; 0 disables the cache.
-        timeout: Seconds until a request is answered with 504; after SIGTERM too, the process ends no later.
+        timeout: Seconds until a request is answered with 504, and for a client to read its answer; after SIGTERM too,
+            the process ends no later.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +58,8 @@ class ServiceOptions:
     api_key: str | None = None
     allow_urls: bool = False
     memory_mb: Annotated[int, Ge(1)] = 512
+    max_inputs: Annotated[int, Ge(1)] = 2048
+    max_characters: Annotated[int, Ge(1)] = 32768
     max_queue: Annotated[int, Ge(1)] = 128
     batch_tokens: Annotated[int | None, Ge(1)] = None
     cache_mb: Annotated[int, Ge(0)] = 1024

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.tasks.reranking import Rank
 
+MAX_INPUTS: ContextVar[int] = ContextVar("MAX_INPUTS", default=ServiceOptions.max_inputs)
+"""Items of a list: `ServiceOptions.max_inputs` of the service that reads the request."""
 _EXAMPLE_IMAGE: Any = {"image": "data:image/jpeg;base64,..."}
 
 
@@ -46,9 +50,15 @@ def _as_list(value: Any) -> Any:
     return value
 
 
+def _few(value: Any) -> Any:
+    most = MAX_INPUTS.get()
+    if isinstance(value, list) and len(value) > most:
+        raise ValueError(f"has {len(value):,} items, over the limit of {most:,} (--max-inputs); send fewer")
+    return value
+
+
 TextOrImage = Annotated[Item, BeforeValidator(_as_item, json_schema_input_type=str | Item)]
-# Pydantic stops at the first item beyond the limit.
-Items = Annotated[list[TextOrImage], Field(min_length=1, max_length=256)]
+Items = Annotated[list[TextOrImage], Field(min_length=1, fail_fast=True), BeforeValidator(_few)]
 OneOrMore = Annotated[Items, BeforeValidator(_as_list, json_schema_input_type=TextOrImage | Items)]
 
 
@@ -93,6 +103,10 @@ class Answer(BaseModel):
     model: str
     object: Literal["list"] = "list"
     usage: dict[str, int] = Field(description="text tokens and image patches of the request")
+    truncated: list[str] | None = Field(
+        None, description="texts of which the model reads only the first words; their number is in the header "
+        "x-truncated-inputs",
+    )  # fmt: skip
     warning: str | None = Field(None, description="present where the weights are random and results mean nothing")
 
 

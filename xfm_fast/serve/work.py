@@ -1,15 +1,17 @@
-"""Memory and pixels that requests may take, and dynamic batching of their work within a budget of tokens."""
+"""One ledger of the bytes that requests hold, and dynamic batching of their work within a budget of tokens."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from xfm_fast.serve.options import ServiceOptions
 from xfm_fast.serve.schema import Problem
@@ -23,64 +25,114 @@ _SMALL_REQUEST = 1 << 20
 # Limits of images per byte of the request: bytes to decode one of them, and pixels of all of them.
 _PEAK_PER_BYTE = 56
 _PIXELS_PER_BYTE = 16
-# Copies of a body: its bytes, its text and values, the files of its images; a character beyond ASCII makes text wider.
-COPIES, _WIDE_COPIES = 3, 3
-# Values of a body of JSON, each of which may take 200 bytes.
+# Copies of a body while it arrives; then its bytes, its text, its values, and the files of its images.
+_ARRIVING_COPIES, _COPIES = 2, 4
+# What a value of JSON takes at most, by the characters that begin values or come before them: a dict of one key has 184
+# bytes, a key 64 and as many in the parser's table of keys. Within strings they count, too.
+_VALUE_MARKS, _VALUE_BYTES = (b",", b":", b"[", b"{"), 256
 _MOST_VALUES = 1 << 18
+# UTF-8 and escapes of characters beyond the basic plane, which make all others of their string take 4 bytes.
+_ASTRAL = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4", b"\\ud", b"\\uD")
+_SOON = {"retry-after": "1"}
+# Seconds for which a body may stop on its way before it may have to give way.
+_GRACE = 1.0
 
 
-class Memory:
-    """Bytes that all requests hold together."""
+class Ledger:
+    """Bytes that all requests hold together, and the accounts of bodies that still arrive, the oldest first."""
 
     def __init__(self, most: int) -> None:
         self.most, self.used = most, 0
-        self.lock = threading.Lock()
+        self.arriving: dict[Account, None] = {}
+        self.lock = threading.RLock()
 
 
-class Budget:
-    """What one request has received, holds and may still take."""
+class Account:
+    """What one request has received, holds and may still take; its bytes count until `close` and all leases end."""
 
-    def __init__(self, memory: Memory, options: ServiceOptions) -> None:
+    def __init__(self, ledger: Ledger, options: ServiceOptions) -> None:
         self.options = options
+        # Of a body that still arrives.
+        self.body = bytearray()
         # The work of the request is in the queue of the batcher, or done.
         self.submitted = False
         self.ended = False
-        self._memory = memory
-        self._held = self._received = self._pixels = 0
-        self._job: Future[Any] | None = None
+        self._ledger = ledger
+        # Arguments of the `Problem` that `check` raises.
+        self._refusal = 503, "the request has ended; ask again", dict[str, str]()
+        self.received = self._held = self._pixels = 0
+        self._expire: Callable[[], object] = lambda: None
+        self._due = math.inf
+        self._leases = 1
 
-    def receive(self, count: int, copies: int = 1) -> None:
+    async def read(self, pieces: AsyncIterator[bytes], expire: Callable[[], object]) -> bytes:
+        """Return the body, charged with what it becomes when it is parsed; raises `Problem` 400, 413, 422 and 429.
+
+        Where others lack memory, a body that arrives too slowly gives way: its bytes are dropped and `expire` is
+        called, after which `check` has the reason.
+        """
+        self._expire, self._due = expire, time.monotonic() + _GRACE
+        # At this pace, the largest body arrives just in time.
+        pace = self.options.max_body_bytes / self.options.timeout
+        self._ledger.arriving[self] = None
+        try:
+            async for piece in pieces:
+                self.receive(len(piece), _ARRIVING_COPIES)
+                self.body += piece
+                self._due = min(self._due + len(piece) / pace, time.monotonic() + _GRACE)
+        finally:
+            self._ledger.arriving.pop(self, None)
+        if b"\0" in self.body:
+            # The parser would take UTF-16 and UTF-32, too, whose size as text is another.
+            raise Problem(400, "the body is not JSON in UTF-8: it holds a NUL byte")
+        values = sum(map(self.body.count, _VALUE_MARKS))
+        if values > _MOST_VALUES:
+            raise Problem(422, f"the body holds more than {_MOST_VALUES:,} values; send fewer")
+        narrow = self.body.isascii() and b"\\u" not in self.body
+        width = 1 if narrow else 4 if any(mark in self.body for mark in _ASTRAL) else 2
+        copies = _COPIES - _ARRIVING_COPIES + 2 * (width - 1)
+        self.hold(copies * len(self.body) + values * _VALUE_BYTES)
+        body = bytes(self.body)
+        self.body.clear()
+        return body
+
+    def receive(self, count: int, copies: int) -> None:
         """Hold bytes of the body or of a download, in this many copies; raises `Problem` 413 and 429."""
-        self._received += count
+        self.received += count
         most = self.options.max_body_bytes
-        if self._received > most:
+        if self.received > most:
             raise Problem(413, f"the request has more than {most:,} bytes; shrink the images, or send fewer")
-        self._hold(copies * count)
+        self.hold(copies * count)
 
-    def _hold(self, count: int) -> None:
-        memory = self._memory
-        with memory.lock:
+    def hold(self, count: int) -> None:
+        """Hold bytes; raises `Problem` 429 where there is no room for them, and once the request has ended."""
+        ledger = self._ledger
+        with ledger.lock:
             self.check()
-            if memory.used + count > memory.most:
-                message = f"requests hold {memory.used:,} of {memory.most:,} bytes; ask again in a second"
-                raise Problem(429, message, {"retry-after": "1"})
-            memory.used += count
+            now = time.monotonic()
+            slow = (each for each in [*ledger.arriving] if each is not self and each._due < now)
+            while ledger.used + count > ledger.most and (other := next(slow, None)) is not None:
+                other._give_way()
+            if ledger.used + count > ledger.most:
+                message = f"requests hold {ledger.used:,} of {ledger.most:,} bytes; ask again in a second"
+                raise Problem(429, message, _SOON)
+            ledger.used += count
             self._held += count
 
-    def check_values(self, body: bytearray) -> None:
-        """Raise `Problem` for a body of JSON with too many values, which take much more memory than its bytes."""
-        if not body.isascii():
-            self._hold(_WIDE_COPIES * len(body))
-        # Separators inside strings count, too.
-        if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-            raise Problem(422, f"the body holds more than {_MOST_VALUES:,} values; send fewer")
+    def _give_way(self) -> None:
+        message = "the body arrives slowly, and others need the memory that it holds; ask again in a second"
+        self._refusal, self.ended = (429, message, _SOON), True
+        self.body.clear()
+        self._ledger.arriving.pop(self)
+        self._release()
+        self._expire()
 
     def take_image(self, name: str, pixels: int, peak: int) -> None:
         """Count an image that takes `peak` bytes to decode; raises `Problem` 413 where it is too large."""
         if pixels > MAX_PIXELS:
             raise Problem(413, f"{name} has {pixels:,} pixels, over the limit of {MAX_PIXELS:,}; shrink it")
         self._pixels += pixels
-        size = max(self._received, _SMALL_REQUEST)
+        size = max(self.received, _SMALL_REQUEST)
         if peak > _PEAK_PER_BYTE * size or self._pixels > _PIXELS_PER_BYTE * size:
             raise Problem(
                 413, f"{name} takes {peak:,} bytes to decode, and images so far hold {self._pixels:,} pixels, over "
@@ -90,32 +142,46 @@ class Budget:
     def check(self) -> None:
         """Raise `Problem` once the request has ended."""
         if self.ended:
-            raise Problem(503, "the request has ended; ask again")
+            raise Problem(*self._refusal)
+
+    def lease(self) -> Callable[..., None]:
+        """Hold what the request holds until the function that is returned is called, once, from any thread."""
+        with self._ledger.lock:
+            self._leases += 1
+        return self._give_back
+
+    def _give_back(self, *_: object) -> None:
+        with self._ledger.lock:
+            self._leases -= 1
+            if self._leases == 0:
+                self._release()
+
+    def _release(self) -> None:
+        self._ledger.used -= self._held
+        self._held = 0
 
     async def run(self, threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
-        """Result of a function in another thread; the request holds its memory until the function returns."""
-        self._job = threads.submit(function, *arguments)
-        return await asyncio.wrap_future(self._job)
+        """Run a function in another thread; the memory is held until it returns, also where nobody waits."""
+        job = threads.submit(function, *arguments)
+        job.add_done_callback(self.lease())
+        result = asyncio.wrap_future(job)
+        # Nobody may be left to ask for its exception.
+        result.add_done_callback(lambda each: each.cancelled() or each.exception())
+        # Unlike `await`, this does not cancel the job, which would keep its arguments in the queue of the threads.
+        await asyncio.wait([result])
+        return result.result()
 
     def close(self) -> None:
-        """End the request: it takes no more, and its memory is released once no thread works on it."""
-
-        def release(job: object) -> None:
-            with self._memory.lock:
-                self.ended = True
-                self._memory.used -= self._held
-                self._held = 0
-
+        """End the request: it takes no more."""
         self.ended = True
-        if self._job is None:
-            release(None)
-        else:
-            self._job.add_done_callback(release)
+        self._give_back()
 
 
-class _Piece(NamedTuple):
+@dataclass(eq=False)
+class _Piece:
     work: Any
     cost: int
+    release: Callable[[], object]
     answer: asyncio.Future[Any]
     since: float
 
@@ -148,14 +214,22 @@ class Batcher:
         """Length of the queue."""
         return len(self._queue)
 
-    async def submit(self, work: Any, cost: int) -> Any:
-        """Result of a piece of work; cancelling this drops work that has not begun."""
-        piece = _Piece(work, cost, asyncio.get_running_loop().create_future(), time.monotonic())
+    async def submit(self, work: Any, cost: int, release: Callable[[], object] = lambda: None) -> Any:
+        """Result of a piece of work; cancelling this drops work that has not begun.
+
+        `release` is called once, when nothing here refers to the work any more: after its batch, or when it is dropped.
+        """
+        piece = _Piece(work, cost, release, asyncio.get_running_loop().create_future(), time.monotonic())
         self._queue.append(piece)
         self._arrived.set()
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._run_batches())
-        return await piece.answer
+        try:
+            return await piece.answer
+        finally:
+            if piece in self._queue:
+                self._queue.remove(piece)
+                release()
 
     def close(self) -> None:
         """End the thread after the batch that it runs."""
@@ -172,14 +246,18 @@ class Batcher:
                 self._arrived.clear()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._arrived.wait(), left)
-            batch, cost = list[_Piece](), 0
-            while self._queue and (not batch or cost + self._queue[0].cost <= self.budget):
-                piece = self._queue.popleft()
-                if not piece.answer.done():
-                    batch.append(piece)
-                    cost += piece.cost
-            if not batch:
-                continue
+            # In a frame of its own, which ends with all references to the work.
+            for release in await self._run_batch():
+                release()
+
+    async def _run_batch(self) -> list[Callable[[], object]]:
+        """Run the first pieces of the queue; returns the functions that release them."""
+        batch, cost = list[_Piece](), 0
+        while self._queue and (not batch or cost + self._queue[0].cost <= self.budget):
+            batch.append(self._queue.popleft())
+            cost += batch[-1].cost
+        # All that waited may have been given up.
+        if batch:
             self._observe(len(batch), cost)
             for piece, answer in zip(batch, await self._answers([piece.work for piece in batch]), strict=True):
                 if piece.answer.done():
@@ -188,6 +266,7 @@ class Batcher:
                     piece.answer.set_exception(answer)
                 else:
                     piece.answer.set_result(answer)
+        return [piece.release for piece in batch]
 
     async def _answers(self, works: Sequence[Any]) -> Sequence[Any]:
         try:

@@ -155,7 +155,7 @@ class ModelRanks:
 def _failure(picture: Picture, number: int, failures: dict[bytes, XFMError]) -> XFMError:
     """Error of a failed image, with its name."""
     error = failures[picture.key]
-    return error if picture.name else type(error)(f"image {number} of the request: {error}")
+    return type(error)(f"{picture.name or f'image {number} of the request'}: {error}")
 
 
 class MemoryCache:
@@ -214,15 +214,17 @@ class Ranker:
             raise DataError(f"{name} ({len(content)} bytes, beginning with {content[:8]!r}) is no JPEG, PNG or WebP")
         return Picture(hashlib.sha256(content).digest(), content)
 
-    def _decode(self, picture: Picture) -> Tensor | XFMError:
+    def _decode(self, owners: Sequence[Picture]) -> Tensor | XFMError:
+        """Pixels of an image, or its error; the requests that it belongs to may all have ended by now."""
+        content = owners[0].content
         try:
-            if not picture.needed():
+            if not any(owner.needed() for owner in owners):
                 return InputError("the request has ended")
-            return load_image(picture.content, self.model.config.image_size, picture.name or None)
+            return load_image(content, self.model.config.image_size)
         except DataError as error:
             return error
         except MemoryError:
-            size = len(picture.content)
+            size = len(content)
             return DataError(f"image {size} bytes needs more memory to decode than there is; shrink it")
 
     @torch.inference_mode()
@@ -286,12 +288,11 @@ class Ranker:
             owners.setdefault(picture.key, []).append(picture)
 
         def begin(tile: Sequence[bytes]) -> dict[bytes, Future[Tensor | XFMError]]:
-            # The same image may be in several requests, of which some have ended.
-            needed = (next((each for each in owners[key] if each.needed()), owners[key][0]) for key in tile)
-            return {
-                each.key: (self._large if each.peak > _LARGE else self._threads).submit(self._decode, each)
-                for each in needed
-            }
+            futures = {}
+            for key in tile:
+                large = max(owner.peak for owner in owners[key]) > _LARGE
+                futures[key] = (self._large if large else self._threads).submit(self._decode, owners[key])
+            return futures
 
         ahead = begin(tiles[0]) if tiles else {}
         for number in range(len(tiles)):

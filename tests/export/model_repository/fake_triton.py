@@ -64,8 +64,10 @@ class Tensor:
 
 
 class TritonError:
-    def __init__(self, text: str) -> None:
-        self.message = lambda: text
+    INVALID_ARG = 3
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        self.message, self.code = lambda: text, lambda: code
 
 
 class TritonModelException(Exception):
@@ -98,11 +100,13 @@ class OnnxModel:
 
 
 class FakeServer:
-    """The models of a repository, loaded; `calls` are the names of the models that were run, in order."""
+    """The models of a repository, loaded; `calls` are the names of the models that were run,
+    in order, `codes` those of the latest errors."""
 
     def __init__(self, repository: Path, monkeypatch: pytest.MonkeyPatch, only: str = "") -> None:
         self.calls: list[str] = []
         self.models: dict[str, Any] = {}
+        self.codes: list[int] = []
         self.configs: dict[str, dict[str, Any]] = {}
         module: Any = types.ModuleType("triton_python_backend_utils")
         server = self
@@ -182,9 +186,11 @@ class FakeServer:
             for pair in queries
         ]  # fmt: skip
         name = next(name for name in self.models if name.endswith("_rank"))
+        responses = self.run(name, requests)
+        self.codes = [error.code() for response in responses if (error := response.error()) is not None]
         return [
             {tensor.name(): tensor.as_numpy()[0] for tensor in response.output_tensors()}
             if (error := response.error()) is None
             else error.message()
-            for response in self.run(name, requests)
+            for response in responses
         ]

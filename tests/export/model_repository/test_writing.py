@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.cli.runner import invoke
-from tests.export.model_repository.fake_triton import FakeServer, read_config
+from tests.export.model_repository.fake_triton import FakeServer, TritonError, read_config
 from xfm_fast.data.images import load_image
 from xfm_fast.errors import ExportError, InputError, StorageError, XFMError
 from xfm_fast.export.manifest import EngineTarget, Manifest
@@ -118,13 +118,24 @@ def test_bad_requests_fail_alone(repository: Path, monkeypatch: pytest.MonkeyPat
     ]
     good = ([photo(1)], encoded("a cat", "a dog"))
     requests = [(images, encoded(*captions)) for images, captions, _ in bad]
-    before, *wrong, after = FakeServer(repository, monkeypatch).rank(good, *requests, good)
+    server = FakeServer(repository, monkeypatch)
+    before, *wrong, after = server.rank(good, *requests, good)
+    # Status 400 over HTTP.
+    assert server.codes == [TritonError.INVALID_ARG] * len(bad)
     for (*_, message), answer in zip(bad, wrong, strict=True):
         assert isinstance(answer, str)
         assert message in answer
     assert isinstance(before, dict)
     assert isinstance(after, dict)
     np.testing.assert_array_equal(before["scores"], after["scores"])
+    # Errors of the server are none of its clients', and an older one has no codes.
+    with monkeypatch.context() as patched:
+        patched.setattr(server.models["xfm_rank"].ranker, "rank", None)
+        assert "not callable" in str(server.rank(good))
+        assert server.codes == [1]
+        patched.delattr(TritonError, "INVALID_ARG")
+        assert "0 images" in str(server.rank(requests[0]))
+        assert server.codes == [1]
 
 
 def test_an_edited_tokenizer_is_not_loaded(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
