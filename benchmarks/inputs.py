@@ -116,7 +116,7 @@ def bundled() -> Collection:
         )
     if not collection.names:
         raise DataError(
-            'no photographs: scikit-image and scikit-learn are not installed; pip install "xfm-fast[bench]", or name '
+            'no photographs: scikit-image and scikit-learn are not installed; pip install ".[bench]", or name '
             "your own with --data"
         )
     collection.skipped += [Skip(what=package, reason=f"{package} is not installed") for package in sorted(absent)]

@@ -156,7 +156,7 @@ def optional_packages() -> list[dict[str, str | None]]:
                 detail = ", ".join(provider.removesuffix("ExecutionProvider") for provider in providers)
             except Exception as error:  # a broken installation is worth a line, not a traceback
                 detail = f"does not import ({type(error).__name__}: {error})"
-        remedy = extra if " " in extra else f'pip install "xfm-fast[{extra}]"'
+        remedy = extra if " " in extra else f'pip install ".[{extra}]"'
         packages.append({"name": name, "version": found, "remedy": remedy, "detail": detail})
     return packages
 

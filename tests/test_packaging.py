@@ -184,3 +184,11 @@ def test_no_licence_of_a_requirement_binds() -> None:
             continue
         licences = [found.get("License-Expression") or "", *(found.get_all("Classifier") or [])]
         assert not [each for each in licences if re.search(r"\bA?GPL|GNU (Affero )?General Public", each)], requirement
+
+
+def test_no_message_installs_a_package_that_is_not_ours() -> None:
+    """The name is free on package indexes: whoever takes it would be installed."""
+    folders = (*LINKED, "docs", "examples", "xfm_fast")
+    files = [path for folder in folders for form in ("py", "md") for path in (ROOT / folder).rglob(f"*.{form}")]
+    for path in (*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        assert not re.search(r"pip install ['\"]?xfm-fast", path.read_text(encoding="utf-8")), path

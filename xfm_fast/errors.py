@@ -58,7 +58,9 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{error.name} is not installed; pip install 'xfm-fast[{extra}]'") from None
+        raise UnavailableError(
+            f"{error.name} is not installed; in the checkout of xfm-fast: pip install '.[{extra}]'"
+        ) from None
 
 
 def explain_types(function: F) -> F:

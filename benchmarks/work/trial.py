@@ -127,7 +127,7 @@ def open_model(name: str) -> Opened:
     try:
         import transformers
     except ImportError:
-        raise UnavailableError(f"{name} needs transformers; pip install 'xfm-fast[hf]'") from None
+        raise UnavailableError(f"{name} needs transformers; pip install '.[hf]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not config.get("model_type"):
@@ -161,7 +161,7 @@ def _open_timm(name: str) -> Opened:
         import timm
         from timm.data import resolve_model_data_config
     except ImportError:
-        raise UnavailableError(f"{name} needs timm; pip install 'xfm-fast[hf]'") from None
+        raise UnavailableError(f"{name} needs timm; pip install '.[hf]'") from None
     kind = name.removeprefix(TIMM)
     if not timm.is_model(kind.split(".")[0]):
         near = ", ".join(get_close_matches(kind, timm.list_models(), n=3))

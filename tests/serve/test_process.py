@@ -110,4 +110,4 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     done = invoke(["serve", "--random", "tiny", "--port", 0])
     assert done.exit_code == 2
     assert "uvicorn" in done.stderr
-    assert "pip install 'xfm-fast[serve]'" in done.stderr
+    assert "pip install '.[serve]'" in done.stderr

@@ -291,7 +291,7 @@ def _kernels(names: tuple[str, ...]) -> list[KernelSpec]:
     from importlib.util import find_spec
 
     if find_spec("triton") is None:
-        raise UnavailableError("Triton is not installed; pip install 'xfm-fast[triton]' (Linux)")
+        raise UnavailableError("Triton is not installed; pip install '.[triton]' (Linux)")
     from xfm_fast.kernels.audit.compiling import shipped_kernels
 
     specs = shipped_kernels()

@@ -40,9 +40,7 @@ def serve(
     try:
         from xfm_fast.serve import address, run
     except ModuleNotFoundError as error:
-        raise UnavailableError(
-            f"serving needs {error.name}, which is not installed; pip install 'xfm-fast[serve]'"
-        ) from None
+        raise UnavailableError(f"serving needs {error.name}, which is not installed; pip install '.[serve]'") from None
 
     if not options.loopback and key is None:
         note(f"WITHOUT AN API KEY, anyone who reaches {options.host} can use this service; set XFM_API_KEY")

@@ -28,7 +28,7 @@ def register_auto_classes() -> None:
     try:
         import transformers
     except ImportError:
-        raise UnavailableError("registering X-FM needs transformers; install it (pip install 'xfm-fast[hf]')") from None
+        raise UnavailableError("registering X-FM needs transformers; install it (pip install '.[hf]')") from None
 
     class XFMAutoConfig(transformers.PretrainedConfig):
         model_type = MODEL_TYPE
