@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.export.engines import build_engines, export_engines, find_builder
+from xfm_fast.export.engines import build_engines, export_engines, find_builder, schedules
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.runtimes.tensorrt import EngineRequest
 from xfm_fast.models.xfm import XFM
@@ -56,28 +56,22 @@ _BASE: list[tuple[Kind, Most]] = [
 ]  # fmt: skip
 
 
-def schedules(engine: Path) -> list[Steps]:
-    """What each profile of an engine launches."""
-    text = engine.read_bytes().decode("latin1")
-    found = []
-    for start in (match.start() for match in re.finditer("\nmain {", text)):
-        # Products have schedules of their own, which say how each is compiled when the engine is loaded.
-        if "region=runtime-fusion-consts" in text[start - 300 : start]:
-            continue
-        steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[start : text.index("\n}\n", start)], re.MULTILINE)
-        working = [(kind, name) for kind, name in steps if kind not in ("shape_call", "signal", "wait")]
-        kernels, products = (sum(kind == wanted for kind, _ in working) for wanted in ("function", "fully_connected"))
+def count_steps(engine: Path) -> list[Steps]:
+    """Count what each profile of an engine launches."""
+    counts = []
+    for steps in schedules(engine):
+        kernels, products = (sum(kind == wanted for kind, _ in steps) for wanted in ("function", "fully_connected"))
         # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
         moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
-        moving = sum(kind == "copy" or bool(moves.match(name)) for kind, name in working)
-        found.append((len(working), kernels, products, moving))
-    return found
+        moving = sum(kind == "copy" or bool(moves.match(name)) for kind, name in steps)
+        counts.append((len(steps), kernels, products, moving))
+    return counts
 
 
 def assert_no_more(folder: Path, most: Most) -> None:
     """Hold the engines of a folder against what they may launch."""
     manifest = Manifest.load(folder, check_files=False)
-    found = {name: schedules(folder / f"{name}.engine") for name in most}
+    found = {name: count_steps(folder / f"{name}.engine") for name in most}
     for name, counts in found.items():
         assert len(counts) == len(manifest.graph(name).profiles)
     grown = {
