@@ -168,8 +168,8 @@ class BuilderForRTX(Builder):
             )
         if unknown := [target for target in targets if target not in known]:
             raise UnavailableError(
-                f"{self.title} builds for {_names(known)}, not for {_names(unknown)}; change --sm, or use --to tensorrt "
-                "on a machine with such a GPU"
+                f"{self.title} builds for {_names(known)}, not for {_names(unknown)}; change --sm, or use --to "
+                "tensorrt on such a GPU"
             )
         return targets
 

@@ -107,12 +107,26 @@ def test_the_default_export_becomes_engines(exported_fp32: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 16])
+def test_fixed_sizes_launch_no_more_than_profiles(small_model: XFM, tmp_path: Path, batch: int) -> None:
+    fixed = {"batch": batch, "texts": 16, "length": 16}
+    export_engines(small_model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89", graphs=tuple(_BF16), fixed=fixed)
+    for name, profiles in _BF16.items():
+        (steps,) = count_steps(tmp_path / f"{name}.engine")
+        assert steps[0] <= profiles[batch > 1][0], (name, steps)
+
+
+@pytest.mark.slow
 def test_engines_in_8_bits_launch_no_more(small_model: XFM, tmp_path: Path) -> None:
-    """All GEMMs in 8 bits, whatever it costs."""
-    export_engines(
+    """As many GEMMs in 8 bits as the comparison leaves; the record counts the launches with and without."""
+    manifest = export_engines(
         small_model, tmp_path, "tensorrt-rtx", dtype="fp16", sm="120", graphs=tuple(_INT8), quantize="int8", budget=0.5
     )
     assert_no_more(tmp_path, _INT8)
+    for record in manifest.graphs:
+        assert record.quantisation is not None
+        assert record.quantisation.launches == [steps[0] for steps in count_steps(tmp_path / record.file)]
+        assert len(record.quantisation.wide_launches) == len(record.profiles)
 
 
 @pytest.mark.slow
