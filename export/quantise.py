@@ -143,15 +143,21 @@ class Fitted(NamedTuple):
     error: float  # of the GEMMs on the samples, relative to their norm
 
 
+def _readers(model: Any) -> dict[str, list[Any]]:
+    """Return the nodes that read each tensor of a graph."""
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
 def sites(model: Any) -> list[Site]:
     """The sites of a graph, without heads (cheap, decisive for scores) and concatenated tensors (not always read)."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     returned = {value.name for value in model.graph.output}
     made_by = {name: node for node in model.graph.node for name in node.output}
-    readers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = _readers(model)
 
     def layer(gemm: Any) -> str:
         """Return the layer's name by that of its weight, or of its bias in older exports."""
@@ -176,10 +182,7 @@ def sites(model: Any) -> list[Site]:
 
 def tables(model: Any) -> list[Table]:
     """Return the large tables of a graph that are read by `Gather` alone, row by row."""
-    readers: dict[str, list[Any]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = _readers(model)
     matches = []
     for tensor in model.graph.initializer:
         nodes = readers.get(tensor.name, ())
