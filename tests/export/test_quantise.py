@@ -235,7 +235,10 @@ def test_int8_keeps_the_ranks_of_trained_weights(trained_model: XFM, tmp_path: P
     assert all(agreement >= 0.95 for agreement in ranks.values()), ranks
     assert all(check.cosine is None or 0.99 <= check.cosine < 1 for check in manifest.verification.checks)
     records = [graph.quantisation for graph in manifest.graphs]
-    assert all(record is not None and not record.kept and record.cosine > 0.99 for record in records)
+    assert all(record is not None and record.cosine > 0.99 for record in records)
+    # The comparison may take back a few.
+    kept = {record.products: record.kept for record in records if record is not None}
+    assert all(len(names) <= products / 3 for products, names in kept.items()), kept
     sizes = {record.name: record.bytes for record in Manifest.load(tmp_path / "fp32").files}
     assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes["fusion.onnx"]
 
@@ -365,4 +368,5 @@ def test_engines_in_8_bits(trained_model: XFM, tmp_path: Path, kind: Quantisatio
     assert manifest.graphs_verification is not None
     assert all(ranks.agreement >= 0.95 for ranks in manifest.graphs_verification.ranks)
     assert (manifest.options["arithmetic"], manifest.options["budget"]) == (kind, 0.98)
-    assert all(record.quantisation is not None and not record.quantisation.kept for record in manifest.graphs)
+    records = [record.quantisation for record in manifest.graphs]
+    assert all(record is not None and len(record.kept) <= record.products / 3 for record in records)
