@@ -167,7 +167,10 @@ class BuilderForRTX(Builder):
                 "there is no NVIDIA GPU here to build for; name the targets with --sm, such as --sm 80,89,120"
             )
         if unknown := [target for target in targets if target not in known]:
-            raise UnavailableError(f"{self.title} builds for {_names(known)}, not for {_names(unknown)}; change --sm")
+            raise UnavailableError(
+                f"{self.title} builds for {_names(known)}, not for {_names(unknown)}; change --sm, or use --to "
+                "tensorrt on such a GPU"
+            )
         return targets
 
     def network(self, builder: Any) -> Any:
@@ -271,18 +274,63 @@ def engine_graphs(
 
         def build(progress: Progress) -> Manifest:
             if reference is not None:
-                if scheme is not None:
-                    comparison = Comparison(exported, onnx, reference)
-                    quantise_graphs(exported, comparison, onnx, scheme, request.budget, progress)
+                if scheme is None:
+                    compare_with_reference(exported, onnx, reference)
+                else:
+                    wide = _count_launches(exported, onnx, library, targets, request, progress)
+                    wide_files = {name for record in exported.graphs for name in record.files}
+                    with tempfile.TemporaryDirectory(dir=onnx, prefix=".quantised-") as narrow:
+                        comparison = Comparison(exported, onnx, reference)
+                        quantise_graphs(exported, comparison, Path(narrow), scheme, request.budget, progress)
+                        for name in wide_files:
+                            (onnx / name).unlink()
+                        for path in Path(narrow).iterdir():
+                            path.replace(onnx / path.name)
                     # Smaller weights may no longer need a file of their own.
                     names = [record.name for record in exported.files if (onnx / record.name).exists()]
                     exported.files = record_files(onnx, names)
-                compare_with_reference(exported, onnx, reference)
+                    for record in exported.graphs:
+                        if record.quantisation is not None:
+                            record.quantisation.wide_launches = wide[record.name]
             exported.save(onnx)
             return build_engines(exported, onnx, folder, library, targets, request, progress, compare)
 
         del model
         yield build
+
+
+def _count_launches(
+    exported: Manifest,
+    onnx: Path,
+    library: Builder,
+    targets: Sequence[int],
+    request: EngineRequest,
+    progress: Progress,
+) -> dict[str, list[int]]:
+    """Return the launches of every profile of the engines without 8 bits; none where the library does not tell."""
+    counts: dict[str, list[int]] = {record.name: [] for record in exported.graphs}
+    profiles = parse_profiles(request.profile, packed=request.packed)
+    for record in exported.graphs if isinstance(library, BuilderForRTX) else ():
+        progress(f"building {record.name} in {exported.dtype} to count its launches")
+        with tempfile.TemporaryDirectory(dir=onnx, prefix=".engine-") as scratch:
+            engine = Path(scratch, f"{record.name}.engine")
+            build_engine(library, onnx / record.file, engine, request, targets, graph_profiles(record, profiles))
+            counts[record.name] = [len(steps) for steps in schedules(engine)]
+    return counts
+
+
+def schedules(engine: Path) -> list[list[tuple[str, str]]]:
+    """Return kind and name of every step that computes, by profile: text in engines of TensorRT for RTX."""
+    text = engine.read_bytes().decode("latin1")
+    profiles = []
+    for match in re.finditer("\nmain {", text):
+        begin = match.start()
+        # Products have schedules of their own, which say how each is compiled when the engine is loaded.
+        if "region=runtime-fusion-consts" in text[begin - 300 : begin]:
+            continue
+        steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[begin : text.index("\n}\n", begin)], re.MULTILINE)
+        profiles.append([step for step in steps if step[0] not in ("shape_call", "signal", "wait")])
+    return profiles
 
 
 def check_request(consumer: str, request: EngineRequest) -> tuple[Builder, tuple[int, ...], Spelling]:
@@ -318,6 +366,8 @@ def build_engines(
         progress(f"building {record.name} ({records.index(record) + 1} of {len(records)})")
         source = onnx / exported.graph(record.name).file
         build_engine(library, source, folder / record.file, request, targets, record.profiles)
+        if record.quantisation is not None and isinstance(library, BuilderForRTX):
+            record.quantisation.launches = [len(steps) for steps in schedules(folder / record.file)]
         return [record.file]
 
     target = EngineTarget(

@@ -175,9 +175,13 @@ class QuantisationRecord(_Record):
     products: int  # candidates
     kept: list[str]  # layers that stay in the dtype of the graph
     smoothed: int  # tensors with equalised channels
-    # In older exports.
-    wide_milliseconds: float = Field(default=0.0, exclude=True)
-    milliseconds: float = Field(default=0.0, exclude=True)
+    tables: list[str] = []  # embedding tables in 8 bits by row
+    # Of both graphs run in turn on the CPU that quantised; 0 for other devices.
+    wide_milliseconds: float = 0.0
+    milliseconds: float = 0.0
+    # Kernels of each profile of the engine, and of the engine without 8 bits; where the library tells.
+    wide_launches: list[int] = []
+    launches: list[int] = []
 
 
 class GraphRecord(_Record):

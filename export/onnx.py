@@ -143,7 +143,8 @@ def write_onnx(
             )
         assert program is not None
         given = [*program.model.graph.initializers.values()]
-        program.optimize()
+        with _named_weights(program.model.graph):
+            program.optimize()
     beside = f"{path.name}.data"
     model, weights = _split_weights(program.model, beside)
     # The optimiser's rules reference the last graph, and with it the weights that they folded.
@@ -233,6 +234,22 @@ def _cached_operators() -> Iterator[None]:
 def _operators(read: Callable[..., Any], opset_version: int) -> Any:
     """The exporter's operators of an opset."""
     return read(opset_version)
+
+
+@contextlib.contextmanager
+def _named_weights(graph: Any) -> Iterator[None]:
+    """Give transposed weights that the optimiser folds the names of their parameters."""
+    parameters = {
+        node.outputs[0].name: node.inputs[0].name
+        for node in graph
+        if node.op_type == "Transpose" and node.inputs[0].name in graph.initializers
+    }
+    yield
+    for name, parameter in parameters.items():
+        if name in graph.initializers and parameter not in graph.initializers:
+            value = graph.initializers.pop(name)
+            value.name = parameter
+            graph.initializers[parameter] = value
 
 
 def _split_weights(program: Any, beside: str) -> tuple[Any, dict[str, Any]]:

@@ -92,7 +92,7 @@ def compare_with_reference(
         return
     record = VerificationRecord(
         runtime=comparison.description,
-        examples=manifest.examples,
+        examples=("the other half of " if manifest.options.get("arithmetic") else "") + manifest.examples,
         seconds=round(time.perf_counter() - started, 3),
         checks=checks,
         ranks=ranks,
@@ -128,6 +128,17 @@ class Recorder(Runtime):
         return RunFunction(run)
 
 
+def calibration_part(reference: Reference, *, rest: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the images and texts, by index, that 8-bit scales are fitted on, or the rest, which judges them.
+
+    A single one is in both. The reference has the memory of image 0, which judges; text 0 is the shortest, whose
+    entries are extreme.
+    """
+    images = torch.arange(0 if rest or reference.images == 1 else 1, reference.images, 2)
+    texts = torch.arange(1 if rest and reference.texts > 1 else 0, reference.texts, 2)
+    return images, texts
+
+
 class Case(NamedTuple):
     """Inputs of a graph: images `[B]` and captions `[B, T]` by number."""
 
@@ -148,6 +159,9 @@ class Comparison:
         self.manifest, self.folder, self.reference, self.runtime = manifest, folder, reference, runtime
         self.known = reference.tensors
         self.lengths = self.known["attention_mask"].sum(1)
+        self.images, self.texts = torch.arange(reference.images), torch.arange(reference.texts)
+        if manifest.options.get("arithmetic"):
+            self.images, self.texts = calibration_part(reference, rest=True)
         self.description = ""
         self._whole: TaskSession | None = None
 
@@ -218,26 +232,26 @@ class Comparison:
 
     def cases(self, record: GraphRecord) -> Iterator[Case]:
         """From one image or caption to all, each image with each caption, of captions that the graph takes."""
-        graph, slots, images = record.name, graph_slots(record), self.reference.images
+        graph, slots, images = record.name, graph_slots(record), self.images
         if graph in ("fusion", PAIR_GRAPH) and "image_memory" not in self.manifest.graph_names:
             # The reference holds the memory of image 0.
-            images = 1
+            images = images[:1]
         longest = largest(slots, "length") if "length" in slots[0].ranges else None
-        usable = (self.lengths <= (longest or self.lengths.max())).nonzero().flatten()
+        usable = self.texts[self.lengths[self.texts] <= (longest or self.lengths.max())]
         texts = len(usable)
         if graph not in ("fusion", "match"):
-            count = images if graph in ("vision", "image_memory") else texts
+            count = len(images) if graph in ("vision", "image_memory") else texts
             for size in dict.fromkeys((1, min(2, count), count)):
                 for rows in chunks(count, size):
-                    yield Case(rows % images, usable[rows % texts][:, None])
+                    yield Case(images[rows % len(images)], usable[rows % texts][:, None])
             return
-        every = torch.arange(images)
-        for image in every:
-            yield Case(image[None], usable[image[None] % texts][:, None])
-        yield Case(every, usable[every % texts][:, None])
-        for image in every:
+        paired = usable[torch.arange(len(images)) % texts]
+        for image, text in zip(images, paired, strict=True):
+            yield Case(image[None], text[None, None])
+        yield Case(images, paired[:, None])
+        for image in images:
             yield Case(image[None], usable[None])
-        yield Case(every, usable.expand(images, -1))
+        yield Case(images, usable.expand(len(images), -1))
 
     def outputs(
         self, session: TaskSession, graph: str, case: Case, known: Mapping[str, Tensor]

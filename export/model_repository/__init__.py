@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -206,6 +206,8 @@ def graph_config(name: str, record: GraphRecord, platform: str, options: Reposit
 
     # One group for all profiles: an instance then has a context per profile and takes the closest to a request.
     profiles = [str(slot.number) for slot in slots] if record.profiles else []
+    tuned = sorted({best for slot in slots if (best := slot.ranges["batch"].best) is not None and 1 < best <= batch})
+    captured = {"cuda": {"graphs": True, "graph_spec": _cuda_graphs(record, slots, batch)}}
     return {
         "name": name,
         "platform": platform,
@@ -215,8 +217,29 @@ def graph_config(name: str, record: GraphRecord, platform: str, options: Reposit
         "output": [tensor(each) for each in record.outputs],
         "instance_group": [{"count": 1, "kind": Symbol(f"KIND_{options.device.upper()}"), "profile": profiles}],
         "model_warmup": [warmup(slot) for slot in slots],
-        **({"dynamic_batching": _BATCHING} if batch else {}),
+        **({"dynamic_batching": {"preferred_batch_size": tuned, **_BATCHING}} if batch else {}),
+        **({"optimization": captured} if profiles else {}),
     }
+
+
+def _cuda_graphs(record: GraphRecord, slots: Sequence[Slot], batch: int) -> list[dict[str, Any]]:
+    """Return the shapes that Triton captures: the one that each profile is tuned for.
+
+    A captured graph also serves smaller batches, but no shorter texts: Triton leaves the rest of its inputs as it is.
+    """
+    specs = []
+    for slot in slots:
+        sizes = slot.example()
+        shapes = [
+            {"key": tensor.name, "value": {"dim": [*tensor.shape(sizes)][1 if batch else 0 :]}}
+            for tensor in record.inputs
+        ]
+        if batch:
+            lower = {"batch_size": slot.ranges["batch"].least, "input": shapes}
+            specs.append({"batch_size": sizes["batch"], "input": shapes, "graph_lower_bound": lower})
+        else:
+            specs.append({"input": shapes})
+    return specs
 
 
 def rank_config(name: str, tokens: int, options: RepositoryOptions) -> dict[str, Any]:

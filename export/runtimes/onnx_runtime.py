@@ -136,7 +136,7 @@ class OnnxRuntime(Runtime):
         return RunFunction(run)
 
     def _options(self, record: GraphRecord) -> Any:
-        options = session_options()
+        options = session_options(self.device.type)
         # Every graph has threads of its own. They may spin between the operators of a run, but not after it, when the
         # next graph needs the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -148,8 +148,8 @@ class OnnxRuntime(Runtime):
         return options
 
 
-def session_options() -> Any:
-    """The options of every ONNX Runtime session of this project."""
+def session_options(device: str = "cpu") -> Any:
+    """Return the options of every ONNX Runtime session of this project."""
     import onnxruntime
     import torch
 
@@ -158,6 +158,9 @@ def session_options() -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     # As many threads as PyTorch, which knows of containers and OMP_NUM_THREADS.
     options.intra_op_num_threads = torch.get_num_threads()
+    if device == "cpu":
+        # On a CPU the fused kernel is slower than the sum and the norm that it replaces.
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
     if not getattr(torch.cpu, "_is_vnni_supported", bool)():
         # Without VNNI two int8 products are added in 16 bits, which overflows unless this is set. With VNNI the option
         # would triple the time.

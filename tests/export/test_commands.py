@@ -16,7 +16,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.export import onnx
 from xfm_fast.export.expected import Reference
 from xfm_fast.export.graphs import DTYPES, is_memory
-from xfm_fast.export.manifest import Manifest
+from xfm_fast.export.manifest import Manifest, QuantisationRecord
 from xfm_fast.export.verification import keep_reference
 
 pytest.importorskip("onnx", reason="exports to ONNX need onnx")
@@ -137,3 +137,20 @@ def test_engines_of_the_base_model(dtype: str, tmp_path: Path) -> None:
     assert set(megabytes) == {"vision", "text", "image_memory", "fusion"}
     for name, size in (("vision", 172), ("text", 249), ("image_memory", 28), ("fusion", 227)):
         assert size * 0.9 < megabytes[name] * 2 / DTYPES[manifest.dtype].itemsize < size * 1.4, megabytes
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "launches", "lines"),
+    [
+        ((3.0, 2.0), [], ["1.50x the speed here (3.0 → 2.0 ms, run in turn)"]),
+        ((2.0, 2.5), [], ["not faster here: 0.80x (2.0 → 2.5 ms, run in turn)"]),
+        ((0.0, 0.0), [27, 28], ["launches of the engine's profiles: 27 and 28, without 8 bits 23 and 24"]),
+    ],
+)
+def test_what_8_bits_gain_is_said(milliseconds: tuple[float, float], launches: list[int], lines: list[str]) -> None:
+    wide, narrow = milliseconds
+    record = QuantisationRecord(
+        kind="int8", budget=0.99, cosine=0.995, products=24, kept=[], smoothed=0, wide_milliseconds=wide,
+        milliseconds=narrow, launches=launches, wide_launches=[23, 24] if launches else [],
+    )  # fmt: skip
+    assert [*commands._costs(record)] == lines

@@ -42,7 +42,9 @@ def folder(tmp_path: Path) -> Path:
 def test_fields_of_earlier_exports_are_read() -> None:
     chosen = {"kind": "int8", "budget": 0.99, "cosine": 0.999, "products": 2, "kept": [], "smoothed": 1}
     timed = {"wide_milliseconds": 2.0, "milliseconds": 1.0}
-    assert QuantisationRecord.model_validate(chosen | timed).model_dump() == chosen
+    later = {"tables": [], "launches": [], "wide_launches": []}
+    assert QuantisationRecord.model_validate(chosen | timed).model_dump() == chosen | timed | later
+    assert QuantisationRecord.model_validate(chosen).milliseconds == 0
 
 
 @pytest.mark.parametrize("content", [b"v" * 30, b"v" * 99 + b"!", b"v" * 100 + b"!", None])

@@ -166,3 +166,16 @@ def test_one_file_for_every_reader(exported_fp32: Path) -> None:
     for results in found.values():
         for mine, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(np.array(mine)), theirs, rtol=0, atol=1e-5)
+
+
+def test_weights_have_the_names_of_their_parameters(exported_fp32: Path) -> None:
+    """Those that were transposed for a product too, whatever the optimiser calls a folded constant."""
+    for graph, weight in {
+        "vision": "encoder.blocks.0.mlp.fc1.weight",
+        "text": "encoder.encoder.layer.1.output.dense.weight",
+        "fusion": "stack.layer.0.crossattention.self.query.weight",
+    }.items():
+        weights = onnx.load(exported_fp32 / f"{graph}.onnx").graph.initializer
+        matrices = [tensor.name for tensor in weights if len(tensor.dims) == 2]
+        assert weight in matrices
+        assert not [name for name in matrices if name.startswith("val_")]

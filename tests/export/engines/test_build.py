@@ -190,6 +190,7 @@ def test_calls_of_a_build_with_tensorrt(tensorrt: Callable[..., Any], tmp_path: 
         ("10.14", 75, (), "SM75 has no bf16"),
         ("10.13.3", 89, (), r"tensorrt>=10\.14"),
         ("", 89, "50", "SM50"),
+        ("", 89, "90", r"not for SM90; change --sm, or use --to tensorrt"),
         ("", None, (), "--sm"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 
 from xfm_fast.config import XFMConfig
-from xfm_fast.export.engines import build_engines, export_engines, find_builder
+from xfm_fast.export.engines import build_engines, export_engines, find_builder, schedules
 from xfm_fast.export.manifest import Manifest
 from xfm_fast.export.runtimes.tensorrt import EngineRequest
 from xfm_fast.models.xfm import XFM
@@ -56,28 +56,22 @@ _BASE: list[tuple[Kind, Most]] = [
 ]  # fmt: skip
 
 
-def schedules(engine: Path) -> list[Steps]:
-    """What each profile of an engine launches."""
-    text = engine.read_bytes().decode("latin1")
-    found = []
-    for start in (match.start() for match in re.finditer("\nmain {", text)):
-        # Products have schedules of their own, which say how each is compiled when the engine is loaded.
-        if "region=runtime-fusion-consts" in text[start - 300 : start]:
-            continue
-        steps = re.findall(r'^  (\w+)=\{ name="?(\w+)', text[start : text.index("\n}\n", start)], re.MULTILINE)
-        working = [(kind, name) for kind, name in steps if kind not in ("shape_call", "signal", "wait")]
-        kernels, products = (sum(kind == wanted for kind, _ in working) for wanted in ("function", "fully_connected"))
+def count_steps(engine: Path) -> list[Steps]:
+    """Count what each profile of an engine launches."""
+    counts = []
+    for steps in schedules(engine):
+        kernels, products = (sum(kind == wanted for kind, _ in steps) for wanted in ("function", "fully_connected"))
         # Names are made of what a kernel does: reshape, transpose, slice, move, replicate, concatenate, cast.
         moves = re.compile(r"__myl_(?:Resh|Tran|Slic|Move|Repl|Conc|Cast)+$")
-        moving = sum(kind == "copy" or bool(moves.match(name)) for kind, name in working)
-        found.append((len(working), kernels, products, moving))
-    return found
+        moving = sum(kind == "copy" or bool(moves.match(name)) for kind, name in steps)
+        counts.append((len(steps), kernels, products, moving))
+    return counts
 
 
 def assert_no_more(folder: Path, most: Most) -> None:
     """Hold the engines of a folder against what they may launch."""
     manifest = Manifest.load(folder, check_files=False)
-    found = {name: schedules(folder / f"{name}.engine") for name in most}
+    found = {name: count_steps(folder / f"{name}.engine") for name in most}
     for name, counts in found.items():
         assert len(counts) == len(manifest.graph(name).profiles)
     grown = {
@@ -113,12 +107,26 @@ def test_the_default_export_becomes_engines(exported_fp32: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 16])
+def test_fixed_sizes_launch_no_more_than_profiles(small_model: XFM, tmp_path: Path, batch: int) -> None:
+    fixed = {"batch": batch, "texts": 16, "length": 16}
+    export_engines(small_model, tmp_path, "tensorrt-rtx", dtype="bf16", sm="89", graphs=tuple(_BF16), fixed=fixed)
+    for name, profiles in _BF16.items():
+        (steps,) = count_steps(tmp_path / f"{name}.engine")
+        assert steps[0] <= profiles[batch > 1][0], (name, steps)
+
+
+@pytest.mark.slow
 def test_engines_in_8_bits_launch_no_more(small_model: XFM, tmp_path: Path) -> None:
-    """All GEMMs in 8 bits, whatever it costs."""
-    export_engines(
+    """As many GEMMs in 8 bits as the comparison leaves; the record counts the launches with and without."""
+    manifest = export_engines(
         small_model, tmp_path, "tensorrt-rtx", dtype="fp16", sm="120", graphs=tuple(_INT8), quantize="int8", budget=0.5
     )
     assert_no_more(tmp_path, _INT8)
+    for record in manifest.graphs:
+        assert record.quantisation is not None
+        assert record.quantisation.launches == [steps[0] for steps in count_steps(tmp_path / record.file)]
+        assert len(record.quantisation.wide_launches) == len(record.profiles)
 
 
 @pytest.mark.slow

@@ -20,11 +20,14 @@ import torch
 from torch.utils.dlpack import to_dlpack
 
 # Fields of Triton's model_config.proto that are repeated, and the others that a configuration may have.
-_REPEATED = {"input", "output", "dims", "instance_group", "profile", "model_warmup", "inputs", "parameters"}
+_REPEATED = {
+    *("input", "output", "dims", "instance_group", "profile", "model_warmup", "inputs", "parameters"),
+    *("preferred_batch_size", "graph_spec", "dim"),
+}
 _SINGLE = {
     *("name", "platform", "backend", "default_model_filename", "max_batch_size", "data_type", "allow_ragged_batch"),
     *("dynamic_batching", "max_queue_delay_microseconds", "count", "kind", "batch_size", "key", "value", "zero_data"),
-    "string_value",
+    *("string_value", "optimization", "cuda", "graphs", "graph_lower_bound"),
 }
 _NUMPY = {"TYPE_FP32": np.float32, "TYPE_FP16": np.float16, "TYPE_INT64": np.int64, "TYPE_BOOL": np.bool_}
 

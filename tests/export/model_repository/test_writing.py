@@ -167,11 +167,22 @@ def test_engines_are_plans_with_a_context_for_each_profile(exported_fp32: Path) 
     assert (vision["platform"], vision["default_model_filename"]) == ("tensorrt_plan", "vision.engine")
     assert vision["max_batch_size"] == 64
     assert vision["instance_group"] == [{"count": 1, "kind": "KIND_GPU", "profile": ["0", "1"]}]
+    # Batches of the tuned size are preferred, and both tuned shapes captured.
+    assert vision["dynamic_batching"]["preferred_batch_size"] == [16]
+    captured = vision["optimization"]["cuda"]
+    assert captured["graphs"]
+    assert [spec["batch_size"] for spec in captured["graph_spec"]] == [1, 16]
+    assert [spec["graph_lower_bound"]["batch_size"] for spec in captured["graph_spec"]] == [1, 1]
     # Two requests of 64 texts would make a batch that no profile takes.
     fusion = planned["xfm_fusion"]
     assert (fusion["max_batch_size"], "dynamic_batching" in fusion) == (0, False)
     assert fusion["input"][1]["dims"] == [-1, -1, -1]
     assert [warm["inputs"][1]["value"]["dims"] for warm in fusion["model_warmup"]] == [[1, 16, 16], [16, 16, 16]]
+    specs = fusion["optimization"]["cuda"]["graph_spec"]
+    assert [spec["input"][1] for spec in specs] == [
+        {"key": "attention_mask", "value": {"dim": [*dims]}} for dims in ((1, 16, 16), (16, 16, 16))
+    ]
+    assert not any("batch_size" in spec or "graph_lower_bound" in spec for spec in specs)
 
 
 def test_fusion_is_batched_with_the_default_profiles(exported_fp32: Path) -> None:
