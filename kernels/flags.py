@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .backend import PLAIN
 from .caching import forget
 
 EightBits = Literal["int8", "fp8"]
@@ -34,6 +35,7 @@ class Fp8Parameter(nn.Parameter):
 
 
 _CLASSES: dict[EightBits, type[nn.Parameter]] = {"int8": Int8Parameter, "fp8": Fp8Parameter}
+PLAIN.update(_CLASSES.values())
 
 
 def _unpickled(data: Tensor, requires_grad: bool, kind: EightBits) -> nn.Parameter:

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from xfm_fast.errors import InputError
 from xfm_fast.kernels import flags, fp8
+from xfm_fast.kernels.backend import traced, untraced
 from xfm_fast.kernels.cpu import gemm
 from xfm_fast.kernels.flags import EightBits
 from xfm_fast.models.frozen import dense_weight, own_weights, owner_counts, pack, slot_of, stop_gradients, unpack
@@ -25,6 +29,48 @@ _TRAINED = "_xfm_fast_trained"
 _PACKED = (torch.float32, torch.bfloat16)
 
 
+def _refuse(*_: Any) -> NoReturn:
+    raise InputError(
+        "the weight of this layer is frozen for inference, and a change would be lost; call report.revert() before it, "
+        "and accelerate again after it"
+    )
+
+
+class _Weight(Tensor):
+    """A copy of a frozen weight: results are ordinary tensors, views are as it is, and a write raises InputError."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == "__set__":
+            _refuse()
+        with torch._C.DisableTorchFunctionSubclass():
+            given = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, cls)]
+            memory = {one.untyped_storage().data_ptr() for one in given}
+            versions = [one._version for one in given]
+            args, kwargs = pytree.tree_map_only(cls, lambda one: one.as_subclass(Tensor), (args, kwargs or {}))
+            result = func(*args, **kwargs)
+            # The counter knows what wrote, whatever its name. A gradient would be lost too.
+            if [one._version for one in given] != versions or any(one.requires_grad for one in given):
+                _refuse()
+            if isinstance(result, np.ndarray):
+                result.flags.writeable = False
+
+            def guarded(one: Tensor) -> Tensor:
+                dense = one.layout == torch.strided
+                return one.as_subclass(cls) if dense and one.untyped_storage().data_ptr() in memory else one
+
+            return pytree.tree_map_only(Tensor, guarded, result)
+
+
+class _Parameters(dict[str, Any]):
+    """The other parameters of a frozen layer: who takes its weight out, as `weight_norm`, would find none."""
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            _refuse()
+        super().__delitem__(name)
+
+
 class FrozenLinear(Fused):
     """`torch.nn.Linear` with a packed weight, which is no parameter; state dicts contain it.
 
@@ -33,16 +79,31 @@ class FrozenLinear(Fused):
 
     @property
     def weight(self) -> Tensor:
-        """A copy `[M, K]`."""
-        return dense_weight(self)
+        """A copy `[M, K]`, which refuses writes."""
+        # Only tensors of other modes count their writes.
+        with torch.inference_mode(False), torch.no_grad():
+            return dense_weight(self).clone().as_subclass(_Weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            _refuse()
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # What prunes or normalises a weight registers its parts.
+        if name.startswith("weight"):
+            _refuse()
+        super().register_parameter(name, param)
 
     def forward(self, input: Tensor) -> Tensor:
+        if traced() or torch.compiler.is_exporting():
+            with untraced():
+                weight = dense_weight(self).clone()
+            return F.linear(input, weight, self.bias)
         return self.settings.products("", input, self)[0]
 
     def release(self) -> None:
-        rest = dict(self._parameters)
-        self._parameters.clear()
-        self._parameters |= {"weight": unpack(self), **rest}
+        self.__dict__["_parameters"] = {"weight": unpack(self), **self._parameters}
         for other in self.__dict__.pop(_TRAINED, ()):
             other.requires_grad_(True)
 
@@ -94,6 +155,7 @@ def freeze(model: nn.Module, fused: Iterable[Fused], settings: Settings) -> list
             for layer in cast(list[nn.Module], layers):
                 del layer._parameters["weight"]
                 swap(layer, FrozenLinear, settings)
+                layer.__dict__["_parameters"] = _Parameters(layer._parameters)
                 done.append(cast(FrozenLinear, layer))
     if done:
         done[0].__dict__[_TRAINED] = stop_gradients(model)
