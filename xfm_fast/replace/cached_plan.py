@@ -64,22 +64,25 @@ class CachedPlan:
         self._activation = None if parts.activation is None else parts.activation(layer)
         needed = {id(value) for value in _weights(parts)}
         self._sources = [
-            (part._parameters, name, value, value.data_ptr(), kind_of(value))
+            (part._parameters, name, value, value.data_ptr(), value.stride(), kind_of(value))
             for part in layer.modules()
             for name, value in part._parameters.items()
             if value is not None and id(value) in needed
         ]
         self._others = [part.__dict__ for part in layer.modules() if part is not layer]
         groups = _groups(parts)
-        self.rounded = tuple(value for _, _, value, _, kind in self._sources if kind == "int8")
-        self._copied = [value for _, _, value, *_ in self._sources if self.rounded or value.dtype != dtype]
+        self.rounded = tuple(value for _, _, value, *_, kind in self._sources if kind == "int8")
+        # Of weights that are copied anyway, one product takes less time than three.
+        joins = len(groups[0]) > 1 and (pack_of(groups[0]) is not None or self._converts(groups[0]))
+        joined = {id(value) for value in _parameters(groups[0])} if joins else set()
+        self._copied = [
+            value for _, _, value, *_ in self._sources if self.rounded or value.dtype != dtype or id(value) in joined
+        ]
         self._seen = Sources(self._copied)
         ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
         self._linears = {
             id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *parts.inner)
         }
-        # Of weights that are copied anyway, one product takes less time than three.
-        joins = len(groups[0]) > 1 and (pack_of(groups[0]) is not None or self._copies(groups[0]))
         self._qkv = [self._linear(group) for group in (groups if joins else ((part,) for part in parts.projections))]
         self._proj, self._fc2 = self._linears[id(parts.proj)], self._linears[id(parts.fc2)]
         self._fc1 = None if parts.hidden is not None else self._linears[id(parts.inner[0])]
@@ -94,8 +97,10 @@ class CachedPlan:
             return False
         if self.parts.activation is not None and self.parts.activation(layer) is not self._activation:
             return False
-        for owner, name, value, place, kind in self._sources:
-            if owner.get(name) is not value or value.data_ptr() != place or kind_of(value) is not kind:
+        for owner, name, value, place, stride, kind in self._sources:
+            if owner.get(name) is not value or value.data_ptr() != place or value.stride() != stride:
+                return False
+            if kind_of(value) is not kind:
                 return False
         return not _busy(self._others) and self._seen.unchanged(self._copied)
 
@@ -161,7 +166,7 @@ class CachedPlan:
         weight = weights[0] if len(layers) == 1 else torch.cat(weights)
         return _Linear(weight, bias, int8.Prepared.of(weight, bias, gamma) if rounded else None, self.dtype)
 
-    def _copies(self, layers: Iterable[Any]) -> bool:
+    def _converts(self, layers: Iterable[Any]) -> bool:
         """True if the weight of a layer is converted or rounded."""
         return any(layer.weight.dtype != self.dtype or kind_of(layer.weight) is not None for layer in layers)
 

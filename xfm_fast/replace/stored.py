@@ -7,6 +7,7 @@ parameters. Vocabulary heads (in 8 bits), embeddings and unfused modules keep th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
@@ -27,6 +28,8 @@ from xfm_fast.replace.swap import Fused, Settings, find, restore, swap
 
 _TRAINED = "_xfm_fast_trained"
 _PACKED = (torch.float32, torch.bfloat16)
+# What sets an attribute, or gives away the memory of a copy.
+_MEMORY = ("__set__", "__setitem__", "storage", "untyped_storage", "data_ptr", "__dlpack__")
 
 
 def _refuse(*_: Any) -> NoReturn:
@@ -41,7 +44,9 @@ class _Weight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ == "__set__":
+        name = func.__name__
+        in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], cls)
+        if name in _MEMORY or (in_place and (name, *args[1:]) != ("requires_grad_", False)):
             _refuse()
         with torch._C.DisableTorchFunctionSubclass():
             given = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, cls)]
@@ -49,7 +54,7 @@ class _Weight(Tensor):
             versions = [one._version for one in given]
             args, kwargs = pytree.tree_map_only(cls, lambda one: one.as_subclass(Tensor), (args, kwargs or {}))
             result = func(*args, **kwargs)
-            # The counter knows what wrote, whatever its name. A gradient would be lost too.
+            # The counter knows of other writes (`out=`, lists of tensors). A gradient would be lost too.
             if [one._version for one in given] != versions or any(one.requires_grad for one in given):
                 _refuse()
             if isinstance(result, np.ndarray):
@@ -82,7 +87,10 @@ class FrozenLinear(Fused):
         """A copy `[M, K]`, which refuses writes."""
         # Only tensors of other modes count their writes.
         with torch.inference_mode(False), torch.no_grad():
-            return dense_weight(self).clone().as_subclass(_Weight)
+            weight = dense_weight(self).clone().as_subclass(_Weight)
+        # `torch.utils.swap_tensors` refuses what is referred to.
+        weight.__dict__["itself"] = weakref.ref(weight)
+        return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
