@@ -108,7 +108,7 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
         if name not in ("auto", "reference"):
             classes = ", ".join(sorted({type(tensor).__name__ for tensor in tensors if tensor is not None}))
             raise InputError(
-                f"backend {name!r} reads memory, which a trace would not record and a tensor subclass may not have (here "
+                f"backend {name!r} reads memory, which a trace does not record and a tensor subclass may lack (here "
                 f"{classes}); use 'auto' or 'reference'"
             )
         return "reference"
@@ -188,12 +188,12 @@ def traced() -> bool:
 def untraced() -> Iterator[None]:
     """Within the block, operations run instead of being recorded: their results are constants of a trace."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # pyright: ignore[reportArgumentType]
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with _disable_current_modes():
             yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_dense(tensor: Tensor) -> bool:

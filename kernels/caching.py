@@ -45,7 +45,7 @@ class Sources:
     """
 
     def __init__(self, tensors: Sequence[Tensor], dropped: Callable[[Any], None] | None = None) -> None:
-        self._facts = [(weakref.ref(t.untyped_storage(), dropped), *_facts(t)) for t in tensors]
+        self._facts = [(weakref.ref(t.untyped_storage(), dropped), _facts(t)) for t in tensors]
         on_host = [place for place, t in enumerate(tensors) if t.device.type == "cpu"]
         by_address = [place for place in on_host if _has_words(tensors[place])]
         self._words = _words([tensors[place] for place in by_address]) if by_address else None
@@ -55,8 +55,11 @@ class Sources:
         """True if these are the tensors, and no write to them was seen."""
         if len(tensors) != len(self._facts):
             return False
-        for (storage, *facts), tensor in zip(self._facts, tensors, strict=True):
-            if storage() is not tensor.untyped_storage() or facts != _facts(tensor):
+        for (storage, facts), t in zip(self._facts, tensors, strict=True):
+            if storage() is not t.untyped_storage():
+                return False
+            # `_facts`, without a call for each.
+            if facts != (t.data_ptr(), t._version, t.dtype, t.shape, t.stride()):
                 return False
         # Only now is the memory known to be the same, so that it may be read by address.
         if self._words is not None and not self._words.unchanged():
@@ -64,8 +67,8 @@ class Sources:
         return all(torch.equal(_values(tensors[place]), values) for place, values in self._values)
 
 
-def _facts(tensor: Tensor) -> list[Any]:
-    return [tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()]
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _has_words(tensor: Tensor) -> bool:
@@ -81,11 +84,11 @@ def _words(tensors: Sequence[Tensor]) -> Words:
 
     places = []
     for tensor in tensors:
-        size, start = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
+        size = tensor.element_size()
         offsets = _offsets(tensor.shape, tensor.stride()) * size
         # Of wider elements every word; of narrower ones a word that is whole within the storage.
         offsets = np.concatenate([offsets + more for more in range(0, size, _WORD)])
-        last = tensor.untyped_storage().nbytes() - start - _WORD
+        last = tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * size - _WORD
         places.append(np.minimum(offsets, last) + tensor.data_ptr())
     return Words(np.concatenate(places))
 
@@ -241,7 +244,7 @@ def _forget(entries: _Entries, key: int, dead: Any) -> None:
 
 
 def _drop(kept: dict[Any, _Entry], key: Any, dead: Any) -> None:
-    if key in kept and any(dead is storage for storage, *_ in kept[key].sources._facts):
+    if key in kept and any(dead is storage for storage, _ in kept[key].sources._facts):
         del kept[key]
 
 

@@ -23,6 +23,11 @@ EightBits = Literal["int8", "fp8"]
 class Int8Parameter(nn.Parameter):
     """A weight of int8 GEMMs on a CPU."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        # Copied in inference mode it would have no version, so that its int8 copy could not be watched.
+        with torch.inference_mode(False):
+            return memo.setdefault(id(self), type(self)(self.data.clone(), self.requires_grad))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickled, (self.data, self.requires_grad, "int8")
 

@@ -26,7 +26,7 @@ from xfm_fast.kernels import caching
 from xfm_fast.kernels.cpu import gemm, int8
 
 # Sizes that all kernels take, and of which weights are too large to be compared whole.
-_SIZES = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
+_SIZES: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
 
 
 def _query(model: Any) -> Any:
@@ -358,6 +358,14 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
+def _refusal(edit: Callable[[Any], Any], model: Any) -> Exception | None:
+    try:
+        edit(model)
+    except (InputError, RuntimeError, ValueError) as error:
+        return error
+    return None
+
+
 def _assert_followed(
     original: Any, edit: Callable[[Any], Any], options: dict[str, Any], given: dict[str, Any], mode: str
 ) -> None:
@@ -367,10 +375,9 @@ def _assert_followed(
     before = _states(fast, given, mode)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            edit(fast)
-        except (InputError, RuntimeError, ValueError) as error:
-            assert options.get("freeze"), error
+        refusal = _refusal(edit, fast)
+        if refusal is not None:
+            assert options.get("freeze"), refusal
             # Nothing was half written.
             assert torch.equal(_states(fast, given, mode), before)
             return
@@ -407,13 +414,11 @@ def test_a_stage_of_adapters_is_followed_or_refused(stage: str, options: dict[st
         before, wanted = _states(fast, batch(), mode), _states(twin, batch(), mode)
         assert _error(before, bare) > 1e-2
         assert _error(before, wanted) < bound
-        try:
-            fast = STAGES[stage](fast) or fast
-        except InputError as error:
-            assert options.get("freeze")
-            assert "report.revert()" in str(error)
+        if options.get("freeze") and "merge" in stage:
+            with pytest.raises(InputError, match=r"report\.revert\(\)"):
+                STAGES[stage](fast)
             report.revert()
-            fast = STAGES[stage](fast) or fast
+        fast = STAGES[stage](fast) or fast
         twin = STAGES[stage](twin) or twin
         wanted = _states(twin, batch(), mode)
         assert _error(_states(fast, batch(), mode), wanted) < bound

@@ -93,11 +93,21 @@ def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return OPTIONS[request.param]
 
 
-@pytest.mark.parametrize("tracer", TRACERS)
-@pytest.mark.parametrize("name", NAMES)
+_MANY = [
+    pytest.param(name, tracer, marks=[] if name == NAMES[0] or tracer == "make_fx" else pytest.mark.slow)
+    for name in NAMES
+    for tracer in TRACERS
+]
+
+
+@pytest.mark.parametrize(("name", "tracer"), _MANY)
 def test_a_trace_is_that_of_the_untouched_model(name: str, tracer: str, options: dict[str, Any]) -> None:
     if options.get("freeze") and not FAMILIES[name].whole:
         pytest.skip("nothing of it can be packed")
+    if options.get("dtype") and tracer.startswith("make_fx"):
+        pytest.skip("make_fx of PyTorch refuses every class of parameters but its own, as the flagged ones")
+    # Beside int8, which a trace does not contain, the model runs in bfloat16 where that is fast.
+    bound = 0.05 if options.get("dtype") else 2e-5
     untouched, called, inputs = _case(name, options)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,13 +119,15 @@ def test_a_trace_is_that_of_the_untouched_model(name: str, tracer: str, options:
         # Other numbers than those of the trace.
         given = tuple(t.flip(0) for t in inputs)
         wanted, found = untouched(*given), made(*given)
-    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+    assert float((found - wanted).abs().max()) <= bound * float(wanted.abs().max())
     assert not traced()
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_torchscript_of_onnx(name: str, options: dict[str, Any], tmp_path: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
+    if options.get("dtype"):
+        pytest.skip("the exporter does not know the bfloat16 beside int8")
     untouched, called, inputs = _case(name, options)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -160,12 +172,16 @@ class Two(Tensor):
         return pytree.tree_map(lambda a, b: cls(a, b) if isinstance(a, Tensor) else a, *made)
 
 
-def _calls() -> dict[str, tuple[Callable[..., Any], int]]:
+def _calls() -> dict[str, Callable[[Tensor], Any]]:
     """Operations of x `[6, 64]`, by name."""
     torch.manual_seed(0)
     weight, bias = torch.randn(64, 64) / 8, torch.randn(64)
     scale, shift = torch.randn(64), torch.randn(64)
     offsets = torch.tensor([0, 2, 6])
+
+    def thrice(x: Tensor, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        return x.reshape(shape), x.reshape(shape), x.reshape(shape)
+
     frozen = gemm.Frozen(gemm.laid_out(weight), requires_grad=False)
     return {
         "linear": lambda x: ops.linear(x, weight, bias),
@@ -179,13 +195,9 @@ def _calls() -> dict[str, tuple[Callable[..., Any], int]]:
         "linear_add_layer_norm": lambda x: ops.linear_add_layer_norm(x, weight, bias, x, scale, shift, 1e-5)[0],
         "layer_norm": lambda x: ops.layer_norm(x, scale, shift, 1e-5),
         "add_layer_norm": lambda x: ops.add_layer_norm(x, x, scale, shift, 1e-5)[0],
-        "varlen_attention": lambda x: ops.varlen_attention(
-            *[x.view(6, 2, 32)] * 3, offsets, offsets, 4, 4
-        ),
-        "bias_attention": lambda x: ops.bias_attention(*[x.view(1, 6, 2, 32)] * 3, torch.zeros(1, 2, 6, 6)),
-        "relpos_attention": lambda x: ops.relpos_attention(
-            *[x[:5].reshape(1, 5, 2, 32)] * 3, torch.ones(12, 2), (2, 2)
-        ),
+        "varlen_attention": lambda x: ops.varlen_attention(*thrice(x, 6, 2, 32), offsets, offsets, 4, 4),
+        "bias_attention": lambda x: ops.bias_attention(*thrice(x, 1, 6, 2, 32), torch.zeros(1, 2, 6, 6)),
+        "relpos_attention": lambda x: ops.relpos_attention(*thrice(x[:5], 1, 5, 2, 32), torch.ones(12, 2), (2, 2)),
     }
 
 
@@ -230,7 +242,8 @@ def test_a_lazy_conjugate_is_resolved(name: str) -> None:
 def test_a_frozen_layer_takes_a_wrapper_subclass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "prefers_onednn", lambda dtype, **_: True)
     _, called, _ = _case("BERT", {"freeze": True})
-    layer: Any = called.model.encoder.layer[0].attention.output.dense
+    model: Any = called.model
+    layer = model.encoder.layer[0].attention.output.dense
     x, y = torch.randn(2, 3, 48), torch.randn(2, 3, 48)
     with torch.inference_mode():
         found = layer(Two(x, y))

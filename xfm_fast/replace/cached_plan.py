@@ -1,8 +1,8 @@
 """Cached execution plans for layers on CPU inference.
 
 For a short text, looking up parts and checking operands takes as long as the GEMMs. A plan does this once. It reads
-parameters in place and is valid while each keeps its memory, and nothing draws; what it has to copy, in another dtype or
-in int8, is watched by `caching.Sources`.
+parameters in place and is valid while each keeps its memory, and nothing draws; what it has to copy, in another dtype
+or in int8, is watched by `caching.Sources`.
 """
 
 from __future__ import annotations
@@ -64,21 +64,20 @@ class CachedPlan:
         self._activation = None if parts.activation is None else parts.activation(layer)
         needed = {id(value) for value in _weights(parts)}
         self._sources = [
-            (part._parameters, name, value, value.data_ptr(), value.stride(), kind_of(value))
+            (part._parameters, name, value, kind_of(value))
             for part in layer.modules()
             for name, value in part._parameters.items()
             if value is not None and id(value) in needed
         ]
         self._others = [part.__dict__ for part in layer.modules() if part is not layer]
         groups = _groups(parts)
-        self.rounded = tuple(value for _, _, value, *_, kind in self._sources if kind == "int8")
+        self.rounded = tuple(value for _, _, value, kind in self._sources if kind == "int8")
         # Of weights that are copied anyway, one product takes less time than three.
         joins = len(groups[0]) > 1 and (pack_of(groups[0]) is not None or self._converts(groups[0]))
         joined = {id(value) for value in _parameters(groups[0])} if joins else set()
-        self._copied = [
-            value for _, _, value, *_ in self._sources if self.rounded or value.dtype != dtype or id(value) in joined
-        ]
-        self._seen = Sources(self._copied)
+        self._copied = [v for _, _, v, _ in self._sources if self.rounded or v.dtype != dtype or id(v) in joined]
+        self._seen, copied = Sources(self._copied), set(map(id, self._copied))
+        self._read = [(v, v.data_ptr(), v.stride()) for _, _, v, _ in self._sources if id(v) not in copied]
         ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
         self._linears = {
             id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *parts.inner)
@@ -97,10 +96,11 @@ class CachedPlan:
             return False
         if self.parts.activation is not None and self.parts.activation(layer) is not self._activation:
             return False
-        for owner, name, value, place, stride, kind in self._sources:
-            if owner.get(name) is not value or value.data_ptr() != place or value.stride() != stride:
+        for owner, name, value, kind in self._sources:
+            if owner.get(name) is not value or kind_of(value) is not kind:
                 return False
-            if kind_of(value) is not kind:
+        for value, place, stride in self._read:
+            if value.data_ptr() != place or value.stride() != stride:
                 return False
         return not _busy(self._others) and self._seen.unchanged(self._copied)
 

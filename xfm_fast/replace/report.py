@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -144,6 +144,8 @@ class Report:
         lines += [f"unknown: {layers}; {ROW}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
             lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place")
+            lines.append("until revert() they are no parameters: a loop over parameters() passes them by")
+        lines += unwatched(self._modules, self._eight_bits)
         if rounded := self.rounded_weights:
             exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
             lines.append(f"{rounded} weights run in {self._eight_bits}{exempt}")
@@ -155,6 +157,22 @@ class Report:
         costs = costs or {name: f"differs by {value:.1e}" for name, value in self.differences.items()}
         lines += [f"verified: {name or 'output'} {cost}" for name, cost in costs.items()]
         return "\n".join(lines)
+
+
+def unwatched(modules: Iterable[nn.Module], kind: EightBits | None) -> list[str]:
+    """Report lines about changes of parameters that copies of them do not follow."""
+    parameters = {p for module in modules for p in module.parameters()}
+    lines = []
+    if count := sum(p.is_inference() for p in parameters):
+        lines.append(
+            f"{count} parameters are inference tensors, which carry no version: nothing computed from them is kept; "
+            "load or copy the model outside torch.inference_mode()"
+        )
+    if any(p.is_cuda for p in parameters):
+        lines.append("a GPU does not see writes through .data: call xfm_fast.kernels.caching.clear() after them")
+    elif kind is not None:
+        lines.append("not seen: single elements of a large weight that are written through .data or NumPy")
+    return lines
 
 
 def in_graphs(model: nn.Module) -> bool:

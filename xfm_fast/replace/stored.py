@@ -42,6 +42,9 @@ def _refuse(*_: Any) -> NoReturn:
 class _Weight(Tensor):
     """A copy of a frozen weight: results are ordinary tensors, views are as it is, and a write raises InputError."""
 
+    itself: Any  # a weak reference: `torch.utils.swap_tensors` refuses tensors that have one
+    set_: Any = _refuse  # PyTorch does not dispatch it
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
@@ -88,8 +91,7 @@ class FrozenLinear(Fused):
         # Only tensors of other modes count their writes.
         with torch.inference_mode(False), torch.no_grad():
             weight = dense_weight(self).clone().as_subclass(_Weight)
-        # `torch.utils.swap_tensors` refuses what is referred to.
-        weight.__dict__["itself"] = weakref.ref(weight)
+        weight.itself = weakref.ref(weight)
         return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -107,7 +109,7 @@ class FrozenLinear(Fused):
         if traced() or torch.compiler.is_exporting():
             with untraced():
                 weight = dense_weight(self).clone()
-            return F.linear(input, weight, self.bias)
+            return F.linear(input, weight, cast(Any, self).bias)
         return self.settings.products("", input, self)[0]
 
     def release(self) -> None:
@@ -174,7 +176,7 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
     """Flag the linear weights of the fused blocks; returns the weights of each block.
 
     Skips adapted, hooked, quantised and parametrised layers, shared weights, and for fp8 sizes that are no multiple
-    of 16.
+    of 16. InputError for inference tensors.
     """
     owners = owner_counts(model)
     types = _PACKED if kind == "int8" else (*_PACKED, torch.float16)
@@ -183,6 +185,11 @@ def quantise(model: nn.Module, fused: Iterable[Fused], kind: EightBits) -> list[
         layers = [find(form, name) for name in type(form).bypassed] if form.multiplies_in_eight_bits else []
         own = [weight for layer in layers for weight in own_weights([layer], owners) or ()]
         weights = [weight for weight in own if weight.dtype in types and (kind == "int8" or fp8.fits(weight))]
+        if any(weight.is_inference() for weight in weights):
+            raise InputError(
+                f"dtype={kind!r} cannot follow changes of these weights: they are inference tensors, which carry no "
+                "version; load the model outside torch.inference_mode(), or pass copy.deepcopy(model), made outside it"
+            )
         if not weights:
             continue
         done.append(weights)
