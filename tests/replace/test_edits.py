@@ -26,7 +26,7 @@ from xfm_fast.kernels import caching
 from xfm_fast.kernels.cpu import gemm, int8
 
 # Sizes that all kernels take, and of which weights are too large to be compared whole.
-_SIZES: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192}
+_SIZES: dict[str, Any] = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 256}
 
 
 def _query(model: Any) -> Any:
@@ -99,7 +99,7 @@ def _new_parameter(model: Any) -> None:
 
 def _new_layer(model: Any) -> None:
     torch.manual_seed(3)
-    model.encoder.layer[0].attention.self.query = nn.Linear(128, 128).eval()
+    model.encoder.layer[0].attention.self.query = nn.Linear(192, 192).eval()
 
 
 def _tie(model: Any) -> None:
@@ -196,7 +196,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "a head": _of_data(lambda weight: weight[64:128].zero_()),
     "a block": _of_data(lambda weight: weight[70:100, 10:40].add_(0.5)),
     "upper triangle": _of_data(lambda weight: weight.triu_(1)),
-    "diagonal": _of_data(lambda weight: weight.add_(torch.eye(128, dtype=weight.dtype))),
+    "diagonal": _of_data(lambda weight: weight.add_(torch.eye(192, dtype=weight.dtype))),
     "random elements": _of_data(_random_elements),
     "clamped": _of_data(lambda weight: weight.clamp_(-0.1, 0.1)),
     "rounded": _of_data(lambda weight: weight.copy_((weight * 4).round() / 4)),

@@ -241,11 +241,13 @@ def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool
     if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
         return False
     own = {id(parameter) for parameter in layer.parameters()}
+    # Inference tensors carry no version, without which no copy can be watched.
+    copies = any(p.dtype != dtype or kind_of(p) is not None for p in _weights(parts))
+    copies = copies or any(len(group) > 1 and pack_of(group) is not None for group in _groups(parts))
     return all(
         p.is_floating_point()
         and p.device.type == "cpu"
-        # These carry no version, without which no copy can be watched.
-        and not (p.is_inference() and (p.dtype != dtype or kind_of(p) is not None))
+        and not (copies and p.is_inference())
         and kind_of(p) != "fp8"
         and id(p) in own
         and (mixed or p.dtype == dtype)
