@@ -126,8 +126,10 @@ def _spread(count: int) -> int:
 @lru_cache(maxsize=256)
 def _offsets(shape: torch.Size, strides: tuple[int, ...]) -> np.ndarray:
     """Where the compared elements are, in elements from the first."""
-    offsets = np.zeros(len(_elements(shape)), np.int64)
-    for index, stride in zip(np.unravel_index(_elements(shape), shape), strides, strict=True):
+    number = _elements(shape)
+    offsets = np.zeros(len(number), np.int64)
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        number, index = np.divmod(number, size)
         offsets += index * stride
     return offsets
 

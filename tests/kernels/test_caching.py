@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -121,17 +122,19 @@ def test_packed_weights_follow_their_parameters(change: Callable[[nn.Linear], No
 
 def test_an_entry_dies_with_any_of_its_sources_and_has_one_value() -> None:
     caching.clear()
-    weight, factor = (nn.Parameter(torch.randn(3, 3)) for _ in range(2))
+    weight, factors = nn.Parameter(torch.randn(3, 3)), [nn.Parameter(torch.randn(3, 3))]
     calls: list[float] = []
 
     def scaled(scale: float) -> Tensor:
-        return cached("scaled", (weight, factor), lambda: calls.append(scale) or weight.detach() * scale, scale)
+        calls.append(scale)
+        return weight.detach() * scale
 
     for scale in (2.0, 2.0, 3.0, 2.0):
-        assert torch.equal(scaled(scale), weight.detach() * scale)
+        made = cached("scaled", (weight, *factors), partial(scaled, scale), scale)
+        assert torch.equal(made, weight.detach() * scale)
     assert calls == [2.0, 3.0, 2.0]
     assert len(caching.cached_tensors([weight])) == 1
-    del factor, scaled
+    factors.clear()
     assert caching.cached_tensors([weight]) == []
 
 
@@ -166,3 +169,14 @@ def test_every_element_of_integers_is_compared(elements: int) -> None:
         mask.numpy()[place] = place + 1
         assert not torch.equal(before, mask)
         assert torch.equal(cached("copy", (mask,), mask.clone), mask)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (3, 1), (5000, 1), (1, 5000), (2, 3, 900)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64])
+def test_the_last_element_of_any_shape_is_seen(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for tensor in (torch.zeros(shape, dtype=dtype), torch.zeros(7, dtype=dtype)[6:]):
+        seen = caching.Sources([tensor])
+        assert seen.unchanged([tensor])
+        if tensor.numel() and tensor.numel() != 5400:
+            tensor.data.view(-1)[-1] = 1
+            assert not seen.unchanged([tensor])
