@@ -153,6 +153,10 @@ class CachedPlan:
     def _normed(self, x: Tensor, norm: tuple[Tensor, Tensor | None, float] | None) -> Tensor:
         return x if norm is None else torch.layer_norm(x, self._shape, *norm)
 
+    def _converts(self, layers: Iterable[Any]) -> bool:
+        """True if the weight of a layer is converted or rounded."""
+        return any(layer.weight.dtype != self.dtype or kind_of(layer.weight) is not None for layer in layers)
+
     def _linear(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Linear:
         """The operands of one layer, or of several on the same input."""
         packed = pack_of(layers)
@@ -165,10 +169,6 @@ class CachedPlan:
         weights = [layer.weight if rounded else layer.weight.detach().to(dtype) for layer in layers]
         weight = weights[0] if len(layers) == 1 else torch.cat(weights)
         return _Linear(weight, bias, int8.Prepared.of(weight, bias, gamma) if rounded else None, self.dtype)
-
-    def _converts(self, layers: Iterable[Any]) -> bool:
-        """True if the weight of a layer is converted or rounded."""
-        return any(layer.weight.dtype != self.dtype or kind_of(layer.weight) is not None for layer in layers)
 
     def _norm(self, norm: Any) -> tuple[Tensor, Tensor | None, float] | None:
         if isinstance(norm, nn.Identity):

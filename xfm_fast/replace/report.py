@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -159,7 +159,18 @@ class Report:
         return "\n".join(lines)
 
 
-def unwatched(modules: Iterable[nn.Module], kind: EightBits | None) -> list[str]:
+def in_graphs(model: nn.Module) -> bool:
+    """True if the model's calls are replayed as CUDA graphs."""
+    return isinstance(model.__dict__.get("forward"), CallGraphs)
+
+
+def linear_weights(*modules: nn.Module) -> set[nn.Parameter]:
+    """The weights of linear, convolution and attention layers in modules."""
+    layers = (part for module in modules for part in module.modules() if isinstance(part, _LINEAR))
+    return {p for part in layers for p in part.parameters(recurse=False) if p.ndim > 1}
+
+
+def unwatched(modules: Collection[nn.Module], kind: EightBits | None) -> list[str]:
     """Report lines about changes of parameters that copies of them do not follow."""
     parameters = {p for module in modules for p in module.parameters()}
     lines = []
@@ -173,17 +184,6 @@ def unwatched(modules: Iterable[nn.Module], kind: EightBits | None) -> list[str]
     elif kind is not None:
         lines.append("not seen: single elements of a large weight that are written through .data or NumPy")
     return lines
-
-
-def in_graphs(model: nn.Module) -> bool:
-    """True if the model's calls are replayed as CUDA graphs."""
-    return isinstance(model.__dict__.get("forward"), CallGraphs)
-
-
-def linear_weights(*modules: nn.Module) -> set[nn.Parameter]:
-    """The weights of linear, convolution and attention layers in modules."""
-    layers = (part for module in modules for part in module.modules() if isinstance(part, _LINEAR))
-    return {p for part in layers for p in part.parameters(recurse=False) if p.ndim > 1}
 
 
 def size_of(weights: Collection[nn.Parameter]) -> int:
