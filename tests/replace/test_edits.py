@@ -414,7 +414,7 @@ def test_a_stage_of_adapters_is_followed_or_refused(stage: str, options: dict[st
         before, wanted = _states(fast, batch(), mode), _states(twin, batch(), mode)
         assert _error(before, bare) > 1e-2
         assert _error(before, wanted) < bound
-        if options.get("freeze") and "merge" in stage:
+        if options.get("freeze") and ("merge" in stage or stage == "base weight"):
             with pytest.raises(InputError, match=r"report\.revert\(\)"):
                 STAGES[stage](fast)
             report.revert()
