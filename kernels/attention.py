@@ -74,7 +74,7 @@ def _relpos_reference(a: RelPos, call: Call) -> Tensor:
 
 
 def _relpos_inference(a: RelPos, call: Call) -> Tensor:
-    if a.key_mask is not None or type(a.q) is not Tensor:
+    if a.key_mask is not None:
         return _relpos_kernel(a, call)
     # The operator would take a tenth of the attention's time.
     _check_bias(a, call)
@@ -339,6 +339,9 @@ def varlen_attention(
 def _varlen_reference(a: Varlen, call: Call) -> Tensor:
     if torch.compiler.is_exporting():
         return _padded(a)
+    if a.q.device.type == "cpu" and not named(call.backend) and not transformed() and not torch.jit.is_tracing():
+        # The definition reads offsets, whose values `make_fx` and fakes do not have; these can record the operator.
+        return _varlen_kernel(a, call._replace(chosen="cpu"))
     if call.chosen == "flash_attn":
         if a.dropout_p and a.seed is not None:
             raise InputError("backend 'flash_attn' draws its dropout itself and takes no seed; use 'auto' or 'triton'")
@@ -348,8 +351,6 @@ def _varlen_reference(a: Varlen, call: Call) -> Tensor:
 
 
 def _varlen_inference(a: Varlen, call: Call) -> Tensor:
-    if type(a.q) is not Tensor:
-        return _varlen_kernel(a, call)
     # Of one caption, the operator would take as long as the attention.
     return varlen.varlen_attention(*a[:3], *a.packed.bounds(a.q, a.k), a.scale, None, a.key_mask)
 

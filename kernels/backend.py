@@ -13,8 +13,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from xfm_fast.errors import InputError
 
@@ -74,8 +76,8 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
 
     `has_flash` marks attention: other operations treat a block of `flash_attn` as `auto`, and attention on Hopper needs
     a compiler without the faults of `hopper_fault`. ValueError for tensors on several devices, and for a named backend
-    that cannot run here; `auto` falls back to `reference`, as it does within `torch.func` and forward-mode
-    differentiation.
+    that cannot run here; `auto` falls back to `reference`, as it does within `torch.func`, forward-mode differentiation
+    and traces, and for tensors that are not `plain`.
     """
     name = _chosen.name if backend is None else _known(backend)
     if name == "flash_attn" and not has_flash:
@@ -98,6 +100,14 @@ def resolve(backend: Backend | None, *tensors: Tensor | None, has_flash: bool = 
     if transformed():
         if name not in ("auto", "reference"):
             raise InputError(f"backend {name!r} knows neither torch.func nor forward mode; use 'auto' or 'reference'")
+        return "reference"
+    if not torch.compiler.is_compiling() and not readable(*tensors):
+        if name not in ("auto", "reference"):
+            classes = ", ".join(sorted({type(tensor).__name__ for tensor in tensors if tensor is not None}))
+            raise InputError(
+                f"backend {name!r} reads memory, which a trace does not record and a tensor subclass may lack (here "
+                f"{classes}); use 'auto' or 'reference'"
+            )
         return "reference"
     if name == "auto":
         if device.type == "cpu":
@@ -140,6 +150,59 @@ def transformed() -> bool:
     """True within the transforms of `torch.func` and forward-mode differentiation: kernels drop what these add."""
     level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
     return level is not None or forward_ad._current_level >= 0
+
+
+PLAIN: set[type[Tensor]] = {Tensor, nn.Parameter}
+"""Classes of tensors whose memory kernels may read."""
+_keys = torch._C._dispatch_keys
+# What dispatch sees in a dense tensor, made in inference mode or not: no subclass, lazy conjugate, wrapper or proxy.
+_DENSE: set[int] = set()
+_RECORDING = [getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")]
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """True where kernels may read these tensors by address: all are `plain`, and nothing is `traced`."""
+    return not traced() and all(tensor is None or plain(tensor) for tensor in tensors)
+
+
+def plain(tensor: Tensor) -> bool:
+    """True for a tensor with memory of its own, dense or frozen for oneDNN, on any device."""
+    return type(tensor) in PLAIN and (_keys(tensor).raw_repr() in _DENSE or _is_dense(tensor))
+
+
+def traced() -> bool:
+    """True while operations are recorded or replaced (`make_fx`, `torch.jit.trace`, `FakeTensorMode`)."""
+    if torch._C._get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch():
+        return True
+    # Modes that only look on, as a counter of operations, do not matter.
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(key) is not None  # pyright: ignore[reportAttributeAccessIssue]
+        for key in _RECORDING
+    )
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within the block, operations run instead of being recorded: their results are constants of a trace."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(state)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.is_mkldnn:
+        return True
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys = _keys(torch.empty(0, device=tensor.device)).raw_repr()
+        if _keys(tensor).raw_repr() == keys:
+            _DENSE.add(keys)
+            return True
+    return False
 
 
 @constant_when_compiled

@@ -1,61 +1,175 @@
-"""Cache of tensors computed from parameters, invalidated when a parameter changes.
+"""Cache of values computed from parameters, invalidated when a parameter changes.
 
-An entry belongs to its first source and dies with it; it is recomputed when any source was written to, moved or
-converted. On a GPU, a caller on another stream waits for the value; a CUDA graph computes it inside the capture, or
-else the graph would read freed memory after a source changes. `graphs_read_cache` skips that for a caller that keeps
-the cached tensors.
+An entry dies with any of its sources; it is recomputed when one was written to, moved or converted. On a GPU, a caller
+on another stream waits for the value; a CUDA graph computes it inside the capture, or else the graph would read freed
+memory after a source changes. `graphs_read_cache` skips that for a caller that keeps the cached tensors.
 
-Writes through `.data` escape PyTorch's version counter. On CPU, the values of the first source are therefore compared
-as well: all of a small one, some of a large one, which every optimizer step or moving average changes.
+Every copy of a weight is watched by `Sources`. What reads parameters in place needs neither.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .backend import transformed
+from .backend import readable, transformed
+
+if TYPE_CHECKING:
+    from .cpu.llvm.words import Words
 
 T = TypeVar("T")
 
-_COMPARED_WHOLE = 1 << 15
-_SAMPLES = 16
+# Elements up to which a tensor of floats is compared whole; of larger ones, with a last dimension, see `_elements`.
+_COMPARED_WHOLE = 1 << 12
+_GOLDEN = (5**0.5 - 1) / 2
+# Bytes that compiled code compares at once.
+_WORD = 4
 
-# By identity: hashing a tensor through a weak dictionary takes longer than the products of a small model.
-_Entry = tuple[Any, Tensor, Any, "_Filled | None"]
-_Entries = dict[int, tuple[weakref.ref[Tensor], dict[str, _Entry]]]
+
+class Sources:
+    """The tensors that a value was computed from, as they were then: their memory, versions and contents.
+
+    Writes through `.data` and NumPy escape PyTorch's version counter, so on a CPU contents are compared too: integers
+    and small tensors whole, of a large matrix an element of every row and of every column, in places so spread that
+    every block of a few times as many elements as its longer side has one. Only other elements, written past the
+    counter, go unseen. On an accelerator a comparison would wait for the device, and versions decide.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], dropped: Callable[[Any], None] | None = None) -> None:
+        self._facts = [(weakref.ref(t.untyped_storage(), dropped), _facts(t)) for t in tensors]
+        on_host = [place for place, t in enumerate(tensors) if t.device.type == "cpu"]
+        by_address = [place for place in on_host if _has_words(tensors[place])]
+        self._words = _words([tensors[place] for place in by_address]) if by_address else None
+        self._values = [(place, _values(tensors[place]).clone()) for place in on_host if place not in by_address]
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """True if these are the tensors, and no write to them was seen."""
+        if len(tensors) != len(self._facts):
+            return False
+        for (storage, facts), t in zip(self._facts, tensors, strict=True):
+            if storage() is not t.untyped_storage():
+                return False
+            # `_facts`, without a call for each.
+            if facts != (t.data_ptr(), t._version, t.dtype, t.shape, t.stride()):
+                return False
+        # Only now is the memory known to be the same, so that it may be read by address.
+        if self._words is not None and not self._words.unchanged():
+            return False
+        return all(torch.equal(_values(tensors[place]), values) for place, values in self._values)
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _has_words(tensor: Tensor) -> bool:
+    """True for floats that compiled code can compare."""
+    from .cpu import llvm
+
+    return tensor.is_floating_point() and tensor.untyped_storage().nbytes() >= _WORD and llvm.why_not() is None
+
+
+def _words(tensors: Sequence[Tensor]) -> Words:
+    # Its compiler takes long to load.
+    from .cpu.llvm.words import Words
+
+    places = []
+    for tensor in tensors:
+        size = tensor.element_size()
+        offsets = _offsets(tensor.shape, tensor.stride()) * size
+        # Of wider elements every word; of narrower ones a word that is whole within the storage.
+        offsets = np.concatenate([offsets + more for more in range(0, size, _WORD)])
+        last = tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * size - _WORD
+        places.append(np.minimum(offsets, last) + tensor.data_ptr())
+    return Words(np.concatenate(places))
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The compared values of a tensor, as bits."""
+    flat = tensor.detach().reshape(-1)
+    if not flat.is_floating_point():
+        return flat
+    return flat.index_select(0, torch.from_numpy(_elements(tensor.shape))).view(torch.uint8)
+
+
+@lru_cache(maxsize=256)
+def _elements(shape: torch.Size) -> np.ndarray:
+    """The numbers of the compared elements of a tensor of floats."""
+    count = math.prod(shape)
+    if count <= _COMPARED_WHOLE:
+        return np.arange(count)
+    columns = shape[-1]
+    rows = count // columns
+    number = np.arange(max(rows, columns))
+    if rows >= columns:
+        return number * columns + number * _spread(columns) % columns
+    return number * _spread(rows) % rows * columns + number
+
+
+def _spread(count: int) -> int:
+    """A step of about the golden section, which visits all of `count` places."""
+    step = max(1, round(count * _GOLDEN))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
+
+
+@lru_cache(maxsize=256)
+def _offsets(shape: torch.Size, strides: tuple[int, ...]) -> np.ndarray:
+    """Where the compared elements are, in elements from the first."""
+    number = _elements(shape)
+    offsets = np.zeros(len(number), np.int64)
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        number, index = np.divmod(number, size)
+        offsets += index * stride
+    return offsets
+
+
+class _Entry(NamedTuple):
+    sources: Sources
+    facts: tuple[Any, ...]
+    value: Any
+    filled: _Filled | None
+
+
+# By identity of the first source's storage, then by name and place within it.
+_Entries = dict[int, tuple[weakref.ref[Any], dict[Any, _Entry]]]
 _entries: _Entries = {}
 
 
-def cached(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T]) -> T:
-    """`compute()`, cached_tensors under `name` as long as `sources` keep their storage, version and values."""
+def cached(name: str, sources: tuple[Tensor, ...], compute: Callable[[], T], *facts: Any) -> T:
+    """`compute()`, kept under `name` as long as its sources and the other `facts` that it depends on are unchanged."""
     if (
         torch.compiler.is_compiling()
         or _mode.uncached
         or transformed()
-        or any(s.is_inference() or isinstance(s, torch._subclasses.FakeTensor) or _captured(s) for s in sources)
+        or not readable(*sources)
+        # These carry no version, so a change could not be seen.
+        or any(s.is_inference() or _captured(s) for s in sources)
     ):
-        # Inference tensors carry no version, so a change could not be seen; traced values must stay in the graph.
         return compute()
-    stamp = tuple((s.data_ptr(), s._version, s.dtype, s.shape) for s in sources)
-    kept = _entries_of(sources[0])
-    values = samples(sources[0])
-    entry = kept.get(name)
-    if entry is None or entry[0] != stamp or (values.numel() and not torch.equal(entry[1], values)):
+    first = sources[0]
+    key, kept = (name, first.storage_offset(), first.shape), _entries_of(first.untyped_storage())
+    entry = kept.get(key)
+    if entry is None or entry.facts != facts or not entry.sources.unchanged(sources):
         # The first caller may be in inference mode; what is kept must serve training too.
         with torch.inference_mode(False), torch.no_grad():
-            found = compute()
-            entry = kept[name] = (stamp, values.clone(), found, _Filled(sources[0].device) if values.is_cuda else None)
-    if entry[3] is not None and not _capturing(sources[0]):
-        entry[3].wait(entry[2])
-    return entry[2]
+            # Before the value: a write in between leaves a value that is newer than what it is compared with.
+            seen = Sources(sources, partial(_drop, kept, key))
+            value = compute()
+        entry = kept[key] = _Entry(seen, facts, value, _Filled(first.device) if first.is_cuda else None)
+    if entry.filled is not None and not _capturing(first):
+        entry.filled.wait(entry.value)
+    return entry.value
 
 
 class _Filled:
@@ -116,32 +230,30 @@ def _capturing(source: Tensor) -> bool:
     return source.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _entries_of(owner: Tensor) -> dict[str, _Entry]:
-    key = id(owner)
+def _entries_of(storage: Any) -> dict[Any, _Entry]:
+    key = id(storage)
     found = _entries.get(key)
-    if found is None or found[0]() is not owner:
-        found = _entries[key] = (weakref.ref(owner, partial(_forget, _entries, key)), {})
+    if found is None or found[0]() is not storage:
+        found = _entries[key] = (weakref.ref(storage, partial(_forget, _entries, key)), {})
     return found[1]
 
 
-def _forget(entries: _Entries, key: int, dead: weakref.ref[Tensor]) -> None:
-    # The entries are an argument: tensors that outlive this module find its globals cleared when the interpreter ends.
-    # Another tensor may have taken the identity of the dead one meanwhile.
+def _forget(entries: _Entries, key: int, dead: Any) -> None:
+    # The entries are an argument: storages that outlive this module find its globals cleared when the interpreter ends.
+    # Another storage may have taken the identity of the dead one meanwhile.
     if key in entries and entries[key][0] is dead:
         del entries[key]
 
 
-def samples(source: Tensor) -> Tensor:
-    """The values of a tensor that are compared: a view, empty on accelerators, where that would wait for the device."""
-    flat = source.detach().view(-1) if source.is_contiguous() else source.detach().reshape(-1)
-    if source.device.type != "cpu":
-        return flat[:0]
-    return flat if flat.numel() <= _COMPARED_WHOLE else flat[:: flat.numel() // _SAMPLES]
+def _drop(kept: dict[Any, _Entry], key: Any, dead: Any) -> None:
+    if key in kept and any(dead is storage for storage, _ in kept[key].sources._facts):
+        del kept[key]
 
 
 def forget(source: Tensor) -> None:
     """Forget everything that was computed from a tensor as its first source."""
-    _entries.pop(id(source), None)
+    if not source.is_mkldnn:
+        _entries.pop(id(source.untyped_storage()), None)
 
 
 def clear() -> None:
@@ -151,5 +263,5 @@ def clear() -> None:
 
 def cached_tensors(sources: Iterable[Tensor]) -> list[Any]:
     """All cached tensors of these sources; a CUDA graph that reads them stores this list, in case of `clear`."""
-    found = [_entries[id(source)] for source in sources if id(source) in _entries]
-    return [entry[2] for _, kept in found for entry in kept.values()]
+    found = [_entries[key] for key in {id(source.untyped_storage()) for source in sources} if key in _entries]
+    return [entry.value for _, kept in found for entry in kept.values()]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .backend import PLAIN
 from .caching import forget
 
 EightBits = Literal["int8", "fp8"]
@@ -21,6 +22,11 @@ EightBits = Literal["int8", "fp8"]
 
 class Int8Parameter(nn.Parameter):
     """A weight of int8 GEMMs on a CPU."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        # Copied in inference mode it would have no version, so that its int8 copy could not be watched.
+        with torch.inference_mode(False):
+            return memo.setdefault(id(self), type(self)(self.data.clone(), self.requires_grad))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickled, (self.data, self.requires_grad, "int8")
@@ -34,6 +40,7 @@ class Fp8Parameter(nn.Parameter):
 
 
 _CLASSES: dict[EightBits, type[nn.Parameter]] = {"int8": Int8Parameter, "fp8": Fp8Parameter}
+PLAIN.update(_CLASSES.values())
 
 
 def _unpickled(data: Tensor, requires_grad: bool, kind: EightBits) -> nn.Parameter:

@@ -17,9 +17,9 @@ from torch import Tensor
 from xfm_fast.errors import InputError
 
 from . import fp8
-from .backend import Backend, named, resolve
+from .backend import Backend, named, readable, resolve
 from .cpu import int8
-from .cpu.gemm import is_frozen
+from .cpu.gemm import dense, is_frozen
 from .flags import kind_of
 
 Rung = Literal["frozen", "fp8", "int8", "inference", "training", "kernel", "reference"]
@@ -81,7 +81,7 @@ class Op:
             in_int8 = "int8" in rungs and not compiling and all(kind == "int8" for kind in kinds)
             if in_int8 and self._in_int8(arguments, call):
                 return rungs["int8"](arguments, call)
-            if any(kinds):
+            if any(kinds) or (call.chosen == "reference" and not named(backend)):
                 arguments = self._floating(arguments)
                 tensors = [value for value in arguments if isinstance(value, Tensor)]
         # CPU paths are opaque to a compiler, which has its own.
@@ -109,6 +109,7 @@ class Op:
             and not torch.is_autocast_enabled("cpu")
             and self._is_certain(arguments)
             and (residual is None or residual.shape == (*x.shape[:-1], weights[-1].shape[0]))
+            and readable(*(value for value in arguments if isinstance(value, Tensor)))
         )
 
     def _in_fp8(self, arguments: Any, tensors: Sequence[Tensor]) -> bool:
@@ -149,11 +150,13 @@ class Op:
         return True
 
     def _floating(self, arguments: Any) -> Any:
-        """Weights for floating-point GEMMs; flagged ones may have another dtype than x."""
+        """Weights for floating-point GEMMs, dense; flagged ones may have another dtype than x."""
         for name in self.weights:
             weight = getattr(arguments, name)
             if kind_of(weight) is not None:
                 arguments = arguments._replace(**{name: weight.to(arguments.x.dtype)})
+            elif weight is not None and weight.is_mkldnn:
+                arguments = arguments._replace(**{name: dense(weight)})
         return arguments
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backend import PLAIN, untraced
 from ..caching import cached
 from . import llvm
 from .selection import Race, Selection, compare, operands, register, select
@@ -70,6 +71,17 @@ class Frozen(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _unpickled, (self.data.to_dense(), self.is_mkldnn)
+
+
+PLAIN.add(Frozen)
+
+
+def dense(weight: Tensor) -> Tensor:
+    """The values of a weight that may be frozen, as a constant of whatever is traced."""
+    if not weight.is_mkldnn:
+        return weight
+    with untraced():
+        return weight.detach().to_dense()
 
 
 def _unpickled(weight: Tensor, blocked: bool) -> Frozen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -117,3 +118,65 @@ def test_packed_weights_follow_their_parameters(change: Callable[[nn.Linear], No
     assert_as_accurate(ops.linear(x, layer.weight, layer.bias), reference.linear, x, layer.weight, layer.bias)
     twin = copy.deepcopy(layer)
     assert torch.equal(ops.linear(x, layer.weight, layer.bias), ops.linear(x, twin.weight, twin.bias))
+
+
+def test_an_entry_dies_with_any_of_its_sources_and_has_one_value() -> None:
+    caching.clear()
+    weight, factors = nn.Parameter(torch.randn(3, 3)), [nn.Parameter(torch.randn(3, 3))]
+    calls: list[float] = []
+
+    def scaled(scale: float) -> Tensor:
+        calls.append(scale)
+        return weight.detach() * scale
+
+    for scale in (2.0, 2.0, 3.0, 2.0):
+        made = cached("scaled", (weight, *factors), partial(scaled, scale), scale)
+        assert torch.equal(made, weight.detach() * scale)
+    assert calls == [2.0, 3.0, 2.0]
+    assert len(caching.cached_tensors([weight])) == 1
+    factors.clear()
+    assert caching.cached_tensors([weight]) == []
+
+
+def test_parameters_can_be_swapped() -> None:
+    """A weak reference to a parameter would forbid it, as `model.to` does under PyTorch's swap of parameters."""
+    layer = nn.Linear(3, 4)
+    cached("doubled", (layer.weight,), lambda: layer.weight.detach() * 2)
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.ones(4, 3)))
+    assert torch.equal(cached("doubled", (layer.weight,), lambda: layer.weight.detach() * 2), torch.full((4, 3), 2.0))
+
+
+def test_values_that_are_no_numbers_are_equal_to_themselves() -> None:
+    weight = nn.Parameter(torch.full((3, 3), torch.nan))
+    first = cached("copy", (weight,), weight.detach().clone)
+    assert cached("copy", (weight,), weight.detach().clone) is first
+
+
+def test_views_of_one_storage_are_apart() -> None:
+    whole = torch.randn(6, 3)
+    parts = whole.split(2)
+    made = [cached("copy", (part,), part.clone) for part in parts]
+    assert all(torch.equal(copied, part) for copied, part in zip(made, parts, strict=True))
+    assert all(cached("copy", (part,), part.clone) is copied for copied, part in zip(made, parts, strict=True))
+
+
+@pytest.mark.parametrize("elements", [5, 1 << 16])
+def test_every_element_of_integers_is_compared(elements: int) -> None:
+    """Masks come in memory that a program fills anew."""
+    mask = torch.zeros(elements, dtype=torch.int64)
+    for place in (0, elements // 2 + 1, elements - 1):
+        before = cached("copy", (mask,), mask.clone)
+        mask.numpy()[place] = place + 1
+        assert not torch.equal(before, mask)
+        assert torch.equal(cached("copy", (mask,), mask.clone), mask)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (3, 1), (5000, 1), (1, 5000), (2, 3, 900)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool, torch.complex64])
+def test_the_last_element_of_any_shape_is_seen(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for tensor in (torch.zeros(shape, dtype=dtype), torch.zeros(7, dtype=dtype)[6:]):
+        seen = caching.Sources([tensor])
+        assert seen.unchanged([tensor])
+        if tensor.numel() and tensor.numel() != 5400:
+            tensor.data.view(-1)[-1] = 1
+            assert not seen.unchanged([tensor])

@@ -664,6 +664,7 @@ def test_attention_on_hopper_and_blackwell_needs_a_compiler_without_faults(monke
     monkeypatch.setattr(backends, "compiler_versions", lambda arch=90: ("3.6.0", "13.4"))
     with FakeTensorMode():
         x = torch.empty(2, device="cuda")
+    monkeypatch.setattr(backends, "readable", lambda *tensors: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     backends._warn.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"Triton 3\.6\.0"):

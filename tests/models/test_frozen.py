@@ -154,7 +154,10 @@ def test_parameters_keep_names_and_identity_and_give_up_their_memory(model: XFM,
     assert [name for name, _ in model.named_parameters()] == list(before)
     assert not any(p.requires_grad for p in model.parameters())
     kept: Any = model.vision_encoder.blocks[0]
-    assert before["vision_encoder.blocks.0.mlp.fc1.weight"].numel() == 0
+    released = before["vision_encoder.blocks.0.mlp.fc1.weight"]
+    assert released.untyped_storage().nbytes() <= 8
+    with pytest.raises(RuntimeError, match="memory location"), torch.no_grad():
+        released.mul_(2)
     assert kept.mlp.fc1.weight.shape == (kept.mlp.fc1.out_features, kept.mlp.fc1.in_features)
     state = model.state_dict()
     assert list(state) == list(held)

@@ -140,3 +140,22 @@ def test_refusals(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         accelerate(made, **options)
     assert not any(is_fused(module) for module in made.modules())
+
+
+@needs_int8
+def test_inference_tensors_are_named() -> None:
+    """They have no version, so that no copy in int8 could be kept; a copy made outside of the mode has one."""
+    with torch.inference_mode():
+        made = model()
+    with pytest.raises(InputError, match="inference tensors"):
+        accelerate(made, dtype="int8")
+    assert "inference tensors" in str(accelerate(made))
+    assert marked(made) == []
+    fast = copy.deepcopy(made)
+    assert "inference tensors" not in str(accelerate(fast, dtype="int8"))
+    with torch.inference_mode():
+        again = copy.deepcopy(fast)
+        found = inferred(again, batch())
+    assert marked(again) == marked(fast) != []
+    assert not any(p.is_inference() for p in again.parameters() if kind_of(p) is not None)
+    assert least_cosine(found, inferred(fast, batch())) > 0.999

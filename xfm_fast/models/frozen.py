@@ -44,7 +44,8 @@ def pack(layers: Sequence[nn.Module], weights: Sequence[nn.Parameter], *, blocke
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         caching.forget(weight)
         layer.__dict__[_SLOT] = Slot(packed, sizes, number, weight)
-        weight.data = weight.data.new_empty(0)
+        # Its shape without its memory, which refuses writes: they would be lost.
+        weight.data = weight.data.new_full((), torch.nan).expand(weight.shape)
     return packed
 
 

@@ -101,8 +101,6 @@ def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[T
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *factors))
     if trained or any(one.dropout_p for one in found) or torch.compiler.is_compiling():
         return None
-    # Scalings are numbers, not tensors, so the cache key includes them.
-    name = f"adapted by {[one.scaling for one in found]}"
 
     def summed() -> Tensor:
         total = weight.detach().float() if weight.dtype != torch.float64 else weight.detach().clone()
@@ -114,7 +112,7 @@ def added(weight: Tensor, bias: Tensor | None, found: list[Addition]) -> tuple[T
     if shifts:
         base = torch.zeros_like(shifts[0]) if bias is None else bias
         bias = torch.stack([base.detach().to(shifts[0].dtype), *shifts]).sum(0).to(weight.dtype)
-    return cached(name, (weight, *factors), summed), bias
+    return cached("adapted", (weight, *factors), summed, *(one.scaling for one in found)), bias
 
 
 def summary(modules: Iterable[nn.Module]) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xfm_fast.errors import UnavailableError
 from xfm_fast.kernels import ops, reference
+from xfm_fast.kernels.backend import readable, traced
 from xfm_fast.kernels.caching import cached
 from xfm_fast.kernels.cpu.attention import biased_attention
 from xfm_fast.packing import Packing
@@ -100,6 +101,8 @@ def sdpa(
 def _shared_on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
     """True if the CPU kernel for a bias shared by the batch applies; it has no gradient."""
     if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not readable(q, k, v, bias):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, bias)):
         return False
@@ -197,7 +200,7 @@ def attend_to_real_keys(
     settings: Settings | None = None,
 ) -> Tensor:
     """Attention of padded queries `[B, L, H, D]` over the keys `[B, N, H, D]` whose `mask` `[B, N]` is non-zero."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or traced():
         return sdpa(q, k, v, mask.bool()[:, None, None, :], dropout_p, scale=scale).unflatten(-1, v.shape[-2:])
     # All layers of a model get the same mask.
     keys = cached("packed keys", (mask,), lambda: Packing.from_mask(mask))
@@ -346,7 +349,7 @@ def windows_of(
     size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], x: Tensor, *, fill_first: bool
 ) -> Windows:
     """Cached windows of an image; `fill_first` pads before the shift (transformers) or after it (timm)."""
-    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+    if torch.compiler.is_compiling() or not readable(x):
         # Tensors made during a trace belong to its graph.
         return _build_windows(size, window, shift, fill_first, x.device)
     with torch.inference_mode(False):

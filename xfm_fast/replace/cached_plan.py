@@ -1,7 +1,8 @@
 """Cached execution plans for layers on CPU inference.
 
-For a short text, looking up parts, joining weights and checking operands takes as long as the GEMMs. A plan does this
-once. It is valid while every parameter keeps its memory and version, every copied one its values, and nothing draws.
+For a short text, looking up parts and checking operands takes as long as the GEMMs. A plan does this once. It reads
+parameters in place and is valid while each keeps its memory, and nothing draws; what it has to copy, in another dtype
+or in int8, is watched by `caching.Sources`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from xfm_fast.kernels import fp8
 from xfm_fast.kernels.backend import resolve
-from xfm_fast.kernels.caching import samples
+from xfm_fast.kernels.caching import Sources
 from xfm_fast.kernels.cpu import gemm as cpu
 from xfm_fast.kernels.cpu import int8
 from xfm_fast.kernels.flags import kind_of
@@ -64,7 +65,7 @@ class CachedPlan:
         self._approximate = getattr(self._activation, "approximate", None)
         needed = {id(value) for value in _weights(parts)}
         self._sources = [
-            (part._parameters, name, value, value._version, value.data_ptr(), kind_of(value))
+            (part._parameters, name, value, kind_of(value))
             for part in layer.modules()
             for name, value in part._parameters.items()
             if value is not None and id(value) in needed
@@ -78,16 +79,18 @@ class CachedPlan:
         ]
         self._others = [part.__dict__ for part in layer.modules() if part is not layer]
         groups = _groups(parts)
-        self.rounded = tuple(value for _, _, value, _, _, kind in self._sources if kind == "int8")
-        # Copies do not see writes through `.data`, so their sources are compared by value.
-        copied = needed if self.rounded else {id(value) for g in groups if len(g) > 1 for value in _parameters(g)}
-        views = [samples(v) for _, _, v, *_ in self._sources if v.dtype != dtype or id(v) in copied]
-        self._views, self._values = views, [view.clone() for view in views]
+        self.rounded = tuple(value for _, _, value, kind in self._sources if kind == "int8")
+        # Of weights that are copied anyway, one product takes less time than three.
+        joins = len(groups[0]) > 1 and (pack_of(groups[0]) is not None or self._converts(groups[0]))
+        joined = {id(value) for value in _parameters(groups[0])} if joins else set()
+        self._copied = [v for _, _, v, _ in self._sources if self.rounded or v.dtype != dtype or id(v) in joined]
+        self._seen, copied = Sources(self._copied), set(map(id, self._copied))
+        self._read = [(v, v.data_ptr(), v.stride()) for _, _, v, _ in self._sources if id(v) not in copied]
         ends = {id(end): gamma for end, gamma in zip((parts.proj, parts.fc2), parts.gammas, strict=True)}
         self._linears = {
             id(part): self._linear([part], ends.get(id(part))) for part in (parts.proj, parts.fc2, *parts.inner)
         }
-        self._qkv = [self._linear(group) for group in groups]
+        self._qkv = [self._linear(group) for group in (groups if joins else ((part,) for part in parts.projections))]
         self._proj, self._fc2 = self._linears[id(parts.proj)], self._linears[id(parts.fc2)]
         self._fc1 = None if parts.hidden is not None else self._linears[id(parts.inner[0])]
         mlp = [layer is not None and layer.rounded is not None for layer in (self._fc1, self._fc2)]
@@ -105,12 +108,13 @@ class CachedPlan:
                 return False
         if any(owner[name] is not None for owner, name in self._absent):
             return False
-        for owner, name, value, version, place, kind in self._sources:
-            if owner.get(name) is not value or value._version != version or value.data_ptr() != place:
+        for owner, name, value, kind in self._sources:
+            if owner.get(name) is not value or kind_of(value) is not kind:
                 return False
-            if kind_of(value) is not kind:
+        for value, place, stride in self._read:
+            if value.data_ptr() != place or value.stride() != stride:
                 return False
-        return not _busy(self._others) and all(map(torch.equal, self._views, self._values))
+        return not _busy(self._others) and self._seen.unchanged(self._copied)
 
     def run(self, x: Tensor, attend: Attend, settings: Settings, adapt: Any = None) -> Tensor:
         """The layer on `[B, N, width]` or packed `[T, width]`, matching `attend`.
@@ -161,6 +165,10 @@ class CachedPlan:
     def _normed(self, x: Tensor, norm: tuple[Tensor, Tensor | None, Any] | None) -> Tensor:
         # A number may be set at any time, and leaves no trace.
         return x if norm is None else torch.layer_norm(x, self._shape, *norm[:2], norm[2].eps)
+
+    def _converts(self, layers: Iterable[Any]) -> bool:
+        """True if the weight of a layer is converted or rounded."""
+        return any(layer.weight.dtype != self.dtype or kind_of(layer.weight) is not None for layer in layers)
 
     def _linear(self, layers: Sequence[Any], gamma: Tensor | None = None) -> _Linear:
         """The operands of one layer, or of several on the same input."""
@@ -246,10 +254,13 @@ def _can_plan(layer: nn.Module, parts: Parts, dtype: torch.dtype, *, mixed: bool
     if any(not isinstance(norm, nn.Identity) and getattr(norm, "weight", None) is None for norm in parts.norms):
         return False
     own = {id(parameter) for parameter in layer.parameters()}
+    # Inference tensors carry no version, without which no copy can be watched.
+    copies = any(p.dtype != dtype or kind_of(p) is not None for p in _weights(parts))
+    copies = copies or any(len(group) > 1 and pack_of(group) is not None for group in _groups(parts))
     return all(
         p.is_floating_point()
         and p.device.type == "cpu"
-        and not p.is_inference()
+        and not (copies and p.is_inference())
         and kind_of(p) != "fp8"
         and id(p) in own
         and (mixed or p.dtype == dtype)

@@ -156,6 +156,8 @@ class Report:
         lines += [f"unknown: {layers}; {ROW}" for layers in self.unknown]
         if frozen := self.frozen_bytes:
             lines.append(f"frozen for inference: {frozen / 2**20:,.1f} MB of weights packed in place")
+            lines.append("until revert() they are no parameters: a loop over parameters() passes them by")
+        lines += unwatched(self._modules, self._eight_bits)
         if rounded := self.rounded_weights:
             exempt = f"; {self._exempt} modules stay in floating point for accuracy" if self._exempt else ""
             lines.append(f"{rounded} weights run in {self._eight_bits}{exempt}")
@@ -191,6 +193,22 @@ def linear_weights(*modules: nn.Module) -> set[nn.Parameter]:
     """The weights of linear, convolution and attention layers in modules."""
     layers = (part for module in modules for part in module.modules() if isinstance(part, _LINEAR))
     return {p for part in layers for p in part.parameters(recurse=False) if p.ndim > 1}
+
+
+def unwatched(modules: Collection[nn.Module], kind: EightBits | None) -> list[str]:
+    """Report lines about changes of parameters that copies of them do not follow."""
+    parameters = {p for module in modules for p in module.parameters()}
+    lines = []
+    if count := sum(p.is_inference() for p in parameters):
+        lines.append(
+            f"{count} parameters are inference tensors, which carry no version: nothing computed from them is kept; "
+            "load or copy the model outside torch.inference_mode()"
+        )
+    if any(p.is_cuda for p in parameters):
+        lines.append("a GPU does not see writes through .data: call xfm_fast.kernels.caching.clear() after them")
+    elif kind is not None:
+        lines.append("not seen: single elements of a large weight that are written through .data or NumPy")
+    return lines
 
 
 def size_of(weights: Collection[nn.Parameter]) -> int:

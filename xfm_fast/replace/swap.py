@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_internals
 
 from xfm_fast.kernels import flags, ops
-from xfm_fast.kernels.backend import Backend
+from xfm_fast.kernels.backend import Backend, traced
 from xfm_fast.kernels.caching import cached
 from xfm_fast.models.frozen import packed_weight
 from xfm_fast.replace import adapters
@@ -87,9 +87,10 @@ class Settings:
         return ops.linear(self.operand(x), *self.affine(weight, bias), backend=self.backend)
 
     def products(self, name: str, x: Tensor, *layers: Any, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Outputs `[..., M]` of linear layers on one input x `[..., K]`, adapters included, with one GEMM.
+        """Outputs `[..., M]` of linear layers on one input x `[..., K]`, adapters included.
 
-        `name` is the cache key of the concatenated weights. `bias` is that of a single layer, stored outside it.
+        With one GEMM, unless a CPU would need a copy of the weights for that alone. `name` is the cache key of the
+        concatenated weights. `bias` is that of a single layer, stored outside it.
         """
         x = self.operand(x)
         packed = packed_weight(layers, self.backend, x)
@@ -107,14 +108,22 @@ class Settings:
             if merged is not None:
                 (weights[place], biases[place]), found = merged, []
             later.append(found)
-        if len(layers) == 1:
-            made: tuple[Tensor, ...] = (self.linear(x, weights[0], biases[0]),)
+        if len(layers) == 1 or self._reads_in_place(x, weights):
+            pairs = zip(weights, biases, strict=True)
+            made: tuple[Tensor, ...] = tuple(self.linear(x, weight, shift) for weight, shift in pairs)
         else:
             widths = [weight.shape[0] for weight in weights]
             made = self.linear(x, *_side_by_side(name, weights, biases)).split(widths, -1)
         if not any(later):
             return made
         return tuple(reduce(lambda y, one: one(x, y), found, y) for y, found in zip(made, later, strict=True))
+
+    def _reads_in_place(self, x: Tensor, weights: list[Tensor]) -> bool:
+        """True if a CPU multiplies with these weights as they are, without gradients and conversion."""
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        records = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        return not records and all(flags.kind_of(weight) is None and weight.dtype == x.dtype for weight in weights)
 
     def affine_of(self, layer: Any, *operands: Tensor) -> tuple[Tensor, Any] | None:
         """Weight and bias of a layer with merged adapters; None where adapters run separately."""
@@ -231,10 +240,15 @@ class Fused(nn.Module):
         return self.__dict__[_SETTINGS]
 
     def intact(self) -> bool:
-        """True if no bypassed submodule was exchanged, hooked, adapted, quantised or parametrised since the swap."""
+        """True if no bypassed submodule was exchanged, hooked, adapted, quantised or parametrised since the swap.
+
+        False within a trace, which records the original.
+        """
         if torch.compiler.is_compiling():
             # A compiler cannot trace weak references, and consumers of exported graphs recognise the original.
             return not torch.compiler.is_exporting() and why_not_bypassed(self, type(self).bypassed) is None
+        if traced():
+            return False
         return _unchanged(self) or why_not_bypassed(self, type(self).bypassed) is None
 
     def count(self) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xfm_fast.kernels import host
+from xfm_fast.kernels.backend import traced
 from xfm_fast.packing import Packing, offsets, on_host
 from xfm_fast.replace.attention import Attend, Causal, Memory, Packed, Padded, Spread, to_own_tokens
 from xfm_fast.replace.heads import FusedEmbeddings, default_positions
@@ -402,7 +403,7 @@ class CutTextModel(CalledByName):
     def _lengths(self, call: dict[str, Any], end: int | None) -> list[int] | None:
         """Lengths of the texts of a call; None if it must not be cut."""
         ids, mask, config = call.get("input_ids"), call.get("attention_mask"), cast(Any, self).config
-        if torch.compiler.is_compiling() or has_other_arguments(call, self._understood):
+        if torch.compiler.is_compiling() or traced() or has_other_arguments(call, self._understood):
             return None
         if any(getattr(config, name, False) for name in _RECORDED):
             return None
@@ -446,7 +447,7 @@ class _CutOpenClip(Fused):
 
     def feature(self, text: Tensor, pool: str, end: int | None) -> Tensor | None:
         """`[B, L]` ids → `[B, E]` without computing past the end-of-text; None if a text has no end."""
-        if torch.compiler.is_compiling() or text.ndim != 2 or not text.numel():
+        if torch.compiler.is_compiling() or traced() or text.ndim != 2 or not text.numel():
             return None
         end = end if pool == "eos" else None
         lengths = _lengths(text, end, None)
