@@ -187,7 +187,7 @@ def require_onnx() -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UnavailableError(
-            f"exporting to ONNX needs {error.name!r}, which is not installed; pip install 'xfm-fast[export]'"
+            f"exporting to ONNX needs {error.name!r}, which is not installed; pip install '.[export]'"
         ) from None
     return onnx
 

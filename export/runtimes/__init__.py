@@ -153,7 +153,7 @@ class Runtime:
         try:
             return importlib.import_module(cls.package)
         except (ImportError, OSError) as error:
-            remedy = f"pip install 'xfm-fast[{cls.extra}]'" if cls.extra else f"install {cls.package}"
+            remedy = f"pip install '.[{cls.extra}]'" if cls.extra else f"install {cls.package}"
             raise UnavailableError(f"{cls.title} is not installed ({' '.join(str(error).split())}); {remedy}") from None
 
 
