@@ -15,8 +15,6 @@ from cyclopts import App
 import xfm_fast
 from tests.cli.runner import invoke
 from xfm_fast.cli.app import app
-from xfm_fast.cli.options import RENAMED, modernised
-from xfm_fast.errors import InputError
 from xfm_fast.kernels.cpu import selection
 from xfm_fast.kernels.cpu.selection import races
 
@@ -115,34 +113,11 @@ def test_commands_and_options_are_few() -> None:
     assert len(options) <= 110
 
 
-def test_former_names_are_today_s_with_a_warning() -> None:
-    line, warnings = modernised(["export", "tensorrt", "--checkpoint=a", "--out", "b", "--", "--preset"])
-    assert line == ["export", "--to", "tensorrt", "--model=a", "--out", "b", "--", "--preset"]
-    assert len(warnings) == 2
-    line, _ = modernised(["bench", "--checkpoint", "a.th", "--preset", "base"])
-    assert line == ["bench", "--model", "a.th", "--config", "base"]
-    assert modernised(["search", "export", "onnx"]) == (["search", "export", "onnx"], [])
-    for each in RENAMED:
-        words = [*each.command.split(), *([each.option] if each.option else [])]
-        if each.new is None:
-            with pytest.raises(InputError, match=each.option):
-                modernised(words)
-            continue
-        found = " ".join(modernised(words)[0]).split()
-        known = next(COMMANDS[words] for n in (2, 1) if (words := tuple(found[:n])) in COMMANDS)
-        names = {name for argument in known.assemble_argument_collection() for name in argument.names}
-        assert {word for word in found if word.startswith("--")} <= names, each
-    done = invoke(["export", "onnx", "--preset", "tiny", "--config", "x", "--out", "y"])
-    assert done.exit_code == 2
-    assert "export onnx is now export" in done.stderr
-    assert "--preset is now --random" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["inof"], '"info"'),
-        (["convert", "absent.th", "out", "--to", "official"], "--to is retired"),
+        (["convert", "absent.th", "out", "--to", "official"], "--to"),
         (["convert", "absent.th", "out"], "absent.th"),
         (["convert", "a", "b", "c"], '"c"'),
         (["convert", "a", "b", "--image-size"], "--image-size"),

@@ -50,7 +50,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 def test_wrong_arguments(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", pairs(1))
     for command, message in (
-        (("convert", lines, tmp_path / "b", "--to", "lines"), "--to is retired"),
+        (("convert", lines, tmp_path / "b", "--to", "lines"), "--to"),
         (("check", lines, "--task", "walking"), "task 'walking' is unknown"),
         (("check", tmp_path / "absent", "--task", "pairs"), "matches no file"),
     ):

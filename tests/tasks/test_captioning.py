@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.agreement import inputs_of, tensors, with_weights
 from tests.conftest import config
 from xfm_fast.models.decoder import DecoderCache, DecoderMemory, generate
-from xfm_fast.tasks.captioning import CaptioningModel, CaptioningOptions
+from xfm_fast.tasks.captioning import CaptioningModel
 
 EOS = 2
 
@@ -123,7 +123,3 @@ def test_loss_is_the_mean_over_predicted_tokens(model: CaptioningModel, x: dict[
     for found, smoothing in ((plain, 0.0), (smooth, 0.1)):
         expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=smoothing)
         assert float(found) == pytest.approx(float(expected), rel=1e-10)
-
-
-def test_a_recorded_option_that_is_retired_is_ignored() -> None:
-    assert CaptioningOptions.model_validate({"kind": "captioning", "facts": True}) == CaptioningOptions()

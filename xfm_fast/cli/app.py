@@ -171,9 +171,6 @@ def run(arguments: Sequence[str]) -> int:
         if sys.stdout is None:
             console.note("standard output is closed; redirect it to a file or /dev/null")
             return USAGE_ERROR
-        arguments, warnings = options.modernised(arguments)
-        for warning in warnings:
-            console.note(f"{warning}; the former name goes with the next version")
         command, bound, _ = app.parse_args(arguments)
         code: Any = command(*bound.args, **bound.kwargs)
         sys.stdout.flush()

@@ -17,7 +17,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -276,12 +276,9 @@ class Shapes:
 
     images: tuple[int, ...] = ()  # batch sizes of `encode_image` and `image_memory`
     texts: tuple[tuple[int, int, int], ...] = ()  # (texts, length, tokens) of `encode_text`
-    pairs: InitVar[tuple[()]] = ()  # retired
     matches: tuple[tuple[int, int, int, int], ...] = ()  # (images, texts, length, tokens) of `fuse`
 
-    def __post_init__(self, pairs: tuple[()]) -> None:
-        if pairs:
-            raise InputError(f"pairs={pairs!r} is retired; give matches, or call XFM.fuse for all tokens of texts")
+    def __post_init__(self) -> None:
         for name, count in (("images", 1), ("texts", 3), ("matches", 4)):
             for given in getattr(self, name):
                 size = given if isinstance(given, tuple) else (given,)
@@ -496,10 +493,10 @@ class XFMGraphs:
         """Token 0 of the fused texts `[P, L, text_width]`: `[P, 1, text_width]`, as `XFM.fuse(first_token_only=True)`.
 
         Raises `InputError` for more pairs than captured, masked image tokens, texts that do not match the images, and
-        `first_token_only=False`, which is retired.
+        `first_token_only=False`, which `XFM.fuse` takes.
         """
         if not first_token_only:
-            raise InputError("first_token_only=False is retired: graphs return token 0; call XFM.fuse for all tokens")
+            raise InputError("graphs return token 0; call XFM.fuse with first_token_only=False for all tokens")
         mask, groups = self.model.check_pairs(text_embeds, attention_mask, memory, image_index)
         if memory.token_mask is not None:
             raise InputError("the memory has masked image tokens, which were not captured; call model.fuse")

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from xfm_fast.config import XFMConfig
@@ -154,12 +154,6 @@ class CaptioningOptions(TaskOptions):
         default=None,
         description="train on pretraining pairs; splits still list captioning files",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_retired(cls, values: Any) -> Any:
-        """Runs of earlier versions recorded the option `facts`."""
-        return {name: each for name, each in values.items() if name != "facts"} if isinstance(values, dict) else values
 
 
 @register
