@@ -148,7 +148,6 @@ class Case:
     backends: Sequence[Backend]
     unit: str = "calls"
     items: int = 1
-    conditions: str = ""
     mode: Mode | Direction = "offline"
     judge: str = ""
     reference: Callable[[str], Any] | None = None
@@ -166,6 +165,7 @@ class Case:
     most_rounds: int = 15
     warmups: int = 1
     deadline: float = math.inf
+    conditions: str = ""
 
     def repeated(self, rows: Iterable[Result], note: str = "", **changes: Any) -> Case:
         """The same backends at other work, with the status and comparison of their results at this one."""

@@ -290,7 +290,7 @@ _relpos_attention = Op(
     "relpos_attention",
     RelPos,
     {"inference": _relpos_inference, "kernel": _relpos_kernel, "reference": _relpos_reference},
-    fits=lambda a: a.q.shape[-1] <= HEAD_DIMS[-1],
+    fits={"triton": lambda a: a.q.shape[-1] <= HEAD_DIMS[-1]},
     attention=True,
 )
 
@@ -468,7 +468,7 @@ _varlen_attention = Op(
     "varlen_attention",
     Varlen,
     {"inference": _varlen_inference, "kernel": _varlen_kernel, "reference": _varlen_reference},
-    fits=lambda a: a.q.shape[-1] <= BIAS_HEAD_DIMS[-1],
+    fits={"triton": lambda a: a.q.shape[-1] <= BIAS_HEAD_DIMS[-1]},
     attention=True,
 )
 
@@ -635,6 +635,6 @@ _bias_attention = Op(
     "bias_attention",
     Biased,
     {"kernel": _bias_kernel, "reference": _bias_reference},
-    fits=lambda a: a.q.shape[-1] <= BIAS_HEAD_DIMS[-1],
+    fits={"triton": lambda a: a.q.shape[-1] <= BIAS_HEAD_DIMS[-1]},
     attention=True,
 )

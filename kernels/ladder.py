@@ -40,7 +40,8 @@ class Op:
 
     `weights` are fields of GEMM weights, which may be frozen or flagged for 8 bits; `int8_race` is the comparison that
     decides between int8 and floating point (`cpu.int8.is_faster`). `kernels` are backends of the rung `kernel`, and
-    `fits` is true for arguments that Triton takes by default. `attention`: see `has_flash` of `backend.resolve`.
+    `fits` says by backend which arguments it takes unless it is named. `attention`: see `has_flash` of
+    `backend.resolve`.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class Op:
         weights: tuple[str, ...] = (),
         int8_race: str = "",
         kernels: tuple[Backend, ...] = ("cpu", "triton"),
-        fits: Callable[[Any], bool] | None = None,
+        fits: Mapping[Backend, Callable[[Any], bool]] | None = None,
         attention: bool = False,
     ) -> None:
         self.name, self.arguments, self.rungs = name, arguments, dict(rungs)
         self.weights, self.int8_race = weights, int8_race
-        self.kernels, self.fits, self.attention = kernels, fits, attention
+        self.kernels, self.fits, self.attention = kernels, fits or {}, attention
         # Places of fields: a call of few rows takes a few microseconds.
         places = {field: place for place, field in enumerate(arguments._fields)}
         self._weights = [places[field] for field in weights]
@@ -89,8 +90,8 @@ class Op:
             return rungs["inference"](arguments, call)
         if "training" in rungs and trains(call, _floats(arguments[place] for place in self._operands)):
             return rungs["training"](arguments, call)
-        fits = self.fits is None or call.chosen != "triton" or named(backend) or self.fits(arguments)
-        if "kernel" in rungs and call.chosen in self.kernels and fits:
+        fits = self.fits.get(call.chosen)
+        if "kernel" in rungs and call.chosen in self.kernels and (fits is None or named(backend) or fits(arguments)):
             return rungs["kernel"](arguments, call)
         return rungs["reference"](arguments, call)
 

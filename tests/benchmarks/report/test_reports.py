@@ -92,7 +92,7 @@ def test_a_speed_up_names_both_dtypes_and_is_no_lucky_or_contended_one() -> None
 
 
 def test_saved_documents_are_shown_again(tmp_path: Path) -> None:
-    document = _load("embed-image-cpu-amx")
+    document = _load("embed-image-224-cpu-avx512")
     saved = record.save(document, tmp_path / "out", report.html(document))
     assert record.load(saved) == document
     page, tables = tmp_path / "page.html", tmp_path / "tables.md"
