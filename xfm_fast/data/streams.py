@@ -32,7 +32,7 @@ from xfm_fast.data.items import ITEMS, BatchT, Items
 from xfm_fast.data.options import AnyStreamOptions, TextOptions
 from xfm_fast.data.records import Data, RecordSet, Rows, open_records
 from xfm_fast.errors import ConfigError, DataError, StorageError, XFMError
-from xfm_fast.io import parse_json
+from xfm_fast.io import open_data, open_to_append, parse_json
 from xfm_fast.tokenizer import CaptionTokenizer
 
 B = TypeVar("B", bound=TensorBatch)
@@ -373,8 +373,8 @@ class Quarantine:
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
+            with open_to_append(self.path) as file:
+                handle = file.fileno()
                 with suppress(ImportError, OSError):
                     import fcntl
 
@@ -386,8 +386,6 @@ class Quarantine:
                     if os.write(handle, line) != len(line):
                         raise OSError(28, "No space left on device")
                     self._catch_up(handle)
-            finally:
-                os.close(handle)
         except OSError as problem:
             raise StorageError(
                 f"broken rows cannot be listed in {self.path} ({problem.strerror or problem}); choose another "
@@ -404,12 +402,8 @@ class Quarantine:
 
     def count(self, rows: Rows) -> int:
         """Known broken rows of a file, over all processes."""
-        with suppress(OSError):
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                self._catch_up(handle)
-            finally:
-                os.close(handle)
+        with suppress(OSError), open_data(self.path) as file:
+            self._catch_up(file.fileno())
         return self._counts[rows.name, rows.modified]
 
     def _forget(self) -> None:
