@@ -94,7 +94,10 @@ RENAMED: tuple[Renamed, ...] = (
         Renamed("predict", name, None, "what the run recorded")
         for name in ("--random", "--config", "--image-size", "--tokenizer")
     ),
-    *(Renamed("data check", name, None, "bench train-step for costs") for name in ("--image-size", "--batch-size")),
+    *(
+        Renamed("data check", name, None, "the model's 224 pixels and 64 rows")
+        for name in ("--image-size", "--batch-size")
+    ),
     Renamed("bench report", "--html", "--out"),
     *(Renamed(name, "--png", None, "bench report FILE --out page.html") for name in ("bench report", "try")),
     Renamed("bench report", "--markdown", None, "--out FILE.md"),
@@ -115,7 +118,6 @@ RENAMED: tuple[Renamed, ...] = (
         for name in ("--read-timeout", "--drain")
     ),
     Renamed("index", "--batch-size", None, "build_index(batch_size=) in Python"),
-    Renamed("index", "--workers", None, "the fixed 8 threads"),
     Renamed("serve", "--max-body-mb", None, "--memory-mb, of which a request may take a sixteenth"),
     Renamed("serve", "--max-pixels", None, "the fixed limit of 16,777,216 pixels"),
     Renamed("serve", "--max-documents", None, "the fixed limit of 256 documents"),
