@@ -212,3 +212,75 @@ def test_few_files_have_one_importer() -> None:
                 importers.setdefault(imported, set()).add(path)
     single = sorted(module for module, paths in importers.items() if len(paths) == 1)
     assert len(single) <= BUDGET["limits"]["files with one importer"], single
+
+
+# Functions that may open by themselves, and what they open.
+OPENING = {("xfm_fast/training/recipe.py", "read_recipe"): "a recipe of the package, which may be an archive"}
+OPENED_BY_NAME = {"open", "safe_open", "load_file"}
+OPENED_BY_METHOD = {"open", "read_text", "read_bytes", "memmap", "fromfile", "loadtxt", "genfromtxt"}
+# What is open already, or lies in memory.
+OPEN = {"file", "fileobj", "BytesIO"}
+
+
+def _openings(path: Path) -> Iterator[tuple[str, int]]:
+    """Functions and lines that open a file by its name; new files, which nobody else wrote, do not count."""
+    functions = [each for each in ast.walk(tree(path)) if isinstance(each, ast.FunctionDef)]
+    for function, call in ((each, call) for each in functions for call in ast.walk(each)):
+        if not isinstance(call, ast.Call):
+            continue
+        name, given = ast.unparse(call.func), [*call.args, *(keyword.value for keyword in call.keywords)]
+        method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        if name not in OPENED_BY_NAME | {"np.load", "torch.load"} and method not in OPENED_BY_METHOD:
+            continue
+        words = {keyword.arg for keyword in call.keywords} | {word for each in given for word in _words(each)}
+        is_new = any(isinstance(each, ast.Constant) and each.value in ("w", "wb", "x", "xb") for each in given)
+        # An entry of `READERS` has a function of this name.
+        if not is_new and not words & OPEN and not name.startswith("READERS["):
+            yield function.name, call.lineno
+
+
+def _words(node: ast.AST) -> Iterator[str]:
+    for each in ast.walk(node):
+        if isinstance(each, (ast.Name, ast.Attribute)):
+            yield each.id if isinstance(each, ast.Name) else each.attr
+
+
+def test_foreign_files_are_opened_by_one_function(tmp_path: Path) -> None:
+    """Data, recipes, indexes and logs that are read back go through `xfm_fast.io`, which waits for no pipe."""
+    parts = {("xfm_fast", part) for part in ("data", "training", "finetuning", "search", "tasks")}
+    found = {
+        (path.relative_to(ROOT).as_posix(), function): line
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[:2] in parts
+        for function, line in _openings(path)
+    }
+    assert {place: line for place, line in found.items() if place not in OPENING} == {}
+    assert found.keys() == OPENING.keys()
+
+
+def test_a_file_opened_elsewhere_is_found(tmp_path: Path) -> None:
+    calls = [
+        "open(path)",
+        "path.open('rb')",
+        "path.open('a')",
+        "path.read_text()",
+        "os.open(path, 0)",
+        "np.load(path)",
+        "np.memmap(path, np.int64)",
+        "Image.open(path)",
+        "io.open(path, encoding='utf-8')",
+        "torch.load(path)",
+        "safe_open(path, 'pt')",
+        "load_file(path)",
+    ]
+    allowed = [
+        "open_data(path)",
+        "read_bytes(path, 10)",
+        "path.open('xb')",
+        "tarfile.open(fileobj=file)",
+        "Image.open(io.BytesIO(data))",
+        "np.memmap(file, np.int64)",
+    ]
+    code = tmp_path / "code.py"
+    code.write_text("".join(f"def f{n}(path):\n    return {call}\n" for n, call in enumerate(calls + allowed)))
+    assert [line // 2 for _, line in _openings(code)] == [n + 1 for n in range(len(calls))]

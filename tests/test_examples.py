@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.search.conftest import write_model, write_picture
+from xfm_fast import XFM
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 Run = Callable[..., str]
@@ -70,6 +72,18 @@ def test_gradient_flow(run: Run, tmp_path: Path) -> None:
         assert head == ["loss", "language", "vision", "fusion"]
         trained = {loss: "".join("0" if norm == "0" else "1" for norm in norms) for loss, *norms in lines}
         assert trained == {"mlm": "100", "itc": "110", "itm": "011", "imlm": "011", "mim": "010"}
+    # Weights whose configuration lets the fusion losses through, and a vision encoder that nothing reaches.
+    path = tmp_path / "weights/config.json"
+    right = json.loads(path.read_text())
+    path.write_text(json.dumps(right | {"detach_text_for_mlm": False}))
+    with pytest.raises(SystemExit, match=r"imlm: language$"):
+        run("gradient_flow", tmp_path / "weights")
+    path.write_text(json.dumps(right))
+    model = XFM.from_pretrained(tmp_path / "weights")
+    torch.nn.init.zeros_(model.vision_proj.weight)
+    model.save_pretrained(tmp_path / "weights")
+    with pytest.raises(SystemExit, match="itc: vision"):
+        run("gradient_flow", tmp_path / "weights")
 
 
 def test_emulate_a_kernel() -> None:

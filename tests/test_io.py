@@ -20,9 +20,19 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.data.files import find_files
 from xfm_fast.data.files import read_json as read_annotations
 from xfm_fast.errors import CheckpointError, DataError, StorageError
-from xfm_fast.io import hold, is_plain_name, parse_json, parse_yaml, read_bytes, write_bytes
-from xfm_fast.kernels.files import write_whole
+from xfm_fast.io import (
+    hold,
+    is_plain_name,
+    open_data,
+    open_to_append,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    write_bytes,
+)
+from xfm_fast.kernels.files import is_stream, write_whole
 
+ROOT = Path(__file__).parents[1]
 DEEP = "[" * 20_000
 HOSTILE = {
     "deep": (DEEP, "nested"),
@@ -71,6 +81,30 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "long").write_bytes(bytes(11))
     with pytest.raises(ValueError, match="more than 10 bytes"):
         read_bytes(tmp_path / "long", 10)
+
+
+def test_foreign_files_are_opened_at_once_or_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero"), tmp_path, Path("a\0b")):
+        for opened in (open_data, open_to_append):
+            with pytest.raises((OSError, ValueError), match=r"not a file|NUL|null"):
+                opened(path)
+    with pytest.raises(FileNotFoundError):
+        open_data(tmp_path / "absent")
+    for content in (b"a", b"b"):
+        with open_to_append(tmp_path / "new") as file:
+            file.write(content)
+    with open_data(tmp_path / "new") as file:
+        assert file.read() == b"ab"
+
+
+def test_a_pipe_that_takes_the_name_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(io, "require_file", Path)
+    for opened in (open_data, open_to_append):
+        with pytest.raises(OSError, match="not a file"):
+            opened(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +168,7 @@ def test_a_killed_process_leaves_the_earlier_save(saved: Path) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         check=False,
     )
@@ -146,6 +180,10 @@ def test_a_killed_process_leaves_the_earlier_save(saved: Path) -> None:
 
 def _write_pair(stream: Path) -> None:
     write_bytes({stream.with_name("beside"): b"new", stream: b"content"})
+
+
+def _write_one(stream: Path) -> None:
+    write_bytes({stream: b"content"})
 
 
 @pytest.mark.parametrize("write", [_write_pair, lambda path: write_whole(path, b"content")])
@@ -165,6 +203,38 @@ def test_streams_are_written_through(tmp_path: Path, write: Callable[[Path], Non
     assert pipe.is_fifo()
     assert full.is_char_device()
     assert len([*tmp_path.iterdir()]) == 3
+
+
+@pytest.mark.parametrize("write", [_write_pair, lambda path: write_whole(path, b"content")])
+def test_a_pipe_without_a_reader_is_refused(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no process reads this pipe"):
+        write(tmp_path / "pipe")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("write", [_write_one, lambda path: write_whole(path, b"content")])
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "/dev/../dev/fd/{}"])
+def test_names_of_open_files_are_written_where_they_stand(
+    tmp_path: Path, name: str, write: Callable[[Path], None]
+) -> None:
+    """As `command /dev/stdout >> FILE` means it; a rename would replace the name of a device."""
+    with (tmp_path / "out").open("w+b", buffering=0) as file:
+        file.write(b"before ")
+        path = Path(name.format(file.fileno()))
+        assert is_stream(path)
+        write(path)
+        file.write(b" after")
+    assert (tmp_path / "out").read_bytes() == b"before content after"
+
+
+def test_standard_streams_are_no_files_to_replace(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        program = (
+            "from pathlib import Path; from xfm_fast.kernels.files import *; print(is_stream(Path('/dev/stdout')))"
+        )
+        subprocess.run([sys.executable, "-c", program], stdout=out, cwd=ROOT, check=True)
+    assert (tmp_path / "out").read_text() == "True\n"
 
 
 @pytest.fixture(params=["fcntl", "no locks there"])

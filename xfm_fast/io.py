@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from io import FileIO
+from io import BufferedRandom, BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ import psutil
 import yaml
 
 from xfm_fast.errors import StorageError
-from xfm_fast.kernels.files import is_stream
+from xfm_fast.kernels.files import is_stream, open_at_once, open_stream
 
 try:
     import fcntl
@@ -41,20 +41,52 @@ _MOST_VALUES = 1 << 24
 
 def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     """Read a regular file of at most `most` bytes; raises `OSError` (also for pipes and devices) or `ValueError`."""
-    path = require_file(path)
-    with path.open("rb") as file:
+    with open_data(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most:,} bytes")
     return content
 
 
+def open_data(path: str | os.PathLike[str]) -> BufferedReader:
+    """Open a regular file to read; every file that others may have written or replaced is opened here.
+
+    Raises `OSError` for pipes and devices, without waiting for their other end, and for a name with a NUL.
+    """
+    return open(require_file(path), "rb", opener=_open_regular)
+
+
+def open_to_append(path: str | os.PathLike[str]) -> BufferedRandom:
+    """Open a regular file to append to and to read, made if it is missing; raises `OSError` as `open_data` does."""
+    if os.path.exists(path):
+        require_file(path)
+    return open(path, "a+b", opener=_open_regular)
+
+
 def require_file(path: str | os.PathLike[str]) -> Path:
     """Return the path of a regular file; raises `OSError` for others: reading a pipe or a device may never end."""
     path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is a folder or a device, not a file", str(path))
+    try:
+        _check_regular(path.stat(), path)
+    except ValueError:
+        raise OSError(errno.EINVAL, "its name holds a NUL", str(path)) from None
     return path
+
+
+def _check_regular(status: os.stat_result, path: str | Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a folder or a device, not a file", str(path))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    handle = open_at_once(path, flags)
+    try:
+        # Another file may have taken the name since it was looked at.
+        _check_regular(os.fstat(handle), path)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def read_json(path: str | os.PathLike[str], *, most: int = MOST_JSON_BYTES) -> Any:
@@ -209,7 +241,7 @@ def write_files(writers: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for current, writer in streams.items():
-            with current.open("wb") as file:
+            with open_stream(current) as file:
                 writer(file)
         for temporary, current in finished.items():
             os.replace(temporary, current)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from tests.cli.runner import invoke
 from tests.search.conftest import write_model, write_picture
+from tests.training.small_runs import ROOT
+from xfm_fast.cli.options import UNFINISHED
+from xfm_fast.search import open_index
 
 
 @pytest.fixture
@@ -21,6 +31,10 @@ def folder(tmp_path: Path) -> Path:
 def test_random_weights_are_noted(folder: Path, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"none")
     done = invoke(["index", folder])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--model" in done.stderr
+    assert not (folder / ".xfm-index").exists()
+    done = invoke(["index", folder, "--random", "tiny"])
     assert done.exit_code == 0
     assert "THE WEIGHTS ARE RANDOM" in done.stderr
     assert "broken.png" in done.stderr
@@ -88,9 +102,83 @@ def test_one_line_and_code_2(folder: Path, tmp_path: Path) -> None:
         (["search", folder, "a dog", "--sheet", "a.png"], "a.png"),
         (["search", folder, tmp_path / "note.txt", "--model", tmp_path / "weights"], "in no format that Pillow reads"),
         (["index", folder, "--random", "tiny"], "(--index)"),
-        (["index", tmp_path / "nowhere"], "does not exist"),
+        (["index", tmp_path / "nowhere", "--random", "tiny"], "does not exist"),
         (["index", folder, "--model", tmp_path / "nothing"], "nothing"),
     ):
         done = invoke(arguments)
         assert done.exit_code == 2
         assert message in done.stderr
+
+
+def _start(arguments: list[object], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "xfm_fast.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment, text=True,
+    )  # fmt: skip
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+@pytest.mark.slow
+def test_workers_and_torchrun_make_the_index_of_one_process(folder: Path, tmp_path: Path) -> None:
+    for number in range(4, 40):
+        write_picture(folder / f"{number:02}.png", number)
+    (folder / "broken.png").write_bytes(b"none")
+    weights = write_model(tmp_path / "weights", seed=0)
+    named = ["index", folder, "--model", weights]
+    alone = json.loads(invoke([*named, "--json", "--index", tmp_path / "alone"]).stdout)
+    code, output, errors = _end(_start([*named, "--index", tmp_path / "shared", "--workers", "2", "--json"]))
+    assert (code, errors) == (0, "")
+    assert json.loads(output) == alone | {"folder": str(tmp_path / "shared")}
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
+    ranks = [
+        _start([*named, "--index", tmp_path / "joined"], **joined, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(2)
+    ]
+    (_, output, _), (_, silence, _) = map(_end, ranks)
+    assert "indexed: 40 images" in output
+    assert silence == ""
+    expected = open_index(tmp_path / "alone")
+    for place in (tmp_path / "shared", tmp_path / "joined"):
+        found = open_index(place)
+        assert found.entries == expected.entries
+        np.testing.assert_allclose(found.features, expected.features, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "number"), [("command", signal.SIGTERM), ("worker", signal.SIGKILL)])
+def test_interrupted_workers_resume(folder: Path, tmp_path: Path, target: str, number: signal.Signals) -> None:
+    for image in range(4, 400):
+        write_picture(folder / f"{image:03}.png", image)
+    named = ["index", folder, "--random", "tiny", "--workers", "2"]
+    process = _start(named)
+    lock = folder / ".xfm-index/.lock"
+    while not lock.exists():
+        assert process.poll() is None, _end(process)
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    worker = next(child for child in children if child.environ()["RANK"] == "1")
+    os.kill(process.pid if target == "command" else worker.pid, number)
+    code, output, errors = _end(process)
+    assert output == ""
+    if target == "command":
+        assert code == UNFINISHED
+        assert "the same command resumes" in errors
+    else:
+        assert code == 2
+        assert "process 1 of 2 was killed by signal 9; the same command resumes" in errors
+        assert "internal error" not in errors
+    assert not (folder / ".xfm-index/index.json").exists()
+    code, output, _ = _end(_start(named))
+    assert (code, len(open_index(folder).entries)) == (0, 400)
+    assert "indexed: 400 images" in output
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_is_explained(folder: Path) -> None:
+    code, _, errors = _end(_start(["index", folder, "--random", "tiny", "--workers", "2", "--device", "cuda"]))
+    assert code == 2
+    assert errors.splitlines()[-1].count("GPU") >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,3 +171,59 @@ def test_torchrun_and_a_signal(recipe: Path, tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     assert "the checkpoint is of 2 processes and this run has 1" in alone.stderr
     assert read_log(log)[-1]["step"] == steps + 2
+
+
+FOREIGN_VALUES = [
+    ("optimizer.lr=.inf", "optimizer.lr=inf: use a finite number"),
+    ("optimizer.lr=.nan", "optimizer.lr=nan"),
+    ("streams.pairs.weight=.inf", "streams.pairs.weight=inf: use a finite number"),
+    ("streams.pairs.batch_size=1000000000000", "streams.pairs.batch_size=1000000000000: use at most 1048576"),
+    ("streams.regions.max_images=1000000000000", "streams.regions.max_images=1000000000000: use at most"),
+    ("shapes.train=1000000000000", "shapes.train=1000000000000: use at most"),
+    ('checkpoint.folder="a\\0b"', "checkpoint.folder='a\\x00b': it holds a NUL"),
+    ('data="a\\0b"', "data='a\\x00b': it holds a NUL"),
+    ('streams.pairs.paths=["a\\0b"]', "streams.pairs.paths=['a\\x00b']: it holds a NUL"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), FOREIGN_VALUES)
+def test_values_that_no_run_can_have(recipe: Path, tmp_path: Path, override: str, message: str) -> None:
+    done = invoke(["pretrain", recipe, override])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=1000000000000", "batch_size=1000000000000: use at most 1048576"),
+        ("eval_batch_size=1000000000000", "eval_batch_size=1000000000000: use at most 1048576"),
+        ("steps=1000000000000", "steps=1000000000000: use less than"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf: use a finite number"),
+        ('data.splits={val: "a\\0b"}', "data.splits.val='a\\x00b': it holds a NUL"),
+    ],
+)
+def test_values_that_no_fine_tuning_can_have(tmp_path: Path, override: str, message: str) -> None:
+    sizes = ["model={preset: tiny}", f"checkpoint.folder={tmp_path / 'run'}", "batch_size=4", "tokenizer=x"]
+    done = invoke(["finetune", "vqa2", *sizes, override])
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("name", ["run/log.jsonl", "world/.pairs_train.jsonl.index", "run/quarantine/pairs.jsonl"])
+def test_a_pipe_among_the_files_of_a_run_hangs_nothing(recipe: Path, tmp_path: Path, name: str) -> None:
+    invoke(["pretrain", recipe, "steps=1"])
+    for path in (tmp_path / "run").glob("checkpoints"):
+        shutil.rmtree(path)
+    pipe = tmp_path / name
+    pipe.unlink(missing_ok=True)
+    pipe.parent.mkdir(exist_ok=True)
+    os.mkfifo(pipe)
+    done = invoke(["pretrain", recipe, "steps=1"])
+    if name == "run/log.jsonl":
+        assert done.exit_code == 2
+        assert f"{pipe} cannot be written (it is a folder or a device, not a file)" in done.stderr
+    else:
+        assert done.exit_code == 0, done.stderr
+    assert pipe.is_fifo()

@@ -32,6 +32,11 @@ def test_counts_of_good_pairs(tmp_path: Path) -> None:
     assert report.tokens.total() == 6
     assert report.sizes == {(40, 30): 4, (60, 20): 1}
     assert report.formats == {"JPEG": 4, "PNG": 1}
+    # Pixels in fp32, the patch mask, and three rows of 30 ids with what is masked.
+    least = 4 * 3 * 32 * 32 + 8 * 3 * 30
+    assert least < report.bytes_per_row < least + 1000
+    assert report.seconds_per_row is not None
+    assert report.hours_per_epoch == pytest.approx(report.seconds_per_row * 5 / 3600)
 
 
 def test_turned_and_transparent_images_are_counted(tmp_path: Path) -> None:
@@ -116,3 +121,16 @@ def test_fine_tuning_files(tmp_path: Path, task: str) -> None:
     assert [problem.row for problem in report.problems] == [f"element {len(good) + broken}" for broken in range(3)]
     assert "absent.jpg" in report.problems[0].reason
     assert "is missing" in report.problems[1].reason
+
+
+@pytest.mark.parametrize("task", ["text", "images", "regions"])
+def test_the_cost_of_other_streams(tmp_path: Path, task: str) -> None:
+    rows = {"text": {"desc": "a red cat"}, "images": {"binary": base64_picture(0)}, "regions": region(0)}
+    report = _check(write_lines(tmp_path / "a.jsonl", ["{broken", *[rows[task]] * 3]), task)
+    assert report.bytes_per_row > (0 if task == "text" else 4 * 3 * 32 * 32)
+    assert report.as_dict()["cost"]["hours_per_epoch"] == pytest.approx((report.seconds_per_row or 0) * 3 / 3600)
+
+
+def test_files_without_a_good_row_cost_nothing(tmp_path: Path) -> None:
+    report = _check(write_lines(tmp_path / "a.jsonl", ["{broken"] * 3), "text")
+    assert report.as_dict()["cost"] == {"seconds_per_row": None, "hours_per_epoch": None, "bytes_per_row": 0}

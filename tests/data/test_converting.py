@@ -91,3 +91,26 @@ def test_existing_files_stay_and_failures_leave_nothing(tmp_path: Path, monkeypa
     with pytest.raises(StorageError):
         to_lines(lines, lines / "b.jsonl")
     assert {each.name for each in tmp_path.iterdir()} == {"a.jsonl", ".a.jsonl.index", "empty"}
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.jsonl"])
+def test_tables_of_file_names_carry_their_images(tmp_path: Path, name: str) -> None:
+    """Shards and lines hold the images that a table names, relative to its folder."""
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+    rows = [{"image": f"{number}.jpg", "caption": f"picture {number}"} for number in (0, 1, 2, 9)]
+    rows.append({"image": "0.jpg", "caption": "again"})
+    if name.endswith(".csv"):
+        (tmp_path / name).write_text("image,caption\n" + "".join(f"{row['image']},{row['caption']}\n" for row in rows))
+    else:
+        write_lines(tmp_path / name, rows)
+    bad = Quarantine(None, tolerate_bad=0.5)
+    assert to_shards(tmp_path / name, tmp_path / "shards", quarantine=bad).rows == 3
+    done = to_lines(tmp_path / name, tmp_path / "lines.jsonl", quarantine=Quarantine(None, tolerate_bad=0.5))
+    assert (done.rows, done.skipped) == (3, 1)
+    expected = [{"binary": base64_picture(number), "desc": f"picture {number}"} for number in range(3)]
+    expected[0]["desc"] = ["picture 0", "again"]  # type: ignore[assignment]
+    found = [{key: row[key] for key in ("binary", "desc")} for row in _rows(tmp_path / "lines.jsonl")]
+    assert found == expected
+    to_lines(tmp_path / "shards", tmp_path / "back.jsonl")
+    assert _rows(tmp_path / "back.jsonl") == expected

@@ -5,13 +5,16 @@ import os
 import pickle
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.record_files import picture, write_lines, write_tar
+from tests.data.record_files import pairs, picture, write_lines, write_tar
 from xfm_fast.data import records
 from xfm_fast.data.files import find_files
 from xfm_fast.data.records import LineFile, ShardFile
@@ -31,7 +34,7 @@ def _plain(path: Path) -> list[tuple[int, object]]:
     return [(number, json.loads(line)) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
 
 
-def _all(file: LineFile) -> list[tuple[int, object]]:
+def _all(file: LineFile | ShardFile) -> list[tuple[int | str, object]]:
     return [(file.label(row), file.read(row)) for row in range(len(file))]
 
 
@@ -84,6 +87,56 @@ def test_index_is_kept_beside_the_data_and_checked(tmp_path: Path, monkeypatch: 
     os.utime(path, ns=(1, 1))
     assert [row for _, row in _all(LineFile(path))] == [{"a": 1}, {"a": 234567890}]
     assert LineFile(path).label(1) == 3
+
+
+def _indexed(path: Path, change: Callable[[np.ndarray], Any]) -> None:
+    """Replace the index beside a file by a changed one."""
+    side = path.with_name(f".{path.name}.index")
+    index = np.fromfile(side, np.int64)
+    changed = change(index)
+    (index if changed is None else changed).tofile(side)
+
+
+FOREIGN: dict[str, Callable[[np.ndarray], Any]] = {
+    "10¹² rows": lambda index: index.__setitem__(3, 10**12),
+    "no rows": lambda index: index.__setitem__(3, 0),
+    "negative rows": lambda index: index.__setitem__(3, -1),
+    "an offset before the file": lambda index: index.__setitem__(4, -5),
+    "an offset behind the file": lambda index: index.__setitem__(5, 1 << 40),
+    "offsets of another file": lambda index: index.__setitem__(slice(5, 7), index[5:7] + 3),
+    "offsets in another order": lambda index: index.__setitem__(slice(4, 7), index[4:7][::-1].copy()),
+    "a shorter file": lambda index: index.__setitem__(7, index[7] - 1),
+    "a number too many": lambda index: np.append(index, 7),
+    "a number too few": lambda index: index[:-1],
+    "the head alone": lambda index: index[:3],
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("kind", ["lines", "shard"])
+def test_foreign_indexes_are_made_again(tmp_path: Path, kind: str, change: Callable[[np.ndarray], Any]) -> None:
+    if kind == "lines":
+        path = write_lines(tmp_path / "a.jsonl", pairs(3))
+    else:
+        path = write_tar(tmp_path / "a.tar", {f"{n}.json": json.dumps({"n": n}).encode() for n in range(3)})
+    opened = LineFile if kind == "lines" else ShardFile
+    expected = _all(opened(path))
+    _indexed(path, change)
+    assert _all(opened(path)) == expected
+    # And kept.
+    assert _all(opened(path)) == expected
+
+
+@pytest.mark.parametrize("shut", [False, True])
+def test_a_pipe_beside_the_data_is_passed_over(tmp_path: Path, shut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere" if shut else str(tmp_path / "cache"))
+    path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"a": 2}])
+    pipe = tmp_path / ".a.jsonl.index"
+    os.mkfifo(pipe)
+    for _ in range(2):
+        assert [row for _, row in _all(LineFile(path))] == [{"a": 1}, {"a": 2}]
+    assert pipe.is_fifo()
+    assert len([*tmp_path.glob("cache/xfm-fast/index/*")]) == (0 if shut else 1)
 
 
 @pytest.mark.parametrize("line", ["[1, 2]", '{"a": "cut he', "[" * 100_000, b'{"a": "\xff"}'])

@@ -81,6 +81,8 @@ def test_what_is_no_request(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
         answer_lines(predictor, tmp_path / "none", tmp_path / "out", work)
     (tmp_path / "full").symlink_to("/dev/full")
+    with (tmp_path / "redirected").open("wb") as file, pytest.raises(InputError, match="no regular file"):
+        answer_lines(predictor, path, Path(f"/dev/fd/{file.fileno()}"), work)
     with pytest.raises(InputError, match="full"):
         answer_lines(predictor, path, tmp_path / "full", work)
     assert not (tmp_path / "out").exists()

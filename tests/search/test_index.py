@@ -15,8 +15,10 @@ import pytest
 
 from tests.data.record_files import pairs, write_lines
 from tests.search.conftest import write_model, write_picture
+from tests.training.small_runs import in_processes, join_group
 from xfm_fast.errors import DataError, StorageError
 from xfm_fast.search import IndexReport, SearchModel, build_index, index, index_folder, open_index, open_model
+from xfm_fast.training.distributed import join_processes
 
 
 def indexed(photos: Path, model: SearchModel, **options: Any) -> tuple[IndexReport, int]:
@@ -196,3 +198,46 @@ def test_what_cannot_be_indexed(photos: Path, model: SearchModel, tmp_path: Path
     (tmp_path / "broken" / "a.png").write_bytes(b"none")
     with pytest.raises(DataError, match=r"a\.png"):
         build_index(tmp_path / "broken", model)
+
+
+def _build(rank: int, world_size: int, photos: Path, weights: Path, folder: Path, part: int, last: int) -> None:
+    """Build an index as one of several processes, which is stopped after `last` images."""
+    join_group(rank, world_size, folder.with_name(f"meet-{folder.name}-{world_size}-{last}"))
+    index._PART = part
+    stop = Event()
+
+    def count(done: int, of: int) -> None:
+        if done >= last:
+            stop.set()
+
+    with join_processes("cpu") as processes:
+        report = build_index(
+            photos, open_model(weights), folder, batch_size=2, processes=processes, progress=count, stop=stop
+        )
+    assert report.interrupted == (last < 7)
+    assert report.interrupted or (report.images, [*report.faults]) == (7, ["broken.png"])
+
+
+def test_processes_share_the_work_bit_by_bit(photos: Path, weights: Path, tmp_path: Path) -> None:
+    (photos / "broken.png").write_bytes(b"none")
+    runs = {"alone": [(1, 99)], "two": [(2, 99)], "three": [(3, 99)], "stopped": [(2, 2), (3, 99)]}
+    for name, steps in runs.items():
+        for processes, last in steps:
+            assert not any(in_processes(_build, processes, photos, weights, tmp_path / name, 1, last)), name
+    alone = open_index(tmp_path / "alone")
+    assert len(alone.entries) == 7
+    for name in runs:
+        found = open_index(tmp_path / name)
+        assert found.entries == alone.entries
+        np.testing.assert_array_equal(found.features, alone.features)
+        assert {path.name.split("-")[0] for path in found.folder.iterdir()} == {"features", "images", "index.json"}
+
+
+def test_a_pipe_in_an_index_is_refused_at_once(whole: Path, tmp_path: Path) -> None:
+    for pattern in ("index.json", "features-*", "images-*"):
+        folder = shutil.copytree(whole, tmp_path / pattern.strip("-*"))
+        path = next(folder.glob(pattern))
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(DataError, match=r"damaged|no index"):
+            open_index(folder)

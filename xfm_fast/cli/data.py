@@ -63,7 +63,7 @@ def check(
     rows: Flat[RowOptions] = RowOptions(),
     as_json: Json = False,
 ) -> int:
-    """Read every row and decode every image as a task would; report content and broken rows.
+    """Read every row and decode every image as a task would; report content, broken rows, and time and memory.
 
     Exit code 1: a file has more broken rows than tolerated, and training on it would stop.
 
@@ -179,6 +179,10 @@ def _print_report(report: Report, console: Console) -> None:
     if report.regions:
         facts.add_row("regions of an image", _histogram(report.regions))
         facts.add_row("regions that cannot be used", f"{report.unusable_regions:,}")
+    if report.seconds_per_row and report.hours_per_epoch is not None:
+        rate = f"{1 / report.seconds_per_row:,.0f} rows/s, {report.hours_per_epoch:,.2g} hours for an epoch"
+        facts.add_row("one training worker on this machine", rate)
+        facts.add_row("memory of a batch of 64 rows", f"{64 * report.bytes_per_row / 1e6:,.1f} MB")
     console.print(facts)
 
     if report.problems:

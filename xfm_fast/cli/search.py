@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from cyclopts import Parameter
 from cyclopts import default_name_transform as dashes
 
-from xfm_fast.cli.console import note, progress, stdout, table
+from xfm_fast.cli.console import first_process, note, progress, stdout, table
 from xfm_fast.cli.options import UNFINISHED, Flat, Json
-from xfm_fast.errors import InputError
+from xfm_fast.errors import InputError, XFMError
 from xfm_fast.loading import Source
 
 _SHOWN = 5
 # Match probabilities that differ by less, away from 0 and 1, indicate an untrained head.
 _ALIKE = 0.01
+# Processes that lost another one end by themselves within these seconds, unless they wait for it to start.
+_PATIENCE_S, _POLL_S = 10.0, 0.05
+_EXPECTED = (None, 0, UNFINISHED)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,17 @@ class IndexOptions:
 
     index: Path | None = None
     images: Path | None = None
+
+
+@dataclass(frozen=True)
+class BuildOptions(IndexOptions):
+    """The index, and how it is built.
+
+    Attributes:
+        workers: Processes of this machine that share the images.
+    """
+
+    workers: Annotated[int, Ge(1), Le(256)] = 1
 
 
 @dataclass(frozen=True)
@@ -58,13 +80,14 @@ def index(
     collection: Annotated[Path, Parameter(name="FOLDER|FILE")],
     /,
     *,
-    options: Flat[IndexOptions] = IndexOptions(),
+    options: Flat[BuildOptions] = BuildOptions(),
     source: Flat[Source] = Source(),
     as_json: Json = False,
 ) -> int:
     """Index images for search, or update the index: only new and changed images are read.
 
-    An interrupted command resumes. Unreadable images are listed and skipped.
+    An interrupted command resumes. Unreadable images are listed and skipped. Several processes share the images, with
+    the same result: --workers, or torchrun --nproc-per-node=8 -m xfm_fast.cli index FOLDER.
 
     Args:
         collection: Folder of images, with captions next to them or in captions.csv; CSV, JSON or JSON lines with image
@@ -72,15 +95,26 @@ def index(
     """
     from xfm_fast.search import build_index, index_folder, open_index, open_model
     from xfm_fast.search.index import INDEX_FILE
-    from xfm_fast.training.distributed import stop_on_signal
+    from xfm_fast.training.distributed import join_processes, stop_on_signal
 
     target = options.index or index_folder(collection)
     known = open_index(target).model if (target / INDEX_FILE).is_file() else None
     source = _choose_model(source, known)
-    with stop_on_signal() as stop, progress("indexing") as advance:
-        report = build_index(
-            collection, open_model(source), target, images=options.images, progress=advance, stop=stop
-        )  # fmt: skip
+    settings = vars(source) | vars(options) | {"workers": None}
+    if options.workers > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        given = [f"--{dashes(name)}={value}" for name, value in settings.items() if value is not None]
+        return _run_processes(options.workers, ["index", *given, *["--json"] * as_json, "--", str(collection)])
+    with join_processes(source.device) as processes, stop_on_signal() as stop, progress("indexing") as advance:
+        model = processes.together(lambda: open_model(source))
+        shared = {"images": options.images, "processes": processes, "progress": advance, "stop": stop}
+        try:
+            report = build_index(collection, model, target, **shared)
+        except RuntimeError as error:
+            if "closed by peer" in str(error) or "reset by peer" in str(error):
+                raise XFMError("another process of this command has ended; the same command resumes") from error
+            raise
+    if not processes.first:
+        return UNFINISHED if report.interrupted else 0
     if report.interrupted:
         note("stopped; the same command resumes")
         return UNFINISHED
@@ -90,9 +124,8 @@ def index(
     _note_skipped(report.faults, "")
     left = f", {len(report.faults):,} left out" if report.faults else ""
     print(f"indexed: {report.images:,} images, {report.added:,} of them read now, {report.removed:,} gone{left}")
-    values = vars(source) | vars(options)
     names = ("model", "config", "image_size", "tokenizer", "index", "images")
-    repeated = "".join(f" --{dashes(name)} {values[name]}" for name in names if values[name] is not None)
+    repeated = "".join(f" --{dashes(name)} {settings[name]}" for name in names if settings[name] is not None)
     print(f"saved: {report.folder}; try it: xfm-fast search {collection} ...{repeated}")
     return 0
 
@@ -147,16 +180,69 @@ def search(
     return 0
 
 
+def _run_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run a command in `count` processes of this machine, joined as torchrun joins them; returns its exit code."""
+    from xfm_fast.training.distributed import stop_on_signal
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    common = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
+    common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ExitStack() as stack:
+        # The first one prints, and tells what fails in any that it has met.
+        errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
+        stop = stack.enter_context(stop_on_signal())
+        children: list[subprocess.Popen[bytes]] = []
+        failed: int | None = None
+        try:
+            for rank, file in enumerate([None, *errors]):
+                command = [sys.executable, "-m", "xfm_fast.cli", *arguments]
+                environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                output = None if rank == 0 else subprocess.DEVNULL
+                # In sessions of their own, which a key that interrupts this one does not reach twice.
+                children.append(
+                    subprocess.Popen(command, env=environment, stdout=output, stderr=file, start_new_session=True)
+                )
+            told, deadline = False, math.inf
+            while None in [child.poll() for child in children] and time.monotonic() < deadline:
+                if stop.wait(_POLL_S) and not told:
+                    told = True
+                    for child in children:
+                        child.send_signal(signal.SIGTERM)
+                if failed is None:
+                    ended = [rank for rank, child in enumerate(children) if child.returncode not in _EXPECTED]
+                    failed, deadline = (ended[0], time.monotonic() + _PATIENCE_S) if ended else (None, math.inf)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        code = 0 if failed is None else children[failed].returncode
+        if code < 0:
+            raise XFMError(
+                f"process {failed} of {count} was killed by signal {-code}; the same command resumes, with fewer "
+                "--workers if memory ran out"
+            )
+        if failed and children[0].returncode < 0:
+            errors[failed - 1].seek(0)
+            reason = errors[failed - 1].read().decode(errors="replace").strip().splitlines() or [f"exit code {code}"]
+            raise XFMError(f"process {failed} of {count} could not start: {reason[-1].removeprefix('xfm-fast: ')}")
+        return code or children[0].returncode
+
+
 def _choose_model(source: Source, known: Source | None) -> Source:
     """The model of the options, or the random one of the index; another model of an index needs a matching option."""
     if source.model is None and source.random is None:
-        if known is not None and known.random is None:
+        if known is None:
+            raise InputError("give the model as --model: a run, a folder of weights, a Hub name or an export")
+        if known.random is None:
             raise InputError(f"the index uses {known}; if you trust it, add --model {known}")
-        if known is not None and known.tokenizer is not None and source.tokenizer is None:
+        if known.tokenizer is not None and source.tokenizer is None:
             raise InputError(f"the index uses a tokenizer; if you trust it, add --tokenizer {known.tokenizer}")
-        source = replace(source, random="tiny" if known is None else known.random)
+        source = replace(source, random=known.random)
     source.check()
-    if source.random:
+    if source.random and first_process():
         note(f"THE WEIGHTS ARE RANDOM ({source}): results are meaningless. Give trained weights with --model")
     return source
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from xfm_fast.data.files import Paths, new_folder, open_file
-from xfm_fast.data.images import image_source
+from xfm_fast.data.files import Paths, new_folder
+from xfm_fast.data.images import image_source, read_image
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.data.records import IMAGE_SUFFIXES, TEXT_SUFFIXES, ShardFile, open_records
 from xfm_fast.data.streams import Quarantine
@@ -72,21 +72,22 @@ def to_shards(
         pending = next(samples, None)
         while pending is not None:
             path = temporary / f"{len(done.files):06d}.tar"
-            with path.open("xb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
+            with path.open("xb") as file:
                 count = 0
-                while (
-                    pending is not None and count < samples_per_shard and (file.tell() < bytes_per_shard or not count)
-                ):
-                    row, members = pending
-                    for suffix, content in members.items():
-                        member = tarfile.TarInfo(f"{row:09d}.{suffix}")
-                        member.size, member.mode = len(content), 0o644
-                        shard.addfile(member, io.BytesIO(content))
-                    count += 1
-                    pending = next(samples, None)
-                done.rows += count
-            with path.open("rb") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
+                    while pending is not None and (
+                        not count or (count < samples_per_shard and file.tell() < bytes_per_shard)
+                    ):
+                        row, members = pending
+                        for suffix, content in members.items():
+                            member = tarfile.TarInfo(f"{row:09d}.{suffix}")
+                            member.size, member.mode = len(content), 0o644
+                            shard.addfile(member, io.BytesIO(content))
+                        count += 1
+                        pending = next(samples, None)
+                file.flush()
                 os.fsync(file.fileno())
+                done.rows += count
             done.files.append(folder / path.name)
         if not done.files:
             raise DataError("no row can be used, so there is nothing to convert")
@@ -137,8 +138,9 @@ def _good_rows(
                 several = isinstance(value, list)
                 values = value if several else [] if value is None else [value]
                 sources = [image_source(each, image) for each in values]
-                if image.image_root is not None and value is not None:
-                    read = [_content(source) for source in sources]
+                # Paths of `image_root`, or of a table, whose reader makes them relative to its folder.
+                if any(isinstance(source, Path) for source in sources):
+                    read = [read_image(source)[1] for source in sources]
                     record[key] = [base64.b64encode(each).decode() for each in read] if several else read[0]
                 if isinstance(rows, ShardFile):
                     known = ("json", *IMAGE_SUFFIXES, *TEXT_SUFFIXES)
@@ -149,13 +151,6 @@ def _good_rows(
                 continue
             yield number, record
             number += 1
-
-
-def _content(source: Path | bytes) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    with open_file(source) as file:
-        return file.read()
 
 
 def _members(record: dict[str, Any], image_key: str, caption_key: str) -> dict[str, bytes]:

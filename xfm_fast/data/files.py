@@ -25,13 +25,15 @@ from typing import Any
 import numpy as np
 
 from xfm_fast.errors import DataError, StorageError
-from xfm_fast.io import check_text, require_file, write_files
-from xfm_fast.kernels.files import cache_folder
+from xfm_fast.io import check_text, open_data, read_bytes, require_file, write_files
+from xfm_fast.kernels.files import cache_folder, is_stream
 
 _ROW = re.compile(r"(.+\.\w+)#(\d+)", re.DOTALL)
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
+# Several times the annotations of Visual Genome, in one file.
+_MOST_BYTES = 4 << 30
 # Fewer than any system's limit on open files, and enough for the files that a window of reading touches.
 _MOST_OPEN = 128
 _PACKED = {
@@ -50,6 +52,8 @@ _PLAIN = (
 )
 # The head of an index: version of the format, size and time of change of the file that it is of.
 _HEAD = 3
+# Rows of a stored index that are looked up in its file before the index is believed.
+_SAMPLED = 64
 
 
 def row_of(image: str) -> tuple[str, int] | None:
@@ -114,7 +118,15 @@ def _parts(paths: Paths) -> list[str]:
 def open_file(path: Path) -> io.BufferedReader:
     """Open a data file for reading; what is no regular file (a pipe might never end) raises `DataError`."""
     try:
-        return open(require_file(path), "rb")
+        return open_data(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def read_file(path: Path) -> bytes:
+    """Read a data file that is parsed as a whole; one of more than 4 GiB raises `DataError`."""
+    try:
+        return read_bytes(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 
@@ -134,8 +146,7 @@ def read_json(
     path: Path, expected: str, object_hook: Callable[[dict[str, Any]], Any] | None = None, *, lines: str | None = None
 ) -> Any:
     """Read a JSON file, with or without BOM; `expected` and `lines` complete error messages."""
-    with open_file(path) as file:
-        data = file.read()
+    data = read_file(path)
     check_plain(path, data.strip()[:16])
     try:
         value = json.loads(data.decode("utf-8-sig"), object_hook=object_hook)
@@ -155,8 +166,7 @@ def read_json(
 
 def read_plain_pickle(path: Path) -> Any:
     """Read a pickle of containers, strings and numbers without executing it; Python 2 strings are Latin-1."""
-    with open_file(path) as file:
-        data = file.read()
+    data = read_file(path)
     try:
         return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
     except _NotPlain as error:
@@ -228,7 +238,8 @@ def read_range(path: Path, start: int, size: int) -> bytes:
         key = found.st_dev, found.st_ino
         handle = handles.pop(key, None)
         if handle is None:
-            handle = os.open(require_file(path), os.O_RDONLY)
+            with open_data(path) as file:
+                handle = os.dup(file.fileno())
             if len(handles) >= _MOST_OPEN:
                 os.close(handles.popitem(last=False)[1])
         handles[key] = handle
@@ -250,12 +261,19 @@ def unreadable(path: Path, error: OSError | ValueError) -> DataError:
 class IndexedFile:
     """A data file with a cached row index, built on first use.
 
-    `build` scans the file. A changed `version` invalidates cached indexes.
+    `build` scans the file, and `begins` tells whether a row can begin at an offset. A changed `version` invalidates
+    cached indexes; one that anybody else may have written is believed only where its offsets are possible.
     """
 
-    def __init__(self, path: str | os.PathLike[str], build: Callable[[Path], np.ndarray], version: int) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        build: Callable[[Path], np.ndarray],
+        version: int,
+        begins: Callable[[Path, int], bool],
+    ) -> None:
         self.path = Path(path)
-        self._build, self._version = build, version
+        self._build, self._version, self._begins = build, version, begins
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapped array would be pickled with its content; another process maps the file again.
@@ -299,25 +317,35 @@ class IndexedFile:
                 status = os.fstat(data.fileno())
                 head = np.array([self._version, status.st_size, status.st_mtime_ns], np.int64)
                 for path in paths:
-                    if (found := _read(path, head)) is not None:
-                        return found
-                made = np.concatenate([head, self._build(self.path)])
-                for path in paths:
+                    if (index := self._read(path, head)) is not None:
+                        return index
+                built = np.concatenate([head, self._build(self.path)])
+                for path in (path for path in paths if not is_stream(path)):
                     with suppress(StorageError, OSError):
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        write_files({path: lambda file: np.save(file, made)})
-                        if (found := _read(path, head)) is not None:
-                            return found
-                return made
+                        write_files({path: lambda file: file.write(built.data)})
+                        if (index := self._read(path, head)) is not None:
+                            return index
+                return built
         except OSError as error:
             raise unreadable(self.path, error) from None
 
-
-def _read(path: Path, head: np.ndarray) -> np.ndarray | None:
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    valid = found.dtype == np.int64 and found.ndim == 1 and np.array_equal(found[:_HEAD], head)
-    # The subclass for mapped arrays takes three times as long for every element.
-    return found.view(np.ndarray) if valid else None
+    def _read(self, path: Path, head: np.ndarray) -> np.ndarray | None:
+        """The stored index, if it is one of this file."""
+        try:
+            with open_data(path) as file:
+                # The subclass for mapped arrays takes three times as long for every element.
+                index = np.memmap(file, np.int64, "r").view(np.ndarray)
+        except (OSError, ValueError):
+            return None
+        if len(index) <= _HEAD or not np.array_equal(index[:_HEAD], head):
+            return None
+        count, size = int(index[_HEAD]), int(head[1])
+        # A format may add a number for each row.
+        if count < 1 or len(index) - _HEAD - 2 - count not in (0, count):
+            return None
+        ends = index[_HEAD + 1 : _HEAD + 2 + count]
+        if ends[0] < 0 or ends[-1] != size or not (ends[1:] > ends[:-1]).all():
+            return None
+        sample = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
+        return index if all(self._begins(self.path, int(ends[row])) for row in sample) else None

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xfm_fast.data.images import encoded_bytes
+from xfm_fast.data.images import read_image
 from xfm_fast.data.records import image_at
 from xfm_fast.errors import CheckpointError, DataError
-from xfm_fast.io import require_file, storing
+from xfm_fast.io import open_to_append, read_bytes, storing
 
 FINGERPRINT_FILE = "trained_images.bin"
 """Sorted digests of the images that the weights in a folder have been trained on."""
@@ -64,7 +64,7 @@ def held_out(rows: int, contents: Callable[[int], Iterable[bytes]], share: float
 
 def contents_of(names: list[str], root: Path) -> Callable[[int], Iterable[bytes]]:
     """Return the function that reads the image of a name below `root` (see `image_at`)."""
-    return lambda row: [encoded_bytes(image_at(root / names[row]))]
+    return lambda row: [read_image(image_at(root / names[row]))[1]]
 
 
 class SeenImages:
@@ -79,17 +79,17 @@ class SeenImages:
         digest = _digest(content)
         if digest not in self._digests and len(self._digests) < _MOST_OF_PROCESS:
             self._digests.add(digest)
-            with storing(self.path, "set checkpoint.folder to another folder"), self.path.open("ab") as file:
+            with storing(self.path, "set checkpoint.folder to another folder"), open_to_append(self.path) as file:
                 file.write(digest)
 
 
 def read_fingerprint(path: Path) -> NDArray[np.uint64]:
     """Return the digests in a file; none where there is no file."""
     try:
-        content = require_file(path).read_bytes()
+        content = read_bytes(path, _MOST * _DIGEST.itemsize)
     except (FileNotFoundError, NotADirectoryError):
         content = b""
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete it, or copy the folder again") from None
     return np.frombuffer(content, _DIGEST, len(content) // _DIGEST.itemsize)
 

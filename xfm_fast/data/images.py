@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xfm_fast.data.options import ImageOptions
 from xfm_fast.errors import DataError, needs
-from xfm_fast.io import require_file
+from xfm_fast.io import read_bytes
 
 # torchvision imports PyTorch's compiler, which is slow and not needed for text.
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ Decoded = TypeVar("Decoded")
 _FAST = {"JPEG": "decode_jpeg", "PNG": "decode_png"}
 # From this EXIF orientation on, width and height are exchanged.
 _TURNED = 5
+# More than the pixels that `PIL.Image.MAX_IMAGE_PIXELS` allows take without compression, at 16 bits.
+_MOST_BYTES = 1 << 30
 _BOMB_REMEDY = "shrink the image, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
@@ -64,19 +66,19 @@ def decode_image(source: Source, name: str | None = None, *, official: bool = Fa
     `official` ignores EXIF orientation and drops transparency. `name` is the name in errors. An image that is missing,
     truncated, larger than `PIL.Image.MAX_IMAGE_PIXELS` or without a defined white level raises `DataError`.
     """
-    name, data = _content(source, name)
+    name, data = read_image(source, name)
     return _decoded(data, name, lambda opened: to_rgb(opened, name, official=official))
 
 
 def image_size(source: Source, name: str | None = None, *, official: bool = False) -> tuple[int, int]:
     """Width and height of the decoded image, from the header."""
-    name, data = _content(source, name)
+    name, data = read_image(source, name)
     return _decoded(data, name, lambda opened: opened.size if official else upright_size(opened))
 
 
 def decode_pixels(source: Source, name: str | None = None, *, official: bool = False) -> Tensor:
     """`decode_image` as 8-bit pixels `[3, H, W]`, bit-identical and faster for JPEG and PNG."""
-    name, data = _content(source, name)
+    name, data = read_image(source, name)
 
     def pixels(opened: Image.Image) -> Tensor:
         decodable = opened.format in _FAST and opened.mode in ("RGB", "L")
@@ -151,16 +153,11 @@ def images_observed(observer: Callable[[bytes], None] | None) -> Iterator[None]:
         _observer.reset(before)
 
 
-def encoded_bytes(source: Source) -> bytes:
-    """Content of an image file, undecoded."""
-    return _content(source, None)[1]
-
-
-def _content(source: Source, name: str | None) -> tuple[str, bytes]:
+def read_image(source: Source, name: str | None = None) -> tuple[str, bytes]:
+    """Name and encoded bytes of an image; one that is missing, empty or no regular file raises `DataError`."""
     name = name or (f"{len(source)} bytes" if isinstance(source, bytes) else str(os.fspath(source)))
     try:
-        # A pipe or a device might never end.
-        data = source if isinstance(source, bytes) else require_file(source).read_bytes()
+        data = source if isinstance(source, bytes) else read_bytes(source, _MOST_BYTES)
     except FileNotFoundError:
         raise DataError(f"image {name} does not exist; check the path") from None
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from xfm_fast.data.masking import MaskingOptions
 class Options(BaseModel):
     """Frozen options that reject unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TextOptions(Options):
@@ -50,8 +50,8 @@ class ImageOptions(Options):
 class RegionOptions(TextOptions, ImageOptions):
     """Region sampling in pretraining; grounding pretraining sets `careful_flip`."""
 
-    max_images: int = Field(default=80, gt=0, description="maximum images per batch")
-    max_regions: int = Field(default=5, gt=0, description="maximum captions per image, including its own")
+    max_images: int = Field(default=80, gt=0, le=1 << 20, description="maximum images per batch")
+    max_regions: int = Field(default=5, gt=0, le=1 << 20, description="maximum captions per image, including its own")
     least_visible: float = Field(default=0.5, ge=0, lt=1, description="minimum share of a region's box inside the crop")
     careful_flip: bool = Field(default=False, description="do not flip images with left or right in the captions")
 

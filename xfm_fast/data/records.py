@@ -84,7 +84,7 @@ class LineFile(IndexedFile):
     """Rows of a line-delimited JSON file (UTF-8, LF or CRLF); blank lines are skipped."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path, _scan_lines, _LINES_VERSION)
+        super().__init__(path, _scan_lines, _LINES_VERSION, _line_begins)
 
     def label(self, row: int) -> int:
         """Line number of a row, counting from 1."""
@@ -116,6 +116,11 @@ def _parse_object(text: bytes, name: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{name} holds a JSON {type(record).__name__} instead of an object {{...}}")
     return record
+
+
+def _line_begins(path: Path, start: int) -> bool:
+    before = read_range(path, max(0, start - len(_MARK)), min(start, len(_MARK)))
+    return not before or before.endswith(b"\n") or (before == _MARK and start == len(_MARK))
 
 
 def _scan_lines(path: Path) -> np.ndarray:
@@ -159,13 +164,14 @@ class ShardFile(IndexedFile):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, image_key: str = "binary", caption_key: str = "desc") -> None:
-        super().__init__(path, _scan_shard, _SHARD_VERSION)
+        super().__init__(path, _scan_shard, _SHARD_VERSION, _member_begins)
         self._image_key = image_key
         self._caption_key = caption_key
 
     def label(self, row: int) -> str:
         """Key of a sample: the path prefix shared by its files."""
-        return next(self._files(row)).key
+        first = next(self._files(row), None)
+        return f"sample {row}" if first is None else first.key
 
     def suffixes(self, row: int) -> list[str]:
         """Suffixes of the files of a sample."""
@@ -269,6 +275,14 @@ def _members(path: Path, file: BinaryIO, start: int = 0, end: int | None = None)
         raise DataError(
             f"{path} is damaged at byte {archive.offset:,}, and what follows there cannot be found; copy it again"
         )
+
+
+def _member_begins(path: Path, start: int) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(read_range(path, start, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _scan_shard(path: Path) -> np.ndarray:

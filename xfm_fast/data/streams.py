@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from xfm_fast.batches import TensorBatch
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.fingerprints import held_out
-from xfm_fast.data.images import encoded_bytes, image_source, image_values, images_observed
+from xfm_fast.data.images import image_source, image_values, images_observed, read_image
 from xfm_fast.data.items import ITEMS, BatchT, Items
 from xfm_fast.data.options import AnyStreamOptions, ImageOptions, TextOptions
 from xfm_fast.data.records import Data, RecordSet, Rows, open_records
 from xfm_fast.errors import ConfigError, DataError, StorageError, XFMError
-from xfm_fast.io import parse_json
+from xfm_fast.io import open_data, open_to_append, parse_json
 from xfm_fast.tokenizer import CaptionTokenizer
 
 B = TypeVar("B", bound=TensorBatch)
@@ -203,7 +203,7 @@ def _without_held_out(records: RecordSet, options: AnyStreamOptions) -> RecordSe
         rows, row = records.locate(number)
         if isinstance(options, ImageOptions):
             for value in image_values(rows.read(row), options):
-                yield encoded_bytes(image_source(value, options))
+                yield read_image(image_source(value, options))[1]
 
     return RecordSet(records.files, np.flatnonzero(~held_out(len(records), contents, options.hold_out)))
 
@@ -402,8 +402,8 @@ class Quarantine:
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
+            with open_to_append(self.path) as file:
+                handle = file.fileno()
                 with suppress(ImportError, OSError):
                     import fcntl
 
@@ -415,8 +415,6 @@ class Quarantine:
                     if os.write(handle, line) != len(line):
                         raise OSError(28, "No space left on device")
                     self._catch_up(handle)
-            finally:
-                os.close(handle)
         except OSError as problem:
             raise StorageError(
                 f"broken rows cannot be listed in {self.path} ({problem.strerror or problem}); choose another "
@@ -433,12 +431,8 @@ class Quarantine:
 
     def count(self, rows: Rows) -> int:
         """Known broken rows of a file, over all processes."""
-        with suppress(OSError):
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                self._catch_up(handle)
-            finally:
-                os.close(handle)
+        with suppress(OSError), open_data(self.path) as file:
+            self._catch_up(file.fileno())
         return self._counts[rows.name, rows.modified]
 
     def _forget(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xfm_fast.data.annotations import AnnotationRows, Elements, ImageLabelRecord, TextRecord, TextScoreRecord, as_rows
-from xfm_fast.data.files import Paths, check_plain, find_files, open_file, unreadable
+from xfm_fast.data.files import Paths, check_plain, find_files, open_file, read_file, unreadable
 from xfm_fast.errors import DataError, UnavailableError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
@@ -205,8 +205,7 @@ def _cells(path: Path, *, quotes: bool = True) -> Iterator[tuple[int, list[str]]
 
 def read_lines(path: Path) -> Elements:
     """Read line JSON; a line that is not an object becomes a `DataError` element."""
-    with open_file(path) as file:
-        data = file.read()
+    data = read_file(path)
     check_plain(path, data[:16])
     values, labels = [], []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
@@ -355,11 +354,10 @@ def sidecar_captions(image: Path) -> list[tuple[int, str]] | None:
     path = image.with_suffix(".txt")
     if not path.exists():
         return None
-    with open_file(path) as file:
-        try:
-            lines = file.read().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
+    try:
+        lines = read_file(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from None
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xfm_fast.checkpoint.files import CONFIG_FILE, TOKENIZER_FILE
 from xfm_fast.config import XFMConfig
+from xfm_fast.data.files import read_file
 from xfm_fast.errors import CheckpointError, DataError, ExportError, InputError, explain_types
 from xfm_fast.export.manifest import MANIFEST_FILE
 from xfm_fast.export.request import RuntimeChoice
@@ -154,9 +155,9 @@ def requests_in(task: Task[Any, Any, Any, Any], path: Path) -> list[Any]:
     """Records of a JSON-lines request file."""
     try:
         # Not splitlines, which also ends lines within a JSON string.
-        texts = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); give a file of JSON lines") from None
+        texts = read_file(path).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}); give a file of JSON lines") from None
     records = []
     for number, text in enumerate(texts, start=1):
         if not text.strip():

@@ -22,7 +22,7 @@ from xfm_fast.io import is_plain_name
 from xfm_fast.tasks.task import HELD_OUT, TASKS, AnyTask, make_task
 from xfm_fast.tokenizer import CaptionTokenizer
 from xfm_fast.training.recipe import FINETUNING, Run, fit_auto, override, read_recipe, vocabulary_of
-from xfm_fast.training.recipe_fields import Paths, Section
+from xfm_fast.training.recipe_fields import MOST_ITEMS, Paths, Section
 
 STREAM = "train"
 """Name of the only stream of a fine-tuning run."""
@@ -89,9 +89,9 @@ class FinetuneRecipe(Run):
     tokenizer: str | None = Field(None, description="vocabulary file or folder; default: that in init.checkpoint")
     data: DataSection
     epochs: int = Field(ge=0, description="0 for zero-shot evaluation only")
-    steps: int = Field(0, ge=0, description="0: set by epochs")
-    batch_size: int = Field(gt=0, description="per rank and update, before accumulation splits it")
-    eval_batch_size: int = Field(64, gt=0, description="records per prediction batch and rank")
+    steps: int = Field(0, ge=0, lt=2**31, description="0: set by epochs")
+    batch_size: int = Field(gt=0, le=MOST_ITEMS, description="per rank and update, before accumulation splits it")
+    eval_batch_size: int = Field(64, gt=0, le=MOST_ITEMS, description="records per prediction batch and rank")
     choose: Choice | None = Field(None, description="null: keep the last weights and evaluate only at the end")
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple
 
 from torch import nn
@@ -70,6 +71,11 @@ class Report:
     _rounded: list[list[nn.Parameter]] = field(default_factory=list, repr=False)  # flagged weights of every module
     _exempt: int = 0  # modules that stay in floating point for accuracy
     _model: nn.Module | None = field(default=None, repr=False)  # the model, if its calls are replayed as graphs
+
+    @property
+    def speedup(self) -> float | None:
+        """The median of `speedups`; None without any, as on GPUs."""
+        return median(self.speedups) if self.speedups else None
 
     @property
     def replaced(self) -> list[Entry]:

@@ -1,7 +1,8 @@
 """The image index: features in a memory-mapped file, computed only for new and changed images, and their model.
 
-A build writes parts, so that a killed run resumes. At the end it merges them with the valid rows of the old index, in
-the order of the collection, and replaces index.json. Images stay where they are: a search reads its few candidates
+The processes of a build compute whole batches in turn, so that features do not depend on their number, and write parts,
+so that a killed run resumes. At the end the first one merges them with the valid rows of the old index, in the order of
+the collection, and replaces index.json. Images stay where they are: a search reads its few candidates
 again, since the embeddings of all patches would take 600 KB an image, features take 1 KB.
 """
 
@@ -16,7 +17,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain, repeat
@@ -36,13 +37,14 @@ from xfm_fast.data.collection import Collection, Entry, open_collection
 from xfm_fast.data.images import evaluation_transform
 from xfm_fast.errors import DataError, UnavailableError, explain_types
 from xfm_fast.export.session import Session
-from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, read_bytes, require_file, write_bytes, write_files
+from xfm_fast.io import MOST_JSON_BYTES, advice, hold, is_plain_name, open_data, read_bytes, write_bytes, write_files
 from xfm_fast.loading import Source
 from xfm_fast.models.processor import batches
 from xfm_fast.models.xfm import PRECISIONS, XFM
 from xfm_fast.tasks.evaluation import checksum
 from xfm_fast.tasks.reranking import Rank
 from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training.distributed import Processes
 
 INDEX_FOLDER, INDEX_FILE = ".xfm-index", "index.json"
 # A killed run loses the features of at most this many images.
@@ -264,18 +266,20 @@ def build_index(
     *,
     images: str | os.PathLike[str] | None = None,
     batch_size: int = 32,
+    processes: Processes | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     stop: Event | None = None,
 ) -> IndexReport:
     """Make or update the index of a collection; images of the same size and modification time are not read again.
 
-    Images that cannot be read are listed.
+    Images that cannot be read are listed. Several processes share the work, and all must see the folder; collective.
 
     Args:
         path, images: the collection; see `open_collection`.
         model: see `open_model`.
         folder: of the index; by default `index_folder(path)`.
         batch_size: images that are computed together.
+        processes: see `join_processes`; by default this process alone.
         progress: called with the numbers of images done and to do.
         stop: once it is set, the call returns, and another call resumes.
 
@@ -283,58 +287,79 @@ def build_index(
         DataError: there are no images, no image can be read, or the index is of another model or version.
         StorageError: the index cannot be written, or another process is writing it.
     """
+    processes = processes or Processes()
     target = index_folder(path) if folder is None else Path(folder).expanduser()
     place, pictures = Path(path).expanduser(), None if images is None else Path(images).expanduser()
-    collection = open_collection(place, pictures)
-    with hold(target / ".lock", f"the index {target} (--index)"):
-        entries, faults = collection.listing()
-        old = open_index(target) if (target / INDEX_FILE).exists() else None
-        if old is not None:
-            old.check(model)
-            if old.path.resolve() != place.resolve():
-                raise DataError(f"{target} is the index of {old.path}, this is {place}; name another --index")
-        rows = _stored_rows(target, model, old)
-        todo, part = [entry for entry in entries if entry.version not in rows], list[Row]()
+    collection = processes.together(lambda: open_collection(place, pictures))
+    # Of the first process only.
+    entries, faults, old = list[Entry](), dict[str, str](), None
 
-        def write_part() -> None:
-            if part:
-                name = f"part-0-{model.fingerprint}-{secrets.token_hex(6)}"
-                _write_rows(target / f"{name}.jsonl", target / f"{name}.f32", part)
-                part.clear()
+    with ExitStack() as stack:
 
-        try:
-            for number, (entry, result) in enumerate(_embed(collection, todo, model.model, batch_size), start=1):
-                if isinstance(result, str):
-                    faults[entry.name] = result
-                else:
-                    rows[entry.version] = entry, result
-                    part.append(rows[entry.version])
-                if len(part) >= _PART:
-                    write_part()
-                progress(number, len(todo))
-                if stop is not None and stop.is_set():
-                    return IndexReport(target, interrupted=True)
-        finally:
-            write_part()
-        good: list[Row] = []
-        for entry in entries:
-            if entry.version in rows:
-                known, feature = rows[entry.version]
-                # Captions of rows in a file are known once the row is read.
-                good.append((entry if entry.row is None else known, feature))
-        if not good:
-            name, reason = next(iter(faults.items()))
-            raise DataError(f"none of {len(entries)} images can be read, such as {name}: {reason}")
-        if old is None or old.entries != [entry for entry, _ in good]:
-            _write_index(target, model, good, place, pictures)
-        _remove_old_files(target)
-    names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
-    removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
-    return IndexReport(target, len(good), sum(entry.version in new for entry, _ in good), removed, faults)
+        def begin() -> list[Entry]:
+            nonlocal entries, faults, old
+            stack.enter_context(hold(target / ".lock", f"the index {target} (--index)"))
+            entries, faults = collection.listing()
+            old = open_index(target) if (target / INDEX_FILE).exists() else None
+            if old is not None:
+                old.check(model)
+                if old.path.resolve() != place.resolve():
+                    raise DataError(f"{target} is the index of {old.path}, this is {place}; name another --index")
+            rows = _stored_rows(target, model, old)
+            return [entry for entry in entries if entry.version not in rows]
+
+        def work() -> dict[str, str]:
+            part, broken = list[Row](), dict[str, str]()
+
+            def write_part() -> None:
+                if part:
+                    name = f"part-{processes.rank}-{model.fingerprint}-{secrets.token_hex(6)}"
+                    _write_rows(target / f"{name}.jsonl", target / f"{name}.f32", part)
+                    part.clear()
+
+            share = [*batches(todo, batch_size)][processes.rank :: processes.world_size]
+            try:
+                for number, (entry, result) in enumerate(_embed(collection, share, model.model), start=1):
+                    if isinstance(result, str):
+                        broken[entry.name] = result
+                    else:
+                        part.append((entry, result))
+                    if len(part) >= _PART:
+                        write_part()
+                    progress(min(number * processes.world_size, len(todo)), len(todo))
+                    if stop is not None and stop.is_set():
+                        break
+            finally:
+                write_part()
+            return broken
+
+        def finish() -> IndexReport:
+            rows, good = _stored_rows(target, model, old), list[Row]()
+            for entry in entries:
+                if entry.version in rows:
+                    known, feature = rows[entry.version]
+                    # Captions of rows in a file are known once the row is read.
+                    good.append((entry if entry.row is None else known, feature))
+            if not good:
+                name, reason = next(iter(faults.items()))
+                raise DataError(f"none of {len(entries)} images can be read, such as {name}: {reason}")
+            if old is None or old.entries != [entry for entry, _ in good]:
+                _write_index(target, model, good, place, pictures)
+            _remove_old_files(target)
+            names, new = {entry.name for entry in entries}, {entry.version for entry in todo}
+            removed = 0 if old is None else sum(entry.name not in names for entry in old.entries)
+            return IndexReport(target, len(good), sum(entry.version in new for entry, _ in good), removed, faults)
+
+        todo = processes.from_first(begin)
+        for broken in processes.gather(processes.together(work)):
+            faults |= broken
+        if processes.any(stop is not None and stop.is_set()):
+            return IndexReport(target, interrupted=True)
+        return processes.from_first(finish)
 
 
 def _embed(
-    collection: Collection, entries: Sequence[Entry], model: XFM | Session, batch_size: int
+    collection: Collection, work: Sequence[Sequence[Entry]], model: XFM | Session
 ) -> Iterator[tuple[Entry, np.ndarray | str]]:
     """Features of images, in order; threads decode ahead."""
     transform = evaluation_transform(model.config.image_size)
@@ -349,7 +374,7 @@ def _embed(
     queue: deque[list[Future[tuple[Entry, Tensor | str]]]] = deque()
     with ThreadPoolExecutor(_THREADS) as pool:
         # Empty batches at the end flush the queue.
-        for batch in chain(batches(entries, batch_size), repeat((), _PREFETCH)):
+        for batch in chain(work, repeat((), _PREFETCH)):
             queue.append([pool.submit(load, entry) for entry in batch])
             if len(queue) <= _PREFETCH:
                 continue
@@ -392,7 +417,7 @@ def _write_index(folder: Path, model: SearchModel, rows: Sequence[Row], path: Pa
 
 def _remove_old_files(folder: Path) -> None:
     """Remove parts, the former index, and what a run left that was killed after its last rename."""
-    current = json.loads((folder / INDEX_FILE).read_bytes())
+    current = json.loads(read_bytes(folder / INDEX_FILE, MOST_JSON_BYTES))
     for path in folder.iterdir():
         if _OUR_FILES.fullmatch(path.name) and path.name not in (current["entries"], current["features"]):
             with suppress(OSError):
@@ -424,11 +449,12 @@ def _read_rows(
     content = read_bytes(entries_file, entries_file.stat().st_size)
     lines = [_Line.model_validate(json.loads(text)) for text in content.decode().splitlines()]
     entries = [Entry(line.name, line.size, line.modified, line.row, tuple(line.captions)) for line in lines]
-    if require_file(features_file).stat().st_size != 4 * len(entries) * width:
-        raise ValueError(f"{features_file.name} is not of {len(entries)} images")
     features: np.ndarray = np.empty((0, width), np.float32)
-    if entries:
-        features = np.memmap(features_file, np.float32, "r", shape=(len(entries), width)).view(np.ndarray)
+    with open_data(features_file) as file:
+        if os.fstat(file.fileno()).st_size != 4 * len(entries) * width:
+            raise ValueError(f"{features_file.name} is not of {len(entries)} images")
+        if entries:
+            features = np.memmap(file, np.float32, "r", shape=(len(entries), width)).view(np.ndarray)
     # Over the mapping that a search reads, so that the file is read once.
     for name, data in (entries_file.name, content), (features_file.name, features.data):
         if sums and name in sums and zlib.crc32(data) != sums[name]:

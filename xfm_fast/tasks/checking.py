@@ -1,12 +1,13 @@
-"""Validates data files with the readers of training, and reports statistics."""
+"""Validates data files with the readers of training, and reports statistics and what training on them costs."""
 
 from __future__ import annotations
 
 import io
+import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from xfm_fast.config import XFMConfig
 from xfm_fast.data.annotations import AnnotationRows, image_names, parse_annotation
@@ -23,6 +25,7 @@ from xfm_fast.data.images import (
     image_values,
     is_transparent,
     orientation,
+    read_image,
     upright_size,
 )
 from xfm_fast.data.items import ITEMS
@@ -31,6 +34,7 @@ from xfm_fast.data.records import RecordSet, Rows, image_at, open_records
 from xfm_fast.data.regions import every_region_text
 from xfm_fast.data.streams import item_generator
 from xfm_fast.data.texts import IDS_KEY, clean_text, every_text, text_of
+from xfm_fast.data.transforms import finetuning_transform
 from xfm_fast.errors import DataError
 from xfm_fast.tasks.task import TASKS
 from xfm_fast.tokenizer import CaptionTokenizer
@@ -38,6 +42,8 @@ from xfm_fast.tokenizer import CaptionTokenizer
 _FINETUNING = TextOptions(max_tokens=40)
 # A row is judged by the same rules in a batch of any size.
 _BATCH = 96
+# Rows that are timed as a training worker reads them.
+_TIMED = 64
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,24 @@ def check(
             if done % 100 == 0 or done == len(records):
                 progress(done, len(records))
     report.duplicates = len(digests) - len(np.unique(np.frombuffer(digests, np.uint64)))
+    _measure_cost(records, reader, report)
     return report
+
+
+def _measure_cost(records: RecordSet, reader: _Reader, report: Report) -> None:
+    """Time rows spread over all files as a worker prepares them, the first one apart, which sets things up."""
+    seconds, sizes = list[float](), list[int]()
+    for number in np.linspace(0, len(records) - 1, min(_TIMED, len(records))).astype(int):
+        rows, row = records.locate(int(number))
+        started = time.perf_counter()
+        try:
+            sizes.append(reader.prepare(reader.record(rows, row), Path(rows.name)))
+        except DataError:
+            continue
+        seconds.append(time.perf_counter() - started)
+    if seconds:
+        report.seconds_per_row = float(np.mean(seconds[1:] or seconds))
+        report.bytes_per_row = round(float(np.mean(sizes)))
 
 
 class _Reader:
@@ -111,6 +134,10 @@ class _Reader:
 
     def inspect(self, record: Any, file: Path) -> None:
         """Add a record to the report; a broken one raises `DataError`."""
+        raise NotImplementedError
+
+    def prepare(self, record: Any, file: Path) -> int:
+        """Prepare a record as a training worker does, and return the bytes that it takes in a batch."""
         raise NotImplementedError
 
     def count_text(self, text: str, options: TextOptions) -> None:
@@ -135,9 +162,10 @@ class _Reader:
         """Count an image, once per file; an undecodable one raises `DataError`."""
         if isinstance(source, Path) and source in self._sizes:
             return self._sizes[source]
+        name, data = read_image(source, None if isinstance(source, Path) else f"in {self.options.image_key!r}")
         if decode:
-            decode_pixels(source, None if isinstance(source, Path) else f"in {self.options.image_key!r}")
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
+            decode_pixels(data, name)
+        with Image.open(io.BytesIO(data)) as opened:
             size = upright_size(opened)
             self.report.formats[str(opened.format)] += 1
             self.report.turned += orientation(opened) != 1
@@ -161,7 +189,13 @@ class _StreamReader(_Reader):
         # Augmentation is slow and rejects no row.
         plain = stream.model_copy(update={"augment": False}) if isinstance(stream, ImageOptions) else stream
         self._items = ITEMS[kind](plain, config, self._tokenizer, _BATCH)
+        self._trained = ITEMS[kind](stream, config, self._tokenizer, 1)
         self._generator = item_generator(0, 0, 0, 0)
+
+    def prepare(self, record: Mapping[str, Any], file: Path) -> int:
+        batch = self._trained.collate([self._trained.item(record, self._generator)], self._generator)
+        values = [getattr(batch, each.name) for each in fields(batch)]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
     def inspect(self, record: Mapping[str, Any], file: Path) -> None:
         stream, text = self.stream, None
@@ -193,6 +227,19 @@ class _StreamReader(_Reader):
 
 class _AnnotationReader(_Reader):
     """Elements of fine-tuning files."""
+
+    def __init__(self, report: Report, options: Options) -> None:
+        super().__init__(report, options)
+        self._transform = finetuning_transform(options.config.image_size)
+        self._generator = item_generator(0, 0, 0, 0)
+
+    def prepare(self, record: Any, file: Path) -> int:
+        pixels = [
+            self._transform(decode_pixels(image_at((self.options.image_root or file.parent) / image)), self._generator)
+            for image in image_names([record])
+        ]
+        # Ids and mask of the text too.
+        return sum(each.nbytes for each in pixels) + 2 * 8 * _FINETUNING.max_tokens
 
     def record(self, rows: Rows, row: int) -> Any:
         assert isinstance(rows, AnnotationRows)
@@ -251,6 +298,8 @@ class Report:
     transparent: int = 0  # images with transparent pixels, composited on white
     regions: Counter[int] = field(default_factory=Counter)
     unusable_regions: int = 0  # skipped regions
+    seconds_per_row: float | None = None  # of one training worker here, measured on a sample
+    bytes_per_row: int = 0  # in a batch
     tolerate_bad: float = 0.01
 
     @property
@@ -270,6 +319,11 @@ class Report:
     def ok(self) -> bool:
         """True if no file exceeds the limit."""
         return not self.over_limit and self.broken < self.rows
+
+    @property
+    def hours_per_epoch(self) -> float | None:
+        """Hours in which one worker reads all good rows."""
+        return None if self.seconds_per_row is None else self.seconds_per_row * (self.rows - self.broken) / 3600
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -299,6 +353,11 @@ class Report:
                 "height": _spread(heights),
             },
             "regions": {"per_image": dict(sorted(self.regions.items())), "unusable": self.unusable_regions},
+            "cost": {
+                "seconds_per_row": self.seconds_per_row,
+                "hours_per_epoch": self.hours_per_epoch,
+                "bytes_per_row": self.bytes_per_row,
+            },
         }
 
 

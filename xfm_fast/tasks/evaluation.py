@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xfm_fast.errors import DataError
-from xfm_fast.io import hold, make_folder, parse_json, storing, write_bytes
+from xfm_fast.io import MOST_JSON_BYTES, hold, make_folder, open_data, open_to_append, parse_json, storing, write_bytes
 from xfm_fast.models.processor import evaluating
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
@@ -155,19 +155,17 @@ def checksum(tensor: Tensor, start: int = 0) -> int:
 def read_journal(path: Path) -> tuple[str | None, list[Any]]:
     """Identity and entries up to the first damaged one; the identity of a missing or empty journal is None."""
     try:
-        # The part after the last line feed is empty, or was not completed.
-        lines = path.read_bytes().split(b"\n")[:-1]
+        file = open_data(path)
     except FileNotFoundError:
         return None, []
     values: list[Any] = []
-    for line in lines:
-        crc, _, text = line.partition(b" ")
-        try:
+    # A line without its line feed was not completed.
+    with file, suppress(ValueError):
+        while (line := file.readline(MOST_JSON_BYTES)).endswith(b"\n"):
+            crc, _, text = line[:-1].partition(b" ")
             if int(crc, 16) != zlib.crc32(text):
                 break
             values.append(parse_json(text))
-        except ValueError:
-            break
     if not values or not isinstance(values[0], str):
         return None, []
     return values[0], values[1:]
@@ -186,7 +184,7 @@ class Journal:
             self.entries = entries if found == identity else []
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes({path: b"".join(map(_line, [identity, *self.entries]))})
-            self._file: BinaryIO = path.open("ab")
+            self._file: BinaryIO = open_to_append(path)
 
     def append(self, value: Any) -> None:
         """Append a value and flush it."""

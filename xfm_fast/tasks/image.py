@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from xfm_fast.batches import TensorBatch
 from xfm_fast.data.annotations import AnnotationRows, ImageLabelRecord
+from xfm_fast.data.files import open_file
 from xfm_fast.data.images import decode_image, decode_pixels, evaluation_transform
 from xfm_fast.data.tables import Columns, image_rows
 from xfm_fast.data.transforms import (
@@ -263,7 +265,7 @@ def open_torchvision(name: str, folder: Path, split: str) -> TorchvisionSet:
 def _private_test(folder: Path) -> list[int]:
     """Rows of `PrivateTest` in torchvision's FER2013 test split."""
     named = (folder / "fer2013" / name for name in ("fer2013.csv", "icml_face_data.csv"))
-    with next(path for path in named if path.exists()).open(newline="") as file:
+    with io.TextIOWrapper(open_file(next(path for path in named if path.exists())), "utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     place = [column.strip() for column in header].index("Usage")
     usages = [row[place] for row in rows if row[place] in ("PublicTest", "PrivateTest")]

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from xfm_fast.checkpoint import read_state_dict, save_pretrained, write_safetensors
 from xfm_fast.checkpoint.files import MODEL_FILE
 from xfm_fast.errors import CheckpointError, StorageError, XFMError
-from xfm_fast.io import advice, is_plain_name, read_json, sync_folder, write_bytes, write_files
+from xfm_fast.io import advice, is_plain_name, open_data, read_json, sync_folder, write_bytes, write_files
 from xfm_fast.kernels.cpu.selection import selections, set_choice
 from xfm_fast.models.xfm import XFM
 from xfm_fast.training.distributed import Processes
@@ -387,7 +387,7 @@ def _step(path: Path) -> int | None:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_data(path) as file:
         digest = hashlib.file_digest(file, "sha256")
         os.fsync(file.fileno())
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from xfm_fast.batches import Batch, TensorBatch
 from xfm_fast.errors import NonFiniteError, UnavailableError
-from xfm_fast.io import parse_json, storing, write_bytes
+from xfm_fast.io import open_data, open_to_append, parse_json, read_bytes, storing, write_bytes
 from xfm_fast.training.distributed import Processes
 from xfm_fast.training.optimizer import local
 from xfm_fast.training.recipe_fields import LogRecipe
@@ -33,6 +33,7 @@ Show = Callable[[str, int, int], None]
 """Progress callback (text, done, total)."""
 
 LOG_FILE = "log.jsonl"
+_MOST_LINE_BYTES = 1 << 20
 ENCODERS = ("vision_encoder", "text_encoder", "fusion_encoder")
 # These ops return uninitialised memory.
 _UNINITIALISED = ("aten.empty", "aten.new_empty", "aten.resize", "aten.set_")
@@ -106,7 +107,7 @@ class RunLog:
             if self.path.exists():
                 kept = [line for line in read_log(self.path) if line["step"] <= start]
                 write_bytes({self.path: "".join(json.dumps(line) + "\n" for line in kept).encode()})
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = open_to_append(self.path)
         if recipe.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -118,9 +119,8 @@ class RunLog:
             identity = folder / "wandb_id"
             if not identity.exists():
                 write_bytes({identity: secrets.token_hex(8).encode()})
-            self._wandb = wandb.init(
-                project=recipe.wandb, name=folder.name, id=identity.read_text(), resume="allow", dir=folder
-            )
+            name = read_bytes(identity, 100).decode()
+            self._wandb = wandb.init(project=recipe.wandb, name=folder.name, id=name, resume="allow", dir=folder)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -132,7 +132,7 @@ class RunLog:
         if not self._writes:
             return
         with storing(self.path):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
             self._file.flush()
         if self._board is not None:
             for name, number in values.items():
@@ -168,11 +168,12 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, float]]:
     """Read a `log.jsonl`, skipping incomplete lines."""
     lines: list[dict[str, float]] = []
-    for text in path.read_bytes().splitlines():
-        with suppress(ValueError):
-            line = parse_json(text)
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+    with open_data(path) as file:
+        while text := file.readline(_MOST_LINE_BYTES):
+            with suppress(ValueError):
+                line = parse_json(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
     return lines
 
 

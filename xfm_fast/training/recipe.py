@@ -21,6 +21,7 @@ from xfm_fast.errors import ConfigError, DataError, UnavailableError
 from xfm_fast.io import MOST_YAML_BYTES, advice, parse_yaml, read_bytes
 from xfm_fast.training.recipe_fields import (
     LOSSES_OF_KIND,
+    MOST_ITEMS,
     AnyStream,
     CheckpointRecipe,
     Init,
@@ -40,7 +41,7 @@ _LARGEST_BATCH = 64
 # An evaluation of a tenth of the images, 1,000 at most, costs less than so many steps.
 _STEPS_OF_EVALUATION = 100
 # Stands for a number that is not known before rows are counted, and passes every check.
-_UNKNOWN = 1 << 20
+_UNKNOWN = MOST_ITEMS
 
 
 class Run(Section):
@@ -71,6 +72,9 @@ class Run(Section):
     log: LogRecipe = LogRecipe()
 
     def __init__(self, **values: Any) -> None:
+        for key, value in _flat(values):
+            if any(isinstance(each, str) and "\0" in each for each in (value if isinstance(value, list) else [value])):
+                raise ConfigError(f"{key}={value!r}: it holds a NUL, which no path and no name may; remove it")
         try:
             super().__init__(**values)
         except ValidationError as error:

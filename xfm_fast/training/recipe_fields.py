@@ -16,6 +16,9 @@ from xfm_fast.data.options import (
 
 LossName = Literal["itc", "itm", "imlm", "mim", "mlm", "bbox_l1", "bbox_giou"]
 
+MOST_ITEMS = 1 << 20
+"""Largest batch of one process, and largest number of images or scenes."""
+
 LOSSES_OF_KIND: dict[str, tuple[LossName, ...]] = {
     "pairs": ("itc", "itm", "imlm", "mim"),
     "regions": ("itc", "itm", "imlm", "bbox_l1", "bbox_giou"),
@@ -33,14 +36,14 @@ Paths = Annotated[
 class Section(BaseModel):
     """Frozen section that rejects unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Stream(StreamOptions):
     """Keys of every stream, plus the options of its kind; relative paths refer to the recipe's `data` folder."""
 
     paths: Paths = Field(description="files, folders or glob patterns")
-    batch_size: int = Field(gt=0, description="per rank and update, before accumulation splits it")
+    batch_size: int = Field(gt=0, le=MOST_ITEMS, description="per rank and update, before accumulation splits it")
     weight: float = Field(
         default=1.0,
         ge=0,
@@ -189,8 +192,10 @@ class ShapesWorldRecipe(Section):
     """A shapes dataset, generated in the `data` folder by the first run that needs it."""
 
     seed: int = Field(default=0, ge=0)
-    train: int = Field(default=10_000, gt=0, description="scenes")
-    val: int = Field(default=500, gt=0, description="scenes")
-    test: int = Field(default=500, gt=0, description="scenes")
-    known: int = Field(default=0, ge=0, description="scenes of the extra split with training combinations")
-    resolution: int = Field(default=64, gt=0, description="image side in pixels")
+    train: int = Field(default=10_000, gt=0, le=MOST_ITEMS, description="scenes")
+    val: int = Field(default=500, gt=0, le=MOST_ITEMS, description="scenes")
+    test: int = Field(default=500, gt=0, le=MOST_ITEMS, description="scenes")
+    known: int = Field(
+        default=0, ge=0, le=MOST_ITEMS, description="scenes of the extra split with training combinations"
+    )
+    resolution: int = Field(default=64, gt=0, le=16384, description="image side in pixels")
