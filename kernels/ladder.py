@@ -56,7 +56,8 @@ class Op:
         fits: Mapping[Backend, Callable[[Any], bool]] | None = None,
         attention: bool = False,
     ) -> None:
-        self.name, self.arguments, self.rungs = name, arguments, dict(rungs)
+        self.name, self.arguments = name, arguments
+        self.rungs: dict[Rung, Callable[[Any, Call], Any]] = dict(rungs)
         self.weights, self.int8_race = weights, int8_race
         self.kernels, self.fits, self.attention = kernels, fits or {}, attention
         # Places of fields: a call of few rows takes a few microseconds.
@@ -180,7 +181,7 @@ def watching() -> Iterator[dict[str, str]]:
 
         return call
 
-    rungs = {op: op.rungs for op in OPS.values()}
+    rungs: dict[Op, dict[Rung, Callable[[Any, Call], Any]]] = {op: op.rungs for op in OPS.values()}
     for op, own in rungs.items():
         op.rungs = {rung: watched(op, rung, run) for rung, run in own.items()}
     try:

@@ -36,9 +36,9 @@ class ExportedCall:
         inputs = _tensors_of_call(module, call)
         self.path, self.names = path, [*inputs]
         with torch.no_grad():
-            output = module(**inputs)
-        self.output = None if isinstance(output, Tensor) else type(output)
-        self.fields = [] if self.output is None else [*output]
+            output: Any = module(**inputs)
+        self.output: Any = None if isinstance(output, Tensor) else type(output)
+        self.fields: list[str] = [] if self.output is None else [str(name) for name in output]
         # Batch and, of ids and masks, length are dynamic.
         shapes = {
             name: dict.fromkeys(range(min(x.ndim, 2 if x.ndim < 4 else 1)), torch.export.Dim.AUTO)
@@ -81,7 +81,7 @@ def onnx_runtime(path: Path) -> Infer:
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs)
+    return lambda inputs: [*session.run(None, inputs)]
 
 
 def onnx_runtime_int8(path: Path) -> Infer:

@@ -1,5 +1,7 @@
 """Launches of kernels by strangers, emulated; `test_emulated.py` runs this file where Triton compiles."""
 
+# pyright: reportArgumentType=false
+# Constants of kernels are given as numbers.
 from __future__ import annotations
 
 import os
