@@ -62,7 +62,6 @@ def test_the_list_has_all_scenarios_and_baselines() -> None:
         (["coco", "--random", "tiny", "--p99-ms", "3"], "--p99-ms"),
         (["serve", "--baselines", "timm"], "--baselines"),
         (["rerank", "--clients", "3"], "--clients"),
-        (["--threads", "2"], "OMP_NUM_THREADS"),
     ],
 )
 def test_what_is_unknown_is_named(words: list[str], message: str) -> None:
