@@ -164,6 +164,33 @@ def test_weights_of_streams_multiply_their_losses(tmp_path: Path) -> None:
     assert quarter["loss/text/mlm"] == whole["loss/text/mlm"]
 
 
+def test_a_stream_is_drawn_as_often_as_the_recipe_says(tmp_path: Path) -> None:
+    """One update of text to four of pairs, where the run is cut too; no batch is left out or read twice."""
+    streams = {name: stream.model_dump() for name, stream in small_recipe(tmp_path).streams.items()}
+    for name, every in (("text", 4), ("regions", 3), ("images", 2), ("pairs", 1)):
+        streams[name]["every"] = every
+    drawn: dict[str, list[int]] = {name: [] for name in streams}
+
+    class Recorded(Noise):
+        def batch(self, number: int) -> Any:
+            drawn[self.kind].append(number)
+            return super().batch(number)
+
+    for steps in (5, 8):
+        recipe = small_recipe(tmp_path, streams=streams, steps=steps, schedule={"steps": 8})
+        sources = {name: Recorded(s.kind, recipe.model, s.batch_size) for name, s in recipe.streams.items()}
+        run(recipe, sources=sources)
+    lines = numbers(tmp_path)
+    having = {name: [line["step"] for line in lines if f"loss/{name}/" in " ".join(line)] for name in streams}
+    assert having == {"text": [4, 8], "regions": [3, 6], "images": [2, 4, 6, 8], "pairs": [*range(1, 9)]}
+    # The first of each is read before the first step of a run, in which not every stream is drawn.
+    expected = {"text": 2, "regions": 2, "images": 4, "pairs": 8}
+    assert {name: sorted({*read}) for name, read in drawn.items()} == {n: [*range(k)] for n, k in expected.items()}
+    assert newest(tmp_path / "checkpoints").state["batches"] == expected
+    norms = {key for key in lines[5] if key.startswith("grad_norm/") and key.count("/") == 1}
+    assert norms == {"grad_norm/regions+images", "grad_norm/pairs"}
+
+
 def test_the_method_reaches_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 

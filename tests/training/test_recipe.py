@@ -74,6 +74,7 @@ REFUSED = {
     "updates=[[text], [regions], [pairs]]": "stream images",
     "precision=fp8": "precision='fp8'",
     "init={checkpoint: a, beit2: b}": "beit2",
+    "streams.text.every=0": "streams.text.every=0",
     "steps": "'steps'",
 }
 
@@ -117,6 +118,8 @@ def test_ablations() -> None:
     assert unguided.losses_of("images") == ()
     assert unguided.active_updates == (("text",), ("regions",), ("pairs",))
     assert unguided.updates == full.updates
+    with pytest.raises(ConfigError, match=r"streams\.NAME\.every=1"):
+        load_recipe(TINY, [f"streams.{name}.every=2" for name in full.streams])
     with pytest.raises(ConfigError, match="loss"):
         load_recipe(TINY, ["method.mim_guidance=false", *(f"streams.{n}=null" for n in ("text", "regions", "pairs"))])
 

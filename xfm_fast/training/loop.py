@@ -179,7 +179,7 @@ def train(
             for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
                 group["lr"] = lr * factor
 
-            for update in recipe.active_updates:
+            for update in recipe.updates_in(step):
                 optimizer.zero_grad()
                 losses = [(stream, part) for part in range(recipe.accumulate) for stream in update]
                 batches: dict[str, Batch] = {}

@@ -123,6 +123,10 @@ class Run(Section):
         """The streams of each update of a step."""
         raise NotImplementedError
 
+    def updates_in(self, step: int) -> tuple[tuple[str, ...], ...]:
+        """The streams of each update of a step, counted from 1, that draws a batch."""
+        return self.active_updates
+
     def losses_of(self, stream: str) -> tuple[str, ...]:
         """Losses computed on a stream."""
         raise NotImplementedError
@@ -186,8 +190,8 @@ class Recipe(Run):
     """A pretraining run.
 
     A step runs the `updates` in order: an update sums the gradients of its streams, clips them and steps the optimizer.
-    The schedule advances once per step. The official step is `[[text], [regions, imagenet], [pairs]]`; with web data
-    `[[text], [regions, web, imagenet, pairs]]`.
+    A stream with `every: 4` is drawn in every fourth step. The schedule advances once per step. The official step is
+    `[[text], [regions, imagenet], [pairs]]`; with web data `[[text], [regions, web, imagenet, pairs]]`.
     """
 
     large_lr = ("vision_proj", "text_proj", "temp", "itm_head", "bbox_head")
@@ -231,6 +235,8 @@ class Recipe(Run):
                 )
         if not self.active_updates:
             raise ValueError("method.mim_guidance=false leaves no loss at all; add a stream of pairs, regions or text")
+        if not self.updates_in(1):
+            raise ValueError("no stream is drawn in step 1; set streams.NAME.every=1 for the most frequent one")
         return self
 
     def losses_of(self, stream: str) -> tuple[LossName, ...]:
@@ -245,6 +251,10 @@ class Recipe(Run):
         """`updates` without streams that compute no loss."""
         updates = (tuple(name for name in update if self.losses_of(name)) for update in self.updates)
         return tuple(update for update in updates if update)
+
+    def updates_in(self, step: int) -> tuple[tuple[str, ...], ...]:
+        drawn = (tuple(name for name in u if step % self.streams[name].every == 0) for u in self.active_updates)
+        return tuple(update for update in drawn if update)
 
     def weight_of(self, stream: str) -> float:
         return self.streams[stream].weight

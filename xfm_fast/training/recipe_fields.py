@@ -47,6 +47,7 @@ class Stream(StreamOptions):
         description="factor of the stream's summed losses, including box losses (the official code excludes "
         "them; its published weights are 1)",
     )
+    every: int = Field(default=1, gt=0, description="steps from one draw to the next: 4 draws in a quarter of them")
     losses: tuple[LossName, ...] = Field(default=(), description="default: all losses of the kind")
 
     @model_validator(mode="after")
