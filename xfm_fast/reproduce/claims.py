@@ -123,7 +123,7 @@ PARTS = {
             "streams.text.batch_size=64",
             "optimizer.lr=2e-3",
             "schedule.min_lr=2e-3",
-            "schedule.warmup=300",
+            "schedule.warmup=0.1334",
             "steps=2250",
             "checkpoint.every=250",
         ),
