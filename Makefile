@@ -40,7 +40,7 @@ bench: $(VENV)/bench.stamp ## measure this machine: make bench ARGS="--help"
 readme: $(VENV)/$(EXTRAS).stamp ## write the README's tables anew from benchmarks/results
 	$(BIN)/python -m xfm_fast.benchmarks.report.readme $(ARGS)
 
-claims: $(VENV)/$(EXTRAS).stamp ## train tiny models with and without the paper's method, ten seeds (2.5 core hours)
+claims: $(VENV)/$(EXTRAS).stamp ## train tiny models with and without the paper's method, five seeds (about an hour of a core)
 	$(BIN)/xfm-fast reproduce claims $(ARGS)
 
 downstream: $(VENV)/$(EXTRAS).stamp ## fine-tune a tiny model for every task of the paper

@@ -37,6 +37,8 @@ def test_the_official_pretraining_yaml_is_the_base_preset(tmp_path: Path) -> Non
     assert XFMConfig.from_official(path) == XFMConfig.preset("base")
     assert XFMConfig.from_official(TRAINING) == XFMConfig.preset("base")
     assert XFMConfig.from_official(TRAINING, image_size=384) == XFMConfig.preset("base", image_size=384)
+    codes = XFMConfig.from_official(TRAINING | {"use_vision_tokenizer": True, "codebook_size": 1024})
+    assert codes == XFMConfig.preset("base", codebook_size=1024)
 
 
 def test_the_roberta_config_beside_the_yaml_is_read(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ class XFMConfig(BaseModel):
     num_masking_patches: int = Field(75, gt=0, description="patches hidden by masked image modelling")
     min_num_patches: int = Field(16, gt=0, description="smallest block that the mask generator draws")
     mim_patches_only: bool = Field(False, description="leave the pooled image token out of the MIM loss")
+    codebook_size: int = Field(8192, gt=1, description="codes of an image tokenizer, for the head `codes` of MIM")
     detach_text_for_mlm: bool = Field(
         True, description="stop the gradient of image-conditioned MLM at the text encoder"
     )
@@ -365,6 +366,7 @@ _SHARED_KEYS = {
     "num_masking_patches": "num_masking_patches",
     "min_num_patches": "min_num_patches",
     "mim_cls_only": "mim_patches_only",
+    "codebook_size": "codebook_size",
     "detach_text_forMLM": "detach_text_for_mlm",
     "local_attn_depth": "local_attn_depth",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -81,10 +82,25 @@ def test_ours_is_what_the_model_has(case: str) -> None:
     state, _ = to_ours(load_tensors(f"{case}/weights"), cfg)
     model = XFM(cfg)
     assert_same_shapes(state, model.state_dict())
-    assert heads_in(state) == ALL_HEADS == tuple(HEAD_PREFIXES)
+    assert heads_in(state) == ALL_HEADS
+    assert tuple(HEAD_PREFIXES) == (*ALL_HEADS, "codes") == get_args(Head)
     choices: list[tuple[Head, ...]] = [(), ("contrastive",), ("mlm", "boxes"), ("imlm", "matching")]
     for heads in choices:
         assert_same_shapes(select_heads(state, heads), XFM(cfg, heads=heads).state_dict())
+
+
+def test_the_head_of_an_image_tokenizer() -> None:
+    """What the official `use_vision_tokenizer` adds: the head is loaded if asked for, the tokenizer never."""
+    cfg = config("tiny_b").replace(codebook_size=7)
+    head = {"lm_head.weight": torch.randn(7, cfg.vision_width), "lm_head.bias": torch.randn(7)}
+    official = load_tensors("tiny_b/weights") | head | {"vqkd.quantize.embedding.weight": torch.ones(7, 2)}
+    plain = XFM.from_official(official, cfg)
+    assert heads_in(plain.state_dict()) == ALL_HEADS
+    model = XFM.from_official(official, cfg, heads=(*ALL_HEADS, "codes"))
+    assert_same({name: model.state_dict()[name] for name in head}, head)
+    assert model.load_report is not None
+    assert "vqkd.quantize.embedding.weight" in model.load_report.unused
+    assert heads_in(model.state_dict()) == (*ALL_HEADS, "codes")
 
 
 def test_without_dead_weights_the_rest_is_derived(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,13 +7,16 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.agreement import assert_gradient_norms, tensors
-from tests.conftest import CASES, load_json
+from tests.conftest import CASES, config, load_json
 from tests.objectives.steps import BATCHES, gradients, model_of, negatives_of, total
-from xfm_fast.models.xfm import XFM
-from xfm_fast.objectives import pretraining_losses
+from xfm_fast.batches import ImageBatch, PairBatch
+from xfm_fast.errors import InputError, UnavailableError
+from xfm_fast.models.xfm import ALL_HEADS, XFM
+from xfm_fast.objectives import masked_image_loss, pretraining_losses
 
 # Far below the 1e-8 that counts as the same function; the sums are taken in another order, no more.
 SAME = 1e-9
@@ -117,3 +120,64 @@ def test_each_loss_asked_for_alone_is_the_same(case: str, kind: str) -> None:
                 assert gradient is other, f"{name}: {parameter}"
             else:
                 assert torch.allclose(gradient, other, rtol=1e-9, atol=1e-14), f"{name}: {parameter}"
+
+
+def by_brightness(image: Tensor) -> Tensor:
+    """Codes below 5 of the patches of `tiny_a`."""
+    assert not torch.is_grad_enabled()
+    patches = F.avg_pool2d(image.mean(1, keepdim=True), config("tiny_a").patch_size).flatten(1)
+    return ((8 * patches).sigmoid() * 5).long().clamp(max=4)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "images"])
+def test_masked_images_predict_the_codes_of_a_tokenizer(kind: str) -> None:
+    torch.manual_seed(0)
+    model = XFM(config("tiny_a", codebook_size=5), heads=(*ALL_HEADS, "codes")).double().eval()
+    batch = BATCHES[kind]("tiny_a")
+    assert isinstance(batch, PairBatch | ImageBatch)
+    assert batch.patch_mask is not None
+    hidden = batch.patch_mask.bool()
+    with torch.no_grad():
+        codes = by_brightness(batch.image)
+    plain = F.cross_entropy(model.lm_head(model.encode_image(batch.image, hidden)[:, 1:][hidden]), codes[hidden])
+    given = negatives_of("tiny_a", batch) if kind == "pairs" else None
+    losses = pretraining_losses(model, batch, hard_negatives=given, mim_target=by_brightness)
+    assert losses["mim"].item() == pytest.approx(plain.item(), rel=1e-10)
+    expected, found = gradients(model, plain), gradients(model, losses["mim"])
+    assert found["lm_head.weight"] is not None
+    for name, gradient in found.items():
+        other = expected[name]
+        assert (gradient is None) == (other is None), name
+        if gradient is not None and other is not None:
+            torch.testing.assert_close(gradient, other, rtol=1e-8, atol=1e-12)
+    guided = pretraining_losses(model, batch, hard_negatives=given)
+    assert guided.keys() == losses.keys()
+    for name in guided.keys() - {"mim"}:
+        assert losses[name].item() == pytest.approx(guided[name].item(), rel=1e-12)
+    assert guided["mim"].item() != pytest.approx(losses["mim"].item())
+
+
+def test_codes_that_do_not_fit() -> None:
+    batch = BATCHES["images"]("tiny_a")
+    model = XFM(config("tiny_a", codebook_size=3), heads=("codes",)).double()
+    with pytest.raises(InputError, match="vocabulary of 3"):
+        pretraining_losses(model, batch, mim_target=lambda image: by_brightness(image) + 3)
+    with pytest.raises(InputError, match=r"mim_target gave codes \[\d+, 1\]"):
+        pretraining_losses(model, batch, mim_target=lambda image: by_brightness(image)[:, :1])
+    with pytest.raises(UnavailableError, match="codes"):
+        pretraining_losses(model_of("tiny_a"), batch, mim_target=by_brightness)
+
+
+def test_masked_images_predict_the_embeddings_of_another_encoder() -> None:
+    model, batch = model_of("tiny_a"), BATCHES["images"]("tiny_a")
+    assert isinstance(batch, ImageBatch)
+    assert batch.patch_mask is not None
+    torch.manual_seed(0)
+    teacher = XFM(config("tiny_a")).double().eval()
+    loss = pretraining_losses(model, batch, mim_target=teacher.encode_image)["mim"]
+    masked = model.encode_image(batch.image, batch.patch_mask)
+    plain = masked_image_loss(masked, teacher.encode_image(batch.image), batch.patch_mask)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    model.zero_grad()

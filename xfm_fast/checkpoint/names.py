@@ -26,7 +26,7 @@ from xfm_fast.errors import CheckpointError, InputError, needs
 from xfm_fast.kernels import reference
 
 Naming = Literal["pretraining", "fine-tuning"]
-Head = Literal["mlm", "imlm", "contrastive", "matching", "boxes"]
+Head = Literal["mlm", "imlm", "contrastive", "matching", "boxes", "codes"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ _DEAD = (
     "fusion_encoder.roberta.embeddings.token_type_embeddings.",
     "fusion_encoder.roberta.embeddings.LayerNorm.",
     "fusion_proj.",
+    "vqkd.",
 )
 
 HEAD_PREFIXES: dict[Head, tuple[str, ...]] = {
@@ -62,6 +63,7 @@ HEAD_PREFIXES: dict[Head, tuple[str, ...]] = {
     "contrastive": ("vision_proj.", "text_proj.", "temp"),
     "matching": ("itm_head.",),
     "boxes": ("bbox_head.",),
+    "codes": ("lm_head.",),
 }
 
 

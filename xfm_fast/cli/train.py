@@ -61,7 +61,7 @@ def reproduce(
         study: downstream fine-tunes a tiny model for every task; claims trains with and without stop-gradient and
             MIM guidance, and measures what the language encoder forgets and what image features contain.
         overrides: key=value for the pretraining recipe.
-        seeds: Runs of each part. [downstream 1, claims 10]
+        seeds: Runs of each part. [downstream 1, claims 5]
         out: Folder of the study; finished runs in it are reused. [runs/STUDY]
     """
     from xfm_fast.io import write_bytes
@@ -78,7 +78,7 @@ def reproduce(
         write_bytes({page: module.markdown(results).encode(), document: content.encode()})
 
     if study == "claims":
-        results = claims.run_claims(out, seeds=seeds or 10, overrides=overrides, on_change=keep)
+        results = claims.run_claims(out, seeds=seeds or 5, overrides=overrides, on_change=keep)
     else:
         overrides = overrides or tasks.OVERRIDES
         results = tasks.run_tasks(out, seeds=seeds or 1, overrides=overrides, on_change=keep)

@@ -18,7 +18,7 @@ from xfm_fast.config import XFMConfig
 from xfm_fast.errors import CheckpointError, InputError
 from xfm_fast.io import write_files
 from xfm_fast.models.processor import XFMProcessor, find_tokenizer, read_tokenizer
-from xfm_fast.models.xfm import ALL_ENCODERS, ALL_HEADS, XFM, Encoder, Head
+from xfm_fast.models.xfm import ALL_ENCODERS, XFM, Encoder
 
 SUFFIXES = (".safetensors", ".th", ".pth", ".pt", ".bin")
 _ENCODERS: dict[Encoder, str] = {name: f"{name}_encoder." for name in ALL_ENCODERS}
@@ -153,7 +153,7 @@ def _check(found: _Source, source: Path) -> None:
         raise CheckpointError(
             f"{source} has no X-FM encoder (first entry: {next(iter(names), None)}); give an X-FM checkpoint"
         )
-    heads: list[Head] = [head for head in ALL_HEADS if head in checkpoint.heads_in(names)]
+    heads = checkpoint.heads_in(names)
     config = found.config
     if "contrastive" in heads:
         config = config.replace(learnable_temperature="temp" in found.state)

@@ -45,7 +45,8 @@ from xfm_fast.models.vision import Block, VisionEncoder
 from xfm_fast.packing import ImageGroups, Packing, Sequences
 from xfm_fast.tokenizer import CaptionTokenizer
 
-ALL_HEADS: tuple[Head, ...] = get_args(Head)
+ALL_HEADS: tuple[Head, ...] = ("mlm", "imlm", "contrastive", "matching", "boxes")
+"""The heads of the paper's model."""
 Encoder = Literal["vision", "text", "fusion"]
 ALL_ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
 Precision = torch.dtype | EightBits
@@ -98,7 +99,8 @@ class XFM(nn.Module):
 
     Args:
         config: sizes of the model.
-        heads: heads to build: `mlm` (language), `imlm` (fusion), `contrastive`, `matching`, `boxes`.
+        heads: heads to build: `mlm` (language), `imlm` (fusion), `contrastive`, `matching`, `boxes`; and if named,
+            `codes`, by which MIM predicts the codes of an image tokenizer.
         encoders: encoders to build; a task with one modality needs only one.
     """
 
@@ -116,8 +118,8 @@ class XFM(nn.Module):
         self.config = config
         self.heads = tuple(heads)
         for head in self.heads:
-            if head not in ALL_HEADS:
-                raise InputError(f"head {head!r} is unknown; choose from {', '.join(ALL_HEADS)}")
+            if head not in get_args(Head):
+                raise InputError(f"head {head!r} is unknown; choose from {', '.join(get_args(Head))}")
         built = tuple(encoders)
         for encoder in built:
             if encoder not in ALL_ENCODERS:
@@ -141,6 +143,8 @@ class XFM(nn.Module):
             self.itm_head = MLPHead(config.text_width, 2, config.head_layer_norm_eps)
         if "boxes" in self.heads:
             self.bbox_head = MLPHead(config.text_width, 4, config.head_layer_norm_eps)
+        if "codes" in self.heads:
+            self.lm_head = nn.Linear(config.vision_width, config.codebook_size)
 
     @classmethod
     @_outside_inference

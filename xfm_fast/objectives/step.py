@@ -68,6 +68,7 @@ def pretraining_losses(
     official_itc_gradient: bool = False,
     official_itm_negatives: bool = False,
     stop_gradient: bool = True,
+    mim_target: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The losses of X-FM (arXiv 2301.05065) on one batch.
 
@@ -101,6 +102,9 @@ def pretraining_losses(
             text is exchanged then. Without effect on given `hard_negatives`.
         stop_gradient: False passes the gradients of ITM, IMLM and the box losses to the language encoder: for ablations
             of the method, not fine-tuning.
+        mim_target: maps pixels `[B, 3, R, R]` to what `mim` predicts in place of the guided encoder's embeddings: codes
+            `[B, N]` of an image tokenizer, by the head `codes` (the official `use_vision_tokenizer`), or embeddings
+            `[B, 1 + N, vision_width]` of another encoder.
 
     Returns:
         Scalars by name.
@@ -119,6 +123,7 @@ def pretraining_losses(
         official_itc_gradient,
         official_itm_negatives,
         stop_gradient,
+        mim_target,
     )
     if isinstance(batch, ImageBatch):
         return {"mim": _image_loss(model, batch, None, world, options)} if names else {}
@@ -171,7 +176,7 @@ def _text_loss(model: XFM, batch: TextBatch, world: World) -> Tensor:
 def _image_loss(
     model: XFM, batch: PairBatch | ImageBatch, target: Tensor | None, world: World, options: Options
 ) -> Tensor:
-    """`mim` against `target`, the embeddings of whole images (computed if None)."""
+    """`mim` against `options.mim_target`, or `target`, the embeddings of whole images (computed if None)."""
     config = model.config
     mask = batch.patch_mask if options.patch_mask is None else options.patch_mask
     if mask is None:
@@ -182,11 +187,21 @@ def _image_loss(
             for _ in range(len(batch.image))
         ]
         mask = torch.from_numpy(np.stack(drawn)).to(batch.image.device, non_blocking=True)
-    if target is None:
+    compute_target = options.mim_target or (model.encode_image if target is None else None)
+    if compute_target is not None:
         with torch.no_grad():
-            target = model.encode_image(batch.image)
+            target = compute_target(batch.image)
+    assert target is not None
     embeds = model.encode_image(batch.image, mask)
     counts = world.counts(hidden=mask.bool().sum(), images=torch.full((), len(embeds), device=embeds.device))
+    if not target.is_floating_point():
+        model.require_head("codes")
+        if target.shape != mask.shape:
+            raise InputError(f"mim_target gave codes {[*target.shape]}; it must give one a patch, {[*mask.shape]}")
+        codes = target.long().masked_fill(~mask.bool(), IGNORED)
+        return world.mean(
+            masked_token_loss(embeds[:, 1:], model.lm_head.weight, model.lm_head.bias, codes), counts["hidden"]
+        )
     patches, token = masked_image_terms(embeds, target, mask)
     loss = world.mean(patches, counts["hidden"])
     return loss if config.mim_patches_only else loss + world.mean(token, counts["images"])
@@ -202,6 +217,7 @@ class Options:
     official_itc_gradient: bool
     official_itm_negatives: bool
     stop_gradient: bool
+    mim_target: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)

@@ -1,274 +1,438 @@
 """The paper's two claims on tiny models: stop-gradient preserves language, MIM guidance improves vision.
 
-Forgetting: a language encoder learns Python's documentation, then trains on pairs with and without stop-gradient and
-without text. Guidance: MIM predicts the guided encoder, a frozen copy of it, or is left out; a linear probe reads the
-texture of the objects, which captions name and 32 pixels hardly show.
+Language: an encoder learns English until it beats a bigram table, then trains on pairs with more or less text, a strong
+or weak contrastive loss, and the gradients of the fusion losses stopped or not. Vision: an encoder learns codes of
+images without captions; MIM then goes on with them, to one target or another, beside pairs of other images, and linear
+probes read what only captions of the others name.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
+import hashlib
 import json
 import math
 import os
 import platform
 import re
+import shutil
+import statistics
+import subprocess
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import pairwise, product
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from xfm_fast.batches import Batch, ImageBatch, PairBatch
+from xfm_fast.batches import IGNORED, Batch
 from xfm_fast.data.images import evaluation_transform
-from xfm_fast.data.options import TextStreamOptions
+from xfm_fast.data.masking import MaskingOptions
+from xfm_fast.data.options import PairStreamOptions, TextStreamOptions
 from xfm_fast.data.shapes.language import captions
-from xfm_fast.data.shapes.scenes import COLOURS, TEXTURES, render, scene
+from xfm_fast.data.shapes.scenes import COLOURS, SHAPES, TEXTURES, render, scene
 from xfm_fast.data.streams import Stream
 from xfm_fast.errors import needs
 from xfm_fast.io import read_json, write_bytes
-from xfm_fast.models.xfm import XFM
+from xfm_fast.models.xfm import ALL_HEADS, XFM
 from xfm_fast.objectives import pretraining_losses
-from xfm_fast.objectives.losses import masked_image_loss
 from xfm_fast.reproduce import Progress, check_same_study, page
 from xfm_fast.tokenizer import CaptionTokenizer
+from xfm_fast.training.distributed import Losses
 from xfm_fast.training.loop import train
-from xfm_fast.training.recipe import load_recipe
+from xfm_fast.training.recipe import Recipe, load_recipe
 
 with needs("vision"):
     from scipy import stats
+    from scipy.cluster.vq import kmeans2
 
 STEM = "claims-tiny-shapes"
 RECIPE = "pretrain_tiny_shapes"
 # No recipe was chosen on the scenes of this seed.
 _SEED = 7
-_VOCABULARY = 2000
-_MASKING = {"probability": 0.15, "most": 5}
-_PAIRED = ("streams.text=null", "updates=[[regions,images],[pairs]]", "steps=400")
-_NO_MIM = "method.mim_guidance=false"
-# Scenes to fit a probe on, which no run trains on, and to test it on.
-_FITTED, _TESTED, _UNSEEN = 1000, 500, 10_000_000
-_STRENGTH = 1e-2
+_VOCABULARY, _TOKENS, _CODES = 2000, 48, 64
+# Sentences and scenes to measure losses on, to fit probes on and to test them on; no run trains on them.
+_MEASURED, _FITTED, _TESTED, _UNSEEN = 1200, 1200, 600, 10_000_000
+_PACKAGE_LISTS, _LIST_READER = Path("/var/lib/apt/lists"), "/usr/lib/apt/apt-helper"
+
+SHARES = {"0": 0, "1/8": 7, "1/2": 1}
+"""Share of updates on text -> updates on pairs to one on text."""
+WEIGHTS = (0.0, 0.1, 1.0)
+"""Factors of the contrastive loss."""
+_LANGUAGE = (
+    "model.text_width=128",
+    "model.text_layers=4",
+    "model.text_intermediate=256",
+    "streams.images=null",
+    f"streams.text.max_tokens={_TOKENS}",
+    "streams.text.masking={probability: 0.25, most: 12}",
+)
+_VISION = (
+    "model.patch_size=4",
+    "model.num_masking_patches=24",
+    "model.min_num_patches=4",
+    f"model.codebook_size={_CODES}",
+    "streams.text=null",
+    "streams.images.paths=images_test.jsonl",
+    "streams.images.batch_size=24",
+)
+_PAIRS = ("streams.pairs.losses=[itc,itm,imlm]", "streams.pairs.batch_size=24", "steps=120")
 
 
 class Part(NamedTuple):
-    """A training run of the study: the part whose weights it starts from, and recipe overrides."""
+    """A training run of the study."""
 
     start: str | None
+    """Part whose encoder it starts from; everything else is random."""
     overrides: tuple[str, ...]
+    itc: float = 1.0
+    """Factor of the contrastive loss."""
+    target: Literal["codes", "guided", "frozen"] = "guided"
+    """What MIM predicts."""
 
 
+def dose(share: str, itc: float, *, stop: bool) -> str:
+    """Name of a part of the language study."""
+    return f"text {share}, ITC × {itc:g}, {'with' if stop else 'without'} stop-gradient"
+
+
+def _dose(share: str, itc: float, stop: bool) -> Part:
+    text: tuple[str, ...] = ("streams.text=null",)
+    if every := SHARES[share]:
+        text = (f"streams.text.every={every}", "streams.text.batch_size=16", "updates=[[text],[pairs]]")
+    return Part("language", (*_LANGUAGE, *text, *_PAIRS, f"method.stop_gradient={str(stop).lower()}"), itc)
+
+
+_IMAGES_TOO = (*_VISION, *_PAIRS, "updates=[[images],[pairs]]")
 PARTS = {
-    "text": Part(
-        None, ("streams.regions=null", "streams.images=null", "streams.pairs=null", "updates=[[text]]", "steps=2000")
+    "language": Part(
+        None,
+        (
+            *_LANGUAGE,
+            "streams.pairs=null",
+            "updates=[[text]]",
+            "streams.text.batch_size=64",
+            "optimizer.lr=2e-3",
+            "schedule.min_lr=2e-3",
+            "schedule.warmup=0.1334",
+            "steps=2250",
+            "checkpoint.every=250",
+        ),
     ),
-    "stop-gradient": Part("text", (*_PAIRED, _NO_MIM)),
-    "no stop-gradient": Part("text", (*_PAIRED, _NO_MIM, "method.stop_gradient=false")),
-    "guided": Part("stop-gradient", _PAIRED),
-    "frozen": Part("stop-gradient", _PAIRED),
-    "no MIM": Part("stop-gradient", (*_PAIRED, _NO_MIM)),
+    **{
+        dose(share, itc, stop=stop): _dose(share, itc, stop)
+        for share, itc, stop in product(SHARES, WEIGHTS, (True, False))
+    },
+    "vision": Part(None, (*_VISION, "streams.pairs=null", "updates=[[images]]", "steps=600"), target="codes"),
+    "codes": Part("vision", _IMAGES_TOO, target="codes"),
+    "guided": Part("vision", _IMAGES_TOO),
+    "frozen": Part("vision", _IMAGES_TOO, target="frozen"),
+    "no MIM": Part("vision", (*_VISION, *_PAIRS, "streams.images=null", "updates=[[pairs]]")),
 }
-COMPARISONS = (
-    ("masked-word loss", "stop-gradient", "text"),
-    ("masked-word loss", "no stop-gradient", "text"),
-    ("masked-word loss", "no stop-gradient", "stop-gradient"),
-    ("texture", "guided", "frozen"),
-    ("texture", "guided", "no MIM"),
-    ("colour", "guided", "frozen"),
-    ("colour", "guided", "no MIM"),
+COMPARED = (
+    *((dose(share, itc, stop=False), dose(share, itc, stop=True)) for share, itc in product(SHARES, WEIGHTS)),
+    *(("guided", other) for other in ("no MIM", "codes", "frozen")),
+    ("codes", "no MIM"),
 )
-"""Metric, part, and the part to subtract, paired by seed."""
+"""Part, and the part to subtract, paired by seed."""
 
 
 def run_claims(
-    out: Path, *, seeds: int = 10, overrides: Sequence[str] = (), on_change: Progress = lambda results: None
+    out: Path, *, seeds: int = 5, overrides: Sequence[str] = (), on_change: Progress = lambda results: None
 ) -> dict[str, Any]:
     """Train and measure every part with every seed, one after the other; returns the results.
 
-    Finished parts are reused and killed ones resume; a signal ends the study with parts in `missing`.
+    The first stages are trained once. Finished parts are reused and killed ones resume; a signal ends the study with
+    parts in `missing`.
     """
     out = out.absolute()
     check_same_study(out, tuple(overrides))
-    if not (out / "tokenizer.json").is_file():
-        texts = documentation()
-        for name in ("train", "held_out"):
-            lines = [json.dumps({"desc": text}) + "\n" for text in texts if is_held_out(text) == (name == "held_out")]
-            write_bytes({out / f"documentation_{name}.jsonl": "".join(lines).encode()})
-        scenes = (scene(_SEED, index) for index in range(2000))
-        words = [*texts, *(text for made in scenes for text in captions(made))]
-        CaptionTokenizer.train_on_texts(words, _VOCABULARY).save(out / "tokenizer.json")
-    for seed in range(seeds):
-        for name in PARTS:
-            if not _result(out, seed, name).is_file() and not _run(out, seed, name, overrides):
-                return read_results(out, seeds)
+    if not (out / "text.json").is_file():
+        _write_text(out)
+    for seed, name in _plan(seeds):
+        if not _result(out, seed, name).is_file():
+            if not _run(out, seed, name, overrides):
+                break
             on_change(read_results(out, seeds))
     return read_results(out, seeds)
 
 
-def documentation() -> list[str]:
-    """Sentences of the documentation of Python and its standard library, as installed."""
-    texts = [*topics.values()]
+def _plan(seeds: int) -> Iterator[tuple[int, str]]:
+    for seed, (name, part) in product(range(seeds), PARTS.items()):
+        if part.start is not None or seed == 0:
+            yield seed, name
+
+
+def documents() -> Iterator[tuple[str, str, str]]:
+    """Source, name and text of an eighth of the package descriptions that apt has, and of Python's documentation."""
+    for path in sorted(_PACKAGE_LISTS.glob("*_Translation-en*")):
+        shown = subprocess.run([_LIST_READER, "cat-file", path], stdout=subprocess.PIPE, check=True).stdout.decode()
+        for entry in shown.split("\n\n")[::8]:
+            # Packages of one source have text in common and, mostly, the beginning of the name.
+            if match := re.match(r"Package: (?:lib|python3?-)?(\w{1,5}).*?Description-en: (.*)", entry, re.DOTALL):
+                yield "Debian's package descriptions", match[1], match[2].replace("\n", "\n\n", 1)
+    for name, text in topics.items():
+        yield "Python's documentation", name, text
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
-                texts.append(text)
-    sentences = (" ".join(part.split()) for text in texts for part in re.split(r"(?<=[.:;])\s+|\n\s*\n", text))
-    return [text for text in dict.fromkeys(sentences) if text.isascii() and 6 <= len(text.split()) <= 24]
+                yield "Python's documentation", path.stem, text
 
 
-def is_held_out(text: str) -> bool:
-    """True for an eighth of all texts."""
-    return zlib.crc32(text.encode()) % 8 == 0
+def is_held_out(name: str) -> bool:
+    """True for a sixteenth of all documents."""
+    return zlib.crc32(name.encode()) % 16 == 0
+
+
+def _write_text(out: Path) -> None:
+    """Write the sentences to learn and the held-out ones, the tokenizer, and `text.json`, which describes them."""
+    sentences: dict[str, tuple[str, str]] = {}
+    for source, name, text in documents():
+        for passage in re.split(r"(?<=[.:;])\s+|\n\s*\n", text.replace("\n .\n", "\n\n")):
+            sentence = " ".join(passage.split())
+            if sentence.isascii() and 6 <= len(sentence.split()) <= 32:
+                sentences.setdefault(sentence, (source, name))
+    learnt = [text for text, (_, name) in sentences.items() if not is_held_out(name)]
+    held_out = sorted(sentences.keys() - set(learnt), key=lambda text: zlib.crc32(text.encode()))
+    described = (text for index in range(2000) for text in captions(scene(_SEED, index)))
+    tokenizer = CaptionTokenizer.train_on_texts([*learnt, *described], _VOCABULARY)
+    tokenizer.save(out / "tokenizer.json")
+    learnt_ids, ids = (tokenizer.encode_ids(texts, _TOKENS) for texts in (learnt, held_out[:_MEASURED]))
+    content = "\n".join(sentences).encode()
+    description = {
+        "sentences": Counter(source for source, _ in sentences.values()),
+        "held_out": len(held_out),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bigram": bigram_cost(learnt_ids, ids, _VOCABULARY),
+    }
+    for name, texts in {"learnt": learnt, "held_out": held_out}.items():
+        lines = [json.dumps({"desc": text}) + "\n" for text in texts]
+        write_bytes({out / f"{name}.jsonl": "".join(lines).encode()})
+    write_bytes({out / "text.json": json.dumps(description, indent=1).encode()})
+
+
+def bigram_cost(learnt: Iterable[Sequence[int]], held_out: Iterable[Sequence[int]], size: int) -> float:
+    """Nats per token, the first of a text excepted, of a table of bigrams, interpolated with frequencies.
+
+    The weights are those of Witten and Bell (1991); every token counts once more than it occurs.
+    """
+    (before, after), (given, expected) = (
+        torch.tensor([bigram for row in rows for bigram in pairwise(row)]).t() for rows in (learnt, held_out)
+    )
+    counts = torch.bincount(before * size + after, minlength=size * size).view(size, size).double()
+    frequencies = (counts.sum(0) + 1) / (counts.sum() + size)
+    kinds = (counts > 0).sum(1, keepdim=True).clamp_min(1)
+    table = (counts + kinds * frequencies) / (counts.sum(1, keepdim=True) + kinds)
+    return -table[given, expected].log().mean().item()
 
 
 def _result(out: Path, seed: int, name: str) -> Path:
-    return out / f"seed-{seed}" / name.replace(" ", "-") / "result.json"
+    return out / f"seed-{seed}" / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
 
 
 def _run(out: Path, seed: int, name: str, overrides: Sequence[str]) -> bool:
     """Train and measure a part; False if a signal stopped it."""
     part, path = PARTS[name], _result(out, seed, name)
-    own = [
-        f"data={out / 'world'}", f"shapes.seed={_SEED}", f"seed={seed}", f"checkpoint.folder={path.parent}",
-        f"tokenizer={out / 'tokenizer.json'}", f"model.vocab_size={_VOCABULARY}",
-    ]  # fmt: skip
-    objective = None
-    if part.start is None:
-        own.append(f"streams.text.paths={out / 'documentation_train.jsonl'}")
-    else:
-        start = _result(out, seed, part.start).parent
-        own.append(f"init.checkpoint={start}")
-        if name == "frozen":
-            objective = _frozen_target(XFM.from_pretrained(start / "model").eval())
-    result = train(load_recipe(RECIPE, (*part.overrides, *own, *overrides)), objective=objective)
+    folder = path.with_suffix("")
+    own = (
+        "device=cpu",
+        "streams.regions=null",
+        f"streams.text.paths={out / 'learnt.jsonl'}",
+        f"data={out / 'world'}",
+        f"shapes={{seed: {_SEED}, train: 1000, val: 2, test: 4000, known: 500, resolution: 32}}",
+        f"seed={seed}",
+        f"checkpoint.folder={folder}",
+        f"tokenizer={out / 'tokenizer.json'}",
+        f"model.vocab_size={_VOCABULARY}",
+    )
+    recipe = load_recipe(RECIPE, (*own, *part.overrides, *overrides))
+    torch.manual_seed(seed)
+    model = XFM(recipe.model, heads=(*ALL_HEADS, "codes"))
+    if part.start is not None:
+        start = XFM.from_pretrained(_result(out, 0, part.start).with_suffix("") / "model").state_dict()
+        kept = ("text_encoder.",) if part.start == "language" else ("vision_encoder.", "lm_head.")
+        model.load_state_dict({key: value for key, value in start.items() if key.startswith(kept)}, strict=False)
+    result = train(recipe, model=model, objective=losses_for(part, recipe, model))
     if result.interrupted:
         return False
-    model, tokenizer = result.model.eval(), CaptionTokenizer.from_files(out / "tokenizer.json")
     with torch.inference_mode():
-        loss = masked_word_loss(model, tokenizer, out / "documentation_held_out.jsonl")
-        metrics = {"masked-word loss": loss} | object_probes(model)
-    write_bytes({path: (json.dumps(metrics, indent=1) + "\n").encode()})
+        measure = object_probes if "vision" in (name, part.start) else language_metrics
+        metrics = measure(result.model.eval(), out)
+    write_bytes({path: json.dumps(metrics, indent=1).encode()})
+    # The models of the first stages are needed again; checkpoints of every run would fill the disk.
+    shutil.rmtree(folder / "checkpoints" if part.start is None else folder)
     return True
 
 
-def _frozen_target(teacher: XFM) -> Callable[..., dict[str, Tensor]]:
-    """Pretraining losses whose MIM predicts the embeddings of a frozen model."""
+def losses_for(part: Part, recipe: Recipe, start: XFM) -> Losses:
+    """The losses of a part, whose training starts with the weights of `start`."""
+    mim_target = None
+    if part.target == "codes":
+        mim_target = partial(nearest_codes, codebook(recipe.model.image_size, recipe.model.patch_size))
+    elif part.target == "frozen":
+        mim_target = copy.deepcopy(start).eval().encode_image
 
     def losses_of(model: XFM, batch: Batch, *, losses: Iterable[str]) -> dict[str, Tensor]:
-        found = pretraining_losses(model, batch, losses=[loss for loss in losses if loss != "mim"])
-        if "mim" in losses:
-            assert isinstance(batch, (ImageBatch, PairBatch))
-            assert batch.patch_mask is not None
-            with torch.no_grad():
-                target = teacher.to(batch.image.device).encode_image(batch.image)
-            predicted = model.encode_image(batch.image, batch.patch_mask)
-            found["mim"] = masked_image_loss(predicted, target, batch.patch_mask)
-        return found
+        names = [name for name in losses if name != "itc" or part.itc]
+        stop = recipe.method.stop_gradient
+        values = pretraining_losses(model, batch, losses=names, stop_gradient=stop, mim_target=mim_target)
+        return {name: part.itc * loss if name == "itc" else loss for name, loss in values.items()}
 
     return losses_of
 
 
-def masked_word_loss(model: XFM, tokenizer: CaptionTokenizer, path: Path) -> float:
-    """Mean cross-entropy of masked tokens in a file of texts, always the same ones."""
-    options = TextStreamOptions(shuffle=False, max_tokens=32, masking=_MASKING)  # pyright: ignore[reportArgumentType]
-    texts = Stream(path, options, config=model.config, tokenizer=tokenizer, batch_size=64, seed=0)
-    batches = (texts.batch(number).to(model.device) for number in range(len(texts)))
-    losses = [pretraining_losses(model, batch)["mlm"].item() for batch in batches]
-    return math.fsum(losses) / len(losses)
+@cache
+def codebook(image_size: int, patch_size: int) -> Tensor:
+    """`[V, 3 P²]` centres of the patches of images without captions."""
+    patches = _patches(_images(range(500), image_size), patch_size).flatten(0, 1).unique(dim=0)
+    drawn = torch.randperm(len(patches), generator=torch.Generator().manual_seed(_SEED))[:_CODES]
+    return torch.from_numpy(kmeans2(patches.numpy(), patches[drawn].numpy(), minit="matrix")[0])
 
 
-def object_probes(model: XFM) -> dict[str, float]:
-    """Balanced accuracy in percent of linear probes for the textures and colours in an image (chance 50)."""
-    scenes = [scene(_SEED, _UNSEEN + index) for index in range(_FITTED + _TESTED)]
-    transform, features = evaluation_transform(model.config.image_size), []
-    for start in range(0, len(scenes), 64):
-        images = [transform(Image.fromarray(render(made, 32))) for made in scenes[start : start + 64]]
-        features.append(model.encode_image(torch.stack(images).to(model.device)).mean(1).double().cpu())
-    seen = [{word for thing in made.things for word in (thing.texture, thing.colour)} for made in scenes]
-    x, y = torch.cat(features), torch.tensor([[word in words for word in (*TEXTURES, *COLOURS)] for words in seen])
-    scores = fit_probe(x[:_FITTED], y[:_FITTED], strength=_STRENGTH, test=x[_FITTED:])
-    right, truth = ((scores > 0) == y[_FITTED:]).double(), y[_FITTED:]
-    recalls = [(right * part).sum(0) / part.sum(0) for part in (truth, ~truth)]
-    accuracy = 50 * (recalls[0] + recalls[1])
-    return {"texture": accuracy[: len(TEXTURES)].mean().item(), "colour": accuracy[len(TEXTURES) :].mean().item()}
+def nearest_codes(centres: Tensor, pixels: Tensor) -> Tensor:
+    """Codes `[B, N]` of the patches of images `[B, 3, R, R]`: the nearest centres."""
+    patches = _patches(pixels, math.isqrt(centres.shape[1] // 3))
+    return torch.cdist(patches, centres).argmin(-1)
 
 
-def fit_probe(features: Tensor, targets: Tensor, *, strength: float, test: Tensor) -> Tensor:
-    """Class-balanced ridge regression of K binary targets `[N, K]` on features `[N, D]`; returns test scores `[M, K]`.
+def _patches(pixels: Tensor, size: int) -> Tensor:
+    return F.unfold(pixels, size, stride=size).transpose(1, 2)
 
-    Per target it minimises `Σ wₙ (±1 - xₙw - b)² + strength |w|²` over standardised features, in fp64.
+
+def _images(indices: Iterable[int], size: int) -> Tensor:
+    transform = evaluation_transform(size)
+    return torch.stack([transform(Image.fromarray(render(scene(_SEED, index, "test"), 32))) for index in indices])
+
+
+def language_metrics(model: XFM, out: Path) -> dict[str, float]:
+    """Nats per hidden token of held-out English and of new captions, and a probe for the order of words."""
+    tokenizer = CaptionTokenizer.from_files(out / "tokenizer.json")
+    sentences = [json.loads(line)["desc"] for line in (out / "held_out.jsonl").read_text().splitlines()]
+    measured = [{"desc": sentence} for sentence in sentences[:_MEASURED]]
+    text = TextStreamOptions(shuffle=False, max_tokens=_TOKENS, masking=MaskingOptions(0.15, 7))
+    pairs = PairStreamOptions(shuffle=False, augment=False, max_tokens=32)
+    stream = partial(Stream, config=model.config, tokenizer=tokenizer, batch_size=50, seed=0)
+    return {
+        "nats": hidden_token_loss(model, stream(measured, text), "mlm", tokenizer.mask_token_id),
+        "captions": hidden_token_loss(
+            model, stream(out / "world" / "pairs_known.jsonl", pairs), "imlm", tokenizer.mask_token_id
+        ),
+        "order": order_probe(model, tokenizer, sentences[_MEASURED : _MEASURED + _FITTED + _TESTED]),
+    }
+
+
+def hidden_token_loss(model: XFM, stream: Stream[Any], name: str, mask_token: int) -> float:
+    """Mean loss of an epoch, in which the mask token hides every token to predict."""
+    losses = []
+    for number in range(len(stream)):
+        batch = stream.batch(number)
+        ids, positions = batch.masked_input_ids, batch.masked_positions
+        tokens = torch.where(batch.masked_labels == IGNORED, ids.gather(1, positions), mask_token)
+        batch = replace(batch, masked_input_ids=ids.scatter(1, positions, tokens), layout=None)
+        losses.append(pretraining_losses(model, batch, losses=[name])[name].item())
+    return statistics.fmean(losses)
+
+
+def order_probe(model: XFM, tokenizer: CaptionTokenizer, sentences: Sequence[str]) -> float:
+    """Probe of the mean of text features for two words in the middle of every second sentence that changed places."""
+    rows = [sentence.split() for sentence in sentences]
+    for words in rows[1::2]:
+        middle = len(words) // 2
+        words[middle - 1 : middle + 1] = words[middle], words[middle - 1]
+    ids, mask = tokenizer.encode([*map(" ".join, rows)], _TOKENS, pad_to_longest=True)
+    features = model.encode_text(ids, mask).sum(1) / mask.sum(1, keepdim=True)
+    return probe(features, torch.arange(len(rows))[:, None] % 2 > 0)
+
+
+def object_probes(model: XFM, out: Path) -> dict[str, float]:
+    """Probes of the mean of image features for attributes of objects in images without captions."""
+    indices = range(_UNSEEN, _UNSEEN + _FITTED + _TESTED)
+    features = model.encode_image(_images(indices, model.config.image_size)).mean(1)
+    scenes = [scene(_SEED, index, "test").things for index in indices]
+    return {
+        name: probe(
+            features, torch.tensor([[any(getattr(o, name) == v for o in things) for v in words] for things in scenes])
+        )
+        for name, words in {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}.items()
+    }
+
+
+def probe(features: Tensor, targets: Tensor) -> float:
+    """Mean area under the ROC curve in percent of linear probes of features `[N, D]` for binary targets `[N, K]`.
+
+    They are fitted by least squares to the first rows, and tested on the others.
     """
-    mean, scale = features.double().mean(0), features.double().std(0, correction=0).clamp_min(1e-8)
-    x, rows = (features.double() - mean) / scale, (test.double() - mean) / scale
-    scores = []
-    for target in targets.bool().unbind(1):
-        weights = torch.where(target, 0.5 / target.sum().clamp_min(1), 0.5 / (~target).sum().clamp_min(1)).double()
-        weights = weights[:, None] / weights.sum()
-        y = torch.where(target, 1.0, -1.0).double()[:, None]
-        # Centring with the weighted means leaves the bias out of the penalty.
-        x_mean, y_mean = (weights * x).sum(0), (weights * y).sum(0)
-        centred = x - x_mean
-        gram = centred.t() @ (weights * centred) + strength * torch.eye(x.shape[1], dtype=torch.float64)
-        weight = torch.linalg.solve(gram, centred.t() @ (weights * (y - y_mean)))
-        scores.append((rows - x_mean) @ weight + y_mean)
-    return torch.cat(scores, 1)
+    x = F.pad(features.double(), (0, 1), value=1.0)
+    scores = x[_FITTED:] @ torch.linalg.lstsq(x[:_FITTED], targets[:_FITTED].double()).solution
+    columns = zip(scores.unbind(1), targets[_FITTED:].unbind(1), strict=True)
+    return 50 + 50 * statistics.fmean((s[truth][:, None] - s[~truth]).sign().mean().item() for s, truth in columns)
 
 
 def read_results(out: Path, seeds: int) -> dict[str, Any]:
-    """Metrics of all finished parts by seed, differences with 95% intervals, and missing parts."""
-    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in PARTS}
-    missing = []
-    for seed in range(seeds):
-        for name in PARTS:
-            if (path := _result(out, seed, name)).is_file():
-                found[name][seed] = read_json(path)
-            else:
-                missing.append([name, seed])
+    """Metrics of all finished parts by seed, differences with 95% intervals, the text, and missing parts."""
+    parts: dict[str, dict[int, dict[str, float]]] = {name: {} for name in PARTS}
+    for seed, name in _plan(seeds):
+        if (path := _result(out, seed, name)).is_file():
+            parts[name][seed] = read_json(path)
     differences = []
-    for metric, name, other in COMPARISONS:
-        both = sorted(found[name].keys() & found[other].keys())
-        values = [found[name][seed][metric] - found[other][seed][metric] for seed in both]
-        if values:
-            mean, half = mean_interval(values)
-            differences.append({"metric": metric, "part": name, "minus": other, "mean": mean, "half": half})
-    return {"python": platform.python_version(), "parts": found, "differences": differences, "missing": missing}
+    for name, other in COMPARED:
+        if both := sorted(parts[name].keys() & parts[other].keys()):
+            values = {
+                metric: mean_interval([parts[name][seed][metric] - parts[other][seed][metric] for seed in both])
+                for metric in parts[name][both[0]]
+            }
+            differences.append({"part": name, "minus": other, "seeds": len(both), "metrics": values})
+    return {
+        "python": platform.python_version(),
+        "text": read_json(out / "text.json"),
+        "parts": parts,
+        "differences": differences,
+        "missing": [[name, seed] for seed, name in _plan(seeds) if seed not in parts[name]],
+    }
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and half of its 95% interval (Student's t); None for a single value."""
-    count = len(values)
-    mean = math.fsum(values) / count
+    count, mean = len(values), statistics.fmean(values)
     if count == 1:
         return mean, None
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    return mean, float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown page."""
-
-    def shown(mean: float, half: float | None) -> str:
-        return f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}")
-
-    metrics = ("masked-word loss", "texture", "colour")
-    parts = [["part", "seeds", *metrics]]
+    text, rows = results["text"], []
     for name, by_seed in results["parts"].items():
-        if by_seed:
-            means = (shown(*mean_interval([each[metric] for each in by_seed.values()])) for metric in metrics)
-            parts.append([name, str(len(by_seed)), *means])
-    differences = [["metric", "difference", "mean", "different from 0"]]
-    for row in results["differences"]:
-        mean, half = row["mean"], row["half"]
-        clear = "unknown" if half is None else "yes" if abs(mean) > half else "no"
-        differences.append([row["metric"], f"{row['part']} − {row['minus']}", shown(mean, half), clear])
-    text = (
-        f"Tiny models, Python {results['python']}. Masked-word loss: nats per masked token of held-out Python "
-        "documentation. Texture, colour: balanced accuracy in percent of linear probes on image features, chance 50. "
-        "Means over seeds ± half the 95% interval (Student's t); differences are paired by seed. `text` is the "
-        "language encoder before pairs, `stop-gradient` the start of the last three parts."
+        metrics = {key for each in by_seed.values() for key in each}
+        rows.append((name, len(by_seed), {m: mean_interval([each[m] for each in by_seed.values()]) for m in metrics}))
+    rows += [(f"{row['part']} − {row['minus']}", row["seeds"], row["metrics"]) for row in results["differences"]]
+    tables = []
+    for metrics in (("nats", "captions", "order"), ("colour", "shape", "texture")):
+        table = [["part", "seeds", *metrics]]
+        for name, count, values in rows:
+            if metrics[0] in values:
+                pairs = (values[metric] for metric in metrics)
+                cells = (f"{mean:.2f}" + ("" if half is None else f" ± {half:.2f}") for mean, half in pairs)
+                table.append([name, str(count), *cells])
+        tables.append(table)
+    sources = " and ".join(f"{count:,} sentences of {source}" for source, count in text["sentences"].items())
+    explanation = (
+        f"Tiny models, Python {results['python']}. Text: {sources}, {text['bytes']:,} bytes, SHA-256 "
+        f"{text['sha256'][:16]}…; {text['held_out']:,} are held out, by document, and cost {text['bigram']:.2f} nats "
+        "a token by a table of bigrams. nats: per hidden token of held-out text; captions: per hidden token of new "
+        "captions beside their images; order: a linear probe of text features for two words that changed places. "
+        "colour, shape, texture: linear probes of image features for attributes in images without captions. Probes: "
+        "area under the ROC curve in percent, chance 50. Means over seeds ± half the 95% interval (Student's t); "
+        "differences are paired by seed."
     )
-    return page("The two claims of the paper in miniature", text, parts, differences)
+    return page("The two claims of the paper in miniature", explanation, *tables)
