@@ -9,6 +9,7 @@ random weights map all texts to one direction.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -469,6 +470,8 @@ def run(run: Run) -> Iterator[Case]:
                 subject = model.make(2 if run.options.quick else 12)
             except Exception as error:  # of another library: the rest is measured
                 status, reason = "failed", one_line(error)
+        # The copies of the last model hold each other in cycles.
+        gc.collect()
         if subject is None:
             lacking: Any = (status, reason)
             run.add([empty.result(Backend(OURS, dtype, dict, ACCELERATED, lacking=lacking)) for dtype in run.dtypes])
