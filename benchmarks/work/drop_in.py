@@ -464,14 +464,14 @@ def run(run: Run) -> Iterator[Case]:
         run.progress.stage(model.name)
         empty = Case(model.key, model.name, [], model.unit, conditions=model.conditions)
         status, reason, subject = "absent", f"{model.package} is not installed; pip install {model.package}", None
+        # The copies of the last model hold each other in cycles.
+        gc.collect()
         if find_spec(model.package) is not None:
             torch.manual_seed(run.options.seed)
             try:
                 subject = model.make(2 if run.options.quick else 12)
             except Exception as error:  # of another library: the rest is measured
                 status, reason = "failed", one_line(error)
-        # The copies of the last model hold each other in cycles.
-        gc.collect()
         if subject is None:
             lacking: Any = (status, reason)
             run.add([empty.result(Backend(OURS, dtype, dict, ACCELERATED, lacking=lacking)) for dtype in run.dtypes])
