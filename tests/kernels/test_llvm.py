@@ -350,3 +350,25 @@ print(llvm.why_not())
         pytest.skip("this Linux cannot forbid a process to run what it writes (6.3 can)")
     assert done.returncode == 0, done.stderr
     assert "may not run code that it writes" in done.stdout
+
+
+def test_kernels_run_on_the_threads_of_pytorch() -> None:
+    """Packages with an OpenMP library of their own, loaded before, do not give the team."""
+    pytest.importorskip("sklearn")
+    program = """
+import ctypes, re
+from pathlib import Path
+import sklearn.utils
+import torch
+from xfm_fast.kernels.cpu.llvm import builder
+paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line.split()[-1]}
+address = lambda function: ctypes.cast(function, ctypes.c_void_p).value
+libraries = [path for path in paths if re.search(r"/lib[gi]?omp[^/]*\\.so", path)]
+entries = {address(ctypes.CDLL(path).GOMP_parallel): path for path in libraries}
+assert len(entries) > 1, "one OpenMP library alone proves nothing"
+assert str(Path(torch.__file__).parent) in entries[address(builder._team())], entries
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if "proves nothing" in done.stderr:
+        pytest.skip("PyTorch's OpenMP library is the only one here")
+    assert done.returncode == 0, done.stderr

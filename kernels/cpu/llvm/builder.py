@@ -520,16 +520,17 @@ def _machine(level: Level) -> Any:
 
 @cache
 def _team() -> Callable[[int, int, int, int], None] | None:
-    """The function that runs a kernel on the threads of PyTorch's OpenMP library; None without one.
+    """Return the function that runs a kernel on the threads of PyTorch's OpenMP library; None without one.
 
-    A second pool of threads would compete with the first one, whose threads spin while they wait.
+    A second pool of threads would compete with the first one, whose threads spin while they wait. Packages such as
+    scikit-learn load an OpenMP library of their own, so the function is looked up from PyTorch's library.
     """
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split(maxsplit=5)[-1]
-        # LLVM's and Intel's have the entry of GNU's too.
-        if re.search(r"/lib[gi]?omp5?\b[^/]*\.so[^/]*$", path):
-            found = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-            if found is not None:
-                found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-                return found
+        if re.search(r"/libtorch_cpu\.so[^/]*$", path):
+            # LLVM's and Intel's have the entry of GNU's too.
+            team = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+            if team is not None:
+                team.argtypes, team.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+            return team
     return None
