@@ -176,8 +176,7 @@ def traced() -> bool:
         return True
     # Modes that only look on, as a counter of operations, do not matter.
     return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None
-        for key in _RECORDING
+        torch._C._get_dispatch_mode(key) is not None for key in _RECORDING
     )
 
 
