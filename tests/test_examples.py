@@ -46,7 +46,7 @@ def test_they_are_short_and_all_are_tested() -> None:
     }  # fmt: skip
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
     for path in EXAMPLES.glob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) < 40, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) < 50, path
 
 
 def test_accelerate_my_model(run: Run) -> None:

@@ -200,9 +200,8 @@ def test_heads_wider_than_any_kernel_are_refused(name: str) -> None:
 @pytest.mark.parametrize("head_dim", [8, 16, 48, 72, 112, 160, 192, 256])
 def test_packed_heads_of_any_width_run_on_kernels_by_default(head_dim: int) -> None:
     """And not on the definition, a loop over the sequences."""
-    assert attention._varlen_attention.fits is not None
     given = packed([2], [2], 1, head_dim).arguments()
-    assert attention._varlen_attention.fits(Varlen(*[*given.values()][:3], *[None] * 5))
+    assert attention._varlen_attention.fits["triton"](Varlen(*[*given.values()][:3], *[None] * 5))
 
 
 def test_a_graph_holds_what_fills_the_bias() -> None:
