@@ -119,8 +119,9 @@ def _tensors_of_call(module: nn.Module, call: Callable[[], Any]) -> dict[str, Te
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        # A batch of one would be a constant of the graph.
-        calls.append({name: torch.cat([x, x]) for name, x in arguments.items() if isinstance(x, Tensor)})
+        if not calls:
+            # A batch of one would be a constant of the graph.
+            calls.append({name: torch.cat([x, x]) for name, x in arguments.items() if isinstance(x, Tensor)})
         return original(*args, **kwargs)
 
     # Hooks would miss callers of `forward` itself, as sentence-transformers is.

@@ -106,16 +106,6 @@ def _texts(model: nn.Module, count: int = 32, lengths: tuple[int, int, int] = _S
     return Subject(model, call, count)
 
 
-def _one_text(model: nn.Module) -> Subject:
-    """An encoder on a short text, as a search box sends it."""
-    ids = torch.randint(1000, 20000, (1, 13))
-
-    def call(model: nn.Module) -> Tensor:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-
-    return Subject(model, call, 1)
-
-
 def _passages(model: nn.Module, count: int) -> Subject:
     """A cross-encoder on a query of ten tokens with passages."""
     ids, mask = _ids(count, _PASSAGES, pad=0)
